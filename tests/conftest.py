@@ -1,7 +1,9 @@
-"""Settings of the test processes, the order of the test files, and the fixture that many of them share.
+"""Settings of the test processes, the order of the test files, and the fixture that many of
+them share.
 
-The environment is set before any test imports torch: one thread a process (the distributed tests start several), the
-CPU accelerator unless GPU tests are asked for, nothing from the network.
+The environment is set before any test imports torch: one thread a process (the distributed
+tests start several), the CPU accelerator unless GPU tests are asked for, nothing from the
+network.
 """
 
 from __future__ import annotations
@@ -24,22 +26,32 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
 def pytest_configure(config):
-    """DeepSpeed's accelerator: the CPU, but for `pytest -m gpu`, which takes the one that is there."""
+    """DeepSpeed's accelerator: the CPU, but for `pytest -m gpu`, which takes the one that
+    is there.
+    """
     if config.option.markexpr != "gpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """A worker for each core where more than one file is asked for, unless `-n` says otherwise.
+    """A worker for each core where more than one file is asked for, unless `-n` says
+    otherwise.
 
-    All tests of a file go to one worker, so that its fixtures are made once. Needs pytest-xdist, of the extra `test`.
+    All tests of a file go to one worker, so that its fixtures are made once. Needs
+    pytest-xdist, of the extra `test`.
     """
-    if hasattr(config, "workerinput"):  # a worker runs this hook too, and must not start workers of its own
+    # A worker runs this hook too, and must not start workers of its own
+    if hasattr(config, "workerinput"):
         return
     option = config.option
     one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
-    if config.pluginmanager.has_plugin("xdist") and option.numprocesses is None and not one_file and not option.usepdb:
+    if (
+        config.pluginmanager.has_plugin("xdist")
+        and option.numprocesses is None
+        and not one_file
+        and not option.usepdb
+    ):
         option.numprocesses = len(os.sched_getaffinity(0))
         option.dist = "loadfile"
         option.loadscopereorder = False  # ours is below
@@ -59,7 +71,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Move the longest files to the front: a long one at the end would leave a worker idle."""
+    """Move the longest files to the front: a long one at the end would leave a worker
+    idle.
+    """
     seconds = collections.Counter()
     for item in items:
         seconds[item.path] += expected_seconds(item)
@@ -85,12 +99,16 @@ STARTS_PROCESSES = frozenset(
 
 def pytest_itemcollected(item):
     """Mark a test that starts processes itself, by the names that its code uses."""
-    if isinstance(item, pytest.Function) and not STARTS_PROCESSES.isdisjoint(item.function.__code__.co_names):
+    if isinstance(item, pytest.Function) and not STARTS_PROCESSES.isdisjoint(
+        item.function.__code__.co_names
+    ):
         item.add_marker("gloo")
 
 
 def expected_seconds(item):
-    """What a test takes, roughly: what its mark `heavy(seconds=...)` says; more where it starts processes."""
+    """What a test takes, roughly: what its mark `heavy(seconds=...)` says; more where it
+    starts processes.
+    """
     if heavy := item.get_closest_marker("heavy"):
         return int(heavy.kwargs.get("seconds", 8))
     return 2 if item.get_closest_marker("gloo") else 0
@@ -107,15 +125,23 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    left_out = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NOT_RUN in report.longrepr[2]]
+    left_out = [
+        report.nodeid
+        for report in terminalreporter.stats.get("skipped", [])
+        if NOT_RUN in report.longrepr[2]
+    ]
     if left_out:
-        terminalreporter.section(f"not run: {len(left_out)} tests, as their time was up", red=True, bold=True)
+        terminalreporter.section(
+            f"not run: {len(left_out)} tests, as their time was up", red=True, bold=True
+        )
         for name in left_out:
             terminalreporter.write_line(name)
 
 
 def pytest_collection_finish():
-    """The collector of garbage need not walk the modules and the collected tests again and again."""
+    """The collector of garbage need not walk the modules and the collected tests again and
+    again.
+    """
     gc.collect()
     gc.freeze()
 

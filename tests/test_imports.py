@@ -1,6 +1,8 @@
-"""Who may import whom. One table, read against the imports of every module, those inside functions included.
+"""Who may import whom. One table, read against the imports of every module, those inside
+functions included.
 
-A package may import the packages that the table names for it, its own modules, and `COMMON`; nothing else of mora_ds.
+A package may import the packages that the table names for it, its own modules, and
+`COMMON`; nothing else of mora_ds.
 """
 
 import ast
@@ -42,8 +44,13 @@ hf: adapters checkpoint engine models remora runtime train
 peft: adapters
 research: adapters checkpoint commands config data engine eval models planning runtime train
 """
-MAY_IMPORT = {package: set((others or "").split()) for package, others in yaml.safe_load(TABLE).items()}
-"""Nothing may import research: `common/research.py` loads one of its modules by name, when it is asked for."""
+MAY_IMPORT = {
+    package: set((others or "").split())
+    for package, others in yaml.safe_load(TABLE).items()
+}
+"""Nothing may import research: `common/research.py` loads one of its modules by name, when
+it is asked for.
+"""
 
 ROOT_ENTRIES = 21
 """What a newcomer meets in `mora_ds/`, at most."""
@@ -58,7 +65,9 @@ LIBRARIES_OF_OPS = {"torch", "numpy", "safetensors"}
 """All that the tensor functions in adapters/ops need; numpy draws the permutations."""
 
 WITHOUT_DEEPSPEED = ("adapters", "data", "deploy", "eval")
-"""Packages that must not need DeepSpeed at all, not even through another package: they serve outside of training."""
+"""Packages that must not need DeepSpeed at all, not even through another package: they
+serve outside of training.
+"""
 
 
 def name_of(path):
@@ -71,7 +80,9 @@ MODULES = {name_of(path): path for path in sorted((ROOT / "mora_ds").rglob("*.py
 
 
 def imports(tree):
-    """Absolute names of all that is imported while the program runs, at the top or inside a function."""
+    """Absolute names of all that is imported while the program runs, at the top or inside a
+    function.
+    """
     names = set()
     for node in _running(tree):
         if isinstance(node, ast.Import):
@@ -100,22 +111,34 @@ def package_of(module):
 
 
 def modules_imported(module):
-    """The modules of mora_ds that one imports, by their longest name: `from mora_ds.engine import zero` is
-    mora_ds.engine.zero."""
+    """The modules of mora_ds that one imports, by their longest name: `from mora_ds.engine
+    import zero` is mora_ds.engine.zero."""
     modules = set()
     for imported in IMPORTS[module]:
         names = imported.split(".")
         if names[0] == "mora_ds":
-            modules.add(next(".".join(names[:n]) for n in range(len(names), 0, -1) if ".".join(names[:n]) in MODULES))
+            modules.add(
+                next(
+                    ".".join(names[:n])
+                    for n in range(len(names), 0, -1)
+                    if ".".join(names[:n]) in MODULES
+                )
+            )
     return modules - {module}
 
 
 def libraries(module):
-    return {imported.split(".")[0] for imported in IMPORTS[module]} - {"mora_ds"} - set(sys.stdlib_module_names)
+    return (
+        {imported.split(".")[0] for imported in IMPORTS[module]}
+        - {"mora_ds"}
+        - set(sys.stdlib_module_names)
+    )
 
 
 def forbidden(package, imported):
-    """Those of the `imported` modules that the table does not grant to a module of `package`."""
+    """Those of the `imported` modules that the table does not grant to a module of
+    `package`.
+    """
     granted = MAY_IMPORT[package] | {COMMON, package}
     return {module for module in imported if package_of(module) not in granted}
 
@@ -134,10 +157,15 @@ def reachable(module):
 
 def test_every_package_is_in_the_table():
     assert {package_of(name) for name in MODULES} == {"", *MAY_IMPORT}
-    assert len({path.name for path in (ROOT / "mora_ds").iterdir()} - {"__pycache__"}) <= ROOT_ENTRIES
+    assert (
+        len({path.name for path in (ROOT / "mora_ds").iterdir()} - {"__pycache__"})
+        <= ROOT_ENTRIES
+    )
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in MAY_IMPORT])
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if package_of(name) in MAY_IMPORT]
+)
 def test_a_module_imports_what_its_package_may(module):
     assert not forbidden(package_of(module), modules_imported(module))
 
@@ -146,30 +174,44 @@ def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used():
     used = {package: set() for package in MAY_IMPORT}
     for module in MODULES:
         if package_of(module) in MAY_IMPORT:
-            used[package_of(module)] |= {package_of(imported) for imported in modules_imported(module)}
+            used[package_of(module)] |= {
+                package_of(imported) for imported in modules_imported(module)
+            }
     for package, granted in MAY_IMPORT.items():
-        assert granted - {package} <= used[package], f"{package} no longer imports {granted - used[package]}"
+        assert granted - {package} <= used[package], (
+            f"{package} no longer imports {granted - used[package]}"
+        )
         for allowed in granted - {package}:
-            assert package not in MAY_IMPORT[allowed], f"{package} and {allowed} may import each other"
+            assert package not in MAY_IMPORT[allowed], (
+                f"{package} and {allowed} may import each other"
+            )
 
 
 def test_an_upward_import_is_noticed():
     source = "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
     assert imports(ast.parse(source)) == {"mora_ds.train.trainer.Trainer"}
-    assert forbidden("adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}) == {"mora_ds.train.trainer"}
+    assert forbidden("adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}) == {
+        "mora_ds.train.trainer"
+    }
 
 
 def test_no_two_modules_import_each_other():
     for module in MODULES:
         for imported in modules_imported(module):
-            assert module not in reachable(imported), f"{module} and {imported} import each other"
+            assert module not in reachable(imported), (
+                f"{module} and {imported} import each other"
+            )
 
 
 def test_packages_hand_on_from_their_own_modules_only():
-    """An `__init__` that imported another package would make every import of the package pay for it."""
+    """An `__init__` that imported another package would make every import of the package
+    pay for it.
+    """
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != "mora_ds":
-            imported = {module for module in modules_imported(name) if package_of(module) != COMMON}
+            imported = {
+                module for module in modules_imported(name) if package_of(module) != COMMON
+            }
             assert all(module.startswith(f"{name}.") for module in imported), name
             assert name not in COSTLY or not (imported or libraries(name)), name
 
@@ -194,19 +236,37 @@ def test_the_operators_need_torch_alone():
 
 
 def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
-    """The kernels round otherwise than merges, merge ledgers and exports, which must have the same bits everywhere."""
-    assert {name for name in MODULES if "triton" in libraries(name)} == {"mora_ds.adapters.kernels.triton_ops"}
-    users = {name for name in MODULES if any(".kernels" in module for module in modules_imported(name))}
+    """The kernels round otherwise than merges, merge ledgers and exports, which must have
+    the same bits everywhere.
+    """
+    assert {name for name in MODULES if "triton" in libraries(name)} == {
+        "mora_ds.adapters.kernels.triton_ops"
+    }
+    users = {
+        name
+        for name in MODULES
+        if any(".kernels" in module for module in modules_imported(name))
+    }
     assert {name for name in users if ".kernels" not in name} == {"mora_ds.adapters.layer"}
     for name in ("delta", "mora", "int8", "update"):
-        assert not [module for module in reachable(f"mora_ds.adapters.ops.{name}") if ".kernels" in module]
+        assert not [
+            module
+            for module in reachable(f"mora_ds.adapters.ops.{name}")
+            if ".kernels" in module
+        ]
 
 
 def test_research_is_loaded_through_one_door():
     """By name, which the imports above do not show."""
     doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
-    code = {name: ast.unparse(ast.parse(path.read_text())) for name, path in MODULES.items()}
-    named = {name for name in code if package_of(name) != "research" and any(door in code[name] for door in doors)}
+    code = {
+        name: ast.unparse(ast.parse(path.read_text())) for name, path in MODULES.items()
+    }
+    named = {
+        name
+        for name in code
+        if package_of(name) != "research" and any(door in code[name] for door in doors)
+    }
     assert named == {"mora_ds.common.research"}
 
 
@@ -214,17 +274,25 @@ def test_entry_points_do_not_reach_around_mora_ds():
     entries = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")]
     assert entries
     for name in MODULES:
-        assert not {imported.split(".")[0] for imported in IMPORTS[name]} & {"launch", "tools", "tests"}, name
+        assert not {imported.split(".")[0] for imported in IMPORTS[name]} & {
+            "launch",
+            "tools",
+            "tests",
+        }, name
     for entry in entries:
         names = imports(ast.parse(entry.read_text()))
         assert "deepspeed" not in {name.split(".")[0] for name in names}, entry
 
 
 def test_tests_share_code_through_helpers_only():
-    """A test file that another one imports cannot be split, renamed or dropped without breaking the other."""
+    """A test file that another one imports cannot be split, renamed or dropped without
+    breaking the other.
+    """
     for path in (ROOT / "tests").rglob("*.py"):
         imported = imports(ast.parse(path.read_text()))
-        assert not [name for name in imported if name.startswith("tests.") and ".test_" in name], path
+        assert not [
+            name for name in imported if name.startswith("tests.") and ".test_" in name
+        ], path
 
 
 def test_the_public_names_are_there():
@@ -238,8 +306,8 @@ def test_the_public_names_are_there():
 
 
 def test_ranks_meet_before_anything_slow_is_imported():
-    """Ranks whose settings differ are told so within seconds of their start (`commands/pretrain.py`), and no engine
-    loads torch's compiler."""
+    """Ranks whose settings differ are told so within seconds of their start
+    (`commands/pretrain.py`), and no engine loads torch's compiler."""
     source = """
         import sys
         import mora_ds.config.validate, mora_ds.train.setup
@@ -249,5 +317,11 @@ def test_ranks_meet_before_anything_slow_is_imported():
         slow = {"datasets", "transformers.modeling_utils", "transformers.integrations.moe"}
         print((slow | {"torch.distributed.tensor", "torch._inductor.compile_fx"}) & {*sys.modules})
     """
-    done = subprocess.run([sys.executable, "-c", dedent(source)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(source)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "set()"

@@ -1,4 +1,6 @@
-"""launch/: Slurm's script with stand-ins for Slurm's commands; what Kubernetes and SkyPilot start, parsed."""
+"""launch/: Slurm's script with stand-ins for Slurm's commands; what Kubernetes and SkyPilot
+start, parsed.
+"""
 
 import os
 import re
@@ -36,7 +38,9 @@ STAND_INS = {
 
 
 def sbatch(folder, code, **environment):
-    """What the script leaves with, and the log of the stand-ins, where every rank ends with a code."""
+    """What the script leaves with, and the log of the stand-ins, where every rank ends with
+    a code.
+    """
     for name, script in STAND_INS.items():
         stand_in = folder / name
         stand_in.write_text(f"#!/bin/bash\n{script}\n")
@@ -47,9 +51,17 @@ def sbatch(folder, code, **environment):
     }  # fmt: skip
     log = folder / "log"
     log.unlink(missing_ok=True)
-    path = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "LOG": str(log)}
+    path = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHON": str(folder / "python"),
+        "LOG": str(log),
+    }
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "recipe.yaml"]
-    done = subprocess.run(command, env={**slurm, **path, "CODE": str(code), **environment}, capture_output=True)
+    done = subprocess.run(
+        command,
+        env={**slurm, **path, "CODE": str(code), **environment},
+        capture_output=True,
+    )
     return done.returncode, log.read_text().splitlines()
 
 
@@ -61,11 +73,20 @@ def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path
         f"rank 9 of 16, 1 of 8 at node1: -u {LAUNCH}/pretrain.py recipe.yaml --resume_from_checkpoint auto",
         "gloo=ib0 triton=/tmp/triton-me",
     ]
-    _, log = sbatch(tmp_path, 0, NCCL_SOCKET_IFNAME="ib0", GLOO_SOCKET_IFNAME="eth0", TRITON_CACHE_DIR="/local")
+    _, log = sbatch(
+        tmp_path,
+        0,
+        NCCL_SOCKET_IFNAME="ib0",
+        GLOO_SOCKET_IFNAME="eth0",
+        TRITON_CACHE_DIR="/local",
+    )
     assert log[-1] == "gloo=eth0 triton=/local"
 
 
-@pytest.mark.parametrize(("code", "starts", "requeued"), [(2, 1, False), (3, 1, False), (75, 1, True), (1, 3, False)])
+@pytest.mark.parametrize(
+    ("code", "starts", "requeued"),
+    [(2, 1, False), (3, 1, False), (75, 1, True), (1, 3, False)],
+)
 def test_slurm_starts_again_what_may_go_better(tmp_path, code, starts, requeued):
     left_with, log = sbatch(tmp_path, code, RESTARTS="2")
     assert left_with == code
@@ -100,16 +121,26 @@ def test_kubernetes_starts_a_process_a_gpu():
     (container,) = pod["containers"]
     assert container["command"] == ["torchrun"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == GPUS
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     names = {variable["name"] for variable in container["env"]}
     words = [word.replace("$(NODE_RANK)", "1") for word in container["args"]]
-    assert {"NODE_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR"} <= names
+    assert {
+        "NODE_RANK",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "TRITON_CACHE_DIR",
+    } <= names
     options, arguments = started(words)
     check(options, arguments)
     assert options.training_script_args[0] == "pretrain"
     assert options.training_script == "mora_ds"
     # JobSet's names of pods: SET-JOB-INDEX-POD, in the set's own domain
-    assert options.master_addr == f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
+    assert (
+        options.master_addr
+        == f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
+    )
 
 
 def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
@@ -120,10 +151,15 @@ def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
     assert waited is not None
     assert 30 < int(waited[1]) < pod["terminationGracePeriodSeconds"]
     rank = "trap 'exit 75' USR1; echo ready; while :; do sleep 0.05; done"
-    launcher = subprocess.Popen(["bash", "-c", f"bash -c {shlex.quote(rank)} & wait $!"], stdout=subprocess.PIPE)
+    launcher = subprocess.Popen(
+        ["bash", "-c", f"bash -c {shlex.quote(rank)} & wait $!"], stdout=subprocess.PIPE
+    )
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == b"ready\n"
-    subprocess.run([*shell, hook.replace("/proc/1/", f"/proc/{launcher.pid}/").replace(waited[0], "")], check=True)
+    subprocess.run(
+        [*shell, hook.replace("/proc/1/", f"/proc/{launcher.pid}/").replace(waited[0], "")],
+        check=True,
+    )
     assert launcher.wait(10) == 75
     launcher.stdout.close()
 
@@ -137,7 +173,9 @@ def test_skypilot_starts_a_process_a_gpu(monkeypatch):
     variables = {
         "SKYPILOT_NUM_NODES": NODES, "SKYPILOT_NUM_GPUS_PER_NODE": GPUS, "SKYPILOT_NODE_RANK": 1, "head": "10.0.0.1",
     }  # fmt: skip
-    torchrun, *words = shlex.split(Template(command).substitute({**variables, **task["envs"]}))
+    torchrun, *words = shlex.split(
+        Template(command).substitute({**variables, **task["envs"]})
+    )
     options, arguments = started(words)
     check(options, arguments)
     assert torchrun == ".venv/bin/torchrun"
@@ -149,5 +187,7 @@ def test_the_image_has_what_kernels_and_experts_need():
     text = (ROOT / "Dockerfile").read_text()
     version = re.search(r"IMAGE=pytorch/pytorch:(\d+)\.(\d+)", text)
     assert version is not None
-    assert (int(version[1]), int(version[2])) >= (2, 10), "torch's grouped products: adapters/ops/grouped.py"
+    assert (int(version[1]), int(version[2])) >= (2, 10), (
+        "torch's grouped products: adapters/ops/grouped.py"
+    )
     assert "check_compiler()" in text

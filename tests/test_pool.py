@@ -1,4 +1,6 @@
-"""Ranks that stay up: a call finds nothing of the one before it, and one that fails takes its pool with it."""
+"""Ranks that stay up: a call finds nothing of the one before it, and one that fails takes
+its pool with it.
+"""
 
 import os
 import random
@@ -51,7 +53,12 @@ def fail(how):
 
 
 @pytest.mark.parametrize(
-    "how, message", [("an exception", "ValueError: odd"), ("no word", "rank 1 died"), ("no answer", "in time")]
+    "how, message",
+    [
+        ("an exception", "ValueError: odd"),
+        ("no word", "rank 1 died"),
+        ("no answer", "in time"),
+    ],
 )
 def test_a_call_that_fails_ends_its_pool(how, message):
     before = {process for process, _ in run_pooled(2, seen)}

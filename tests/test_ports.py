@@ -1,4 +1,6 @@
-"""The ports by which ranks of a test find each other: no two tests at a time get the same one."""
+"""The ports by which ranks of a test find each other: no two tests at a time get the same
+one.
+"""
 
 import socket
 

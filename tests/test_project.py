@@ -17,13 +17,20 @@ def read(name):
 def test_every_supported_python_runs_the_check_of_a_landing():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    versions = [word for line in setup["metadata"]["classifiers"].splitlines() for word in line.split() if "3." in word]
+    versions = [
+        word
+        for line in setup["metadata"]["classifiers"].splitlines()
+        for word in line.split()
+        if "3." in word
+    ]
     workflow = read(".github/workflows/checks.yml")
     (job,) = workflow["jobs"].values()
     assert job["strategy"]["matrix"]["python"] == versions
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
-    assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}, "YAML 1.1 reads `on` as true"
+    assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}, (
+        "YAML 1.1 reads `on` as true"
+    )
 
 
 def test_before_a_commit_run_the_linters_of_a_landing():
@@ -31,8 +38,16 @@ def test_before_a_commit_run_the_linters_of_a_landing():
     commands = {hook["entry"].removesuffix(" --fix") for hook in repository["hooks"]}
     landing = (ROOT / ".ci/run").read_text()
     linters = ("ruff", "mypy", "codespell")
-    lines = [line.removeprefix(".venv/bin/") for line in landing.splitlines() if line.startswith(".venv/bin/")]
-    wanted = {line.removesuffix(" .").removesuffix(" --check") for line in lines if line.split()[0] in linters}
+    lines = [
+        line.removeprefix(".venv/bin/")
+        for line in landing.splitlines()
+        if line.startswith(".venv/bin/")
+    ]
+    wanted = {
+        line.removesuffix(" .").removesuffix(" --check")
+        for line in lines
+        if line.split()[0] in linters
+    }
     assert commands == wanted
 
 

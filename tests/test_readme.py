@@ -1,4 +1,6 @@
-"""What the README shows must run: the plugin's lines, word for word, in a loop over two ranks."""
+"""What the README shows must run: the plugin's lines, word for word, in a loop over two
+ranks.
+"""
 
 import os
 from pathlib import Path
@@ -71,7 +73,8 @@ def resumed_run(folder):
     run = mora_ds.Run(engine, base="model", folder="out", resume="auto")
     base = AutoModelForCausalLM.from_pretrained("model").state_dict()
     moved = any(
-        not torch.equal(layer.weight, base[f"{name}.weight"]) for name, layer in mora_ds.mora_layers(model).items()
+        not torch.equal(layer.weight, base[f"{name}.weight"])
+        for name, layer in mora_ds.mora_layers(model).items()
     )
     return run.state.step, moved
 

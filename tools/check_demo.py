@@ -1,4 +1,6 @@
-"""Check the results of the demo against what the README promises: `python tools/check_demo.py out`."""
+"""Check the results of the demo against what the README promises: `python
+tools/check_demo.py out`.
+"""
 
 import json
 import sys
@@ -19,7 +21,10 @@ def problems(folder: Path) -> list[str]:
             after["prose"] > 1.1 * before["prose"],
             f"perplexity on prose rose from {before['prose']:.2f} to {after['prose']:.2f}",
         ),
-        (summary["base_bytes_gathered"] != 0, f"{summary['base_bytes_gathered']} bytes of the base were communicated"),
+        (
+            summary["base_bytes_gathered"] != 0,
+            f"{summary['base_bytes_gathered']} bytes of the base were communicated",
+        ),
         (summary["merges"] < 2, f"{summary['merges']} merges"),
         (not (folder / "merged" / "config.json").is_file(), "no merged model"),
     ]

@@ -3,8 +3,9 @@
     python tools/docs.py            writes the pages
     python tools/docs.py --check    exits with 1 if one of them is not what the code says
 
-Generated: reference/cli.md from the parsers and dataclasses, reference/api.md from the public names,
-reference/support-matrix.md from the checks of settings, and the tables within other pages (`docs_results`).
+Generated: reference/cli.md from the parsers and dataclasses, reference/api.md from the
+public names, reference/support-matrix.md from the checks of settings, and the tables within
+other pages (`docs_results`).
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.docs_matrix import matrix_lines
 from tools.docs_results import TABLE, with_tables
@@ -45,7 +47,9 @@ class _Parsed(Exception):
 
 
 def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
-    """The parser that `main` builds, without running the program. Raises AssertionError if it builds none."""
+    """The parser that `main` builds, without running the program. Raises AssertionError if
+    it builds none.
+    """
 
     def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _Parsed(self)
@@ -94,10 +98,20 @@ def cli_page() -> str:
         lines.append("")
     for name, what in COMMANDS.items():
         if name in OF_RESEARCH:
-            lines += [f"## mora-ds {name}", "", f"{what.capitalize()} ([research](../research.md)).", ""]
+            lines += [
+                f"## mora-ds {name}",
+                "",
+                f"{what.capitalize()} ([research](../research.md)).",
+                "",
+            ]
         elif name == "prepare-corpus":
             doc = sys.modules[load(name).__module__].__doc__
-            lines += [f"## mora-ds {name}", "", f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.", ""]
+            lines += [
+                f"## mora-ds {name}",
+                "",
+                f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.",
+                "",
+            ]
         elif name != "pretrain":
             main = load(name)
             doc = sys.modules[main.__module__].__doc__
@@ -108,44 +122,70 @@ def cli_page() -> str:
 def _setting(action: argparse.Action, hint: Any) -> str:
     """The line of a field: its flag, the type of its key, its default, its help.
 
-    `action`: the one that sets it; of a yes/no setting that is on by default the one that switches it off.
+    `action`: the one that sets it; of a yes/no setting that is on by default the one that
+    switches it off.
     """
     flag = _label(action)
-    default = f"key `{action.dest}`" if "--no_" in flag else "" if action.default is False else _default(action.default)
+    default = (
+        f"key `{action.dest}`"
+        if "--no_" in flag
+        else ""
+        if action.default is False
+        else _default(action.default)
+    )
     kind = ", ".join(filter(None, [_type(hint), default]))
     return f"- {flag}{f' ({kind})' if kind else ''}: {_help(action)}"
 
 
 def _type(hint: Any) -> str:
-    """What a key takes, in words: nothing for a string; that it may be left out goes without saying."""
+    """What a key takes, in words: nothing for a string; that it may be left out goes
+    without saying.
+    """
     words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
         return "list"
-    return next(words[option] for option in get_args(hint) or (hint,) if option is not type(None))
+    return next(
+        words[option] for option in get_args(hint) or (hint,) if option is not type(None)
+    )
 
 
-def _program(path: str, main: Callable[[], object], doc: str | None, script: str | None) -> list[str]:
+def _program(
+    path: str, main: Callable[[], object], doc: str | None, script: str | None
+) -> list[str]:
     """The section of a command."""
     parser = parser_of(main)
     same = f" In a checkout: `python {script}`." if script else ""
     end = f" {parser.epilog}" if parser.epilog else ""
     lines = [f"## {path}", "", _first_line(doc) + same + end, ""]
-    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    subparsers = [
+        action
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
     if not subparsers:
         return [*lines, *_flags(parser._actions), ""]
     helps = {choice.dest: choice.help for choice in subparsers[0]._choices_actions}
     for name, sub in subparsers[0].choices.items():
-        lines += [f"**`{path} {name}`**: {cell(helps.get(name) or '')}", "", *_flags(sub._actions), ""]
+        lines += [
+            f"**`{path} {name}`**: {cell(helps.get(name) or '')}",
+            "",
+            *_flags(sub._actions),
+            "",
+        ]
     return lines
 
 
 def _flags(actions: Sequence[argparse.Action]) -> list[str]:
     """A line for each flag."""
-    return [_flag(action) for action in actions if not isinstance(action, argparse._HelpAction)]
+    return [
+        _flag(action) for action in actions if not isinstance(action, argparse._HelpAction)
+    ]
 
 
 def _label(action: argparse.Action) -> str:
-    names = [name for name in action.option_strings if name.startswith("--")] or list(action.option_strings)
+    names = [name for name in action.option_strings if name.startswith("--")] or list(
+        action.option_strings
+    )
     snake = [name for name in names if "-" not in name[2:]] or names
     return ", ".join(f"`{name}`" for name in snake) or f"`{action.metavar or action.dest}`"
 
@@ -159,7 +199,11 @@ def _flag(action: argparse.Action) -> str:
 
 
 def _help(action: argparse.Action) -> str:
-    choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
+    choices = (
+        f" One of {', '.join(f'`{choice}`' for choice in action.choices)}."
+        if action.choices
+        else ""
+    )
     return (cell((action.help or "").replace("%%", "%")) + choices).strip()
 
 
@@ -171,10 +215,14 @@ def _default(value: object) -> str:
 
 # -- Python ------------------------------------------------------------------------------------------------------------
 def api_page() -> str:
-    """reference/api.md: how each public name is called, and mkdocstrings' directive for it."""
+    """reference/api.md: how each public name is called, and mkdocstrings' directive for
+    it.
+    """
     import mora_ds
 
-    names = sorted((name for name in mora_ds.__all__ if name != "__version__"), key=str.lower)
+    names = sorted(
+        (name for name in mora_ds.__all__ if name != "__version__"), key=str.lower
+    )
     paths = {name: f"mora_ds.{mora_ds._HOME[name]}.{name}" for name in names}
     lines = [
         "# Python API", "", GENERATED, "",
@@ -182,16 +230,26 @@ def api_page() -> str:
         "are first used. `mora_ds.__version__` is the version.",
     ]  # fmt: skip
     for name in names:
-        lines += ["", f"## {name}", "", *_signature(name, getattr(mora_ds, name)), f"::: {paths[name]}"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            *_signature(name, getattr(mora_ds, name)),
+            f"::: {paths[name]}",
+        ]
     return _page(lines)
 
 
 def _signature(name: str, public: Any) -> list[str]:
-    """How it is called, as a block of code; nothing for enums and exceptions. The types are in what stands below."""
+    """How it is called, as a block of code; nothing for enums and exceptions. The types are
+    in what stands below.
+    """
     if isinstance(public, type) and issubclass(public, (Enum, BaseException)):
         return []
     parameters = inspect.signature(public).parameters.values()
-    bare = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
+    bare = inspect.Signature(
+        [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    )
     words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
     line = f"{name}({', '.join(words)})"
     if len(line) > 100:
@@ -212,26 +270,39 @@ def _page(lines: Sequence[str]) -> str:
 def pages() -> dict[Path, str]:
     """Every generated page, as the code says it now: {path: text}."""
     reference = ROOT / "docs" / "reference"
-    texts = {path: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+    texts = {
+        path: path.read_text("utf-8")
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    }
     return {
         **{path: with_tables(text) for path, text in texts.items() if TABLE.search(text)},
         reference / "cli.md": cli_page(),
         reference / "api.md": api_page(),
-        reference / "support-matrix.md": _page(["# Support matrix", "", GENERATED, "", *matrix_lines()]),
+        reference / "support-matrix.md": _page(
+            ["# Support matrix", "", GENERATED, "", *matrix_lines()]
+        ),
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing; exit with 1 if a page would change",
     )
     check = parser.parse_args().check
-    changed = {path: text for path, text in pages().items() if not path.is_file() or path.read_text("utf-8") != text}
+    changed = {
+        path: text
+        for path, text in pages().items()
+        if not path.is_file() or path.read_text("utf-8") != text
+    }
     for path, text in changed.items():
-        print(f"{path.relative_to(ROOT)} {'is not what the code says' if check else 'written'}")
+        print(
+            f"{path.relative_to(ROOT)} {'is not what the code says' if check else 'written'}"
+        )
         if not check:
             path.write_text(text, encoding="utf-8")
     return int(check and bool(changed))

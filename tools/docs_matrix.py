@@ -1,4 +1,6 @@
-"""The support matrix: which options of a run go together, asked of the program's own checks. Used by tools/docs.py."""
+"""The support matrix: which options of a run go together, asked of the program's own
+checks. Used by tools/docs.py.
+"""
 
 from collections.abc import Sequence
 
@@ -51,8 +53,8 @@ COLUMNS = {
 def refusal(row: str, column: str) -> str | None:
     """What the program says to both options together, or None if it takes them.
 
-    The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed config, and what tensor
-    parallelism needs of it.
+    The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed
+    config, and what tensor parallelism needs of it.
     """
     from mora_ds.common.errors import UserError
     from mora_ds.config.arguments import parse
@@ -82,7 +84,8 @@ def _flags(option: str) -> set[str]:
 def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[str]:
     cells = []
     for column in columns:
-        if _flags(OPTIONS[row]) & _flags(COLUMNS[column]):  # the same option, or two values of one
+        # The same option, or two values of one
+        if _flags(OPTIONS[row]) & _flags(COLUMNS[column]):
             cells.append("")
             continue
         reason = refusal(OPTIONS[row], COLUMNS[column])
@@ -97,13 +100,19 @@ def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[st
 def matrix_lines() -> list[str]:
     """The lines of reference/support-matrix.md below its title.
 
-    Options that go with everything are named in a sentence; rows and columns that say the same are one.
+    Options that go with everything are named in a sentence; rows and columns that say the
+    same are one.
     """
     reasons: dict[str, int] = {}
     rows = {option: _cells(option, list(COLUMNS), reasons) for option in OPTIONS}
     free = [option for option, cells in rows.items() if set(cells) <= {"yes", ""}]
     rows = {option: cells for option, cells in rows.items() if option not in free}
-    columns = _alike({name: [cells[index] for cells in rows.values()] for index, name in enumerate(COLUMNS)})
+    columns = _alike(
+        {
+            name: [cells[index] for cells in rows.values()]
+            for index, name in enumerate(COLUMNS)
+        }
+    )
     cells = zip(*columns.values(), strict=True)
     grouped = _alike({option: list(line) for option, line in zip(rows, cells, strict=True)})
     lines = [
@@ -113,7 +122,14 @@ def matrix_lines() -> list[str]:
         table_row("", *columns), ruler(len(columns) + 1),
         *(table_row(option, *cells) for option, cells in grouped.items()),
     ]  # fmt: skip
-    return [*lines, "", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
+    return [
+        *lines,
+        "",
+        "## Messages",
+        "",
+        *(f"{number}. {cell(reason)}" for reason, number in reasons.items()),
+        "",
+    ]
 
 
 def _alike(lines: dict[str, list[str]]) -> dict[str, list[str]]:

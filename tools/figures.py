@@ -1,9 +1,11 @@
-"""Draw the figures of the documentation as SVG, from the JSON of `tools/bench/learning.py` alone.
+"""Draw the figures of the documentation as SVG, from the JSON of `tools/bench/learning.py`
+alone.
 
     python tools/figures.py                                     draws docs/assets/*.svg (needs matplotlib)
     python tools/figures.py --learning FILE --output FOLDER     draws one file of tools/bench/learning.py --json FILE
 
-A figure has the name of its JSON. Text stays text, and colours follow the reader's light or dark scheme.
+A figure has the name of its JSON. Text stays text, and colours follow the reader's light or
+dark scheme.
 """
 
 import argparse
@@ -15,7 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.figures_style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, axes, save
 from tools.plans import DATA, ROOT
@@ -33,16 +36,25 @@ STYLES = {
     "recipe": ("default recipe", GREEN, "-"),
     "full": ("full training", PURPLE, "-"),
 }
-"""Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style of its line."""
+"""Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style of
+its line.
+"""
 LONG_RUN = ("none", "lora", "relora", "mora-rotate", "remora-rotate", "remora-30", "full")
 DRAWN = {
     "learning": ("none", "lora", "mora-rotate", "mora-muon", "recipe", "full"),
     "learning_long": LONG_RUN,
     "learning_long_13m": LONG_RUN,
-    "learning_scratch": ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full"),
+    "learning_scratch": (
+        "lora",
+        "relora",
+        "mora-rotate",
+        "remora-rotate",
+        "remora-10",
+        "full",
+    ),
 }
-"""JSON of the documentation -> the methods whose curves are drawn, as far as they were run. "none" is where they start,
-which a model from scratch leaves out: it knows nothing."""
+"""JSON of the documentation -> the methods whose curves are drawn, as far as they were run.
+"none" is where they start, which a model from scratch leaves out: it knows nothing."""
 DRAWN_RANK = 2
 """Of the ranks that one JSON compares."""
 
@@ -111,7 +123,9 @@ def _draw_curve(axis: Any, name: str, point: Point, start: Point | None) -> None
     """The mean over seeds of the perplexity on a text, and the range in which they lie."""
     label, colour, line = STYLES[point.method]
     steps = [row["step"] for row in point.curves[0]]
-    seeds = list(zip(*([row[name] for row in curve] for curve in point.curves), strict=True))
+    seeds = list(
+        zip(*([row[name] for row in curve] for curve in point.curves), strict=True)
+    )
     if start is not None:
         steps = [0, *steps]
         seeds = [(fmean(getattr(start, name)),), *seeds]
@@ -134,7 +148,11 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     high = max(values) * 1.06
     axis.set_yscale("log")
     axis.set_ylim(low, high)
-    step = next(size for size in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if (high - low) / size < 9)
+    step = next(
+        size
+        for size in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
+        if (high - low) / size < 9
+    )
     ticks = [step * number for number in range(int(low / step) + 1, int(high / step) + 1)]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
@@ -142,7 +160,9 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--learning",
         type=Path,
@@ -157,7 +177,11 @@ def main() -> None:
         help="where it is drawn",
     )
     options = parser.parse_args()
-    for path in [options.learning] if options.learning else [DATA / f"{name}.json" for name in DRAWN]:
+    for path in (
+        [options.learning]
+        if options.learning
+        else [DATA / f"{name}.json" for name in DRAWN]
+    ):
         draw(path, options.output)
 
 

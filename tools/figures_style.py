@@ -1,4 +1,6 @@
-"""What the figures of the documentation have in common: SVG whose text stays text, in the reader's colours."""
+"""What the figures of the documentation have in common: SVG whose text stays text, in the
+reader's colours.
+"""
 
 from io import StringIO
 from pathlib import Path
@@ -49,9 +51,8 @@ def save(figure: Any, path: Path, title: str) -> None:
         svg = svg.replace(placeholder, f"var(--{variable}, {light})")
     light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
     dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
-    style = (
-        f"<style>:root {{ {light_scheme} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}</style>"
-    )
+    dark_rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}"
+    style = f"<style>:root {{ {light_scheme} }} {dark_rule}</style>"
     start = svg.index(">", svg.index("<svg")) + 1
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (svg[:start] + style + svg[start:]).splitlines()

@@ -1,4 +1,5 @@
-"""Plan the memory and traffic of Llama 7B and 70B anew, with every method that the documentation compares.
+"""Plan the memory and traffic of Llama 7B and 70B anew, with every method that the
+documentation compares.
 
 python tools/plans.py           writes docs/results/data/plans.json, of which tools/docs.py makes tables
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "data"
@@ -45,8 +47,14 @@ MEMORY = {"7B": (8, 80), "70B": (64, 192)}
 
 
 def main() -> None:
-    """Write data/plans.json: what `mora-ds plan --json` says of every method, and the command."""
-    plans = [_plan(model, method, *cluster) for model, cluster in MEMORY.items() for method in METHODS]
+    """Write data/plans.json: what `mora-ds plan --json` says of every method, and the
+    command.
+    """
+    plans = [
+        _plan(model, method, *cluster)
+        for model, cluster in MEMORY.items()
+        for method in METHODS
+    ]
     for method in METHODS:
         plans += [_plan("7B", method, gpus, 80) for gpus in GPUS if gpus != MEMORY["7B"][0]]
     DATA.mkdir(parents=True, exist_ok=True)
@@ -55,11 +63,11 @@ def main() -> None:
 
 
 def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
-    from mora_ds.commands import plan  # not above: it imports torch, which the tables do not need
+    # Not above: it imports torch, which the tables do not need
+    from mora_ds.commands import plan
 
-    flags = (
-        f"--gpus {gpus} --gpu_memory {memory} --seq_len 4096 --micro_batch 1 --gradient_checkpointing {METHODS[method]}"
-    )
+    flags = f"--gpus {gpus} --gpu_memory {memory} --seq_len 4096 --micro_batch 1"
+    flags += f" --gradient_checkpointing {METHODS[method]}"
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         config.write_text(json.dumps(MODELS[model]), encoding="utf-8")
@@ -68,7 +76,16 @@ def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
             plan.main()
     answer = json.loads(printed.getvalue())
     print(f"{model} {method} {gpus}")
-    facts = {key: answer[key] for key in ("bytes", "bytes_gathered", "bytes_reduced", "bytes_sent", "trained_elements")}
+    facts = {
+        key: answer[key]
+        for key in (
+            "bytes",
+            "bytes_gathered",
+            "bytes_reduced",
+            "bytes_sent",
+            "trained_elements",
+        )
+    }
     return {"model": model, "method": method, "gpus": gpus, "flags": flags, **facts}
 
 
@@ -89,7 +106,8 @@ def traffic() -> dict[str, list[float]]:
 
     return {
         "full training, ZeRO-3": sent("full training, ZeRO-3"),
-        # ZeRO-3 gathers frozen parameters like others: the all-gathers of the full plan, and LoRA's own reductions.
+        # ZeRO-3 gathers frozen parameters like others: the all-gathers of the full plan,
+        # and LoRA's own reductions.
         "LoRA r=8, ZeRO-3, base sharded": [
             (whole["bytes_gathered"] + adapter["bytes_reduced"]) * (gpus - 1) / gpus / 1e9
             for whole, adapter, gpus in zip(full, lora, GPUS, strict=True)

@@ -7,8 +7,12 @@ _BAR = r"\|"
 
 
 def cell(text: str) -> str:
-    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars escaped."""
-    return " ".join(text.split()).replace("|", _BAR).replace("<", "&lt;").replace("*", "\\*")
+    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars
+    escaped.
+    """
+    return (
+        " ".join(text.split()).replace("|", _BAR).replace("<", "&lt;").replace("*", "\\*")
+    )
 
 
 def table_row(*cells: str) -> str:
@@ -22,7 +26,9 @@ def ruler(columns: int, numbers: bool = False) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has no spread."""
+    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has
+    no spread.
+    """
     mean = fmean(values)
     if len(values) == 1:
         return f"{mean:.1f}"

@@ -30,7 +30,9 @@ from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
-"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
+"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones
+(share only).
+"""
 
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer except the output head."""
@@ -45,7 +47,8 @@ Config = TypeVar("Config", bound="AdapterConfig")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig` or `LoRAConfig`.
+    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig` or
+    `LoRAConfig`.
 
     Raises `UserError` with one line for each wrong field, which it names.
     """
@@ -56,20 +59,30 @@ class AdapterConfig:
     rank: int = 8
     """LoRA rank; each layer's adapter has about as many parameters as LoRA of this rank."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
+    """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`)
+    or `all-linear`.
+    """
     dropout: float = 0.0
     """Dropout on the adapter's input while training, in [0, 1)."""
     train_embeddings: bool = False
     train_norms: bool = False
     train_head: bool = False
     new_rows_from: int = 0
-    """Train the rows of embeddings and head from this index on, and keep the earlier ones frozen; 0 turns this off."""
+    """Train the rows of embeddings and head from this index on, and keep the earlier ones
+    frozen; 0 turns this off.
+    """
     embedding_rank: int = 0
-    """Train a product of this rank that is added to embeddings and head, which stay frozen; 0 turns this off."""
+    """Train a product of this rank that is added to embeddings and head, which stay frozen;
+    0 turns this off.
+    """
     base_bits: int = AS_LOADED
-    """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or as they are loaded (16)."""
+    """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or
+    as they are loaded (16).
+    """
     seed: int = 42
-    """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
+    """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's
+    name and the cycle.
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, set | frozenset):  # as in PEFT's configs
@@ -103,18 +116,24 @@ class AdapterConfig:
         d_out: int,
         cycle: int,
     ) -> UpdateSpec:
-        """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments."""
+        """The spec of a layer's update in a cycle (0 until the first merge): a pure
+        function of its arguments.
+        """
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
-        """The config that gives each expert of `layer` its operator. Raises `UserError` where there is none."""
+        """The config that gives each expert of `layer` its operator. Raises `UserError`
+        where there is none.
+        """
         raise UserError(
             f"`target_modules` includes {layer}, experts, which take MoRA matrices, not {self.adapter}: leave them out"
         )
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
-        """Names of the layers that a plan has chosen; empty where `target_modules` chooses them."""
+        """Names of the layers that a plan has chosen; empty where `target_modules` chooses
+        them.
+        """
         return ()
 
     def first_seed(self, layer: str, cycle: int) -> int:
@@ -180,46 +199,68 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple or rotate; auto: rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple or rotate; auto: rotate for ranks below 64, share from
+    there on.
+    """
 
     grouping: str = "permuted"
-    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
+    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of
+    share's fixed groupings.
+    """
 
     r_hat_multiple: int = R_HAT_MULTIPLE
-    """r_hat is rounded down to a multiple of this, and to an even number below twice this (`round_side`). 1: the
-    paper's size."""
+    """r_hat is rounded down to a multiple of this, and to an even number below twice this
+    (`round_side`). 1: the paper's size."""
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
-    """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
-    `rank` stands for (a plan of targets). Given as a mapping or pairs, kept sorted by name. Empty: no plan."""
+    """(layer name, r_hat) of exactly the layers that are adapted, in place of
+    `target_modules` and of the sizes that `rank` stands for (a plan of targets). Given as a
+    mapping or pairs, kept sorted by name. Empty: no plan."""
 
     domains: tuple[str, ...] = ()
-    """Names of the domains; in every layer each has its own MoRA matrix, added to the shared one."""
+    """Names of the domains; in every layer each has its own MoRA matrix, added to the
+    shared one.
+    """
 
     def __post_init__(self) -> None:
-        sizes = self.layer_sizes.items() if isinstance(self.layer_sizes, Mapping) else self.layer_sizes
+        sizes = (
+            self.layer_sizes.items()
+            if isinstance(self.layer_sizes, Mapping)
+            else self.layer_sizes
+        )
         try:
-            pairs = sorted((str(name), int(size)) for name, size in sizes)  # JSON makes lists of pairs
+            # JSON makes lists of pairs
+            pairs = sorted((str(name), int(size)) for name, size in sizes)
         except (TypeError, ValueError):
-            raise UserError(f"layer_sizes must be whole numbers by names of layers, got {sizes!r}") from None
+            raise UserError(
+                f"layer_sizes must be whole numbers by names of layers, got {sizes!r}"
+            ) from None
         object.__setattr__(self, "layer_sizes", tuple(pairs))
         super().__post_init__()  # refuses a text, of which a tuple would be its letters
         object.__setattr__(self, "domains", tuple(self.domains))
 
     def _complaints(self) -> Iterator[str]:
         yield from super()._complaints()
-        odd = [(name, size) for name, size in self.layer_sizes if size < 1 or size % self.step]
+        odd = [
+            (name, size) for name, size in self.layer_sizes if size < 1 or size % self.step
+        ]
         for name, size in odd[:1]:
             even = ", and even for rotate" if self.step == 2 else ""
             yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains)
         operators = ["auto", *(kind.value for kind in OPERATORS)]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
-        choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
-        misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
+        choices = {
+            "operator": operators,
+            "grouping": groupings,
+            "compute": [path.value for path in Compute],
+        }
+        misspelt = [
+            flag for flag, known in choices.items() if getattr(self, flag) not in known
+        ]
         for flag in misspelt:
             yield unknown(f"`{flag}`", getattr(self, flag), choices[flag])
         if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
@@ -258,8 +299,8 @@ class MoRAConfig(AdapterConfig):
         return f"{self.operator_name}/{self.grouping}"
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
-        """`rank` is divided by the number of experts that compute a token, which together then have the rank of a
-        linear layer."""
+        """`rank` is divided by the number of experts that compute a token, which together
+        then have the rank of a linear layer."""
         if not experts_per_token:
             raise UserError(
                 f"`target_modules` includes {layer}, and the model's config does not tell how many experts a token "
@@ -274,19 +315,25 @@ class MoRAConfig(AdapterConfig):
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
         largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
-        r_hat = min(square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple), largest)
+        r_hat = min(
+            square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple), largest
+        )
         if r_hat < 1:
-            raise UserError(f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
+            raise UserError(
+                f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}"
+            )
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down to `step`."""
+        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down
+        to `step`.
+        """
         longest = max(d_in, d_out)
         return longest - longest % self.step
 
     def size_of(self, layer: str, d_in: int, d_out: int) -> int:
-        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a planned one above `largest_size`,
-        and for a layer that the plan leaves out."""
+        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a
+        planned one above `largest_size`, and for a layer that the plan leaves out."""
         if not self.layer_sizes:
             return self.square_size(d_in, d_out)
         size = dict(self.layer_sizes).get(layer)
@@ -309,7 +356,11 @@ class MoRAConfig(AdapterConfig):
         r_hat = self.size_of(layer, d_in, d_out)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
-        seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
+        seed = (
+            permutation_seed(self.seed, layer, cycle)
+            if grouping is Grouping.PERMUTED
+            else 0
+        )
         return OperatorSpec(
             self.kind,
             d_in,

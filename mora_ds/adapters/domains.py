@@ -1,9 +1,11 @@
-"""One MoRA matrix for each domain, added to the shared one: which row of a batch uses which, and their product.
+"""One MoRA matrix for each domain, added to the shared one: which row of a batch uses
+which, and their product.
 
     y_b = W0 x_b + decompress(M compress(x_b)) + decompress(M_k compress(x_b))      k: the domain of row b
 
-The matrices of the rows are selected by a product with a one-hot matrix. That is exact, and the gradient of M_k is the
-sum over its rows, zero where there is none, without atomic additions, so that it has the same bits every time.
+The matrices of the rows are selected by a product with a one-hot matrix. That is exact, and
+the gradient of M_k is the sum over its rows, zero where there is none, without atomic
+additions, so that it has the same bits every time.
 
 Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 """
@@ -23,15 +25,21 @@ from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, unknown
 
 OWN = "domain_squares"
-"""Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and in files."""
+"""Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and
+in files.
+"""
 
 
 class DomainLinear(MoRALinear):
-    """`MoRALinear` with a second tensor, `domain_squares` (K, r_hat, r_hat): a matrix for each domain."""
+    """`MoRALinear` with a second tensor, `domain_squares` (K, r_hat, r_hat): a matrix for
+    each domain.
+    """
 
     domain_squares: nn.Parameter
     own_spec: OperatorSpec
-    """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with every merge."""
+    """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with
+    every merge.
+    """
 
     def __init__(
         self,
@@ -54,30 +62,42 @@ class DomainLinear(MoRALinear):
         choice = self.domains.choice(x)
         if choice is None:
             if self.training:
-                raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
+                raise RunError(
+                    "training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first"
+                )
             return super().forward(x)
         self.hold_tables(x.device)
         row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         rows = nn.functional.dropout(rows, self.dropout, self.training)
-        return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
+        return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(
+            *x.shape[:-1], -1
+        )
 
 
 def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
     """Module name -> layer with domains, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DomainLinear)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DomainLinear)
+    }
 
 
 def domains_of(model: nn.Module) -> Domains:
-    """The object that all layers of a model ask for the domains of rows; without names where it has no domains."""
+    """The object that all layers of a model ask for the domains of rows; without names
+    where it has no domains.
+    """
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 
 class Domains:
-    """The domains of a model, and the domain of each row of the current batch: one object for all of its layers.
+    """The domains of a model, and the domain of each row of the current batch: one object
+    for all of its layers.
 
-    Not a context variable, as with gradient checkpointing layers ask again in backward, maybe on another thread. It is
-    set before a forward, and must not change until the backward has ended.
+    Not a context variable, as with gradient checkpointing layers ask again in backward,
+    maybe on another thread. It is set before a forward, and must not change until the
+    backward has ended.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -86,13 +106,15 @@ class Domains:
         self._same_for_all = False
 
     def set(self, rows: Sequence[str]) -> None:
-        """Sets the domain of each of the B rows of the next batches. Raises `UserError` for an unknown domain."""
+        """Sets the domain of each of the B rows of the next batches. Raises `UserError` for
+        an unknown domain.
+        """
         self._choice = self._one_hot(rows)
         self._same_for_all = False
 
     def set_all(self, domain: str | None) -> None:
-        """Sets one domain for all rows of any batch; None for none, so that the shared matrix acts alone. Raises
-        `UserError` for an unknown domain."""
+        """Sets one domain for all rows of any batch; None for none, so that the shared
+        matrix acts alone. Raises `UserError` for an unknown domain."""
         self._choice = None if domain is None else self._one_hot([domain])
         self._same_for_all = True
 
@@ -107,8 +129,8 @@ class Domains:
             self._choice, self._same_for_all = before
 
     def choice(self, x: Tensor) -> Tensor | None:
-        """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all rows belong to one; None for no
-        domain.
+        """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all rows
+        belong to one; None for no domain.
 
         Raises `RunError` where x does not have the rows whose domains are set.
         """
@@ -119,7 +141,8 @@ class Domains:
                 f"domains are set for {len(self._choice)} rows, but a layer reads {tuple(x.shape)}: leave layers that "
                 "do not see complete rows (experts, a head with --chunked_loss) out of --target_modules"
             )
-        self._choice = self._choice.to(x.device, x.dtype, non_blocking=True)  # the next layer finds it there
+        # The next layer finds it there
+        self._choice = self._choice.to(x.device, x.dtype, non_blocking=True)
         return self._choice
 
     def _one_hot(self, rows: Sequence[str]) -> Tensor:
@@ -127,15 +150,21 @@ class Domains:
         for domain in rows:
             if domain not in self.names:
                 raise UserError(unknown("domain", domain, self.names))
-        return torch.tensor([[float(domain == name) for name in self.names] for domain in rows])
+        return torch.tensor(
+            [[float(domain == name) for name in self.names] for domain in rows]
+        )
 
 
 def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
-    """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, zero for a row without a domain."""
+    """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, zero for a row without a
+    domain.
+    """
     return (choice @ squares.flatten(1)).unflatten(1, squares.shape[1:])
 
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
-    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B, ..., D) -> (B, ..., O)."""
+    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B,
+    ..., D) -> (B, ..., O).
+    """
     z = compress(spec, x)
     return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))

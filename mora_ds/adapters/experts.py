@@ -1,18 +1,20 @@
-"""Experts of a mixture as targets: their frozen weights stay in one tensor a projection, which gets a stack of MoRA
-matrices, one an expert.
+"""Experts of a mixture as targets: their frozen weights stay in one tensor a projection,
+which gets a stack of MoRA matrices, one an expert.
 
     find_stacks(model)        name -> `ExpertStack` of every projection, such as model.layers.0.mlp.experts.down_proj
     MoRAExperts               the layer in place of that parameter: frozen stack (E, O, D), M (E, R, R)
     compute_sorted(module)    makes the module of the experts compute by `experts_forward`
 
-transformers gives every experts' module of known layout the same marks (integrations/moe.py,
-`use_experts_implementation`: is_transposed, has_gate, has_bias, ...), and lets an implementation of its forward be
-registered (`ExpertsInterface`); it is chosen for each module by its config. Here tokens are sorted by expert, and
+transformers gives every experts' module of known layout the same marks
+(integrations/moe.py, `use_experts_implementation`: is_transposed, has_gate, has_bias, ...),
+and lets an implementation of its forward be registered (`ExpertsInterface`); it is chosen
+for each module by its config. Here tokens are sorted by expert, and
 
     y = W[e] x + decompress(M[e] compress(x))         over activations: no weight is formed
 
-since a formed weight W + delta would be as large as the experts themselves, in every layer that is not recomputed.
-compress is the same for all experts of a projection, so that it is applied to each token once.
+since a formed weight W + delta would be as large as the experts themselves, in every layer
+that is not recomputed. compress is the same for all experts of a projection, so that it is
+applied to each token once.
 
 Shape legend:  T = tokens, K = experts a token, S = T K = rows, E = experts, O = d_out, D = d_in, R = r_hat.
 """
@@ -38,14 +40,24 @@ IMPLEMENTATION = "mora_ds"
 """Name of `experts_forward` among transformers' implementations."""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters of a module of experts; gate and up are one projection where they are one tensor."""
+"""Parameters of a module of experts; gate and up are one projection where they are one
+tensor.
+"""
 
-_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+_EXPERTS_A_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
 """Names of K in configs."""
 
 
 class MoRAExperts(AdaptedLinear):
-    """One projection of all experts: y_s = W[e] x_s + decompress(M[e] compress(dropout(x_s))) for row s of expert e."""
+    """One projection of all experts: y_s = W[e] x_s + decompress(M[e]
+    compress(dropout(x_s))) for row s of expert e.
+    """
 
     spec: StackSpec
     square: nn.Parameter
@@ -66,7 +78,9 @@ class MoRAExperts(AdaptedLinear):
         rows: Rows,
         spread: bool,
     ) -> Tensor:
-        """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a token takes."""
+        """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a
+        token takes.
+        """
         expert_spec = self.spec.operator
         self._held = tables_of(expert_spec, x.device)
         z = compress(expert_spec, F.dropout(x, self.dropout, self.training))
@@ -78,12 +92,16 @@ class MoRAExperts(AdaptedLinear):
             self.square.to(x.dtype),
             rows.ends * expert_spec.blocks,
         )
-        return grouped_linear(x, self.frozen, rows.ends) + decompress(expert_spec, u.view_as(z))
+        return grouped_linear(x, self.frozen, rows.ends) + decompress(
+            expert_spec, u.view_as(z)
+        )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which token each row is, where every token has a row for each of its experts and rows are sorted by expert."""
+    """Which token each row is, where every token has a row for each of its experts and rows
+    are sorted by expert.
+    """
 
     order: Tensor
     """(S,): row -> its place among the pairs (token, k), token by token."""
@@ -107,7 +125,9 @@ class Rows:
         )
 
     def spread(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its experts, on every device."""
+        """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its
+        experts, on every device.
+        """
         copies = x.unsqueeze(1).expand(-1, self.per_token, *x.shape[1:]).flatten(0, 1)
         return copies.index_select(0, self.order)
 
@@ -123,8 +143,9 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """(T, D), the experts of each token (T, K) and their weights (T, K) -> (T, D). `experts`: a module of transformers
-    with one `MoRAExperts` or two; names and order of the arguments are those of its own implementations."""
+    """(T, D), the experts of each token (T, K) and their weights (T, K) -> (T, D).
+    `experts`: a module of transformers with one `MoRAExperts` or two; names and order of
+    the arguments are those of its own implementations."""
     rows = Rows.of(top_k_index, _stack_of(experts, "down_proj").shape[0])
     inner = _project(
         experts,
@@ -163,8 +184,11 @@ def _stack_of(experts: Any, name: str) -> Any:
 
 
 def compute_sorted(experts: Any) -> None:
-    """Makes a module of experts compute by `experts_forward`, whatever implementation the other ones have."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # not above: it takes a second, at every start
+    """Makes a module of experts compute by `experts_forward`, whatever implementation the
+    other ones have.
+    """
+    # Not above: it takes a second, at every start
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     config = copy.copy(experts.config)
@@ -176,13 +200,20 @@ def compute_sorted(experts: Any) -> None:
 
 
 def find_stacks(model: nn.Module) -> dict[str, ExpertStack | str]:
-    """Name -> projection, for every tensor of three dimensions that is a projection of experts without MoRA matrices,
-    before and after injection; or, where the layout is not known, what is odd about it."""
+    """Name -> projection, for every tensor of three dimensions that is a projection of
+    experts without MoRA matrices, before and after injection; or, where the layout is not
+    known, what is odd about it."""
     stacks: dict[str, ExpertStack | str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) or "experts" not in f"{path} {type(module).__name__}".lower():
+        if (
+            isinstance(module, AdaptedLinear)
+            or "experts" not in f"{path} {type(module).__name__}".lower()
+        ):
             continue
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
             if tensor.dim() == 3:
                 stacks[f"{path}.{name}"] = _read(module, name, tensor)
     return stacks
@@ -202,28 +233,43 @@ def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
 
 
 def _experts_a_token(config: Any) -> int:
-    """K; 0 where the config does not say, or has a list with different numbers for different layers."""
-    value = next((value for key in _EXPERTS_A_TOKEN if (value := getattr(config, key, None))), 0)
-    numbers = set(value) if isinstance(value, (list, tuple)) else {value}  # HunYuan has a list, a number for each layer
+    """K; 0 where the config does not say, or has a list with different numbers for
+    different layers.
+    """
+    value = next(
+        (value for key in _EXPERTS_A_TOKEN if (value := getattr(config, key, None))), 0
+    )
+    # HunYuan has a list, a number for each layer
+    numbers = set(value) if isinstance(value, (list, tuple)) else {value}
     return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _odd_shapes(module: Any) -> str:
-    """Why the shapes of a module's projections are not those that its marks say; "" where they are."""
+    """Why the shapes of a module's projections are not those that its marks say; "" where
+    they are.
+    """
     kind = type(module).__name__
-    stacks = [_stack_of(module, name) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    stacks = [
+        _stack_of(module, name)
+        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    ]
     if not all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in stacks):
         return f"{kind} does not have the projections up and down"
     first, last = (stack.mT if module.is_transposed else stack for stack in stacks)
     count, outputs, inputs = last.shape
     hidden = outputs if module.has_gate else getattr(module.config, "hidden_size", outputs)
-    if first.shape != (count, inputs * (2 if module.has_gate else 1), hidden) or outputs != hidden:
+    if (
+        first.shape != (count, inputs * (2 if module.has_gate else 1), hidden)
+        or outputs != hidden
+    ):
         return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
     return ""
 
 
 def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
-    """Raises `UserError` naming the first of the projections that a pattern asks for whose layout is not known."""
+    """Raises `UserError` naming the first of the projections that a pattern asks for whose
+    layout is not known.
+    """
     for name, stack_or_reason in stacks.items():
         if isinstance(stack_or_reason, str):
             raise UserError(

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
-from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, LoRALinear, MoRALinear, linear_shape, mora_layers
+from mora_ds.adapters.layer import (
+    AdaptedLinear,
+    ExpertStack,
+    LoRALinear,
+    MoRALinear,
+    linear_shape,
+    mora_layers,
+)
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.nf4 import NF4Weight
@@ -59,8 +66,8 @@ class InjectionReport:
     other_trainable_params: int
     total_params: int
     left_out: dict[str, int]
-    """With all-linear: parameters of frozen matrices that are no linear layer's (experts in one tensor, convolutions),
-    by the end of their name."""
+    """With all-linear: parameters of frozen matrices that are no linear layer's (experts in
+    one tensor, convolutions), by the end of their name."""
 
     @property
     def trainable_params(self) -> int:
@@ -71,7 +78,9 @@ class InjectionReport:
         head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {size:>6} {self.values:>13}"
         lines = [head, "-" * len(head)]
         for row in self.rows:
-            lines.append(f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.size:>6} {row.params:>13,}")
+            lines.append(
+                f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.size:>6} {row.params:>13,}"
+            )
         share = 100 * self.trainable_params / self.total_params
         lines.append(
             f"operator {self.operator}: trainable {self.trainable_params:,} "
@@ -79,7 +88,9 @@ class InjectionReport:
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
         if self.left_out:
-            names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
+            names = ", ".join(
+                f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items()
+            )
             lines.append(f"not adapted, as these weights are not in linear layers: {names}")
         return "\n".join(lines)
 
@@ -95,28 +106,41 @@ def inject(
 ) -> InjectionReport:
     """Gives `model` its adapters and freezes the rest, in place.
 
-    With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before it was loaded in the model's
-    dtype, on the device where it is to be; that is rounded, and the model's own weight is dropped.
-    Raises `UserError` when a target matches nothing, when the model already has an adapter, and when a target shares
-    its weight with another module (a merge would change both) or is trained itself.
+    With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before it
+    was loaded in the model's dtype, on the device where it is to be; that is rounded, and
+    the model's own weight is dropped. Raises `UserError` when a target matches nothing,
+    when the model already has an adapter, and when a target shares its weight with another
+    module (a merge would change both) or is trained itself.
     """
     require_type(model, nn.Module, "inject: `model`")
     if not isinstance(config, AdapterConfig):
-        raise UserError(f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}")
+        raise UserError(
+            f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
+        )
     if is_compiled(model):
-        raise UserError("inject: `model` is compiled: merges change what was compiled; give the model itself")
+        raise UserError(
+            "inject: `model` is compiled: merges change what was compiled; give the model itself"
+        )
     if mora_layers(model):
         raise UserError("this model already has an adapter: inject it once")
     targets = targets_of(model, config)
     if "" in targets:
-        raise UserError("inject: `model` is itself a linear layer: give the module that it is a part of")
+        raise UserError(
+            "inject: `model` is itself a linear layer: give the module that it is a part of"
+        )
     _refuse_shared(model, targets)
     trained = _trained_parameters(model, config)
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:
-        raise UserError(f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one")
+        raise UserError(
+            f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one"
+        )
     total = count_parameters(model)
     specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
-    domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
+    domains = (
+        Domains(config.domains)
+        if isinstance(config, MoRAConfig) and config.domains
+        else None
+    )
     stacks = [name for name, base in targets.items() if isinstance(base, ExpertStack)]
     if stacks and config.base_bits == NF4Weight.bits:
         raise UserError(
@@ -128,9 +152,13 @@ def inject(
         if config.base_bits != AS_LOADED:
             try:
                 weight = layer.spec.weight_name(name)
-                layer.quantize(layer.weight if original is None else original(weight), config.base_bits)
+                layer.quantize(
+                    layer.weight if original is None else original(weight), config.base_bits
+                )
             except RunError as error:
-                raise UserError(f"`base_bits` {config.base_bits}: {weight}: {error}") from error
+                raise UserError(
+                    f"`base_bits` {config.base_bits}: {weight}: {error}"
+                ) from error
         if isinstance(base, ExpertStack):
             parent, _, child = name.rpartition(".")
             experts = model.get_submodule(parent)
@@ -144,7 +172,9 @@ def inject(
     if config.embedding_rank:
         train_low_rank(model, config.embedding_rank, config.seed)
     layers = list(mora_layers(model).values())
-    values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
+    values = sum(
+        value.numel() for layer in layers for value in layer.parameters(recurse=False)
+    )
     other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
@@ -164,15 +194,21 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> AdapterConfig:
-    """The config that `model` was injected with. Raises `UserError` for a model without an adapter."""
+    """The config that `model` was injected with. Raises `UserError` for a model without an
+    adapter.
+    """
     config: AdapterConfig | None = getattr(model, _CONFIG, None)
     if config is None:
-        raise UserError("the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first")
+        raise UserError(
+            "the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first"
+        )
     return config
 
 
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
-    """Gives every layer its operator of a cycle (fresh permutations, or the next grouping)."""
+    """Gives every layer its operator of a cycle (fresh permutations, or the next
+    grouping).
+    """
     for name, layer in mora_layers(model).items():
         layer.spec = spec_of(config, name, layer, cycle)
 
@@ -194,16 +230,25 @@ def spec_of(
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> frozen base tensor, with every name of a tied tensor, and scales of quantized weights; not the buffers
-    that the model had before."""
+    """Name -> frozen base tensor, with every name of a tied tensor, and scales of quantized
+    weights; not the buffers that the model had before."""
     names: set[str] = getattr(model, "_mora_frozen", set())
-    return {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name in names}
+    return {
+        name: tensor
+        for name, tensor in model.named_buffers(remove_duplicate=False)
+        if name in names
+    }
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`frozen_buffers` without the scales, by the names that the parameters had before injection."""
+    """`frozen_buffers` without the scales, by the names that the parameters had before
+    injection.
+    """
     scales = scale_names(model)
-    names = {f"{name}.weight": layer.spec.weight_name(name) for name, layer in mora_layers(model).items()}
+    names = {
+        f"{name}.weight": layer.spec.weight_name(name)
+        for name, layer in mora_layers(model).items()
+    }
     frozen = frozen_buffers(model).items()
     return {names.get(name, name): tensor for name, tensor in frozen if name not in scales}
 
@@ -215,12 +260,22 @@ def scale_names(model: nn.Module) -> set[str]:
 
 def base_elements(model: nn.Module) -> int:
     """Elements of the frozen base, each tied tensor once, packed or not, without scales."""
-    packed = {id(layer.weight): math.prod(layer.shape) for layer in quantized_layers(model).values()}
-    return sum({id(weight): packed.get(id(weight), weight.numel()) for weight in base_weights(model).values()}.values())
+    packed = {
+        id(layer.weight): math.prod(layer.shape)
+        for layer in quantized_layers(model).values()
+    }
+    return sum(
+        {
+            id(weight): packed.get(id(weight), weight.numel())
+            for weight in base_weights(model).values()
+        }.values()
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters and frozen base tensors, each tied tensor once; without scales."""
+    """Elements of all parameters and frozen base tensors, each tied tensor once; without
+    scales.
+    """
     return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
 
 
@@ -230,11 +285,11 @@ def move_base(
     dtype: torch.dtype,
     on_host: Collection[str] = (),
 ) -> None:
-    """Moves and casts the frozen base, each tied tensor once; scales of quantized weights stay fp32. The tensors named
-    by `on_host` go to the CPU instead.
+    """Moves and casts the frozen base, each tied tensor once; scales of quantized weights
+    stay fp32. The tensors named by `on_host` go to the CPU instead.
 
-    `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed casts parameters, not buffers
-    (runtime/engine.py, `_cast_module_mixed_precision`).
+    `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed casts
+    parameters, not buffers (runtime/engine.py, `_cast_module_mixed_precision`).
     """
     moved: dict[int, Tensor] = {}
     scales = scale_names(model)
@@ -247,7 +302,9 @@ def move_base(
 
 
 def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors` in place of frozen ones, by name; a tied one under all of its names."""
+    """Puts `tensors` in place of frozen ones, by name; a tied one under all of its
+    names.
+    """
     frozen = frozen_buffers(model)
     new = {id(frozen[name]): tensor for name, tensor in tensors.items()}
     for name, old in frozen.items():
@@ -256,10 +313,16 @@ def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """A weight that two modules use, or a module with two names, cannot have one adapter."""
+    """A weight that two modules use, or a module with two names, cannot have one
+    adapter.
+    """
     modules = list(model.modules())
-    owners = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
-    occurrences = Counter(id(child) for module in modules for child in module._modules.values())
+    owners = Counter(
+        id(parameter) for module in modules for parameter in module._parameters.values()
+    )
+    occurrences = Counter(
+        id(child) for module in modules for child in module._modules.values()
+    )
     for name, module in targets.items():
         if owners[id(module.weight)] > 1 or occurrences[id(module)] > 1:
             raise UserError(
@@ -272,25 +335,39 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
     """ids of the other trained parameters (modules_to_save)."""
     modules: list[nn.Module] = []
     if config.train_embeddings:
-        modules += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        modules += [
+            module for module in model.modules() if isinstance(module, nn.Embedding)
+        ]
     if config.train_norms:
-        modules += [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+        modules += [
+            module for module in model.modules() if "norm" in type(module).__name__.lower()
+        ]
     if config.train_head:
         head = output_head(model)
         if head is None:
             raise UserError("`train_head`: this model has no output head")
         modules.append(head)
-    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    return {
+        id(parameter)
+        for module in modules
+        for parameter in module.parameters(recurse=False)
+    }
 
 
 def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
-    """Makes all parameters but those of adapters and `trained` non-persistent buffers; a tied tensor stays one."""
+    """Makes all parameters but those of adapters and `trained` non-persistent buffers; a
+    tied tensor stays one.
+    """
     frozen: dict[int, Tensor] = {}
     names: set[str] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, AdaptedLinear):
-            buffer_names = {name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            buffer_names = {
+                name
+                for name, tensor in module.named_buffers(recurse=False)
+                if tensor is not None
+            }
             names |= {prefix + name for name in buffer_names}
             continue
         for name, parameter in list(module._parameters.items()):
@@ -311,7 +388,9 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _matrices_left_out(model: nn.Module) -> dict[str, int]:
-    """Elements of the frozen tensors of two dimensions or more that are neither adapted nor embedding nor head."""
+    """Elements of the frozen tensors of two dimensions or more that are neither adapted nor
+    embedding nor head.
+    """
     head = output_head(model)
     numels: Counter[str] = Counter()
     for path, module in model.named_modules():
@@ -325,7 +404,9 @@ def _matrices_left_out(model: nn.Module) -> dict[str, int]:
 def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
-        groups.setdefault((ending_of(name), spec.d_in, spec.d_out), []).append(spec.value_shape)
+        groups.setdefault((ending_of(name), spec.d_in, spec.d_out), []).append(
+            spec.value_shape
+        )
     rows = []
     for (ending, d_in, d_out), shapes in groups.items():
         params = sum(math.prod(shape) for shape in shapes)
@@ -340,11 +421,13 @@ def layer_for(
     name: str,
     domains: Domains | None,
 ) -> AdaptedLinear:
-    """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for experts that would
-    have domains."""
+    """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises
+    `UserError` for experts that would have domains."""
     if isinstance(spec, StackSpec):
         if domains is not None:
-            raise UserError(f"research.domain_adapters: {name} are experts, which can have no domains: leave them out")
+            raise UserError(
+                f"research.domain_adapters: {name} are experts, which can have no domains: leave them out"
+            )
         return MoRAExperts(base, spec, config.dropout)
     if isinstance(spec, LoRASpec):
         return LoRALinear(base, spec, config.dropout, config.first_seed(name, cycle=0))

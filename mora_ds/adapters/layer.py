@@ -1,8 +1,9 @@
 """A frozen linear layer with one trainable tensor: `MoRALinear` and `LoRALinear`.
 
-The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so that every rank has
-them unsharded and no collective ever carries them. With 8 bits the weight is int8, with 4 bits it is packed in uint8
-(`nf4`), and its scales are another buffer.
+The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters
+only, so that every rank has them unsharded and no collective ever carries them. With 8 bits
+the weight is int8, with 4 bits it is packed in uint8 (`nf4`), and its scales are another
+buffer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from mora_ds.adapters.ops.terms import Term, join
 
 
 class Split(Protocol):
-    """How the ranks of a tensor-parallel group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
+    """How the ranks of a tensor-parallel group compute a layer
+    (`parallel.tensor_parallel.LayerSplit`).
+    """
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that a rank computes."""
@@ -71,8 +74,9 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 class ExpertStack(nn.Module):
-    """The weights (E, d_out, d_in) of one projection of all experts, or (E, d_in, d_out) when `transposed`: what stands
-    for the parameter of transformers until a layer takes its place."""
+    """The weights (E, d_out, d_in) of one projection of all experts, or (E, d_in, d_out)
+    when `transposed`: what stands for the parameter of transformers until a layer takes its
+    place."""
 
     bias = None
 
@@ -82,21 +86,25 @@ class ExpertStack(nn.Module):
         transposed: bool,
         experts_per_token: int,
     ) -> None:
-        """`experts_per_token`: how many experts compute each token; 0 where the config does not say."""
+        """`experts_per_token`: how many experts compute each token; 0 where the config does
+        not say.
+        """
         super().__init__()
         self.weight = weight
         self.transposed = transposed
         self.experts_per_token = experts_per_token
         self.count = len(weight)
-        self.out_features, self.in_features = (weight.mT if transposed else weight).shape[1:]
+        self.out_features, self.in_features = (weight.mT if transposed else weight).shape[
+            1:
+        ]
 
 
 class AdaptedLinear(nn.Module):
     """y = W0 x + b + update(dropout(x)): what all adapters have in common.
 
-    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that it comes from: (d_out, d_in), or
-    (d_in, d_out) when `transposed` (GPT-2's Conv1D), unless it is packed. The only parameter is `value`, named
-    `spec.value_name`.
+    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that it
+    comes from: (d_out, d_in), or (d_in, d_out) when `transposed` (GPT-2's Conv1D), unless
+    it is packed. The only parameter is `value`, named `spec.value_name`.
     """
 
     weight: Tensor
@@ -112,10 +120,12 @@ class AdaptedLinear(nn.Module):
         dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without copying them. `seed`: for
-        LoRA's A."""
+        """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without
+        copying them. `seed`: for LoRA's A."""
         super().__init__()
-        self.transposed = base.transposed if isinstance(base, ExpertStack) else isinstance(base, Conv1D)
+        self.transposed = (
+            base.transposed if isinstance(base, ExpertStack) else isinstance(base, Conv1D)
+        )
         self.in_features, self.out_features = linear_shape(base)
         weight = base.weight.data
         self.register_buffer("weight", weight, persistent=False)
@@ -130,7 +140,9 @@ class AdaptedLinear(nn.Module):
         self.spec = spec
         self.dropout = dropout
         self.split: Split | None = None
-        """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
+        """Set under tensor parallelism: the parameter is then this rank's shard of the
+        value.
+        """
         self.merged: tuple[Term, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them up."""
         self._merged_tables: tuple[object, ...] = ()
@@ -138,7 +150,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
         check_floating(x, frozen)
-        return frozen_linear(x, frozen, self.bias) + self.update(F.dropout(x, self.dropout, self.training))
+        return frozen_linear(x, frozen, self.bias) + self.update(
+            F.dropout(x, self.dropout, self.training)
+        )
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds: (..., d_in) -> (..., d_out)."""
@@ -151,7 +165,9 @@ class AdaptedLinear(nn.Module):
         return value
 
     def unshard(self, value_shard: Tensor) -> Tensor:
-        """The unsharded value, of which this rank's parameter is `value_shard`. Collective under tensor parallelism."""
+        """The unsharded value, of which this rank's parameter is `value_shard`. Collective
+        under tensor parallelism.
+        """
         return value_shard if self.split is None else self.split.unshard(value_shard)
 
     def shard(self, value: Tensor) -> Tensor:
@@ -177,14 +193,16 @@ class AdaptedLinear(nn.Module):
         return self.weight.dtype is torch.uint8
 
     def frozen_on(self, device: torch.device, copy: bool = False) -> Weight:
-        """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`, or a quantized weight. With
-        `copy` one that a merge does not change."""
+        """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`, or
+        a quantized weight. With `copy` one that a merge does not change."""
         scales = self.weight_scales
         if scales is not None and self.is_packed:  # merges do not write to it
             shape = self.out_features, self.in_features
             return NF4Weight(self.weight.to(device), scales.to(device), shape, self.merged)
         stored = self.stored_weight.to(device, copy=copy)
-        return stored if scales is None else Int8Weight(stored, scales.to(device, copy=copy))
+        return (
+            stored if scales is None else Int8Weight(stored, scales.to(device, copy=copy))
+        )
 
     @property
     def frozen(self) -> Weight:
@@ -193,7 +211,9 @@ class AdaptedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes. The frozen weight may wait in host memory (`engine.base_ring`)."""
+        """Where the layer computes. The frozen weight may wait in host memory
+        (`engine.base_ring`).
+        """
         return self.value.device
 
     @property
@@ -202,8 +222,8 @@ class AdaptedLinear(nn.Module):
         return self.value.dtype
 
     def quantize(self, original: Tensor, bits: int) -> None:
-        """Holds `original`, in the weight's layout, in 8 or 4 bits in place of `weight`; it is not kept itself. Raises
-        `RunError` where it is not finite."""
+        """Holds `original`, in the weight's layout, in 8 or 4 bits in place of `weight`; it
+        is not kept itself. Raises `RunError` where it is not finite."""
         original = original.mT if self.transposed else original
         if bits == NF4Weight.bits:
             self.weight, self.weight_scales = nf4.quantize(original)
@@ -213,22 +233,32 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def form(self, original: Tensor, updates: Iterable[Term]) -> None:
-        """Forms the frozen weight anew: `original` plus the deltas of `updates`, summed in fp32 in their order.
+        """Forms the frozen weight anew: `original` plus the deltas of `updates`, summed in
+        fp32 in their order.
 
-        The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the original weight, rounding
-        errors do not accumulate over merges. In 4 bits the original alone is rounded, and the updates stay matrices
-        beside it (`nf4`). In place, so that storages and ties stay. `original`, in the layout of `weight`, is not
+        The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the
+        original weight, rounding errors do not accumulate over merges. In 4 bits the
+        original alone is rounded, and the updates stay matrices beside it (`nf4`). In
+        place, so that storages and ties stay. `original`, in the layout of `weight`, is not
         written to.
         """
         if self.weight_scales is None:
-            self.weight.copy_(live_weight(original, updates, self.transposed, self.weight.dtype, self.device))
+            self.weight.copy_(
+                live_weight(
+                    original, updates, self.transposed, self.weight.dtype, self.device
+                )
+            )
         elif self.is_packed:
-            packed, scales = nf4.quantize((original.T if self.transposed else original).to(self.device))
+            packed, scales = nf4.quantize(
+                (original.T if self.transposed else original).to(self.device)
+            )
             self.weight.copy_(packed)
             self.weight_scales.copy_(scales)
             self.keep_merged(updates)
         else:
-            weight = live_weight(original, updates, self.transposed, torch.float32, self.device)
+            weight = live_weight(
+                original, updates, self.transposed, torch.float32, self.device
+            )
             values, scales = int8.quantize(weight.mT if self.transposed else weight)
             self.stored_weight.copy_(values)
             self.weight_scales.copy_(scales)
@@ -240,7 +270,9 @@ class AdaptedLinear(nn.Module):
         updates: Iterable[Term],
         square: Tensor,
     ) -> MergeNorms:
-        """`form` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
+        """`form` with the unsharded fp32 value `square` as the last of `updates`; returns
+        its norms.
+        """
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             self.keep_merged(updates)  # the original's 4 bits stay as they are
@@ -249,7 +281,11 @@ class AdaptedLinear(nn.Module):
         before = _norm(dense(old, torch.float32))
         moved = None
         if self.weight.dtype is not torch.float32:
-            moved = dense(self.frozen_on(self.device), torch.float32).float().sub_(dense(old, torch.float32))
+            moved = (
+                dense(self.frozen_on(self.device), torch.float32)
+                .float()
+                .sub_(dense(old, torch.float32))
+            )
         del old  # before the delta takes as much memory
         delta = self.spec.delta_weight(square)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
@@ -264,17 +300,21 @@ class AdaptedLinear(nn.Module):
         self._hold_merged_tables()
 
     def _hold_merged_tables(self) -> None:
-        """Keeps the tables of merged cycles, which every step reads and which are too many for a cache."""
+        """Keeps the tables of merged cycles, which every step reads and which are too many
+        for a cache.
+        """
         self._merged_tables = tuple(spec.tables(self.device) for spec, _ in self.merged)
 
     def read(self) -> Tensor:
-        """The frozen weight in its layout, in its dtype or, where it is quantized, in fp32. May be `weight` itself."""
+        """The frozen weight in its layout, in its dtype or, where it is quantized, in fp32.
+        May be `weight` itself.
+        """
         weight = dense(self.frozen, torch.float32)
         return weight.mT if self.transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        """Moves but does not cast scales: `module.to(bf16)` would round them, and with them every weight. Casts the
-        terms of merged cycles, as it casts the matrix."""
+        """Moves but does not cast scales: `module.to(bf16)` would round them, and with them
+        every weight. Casts the terms of merged cycles, as it casts the matrix."""
         scales = self.weight_scales
         super()._apply(fn, recurse)
         self.weight_scales = None if scales is None else scales.to(self.device)
@@ -290,7 +330,9 @@ class AdaptedLinear(nn.Module):
 
 
 class MoRALinear(AdaptedLinear):
-    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter."""
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only
+    parameter.
+    """
 
     spec: OperatorSpec
     square: nn.Parameter
@@ -308,10 +350,16 @@ class MoRALinear(AdaptedLinear):
         self._held: tuple[IndexTables, ...] = ()
 
     def path(self, tokens: int) -> Compute:
-        """How the layer is computed when it is called with so many tokens: as it was told, or the cheaper way."""
+        """How the layer is computed when it is called with so many tokens: as it was told,
+        or the cheaper way.
+        """
         if self.compute is not Compute.AUTO:
             return self.compute
-        sizes = (self.in_features, self.out_features) if self.split is None else self.split.sizes(self.spec)
+        sizes = (
+            (self.in_features, self.out_features)
+            if self.split is None
+            else self.split.sizes(self.spec)
+        )
         return cheaper_path(tokens, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,7 +369,9 @@ class MoRALinear(AdaptedLinear):
         return self.product(x, self.square.to(x.dtype), self.path(tokens))
 
     def product(self, x: Tensor, square: Tensor, path: Compute) -> Tensor:
-        """The layer's output with `square` in place of its own M (this rank's shard of it, where it is split)."""
+        """The layer's output with `square` in place of its own M (this rank's shard of it,
+        where it is split).
+        """
         if self.split is not None:
             return self.split(self, x, square, path)
         frozen = self.frozen
@@ -343,11 +393,15 @@ class MoRALinear(AdaptedLinear):
         return (self.spec,)
 
     def hold_tables(self, device: torch.device) -> None:
-        """Keeps the tables of the layer's operators as long as it uses them, however many other layers there are."""
+        """Keeps the tables of the layer's operators as long as it uses them, however many
+        other layers there are.
+        """
         self._held = tuple(tables_of(spec, device) for spec in self.operators())
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
-        """The index tables of the layer's operator on a device, made anew when a cycle brings another operator."""
+        """The index tables of the layer's operator on a device, made anew when a cycle
+        brings another operator.
+        """
         tables = self.tables
         if tables is None or tables.spec != self.spec or tables.fold.device != device:
             self.tables = tables = KernelTables(self.spec, device)
@@ -358,7 +412,9 @@ class MoRALinear(AdaptedLinear):
 
 
 class LoRALinear(AdaptedLinear):
-    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the only parameter."""
+    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the
+    only parameter.
+    """
 
     spec: LoRASpec
     factors: nn.Parameter
@@ -368,18 +424,30 @@ class LoRALinear(AdaptedLinear):
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Module name -> adapted layer, in the model's order, which is the same on every rank."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    """Module name -> adapted layer, in the model's order, which is the same on every
+    rank.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+    }
 
 
 def value_names(model: nn.Module) -> set[str]:
     """Names of the parameters of all adapters, those of domains included."""
     layers = mora_layers(model).items()
-    return {f"{name}.{value}" for name, layer in layers for value, _ in layer.named_parameters(recurse=False)}
+    return {
+        f"{name}.{value}"
+        for name, layer in layers
+        for value, _ in layer.named_parameters(recurse=False)
+    }
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
+    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that
+    computes the same.
+    """
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
@@ -387,30 +455,45 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not), by trying it: in bf16, as
-    one that returns fp32 whatever its input shows only there, and weights may not be in the run's dtype yet. Tensors of
-    the meta device are tried as random numbers."""
+    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not),
+    by trying it: in bf16, as one that returns fp32 whatever its input shows only there, and
+    weights may not be in the run's dtype yet. Tensors of the meta device are tried as
+    random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def tried(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
+            tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(
+                tensor.dtype
+            )
         return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
-    tensors = {name: tried(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(tensors["weight"].device)
+    tensors = {
+        name: tried(tensor)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(
+        tensors["weight"].device
+    )
     try:
         output = functional_call(module, tensors, x)
         expected = F.linear(x, tensors["weight"], tensors.get("bias"))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # other arguments, or a weight of another layout
-    if not isinstance(output, Tensor) or (output.shape, output.dtype) != (expected.shape, expected.dtype):
+    if not isinstance(output, Tensor) or (output.shape, output.dtype) != (
+        expected.shape,
+        expected.dtype,
+    ):
         return False
-    return torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    return torch.allclose(
+        output, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
+    )
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(d_in, d_out) of an `nn.Linear`, a `Conv1D`, an adapted layer or each expert of a stack."""
+    """(d_in, d_out) of an `nn.Linear`, a `Conv1D`, an adapted layer or each expert of a
+    stack.
+    """
     if isinstance(module, (AdaptedLinear, ExpertStack)):
         return module.in_features, module.out_features
     rows, columns = module.weight.shape

@@ -1,11 +1,13 @@
-"""Training of a product of low rank that is added to embeddings and head, while their own weights stay frozen.
+"""Training of a product of low rank that is added to embeddings and head, while their own
+weights stay frozen.
 
     frozen weight W (V, d), a buffer
     low_rank (V + d, R)                 a parameter: A (V, R), zeros at first, above B^T (d, R)
     embeddings and head                 those of W + A B
     tied head                           the same parameter, a second time
 
-A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.low_rank`.
+A checkpoint has it among the other trained parameters (modules_to_save), as
+`<module>.low_rank`.
 """
 
 from collections.abc import Iterable
@@ -54,21 +56,37 @@ class LowRankHead(FrozenHead):
 
 
 def train_low_rank(model: Any, rank: int, seed: int) -> None:
-    """Replaces the model's embeddings and its head, whose frozen weights are buffers already. `seed`: for B.
+    """Replaces the model's embeddings and its head, whose frozen weights are buffers
+    already. `seed`: for B.
 
-    Raises `UserError` where either is not a plain look-up or linear layer or is trained itself.
+    Raises `UserError` where either is not a plain look-up or linear layer or is trained
+    itself.
     """
     embedding, head = plain_tables(model, SETTING)
     if isinstance(embedding.weight, nn.Parameter) or isinstance(head.weight, nn.Parameter):
-        raise UserError(f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out")
+        raise UserError(
+            f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
+        )
     values = _first_values(embedding.weight, rank, permutation_seed(seed, "embeddings", 0))
     tied = is_tied(embedding, head)
-    head_values = values if tied else _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
-    replace_modules(model, {embedding: LowRankEmbedding(embedding, values), head: LowRankHead(head, head_values)})
+    head_values = (
+        values
+        if tied
+        else _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
+    )
+    replace_modules(
+        model,
+        {
+            embedding: LowRankEmbedding(embedding, values),
+            head: LowRankHead(head, head_values),
+        },
+    )
 
 
 def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:
-    """A of zeros, B uniform from -1 / sqrt(d) to 1 / sqrt(d), as LoRA's A: the same on every process."""
+    """A of zeros, B uniform from -1 / sqrt(d) to 1 / sqrt(d), as LoRA's A: the same on
+    every process.
+    """
     tokens, width = table.shape
     wide = torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])
@@ -81,15 +99,22 @@ def is_low_rank(name: str) -> bool:
 
 
 def with_product(table: Tensor, low_rank: Tensor) -> Tensor:
-    """W + A B in fp32, of the `table` W (V, d). Raises `UserError` for another table's product."""
+    """W + A B in fp32, of the `table` W (V, d). Raises `UserError` for another table's
+    product.
+    """
     if len(low_rank) != sum(table.shape):
-        raise UserError(f"{LOW_RANK} has {len(low_rank)} rows, and the base a table of {tuple(table.shape)}")
+        raise UserError(
+            f"{LOW_RANK} has {len(low_rank)} rows, and the base a table of {tuple(table.shape)}"
+        )
     tall, wide = low_rank.float().split(table.shape)
     return table.float() + tall @ wide.T
 
 
 def sum_of_products(products: Iterable[tuple[Tensor, float]], tokens: int) -> Tensor:
-    """low_rank (V + d, sum of ranks) in fp64 of the sum of products, each times its weight: they lie side by side.
-    `tokens`: V."""
-    weighted = [torch.cat([low[:tokens].double() * weight, low[tokens:].double()]) for low, weight in products]
+    """low_rank (V + d, sum of ranks) in fp64 of the sum of products, each times its weight:
+    they lie side by side. `tokens`: V."""
+    weighted = [
+        torch.cat([low[:tokens].double() * weight, low[tokens:].double()])
+        for low, weight in products
+    ]
     return torch.cat(weighted, dim=1)

@@ -1,10 +1,12 @@
-"""Training of the rows of embeddings and head that an extension of the vocabulary added, while the others stay frozen.
+"""Training of the rows of embeddings and head that an extension of the vocabulary added,
+while the others stay frozen.
 
     frozen weight (V, d), a buffer      its last K rows are never read
     new_rows (K, d)                     a parameter: small, and sharded by ZeRO as the adapters are
     tied head                           the same parameter, a second time
 
-A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.new_rows`.
+A checkpoint has it among the other trained parameters (modules_to_save), as
+`<module>.new_rows`.
 """
 
 from collections.abc import Mapping
@@ -34,7 +36,8 @@ class FrozenEmbedding(nn.Embedding):
         self.register_buffer("weight", base.weight, persistent=False)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"  # torch's reads more, and DeepSpeed prints each module
+        # torch's reads more, and DeepSpeed prints each module
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
 class FrozenHead(nn.Linear):
@@ -51,7 +54,9 @@ class FrozenHead(nn.Linear):
 
 
 class NewRowEmbedding(FrozenEmbedding):
-    """ids (...) -> (..., d): row `id` of the frozen weight, or of `new_rows` where it is one of the last K."""
+    """ids (...) -> (..., d): row `id` of the frozen weight, or of `new_rows` where it is
+    one of the last K.
+    """
 
     def __init__(self, base: nn.Embedding, new_rows: nn.Parameter) -> None:
         super().__init__(base)
@@ -76,32 +81,55 @@ class NewRowHead(FrozenHead):
         self.new_rows = new_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.cat([F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)], dim=-1)
+        logits = torch.cat(
+            [F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)], dim=-1
+        )
         return logits if self.bias is None else logits + self.bias
 
 
 def train_new_rows(model: Any, first: int) -> None:
-    """Replace the model's embeddings and its head, whose frozen weights are buffers already, by ones whose rows from
-    `first` on are trained.
+    """Replace the model's embeddings and its head, whose frozen weights are buffers
+    already, by ones whose rows from `first` on are trained.
 
-    Raises `UserError` where either is not a plain look-up or linear layer, and where there are no such rows.
+    Raises `UserError` where either is not a plain look-up or linear layer, and where there
+    are no such rows.
     """
     embedding, head = plain_tables(model, SETTING)
     if not 0 < first < len(embedding.weight):
-        raise UserError(f"{SETTING}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new")
+        raise UserError(
+            f"{SETTING}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new"
+        )
     values = nn.Parameter(embedding.weight.data[first:].clone())
-    head_values = values if is_tied(embedding, head) else nn.Parameter(head.weight.data[first:].clone())
-    replace_modules(model, {embedding: NewRowEmbedding(embedding, values), head: NewRowHead(head, head_values)})
+    head_values = (
+        values
+        if is_tied(embedding, head)
+        else nn.Parameter(head.weight.data[first:].clone())
+    )
+    replace_modules(
+        model,
+        {
+            embedding: NewRowEmbedding(embedding, values),
+            head: NewRowHead(head, head_values),
+        },
+    )
 
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
-    """The model's embeddings and its head. Raises `UserError` where either is not a plain look-up or linear layer."""
+    """The model's embeddings and its head. Raises `UserError` where either is not a plain
+    look-up or linear layer.
+    """
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if getattr(type(embedding), "forward", None) is not nn.Embedding.forward:  # None for a model without embeddings
-        raise UserError(f"{setting}: the embeddings are a {type(embedding).__name__}, no plain look-up")
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head
-        raise UserError(f"{setting}: the output head is a {type(head).__name__}, no linear layer")
+    # None for a model without embeddings
+    if getattr(type(embedding), "forward", None) is not nn.Embedding.forward:
+        raise UserError(
+            f"{setting}: the embeddings are a {type(embedding).__name__}, no plain look-up"
+        )
+    # None for a model without a head
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise UserError(
+            f"{setting}: the output head is a {type(head).__name__}, no linear layer"
+        )
     return embedding, head
 
 
@@ -119,7 +147,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def stands_for(name: str) -> str:
-    """The parameter of the base that a trained tensor replaces, of which it replaces rows, or to which it adds."""
+    """The parameter of the base that a trained tensor replaces, of which it replaces rows,
+    or to which it adds.
+    """
     module, dot, ending = name.rpartition(".")
     return f"{module}{dot}weight" if ending in (NEW_ROWS, LOW_RANK) else name
 

@@ -1,11 +1,12 @@
-"""A frozen weight in 4 bits, by bitsandbytes (the extra `bits4`): NF4 of QLoRA (arXiv 2305.14314, section 3).
+"""A frozen weight in 4 bits, by bitsandbytes (the extra `bits4`): NF4 of QLoRA (arXiv
+2305.14314, section 3).
 
     quantize(W) -> packed, scales       in blocks of 64 numbers: the largest of them, and the nearest of 16 levels each
     NF4Weight(packed, scales, ...)      scale * level, and the terms of merged cycles
 
-The weight is rounded once, from the base's files, and never again: what a merge adds stays in its own matrices
-(`ops.terms`), as the rounding, a tenth of the weights' norm, would swallow it. A dense sum of them in bf16 would take
-four times the memory of the 4 bits.
+The weight is rounded once, from the base's files, and never again: what a merge adds stays
+in its own matrices (`ops.terms`), as the rounding, a tenth of the weights' norm, would
+swallow it. A dense sum of them in bf16 would take four times the memory of the 4 bits.
 
     product over activations     W4 x + the terms' updates of x
     dense                        W4 + the terms' deltas, summed in fp32 and rounded once, as a merge into a dense base
@@ -35,7 +36,9 @@ BLOCK = 64
 _TYPE = "nf4"
 
 _WIDEST_GAP = 0.304
-"""Between two neighbouring levels of NF4, as a share of a block's largest number: -1 and -0.696."""
+"""Between two neighbouring levels of NF4, as a share of a block's largest number: -1 and
+-0.696.
+"""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that bitsandbytes gives."""
@@ -44,12 +47,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_installed() -> None:
     """Raises `UserError` that names the extra where bitsandbytes is missing."""
     if find_spec("bitsandbytes") is None:
-        raise UserError("`base_bits` 4 needs the package bitsandbytes: pip install 'mora_ds[bits4]'")
+        raise UserError(
+            "`base_bits` 4 needs the package bitsandbytes: pip install 'mora_ds[bits4]'"
+        )
 
 
 @dataclass(frozen=True)
 class NF4Weight(QuantizedWeight):
-    """`packed` and `scales` of `quantize`, for a weight (O, D) of `shape`, and the `terms` that are added to it."""
+    """`packed` and `scales` of `quantize`, for a weight (O, D) of `shape`, and the `terms`
+    that are added to it.
+    """
 
     bits: ClassVar[int] = 4
     packed: Tensor
@@ -101,9 +108,11 @@ class NF4Weight(QuantizedWeight):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, D) of any floating dtype -> packed uint8 (numbers / 2, 1), two in each byte, and scales fp32 (blocks,).
+    """(O, D) of any floating dtype -> packed uint8 (numbers / 2, 1), two in each byte, and
+    scales fp32 (blocks,).
 
-    Raises `RunError` where an element is not finite, and `UserError` where bitsandbytes is missing.
+    Raises `RunError` where an element is not finite, and `UserError` where bitsandbytes is
+    missing.
     """
     if weight.is_meta:  # a plan
         numel = weight.numel()
@@ -129,8 +138,9 @@ def _library() -> Any:
 
 @contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """While bitsandbytes is imported: backends/cpu/ops.py would load a kernel from the Hub, code that nobody asked for,
-    where the package `kernels` is installed, and warns where it is not."""
+    """While bitsandbytes is imported: backends/cpu/ops.py would load a kernel from the Hub,
+    code that nobody asked for, where the package `kernels` is installed, and warns where it
+    is not."""
     name = "kernels"
     logger = getLogger("bitsandbytes.backends.cpu.ops")
     before = sys.modules.get(name)

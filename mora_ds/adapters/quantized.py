@@ -1,4 +1,6 @@
-"""Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of them and of their merges."""
+"""Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of them
+and of their merges.
+"""
 
 import math
 
@@ -11,24 +13,34 @@ from mora_ds.adapters.ops.frozen import QuantizedWeight
 
 def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Module name -> layer whose weight is held in 8 or 4 bits."""
-    return {name: layer for name, layer in mora_layers(model).items() if layer.weight_scales is not None}
+    return {
+        name: layer
+        for name, layer in mora_layers(model).items()
+        if layer.weight_scales is not None
+    }
 
 
 def base_bits_of(model: nn.Module) -> int:
-    """In how many bits the frozen weights of adapted layers are held; `AS_LOADED` where they are dense."""
+    """In how many bits the frozen weights of adapted layers are held; `AS_LOADED` where
+    they are dense.
+    """
     frozen = [layer.frozen for layer in quantized_layers(model).values()]
-    return next((weight.bits for weight in frozen if isinstance(weight, QuantizedWeight)), AS_LOADED)
+    return next(
+        (weight.bits for weight in frozen if isinstance(weight, QuantizedWeight)), AS_LOADED
+    )
 
 
 def quantized_bytes(model: nn.Module) -> int:
     """Bytes of the weights in 8 or 4 bits, with their scales."""
     layers = quantized_layers(model).values()
-    return sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers)
+    return sum(
+        layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers
+    )
 
 
 def merge_bytes(model: nn.Module) -> int:
-    """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take it up: its values, and index
-    tables of its own permutations."""
+    """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take
+    it up: its values, and index tables of its own permutations."""
     total = 0
     for layer in (layer for layer in mora_layers(model).values() if layer.is_packed):
         spec = layer.spec

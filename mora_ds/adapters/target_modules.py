@@ -1,8 +1,10 @@
-"""Which linear layers of a model are adapted: those that patterns match, or those of a plan.
+"""Which linear layers of a model are adapted: those that patterns match, or those of a
+plan.
 
-A pattern reaches the experts of a mixture only where it names them (`names_experts`): `experts` for all projections,
-`experts.down_proj` for one, or that word in a glob or a regular expression. Others leave them frozen, so that they mean
-the same in a model with experts as in one without.
+A pattern reaches the experts of a mixture only where it names them (`names_experts`):
+`experts` for all projections, `experts.down_proj` for one, or that word in a glob or a
+regular expression. Others leave them frozen, so that they mean the same in a model with
+experts as in one without.
 """
 
 from typing import Any
@@ -17,11 +19,16 @@ from mora_ds.common.errors import UserError, nearest
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """Name -> linear layer, or projection of experts, for every one that `config` adapts, in the model's order. Raises
-    `UserError` for a pattern that matches nothing, and for planned layers that the model does not have."""
+    """Name -> linear layer, or projection of experts, for every one that `config` adapts,
+    in the model's order. Raises `UserError` for a pattern that matches nothing, and for
+    planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
-    stacks = {name: stack for name, stack in find_stacks(model).items() if isinstance(stack, ExpertStack)}
+    stacks = {
+        name: stack
+        for name, stack in find_stacks(model).items()
+        if isinstance(stack, ExpertStack)
+    }
     known: dict[str, Any] = {**_linear_layers(model), **stacks}
     planned = set(config.planned_layers)
     if missing := sorted(planned - known.keys()):
@@ -33,8 +40,9 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Name -> linear layer, or projection of experts, for every one that a pattern matches, in the model's order.
-    Raises `UserError` for a pattern that matches nothing, and for experts of a layout that is not known."""
+    """Name -> linear layer, or projection of experts, for every one that a pattern matches,
+    in the model's order. Raises `UserError` for a pattern that matches nothing, and for
+    experts of a layout that is not known."""
     linear = _linear_layers(model)
     stacks = find_stacks(model)
     chosen: set[str] = set()
@@ -42,13 +50,18 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
         matched = _match(pattern, linear, model)
         if names_experts(pattern):
             experts = {name for name in stacks if matches_experts(pattern, name)}
-            require_known({name: stacks[name] for name in stacks if name in experts}, pattern)
+            require_known(
+                {name: stacks[name] for name in stacks if name in experts}, pattern
+            )
             matched |= experts
         if not matched:
-            endings = sorted(map(ending_of, linear)) + [".".join(name.split(".")[-2:]) for name in sorted(stacks)]
+            endings = sorted(map(ending_of, linear)) + [
+                ".".join(name.split(".")[-2:]) for name in sorted(stacks)
+            ]
             there = ", ".join(dict.fromkeys(endings))
             raise UserError(
-                f"`target_modules` {pattern!r} matches no linear layer; there are: {there}." + nearest(pattern, endings)
+                f"`target_modules` {pattern!r} matches no linear layer; there are: {there}."
+                + nearest(pattern, endings)
             )
         chosen |= matched
     return _chosen(model, {**linear, **stacks}, chosen)
@@ -59,8 +72,13 @@ def _chosen(
     known: dict[str, Any],
     names: set[str],
 ) -> dict[str, nn.Module]:
-    """In the model's order, which is that of its parameters: a stack has no module of its own yet."""
-    order = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
+    """In the model's order, which is that of its parameters: a stack has no module of its
+    own yet.
+    """
+    order = [
+        name.removesuffix(".weight")
+        for name, _ in model.named_parameters(remove_duplicate=False)
+    ]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
 
 

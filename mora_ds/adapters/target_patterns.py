@@ -9,18 +9,22 @@ _EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
 
 
 def names_experts(pattern: str) -> bool:
-    """Whether a pattern contains the word experts; shared_experts, which are linear layers, is another word."""
+    """Whether a pattern contains the word experts; shared_experts, which are linear layers,
+    is another word.
+    """
     return _EXPERTS.search(pattern) is not None
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is the name of a module, or its end, or a glob or regular expression for it. Raises `UserError`
-    for what is no expression."""
+    """Whether a pattern is the name of a module, or its end, or a glob or regular
+    expression for it. Raises `UserError` for what is no expression."""
     if pattern.startswith("re:"):
         try:
             regex = re.compile(pattern[3:])
         except re.error as error:
-            raise UserError(f"`target_modules` {pattern!r} is no regular expression: {error}") from error
+            raise UserError(
+                f"`target_modules` {pattern!r} is no regular expression: {error}"
+            ) from error
         return regex.fullmatch(name) is not None
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
@@ -28,5 +32,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def matches_experts(pattern: str, name: str) -> bool:
-    """Whether a pattern is for a projection of experts, or for the module of all of them."""
+    """Whether a pattern is for a projection of experts, or for the module of all of
+    them.
+    """
     return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])

@@ -1,11 +1,13 @@
-"""Which layers tensor parallelism splits, and how: from the model's own `base_model_tp_plan` and its config.
+"""Which layers tensor parallelism splits, and how: from the model's own
+`base_model_tp_plan` and its config.
 
     colwise     each rank computes a slice of the outputs                      q, k, v, gate, up
     rowwise     each rank reads a slice of the inputs; results are summed      o, down
     whole       every rank computes the complete layer: the fallback, reported with its reason
 
-A block (attention, MLP) is split completely or not at all. The plan depends on the model and the degree only, which are
-the same on all ranks, as ranks with different plans would wait for each other in collectives.
+A block (attention, MLP) is split completely or not at all. The plan depends on the model
+and the degree only, which are the same on all ranks, as ranks with different plans would
+wait for each other in collectives.
 """
 
 import re
@@ -20,7 +22,9 @@ from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
 
 SUMMED = "replicated_with_grad_allreduce"
-"""Transformers' style of a norm that sees its rank's heads only: its gradients are summed over the group."""
+"""Transformers' style of a norm that sees its rank's heads only: its gradients are summed
+over the group.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,44 @@ class TensorPlan:
     styles: dict[str, Style]
     """Of every linear layer."""
     blocks: tuple[str, ...]
-    """The modules that are split; the gradients of their inputs are summed over the group."""
+    """The modules that are split; the gradients of their inputs are summed over the
+    group.
+    """
     summed: tuple[str, ...]
     """Modules within them whose parameters' gradients are summed over the group."""
     reasons: dict[str, str]
     """Why a layer is not split."""
 
     def __str__(self) -> str:
-        split = Counter(ending_of(name) for name, style in self.styles.items() if style is not Style.WHOLE)
-        lines = [f"tensor parallel, {self.degree} ranks a group; every rank has the complete base"]
+        split = Counter(
+            ending_of(name)
+            for name, style in self.styles.items()
+            if style is not Style.WHOLE
+        )
+        lines = [
+            f"tensor parallel, {self.degree} ranks a group; every rank has the complete base"
+        ]
         if split:
             lines.append(f"  split: {_counted(split)}")
         for reason in dict.fromkeys(self.reasons.values()):
-            names = Counter(ending_of(name) for name, why in self.reasons.items() if why == reason)
-            lines.append(f"  computed completely on every rank: {_counted(names)} ({reason})")
+            names = Counter(
+                ending_of(name) for name, why in self.reasons.items() if why == reason
+            )
+            lines.append(
+                f"  computed completely on every rank: {_counted(names)} ({reason})"
+            )
         return "\n".join(lines)
 
 
 def plan_of(model: nn.Module, degree: int) -> TensorPlan:
-    """The plan at `degree`, before or after injection; at 1, everything that the model's own plan would split."""
-    names = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear) or is_linear(module)]
+    """The plan at `degree`, before or after injection; at 1, everything that the model's
+    own plan would split.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear) or is_linear(module)
+    ]
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     styles = dict.fromkeys(names, Style.WHOLE)
     reasons = {}
@@ -65,7 +87,9 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
             continue
         styles.update({name: Style(style) for name, style in wanted.items()})
         blocks.append(parent)
-        summed += [name for name in _holders(model, parent) if _planned(model, name) == SUMMED]
+        summed += [
+            name for name in _holders(model, parent) if _planned(model, name) == SUMMED
+        ]
     return TensorPlan(degree, styles, tuple(blocks), tuple(summed), reasons)
 
 
@@ -93,7 +117,11 @@ def _obstacle(
     if not getattr(config, "base_model_tp_plan", None):
         return "the model has no tensor-parallel plan"
     known = {Style.COLWISE.value, Style.ROWWISE.value, SUMMED}
-    if odd := [name for name in (*wanted, *_holders(model, block)) if _planned(model, name) not in known]:
+    if odd := [
+        name
+        for name in (*wanted, *_holders(model, block))
+        if _planned(model, name) not in known
+    ]:
         style = _planned(model, odd[0])
         return f"the model's plan has {style or 'nothing'} for {ending_of(odd[0])}"
     styles = list(wanted.values())
@@ -106,17 +134,27 @@ def _obstacle(
             return f"{degree} does not divide {heads} heads and {shared} key-value heads"
     for name, style in wanted.items():
         d_in, d_out = linear_shape(model.get_submodule(name))
-        size, side = (d_out, "outputs") if style == Style.COLWISE.value else (d_in, "inputs")
+        size, side = (
+            (d_out, "outputs") if style == Style.COLWISE.value else (d_in, "inputs")
+        )
         if size % degree:
             return f"{degree} does not divide the {size} {side} of {ending_of(name)}"
     return ""
 
 
 def _holders(model: nn.Module, block: str) -> list[str]:
-    """Names of the modules of a block that hold weights, including those that injection has frozen to buffers."""
+    """Names of the modules of a block that hold weights, including those that injection has
+    frozen to buffers.
+    """
     frozen: set[str] = getattr(model, "_mora_frozen", set())
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)} | frozen
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in sorted(tensors) if name.startswith(f"{block}.")))
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[0]
+            for name in sorted(tensors)
+            if name.startswith(f"{block}.")
+        )
+    )
 
 
 def text_config(model: nn.Module) -> Any:
@@ -126,4 +164,6 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _counted(names: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in names.items())
+    return ", ".join(
+        f"{count} {name}" if count > 1 else name for name, count in names.items()
+    )

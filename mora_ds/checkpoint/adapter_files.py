@@ -1,6 +1,8 @@
-"""The adapter's files in a checkpoint: the MoRA matrices of the current cycle, other trained tensors, and their base.
+"""The adapter's files in a checkpoint: the MoRA matrices of the current cycle, other
+trained tensors, and their base.
 
-Three files, each written atomically; merged cycles are in the merge ledger, a folder of its own (`remora.ledger`).
+Three files, each written atomically; merged cycles are in the merge ledger, a folder of its
+own (`remora.ledger`).
 
     adapter.json          AdapterFile: config, layers and operators of the current cycle, dtype, cycle, step, facts
     adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
@@ -67,12 +69,16 @@ from mora_ds.remora.ledger import (
 
 @dataclass(frozen=True)
 class DomainSquares:
-    """The entry "domains" of adapter.json: MoRA matrices of domains, which come on top of the shared ones."""
+    """The entry "domains" of adapter.json: MoRA matrices of domains, which come on top of
+    the shared ones.
+    """
 
     names: tuple[str, ...]
     """The domains, in the order of their matrices."""
     operators: Mapping[str, OperatorSpec]
-    """Module name -> operator of its matrices. They are not merged during a run and keep the operator of cycle 0."""
+    """Module name -> operator of its matrices. They are not merged during a run and keep
+    the operator of cycle 0.
+    """
 
     def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
@@ -82,7 +88,10 @@ class DomainSquares:
     def from_dict(cls, values: JsonObject) -> DomainSquares:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Domains, values, "domains")
-        operators = {name: operator_of(spec_from_dict(spec), name) for name, spec in known.operators.items()}
+        operators = {
+            name: operator_of(spec_from_dict(spec), name)
+            for name, spec in known.operators.items()
+        }
         return cls(known.names, operators)
 
     @staticmethod
@@ -99,19 +108,25 @@ class _Domains:
     operators: dict[FileName, JsonObject]
 
 
-def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:
-    """The domain that a user names; None for `shared`, and for an adapter without domains. Raises `UserError` where
-    none is named or it is unknown."""
+def chosen_domain(
+    domains: DomainSquares | None, wanted: str | None, flag: str
+) -> str | None:
+    """The domain that a user names; None for `shared`, and for an adapter without domains.
+    Raises `UserError` where none is named or it is unknown."""
     if domains is None and wanted is None:
         return None
     known = () if domains is None else (*domains.names, SHARED)
     if wanted not in known:
-        raise UserError(f"{flag} {wanted}: name a domain of this adapter, which has {', '.join(known) or 'none'}")
+        raise UserError(
+            f"{flag} {wanted}: name a domain of this adapter, which has {', '.join(known) or 'none'}"
+        )
     return None if wanted == SHARED else wanted
 
 
 def logits_name(domain: str | None) -> str:
-    """The name of a domain's recorded logits in probe.safetensors; None: of the shared matrices alone."""
+    """The name of a domain's recorded logits in probe.safetensors; None: of the shared
+    matrices alone.
+    """
     return "logits" if domain is None else f"logits.{domain}"
 
 
@@ -125,11 +140,15 @@ class AdapterFile:
     dtype: str
     """Compute dtype of the live model: "float32", "bfloat16" or "float16"."""
     cycle: int
-    """Number of the current, unmerged cycle, which is the number of cycles in the ledger."""
+    """Number of the current, unmerged cycle, which is the number of cycles in the
+    ledger.
+    """
     step: int
     """Optimizer steps done."""
     trainables: tuple[str, ...] = ()
-    """Parameter names of other trained tensors (modules_to_save): embeddings, norms, head."""
+    """Parameter names of other trained tensors (modules_to_save): embeddings, norms,
+    head.
+    """
     facts: JsonObject = field(default_factory=dict)
     """Anything else worth recording."""
     domains: DomainSquares | None = None
@@ -149,7 +168,9 @@ class AdapterFile:
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> AdapterFile:
-        """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an unknown operator or dtype."""
+        """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an
+        unknown operator or dtype.
+        """
         read = partial(entry, dict(values), where=ADAPTER_JSON)
         domains = read("domains", JsonObject | None)
         dtype = read("dtype", str)
@@ -164,12 +185,18 @@ class AdapterFile:
             facts=read("facts", JsonObject),
             domains=None if domains is None else DomainSquares.from_dict(domains),
         )
-        if adapter.domains is not None and (missing := set(adapter.layers) ^ set(adapter.domains.operators)):
-            raise UserError(f"domains: {min(missing)} has no matrix, or none that is shared")
+        if adapter.domains is not None and (
+            missing := set(adapter.layers) ^ set(adapter.domains.operators)
+        ):
+            raise UserError(
+                f"domains: {min(missing)} has no matrix, or none that is shared"
+            )
         return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains included."""
+        """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains
+        included.
+        """
         shapes: dict[str, tuple[int, ...]] = {
             layer.square: layer.operator.value_shape for layer in self.layers.values()
         }
@@ -182,14 +209,18 @@ class AdapterFile:
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow the last of them. The
-        ledger lies in the adapter's folder."""
+        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow
+        the last of them. The ledger lies in the adapter's folder."""
         known: dict[str, LayerEntry] = dict(self.layers)
         for cycle in range(ledger.cycles):
-            agree_on_layers(known, ledger.layers(cycle), ledger.folder / ledger.records[cycle].file)
+            agree_on_layers(
+                known, ledger.layers(cycle), ledger.folder / ledger.records[cycle].file
+            )
         if ledger.cycles != self.cycle:
             path = ledger.folder.parent / ADAPTER_JSON
-            raise UserError(f"{ledger.folder} has {ledger.cycles} cycles, but {path} was written in cycle {self.cycle}")
+            raise UserError(
+                f"{ledger.folder} has {ledger.cycles} cycles, but {path} was written in cycle {self.cycle}"
+            )
 
 
 def write_adapter(
@@ -199,15 +230,21 @@ def write_adapter(
     trained: Tensors,
     domain_squares: Tensors | None = None,
 ) -> None:
-    """Writes adapter.safetensors, then adapter.json, each atomically; tensors are stored in fp32.
+    """Writes adapter.safetensors, then adapter.json, each atomically; tensors are stored in
+    fp32.
 
-    `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`: parameter name -> tensor, for
-    exactly `adapter.trainables`. `domain_squares`: module name -> (K, r_hat, r_hat), where there are domains. Raises
-    `RunError` on a full disk.
+    `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
+    parameter name -> tensor, for exactly `adapter.trainables`. `domain_squares`: module
+    name -> (K, r_hat, r_hat), where there are domains. Raises `RunError` on a full disk.
     """
     tensors = {adapter.layers[name].square: square for name, square in squares.items()}
     tensors.update(trained)
-    tensors.update({DomainSquares.tensor(name): stack for name, stack in (domain_squares or {}).items()})
+    tensors.update(
+        {
+            DomainSquares.tensor(name): stack
+            for name, stack in (domain_squares or {}).items()
+        }
+    )
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
     stored = {name: tensor.detach().float() for name, tensor in tensors.items()}
@@ -216,7 +253,9 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> AdapterFile:
-    """Reads adapter.json. Raises `UserError` naming it where it is missing, damaged or of an unknown format."""
+    """Reads adapter.json. Raises `UserError` naming it where it is missing, damaged or of
+    an unknown format.
+    """
     path = folder / ADAPTER_JSON
     content = read_json(path)
     require_format(path, content)
@@ -225,8 +264,8 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 def live_adapter(location: LedgerLocation) -> AdapterFile | None:
-    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when its MoRA matrices do not follow
-    the last cycle of the ledger."""
+    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when its
+    MoRA matrices do not follow the last cycle of the ledger."""
     if location.checkpoint is None:
         return None
     adapter = read_adapter(location.checkpoint)
@@ -238,21 +277,29 @@ class AdapterTensors:
     """Reads adapter.safetensors, one tensor at a time, in fp32 on the CPU."""
 
     def __init__(self, folder: Path, adapter: AdapterFile) -> None:
-        """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming the file and the tensor."""
+        """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming the
+        file and the tensor.
+        """
         path = folder / ADAPTER_TENSORS
         handle = open_safetensors(path)
         shapes = adapter.expected()
         if differing := set(handle.keys()) ^ (set(shapes) | set(adapter.trainables)):
-            raise UserError(f"{path} and {ADAPTER_JSON} do not list the same tensors, e.g. {min(differing)}")
+            raise UserError(
+                f"{path} and {ADAPTER_JSON} do not list the same tensors, e.g. {min(differing)}"
+            )
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             shape, dtype = shape_dtype(handle, name)
             if dtype != torch.float32 or shape != shapes.get(name, shape):
-                raise UserError(f"{path}: {name} is {shape} {dtype}, which does not fit {ADAPTER_JSON}")
+                raise UserError(
+                    f"{path}: {name} is {shape} {dtype}, which does not fit {ADAPTER_JSON}"
+                )
         self._handle = handle
         self._adapter = adapter
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything in the file; names are those of the model's parameters."""
+        """(name, tensor) of everything in the file; names are those of the model's
+        parameters.
+        """
         for name in self._handle.keys():  # noqa: SIM118
             yield name, self._handle.get_tensor(name)
 
@@ -278,20 +325,28 @@ class AdapterTensors:
 
 @dataclass(frozen=True)
 class BaseReference:
-    """base.json: which base a checkpoint belongs to, and what the live parameters are called in its files."""
+    """base.json: which base a checkpoint belongs to, and what the live parameters are
+    called in its files.
+    """
 
     folder: AnyPath
-    """Absolute, or relative to the folder of base.json (for a base that moves together with its run)."""
+    """Absolute, or relative to the folder of base.json (for a base that moves together with
+    its run).
+    """
     fingerprint: str
     keys: dict[FileName, str]
     """Parameter name -> safetensors key."""
     dtype: str
     """Compute dtype that the base is cast to when it is loaded."""
     config_changes: JsonObject = field(default_factory=dict)
-    """Settings of the text config that the live model has, and not the base's config.json (`models.rope`)."""
+    """Settings of the text config that the live model has, and not the base's config.json
+    (`models.rope`).
+    """
 
     def __post_init__(self) -> None:
-        """Raises `UserError` as `check_changes` does: what is refused when it is read is not written either."""
+        """Raises `UserError` as `check_changes` does: what is refused when it is read is
+        not written either.
+        """
         check_changes(self.config_changes)
 
     def write(self, folder: Path) -> None:
@@ -300,7 +355,9 @@ class BaseReference:
 
     @classmethod
     def read(cls, folder: Path) -> BaseReference:
-        """Raises `UserError` naming base.json where it is missing, damaged or of an unknown format."""
+        """Raises `UserError` naming base.json where it is missing, damaged or of an unknown
+        format.
+        """
         path = folder / BASE_JSON
         content = read_json(path)
         require_format(path, content)
@@ -311,20 +368,31 @@ class BaseReference:
         return reference
 
     def absolute(self, checkpoint: Path) -> BaseReference:
-        """The same reference for a copy of base.json in another folder than `checkpoint`."""
+        """The same reference for a copy of base.json in another folder than
+        `checkpoint`.
+        """
         return replace(self, folder=str((checkpoint / self.folder).resolve()))
 
-    def open_base(self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG) -> BaseCheckpoint:
-        """Opens the base, in `override` if it was moved, and compares its fingerprint, which reads every byte.
+    def open_base(
+        self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG
+    ) -> BaseCheckpoint:
+        """Opens the base, in `override` if it was moved, and compares its fingerprint,
+        which reads every byte.
 
         Raises `UserError` naming `flag` when it is missing or another one.
         """
-        base = BaseCheckpoint.open(checkpoint.resolve() / self.folder if override is None else override, flag)
+        base = BaseCheckpoint.open(
+            checkpoint.resolve() / self.folder if override is None else override, flag
+        )
         self.require_base(base, checkpoint, flag)
         return base
 
-    def require_base(self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG) -> None:
-        """Raises `UserError` naming `flag` where `base` has another fingerprint, for which every byte is read."""
+    def require_base(
+        self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG
+    ) -> None:
+        """Raises `UserError` naming `flag` where `base` has another fingerprint, for which
+        every byte is read.
+        """
         if base.fingerprint() != self.fingerprint:
             raise UserError(
                 f"{flag}: {base.folder} is not the base of {checkpoint}: its weights have the fingerprint"
@@ -334,7 +402,9 @@ class BaseReference:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was opened: alone, or that of a checkpoint. Make it with `Adapter.open`."""
+    """An adapter that was opened: alone, or that of a checkpoint. Make it with
+    `Adapter.open`.
+    """
 
     folder: Path
     file: AdapterFile
@@ -344,23 +414,31 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
-        """Read the files of an adapter and compare them with their manifest, if there is one. Of what a checkpoint has
-        besides only the sizes are compared: the engine's shards are larger by far. Raises `UserError`."""
+        """Read the files of an adapter and compare them with their manifest, if there is
+        one. Of what a checkpoint has besides only the sizes are compared: the engine's
+        shards are larger by far. Raises `UserError`."""
         has_manifest = (folder / MANIFEST).exists()
         read = (*ADAPTER_PARTS, TOKENIZER_FOLDER, PROBE_FILE)
         if has_manifest and (problems := verify_manifest(folder, read)):
             raise UserError(f"{folder} is damaged: {'; '.join(problems)}")
         file = read_adapter(folder)
         reference = BaseReference.read(folder)
-        ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not has_manifest)
-        if has_manifest and (differing := ledger_problems(folder)):  # of the same bytes: no file is read twice
+        ledger = Ledger.open(
+            folder / LEDGER_FOLDER, reference.fingerprint, hashes=not has_manifest
+        )
+        # Of the same bytes: no file is read twice
+        if has_manifest and (differing := ledger_problems(folder)):
             raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)
         return cls(folder, file, AdapterTensors(folder, file), ledger, reference)
 
     def original_key(self, base: BaseCheckpoint, name: str) -> str:
-        """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""
+        """What a parameter is called in the files of `base`. Raises `UserError` where they
+        hold no such tensor.
+        """
         key = self.reference.keys.get(name)
         if key is None or key not in base:
-            raise UserError(f"{self.folder / BASE_JSON} names no tensor of {base.folder} for {name}")
+            raise UserError(
+                f"{self.folder / BASE_JSON} names no tensor of {base.folder} for {name}"
+            )
         return key

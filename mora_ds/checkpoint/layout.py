@@ -1,5 +1,6 @@
-"""Names of the files and folders of a run, a checkpoint and an adapter, what a given path means, and the folder of all
-checkpoints: which of them a resume takes, whether it is intact, how it is deleted.
+"""Names of the files and folders of a run, a checkpoint and an adapter, what a given path
+means, and the folder of all checkpoints: which of them a resume takes, whether it is
+intact, how it is deleted.
 
     OUTPUT_DIR/         run.yaml  metrics.jsonl  summary.json  ledger/  tokenizer/  base/  merged/  checkpoints/
     checkpoints/        step-000050/  step-000100/  latest -> step-000100  best -> step-000050
@@ -7,8 +8,9 @@ checkpoints: which of them a resume takes, whether it is intact, how it is delet
                         rng.safetensors  trainer_state.json  manifest.json
     exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
 
-Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in `engine.shards`.
-Needs neither DeepSpeed nor other processes. `writer` writes and loads checkpoints, `verify` checks them in depth.
+Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in
+`engine.shards`. Needs neither DeepSpeed nor other processes. `writer` writes and loads
+checkpoints, `verify` checks them in depth.
 """
 
 import logging
@@ -64,15 +66,21 @@ AUTO = "auto"
 WRITING = ".writing"
 OLD = ".old"
 _GONE = ".gone"
-"""Ends of the hidden names of folders: being written, replaced by a new one of the same step, being deleted."""
+"""Ends of the hidden names of folders: being written, replaced by a new one of the same
+step, being deleted.
+"""
 
 _STEP = "step-"
 _STEP_NAME = re.compile(rf"{_STEP}(?:[0-9]{{6}}|[1-9][0-9]{{6,11}})")
-"""The names that `step_folder` gives, and no other: step-000040.bak, a copy made by hand, is not one."""
+"""The names that `step_folder` gives, and no other: step-000040.bak, a copy made by hand,
+is not one.
+"""
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """The folder of the checkpoint after optimizer step `step`, in the folder `root` of all checkpoints."""
+    """The folder of the checkpoint after optimizer step `step`, in the folder `root` of all
+    checkpoints.
+    """
     return root / f"{_STEP}{step:06d}"
 
 
@@ -89,24 +97,35 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Step folders that have their final name, oldest first; those that are being written have another."""
+    """Step folders that have their final name, oldest first; those that are being written
+    have another.
+    """
     return sorted(
-        (path for path in root.glob(f"{_STEP}*") if is_step_name(path.name) and path.is_dir()),
+        (
+            path
+            for path in root.glob(f"{_STEP}*")
+            if is_step_name(path.name) and path.is_dir()
+        ),
         key=step_of,
     )
 
 
 def tokenizer_of(folder: Path | None) -> Path | None:
     """The tokenizer's folder in a checkpoint, where it has one."""
-    return folder / TOKENIZER_FOLDER if folder is not None and (folder / TOKENIZER_FOLDER).is_dir() else None
+    return (
+        folder / TOKENIZER_FOLDER
+        if folder is not None and (folder / TOKENIZER_FOLDER).is_dir()
+        else None
+    )
 
 
 # -- what a path means -------------------------------------------------------------------------------------------------
 
 
 def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path | None:
-    """The folder with adapter.json (one of the files `marks`) that `path` means: itself, what it links to, or a run's
-    latest checkpoint. Raises `UserError` for one with links in it."""
+    """The folder with adapter.json (one of the files `marks`) that `path` means: itself,
+    what it links to, or a run's latest checkpoint. Raises `UserError` for one with links in
+    it."""
     folder = _candidate(path, marks)
     if folder is not None:
         require_plain(folder)
@@ -114,21 +133,25 @@ def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path |
 
 
 def find_adapter(path: Path, flag: str = "") -> Path:
-    """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its manifest then shows. Raises
-    `UserError` that begins with `flag` where there is none."""
+    """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its
+    manifest then shows. Raises `UserError` that begins with `flag` where there is none."""
     folder = adapter_folder(path, (ADAPTER_JSON, MANIFEST))
     if folder is None or not (folder / ADAPTER_JSON).is_file():
         refuse_full_training(path)
     if folder is None:
         text = f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one"
         if (path / "adapter_config.json").is_file():
-            text += "; mora-ds convert mora reads MoRA adapters of kongds's PEFT and of axolotl"
+            text += (
+                "; mora-ds convert mora reads MoRA adapters of kongds's PEFT and of axolotl"
+            )
         raise UserError(f"{flag}: {text}" if flag else text)
     return folder
 
 
 def is_full_training(folder: Path) -> bool:
-    """Whether it is a checkpoint of --adapter full, which has neither adapter nor ledger."""
+    """Whether it is a checkpoint of --adapter full, which has neither adapter nor
+    ledger.
+    """
     try:
         return bool(read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full")
     except (UserError, LookupError, TypeError):
@@ -136,12 +159,20 @@ def is_full_training(folder: Path) -> bool:
 
 
 def refuse_full_training(path: Path) -> None:
-    """Raises `UserError`, which says where the model is, where `path` means a checkpoint of --adapter full."""
+    """Raises `UserError`, which says where the model is, where `path` means a checkpoint of
+    --adapter full.
+    """
     folder = _candidate(path, (STATE_FILE,))
     if folder is not None and is_full_training(folder):
         merged = folder.parent.parent / MERGED_FOLDER
-        model = f"{merged} is" if merged.is_dir() else "resume the run with --export_merged, which writes"
-        raise UserError(f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model")
+        model = (
+            f"{merged} is"
+            if merged.is_dir()
+            else "resume the run with --export_merged, which writes"
+        )
+        raise UserError(
+            f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model"
+        )
 
 
 def _candidate(path: Path, marks: Sequence[str]) -> Path | None:
@@ -157,7 +188,9 @@ class LedgerLocation:
 
     ledger: Path
     checkpoint: Path | None
-    """The checkpoint that the path named, links resolved; None where it named a ledger or a run."""
+    """The checkpoint that the path named, links resolved; None where it named a ledger or a
+    run.
+    """
 
     def open(self, hashes: bool = True) -> Ledger:
         """Raises `UserError` as `Ledger.open` does."""
@@ -165,8 +198,8 @@ class LedgerLocation:
 
 
 def find_ledger(path: Path) -> LedgerLocation:
-    """`path` is a ledger's folder, a checkpoint (or a link to one), or a run's output folder, whose own ledger is
-    meant. Raises `UserError` where there is no ledger."""
+    """`path` is a ledger's folder, a checkpoint (or a link to one), or a run's output
+    folder, whose own ledger is meant. Raises `UserError` where there is no ledger."""
     checkpoint = None
     if (path / LEDGER_FILE).is_file():
         ledger = path
@@ -176,7 +209,9 @@ def find_ledger(path: Path) -> LedgerLocation:
             require_plain(checkpoint)
         ledger = (checkpoint or path) / LEDGER_FOLDER
     if not (ledger / LEDGER_FILE).is_file():
-        raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
+        raise UserError(
+            f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run"
+        )
     require_plain(ledger)
     return LedgerLocation(ledger, checkpoint)
 
@@ -185,13 +220,15 @@ def find_ledger(path: Path) -> LedgerLocation:
 
 
 def settle(root: Path) -> None:
-    """Repairs what a killed run has left in `root`, which need not exist, and deletes what could not be deleted before.
-    Only the one process that may write to `root` may call it."""
+    """Repairs what a killed run has left in `root`, which need not exist, and deletes what
+    could not be deleted before. Only the one process that may write to `root` may call
+    it."""
     if not root.is_dir():
         return
     with disk_errors(root):
         for old, final in _hidden(root, f"{OLD}{WRITING}"):
-            if not final.exists():  # killed between the two renames: this may be the only good one
+            # Killed between the two renames: this may be the only good one
+            if not final.exists():
                 os.rename(old, final)
         for ending in (WRITING, f"{OLD}{WRITING}", f"{_GONE}{WRITING}"):
             for partial, _ in _hidden(root, ending):
@@ -201,8 +238,8 @@ def settle(root: Path) -> None:
 
 
 def problems(folder: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty when it is intact. Without `hashes` its files need only
-    exist, in their sizes: cheap, as none is read."""
+    """What is wrong with a checkpoint, one line a file; empty when it is intact. Without
+    `hashes` its files need only exist, in their sizes: cheap, as none is read."""
     try:
         return verify_manifest(folder, None if hashes else ()) or ledger_problems(folder)
     except UserError as error:  # no manifest, or a damaged one
@@ -210,10 +247,11 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
 
 
 def ledger_problems(folder: Path) -> list[str]:
-    """Where a checkpoint's manifest and its merge ledger record different hashes. Reads no cycle.
+    """Where a checkpoint's manifest and its merge ledger record different hashes. Reads no
+    cycle.
 
-    A cycle that was damaged while the run went on is in the manifest in its damaged state; the ledger has its hash
-    from the time of the merge.
+    A cycle that was damaged while the run went on is in the manifest in its damaged state;
+    the ledger has its hash from the time of the merge.
     """
     path = folder / LEDGER_FOLDER / LEDGER_FILE
     if not path.exists():
@@ -227,14 +265,20 @@ def ledger_problems(folder: Path) -> list[str]:
 
 
 def _hidden(root: Path, ending: str) -> list[tuple[Path, Path]]:
-    """(hidden folder, the checkpoint that its name speaks of) for every name .step-NNNNNN`ending` in `root`."""
-    names = [(path, path.name.removeprefix(".").removesuffix(ending)) for path in root.glob(f".step-*{ending}")]
+    """(hidden folder, the checkpoint that its name speaks of) for every name
+    .step-NNNNNN`ending` in `root`.
+    """
+    names = [
+        (path, path.name.removeprefix(".").removesuffix(ending))
+        for path in root.glob(f".step-*{ending}")
+    ]
     return [(path, root / name) for path, name in names if is_step_name(name)]
 
 
 def delete(folder: Path) -> None:
-    """Deletes as much of a folder as can be deleted, which need not exist. What cannot be (a file that is still open
-    on an NFS server, a folder without permission) is only worth a warning: the next save tries again (`settle`)."""
+    """Deletes as much of a folder as can be deleted, which need not exist. What cannot be
+    (a file that is still open on an NFS server, a folder without permission) is only worth
+    a warning: the next save tries again (`settle`)."""
     if not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -251,8 +295,8 @@ def delete(folder: Path) -> None:
 
 
 def retire(folder: Path) -> None:
-    """Deletes a checkpoint, renamed first: a half-deleted one never has a checkpoint's name. Where it cannot be deleted
-    it is a warning, as in `delete`."""
+    """Deletes a checkpoint, renamed first: a half-deleted one never has a checkpoint's
+    name. Where it cannot be deleted it is a warning, as in `delete`."""
     gone = folder.with_name(f".{folder.name}{_GONE}{WRITING}")
     try:
         os.rename(folder, gone)
@@ -267,8 +311,9 @@ def retire(folder: Path) -> None:
 
 
 def name_latest(root: Path, checkpoint: Path) -> None:
-    """Links `latest` to the checkpoint that a run resumes from, where there is no such link: a run that was killed
-    between renaming its only checkpoint and linking it would otherwise end without one."""
+    """Links `latest` to the checkpoint that a run resumes from, where there is no such
+    link: a run that was killed between renaming its only checkpoint and linking it would
+    otherwise end without one."""
     if checkpoint.parent.resolve() == root.resolve() and not (root / LATEST).exists():
         replace_symlink(root / LATEST, checkpoint.name)
 
@@ -283,11 +328,13 @@ RESUME = "--resume_from_checkpoint"
 
 
 def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | None:
-    """The checkpoint that the value `wanted` of `flag` means, its files verified; `root` holds the run's own.
+    """The checkpoint that the value `wanted` of `flag` means, its files verified; `root`
+    holds the run's own.
 
-    latest: what the link names. auto: the newest intact one, from the latest backwards, or None where none was ever
-    completed. Otherwise a path. Raises `UserError` when the one asked for is missing or damaged, or when `auto` meets
-    damaged ones only: a run does not start afresh over damaged checkpoints.
+    latest: what the link names. auto: the newest intact one, from the latest backwards, or
+    None where none was ever completed. Otherwise a path. Raises `UserError` when the one
+    asked for is missing or damaged, or when `auto` meets damaged ones only: a run does not
+    start afresh over damaged checkpoints.
     """
     if wanted == AUTO:
         return _newest_intact(root, flag)
@@ -308,10 +355,14 @@ def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | Non
 
 
 def _newest_intact(root: Path, flag: str) -> Path | None:
-    """Passes over checkpoints after the one that `latest` names: a resume from an earlier one has left them behind."""
+    """Passes over checkpoints after the one that `latest` names: a resume from an earlier
+    one has left them behind.
+    """
     latest = (root / LATEST).resolve()
     folders = complete_checkpoints(root)
-    named = [number for number, folder in enumerate(folders, 1) if folder.resolve() == latest]
+    named = [
+        number for number, folder in enumerate(folders, 1) if folder.resolve() == latest
+    ]
     if named:
         folders = folders[: named[-1]]
     skipped = []
@@ -324,6 +375,7 @@ def _newest_intact(root: Path, flag: str) -> Path | None:
     if skipped:
         raise UserError(
             f"{flag} {AUTO}: no checkpoint in {root} is intact. To start afresh take another "
-            "--output_dir, or --overwrite_output_dir in place of this flag:\n  " + "\n  ".join(skipped)
+            "--output_dir, or --overwrite_output_dir in place of this flag:\n  "
+            + "\n  ".join(skipped)
         )
     return None

@@ -1,4 +1,5 @@
-"""Checks whether a checkpoint or a ledger is intact and consistent. Offline: needs no DeepSpeed, no GPU and no base.
+"""Checks whether a checkpoint or a ledger is intact and consistent. Offline: needs no
+DeepSpeed, no GPU and no base.
 
     files       as manifest.json lists them: existence, size, sha256
     formats     trainer_state.json, adapter.json and its tensors, base.json, probe, random states
@@ -8,9 +9,9 @@
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
-Every check runs, even where an earlier one has failed; the base alone is compared with intact checkpoints only, since
-another base is a mistake in the command. An adapter that was made out of a checkpoint, without a run's state and
-shards, is checked as far as it goes.
+Every check runs, even where an earlier one has failed; the base alone is compared with
+intact checkpoints only, since another base is a mistake in the command. An adapter that was
+made out of a checkpoint, without a run's state and shards, is checked as far as it goes.
 """
 
 import logging
@@ -74,10 +75,11 @@ class Verdict:
 
 
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
-    """Checks a checkpoint, a ledger's folder, or every checkpoint of a run (its output folder, or `checkpoints` in it),
-    oldest first.
+    """Checks a checkpoint, a ledger's folder, or every checkpoint of a run (its output
+    folder, or `checkpoints` in it), oldest first.
 
-    Raises `UserError` when there is none at `path`, and where `base` is no model or not that of what is intact.
+    Raises `UserError` when there is none at `path`, and where `base` is no model or not
+    that of what is intact.
     """
     path = expanded(path)
     opened = None if base is None else BaseCheckpoint.open(base, "--base")
@@ -88,13 +90,17 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
-        raise UserError(f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one")
+        raise UserError(
+            f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one"
+        )
     latest = (root / LATEST).resolve()
     verdicts = [_verify_one(folder, opened) for folder in folders]
     for verdict in verdicts:
         verdict.is_latest = verdict.folder.resolve() == latest
     if (root / LATEST).is_symlink() and not latest.is_dir():
-        verdicts[-1].problems.append(f"{root / LATEST} names {latest.name}, which does not exist")
+        verdicts[-1].problems.append(
+            f"{root / LATEST} names {latest.name}, which does not exist"
+        )
     return verdicts
 
 
@@ -131,7 +137,9 @@ def _verdict(
     if base is not None and verdict.is_good:
         recorded = Ledger.open(ledger, hashes=False).base_fingerprint
         if base.fingerprint() != recorded:
-            raise UserError(f"--base: {base.folder} is not the base of {folder}, whose fingerprint is {recorded}")
+            raise UserError(
+                f"--base: {base.folder} is not the base of {folder}, whose fingerprint is {recorded}"
+            )
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
@@ -154,7 +162,9 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
 
 
 def _is_adapter_alone(folder: Path) -> bool:
-    """Whether it was made out of a checkpoint, without a run's state, as `export_adapter` and `combine_adapters` do."""
+    """Whether it was made out of a checkpoint, without a run's state, as `export_adapter`
+    and `combine_adapters` do.
+    """
     try:
         return (folder / ADAPTER_JSON).is_file() and STATE_FILE not in listed_files(folder)
     except (UserError, RunError):
@@ -175,13 +185,17 @@ def _state(folder: Path) -> Iterator[str]:
     state = TrainerState.read(folder)
     number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
-        raise UserError(f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}")
+        raise UserError(
+            f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}"
+        )
     path = folder / RNG_FILE
     handle = open_safetensors(path)
     if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
         raise UserError(f"{path} holds no random state")
     if (saved := handle.get_slice("cpu").get_shape()[0]) != state.world_size:
-        raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {state.world_size}")
+        raise UserError(
+            f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {state.world_size}"
+        )
     yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
 
 
@@ -190,7 +204,9 @@ def _shards(folder: Path) -> Iterator[str]:
     world = TrainerState.read(folder).world_size
     saved = shards.layout.world_size
     if world != saved:
-        raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
+        raise UserError(
+            f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}"
+        )
     problems = []
     keys: set[str] = set()
     for name in shards.layout.shapes:
@@ -245,7 +261,9 @@ def _agreement(folder: Path) -> Iterator[str]:
     shards = EngineShards.open(folder / ENGINE_TAG)
     tensors = dict(AdapterTensors(folder, adapter).items())
     if different := sorted(set(tensors) ^ set(shards.layout.shapes)):
-        raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
+        raise UserError(
+            f"{path} and the shards do not hold the same tensors, e.g. {different[0]}"
+        )
     refuse(
         f"{path}: {name} is not what the shards hold"
         for name, tensor in tensors.items()

@@ -1,9 +1,11 @@
-"""Writes and loads checkpoints on all ranks (`layout` lists their files). A checkpoint never holds a base weight.
+"""Writes and loads checkpoints on all ranks (`layout` lists their files). A checkpoint
+never holds a base weight.
 
 all ranks write into .step-000100.writing, and hash what they wrote -> rank 0: layouts, random states and hashes of all
 -> renamed to step-000100 -> `latest` linked to it -> older checkpoints deleted
 
-A rank writes one file, whatever their number; cycles of the merge ledger are hashed in slices over the ranks.
+A rank writes one file, whatever their number; cycles of the merge ledger are hashed in
+slices over the ranks.
 """
 
 from __future__ import annotations
@@ -56,17 +58,19 @@ from mora_ds.runtime.ranks import Ranks, Result
 logger = logging.getLogger(__name__)
 
 Collect = Callable[[int], Callable[[Path], None]]
-"""Called on every rank with the step, so that it may gather; returns a function that writes the result to a folder
-without further communication."""
+"""Called on every rank with the step, so that it may gather; returns a function that writes
+the result to a folder without further communication."""
 
 
 class CheckpointWriter:
-    """Writes checkpoints `root/step-N` and deletes old ones. Create it, and call it, on all ranks together.
+    """Writes checkpoints `root/step-N` and deletes old ones. Create it, and call it, on all
+    ranks together.
 
-    In the background, training waits only for the copy into host memory: each rank's thread writes its files, and when
-    all have, rank 0's hashes, renames, links `latest` and deletes. An error of the thread (a full disk) is raised by
-    the next `save` or `wait`, on all ranks; the incomplete checkpoint is deleted and earlier ones stay. A disk that
-    does not answer is such an error after the time of --collective_timeout_s.
+    In the background, training waits only for the copy into host memory: each rank's thread
+    writes its files, and when all have, rank 0's hashes, renames, links `latest` and
+    deletes. An error of the thread (a full disk) is raised by the next `save` or `wait`, on
+    all ranks; the incomplete checkpoint is deleted and earlier ones stay. A disk that does
+    not answer is such an error after the time of --collective_timeout_s.
     """
 
     def __init__(
@@ -88,8 +92,9 @@ class CheckpointWriter:
             self._thread_ranks = self._ranks.separate()
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
-        """Returns the final folder, which in the background does not exist yet. Keeps the newest `keep` checkpoints,
-        None: all. Raises `RunError` on a full disk, and the error of the checkpoint before, if it had one."""
+        """Returns the final folder, which in the background does not exist yet. Keeps the
+        newest `keep` checkpoints, None: all. Raises `RunError` on a full disk, and the
+        error of the checkpoint before, if it had one."""
         self.wait()
         final = step_folder(self.root, state.step)
         beside = self.root / f".{final.name}{WRITING}"
@@ -97,7 +102,9 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 settle(self.root)
                 if beside.exists():
-                    raise RunError(f"{beside} was left by a run that was killed and cannot be deleted: remove it")
+                    raise RunError(
+                        f"{beside} was left by a run that was killed and cannot be deleted: remove it"
+                    )
                 beside.mkdir(parents=True)
             dist.barrier()
             work = self._prepared(beside, final, state, keep)
@@ -112,9 +119,12 @@ class CheckpointWriter:
         if self._background is not None:
             self._background.wait(timeout_s)
 
-    def _prepared(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
-        """Gathers everything, for the background into copies in host memory; returns what writes it. No file is written
-        in between, where an error of one rank would leave the others waiting in collectives."""
+    def _prepared(
+        self, beside: Path, final: Path, state: TrainerState, keep: int | None
+    ) -> Callable[[], None]:
+        """Gathers everything, for the background into copies in host memory; returns what
+        writes it. No file is written in between, where an error of one rank would leave the
+        others waiting in collectives."""
         layout, shard, tensors = shards.take(self.engine)
         ranks = self._ranks
         if self._background is not None:
@@ -129,14 +139,19 @@ class CheckpointWriter:
             write_extras(beside)
 
         def together(what: str, task: Callable[[], Result]) -> Result:
-            return ranks.agree(f"checkpoint {final.name}, {what}", files.disk_errors(self.root)(task))
+            return ranks.agree(
+                f"checkpoint {final.name}, {what}", files.disk_errors(self.root)(task)
+            )
 
         def work() -> None:
             with _removed_on_failure(beside):
                 together("files of each rank", write_own)
                 share = together("hashes", lambda: _Share.of(beside, shard, rng))
                 everyone = gather_to_first(share, ranks.group)
-                together("manifest", lambda: self._complete(beside, final, everyone, layout, facts, keep))
+                together(
+                    "manifest",
+                    lambda: self._complete(beside, final, everyone, layout, facts, keep),
+                )
 
         return work
 
@@ -149,14 +164,23 @@ class CheckpointWriter:
         state: JsonObject,
         keep: int | None,
     ) -> None:
-        """Rank 0, which has the `shares` of all, finishes the checkpoint that they have written."""
+        """Rank 0, which has the `shares` of all, finishes the checkpoint that they have
+        written.
+        """
         if shares is None:
             return
         rank_shards = [share.shard for share in shares]
-        if different := [shard.rank for shard in rank_shards if shard.layout != rank_shards[0].layout]:
-            raise RunError(f"ranks {different} trained other parameters or with other settings than rank 0")
+        if different := [
+            shard.rank for shard in rank_shards if shard.layout != rank_shards[0].layout
+        ]:
+            raise RunError(
+                f"ranks {different} trained other parameters or with other settings than rank 0"
+            )
         EngineShards.of(beside / ENGINE_TAG, layout, rank_shards).write_table()
-        states = {kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares])) for kind in shares[0].rng}
+        states = {
+            kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares]))
+            for kind in shares[0].rng
+        }
         write_safetensors_atomic(beside / RNG_FILE, states, {})
         files.write_json_atomic(beside / STATE_FILE, state)
         recorded: dict[str, JsonObject] = {}
@@ -165,8 +189,11 @@ class CheckpointWriter:
         files.write_manifest(beside, recorded)
         # Each rank has flushed its own files: rank 0 does not open a thousand of them.
         files.fsync_tree(beside, with_files=False)
-        if damage := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
-            raise RunError(f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint")
+        # Its cycles are older than the other files, and merges read them
+        if damage := ledger_problems(beside):
+            raise RunError(
+                f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint"
+            )
         _replace_folder(beside, final)
         files.fsync(self.root)
         if state["best_step"]:
@@ -195,24 +222,29 @@ class _Share(NamedTuple):
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
-    """Restores engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
+    """Restores engine and random states from a verified folder, saved by any number of
+    ranks under any ZeRO stage.
 
-    `state`: the folder's, of this run (`check_identity`); it gets the number of ranks. With the number of ranks that
-    saved it the run continues bit for bit. With another one masters, moments and step counts are the same to the bit,
-    but sums over ranks round differently.
+    `state`: the folder's, of this run (`check_identity`); it gets the number of ranks. With
+    the number of ranks that saved it the run continues bit for bit. With another one
+    masters, moments and step counts are the same to the bit, but sums over ranks round
+    differently.
     """
     ranks = Ranks.current()
     engine_folder = folder / ENGINE_TAG
-    saved = ranks.on_first("layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True)
+    saved = ranks.on_first(
+        "layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True
+    )
     shards.restore(engine, replace(saved, folder=engine_folder))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 
 
 def _retain(root: Path, step: int, keep: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a resume from an earlier checkpoint
-    has left behind, and incomplete folders are neither counted nor deleted. A link to a checkpoint that the user keeps
-    elsewhere is counted and stays."""
+    """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a resume
+    from an earlier checkpoint has left behind, and incomplete folders are neither counted
+    nor deleted. A link to a checkpoint that the user keeps elsewhere is counted and
+    stays."""
     if keep is None:
         return
     known = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step]
@@ -227,7 +259,9 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
 
 @contextmanager
 def _removed_on_failure(beside: Path) -> Iterator[None]:
-    """Deletes the incomplete checkpoint `beside` where writing it fails: it would keep a full disk full."""
+    """Deletes the incomplete checkpoint `beside` where writing it fails: it would keep a
+    full disk full.
+    """
     try:
         yield
     except Exception:
@@ -260,7 +294,10 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
     with files.malformed(path):
         slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)
         if rank < slices["cpu"].get_shape()[0]:
-            states = {kind: saved[rank : rank + 1].flatten().clone() for kind, saved in slices.items()}
+            states = {
+                kind: saved[rank : rank + 1].flatten().clone()
+                for kind, saved in slices.items()
+            }
             torch.set_rng_state(states["cpu"])
             if "cuda" in states and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states["cuda"])
@@ -278,12 +315,16 @@ class Background:
     """The thread behind --async_save, for one task at a time, and its outcome."""
 
     limit_s: float
-    """Seconds that `wait` waits for a task at most: on a disk that hangs, a write never returns."""
+    """Seconds that `wait` waits for a task at most: on a disk that hangs, a write never
+    returns.
+    """
     thread: threading.Thread | None = None
     error: BaseException | None = None
 
     def start(self, work: Callable[[], None], name: str) -> None:
-        """Starts `work`; the task before must have been waited for. `name` is used in warnings."""
+        """Starts `work`; the task before must have been waited for. `name` is used in
+        warnings.
+        """
         assert self.thread is None, "one at a time"
 
         def run() -> None:
@@ -292,7 +333,9 @@ class Background:
             except BaseException as error:
                 self.error = error  # raised by the next `wait`
                 if dist.get_rank() == 0:
-                    logger.warning("warning: %s: %s; the next save will stop the run", name, error)
+                    logger.warning(
+                        "warning: %s: %s; the next save will stop the run", name, error
+                    )
 
         self.thread = threading.Thread(target=run, name=name, daemon=True)
         self.thread.start()
@@ -300,7 +343,8 @@ class Background:
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the task, if there is one, and raises what it raised.
 
-        Returns after `timeout_s`; without it, gives the task up and raises `RunError` after `limit_s`.
+        Returns after `timeout_s`; without it, gives the task up and raises `RunError` after
+        `limit_s`.
         """
         if (thread := self.thread) is None:
             return

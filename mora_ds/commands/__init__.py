@@ -1,4 +1,5 @@
-"""The command line: `mora-ds COMMAND`, `python -m mora_ds COMMAND`. Each module is one command and has its `main`.
+"""The command line: `mora-ds COMMAND`, `python -m mora_ds COMMAND`. Each module is one
+command and has its `main`.
 
 dispatch        the table of commands; starts one of them
 pretrain        training, in this process or by DeepSpeed's launcher

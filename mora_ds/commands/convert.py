@@ -1,4 +1,5 @@
-"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT. Or read a MoRA adapter of kongds's PEFT.
+"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT. Or read a
+MoRA adapter of kongds's PEFT.
 
     mora-ds convert adapter out/checkpoints/latest --output adapter
     mora-ds convert peft out/checkpoints/latest --output lora [--rank 64]
@@ -50,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)
-        action.add_argument("path", type=Path, help="the checkpoint, or with mora the adapter's folder, to convert")
+        action.add_argument(
+            "path",
+            type=Path,
+            help="the checkpoint, or with mora the adapter's folder, to convert",
+        )
         shared_flags(action, "--output")
     shared_flags(actions.choices["mora"], "--base")
     peft = actions.choices["peft"]

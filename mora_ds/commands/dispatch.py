@@ -1,6 +1,8 @@
-"""`mora-ds COMMAND [flags]`: one program for training and for all that is done with a model, a text or a checkpoint.
+"""`mora-ds COMMAND [flags]`: one program for training and for all that is done with a
+model, a text or a checkpoint.
 
-A command's module is imported when the command is called, so that the list of commands is there at once.
+A command's module is imported when the command is called, so that the list of commands is
+there at once.
 """
 
 import sys
@@ -27,7 +29,9 @@ COMMANDS = {
     "spectrum": "measure ranks of merged updates",
     "verify": "verify every file of a checkpoint or a run",
 }
-"""Command -> what it does, in a line. Its function is `main` of the module of its name, but for those below."""
+"""Command -> what it does, in a line. Its function is `main` of the module of its name, but
+for those below.
+"""
 
 OF_RESEARCH = {"analyze": "analyze", "evaluate-adapters": "bank", "spectrum": "spectrum"}
 """Command -> its module in `mora_ds.research`."""
@@ -53,7 +57,8 @@ def main() -> None:
 
 
 def take_command(argv: list[str]) -> str:
-    """Takes the command's name out of `argv`, where a launcher may have put its `--local_rank` before it; "" for none.
+    """Takes the command's name out of `argv`, where a launcher may have put its
+    `--local_rank` before it; "" for none.
 
     `argv[0]` becomes what `--help` calls the program.
     """
@@ -64,7 +69,9 @@ def take_command(argv: list[str]) -> str:
 
 
 def run(name: str) -> None:
-    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one, and what the command raises."""
+    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one, and
+    what the command raises.
+    """
     if name in ("", "-h", "--help"):
         print("\n".join(help_lines()))
     elif name == "--version":
@@ -73,7 +80,10 @@ def run(name: str) -> None:
         raise UserError(unknown("command", name, COMMANDS))
     else:
         if name == PLAN:  # people wait for it, and its imports take seconds
-            print("loading torch, transformers and DeepSpeed, then measuring a part of the model", file=sys.stderr)
+            print(
+                "loading torch, transformers and DeepSpeed, then measuring a part of the model",
+                file=sys.stderr,
+            )
         load(name)()
 
 
@@ -81,5 +91,10 @@ def help_lines() -> list[str]:
     """What `mora-ds --help` prints."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    head = ["usage: mora-ds COMMAND [flags]", "", "Continual pretraining with MoRA and ReMoRA under DeepSpeed.", ""]
+    head = [
+        "usage: mora-ds COMMAND [flags]",
+        "",
+        "Continual pretraining with MoRA and ReMoRA under DeepSpeed.",
+        "",
+    ]
     return [*head, *rows, "", "mora-ds COMMAND --help lists a command's flags."]

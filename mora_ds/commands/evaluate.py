@@ -1,12 +1,14 @@
-"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named texts.
+"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named
+texts.
 
-    mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
-    mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json
-    mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
+    mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt'
+    --stride 256 mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json mora-ds
+    evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
 
-A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are combined in memory, the update
-multiplied by --delta_scale if asked to. Every document is scored completely and separately. Bits per byte are
-comparable between models with different tokenizers; perplexities are not.
+A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are
+combined in memory, the update multiplied by --delta_scale if asked to. Every document is
+scored completely and separately. Bits per byte are comparable between models with different
+tokenizers; perplexities are not.
 """
 
 import argparse
@@ -24,7 +26,13 @@ from mora_ds.eval.perplexity import (
     load_target,
     named_sets,
 )
-from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
+from mora_ds.runtime.cli import (
+    check_device,
+    check_writable,
+    command_parser,
+    shared_flags,
+    table,
+)
 
 
 @named_as_flags("domain", "onto", "delta_scale", base="--base", base_folder="--base")
@@ -44,14 +52,18 @@ def main() -> None:
             options.domain,
             options.onto,
         )
-    windows = Windows.of(target.model, options.window, options.stride, options.document_start)
+    windows = Windows.of(
+        target.model, options.window, options.stride, options.document_start
+    )
     print(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
     print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
     if options.json is not None:
         content = {"window": windows.window, "stride": windows.stride}
         by_set = {name: score.to_dict() for name, score in scores.items()}
-        write_json_atomic(options.json, {"model": str(options.model), **content, "sets": by_set})
+        write_json_atomic(
+            options.json, {"model": str(options.model), **content, "sets": by_set}
+        )
 
 
 def check_scoring(options: argparse.Namespace) -> None:
@@ -75,7 +87,10 @@ TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "b
 def score_cells(name: str, score: Score) -> list[str]:
     """The row of a set in a table of scores, below `TITLES`."""
     counts = (f"{count:,}" for count in (score.documents, score.tokens, score.text_bytes))
-    rates = (f"{rate:.4f}" for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte))
+    rates = (
+        f"{rate:.4f}"
+        for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte)
+    )
     return [name, *counts, *rates]
 
 

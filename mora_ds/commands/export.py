@@ -4,8 +4,8 @@
     mora-ds export --checkpoint out --output milder --delta_scale 0.7
     mora-ds export --checkpoint out --onto INSTRUCT --output chat
 
-Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
-full disk.
+Exit code 2: an error that you can correct in the command or the files; 1: a damaged
+checkpoint, logits that differ, a full disk.
 """
 
 import argparse
@@ -20,7 +20,15 @@ from mora_ds.runtime.cli import command_parser, shared_flags
 
 
 @named_as_flags(
-    "checkpoint", "output", "verify", "overwrite", "domain", "delta_scale", "base_bits", "onto", base_folder="--base"
+    "checkpoint",
+    "output",
+    "verify",
+    "overwrite",
+    "domain",
+    "delta_scale",
+    "base_bits",
+    "onto",
+    base_folder="--base",
 )
 def main() -> None:
     options = _parser().parse_args()
@@ -52,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; must be new or empty"
+    )
     shared_flags(parser, "--base", "--domain", "--trust_remote_code")
     parser.add_argument(
         "--onto", type=Path, metavar="DIR",
@@ -63,13 +73,22 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training; of --onto, as there"
+        "--dtype",
+        choices=["auto", *COMPUTE_DTYPES],
+        default="auto",
+        help="auto: as in training; of --onto, as there",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
+        "--verify",
+        action="store_true",
+        help="load the result and compare its logits with those recorded in training",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
     parser.add_argument(
-        "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"
+        "--overwrite", action="store_true", help="replace a model that stands at --output"
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="REPO",
+        help="also upload it to this repository of the Hub, a new one being private",
     )
     return parser

@@ -1,11 +1,13 @@
-"""Plan memory and traffic of a run on any cluster from the config of its model; no weights are read.
+"""Plan memory and traffic of a run on any cluster from the config of its model; no weights
+are read.
 
-    mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096 --mora_rank 8
-    mora-ds plan RECIPE.yaml --model MODEL --gpus 64
+    mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80
+    --seq_len 4096 --mora_rank 8 mora-ds plan RECIPE.yaml --model MODEL --gpus 64
 
-The recipe and all flags that are not named here are those of `mora-ds pretrain`. Without --micro_batch it recommends a
-micro-batch size, with gradient checkpointing where nothing fits without; with it, it plans the given settings. Where
-the base does not fit it plans --base_device host. Without --bf16 and --fp16 the run computes in bf16.
+The recipe and all flags that are not named here are those of `mora-ds pretrain`. Without
+--micro_batch it recommends a micro-batch size, with gradient checkpointing where nothing
+fits without; with it, it plans the given settings. Where the base does not fit it plans
+--base_device host. Without --bf16 and --fp16 the run computes in bf16.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from mora_ds.runtime.cli import command_parser
 from mora_ds.train.dry_run import planner_of
 
 _OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config": "--model"}
-"""Flag of training, with underscores for its dashes -> the plan's own, which decides alone."""
+"""Flag of training, with underscores for its dashes -> the plan's own, which decides
+alone.
+"""
 
 
 def main() -> None:
@@ -35,7 +39,9 @@ def main() -> None:
     counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
-    planner = place_base(_planner(options, arguments), BaseDevice(arguments.training.base_device))
+    planner = place_base(
+        _planner(options, arguments), BaseDevice(arguments.training.base_device)
+    )
     chosen = recommend(planner) if options.micro_batch is None else None
     plan = chosen or planner.plan()
     if options.json:
@@ -48,7 +54,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.epilog = "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
+    parser.epilog = (
+        "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
+    )
     parser.add_argument(
         "--model",
         required=True,
@@ -81,14 +89,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
-    """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`. Raises `UserError`."""
+    """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`.
+    Raises `UserError`.
+    """
     for word in settings:
         if planned_flag := _OF_PLANS.get(word.split("=")[0].replace("-", "_")):
-            raise UserError(f"{word.split('=')[0]} is for training: a plan takes {planned_flag}")
+            raise UserError(
+                f"{word.split('=')[0]} is for training: a plan takes {planned_flag}"
+            )
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
     flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
     arguments = parse([*settings, *flags])
-    model = replace(arguments.model, model_config=None)  # --model stands in the place of the recipe's
+    # --model stands in the place of the recipe's
+    model = replace(arguments.model, model_config=None)
     training = arguments.training
     if not arguments.set_by_user & {"bf16", "fp16"}:
         training = replace(training, bf16=True)
@@ -103,13 +116,18 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     training = arguments.training
     config = named_config(str(model.model_name_or_path), model.trust_remote_code, "--model")
     set_rope(config, model.rope, model.trust_remote_code)
-    file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
+    file = (
+        None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
+    )
     replicas = options.gpus // training.ranks_per_replica
     ds_config = resolve_ds_config(file, training.engine_settings(), max(1, replicas))
     planner = planner_of(arguments, config, ds_config, options.gpus)
     return replace(
         planner,
-        work=replace(planner.work, checkpointing=training.gradient_checkpointing or options.micro_batch is None),
+        work=replace(
+            planner.work,
+            checkpointing=training.gradient_checkpointing or options.micro_batch is None,
+        ),
         cluster=Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9),
         on_cpu=False,
     )

@@ -3,7 +3,8 @@
     mora-ds pretrain [RECIPE.yaml] --deepspeed configs/zero3.json [--flags, see --help]
     mora-ds pretrain --num_gpus 8 ...        starts DeepSpeed's launcher, with the launcher's own flags
 
-deepspeed, torchrun and srun start launch/pretrain.py, or `--module mora_ds pretrain` without a checkout, by themselves.
+deepspeed, torchrun and srun start launch/pretrain.py, or `--module mora_ds pretrain`
+without a checkout, by themselves.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def start() -> None:
-    """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags is given, and on a machine
-    with several GPUs, each of which gets a process."""
+    """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags
+    is given, and on a machine with several GPUs, each of which gets a process."""
     from mora_ds.engine.launcher import (
         accelerators,
         become_the_only_rank,
@@ -41,7 +42,8 @@ def start() -> None:
         if for_launcher or accelerators() > 1:
             words = command(for_launcher, flags)
             os.execv(words[0], words)  # signals reach the launcher itself
-        elif not is_one_of_several():  # each would train a run of its own; `start_distributed` tells what is missing
+        # Each would train a run of its own; `start_distributed` tells what is missing
+        elif not is_one_of_several():
             become_the_only_rank()
     main()
 
@@ -57,7 +59,9 @@ def main() -> None:
         arguments = parse(sys.argv[1:])
         set_up_logging(arguments.training.log_level)
         if arguments.left_out:
-            logger.info(f"left out of the recipe, as the flags leave them no effect: {', '.join(arguments.left_out)}")
+            logger.info(
+                f"left out of the recipe, as the flags leave them no effect: {', '.join(arguments.left_out)}"
+            )
         if not arguments.is_demo:  # the demo's settings depend on the number of ranks
             validate(arguments)
         if not arguments.training.dry_run:
@@ -73,8 +77,9 @@ def main() -> None:
 
 
 def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
-    """The function that runs the job; it returns the summary, but for the demo, which ends with a table of its own.
-    What it needs takes seconds to import: ranks whose settings differ are told so before."""
+    """The function that runs the job; it returns the summary, but for the demo, which ends
+    with a table of its own. What it needs takes seconds to import: ranks whose settings
+    differ are told so before."""
     if arguments.is_demo and not arguments.training.dry_run:
         from mora_ds.train.demo import run_demo
 

@@ -1,9 +1,11 @@
-"""Verify one checkpoint, or all of a run: every file, and that the files agree with each other.
+"""Verify one checkpoint, or all of a run: every file, and that the files agree with each
+other.
 
     mora-ds verify out                           all checkpoints of a run, oldest first
     mora-ds verify out/checkpoints/latest --base MODEL
 
-Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the command.
+Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the
+command.
 """
 
 import argparse
@@ -21,7 +23,9 @@ def main() -> None:
         print("\n".join(verdict.lines()))
     damaged = [verdict.folder.name for verdict in verdicts if not verdict.is_good]
     if damaged:
-        raise RunError(f"{len(damaged)} of {len(verdicts)} checkpoint(s) damaged: {', '.join(damaged)}")
+        raise RunError(
+            f"{len(damaged)} of {len(verdicts)} checkpoint(s) damaged: {', '.join(damaged)}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

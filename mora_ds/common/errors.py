@@ -1,8 +1,8 @@
 """The exceptions of mora_ds, and the messages that settings have in common.
 
-`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for `FailedBeside`, 75 for `Stopped`, 1 for
-all other errors. Classes of settings have a method `problems()` that lists what is wrong with their values, one message
-each.
+`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for
+`FailedBeside`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a method
+`problems()` that lists what is wrong with their values, one message each.
 """
 
 import difflib
@@ -25,18 +25,22 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure while running (NaN loss, full disk, a checkpoint that turns out to be damaged during the run)."""
+    """A failure while running (NaN loss, full disk, a checkpoint that turns out to be
+    damaged during the run).
+    """
 
 
 class FailedBeside(RunError):
-    """The run is trained to its end and saved, but something beside training has failed: an evaluation, a task, a
-    tracker, an upload. All processes raise it alike."""
+    """The run is trained to its end and saved, but something beside training has failed: an
+    evaluation, a task, a tracker, an upload. All processes raise it alike."""
 
     is_shared = True
 
 
 BESIDE = (Exception, SystemExit)
-"""What is caught of what stands beside training: a package of others may even call sys.exit."""
+"""What is caught of what stands beside training: a package of others may even call
+sys.exit.
+"""
 
 
 class Stopped(BaseException):
@@ -47,13 +51,17 @@ class Stopped(BaseException):
 
 
 def refuse(problems: Iterable[str]) -> None:
-    """Raises one `UserError` with all `problems`, one a line, each once; returns where there are none."""
+    """Raises one `UserError` with all `problems`, one a line, each once; returns where
+    there are none.
+    """
     if lines := list(dict.fromkeys(problems)):
         raise UserError("\n".join(lines))
 
 
 def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
-    """The lines of the `UserError` that `check(*arguments)` raises; empty where it raises none."""
+    """The lines of the `UserError` that `check(*arguments)` raises; empty where it raises
+    none.
+    """
     try:
         check(*arguments)
     except UserError as error:
@@ -62,37 +70,50 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
 
 
 def require_type(value: object, kind: type, argument: str) -> None:
-    """Raise `UserError` that begins with the words `argument`, of a public function, unless `value` is of this type."""
+    """Raise `UserError` that begins with the words `argument`, of a public function, unless
+    `value` is of this type.
+    """
     if not isinstance(value, kind):
-        raise UserError(f"{argument} must be of the type {kind.__name__}, got {reprlib.repr(value)}")
+        raise UserError(
+            f"{argument} must be of the type {kind.__name__}, got {reprlib.repr(value)}"
+        )
 
 
 def whole_number(value: object, least: int, argument: str, otherwise: str = "") -> int:
     """An argument of a public function as an int from `least` on.
 
-    Raises `UserError` that begins with the words `argument` for another value, a bool among them; `otherwise`: what
-    else it may be.
+    Raises `UserError` that begins with the words `argument` for another value, a bool among
+    them; `otherwise`: what else it may be.
     """
-    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    number = (
+        int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    )
     if number is None or not least <= number < _TOO_LARGE:
-        raise UserError(f"{argument} must be a whole number from {least} on{otherwise}, got {value!r}")
+        raise UserError(
+            f"{argument} must be a whole number from {least} on{otherwise}, got {value!r}"
+        )
     return number
 
 
 @contextmanager
 def named_as_flags(*names: str, **others: str) -> Iterator[None]:
-    """Within, a `UserError` names the flags of a program. The functions of Python's users name their arguments, `rank`,
-    which here becomes --rank, where it is one of `names`, or what `others` has for it."""
+    """Within, a `UserError` names the flags of a program. The functions of Python's users
+    name their arguments, `rank`, which here becomes --rank, where it is one of `names`, or
+    what `others` has for it."""
     flags = {**{name: f"--{name}" for name in names}, **others}
     try:
         yield
     except UserError as error:
-        error.args = (re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error)),)
+        error.args = (
+            re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error)),
+        )
         raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing else is close."""
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing
+    else is close.
+    """
     close = difflib.get_close_matches(
         word,
         [candidate for candidate in known if candidate != word],
@@ -103,34 +124,50 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of another library's error in one line, for use in our own; a line that ends with a colon is followed
-    by the next one. A message without words, such as that of a KeyError, follows the name of the error."""
+    """The message of another library's error in one line, for use in our own; a line that
+    ends with a colon is followed by the next one. A message without words, such as that of
+    a KeyError, follows the name of the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    count = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    count = next(
+        (number for number, line in enumerate(lines, 1) if not line.endswith(":")),
+        len(lines),
+    )
     text = " ".join(lines[:count])
     return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
 def empty_words(argv: Sequence[str]) -> list[str]:
-    """One message for each empty word of a command line, as an unset variable of a shell leaves it, with its flag."""
+    """One message for each empty word of a command line, as an unset variable of a shell
+    leaves it, with its flag.
+    """
     problems = []
     for before, word in pairwise(["", *argv]):
         if word == "":
-            problems.append(f"{before or 'the first argument'} must not be empty: is a variable of the shell unset?")
+            problems.append(
+                f"{before or 'the first argument'} must not be empty: is a variable of the shell unset?"
+            )
         elif word.startswith("--") and word.endswith("="):
-            problems.append(f"{word[:-1]} must not be empty: is a variable of the shell unset?")
+            problems.append(
+                f"{word[:-1]} must not be empty: is a variable of the shell unset?"
+            )
     return problems
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
-    """The message for a `value` that is none of the `known` ones. `what` is a flag with its dashes, or a noun."""
+    """The message for a `value` that is none of the `known` ones. `what` is a flag with its
+    dashes, or a noun.
+    """
     known = list(known)
-    return f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}"
+    return (
+        f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}"
+    )
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may have; never NaN or infinite. `above` and `below` are excluded themselves."""
+    """The numbers that a setting may have; never NaN or infinite. `above` and `below` are
+    excluded themselves.
+    """
 
     least: float = -math.inf
     above: float = -math.inf
@@ -138,7 +175,11 @@ class Bounds:
     below: float = math.inf
 
     def allow(self, value: float) -> bool:
-        return isinstance(value, Real) and self.least <= value <= self.most and self.above < value < self.below
+        return (
+            isinstance(value, Real)
+            and self.least <= value <= self.most
+            and self.above < value < self.below
+        )
 
     def require(self, value: float) -> float:
         """The value. Raises the error that pydantic collects where it is not allowed."""
@@ -151,10 +192,16 @@ class Bounds:
         return core_schema.no_info_after_validator_function(self.require, handler(kind))
 
     def __str__(self) -> str:
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        bounds = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
         finite = {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
         return " and ".join(
-            f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}" for word, bound in finite.items()
+            f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}"
+            for word, bound in finite.items()
         )
 
 
@@ -165,15 +212,17 @@ BELOW_1 = Bounds(least=0, below=1)
 AT_MOST_1 = Bounds(least=0, most=1)
 ABOVE_0_AT_MOST_1 = Bounds(above=0, most=1)
 SECONDS = Bounds(least=0, most=1e9)
-"""A waiting time; the longest is 31 years. Python's clocks refuse times beyond 292 years."""
+"""A waiting time; the longest is 31 years. Python's clocks refuse times beyond 292
+years.
+"""
 
 _TOO_LARGE = 2**63
 """Whole numbers from here on do not fit in the integers of torch and numpy."""
 
 
 def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterator[str]:
-    """One message for each (flag, value, bounds) with a value outside of the bounds, or a whole number of more than 63
-    bits; None is always allowed."""
+    """One message for each (flag, value, bounds) with a value outside of the bounds, or a
+    whole number of more than 63 bits; None is always allowed."""
     for flag, value, bounds in numbers:
         if isinstance(value, int) and value >= _TOO_LARGE:
             yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
@@ -181,8 +230,12 @@ def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterat
             yield f"--{flag} must be {bounds}, got {value}"
 
 
-def wrong_values(settings: object, allowed: Mapping[str, Bounds | type[Enum]]) -> Iterator[str]:
-    """One message for each attribute of `settings` that its bounds or its enum do not allow, named as a flag."""
+def wrong_values(
+    settings: object, allowed: Mapping[str, Bounds | type[Enum]]
+) -> Iterator[str]:
+    """One message for each attribute of `settings` that its bounds or its enum do not
+    allow, named as a flag.
+    """
     for name, values in allowed.items():
         value = getattr(settings, name)
         if isinstance(values, Bounds):

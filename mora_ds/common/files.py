@@ -1,8 +1,11 @@
-"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and YAML that is checked when read.
+"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and YAML
+that is checked when read.
 
-    write a hidden file or folder next to the target -> fsync -> rename over the target -> fsync the parent folder
+    write a hidden file or folder next to the target -> fsync -> rename over the target ->
+    fsync the parent folder
 
-Whenever the process is killed, a reader finds the complete old content or the complete new one.
+Whenever the process is killed, a reader finds the complete old content or the complete new
+one.
 """
 
 import errno
@@ -22,11 +25,22 @@ from typing import Any, TypeAlias
 import yaml
 
 from mora_ds.common.errors import RunError, UserError, reason
-from mora_ds.common.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
+from mora_ds.common.untrusted import (
+    Count,
+    RelativePath,
+    entry,
+    links,
+    plain_json,
+    read_text,
+    require_plain,
+    shown,
+)
 from mora_ds.common.version import __version__
 
 FORMAT = 5
-"""Version of everything that mora_ds writes to be read again: checkpoints, ledgers, adapters, caches."""
+"""Version of everything that mora_ds writes to be read again: checkpoints, ledgers,
+adapters, caches.
+"""
 
 JsonObject: TypeAlias = dict[str, Any]
 """What a JSON file holds, by key."""
@@ -35,36 +49,50 @@ MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Recipes, DeepSpeed files and model configs: a link to configs/ in a checkout, a folder of the package in a wheel."""
+"""Recipes, DeepSpeed files and model configs: a link to configs/ in a checkout, a folder of
+the package in a wheel.
+"""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-"""Errors of a file system that was remounted read-only after a fault, or whose server has gone."""
+"""Errors of a file system that was remounted read-only after a fault, or whose server has
+gone.
+"""
 
 
 def shipped(path: str) -> str:
-    """`path`, or that of the package's own file where it begins with configs/ and the working directory has none."""
+    """`path`, or that of the package's own file where it begins with configs/ and the
+    working directory has none.
+    """
     packaged = CONFIGS.parent / path
-    return str(packaged) if path.startswith("configs/") and not Path(path).exists() and packaged.is_file() else path
+    return (
+        str(packaged)
+        if path.startswith("configs/") and not Path(path).exists() and packaged.is_file()
+        else path
+    )
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk or quota, and of a disk that cannot be written to, into a `RunError` that names
-    `folder`; other errors pass unchanged."""
+    """Turns the errors of a full disk or quota, and of a disk that cannot be written to,
+    into a `RunError` that names `folder`; other errors pass unchanged."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise RunError(f"the disk that holds {folder} is full: {error.strerror}") from error
+            raise RunError(
+                f"the disk that holds {folder} is full: {error.strerror}"
+            ) from error
         if error.errno in _WRITE_REFUSED:
             raise RunError(f"writing to {folder} failed: {error}") from error
         raise
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file to disk, or makes the renames inside a folder survive a power failure."""
+    """Flushes a file to disk, or makes the renames inside a folder survive a power
+    failure.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,8 +101,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path, with_files: bool = True) -> None:
-    """`fsync` for `folder` and every folder under it, so that the names in them survive, and for the files, unless they
-    are flushed already."""
+    """`fsync` for `folder` and every folder under it, so that the names in them survive,
+    and for the files, unless they are flushed already."""
     for path in [*sorted(folder.rglob("*")), folder]:
         if not path.is_symlink() and (with_files or path.is_dir()):
             fsync(path)
@@ -82,10 +110,13 @@ def fsync_tree(folder: Path, with_files: bool = True) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields the path of a temporary file. It replaces `path` if the block succeeds, and is deleted otherwise."""
+    """Yields the path of a temporary file. It replaces `path` if the block succeeds, and is
+    deleted otherwise.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
-        temporary.unlink(missing_ok=True)  # left by a killed process, it may be a hard link: never write into it
+        # Left by a killed process, it may be a hard link: never write into it
+        temporary.unlink(missing_ok=True)
         try:
             yield temporary
             fsync(temporary)
@@ -104,7 +135,9 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> JsonObject:
-    """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or not an object."""
+    """The JSON object in `path`. Raises `UserError` naming the file when it is missing,
+    damaged or not an object.
+    """
     try:
         content = plain_json(read_text(path), path)
     except FileNotFoundError:
@@ -112,7 +145,9 @@ def read_json(path: Path) -> JsonObject:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: a JSON object was expected, not {type(content).__name__}")
+        raise UserError(
+            f"{path} is damaged: a JSON object was expected, not {type(content).__name__}"
+        )
     return content
 
 
@@ -132,7 +167,9 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def replace_symlink(link: Path, target: str) -> None:
-    """Makes `link` point to `target` (relative to the folder of the link) by one atomic rename."""
+    """Makes `link` point to `target` (relative to the folder of the link) by one atomic
+    rename.
+    """
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     with disk_errors(link.parent):
@@ -143,8 +180,9 @@ def replace_symlink(link: Path, target: str) -> None:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Locks `folder` while the block runs, so that `is_abandoned` is false in other processes. The lock ends with the
-    process. On a file system without locks it has no effect."""
+    """Locks `folder` while the block runs, so that `is_abandoned` is false in other
+    processes. The lock ends with the process. On a file system without locks it has no
+    effect."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -155,7 +193,9 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether no process is `at_work` in `folder` any more. Not an empty one, which may be about to be locked."""
+    """Whether no process is `at_work` in `folder` any more. Not an empty one, which may be
+    about to be locked.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,8 +207,11 @@ def is_abandoned(folder: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Atomically makes `target` a hard link of `source`, or a copy where the file system has no hard links."""
-    if target.exists() and os.path.samefile(source, target):  # rename(2) between two links of one file does nothing
+    """Atomically makes `target` a hard link of `source`, or a copy where the file system
+    has no hard links.
+    """
+    # rename(2) between two links of one file does nothing
+    if target.exists() and os.path.samefile(source, target):
         return
     with atomic_path(target) as temporary:
         try:
@@ -180,8 +223,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times, not their modes. Raises `UserError` for a link in `source`, which is not
-    followed, and `RunError` on a full disk (`shutil.copytree` has its own error)."""
+    """Copies all files with their times, not their modes. Raises `UserError` for a link in
+    `source`, which is not followed, and `RunError` on a full disk (`shutil.copytree` has
+    its own error)."""
     require_plain(source)
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -191,12 +235,14 @@ def copy_folder(source: Path, target: Path) -> None:
                 (target / relative).mkdir()
             else:
                 shutil.copyfile(path, target / relative)
-                os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+                os.utime(
+                    target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns)
+                )
 
 
 def as_path(value: Any, argument: str) -> Path:
-    """An argument of a public function as a path. Raises `UserError` that begins with the words `argument` for what is
-    none, an empty string among them."""
+    """An argument of a public function as a path. Raises `UserError` that begins with the
+    words `argument` for what is none, an empty string among them."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise UserError(f"{argument} must be a path, got {value!r}")
@@ -204,33 +250,46 @@ def as_path(value: Any, argument: str) -> Path:
 
 
 def named_path(entry: str) -> tuple[str, str]:
-    """(name, path or pattern) of NAME=PATH, or of PATH, which is named by its file without endings."""
+    """(name, path or pattern) of NAME=PATH, or of PATH, which is named by its file without
+    endings.
+    """
     name, mark, path = entry.partition("=")
-    return (name, path) if mark and "/" not in name else (Path(entry).name.split(".")[0], entry)
+    return (
+        (name, path)
+        if mark and "/" not in name
+        else (Path(entry).name.split(".")[0], entry)
+    )
 
 
 def require_place(output: Path) -> None:
-    """Raises `UserError` where no folder can be made at `output`: below a file, where nothing may be written, or of a
-    name that the disk does not take."""
+    """Raises `UserError` where no folder can be made at `output`: below a file, where
+    nothing may be written, or of a name that the disk does not take."""
     try:
         output.exists()
         parent = next(folder for folder in output.absolute().parents if folder.exists())
     except OSError as error:
         raise UserError(f"`output` {output} cannot be made: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"`output` {output} cannot be made: {parent} is no folder that you can write to")
+        raise UserError(
+            f"`output` {output} cannot be made: {parent} is no folder that you can write to"
+        )
 
 
 def require_new(output: Path) -> None:
-    """Raises `UserError` unless `output` can be made or is an empty folder, which `atomic_folder` then fills."""
+    """Raises `UserError` unless `output` can be made or is an empty folder, which
+    `atomic_folder` then fills.
+    """
     require_place(output)
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+    if output.is_symlink() or (
+        output.exists() and (not output.is_dir() or any(output.iterdir()))
+    ):
         raise UserError(f"`output` {output} exists already; name a new folder")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder. It replaces `folder` if the block succeeds, and is deleted otherwise.
+    """Yields an empty temporary folder. It replaces `folder` if the block succeeds, and is
+    deleted otherwise.
 
     An existing `folder` is moved away first, and deleted when the new one is in place.
     """
@@ -256,29 +315,43 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
-    """{relative path: size and sha256} of files under `folder`, each flushed to disk before."""
+    """{relative path: size and sha256} of files under `folder`, each flushed to disk
+    before.
+    """
     files = {}
     with disk_errors(folder):
         for path in paths:
             fsync(path)
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+            files[path.relative_to(folder).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": sha256_file(path),
+            }
     return files
 
 
-def write_manifest(folder: Path, recorded: Mapping[str, dict[str, Any]] | None = None) -> None:
+def write_manifest(
+    folder: Path, recorded: Mapping[str, dict[str, Any]] | None = None
+) -> None:
     """Writes `manifest.json`: size and sha256 of every file under `folder`.
 
-    `recorded`: the entries that `record` has made where the files were written; all other files are recorded here.
-    Raises `RunError` for one of them that is not there, in its size: a file system that is shared by several nodes may
-    show a file late, and is waited for.
+    `recorded`: the entries that `record` has made where the files were written; all other
+    files are recorded here. Raises `RunError` for one of them that is not there, in its
+    size: a file system that is shared by several nodes may show a file late, and is waited
+    for.
     """
     known = dict(recorded or {})
     for name, facts in known.items():
         await_file(folder / name, facts["size"])
-    listed = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    unrecorded = [path for path in listed if path.relative_to(folder).as_posix() not in known]
+    listed = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
+    )
+    unrecorded = [
+        path for path in listed if path.relative_to(folder).as_posix() not in known
+    ]
     files = dict(sorted({**known, **record(folder, unrecorded)}.items()))
-    write_json_atomic(folder / MANIFEST, {"format": FORMAT, "files": files, "seal": _seal(files)})
+    write_json_atomic(
+        folder / MANIFEST, {"format": FORMAT, "files": files, "seal": _seal(files)}
+    )
 
 
 VISIBLE_WITHIN_S = 20.0
@@ -286,12 +359,14 @@ VISIBLE_WITHIN_S = 20.0
 
 
 def await_file(path: Path, size: int) -> None:
-    """Waits until a file that another node has written is there, in its size. Raises `RunError` where it does not come
-    within `VISIBLE_WITHIN_S`."""
+    """Waits until a file that another node has written is there, in its size. Raises
+    `RunError` where it does not come within `VISIBLE_WITHIN_S`."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
     while problem := file_problem(path, size, None):
         if time.monotonic() > deadline:
-            raise RunError(f"{problem} on rank 0's node, {VISIBLE_WITHIN_S:.0f} s after another rank has written it")
+            raise RunError(
+                f"{problem} on rank 0's node, {VISIBLE_WITHIN_S:.0f} s after another rank has written it"
+            )
         time.sleep(0.1)
 
 
@@ -301,14 +376,19 @@ def _seal(files: dict[str, Any]) -> str:
 
 
 def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[str]:
-    """One message for each file of `folder` that is not as the manifest says. Those that are not in the manifest are
-    ignored. `read`: files and folders whose hashes are compared; None: all. Of the others only existence and size are.
-    Raises `UserError` for a missing or damaged manifest.
+    """One message for each file of `folder` that is not as the manifest says. Those that
+    are not in the manifest are ignored. `read`: files and folders whose hashes are
+    compared; None: all. Of the others only existence and size are. Raises `UserError` for a
+    missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
     require_format(folder / MANIFEST, content)
-    if content.get("seal") != _seal(entry(content, "files", dict[str, Any], folder / MANIFEST)):
-        return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
+    if content.get("seal") != _seal(
+        entry(content, "files", dict[str, Any], folder / MANIFEST)
+    ):
+        return [
+            f"{folder / MANIFEST} is damaged: it does not list what it was written with"
+        ]
     if problems := links(folder):
         return problems
 
@@ -317,8 +397,13 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
         return file_problem(folder / name, facts.size, facts.sha256 if is_read else None)
 
     listed = listed_files(folder)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        return [message for message in pool.map(problem, listed.keys(), listed.values()) if message]
+    # Hashing and reading release the GIL
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [
+            message
+            for message in pool.map(problem, listed.keys(), listed.values())
+            if message
+        ]
 
 
 @dataclass(frozen=True)
@@ -330,10 +415,13 @@ class FileFacts:
 
 
 def listed_files(folder: Path) -> dict[str, FileFacts]:
-    """{relative path: facts} from the manifest of `folder`, each path one that stays in the folder. Raises `UserError`
-    for a missing or damaged manifest; only `verify_manifest` compares the facts with the files."""
+    """{relative path: facts} from the manifest of `folder`, each path one that stays in the
+    folder. Raises `UserError` for a missing or damaged manifest; only `verify_manifest`
+    compares the facts with the files."""
     path = folder / MANIFEST
-    facts_of: dict[str, FileFacts] = entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
+    facts_of: dict[str, FileFacts] = entry(
+        read_json(path), "files", dict[RelativePath, FileFacts], path
+    )
     return facts_of
 
 
@@ -343,7 +431,9 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
-    """A message if the file is missing or has another size or hash, else "". `sha256` None: the file is not read."""
+    """A message if the file is missing or has another size or hash, else "". `sha256` None:
+    the file is not read.
+    """
     if path.is_symlink() or not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -355,21 +445,34 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Turns the errors of reading fields of an unexpected form into a `UserError` that names the file."""
+    """Turns the errors of reading fields of an unexpected form into a `UserError` that
+    names the file.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except RunError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"{path} is damaged: {shown(error)}") from error
 
 
 def require_format(path: Path, content: JsonObject) -> None:
-    """Raises `UserError` for a file that another version of mora_ds has written in another format."""
+    """Raises `UserError` for a file that another version of mora_ds has written in another
+    format.
+    """
     if (file_format := content.get("format")) != FORMAT:
-        raise UserError(f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}")
+        raise UserError(
+            f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}"
+        )
 
 
 _MAX_YAML = 8 * 2**20
@@ -378,12 +481,14 @@ _MAX_DIGITS = 200
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases, by which a few lines stand for any number of values; long whole numbers; and a
-    key given twice, of which YAML silently keeps the last one."""
+    """SafeLoader that refuses aliases, by which a few lines stand for any number of values;
+    long whole numbers; and a key given twice, of which YAML silently keeps the last one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise _refused("an alias is not read here: write the value again", self.peek_event())
+            raise _refused(
+                "an alias is not read here: write the value again", self.peek_event()
+            )
         return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: Any) -> int:
@@ -412,8 +517,8 @@ def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys. Raises `UserError`, which calls
-    the file `what`."""
+    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys. Raises
+    `UserError`, which calls the file `what`."""
     try:
         text = read_text(Path(os.path.expanduser(path)), _MAX_YAML)
     except (OSError, UserError) as error:
@@ -424,8 +529,11 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:
         raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # of a date, a number, a key that is a list
+    # Of a date, a number, a key that is a list
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
+        raise UserError(
+            f"{path} must hold `key: value` lines, not a {type(content).__name__}"
+        )
     return content or {}

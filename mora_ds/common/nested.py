@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def flattened(content: Mapping[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+def flattened(
+    content: Mapping[str, Any], prefix: str = "", separator: str = "."
+) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"<prefix>a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -16,5 +18,7 @@ def flattened(content: Mapping[str, Any], prefix: str = "", separator: str = "."
 
 
 def different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys, sorted, that have another value in each; one that is missing has the value None."""
+    """The keys, sorted, that have another value in each; one that is missing has the value
+    None.
+    """
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))

@@ -1,4 +1,6 @@
-"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling, and of a config."""
+"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling, and
+of a config.
+"""
 
 from typing import Annotated, Any
 
@@ -17,7 +19,9 @@ _KEYS = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-"""rope_type -> its keys in transformers 5.24 (`modeling_rope_utils.py`); all have rope_theta."""
+"""rope_type -> its keys in transformers 5.24 (`modeling_rope_utils.py`); all have
+rope_theta.
+"""
 
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 """Keys that a rope_type cannot be without, if it has them."""
@@ -31,15 +35,18 @@ _HINTS: dict[str, Any] = {
 
 
 def rope_settings(text: str) -> dict[str, Any]:
-    """The keys in the JSON `text` of --rope_scaling. Raises `UserError` as `check_settings` does."""
+    """The keys in the JSON `text` of --rope_scaling. Raises `UserError` as `check_settings`
+    does.
+    """
     settings = plain_json(text, FLAG)
     check_settings(settings, FLAG)
     return dict(settings)
 
 
 def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> None:
-    """Raise `UserError`, after the words `where`, for a rope_type that is not known, and for keys that it does not
-    have, lacks, or has other values of. `is_of_config`: they are all that a model's config says, rope_theta too."""
+    """Raise `UserError`, after the words `where`, for a rope_type that is not known, and
+    for keys that it does not have, lacks, or has other values of. `is_of_config`: they are
+    all that a model's config says, rope_theta too."""
     kind = str(settings.get("rope_type") if isinstance(settings, dict) else settings)[:99]
     if kind not in _KEYS:
         raise UserError(f"{where}: {unknown('rope_type', kind, _KEYS)}")
@@ -52,7 +59,9 @@ def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> 
         raise UserError(f"{where}: rope_type {kind} needs the key {missing[0]}")
     for key, value in settings.items():
         if key not in known:
-            raise UserError(f"{where}: rope_type {kind} has no key {shown(key)}.{nearest(key, known)}")
+            raise UserError(
+                f"{where}: rope_type {kind} has no key {shown(key)}.{nearest(key, known)}"
+            )
         if key != "rope_type":
             typed(_HINTS.get(key, _POSITIVE), value, f"{where}: {key}")
     if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:

@@ -1,8 +1,9 @@
 """Safetensors files, written tensor by tensor and read lazily.
 
-The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian length, a JSON header with dtype,
-shape and byte range of every tensor, then the bytes. As the header needs only the shapes, a file larger than memory can
-be written while its tensors are computed; the library itself needs all tensors at once.
+The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian
+length, a JSON header with dtype, shape and byte range of every tensor, then the bytes. As
+the header needs only the shapes, a file larger than memory can be written while its tensors
+are computed; the library itself needs all tensors at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from torch import Tensor
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import atomic_path
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 """Dtypes that a model can be trained and exported in, by their names in config.json."""
 
 CODES = {
@@ -53,7 +58,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises `UserError` for one that is not in `COMPUTE_DTYPES`."""
+    """The dtype called `name`. Raises `UserError` for one that is not in
+    `COMPUTE_DTYPES`.
+    """
     if name not in COMPUTE_DTYPES:
         raise UserError(unknown("dtype", name, COMPUTE_DTYPES))
     return COMPUTE_DTYPES[name]
@@ -65,10 +72,12 @@ def tensor_nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file: the header with all shapes, then the tensors one by one, in any order.
+    """Writes one safetensors file: the header with all shapes, then the tensors one by one,
+    in any order.
 
-    `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every tensor starts at a multiple of
-    its element size. At the end of the `with` block, raises `ValueError` if a tensor was not written.
+    `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every
+    tensor starts at a multiple of its element size. At the end of the `with` block, raises
+    `ValueError` if a tensor was not written.
     """
 
     def __init__(
@@ -82,10 +91,15 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self._offsets: dict[str, int] = {}
         end = 0
-        for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):  # a stable sort
+        # A stable sort
+        for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):
             shape, dtype = layout[name]
             self._offsets[name], end = end, end + tensor_nbytes(shape, dtype)
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [self._offsets[name], end]}
+            header[name] = {
+                "dtype": CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [self._offsets[name], end],
+            }
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
@@ -94,11 +108,15 @@ class SafetensorsWriter:
         self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor of the layout. Raises `ValueError` for a tensor that the layout does not hold."""
+        """Writes one tensor of the layout. Raises `ValueError` for a tensor that the layout
+        does not hold.
+        """
         if name not in self._missing:
             raise ValueError(f"{name!r} is not in the layout, or was written before")
         if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:
-            raise ValueError(f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self._layout[name]}")
+            raise ValueError(
+                f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self._layout[name]}"
+            )
         self._file.seek(self._start + self._offsets[name])
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(raw.numpy().data)
@@ -125,7 +143,10 @@ def write_safetensors_atomic(
 ) -> None:
     """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary, SafetensorsWriter(temporary, layout, metadata) as writer:
+    with (
+        atomic_path(path) as temporary,
+        SafetensorsWriter(temporary, layout, metadata) as writer,
+    ):
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
@@ -133,7 +154,8 @@ def write_safetensors_atomic(
 def open_safetensors(path: Path) -> Any:
     """A lazy, memory-mapped reader (`keys`, `metadata`, `get_tensor`, `get_slice`).
 
-    Raises `UserError` naming the file when it is missing, truncated or not a safetensors file.
+    Raises `UserError` naming the file when it is missing, truncated or not a safetensors
+    file.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
@@ -147,5 +169,7 @@ def shape_dtype(handle: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a tensor, from the header alone."""
     view = handle.get_slice(name)
     if view.get_dtype() not in DTYPES:
-        raise UserError(f"tensor {name!r} has dtype {view.get_dtype()}, which is not supported")
+        raise UserError(
+            f"tensor {name!r} has dtype {view.get_dtype()}, which is not supported"
+        )
     return tuple(view.get_shape()), DTYPES[view.get_dtype()]

@@ -1,4 +1,5 @@
-"""Values from a file are only data: each type, name, path, number and size is checked here before it is used.
+"""Values from a file are only data: each type, name, path, number and size is checked here
+before it is used.
 
     plain_json, read_text        bounded in size and depth, before memory is taken
     typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
@@ -8,7 +9,8 @@
     expanded(path, flag)         a path with ~ in it
     require_memory               sizes that a file states, against the memory that there is
 
-All of them raise `UserError`, whose text begins with `where`: the file, and the place in it.
+All of them raise `UserError`, whose text begins with `where`: the file, and the place in
+it.
 """
 
 import json
@@ -31,15 +33,17 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from mora_ds.common.errors import Bounds, UserError, refusal
 
 MAX_BYTES = 32 * 2**20
-"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of shards with 100,000
-parameters has 10 MiB."""
+"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of
+shards with 100,000 parameters has 10 MiB."""
 MAX_DEPTH = 64
 """Deepest nesting of JSON."""
 MAX_SIDE = 1 << 24
 """Longest side of a layer: far above any vocabulary."""
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Control characters, breaks of lines, and what turns the direction of writing: they would change a whole message."""
+"""Control characters, breaks of lines, and what turns the direction of writing: they would
+change a whole message.
+"""
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -54,14 +58,20 @@ def shown(value: Any) -> str:
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for one that is no text, OSError
-    where it cannot be read."""
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode) and not _is_of_shell(path):
+    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for
+    one that is no text, OSError where it cannot be read."""
+    if (
+        not stat.S_ISREG(mode := path.stat().st_mode)
+        and not stat.S_ISDIR(mode)
+        and not _is_of_shell(path)
+    ):
         raise UserError(f"{path} is no file")  # a pipe would wait for ever
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{path} is larger than the {limit:,} bytes that such a file may have")
+        raise UserError(
+            f"{path} is larger than the {limit:,} bytes that such a file may have"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -69,13 +79,16 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 
 def _is_of_shell(path: Path) -> bool:
-    """Whether it is a name such as /dev/fd/63, by which a shell gives a pipe. Below /dev/shm lie files as elsewhere."""
+    """Whether it is a name such as /dev/fd/63, by which a shell gives a pipe. Below
+    /dev/shm lie files as elsewhere.
+    """
     return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one with a message for users
-    for a number that is too long; `json.JSONDecodeError` has the line."""
+    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one
+    with a message for users for a number that is too long; `json.JSONDecodeError` has the
+    line."""
     try:
         return json.loads(text, **options)
     except (json.JSONDecodeError, UserError):
@@ -83,13 +96,19 @@ def parse_json(text: str, **options: Any) -> Any:
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
     except ValueError:
-        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
+        raise ValueError(
+            f"a number has more than {sys.get_int_max_str_digits()} digits"
+        ) from None
 
 
 def plain_json(text: str, where: object) -> Any:
-    """JSON of bounded size and depth, whose texts can be printed and written. Raises `UserError`."""
+    """JSON of bounded size and depth, whose texts can be printed and written. Raises
+    `UserError`.
+    """
     if len(text) > MAX_BYTES:
-        raise UserError(f"{where} is larger than the {MAX_BYTES:,} characters that such JSON may have")
+        raise UserError(
+            f"{where} is larger than the {MAX_BYTES:,} characters that such JSON may have"
+        )
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -98,7 +117,9 @@ def plain_json(text: str, where: object) -> Any:
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is damaged: it has no Unicode text in {shown(error.object[error.start])}") from error
+        raise UserError(
+            f"{where} is damaged: it has no Unicode text in {shown(error.object[error.start])}"
+        ) from error
     return content
 
 
@@ -115,7 +136,9 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
 
 
 def file_name(text: str) -> str:
-    """`text`, if it can be the name of one file or folder: nothing that leads elsewhere or cannot be printed."""
+    """`text`, if it can be the name of one file or folder: nothing that leads elsewhere or
+    cannot be printed.
+    """
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
         raise UserError(f"{shown(text)} cannot be the name of a file, nor a part of one")
     if len(text.encode()) > 240:
@@ -131,9 +154,14 @@ def relative_path(text: str) -> str:
 
 
 def any_path(text: str) -> str:
-    """`text`, if it can be a path at all, in any script, wherever it leads: it is only read, and what is there is
-    compared."""
-    if not text or _UNSHOWN.search(text) or len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 255:
+    """`text`, if it can be a path at all, in any script, wherever it leads: it is only
+    read, and what is there is compared."""
+    if (
+        not text
+        or _UNSHOWN.search(text)
+        or len(text.encode()) > 4000
+        or max(map(len, text.split("/"))) > 255
+    ):
         raise UserError(f"{shown(text)} cannot be a path")
     return text
 
@@ -162,9 +190,9 @@ _PROBLEMS = {
 
 
 def typed(hint: Any, value: Any, where: object) -> Any:
-    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses, tuples and enums an instance. Raises
-    `UserError`. True and False are no numbers, and nothing is converted but whole numbers where floats are wanted.
-    `Annotated` may have `Bounds`."""
+    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses, tuples
+    and enums an instance. Raises `UserError`. True and False are no numbers, and nothing is
+    converted but whole numbers where floats are wanted. `Annotated` may have `Bounds`."""
     try:
         text = json.dumps(value)
         return _adapter(hint).validate_json(text, strict=True, extra="forbid")
@@ -172,7 +200,10 @@ def typed(hint: Any, value: Any, where: object) -> Any:
         raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
         # A key that is misspelt is missing, too.
-        first = min(error.errors(), key=lambda detail: detail["type"] != "unexpected_keyword_argument")
+        first = min(
+            error.errors(),
+            key=lambda detail: detail["type"] != "unexpected_keyword_argument",
+        )
     steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]]
     place = f"{where}{''.join(steps)}"
     if not place.isprintable():
@@ -180,7 +211,11 @@ def typed(hint: Any, value: Any, where: object) -> Any:
     if first["type"] == "value_error":  # of a function, or of a class that is made
         raise UserError(f"{place}: {first['ctx']['error']}")
     message = first["msg"]
-    problem = message if first["type"] == "bounds" else _PROBLEMS.get(first["type"], f"is refused: {message}")
+    problem = (
+        message
+        if first["type"] == "bounds"
+        else _PROBLEMS.get(first["type"], f"is refused: {message}")
+    )
     found = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
     raise UserError(f"{place} {problem}{found}")
 
@@ -191,18 +226,26 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def typed_fully(cls: Any, value: Any, where: object) -> Any:
-    """As `typed`, of a dataclass that mora_ds has written: also a field with a default must be there."""
+    """As `typed`, of a dataclass that mora_ds has written: also a field with a default must
+    be there.
+    """
     instance = typed(cls, value, where)
-    if missing := [field.name for field in fields(cls) if field.init and field.name not in value]:
+    if missing := [
+        field.name for field in fields(cls) if field.init and field.name not in value
+    ]:
         raise UserError(f"{where}: {missing[0]} is missing")
     return instance
 
 
 def wrong_types(settings: Any) -> Iterator[str]:
-    """One message for each field of a dataclass whose value is not of its type, named as the field."""
+    """One message for each field of a dataclass whose value is not of its type, named as
+    the field.
+    """
     hints = get_type_hints(settings.__class__, include_extras=True)
     for field in fields(settings):
-        yield from refusal(typed, hints[field.name], getattr(settings, field.name), field.name)
+        yield from refusal(
+            typed, hints[field.name], getattr(settings, field.name), field.name
+        )
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
@@ -216,7 +259,9 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
 
 
 def links(folder: Path) -> list[str]:
-    """A message for every link, pipe, socket and device under `folder`, by its own path; links are not followed."""
+    """A message for every link, pipe, socket and device under `folder`, by its own path;
+    links are not followed.
+    """
     problems = []
 
     def note(error: OSError) -> None:
@@ -226,40 +271,54 @@ def links(folder: Path) -> list[str]:
         for path in sorted(Path(parent, name) for name in (*folders, *names)):
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                problems.append(f"{path} is a link to {path.readlink()}, and links are not followed")
+                problems.append(
+                    f"{path} is a link to {path.readlink()}, and links are not followed"
+                )
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 problems.append(f"{path} is neither a file nor a folder")
     return problems
 
 
 def require_plain(folder: Path) -> None:
-    """Raises `UserError` where `folder`, a checkpoint or an adapter, has anything in it but files and folders."""
+    """Raises `UserError` where `folder`, a checkpoint or an adapter, has anything in it but
+    files and folders.
+    """
     if problems := links(folder):
-        raise UserError(f"{problems[0]}: make a copy that holds the files themselves (cp -rL)")
+        raise UserError(
+            f"{problems[0]}: make a copy that holds the files themselves (cp -rL)"
+        )
 
 
 def expanded(path: str | Path, flag: str = "") -> Path:
-    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag` where that is not known, and
-    where the disk does not let one look whether anything is there."""
+    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag`
+    where that is not known, and where the disk does not let one look whether anything is
+    there."""
     try:
         place = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
             place.stat()
         return place
-    except OSError as error:  # a name that is too long, a loop of links, a folder that may not be entered
+    # A name that is too long, a loop of links, a folder that may not be entered
+    except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
     except ValueError as error:  # a byte of zero
         raise UserError(f"{flag} {path!r}: {error}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]
-        raise UserError(f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()) from None
+        raise UserError(
+            f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()
+        ) from None
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """Raises `UserError` where this machine, or this process by its limit, has fewer bytes left than `what` takes."""
+    """Raises `UserError` where this machine, or this process by its limit, has fewer bytes
+    left than `what` takes.
+    """
     free = psutil.virtual_memory().available
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         free = min(free, limit - psutil.Process().memory_info().vms)
     if nbytes > free:
-        raise UserError(f"{what} takes {nbytes / 2**30:,.1f} GiB of memory, and {max(free, 0) / 2**30:,.1f} are free")
+        raise UserError(
+            f"{what} takes {nbytes / 2**30:,.1f} GiB of memory, and {max(free, 0) / 2**30:,.1f} are free"
+        )

@@ -1,4 +1,5 @@
-"""Settings of a run: flags and recipes, parsed strictly, and every check that needs no file's contents.
+"""Settings of a run: flags and recipes, parsed strictly, and every check that needs no
+file's contents.
 
 flags               command line and YAML -> dataclasses; renamed and retired settings
 arguments           `Arguments`: the four groups of settings, `parse` and `dump`

@@ -1,9 +1,11 @@
-"""All settings of a training run: four dataclasses, parsed strictly, written to the run's run.yaml.
+"""All settings of a training run: four dataclasses, parsed strictly, written to the run's
+run.yaml.
 
     [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
                                          \\-> dump -> run.yaml
 
-Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the `run.yaml` of a run is a recipe.
+Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the
+`run.yaml` of a run is a recipe.
 """
 
 import dataclasses
@@ -23,27 +25,36 @@ from mora_ds.remora.schedule import Schedule, schedule_kind
 
 @dataclass(frozen=True)
 class Arguments:
-    """All settings of a run. Functions take the groups or fields that they need, never this class as such."""
+    """All settings of a run. Functions take the groups or fields that they need, never this
+    class as such.
+    """
 
     model: ModelArguments
     adapter: AdapterArguments
     data: DataArguments
     training: TrainingArguments
     research: dict[str, Any] = field(default_factory=dict)
-    """The settings that the block `research:` of the recipe sets; without one empty, as nearly always."""
+    """The settings that the block `research:` of the recipe sets; without one empty, as
+    nearly always.
+    """
     set_by_user: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; the rest are defaults."""
     left_out: tuple[str, ...] = ()
-    """Keys of the recipe that flags on the command line leave without an effect (`effects`); they have defaults."""
+    """Keys of the recipe that flags on the command line leave without an effect
+    (`effects`); they have defaults.
+    """
 
     @property
     def is_demo(self) -> bool:
-        """Whether neither a model nor training data is named, so that the run is the demo."""
+        """Whether neither a model nor training data is named, so that the run is the
+        demo.
+        """
         return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
-        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how many of them come before a decay
-        that begins at a checkpoint (--decay_from), after the warm-up. Raises `UserError` for contradicting settings."""
+        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how many
+        of them come before a decay that begins at a checkpoint (--decay_from), after the
+        warm-up. Raises `UserError` for contradicting settings."""
         training = self.training
         warmup_steps = training.first_warmup(total_steps)
         decay_ratio = training.decay_ratio
@@ -53,7 +64,8 @@ class Arguments:
                     f"--decay_from: {total_steps} steps end before the decay, which begins after {decay_start}: raise "
                     "--max_steps"
                 )
-            warmup_steps = min(warmup_steps, decay_start)  # the checkpoint is at the peak, whatever --warmup_steps says
+            # The checkpoint is at the peak, whatever --warmup_steps says
+            warmup_steps = min(warmup_steps, decay_start)
             decay_ratio = (total_steps - decay_start) / (total_steps - warmup_steps)
         return Schedule(
             kind=schedule_kind(training.lr_scheduler_type),
@@ -80,19 +92,30 @@ _SHIPPED = ("deepspeed", "mixture", "model_config")
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
+    """Arguments from a command line (without the program's name): an optional YAML recipe
+    first, then flags.
 
-    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises SystemExit(0).
+    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises
+    SystemExit(0).
     """
     recipe, flags = parse_flat(list(_GROUPS.values()), argv)
     for settings in (recipe, flags):
-        settings.update({name: shipped(settings[name]) for name in _SHIPPED if settings.get(name) is not None})
+        settings.update(
+            {
+                name: shipped(settings[name])
+                for name in _SHIPPED
+                if settings.get(name) is not None
+            }
+        )
     return with_flags(recipe, flags)
 
 
 def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of a recipe, and of flags that win over it and leave keys of it without effect."""
-    mistakes = idle_settings(from_flat(recipe)).keys()  # the recipe's own: `validate` refuses them
+    """Arguments from {field: value} of a recipe, and of flags that win over it and leave
+    keys of it without effect.
+    """
+    # The recipe's own: `validate` refuses them
+    mistakes = idle_settings(from_flat(recipe)).keys()
     idle = idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
     effective = {name: value for name, value in recipe.items() if name not in idle}
     left_out = tuple(name for name in recipe if name in idle)
@@ -100,11 +123,15 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
 
 
 def from_flat(settings: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of the right types; what is absent takes its default."""
+    """Arguments from {field: value} of the right types; what is absent takes its
+    default.
+    """
     groups = {}
     for name, group in _GROUPS.items():
         names = {entry.name for entry in dataclasses.fields(group)}
-        groups[name] = group(**{key: value for key, value in settings.items() if key in names})
+        groups[name] = group(
+            **{key: value for key, value in settings.items() if key in names}
+        )
     return Arguments(
         **groups,
         research=settings.get(RESEARCH, {}),
@@ -113,7 +140,13 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:
-    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without what differs by rank."""
-    flat = {key: value for name in _GROUPS for key, value in dataclasses.asdict(getattr(arguments, name)).items()}
+    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without
+    what differs by rank.
+    """
+    flat = {
+        key: value
+        for name in _GROUPS
+        for key, value in dataclasses.asdict(getattr(arguments, name)).items()
+    }
     del flat["local_rank"]
     return {**flat, RESEARCH: arguments.research} if arguments.research else flat

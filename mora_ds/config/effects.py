@@ -1,7 +1,9 @@
-"""When each setting has an effect. One that has none is a mistake of the user's: it is refused by its name.
+"""When each setting has an effect. One that has none is a mistake of the user's: it is
+refused by its name.
 
-The keys of a recipe are of two kinds. What the recipe itself makes idle is refused like a flag; what only a flag on the
-command line makes idle (`RECIPE.yaml --adapter full`) is left out of the run, which says so once.
+The keys of a recipe are of two kinds. What the recipe itself makes idle is refused like a
+flag; what only a flag on the command line makes idle (`RECIPE.yaml --adapter full`) is left
+out of the run, which says so once.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def _curve(arguments: Arguments) -> ScheduleKind:
 def _trains_others(arguments: Arguments) -> bool:
     """Whether parameters are trained that --embedding_learning_rate is for."""
     adapter = arguments.adapter
-    return not adapter.is_control and (adapter.trains_others or bool(arguments.research.get("domain_adapters")))
+    return not adapter.is_control and (
+        adapter.trains_others or bool(arguments.research.get("domain_adapters"))
+    )
 
 
 EFFECTS = (
@@ -80,7 +84,10 @@ EFFECTS = (
     ),
     Effect(
         "--lr_scheduler_type warmup_stable_decay without --decay_from",
-        lambda run: _curve(run) is ScheduleKind.WARMUP_STABLE_DECAY and run.training.decay_from is None,
+        lambda run: (
+            _curve(run) is ScheduleKind.WARMUP_STABLE_DECAY
+            and run.training.decay_from is None
+        ),
         "decay_ratio",
     ),
     Effect(
@@ -100,7 +107,8 @@ EFFECTS = (
     ),
     Effect(
         "--streaming",
-        lambda run: run.data.streaming or run.data.mixture is not None,  # whose sources may be streams
+        # Whose sources may be streams
+        lambda run: run.data.streaming or run.data.mixture is not None,
         "shuffle_buffer",
     ),
     Effect(
@@ -113,12 +121,19 @@ EFFECTS = (
 
 
 def idle_settings(arguments: Arguments) -> dict[str, str]:
-    """{setting: message} of those that differ from their defaults and have no effect beside the others."""
+    """{setting: message} of those that differ from their defaults and have no effect beside
+    the others.
+    """
     has_known_adapter = arguments.adapter.adapter in [kind.value for kind in AdapterKind]
     if not has_known_adapter or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    changed = {name for group in groups for name, value in vars(group).items() if value != getattr(type(group)(), name)}
+    changed = {
+        name
+        for group in groups
+        for name, value in vars(group).items()
+        if value != getattr(type(group)(), name)
+    }
     return {
         name: f"--{name} is for {effect.purpose}, and has no effect here: leave it out"
         for effect in EFFECTS

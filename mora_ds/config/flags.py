@@ -2,9 +2,10 @@
 
     argv -> {field: value} of [recipe.yaml] and of flags -> dataclasses
 
-Each field is a flag of the same name; its docstring is its help. The first argument may be a YAML file with the same
-names as keys; flags win over it. Nothing unknown passes: an unknown key or flag, a value of another type, a key twice
-in a file are all `UserError`, with the nearest known name.
+Each field is a flag of the same name; its docstring is its help. The first argument may be
+a YAML file with the same names as keys; flags win over it. Nothing unknown passes: an
+unknown key or flag, a value of another type, a key twice in a file are all `UserError`,
+with the nearest known name.
 """
 
 import argparse
@@ -31,9 +32,11 @@ _NOT_GIVEN = object()
 
 
 def documented(cls: Class) -> Class:
-    """Class decorator, under `@dataclass`: every field's docstring becomes its `metadata["help"]`.
+    """Class decorator, under `@dataclass`: every field's docstring becomes its
+    `metadata["help"]`.
 
-    One text serves the reader of the source and the reader of `--help`. A field without one is a TypeError.
+    One text serves the reader of the source and the reader of `--help`. A field without one
+    is a TypeError.
     """
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
@@ -53,14 +56,20 @@ def documented(cls: Class) -> Class:
 
 
 RECORDED_KEYS = ("versions", "resolved")
-"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and they are not read."""
+"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and
+they are not read.
+"""
 
 RESEARCH = "research"
 """The key of a recipe that holds the settings of `mora_ds.research`."""
 
 _RESEARCH = "moved to the block `research:` of a recipe (docs/research.md)"
-_LONGER_MERGES = "was removed, since no run gained by it: merge at fixed intervals, --merge_every"
-_TWO_RUNS = "was removed: run --adapter full first, and adapt the merged model in a second run"
+_LONGER_MERGES = (
+    "was removed, since no run gained by it: merge at fixed intervals, --merge_every"
+)
+_TWO_RUNS = (
+    "was removed: run --adapter full first, and adapt the merged model in a second run"
+)
 
 REMOVED: dict[str, str] = {
     "alignment_rank": _RESEARCH,
@@ -114,19 +123,26 @@ REMOVED: dict[str, str] = {
     "trainable_budget": "was removed: mora-ds analyze --trainable_budget writes a plan of targets",
     "warmup_ratio": "was removed: --warmup_steps below 1 is a share of the run",
 }
-"""Setting that a version before 0.3.0 had -> what to do instead, to be read after its name."""
+"""Setting that a version before 0.3.0 had -> what to do instead, to be read after its
+name.
+"""
 
 
 class StrictParser(HfArgumentParser):
-    """HfArgumentParser that raises `UserError` instead of ending the process. `-h` still prints help and ends it."""
+    """HfArgumentParser that raises `UserError` instead of ending the process. `-h` still
+    prints help and ends it.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def parse_flat(groups: Sequence[type], argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({field: value} of the recipe, the same of the flags), of fields of the dataclasses `groups`; what is not given
-    is absent. Raises `UserError`; `-h` prints help and raises SystemExit(0)."""
+def parse_flat(
+    groups: Sequence[type], argv: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({field: value} of the recipe, the same of the flags), of fields of the dataclasses
+    `groups`; what is not given is absent. Raises `UserError`; `-h` prints help and raises
+    SystemExit(0)."""
     refuse(empty_words(argv))
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
@@ -138,17 +154,23 @@ def parse_flat(groups: Sequence[type], argv: Sequence[str]) -> tuple[dict[str, A
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
     names = [field.name for group in groups for field in dataclasses.fields(group)]
-    parsed, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    parsed, unknown = parser.parse_known_args(
+        arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))
+    )
     if unknown:
         refuse(_unknown_flag(word, names) for word in unknown if word.startswith("--"))
         raise UserError(
             f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
         )
-    return of_recipe, {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
+    return of_recipe, {
+        name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN
+    }
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
-    """Takes the recipe out of `arguments`. The launcher puts its `--local_rank` before everything else."""
+    """Takes the recipe out of `arguments`. The launcher puts its `--local_rank` before
+    everything else.
+    """
     position = 0
     if arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
         position = 1 if "=" in arguments[0] else 2
@@ -167,24 +189,34 @@ def _unknown_flag(word: str, known: Iterable[str]) -> str:
 
 
 def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
-    """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
+    """The settings of a YAML recipe, checked against the fields of `groups`; one
+    `UserError` lists all wrong ones.
+    """
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings = {key: value for key, value in content.items() if key not in (*RECORDED_KEYS, RESEARCH)}
+    settings = {
+        key: value
+        for key, value in content.items()
+        if key not in (*RECORDED_KEYS, RESEARCH)
+    }
     values = typed_values(settings, hints, path)
     if RESEARCH in content:
         values[RESEARCH] = research.load("settings").read(content[RESEARCH], path)
     return values
 
 
-def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def typed_values(
+    content: Any, hints: Mapping[str, Any], path: str, prefix: str = ""
+) -> dict[str, Any]:
     """The values of a mapping in the YAML file `path` as the types in `hints`.
 
-    `prefix`: where the mapping stands in the file, such as "sources.web.". Raises one `UserError` for all unknown keys
-    and wrong types.
+    `prefix`: where the mapping stands in the file, such as "sources.web.". Raises one
+    `UserError` for all unknown keys and wrong types.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {prefix.rstrip('.')} must be `key: value` lines, got {content!r}")
+        raise UserError(
+            f"{path}: {prefix.rstrip('.')} must be `key: value` lines, got {content!r}"
+        )
     values = {}
     problems = []
     for key, value in content.items():
@@ -199,16 +231,24 @@ def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str 
         elif key in REMOVED and not prefix:
             problems.append(f"{path}: {key} {REMOVED[key]}")
         else:
-            problems.append(f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}")
+            problems.append(
+                f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}"
+            )
     refuse(problems)
     return values
 
 
 def _as_written(value: Any, hint: Any) -> Any:
-    """What YAML means by `value`: one entry may stand for a list, and 4e-4, without a point, is read as a string."""
+    """What YAML means by `value`: one entry may stand for a list, and 4e-4, without a
+    point, is read as a string.
+    """
     if get_origin(hint) is list and not isinstance(value, list):
         return [value]
-    if float in (hint, *get_args(hint)) and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if (
+        float in (hint, *get_args(hint))
+        and isinstance(value, (int, str))
+        and not isinstance(value, bool)
+    ):
         with suppress(ValueError):
             return float(value)
     return value

@@ -1,4 +1,5 @@
-"""Forgetting: the perplexities on old text against those at the start, and the settings that act on them.
+"""Forgetting: the perplexities on old text against those at the start, and the settings
+that act on them.
 
 --stop_when_forgotten general:1.10      stop once the perplexity on `general` exceeds 1.10 of its value at the start
 --best_by general:0.3 domain:0.7        checkpoints/best: lowest 0.3 x loss on general + 0.7 x loss on domain
@@ -18,17 +19,27 @@ _BEST = "--best_by"
 
 @dataclass(frozen=True)
 class Watch:
-    """The bounds and weights that are applied after every evaluation. Perplexities are mappings by name of the set."""
+    """The bounds and weights that are applied after every evaluation. Perplexities are
+    mappings by name of the set.
+    """
 
     bounds: Mapping[str, float]
-    """The ratio of a set's perplexity to its value at the start above which the run stops."""
+    """The ratio of a set's perplexity to its value at the start above which the run
+    stops.
+    """
     weights: Mapping[str, float]
-    """The weights of the sets' losses in the sum that ranks checkpoints; empty: checkpoints are not ranked."""
+    """The weights of the sets' losses in the sum that ranks checkpoints; empty: checkpoints
+    are not ranked.
+    """
 
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
-        """From the values of --stop_when_forgotten, ratios to the start, and of --best_by. Raises `UserError`."""
-        watch = cls(_named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE))
+        """From the values of --stop_when_forgotten, ratios to the start, and of --best_by.
+        Raises `UserError`.
+        """
+        watch = cls(
+            _named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE)
+        )
         if watch.weights and not any(watch.weights.values()):
             raise UserError(f"{_BEST}: one weight must be above 0")
         return watch
@@ -39,8 +50,12 @@ class Watch:
             for name in names:
                 require_set(flag, name, known)
 
-    def forgotten(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-        """A sentence about the first bound that is exceeded, or None. Values are perplexities, or costs of tasks."""
+    def forgotten(
+        self, before: Mapping[str, float], now: Mapping[str, float]
+    ) -> str | None:
+        """A sentence about the first bound that is exceeded, or None. Values are
+        perplexities, or costs of tasks.
+        """
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
                 return (
@@ -50,21 +65,33 @@ class Watch:
         return None
 
     def score(self, now: Mapping[str, float]) -> float | None:
-        """The weighted sum of losses, lower is better; None without weights, or where a weighted set is missing."""
+        """The weighted sum of losses, lower is better; None without weights, or where a
+        weighted set is missing.
+        """
         if not self.weights or not self.weights.keys() <= now.keys():
             return None
         return sum(weight * math.log(now[name]) for name, weight in self.weights.items())
 
 
 def require_set(flag: str, name: str, known: Sequence[str]) -> None:
-    """Raise `UserError` for an evaluation set that `flag` names and that is none of the `known` ones."""
+    """Raise `UserError` for an evaluation set that `flag` names and that is none of the
+    `known` ones.
+    """
     if name not in known:
-        there = f"there are: {', '.join(known)}." if known else "there are none: give --eval_files."
-        raise UserError(f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}")
+        there = (
+            f"there are: {', '.join(known)}."
+            if known
+            else "there are none: give --eval_files."
+        )
+        raise UserError(
+            f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}"
+        )
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Lines about each set's perplexity at the start and now; none where no set has both."""
+    """Lines about each set's perplexity at the start and now; none where no set has
+    both.
+    """
     return [
         f"perplexity on {name}: {before[name]:.3f} at the start, {after[name]:.3f} now ({percent:+.2f}%)"
         for name, percent in change(before, after).items()
@@ -72,12 +99,18 @@ def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """{set: change of its perplexity since the start, in per cent}; above 0 is forgetting."""
-    return {name: 100 * (after[name] / before[name] - 1) for name in after if name in before}
+    """{set: change of its perplexity since the start, in per cent}; above 0 is
+    forgetting.
+    """
+    return {
+        name: 100 * (after[name] / before[name] - 1) for name in after if name in before
+    }
 
 
 def _named(flag: str, entries: Sequence[str], bounds: Bounds) -> dict[str, float]:
-    """{name: number} of `entries` NAME:NUMBER. Raises `UserError` for one of another form."""
+    """{name: number} of `entries` NAME:NUMBER. Raises `UserError` for one of another
+    form.
+    """
     numbers = {}
     for entry in entries:
         name, _, number = entry.rpartition(":")

@@ -16,10 +16,14 @@ from mora_ds.config.data import DataArguments
 from mora_ds.config.flags import typed_values
 
 PLAIN = "train"
-"""Name of the source that plain --train_files or --dataset_name make, where it needs one."""
+"""Name of the source that plain --train_files or --dataset_name make, where it needs
+one.
+"""
 
 HELD_OUT = "held_out"
-"""Name of the evaluation set of --held_out_share; in a mixture it is followed by the name of the source."""
+"""Name of the evaluation set of --held_out_share; in a mixture it is followed by the name
+of the source.
+"""
 
 _NAME = r"[A-Za-z0-9_.-]+"
 
@@ -53,7 +57,9 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """Sources in order, and (first step, a weight for each source) of every phase: [(0, (0.7, 0.3)), (1000, ...)]."""
+    """Sources in order, and (first step, a weight for each source) of every phase: [(0,
+    (0.7, 0.3)), (1000, ...)].
+    """
 
     sources: tuple[SourcePlan, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
@@ -66,7 +72,9 @@ class MixturePlan:
 
 
 def mixture_plan(data: DataArguments) -> MixturePlan:
-    """Raises `UserError` that says what is wrong with --mixture, --train_files or --replay."""
+    """Raises `UserError` that says what is wrong with --mixture, --train_files or
+    --replay.
+    """
     if data.mixture is not None:
         plan = _read(data.mixture)
     elif any(map(_named_source, data.train_files)):
@@ -81,10 +89,14 @@ def mixture_plan(data: DataArguments) -> MixturePlan:
     if data.replay:
         plan = _with_replay(plan, data.replay)
     if data.streaming:
-        plan = replace(plan, sources=tuple(replace(source, streaming=True) for source in plan.sources))
+        plan = replace(
+            plan, sources=tuple(replace(source, streaming=True) for source in plan.sources)
+        )
     for source in plan.sources:
         if source.streaming and source.epochs:
-            raise UserError(f"{where}: sources.{source.name}.epochs is for text in a cache: a stream begins again")
+            raise UserError(
+                f"{where}: sources.{source.name}.epochs is for text in a cache: a stream begins again"
+            )
     return plan
 
 
@@ -93,13 +105,19 @@ def _check_weights(plan: MixturePlan, where: str) -> None:
         phase = where if step == 0 else f"{where}, from step {step}"
         for source, weight in zip(plan.sources, weights, strict=True):
             if not NOT_NEGATIVE.allow(weight):
-                raise UserError(f"{phase}: the weight of {source.name!r} must be {NOT_NEGATIVE}, got {weight:g}")
+                raise UserError(
+                    f"{phase}: the weight of {source.name!r} must be {NOT_NEGATIVE}, got {weight:g}"
+                )
         if sum(weights) == 0:
-            raise UserError(f"{phase}: the weights add up to 0, so no source could be drawn")
+            raise UserError(
+                f"{phase}: the weights add up to 0, so no source could be drawn"
+            )
 
 
 def _named_source(entry: str) -> tuple[str, str, float] | None:
-    """(name, files, number) of an entry; None for another form, and for the name of an existing file."""
+    """(name, files, number) of an entry; None for another form, and for the name of an
+    existing file.
+    """
     match = _ENTRY.fullmatch(entry)
     if match is None or os.path.exists(os.path.expanduser(entry)):
         return None
@@ -121,20 +139,26 @@ def _of_flags(entries: list[str]) -> MixturePlan:
             )
         name, files, weight = named
         if name in weights:
-            raise UserError(f"--train_files: {name} is given twice; a source of --mixture can have many files")
+            raise UserError(
+                f"--train_files: {name} is given twice; a source of --mixture can have many files"
+            )
         weights[name] = weight
         sources.append(SourcePlan(name, (files,), flag="--train_files"))
     return MixturePlan(tuple(sources), ((0, tuple(weights.values())),))
 
 
 def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
-    """Replayed sources take their share of every phase; the others keep their proportions in the rest."""
+    """Replayed sources take their share of every phase; the others keep their proportions
+    in the rest.
+    """
     sources = list(plan.sources)
     shares = []
     for entry in entries:
         named = _named_source(entry)
         if named is None or not 0 < named[2] < 1:
-            raise UserError(f"--replay {entry}: must be NAME=FILES:SHARE, with a share between 0 and 1")
+            raise UserError(
+                f"--replay {entry}: must be NAME=FILES:SHARE, with a share between 0 and 1"
+            )
         name, files, share = named
         if name in [source.name for source in sources]:
             raise UserError(f"--replay {entry}: there is a source {name!r} already")
@@ -142,7 +166,9 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
         shares.append(share)
     new_share = 1 - sum(shares)
     if new_share <= 0:
-        raise UserError(f"--replay: the shares add up to {sum(shares):g}, which leaves nothing for new text")
+        raise UserError(
+            f"--replay: the shares add up to {sum(shares):g}, which leaves nothing for new text"
+        )
     phases = []
     for step, weights in plan.phases:
         # to 12 digits: 0.05 of 1 leaves 0.95, not 0.950000000000000011
@@ -153,9 +179,13 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
 
 def _read(path: str) -> MixturePlan:
     """The mixture of a YAML file."""
-    content = typed_values(load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path)
+    content = typed_values(
+        load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path
+    )
     if not content.get("sources"):
-        raise UserError(f"{path}: `sources` must map the name of each source to its files and weight")
+        raise UserError(
+            f"{path}: `sources` must map the name of each source to its files and weight"
+        )
     weights: dict[str, float] = {}
     sources = []
     for key, entry in content["sources"].items():
@@ -171,9 +201,14 @@ def _read(path: str) -> MixturePlan:
             raise UserError(f"{path}: {where} must have `from_step` and `weights`")
         step = phase["from_step"]
         if step <= phases[-1][0]:
-            raise UserError(f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {step}")
-        by_name = {str(name): weight for name, weight in phase["weights"].items()}  # as the names of sources
-        known = typed_values(by_name, dict.fromkeys(weights, float), path, f"{where}.weights.")
+            raise UserError(
+                f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {step}"
+            )
+        # As the names of sources
+        by_name = {str(name): weight for name, weight in phase["weights"].items()}
+        known = typed_values(
+            by_name, dict.fromkeys(weights, float), path, f"{where}.weights."
+        )
         phases.append((step, tuple(known.get(name, 0.0) for name in weights)))
     return MixturePlan(tuple(sources), tuple(phases))
 

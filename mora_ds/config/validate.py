@@ -5,7 +5,8 @@
     other rules of a group      `problems()` of its class
     several groups at once      here
 
-Files, tokenizers and models are checked where they are read; DeepSpeed's JSON file by `engine/ds_config.py`.
+Files, tokenizers and models are checked where they are read; DeepSpeed's JSON file by
+`engine/ds_config.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,8 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "held_out_share": BELOW_1,
     "shuffle_buffer": NOT_NEGATIVE,
     "tensor_parallel_size": COUNT,
-    "per_device_train_batch_size": Bounds(least=1, most=1_000_000),  # all rows of a batch are in memory
+    # All rows of a batch are in memory
+    "per_device_train_batch_size": Bounds(least=1, most=1_000_000),
     "per_device_eval_batch_size": Bounds(least=1, most=1_000_000),
     "gradient_accumulation_steps": COUNT,
     "sequence_parallel_size": COUNT,
@@ -81,7 +83,8 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "eval_tasks_steps": NOT_NEGATIVE,
     "save_steps": NOT_NEGATIVE,
     "save_total_limit": COUNT,
-    "seed": Bounds(least=0, below=2**48),  # each rank's generator is seeded with 16 bits more, and takes 64
+    # Each rank's generator is seeded with 16 bits more, and takes 64
+    "seed": Bounds(least=0, below=2**48),
     "collective_timeout_s": Bounds(least=1, most=SECONDS.most),
 }
 """Setting -> the limits of its number, or the enum of its words."""
@@ -104,11 +107,12 @@ _EXCLUSIVE = (
 
 
 def validate(arguments: Arguments) -> None:
-    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line; where nothing is, the
-    settings that have no effect."""
+    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a
+    line; where nothing is, the settings that have no effect."""
     training = arguments.training
     adapter = arguments.adapter
-    has_length = training.max_steps > 0 and training.decay_from is None  # a branch is past its warm-up
+    # A branch is past its warm-up
+    has_length = training.max_steps > 0 and training.decay_from is None
     steps = training.max_steps if has_length else _UNKNOWN_LENGTH
     groups = (arguments.model, arguments.data, adapter, training)
     settings = dump(arguments)
@@ -119,7 +123,12 @@ def validate(arguments: Arguments) -> None:
             *_both_given(settings),
             *(research.load("settings").problems(arguments) if arguments.research else ()),
             *_contradictions(arguments.model, adapter, arguments.data, training),
-            *conflicts(steps, training.first_warmup(steps), adapter.merge_every, adapter.restart_warmup_steps),
+            *conflicts(
+                steps,
+                training.first_warmup(steps),
+                adapter.merge_every,
+                adapter.restart_warmup_steps,
+            ),
         ]
     )
     refuse(idle_settings(arguments).values())
@@ -140,8 +149,14 @@ def _contradictions(
 ) -> Iterator[str]:
     """One message for each setting of a group that those of another one do not go with."""
     muon = training.optimizer == OptimizerKind.MUON.value
-    uploads_full = adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged
-    has_tokenizer = model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
+    uploads_full = (
+        adapter.adapter == AdapterKind.FULL.value
+        and training.push_to_hub
+        and not training.export_merged
+    )
+    has_tokenizer = (
+        model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
+    )
     wrong_sources = refusal(mixture_plan, data)
     streams = not wrong_sources and mixture_plan(data).streams
     rules = {
@@ -171,7 +186,9 @@ def _contradictions(
     }
     yield from (message for message, holds in rules.items() if holds)
     yield from wrong_sources
-    yield from sequence_parallel_problems(training.sequence_parallel_size, data.seq_len, model.attn_implementation)
+    yield from sequence_parallel_problems(
+        training.sequence_parallel_size, data.seq_len, model.attn_implementation
+    )
     yield from tensor_parallel_problems(
         training.tensor_parallel_size,
         adapter=adapter.adapter,

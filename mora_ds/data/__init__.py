@@ -14,7 +14,13 @@ demo_corpus        the text of the demo, from the Python standard library
 from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
 from mora_ds.data.demo_corpus import domain_documents, write_demo_corpus
-from mora_ds.data.extend_tokenizer import Extension, bpe_backend, candidate_tokens, check_extension, extend_tokenizer
+from mora_ds.data.extend_tokenizer import (
+    Extension,
+    bpe_backend,
+    candidate_tokens,
+    check_extension,
+    extend_tokenizer,
+)
 from mora_ds.data.held_out import DocumentFilter, document_hash
 from mora_ds.data.mixture import Mixture, Source
 from mora_ds.data.packing import IGNORED, PackedDataset

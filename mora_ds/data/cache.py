@@ -1,12 +1,14 @@
-"""The token cache: a corpus as one memory-mapped stream of tokens on disk, built once for the same text and settings.
+"""The token cache: a corpus as one memory-mapped stream of tokens on disk, built once for
+the same text and settings.
 
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
-A cache is written to a temporary folder and renamed, so a folder with a key as its name is complete. A killed
-builder leaves a temporary folder that nobody reads, and a later build removes it. Of two builders the first one wins.
+A cache is written to a temporary folder and renamed, so a folder with a key as its name is
+complete. A killed builder leaves a temporary folder that nobody reads, and a later build
+removes it. Of two builders the first one wins.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import at_work, disk_errors, file_problem, fsync, fsync_tree, is_abandoned
+from mora_ds.common.files import (
+    at_work,
+    disk_errors,
+    file_problem,
+    fsync,
+    fsync_tree,
+    is_abandoned,
+)
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.readers import batched
@@ -41,18 +50,22 @@ TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
 META = "meta.json"
 PARALLEL_BYTES = 32_000_000
-"""Smaller corpora are tokenised in the calling process, as starting others would take longer."""
+"""Smaller corpora are tokenised in the calling process, as starting others would take
+longer.
+"""
 
 HASHED_BYTES = 1 << 30
-"""Caches of up to this size (about a second of reading) are hashed whenever they are opened; of larger ones the sizes
-are compared."""
+"""Caches of up to this size (about a second of reading) are hashed whenever they are
+opened; of larger ones the sizes are compared."""
 
 _TEMPORARY = ".partial-"
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An open cache. `tokens` and `ends` are memory maps: nothing is read before it is used."""
+    """An open cache. `tokens` and `ends` are memory maps: nothing is read before it is
+    used.
+    """
 
     folder: Path
     meta: dict[str, Any]
@@ -92,10 +105,11 @@ def build_cache(
 ) -> TokenCache:
     """The corpus as tokens, from `cache_dir` or built into it.
 
-    `num_proc` processes tokenise; their number does not change the result. `document_start`: as in
-    `tokenizer.start_id`. Every document is followed by the end-of-text token. A damaged cache is rebuilt, with a
-    warning. Raises `UserError` for a file that cannot be read as text, an empty corpus or a tokenizer without
-    end-of-text token, and `RunError` for a full disk.
+    `num_proc` processes tokenise; their number does not change the result.
+    `document_start`: as in `tokenizer.start_id`. Every document is followed by the
+    end-of-text token. A damaged cache is rebuilt, with a warning. Raises `UserError` for a
+    file that cannot be read as text, an empty corpus or a tokenizer without end-of-text
+    token, and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, document_start)
     num_proc = _processes_for(corpus, tokenizer, num_proc)
@@ -109,29 +123,42 @@ def build_cache(
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the cache in `folder`, by the sizes and hashes of its files, or None."""
+    """What is wrong with the cache in `folder`, by the sizes and hashes of its files, or
+    None.
+    """
     try:
         meta = json.loads((folder / META).read_text())
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"
-        sizes = {TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
-        hashes = meta["sha256"] if sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
-        problems = [file_problem(folder / name, size, hashes[name]) for name, size in sizes.items()]
+        sizes = {
+            TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize,
+            DOCUMENTS: meta["documents"] * 8,
+        }
+        hashes = (
+            meta["sha256"] if sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
+        )
+        problems = [
+            file_problem(folder / name, size, hashes[name]) for name, size in sizes.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
     return next(filter(None, problems), None)
 
 
-def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
-    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class came with the model, which
-    cannot be pickled."""
+def _processes_for(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int
+) -> int:
+    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class came
+    with the model, which cannot be pickled."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
 def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, Any]:
-    """Everything that decides which tokens a cache holds. `hashes`: of the corpus's members."""
+    """Everything that decides which tokens a cache holds. `hashes`: of the corpus's
+    members.
+    """
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -169,24 +196,42 @@ def _build(
         with disk_errors(folder.parent), at_work(temporary):
             meta = _write(corpus, encoder, temporary, num_proc, progress)
             if not meta["documents"]:
-                passed = "" if corpus.keep is None else f", or on the other side of {corpus.keep}"
+                passed = (
+                    ""
+                    if corpus.keep is None
+                    else f", or on the other side of {corpus.keep}"
+                )
                 raise UserError(f"{corpus.flag}: every document is empty{passed}")
-            (temporary / META).write_text(json.dumps({**meta, "settings": settings}, indent=2) + "\n")
+            (temporary / META).write_text(
+                json.dumps({**meta, "settings": settings}, indent=2) + "\n"
+            )
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless the build failed
+        # Renamed already, unless the build failed
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool) -> dict[str, Any]:
-    """Writes the tokens of all documents into `folder`; returns the counts and hashes for meta.json."""
+def _write(
+    corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
+) -> dict[str, Any]:
+    """Writes the tokens of all documents into `folder`; returns the counts and hashes for
+    meta.json.
+    """
     hidden = None if progress else True  # None: where there is no terminal
-    documents = tqdm((document for document in corpus if not document.is_empty), "tokenising", disable=hidden)
+    documents = tqdm(
+        (document for document in corpus if not document.is_empty),
+        "tokenising",
+        disable=hidden,
+    )
     batches = batched(documents, lambda document: len(document.text))
     hashes = {TOKENS: hashlib.sha256(), DOCUMENTS: hashlib.sha256()}
     n_tokens = 0
     n_documents = 0
-    with (folder / TOKENS).open("wb") as tokens_file, (folder / DOCUMENTS).open("wb") as ends_file:
+    with (
+        (folder / TOKENS).open("wb") as tokens_file,
+        (folder / DOCUMENTS).open("wb") as ends_file,
+    ):
         for tokens, ends in ordered_map(encoder, batches, num_proc):
             ends = ends + n_tokens
             tokens_file.write(tokens.data)
@@ -200,20 +245,27 @@ def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progre
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Renames the new cache. A damaged one in its place is removed; one that another builder finished first stays."""
+    """Renames the new cache. A damaged one in its place is removed; one that another
+    builder finished first stays.
+    """
     if folder.exists() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)
     except OSError as error:
         if problem := damage(folder):
-            raise UserError(f"{folder} is damaged: {problem}; delete it, which failed: {error.strerror}") from error
+            raise UserError(
+                f"{folder} is damaged: {problem}; delete it, which failed: {error.strerror}"
+            ) from error
     fsync(folder.parent)
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Removes the temporary folders of killed builders, where the file system's locks tell that they are gone."""
+    """Removes the temporary folders of killed builders, where the file system's locks tell
+    that they are gone.
+    """
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
-        with suppress(FileNotFoundError):  # another builder finishes, and renames it, at the same time
+        # Another builder finishes, and renames it, at the same time
+        with suppress(FileNotFoundError):
             if is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -20,8 +20,9 @@ _FORMAT = 3
 
 
 def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
-    """The hash of every member's contents, in order: from the index where the member is unchanged, otherwise by
-    reading it. Raises `UserError` for a `cache_dir` that cannot be written to."""
+    """The hash of every member's contents, in order: from the index where the member is
+    unchanged, otherwise by reading it. Raises `UserError` for a `cache_dir` that cannot be
+    written to."""
     with writable(cache_dir):
         (cache_dir / "index").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:  # hashing does not hold Python's lock
@@ -44,13 +45,18 @@ def _recall(entry: Path) -> str | None:
         content = json.loads(entry.read_text())
         content_hash: str = content["content_hash"]
         return content_hash if content["seal"] == _seal(content_hash) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or damaged: the member is read again
+    # Missing or damaged: the member is read again
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def _remember(entry: Path, content_hash: str) -> None:
-    """Writes in place: half an entry has no valid seal, and a kill leaves no temporary file."""
-    entry.write_text(json.dumps({"content_hash": content_hash, "seal": _seal(content_hash)}))
+    """Writes in place: half an entry has no valid seal, and a kill leaves no temporary
+    file.
+    """
+    entry.write_text(
+        json.dumps({"content_hash": content_hash, "seal": _seal(content_hash)})
+    )
 
 
 def _seal(content_hash: str) -> str:
@@ -59,10 +65,16 @@ def _seal(content_hash: str) -> str:
 
 @contextmanager
 def writable(cache_dir: Path) -> Iterator[None]:
-    """Turns a full disk into a `RunError`, and any other refusal to write (a read-only disk) into a `UserError`."""
+    """Turns a full disk into a `RunError`, and any other refusal to write (a read-only
+    disk) into a `UserError`.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise RunError(f"the disk that holds {cache_dir} is full: {error.strerror}") from error
-        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
+            raise RunError(
+                f"the disk that holds {cache_dir} is full: {error.strerror}"
+            ) from error
+        raise UserError(
+            f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}"
+        ) from error

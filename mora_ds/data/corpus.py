@@ -1,4 +1,5 @@
-"""What the user names (files, patterns, folders, a `datasets` name) as a `Corpus`, which can be read again and again.
+"""What the user names (files, patterns, folders, a `datasets` name) as a `Corpus`, which
+can be read again and again.
 
     --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order given, each pattern sorted
     --dataset_name NAME                                DatasetMember
@@ -69,11 +70,13 @@ def load_corpus(
     text_column: str = "text",
     flag: str = "--train_files",
 ) -> Corpus:
-    """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder on disk), as one corpus.
+    """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder on
+    disk), as one corpus.
 
-    `streaming`: a name of the hub is read over the network, whenever it is read. Looks at names, sizes and the first
-    document of every member only; the rest is checked while it is read.
-    Raises `UserError`, which names `flag` or `--dataset_name`, for anything that is no corpus.
+    `streaming`: a name of the hub is read over the network, whenever it is read. Looks at
+    names, sizes and the first document of every member only; the rest is checked while it
+    is read. Raises `UserError`, which names `flag` or `--dataset_name`, for anything that
+    is no corpus.
     """
     if dataset_name is not None and flag == "--train_files":  # else a source of a mixture
         flag = "--dataset_name"
@@ -94,8 +97,9 @@ def load_corpus(
 def resolve_files(patterns: Sequence[str]) -> list[Path]:
     """Files in the order of the patterns, sorted within each, without repeats.
 
-    A folder stands for all files within it that have a known suffix. Files of no bytes are left out where a pattern or
-    a folder has found them, but not where they are named. Raises `UserError` for a pattern without a match.
+    A folder stands for all files within it that have a known suffix. Files of no bytes are
+    left out where a pattern or a folder has found them, but not where they are named.
+    Raises `UserError` for a pattern without a match.
     """
     paths: dict[str, Path] = {}
     for pattern in patterns:
@@ -120,7 +124,9 @@ def _expand(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        raise UserError(f"{path} is a data set that was saved by datasets: name it with --dataset_name")
+        raise UserError(
+            f"{path} is a data set that was saved by datasets: name it with --dataset_name"
+        )
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -136,7 +142,9 @@ def _hint(pattern: str) -> str:
     if os.path.isdir(os.path.expanduser(pattern)):
         return " The folder holds no file of a kind that is read; --dataset_name names a saved data set."
     folder = Path(os.path.expanduser(pattern)).parent
-    return nearest(Path(pattern).name, sorted(os.listdir(folder))) if folder.is_dir() else ""
+    return (
+        nearest(Path(pattern).name, sorted(os.listdir(folder))) if folder.is_dir() else ""
+    )
 
 
 def _is_empty(path: Path) -> bool:
@@ -146,7 +154,9 @@ def _is_empty(path: Path) -> bool:
 def _file_member(path: Path, text_column: str) -> Member:
     file_kind(path)
     if not path.is_file():  # a pipe would lose its first text, or wait for ever
-        raise UserError(f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once")
+        raise UserError(
+            f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once"
+        )
     return FileMember(path, text_column)
 
 
@@ -154,7 +164,9 @@ def _file_member(path: Path, text_column: str) -> Member:
 
 
 def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
-    """A folder that `datasets` has saved (`save_to_disk`), which is memory-mapped, or another name that it knows."""
+    """A folder that `datasets` has saved (`save_to_disk`), which is memory-mapped, or
+    another name that it knows.
+    """
     import datasets  # not above: it is slow to import and most runs read files
 
     has_splits = Path(name, "dataset_dict.json").is_file()
@@ -163,8 +175,16 @@ def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
             dataset = datasets.load_from_disk(Path(name, SPLIT) if has_splits else name)
         else:
             dataset = datasets.load_dataset(name, split=SPLIT, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name!r} (split {SPLIT!r}) cannot be loaded: {reason(error)}") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise UserError(
+            f"{name!r} (split {SPLIT!r}) cannot be loaded: {reason(error)}"
+        ) from error
     if isinstance(dataset, datasets.IterableDataset):
         return StreamedDatasetMember(name, dataset, text_column)
     check_column(dataset.features.arrow_schema, text_column, name)

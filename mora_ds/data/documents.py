@@ -1,4 +1,6 @@
-"""Where documents begin in packed rows: what attention by documents reads in place of a mask."""
+"""Where documents begin in packed rows: what attention by documents reads in place of a
+mask.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents of rows (B, T) that are laid one after the other: those of row 0, then those of row 1, and so on.
+    """The documents of rows (B, T) that are laid one after the other: those of row 0, then
+    those of row 1, and so on.
 
-    Every row begins with a document, and another one begins at each position that does not follow the one before it.
+    Every row begins with a document, and another one begins at each position that does not
+    follow the one before it.
     """
 
     bounds: Tensor
-    """(documents + 1,) int32: the token with which each begins, then the number of all tokens B T."""
+    """(documents + 1,) int32: the token with which each begins, then the number of all
+    tokens B T.
+    """
     lengths: tuple[int, ...]
     """Tokens of each document, known on the host, so that no device has to be asked."""
     windows: set[int | None] = field(default_factory=set)
@@ -34,7 +40,9 @@ class Documents:
         return cls(torch.from_numpy(bounds), tuple(np.diff(bounds).tolist()))
 
     @classmethod
-    def whole_rows(cls, rows: int, length: int, device: torch.device | None = None) -> Documents:
+    def whole_rows(
+        cls, rows: int, length: int, device: torch.device | None = None
+    ) -> Documents:
         """One document a row."""
         bounds = torch.arange(
             0,

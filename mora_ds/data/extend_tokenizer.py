@@ -1,11 +1,13 @@
-"""Adds a domain's tokens to a tokenizer's vocabulary; the old tokens keep their ids and merges.
+"""Adds a domain's tokens to a tokenizer's vocabulary; the old tokens keep their ids and
+merges.
 
-    texts -> SentencePiece (BPE) -> candidate tokens, best first
-    candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
-    a token and the one merge that makes it of two tokens, after all older merges
+    texts -> SentencePiece (BPE) -> candidate tokens, best first candidate -> as the
+    tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it a
+    token and the one merge that makes it of two tokens, after all older merges
     tokenizer.json rewritten -> loaded as transformers would -> every new token is matched
 
-Old merges come first and text is only ever joined further: each new token stands for two or more old ones.
+Old merges come first and text is only ever joined further: each new token stands for two or
+more old ones.
 """
 
 import json
@@ -24,10 +26,14 @@ from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
 _CANDIDATES_A_TOKEN = 4
-"""Many candidates are in the old vocabulary already, or are more than one word for the tokenizer."""
+"""Many candidates are in the old vocabulary already, or are more than one word for the
+tokenizer.
+"""
 
 _INTERMEDIATE_SHARE = 8
-"""One in 8 of the candidates out of reach gets an intermediate token when no candidate is within reach."""
+"""One in 8 of the candidates out of reach gets an intermediate token when no candidate is
+within reach.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Extension:
 
 
 def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
-    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained on `texts`, best first.
+    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained
+    on `texts`, best first.
 
     Spaces are U+2581; digits stay apart. Raises `UserError` for a corpus without text.
     """
@@ -58,11 +65,15 @@ def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for all others."""
+    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for all
+    others.
+    """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.BPE):
         kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
-        raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's")
+        raise UserError(
+            f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's"
+        )
     return backend
 
 
@@ -72,9 +83,11 @@ def extend_tokenizer(
     wanted: int,
     folder: Path,
 ) -> Extension:
-    """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must exist.
+    """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must
+    exist.
 
-    Raises `UserError`, which names --pieces, where the candidates are too few, and for tokenizers that are not BPE.
+    Raises `UserError`, which names --pieces, where the candidates are too few, and for
+    tokenizers that are not BPE.
     """
     backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
@@ -88,11 +101,19 @@ def extend_tokenizer(
             f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
             "lower it, or give more text"
         )
-    replaced = tuple(tuple(token.id for token in backend.model.tokenize(new)) for new in tokens)
+    replaced = tuple(
+        tuple(token.id for token in backend.model.tokenize(new)) for new in tokens
+    )
     tokenizer.save_pretrained(folder)
-    for stale in (*folder.glob("*.model"), *folder.glob("vocab.*"), *folder.glob("merges.txt")):
+    for stale in (
+        *folder.glob("*.model"),
+        *folder.glob("vocab.*"),
+        *folder.glob("merges.txt"),
+    ):
         stale.unlink()  # files of the old vocabulary
-    (folder / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_JSON).write_text(
+        json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return Extension(folder, tuple(tokens), first_id, replaced)
 
 
@@ -113,8 +134,8 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
 
 
 def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str | None]:
-    """A function from SentencePiece's spelling of a token to the vocabulary's; None for white space, and for what the
-    tokenizer never treats as one word."""
+    """A function from SentencePiece's spelling of a token to the vocabulary's; None for
+    white space, and for what the tokenizer never treats as one word."""
 
     def unchanged(token: str) -> str | None:
         return token if token.strip("\u2581 \t\r\n") else None
@@ -127,11 +148,15 @@ def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str
     return byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else unchanged
 
 
-def _grow(model: dict[str, Any], candidates: list[str], wanted: int, first_id: int) -> list[str]:
-    """Adds tokens to the vocabulary, and to the merges the pair that each is made of; returns the tokens.
+def _grow(
+    model: dict[str, Any], candidates: list[str], wanted: int, first_id: int
+) -> list[str]:
+    """Adds tokens to the vocabulary, and to the merges the pair that each is made of;
+    returns the tokens.
 
-    In each pass the best candidates still needed are segmented by the merges so far. One of two parts is one merge
-    away and is added. Where there is none, the first two parts of the best candidates are joined to a token first.
+    In each pass the best candidates still needed are segmented by the merges so far. One of
+    two parts is one merge away and is added. Where there is none, the first two parts of
+    the best candidates are joined to a token first.
     """
     vocabulary = model["vocab"]
     merges = model["merges"]
@@ -168,7 +193,9 @@ def _grow(model: dict[str, Any], candidates: list[str], wanted: int, first_id: i
 
 
 def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
-    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, the left one of two equals."""
+    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, the
+    left one of two equals.
+    """
     segments = list(token)
     while len(segments) > 1:
         pair_ranks = [ranks.get(pair) for pair in pairwise(segments)]

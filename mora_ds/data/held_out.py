@@ -1,5 +1,5 @@
-"""Which documents are trained on, decided by a hash of each, so that the same document is on the same side in every
-source, file, run and process.
+"""Which documents are trained on, decided by a hash of each, so that the same document is
+on the same side in every source, file, run and process.
 
     --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluated on, never trained on
 """
@@ -13,11 +13,15 @@ from typing import Any
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
-"""How many of a document's first characters are hashed; the first chunk of a long document has at least these."""
+"""How many of a document's first characters are hashed; the first chunk of a long document
+has at least these.
+"""
 
 
 def document_hash(text: str) -> int:
-    """Return a 64-bit hash of the document that begins with `text`, white space and case ignored."""
+    """Return a 64-bit hash of the document that begins with `text`, white space and case
+    ignored.
+    """
     words = unicodedata.normalize("NFC", text[:HASHED_CHARACTERS]).lower().split()
     digest = hashlib.sha256(" ".join(words).encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -25,7 +29,9 @@ def document_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class DocumentFilter:
-    """Passes the documents of one side, held out or trained on. Pickled to worker processes."""
+    """Passes the documents of one side, held out or trained on. Pickled to worker
+    processes.
+    """
 
     held_out_share: float
     takes_held_out: bool = False

@@ -1,8 +1,10 @@
-"""One or several named sources -> batches with exact shares, as a pure function of step and batch size.
+"""One or several named sources -> batches with exact shares, as a pure function of step and
+batch size.
 
     sample i  --SampleSchedule-->  (source, number n among its samples)  --the source's own order-->  block
 
-Each source has an order of its own, drawn from (seed, name, epoch), so that adding a source does not reorder another.
+Each source has an order of its own, drawn from (seed, name, epoch), so that adding a source
+does not reorder another.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ LONGEST_PERIOD = 1 << 16
 
 
 Phases = Sequence[tuple[int, Sequence[float]]]
-"""(first sample or step, weights): from there on sources are drawn in proportion to the weights."""
+"""(first sample or step, weights): from there on sources are drawn in proportion to the
+weights.
+"""
 
 
 class SampleSchedule:
     """Which source each sample comes from, for K sources under phases and caps.
 
-    `caps[k]`: how many samples source k has to give, None for any number. Where every source with a weight is used up,
-    the schedule ends: `limit` is its length in samples, None for an endless one.
+    `caps[k]`: how many samples source k has to give, None for any number. Where every
+    source with a weight is used up, the schedule ends: `limit` is its length in samples,
+    None for an endless one.
     """
 
     def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
@@ -43,7 +48,9 @@ class SampleSchedule:
         self._firsts = [segment.first for segment in self._segments]
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, number among that source's samples) of sample `sample`. Raises `IndexError` beyond `limit`."""
+        """(source, number among that source's samples) of sample `sample`. Raises
+        `IndexError` beyond `limit`.
+        """
         if sample < 0 or (self.limit is not None and sample >= self.limit):
             raise IndexError(f"sample {sample} of {self.limit}")
         return self._segment(sample).locate(sample)
@@ -56,7 +63,9 @@ class SampleSchedule:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
     def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
-        """Fills `_segments`: a new one begins with each phase and where a source is used up. Returns the limit."""
+        """Fills `_segments`: a new one begins with each phase and where a source is used
+        up. Returns the limit.
+        """
         first = 0
         before = np.zeros(len(caps), dtype=np.int64)
         ends = [*(next_first for next_first, _ in phases[1:]), None]
@@ -70,7 +79,11 @@ class SampleSchedule:
                     return first
                 segment = _Segment(first, integer_weights(weights), before)
                 self._segments.append(segment)
-                stops = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
+                stops = [
+                    segment.sample_after(k, cap)
+                    for k, cap in enumerate(caps)
+                    if cap is not None and weights[k]
+                ]
                 if end is not None:
                     stops.append(end)
                 if not stops:
@@ -82,7 +95,9 @@ class SampleSchedule:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Samples from `first` on, in periods of `sum(weights)` samples. `before`: (K,) each source's earlier samples."""
+    """Samples from `first` on, in periods of `sum(weights)` samples. `before`: (K,) each
+    source's earlier samples.
+    """
 
     first: int
     weights: tuple[int, ...]
@@ -92,7 +107,9 @@ class _Segment:
         order, number = _period(self.weights)
         periods, index = divmod(sample - self.first, len(order))
         source = int(order[index])
-        return source, int(self.before[source]) + periods * self.weights[source] + int(number[index])
+        return source, int(self.before[source]) + periods * self.weights[source] + int(
+            number[index]
+        )
 
     def counts(self, samples: int) -> np.ndarray:
         order, _ = _period(self.weights)
@@ -104,14 +121,20 @@ class _Segment:
         """The sample after the one with which `source` has given `count` samples."""
         order, _ = _period(self.weights)
         periods, number = divmod(count - int(self.before[source]) - 1, self.weights[source])
-        return self.first + periods * len(order) + int(np.flatnonzero(order == source)[number]) + 1
+        return (
+            self.first
+            + periods * len(order)
+            + int(np.flatnonzero(order == source)[number])
+            + 1
+        )
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest integers in the proportion of `weights`, which are read as decimals (0.1 is 1/10).
+    """The smallest integers in the proportion of `weights`, which are read as decimals (0.1
+    is 1/10).
 
-    Where they would add up to more than `LONGEST_PERIOD` they are rounded to add up to it (largest remainders; at
-    least 1 each), which moves a share by less than 1/65,536.
+    Where they would add up to more than `LONGEST_PERIOD` they are rounded to add up to it
+    (largest remainders; at least 1 each), which moves a share by less than 1/65,536.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     exact = [weight / sum(exact) for weight in exact]
@@ -129,9 +152,11 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(order, number), each (period,): every sample's source, and its number among that source's samples.
+    """(order, number), each (period,): every sample's source, and its number among that
+    source's samples.
 
-    The source that falls due first is drawn next, so that no prefix is off its share by a complete sample.
+    The source that falls due first is drawn next, so that no prefix is off its share by a
+    complete sample.
     """
     active = [source for source, weight in enumerate(weights) if weight]
     share = np.array([weights[source] for source in active], dtype=np.int64)
@@ -139,12 +164,14 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     order = np.empty(period, dtype=np.int64)
     number = np.empty(period, dtype=np.int64)
     drawn = np.zeros_like(share)
-    # Tijdeman's rule for the chairman assignment problem (1980): of the K sources that lack at least 1 / (2 K - 2) of a
-    # sample, draw the one whose lack would be the first to exceed 1 - 1 / (2 K - 2). No lack then ever exceeds that.
+    # Tijdeman's rule for the chairman assignment problem (1980): of the K sources that lack
+    # at least 1 / (2 K - 2) of a sample, draw the one whose lack would be the first to
+    # exceed 1 - 1 / (2 K - 2). No lack then ever exceeds that.
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
         lack = (sample + 1) * share - drawn * period
-        due = (slack * (period - lack) - period) / share  # exact: integers far below 2^53, divided once
+        # exact: integers far below 2^53, divided once
+        due = (slack * (period - lack) - period) / share
         due[slack * lack < period] = np.inf
         pick = int(np.argmin(due))
         order[sample] = active[pick]
@@ -158,7 +185,9 @@ Source = PackedDataset | StreamSource
 
 
 class Mixture:
-    """Batches of one or several sources. No rank needs to know how many others there are."""
+    """Batches of one or several sources. No rank needs to know how many others there
+    are.
+    """
 
     def __init__(
         self,
@@ -169,30 +198,43 @@ class Mixture:
         rows_per_step: int,
         states: dict[str, Any] | None = None,
     ) -> None:
-        """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often source k may be read, None for
-        any number; where it is used up, the others share what it had. It is read as a decimal: 0.29 of 100 sequences
-        are 29, and not 28.999... `rows_per_step`: the global batch size. `states`: what `states_at` returned for the
-        step at which the streams go on."""
+        """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often
+        source k may be read, None for any number; where it is used up, the others share
+        what it had. It is read as a decimal: 0.29 of 100 sequences are 29, and not
+        28.999... `rows_per_step`: the global batch size. `states`: what `states_at`
+        returned for the step at which the streams go on."""
         self.names = list(sources)
         self.sources = list(sources.values())
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
         caps = [
-            None if limit is None or source.n_blocks is None else int(Fraction(repr(limit)) * source.n_blocks)
+            None
+            if limit is None or source.n_blocks is None
+            else int(Fraction(repr(limit)) * source.n_blocks)
             for source, limit in zip(self.sources, epochs, strict=True)
         ]
-        self.schedule = SampleSchedule([(step * rows_per_step, weights) for step, weights in phases], caps)
+        self.schedule = SampleSchedule(
+            [(step * rows_per_step, weights) for step, weights in phases], caps
+        )
         self.identity: dict[str, Any] = {
             "mixture": {
                 "sources": {name: source.content_id for name, source in sources.items()},
-                "weights": {f"from step {step}": dict(zip(sources, weights, strict=True)) for step, weights in phases},
+                "weights": {
+                    f"from step {step}": dict(zip(sources, weights, strict=True))
+                    for step, weights in phases
+                },
                 "epochs": dict(zip(sources, epochs, strict=True)),
             }
         }
         """What must be the same when a run is resumed."""
-        self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}
+        self._streams = {
+            name: source
+            for name, source in sources.items()
+            if isinstance(source, StreamSource)
+        }
         states = states or {"step": 0, "sources": {}}
-        for name in self._streams.keys() & states["sources"].keys():  # of another run, which is refused later, not all
+        # Of another run, which is refused later, not all
+        for name in self._streams.keys() & states["sources"].keys():
             self._streams[name].restore(states["sources"][name])
         self._next_step = states["step"]
         self._drawn: dict[int, Block] = {}
@@ -211,7 +253,11 @@ class Mixture:
     @property
     def max_steps(self) -> int | None:
         """Complete batches until all sources are used up; None where one is endless."""
-        return None if self.schedule.limit is None else self.schedule.limit // self.rows_per_step
+        return (
+            None
+            if self.schedule.limit is None
+            else self.schedule.limit // self.rows_per_step
+        )
 
     def check_batch_size(self) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
@@ -224,12 +270,15 @@ class Mixture:
             )
 
     def first_rows(self, count: int) -> dict[str, Any]:
-        """`count` sequences of the first source, for measurements that need the same text in every step."""
+        """`count` sequences of the first source, for measurements that need the same text
+        in every step.
+        """
         return stack([self.sources[0].probe(index) for index in range(count)])
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T), and their
-        `documents`. With streams of the step of the last call or of a later one, and all ranks ask for the same step.
+        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each
+        int64 (B, T), and their `documents`. With streams of the step of the last call or of
+        a later one, and all ranks ask for the same step.
         """
         while self._streams and self._next_step <= step:
             self._draw()
@@ -237,8 +286,9 @@ class Mixture:
         return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
 
     def states_at(self, step: int) -> dict[str, Any] | None:
-        """What a run with streams needs that goes on with batch `step`, which is the last one drawn or the one after
-        it. Where drawing it has failed half-way, that is the position before. None without streams."""
+        """What a run with streams needs that goes on with batch `step`, which is the last
+        one drawn or the one after it. Where drawing it has failed half-way, that is the
+        position before. None without streams."""
         if not self._streams:
             return None
         states = self._before if step == self._before["step"] else self._now()
@@ -252,7 +302,10 @@ class Mixture:
     def tokens(self, steps: int) -> dict[str, int]:
         """How many tokens of each source the first `steps` batches hold."""
         counts = self.schedule.counts(steps * self.rows_per_step)
-        return {name: int(count) * self.seq_len for name, count in zip(self.names, counts, strict=True)}
+        return {
+            name: int(count) * self.seq_len
+            for name, count in zip(self.names, counts, strict=True)
+        }
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the schedule."""
@@ -263,7 +316,9 @@ class Mixture:
         return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def _draw(self) -> None:
-        """Every rank draws the streams' part of the next global batch, so that all ranks stay at the same position."""
+        """Every rank draws the streams' part of the next global batch, so that all ranks
+        stay at the same position.
+        """
         self._before = self._now()
         self._drawn = {}
         for sample in self._samples(self._next_step):
@@ -273,4 +328,7 @@ class Mixture:
         self._next_step += 1
 
     def _now(self) -> dict[str, Any]:
-        return {"step": self._next_step, "sources": {name: stream.state() for name, stream in self._streams.items()}}
+        return {
+            "step": self._next_step,
+            "sources": {name: stream.state() for name, stream in self._streams.items()},
+        }

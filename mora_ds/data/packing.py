@@ -1,14 +1,16 @@
-"""Cuts the token stream into blocks of T tokens and draws samples of them, as a pure function of seed and number.
+"""Cuts the token stream into blocks of T tokens and draws samples of them, as a pure
+function of seed and number.
 
-Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows of a batch.
+Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows of a
+batch.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
     epoch e     a permutation of the blocks, drawn from (seed, e)
     sample n    block n of the epochs, one after the other
 
-Every token but the very first is predicted once an epoch. (With the document mask the first token of each document is
-not predicted, as nothing before it belongs to the document.)
+Every token but the very first is predicted once an epoch. (With the document mask the first
+token of each document is not predicted, as nothing before it belongs to the document.)
 """
 
 import hashlib
@@ -40,9 +42,10 @@ def pack(
 ) -> Block:
     """A block from up to T + 1 consecutive tokens; the last one is a label only.
 
-    `document_starts`: offsets from 1 on at which a new document begins. Missing tokens are padded: label -100 and,
-    with the document mask, positions that start at 0 again, so that the padding is a document of its own. A document
-    that began in an earlier block starts at position 0 too, as its first tokens cannot be attended to.
+    `document_starts`: offsets from 1 on at which a new document begins. Missing tokens are
+    padded: label -100 and, with the document mask, positions that start at 0 again, so that
+    the padding is a document of its own. A document that began in an earlier block starts
+    at position 0 too, as its first tokens cannot be attended to.
     """
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
@@ -52,7 +55,8 @@ def pack(
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
         labels[document_starts[document_starts <= real] - 1] = IGNORED
-        begins = np.zeros(seq_len, dtype=np.int64)  # where each position's document begins within the block
+        # Where each position's document begins within the block
+        begins = np.zeros(seq_len, dtype=np.int64)
         within = document_starts[document_starts < real]
         begins[within] = within
         begins[real:] = real
@@ -61,7 +65,9 @@ def pack(
 
 
 class PackedDataset:
-    """Blocks of one token cache: samples for training, and `eval_batches` for evaluation."""
+    """Blocks of one token cache: samples for training, and `eval_batches` for
+    evaluation.
+    """
 
     def __init__(
         self,
@@ -72,14 +78,17 @@ class PackedDataset:
     ) -> None:
         """Raises `UserError` for a cache of fewer than 2 tokens."""
         if cache.n_tokens < 2:
-            raise UserError("the corpus is too short: a single token has nothing to predict")
+            raise UserError(
+                "the corpus is too short: a single token has nothing to predict"
+            )
         self.cache = cache
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Sequences an epoch."""
-        self._order = lru_cache(maxsize=2)(epoch_order)  # for this source: a batch may take from two epochs
+        # For this source: a batch may take from two epochs
+        self._order = lru_cache(maxsize=2)(epoch_order)
 
     def block(self, index: int) -> Block:
         """Block `index` of the stream, unshuffled."""
@@ -101,7 +110,9 @@ class PackedDataset:
         return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the unshuffled stream, from its start again where there are fewer."""
+        """Sequence `index` of the unshuffled stream, from its start again where there are
+        fewer.
+        """
         return self.block(index % self.n_blocks)
 
     @property
@@ -109,10 +120,13 @@ class PackedDataset:
         """Names the tokens: the token cache's key."""
         return self.cache.folder.name
 
-    def eval_batches(self, rank: int, world: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def eval_batches(
+        self, rank: int, world: int, batch_size: int
+    ) -> Iterator[dict[str, Tensor]]:
         """This rank's share of all blocks, in order; each block is on exactly one rank.
 
-        Every rank yields the same number of batches of `batch_size` rows; a rank without blocks left yields padding.
+        Every rank yields the same number of batches of `batch_size` rows; a rank without
+        blocks left yields padding.
         """
         eos_id = self.cache.eos_id
         padding = pack(
@@ -126,7 +140,12 @@ class PackedDataset:
         for round_start in range(0, self.n_blocks, rows):
             first = round_start + rank * batch_size
             indices = range(first, first + batch_size)
-            yield stack([self.block(index) if index < self.n_blocks else padding for index in indices])
+            yield stack(
+                [
+                    self.block(index) if index < self.n_blocks else padding
+                    for index in indices
+                ]
+            )
 
 
 def stack(rows: Sequence[Block]) -> dict[str, Any]:
@@ -136,8 +155,8 @@ def stack(rows: Sequence[Block]) -> dict[str, Any]:
 
 
 def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
-    """A permutation of the blocks. The stream of numpy's RandomState never changes (NEP 19), so a run can be resumed
-    years later."""
+    """A permutation of the blocks. The stream of numpy's RandomState never changes (NEP
+    19), so a run can be resumed years later."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     order = np.arange(n_blocks, dtype=np.uint32 if n_blocks < 1 << 32 else np.uint64)
     np.random.RandomState(np.frombuffer(digest, dtype="<u4")).shuffle(order)

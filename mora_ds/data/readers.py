@@ -1,12 +1,13 @@
-"""Reads one file as documents and checks them on the way: every error names the file and the line or row.
+"""Reads one file as documents and checks them on the way: every error names the file and
+the line or row.
 
     .txt .md ...   one document a file, handed on in chunks of about a million characters where it is long
     .jsonl .json   one object a line; the document is the object's text field
     .parquet       one document a row
     .gz .zst       compressed text and JSON lines
 
-No more than one chunk, line or record batch is in memory at a time. A line cannot be read in chunks and has a size
-limit, `LINE_BYTES`.
+No more than one chunk, line or record batch is in memory at a time. A line cannot be read
+in chunks and has a size limit, `LINE_BYTES`.
 """
 
 import codecs
@@ -27,13 +28,17 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.untrusted import parse_json
 
 CHUNK_CHARACTERS = 1 << 20
-"""A longer text file is handed on in chunks of this size, or from half of it on where a line ends there."""
+"""A longer text file is handed on in chunks of this size, or from half of it on where a
+line ends there.
+"""
 
 BATCH_CHARACTERS = 1 << 18
 """Characters of one batch of documents, the unit of work of a process that tokenises."""
 
 LINE_BYTES = 32 << 20
-"""Longest JSON line. Tokenising takes about 200 times its size in memory, in every process that does."""
+"""Longest JSON line. Tokenising takes about 200 times its size in memory, in every process
+that does.
+"""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -57,7 +62,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Mark:
-    """A position between two documents of a file or dataset. Checkpoints of streaming runs hold its fields."""
+    """A position between two documents of a file or dataset. Checkpoints of streaming runs
+    hold its fields.
+    """
 
     record: int = 0
     """Lines, rows or documents before the position."""
@@ -73,8 +80,12 @@ START = Mark()
 Item = TypeVar("Item")
 
 
-def batched(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Consecutive items in batches of at least `BATCH_CHARACTERS` characters; the last batch may be smaller."""
+def batched(
+    items: Iterable[Item], characters: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Consecutive items in batches of at least `BATCH_CHARACTERS` characters; the last
+    batch may be smaller.
+    """
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -92,7 +103,9 @@ TEXT = "text"
 JSON = "json"
 PARQUET = "parquet"
 _KINDS = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"), TEXT),
+    **dict.fromkeys(
+        (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"), TEXT
+    ),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), JSON),
     ".parquet": PARQUET,
 }
@@ -109,7 +122,9 @@ def has_known_suffix(path: Path) -> bool:
 
 
 def file_kind(path: Path) -> str:
-    """The format of a file by its suffix; an unknown suffix means text. Raises `UserError` for unreadable formats."""
+    """The format of a file by its suffix; an unknown suffix means text. Raises `UserError`
+    for unreadable formats.
+    """
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, TEXT)
     if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
@@ -121,7 +136,9 @@ def file_kind(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the complete file is compressed, so that it can only be read from its start."""
+    """Whether the complete file is compressed, so that it can only be read from its
+    start.
+    """
     return path.suffix.lower() in _COMPRESSED
 
 
@@ -130,10 +147,12 @@ def _inner_suffix(path: Path) -> str:
 
 
 def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """The documents of a file after `mark`, each with the position after it (for a chunk: before its document).
+    """The documents of a file after `mark`, each with the position after it (for a chunk:
+    before its document).
 
-    JSON lines are read from the mark's byte on, Parquet from its row group; a compressed file is decompressed, but not
-    parsed, up to the mark. Raises `UserError` at the first line or row that is no document.
+    JSON lines are read from the mark's byte on, Parquet from its row group; a compressed
+    file is decompressed, but not parsed, up to the mark. Raises `UserError` at the first
+    line or row that is no document.
     """
     kind = file_kind(path)
     try:
@@ -143,30 +162,42 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
             yield from _read_json(path, text_column, mark)
         else:
             columns = _parquet_columns(path, text_column, mark.record)
-            yield from read_rows(str(path), (column.to_pylist() for column in columns), mark.record)
+            yield from read_rows(
+                str(path), (column.to_pylist() for column in columns), mark.record
+            )
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
-    """The text of one JSON record. Raises `UserError` that says what is there instead of a string in that field."""
+    """The text of one JSON record. Raises `UserError` that says what is there instead of a
+    string in that field.
+    """
     if not isinstance(row, dict):
-        what = f"a {type(row).__name__} where an object with a field {text_column!r} should be"
+        what = (
+            f"a {type(row).__name__} where an object with a field {text_column!r} should be"
+        )
         raise UserError(f"{source}: {what}{_ONE_A_LINE}")
     if text_column not in row:
         raise _no_column(source, text_column, row)
     text = row[text_column]
     if not isinstance(text, str):
-        raise UserError(f"{source}: field {text_column!r} holds {type(text).__name__}, not text (see --text_column)")
+        raise UserError(
+            f"{source}: field {text_column!r} holds {type(text).__name__}, not text (see --text_column)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{source}: field {text_column!r} holds half a surrogate pair, at {error.start}") from None
+        raise UserError(
+            f"{source}: field {text_column!r} holds half a surrogate pair, at {error.start}"
+        ) from None
     return text
 
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
-    """Raises `UserError` unless the table has one column of that name and it holds strings."""
+    """Raises `UserError` unless the table has one column of that name and it holds
+    strings.
+    """
     index = schema.get_field_index(text_column)
     if index < 0:  # none, or several
         raise _no_column(source, text_column, schema.names)
@@ -174,7 +205,9 @@ def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise UserError(f"{source}: column {text_column!r} holds {kind}, not strings (see --text_column)")
+        raise UserError(
+            f"{source}: column {text_column!r} holds {kind}, not strings (see --text_column)"
+        )
 
 
 def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError:
@@ -187,7 +220,8 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 
 def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
-    if compression == "gzip":  # Python's own takes zeros after the end, which some stores pad files with
+    # Python's own takes zeros after the end, which some stores pad files with
+    if compression == "gzip":
         return io.BufferedReader(gzip.open(path))
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
@@ -196,7 +230,9 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """A text file in chunks, cut after the last line end in their second half, if there is one: few words are torn."""
+    """A text file in chunks, cut after the last line end in their second half, if there is
+    one: few words are torn.
+    """
     if mark != START:
         return
     pending = ""
@@ -204,8 +240,12 @@ def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     for block in _decoded(path):
         pending += block
         while len(pending) > CHUNK_CHARACTERS:
-            # not near its start: by the first chunk it is decided whether the document is held out
-            cut = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
+            # not near its start: by the first chunk it is decided whether the document is
+            # held out
+            cut = (
+                pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1
+                or CHUNK_CHARACTERS
+            )
             yield Document(pending[:cut], begins, ends=False), START
             pending = pending[cut:]
             begins = False
@@ -245,7 +285,9 @@ _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, j
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """The records of JSON lines. Blank lines are none; the first line may have a byte order mark."""
+    """The records of JSON lines. Blank lines are none; the first line may have a byte order
+    mark.
+    """
     offset = mark.offset
     is_empty = mark == START
     with _open(path) as stream:
@@ -254,7 +296,9 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docum
                 pass
         else:
             stream.seek(offset)
-        for number, line in enumerate(_lines(stream, path, mark.record), start=mark.record + 1):
+        for number, line in enumerate(
+            _lines(stream, path, mark.record), start=mark.record + 1
+        ):
             offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -287,9 +331,13 @@ def _parse(where: str, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}, column {error.colno}: broken JSON: {error.msg}{_ONE_A_LINE}") from None
+        raise UserError(
+            f"{where}, column {error.colno}: broken JSON: {error.msg}{_ONE_A_LINE}"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{where}: {error}; write it otherwise, or leave the line out") from None
+        raise UserError(
+            f"{where}: {error}; write it otherwise, or leave the line out"
+        ) from None
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -305,13 +353,18 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
             skip -= rows
         if not groups:  # pyarrow would read all of them
             return
-        for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]):
+        for batch in table.iter_batches(
+            _ROWS_PER_BATCH, row_groups=groups, columns=[text_column]
+        ):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
 
 
-def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iterator[tuple[Document, Mark]]:
-    """A table's text column, batch by batch, as documents. `row`: how many rows were skipped before the first one.
+def read_rows(
+    label: str, columns: Iterable[list[str | None]], row: int
+) -> Iterator[tuple[Document, Mark]]:
+    """A table's text column, batch by batch, as documents. `row`: how many rows were
+    skipped before the first one.
 
     Raises `UserError` for a null, for text that is not UTF-8, and for a table without rows.
     """
@@ -322,7 +375,10 @@ def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iter
                 if text is None:
                     raise UserError(f"{label}, row {row}: the text is null")
                 yield Document(text), Mark(row)
-    except UnicodeDecodeError as error:  # Arrow does not look at strings before they are Python's
-        raise UserError(f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}") from None
+    # Arrow does not look at strings before they are Python's
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}"
+        ) from None
     if row == 0:
         raise UserError(f"{label} is empty: it holds no row")

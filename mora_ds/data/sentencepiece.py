@@ -1,4 +1,5 @@
-"""Trains SentencePiece models, and turns them into transformers tokenizers with the same ids.
+"""Trains SentencePiece models, and turns them into transformers tokenizers with the same
+ids.
 
     texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
     the model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast -> tokenizer.json
@@ -9,8 +10,9 @@ The wrapped tokenizer repeats what SentencePiece does, stage by stage:
     merge        every pair that makes a token, ranked by the token's score
     fall back    characters that are not in the vocabulary become their UTF-8 bytes
 
-Documents are plain text: "</s>" in a document is four characters, as in SentencePiece, not the end-of-text token.
-(SentencePiece calls the entries of a vocabulary pieces; so do the fields of its protocol buffers.)
+Documents are plain text: "</s>" in a document is four characters, as in SentencePiece, not
+the end-of-text token. (SentencePiece calls the entries of a vocabulary pieces; so do the
+fields of its protocol buffers.)
 """
 
 import io
@@ -39,10 +41,11 @@ _NORMAL = 1
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
-    """Trains a SentencePiece model (BPE) on `texts`, and writes it into `folder`: as tokenizer.model, and as a
-    transformers tokenizer with the same ids. Returns the folder.
+    """Trains a SentencePiece model (BPE) on `texts`, and writes it into `folder`: as
+    tokenizer.model, and as a transformers tokenizer with the same ids. Returns the folder.
 
-    The same texts give the same files. Raises `UserError` where the corpus does not yield that many tokens.
+    The same texts give the same files. Raises `UserError` where the corpus does not yield
+    that many tokens.
     """
     model = _trained(texts, vocab_size, "--train_tokenizer_vocab")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,17 +54,21 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     return folder
 
 
-def vocabulary_by_score(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) -> list[str]:
-    """The tokens of a SentencePiece model trained on `texts` that text can become, the best-scored first, spaces as
-    U+2581. `settings`: further ones of SentencePiece's trainer. Raises `UserError`, which names `flag`."""
+def vocabulary_by_score(
+    texts: Iterable[str], vocab_size: int, flag: str, **settings: Any
+) -> list[str]:
+    """The tokens of a SentencePiece model trained on `texts` that text can become, the
+    best-scored first, spaces as U+2581. `settings`: further ones of SentencePiece's
+    trainer. Raises `UserError`, which names `flag`."""
     pieces = _parsed(_trained(texts, vocab_size, flag, **settings)).pieces
     normal = [piece for piece in pieces if piece.type == _NORMAL]
     return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
 
 
 def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) -> bytes:
-    """The trained model. Nothing is normalised (indentation, tabs and line ends are tokens like any other), and
-    characters that are not in the vocabulary fall back to bytes, so decoding gives back every text."""
+    """The trained model. Nothing is normalised (indentation, tabs and line ends are tokens
+    like any other), and characters that are not in the vocabulary fall back to bytes, so
+    decoding gives back every text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -78,7 +85,8 @@ def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) 
             max_sentence_length=4 * _LINE_BYTES,
             input_sentence_size=max(_SAMPLE_BYTES // _LINE_BYTES, 101),
             shuffle_input_sentence=False,
-            num_threads=1,  # sums of floats over threads would make the result depend on their number
+            # Sums of floats over threads would make the result depend on their number
+            num_threads=1,
             minloglevel=2,
             unk_id=0,
             bos_id=1,
@@ -87,7 +95,9 @@ def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) 
             **settings,
         )
     except (RuntimeError, ValueError) as error:  # the latter of a number beyond 31 bits
-        raise UserError(f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}") from error
+        raise UserError(
+            f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}"
+        ) from error
     return model.getvalue()
 
 
@@ -96,7 +106,9 @@ def _parsed(model: bytes) -> Any:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of complete lines of up to about `_LINE_BYTES` bytes; the trainer would drop anything much longer."""
+    """Runs of complete lines of up to about `_LINE_BYTES` bytes; the trainer would drop
+    anything much longer.
+    """
     for text in texts:
         start = 0
         while start < len(text):
@@ -113,12 +125,21 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve. BOS is put before a text."""
+    """A tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve. BOS
+    is put before a text.
+    """
     tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    names = {name: piece.piece for name, piece in zip(_SPECIAL_TOKENS, proto.pieces, strict=False)}
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in names.values()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = {
+        name: piece.piece
+        for name, piece in zip(_SPECIAL_TOKENS, proto.pieces, strict=False)
+    }
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in names.values()]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         add_bos_token=True,
@@ -130,13 +151,17 @@ def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
 
 
 def _bpe_model(proto: Any) -> models.BPE:
-    """A BPE model with the same merges: SentencePiece joins the two neighbours whose union scores best, however the
-    union is split. Only normal tokens merge."""
+    """A BPE model with the same merges: SentencePiece joins the two neighbours whose union
+    scores best, however the union is split. Only normal tokens merge."""
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = []
     for piece, score in normal.items():
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(-score, left, right) for left, right in halves if left in normal and right in normal]
+        merges += [
+            (-score, left, right)
+            for left, right in halves
+            if left in normal and right in normal
+        ]
     merges.sort(key=lambda merge: (merge[0], merge[1] + merge[2]))
     return models.BPE(
         vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},

@@ -1,10 +1,12 @@
-"""Reads the documents of a corpus that is too large to cache: while training, in shuffled windows, from any position.
+"""Reads the documents of a corpus that is too large to cache: while training, in shuffled
+windows, from any position.
 
     members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
-A window's order is drawn from (seed, epoch, window), so a few numbers say where the stream is: the file position at
-which the window begins, and how many of its documents are done. To go on from there one window is read again.
-A document that comes in chunks is too long for a window: it is a window of its own, passed on chunk by chunk.
+A window's order is drawn from (seed, epoch, window), so a few numbers say where the stream
+is: the file position at which the window begins, and how many of its documents are done. To
+go on from there one window is read again. A document that comes in chunks is too long for a
+window: it is a window of its own, passed on chunk by chunk.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from mora_ds.data.packing import epoch_order
 from mora_ds.data.readers import START, Document, Mark
 
 IN_ORDER_WINDOW = 1024
-"""Documents of a window that is not shuffled: this number is read again when a run is resumed."""
+"""Documents of a window that is not shuffled: this number is read again when a run is
+resumed.
+"""
 
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""
@@ -30,7 +34,9 @@ WINDOW_CHARACTERS = 1 << 28
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A position before a document (or chunk) of the stream. Checkpoints hold it as JSON."""
+    """A position before a document (or chunk) of the stream. Checkpoints hold it as
+    JSON.
+    """
 
     epoch: int = 0
     window: int = 0
@@ -61,9 +67,11 @@ class DocumentStream:
     seed: int | str = 0
 
     def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
-        """The documents from `position` to the end of its epoch, each with its own position. Empty ones are left out.
+        """The documents from `position` to the end of its epoch, each with its own
+        position. Empty ones are left out.
 
-        Raises `UserError` for a record that is no document, `RunError` for a member that cannot be read any more.
+        Raises `UserError` for a record that is no document, `RunError` for a member that
+        cannot be read any more.
         """
         done = position.done
         for opening, window in self._windows(replace(position, done=0)):
@@ -72,8 +80,12 @@ class DocumentStream:
                     yield document, replace(opening, done=index)
             done = 0
 
-    def _windows(self, opening: StreamPosition) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
-        """The position at which each window begins, and its documents. Consume a window before asking for the next."""
+    def _windows(
+        self, opening: StreamPosition
+    ) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
+        """The position at which each window begins, and its documents. Consume a window
+        before asking for the next.
+        """
         documents = self._documents(opening)
         end = opening
         window: list[Document] = []
@@ -93,7 +105,10 @@ class DocumentStream:
                 window.append(document)
                 characters += len(document.text)
                 end = after
-            is_full = len(window) >= (self.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS
+            is_full = (
+                len(window) >= (self.buffer or IN_ORDER_WINDOW)
+                or characters >= WINDOW_CHARACTERS
+            )
             if window and (is_full or not document.ends):
                 yield opening, self._shuffled(window, opening)
                 opening = replace(end, window=opening.window + 1)
@@ -106,14 +121,20 @@ class DocumentStream:
         if window:
             yield opening, self._shuffled(window, opening)
 
-    def _shuffled(self, window: list[Document], opening: StreamPosition) -> Iterable[Document]:
+    def _shuffled(
+        self, window: list[Document], opening: StreamPosition
+    ) -> Iterable[Document]:
         if not self.buffer:
             return window
         order = epoch_order(f"{self.seed}/{opening.epoch}", opening.window, len(window))
         return (window[index] for index in order)
 
-    def _documents(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) of the members from `position` on, without empty ones."""
+    def _documents(
+        self, position: StreamPosition
+    ) -> Iterator[tuple[Document, StreamPosition]]:
+        """(document, the position after it) of the members from `position` on, without
+        empty ones.
+        """
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
@@ -126,14 +147,19 @@ class DocumentStream:
             mark = START
 
     def _read(self, member: Member, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        """The documents of `member` after `mark`, each with the position after it. `datasets` itself repeats what fails
-        over a network, for about two minutes."""
+        """The documents of `member` after `mark`, each with the position after it.
+        `datasets` itself repeats what fails over a network, for about two minutes."""
         try:
             yield from member.marked(mark)
         except UserError as error:
-            # A disk or network that fails has an errno, damage in a file has none: a run may resume after the former.
-            fails = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+            # A disk or network that fails has an errno, damage in a file has none: a run
+            # may resume after the former.
+            fails = (
+                isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+            )
             kind = RunError if fails else UserError
             raise kind(f"source {self.name!r}: {error}") from error
         except (OSError, HTTPError) as error:
-            raise RunError(f"source {self.name!r}: {member.label} cannot be read: {reason(error)}") from error
+            raise RunError(
+                f"source {self.name!r}: {member.label} cannot be read: {reason(error)}"
+            ) from error

@@ -1,9 +1,11 @@
-"""Turns a stream of documents into tokens and blocks: those that a token cache of the same documents would give.
+"""Turns a stream of documents into tokens and blocks: those that a token cache of the same
+documents would give.
 
     documents  --batches, each tokenised by one of the ranks-->  tokens in a queue  --T at a time-->  block
 
-Only a few batches of documents are read ahead. The saved state is the position of the first document whose tokens are
-still needed, and how many of its tokens are not; on resuming that document is tokenised again.
+Only a few batches of documents are read ahead. The saved state is the position of the first
+document whose tokens are still needed, and how many of its tokens are not; on resuming that
+document is tokenised again.
 """
 
 from collections import deque
@@ -21,8 +23,8 @@ from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
 
 SharedWork = Callable[[Callable[[int], Any], int], list[Any]]
-"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one of them. All ranks call it at
-the same moments. (`runtime.ranks.Ranks` is one.)"""
+"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one of
+them. All ranks call it at the same moments. (`runtime.ranks.Ranks` is one.)"""
 
 
 def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
@@ -32,7 +34,9 @@ def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
 
 @dataclass
 class _QueuedDocument:
-    """The tokens of a document (or chunk) in the queue, of which the first `used` are no longer needed."""
+    """The tokens of a document (or chunk) in the queue, of which the first `used` are no
+    longer needed.
+    """
 
     position: StreamPosition
     tokens: np.ndarray
@@ -55,7 +59,9 @@ class StreamSource:
         share: SharedWork = in_this_process,
         ranks: int = 1,
     ) -> None:
-        """`share`: how the `ranks` tokenise together, a batch of documents each at a time."""
+        """`share`: how the `ranks` tokenise together, a batch of documents each at a
+        time.
+        """
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
@@ -81,7 +87,9 @@ class StreamSource:
         self._start(StreamPosition.from_json(state["place"]), state["offset"])
 
     def sample(self, number: int) -> Block:
-        """The next block, of the next epoch where one ends. Raises `UserError` for a source without text."""
+        """The next block, of the next epoch where one ends. Raises `UserError` for a source
+        without text.
+        """
         assert number == self._samples, "a stream is read in order"
         while True:
             while self._available <= self.seq_len and self._fill():
@@ -92,7 +100,9 @@ class StreamSource:
             self._next_epoch()
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the stream's start, read by every rank for itself; the stream stays where it is."""
+        """Sequence `index` of the stream's start, read by every rank for itself; the stream
+        stays where it is.
+        """
         if index >= len(self._probes):
             again = StreamSource(
                 self.documents,
@@ -107,33 +117,44 @@ class StreamSource:
     def _start(self, position: StreamPosition, offset: int) -> None:
         self._position = position
         self._offset = offset
-        self._at_epoch_start = position == StreamPosition(epoch=position.epoch) and offset == 0
+        self._at_epoch_start = (
+            position == StreamPosition(epoch=position.epoch) and offset == 0
+        )
         self._queue: deque[_QueuedDocument] = deque()
         self._available = 0
         documents = self.documents.epoch(position)
-        self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(documents, lambda d: len(d[0].text))
+        self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(
+            documents, lambda d: len(d[0].text)
+        )
 
     def _next_epoch(self) -> None:
         if self._at_epoch_start:
             name = self.documents.name
-            raise UserError(f"source {name!r} holds no text to train on: every document is empty")
+            raise UserError(
+                f"source {name!r} holds no text to train on: every document is empty"
+            )
         self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
 
     def _fill(self) -> bool:
         """Tokenises the next documents, a batch a rank; False at the end of the epoch."""
         batches = list(islice(self._batches, self.ranks))
         encoded = self.share(
-            lambda number: self.encoder.rows([document for document, _ in batches[number]]), len(batches)
+            lambda number: self.encoder.rows([document for document, _ in batches[number]]),
+            len(batches),
         )
         for batch, rows in zip(batches, encoded, strict=True):
             for (document, position), tokens in zip(batch, rows, strict=True):
-                self._queue.append(_QueuedDocument(position, tokens, document.ends, used=self._offset))
+                self._queue.append(
+                    _QueuedDocument(position, tokens, document.ends, used=self._offset)
+                )
                 self._available += len(tokens) - self._offset
                 self._offset = 0
         return bool(batches)
 
     def _next_block(self) -> Block:
-        """The first T + 1 tokens of the queue; the last of them stays, as the next block's first input."""
+        """The first T + 1 tokens of the queue; the last of them stays, as the next block's
+        first input.
+        """
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []

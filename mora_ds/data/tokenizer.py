@@ -1,4 +1,5 @@
-"""Loads a tokenizer (the model's own, or one that `train_sentencepiece` wrote), checks it, and encodes documents.
+"""Loads a tokenizer (the model's own, or one that `train_sentencepiece` wrote), checks it,
+and encodes documents.
 
 load_tokenizer(folder | hub name)                   ->  a transformers tokenizer
 train_sentencepiece(corpus.texts(), N, folder)      ->  folder, for load_tokenizer
@@ -22,12 +23,16 @@ from mora_ds.data.readers import Document
 
 AUTO = "auto"
 NOTHING = "none"
-"""What may stand before every document in place of a named token: BOS where the tokenizer puts it, or nothing."""
+"""What may stand before every document in place of a named token: BOS where the tokenizer
+puts it, or nothing.
+"""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a batch of documents into tokens and the offsets at which documents end. Pickled to worker processes."""
+    """Turns a batch of documents into tokens and the offsets at which documents end.
+    Pickled to worker processes.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     start_id: int | None
@@ -39,18 +44,24 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> Encoder:
-        """`start`: as in `start_id`. Raises `UserError` for another one, and where there is no end-of-text token."""
+        """`start`: as in `start_id`. Raises `UserError` for another one, and where there is
+        no end-of-text token.
+        """
         eos_id = end_of_text_id(tokenizer)
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
         return cls(tokenizer, start_id(tokenizer, start), eos_id, dtype)
 
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(batch)
-        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[[document.ends for document in batch]]
+        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[
+            [document.ends for document in batch]
+        ]
         return np.concatenate(rows), ends
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document or chunk, with the start token and EOS where a document begins and ends."""
+        """The tokens of each document or chunk, with the start token and EOS where a
+        document begins and ends.
+        """
         encoded = self.tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
@@ -67,8 +78,17 @@ class Encoder:
         return rows
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "*.model")
-"""A folder with none of these has no tokenizer (transformers would make an empty one for some model types)."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.model",
+)
+"""A folder with none of these has no tokenizer (transformers would make an empty one for
+some model types).
+"""
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -84,23 +104,32 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub model.
 
-    Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
+    Raises `UserError`, which names `flag`, where there is none, or where it has code that
+    is not trusted.
     """
     path = expanded(name_or_path, flag)
     if path.is_dir() and not holds_tokenizer(path):
-        raise UserError(f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+        raise UserError(
+            f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code
+            str(path if path.is_dir() else name_or_path),
+            trust_remote_code=trust_remote_code,
         )
         tokenizer("a")  # which is where some of its settings are first read
         return tokenizer
-    except Exception as error:  # the tokenizers library raises plain ones, for merges of unknown tokens for example
-        raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}") from error
+    # The tokenizers library raises plain ones, for merges of unknown tokens for example
+    except Exception as error:
+        raise UserError(
+            f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}"
+        ) from error
 
 
 def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` as transformers loads it beside a model of that type; `flag` as in `load_tokenizer`."""
+    """The tokenizer in `folder` as transformers loads it beside a model of that type;
+    `flag` as in `load_tokenizer`.
+    """
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     try:
@@ -114,7 +143,9 @@ def check_vocabulary(
     vocab_size: int,
     flag: str = "--tokenizer_name",
 ) -> None:
-    """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size` embeddings."""
+    """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size`
+    embeddings.
+    """
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
@@ -128,10 +159,12 @@ def check_reload(
     model_type: str,
     flag: str = "--train_tokenizer_vocab",
 ) -> None:
-    """Raises `UserError` when transformers would load the tokenizer, saved with a model of this type, as another one.
+    """Raises `UserError` when transformers would load the tokenizer, saved with a model of
+    this type, as another one.
 
-    Needed for tokenizers that are not the model's own: transformers (5.24) reads the tokenizer in the folder of a
-    "qwen2" model, for example, as that model's byte-level tokenizer, without a warning.
+    Needed for tokenizers that are not the model's own: transformers (5.24) reads the
+    tokenizer in the folder of a "qwen2" model, for example, as that model's byte-level
+    tokenizer, without a warning.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -144,7 +177,9 @@ def check_reload(
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """(token, id) of the largest id, added tokens included. Not `len(tokenizer)`: ids may have gaps."""
+    """(token, id) of the largest id, added tokens included. Not `len(tokenizer)`: ids may
+    have gaps.
+    """
     return max(tokenizer.get_vocab().items(), key=lambda item: item[1])
 
 
@@ -152,19 +187,25 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts BOS before a text by default."""
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
+    return (
+        tokenizer.bos_token_id is not None
+        and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
+    )
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | None:
-    """The id of what stands before every document: for auto BOS, where the tokenizer puts it before a text; nothing for
-    none; else the token `start`. Raises `UserError` where the tokenizer does not have it."""
+    """The id of what stands before every document: for auto BOS, where the tokenizer puts
+    it before a text; nothing for none; else the token `start`. Raises `UserError` where the
+    tokenizer does not have it."""
     if start == NOTHING:
         return None
     if start == AUTO:
         return tokenizer.bos_token_id if wants_bos(tokenizer) else None
     if (token_id := tokenizer.get_vocab().get(start)) is None:
         special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"
-        raise UserError(f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}")
+        raise UserError(
+            f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}"
+        )
     return int(token_id)
 
 
@@ -180,15 +221,25 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids. It is the same in every process and after saving and loading."""
+    """A hash of everything that decides the ids. It is the same in every process and after
+    saving and loading.
+    """
     facts: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     facts["split_special_tokens"] = tokenizer.split_special_tokens
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        facts["backend"] = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        facts["backend"] = {
+            key: value
+            for key, value in content.items()
+            if key not in ("truncation", "padding")
+        }
     else:
         facts["class"] = type(tokenizer).__name__
         facts["vocabulary"] = tokenizer.get_vocab()
-        facts["settings"] = {key: str(value) for key, value in tokenizer.init_kwargs.items() if "file" not in key}
+        facts["settings"] = {
+            key: str(value)
+            for key, value in tokenizer.init_kwargs.items()
+            if "file" not in key
+        }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

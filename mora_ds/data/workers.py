@@ -1,4 +1,6 @@
-"""Applies a function to a stream of items in several processes: results in order, few items in flight at a time."""
+"""Applies a function to a stream of items in several processes: results in order, few items
+in flight at a time.
+"""
 
 import os
 import threading
@@ -19,12 +21,15 @@ _work: Callable[[Any], Any] | None = None
 """The function of this worker process, sent once, as it may hold a tokenizer."""
 
 
-def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+def ordered_map(
+    work: Callable[[Item], Result], items: Iterable[Item], num_proc: int
+) -> Iterator[Result]:
     """`map(work, items)`, in `num_proc` processes where that is more than one.
 
-    Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a process, so `items` may be far
-    larger than memory. Workers are spawned, not forked: the caller may hold CUDA contexts and threads.
-    Raises what `work` raises, and `RunError` when a worker is killed.
+    Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a
+    process, so `items` may be far larger than memory. Workers are spawned, not forked: the
+    caller may hold CUDA contexts and threads. Raises what `work` raises, and `RunError`
+    when a worker is killed.
     """
     if num_proc <= 1:
         yield from map(work, items)
@@ -59,7 +64,9 @@ def _install(work: Callable[[Any], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when the caller is killed. The pool's worker would wait for its next item (Python 3.11)."""
+    """Ends this process when the caller is killed. The pool's worker would wait for its
+    next item (Python 3.11).
+    """
     parent = parent_process()
     assert parent is not None, "runs in worker processes only"
     wait([parent.sentinel])

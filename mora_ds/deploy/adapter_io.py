@@ -1,11 +1,13 @@
-"""An adapter without its run: exported from a checkpoint, and put onto the base by one call.
+"""An adapter without its run: exported from a checkpoint, and put onto the base by one
+call.
 
     export_adapter(checkpoint, folder)      adapter.json, adapter.safetensors, base.json, ledger/, manifest.json, and
                                             tokenizer/ where the checkpoint has one
     model = load_adapter(base, folder)      a Hugging Face model whose weights are the run's live ones, bit for bit
 
-The model keeps its MoRA matrices: it can be run, trained on (`mora_ds.initialize`) or inspected. `export_merged` writes
-a plain model instead. `load_adapter` takes a checkpoint as well as what `export_adapter` made of it.
+The model keeps its MoRA matrices: it can be run, trained on (`mora_ds.initialize`) or
+inspected. `export_merged` writes a plain model instead. `load_adapter` takes a checkpoint
+as well as what `export_adapter` made of it.
 """
 
 import os
@@ -29,33 +31,44 @@ from mora_ds.checkpoint.layout import (
     tokenizer_of,
 )
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import as_path, atomic_folder, copy_folder, require_new, write_manifest
+from mora_ds.common.files import (
+    as_path,
+    atomic_folder,
+    copy_folder,
+    require_new,
+    write_manifest,
+)
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.models.load import load_model
 
 
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
-    """Writes the adapter of a checkpoint (or of a run's latest one) to the new folder `output`: no optimizer state,
-    no random states, no base.
+    """Writes the adapter of a checkpoint (or of a run's latest one) to the new folder
+    `output`: no optimizer state, no random states, no base.
 
-    Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that holds something.
+    Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that
+    holds something.
     """
     output = as_path(output, "export_adapter: `output`")
     require_new(output)
-    adapter = Adapter.open(find_adapter(as_path(checkpoint, "export_adapter: `checkpoint`")))
+    adapter = Adapter.open(
+        find_adapter(as_path(checkpoint, "export_adapter: `checkpoint`"))
+    )
     source = adapter.folder
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
             shutil.copyfile(source / name, folder / name)
         adapter.ledger.copy_to(folder / LEDGER_FOLDER)
         complete(folder, source, adapter.reference.absolute(source))
-    return [f"wrote {output}: {len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"]
+    return [
+        f"wrote {output}: {len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
+    ]
 
 
 def complete(folder: Path, source: Path, reference: BaseReference) -> None:
-    """Add to an adapter's tensors and ledger in `folder` what else it has: the base's name, the tokenizer of the
-    adapter `source`, and the manifest."""
+    """Add to an adapter's tensors and ledger in `folder` what else it has: the base's name,
+    the tokenizer of the adapter `source`, and the manifest."""
     reference.write(folder)
     if tokenizer := tokenizer_of(source):
         copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
@@ -74,14 +87,18 @@ def load_adapter(
     domain: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The base with the adapter on it, in the dtype that the run computed in, on the CPU, in evaluation mode.
+    """The base with the adapter on it, in the dtype that the run computed in, on the CPU,
+    in evaluation mode.
 
-    `base` is the model's folder, whose fingerprint must be the recorded one. Of an adapter with domains the model has
-    the MoRA matrices of all, and computes as `domain`, by default with the shared matrices alone (`domains_of(model)`
-    changes that at any time). Raises `UserError` when something is damaged or does not fit.
+    `base` is the model's folder, whose fingerprint must be the recorded one. Of an adapter
+    with domains the model has the MoRA matrices of all, and computes as `domain`, by
+    default with the shared matrices alone (`domains_of(model)` changes that at any time).
+    Raises `UserError` when something is damaged or does not fit.
     """
     if not isinstance(base, (str, os.PathLike)):
-        raise UserError(f"load_adapter: `base` must be the model's folder, got a {type(base).__name__}")
+        raise UserError(
+            f"load_adapter: `base` must be the model's folder, got a {type(base).__name__}"
+        )
     folder = find_adapter(as_path(adapter, "load_adapter: `adapter`"))
     opened = Adapter.open(folder)
     facts = opened.file
@@ -102,7 +119,8 @@ def load_adapter(
     )
     inject(model, config)
     move_base(model, "cpu", dtype)
-    # The names in the file are those of the model's parameters: matrices, those of domains, other trained tensors.
+    # The names in the file are those of the model's parameters: matrices, those of domains,
+    # other trained tensors.
     tensors = dict(opened.tensors.items())
     parameters = dict(model.named_parameters())
     shapes_there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -120,7 +138,9 @@ def load_adapter(
             operators.append(facts.domains.operators[name])
         for operator in operators:  # the shape of M does not say the sides of its layer
             if _sides(operator) != _sides(layer.spec):
-                raise UserError(f"{folder} does not fit this model: its operator of {name} is of another shape")
+                raise UserError(
+                    f"{folder} does not fit this model: its operator of {name} is of another shape"
+                )
         layer.spec = facts.layers[name].operator
         original = files.read(opened.original_key(files, facts.layers[name].weight))
         layer.form(original, opened.ledger.squares_of(name))

@@ -1,4 +1,5 @@
-"""Exact arithmetic of updates: the weighted sum of adapters of one base is an adapter of that base.
+"""Exact arithmetic of updates: the weighted sum of adapters of one base is an adapter of
+that base.
 
     W = W0 + sum_i w_i delta_i             delta(M) is linear in M: sum_i w_i delta(M_i) = delta(sum_i w_i M_i)
 
@@ -7,8 +8,9 @@
              other trained tensors         W0 + sum_i w_i (T_i - W0), the same
     -> output/       ledger/ (a cycle for every term but one), adapter.safetensors: the last source's live term
 
-So a sum over checkpoints of a run is no larger than one of them. LoRA's product is not linear in its factors: each
-cycle of each source is a term of its own there, whose factor B is multiplied. One tensor is in memory at a time.
+So a sum over checkpoints of a run is no larger than one of them. LoRA's product is not
+linear in its factors: each cycle of each source is a term of its own there, whose factor B
+is multiplied. One tensor is in memory at a time.
 """
 
 import math
@@ -25,9 +27,21 @@ from torch import Tensor
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
 from mora_ds.checkpoint.adapter_files import Adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS, LEDGER_FOLDER, adapter_folder, find_adapter
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    ADAPTER_TENSORS,
+    LEDGER_FOLDER,
+    adapter_folder,
+    find_adapter,
+)
 from mora_ds.common.errors import Bounds, RunError, UserError
-from mora_ds.common.files import as_path, atomic_folder, atomic_path, require_new, write_json_atomic
+from mora_ds.common.files import (
+    as_path,
+    atomic_folder,
+    atomic_path,
+    require_new,
+    write_json_atomic,
+)
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.adapter_io import complete
 from mora_ds.models.base import BaseCheckpoint
@@ -38,16 +52,21 @@ COMBINED = "combined_from"
 
 
 @contextmanager
-def scaled(path: Path, delta_scale: float, base_folder: Path | None = None) -> Iterator[Path]:
-    """The adapter at `path` with its update times `delta_scale` (0: the base, 1: the trained model), in a temporary
-    folder; `path` itself for 1. Raises `UserError` as `combine_adapters` does, and for a model that is no adapter."""
+def scaled(
+    path: Path, delta_scale: float, base_folder: Path | None = None
+) -> Iterator[Path]:
+    """The adapter at `path` with its update times `delta_scale` (0: the base, 1: the
+    trained model), in a temporary folder; `path` itself for 1. Raises `UserError` as
+    `combine_adapters` does, and for a model that is no adapter."""
     if not Bounds().allow(delta_scale):
         raise UserError(f"`delta_scale` must be a finite number, got {delta_scale!r}")
     if delta_scale == 1:
         yield path
         return
     if adapter_folder(path) is None:
-        raise UserError(f"`delta_scale` belongs to a checkpoint or an adapter, which {path} is not")
+        raise UserError(
+            f"`delta_scale` belongs to a checkpoint or an adapter, which {path} is not"
+        )
     with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
         output = Path(folder) / "adapter"
         combine_adapters([path], [delta_scale], output, base_folder)
@@ -60,16 +79,20 @@ def combine_adapters(
     output: Path | str,
     base_folder: Path | str | None = None,
 ) -> list[str]:
-    """Writes the adapter whose update is the sum of those of `sources`, each times its weight, to a new folder.
+    """Writes the adapter whose update is the sum of those of `sources`, each times its
+    weight, to a new folder.
 
-    `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base and the same layers; ranks,
-    operators and seeds may differ. `weights`: any finite numbers. `base_folder`: the base, if it was moved; read only
-    where embeddings, norms or a head were trained. Returns lines to print. Raises `UserError` naming what does not fit
+    `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base
+    and the same layers; ranks, operators and seeds may differ. `weights`: any finite
+    numbers. `base_folder`: the base, if it was moved; read only where embeddings, norms or
+    a head were trained. Returns lines to print. Raises `UserError` naming what does not fit
     or is damaged, `RunError` for values that are not finite and a full disk.
     """
     output = as_path(output, "combine_adapters: `output`")
     if len(weights) != len(sources) or not sources:
-        raise UserError(f"`weights`: {len(weights)} for {len(sources)} adapter(s); give one for each")
+        raise UserError(
+            f"`weights`: {len(weights)} for {len(sources)} adapter(s); give one for each"
+        )
     if odd := [weight for weight in weights if not Bounds().allow(weight)]:
         raise UserError(f"`weights` must be finite numbers, got {odd[0]!r}")
     require_new(output)
@@ -81,26 +104,38 @@ def combine_adapters(
     reference = last.reference.absolute(last.folder)
     if base_folder is not None:
         reference = replace(reference, folder=str(Path(base_folder).resolve()))
-    base = reference.open_base(last.folder, flag="`base_folder`") if last.file.trainables else None
+    base = (
+        reference.open_base(last.folder, flag="`base_folder`")
+        if last.file.trainables
+        else None
+    )
     trained = _Trained(adapters, weights, base)
     terms = _terms(adapters, weights)
     facts = [
         {"adapter": str(adapter.folder), "step": adapter.file.step, "weight": weight}
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
-    rank = sum(adapter.file.config.embedding_rank for adapter in adapters)  # products of low rank lie side by side
+    # Products of low rank lie side by side
+    rank = sum(adapter.file.config.embedding_rank for adapter in adapters)
     combined = replace(
         last.file,
         cycle=len(terms) - 1,
         config=replace(last.file.config, embedding_rank=rank),
         facts={**last.file.facts, COMBINED: facts},
     )
-    shapes = {**combined.expected(), **{name: trained.shape(name) for name in combined.trainables}}
+    shapes = {
+        **combined.expected(),
+        **{name: trained.shape(name) for name in combined.trainables},
+    }
     layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
     with atomic_folder(output.absolute()) as folder:
         ledger = Ledger.create(folder / LEDGER_FOLDER, reference.fingerprint)
         for term in terms[:-1]:
-            ledger.append(term.step, term.layers, ((module, term.value(module)) for module in term.layers))
+            ledger.append(
+                term.step,
+                term.layers,
+                ((module, term.value(module)) for module in term.layers),
+            )
         with (
             atomic_path(folder / ADAPTER_TENSORS) as beside,
             SafetensorsWriter(beside, layout, {"step": str(combined.step)}) as writer,
@@ -114,21 +149,35 @@ def combine_adapters(
                 writer.write(name, trained.value(name))
         write_json_atomic(folder / ADAPTER_JSON, combined.to_dict())
         complete(folder, last.folder, reference)
-    formula = ", ".join(f"{weight:g} x {adapter.folder}" for adapter, weight in zip(adapters, weights, strict=True))
-    return [f"wrote {output}: {formula}", f"{len(terms)} term(s), {len(terms) - 1} of them in its ledger"]
+    formula = ", ".join(
+        f"{weight:g} x {adapter.folder}"
+        for adapter, weight in zip(adapters, weights, strict=True)
+    )
+    return [
+        f"wrote {output}: {formula}",
+        f"{len(terms)} term(s), {len(terms) - 1} of them in its ledger",
+    ]
 
 
 def _check_pair(adapter: Adapter, last: Adapter) -> None:
     """Raises `UserError` unless two updates can be summed."""
     pair = f"{adapter.folder} and {last.folder}"
     if adapter.reference.fingerprint != last.reference.fingerprint:
-        raise UserError(f"{pair} have different bases: only updates of the same weights can be summed")
+        raise UserError(
+            f"{pair} have different bases: only updates of the same weights can be summed"
+        )
     if adapter.reference.config_changes != last.reference.config_changes:
-        raise UserError(f"{pair} have bases with different rotary embeddings (--rope_scaling)")
+        raise UserError(
+            f"{pair} have bases with different rotary embeddings (--rope_scaling)"
+        )
     if different := sorted(set(adapter.file.layers) ^ set(last.file.layers)):
-        raise UserError(f"{pair} adapt different layers (`target_modules`), e.g. {different[0]}")
+        raise UserError(
+            f"{pair} adapt different layers (`target_modules`), e.g. {different[0]}"
+        )
     if different := sorted(set(adapter.file.trainables) ^ set(last.file.trainables)):
-        raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
+        raise UserError(
+            f"{pair} train different tensors beside their matrices, e.g. {different[0]}"
+        )
     if adapter.file.domains != last.file.domains:
         raise UserError(f"{pair} have different domains, or other operators for them")
 
@@ -149,7 +198,10 @@ class _Term:
     def value(self, module: str) -> Tensor:
         """The sum in fp32. Raises `RunError` where it is not finite."""
         scaled_value = self.layers[module].operator.scaled
-        return _rounded_sum((scaled_value(value(module).double(), weight) for weight, value in self.values), module)
+        return _rounded_sum(
+            (scaled_value(value(module).double(), weight) for weight, value in self.values),
+            module,
+        )
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
@@ -158,12 +210,20 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
     for adapter, weight in zip(adapters, weights, strict=True):
         ledger = adapter.ledger
         cycles = [
-            _Term(record.step, ledger.layers(record.cycle), [(weight, partial(ledger.square, record.cycle))])
+            _Term(
+                record.step,
+                ledger.layers(record.cycle),
+                [(weight, partial(ledger.square, record.cycle))],
+            )
             for record in ledger.records
         ]
-        live = _Term(adapter.file.step, adapter.file.layers, [(weight, adapter.tensors.square)])
+        live = _Term(
+            adapter.file.step, adapter.file.layers, [(weight, adapter.tensors.square)]
+        )
         for cycle in [*cycles, live]:
-            same = [term for term in terms if term.layers == cycle.layers and term.is_linear]
+            same = [
+                term for term in terms if term.layers == cycle.layers and term.is_linear
+            ]
             term = same[0] if same else cycle
             if same:
                 term.values += cycle.values
@@ -175,16 +235,22 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
 
 
 def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
-    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` where it is not finite."""
+    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` where it is not
+    finite.
+    """
     total = reduce(torch.add, summands).float()
     if not torch.isfinite(total).all():
-        raise RunError(f"the sum of {name} is not finite: a source holds no numbers there, or a weight is too large")
+        raise RunError(
+            f"the sum of {name} is not finite: a source holds no numbers there, or a weight is too large"
+        )
     return total
 
 
 @dataclass(frozen=True)
 class _Trained:
-    """Sums of the tensors that were trained beside the matrices: embeddings, norms, heads."""
+    """Sums of the tensors that were trained beside the matrices: embeddings, norms,
+    heads.
+    """
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
@@ -194,16 +260,22 @@ class _Trained:
     def weighted(self, name: str) -> list[Tensor]:
         """Each adapter's tensor times its weight, in fp64."""
         pairs = zip(self.adapters, self.weights, strict=True)
-        return [adapter.tensors.trained(name).double() * weight for adapter, weight in pairs]
+        return [
+            adapter.tensors.trained(name).double() * weight for adapter, weight in pairs
+        ]
 
     def value(self, name: str) -> Tensor:
-        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""
+        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products
+        of low rank side by side.
+        """
         assert self.base is not None
         key = self.adapters[-1].original_key(self.base, stands_for(name))
         if is_low_rank(name):
             tensors = [adapter.tensors.trained(name) for adapter in self.adapters]
             tokens = self.base.shape_dtype(key)[0][0]
-            return _rounded_sum([sum_of_products(zip(tensors, self.weights, strict=True), tokens)], name)
+            return _rounded_sum(
+                [sum_of_products(zip(tensors, self.weights, strict=True), tokens)], name
+            )
         original = self.base.read(key)
         if is_new_rows(name):
             original = original[len(original) - self.shape(name)[0] :]
@@ -213,4 +285,8 @@ class _Trained:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of `value`."""
         shapes = [adapter.tensors.trained_shape(name) for adapter in self.adapters]
-        return (shapes[-1][0], sum(rank for _, rank in shapes)) if is_low_rank(name) else shapes[-1]
+        return (
+            (shapes[-1][0], sum(rank for _, rank in shapes))
+            if is_low_rank(name)
+            else shapes[-1]
+        )

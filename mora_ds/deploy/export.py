@@ -8,7 +8,8 @@ With `onto` the model is another one of the base's shapes, such as an instruct m
 
     every tensor of it:        + (trained - base) | + all deltas | unchanged
 
-One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
+One tensor is in memory at a time, whatever the size of the model; neither a GPU nor
+DeepSpeed is needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +78,9 @@ class OpenedRun(Adapter):
 
     base: BaseCheckpoint
     domain: str | None
-    """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
+    """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones
+    alone.
+    """
     target: BaseCheckpoint
     """The model that gets the update: the base, or another one of its shapes."""
 
@@ -87,16 +90,25 @@ class OpenedRun(Adapter):
         return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
-        """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
-        updates = [*self.ledger.squares_of(entry.module), (entry.operator, self.tensors.square(entry.module))]
+        """(operator, value) of everything that is added to a layer's original weight,
+        merged cycles first.
+        """
+        updates = [
+            *self.ledger.squares_of(entry.module),
+            (entry.operator, self.tensors.square(entry.module)),
+        ]
         domains = self.file.domains
         if self.domain is not None and domains is not None:
             operator = domains.operators[entry.module]
-            updates.append((operator, self.tensors.domain_square(entry.module, self.domain)))
+            updates.append(
+                (operator, self.tensors.domain_square(entry.module, self.domain))
+            )
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What a trained tensor's parameter becomes; trained rows among the frozen ones, a product added to them."""
+        """What a trained tensor's parameter becomes; trained rows among the frozen ones, a
+        product added to them.
+        """
         tensor = self.tensors.trained(name)
         if not (is_new_rows(name) or is_low_rank(name)):
             return tensor.to(dtype)
@@ -130,8 +142,14 @@ def export_merged(
     disk.
     """
     output = as_path(output, "export_merged: `output`")
-    checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`")
-    base_folder = None if base_folder is None else as_path(base_folder, "export_merged: `base_folder`")
+    checkpoint = find_adapter(
+        as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`"
+    )
+    base_folder = (
+        None
+        if base_folder is None
+        else as_path(base_folder, "export_merged: `base_folder`")
+    )
     onto = None if onto is None else as_path(onto, "export_merged: `onto`")
     if dtype != "auto":
         compute_dtype(dtype)
@@ -144,20 +162,33 @@ def export_merged(
         opened = Adapter.open(source)
         adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
-            raise UserError(f"`verify` needs {PROBE_FILE}, which {checkpoint} does not have")
+            raise UserError(
+                f"`verify` needs {PROBE_FILE}, which {checkpoint} does not have"
+            )
         run = open_run(opened, base_folder, domain, onto, trust_remote_code)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "`verify`: base")
             if run.file.config.base_bits == 4:
                 nf4.check_installed()
-        _check_output(output, overwrite, (checkpoint, run.base.folder.resolve(), run.target.folder.resolve()))
+        _check_output(
+            output,
+            overwrite,
+            (checkpoint, run.base.folder.resolve(), run.target.folder.resolve()),
+        )
         as_stored = run.is_onto and dtype == "auto"
-        written = None if as_stored else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
+        written = (
+            None
+            if as_stored
+            else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
+        )
         keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
         layout = layout_of(run.target, keys, written)
         facts: dict[str, Any] = {}
         if run.is_onto:
-            facts = {"put onto": str(run.target.folder), "its fingerprint": run.target.fingerprint()}
+            facts = {
+                "put onto": str(run.target.folder),
+                "its fingerprint": run.target.fingerprint(),
+            }
             facts["scale"] = delta_scale
         if adapter.domains is not None:
             facts["domain"] = run.domain or SHARED
@@ -165,16 +196,25 @@ def export_merged(
         with atomic_folder(output.absolute()) as folder:
             names = write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
             tokenizer = None if run.is_onto else tokenizer_of(run.folder)
-            write_companions(run.target, folder, written, tokenizer, run.reference.config_changes)
+            write_companions(
+                run.target, folder, written, tokenizer, run.reference.config_changes
+            )
             if verify and written is not None:
                 rounding = _rounding(run) if adapter.config.base_bits in (8, 4) else None
                 probe = run.folder / PROBE_FILE
                 comparison = compare_logits(
-                    folder, probe, written, logits_name(run.domain), rounding, trust_remote_code
+                    folder,
+                    probe,
+                    written,
+                    logits_name(run.domain),
+                    rounding,
+                    trust_remote_code,
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
             measured = None if run.is_onto else run.folder
-            card = model_card(measured, described, run.reference, _dtype_text(written), comparison)
+            card = model_card(
+                measured, described, run.reference, _dtype_text(written), comparison
+            )
             (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
@@ -199,8 +239,8 @@ def open_run(
     onto: Path | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedRun:
-    """Opens the base of an adapter, and the model in the folder `onto`, which gets the update. Raises `UserError` where
-    anything does not fit."""
+    """Opens the base of an adapter, and the model in the folder `onto`, which gets the
+    update. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
     base = adapter.reference.open_base(adapter.folder, base_folder, flag="`base_folder`")
     target = base if onto is None else open_target(onto, adapter, base, trust_remote_code)
@@ -210,7 +250,9 @@ def open_run(
 
 
 def _check_layers(run: OpenedRun) -> None:
-    """Raises `UserError` unless every layer and trained tensor has one tensor of the right shape in the base."""
+    """Raises `UserError` unless every layer and trained tensor has one tensor of the right
+    shape in the base.
+    """
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
@@ -233,13 +275,15 @@ def _check_layers(run: OpenedRun) -> None:
 def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
     """`shape`: None stands for any length."""
     actual = run.base.shape_dtype(run.original_key(run.base, name))[0]
-    if len(actual) != len(shape) or any(side not in (None, real) for side, real in zip(shape, actual, strict=True)):
+    if len(actual) != len(shape) or any(
+        side not in (None, real) for side, real in zip(shape, actual, strict=True)
+    ):
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuses to overwrite anything but a model, and the folders that the export reads, of which the first is the
-    checkpoint; and to write into the checkpoint."""
+    """Refuses to overwrite anything but a model, and the folders that the export reads, of
+    which the first is the checkpoint; and to write into the checkpoint."""
     require_place(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
@@ -248,19 +292,26 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"`output` {output} exists already; give another folder, or `overwrite`")
+        raise UserError(
+            f"`output` {output} exists already; give another folder, or `overwrite`"
+        )
     if any(output.resolve() in (folder, *folder.parents) for folder in read):
-        raise UserError(f"`output` {output} holds the base or the checkpoint, or is {ONTO}; give another folder")
+        raise UserError(
+            f"`output` {output} holds the base or the checkpoint, or is {ONTO}; give another folder"
+        )
     if not (output / "config.json").is_file():
-        raise UserError(f"`output` {output} holds something other than a model; it is not overwritten")
+        raise UserError(
+            f"`output` {output} holds something other than a model; it is not overwritten"
+        )
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
-    """What each tensor of the target becomes, by its key, in a given dtype: replaced, merged, or unchanged.
+    """What each tensor of the target becomes, by its key, in a given dtype: replaced,
+    merged, or unchanged.
 
-    On another model than the base, a trained tensor is not replaced: the difference from the base's is added in fp32.
-    Rows of tokens that only the target has stay as they are.
+    On another model than the base, a trained tensor is not replaced: the difference from
+    the base's is added in fp32. Rows of tokens that only the target has stay as they are.
     """
     trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
     stored: dict[str, StoredWeight] = {}
@@ -268,15 +319,22 @@ def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
         stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        key_in_base = run.reference.keys.get(key, key)  # a target may store twice what is tied in the base
+        # A target may store twice what is tied in the base
+        key_in_base = run.reference.keys.get(key, key)
         if key_in_base not in trained and key_in_base not in stored:
             return run.target.read(key).to(dtype)
         rows = run.base.shape_dtype(key_in_base)[0][0]
-        if key_in_base in stored:  # with the current cycle merged too, as the next merge would form it
+        # With the current cycle merged too, as the next merge would form it
+        if key_in_base in stored:
             weight = stored[key_in_base]
-            updated = weight.live(lambda name: run.target.read(name)[:rows], run.updates(weight.entry), dtype)
+            updated = weight.live(
+                lambda name: run.target.read(name)[:rows], run.updates(weight.entry), dtype
+            )
         elif run.is_onto:
-            change = run.trained(trained[key_in_base], torch.float32) - run.base.read(key_in_base).float()
+            change = (
+                run.trained(trained[key_in_base], torch.float32)
+                - run.base.read(key_in_base).float()
+            )
             updated = (run.target.read(key)[:rows].float() + change).to(dtype)
         else:
             updated = run.trained(trained[key_in_base], dtype)
@@ -296,17 +354,23 @@ def load_onto(
     domain: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model that `export_merged` with `onto` writes of the adapter in the folder `checkpoint`, in memory: on the
-    CPU, in evaluation mode. `dtype` "auto": that of the folder `onto`. Raises `UserError` as `export_merged` does."""
+    """The model that `export_merged` with `onto` writes of the adapter in the folder
+    `checkpoint`, in memory: on the CPU, in evaluation mode. `dtype` "auto": that of the
+    folder `onto`. Raises `UserError` as `export_merged` does."""
     run = open_run(Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code)
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     changes = run.reference.config_changes
-    model: Any = load_model(run.target.folder, wanted, None, trust_remote_code, ONTO, changes)
+    model: Any = load_model(
+        run.target.folder, wanted, None, trust_remote_code, ONTO, changes
+    )
     tensor_of = updated_tensors(run)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = name if name in run.target else run.reference.keys.get(name)
         if key is not None and is_stack(key):
-            experts = [torch.cat([tensor_of(row, parameter.dtype) for row in rows]) for rows in run.target.members(key)]
+            experts = [
+                torch.cat([tensor_of(row, parameter.dtype) for row in rows])
+                for rows in run.target.members(key)
+            ]
             parameter.copy_(torch.stack(experts))
         elif key is not None:  # what the base does not have stays as it was loaded
             parameter.copy_(tensor_of(key, parameter.dtype))
@@ -314,10 +378,11 @@ def load_onto(
 
 
 def _rounding(run: OpenedRun) -> Callable[[Any], None]:
-    """Gives a loaded export the rounding of --base_bits: it then is the live model, up to rounding of sums.
+    """Gives a loaded export the rounding of --base_bits: it then is the live model, up to
+    rounding of sums.
 
-    In 8 bits a run holds the weights with all merged cycles, in 4 bits the original ones, beside which it keeps the
-    matrices of merged cycles.
+    In 8 bits a run holds the weights with all merged cycles, in 4 bits the original ones,
+    beside which it keeps the matrices of merged cycles.
     """
     bits = run.file.config.base_bits
 
@@ -327,11 +392,14 @@ def _rounding(run: OpenedRun) -> Callable[[Any], None]:
             original = run.base.read(run.reference.keys[entry.weight])
             merged = run.ledger.squares_of(entry.module) if bits == 8 else ()
             exact = live_weight(original, merged, entry.transposed, torch.float32)
-            exact = exact.mT if entry.transposed else exact  # (d_out, d_in), or a stack of such
+            # (d_out, d_in), or a stack of such
+            exact = exact.mT if entry.transposed else exact
             if bits == 8:
                 rounded = Int8Weight(*quantize(exact)).dense(torch.float32)
             else:
-                rounded = nf4.NF4Weight(*nf4.quantize(exact), tuple(exact.shape)).dense(torch.float32)
+                rounded = nf4.NF4Weight(*nf4.quantize(exact), tuple(exact.shape)).dense(
+                    torch.float32
+                )
             error = rounded - exact
             weight = model.get_parameter(entry.weight)
             weight.copy_(weight.float().add_(error.mT if entry.transposed else error))

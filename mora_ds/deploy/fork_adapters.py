@@ -1,11 +1,13 @@
-"""MoRA adapters of kongds's fork of PEFT, which axolotl's `adapter: mora` writes too, as adapters of mora_ds.
+"""MoRA adapters of kongds's fork of PEFT, which axolotl's `adapter: mora` writes too, as
+adapters of mora_ds.
 
     adapter_config.json            use_mora, mora_type, r, base_model_name_or_path
     adapter_model.safetensors      "base_model.model.<module>.lora_A.weight" (r_hat, r_hat); lora_B is the same module
 
-An adapter means what its forward pass computes (peft-mora/src/peft/tuners/lora/layer.py, `_apply_mora`): an operator of
-mora_ds with a grouping that never changes, and the matrix lora_A without a scale. Where inputs have more blocks than
-outputs, type 6 computes blocks that no output takes; that is refused, as is all that is more than matrices.
+An adapter means what its forward pass computes (peft-mora/src/peft/tuners/lora/layer.py,
+`_apply_mora`): an operator of mora_ds with a grouping that never changes, and the matrix
+lora_A without a scale. Where inputs have more blocks than outputs, type 6 computes blocks
+that no output takes; that is refused, as is all that is more than matrices.
 """
 
 import tempfile
@@ -23,7 +25,13 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import as_path, atomic_folder, read_json, require_new, write_manifest
+from mora_ds.common.files import (
+    as_path,
+    atomic_folder,
+    read_json,
+    require_new,
+    write_manifest,
+)
 from mora_ds.common.tensor_files import dtype_name, open_safetensors
 from mora_ds.common.untrusted import Count, entry
 from mora_ds.deploy.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -41,14 +49,19 @@ TYPES = {
 """`mora_type` -> the operator that computes the same. 5 does not exist."""
 
 _LEFT_OUT = ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication")
-"""Settings that add to the matrices, or for which the fork merges something else than it computes."""
+"""Settings that add to the matrices, or for which the fork merges something else than it
+computes.
+"""
 
 
-def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str | None = None) -> list[str]:
-    """Writes the fork's adapter in the folder `path` to the new folder `output` as an adapter of mora_ds.
+def convert_fork(
+    path: Path | str, output: Path | str, base_folder: Path | str | None = None
+) -> list[str]:
+    """Writes the fork's adapter in the folder `path` to the new folder `output` as an
+    adapter of mora_ds.
 
-    `base_folder`: the base, if it is not the folder that the adapter names. Returns lines to print. Raises `UserError`
-    naming the file and what is not read.
+    `base_folder`: the base, if it is not the folder that the adapter names. Returns lines
+    to print. Raises `UserError` naming the file and what is not read.
     """
     path = as_path(path, "convert_fork: `path`")
     output = as_path(output, "convert_fork: `output`")
@@ -57,17 +70,25 @@ def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str |
     settings = read_json(source)
     kind, grouping = _operator(settings, source)
     squares = _matrices(path / WEIGHTS_FILE)
-    folder = entry(settings, "base_model_name_or_path", str, source) if base_folder is None else base_folder
+    folder = (
+        entry(settings, "base_model_name_or_path", str, source)
+        if base_folder is None
+        else base_folder
+    )
     base = BaseCheckpoint.open(folder, "`base_folder`")
     with torch.device("meta"):
-        model = make_model(folder_config(base.folder, flag="`base_folder`"), "`base_folder`")
+        model = make_model(
+            folder_config(base.folder, flag="`base_folder`"), "`base_folder`"
+        )
     keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
     layers: dict[str, LayerEntry] = {}
     for module, square in squares.items():
         weight = f"{module}.weight"
         shape = base.shape_dtype(keys[weight])[0] if weight in keys else ()
         if len(shape) != 2:
-            raise UserError(f"{path / WEIGHTS_FILE}: {base.folder} has no linear layer {module}")
+            raise UserError(
+                f"{path / WEIGHTS_FILE}: {base.folder} has no linear layer {module}"
+            )
         d_out, d_in = shape
         if len(square) > max(d_in, d_out):
             raise UserError(
@@ -88,38 +109,58 @@ def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str |
         layer_sizes=tuple((module, len(square)) for module, square in squares.items()),
     )
     dtype = dtype_name(base.shape_dtype(keys[next(iter(layers.values())).weight])[1])
-    adapter = AdapterFile(layers, adapter_config, dtype, cycle=0, step=0, facts={"converted from": str(path)})
+    adapter = AdapterFile(
+        layers, adapter_config, dtype, cycle=0, step=0, facts={"converted from": str(path)}
+    )
     with atomic_folder(output.absolute()) as partial:
         Ledger.create(partial / LEDGER_FOLDER, base.fingerprint())
         write_adapter(partial, adapter, squares, {})
         BaseReference(str(base.folder), base.fingerprint(), keys, dtype).write(partial)
         write_manifest(partial)
-    return [f"wrote {output}: {len(layers)} layers, {kind.value}/{grouping.value}, of the base {base.folder}"]
+    return [
+        f"wrote {output}: {len(layers)} layers, {kind.value}/{grouping.value}, of the base {base.folder}"
+    ]
 
 
 def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Grouping]:
     """The operator of an adapter_config.json. Raises `UserError` for what is not read."""
     if not settings.get("use_mora"):
-        raise UserError(f"{source} is not of MoRA (use_mora): merge the adapter with PEFT, and adapt that model")
+        raise UserError(
+            f"{source} is not of MoRA (use_mora): merge the adapter with PEFT, and adapt that model"
+        )
     if unread := [name for name in _LEFT_OUT if settings.get(name)]:
         raise UserError(f"{source}: {unread[0]} is not read with use_mora")
     mora_type = entry({"mora_type": 1, **settings}, "mora_type", int, source)
     if mora_type not in TYPES:
-        raise UserError(f"{source}: {unknown('mora_type', str(mora_type), map(str, TYPES))}")
+        raise UserError(
+            f"{source}: {unknown('mora_type', str(mora_type), map(str, TYPES))}"
+        )
     return TYPES[mora_type]
 
 
 def _matrices(path: Path) -> dict[str, Tensor]:
-    """Module name -> M (r_hat, r_hat). Raises `UserError` for any tensor that is not such a matrix."""
+    """Module name -> M (r_hat, r_hat). Raises `UserError` for any tensor that is not such a
+    matrix.
+    """
     file = open_safetensors(path)
     squares: dict[str, Tensor] = {}
     for name in sorted(file.keys()):  # lora_A before lora_B
         module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
         tensor = file.get_tensor(name).float()
-        if ending == "A.weight" and tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]:
+        if (
+            ending == "A.weight"
+            and tensor.dim() == 2
+            and tensor.shape[0] == tensor.shape[1]
+        ):
             squares[module] = tensor
-        elif ending != "B.weight" or module not in squares or not torch.equal(tensor, squares[module]):
-            raise UserError(f"{path}: {name} {tuple(tensor.shape)} is no matrix of MoRA, and is not read")
+        elif (
+            ending != "B.weight"
+            or module not in squares
+            or not torch.equal(tensor, squares[module])
+        ):
+            raise UserError(
+                f"{path}: {name} {tuple(tensor.shape)} is no matrix of MoRA, and is not read"
+            )
     if not squares:
         raise UserError(f"{path} holds no matrix")
     return squares
@@ -127,8 +168,8 @@ def _matrices(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def read_fork(path: Path, base_folder: Path | None = None) -> Iterator[Path]:
-    """What `convert_fork` makes of the fork's adapter at `path`, in a temporary folder; `path` itself where it is no
-    folder of PEFT."""
+    """What `convert_fork` makes of the fork's adapter at `path`, in a temporary folder;
+    `path` itself where it is no folder of PEFT."""
     if not (path / CONFIG_FILE).is_file():
         yield path
         return

@@ -1,7 +1,8 @@
 """Uploads models and adapters to the Hugging Face Hub, by huggingface_hub.
 
-The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no flag takes one, so that none is in run.yaml, in a
-log or in a message. A repository that does not exist is made, private.
+The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no flag takes one, so
+that none is in run.yaml, in a log or in a message. A repository that does not exist is
+made, private.
 """
 
 import tempfile
@@ -31,7 +32,9 @@ def push_folder(folder: Path, repository: str) -> str:
     Raises `RunError` where there is no network, no token or no permission.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError  # of the client that it uses: httpx, or httpx2 from 2.4 on
+
+    # Of the client that it uses: httpx, or httpx2 from 2.4 on
+    from huggingface_hub.errors import HTTPError
 
     try:
         api = HfApi()
@@ -41,7 +44,8 @@ def push_folder(folder: Path, repository: str) -> str:
             folder_path=folder,
             commit_message=f"Upload {folder.name} by mora_ds",
         )
-    except (HTTPError, OSError) as error:  # OSError: also huggingface_hub's own errors, and its offline mode
+    # OSError: also huggingface_hub's own errors, and its offline mode
+    except (HTTPError, OSError) as error:
         text = reason(error)
         token = get_token()
         text = text.replace(token, "***") if token else text
@@ -52,12 +56,16 @@ def push_folder(folder: Path, repository: str) -> str:
 
 
 def push_adapter(checkpoint: Path, repository: str) -> str:
-    """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as `push_folder`."""
+    """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as
+    `push_folder`.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         facts = export_adapter(checkpoint, folder)[0].partition(": ")[2]
         text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
         name = repository.rpartition("/")[2]
         code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
-        (folder / "README.md").write_text(card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8"
+        )
         return push_folder(folder, repository)

@@ -1,17 +1,21 @@
-"""Compares an exported model with the live one, by logits on fixed tokens that were recorded at save time.
+"""Compares an exported model with the live one, by logits on fixed tokens that were
+recorded at save time.
 
     float32            max |difference| <= 1e-5 * max(1, max |live logit|)
     bfloat16, float16  ||difference|| / ||live logits|| <= 2 * eps * sqrt(1 + number of layers)
 
-The live model adds the output of the current MoRA matrix to that of the merged weight; the export has both in one
-weight. In fp32 the two differ by rounding of sums only. In a 16-bit dtype the export's weights (and the live model's
-activations) are rounded once more, by up to eps / 2 of each number, and every layer adds independent errors of this
-size to the residual stream, hence the square root. eps is the spacing of numbers at 1: 2^-7 for bfloat16, 2^-10 for
-float16; the coarser of the live and the exported dtype counts. Tiny random models of 7 families, 2 to 36 layers deep,
-reached 0.2 to 0.6 of this tolerance; logits cannot distinguish a smaller update from rounding.
+The live model adds the output of the current MoRA matrix to that of the merged weight; the
+export has both in one weight. In fp32 the two differ by rounding of sums only. In a 16-bit
+dtype the export's weights (and the live model's activations) are rounded once more, by up
+to eps / 2 of each number, and every layer adds independent errors of this size to the
+residual stream, hence the square root. eps is the spacing of numbers at 1: 2^-7 for
+bfloat16, 2^-10 for float16; the coarser of the live and the exported dtype counts. Tiny
+random models of 7 families, 2 to 36 layers deep, reached 0.2 to 0.6 of this tolerance;
+logits cannot distinguish a smaller update from rounding.
 
-A run with --base_bits 8 or 4 (`ops.int8`, `adapters.nf4`) rounded its frozen weights, and the export does not: the
-loaded export is given the same rounding, and then has to agree as one of a dense base.
+A run with --base_bits 8 or 4 (`ops.int8`, `adapters.nf4`) rounded its frozen weights, and
+the export does not: the loaded export is given the same rounding, and then has to agree as
+one of a dense base.
 """
 
 import math
@@ -35,7 +39,9 @@ class Comparison:
 
     max_difference: float
     error: float
-    """What `tolerance` bounds: the largest difference (fp32), or the relative norm of all (16-bit)."""
+    """What `tolerance` bounds: the largest difference (fp32), or the relative norm of all
+    (16-bit).
+    """
     tolerance: float
 
     def line(self) -> str:
@@ -53,7 +59,8 @@ def compare_logits(
     change: Callable[[Any], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Loads the export in `folder` on the CPU and computes the logits of the tokens in `probe`.
+    """Loads the export in `folder` on the CPU and computes the logits of the tokens in
+    `probe`.
 
     `probe`, `name`: as of `read_probe`. `change`: makes a loaded export what the live model was. `trust_remote_code`:
     run code that comes with it. Raises `RunError` when the difference exceeds the tolerance or the export lacks
@@ -70,14 +77,18 @@ def compare_logits(
     )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise RunError(f"the export lacks weights: {info['missing_keys']} {info['mismatched_keys']}")
+        raise RunError(
+            f"the export lacks weights: {info['missing_keys']} {info['mismatched_keys']}"
+        )
     model.eval()
     if change is not None:
         change(model)
     with torch.inference_mode():
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     if logits.shape != live.shape:
-        raise RunError(f"the export gives logits of shape {tuple(logits.shape)}, recorded were {tuple(live.shape)}")
+        raise RunError(
+            f"the export gives logits of shape {tuple(logits.shape)}, recorded were {tuple(live.shape)}"
+        )
     coarser = max((dtype, recorded), key=lambda candidate: torch.finfo(candidate).eps)
     comparison = _compare(
         live,
@@ -91,15 +102,18 @@ def compare_logits(
 
 
 def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.dtype]:
-    """(tokens (B, T) int64, logits (B, T, V) in fp32, the live model's dtype) of a safetensors file with "input_ids",
-    logits called `name`, and "dtype" in its metadata. Raises `UserError` for a damaged one."""
+    """(tokens (B, T) int64, logits (B, T, V) in fp32, the live model's dtype) of a
+    safetensors file with "input_ids", logits called `name`, and "dtype" in its metadata.
+    Raises `UserError` for a damaged one."""
     handle = open_safetensors(path)
     if missing := {name, "input_ids"} - set(handle.keys()):
         raise UserError(f"{path} holds no {min(missing)}")
     live = handle.get_tensor(name).float()
     tokens = handle.get_tensor("input_ids")
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
-        raise UserError(f"{path} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}")
+        raise UserError(
+            f"{path} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}"
+        )
     return tokens, live, compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
 
 

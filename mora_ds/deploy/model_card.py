@@ -19,8 +19,8 @@ def model_card(
     dtype: str,
     comparison: Comparison | None,
 ) -> str:
-    """Markdown with the run's facts, and with its perplexities if it ended at this checkpoint. `checkpoint` None: they
-    are of another model."""
+    """Markdown with the run's facts, and with its perplexities if it ended at this
+    checkpoint. `checkpoint` None: they are of another model."""
     operators = sorted({entry.operator.describe() for entry in adapter.layers.values()})
     facts: dict[str, Any] = {
         "base": f"`{reference.folder}`",
@@ -38,19 +38,38 @@ def model_card(
         facts.update(_perplexities(checkpoint, adapter.step))
     if comparison is not None:
         facts["verified"] = comparison.line()
-    text = ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
-    text += ["", "| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())]
+    text = [
+        "Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."
+    ]
+    text += [
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()),
+    ]
     return card("transformers", "mora", "Merged model", text)
 
 
 def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
-    """A README.md as the Hub reads it: the library that loads the folder, tags, a title, and Markdown below it."""
-    head = ["---", f"library_name: {library}", f"tags: [{tags}, continual-pretraining]", "---", "", f"# {title}", ""]
+    """A README.md as the Hub reads it: the library that loads the folder, tags, a title,
+    and Markdown below it.
+    """
+    head = [
+        "---",
+        f"library_name: {library}",
+        f"tags: [{tags}, continual-pretraining]",
+        "---",
+        "",
+        f"# {title}",
+        "",
+    ]
     return "\n".join([*head, *lines, ""])
 
 
 def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
-    """Of each evaluation set before and after a run that ended at this step, from its summary."""
+    """Of each evaluation set before and after a run that ended at this step, from its
+    summary.
+    """
     path = checkpoint.parent.parent / SUMMARY_FILE
     summary = read_json(path) if path.is_file() else {}
     if summary.get("steps") != step:
@@ -58,8 +77,13 @@ def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
     before = summary.get("perplexity_before") or {}
     after = summary.get("perplexity_after") or {}
     # A perplexity that is not finite is null there.
-    known = [name for name in before if before[name] is not None and after.get(name) is not None]
-    return {f"perplexity on {name}": f"{before[name]:.3f} -> {after[name]:.3f}" for name in known}
+    known = [
+        name for name in before if before[name] is not None and after.get(name) is not None
+    ]
+    return {
+        f"perplexity on {name}": f"{before[name]:.3f} -> {after[name]:.3f}"
+        for name in known
+    }
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Which models the update of a run may be put onto: ones of the base's shapes, such as an instruct model of the base.
+"""Which models the update of a run may be put onto: ones of the base's shapes, such as an
+instruct model of the base.
 
     base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
     base's tokens        each is in the target's tokenizer, with the same id
@@ -23,8 +24,8 @@ ONTO = "`onto`"
 def exported_keys(base: BaseCheckpoint, reference: BaseReference) -> Iterator[str]:
     """The base's keys without copies of a tied weight under its other name.
 
-    Some files hold lm_head.weight although it is tied. Once the embedding is trained that copy is stale, and
-    transformers unties weights that differ.
+    Some files hold lm_head.weight although it is tied. Once the embedding is trained that
+    copy is stale, and transformers unties weights that differ.
     """
     used = set(reference.keys.values())
     for key in base.keys():  # noqa: SIM118  (not a mapping)
@@ -35,29 +36,43 @@ def exported_keys(base: BaseCheckpoint, reference: BaseReference) -> Iterator[st
 def open_target(
     folder: Path, adapter: Adapter, base: BaseCheckpoint, trust_remote_code: bool = False
 ) -> BaseCheckpoint:
-    """The model in `folder`, which is to get the update of `adapter`, of the base `base`. Raises `UserError` naming
-    what does not fit, and where it is the base itself."""
+    """The model in `folder`, which is to get the update of `adapter`, of the base `base`.
+    Raises `UserError` naming what does not fit, and where it is the base itself."""
     target = BaseCheckpoint.open(folder, ONTO)
-    if missing := [key for key in exported_keys(base, adapter.reference) if key not in target]:
-        raise UserError(f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}")
-    if different := list(_different_shapes(target, base, adapter.reference, trust_remote_code)):
+    if missing := [
+        key for key in exported_keys(base, adapter.reference) if key not in target
+    ]:
+        raise UserError(
+            f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}"
+        )
+    if different := list(
+        _different_shapes(target, base, adapter.reference, trust_remote_code)
+    ):
         raise UserError(
             f"{ONTO} {folder} has {len(different)} tensor(s) of another shape than {base.folder}: "
             + "; ".join(different[:3])
         )
-    check_same_tokens(tokenizer_of(adapter.folder) or base.folder, folder, ONTO, trust_remote_code)
+    check_same_tokens(
+        tokenizer_of(adapter.folder) or base.folder, folder, ONTO, trust_remote_code
+    )
     if target.fingerprint() == adapter.reference.fingerprint:
-        raise UserError(f"{ONTO} {folder} holds the weights of the base itself: leave {ONTO} out")
+        raise UserError(
+            f"{ONTO} {folder} holds the weights of the base itself: leave {ONTO} out"
+        )
     return target
 
 
 def _different_shapes(
-    target: BaseCheckpoint, base: BaseCheckpoint, reference: BaseReference, trust_remote_code: bool
+    target: BaseCheckpoint,
+    base: BaseCheckpoint,
+    reference: BaseReference,
+    trust_remote_code: bool,
 ) -> Iterator[str]:
-    """A line for each tensor of the target whose shape is not that of the base's. A table with a row for each token of
-    the base may have one for each token of the target."""
+    """A line for each tensor of the target whose shape is not that of the base's. A table
+    with a row for each token of the base may have one for each token of the target."""
     base_tokens, target_tokens = (
-        folder_config(model.folder, trust_remote_code, ONTO).get_text_config().vocab_size for model in (base, target)
+        folder_config(model.folder, trust_remote_code, ONTO).get_text_config().vocab_size
+        for model in (base, target)
     )
     for key in target.keys():  # noqa: SIM118  (not a mapping)
         key_in_base = reference.keys.get(key, key)
@@ -65,7 +80,10 @@ def _different_shapes(
             continue
         shape = target.shape_dtype(key)[0]
         expected = base.shape_dtype(key_in_base)[0]
-        if shape == (target_tokens, *expected[1:]) and expected[0] == base_tokens <= target_tokens:
+        if (
+            shape == (target_tokens, *expected[1:])
+            and expected[0] == base_tokens <= target_tokens
+        ):
             continue
         if shape != expected:
             yield f"{key} {shape}, not {expected}"

@@ -1,4 +1,5 @@
-"""A checkpoint as a LoRA adapter in PEFT's format, for PEFT itself and for servers such as vLLM.
+"""A checkpoint as a LoRA adapter in PEFT's format, for PEFT itself and for servers such as
+vLLM.
 
     update of a layer = delta of every merged cycle + delta of the live value = B A      A (k, d_in), B (d_out, k)
 
@@ -6,8 +7,9 @@
     share, truncate     rank r_hat a cycle      exact: A holds zeros and ones, B the rows of M that outputs read
     decouple, rotate    any rank                the leading `rank` singular directions, with the energy that is lost
 
-Factors of several cycles are concatenated, up to the layer's shorter side. Trained embeddings, norms and heads are
-PEFT's `modules_to_save`. Formats: peft 0.21, `peft/tuners/lora/config.py` and `peft/utils/save_and_load.py`.
+Factors of several cycles are concatenated, up to the layer's shorter side. Trained
+embeddings, norms and heads are PEFT's `modules_to_save`. Formats: peft 0.21,
+`peft/tuners/lora/config.py` and `peft/utils/save_and_load.py`.
 """
 
 import json
@@ -49,7 +51,9 @@ class _Plan:
     entry: LayerEntry
     rank: int
     is_exact: bool
-    """Whether the factors of all cycles are concatenated; otherwise the sum of deltas is decomposed."""
+    """Whether the factors of all cycles are concatenated; otherwise the sum of deltas is
+    decomposed.
+    """
 
 
 @torch.no_grad()
@@ -60,12 +64,14 @@ def export_peft(
     base_folder: Path | str | None = None,
     domain: str | None = None,
 ) -> list[str]:
-    """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA adapter of PEFT.
+    """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA
+    adapter of PEFT.
 
-    `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
-    moved. `domain`: as for `export_merged`. Returns lines to print: ranks, and the energy of the update that each layer
-    loses. Raises `UserError` for a rank below 1, a rank that is missing where an update has no bound on its own, a
-    folder that is not empty, and a damaged checkpoint.
+    `rank`: the largest rank of a layer; None: as large as it takes to be exact.
+    `base_folder`: the base, if it was moved. `domain`: as for `export_merged`. Returns
+    lines to print: ranks, and the energy of the update that each layer loses. Raises
+    `UserError` for a rank below 1, a rank that is missing where an update has no bound on
+    its own, a folder that is not empty, and a damaged checkpoint.
     """
     source = find_adapter(Path(checkpoint))
     output = Path(output)
@@ -73,7 +79,9 @@ def export_peft(
         raise UserError(f"`rank` must be at least 1, got {rank}")
     require_new(output)
     opened = Adapter.open(source)
-    if experts := [name for name, entry in opened.file.layers.items() if entry.operator.is_stack]:
+    if experts := [
+        name for name, entry in opened.file.layers.items() if entry.operator.is_stack
+    ]:
         raise UserError(
             f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
             "which merges them, or an adapter without experts in `target_modules`"
@@ -86,8 +94,12 @@ def export_peft(
         lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
         if changes := run.reference.config_changes:
-            text += f" The run changed the base's config: load it with {json.dumps(changes)}."
-        readme = card("peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"])
+            text += (
+                f" The run changed the base's config: load it with {json.dumps(changes)}."
+            )
+        readme = card(
+            "peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"]
+        )
         (folder / "README.md").write_text(readme, encoding="utf-8")
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
@@ -115,30 +127,49 @@ def _bound(spec: UpdateSpec) -> float:
 
 
 def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
-    """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared norm) that they lack."""
+    """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared
+    norm) that they lack.
+    """
     spec = plan.entry.operator
     updates = run.updates(plan.entry)
     if plan.is_exact:
-        pairs = [factors for update, value in updates if (factors := update.low_rank(value.float())) is not None]
-        return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1), 0.0
+        pairs = [
+            factors
+            for update, value in updates
+            if (factors := update.low_rank(value.float())) is not None
+        ]
+        return (
+            torch.cat([down for down, _ in pairs]),
+            torch.cat([up for _, up in pairs], dim=1),
+            0.0,
+        )
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
     delta = delta.double()
-    # B A = delta V V^T for the leading right singular vectors V: the best approximation of this rank. As V is
-    # orthonormal, its energy is that of B.
+    # B A = delta V V^T for the leading right singular vectors V: the best approximation of
+    # this rank. As V is orthonormal, its energy is that of B.
     down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()
-    return down.float(), up.float(), max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0
+    return (
+        down.float(),
+        up.float(),
+        max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0,
+    )
 
 
 def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str, float]:
-    """Writes the weights' file, one layer in memory at a time. Returns the share that each layer lacks."""
+    """Writes the weights' file, one layer in memory at a time. Returns the share that each
+    layer lacks.
+    """
     saved = dict(_saved(run))
     shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}
     for plan in plans:
         shapes[f"{plan.entry.module}.lora_A.weight"] = (plan.rank, plan.entry.operator.d_in)
-        shapes[f"{plan.entry.module}.lora_B.weight"] = (plan.entry.operator.d_out, plan.rank)
+        shapes[f"{plan.entry.module}.lora_B.weight"] = (
+            plan.entry.operator.d_out,
+            plan.rank,
+        )
     lost: dict[str, float] = {}
     layout = {f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()}
     with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {}) as writer:
@@ -148,14 +179,19 @@ def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str
             writer.write(f"{PREFIX}{module}.lora_A.weight", down)
             writer.write(f"{PREFIX}{module}.lora_B.weight", up)
         for name, (key, trained) in saved.items():
-            tensor = run.base.read(key).float() if trained is None else run.trained(trained, torch.float32)
+            tensor = (
+                run.base.read(key).float()
+                if trained is None
+                else run.trained(trained, torch.float32)
+            )
             writer.write(f"{PREFIX}{name}", tensor)
     return lost
 
 
 def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """(parameter, (key in the base, trained tensor)) of all modules with a trained parameter. A module is saved whole,
-    and so is one whose parameter is tied to a trained one: PEFT copies a module that it saves, which unties it."""
+    """(parameter, (key in the base, trained tensor)) of all modules with a trained
+    parameter. A module is saved whole, and so is one whose parameter is tied to a trained
+    one: PEFT copies a module that it saves, which unties it."""
     keys = run.reference.keys
     trained = {keys[stands_for(name)]: name for name in run.file.trainables}
     modules = {name.rpartition(".")[0] for name, key in keys.items() if key in trained}
@@ -178,7 +214,8 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
         "rank_pattern": rank_pattern,
         "alpha_pattern": rank_pattern,
         "target_modules": list(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name, _ in _saved(run)}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name, _ in _saved(run)})
+        or None,
         "fan_in_fan_out": any(plan.entry.transposed for plan in plans),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -192,8 +229,12 @@ def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[
     if all(share <= _NOTICEABLE for share in lost.values()):
         lines.append("exact: the factors are the complete update")
     else:
-        lines.append(f"energy of the update that is lost: {sum(lost.values()) / len(lost):.2%} on average")
+        lines.append(
+            f"energy of the update that is lost: {sum(lost.values()) / len(lost):.2%} on average"
+        )
         lines += [f"  {module}: {share:.2%}" for module, share in lost.items()]
     if run.file.trainables:
-        lines.append("modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses")
+        lines.append(
+            "modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses"
+        )
     return lines

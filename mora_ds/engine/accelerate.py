@@ -1,7 +1,8 @@
-"""The engine of a run by Hugging Face's Trainer, whose accelerate calls `deepspeed.initialize` itself.
+"""The engine of a run by Hugging Face's Trainer, whose accelerate calls
+`deepspeed.initialize` itself.
 
-Written against accelerate 1.15, transformers 5.24 and DeepSpeed 0.19.8; tests/hf/test_options.py fails where an upgrade
-moves what is used here.
+Written against accelerate 1.15, transformers 5.24 and DeepSpeed 0.19.8;
+tests/hf/test_options.py fails where an upgrade moves what is used here.
 """
 
 import os
@@ -26,17 +27,21 @@ _OURS = "_mora_ds_cpu"
 
 
 def allow_cpu() -> None:
-    """Lets accelerate use DeepSpeed without a GPU, over gloo; on a machine with one it does nothing.
+    """Lets accelerate use DeepSpeed without a GPU, over gloo; on a machine with one it does
+    nothing.
 
-    accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left out (state.py,
-    `PartialState._prepare_backend`). Called before `TrainingArguments` are made, which start the process group.
+    accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left out
+    (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments` are made,
+    which start the process group.
     """
     if not is_cpu() or hasattr(PartialState, _OURS):
         return
     zero.prepare_backend()
     original = PartialState._prepare_backend
 
-    def backend_of(self: Any, cpu: bool = False, *arguments: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def backend_of(
+        self: Any, cpu: bool = False, *arguments: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         backend, kind = original(self, cpu, *arguments, **kwargs)
         launched = not cpu and kind == DistributedType.NO and "LOCAL_RANK" in os.environ
         return ("gloo", DistributedType.MULTI_CPU) if launched else (backend, kind)
@@ -47,10 +52,12 @@ def allow_cpu() -> None:
 
 @contextmanager
 def our_engine() -> Iterator[None]:
-    """Within the context `deepspeed.initialize` makes the engine of `mora_ds.initialize`, whose base is unsharded.
+    """Within the context `deepspeed.initialize` makes the engine of `mora_ds.initialize`,
+    whose base is unsharded.
 
-    accelerate looks the function up when a model is prepared (accelerator.py, `_prepare_deepspeed`) and passes `model`,
-    `config_params`, `model_parameters` (dropped: the adapter chooses its parameter groups) and `lr_scheduler`.
+    accelerate looks the function up when a model is prepared (accelerator.py,
+    `_prepare_deepspeed`) and passes `model`, `config_params`, `model_parameters` (dropped:
+    the adapter chooses its parameter groups) and `lr_scheduler`.
     """
 
     def ours(
@@ -61,9 +68,13 @@ def our_engine() -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         del model_parameters
-        # accelerate sets infinity, which is no number of JSON (utils/dataclasses.py, DeepSpeedPlugin)
-        config = {key: value for key, value in config_params.items() if key != "steps_per_print"}
-        # Another train() of a Trainer goes on from a checkpoint, which fills its new engine.
+        # accelerate sets infinity, which is no number of JSON (utils/dataclasses.py,
+        # DeepSpeedPlugin)
+        config = {
+            key: value for key, value in config_params.items() if key != "steps_per_print"
+        }
+        # Another train() of a Trainer goes on from a checkpoint, which fills its new
+        # engine.
         vars(model).pop(STARTED, None)
         with _in_place_of_deepspeed(original):
             returned = initialize(model=model, config=config, **kwargs)
@@ -77,8 +88,9 @@ def our_engine() -> Iterator[None]:
 
 @contextmanager
 def bare_model(dtype: Any) -> Iterator[None]:
-    """Within the context `deepspeed.initialize` makes no engine: it moves the model to this process's device in `dtype`
-    and returns it. For an evaluation before training, which needs no shards of anything."""
+    """Within the context `deepspeed.initialize` makes no engine: it moves the model to this
+    process's device in `dtype` and returns it. For an evaluation before training, which
+    needs no shards of anything."""
 
     def ours(*, model: nn.Module, **kwargs: Any) -> tuple[Any, ...]:
         del kwargs
@@ -93,8 +105,9 @@ def bare_model(dtype: Any) -> Iterator[None]:
 
 
 def mark_whole(tensors: Iterable[Any]) -> None:
-    """Marks tensors as ZeRO-3 marks parameters that are gathered at present. trl's losses ask that of the head, be it
-    frozen or not (trl/trainer/utils.py, `maybe_gather_lm_head_ctx`)."""
+    """Marks tensors as ZeRO-3 marks parameters that are gathered at present. trl's losses
+    ask that of the head, be it frozen or not (trl/trainer/utils.py,
+    `maybe_gather_lm_head_ctx`)."""
     for tensor in tensors:
         tensor.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -111,8 +124,9 @@ def _in_place_of_deepspeed(function: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def unsharded_loading() -> Iterator[None]:
-    """Within the context `from_pretrained` does not shard what it loads, as it does at stage 3 once `TrainingArguments`
-    with a DeepSpeed config exist (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
+    """Within the context `from_pretrained` does not shard what it loads, as it does at
+    stage 3 once `TrainingArguments` with a DeepSpeed config exist
+    (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -124,10 +138,14 @@ def unsharded_loading() -> Iterator[None]:
 
 
 def optimizer_steps(engine: zero.Engine) -> int:
-    """Optimizer steps that the learning-rate schedule has seen: all but those that fp16 loss scaling dropped."""
+    """Optimizer steps that the learning-rate schedule has seen: all but those that fp16
+    loss scaling dropped.
+    """
     return int(engine.global_steps - engine.skipped_steps)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has sharded parameters of the model while it was loaded (zero/partition_parameters.py)."""
+    """Whether ZeRO-3 has sharded parameters of the model while it was loaded
+    (zero/partition_parameters.py).
+    """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,17 +1,20 @@
-"""A base that stays in host memory: the device holds the weights of a few decoder layers, copied there in turn.
+"""A base that stays in host memory: the device holds the weights of a few decoder layers,
+copied there in turn.
 
     forward     layer 0, 1, ..., L-1        while layer i computes, the layers i+1 ... i+N-1 are copied
     backward    L-1, ..., 0                 the same downwards; then 0 ... N-1 for the next forward
     slots       layer i is always in buffer i mod N
 
-Outside of a layer's forward its modules hold the tensors in host memory, which merges write, checksums read and every
-rank of a node may share. While a layer runs they hold views into its buffer instead. What autograd saves of a weight is
-such a view. As a layer's buffer is always the same, the view is right whenever the layer is there, and a hook on saved
-tensors brings it there when backward asks for it. Gradient checkpointing has such hooks of its own and runs the layer's
-modules again, which brings it there as well. Copies leave autograd's version counters alone (`Tensor.data`).
+Outside of a layer's forward its modules hold the tensors in host memory, which merges
+write, checksums read and every rank of a node may share. While a layer runs they hold views
+into its buffer instead. What autograd saves of a weight is such a view. As a layer's buffer
+is always the same, the view is right whenever the layer is there, and a hook on saved
+tensors brings it there when backward asks for it. Gradient checkpointing has such hooks of
+its own and runs the layer's modules again, which brings it there as well. Copies leave
+autograd's version counters alone (`Tensor.data`).
 
-With N buffers a micro-batch copies L - N layers in each direction, the fewest possible: backward finds the last N
-there, and forward the first N.
+With N buffers a micro-batch copies L - N layers in each direction, the fewest possible:
+backward finds the last N there, and forward the first N.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,9 +41,13 @@ _RING = "_mora_ring"
 
 
 class _Layer:
-    """The frozen tensors of a decoder layer: where its modules hold them, and where they lie in its buffer."""
+    """The frozen tensors of a decoder layer: where its modules hold them, and where they
+    lie in its buffer.
+    """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor
+    ) -> None:
         starts, _ = offsets(tensors.values())
         views: dict[int, Tensor] = {}
         self.entries: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -51,13 +58,17 @@ class _Layer:
                 flat = slot[start : start + size].view(tensor.dtype)
                 views[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride())
             owner, _, key = name.rpartition(".")
-            self.entries.append((model.get_submodule(owner)._buffers, key, views[id(tensor)]))
+            self.entries.append(
+                (model.get_submodule(owner)._buffers, key, views[id(tensor)])
+            )
         self._hosts: list[Tensor | None] = []
         """What the modules held before `show`."""
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(view, tensor in host memory) of each tensor, as the modules hold them now."""
-        by_view = {id(view): (view.data, buffers[key]) for buffers, key, view in self.entries}
+        by_view = {
+            id(view): (view.data, buffers[key]) for buffers, key, view in self.entries
+        }
         return list(by_view.values())
 
     def show(self) -> None:
@@ -68,7 +79,9 @@ class _Layer:
 
     def hide(self) -> None:
         """Undo `show`."""
-        for (buffers, key, _), host in zip(self.entries, self._hosts, strict=bool(self._hosts)):
+        for (buffers, key, _), host in zip(
+            self.entries, self._hosts, strict=bool(self._hosts)
+        ):
             buffers[key] = host
         self._hosts = []
 
@@ -77,19 +90,28 @@ class BaseRing:
     """The buffers of one model, and which layer each of them holds."""
 
     def __init__(self, model: Any, device: torch.device, copies: Copies) -> None:
-        """Raises `UserError` for a model whose layers are not found, and host memory that cannot be locked."""
+        """Raises `UserError` for a model whose layers are not found, and host memory that
+        cannot be locked.
+        """
         weights = weights_of_layers(model)
         self.buffers = min(BUFFERS, len(weights))
         size = max(stored_bytes(tensors.values()) for tensors in weights.values())
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.buffers)]
+        self.slots = [
+            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.buffers)
+        ]
         self.copied = 0
         """Bytes copied so far."""
         self._copies = copies
         self._layers = [
             _Layer(model, layer_weights, slot)
-            for layer_weights, slot in zip(weights.values(), cycle(self.slots), strict=False)
+            for layer_weights, slot in zip(
+                weights.values(), cycle(self.slots), strict=False
+            )
         ]
-        self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
+        self._slot_at = {
+            slot.untyped_storage().data_ptr(): number
+            for number, slot in enumerate(self.slots)
+        }
         self._held: list[int | None] = [None] * self.buffers
         """The layer that each buffer holds, or is to hold once its copy has ended."""
         self._tickets: dict[int, Any] = {}
@@ -100,14 +122,20 @@ class BaseRing:
         """The layer whose forward is running, once for each of its modules that is."""
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
-        copies.pin(tensor for layer_weights in weights.values() for tensor in layer_weights.values())
+        copies.pin(
+            tensor
+            for layer_weights in weights.values()
+            for tensor in layer_weights.values()
+        )
         for module, index in self._index.items():
             module.register_forward_pre_hook(partial(self._enter, index))
             module.register_forward_hook(self._leave, always_call=True)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it, all modules hold views: `nn.Module.to` would move what is in host memory to the device."""
+        """Within it, all modules hold views: `nn.Module.to` would move what is in host
+        memory to the device.
+        """
         for layer in self._layers:
             layer.show()
         try:
@@ -117,8 +145,8 @@ class BaseRing:
                 layer.hide()
 
     def forget(self) -> None:
-        """To be called before weights in host memory are written: waits for copies of them, and makes new ones when
-        they are needed again."""
+        """To be called before weights in host memory are written: waits for copies of them,
+        and makes new ones when they are needed again."""
         self._copies.finish()
         self._held = [None] * self.buffers
         self._tickets.clear()
@@ -127,11 +155,12 @@ class BaseRing:
     # -- which layer is where ------------------------------------------------------------------------------------------
 
     def _use(self, index: int) -> None:
-        """Order the device's work after the copy of a layer, and begin to copy those that come next."""
-        now = (
-            index,
-            torch._C._current_graph_task_id() != -1,
-        )  # as torch/autograd/graph.py tells that backward runs
+        """Order the device's work after the copy of a layer, and begin to copy those that
+        come next.
+        """
+        # As torch/autograd/graph.py tells that backward runs
+        is_backward = torch._C._current_graph_task_id() != -1
+        now = (index, is_backward)
         if self._now == now:
             return
         self._copy(index)
@@ -153,7 +182,9 @@ class BaseRing:
         downwards = range(len(self._layers) - 1, -1, -1)
         if backward:
             return chain(downwards[len(self._layers) - index :], upwards)
-        return chain(upwards[index + 1 :], downwards if torch.is_grad_enabled() else upwards)
+        return chain(
+            upwards[index + 1 :], downwards if torch.is_grad_enabled() else upwards
+        )
 
     def _copy(self, index: int) -> None:
         number = index % self.buffers
@@ -161,7 +192,9 @@ class BaseRing:
         if before == index:
             return
         if before is not None and before in self._running:
-            raise RunError(f"--base_device host: decoder layer {index} runs within layer {before}: use device")
+            raise RunError(
+                f"--base_device host: decoder layer {index} runs within layer {before}: use device"
+            )
         self._tickets.pop(before, None)  # type: ignore[arg-type]
         pairs = self._layers[index].pairs()
         self._tickets[index] = self._copies.start(pairs)
@@ -171,13 +204,16 @@ class BaseRing:
     # -- forward and backward ------------------------------------------------------------------------------------------
 
     def _enter(self, index: int, *_: Any) -> None:
-        """Before the forward of a module of layer `index`, in a forward pass or where checkpointing repeats it."""
+        """Before the forward of a module of layer `index`, in a forward pass or where
+        checkpointing repeats it.
+        """
         self._running.append(index)
         if len(self._running) > 1:
             return
         self._use(index)
         self._layers[index].show()
-        # Hooks that are there already are checkpointing's, which save no tensor of the layer.
+        # Hooks that are there already are checkpointing's, which save no tensor of the
+        # layer.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             self._hooks.__enter__()
@@ -204,8 +240,8 @@ class BaseRing:
 
 
 def stream_base(model: Any, device: torch.device) -> BaseRing:
-    """Let a model whose frozen weights are in host memory run on `device`, with those of a few decoder layers there.
-    Raises `UserError` as `BaseRing` does."""
+    """Let a model whose frozen weights are in host memory run on `device`, with those of a
+    few decoder layers there. Raises `UserError` as `BaseRing` does."""
     ring = BaseRing(model, device, copies_for(device))
     setattr(model, _RING, ring)
     return ring
@@ -213,20 +249,30 @@ def stream_base(model: Any, device: torch.device) -> BaseRing:
 
 def names_on_host(model: Any) -> set[str]:
     """Names of the frozen tensors that `stream_base` takes from host memory."""
-    return {name for layer_weights in weights_of_layers(model).values() for name in layer_weights}
+    return {
+        name
+        for layer_weights in weights_of_layers(model).values()
+        for name in layer_weights
+    }
 
 
 def ring_of(model: nn.Module) -> BaseRing | None:
-    """The ring of a model whose base is streamed; None for one whose base is on the device."""
+    """The ring of a model whose base is streamed; None for one whose base is on the
+    device.
+    """
     ring: BaseRing | None = getattr(model, _RING, None)
     return ring
 
 
-def _modules_of_layers(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[nn.Module, int]:
-    """Module that has weights of a decoder layer, or contains one that has -> index of the layer.
+def _modules_of_layers(
+    model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]
+) -> dict[nn.Module, int]:
+    """Module that has weights of a decoder layer, or contains one that has -> index of the
+    layer.
 
-    transformers' checkpointing runs a layer's forward again without the hooks of the layer itself (modeling_layers.py,
-    `GradientCheckpointingLayer`), but with those of the modules in it.
+    transformers' checkpointing runs a layer's forward again without the hooks of the layer
+    itself (modeling_layers.py, `GradientCheckpointingLayer`), but with those of the modules
+    in it.
     """
     indices: dict[nn.Module, int] = {}
     for index, (layer, layer_weights) in enumerate(weights.items()):

@@ -1,4 +1,6 @@
-"""The device of this process, from DeepSpeed's accelerator, and where the base of a run is (--base_device)."""
+"""The device of this process, from DeepSpeed's accelerator, and where the base of a run is
+(--base_device).
+"""
 
 import logging
 import os
@@ -21,12 +23,15 @@ DETERMINISTIC = {
     "NCCL_ALGO": "Ring",
     "NCCL_PROTO": "Simple",
 }
-"""Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace for each stream (torch's
-notes on reproducibility), and one order in which NCCL adds numbers up, whatever the size of a tensor."""
+"""Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace
+for each stream (torch's notes on reproducibility), and one order in which NCCL adds numbers
+up, whatever the size of a tensor."""
 
 
 BUFFERS = 2
-"""Decoder layers whose weights are on the device: one computes while another one is copied."""
+"""Decoder layers whose weights are on the device: one computes while another one is
+copied.
+"""
 
 
 class BaseDevice(str, Enum):
@@ -38,8 +43,8 @@ class BaseDevice(str, Enum):
 
 
 def take_device(local_rank: int) -> None:
-    """Choose the device of this process, before anything is placed. Raises `UserError` where it does not see the GPU
-    of its rank."""
+    """Choose the device of this process, before anything is placed. Raises `UserError`
+    where it does not see the GPU of its rank."""
     accelerator = get_accelerator()
     if not is_cpu():
         count = accelerator.device_count()
@@ -52,8 +57,9 @@ def take_device(local_rank: int) -> None:
 
 
 def check_kernels() -> None:
-    """Raise `UserError` where this process computes on a GPU and triton, in which the layers' kernels are written,
-    would find no C compiler or no header: its first kernel compiles its launcher."""
+    """Raise `UserError` where this process computes on a GPU and triton, in which the
+    layers' kernels are written, would find no C compiler or no header: its first kernel
+    compiles its launcher."""
     if not is_cpu() and find_spec("triton") is not None:
         check_compiler()
 
@@ -61,18 +67,23 @@ def check_kernels() -> None:
 def check_compiler() -> None:
     """Raise `UserError` where triton could not compile."""
     scheme = sysconfig.get_default_scheme()
-    if scheme == "posix_local":  # Debian's, for what pip installs; headers are the system's (triton/runtime/build.py)
+    # Debian's, for what pip installs; headers are the system's (triton/runtime/build.py)
+    if scheme == "posix_local":
         scheme = "posix_prefix"
     header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
-        raise UserError("the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC")
+        raise UserError(
+            "the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC"
+        )
     if not header.is_file():
-        raise UserError(f"the GPU's kernels (triton) need {header}: install python3-dev, or what brings it here")
+        raise UserError(
+            f"the GPU's kernels (triton) need {header}: install python3-dev, or what brings it here"
+        )
 
 
 def make_deterministic() -> None:
-    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before anything runs on a device; values
-    that the environment has already stay."""
+    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before anything
+    runs on a device; values that the environment has already stay."""
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
@@ -80,8 +91,14 @@ def make_deterministic() -> None:
 
 
 def warn_of_slow_precision(dtype: str) -> None:
-    """Log a warning where a GPU is to compute in fp32 without TF32, about ten times slower than in bf16."""
-    if dtype == "float32" and not is_cpu() and torch.get_float32_matmul_precision() == "highest":
+    """Log a warning where a GPU is to compute in fp32 without TF32, about ten times slower
+    than in bf16.
+    """
+    if (
+        dtype == "float32"
+        and not is_cpu()
+        and torch.get_float32_matmul_precision() == "highest"
+    ):
         logger.warning(
             "the run computes in fp32, on a GPU about ten times slower than with --bf16, "
             "which keeps the master copies in fp32, too"

@@ -7,7 +7,8 @@
     fill_bucket_sizes(...)        once the model is injected: buffers and thresholds of ZeRO from its parameters' sizes
     avoid_slices(...)             on many ranks: collectives of ZeRO-3 whose Python does not grow with their number
 
-Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py, runtime/engine.py.
+Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py,
+runtime/engine.py.
 """
 
 import copy
@@ -42,19 +43,29 @@ from mora_ds.engine.ds_optimizer import (
 )
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
-"""Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""
+"""Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see
+`fill_bucket_sizes`.
+"""
 
 REDUCE_BUCKET_NUMEL = 2**25
-"""Most elements of the gradient bucket, all of which ZeRO allocates (DeepSpeed's default is 5e8)."""
+"""Most elements of the gradient bucket, all of which ZeRO allocates (DeepSpeed's default is
+5e8).
+"""
 
 PREFETCH_PARAMETERS = 8
-"""Parameters to prefetch: about those of one transformer block, which has seven linear layers."""
+"""Parameters to prefetch: about those of one transformer block, which has seven linear
+layers.
+"""
 
 FEW_SLICES = 1 << 13
-"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 36 ranks."""
+"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices
+at 36 ranks.
+"""
 
 WORTH_A_SLICE = 300_000
-"""Bytes that a GPU sends at 50 GB/s while Python goes through a slice (6 us, by tools/bench/scale.py)."""
+"""Bytes that a GPU sends at 50 GB/s while Python goes through a slice (6 us, by
+tools/bench/scale.py).
+"""
 
 _BUCKET_KEYS = (
     "reduce_bucket_size",
@@ -96,9 +107,11 @@ class EngineSettings:
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
-    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with every value "auto".
+    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with every value
+    "auto".
 
-    Raises `UserError` for a file that is missing, no JSON (with line and column), or has a key twice.
+    Raises `UserError` for a file that is missing, no JSON (with line and column), or has a
+    key twice.
     """
     if config is None:
         return {"zero_optimization": {"stage": 3}}
@@ -130,11 +143,13 @@ def resolve_ds_config(
     settings: EngineSettings | None = None,
     world_size: int = 1,
 ) -> DsConfig:
-    """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
+    """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path
+    of a JSON file.
 
-    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes stay "auto" until
-    `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one `UserError` that lists all unknown
-    and refused keys, all contradictions with `settings`, and every "auto" that nothing fills.
+    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes stay
+    "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded.
+    Raises one `UserError` that lists all unknown and refused keys, all contradictions with
+    `settings`, and every "auto" that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
@@ -160,15 +175,22 @@ def resolve_ds_config(
     return resolved
 
 
-def complete_ds_config(config: DsConfig | str | Path, trainable_numels: Sequence[int]) -> DsConfig:
-    """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or absent."""
+def complete_ds_config(
+    config: DsConfig | str | Path, trainable_numels: Sequence[int]
+) -> DsConfig:
+    """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or
+    absent.
+    """
     return fill_bucket_sizes(resolve_ds_config(config), trainable_numels)
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
-    """What DeepSpeed's own classes say of the values, which they would say only once the model is loaded."""
+    """What DeepSpeed's own classes say of the values, which they would say only once the
+    model is loaded.
+    """
     trial = copy.deepcopy(config)
-    trial.pop("train_batch_size", None)  # `_match_flags` checks it, and knows the number of processes
+    # `_match_flags` checks it, and knows the number of processes
+    trial.pop("train_batch_size", None)
     trial.setdefault("train_micro_batch_size_per_gpu", 1)
     zero = trial["zero_optimization"]
     zero.update({key: 1 for key in _BUCKET_KEYS if zero.get(key) == AUTO})
@@ -193,7 +215,8 @@ def compute_dtype(ds_config: DsConfig) -> str:
 
 
 def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> DsConfig:
-    """A new config with ZeRO's "auto" sizes set from the numbers of elements of the trainable parameters.
+    """A new config with ZeRO's "auto" sizes set from the numbers of elements of the
+    trainable parameters.
 
     - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are refreshed by
       one all-gather a step; the others are gathered one by one, in forward and again in backward. As many as fit in
@@ -208,36 +231,49 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
     total = sum(numels)
     largest = numels[-1] if numels else 0
     bucket = max(min(total, REDUCE_BUCKET_NUMEL), largest, 1)
-    bucket += bucket % 2  # stage_1_and_2.py refuses an odd one (`nccl_start_alignment_factor`)
+    # stage_1_and_2.py refuses an odd one (`nccl_start_alignment_factor`)
+    bucket += bucket % 2
     sizes = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": min(total, PREFETCH_PARAMETERS * largest),
-        "stage3_param_persistence_threshold": _persistence_threshold(numels, _BYTES[compute_dtype(ds_config)]),
+        "stage3_param_persistence_threshold": _persistence_threshold(
+            numels, _BYTES[compute_dtype(ds_config)]
+        ),
     }
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
     return filled
 
 
 def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> str:
-    """Choose the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and what it costs, or "".
-    What the config says itself stays.
+    """Choose the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and
+    what it costs, or "". What the config says itself stays.
 
-    DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each reduce-scatter
-    (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at each gather of several parameters
-    (runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). An all-reduce in place of the first sends
-    twice the bytes, gathers of single parameters in place of the second are more calls. Both are chosen from
-    `FEW_SLICES` on, unless the bytes take longer than the loops.
+    DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each
+    reduce-scatter (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and
+    at each gather of several parameters (runtime/zero/partition_parameters.py,
+    `AllGatherCoalescedHandle.wait`). An all-reduce in place of the first sends twice the
+    bytes, gathers of single parameters in place of the second are more calls. Both are
+    chosen from `FEW_SLICES` on, unless the bytes take longer than the loops.
     """
     zero = ds_config["zero_optimization"]
     slices = len(trainable_numels) * ranks
     added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
     flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
     chosen = {key: value for key, value in flat.items() if key not in zero}
-    if zero["stage"] != 3 or slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
+    if (
+        zero["stage"] != 3
+        or slices <= FEW_SLICES
+        or added_bytes > slices * WORTH_A_SLICE
+        or not chosen
+    ):
         return ""
     zero.update(chosen)
-    sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch" if "reduce_scatter" in chosen else ""
+    sends_more = (
+        f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch"
+        if "reduce_scatter" in chosen
+        else ""
+    )
     return (
         f"ZeRO-3 on {ranks:,} ranks: {slices:,} slices of gradients would each cost the host time, so that "
         f"{json.dumps(chosen)} is set{sends_more}"
@@ -245,7 +281,9 @@ def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: in
 
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
-    """The largest threshold at which all parameters of at most that many elements fit in the budget together."""
+    """The largest threshold at which all parameters of at most that many elements fit in
+    the budget together.
+    """
     threshold = 0
     used = 0
     for numel, equals in groupby(numels):
@@ -260,8 +298,8 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 
 
 def clean_sections(config: DsConfig) -> list[str]:
-    """Remove sections that are null, which means the same as absent. Returns a problem for each that is no JSON object;
-    nothing else is checked in such a file."""
+    """Remove sections that are null, which means the same as absent. Returns a problem for
+    each that is no JSON object; nothing else is checked in such a file."""
     problems = []
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
@@ -271,7 +309,9 @@ def clean_sections(config: DsConfig) -> list[str]:
         if holder[key] is None:
             del holder[key]
         elif not isinstance(holder[key], dict):
-            problems.append(f'"{path}" must be an object with keys of its own, not {holder[key]!r}')
+            problems.append(
+                f'"{path}" must be an object with keys of its own, not {holder[key]!r}'
+            )
     return problems
 
 
@@ -293,8 +333,14 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
         path = prefix + key
         if isinstance(value, dict):
             problems += _left_auto(value, f"{path}.")
-        elif value == AUTO and key not in _BUCKET_KEYS and path != "data_types.keep_in_fp32_modules":
-            problems.append(f'{path} = "auto": there is no flag to take it from; give a value or drop the key')
+        elif (
+            value == AUTO
+            and key not in _BUCKET_KEYS
+            and path != "data_types.keep_in_fp32_modules"
+        ):
+            problems.append(
+                f'{path} = "auto": there is no flag to take it from; give a value or drop the key'
+            )
     return problems
 
 
@@ -305,7 +351,9 @@ def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) ->
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
-    formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
+    formula = (
+        f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
+    )
     betas = list(settings.betas)
     flags = {
         "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", micro),
@@ -329,13 +377,18 @@ def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:
 
 
 def _zero(config: DsConfig) -> list[str]:
-    """Set our defaults for ZeRO, and the dtype of gradient accumulation. Returns what is refused."""
+    """Set our defaults for ZeRO, and the dtype of gradient accumulation. Returns what is
+    refused.
+    """
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 3)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        return [f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"]
+        return [
+            f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"
+        ]
     problems = []
-    # The default replaces torch's F.linear everywhere and saves the inputs of frozen layers.
+    # The default replaces torch's F.linear everywhere and saves the inputs of frozen
+    # layers.
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
     if at(zero, "offload_optimizer.device") == "nvme":
@@ -349,4 +402,6 @@ def _zero(config: DsConfig) -> list[str]:
     types = config.setdefault("data_types", {})
     if types.get("grad_accum_dtype", AUTO) is None:  # DeepSpeed's default
         del types["grad_accum_dtype"]
-    return problems + fill(config, ("data_types.grad_accum_dtype", "fp32", "gradients are summed in fp32"))
+    return problems + fill(
+        config, ("data_types.grad_accum_dtype", "fp32", "gradients are summed in fp32")
+    )

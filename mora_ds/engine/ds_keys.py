@@ -1,6 +1,8 @@
-"""The keys of a DeepSpeed JSON: those that DeepSpeed 0.19 reads, and those that mora_ds refuses with the reason.
+"""The keys of a DeepSpeed JSON: those that DeepSpeed 0.19 reads, and those that mora_ds
+refuses with the reason.
 
-DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in the source of the installed one.
+DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in the
+source of the installed one.
 """
 
 import json
@@ -59,7 +61,9 @@ OTHER_SECTIONS = _words(
 )
 """Sections whose keys only DeepSpeed checks."""
 
-_BASE_IS_UNSHARDED = "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
+_BASE_IS_UNSHARDED = (
+    "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
+)
 
 _ZERO_PLUS_PLUS = "ZeRO++ is for bases that ZeRO shards; here only the MoRA matrices are, which must not be rounded"
 
@@ -98,7 +102,9 @@ REFUSED: dict[str, str] = {
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
 }
-"""Settings that are refused, by dotted path, with the reason. `false`, `null` and `{"enabled": false}` pass."""
+"""Settings that are refused, by dotted path, with the reason. `false`, `null` and
+`{"enabled": false}` pass.
+"""
 
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
@@ -113,7 +119,9 @@ ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
 QUIETLY_OFF: tuple[Any, ...] = (
     None, False, {}, {"enabled": False}, {"device": "none"}, {"autotp_size": 0}, {"autotp_size": 1}
 )  # fmt: skip
-"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses some of them even so."""
+"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses
+some of them even so.
+"""
 
 
 def at(config: DsConfig, path: str) -> Any:
@@ -125,8 +133,8 @@ def at(config: DsConfig, path: str) -> Any:
 
 
 def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
-    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a problem for each that has another
-    value."""
+    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a problem
+    for each that has another value."""
     problems = []
     for path, value, why in wanted:
         *sections, key = path.split(".")
@@ -136,7 +144,9 @@ def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
         if section.get(key, AUTO) in (AUTO, value):
             section[key] = value
         else:
-            problems.append(f'{path} = {json.dumps(section[key])} but {why}; set it to "auto"')
+            problems.append(
+                f'{path} = {json.dumps(section[key])} but {why}; set it to "auto"'
+            )
     return problems
 
 
@@ -145,12 +155,18 @@ DEFAULTS = {"zero_optimization.zero_hpz_partition_size": 1}
 
 
 def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
-    """Remove every key of `table` (dotted path -> reason). Returns a problem for each that was set."""
+    """Remove every key of `table` (dotted path -> reason). Returns a problem for each that
+    was set.
+    """
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
-        if holder and key in holder and holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path)):
+        if (
+            holder
+            and key in holder
+            and holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path))
+        ):
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems
 
@@ -163,7 +179,9 @@ def masked(content: Any, is_secret: bool = False) -> Any:
     """`content` with every text masked that lies under a name such as comet's api_key."""
     if isinstance(content, dict):
         return {
-            name: masked(value, is_secret or any(word in str(name).lower() for word in _SECRETS))
+            name: masked(
+                value, is_secret or any(word in str(name).lower() for word in _SECRETS)
+            )
             for name, value in content.items()
         }
     if isinstance(content, list):

@@ -1,4 +1,5 @@
-"""Copies of weights from host memory to buffers of the device, beside the arithmetic: on CUDA, and a twin for CPUs.
+"""Copies of weights from host memory to buffers of the device, beside the arithmetic: on
+CUDA, and a twin for CPUs.
 
     copies = copies_for(device)
     copies.pin(tensors)             lock their pages, so that copies need no help of the host
@@ -6,8 +7,9 @@
     copies.wait(ticket)             let the arithmetic issued from here on begin after it
     copies.finish()                 wait on the host until nothing is being copied
 
-On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on CUDA here: the ring's order
-of copies is tested with twins that copy as early and as late as these promises permit.
+On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on
+CUDA here: the ring's order of copies is tested with twins that copy as early and as late as
+these promises permit.
 """
 
 import mmap
@@ -25,10 +27,14 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 class Copies:
-    """What the ring of buffers needs of a device. Here, as on a CPU: each copy is made when it starts."""
+    """What the ring of buffers needs of a device. Here, as on a CPU: each copy is made when
+    it starts.
+    """
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
-        """Lock the memory of these tensors. Raises `UserError` where the system does not permit it."""
+        """Lock the memory of these tensors. Raises `UserError` where the system does not
+        permit it.
+        """
 
     def start(self, pairs: Pairs) -> Any:
         """Begin to copy. Returns a ticket."""
@@ -43,8 +49,8 @@ class Copies:
 
 
 class CudaCopies(Copies):
-    """Copies on a stream of their own. The tensors' pages are locked where they are, so that ranks that share a mapping
-    go on sharing it."""
+    """Copies on a stream of their own. The tensors' pages are locked where they are, so
+    that ranks that share a mapping go on sharing it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -83,11 +89,15 @@ def copies_for(device: torch.device) -> Copies:
         return Copies()
     if device.type == "cuda":
         return CudaCopies(device)
-    raise UserError(f"--base_device host is for CUDA devices and CPUs, not for {device.type}: use --base_device device")
+    raise UserError(
+        f"--base_device host is for CUDA devices and CPUs, not for {device.type}: use --base_device device"
+    )
 
 
 def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a page is locked once."""
+    """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a
+    page is locked once.
+    """
     page = mmap.PAGESIZE
     ranges = []
     for tensor in tensors:

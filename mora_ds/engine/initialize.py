@@ -1,7 +1,9 @@
-"""`mora_ds.initialize`: a model with MoRA matrices -> a DeepSpeed engine whose base is unsharded on every process.
+"""`mora_ds.initialize`: a model with MoRA matrices -> a DeepSpeed engine whose base is
+unsharded on every process.
 
-move and cast the base (once per tied tensor) -> compare it between the processes -> MoRA matrices in parameter group 0,
-other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed's faults
+move and cast the base (once per tied tensor) -> compare it between the processes -> MoRA
+matrices in parameter group 0, other trained parameters in group 1 -> deepspeed.initialize
+-> repair DeepSpeed's faults
 """
 
 import hashlib
@@ -56,10 +58,12 @@ STARTED = "_mora_started"
 
 
 def start_distributed(timeout_s: float | None = None) -> None:
-    """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
+    """Start `torch.distributed` the way the engine needs it; does nothing when it runs
+    already.
 
-    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, where the port by which
-    ranks find each other is in use, and as `take_device` and `check_kernels` do.
+    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has
+    started, where the port by which ranks find each other is in use, and as `take_device`
+    and `check_kernels` do.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -78,7 +82,8 @@ def start_distributed(timeout_s: float | None = None) -> None:
                 f"port {os.environ['MASTER_PORT']} of this machine, by which ranks find each other, is in use, perhaps "
                 "by another run: give this one another with --master_port"
             ) from error
-    check_kernels()  # not before: a rank that lacks a compiler must be there to tell the others so
+    # Not before: a rank that lacks a compiler must be there to tell the others so
+    check_kernels()
 
 
 def initialize(
@@ -89,19 +94,22 @@ def initialize(
     base_on_host: bool = False,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
-    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
+    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments,
+    same four return values.
 
-    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
-    process's device in the config's dtype and compared between all processes by checksum. With
-    `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
-    (`parallel/tensor_parallel.py`).
-    With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
-    at a time (`engine/base_ring.py`).
-    Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
+    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto".
+    The base is moved to this process's device in the config's dtype and compared between
+    all processes by checksum. With `tensor_parallel_size` t, t consecutive ranks share the
+    work of one, and must be given the same batch (`parallel/tensor_parallel.py`). With
+    `base_on_host` the decoder layers' frozen weights stay in host memory, and the device
+    holds those of two layers at a time (`engine/base_ring.py`). Raises `UserError` for a
+    model without adapter, and `RunError` when the processes hold different bases.
     """
     config_of(model)  # refuses a model without an adapter
     if is_compiled(model):
-        raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
+        raise UserError(
+            "initialize: `model` is compiled: merges change what was compiled; give the model itself"
+        )
     degree = whole_number(tensor_parallel_size, 1, "initialize: `tensor_parallel_size`")
     if hasattr(model, STARTED):
         raise UserError(
@@ -109,14 +117,20 @@ def initialize(
             "inject the model again"
         )
     if "model_parameters" in kwargs:
-        raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
+        raise UserError(
+            "mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out"
+        )
     numels = trainable_numels(model, degree)
     settings = complete_ds_config(config, numels)
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
-        raise UserError("initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu")
+        raise UserError(
+            "initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu"
+        )
     check_compute_dtype(settings)
     _check_muon(model, settings)
-    check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
+    check_splittable(
+        settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host
+    )
     start_distributed()
     if chosen := avoid_slices(settings, numels, dist.get_world_size() // degree):
         logger.info(chosen)
@@ -133,13 +147,18 @@ def initialize(
     if is_cpu() or base_on_host:
         share_base(model, Ranks.current())
     parameters = parameter_groups(model)
-    # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
+    # DeepSpeed moves the module to the device, buffers too (engine.py,
+    # `_configure_distributed_model`).
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
     with (
         aside,
-        muon.preparing(mora_layers(model).values()) if uses_muon(settings) else nullcontext(),
+        muon.preparing(mora_layers(model).values())
+        if uses_muon(settings)
+        else nullcontext(),
     ):
-        returned = _deepspeed_engine(model=model, config=settings, model_parameters=parameters, **kwargs)
+        returned = _deepspeed_engine(
+            model=model, config=settings, model_parameters=parameters, **kwargs
+        )
     setattr(model, STARTED, True)
     if uses_muon(settings):
         muon.repair_clipping(returned[0])
@@ -149,12 +168,16 @@ def initialize(
 
 
 def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
-    """Full training by AdamW, as a control: every parameter is trained under plain DeepSpeed, sharded like any
-    model."""
-    settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
+    """Full training by AdamW, as a control: every parameter is trained under plain
+    DeepSpeed, sharded like any model."""
+    settings = complete_ds_config(
+        config, [parameter.numel() for parameter in model.parameters()]
+    )
     start_distributed()
     model.to(current_device(), getattr(torch, compute_dtype(settings)))
-    return _deepspeed_engine(model=model, config=settings, model_parameters=list(model.parameters()))
+    return _deepspeed_engine(
+        model=model, config=settings, model_parameters=list(model.parameters())
+    )
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
@@ -166,33 +189,45 @@ def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
 
 
 def check_compute_dtype(config: DsConfig) -> None:
-    """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
-    `_do_sanity_check`, which comes after the base is loaded)."""
+    """Raises `UserError` if this device does not compute in the config's dtype (deepspeed
+    engine.py, `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
     device = get_accelerator()
     if dtype == "float16" and not device.is_fp16_supported():
-        raise UserError(f"--fp16: this device ({device.device_name()}) does not support it; use --bf16, or fp32")
+        raise UserError(
+            f"--fp16: this device ({device.device_name()}) does not support it; use --bf16, or fp32"
+        )
     if dtype == "bfloat16" and not device.is_bf16_supported():
-        raise UserError(f"--bf16: this device ({device.device_name()}) does not support it; use --fp16, or fp32")
+        raise UserError(
+            f"--bf16: this device ({device.device_name()}) does not support it; use --fp16, or fp32"
+        )
 
 
 def _check_muon(model: nn.Module, config: DsConfig) -> None:
-    """Raises `UserError` for what Muon would have to train, and cannot: it orthogonalises single matrices."""
+    """Raises `UserError` for what Muon would have to train, and cannot: it orthogonalises
+    single matrices.
+    """
     stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
-        raise UserError(f"Muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use AdamW")
+        raise UserError(
+            f"Muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use AdamW"
+        )
     if any(layer.spec.has_factors for layer in mora_layers(model).values()):
         muon.check_factors(config)
 
 
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
-    """Elements of every trainable parameter; of a MoRA matrix those of the largest share in a tensor-parallel group, so
-    that all processes choose the same bucket sizes."""
+    """Elements of every trainable parameter; of a MoRA matrix those of the largest share in
+    a tensor-parallel group, so that all processes choose the same bucket sizes."""
     squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
         rows, *inner_shape = squares.get(id(parameter), (0,))
-        numels.append(-(-rows // tensor_parallel_size) * math.prod(inner_shape) if rows else parameter.numel())
+        numels.append(
+            -(-rows // tensor_parallel_size) * math.prod(inner_shape)
+            if rows
+            else parameter.numel()
+        )
     return numels
 
 
@@ -202,7 +237,9 @@ def check_splittable(
     base_bits: int | None = None,
     base_on_host: bool = False,
 ) -> None:
-    """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
+    """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not
+    go with.
+    """
     stage = config["zero_optimization"]["stage"]
     check_tensor_parallel(
         degree,
@@ -214,21 +251,27 @@ def check_splittable(
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """MoRA matrices in group 0, the other trained parameters in group 1, with the matrices of domains, which no merge
-    resets.
+    """MoRA matrices in group 0, the other trained parameters in group 1, with the matrices
+    of domains, which no merge resets.
 
     With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW (engine.py, `_muon_param_groups`):
     all MoRA matrices get Muon and all others AdamW, so neither group is split.
     """
     squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
-    other_parameters = [parameter for parameter in model.parameters() if id(parameter) not in squares]
+    other_parameters = [
+        parameter for parameter in model.parameters() if id(parameter) not in squares
+    ]
     groups = [{"params": list(squares.values())}, {"params": other_parameters}]
     return [group for group in groups if group["params"]]
 
 
 def check_base_equal(tensors: Iterable[Tensor]) -> None:
-    """Raises `RunError` where the base differs between processes, by a digest of shapes and checksums. Collective."""
-    facts = [(tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors]
+    """Raises `RunError` where the base differs between processes, by a digest of shapes and
+    checksums. Collective.
+    """
+    facts = [
+        (tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors
+    ]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     digests = Ranks.current().gather("the frozen base of every rank", digest)
     if different := [rank for rank, of_rank in enumerate(digests) if of_rank != digests[0]]:
@@ -239,8 +282,14 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
 
 
 def _require_launcher() -> None:
-    """DeepSpeed assumes that MPI has started a process without RANK, and then needs mpi4py."""
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    """DeepSpeed assumes that MPI has started a process without RANK, and then needs
+    mpi4py.
+    """
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if missing and find_spec("mpi4py") is None:
         raise UserError(
             f"no launcher has started this process ({', '.join(missing)} not set): "
@@ -249,12 +298,15 @@ def _require_launcher() -> None:
 
 
 def _share_cores() -> None:
-    """On a CPU, give each process of the node its share of the cores, unless OMP_NUM_THREADS is set.
+    """On a CPU, give each process of the node its share of the cores, unless
+    OMP_NUM_THREADS is set.
 
     By default every process starts a thread a core, and they compete (measured: with 2 processes on 2 cores, a step of
     0.2 s took 4 s).
     """
     if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_ranks = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

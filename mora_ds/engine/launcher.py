@@ -1,6 +1,8 @@
-"""DeepSpeed's launcher, which starts one process for each GPU: its flags, and how it is called for `mora-ds pretrain`.
+"""DeepSpeed's launcher, which starts one process for each GPU: its flags, and how it is
+called for `mora-ds pretrain`.
 
-Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args` and `main`.
+Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args` and
+`main`.
 """
 
 import argparse
@@ -33,15 +35,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the launcher's flags, all others) of a command line, each in its order. Raises `UserError` for a flag without
-    its value."""
+    """(the launcher's flags, all others) of a command line, each in its order. Raises
+    `UserError` for a flag without its value."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in VALUES:
         parser.add_argument(f"--{name}")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parsed, remaining = parser.parse_known_args(list(argv))
-    words = [word for name in VALUES if (value := getattr(parsed, name)) is not None for word in (f"--{name}", value)]
+    words = [
+        word
+        for name in VALUES
+        if (value := getattr(parsed, name)) is not None
+        for word in (f"--{name}", value)
+    ]
     return [
         *words,
         *(f"--{name}" for name in SWITCHES if getattr(parsed, name)),
@@ -51,8 +58,8 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The command that starts `mora-ds pretrain` with `flags` on every GPU.
 
-    The launcher's one warning is that there is no hostfile: it matters where one is named. --log_level debug or info
-    shows all that it prints.
+    The launcher's one warning is that there is no hostfile: it matters where one is named.
+    --log_level debug or info shows all that it prints.
     """
     level = "warning" if "--hostfile" in launcher else "error"
     for flag, value in pairwise(flags):
@@ -80,7 +87,8 @@ def is_one_of_several() -> bool:
 def become_the_only_rank() -> None:
     """Set in this process's environment what a launcher would, for a run of one process.
 
-    Port 0: torch's store takes one that is free when it starts to listen, and no other process needs to know it.
+    Port 0: torch's store takes one that is free when it starts to listen, and no other
+    process needs to know it.
     """
     os.environ.update(
         RANK="0",

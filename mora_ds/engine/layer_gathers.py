@@ -1,18 +1,21 @@
 """The sharded parameters of a decoder layer, gathered and released together.
 
-DeepSpeed has four Python hooks on every module with a sharded parameter, and decides at each what to gather and what to
-release (partitioned_param_coordinator.py). Here a decoder layer has them, with the parameters of all modules in it as
-if they were its own: about seven times less work of the host for Llama's seven linear layers.
+DeepSpeed has four Python hooks on every module with a sharded parameter, and decides at
+each what to gather and what to release (partitioned_param_coordinator.py). Here a decoder
+layer has them, with the parameters of all modules in it as if they were its own: about
+seven times less work of the host for Llama's seven linear layers.
 
     forward     before the layer: fetch     after it: release
     backward    before the layer: fetch     after it: release, once the gradients of all its inputs are there
 
-Where activation checkpointing runs a layer's forward again within its backward, its parameters are there already. A
-layer whose inputs need no gradient, as behind frozen embeddings, is released when the backward pass ends (stage3.py,
+Where activation checkpointing runs a layer's forward again within its backward, its
+parameters are there already. A layer whose inputs need no gradient, as behind frozen
+embeddings, is released when the backward pass ends (stage3.py,
 `release_backward_leftovers`).
 
-Not used: decoder layers as DeepSpeed's leaf modules (deepspeed/utils/z3_leaf_module.py). A leaf reduces its gradients
-in a full backward hook, which runs too early where its input needs no gradient.
+Not used: decoder layers as DeepSpeed's leaf modules (deepspeed/utils/z3_leaf_module.py). A
+leaf reduces its gradients in a full backward hook, which runs too early where its input
+needs no gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,15 +29,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class LayerGathers:
-    """What stands for a decoder layer in DeepSpeed's trace of modules. `named_parameters`, `ds_*`: of those modules, as
-    PartitionedParameterCoordinator reads them."""
+    """What stands for a decoder layer in DeepSpeed's trace of modules. `named_parameters`,
+    `ds_*`: of those modules, as PartitionedParameterCoordinator reads them."""
 
     def __init__(self, coordinator: Any, layer: Any, parameters: list[Any]) -> None:
         self.coordinator = coordinator
         self.ds_id = layer.ds_id
         self.training = True
         self.ds_recompute_parameters: set[Any] = set()
-        self._named = [(str(number), parameter) for number, parameter in enumerate(parameters)]
+        self._named = [
+            (str(number), parameter) for number, parameter in enumerate(parameters)
+        ]
         self._runs_again = False
         layer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         layer.register_forward_hook(self._after_forward)
@@ -46,7 +51,9 @@ class LayerGathers:
         return ()
 
     def fetch(self, forward: bool) -> None:
-        """parameter_offload.py, `pre_sub_module_forward_function` and `pre_sub_module_backward_function`."""
+        """parameter_offload.py, `pre_sub_module_forward_function` and
+        `pre_sub_module_backward_function`.
+        """
         self.coordinator.trace_prologue(self)
         if self.coordinator.is_record_trace():
             self.coordinator.record_module(self)
@@ -56,9 +63,12 @@ class LayerGathers:
         self.coordinator.release_sub_module(self, forward=forward)
 
     def _before_forward(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        # Activation checkpointing runs a forward within a backward pass, for which the layer is gathered already.
+        # Activation checkpointing runs a forward within a backward pass, for which the
+        # layer is gathered already.
         in_backward_pass = torch._C._current_graph_task_id() != -1
-        self._runs_again = in_backward_pass and self.ds_id in self._named[0][1].ds_active_sub_modules
+        self._runs_again = (
+            in_backward_pass and self.ds_id in self._named[0][1].ds_active_sub_modules
+        )
         if not self._runs_again:
             self.fetch(forward=True)
         return marked((args, kwargs), partial(self.release, forward=False))
@@ -70,14 +80,17 @@ class LayerGathers:
 
 
 def marked(value: Any, in_backward: Callable[[], None]) -> Any:
-    """The value, whose backward calls `in_backward` once the gradients of all tensors in it are there: at a layer's
-    outputs before the layer's own backward, at its inputs after it."""
+    """The value, whose backward calls `in_backward` once the gradients of all tensors in it
+    are there: at a layer's outputs before the layer's own backward, at its inputs after
+    it."""
     leaves, structure = tree_flatten(value)
     tensors = [leaf for leaf in leaves if _needs_gradient(leaf)]
     if not tensors or not torch.is_grad_enabled():
         return value
     passed = iter(_Mark.apply(in_backward, *tensors))
-    return tree_unflatten([next(passed) if _needs_gradient(leaf) else leaf for leaf in leaves], structure)
+    return tree_unflatten(
+        [next(passed) if _needs_gradient(leaf) else leaf for leaf in leaves], structure
+    )
 
 
 def _needs_gradient(leaf: Any) -> bool:
@@ -85,8 +98,9 @@ def _needs_gradient(leaf: Any) -> bool:
 
 
 def free_quickly(parameter: Any) -> None:
-    """Gives a sharded parameter a `partition` that frees the gathered tensor at once, and calls DeepSpeed's for all
-    else (partition_parameters.py, `_partition_param`), which formats messages that nobody reads."""
+    """Gives a sharded parameter a `partition` that frees the gathered tensor at once, and
+    calls DeepSpeed's for all else (partition_parameters.py, `_partition_param`), which
+    formats messages that nobody reads."""
     partition = parameter.partition
 
     def free(
@@ -109,7 +123,9 @@ class _Mark(torch.autograd.Function):
     """The identity, whose backward makes a call first."""
 
     @staticmethod
-    def forward(ctx: Any, in_backward: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, in_backward: Callable[[], None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.in_backward = in_backward
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in tensors)

@@ -1,9 +1,11 @@
 """ZeRO-3's hooks on modules, kept where a module has something to all-gather.
 
-DeepSpeed puts four Python hooks and two autograd functions on every module (parameter_offload.py,
-`_register_deepspeed_module`). Here most modules have nothing to gather: frozen weights are buffers, activations have
-none, and persistent parameters (`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on
-every process between two steps. Without these hooks a step computes the same numbers with less work of the host.
+DeepSpeed puts four Python hooks and two autograd functions on every module
+(parameter_offload.py, `_register_deepspeed_module`). Here most modules have nothing to
+gather: frozen weights are buffers, activations have none, and persistent parameters
+(`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on every
+process between two steps. Without these hooks a step computes the same numbers with less
+work of the host.
 """
 
 from typing import Any
@@ -18,18 +20,24 @@ from mora_ds.models.decoder_layers import find_decoder_layers
 
 
 def drop_idle_hooks(engine: Any) -> list[str]:
-    """Remove the hooks of modules without a parameter that is gathered when they run, and of those in a decoder layer,
-    which gathers for them all (`layer_gathers`); to be called once, after `deepspeed.initialize`, at stage 3. Returns
-    the names of the modules that keep theirs."""
+    """Remove the hooks of modules without a parameter that is gathered when they run, and
+    of those in a decoder layer, which gathers for them all (`layer_gathers`); to be called
+    once, after `deepspeed.initialize`, at stage 3. Returns the names of the modules that
+    keep theirs."""
     offload = engine.optimizer.parameter_offload
     root = engine.module
-    handles = {handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)}
+    handles = {
+        handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)
+    }
     layers = _gather_by_layer(root, offload)
     gathered = {module for layer in layers for module in layer.modules()}
     hooked = []
     for name, module in root.named_modules():
         # The root's start and end a pass (`setup_zero_stage3_hooks`).
-        needed = any(not parameter.ds_persist for parameter in iter_params(module, z3_leaf_module(module)))
+        needed = any(
+            not parameter.ds_persist
+            for parameter in iter_params(module, z3_leaf_module(module))
+        )
         if module is root or (needed and module not in gathered):
             hooked.append(name)
             continue
@@ -45,10 +53,17 @@ def drop_idle_hooks(engine: Any) -> list[str]:
 
 
 def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
-    """Has each decoder layer with a sharded parameter gather all of its own; returns these layers."""
+    """Has each decoder layer with a sharded parameter gather all of its own; returns these
+    layers.
+    """
     layers = []
     for layer in find_decoder_layers(root).values():
-        if sharded := [parameter for parameter in layer.parameters() if not parameter.ds_persist]:  # type: ignore[attr-defined]
+        sharded = [
+            parameter
+            for parameter in layer.parameters()
+            if not parameter.ds_persist  # type: ignore[attr-defined]
+        ]
+        if sharded:
             LayerGathers(offload.param_coordinator, layer, sharded)
             layers.append(layer)
             for parameter in sharded:
@@ -57,18 +72,25 @@ def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
 
 
 def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Views of the inputs. DeepSpeed's hooks pass them through an autograd function, so that the gradients that a
-    module's operations return for an input are added up before those of other modules: so they are added up here, too,
-    and losses stay the same to the bit."""
+    """Views of the inputs. DeepSpeed's hooks pass them through an autograd function, so
+    that the gradients that a module's operations return for an input are added up before
+    those of other modules: so they are added up here, too, and losses stay the same to the
+    bit."""
     del module
-    return tuple(item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item for item in inputs)
+    return tuple(
+        item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item
+        for item in inputs
+    )
 
 
 def _gather(persistent: list[Any]) -> None:
-    """All-gather the persistent parameters that are sharded: before the first pass, after a step that fp16 has skipped
-    and after a context that has gathered one (`GatheredParameters`). Else the step has gathered them already."""
+    """All-gather the persistent parameters that are sharded: before the first pass, after a
+    step that fp16 has skipped and after a context that has gathered one
+    (`GatheredParameters`). Else the step has gathered them already."""
     sharded: list[nn.Parameter] = [
-        parameter for parameter in persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        parameter
+        for parameter in persistent
+        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
     ]
     if sharded:
         persistent[0].all_gather(sharded)

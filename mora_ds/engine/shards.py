@@ -1,4 +1,5 @@
-"""The shards of a checkpoint: taken from an engine, written, read, and restored into one by any number of processes.
+"""The shards of a checkpoint: taken from an engine, written, read, and restored into one by
+any number of processes.
 
     take            the tensors that this process writes of an engine, and what lies where in them
     write_shard     its file
@@ -9,17 +10,20 @@
     engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
                                   keeps for it: moments of its length, counts without a dimension
 
-Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where in the tensors that the
-optimizer steps on. The files hold each element once. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py
-fails where an upgrade lays something out in another way.
+Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where
+in the tensors that the optimizer steps on. The files hold each element once. Written
+against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays
+something out in another way.
 
-Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same number of processes only; and
-torch.distributed.checkpoint (tried with torch 2.13). With a planner of its own that restores the shards of 2 ranks on 3
-to the bit, but its table is a pickle with a Python object for each extent: for 256 ranks with 224 matrices rank 0 took
-10 s to plan it, and every rank 16 s to read it, where the table here took 0.1 s. It records no hashes.
+Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same number
+of processes only; and torch.distributed.checkpoint (tried with torch 2.13). With a planner
+of its own that restores the shards of 2 ranks on 3 to the bit, but its table is a pickle
+with a Python object for each extent: for 256 ranks with 224 matrices rank 0 took 10 s to
+plan it, and every rank 16 s to read it, where the table here took 0.1 s. It records no
+hashes.
 
-1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an array, which is sorted, checked
-and searched as a whole.
+1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an array,
+which is sorted, checked and searched as a whole.
 """
 
 from __future__ import annotations
@@ -50,9 +54,13 @@ from mora_ds.parallel.topology import share_of
 INDEX_FILE = "layouts.safetensors"
 
 MASTER = "master"
-"""The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
+"""The key of a parameter's fp32 master; all other keys are those of the optimizer's
+state.
+"""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
+"""Attributes of the engine that its own checkpoints restore (engine.py,
+`_load_checkpoint`).
+"""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler (fp16/loss_scaler.py)."""
 
@@ -65,7 +73,9 @@ Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
 
 @dataclass(frozen=True)
 class Extent:
-    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on
+    in a flat tensor.
+    """
 
     name: str
     start: int
@@ -89,13 +99,18 @@ class Layout:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> complete shape, in the order in which the table counts the parameters."""
-        return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
+        """Parameter name -> complete shape, in the order in which the table counts the
+        parameters.
+        """
+        return {
+            name: tuple(shape) for group in self.groups for name, shape in group.items()
+        }
 
 
 NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
-"""Columns of the table: index of the parameter's name; first element and number of elements; the rank that wrote the
-extent; the flat tensor in its file, and the offset in that."""
+"""Columns of the table: index of the parameter's name; first element and number of
+elements; the rank that wrote the extent; the flat tensor in its file, and the offset in
+that."""
 
 
 class RankShard(NamedTuple):
@@ -106,7 +121,9 @@ class RankShard(NamedTuple):
     extents: np.ndarray
     """(P, 6) int64"""
     layout: str
-    """A digest of the rank's `Layout` and of its optimizer's settings, which must be those of all."""
+    """A digest of the rank's `Layout` and of its optimizer's settings, which must be those
+    of all.
+    """
 
     @classmethod
     def of(
@@ -117,8 +134,8 @@ class RankShard(NamedTuple):
         flats: list[list[Extent]],
         settings: Sequence[JsonObject] = (),
     ) -> RankShard:
-        """`flats`: the extents in each flat tensor. `settings`: of the optimizer's groups, its learning rates among
-        them."""
+        """`flats`: the extents in each flat tensor. `settings`: of the optimizer's groups,
+        its learning rates among them."""
         number_of = {name: number for number, name in enumerate(layout.shapes)}
         rows = [
             (number_of[extent.name], extent.start, extent.numel, rank, flat, extent.offset)
@@ -131,14 +148,17 @@ class RankShard(NamedTuple):
 
 
 State = tuple[list[str], dict[str, Tensor]]
-"""(keys of what an optimizer keeps for every element, such as exp_avg; its other values by their keys, such as step)"""
+"""(keys of what an optimizer keeps for every element, such as exp_avg; its other values by
+their keys, such as step)
+"""
 
 # -- the shards of all ranks -------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class EngineShards:
-    """All shards of a checkpoint as one. Make it with `open`, or with `of` to write its table.
+    """All shards of a checkpoint as one. Make it with `open`, or with `of` to write its
+    table.
 
     It can be pickled until the first shard is read: rank 0 reads the table for all.
     """
@@ -160,8 +180,8 @@ class EngineShards:
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
-        """Read the table of an engine folder. Raises `UserError` naming the file that is missing or damaged, or the
-        parameter that has holes."""
+        """Read the table of an engine folder. Raises `UserError` naming the file that is
+        missing or damaged, or the parameter that has holes."""
         path = folder / INDEX_FILE
         handle = open_safetensors(path)
         with malformed(path):
@@ -172,9 +192,13 @@ class EngineShards:
             layout: Layout = typed(Layout, content, path)
             table = handle.get_tensor("extents")
         if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 6:
-            raise UserError(f"{path} is damaged: its table has the shape {tuple(table.shape)} and is {table.dtype}")
+            raise UserError(
+                f"{path} is damaged: its table has the shape {tuple(table.shape)} and is {table.dtype}"
+            )
         if len(files) != layout.world_size:
-            raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
+            raise UserError(
+                f"{path}: it lists {len(files)} files of {layout.world_size} ranks"
+            )
         shards = cls(folder, layout, files, _sorted(table.numpy()))
         with malformed(path):
             shards._check_whole()
@@ -184,17 +208,22 @@ class EngineShards:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
         table = {"extents": torch.from_numpy(self.extents)}
-        write_safetensors_atomic(self.folder / INDEX_FILE, table, {"layout": json.dumps(content)})
+        write_safetensors_atomic(
+            self.folder / INDEX_FILE, table, {"layout": json.dumps(content)}
+        )
 
     def state(self, name: str, start: int = 0, numel: int | None = None) -> State:
-        """What the optimizer keeps of elements of a parameter: the keys of values for every element, such as exp_avg,
-        and the other values by their keys, such as step. Raises `UserError` where shards differ."""
+        """What the optimizer keeps of elements of a parameter: the keys of values for every
+        element, such as exp_avg, and the other values by their keys, such as step. Raises
+        `UserError` where shards differ."""
         first: State | None = None
         for row in self._holding(name, start, numel):
             shard = self._shard(int(row[RANK]))
             state = shard.state(int(row[FLAT]))
             if first is not None and state != first:
-                raise UserError(f"{shard.path}: {name} has {shown(state)}, another rank's shard {shown(first)}")
+                raise UserError(
+                    f"{shard.path}: {name} has {shown(state)}, another rank's shard {shown(first)}"
+                )
             first = state
         assert first is not None, "every parameter has an extent"
         return first
@@ -206,14 +235,20 @@ class EngineShards:
         start: int = 0,
         numel: int | None = None,
     ) -> Tensor:
-        """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards. Raises
-        `UserError` where the shards do not hold them."""
+        """(numel,) elements of a flattened parameter's master or moment, on the CPU,
+        assembled from all shards. Raises `UserError` where the shards do not hold them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
         pieces = []
-        for _, begin, size, rank, flat, offset in self._holding(name, start, numel).tolist():
+        for _, begin, size, rank, flat, offset in self._holding(
+            name, start, numel
+        ).tolist():
             first = max(start, begin)
             stop = min(end, begin + size)
-            pieces.append(self._shard(rank).read(flat, key, offset + first - begin, offset + stop - begin))
+            pieces.append(
+                self._shard(rank).read(
+                    flat, key, offset + first - begin, offset + stop - begin
+                )
+            )
         return torch.cat(pieces)
 
     def whole(self, name: str, key: str) -> Tensor:
@@ -226,9 +261,13 @@ class EngineShards:
         return self._shards[rank]
 
     def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
-        """The rows of the table that hold any of `numel` elements from `start` on; of none: that hold the first one."""
+        """The rows of the table that hold any of `numel` elements from `start` on; of none:
+        that hold the first one.
+        """
         rows = self._rows[name]
-        end = math.prod(self.layout.shapes[name]) if numel is None else start + max(numel, 1)
+        end = (
+            math.prod(self.layout.shapes[name]) if numel is None else start + max(numel, 1)
+        )
         return rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
 
     @cached_property
@@ -244,7 +283,9 @@ class EngineShards:
         sizes = [math.prod(shape) for shape in shapes.values()]
         names = self.extents[:, NAME]
         if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
-            raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
+            raise UserError(
+                f"{self.folder}: a shard holds a parameter that no parameter group lists"
+            )
         faulty = _first_hole(self.extents, np.array(sizes, np.int64), len(self.files))
         if faulty is not None:
             raise UserError(
@@ -258,13 +299,21 @@ def _sorted(rows: np.ndarray) -> np.ndarray:
 
 
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
-    """The index of the first parameter with an extent missing, out of bounds or held twice; None for none."""
+    """The index of the first parameter with an extent missing, out of bounds or held twice;
+    None for none.
+    """
     name = rows[:, NAME]
     numel = rows[:, NUMEL]
     wrong = (numel < 1) | (numel > sizes[name])  # else the sums below might overflow
     start = rows[:, START]
-    wrong |= (start < 0) | (start > sizes[name] - numel)  # else an extent would reach into the next parameter
-    wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
+    # Else an extent would reach into the next parameter
+    wrong |= (start < 0) | (start > sizes[name] - numel)
+    wrong |= (
+        (rows[:, RANK] < 0)
+        | (rows[:, RANK] >= ranks)
+        | (rows[:, FLAT] < 0)
+        | (rows[:, OFFSET] < 0)
+    )
     if wrong.any():
         return int(name[wrong.argmax()])
     # All parameters one after the other are one range, which the rows, in order, must tile.
@@ -291,7 +340,9 @@ class _Shard:
             with malformed(path):
                 number, _, key = name.partition(".")
                 typed(FileName, key, "a key of the optimizer's state")
-                self._shapes.setdefault(int(number), {})[key] = self._handle.get_slice(name).get_shape()
+                self._shapes.setdefault(int(number), {})[key] = self._handle.get_slice(
+                    name
+                ).get_shape()
 
     def state(self, flat: int) -> State:
         """As `EngineShards.state`, of a flat tensor."""
@@ -299,22 +350,29 @@ class _Shard:
         counts = {}
         for key, shape in self._shapes.get(flat, {}).items():
             if not shape:
-                counts[key] = self._handle.get_tensor(_tensor_name(flat, key)).clone()  # the file is mapped once
+                # The file is mapped once
+                counts[key] = self._handle.get_tensor(_tensor_name(flat, key)).clone()
             elif key != MASTER:
                 moments.append(key)
         return moments, counts
 
     def read(self, flat: int, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a master or moment. Raises `UserError` where the file does not hold them."""
+        """Elements [start, stop) of a master or moment. Raises `UserError` where the file
+        does not hold them.
+        """
         name = _tensor_name(flat, key)
         shape = self._shapes.get(flat, {}).get(key, [])
         if len(shape) != 1 or shape[0] < stop:
-            raise UserError(f"{self.path} is incomplete: it does not hold the elements {start} to {stop} of {name}")
+            raise UserError(
+                f"{self.path} is incomplete: it does not hold the elements {start} to {stop} of {name}"
+            )
         return self._handle.get_slice(name)[start:stop]
 
 
 def _tensor_name(flat: int, key: str) -> str:
-    """What the master of flat tensor number `flat`, or its optimizer state `key`, is called in a rank's file."""
+    """What the master of flat tensor number `flat`, or its optimizer state `key`, is called
+    in a rank's file.
+    """
     return f"{flat}.{key}"
 
 
@@ -322,14 +380,18 @@ def _tensor_name(flat: int, key: str) -> str:
 
 
 class _Parameter(NamedTuple):
-    """A parameter of the model, complete, whatever ZeRO-3 and tensor parallelism leave of it on this process."""
+    """A parameter of the model, complete, whatever ZeRO-3 and tensor parallelism leave of
+    it on this process.
+    """
 
     name: str
     shape: tuple[int, ...]
     first: int = 0
     """The element with which this process's tensor-parallel share begins."""
     is_saved: bool = True
-    """Whether this process saves what it holds; False where another one of its tensor-parallel group does."""
+    """Whether this process saves what it holds; False where another one of its
+    tensor-parallel group does.
+    """
 
 
 def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
@@ -348,7 +410,9 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
 
 
 def _extents(spans: list[Span], parameters: dict[int, _Parameter]) -> list[Extent]:
-    """The spans of these `parameters`, by their names and counted in the complete parameter."""
+    """The spans of these `parameters`, by their names and counted in the complete
+    parameter.
+    """
     extents = []
     for span in spans:
         parameter = parameters.get(id(span.parameter))
@@ -372,9 +436,16 @@ def _layout(engine: zero.Engine) -> Layout:
         world_size=dist.get_world_size(),
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        groups=[{parameter.name: list(parameter.shape) for parameter in group} for group in groups],
+        groups=[
+            {parameter.name: list(parameter.shape) for parameter in group}
+            for group in groups
+        ],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
+        scaler={
+            name: getattr(view.loss_scaler, name)
+            for name in SCALER
+            if hasattr(view.loss_scaler, name)
+        },
     )
 
 
@@ -382,16 +453,21 @@ def _layout(engine: zero.Engine) -> Layout:
 
 
 def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
-    """(what all ranks have in common, where the extents of this rank lie in its file, that file's tensors). The tensors
-    are the engine's own, but for Muon's momentum."""
+    """(what all ranks have in common, where the extents of this rank lie in its file, that
+    file's tensors). The tensors are the engine's own, but for Muon's momentum."""
     layout = _layout(engine)
     flats = list(view_of(engine).flats())
     tensors: Tensors = {}
     for number, flat in enumerate(flats):
         tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
-        for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
+        # Whatever order they were set in: the same state is the same file
+        for key in sorted(flat.state):
             tensors[_tensor_name(number, key)] = _as_saved(flat, flat.state[key])
-    saved = {key: parameter for key, parameter in _parameters(engine).items() if parameter.is_saved}
+    saved = {
+        key: parameter
+        for key, parameter in _parameters(engine).items()
+        if parameter.is_saved
+    }
     extents = [_extents(flat.spans, saved) for flat in flats]
     rank = dist.get_rank()
     file = f"rank-{rank:05d}.safetensors"
@@ -401,17 +477,22 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
 
 def _plain(group: JsonObject) -> JsonObject:
     """The settings of a parameter group that JSON can hold: not its parameters."""
-    return {key: value for key, value in group.items() if isinstance(value, (int, float, str, tuple))}
+    return {
+        key: value
+        for key, value in group.items()
+        if isinstance(value, (int, float, str, tuple))
+    }
 
 
 def _as_saved(flat: Flat, value: Tensor) -> Tensor:
-    """A tensor of the optimizer's state, as the file has it: moments flat and as long as the master, step counts
-    without a dimension."""
+    """A tensor of the optimizer's state, as the file has it: moments flat and as long as
+    the master, step counts without a dimension."""
     if not value.dim():
         return value.detach()
     if flat.state_spans is flat.spans:
         return value.detach().view(-1)
-    # Muon's momentum holds its matrices whole: other ranks save what they have of them in their masters.
+    # Muon's momentum holds its matrices whole: other ranks save what they have of them in
+    # their masters.
     moments = value.new_zeros(flat.master.numel())
     for whole, span in zip(flat.state_spans, flat.spans, strict=True):
         first = whole.offset + span.start
@@ -430,10 +511,11 @@ def write_shard(path: Path, tensors: Tensors) -> None:
 
 @torch.no_grad()
 def restore(engine: zero.Engine, shards: EngineShards) -> None:
-    """Set everything that training changes from the shards of a checkpoint. Collective. With the number of processes
-    that wrote them each one opens its own file alone.
+    """Set everything that training changes from the shards of a checkpoint. Collective.
+    With the number of processes that wrote them each one opens its own file alone.
 
-    Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
+    Raises `UserError` when the shards hold other parameters than the model, or another
+    optimizer's state.
     """
     parameters = _parameters(engine)
     _check(engine, parameters, shards)
@@ -451,7 +533,9 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
             setattr(view.loss_scaler, name, number)
 
 
-def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: EngineShards) -> None:
+def _check(
+    engine: zero.Engine, parameters: dict[int, _Parameter], shards: EngineShards
+) -> None:
     here = {parameter.name: parameter.shape for parameter in parameters.values()}
     there = shards.layout.shapes
     different = different_keys(here, there)
@@ -464,7 +548,9 @@ def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: Engin
     mine = type(engine.basic_optimizer).__name__
     theirs = shards.layout.optimizer
     if mine != theirs:
-        raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
+        raise UserError(
+            f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)"
+        )
 
 
 def _restore_flat(
@@ -473,8 +559,9 @@ def _restore_flat(
     shards: EngineShards,
     device: torch.device | str,
 ) -> None:
-    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
-    where the optimizer wants its counts: torch's fused Adam beside the master."""
+    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a
+    fresh engine. `device`: where the optimizer wants its counts: torch's fused Adam beside
+    the master."""
     extents = _extents(flat.spans, parameters)
     state_extents = _extents(flat.state_spans, parameters)
 
@@ -486,7 +573,8 @@ def _restore_flat(
             values.narrow(0, extent.offset, extent.numel).copy_(stored)
 
     fill(flat.master, MASTER, extents)
-    # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
+    # A tensor of padding alone steps as often as the others of its group: it gets the
+    # counts of the group's first one.
     sources = extents
     if not sources:
         with malformed(shards.folder / INDEX_FILE):
@@ -507,7 +595,11 @@ def _restore_flat(
     for key in keys:
         if key not in flat.state:
             dtype = shards.read(first.name, key, first.start, 0).dtype
-            flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
+            flat.state[key] = torch.zeros_like(
+                flat.master, dtype=dtype, requires_grad=False
+            )
             if state_extents != extents:
-                flat.state[key] = flat.state[key].new_zeros(sum(extent.numel for extent in state_extents))
+                flat.state[key] = flat.state[key].new_zeros(
+                    sum(extent.numel for extent in state_extents)
+                )
         fill(flat.state[key], key, state_extents)

@@ -1,7 +1,9 @@
-"""Counts the bytes that DeepSpeed sends over the network: the proof that none is of the base.
+"""Counts the bytes that DeepSpeed sends over the network: the proof that none is of the
+base.
 
 Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
-tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade moves it.
+tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade moves
+it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class CollectiveCounter:
-    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind, since the last `reset`.
+    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind, since the
+    last `reset`.
 
-    A call counts as its largest tensor: the complete output of a gather, the complete input of a reduction.
-    DeepSpeed's own comms logger synchronises the device for every call; this one only adds sizes up.
+    A call counts as its largest tensor: the complete output of a gather, the complete input
+    of a reduction. DeepSpeed's own comms logger synchronises the device for every call;
+    this one only adds sizes up.
     """
 
     _KINDS = (
@@ -30,7 +34,9 @@ class CollectiveCounter:
     )  # fmt: skip
 
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
-        """`base`: the frozen tensors. A collective on the memory of one of them counts into `base_bytes`."""
+        """`base`: the frozen tensors. A collective on the memory of one of them counts into
+        `base_bytes`.
+        """
         self.bytes: Counter[str] = Counter()
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
@@ -40,11 +46,15 @@ class CollectiveCounter:
 
     @property
     def gathered_bytes(self) -> int:
-        return sum(nbytes for kind, nbytes in self.bytes.items() if kind.startswith("all_gather"))
+        return sum(
+            nbytes for kind, nbytes in self.bytes.items() if kind.startswith("all_gather")
+        )
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
-        """Count while the block runs, by wrapping the methods of `cdb`, the backend of deepspeed/comm/comm.py."""
+        """Count while the block runs, by wrapping the methods of `cdb`, the backend of
+        deepspeed/comm/comm.py.
+        """
         backend = deepspeed.comm.comm.cdb
         kinds = [kind for kind in self._KINDS if hasattr(backend, kind)]
         for kind in kinds:
@@ -59,7 +69,11 @@ class CollectiveCounter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(nbytes_of(value) for value in values)
-            base = [t for t in tensors_of(values) if t.untyped_storage().data_ptr() in self._base_storages]
+            base = [
+                t
+                for t in tensors_of(values)
+                if t.untyped_storage().data_ptr() in self._base_storages
+            ]
             self.base_bytes += nbytes_of(base)
             return call(*args, **kwargs)
 

@@ -1,15 +1,18 @@
-"""What the rest of mora_ds asks a DeepSpeed engine: masters, optimizer state, learning rate, gradient norm.
+"""What the rest of mora_ds asks a DeepSpeed engine: masters, optimizer state, learning
+rate, gradient norm.
 
-`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which one it has. What Muon needs
-besides is in `muon`. The frozen base never appears here: it is made of buffers, which ZeRO does not see.
+`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which one
+it has. What Muon needs besides is in `muon`. The frozen base never appears here: it is made
+of buffers, which ZeRO does not see.
 
     class          DeepSpeed's optimizer           used for
     Stage3View     DeepSpeedZeroOptimizer_Stage3   ZeRO-3
     ZeroView       DeepSpeedZeroOptimizer          ZeRO-1 and ZeRO-2
     BF16View       BF16_Optimizer                  ZeRO-1 in bf16
 
-Written against DeepSpeed 0.19.8. Where an upgrade moves something, tests/engine/test_precision.py and
-tests/checkpoint/test_elastic.py fail; test_zero_contract.py has what runs on a CPU do not show.
+Written against DeepSpeed 0.19.8. Where an upgrade moves something,
+tests/engine/test_precision.py and tests/checkpoint/test_elastic.py fail;
+test_zero_contract.py has what runs on a CPU do not show.
 """
 
 import logging
@@ -35,17 +38,23 @@ Engine: TypeAlias = DeepSpeedEngine
 
 
 def prepare_backend() -> None:
-    """Call before `deepspeed.init_distributed`: starts gloo without compiling, and quietens DeepSpeed's logger.
+    """Call before `deepspeed.init_distributed`: starts gloo without compiling, and quietens
+    DeepSpeed's logger.
 
-    On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++, and waits for ever on the
-    lock of a killed build): deepspeed/comm/torch.py, `build_shm_op`. gloo does the same work without it.
+    On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++,
+    and waits for ever on the lock of a killed build): deepspeed/comm/torch.py,
+    `build_shm_op`. gloo does the same work without it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_logger.setLevel(logging.WARNING)
 
 
-def whole_parameter(engine: Engine, parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """A context in which a trained parameter that ZeRO-3 has sharded is unsharded on every process. Collective."""
+def whole_parameter(
+    engine: Engine, parameter: nn.Parameter
+) -> AbstractContextManager[None]:
+    """A context in which a trained parameter that ZeRO-3 has sharded is unsharded on every
+    process. Collective.
+    """
     return deepspeed.zero.GatheredParameters([parameter], enabled=is_stage3(engine))
 
 
@@ -56,41 +65,49 @@ def is_stage3(engine: Engine) -> bool:
 def at_accumulation_boundary(engine: Engine) -> bool:
     """Whether the last `step()` was an optimizer step.
 
-    `engine.is_gradient_accumulation_boundary()` already speaks of the next micro-batch after `step()`: engine.py
-    counts `micro_steps` up at its end. Where the caller sets the boundary, as accelerate does, `step()` is called once
-    for all micro-batches, and what was set for the last one holds (engine.py, `set_gradient_accumulation_boundary`).
+    `engine.is_gradient_accumulation_boundary()` already speaks of the next micro-batch
+    after `step()`: engine.py counts `micro_steps` up at its end. Where the caller sets the
+    boundary, as accelerate does, `step()` is called once for all micro-batches, and what
+    was set for the last one holds (engine.py, `set_gradient_accumulation_boundary`).
     """
     boundary = engine._is_gradient_accumulation_boundary
-    return engine.micro_steps % engine.gradient_accumulation_steps() == 0 if boundary is None else boundary
+    return (
+        engine.micro_steps % engine.gradient_accumulation_steps() == 0
+        if boundary is None
+        else boundary
+    )
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """The unsharded fp32 master of one trainable parameter, on every process. Collective: call it in the same order on
-    all processes."""
+    """The unsharded fp32 master of one trainable parameter, on every process. Collective:
+    call it in the same order on all processes."""
     master = safe_get_full_fp32_param(parameter)
     return master.view(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @torch.no_grad()
 def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
-    """Set trained parameters to these values (unsharded, the same on every process): their fp32 masters and every
-    low-precision copy. Their optimizer state stays. Collective."""
+    """Set trained parameters to these values (unsharded, the same on every process): their
+    fp32 masters and every low-precision copy. Their optimizer state stays. Collective."""
     view = view_of(engine)
     for flat in view.flats():
         for span in flat.spans:
             if span.parameter in values:
-                elements = values[span.parameter].flatten()[span.start : span.start + span.numel]
+                elements = values[span.parameter].flatten()[
+                    span.start : span.start + span.numel
+                ]
                 flat.master.narrow(0, span.offset, span.numel).copy_(elements)
     view.write_copies()
 
 
 @torch.no_grad()
 def reset_group(engine: Engine, group: int) -> None:
-    """Zero the fp32 masters of a parameter group with every low-precision copy, and its optimizer state. Collective.
+    """Zero the fp32 masters of a parameter group with every low-precision copy, and its
+    optimizer state. Collective.
 
-    All copies must go: a master that is left brings the old value back at the next step, a low-precision copy that is
-    left acts for one step more. So must the step counts: with the old one Adam's first update would be 2.94 times too
-    large.
+    All copies must go: a master that is left brings the old value back at the next step, a
+    low-precision copy that is left acts for one step more. So must the step counts: with
+    the old one Adam's first update would be 2.94 times too large.
     """
     view = view_of(engine)
     for flat in view.flats(group):
@@ -101,14 +118,17 @@ def reset_group(engine: Engine, group: int) -> None:
 
 
 def set_learning_rate(engine: Engine, learning_rate: float, factor: float = 1.0) -> None:
-    """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the MoRA matrices, and `factor`
-    times it for the other trained parameters. With Muon, DeepSpeed marks the groups by the key `use_muon`."""
+    """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the
+    MoRA matrices, and `factor` times it for the other trained parameters. With Muon,
+    DeepSpeed marks the groups by the key `use_muon`."""
     for index, group in enumerate(engine.optimizer.param_groups):
         group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else factor)
 
 
 def gradient_norm(engine: Engine) -> float:
-    """Global norm of the last step's gradients before clipping (engine.py, `get_global_grad_norm`); NaN before one."""
+    """Global norm of the last step's gradients before clipping (engine.py,
+    `get_global_grad_norm`); NaN before one.
+    """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
@@ -117,7 +137,9 @@ def gradient_norm(engine: Engine) -> float:
 
 
 class Span(NamedTuple):
-    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on
+    in a flat tensor.
+    """
 
     parameter: Any
     start: int
@@ -142,7 +164,9 @@ class Flat(NamedTuple):
     spans: list[Span]
     """What the master holds."""
     state_spans: list[Span]
-    """What the tensors of `state` hold: the same, but for Muon's momentum under ZeRO-1 and ZeRO-2."""
+    """What the tensors of `state` hold: the same, but for Muon's momentum under ZeRO-1 and
+    ZeRO-2.
+    """
 
 
 class OptimizerView:
@@ -172,7 +196,9 @@ class OptimizerView:
         return spans
 
     def write_copies(self) -> None:
-        """Set what forward reads of all parameters from the masters, rounded as a step rounds them. Collective."""
+        """Set what forward reads of all parameters from the masters, rounded as a step
+        rounds them. Collective.
+        """
         raise NotImplementedError
 
     @property
@@ -181,14 +207,17 @@ class OptimizerView:
         return getattr(self.optimizer, "loss_scaler", None)
 
     def repair(self) -> None:
-        """Make up for faults of DeepSpeed 0.19.8, once, right after `deepspeed.initialize`."""
+        """Make up for faults of DeepSpeed 0.19.8, once, right after
+        `deepspeed.initialize`.
+        """
 
 
 class Stage3View(OptimizerView):
     """ZeRO-3, deepspeed/runtime/zero/stage3.py.
 
-    A sub-group holds the shards of its parameters one after the other, every one padded to the same size on all
-    processes (`_create_fp16_partitions_with_defragmentation`; partition_parameters.py, `_partition_param`).
+    A sub-group holds the shards of its parameters one after the other, every one padded to
+    the same size on all processes (`_create_fp16_partitions_with_defragmentation`;
+    partition_parameters.py, `_partition_param`).
     """
 
     def groups(self) -> Groups:
@@ -202,10 +231,15 @@ class Stage3View(OptimizerView):
         for index, parameters in enumerate(optimizer.fp16_groups):
             sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
             offsets = accumulate(sizes, initial=0)
-            spans = [self._span(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
+            spans = [
+                self._span(parameter, offset)
+                for parameter, offset in zip(parameters, offsets, strict=False)
+            ]
             master = optimizer.fp32_partitioned_groups_flat[index]
             if sum(sizes) != master.numel():
-                raise RunError(f"ZeRO-3 has laid out sub-group {index} in another way than mora_ds knows")
+                raise RunError(
+                    f"ZeRO-3 has laid out sub-group {index} in another way than mora_ds knows"
+                )
             yield optimizer.sub_group_to_group_id[index], master, spans
 
     def _span(self, parameter: Any, offset: int) -> Span:
@@ -222,13 +256,15 @@ class Stage3View(OptimizerView):
             for span in flat.spans:
                 shard = span.parameter.ds_tensor.data.view(-1)
                 shard[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
-        self.optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
+        # Gathers the persistent parameters again
+        self.optimizer.checkpoint_event_epilogue()
 
     @torch.no_grad()
     def repair(self) -> None:
-        """Zero what stage 3 leaves in the last master where the number of processes does not divide a parameter, which
-        is whatever was in that memory (`torch.empty`), so that equal runs write equal files. Let the device wait for
-        reductions in place of the host."""
+        """Zero what stage 3 leaves in the last master where the number of processes does
+        not divide a parameter, which is whatever was in that memory (`torch.empty`), so
+        that equal runs write equal files. Let the device wait for reductions in place of
+        the host."""
         self._order_reductions()
         for flat in self.flats():
             is_padding = torch.ones_like(flat.master, dtype=torch.bool)
@@ -237,24 +273,32 @@ class Stage3View(OptimizerView):
             flat.master.masked_fill_(is_padding, 0)
 
     def _order_reductions(self) -> None:
-        """Replace what makes the host wait for a GPU in every backward pass: at its end stage 3 calls
-        `reduce_and_partition_stream.synchronize()` (stage3.py, `independent_gradient_partition_epilogue`).
+        """Replace what makes the host wait for a GPU in every backward pass: at its end
+        stage 3 calls `reduce_and_partition_stream.synchronize()` (stage3.py,
+        `independent_gradient_partition_epilogue`).
 
-        All that reads the reduced gradients afterwards is queued on the current stream, which therefore waits; their
-        memory is not reused before (`partition_grads`, `record_stream`). Offloaded gradients are read by the host."""
+        All that reads the reduced gradients afterwards is queued on the current stream,
+        which therefore waits; their memory is not reused before (`partition_grads`,
+        `record_stream`). Offloaded gradients are read by the host."""
         stream = self.optimizer.reduce_and_partition_stream  # None on a CPU
         if stream is not None and not self.optimizer.offload_optimizer:
-            stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
+            stream.synchronize = lambda: (
+                get_accelerator().current_stream().wait_stream(stream)
+            )
 
 
 class _MappedView(OptimizerView):
-    """Optimizers that note on each parameter which fragment of it this process holds (utils/tensor_fragment.py)."""
+    """Optimizers that note on each parameter which fragment of it this process holds
+    (utils/tensor_fragment.py).
+    """
 
     masters_name: ClassVar[str]
 
     def _masters(self) -> Masters:
         masters = getattr(self.optimizer, self.masters_name)
-        for index, (parameters, master) in enumerate(zip(self.groups(), masters, strict=True)):
+        for index, (parameters, master) in enumerate(
+            zip(self.groups(), masters, strict=True)
+        ):
             spans = []
             for parameter in parameters:
                 if mapping := getattr(parameter, "_hp_mapping", None):
@@ -283,12 +327,17 @@ class ZeroView(_MappedView):
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix whole of which any part is this process's."""
+        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix whole of which any
+        part is this process's.
+        """
         matrices = self.optimizer.params_in_partition[group]
         if not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans
         offsets = accumulate((matrix.numel() for matrix in matrices), initial=0)
-        return [Span(matrix, 0, matrix.numel(), offset) for matrix, offset in zip(matrices, offsets, strict=False)]
+        return [
+            Span(matrix, 0, matrix.numel(), offset)
+            for matrix, offset in zip(matrices, offsets, strict=False)
+        ]
 
 
 class BF16View(_MappedView):
@@ -309,4 +358,6 @@ _VIEWS: dict[type, type[OptimizerView]] = {
 
 def view_of(engine: DeepSpeedEngine) -> OptimizerView:
     """The view of an engine's optimizer."""
-    return next(view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))(engine)
+    return next(
+        view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind)
+    )(engine)

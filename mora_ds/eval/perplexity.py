@@ -1,4 +1,5 @@
-"""Perplexity and bits per byte of a model on named texts, document by document, with sliding windows.
+"""Perplexity and bits per byte of a model on named texts, document by document, with
+sliding windows.
 
     HF folder                            -> the model
     checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
@@ -8,8 +9,9 @@
              -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
-Every token of a document is scored and nothing else, so the bytes scored are the bytes of the text: bits per byte can
-be compared between models with different tokenizers, perplexity cannot.
+Every token of a document is scored and nothing else, so the bytes scored are the bytes of
+the text: bits per byte can be compared between models with different tokenizers, perplexity
+cannot.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ class Score:
         return self.tokens / self.text_bytes
 
     def to_dict(self) -> dict[str, float]:
-        derived = {name: getattr(self, name) for name in ("perplexity", "bits_per_byte", "tokens_per_byte")}
+        derived = {
+            name: getattr(self, name)
+            for name in ("perplexity", "bits_per_byte", "tokens_per_byte")
+        }
         return {**asdict(self), **derived}
 
 
@@ -94,7 +99,9 @@ class Windows:
     stride: int
     """Tokens from one window's start to the next."""
     document_start: str = AUTO
-    """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts nothing before a text."""
+    """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts
+    nothing before a text.
+    """
 
     @classmethod
     def of(
@@ -104,8 +111,9 @@ class Windows:
         stride: int | None,
         document_start: str = AUTO,
     ) -> Windows:
-        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for
-        a window that is longer than that number, and for a stride that leaves a scored token without context."""
+        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of
+        that. Raises `UserError` for a window that is longer than that number, and for a
+        stride that leaves a scored token without context."""
         longest = longest_row(model.config)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
@@ -114,7 +122,9 @@ class Windows:
             most = "on" if longest is None else f"to the model's {longest} positions"
             raise UserError(f"--window must be from 2 {most}, got {window}")
         if not 1 <= stride < window:
-            raise UserError(f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}")
+            raise UserError(
+                f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}"
+            )
         return cls(window, stride, document_start)
 
     def cut(self, ids: Sequence[int], known: int) -> Iterator[_Window]:
@@ -137,11 +147,13 @@ def load_target(
     domain: str | None = None,
     onto: Path | None = None,
 ) -> Target:
-    """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an adapter) applied to its base.
+    """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an
+    adapter) applied to its base.
 
-    `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose matrices are used; "shared" for
-    those of no domain. `dtype` "auto": the folder's dtype, or the run's compute dtype. `onto`: the model that gets the
-    update in place of the base, with its own tokenizer and dtype. Raises `UserError` for a path that is neither.
+    `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose
+    matrices are used; "shared" for those of no domain. `dtype` "auto": the folder's dtype,
+    or the run's compute dtype. `onto`: the model that gets the update in place of the base,
+    with its own tokenizer and dtype. Raises `UserError` for a path that is neither.
     """
     folder = adapter_folder(path)
     if folder is not None and onto is not None:
@@ -152,7 +164,9 @@ def load_target(
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
         refuse_full_training(path)
-        raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
+        raise UserError(
+            f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one"
+        )
     for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
         if value is not None:
             raise UserError(f"{flag} belongs to a checkpoint, {path} is a complete model")
@@ -175,8 +189,12 @@ def _adapted(
     folder = base if base is not None else checkpoint / reference.folder
     tokenizer_folder = tokenizer_of(checkpoint) or folder
     flag = "--base" if tokenizer_folder == base else "MODEL"
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code, flag=flag)
-    model: Any = load_adapter(folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(
+        tokenizer_folder, trust_remote_code=trust_remote_code, flag=flag
+    )
+    model: Any = load_adapter(
+        folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code
+    )
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
     return Target(prefer_documents(model.to(device)), tokenizer)
@@ -189,9 +207,13 @@ def evaluate(
     batch_size: int = 4,
     max_documents: int | None = None,
 ) -> Score:
-    """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError` for texts without a token."""
+    """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError`
+    for texts without a token.
+    """
     score = Score()
-    for batch in _batches(_windows(corpus, target.tokenizer, windows, max_documents, score), batch_size):
+    for batch in _batches(
+        _windows(corpus, target.tokenizer, windows, max_documents, score), batch_size
+    ):
         score.nats += _nats(target.model, batch)
     if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
@@ -206,7 +228,10 @@ def evaluate_sets(
     max_documents: int | None,
 ) -> dict[str, Score]:
     """The score of every set, by its name."""
-    return {name: evaluate(target, corpus, windows, batch_size, max_documents) for name, corpus in sets.items()}
+    return {
+        name: evaluate(target, corpus, windows, batch_size, max_documents)
+        for name, corpus in sets.items()
+    }
 
 
 def _windows(
@@ -216,8 +241,8 @@ def _windows(
     max_documents: int | None,
     score: Score,
 ) -> Iterator[_Window]:
-    """The windows of all documents, which are counted in `score`. The next chunk of a document has the last tokens of
-    the previous one as context."""
+    """The windows of all documents, which are counted in `score`. The next chunk of a
+    document has the last tokens of the previous one as context."""
     start = _document_start(tokenizer, windows.document_start)
     seen: list[int] = []
     for document in corpus:
@@ -237,12 +262,16 @@ def _windows(
 def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> int:
     """The token before every document. Raises `UserError` where there is none."""
     if document_start == NOTHING:
-        raise UserError(f"--document_start {NOTHING}: the first token of a document is scored too, after a token")
+        raise UserError(
+            f"--document_start {NOTHING}: the first token of a document is scored too, after a token"
+        )
     start = start_id(tokenizer, document_start)
     if start is None:
         start = tokenizer.eos_token_id
     if start is None:
-        raise UserError("MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with")
+        raise UserError(
+            "MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with"
+        )
     return int(start)
 
 
@@ -254,7 +283,9 @@ def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Wind
 
 @torch.inference_mode()
 def _nats(model: Any, batch: Sequence[_Window]) -> float:
-    """Summed negative log-likelihood of the tokens that each window scores. Padding is at the right, after them."""
+    """Summed negative log-likelihood of the tokens that each window scores. Padding is at
+    the right, after them.
+    """
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORED)
@@ -263,7 +294,11 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
         inputs[row, : len(ids)] = tokens
         labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
     documents = Documents.whole_rows(len(batch), longest, model.device)
-    logits = model(**model_inputs(model, {"input_ids": inputs.to(model.device), "documents": documents})).logits
+    logits = model(
+        **model_inputs(
+            model, {"input_ids": inputs.to(model.device), "documents": documents}
+        )
+    ).logits
     rows = (
         F.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="sum").double()
         for row, label in zip(logits, labels.to(logits.device), strict=True)
@@ -272,7 +307,9 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a name given twice."""
+    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a name given
+    twice.
+    """
     sets: dict[str, str] = {}
     for entry in entries:
         name, path = named_path(entry)

@@ -1,4 +1,6 @@
-"""What of `TrainingArguments` and of the Trainer's own arguments cannot be honoured, and what is filled in."""
+"""What of `TrainingArguments` and of the Trainer's own arguments cannot be honoured, and
+what is filled in.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +27,9 @@ REFUSED_ARGUMENTS = {
 """Argument of the Trainer -> why it cannot be given."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""Values of `optim` that mean AdamW: the others name optimizers whose state merges do not know."""
+"""Values of `optim` that mean AdamW: the others name optimizers whose state merges do not
+know.
+"""
 
 
 WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
@@ -33,8 +37,9 @@ WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises one `UserError` that names everything which contradicts an adapter under DeepSpeed. `args`: of
-    `TrainingArguments`; `arguments`: further ones of the Trainer, by name."""
+    """Raises one `UserError` that names everything which contradicts an adapter under
+    DeepSpeed. `args`: of `TrainingArguments`; `arguments`: further ones of the Trainer, by
+    name."""
     refuse(_problems(args, arguments))
 
 
@@ -65,9 +70,9 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:
-    """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto" sizes: those that the adapter's
-    parameters need, where transformers would take the model's hidden size. Raises `UserError` for a section
-    that is no JSON object."""
+    """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto"
+    sizes: those that the adapter's parameters need, where transformers would take the
+    model's hidden size. Raises `UserError` for a section that is no JSON object."""
     config = args.hf_deepspeed_config.config
     refuse(clean_sections(config))
     optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")

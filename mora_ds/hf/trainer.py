@@ -1,4 +1,5 @@
-"""`MoRATrainer`: a mixin that lets a Hugging Face Trainer train MoRA matrices under DeepSpeed, with the base unsharded.
+"""`MoRATrainer`: a mixin that lets a Hugging Face Trainer train MoRA matrices under
+DeepSpeed, with the base unsharded.
 
     __init__                    options are checked, the adapter is injected
     _prepare_for_training       accelerate makes the engine of `mora_ds.initialize`; a `Run` is opened around it, or
@@ -8,8 +9,8 @@
                                 mora_ds, as launch/pretrain.py writes it
     save_model                  the merged model, which `from_pretrained` loads
 
-Methods with an underscore are transformers' own (trainer.py, 5.24); tests/hf/test_options.py fails where an upgrade
-renames one.
+Methods with an underscore are transformers' own (trainer.py, 5.24);
+tests/hf/test_options.py fails where an upgrade renames one.
 """
 
 import os
@@ -49,33 +50,40 @@ _Base: Any = object
 allow_cpu()  # before `TrainingArguments` starts the process group
 
 MERGE_EVERY = "merge_every"
-"""The fact of a checkpoint by which a Trainer without `MoRACallback` knows that it would end the merges."""
+"""The fact of a checkpoint by which a Trainer without `MoRACallback` knows that it would
+end the merges.
+"""
 
 _SAVING = ".mora-saving"
-"""Folder in a model's folder where it is written, before its files are moved to their places."""
+"""Folder in a model's folder where it is written, before its files are moved to their
+places.
+"""
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)`, unsharded.
 
-    Once `TrainingArguments(deepspeed=...)` exist, transformers would shard the model at stage 3 while it is loaded.
+    Once `TrainingArguments(deepspeed=...)` exist, transformers would shard the model at
+    stage 3 while it is loaded.
     """
     with unsharded_loading():
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
 class MoRATrainer(_Base):
-    """A mixin for `transformers.Trainer` and its subclasses, such as trl's `SFTTrainer`. Put it first:
+    """A mixin for `transformers.Trainer` and its subclasses, such as trl's `SFTTrainer`.
+    Put it first:
 
         class Trainer(MoRATrainer, transformers.Trainer): ...
 
-    `mora`: the adapter; `inject` gives it to `model`. `base`: the folder or Hub name that `model` was loaded from, by
-    default the one that the model names; merges and `save_model` read the original weights there. `model` may be a
-    path. `MoRACallback` among the callbacks makes it ReMoRA. Collective, as a Trainer is.
+    `mora`: the adapter; `inject` gives it to `model`. `base`: the folder or Hub name that
+    `model` was loaded from, by default the one that the model names; merges and
+    `save_model` read the original weights there. `model` may be a path. `MoRACallback`
+    among the callbacks makes it ReMoRA. Collective, as a Trainer is.
 
-    Raises `UserError` for options that contradict an adapter (`options`), for a model that is sharded already, and when
-    training starts for a model that is not its base, weight for weight, or goes on from a checkpoint of a merging run
-    without `MoRACallback`.
+    Raises `UserError` for options that contradict an adapter (`options`), for a model that
+    is sharded already, and when training starts for a model that is not its base, weight
+    for weight, or goes on from a checkpoint of a merging run without `MoRACallback`.
     """
 
     deepspeed: Any
@@ -100,7 +108,9 @@ class MoRATrainer(_Base):
         named = getattr(getattr(model, "config", None), "_name_or_path", None)
         self._base_name = str(base or named or "")
         if not self._base_name:
-            raise UserError("MoRATrainer(base=...) is missing: the folder or Hub name that the model was loaded from")
+            raise UserError(
+                "MoRATrainer(base=...) is missing: the folder or Hub name that the model was loaded from"
+            )
         if is_sharded(model):
             raise UserError(
                 "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "
@@ -111,18 +121,27 @@ class MoRATrainer(_Base):
         super().__init__(model, args, *arguments, **kwargs)
 
     def merge(self) -> MergeReport:
-        """Merges the MoRA matrices of all layers now, between two optimizer steps, and logs it. `MoRACallback` calls
-        it. Collective."""
+        """Merges the MoRA matrices of all layers now, between two optimizer steps, and logs
+        it. `MoRACallback` calls it. Collective."""
         report = self._open_run.merge(self.state.global_step)
         self._set_learning_rate()
         due = self.control.should_log
-        self.log({f"merge_{name}": value for name, value in report.row().items() if value is not None})
-        self.control.should_log = due  # `log` takes it back, and this step's loss is still to be logged
+        self.log(
+            {
+                f"merge_{name}": value
+                for name, value in report.row().items()
+                if value is not None
+            }
+        )
+        # `log` takes it back, and this step's loss is still to be logged
+        self.control.should_log = due
         return report
 
     # -- engine, run, learning rate ------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
         if self.run is not None and resume_from_checkpoint is None:
             raise UserError(
                 "train() was called before: train(resume_from_checkpoint=...) goes on from a checkpoint; another run "
@@ -137,12 +156,22 @@ class MoRATrainer(_Base):
         return prepared
 
     def _restore(self, checkpoint: str | None) -> None:
-        """Opens the run; with a folder checkpoint-N as it was then, base and learning rate included."""
-        resume = None if checkpoint is None else str(Path(checkpoint) / CHECKPOINTS / LATEST)
-        base_rates = None if resume is None else self._schedule.base_lrs  # the arguments', not the checkpoint's
+        """Opens the run; with a folder checkpoint-N as it was then, base and learning rate
+        included.
+        """
+        resume = (
+            None if checkpoint is None else str(Path(checkpoint) / CHECKPOINTS / LATEST)
+        )
+        # The arguments', not the checkpoint's
+        base_rates = None if resume is None else self._schedule.base_lrs
         again = self.run
-        keys = None if again is None else again.remora.keys  # the live base may hold merges: it is formed anew below
-        base = resolve_folder(self._base_name, Ranks.current()) if again is None else again.remora.base
+        # The live base may hold merges: it is formed anew below
+        keys = None if again is None else again.remora.keys
+        base = (
+            resolve_folder(self._base_name, Ranks.current())
+            if again is None
+            else again.remora.base
+        )
         self.run = Run(
             self.deepspeed,
             base=base,
@@ -166,11 +195,16 @@ class MoRATrainer(_Base):
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer step."""
+        """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer
+        step.
+        """
         step = optimizer_steps(self.deepspeed)
         schedule = self._schedule
         factors: list[Callable[[int], float]] = schedule.lr_lambdas
-        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        rates = [
+            base * factor(step)
+            for base, factor in zip(schedule.base_lrs, factors, strict=True)
+        ]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule.last_epoch = step
@@ -182,35 +216,48 @@ class MoRATrainer(_Base):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_new:
             for callback in self._merging:
-                scheduler.lr_lambdas = [callback.rewarmed(curve) for curve in scheduler.lr_lambdas]
+                scheduler.lr_lambdas = [
+                    callback.rewarmed(curve) for curve in scheduler.lr_lambdas
+                ]
         return scheduler
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> Any:
-        """Before training there is no engine, and each process evaluates its share with a model of its own."""
+        """Before training there is no engine, and each process evaluates its share with a
+        model of its own.
+        """
         if self.deepspeed is not None:
             return super().evaluation_loop(*arguments, **kwargs)
-        self.deepspeed = self.model  # else transformers drops the optimizer from the DeepSpeed config
+        # Else transformers drops the optimizer from the DeepSpeed config
+        self.deepspeed = self.model
         try:
             with bare_model(self.args.hf_deepspeed_config.dtype()):
                 return super().evaluation_loop(*arguments, **kwargs)
         finally:
             self.deepspeed = None
             self.model_wrapped = self.model
-            self.accelerator.deepspeed_engine_wrapped = None  # there is no engine to be destroyed
+            # There is no engine to be destroyed
+            self.accelerator.deepspeed_engine_wrapped = None
             self.accelerator._models.clear()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As transformers counts them, with the frozen base, which are no parameters."""
         ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        return 6 * count_parameters(self.model) * ids.numel() if isinstance(ids, torch.Tensor) else 0
+        return (
+            6 * count_parameters(self.model) * ids.numel()
+            if isinstance(ids, torch.Tensor)
+            else 0
+        )
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
         """Writes the merged model, with its tokenizer, for `from_pretrained`.
 
-        A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that waits for the end; others hold
-        the MoRA matrices alone. Raises `UserError` before training.
+        A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that waits
+        for the end; others hold the MoRA matrices alone. Raises `UserError` before
+        training.
         """
         in_checkpoint = _internal_call and output_dir is not None
         folder = Path(output_dir or self.args.output_dir)
@@ -227,7 +274,9 @@ class MoRATrainer(_Base):
     def _write_merged(self, folder: Path) -> None:
         run = self._open_run
         saving = folder / _SAVING
-        run.ranks.on_first("folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True))
+        run.ranks.on_first(
+            "folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True)
+        )
         run.save(self.state.global_step, folder=saving)
 
         run.export(saving, saving / "merged")
@@ -243,12 +292,15 @@ class MoRATrainer(_Base):
         self._open_run.save(self.state.global_step, folder=output_dir)
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's matrices, ledger and base: merges that came after it are undone."""
+        """The best checkpoint's matrices, ledger and base: merges that came after it are
+        undone.
+        """
         self._restore(self.state.best_model_checkpoint)
 
     @property
     def _schedule(self) -> Any:
-        return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
+        # accelerate's wrapper
+        return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
 
     @property
     def _open_run(self) -> Run:
@@ -258,4 +310,8 @@ class MoRATrainer(_Base):
 
     @property
     def _merging(self) -> list[MoRACallback]:
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, MoRACallback)]
+        return [
+            callback
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, MoRACallback)
+        ]

@@ -1,4 +1,5 @@
-"""Which attention a model runs: by documents (`document_attention`, or FlashAttention with bounds), or dense.
+"""Which attention a model runs: by documents (`document_attention`, or FlashAttention with
+bounds), or dense.
 
 why_dense(config, implementation)    why a model cannot attend by documents; None where it can
 use_documents(model)                 from here on it does; `attends_by_documents` tells
@@ -17,37 +18,47 @@ NAME = document_attention.NAME
 
 _FLASH = "flash_attention"
 _KINDS = {"full_attention", "sliding_attention"}
-"""Kinds of layers, by transformers' names, that see a document's earlier tokens: all of them, or those in a window."""
+"""Kinds of layers, by transformers' names, that see a document's earlier tokens: all of
+them, or those in a window.
+"""
 
 _BY_DOCUMENTS = "_mora_ds_attends_by_documents"
 """Attribute of a model that attends by documents."""
 
 
 def why_dense(config: Any, implementation: str | None) -> str | None:
-    """Why a model of this config cannot attend by documents, to be read after "because"; None where it can.
+    """Why a model of this config cannot attend by documents, to be read after "because";
+    None where it can.
 
-    `implementation`: transformers' attn_implementation that was asked for, None for its default.
+    `implementation`: transformers' attn_implementation that was asked for, None for its
+    default.
     """
     if implementation is not None and not is_flash(implementation):
         return f"--attn_implementation {implementation} reads masks"
     text = config.get_text_config()
     if strange := sorted(set(getattr(text, "layer_types", None) or ()) - _KINDS):
         return f"the model has layers of the kind {strange[0]}"
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+    if getattr(text, "is_causal", True) is False or getattr(
+        text, "use_bidirectional_attention", None
+    ):
         return "the model's attention is not causal"
-    # A private table (models/auto/auto_factory.py, `_BaseAutoModelClass`), as code of a Hub model is not in it.
+    # A private table (models/auto/auto_factory.py, `_BaseAutoModelClass`), as code of a Hub
+    # model is not in it.
     models: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in models:
         return "the code of the model is not transformers' own"
     kind = models[type(config)]
-    # modeling_utils.py, `PreTrainedModel`: whether attention is called through `ALL_ATTENTION_FUNCTIONS`
+    # modeling_utils.py, `PreTrainedModel`: whether attention is called through
+    # `ALL_ATTENTION_FUNCTIONS`
     if not (kind._supports_attention_backend and kind._can_set_attn_implementation()):
         return f"transformers calls the attention of {kind.__name__} directly"
     return None
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether this is one of transformers' FlashAttention implementations, which take the bounds of documents."""
+    """Whether this is one of transformers' FlashAttention implementations, which take the
+    bounds of documents.
+    """
     return _FLASH in implementation
 
 
@@ -79,8 +90,9 @@ def prefer_documents(model: Any) -> Any:
 def model_inputs(model: Callable[..., object], batch: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a forward pass of `model` (or of its engine) over a batch.
 
-    `document_attention` finds the documents in the positions where the batch does not name them; FlashAttention does
-    not where there is more than one row, and raises KeyError here.
+    `document_attention` finds the documents in the positions where the batch does not name
+    them; FlashAttention does not where there is more than one row, and raises KeyError
+    here.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     inputs["use_cache"] = False
@@ -93,8 +105,13 @@ def model_inputs(model: Callable[..., object], batch: Mapping[str, Any]) -> dict
 
 
 def _flash_arguments(documents: Documents) -> dict[str, Any]:
-    """transformers/modeling_flash_attention_utils.py, `FlashAttentionKwargs`: with them rows are flattened, whatever
-    their number (`_flash_attention_forward`)."""
+    """transformers/modeling_flash_attention_utils.py, `FlashAttentionKwargs`: with them
+    rows are flattened, whatever their number (`_flash_attention_forward`)."""
     bounds = documents.bounds
     longest = documents.longest
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

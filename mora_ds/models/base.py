@@ -4,9 +4,10 @@
                              -> map_parameters       live parameter name -> key in the files
                              -> read(key)            one tensor, memory-mapped, in its stored dtype
 
-A run needs its base one to one on disk: each live weight is one tensor of the files, cast to the run's dtype, or a
-stack of them, the experts of a mixture (`stored_names`). Where that is not so (pickled files only, weights converted
-otherwise at load, a new model from a config) `NotOneToOne` is raised, and the caller can save the live model with
+A run needs its base one to one on disk: each live weight is one tensor of the files, cast
+to the run's dtype, or a stack of them, the experts of a mixture (`stored_names`). Where
+that is not so (pickled files only, weights converted otherwise at load, a new model from a
+config) `NotOneToOne` is raised, and the caller can save the live model with
 `write_own_base`.
 """
 
@@ -27,7 +28,12 @@ from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, read_json, stamp
-from mora_ds.common.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
+from mora_ds.common.tensor_files import (
+    dtype_name,
+    open_safetensors,
+    shape_dtype,
+    tensor_nbytes,
+)
 from mora_ds.common.untrusted import FileName, expanded, typed
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.runtime.ranks import Ranks, balanced
@@ -44,11 +50,15 @@ class NotOneToOne(UserError):
 
 
 class BaseChanged(RunError):
-    """The base's files are no longer those that were opened, from which mapped weights are read."""
+    """The base's files are no longer those that were opened, from which mapped weights are
+    read.
+    """
 
 
 class BaseCheckpoint:
-    """Read-only view of a model folder's safetensors. Make one with `BaseCheckpoint.open`."""
+    """Read-only view of a model folder's safetensors. Make one with
+    `BaseCheckpoint.open`.
+    """
 
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
@@ -57,7 +67,9 @@ class BaseCheckpoint:
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stamps = {path: stamp(path) for path in self.files()}
-        """Of each file as it was opened, or as it was when `require_unchanged` last accepted it."""
+        """Of each file as it was opened, or as it was when `require_unchanged` last
+        accepted it.
+        """
 
     @classmethod
     def open(
@@ -66,17 +78,19 @@ class BaseCheckpoint:
         flag: str = MODEL_FLAG,
         quantized: bool = False,
     ) -> BaseCheckpoint:
-        """Opens a folder with config.json and either model.safetensors or an index and its shards. `quantized`: also
-        where config.json says that the weights are.
+        """Opens a folder with config.json and either model.safetensors or an index and its
+        shards. `quantized`: also where config.json says that the weights are.
 
-        Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne` where all weights are
-        pickled.
+        Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne`
+        where all weights are pickled.
         """
         folder = expanded(folder, flag).absolute()
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder: {folder}")
         if not (folder / "config.json").is_file():
-            raise UserError(f"{flag}: {folder} is not a model folder: it has no config.json")
+            raise UserError(
+                f"{flag}: {folder} is not a model folder: it has no config.json"
+            )
         try:
             settings = read_json(folder / "config.json").get("quantization_config")
             if settings is not None and not quantized:
@@ -101,14 +115,18 @@ class BaseCheckpoint:
         return list(dict.fromkeys(self._file_of.values()))
 
     def changed_files(self) -> list[Path]:
-        """Files that are no longer those that were opened, by size, time of change and inode. Reads none of them."""
+        """Files that are no longer those that were opened, by size, time of change and
+        inode. Reads none of them.
+        """
         return [path for path, before in self.stamps.items() if stamp(path) != before]
 
     def require_unchanged(self, fingerprint: str) -> None:
-        """Raises `BaseChanged` where `changed_files` hold other weights: files are mapped, so what is written into one
-        of them changes weights in memory, and what is cut off is a bus error of the process that reads it.
+        """Raises `BaseChanged` where `changed_files` hold other weights: files are mapped,
+        so what is written into one of them changes weights in memory, and what is cut off
+        is a bus error of the process that reads it.
 
-        Files that were only touched, moved or copied are read once: with `fingerprint` they are accepted.
+        Files that were only touched, moved or copied are read once: with `fingerprint` they
+        are accepted.
         """
         if not (changed := self.changed_files()):
             return
@@ -122,7 +140,9 @@ class BaseCheckpoint:
                 f"{changed[0]} was changed or replaced during the run, which reads its weights from there: the model "
                 "in memory is no longer the one that was trained. Put the original file back and resume"
             )
-        logger.info("%s: files were touched, and hold the same weights as before", self.folder)
+        logger.info(
+            "%s: files were touched, and hold the same weights as before", self.folder
+        )
         self.stamps = stamps
 
     def dtypes(self) -> set[torch.dtype]:
@@ -139,9 +159,11 @@ class BaseCheckpoint:
         return (len(members), rows, *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to it.
+        """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to
+        it.
 
-        A stack is put together from its files. Raises `RunError` when the file has been damaged since it was opened.
+        A stack is put together from its files. Raises `RunError` when the file has been
+        damaged since it was opened.
         """
         if is_stack(key):
             shape, dtype = self.shape_dtype(key)
@@ -155,13 +177,16 @@ class BaseCheckpoint:
             raise RunError(f"{self._file_of[key]}: cannot read {key!r}: {error}") from error
 
     def members(self, key: str) -> list[list[str]]:
-        """The keys of the files' tensors that a stack consists of: for each expert those whose rows follow each other.
-        Empty where the files do not have them in these numbers."""
+        """The keys of the files' tensors that a stack consists of: for each expert those
+        whose rows follow each other. Empty where the files do not have them in these
+        numbers."""
         if key not in self._members:
             members = members_of(key, self._file_of)
             shapes = [[self.shape_dtype(name) for name in names] for names in members]
             if any(of_expert != shapes[0] for of_expert in shapes):
-                raise UserError(f"{self.folder}: the experts of {key!r} have several shapes")
+                raise UserError(
+                    f"{self.folder}: the experts of {key!r} have several shapes"
+                )
             self._members[key] = members
         return self._members[key]
 
@@ -176,25 +201,34 @@ class BaseCheckpoint:
         return self._handles[path]
 
     def release(self) -> None:
-        """Unmap the files, whose pages count as this process's memory once it has read them; the next `read` maps them
-        again. Tensors that were read stay."""
+        """Unmap the files, whose pages count as this process's memory once it has read
+        them; the next `read` maps them again. Tensors that were read stay."""
         self._handles.clear()
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
-        """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of shards and path.
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of
+        shards and path.
 
-        The first call reads every byte, at about memory speed; with `ranks` it is collective, and each rank reads a
-        slice of the tensors.
+        The first call reads every byte, at about memory speed; with `ranks` it is
+        collective, and each rank reads a slice of the tensors.
         """
         if ranks is not None and ranks.world > 1:
-            self._fingerprint = ranks.on_first("known fingerprint of the base", lambda: self._fingerprint)
+            self._fingerprint = ranks.on_first(
+                "known fingerprint of the base", lambda: self._fingerprint
+            )
         if self._fingerprint is None:
             if ranks is None:
                 lines = self._lines(self._file_of)
             else:
-                sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
+                sizes = {
+                    key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of
+                }
                 slices = balanced(sizes, ranks.world)
-                lines = [line for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in of_rank]
+                lines = [
+                    line
+                    for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices))
+                    for line in of_rank
+                ]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
 
@@ -204,7 +238,9 @@ class BaseCheckpoint:
         for key in keys:
             tensor = self.read(key)
             shape = "x".join(map(str, tensor.shape))
-            lines.append(f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n")
+            lines.append(
+                f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n"
+            )
         return lines
 
     def map_parameters(
@@ -214,10 +250,12 @@ class BaseCheckpoint:
         ties: Mapping[str, str] | None = None,
         renamed: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Parameter name -> key: the same name, also without or with `base_model_prefix`, or that of a tied parameter.
+        """Parameter name -> key: the same name, also without or with `base_model_prefix`,
+        or that of a tied parameter.
 
-        `ties`: tied parameter -> the parameter whose storage it shares (transformers' `all_tied_weights_keys`).
-        `renamed`: from `renamed_keys`. Raises `NotOneToOne` with all names that have no key.
+        `ties`: tied parameter -> the parameter whose storage it shares (transformers'
+        `all_tied_weights_keys`). `renamed`: from `renamed_keys`. Raises `NotOneToOne` with
+        all names that have no key.
         """
         ties = ties or {}
         keys = {**(renamed or {}), **{key: key for key in self._file_of}}
@@ -226,36 +264,57 @@ class BaseCheckpoint:
         lost = []
         for name in names:
             source = ties.get(name, name)
-            twins = [source, name, *(target for target, twin in ties.items() if twin == source)]
+            twins = [
+                source,
+                name,
+                *(target for target, twin in ties.items() if twin == source),
+            ]
             candidates = [
                 candidate
                 for twin in twins
-                for candidate in (twin, twin.removeprefix(prefix) if twin.startswith(prefix) else prefix + twin)
+                for candidate in (
+                    twin,
+                    twin.removeprefix(prefix) if twin.startswith(prefix) else prefix + twin,
+                )
             ]
-            key = next((keys[candidate] for candidate in candidates if candidate in keys), None)
+            key = next(
+                (keys[candidate] for candidate in candidates if candidate in keys), None
+            )
             if key is None:
                 lost.append(name)
             else:
                 mapping[name] = key
         if lost:
             some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-            raise NotOneToOne(f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}")
+            raise NotOneToOne(
+                f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}"
+            )
         return mapping
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     """Key -> file. Opens every file, so that a missing or truncated one is reported now."""
     if (folder / SINGLE_FILE).is_file():
-        return dict.fromkeys(open_safetensors(folder / SINGLE_FILE).keys(), folder / SINGLE_FILE)
+        return dict.fromkeys(
+            open_safetensors(folder / SINGLE_FILE).keys(), folder / SINGLE_FILE
+        )
     if not (folder / INDEX_FILE).is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        pickled = sorted(
+            path.name
+            for pattern in ("*.bin", "*.pt", "*.pth")
+            for path in folder.glob(pattern)
+        )
         if pickled:
-            raise NotOneToOne(f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})")
+            raise NotOneToOne(
+                f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"
+            )
         raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
-    weight_map = typed(dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map")
+    weight_map = typed(
+        dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map"
+    )
     keys_of: dict[Path, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
@@ -263,7 +322,9 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         keys_of[folder / shard] = set(open_safetensors(folder / shard).keys())
     for key, shard in weight_map.items():
         if key not in keys_of[folder / shard]:
-            raise UserError(f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists")
+            raise UserError(
+                f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists"
+            )
     return {key: folder / shard for key, shard in weight_map.items()}
 
 
@@ -272,7 +333,9 @@ def map_model(
     model: Any,
     names: Iterable[str],
 ) -> dict[str, str]:
-    """`base.map_parameters` for the parameters `names` of a transformers model, with its ties and renamings."""
+    """`base.map_parameters` for the parameters `names` of a transformers model, with its
+    ties and renamings.
+    """
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     renamed = {**stacked_files(model, base.keys()), **renamed_keys(model, base.keys())}
     return base.map_parameters(names, model.base_model_prefix, ties, renamed)
@@ -284,10 +347,11 @@ def write_own_base(
     tokenizer: Any = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> BaseCheckpoint:
-    """Saves a live transformers model (before injection) as a base: safetensors with the live names and dtypes.
+    """Saves a live transformers model (before injection) as a base: safetensors with the
+    live names and dtypes.
 
-    Atomically replaces `folder`. `state_dict` is given where the model itself holds its weights sharded. Raises
-    `RunError` on a full disk.
+    Atomically replaces `folder`. `state_dict` is given where the model itself holds its
+    weights sharded. Raises `RunError` on a full disk.
     """
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
@@ -298,9 +362,11 @@ def write_own_base(
                 save_original_format=False,
                 **weights,
             )
-        except SafetensorError as error:  # the library reports a full disk in the message only
+        # The library reports a full disk in the message only
+        except SafetensorError as error:
             raise RunError(f"cannot write the base to {folder}: {error}") from error
-        for path in partial.glob("*.safetensors"):  # the library makes them private, whatever the umask is
+        # The library makes them private, whatever the umask is
+        for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -313,7 +379,8 @@ def verify_against_model(
     tensors: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> None:
-    """Checks that every named live tensor equals, bit for bit, its base tensor cast to the live dtype.
+    """Checks that every named live tensor equals, bit for bit, its base tensor cast to the
+    live dtype.
 
     Raises `NotOneToOne` naming the first that does not.
     """
@@ -322,30 +389,40 @@ def verify_against_model(
         key = mapping[name]
         if base.shape_dtype(key)[0] != tuple(live.shape):
             stored = base.shape_dtype(key)[0]
-            raise NotOneToOne(f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}")
+            raise NotOneToOne(
+                f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}"
+            )
         original = base.read(key).to(live.device, live.dtype)
         if not _same_bits(live, original):
-            raise NotOneToOne(f"{name} of the model is not the tensor {key!r} of {base.folder}")
+            raise NotOneToOne(
+                f"{name} of the model is not the tensor {key!r} of {base.folder}"
+            )
 
 
 # -- checksum --------------------------------------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
-"""Number of 64-bit words that are hashed at a time: 256 KiB, which fit into a core's cache."""
+"""Number of 64-bit words that are hashed at a time: 256 KiB, which fit into a core's
+cache.
+"""
 
 _CHUNKS_AT_ONCE = 256
 """The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel launches."""
 
 _ODD = -7046029254386353131
-"""2**64 divided by the golden ratio, as a signed odd number: multiplying by it is a bijection of 64-bit words."""
+"""2**64 divided by the golden ratio, as a signed odd number: multiplying by it is a
+bijection of 64-bit words.
+"""
 
 
 def tensor_checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes in order; the same on every device and for every view of the bytes.
+    """A 64-bit checksum of a tensor's bytes in order; the same on every device and for
+    every view of the bytes.
 
-    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and the odd factors are
-    pseudo-random: a change of one word always changes the sum, exchanged words do except with a probability of about
-    2**-32. The sums of the chunks are hashed in order. Not secure against an adversary.
+    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and
+    the odd factors are pseudo-random: a change of one word always changes the sum,
+    exchanged words do except with a probability of about 2**-32. The sums of the chunks are
+    hashed in order. Not secure against an adversary.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     factors = _factors(raw.device)
@@ -354,7 +431,8 @@ def tensor_checksum(tensor: Tensor) -> int:
     for piece in raw.split(chunks * _CHUNK * 8):
         padding = -piece.numel() % (_CHUNK * 8)
         words = F.pad(piece, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _ODD
-        high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)  # the shift copies the sign bit
+        # The shift copies the sign bit
+        high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)
         sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
     if raw.numel():
@@ -363,14 +441,18 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
-    """Compares two tensors of one dtype as whole numbers, so that NaN equals itself, and 0 not -0."""
+    """Compares two tensors of one dtype as whole numbers, so that NaN equals itself, and 0
+    not -0.
+    """
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.view(words), another.view(words))
 
 
 @lru_cache(maxsize=8)
 def _factors(device: torch.device) -> Tensor:
-    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014), independent of library releases."""
+    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014),
+    independent of library releases.
+    """
     z = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

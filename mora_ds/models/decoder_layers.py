@@ -1,4 +1,5 @@
-"""The decoder layers of a model, and the frozen weights that belong to each alone: what can be held layer by layer.
+"""The decoder layers of a model, and the frozen weights that belong to each alone: what can
+be held layer by layer.
 
 find_decoder_layers(model)  name -> layer, in the order in which they run
 weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
@@ -17,13 +18,15 @@ from mora_ds.common.errors import UserError
 
 _ALIGNMENT = 256
 LINE = 64
-"""Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's allocator. On a CPU a tensor keeps
-its place within a cache line, the second: a matrix product may round otherwise at another one."""
+"""Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's
+allocator. On a CPU a tensor keeps its place within a cache line, the second: a matrix
+product may round otherwise at another one."""
 
 
 def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The entries of the model's list of decoder layers: the `nn.ModuleList` with num_hidden_layers entries; of several
-    the one with most frozen elements. Nothing for a model that has none."""
+    """The entries of the model's list of decoder layers: the `nn.ModuleList` with
+    num_hidden_layers entries; of several the one with most frozen elements. Nothing for a
+    model that has none."""
     count = _count(model)
     lists = {
         name: module
@@ -33,10 +36,18 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
     frozen = frozen_buffers(model)
 
     def elements(name: str) -> int:
-        return sum(tensor.numel() for buffer, tensor in frozen.items() if buffer.startswith(f"{name}."))
+        return sum(
+            tensor.numel()
+            for buffer, tensor in frozen.items()
+            if buffer.startswith(f"{name}.")
+        )
 
     chosen = max(lists, key=elements, default=None)
-    return {} if chosen is None else {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
+    return (
+        {}
+        if chosen is None
+        else {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
+    )
 
 
 def _count(model: Any) -> int:
@@ -47,8 +58,8 @@ def _count(model: Any) -> int:
 def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
     """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
 
-    Left out: tensors that something outside of the layer uses, too. Raises `UserError` for a model without decoder
-    layers, or whose layers have no frozen weights of their own.
+    Left out: tensors that something outside of the layer uses, too. Raises `UserError` for
+    a model without decoder layers, or whose layers have no frozen weights of their own.
     """
     layers = find_decoder_layers(model)
     if not layers:
@@ -76,11 +87,17 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
 
 def within_line(tensor: Tensor) -> int:
     """Bytes from the start of a cache line to the tensor, in whole elements."""
-    return 0 if tensor.is_meta else tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
+    return (
+        0
+        if tensor.is_meta
+        else tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
+    )
 
 
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
-    """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the buffer)."""
+    """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the
+    buffer).
+    """
     starts: dict[int, int] = {}
     size = 0
     for tensor in tensors:
@@ -99,4 +116,7 @@ def extent(tensor: Tensor) -> int:
     """Elements of memory from a tensor's first to its last one, in its own strides."""
     if not tensor.numel():
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(
+        (size - 1) * stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

@@ -1,10 +1,12 @@
-"""Bases in FP8 and MXFP4, as they are published: dequantized, tensor by tensor, into a base of the run's own.
+"""Bases in FP8 and MXFP4, as they are published: dequantized, tensor by tensor, into a base
+of the run's own.
 
     FP8      NAME, NAME_scale_inv          rows x columns in e4m3; a scale for each block of weight_block_size
     MXFP4    NAME_blocks, NAME_scales      two numbers a byte, transposed; an exponent for each 32 of them
 
-What is written holds the weights in the run's dtype, each rounded once; merges and exports count from there. The record
-beside it says of which files it is, so that a resumed run makes it again only where they are others.
+What is written holds the weights in the run's dtype, each rounded once; merges and exports
+count from there. The record beside it says of which files it is, so that a resumed run
+makes it again only where they are others.
 """
 
 from pathlib import Path
@@ -28,10 +30,13 @@ _EXPONENTS = "_scales"
 
 
 def is_quantized(config: Any) -> bool:
-    """Whether the weights of a model with this config are to be dequantized. Raises `UserError` naming how they are
-    quantized where that is not known here."""
+    """Whether the weights of a model with this config are to be dequantized. Raises
+    `UserError` naming how they are quantized where that is not known here."""
     settings = getattr(config, "quantization_config", None)
-    if settings is not None and (method := settings.get("quant_method")) not in ("fp8", "mxfp4"):
+    if settings is not None and (method := settings.get("quant_method")) not in (
+        "fp8",
+        "mxfp4",
+    ):
         raise UserError(
             f"{MODEL_FLAG}: the model holds quantized weights ({method}), of which only fp8 and mxfp4 are read: give "
             "the unquantized model"
@@ -45,9 +50,12 @@ def dequantized_base(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Path:
-    """`own_base`, in which rank 0 has written the weights of `folder`, for which `is_quantized` holds, in `dtype`.
-    Collective. Raises `UserError` for scales that are missing or do not fit."""
-    source = ranks.agree("files of the model", lambda: BaseCheckpoint.open(folder, quantized=True))
+    """`own_base`, in which rank 0 has written the weights of `folder`, for which
+    `is_quantized` holds, in `dtype`. Collective. Raises `UserError` for scales that are
+    missing or do not fit."""
+    source = ranks.agree(
+        "files of the model", lambda: BaseCheckpoint.open(folder, quantized=True)
+    )
     record = {"files": source.fingerprint(ranks=ranks), "dtype": dtype_name(dtype)}
 
     def write() -> None:
@@ -65,7 +73,9 @@ def _write(
     target: Path,
     dtype: torch.dtype,
 ) -> None:
-    block = read_json(source.folder / "config.json")["quantization_config"].get("weight_block_size")
+    block = read_json(source.folder / "config.json")["quantization_config"].get(
+        "weight_block_size"
+    )
     layout: Layout = {}
     for key in source.keys():  # noqa: SIM118  (not a mapping)
         shape, stored = source.shape_dtype(key)
@@ -76,14 +86,21 @@ def _write(
                 shape[:-1],
                 is_floating=False,
             )
-            layout[key.removesuffix(_BLOCKS)] = ((shape[0], shape[-2] * shape[-1] * 2, shape[1]), dtype)
+            layout[key.removesuffix(_BLOCKS)] = (
+                (shape[0], shape[-2] * shape[-1] * 2, shape[1]),
+                dtype,
+            )
         elif stored is torch.float8_e4m3fn and block is not None:
-            blocks = tuple(-(-side // size) for side, size in zip(shape, block, strict=False))
+            blocks = tuple(
+                -(-side // size) for side, size in zip(shape, block, strict=False)
+            )
             _require_scales(source, key + _SCALES, blocks, is_floating=True)
             layout[key] = (shape, dtype)
         elif not key.endswith((_SCALES, _EXPONENTS)):
             if stored.itemsize == 1:
-                raise UserError(f"{MODEL_FLAG}: {key} is {stored} without block scales: give the unquantized model")
+                raise UserError(
+                    f"{MODEL_FLAG}: {key} is {stored} without block scales: give the unquantized model"
+                )
             layout[key] = (shape, stored)
 
     def tensor_of(name: str, written: torch.dtype) -> Tensor:
@@ -121,7 +138,9 @@ def _require_scales(
         actual, dtype = source.shape_dtype(key)
         if actual == shape and dtype.is_floating_point is is_floating:
             return
-    raise UserError(f"{MODEL_FLAG}: {source.folder} has no {key} of shape {shape}, the scales of a weight's blocks")
+    raise UserError(
+        f"{MODEL_FLAG}: {source.folder} has no {key} of shape {shape}, the scales of a weight's blocks"
+    )
 
 
 def dequantize_fp8(
@@ -130,8 +149,10 @@ def dequantize_fp8(
     block: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """(rows, columns); `scales`: (row blocks, column blocks). The last blocks may be smaller than `block`, which
-    transformers 5.24 does not allow."""
+    """(rows, columns); `scales`: (row blocks, column blocks). The last blocks may be
+    smaller than `block`, which transformers 5.24 does not allow."""
     rows, columns = weight.shape
     of_rows = scales.float().repeat_interleave(block[0], dim=0)[:rows]
-    return (weight.float() * of_rows.repeat_interleave(block[1], dim=1)[:, :columns]).to(dtype)
+    return (weight.float() * of_rows.repeat_interleave(block[1], dim=1)[:, :columns]).to(
+        dtype
+    )

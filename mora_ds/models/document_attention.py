@@ -1,6 +1,8 @@
-"""Causal attention inside each document of packed rows, registered with transformers: no mask, no (T, T) scores.
+"""Causal attention inside each document of packed rows, registered with transformers: no
+mask, no (T, T) scores.
 
-    rows (B, H, T, D) -> tokens of all rows (N, H, D), N = B T, with the `Documents` in them -> (B, T, H, D)
+    rows (B, H, T, D) -> tokens of all rows (N, H, D), N = B T, with the `Documents` in them
+    -> (B, T, H, D)
 
     CUDA, bf16 or fp16    torch's flash attention: one kernel over all documents
     otherwise             scaled_dot_product_attention; short documents of similar length together, padded at the right,
@@ -10,9 +12,10 @@
 
 Grouped key-value heads are repeated only for scaled_dot_product_attention on CUDA.
 
-The documents come with the batch, as the keyword argument `documents` that models hand down to their attention. Without
-it they are read from the positions, and where a model hands down neither, a row is one document. With a mask of padding
-or a cache, attention is transformers' own.
+The documents come with the batch, as the keyword argument `documents` that models hand down
+to their attention. Without it they are read from the positions, and where a model hands
+down neither, a row is one document. With a mask of padding or a cache, attention is
+transformers' own.
 """
 
 from collections.abc import Callable
@@ -38,18 +41,23 @@ QUERIES = 256
 """Queries in a block whose scores are computed: (n, H, QUERIES, keys) exist at a time."""
 
 _SHORT = 512
-"""Documents of more tokens are not padded to be computed together: there is nothing to save."""
+"""Documents of more tokens are not padded to be computed together: there is nothing to
+save.
+"""
 
 _FLASH_HEAD = 256
 """The largest head size of torch's flash attention on CUDA."""
 
 Seen = Callable[[], Tensor]
-"""Makes (C, K), or (n, 1, C, K), true where a query sees a key: a function, so that backward keeps no mask."""
+"""Makes (C, K), or (n, 1, C, K), true where a query sees a key: a function, so that
+backward keeps no mask.
+"""
 
 
 def register() -> None:
     """Make the attention known to transformers, once."""
-    if NAME not in ALL_ATTENTION_FUNCTIONS:  # else keep what `ulysses` has wrapped around it
+    # Else keep what `ulysses` has wrapped around it
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(NAME, document_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
@@ -69,12 +77,14 @@ def document_attention(
     position_ids: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value (B, H_kv, T, D_v) ->
-    (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for attention that is not causal or has a bias, and
-    for documents of another batch."""
+    """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value (B,
+    H_kv, T, D_v) -> (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for
+    attention that is not causal or has a bias, and for documents of another batch."""
     is_causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     if arguments.get("position_bias") is not None or is_causal is False:
-        raise ValueError("attention by documents is causal and has no position bias: give --attn_implementation sdpa")
+        raise ValueError(
+            "attention by documents is causal and has no position bias: give --attn_implementation sdpa"
+        )
     rows, heads, length, size = query.shape
     scores = Scores(size**-0.5 if scaling is None else scaling, softcap, s_aux, dropout)
     if attention_mask is not None or length != key.shape[2]:
@@ -82,11 +92,19 @@ def document_attention(
     if documents is None:
         documents = _from_positions(position_ids, query)
     if documents.tokens != rows * length:
-        raise ValueError(f"documents of {documents.tokens} tokens came with {rows} rows of {length}")
+        raise ValueError(
+            f"documents of {documents.tokens} tokens came with {rows} rows of {length}"
+        )
     documents.windows.add(sliding_window)
-    window = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
+    window = (
+        None
+        if sliding_window is None or sliding_window >= documents.longest
+        else sliding_window
+    )
     fits = fits_varlen(query, value, scores)
-    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    query, key, value = (
+        tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)
+    )
     if fits:
         out = _varlen(query, key, value, documents, window, scores)
     else:
@@ -100,7 +118,9 @@ def _mask(
     attention_mask: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: none, but for padding, a cache or a model's own rules."""
+    """Transformers' mask interface: none, but for padding, a cache or a model's own
+    rules.
+    """
     if attention_mask is None and q_length == kv_length and not arguments.get("use_vmap"):
         return None
     return sdpa_mask(
@@ -113,7 +133,12 @@ def _mask(
 
 def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
     rows, _, length, _ = query.shape
-    if positions is None or positions.dim() != 2 or positions.shape[1] != length or positions.is_meta:
+    if (
+        positions is None
+        or positions.dim() != 2
+        or positions.shape[1] != length
+        or positions.is_meta
+    ):
         return Documents.whole_rows(rows, length, query.device)
     return Documents.of(positions.expand(rows, -1).cpu()).to(query.device)
 
@@ -137,7 +162,9 @@ class Scores:
 
 
 def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
-    """Whether torch's varlen kernel computes this; the meta device, for plans, is taken for a GPU."""
+    """Whether torch's varlen kernel computes this; the meta device, for plans, is taken for
+    a GPU.
+    """
     return (
         (query.is_meta or (query.is_cuda and _has_flash(query.device)))
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -161,8 +188,8 @@ def _varlen(
     scores: Scores,
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v), by torch's flash attention
-    (aten/src/ATen/native/native_functions.yaml), which `torch.nn.attention.varlen` wraps in another way in every
-    version of torch. It wants one head size, a multiple of 8."""
+    (aten/src/ATen/native/native_functions.yaml), which `torch.nn.attention.varlen` wraps in
+    another way in every version of torch. It wants one head size, a multiple of 8."""
     head = value.shape[2]
     wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(tensor, wanted) for tensor in (query, key, value))
@@ -185,14 +212,18 @@ def _varlen(
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
-    return tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
+    return (
+        tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
+    )
 
 
 # -- document by document ----------------------------------------------------------------------------------------------
 
 
 def _rounded(length: int) -> int:
-    """Documents of the same rounded length are padded to the longest of them: at most a quarter of short ones."""
+    """Documents of the same rounded length are padded to the longest of them: at most a
+    quarter of short ones.
+    """
     if length > _SHORT:
         return length
     step = max(16, 1 << max(0, length.bit_length() - 3))
@@ -210,7 +241,9 @@ def _by_documents(
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
     if len(set(lengths)) == 1:  # nothing to pad, nothing to copy
         shape = (len(lengths), lengths[0])
-        query, key, value = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
+        query, key, value = (
+            tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value)
+        )
         return _rows(query, key, value, window, scores).transpose(1, 2).flatten(0, 1)
     by_size: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
@@ -218,15 +251,26 @@ def _by_documents(
     documents = [tensor.split(lengths) for tensor in (query, key, value)]
     outs: dict[int, Tensor] = {}
     for members in by_size.values():
-        query, key, value = (_stacked([of_tensor[member] for member in members]) for of_tensor in documents)
+        query, key, value = (
+            _stacked([of_tensor[member] for member in members]) for of_tensor in documents
+        )
         out = _rows(query, key, value, window, scores).transpose(1, 2)
-        outs.update({member: row[: lengths[member]] for member, row in zip(members, out, strict=True)})
+        outs.update(
+            {
+                member: row[: lengths[member]]
+                for member, row in zip(members, out, strict=True)
+            }
+        )
     return torch.cat([outs[document] for document in range(len(lengths))])
 
 
 def _stacked(documents: list[Tensor]) -> Tensor:
     """(L, H, D) each -> (n, H, longest L, D), padded at the right."""
-    rows = pad_sequence(documents, batch_first=True) if len(documents) > 1 else documents[0].unsqueeze(0)
+    rows = (
+        pad_sequence(documents, batch_first=True)
+        if len(documents) > 1
+        else documents[0].unsqueeze(0)
+    )
     return rows.transpose(1, 2)
 
 
@@ -237,14 +281,19 @@ def _rows(
     window: int | None,
     scores: Scores,
 ) -> Tensor:
-    """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where scores are computed, or a
-    window is shorter than a document, in blocks of queries with the keys that they see."""
+    """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where
+    scores are computed, or a window is shorter than a document, in blocks of queries with
+    the keys that they see."""
     length = query.shape[2]
     attend = _fused if scores.suit_kernels else _scored
     window = None if window is None or window >= length else window
     if window is None and scores.suit_kernels:
         return _fused(scores, query, key, value, None)
-    step = min(max(window, 128), 512) if window is not None and scores.suit_kernels else QUERIES
+    step = (
+        min(max(window, 128), 512)
+        if window is not None and scores.suit_kernels
+        else QUERIES
+    )
     outs = []
     for begin in range(0, length, step):
         end = min(begin + step, length)
@@ -257,7 +306,15 @@ def _rows(
             window,
             query.device,
         )
-        outs.append(attend(scores, query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))
+        outs.append(
+            attend(
+                scores,
+                query[:, :, begin:end],
+                key[:, :, first:end],
+                value[:, :, first:end],
+                seen,
+            )
+        )
     return torch.cat(outs, dim=2)
 
 
@@ -268,8 +325,12 @@ def _seen(
     window: int | None,
     device: torch.device,
 ) -> Tensor:
-    """(queries, keys): true where a query, the first of which stands at `offset` of the keys, sees a key."""
-    distance = torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    """(queries, keys): true where a query, the first of which stands at `offset` of the
+    keys, sees a key.
+    """
+    distance = torch.arange(offset, offset + queries, device=device)[
+        :, None
+    ] - torch.arange(keys, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -280,14 +341,18 @@ def _fused(
     value: Tensor,
     seen: Seen | None,
 ) -> Tensor:
-    """Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v), by a kernel of torch; without
-    `seen` causal, with C = K."""
+    """Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v),
+    by a kernel of torch; without `seen` causal, with C = K."""
     head = value.shape[3]
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.is_cuda:
-        # What varlen kernels do not compute (fp32, large heads, masks) torch gives to its memory-efficient kernel. That
-        # knows no grouped heads: with these, torch would silently take the kernel that keeps all (T, T) scores.
-        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        # What varlen kernels do not compute (fp32, large heads, masks) torch gives to its
+        # memory-efficient kernel. That knows no grouped heads: with these, torch would
+        # silently take the kernel that keeps all (T, T) scores.
+        key, value = (
+            tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            for tensor in (key, value)
+        )
         is_grouped = False
     out = F.scaled_dot_product_attention(
         query,
@@ -327,7 +392,9 @@ def _weigh(
     value: Tensor,
     seen: Seen,
 ) -> Tensor:
-    """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
+    """The queries of the heads that share a key-value head are laid one after the other, so
+    that no key is repeated.
+    """
     shared = key.shape[1]
     count = query.shape[2]
     groups = query.shape[1] // shared
@@ -335,7 +402,11 @@ def _weigh(
     if how.softcap is None:  # no bound: in bf16 large scores would be off by an eighth
         query = query.to(wide)
         key = key.to(wide)
-    scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * how.scale
+    scores = (
+        query.unflatten(1, (shared, groups)).flatten(2, 3)
+        @ key.transpose(-1, -2)
+        * how.scale
+    )
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
@@ -343,7 +414,11 @@ def _weigh(
     mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if how.sinks is not None:
-        one_more = how.sinks.to(scores.dtype).view(shared, groups, 1, 1).expand(*scores.shape[:4], 1)
+        one_more = (
+            how.sinks.to(scores.dtype)
+            .view(shared, groups, 1, 1)
+            .expand(*scores.shape[:4], 1)
+        )
         scores = torch.cat([scores, one_more], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
     weights = F.dropout(weights if how.sinks is None else weights[..., :-1], how.dropout)

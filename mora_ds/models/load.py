@@ -1,8 +1,10 @@
-"""Loads the base: a Hugging Face folder or Hub name -> live model, original tensors on disk, names of both.
+"""Loads the base: a Hugging Face folder or Hub name -> live model, original tensors on
+disk, names of both.
 
-Every rank reads the same files unsharded. Exact merging reads the original tensors again, so a base whose files do not
-hold the live tensors one to one (pickled weights, tensors fused at load, a model made from a config) is written once,
-with the live names, to a folder of the run.
+Every rank reads the same files unsharded. Exact merging reads the original tensors again,
+so a base whose files do not hold the live tensors one to one (pickled weights, tensors
+fused at load, a model made from a config) is written once, with the live names, to a folder
+of the run.
 """
 
 import copy
@@ -71,11 +73,17 @@ def _local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = expanded(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
-    if not is_model and ((folder.suffix == ".gguf" and folder.exists()) or any(folder.glob("*.gguf"))):
-        raise UserError(f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of")
+    if not is_model and (
+        (folder.suffix == ".gguf" and folder.exists()) or any(folder.glob("*.gguf"))
+    ):
+        raise UserError(
+            f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of"
+        )
     if folder.is_dir():
         if not is_model:
-            raise UserError(f"{MODEL_FLAG} {name}: the folder has no config.json, so it is not a Hugging Face model")
+            raise UserError(
+                f"{MODEL_FLAG} {name}: the folder has no config.json, so it is not a Hugging Face model"
+            )
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{MODEL_FLAG} {name}: no such folder")
@@ -88,11 +96,16 @@ def _download(name: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):  # an older model, such as facebook/opt-125m
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        # An older model, such as facebook/opt-125m
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"])
+            )
         return folder
     except (OSError, HFValidationError, ValueError) as error:
-        raise UserError(f"{MODEL_FLAG} {name}: not a folder, and not available on the Hub: {reason(error)}") from error
+        raise UserError(
+            f"{MODEL_FLAG} {name}: not a folder, and not available on the Hub: {reason(error)}"
+        ) from error
 
 
 def load_base(
@@ -104,11 +117,12 @@ def load_base(
     trust_remote_code: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> LoadedBase:
-    """The live model in `dtype` on the CPU, and the original of each of its parameters. Collective.
+    """The live model in `dtype` on the CPU, and the original of each of its parameters.
+    Collective.
 
-    `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0 writes the base to `own_base`,
-    in the precision of its files, if these are not one to one. Raises `UserError` where weights are missing or do not
-    fit the config.
+    `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0
+    writes the base to `own_base`, in the precision of its files, if these are not one to
+    one. Raises `UserError` where weights are missing or do not fit the config.
     """
 
     def load(stored: torch.dtype) -> Any:
@@ -126,7 +140,9 @@ def load_base(
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
-    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder))
+    base = ranks.agree(
+        "files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder)
+    )
     return LoadedBase(model, base, keys)
 
 
@@ -137,7 +153,9 @@ def create_base(
     tokenizer: Any = None,
     vocab_size: int | None = None,
 ) -> Path:
-    """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One rank calls it."""
+    """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One
+    rank calls it.
+    """
     torch.manual_seed(seed)
     model = make_model(
         read_model_config(config_file, vocab_size),
@@ -153,7 +171,9 @@ def read_model_config(
     vocab_size: int | None = None,
     flag: str = "--model_config",
 ) -> Any:
-    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming `flag`."""
+    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError`
+    naming `flag`.
+    """
     try:
         values = parse_json(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -164,7 +184,8 @@ def read_model_config(
         values["vocab_size"] = vocab_size
     try:
         config = AutoConfig.for_model(**values)
-    except Exception as error:  # each class of config has checks of its own, which raise many kinds
+    # Each class of config has checks of its own, which raise many kinds
+    except Exception as error:
         raise UserError(f"{flag} {config_file}: {reason(error)}") from error
     return _with_sizes(config, f"{flag} {config_file}")
 
@@ -177,26 +198,37 @@ def folder_config(
     """The config of a model folder. Raises `UserError` naming `flag`."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each class of config has checks of its own, which raise many kinds
-        if "trust_remote_code" in str(error):  # words for Python's callers, in a line that `reason` leaves out
+    # Each class of config has checks of its own, which raise many kinds
+    except Exception as error:
+        # Words for Python's callers, in a line that `reason` leaves out
+        if "trust_remote_code" in str(error):
             raise UserError(
                 f"{flag} {folder}: its own code must be run: allow that with --trust_remote_code"
             ) from error
-        if isinstance(error.__cause__, HFValidationError):  # of a path, as which transformers did not find it
-            raise UserError(f"{flag} {folder}: no such folder, and no name that a model of the Hub can have") from error
-        raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error
+        # Of a path, as which transformers did not find it
+        if isinstance(error.__cause__, HFValidationError):
+            raise UserError(
+                f"{flag} {folder}: no such folder, and no name that a model of the Hub can have"
+            ) from error
+        raise UserError(
+            f"{flag} {folder}: its config.json cannot be used: {reason(error)}"
+        ) from error
     return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 
 
 def _with_sizes(config: Any, where: str) -> Any:
-    """`config`. Raises `UserError`, after the words `where`, for a size that no model has."""
+    """`config`. Raises `UserError`, after the words `where`, for a size that no model
+    has.
+    """
     text = config.get_text_config()
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         size = getattr(text, name, 1)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{where}: {name} must be a whole number above 0, got {size!r}")
     if getattr(text, "num_hidden_layers", 1) > MAX_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {text.num_hidden_layers:,}")
+        raise UserError(
+            f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {text.num_hidden_layers:,}"
+        )
     return config
 
 
@@ -209,8 +241,8 @@ def named_config(
     trust_remote_code: bool = False,
     flag: str = MODEL_FLAG,
 ) -> Any:
-    """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError` naming
-    `flag`."""
+    """The config of a model folder, a Hub name or a config JSON, without any weights.
+    Raises `UserError` naming `flag`."""
     path = expanded(name, flag)
     if path.is_file():
         return read_model_config(path, flag=flag)
@@ -225,10 +257,17 @@ _NOT_THE_FUNCTION = {
 
 
 def config_digest(config: Any) -> str:
-    """16 hex digits that identify the model's function as its config describes it, such as rope_theta and the number of
-    heads, which the fingerprint of the weights does not contain."""
-    values = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_FUNCTION}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """16 hex digits that identify the model's function as its config describes it, such as
+    rope_theta and the number of heads, which the fingerprint of the weights does not
+    contain."""
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _NOT_THE_FUNCTION
+    }
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]
 
 
 def _is_of_attention(error: Exception) -> bool:
@@ -237,17 +276,25 @@ def _is_of_attention(error: Exception) -> bool:
 
 
 def make_model(config: Any, where: str, **options: Any) -> Any:
-    """A model with random weights, on the device of the context. Raises `UserError`, after the words `where`."""
+    """A model with random weights, on the device of the context. Raises `UserError`, after
+    the words `where`.
+    """
     try:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it may change
-    except Exception as error:  # as at `folder_config`: each model's class has checks of its own
+        # Which it may change
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    # As at `folder_config`: each model's class has checks of its own
+    except Exception as error:
         attention = options.get("attn_implementation")  # a config may name one, too
         if attention is not None and _is_of_attention(error):
             where = f"--attn_implementation {attention}"
-        raise UserError(f"{where}: no model can be made of this config: {reason(error)}") from error
+        raise UserError(
+            f"{where}: no model can be made of this config: {reason(error)}"
+        ) from error
 
 
-def set_rope(config: Any, settings: Mapping[str, Any] | None, trust_remote_code: bool) -> None:
+def set_rope(
+    config: Any, settings: Mapping[str, Any] | None, trust_remote_code: bool
+) -> None:
     """Change `config` as the `settings` of --rope_scaling say.
 
     Raises `UserError` where a model of it does not compute with them.
@@ -267,8 +314,9 @@ def load_model(
     flag: str = MODEL_FLAG,
     changes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model of a folder on the CPU, with `changes` of its config (`rope_changes`). Raises `UserError` naming `flag`
-    where it cannot be loaded, and where weights are missing or do not fit the config."""
+    """The model of a folder on the CPU, with `changes` of its config (`rope_changes`).
+    Raises `UserError` naming `flag` where it cannot be loaded, and where weights are
+    missing or do not fit the config."""
     config = changed(folder_config(folder, trust_remote_code, flag), changes or {})
     damage = ""
     try:
@@ -278,8 +326,11 @@ def load_model(
     except UserError as error:  # for the message below: transformers may not name the file
         count = MAX_LAYERS
         damage = str(error).removeprefix(f"{MODEL_FLAG}: ")
-    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:  # before they are made
-        raise UserError(f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files")
+    # Before they are made
+    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:
+        raise UserError(
+            f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -290,17 +341,27 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
+    # Transformers and safetensors raise many kinds, all for an unusable folder
+    except Exception as error:
         why = reason(error)
         if _is_of_attention(error):
-            raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
-        raise UserError(f"{flag} {folder}: cannot be loaded as a causal language model: {damage or why}") from error
+            raise UserError(
+                f"--attn_implementation {attn_implementation}: {why}"
+            ) from error
+        raise UserError(
+            f"{flag} {folder}: cannot be loaded as a causal language model: {damage or why}"
+        ) from error
     model, info = loaded
-    problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
+    problems = {
+        "missing_keys": "weights are missing",
+        "mismatched_keys": "weights do not fit the config",
+    }
     for what, problem in problems.items():
         if info.get(what):
             some = ", ".join(str(key) for key in list(info[what])[:3])
-            raise UserError(f"{flag} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
+            raise UserError(
+                f"{flag} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}"
+            )
     return model
 
 
@@ -309,12 +370,14 @@ def _one_to_one(
     folder: Path,
     ranks: Ranks,
 ) -> dict[str, str] | None:
-    """Parameter name -> key in the folder's files, if these are the live tensors one to one; else None. Collective:
-    each rank compares a slice of them."""
+    """Parameter name -> key in the folder's files, if these are the live tensors one to
+    one; else None. Collective: each rank compares a slice of them."""
 
     def compare() -> tuple[dict[str, str] | None, bool]:
         try:
-            return _map_and_verify(model, BaseCheckpoint.open(folder), ranks.rank, ranks.world), True
+            return _map_and_verify(
+                model, BaseCheckpoint.open(folder), ranks.rank, ranks.world
+            ), True
         except NotOneToOne:
             return None, False
 
@@ -329,9 +392,11 @@ def _originals(
     dtype: torch.dtype,
     load: Callable[[torch.dtype], Any],
 ) -> tuple[bool, dict[str, str]]:
-    """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one.
+    """(whether the originals are in `own_base`, their keys); writes that folder where the
+    files are not one to one.
 
-    `load` loads the model again in another dtype: `own_base` keeps the precision of the files, not that of the run.
+    `load` loads the model again in another dtype: `own_base` keeps the precision of the
+    files, not that of the run.
     """
     with suppress(UserError):  # a resumed run has written it
         if own_base.is_dir() and not own_base.samefile(folder):
@@ -340,7 +405,9 @@ def _originals(
         return False, _map_and_verify(model, BaseCheckpoint.open(folder))
     except NotOneToOne as error:
         if own_base.exists() and own_base.samefile(folder):
-            raise UserError(f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it") from error
+            raise UserError(
+                f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it"
+            ) from error
     stored = _stored_dtype(folder)
     if torch.promote_types(stored, dtype) != dtype:
         try:
@@ -354,19 +421,22 @@ def _originals(
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The smallest dtype that holds every floating-point weight of the folder's files without rounding."""
+    """The smallest dtype that holds every floating-point weight of the folder's files
+    without rounding.
+    """
     try:
         dtypes = BaseCheckpoint.open(folder).dtypes()
     except NotOneToOne:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
-            content = torch.load(
-                path,
-                map_location="meta",
-                weights_only=True,
-            )  # dtypes and shapes, without the numbers
-            dtypes |= {value.dtype for value in content.values() if isinstance(value, Tensor)}
-    return reduce(torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32})
+            # Dtypes and shapes, without the numbers
+            content = torch.load(path, map_location="meta", weights_only=True)
+            dtypes |= {
+                value.dtype for value in content.values() if isinstance(value, Tensor)
+            }
+    return reduce(
+        torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32}
+    )
 
 
 def _map_and_verify(
@@ -375,7 +445,9 @@ def _map_and_verify(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, str]:
-    """Parameter name -> key of all tensors; every `world`-th of them, from number `rank` on, is compared."""
+    """Parameter name -> key of all tensors; every `world`-th of them, from number `rank`
+    on, is compared.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)
     verify_against_model(base, keys, tensors, list(tensors)[rank::world])

@@ -1,4 +1,5 @@
-"""The loss of a batch, optionally a few tokens at a time, so that the logits of a complete batch are never in memory.
+"""The loss of a batch, optionally a few tokens at a time, so that the logits of a complete
+batch are never in memory.
 
     chunk_loss(model)      after the adapters are in: `token_nll` then computes the loss inside the model's head
 
@@ -9,12 +10,13 @@ large. With `chunk_loss` the head itself, where the model calls it, computes the
                      no more arithmetic than with whole logits, and the head's weight is not read again
     trained head     to losses; backward computes the logits again (torch.utils.checkpoint): a third more arithmetic
 
-As the head remains a module that is called once, ZeRO-3 all-gathers a trained one in forward and backward as usual,
-tied or not.
+As the head remains a module that is called once, ZeRO-3 all-gathers a trained one in
+forward and backward as usual, tied or not.
 
-Not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs the head's backward in forward, before the loss is
-scaled, so that a trained head gets another gradient than the rest; torch's `linear_cross_entropy` (2.13) takes a bare
-weight, which ZeRO-3 has not gathered, and does not support capped or scaled logits.
+Not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs the head's backward in
+forward, before the loss is scaled, so that a trained head gets another gradient than the
+rest; torch's `linear_cross_entropy` (2.13) takes a bare weight, which ZeRO-3 has not
+gathered, and does not support capped or scaled logits.
 """
 
 import math
@@ -40,8 +42,8 @@ GPU_CHUNK_NUMBERS = 2**27
 """The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
 
 _CPU_TOKENS = 256
-"""Tokens that a frozen head on a CPU computes at once, at most: enough for its products, and the logits stay in its
-cache."""
+"""Tokens that a frozen head on a CPU computes at once, at most: enough for its products,
+and the logits stay in its cache."""
 
 _ATTRIBUTE = "_mora_chunked_head"
 
@@ -54,9 +56,9 @@ def perplexity(loss: float) -> float:
 def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     """(): summed negative log-likelihood (nats, fp32) of a batch's labels.
 
-    Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED. Restarting `position_ids`, and
-    the `documents` that follow from them, keep attention inside each document. Computed in chunks where the model was
-    given to `chunk_loss`.
+    Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED.
+    Restarting `position_ids`, and the `documents` that follow from them, keep attention
+    inside each document. Computed in chunks where the model was given to `chunk_loss`.
     """
     if (chunked := bound(model)) is not None:
         return chunked.token_losses(model, batch).sum()
@@ -86,7 +88,9 @@ def _cross_entropy(
 
 
 class ChunkedHead:
-    """A model's output head that computes losses inside `token_losses`, and logits otherwise."""
+    """A model's output head that computes losses inside `token_losses`, and logits
+    otherwise.
+    """
 
     def __init__(
         self,
@@ -94,7 +98,9 @@ class ChunkedHead:
         finish: Callable[[Tensor], Tensor],
         chunk_tokens: int,
     ) -> None:
-        """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens of a chunk."""
+        """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens
+        of a chunk.
+        """
         self.chunk_tokens = chunk_tokens
         self.finish = finish
         self._head = head
@@ -110,7 +116,9 @@ class ChunkedHead:
         self._head.forward = self._project
         self._hook.remove()
 
-    def token_losses(self, model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
+    def token_losses(
+        self, model: Callable[..., object], batch: Mapping[str, Any]
+    ) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
         with self.recording() as outputs:
             self._labels = batch["labels"]
@@ -130,7 +138,9 @@ class ChunkedHead:
             self._outputs = None
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) inside `token_losses`."""
+        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) inside
+        `token_losses`.
+        """
         if self._labels is None:
             return self._project(hidden)
         flat = hidden.flatten(0, -2)
@@ -140,11 +150,14 @@ class ChunkedHead:
             losses = _FrozenHeadLosses.apply(flat, labels, self)
         elif torch.is_grad_enabled() and is_trained:
             by_chunk = (
-                checkpoint(self._losses_of, *chunk, use_reentrant=False) for chunk in self._chunks(flat, labels)
+                checkpoint(self._losses_of, *chunk, use_reentrant=False)
+                for chunk in self._chunks(flat, labels)
             )
             losses = torch.cat(list(by_chunk))
         else:
-            losses = torch.cat([self._losses_of(*chunk) for chunk in self._chunks(flat, labels)])
+            losses = torch.cat(
+                [self._losses_of(*chunk) for chunk in self._chunks(flat, labels)]
+            )
         return losses.view(*hidden.shape[:-1], 1)
 
     def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,7 +184,9 @@ class ChunkedHead:
         label = labels.clamp(min=0).unsqueeze(-1)
         losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
         # of a loss by its logits: the probabilities, less 1 at the label
-        values.exp_().scatter_add_(-1, label, values.new_full(label.shape, -1.0)).mul_(counts)
+        values.exp_().scatter_add_(-1, label, values.new_full(label.shape, -1.0)).mul_(
+            counts
+        )
         (gradient,) = torch.autograd.grad(logits, hidden, values.to(logits.dtype))
         return losses, gradient
 
@@ -191,10 +206,11 @@ class ChunkedHead:
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
-    """Losses of tokens through a head that trains nothing, their gradients computed in forward.
+    """Losses of tokens through a head that trains nothing, their gradients computed in
+    forward.
 
-    A token's loss depends on its own row of the head's input alone, so that backward multiplies rows with numbers,
-    whatever the loss is scaled with.
+    A token's loss depends on its own row of the head's input alone, so that backward
+    multiplies rows with numbers, whatever the loss is scaled with.
     """
 
     @staticmethod
@@ -206,10 +222,13 @@ class _FrozenHeadLosses(torch.autograd.Function):
     ) -> Tensor:
         results = []
         for inputs, targets in head._chunks(hidden, labels):
-            # in parts of one size: products with a few tokens round otherwise than those with many
+            # in parts of one size: products with a few tokens round otherwise than those
+            # with many
             on_cpu = inputs.device.type == "cpu"
             count = max(1, math.ceil(len(inputs) / _CPU_TOKENS)) if on_cpu else 1
-            parts = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
+            parts = zip(
+                inputs.tensor_split(count), targets.tensor_split(count), strict=True
+            )
             results += [head._loss_and_gradient(*part) for part in parts]
         losses, gradients = zip(*results, strict=True)
         ctx.save_for_backward(torch.cat(gradients))
@@ -223,26 +242,34 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 def is_frozen(head: Any) -> bool:
     """Whether this is a module that trains nothing."""
-    return isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+    return isinstance(head, nn.Module) and not any(
+        parameter.requires_grad for parameter in head.parameters()
+    )
 
 
 def bound(model: Any) -> ChunkedHead | None:
-    """The `ChunkedHead` of a model, or of the model in an engine; None without `chunk_loss`."""
+    """The `ChunkedHead` of a model, or of the model in an engine; None without
+    `chunk_loss`.
+    """
     return vars(getattr(model, "module", model)).get(_ATTRIBUTE)
 
 
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
-    """Makes `token_nll` and `row_nll` of this transformers model, also through its engine, compute in chunks: always
-    better where the head is frozen (`is_frozen`), less memory for more arithmetic where it is trained.
+    """Makes `token_nll` and `row_nll` of this transformers model, also through its engine,
+    compute in chunks: always better where the head is frozen (`is_frozen`), less memory for
+    more arithmetic where it is trained.
 
-    `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU `GPU_CHUNK_NUMBERS`. Raises `UserError`
-    for a model without a head.
+    `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU
+    `GPU_CHUNK_NUMBERS`. Raises `UserError` for a model without a head.
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
-    device = next((tensor.device for tensor in (*head.parameters(), *head.buffers())), torch.device("cpu"))
+    device = next(
+        (tensor.device for tensor in (*head.parameters(), *head.buffers())),
+        torch.device("cpu"),
+    )
     numbers = CHUNK_NUMBERS if device.type == "cpu" else GPU_CHUNK_NUMBERS
     chunked = ChunkedHead(
         head,
@@ -259,8 +286,8 @@ def whole_loss(model: Any) -> None:
 
 
 def finish_of(config: Any) -> Callable[[Tensor], Tensor]:
-    """The function that a model of this config applies to its head's output: scaling (Cohere, Granite), capping
-    (Gemma 2), or none."""
+    """The function that a model of this config applies to its head's output: scaling
+    (Cohere, Granite), capping (Gemma 2), or none."""
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     cap = getattr(config, "final_logit_softcapping", None)

@@ -1,11 +1,12 @@
-"""The frozen base of a node, which its processes share where it is in host memory (`runtime/node_memory.py`).
+"""The frozen base of a node, which its processes share where it is in host memory
+(`runtime/node_memory.py`).
 
     share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
     node_base_of(model).form(...)     a merge, a replay: each layer is written by one process of the node
 
-No other run ever trusts this memory: a resumed run forms its weights from the original ones and the merge ledger, as
-one that shares nothing. All processes wait for each other before the first weight is written, when none reads them any
-more, and after the last one.
+No other run ever trusts this memory: a resumed run forms its weights from the original ones
+and the merge ledger, as one that shares nothing. All processes wait for each other before
+the first weight is written, when none reads them any more, and after the last one.
 """
 
 from __future__ import annotations
@@ -35,21 +36,35 @@ Result = TypeVar("Result")
 
 @dataclass
 class NodeBase:
-    """What the processes of this node share of a model's frozen base, and which part of it this process writes."""
+    """What the processes of this node share of a model's frozen base, and which part of it
+    this process writes.
+    """
 
     ranks: Ranks | None = None
     """None where no process of the run shares anything."""
     members: tuple[int, ...] = (0,)
-    """Ranks of the processes that share it: this one alone, where it has a base of its own."""
+    """Ranks of the processes that share it: this one alone, where it has a base of its
+    own.
+    """
     slots: dict[str, Tensor] = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
 
     def layers(self, model: nn.Module) -> list[str]:
-        """Names of the adapted layers whose frozen weights this process writes: its part of those that are shared, and
-        all others, which lie on its device."""
+        """Names of the adapted layers whose frozen weights this process writes: its part of
+        those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
-        written_here = set(self._owned({name: layers[name].weight.numel() for name in layers if self._is_shared(name)}))
-        return [name for name in layers if name in written_here or not self._is_shared(name)]
+        written_here = set(
+            self._owned(
+                {
+                    name: layers[name].weight.numel()
+                    for name in layers
+                    if self._is_shared(name)
+                }
+            )
+        )
+        return [
+            name for name in layers if name in written_here or not self._is_shared(name)
+        ]
 
     def _is_shared(self, layer: str) -> bool:
         return f"{layer}.weight" in self.slots
@@ -60,10 +75,11 @@ class NodeBase:
         items: Iterable[tuple[str, Item]],
         work: Callable[[str, Item], Result],
     ) -> dict[str, Result]:
-        """{name: work(name, item)} for an item of each of this process's `layers`, whose frozen weight `work` writes.
+        """{name: work(name, item)} for an item of each of this process's `layers`, whose
+        frozen weight `work` writes.
 
-        Collective, if `items` are, or if any processes share a base: all then have their items before the first weight
-        is written, and an error of one process is one of all.
+        Collective, if `items` are, or if any processes share a base: all then have their
+        items before the first weight is written, and an error of one process is one of all.
         """
         if self.ranks is None:
             return {name: work(name, item) for name, item in items}
@@ -72,11 +88,15 @@ class NodeBase:
         def check() -> None:
             frozen = frozen_buffers(model)
             if any(frozen.get(name) is not slot for name, slot in self.slots.items()):
-                raise RunError("frozen weights were replaced after the start: they are not those that processes share")
+                raise RunError(
+                    "frozen weights were replaced after the start: they are not those that processes share"
+                )
 
         self.ranks.agree("begin of the forming of the base", check, long=True)
         return self.ranks.agree(
-            "forming of the base", lambda: {name: work(name, item) for name, item in ready}, long=True
+            "forming of the base",
+            lambda: {name: work(name, item) for name, item in ready},
+            long=True,
         )
 
     def of_all(
@@ -85,12 +105,15 @@ class NodeBase:
         names: Sequence[str],
         width: int,
     ) -> Tensor:
-        """(names, width) fp32 on the CPU: a row of scalars for each name, of which `rows` has those of this process's
-        `layers`. Collective as `form` is."""
+        """(names, width) fp32 on the CPU: a row of scalars for each name, of which `rows`
+        has those of this process's `layers`. Collective as `form` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
-            # Other nodes have the same rows, and so have the other processes of this one where nothing is shared.
-            counts = self.ranks is None or (0 in self.members if self._is_shared(name) else self.ranks.is_first)
+            # Other nodes have the same rows, and so have the other processes of this one
+            # where nothing is shared.
+            counts = self.ranks is None or (
+                0 in self.members if self._is_shared(name) else self.ranks.is_first
+            )
             if name in rows and counts:
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
@@ -101,7 +124,9 @@ class NodeBase:
             self.slots[name].copy_(frozen[name])
 
     def _owned(self, sizes: Mapping[str, int]) -> list[str]:
-        """Those of the names that this process writes, in their order: about an equal part of the sizes' sum."""
+        """Those of the names that this process writes, in their order: about an equal part
+        of the sizes' sum.
+        """
         if self.ranks is None:
             return list(sizes)
         mine = set(balanced(sizes, len(self.members))[self.members.index(self.ranks.rank)])
@@ -112,7 +137,9 @@ _NODE_BASES: WeakKeyDictionary[nn.Module, NodeBase] = WeakKeyDictionary()
 
 
 def node_base_of(model: nn.Module) -> NodeBase:
-    """What `share_base` made of the model's base; for another model, a base of this process alone."""
+    """What `share_base` made of the model's base; for another model, a base of this process
+    alone.
+    """
     return _NODE_BASES.get(model) or NodeBase()
 
 
@@ -120,16 +147,24 @@ def node_base_of(model: nn.Module) -> NodeBase:
 
 
 def share_base(model: nn.Module, ranks: Ranks) -> None:
-    """Let the processes of each node share what lies in host memory of an injected model's frozen base.
+    """Let the processes of each node share what lies in host memory of an injected model's
+    frozen base.
 
-    Collective; the base must be the same on all processes. Raises `UserError` where memory does not suffice.
+    Collective; the base must be the same on all processes. Raises `UserError` where memory
+    does not suffice.
     """
-    frozen = {name: tensor for name, tensor in _distinct(frozen_buffers(model)).items() if tensor.device.type == "cpu"}
+    frozen = {
+        name: tensor
+        for name, tensor in _distinct(frozen_buffers(model)).items()
+        if tensor.device.type == "cpu"
+    }
     before = node_base_of(model).slots
     if before and all(frozen.get(name) is slot for name, slot in before.items()):
         return  # another engine for the same model
     base = _NODE_BASES[model] = _shared(frozen, ranks)
-    ranks.agree("copy of the base to the memory of the node", partial(base.copy, frozen), long=True)
+    ranks.agree(
+        "copy of the base to the memory of the node", partial(base.copy, frozen), long=True
+    )
     put_frozen(model, base.slots)
     del frozen
     trim()
@@ -140,14 +175,19 @@ def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     is_shared = len(members) > 1
     layout = _Layout.of(frozen)
     is_first = is_shared and ranks.rank == members[0]
-    ranks.agree("room for the base of the node", lambda: check_room(layout.size) if is_first else None)
+    ranks.agree(
+        "room for the base of the node",
+        lambda: check_room(layout.size) if is_first else None,
+    )
     storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
         logger.warning("warning: each process has a frozen base of its own: %s", problem)
     meets = any(ranks.gather("processes that share a base", storage is not None))
     if storage is None:
         return NodeBase(ranks if meets else None, (ranks.rank,))
-    return NodeBase(ranks, members, {name: layout.view(storage, name, frozen[name]) for name in frozen})
+    return NodeBase(
+        ranks, members, {name: layout.view(storage, name, frozen[name]) for name in frozen}
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +205,10 @@ class _Layout:
         for name, tensor in frozen.items():
             offsets[name] = -(-end // LINE) * LINE + within_line(tensor)
             end = offsets[name] + tensor.nbytes
-        facts = [(offsets[name], tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in frozen.items()]
+        facts = [
+            (offsets[name], tensor.shape, tensor.stride(), tensor.dtype)
+            for name, tensor in frozen.items()
+        ]
         return cls(offsets, end, hashlib.sha256(repr(facts).encode()).hexdigest())
 
     def view(
@@ -174,8 +217,11 @@ class _Layout:
         name: str,
         like: Tensor,
     ) -> Tensor:
-        """The buffer's place in the memory of the node, with the shape, strides and attributes of `like`."""
-        strides = torch.empty_like(like, device="meta").stride()  # those of `like`, unless its elements overlap
+        """The buffer's place in the memory of the node, with the shape, strides and
+        attributes of `like`.
+        """
+        # Those of `like`, unless its elements overlap
+        strides = torch.empty_like(like, device="meta").stride()
         slot = torch.empty(0, dtype=like.dtype).set_(
             storage,
             self.offsets[name] // like.itemsize,
@@ -199,14 +245,15 @@ def _map(
     members: tuple[int, ...],
     layout: _Layout | None,
 ) -> tuple[torch.UntypedStorage | None, str]:
-    """(memory of the node, mapped into this process; what kept one of its processes from it). Collective; `layout` None
-    on a node that shares nothing."""
+    """(memory of the node, mapped into this process; what kept one of its processes from
+    it). Collective; `layout` None on a node that shares nothing."""
     mine = None
     problem = ""
     if layout is not None and ranks.rank == members[0]:
         try:
             mine = Offer.make(layout.size, layout.digest)
-        except (OSError, AttributeError) as error:  # AttributeError: no memfd_create, which is Linux's
+        # AttributeError: no memfd_create, which is Linux's
+        except (OSError, AttributeError) as error:
             problem = f"no memory can be shared: {error}"
     offer, problem = ranks.gather("memory of the node", (mine, problem))[members[0]]
     storage = None

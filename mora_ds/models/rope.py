@@ -1,9 +1,11 @@
 """Rotary position embeddings other than those of a base's config.json: --rope_scaling.
 
-    settings -> rope_changes -> the settings of the text config that become others -> changed, before the model is made
+    settings -> rope_changes -> the settings of the text config that become others ->
+    changed, before the model is made
 
-From transformers 5 on a model computes its frequencies when it is made, and never looks at its config again. The
-changes go into base.json, since the base's own config.json stays as it is: exports and `load_adapter` make them again.
+From transformers 5 on a model computes its frequencies when it is made, and never looks at
+its config again. The changes go into base.json, since the base's own config.json stays as
+it is: exports and `load_adapter` make them again.
 """
 
 import copy
@@ -21,19 +23,26 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """{name: value} of the text config of a model that is to compute with `settings` (`common.rope.rope_settings`).
+    """{name: value} of the text config of a model that is to compute with `settings`
+    (`common.rope.rope_settings`).
 
-    Raises `UserError` for a model without rotary embeddings, and for one whose kinds of layers have their own.
+    Raises `UserError` for a model without rotary embeddings, and for one whose kinds of
+    layers have their own.
     """
     if settings is None:
         return {}
     text = config.get_text_config()
     own = getattr(text, _PARAMETERS, None) or {}
     if "rope_theta" not in own:
-        raise UserError(f"{FLAG}: a {config.model_type} model has no rotary embeddings that are one for all layers")
-    scaled = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own} | dict(settings)
+        raise UserError(
+            f"{FLAG}: a {config.model_type} model has no rotary embeddings that are one for all layers"
+        )
+    scaled = {
+        key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own
+    } | dict(settings)
     if settings["rope_type"] not in ("yarn", "llama3"):
-        return {_PARAMETERS: scaled}  # in which transformers reads max_position_embeddings as the original number
+        # In which transformers reads max_position_embeddings as the original number
+        return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}
 
@@ -45,13 +54,16 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def check_used(model: Any, rope_type: str) -> None:
-    """Raise `UserError` where the model does not compute such rotary embeddings, or its config would be refused in a
-    config.json. Its tensors may be on the meta device."""
+    """Raise `UserError` where the model does not compute such rotary embeddings, or its
+    config would be refused in a config.json. Its tensors may be on the meta device."""
     text = model.config.get_text_config()
     try:
         text.validate_rope()
-    except Exception as error:  # each class of config has checks of its own, which raise many kinds
-        raise UserError(f"{FLAG}: a {text.model_type} model cannot have these: {reason(error)}") from error
+    # Each class of config has checks of its own, which raise many kinds
+    except Exception as error:
+        raise UserError(
+            f"{FLAG}: a {text.model_type} model cannot have these: {reason(error)}"
+        ) from error
     if rope_type not in [getattr(module, "rope_type", None) for module in model.modules()]:
         raise UserError(f"{FLAG}: a {text.model_type} model ignores rope_type {rope_type}")
 
@@ -59,26 +71,36 @@ def check_used(model: Any, rope_type: str) -> None:
 def longest_row(config: Any) -> int | None:
     """How many positions a model has been made for; None where its config does not say.
 
-    max_position_embeddings counts them without the factor where the scaling is linear or dynamic: transformers' and
-    vLLM's reading.
+    max_position_embeddings counts them without the factor where the scaling is linear or
+    dynamic: transformers' and vLLM's reading.
     """
     text = config.get_text_config()
     longest: int | None = getattr(text, _LONGEST, None)
     parameters = getattr(text, _PARAMETERS, None) or {}
-    is_without = longest is not None and parameters.get("rope_type") in ("linear", "dynamic")
+    is_without = longest is not None and parameters.get("rope_type") in (
+        "linear",
+        "dynamic",
+    )
     return int(longest * parameters["factor"]) if is_without else longest
 
 
 def changes_of(config: Any, folder: Path) -> dict[str, Any]:
-    """In what a live model's config differs from the one in its base's folder, of what `rope_changes` changes."""
+    """In what a live model's config differs from the one in its base's folder, of what
+    `rope_changes` changes.
+    """
     live = config.get_text_config().to_dict()
     stored = type(config).from_pretrained(folder).get_text_config().to_dict()
-    return {name: live[name] for name in (_PARAMETERS, _LONGEST) if live.get(name) != stored.get(name)}
+    return {
+        name: live[name]
+        for name in (_PARAMETERS, _LONGEST)
+        if live.get(name) != stored.get(name)
+    }
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Raise `UserError` for anything that `rope_changes` cannot have returned: a base.json may come from anybody, and
-    must not set other attributes of a config, such as auto_map, which names code."""
+    """Raise `UserError` for anything that `rope_changes` cannot have returned: a base.json
+    may come from anybody, and must not set other attributes of a config, such as auto_map,
+    which names code."""
     for name, value in changes.items():
         where = f"config_changes: {name}"
         if name == _PARAMETERS:
@@ -93,6 +115,7 @@ def change_file(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Make the `changes` in the `content` of a base's config.json."""
     text = content.get("text_config", content)
     text.update(changes)
-    if parameters := changes.get(_PARAMETERS):  # under the names of transformers 4 too, which servers read
+    # Under the names of transformers 4 too, which servers read
+    if parameters := changes.get(_PARAMETERS):
         text["rope_scaling"] = parameters
         text["rope_theta"] = parameters["rope_theta"]

@@ -1,6 +1,8 @@
-"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor, config.json, tokenizer and other files.
+"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor, config.json,
+tokenizer and other files.
 
-keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) -> write_companions
+keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) ->
+write_companions
 """
 
 import json
@@ -22,7 +24,12 @@ from mora_ds.models.rope import change_file
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Key -> shape and dtype."""
 
-COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*", "vocabulary_extension.json")
+COPIED_FROM_BASE = (
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+    "vocabulary_extension.json",
+)
 """Settings for sampling, code of a custom model, licence, record of the new rows."""
 
 TOKENIZER_FILES = (
@@ -43,11 +50,16 @@ def layout_of(
     keys: Iterable[str],
     dtype: torch.dtype | None,
 ) -> Layout:
-    """The tensors `keys` of a base: floating-point ones in `dtype`, others as they are; None: all as they are."""
+    """The tensors `keys` of a base: floating-point ones in `dtype`, others as they are;
+    None: all as they are.
+    """
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
-        layout[key] = (shape, dtype if dtype is not None and stored.is_floating_point else stored)
+        layout[key] = (
+            shape,
+            dtype if dtype is not None and stored.is_floating_point else stored,
+        )
     return layout
 
 
@@ -61,10 +73,11 @@ def write_shards(
     limit: int,
     tensor_of: Callable[[str, torch.dtype], Tensor],
 ) -> tuple[str, ...]:
-    """Writes the safetensors files, of at most `limit` bytes where a tensor is not larger itself, and their index where
-    there are several. Returns the names of the files.
+    """Writes the safetensors files, of at most `limit` bytes where a tensor is not larger
+    itself, and their index where there are several. Returns the names of the files.
 
-    `tensor_of(key, dtype)` returns each tensor in the dtype of the layout; it is called just before that is written.
+    `tensor_of(key, dtype)` returns each tensor in the dtype of the layout; it is called
+    just before that is written.
     """
     split = split_state_dict_into_shards_factory(
         layout,
@@ -73,12 +86,16 @@ def write_shards(
         max_shard_size=limit,
     )
     for name, keys in split.filename_to_tensors.items():
-        with SafetensorsWriter(folder / name, {key: layout[key] for key in keys}, {}) as writer:
+        with SafetensorsWriter(
+            folder / name, {key: layout[key] for key in keys}, {}
+        ) as writer:
             for key in keys:
                 writer.write(key, tensor_of(key, layout[key][1]))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
-        write_json_atomic(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": weight_map})
+        write_json_atomic(
+            folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": weight_map}
+        )
     return tuple(split.filename_to_tensors)
 
 
@@ -89,20 +106,24 @@ def write_companions(
     tokenizer: Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json with the new dtype (None: its own) and the `changes` of `models.rope`, the base's other files,
-    and a tokenizer (by default the base's)."""
+    """Writes config.json with the new dtype (None: its own) and the `changes` of
+    `models.rope`, the base's other files, and a tokenizer (by default the base's)."""
     config = read_json(base.folder / "config.json")
     if dtype is not None:
         config = _with_dtype(config, dtype_name(dtype))
         config.setdefault("dtype", dtype_name(dtype))
     change_file(config, changes or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _copy(base.folder, folder, COPIED_FROM_BASE)
     _copy(tokenizer or base.folder, folder, ("*",) if tokenizer else TOKENIZER_FILES)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Sets the dtype wherever the config, or a config inside it, has one (`torch_dtype`: transformers 4)."""
+    """Sets the dtype wherever the config, or a config inside it, has one (`torch_dtype`:
+    transformers 4).
+    """
     changed: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):
@@ -123,10 +144,16 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _require_own(path: Path, folder: Path) -> None:
-    """Raises `UserError` for a link out of `folder`, which would copy a stranger's choice of file into the model. The
-    hub's cache keeps the files of snapshots/REVISION in blobs/ beside it."""
+    """Raises `UserError` for a link out of `folder`, which would copy a stranger's choice
+    of file into the model. The hub's cache keeps the files of snapshots/REVISION in blobs/
+    beside it."""
     if path.is_symlink():
         resolved = path.resolve()
         home = folder.resolve()
-        if not any(resolved.is_relative_to(allowed) for allowed in (home, home.parent.parent / "blobs")):
-            raise UserError(f"{path} is a link to {resolved}, which is not copied: put the file itself in its place")
+        if not any(
+            resolved.is_relative_to(allowed)
+            for allowed in (home, home.parent.parent / "blobs")
+        ):
+            raise UserError(
+                f"{path} is a link to {resolved}, which is not copied: put the file itself in its place"
+            )

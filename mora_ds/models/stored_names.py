@@ -1,10 +1,11 @@
-"""What tensors are called in a model's files and in the live model, where transformers changes that as it loads them.
+"""What tensors are called in a model's files and in the live model, where transformers
+changes that as it loads them.
 
     renamed_keys      it only renames a tensor
     stacked_files     it puts the experts of a mixture, a tensor each, into one: the key of a stack names them all
 
-A key of a stack has * for the number of the expert, and several patterns joined by + where their rows follow each
-other: "layers.0.experts.*.w1.weight + layers.0.experts.*.w3.weight".
+A key of a stack has * for the number of the expert, and several patterns joined by + where
+their rows follow each other: "layers.0.experts.*.w1.weight + layers.0.experts.*.w3.weight".
 """
 
 import re
@@ -21,8 +22,8 @@ def is_stack(key: str) -> bool:
 
 
 def members_of(key: str, known: Container[str]) -> list[list[str]]:
-    """The keys of a stack's tensors among the `known` ones: for each expert from 0 on, those whose rows follow each
-    other. Empty where there are none."""
+    """The keys of a stack's tensors among the `known` ones: for each expert from 0 on,
+    those whose rows follow each other. Empty where there are none."""
     sides = [pattern.partition("*") for pattern in key.split(_JOIN)]
     members: list[list[str]] = []
     while True:
@@ -33,18 +34,26 @@ def members_of(key: str, known: Container[str]) -> list[list[str]]:
 
 
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key, for tensors that transformers only renames when it loads `model`.
+    """Name in the live model -> key, for tensors that transformers only renames when it
+    loads `model`.
 
-    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused or split at load.
+    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused
+    or split at load.
     """
-    return {name: key for key, name, converter, _ in _as_loaded(model, keys) if converter is None and name != key}
+    return {
+        name: key
+        for key, name, converter, _ in _as_loaded(model, keys)
+        if converter is None and name != key
+    }
 
 
 def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key of the stack, for experts that transformers puts into one tensor when it loads
-    `model`: one after the other, and the rows of gate and up of each below each other.
+    """Name in the live model -> key of the stack, for experts that transformers puts into
+    one tensor when it loads `model`: one after the other, and the rows of gate and up of
+    each below each other.
 
-    Not what it transposes or interleaves. That it did no more is for `verify_against_model` to say.
+    Not what it transposes or interleaves. That it did no more is for `verify_against_model`
+    to say.
     """
     by_pattern: dict[str, dict[str, str]] = {}
     orders: dict[str, list[str]] = {}
@@ -61,23 +70,42 @@ def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _only_stacks(converter: Any) -> bool:
-    """Whether a converter (core_model_loading.py, `WeightConverter.operations`) stacks tensors, and does nothing else
-    but to put the rows of several below each other."""
+    """Whether a converter (core_model_loading.py, `WeightConverter.operations`) stacks
+    tensors, and does nothing else but to put the rows of several below each other."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    wanted = [(MergeModulelist, 0), (Concatenate, 1)][: 1 if len(converter.source_patterns) == 1 else 2]
-    return [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations] == wanted
+    wanted = [(MergeModulelist, 0), (Concatenate, 1)][
+        : 1 if len(converter.source_patterns) == 1 else 2
+    ]
+    return [
+        (type(operation), getattr(operation, "dim", None))
+        for operation in converter.operations
+    ] == wanted
 
 
 def _as_loaded(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, Any, str]]:
-    """(key, name in the live model, the converter that takes it or None, the pattern by which it does)."""
+    """(key, name in the live model, the converter that takes it or None, the pattern by
+    which it does).
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
     transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    renamings = [
+        transform for transform in transforms if isinstance(transform, WeightRenaming)
+    ]
+    converters = [
+        transform for transform in transforms if isinstance(transform, WeightConverter)
+    ]
+    by_pattern = {
+        pattern: converter
+        for converter in converters
+        for pattern in converter.source_patterns
+    }
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters)
         yield key, name, None if pattern is None else by_pattern[pattern], pattern or ""

@@ -1,9 +1,11 @@
 """Leading singular vectors of a matrix.
 
-Exact (LAPACK, float64) where the matrix is small or most of its vectors are needed; otherwise by randomised subspace
-iteration (Halko, Martinsson & Tropp 2011, `torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of
-singular values that are close together. The sign of a pair is arbitrary: the largest entry of the right vector is made
-positive. Seeds are hashes of names, so that one machine computes the same bits again.
+Exact (LAPACK, float64) where the matrix is small or most of its vectors are needed;
+otherwise by randomised subspace iteration (Halko, Martinsson & Tropp 2011,
+`torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of singular values
+that are close together. The sign of a pair is arbitrary: the largest entry of the right
+vector is made positive. Seeds are hashes of names, so that one machine computes the same
+bits again.
 """
 
 import hashlib
@@ -25,14 +27,18 @@ def leading_vectors(
     count: int,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """(left (count, d_out), right (count, d_in)) of a float64 matrix (d_out, d_in) that is called `name`."""
+    """(left (count, d_out), right (count, d_in)) of a float64 matrix (d_out, d_in) that is
+    called `name`.
+    """
     if matrix.numel() <= EXACT_NUMBERS or 2 * (count + OVERSAMPLED) >= min(matrix.shape):
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         right = right.T
     else:
         devices = [] if matrix.device.type == "cpu" else [matrix.device]
         with torch.random.fork_rng(devices, device_type=matrix.device.type):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
+            torch.manual_seed(
+                int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            )
             left, _, right = torch.svd_lowrank(
                 matrix.float(),
                 count + OVERSAMPLED,

@@ -1,10 +1,11 @@
-"""Extends a model's vocabulary: new rows in the embeddings and the head, everything else unchanged.
+"""Extends a model's vocabulary: new rows in the embeddings and the head, everything else
+unchanged.
 
 model folder + corpus -> new tokens (`data/extend_tokenizer.py`) -> their rows
                       -> tensors copied one at a time, config.json, tokenizer, vocabulary_extension.json
 
-The row of a new token is the mean of the rows of the tokens that it replaces. Rows without a token, up to a multiple of
-64, are the mean of all old rows.
+The row of a new token is the mean of the rows of the tokens that it replaces. Rows without
+a token, up to a multiple of 64, are the mean of all old rows.
 """
 
 import tempfile
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format, write_json_atomic
+from mora_ds.common.files import (
+    FORMAT,
+    atomic_folder,
+    malformed,
+    read_json,
+    require_format,
+    write_json_atomic,
+)
 from mora_ds.data import (
     Corpus,
     Extension,
@@ -71,11 +79,13 @@ def extend_vocabulary(
     *,
     trust_remote_code: bool = False,
 ) -> VocabularyReport:
-    """Writes the model in `folder` with `new_tokens` more tokens, learned from `corpus`, to the new folder `output`.
+    """Writes the model in `folder` with `new_tokens` more tokens, learned from `corpus`, to
+    the new folder `output`.
 
-    One tensor is in memory at a time. Raises `UserError` for a head that is neither tied nor linear, a corpus that
-    yields fewer tokens, and a tokenizer that cannot be extended; `RunError` if the extended tokenizer does not decode a
-    text to itself, but the old one did.
+    One tensor is in memory at a time. Raises `UserError` for a head that is neither tied
+    nor linear, a corpus that yields fewer tokens, and a tokenizer that cannot be extended;
+    `RunError` if the extended tokenizer does not decode a text to itself, but the old one
+    did.
     """
     if new_tokens < 1:
         raise UserError(f"--pieces must be at least 1, got {new_tokens}")
@@ -98,7 +108,9 @@ def extend_vocabulary(
 
 
 def first_new_row(folder: Path) -> int:
-    """Index of the first row that an extension added. Raises `UserError` for a folder without an extended model."""
+    """Index of the first row that an extension added. Raises `UserError` for a folder
+    without an extended model.
+    """
     path = folder / EXTENSION_JSON
     if not path.is_file():
         raise UserError(
@@ -116,16 +128,26 @@ def check_same_tokens(
     flag: str,
     trust_remote_code: bool = False,
 ) -> None:
-    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder` has every token of the one in
-    `known`, each with the same id. Where `known` holds no tokenizer there is nothing to compare."""
+    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder` has
+    every token of the one in `known`, each with the same id. Where `known` holds no
+    tokenizer there is nothing to compare."""
     if not holds_tokenizer(known):
         return
     ids = load_tokenizer(known, trust_remote_code=trust_remote_code, flag=flag).get_vocab()
-    ids_here = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=flag).get_vocab()
-    different = sorted((index, token) for token, index in ids.items() if ids_here.get(token) != index)
+    ids_here = load_tokenizer(
+        folder, trust_remote_code=trust_remote_code, flag=flag
+    ).get_vocab()
+    different = sorted(
+        (index, token) for token, index in ids.items() if ids_here.get(token) != index
+    )
     if different:
-        tokens = ", ".join(f"{token!r} ({index}, here {ids_here.get(token)})" for index, token in different[:3])
-        raise UserError(f"{flag} {folder}: {len(different)} token(s) of {known} do not have their ids here: {tokens}")
+        tokens = ", ".join(
+            f"{token!r} ({index}, here {ids_here.get(token)})"
+            for index, token in different[:3]
+        )
+        raise UserError(
+            f"{flag} {folder}: {len(different)} token(s) of {known} do not have their ids here: {tokens}"
+        )
 
 
 # -- which tensors -----------------------------------------------------------------------------------------------------
@@ -136,30 +158,55 @@ def _vocabulary_keys(
     config: Any,
     trust_remote_code: bool,
 ) -> tuple[set[str], int]:
-    """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
+    """(keys of the tensors with a row per token, number of rows). Raises `UserError` for
+    other kinds of heads.
+    """
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
     embedding, head = _tables(model)
     rows = embedding.num_embeddings
-    tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
-    further = [name for name, table in tables.items() if table.num_embeddings == rows and table is not embedding]
+    tables = {
+        name: table
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding)
+    }
+    further = [
+        name
+        for name, table in tables.items()
+        if table.num_embeddings == rows and table is not embedding
+    ]
     if further or head.out_features != rows:
-        raise UserError(f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})")
-    wanted = {id(embedding.weight), *(id(parameter) for parameter in head.parameters(recurse=False))}
+        raise UserError(
+            f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})"
+        )
+    wanted = {
+        id(embedding.weight),
+        *(id(parameter) for parameter in head.parameters(recurse=False)),
+    }
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mapping = map_model(base, model, parameters)
-    keys = {mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted}
-    keys |= {name for name, parameter in parameters.items() if id(parameter) in wanted and name in base}
+    keys = {
+        mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted
+    }
+    keys |= {
+        name
+        for name, parameter in parameters.items()
+        if id(parameter) in wanted and name in base
+    }
     return keys, rows
 
 
 def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
-    """The input embeddings, which may scale what they read, and the head. Raises `UserError` for other kinds."""
+    """The input embeddings, which may scale what they read, and the head. Raises
+    `UserError` for other kinds.
+    """
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         kinds = f"a {type(embedding).__name__} and a {type(head).__name__}"
-        raise UserError(f"{FLAG}: embeddings and head are {kinds}, no table of rows and a linear layer")
+        raise UserError(
+            f"{FLAG}: embeddings and head are {kinds}, no table of rows and a linear layer"
+        )
     return embedding, head
 
 
@@ -171,7 +218,8 @@ def _compare(
     new: Any,
     texts: Iterable[str],
 ) -> tuple[float, float, int]:
-    """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first texts.
+    """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first
+    texts.
 
     Raises `RunError` for a text that only the old one decodes to itself.
     """
@@ -180,7 +228,9 @@ def _compare(
         old_ids = old(text, add_special_tokens=False)["input_ids"]
         new_ids = new(text, add_special_tokens=False)["input_ids"]
         if old.decode(old_ids) == text != new.decode(new_ids):
-            raise RunError(f"the extended tokenizer does not decode to the same text: {text[:60]!r}...")
+            raise RunError(
+                f"the extended tokenizer does not decode to the same text: {text[:60]!r}..."
+            )
         before += len(old_ids)
         after += len(new_ids)
         nbytes += len(text.encode())
@@ -219,13 +269,18 @@ def _write(
     text = config.get("text_config", config)
     text["vocab_size"] = rows
     write_json_atomic(folder / "config.json", config)
-    content = {"format": FORMAT, "first_row": extension.first_id, "pieces": list(extension.tokens)}
+    content = {
+        "format": FORMAT,
+        "first_row": extension.first_id,
+        "pieces": list(extension.tokens),
+    }
     write_json_atomic(folder / EXTENSION_JSON, content)
 
 
 def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:
-    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in fp32, of the rows that it replaces;
-    rows without a token are the mean of all rows, so that the head gives them no more than average probability."""
+    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in fp32, of
+    the rows that it replaces; rows without a token are the mean of all rows, so that the
+    head gives them no more than average probability."""
     result = table.new_empty((rows, *table.shape[1:]))
     known = min(len(table), extension.first_id)
     result[: len(table)] = table

@@ -1,4 +1,5 @@
-"""Processes that share the work on one batch: tensor parallelism and Ulysses sequence parallelism.
+"""Processes that share the work on one batch: tensor parallelism and Ulysses sequence
+parallelism.
 
 topology             which processes form groups, and the collectives among them
 tensor_parallel      splits the layers of a model over a group

@@ -1,7 +1,8 @@
-"""What tensor and sequence parallelism cannot be used with: the one definition for flags, plans, engines and models.
+"""What tensor and sequence parallelism cannot be used with: the one definition for flags,
+plans, engines and models.
 
-Callers give what they know; the defaults mean "nothing wrong". Limits that depend on a model's heads and sizes are in
-`adapters/tp_plan.py` and `parallel/ulysses_checks.py`.
+Callers give what they know; the defaults mean "nothing wrong". Limits that depend on a
+model's heads and sizes are in `adapters/tp_plan.py` and `parallel/ulysses_checks.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,17 @@ SEQUENCE = "--sequence_parallel_size"
 
 
 def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
-    """Raises `UserError` unless groups of `tensor` or `sequence` processes fill the `world`."""
+    """Raises `UserError` unless groups of `tensor` or `sequence` processes fill the
+    `world`.
+    """
     for flag, size in ((TENSOR, tensor), (SEQUENCE, sequence)):
         if size < 1 or world % size:
-            able = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
-            raise UserError(f"{flag} {size} does not divide the {world} ranks of this run: {able} would")
+            able = ", ".join(
+                str(number) for number in range(1, world + 1) if world % number == 0
+            )
+            raise UserError(
+                f"{flag} {size} does not divide the {world} ranks of this run: {able} would"
+            )
 
 
 def tensor_parallel_problems(
@@ -33,7 +40,8 @@ def tensor_parallel_problems(
     zero_stage: int = 3,
     streams_base: bool = False,
 ) -> Iterator[str]:
-    """One message for each setting that --tensor_parallel_size `degree` does not go with; none at a degree of 1.
+    """One message for each setting that --tensor_parallel_size `degree` does not go with;
+    none at a degree of 1.
 
     `dropout`: probabilities by name.
     """
@@ -41,14 +49,18 @@ def tensor_parallel_problems(
         return
     drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
     limits = {
-        f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
+        f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter
+        != "mora",
         " splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
         " splits linear layers, and --target_modules names experts: leave it at 1": experts,
         f" and {SEQUENCE} {sequence}: use one of them": sequence > 1,
         " needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
-        f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
+        f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(
+            drops
+        ),
         ": --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
-        f": --base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),
+        f": --base_bits {base_bits} holds unsplit weights: use one of them": base_bits
+        in (8, 4),
         ": --base_device host copies unsplit layers: use one of them": streams_base,
     }
     yield from (f"{TENSOR} {degree}{limit}" for limit, holds in limits.items() if holds)
@@ -64,7 +76,9 @@ def sequence_parallel_problems(
     seq_len: int,
     attention: str | None = None,
 ) -> Iterator[str]:
-    """One message for each setting that --sequence_parallel_size `size` does not go with; none at a size of 1."""
+    """One message for each setting that --sequence_parallel_size `size` does not go with;
+    none at a size of 1.
+    """
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
     if size > 1 and attention not in (None, "auto") and "flash_attention" not in attention:

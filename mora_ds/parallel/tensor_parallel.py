@@ -1,4 +1,5 @@
-"""Tensor parallelism with the base unsharded: each process computes on views of W0 and stores a share of every M.
+"""Tensor parallelism with the base unsharded: each process computes on views of W0 and
+stores a share of every M.
 
     split_model(model, topology)      before `deepspeed.initialize`: from here on every layer computes its part
 
@@ -6,9 +7,9 @@
     rowwise   y = sum over the group of W0[:, own] x[own] + update      own columns, a view; one all-reduce
     whole     y = W0 x + decompress(gather(M[own] compress(x)))         not split, but M's rows are
 
-A process stores its share of M's rows, which ZeRO shards over the data-parallel processes. The split layers gather M
-within one autograd function, in forward and in backward, and scatter the sum of its gradient. No weight of the base is
-copied, gathered or reduced.
+A process stores its share of M's rows, which ZeRO shards over the data-parallel processes.
+The split layers gather M within one autograd function, in forward and in backward, and
+scatter the sum of its gradient. No weight of the base is copied, gathered or reduced.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,12 @@ from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
-from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, spread_out
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    compress,
+    decompress_transpose,
+    spread_out,
+)
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 from mora_ds.common.errors import UserError
@@ -43,8 +49,9 @@ from mora_ds.parallel.windows import Window
 
 
 def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
-    """Split an injected model in place, so that every layer computes its part and stores its share of M. Returns the
-    plan. Raises `UserError` for what cannot be split: dropout, LoRA, matrices with fewer rows than processes."""
+    """Split an injected model in place, so that every layer computes its part and stores
+    its share of M. Returns the plan. Raises `UserError` for what cannot be split: dropout,
+    LoRA, matrices with fewer rows than processes."""
     _check(model, topology.degree)
     plan = plan_of(model, topology.degree)
     layers = mora_layers(model)
@@ -60,7 +67,9 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
             module: Any = model.get_submodule(name)
             module.forward = partial(_split_forward, module, topology, style)
     for name in plan.blocks:
-        model.get_submodule(name).register_forward_pre_hook(partial(_sum_gradient, topology), with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(
+            partial(_sum_gradient, topology), with_kwargs=True
+        )
     _keep_equal(model, plan, topology)
     return plan
 
@@ -70,15 +79,18 @@ def _keep_equal(
     plan: TensorPlan,
     topology: Topology,
 ) -> None:
-    """Give the other trained parameters (norms, embeddings, head) one gradient on all processes of a group: the sum
-    where each saw its own heads only, else the first process's. The processes compute the latter alike, but not to the
-    bit where a device's kernels add in any order (attention's backward on GPUs), and parameters that have drifted apart
-    stay apart."""
+    """Give the other trained parameters (norms, embeddings, head) one gradient on all
+    processes of a group: the sum where each saw its own heads only, else the first
+    process's. The processes compute the latter alike, but not to the bit where a device's
+    kernels add in any order (attention's backward on GPUs), and parameters that have
+    drifted apart stay apart."""
     summed = {id(p) for name in plan.summed for p in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad and share_of(parameter) is None:
             agree = topology.sum_ if id(parameter) in summed else topology.first_
-            parameter.register_hook(lambda gradient, agree=agree: agree(gradient.contiguous().clone()))
+            parameter.register_hook(
+                lambda gradient, agree=agree: agree(gradient.contiguous().clone())
+            )
 
 
 _UNSPLIT: dict[type, dict[str, Any]] = {
@@ -86,7 +98,9 @@ _UNSPLIT: dict[type, dict[str, Any]] = {
     MoRAExperts: {"experts": True},
     DomainLinear: {"domains": True},
 }
-"""Kind of layer that no group splits -> the setting of `check_tensor_parallel` that says so."""
+"""Kind of layer that no group splits -> the setting of `check_tensor_parallel` that says
+so.
+"""
 
 
 def _check(model: nn.Module, degree: int) -> None:
@@ -102,13 +116,17 @@ def _check(model: nn.Module, degree: int) -> None:
 
 
 def _dropouts(model: nn.Module) -> dict[str, float]:
-    """Every dropout probability above 0, by path: of dropout modules, and those that attention modules hand on to
-    functions."""
+    """Every dropout probability above 0, by path: of dropout modules, and those that
+    attention modules hand on to functions."""
     dropouts = {}
     for path, module in model.named_modules():
         values = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
         for name, value in values.items():
-            if ("drop" in name or name == "p") and type(value) in (int, float) and value > 0:
+            if (
+                ("drop" in name or name == "p")
+                and type(value) in (int, float)
+                and value > 0
+            ):
                 dropouts[f"{path}.{name}"] = float(value)
     return dropouts
 
@@ -118,7 +136,9 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """How this process computes one layer with a MoRA matrix, and which rows of the matrix it stores."""
+    """How this process computes one layer with a MoRA matrix, and which rows of the matrix
+    it stores.
+    """
 
     topology: Topology
     style: Style
@@ -135,10 +155,12 @@ class LayerSplit:
         square_shard: Tensor,
         path: Compute,
     ) -> Tensor:
-        """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's output are this process's
-        slices. `square_shard`: this process's share of M."""
+        """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's
+        output are this process's slices. `square_shard`: this process's share of M."""
         if self.style is Style.WHOLE:
-            return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, square_shard, x)
+            return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(
+                layer.spec, square_shard, x
+            )
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
         products = WindowProducts(self._window(layer.spec), self)
         y = linear_by(products, x, weight, bias, square_shard, path)
@@ -167,8 +189,8 @@ class LayerSplit:
         square_shard: Tensor,
         x: Tensor,
     ) -> Tensor:
-        """The layer's update from all inputs to all outputs. Backward is made of sums in a fixed order too, so that it
-        is the same to the bit on all processes."""
+        """The layer's update from all inputs to all outputs. Backward is made of sums in a
+        fixed order too, so that it is the same to the bit on all processes."""
         z = sum_gradient(compress(spec, x), self.topology)
         u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
         return linear_map(u, partial(spread_out, spec), partial(decompress_transpose, spec))
@@ -180,7 +202,9 @@ def _split_forward(
     style: Style,
     x: Tensor,
 ) -> Tensor:
-    """The forward of a frozen linear layer without a MoRA matrix, within a block that is split."""
+    """The forward of a frozen linear layer without a MoRA matrix, within a block that is
+    split.
+    """
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     weight, bias = _slices(topology, style, weight, module.bias)
     y = F.linear(x, weight, bias)
@@ -193,7 +217,9 @@ def _sum_gradient(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A forward pre-hook of a split block, whose input's gradient on each process is a part of a sum."""
+    """A forward pre-hook of a split block, whose input's gradient on each process is a part
+    of a sum.
+    """
     del module
     x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
@@ -205,7 +231,9 @@ def _slices(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Views of W0 (d_out, d_in) and of the bias that is added before the sum: none for a rowwise layer."""
+    """Views of W0 (d_out, d_in) and of the bias that is added before the sum: none for a
+    rowwise layer.
+    """
     if style is Style.COLWISE:
         start, stop = topology.share(weight.shape[0])
         return weight[start:stop], None if bias is None else bias[start:stop]
@@ -222,8 +250,9 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class WindowProducts(LayerProducts):
-    """The steps of a window of an adapted layer: `square` is this process's share of M, which is gathered wherever it
-    is used. Neither M nor anything of the size of W0 is saved for backward."""
+    """The steps of a window of an adapted layer: `square` is this process's share of M,
+    which is gathered wherever it is used. Neither M nor anything of the size of W0 is saved
+    for backward."""
 
     def __init__(self, window: Window, split: LayerSplit) -> None:
         super().__init__(window)

@@ -3,8 +3,9 @@
     ranks 0 .. t-1      one tensor-parallel group: the same rows of the batch, each process a slice of every layer
     ranks r, r+t, ...   one data-parallel group: the same slice, other rows; ZeRO shards over it
 
-DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the base. Written against
-DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py names each symbol that an upgrade has moved.
+DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the
+base. Written against DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py names each
+symbol that an upgrade has moved.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mora_ds.parallel.limits import TENSOR, check_world
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place in its tensor-parallel group, and the group's collectives. All of them go through
-    `deepspeed.comm`, which counts them."""
+    """This process's place in its tensor-parallel group, and the group's collectives. All
+    of them go through `deepspeed.comm`, which counts them."""
 
     degree: int
     """t, the number of processes in a tensor-parallel group."""
@@ -37,23 +38,30 @@ class Topology:
 
     @classmethod
     def of(cls, degree: int) -> Topology:
-        """Make the groups, once a process. Collective. Raises `UserError` where `degree` does not divide the world,
-        or differs from that of an engine that this process has made before."""
+        """Make the groups, once a process. Collective. Raises `UserError` where `degree`
+        does not divide the world, or differs from that of an engine that this process has
+        made before."""
         check_world(comm.get_world_size(), tensor=degree)
-        groups._init_tp_mesh_device(tensor_model_parallel_size=degree)  # utils/groups.py: (dp, t), t innermost
+        # utils/groups.py: (dp, t), t innermost
+        groups._init_tp_mesh_device(tensor_model_parallel_size=degree)
         group = groups.get_tensor_model_parallel_group()
         if comm.get_world_size(group) != degree:
-            raise UserError(f"{TENSOR} {degree}: this process has groups of {comm.get_world_size(group)} already")
+            raise UserError(
+                f"{TENSOR} {degree}: this process has groups of {comm.get_world_size(group)} already"
+            )
         return cls(degree, comm.get_rank(group), group)
 
     @property
     def mpu(self) -> Any:
-        """For `deepspeed.initialize`. It must not have `initialize_sequence_parallel`, which would turn the summing of
-        norms over the group off (zero/stage3.py, `__init__`)."""
+        """For `deepspeed.initialize`. It must not have `initialize_sequence_parallel`,
+        which would turn the summing of norms over the group off (zero/stage3.py,
+        `__init__`)."""
         return groups
 
     def share(self, size: int) -> tuple[int, int]:
-        """[start, stop) of this process's share of `size` items; shares differ by at most one."""
+        """[start, stop) of this process's share of `size` items; shares differ by at most
+        one.
+        """
         return share(size, self.degree, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -83,7 +91,10 @@ class Topology:
         longest = -(-len(whole) // self.degree)
         start, stop = self.share(size)
         if longest * self.degree != size:
-            pieces = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
+            pieces = [
+                whole[slice(*share(size, self.degree, index))]
+                for index in range(self.degree)
+            ]
             whole = torch.cat([_padded(piece, longest) for piece in pieces])
         shard = whole.new_empty(longest, *whole.shape[1:])
         comm.reduce_scatter_tensor(shard, whole.contiguous(), group=self.group)
@@ -104,8 +115,8 @@ class Share:
 
 
 def mark_split(parameter: nn.Parameter, start: int, r_hat: int) -> None:
-    """Note that each process of a group holds another part of a matrix, so that each counts in the gradient norm
-    (runtime/utils.py, `is_model_parallel_parameter`)."""
+    """Note that each process of a group holds another part of a matrix, so that each counts
+    in the gradient norm (runtime/utils.py, `is_model_parallel_parameter`)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.mora_share = Share(start, r_hat)  # type: ignore[attr-defined]
 
@@ -148,7 +159,9 @@ def _slice(topology: Topology, z: Tensor) -> Tensor:
 
 
 class Sum(torch.autograd.Function):
-    """y -> its sum over the group, in place; the gradient of every process is that of the sum."""
+    """y -> its sum over the group, in place; the gradient of every process is that of the
+    sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, topology: Topology) -> Tensor:

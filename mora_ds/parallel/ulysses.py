@@ -1,8 +1,10 @@
-"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes share every row.
+"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes share
+every row.
 
-    rows (B, T), the same on all s processes -> process i takes tokens [i T/s, (i + 1) T/s) -> embeddings, linear layers
-    and adapters, head, loss: of those tokens only -> attention: an all-to-all exchanges tokens for heads, so that a
-    process has H/s heads over all T tokens, and another exchanges them back
+    rows (B, T), the same on all s processes -> process i takes tokens [i T/s, (i + 1) T/s)
+    -> embeddings, linear layers and adapters, head, loss: of those tokens only ->
+    attention: an all-to-all exchanges tokens for heads, so that a process has H/s heads
+    over all T tokens, and another exchanges them back
 
     share_rows          binds a model to its group of processes; None where nothing is shared
     SequenceParallel    the group; split(batch) takes this process's part of rows
@@ -48,16 +50,20 @@ def share_rows(
     size: int,
     timeout_s: float | None = None,
 ) -> SequenceParallel | None:
-    """Let every `size` consecutive processes share each row of `model`; None for a size of 1. Collective.
+    """Let every `size` consecutive processes share each row of `model`; None for a size of
+    1. Collective.
 
-    `timeout_s`: of the collectives in a group (torch's default for None). Raises `UserError` for a model that does not
-    attend by documents: masks of complete rows are not made.
+    `timeout_s`: of the collectives in a group (torch's default for None). Raises
+    `UserError` for a model that does not attend by documents: masks of complete rows are
+    not made.
     """
     if size == 1:
         return None
     core = attention_of(model)
     if core != NAME and not is_flash(core):
-        raise UserError(f"{SEQUENCE}: {core} attention reads masks, which are not split: attend by documents")
+        raise UserError(
+            f"{SEQUENCE}: {core} attention reads masks, which are not split: attend by documents"
+        )
     sequence = SequenceParallel(size, _group(size, timeout_s))
     _dispatch(core)
     for module in model.modules():
@@ -66,7 +72,9 @@ def share_rows(
 
 
 def check_heads(size: int, heads: int, kv_heads: int) -> None:
-    """Raises `UserError` unless the heads can be divided among the processes. Too few key-value heads are repeated."""
+    """Raises `UserError` unless the heads can be divided among the processes. Too few
+    key-value heads are repeated.
+    """
     if heads % size:
         raise UserError(
             f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each process takes some of them"
@@ -80,7 +88,9 @@ def check_heads(size: int, heads: int, kv_heads: int) -> None:
 
 @contextmanager
 def whole_rows(model: nn.Module) -> Iterator[None]:
-    """A context in which a bound model takes complete rows on every process; for passes without gradients."""
+    """A context in which a bound model takes complete rows on every process; for passes
+    without gradients.
+    """
     sequence = bound(model)
     if sequence is None:
         yield
@@ -112,11 +122,13 @@ class SequenceParallel:
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
 
     def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have been shifted, so that the last
-        token of a part still predicts the first of the next one. `documents` stay those of the complete rows, which
-        attention sees."""
+        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have
+        been shifted, so that the last token of a part still predicts the first of the next
+        one. `documents` stay those of the complete rows, which attention sees."""
         return {
-            name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() if isinstance(rows, Tensor) else rows
+            name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
+            if isinstance(rows, Tensor)
+            else rows
             for name, rows in batch.items()
         }
 
@@ -129,10 +141,11 @@ class SequenceParallel:
         value: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) -> (B, T/s, H, D). `core` runs
-        over complete rows."""
+        """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) ->
+        (B, T/s, H, D). `core` runs over complete rows."""
         _check_call(key, value, kwargs)
-        if kwargs.get("s_aux") is not None:  # attention sinks: those of this process's heads
+        # Attention sinks: those of this process's heads
+        if kwargs.get("s_aux") is not None:
             kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
         ulysses = self._ulysses_for(query, key)
@@ -168,20 +181,30 @@ def _check_call(
     value: Tensor,
     arguments: Mapping[str, Any],
 ) -> None:
-    """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
+    """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or
+    not at all.
+    """
     if key.shape != value.shape:
-        raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support")
+        raise UserError(
+            f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support"
+        )
     if arguments.get("position_ids") is None:
-        raise UserError(f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs")
+        raise UserError(
+            f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs"
+        )
     if arguments.get("position_bias") is not None:
-        raise UserError(f"{SEQUENCE}: this model's attention has a position bias for each head, which is not split")
+        raise UserError(
+            f"{SEQUENCE}: this model's attention has a position bias for each head, which is not split"
+        )
 
 
 # -- changes to models and to transformers ---------------------------------------------------------------------------
 
 
 def _dispatch(name: str) -> None:
-    """Wrap transformers' attention `name`, under the same name: bound modules take Ulysses, all others the original."""
+    """Wrap transformers' attention `name`, under the same name: bound modules take Ulysses,
+    all others the original.
+    """
     if name in _dispatched:
         return
     core = ALL_ATTENTION_FUNCTIONS[name]
@@ -204,12 +227,15 @@ def _dispatch(name: str) -> None:
 
 
 def _group(size: int, timeout_s: float | None) -> Any:
-    """This process's group of `size` consecutive ranks, made once. Collective over all processes."""
+    """This process's group of `size` consecutive ranks, made once. Collective over all
+    processes.
+    """
     if size not in _groups:
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):
             members = list(range(first, first + size))
-            group = torch.distributed.new_group(members, timeout=timeout)  # deepspeed.comm's takes none
+            # deepspeed.comm's takes none
+            group = torch.distributed.new_group(members, timeout=timeout)
             if dist.get_rank() in members:
                 _groups[size] = group
     return _groups[size]

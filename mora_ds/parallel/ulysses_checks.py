@@ -1,4 +1,5 @@
-"""Which models --sequence_parallel_size serves, from a model's config, before any text is read.
+"""Which models --sequence_parallel_size serves, from a model's config, before any text is
+read.
 
 `train/preflight.py` then compares a split row of the model itself to the complete row.
 """
@@ -11,7 +12,9 @@ from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_heads
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
+"""Rotary embeddings whose frequencies depend on the longest position in the batch
+(modeling_rope_utils.py).
+"""
 
 
 def check_config(
@@ -19,8 +22,9 @@ def check_config(
     size: int,
     attn_implementation: str | None,
 ) -> None:
-    """Raises `UserError` for a model whose config shows that its rows cannot be split over `size` processes.
-    `attn_implementation`: what was asked for; None for attention by documents."""
+    """Raises `UserError` for a model whose config shows that its rows cannot be split over
+    `size` processes. `attn_implementation`: what was asked for; None for attention by
+    documents."""
     if size == 1:
         return
     text = config.get_text_config()
@@ -31,7 +35,8 @@ def check_config(
             f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
         )
     parameters = getattr(text, "rope_parameters", None) or {}
-    for settings in (parameters, *parameters.values()):  # some models have them for each kind of layer
+    # Some models have them for each kind of layer
+    for settings in (parameters, *parameters.values()):
         kind = settings.get("rope_type") if isinstance(settings, dict) else None
         if kind in _LENGTH_DEPENDENT:
             raise UserError(
@@ -52,5 +57,7 @@ def _heads(config: Any) -> tuple[int, int]:
     """(attention heads, key-value heads) of a text config."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
-        raise UserError(f"{SEQUENCE}: this model's config has no number of attention heads to split over processes")
+        raise UserError(
+            f"{SEQUENCE}: this model's config has no number of attention heads to split over processes"
+        )
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)

@@ -1,11 +1,13 @@
 """The part of a MoRA operator that one process of a tensor-parallel group computes.
 
-A window is a range of a layer's inputs and a range of its outputs. Of the update y = decompress(M compress(x)) it
-computes what its inputs contribute to its outputs. Windows over consecutive output ranges, concatenated, give the
-complete update (a colwise layer); windows over consecutive input ranges, summed, do too (a rowwise layer).
+A window is a range of a layer's inputs and a range of its outputs. Of the update y =
+decompress(M compress(x)) it computes what its inputs contribute to its outputs. Windows
+over consecutive output ranges, concatenated, give the complete update (a colwise layer);
+windows over consecutive input ranges, summed, do too (a rowwise layer).
 
-A window's maps are those of the operator (`index_tables`) without the inputs and outputs of other windows, so that the
-functions of `adapters.ops.mora` compute a window as they compute an operator.
+A window's maps are those of the operator (`index_tables`) without the inputs and outputs of
+other windows, so that the functions of `adapters.ops.mora` compute a window as they compute
+an operator.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, make_tables, transposed
+from mora_ds.adapters.ops.index_tables import (
+    IndexMap,
+    IndexTables,
+    lists,
+    make_tables,
+    transposed,
+)
 from mora_ds.adapters.ops.mora import OperatorSpec
 
 Range = tuple[int, int]
@@ -55,7 +63,9 @@ class Window:
 
 @lru_cache(maxsize=1024)
 def tables_of_window(window: Window, device: torch.device) -> IndexTables:
-    """The window's maps on a device. Their sums have no more terms than the window has in one result."""
+    """The window's maps on a device. Their sums have no more terms than the window has in
+    one result.
+    """
     with torch.inference_mode(False), torch.no_grad():
         tables = make_tables(window.spec, torch.device("cpu"))
         fold = _within(tables.fold.table, window.inputs)

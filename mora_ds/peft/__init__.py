@@ -1,4 +1,5 @@
-"""MoRA as a method of Hugging Face's PEFT, on one process or under DDP. Needs the extra `peft`.
+"""MoRA as a method of Hugging Face's PEFT, on one process or under DDP. Needs the extra
+`peft`.
 
     import mora_ds.peft                                                    registers the method
     model = get_peft_model(model, mora_ds.peft.MoraConfig(r=8))

@@ -1,6 +1,8 @@
-"""PEFT's model and layer of MoRA: a linear layer, and a square matrix for each named adapter.
+"""PEFT's model and layer of MoRA: a linear layer, and a square matrix for each named
+adapter.
 
-Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade moves what is overridden.
+Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade
+moves what is overridden.
 """
 
 from collections.abc import Iterator
@@ -22,10 +24,12 @@ from mora_ds.peft.register import PREFIX
 class MoraLinear(nn.Module, BaseTunerLayer):
     """y = W0 x + b + sum over active adapters of decompress(M compress(dropout(x))).
 
-    Input (..., d_in), output (..., d_out). `base_layer` is an `nn.Linear` or `Conv1D`, whose weight `merge` changes.
+    Input (..., d_in), output (..., d_out). `base_layer` is an `nn.Linear` or `Conv1D`,
+    whose weight `merge` changes.
     """
 
-    # PEFT's all-linear finds a layer that has adapters already by the word Linear in its class's name.
+    # PEFT's all-linear finds a layer that has adapters already by the word Linear in its
+    # class's name.
     adapter_layer_names = ("mora_square",)
     other_param_names = ("mora_spec", "mora_dropout")
 
@@ -62,26 +66,42 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.mora_square:
                 square = self.mora_square[name].to(x.dtype)
-                result = result + mora_update(self.mora_spec[name], square, self.mora_dropout[name](x))
+                result = result + mora_update(
+                    self.mora_spec[name], square, self.mora_dropout[name](x)
+                )
         return result
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the deltas of `adapter_names`, by default the active ones, to the weight: summed in fp32, rounded once.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Adds the deltas of `adapter_names`, by default the active ones, to the weight:
+        summed in fp32, rounded once.
 
-        Raises `UserError`, with `safe_merge`, for a sum that is not finite; the weight is then as it was.
+        Raises `UserError`, with `safe_merge`, for a sum that is not finite; the weight is
+        then as it was.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mora_square]
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.mora_square
+        ]
         self._add_to_weight(names, 1, safe_merge)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Subtracts what `merge` has added; in low precision the weight comes back but for its rounding."""
+        """Subtracts what `merge` has added; in low precision the weight comes back but for
+        its rounding.
+        """
         self._add_to_weight(self.merged_adapters, -1, False)
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the weight in its layout, fp32: (d_out, d_in), or (d_in, d_out) of a `Conv1D`."""
-        delta = delta_weight(self.mora_spec[adapter], self.mora_square[adapter].detach().float())
+        """The update of the weight in its layout, fp32: (d_out, d_in), or (d_in, d_out) of
+        a `Conv1D`.
+        """
+        delta = delta_weight(
+            self.mora_spec[adapter], self.mora_square[adapter].detach().float()
+        )
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     @torch.no_grad()
@@ -112,9 +132,13 @@ class MoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters it around `forward` and `generate`, which never see `adapter_names`, an adapter for each row."""
+        """PEFT enters it around `forward` and `generate`, which never see `adapter_names`,
+        an adapter for each row.
+        """
         if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter")
+            raise UserError(
+                "adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter"
+            )
         yield
 
     def _create_and_replace(
@@ -124,7 +148,11 @@ class MoraModel(BaseTuner):
         if isinstance(target, MoraLinear):
             target.add(adapter_name, peft_config, current_key)
             return
-        if isinstance(target, BaseTunerLayer) or not is_linear(target) or not target.weight.is_floating_point():
+        if (
+            isinstance(target, BaseTunerLayer)
+            or not is_linear(target)
+            or not target.weight.is_floating_point()
+        ):
             raise UserError(
                 f"target_modules includes {current_key!r}, a {type(target).__name__}: MoRA adapts nn.Linear and Conv1D "
                 "with floating-point weights"
@@ -132,6 +160,7 @@ class MoraModel(BaseTuner):
         layer = MoraLinear(target)
         layer._active_adapter = adapter_name
         layer.add(adapter_name, peft_config, current_key)
-        if adapter_name not in self.active_adapters:  # a further adapter is not trained until `set_adapter`
+        # A further adapter is not trained until `set_adapter`
+        if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

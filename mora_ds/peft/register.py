@@ -1,7 +1,8 @@
 """The entry of MoRA in PEFT's list of methods.
 
-`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in PEFT's source. The name is therefore
-added first. It is no other project's: a MoRA that PEFT may get itself would be called MORA.
+`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in PEFT's
+source. The name is therefore added first. It is no other project's: a MoRA that PEFT may
+get itself would be called MORA.
 """
 
 from typing import Any
@@ -16,10 +17,13 @@ PREFIX = "mora_"
 
 
 def register(config: Any, model: Any) -> None:
-    """Makes the method known to `get_peft_model` and `PeftModel.from_pretrained`, once a process."""
+    """Makes the method known to `get_peft_model` and `PeftModel.from_pretrained`, once a
+    process.
+    """
     if PEFT_TYPE in PeftType.__members__:
         return
-    member = str.__new__(PeftType, PEFT_TYPE)  # of an enum whose members are their own names: Python has no public way
+    # Of an enum whose members are their own names: Python has no public way
+    member = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = member._value_ = PEFT_TYPE
     setattr(PeftType, PEFT_TYPE, member)
     PeftType._member_names_.append(PEFT_TYPE)

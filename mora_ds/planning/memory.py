@@ -5,12 +5,14 @@
     merge      static + the work on the largest layer
     save       static + one complete MoRA matrix at a time; rank 0 collects all of them in host memory
 
-and the bytes that ZeRO moves: `gathers` of one micro-batch, `all_gather_volume` and `reduced_bytes` of a step.
+and the bytes that ZeRO moves: `gathers` of one micro-batch, `all_gather_volume` and
+`reduced_bytes` of a step.
 
-What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py (`_create_fp16_partitions_with_defragmentation`,
-`_create_fp32_partitions`, `grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py, and
-partitioned_param_coordinator.py (`fetch_sub_module`, `release_sub_module`), with a decoder layer in place of the
-modules in it (`engine.layer_gathers`).
+What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py
+(`_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`,
+`grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py,
+and partitioned_param_coordinator.py (`fetch_sub_module`, `release_sub_module`), with a
+decoder layer in place of the modules in it (`engine.layer_gathers`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,9 @@ class Trained:
     layer: int
     """Elements of the parameters of the largest decoder layer."""
     squares: int
-    """How many of the parameters are MoRA matrices, which have one moment where the optimizer is Muon."""
+    """How many of the parameters are MoRA matrices, which have one moment where the
+    optimizer is Muon.
+    """
     ranks: int
     """Number of ranks over which ZeRO shards."""
     bytes_each: int
@@ -40,7 +44,9 @@ class Trained:
     """The complete DeepSpeed config."""
     muon: bool = False
     on_cpu: bool = False
-    """Whether ranks compute on CPUs: torch's Adam then makes two temporary tensors instead of one."""
+    """Whether ranks compute on CPUs: torch's Adam then makes two temporary tensors instead
+    of one.
+    """
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -58,15 +64,23 @@ class Trained:
 
     @property
     def shard(self) -> int:
-        """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the ranks, 1 and 2 the sum."""
+        """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the
+        ranks, 1 and 2 the sum.
+        """
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
         return -(-self.total // self.ranks)
 
     @property
     def persistent(self) -> tuple[int, ...]:
-        """Sizes of the parameters that ZeRO-3 gathers once a step and keeps (its persistence threshold)."""
-        most = self.zero["stage3_param_persistence_threshold"] if self.stage == 3 and self.ranks > 1 else -1
+        """Sizes of the parameters that ZeRO-3 gathers once a step and keeps (its
+        persistence threshold).
+        """
+        most = (
+            self.zero["stage3_param_persistence_threshold"]
+            if self.stage == 3 and self.ranks > 1
+            else -1
+        )
         return tuple(numel for numel in self.numels if numel <= most)
 
     @property
@@ -76,7 +90,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Gathers:
-    """What ZeRO-3 gathers on one rank in one micro-batch, in elements of unsharded parameters."""
+    """What ZeRO-3 gathers on one rank in one micro-batch, in elements of unsharded
+    parameters.
+    """
 
     elements: int = 0
     """Each parameter counted as often as it is gathered."""
@@ -87,10 +103,11 @@ class Gathers:
 
 
 def gathers(trained: Trained) -> Gathers:
-    """What one micro-batch gathers: each sharded parameter for forward, and again for backward unless it stayed.
+    """What one micro-batch gathers: each sharded parameter for forward, and again for
+    backward unless it stayed.
 
-    Parameters up to the persistence threshold are left out: they are gathered once a step. Of the others stay, exact to
-    two decoder layers of a deep model, the larger one of
+    Parameters up to the persistence threshold are left out: they are gathered once a step.
+    Of the others stay, exact to two decoder layers of a deep model, the larger one of
 
     - `stage3_max_live_parameters`, where prefetching is on and its bucket holds more than a layer. It then runs ahead
       of the layers, past the end of forward, and does not release what backward uses next;
@@ -113,10 +130,14 @@ def gathers(trained: Trained) -> Gathers:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, on the device except for `host_optimizer`, `host_save` and `host_base`."""
+    """Bytes of one rank, on the device except for `host_optimizer`, `host_save` and
+    `host_base`.
+    """
 
     base: int
-    """The frozen base, or the part of it that is on the device, and the model's other buffers."""
+    """The frozen base, or the part of it that is on the device, and the model's other
+    buffers.
+    """
     tables: int
     """Index tables of the operators."""
     squares: int
@@ -148,7 +169,15 @@ class RankMemory:
     @property
     def static(self) -> int:
         """What is allocated all the time."""
-        return self.base + self.tables + self.squares + self.masters + self.moments + self.gradients + self.bucket
+        return (
+            self.base
+            + self.tables
+            + self.squares
+            + self.masters
+            + self.moments
+            + self.gradients
+            + self.bucket
+        )
 
     @property
     def _on_top(self) -> dict[str, int]:
@@ -177,13 +206,15 @@ def rank_memory(
     gathered: Gathers,
     streamed: Streamed | None = None,
 ) -> RankMemory:
-    """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one micro-batch, without persistent
-    parameters; `streamed`: the part of the base that stays in host memory."""
+    """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one
+    micro-batch, without persistent parameters; `streamed`: the part of the base that stays
+    in host memory."""
     itemsize = trained.bytes_each
     weights = trained.shard if trained.stage == 3 else trained.total
     persistent = sum(trained.persistent) * itemsize
     unsharded = gathered.most_at_once * itemsize + persistent
-    # An all-gather has an output buffer until it is split up: early in forward, unless backward gathers again.
+    # An all-gather has an output buffer until it is split up: early in forward, unless
+    # backward gathers again.
     gathers_again = gathered.elements > trained.total - sum(trained.persistent)
     output_buffer = gathered.largest_call * itemsize if gathers_again else 0
     states = _optimizer_bytes(trained)
@@ -202,7 +233,9 @@ def rank_memory(
         bucket=trained.zero["reduce_bucket_size"] * itemsize,
         gathered=unsharded,
         activations=step.saved,
-        forward_backward=unsharded + output_buffer + max(step.peak, _reduction_bytes(trained)),
+        forward_backward=unsharded
+        + output_buffer
+        + max(step.peak, _reduction_bytes(trained)),
         optimizer_step=max(persistent, temporary),
         merge=merge + 2 * largest + persistent if merge else 0,
         save=2 * largest + persistent,
@@ -214,8 +247,9 @@ def rank_memory(
 
 
 def _optimizer_bytes(trained: Trained) -> dict[str, int]:
-    """Master weights, moments and gradients. ZeRO has master weights even in fp32: stage3.py compares a torch.device
-    with its name, and so never uses the parameters as their own master weights."""
+    """Master weights, moments and gradients. ZeRO has master weights even in fp32:
+    stage3.py compares a torch.device with its name, and so never uses the parameters as
+    their own master weights."""
     shard = trained.shard
     squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
     without_second_moment = squares if trained.muon else 0
@@ -227,13 +261,17 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
 
 
 def _muon_bytes(trained: Trained) -> int:
-    """The gradients and momentums that Muon gathers at a time (stage3.py, `_muon_update_sub_group`)."""
+    """The gradients and momentums that Muon gathers at a time (stage3.py,
+    `_muon_update_sub_group`).
+    """
     matrices = trained.numels[: trained.squares]
     return 2 * FP32 * min(trained.zero["reduce_bucket_size"], sum(matrices))
 
 
 def _reduction_bytes(trained: Trained) -> int:
-    """What reducing a full gradient bucket takes: the shards in order, and under ZeRO-3 this rank's in fp32."""
+    """What reducing a full gradient bucket takes: the shards in order, and under ZeRO-3
+    this rank's in fp32.
+    """
     filled = min(trained.zero["reduce_bucket_size"], trained.total)
     if trained.stage != 3:
         return filled * trained.bytes_each
@@ -243,7 +281,9 @@ def _reduction_bytes(trained: Trained) -> int:
 
 
 def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:
-    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to its ranks."""
+    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to
+    its ranks.
+    """
     if trained.ranks == 1:
         return 0
     if trained.stage < 3:

@@ -1,10 +1,12 @@
-"""Counts the bytes that torch code allocates, by storages: on real tensors, or on meta tensors, which have no memory.
+"""Counts the bytes that torch code allocates, by storages: on real tensors, or on meta
+tensors, which have no memory.
 
     with MemoryMeter(known=model tensors) as meter: ...      meter.live, meter.peak in bytes
 
-On the meta device a forward and backward pass of a model of any size takes seconds and no memory, and allocates the
-same storages as on any device. Two things are replaced there: attention, which would fall back to complete score
-matrices (`fused_attention`), and branches that depend on data (`MemoryMeter.answer`).
+On the meta device a forward and backward pass of a model of any size takes seconds and no
+memory, and allocates the same storages as on any device. Two things are replaced there:
+attention, which would fall back to complete score matrices (`fused_attention`), and
+branches that depend on data (`MemoryMeter.answer`).
 """
 
 import weakref
@@ -22,10 +24,12 @@ from mora_ds.common.errors import UserError
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of the storages that operators create while it is entered, until they are freed, even after it is left.
+    """Bytes of the storages that operators create while it is entered, until they are
+    freed, even after it is left.
 
-    `known`: tensors that existed before, which are not counted. Inputs of operators that were not created within count
-    as known too, so that in-place operators need no list of them.
+    `known`: tensors that existed before, which are not counted. Inputs of operators that
+    were not created within count as known too, so that in-place operators need no list of
+    them.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), answer: bool = False) -> None:
@@ -38,7 +42,9 @@ class MemoryMeter(TorchDispatchMode):
         for tensor in known:
             self._know(tensor.untyped_storage())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             if args[0].dtype is torch.bool:
                 return self.answer
@@ -59,7 +65,8 @@ class MemoryMeter(TorchDispatchMode):
         key = storage._cdata
         if key not in self._known and key not in self._sizes:
             self._known.add(key)
-            weakref.finalize(storage, self._known.discard, key)  # another storage may get its address
+            # Another storage may get its address
+            weakref.finalize(storage, self._known.discard, key)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -76,15 +83,21 @@ class MemoryMeter(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Within it, attention on meta tensors allocates what the fused kernels of real devices do: they save queries,
-    keys, values, the output and one number a query; a boolean mask is first cast to the queries' dtype, in every layer.
+    """Within it, attention on meta tensors allocates what the fused kernels of real devices
+    do: they save queries, keys, values, the output and one number a query; a boolean mask
+    is first cast to the queries' dtype, in every layer.
 
-    The function is patched, as a mode would not reach what gradient checkpointing recomputes.
+    The function is patched, as a mode would not reach what gradient checkpointing
+    recomputes.
     """
     sdpa = F.scaled_dot_product_attention
 
     def fused(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _attend(query, *args, **kwargs) if query.is_meta else sdpa(query, *args, **kwargs)
+        return (
+            _attend(query, *args, **kwargs)
+            if query.is_meta
+            else sdpa(query, *args, **kwargs)
+        )
 
     F.scaled_dot_product_attention = fused
     try:
@@ -97,7 +110,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of (B, H, T, D) queries, allocating as a fused kernel does; returns (B, H, T, D)."""
+    """Attention of (B, H, T, D) queries, allocating as a fused kernel does; returns (B, H,
+    T, D).
+    """
     del is_causal, enable_gqa
     if attn_mask is not None:
         attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])

@@ -1,9 +1,11 @@
-"""Whether a run fits and what it sends: one plan of a run on a cluster, from a model's config alone.
+"""Whether a run fits and what it sends: one plan of a run on a cluster, from a model's
+config alone.
 
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch and checkpointing chosen
 
-No weights are read and no process group is started: everything comes from the meta device and from shapes.
+No weights are read and no process group is started: everything comes from the meta device
+and from shapes.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ from mora_ds.planning.step import (
 )
 
 USABLE = 0.92
-"""Share of a device's memory that a recommendation fills: the rest is for its context, communication buffers and
-fragments."""
+"""Share of a device's memory that a recommendation fills: the rest is for its context,
+communication buffers and fragments."""
 
 LARGEST_MICRO_BATCH = 256
 
@@ -70,7 +72,9 @@ class Plan:
     trained: Trained
     memory: RankMemory
     gathered: int
-    """All-gather volume of trained parameters in a step: bytes of complete outputs, as a rank's counter sees them."""
+    """All-gather volume of trained parameters in a step: bytes of complete outputs, as a
+    rank's counter sees them.
+    """
     reduced: int
     """Bytes of their gradients that are reduced in a step, counted likewise."""
     base_elements: int
@@ -79,14 +83,20 @@ class Plan:
     copied: int
     """Bytes of the base that are copied from host memory to a device in a step."""
     a_merge_adds: int
-    """Bytes on every rank (`merge_bytes`); not in `memory`, as the number of merges is not known."""
+    """Bytes on every rank (`merge_bytes`); not in `memory`, as the number of merges is not
+    known.
+    """
 
     @property
     def sent(self) -> float:
         """Bytes that a rank of a ring sends in a step for ZeRO's collectives."""
         # An all-reduce also gathers what it has reduced.
         reductions = 1 if self.trained.zero.get("reduce_scatter", True) else 2
-        return (self.gathered + reductions * self.reduced) * (self.trained.ranks - 1) / self.trained.ranks
+        return (
+            (self.gathered + reductions * self.reduced)
+            * (self.trained.ranks - 1)
+            / self.trained.ranks
+        )
 
     @property
     def fits(self) -> bool:
@@ -94,15 +104,19 @@ class Plan:
 
     @property
     def host_memory(self) -> int:
-        """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
-        and what rank 0 collects to save. Merged weights are in memory that the ranks share, in place of the files."""
+        """Bytes of a node's host memory: the base's files, mapped and shared by its ranks,
+        offloaded optimizer states, and what rank 0 collects to save. Merged weights are in
+        memory that the ranks share, in place of the files."""
         ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)
-        return self.files + ranks_of_node * self.memory.host_optimizer + self.memory.host_save
+        return (
+            self.files + ranks_of_node * self.memory.host_optimizer + self.memory.host_save
+        )
 
     @property
     def files(self) -> int:
-        """Bytes of the base's files, which are assumed to be in the compute dtype, and of the model's other buffers; or
-        of the base in host memory from which devices copy, in whose place the files need not be in memory."""
+        """Bytes of the base's files, which are assumed to be in the compute dtype, and of
+        the model's other buffers; or of the base in host memory from which devices copy, in
+        whose place the files need not be in memory."""
         if not self.quantized or self.memory.host_base:
             return self.memory.base - self.memory.base_buffers + self.memory.host_base
         return self.base_elements * self.work.dtype.itemsize
@@ -110,7 +124,9 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Makes plans of one model and cluster that differ in micro-batch and checkpointing; measures each once."""
+    """Makes plans of one model and cluster that differ in micro-batch and checkpointing;
+    measures each once.
+    """
 
     work: Work
     cluster: Cluster
@@ -124,8 +140,8 @@ class Planner:
         """By micro-batch size and checkpointing."""
 
     def plan(self, **changes: Any) -> Plan:
-        """The plan, with `changes` of the work's micro-batch or checkpointing. Raises `UserError` where its groups do
-        not fill the cluster."""
+        """The plan, with `changes` of the work's micro-batch or checkpointing. Raises
+        `UserError` where its groups do not fill the cluster."""
         work = replace(self.work, **changes)
         check_world(self.cluster.ranks, work.tensor_parallel, work.sequence_parallel)
         model = self._model
@@ -164,8 +180,8 @@ class Planner:
         return size <= USABLE * self.cluster.memory
 
     def streamed(self) -> Streamed:
-        """The part of the base that --base_device host keeps in host memory. Raises `UserError` for a model whose
-        decoder layers are not found."""
+        """The part of the base that --base_device host keeps in host memory. Raises
+        `UserError` for a model whose decoder layers are not found."""
         return Streamed.of(self._model.unsplit)
 
     @cached_property
@@ -202,10 +218,16 @@ class _MeasuredModel:
 
     def __init__(self, work: Work) -> None:
         model = planned_model(work)
-        self.unsplit = model if work.tensor_parallel == 1 else planned_model(replace(work, tensor_parallel=1))
+        self.unsplit = (
+            model
+            if work.tensor_parallel == 1
+            else planned_model(replace(work, tensor_parallel=1))
+        )
         self.numels = tuple(trainable_numels(self.unsplit, work.tensor_parallel))
         layers = find_decoder_layers(model).values()
-        self.layer = max((sum(map(Tensor.numel, layer.parameters())) for layer in layers), default=0)
+        self.layer = max(
+            (sum(map(Tensor.numel, layer.parameters())) for layer in layers), default=0
+        )
         self.squares = len(mora_layers(model))
         self.base_elements = 0 if work.adapter is None else base_elements(model)
         self.base_bytes = base_bytes(model)
@@ -215,11 +237,13 @@ class _MeasuredModel:
 
 
 def place_base(planner: Planner, device: BaseDevice) -> Planner:
-    """The planner with its base where `device` says; auto: in host memory if its work does not fit otherwise. Raises
-    `UserError` for work that has no frozen base to be there."""
+    """The planner with its base where `device` says; auto: in host memory if its work does
+    not fit otherwise. Raises `UserError` for work that has no frozen base to be there."""
     work = planner.work
     if device is BaseDevice.HOST and work.adapter is None:
-        raise UserError("--base_device host is for a base that is frozen under an adapter: use device")
+        raise UserError(
+            "--base_device host is for a base that is frozen under an adapter: use device"
+        )
     on_host = replace(planner, work=replace(work, base_on_host=True))
     if device is BaseDevice.HOST:
         return on_host
@@ -229,8 +253,8 @@ def place_base(planner: Planner, device: BaseDevice) -> Planner:
 
 
 def recommend(planner: Planner) -> Plan | None:
-    """The plan that fits with the largest micro-batch, without gradient checkpointing where there is one, else with it;
-    None where none fits."""
+    """The plan that fits with the largest micro-batch, without gradient checkpointing where
+    there is one, else with it; None where none fits."""
     if not planner.base_fits:
         return None
     for checkpointing in (False, True):
@@ -248,7 +272,8 @@ def _largest(planner: Planner, checkpointing: bool) -> Plan | None:
     one = plan_of(1)
     if not one.fits:
         return None
-    # Activations grow by about the same bytes with each row: two measurements say where to begin.
+    # Activations grow by about the same bytes with each row: two measurements say where to
+    # begin.
     row = plan_of(2).memory.forward_backward - one.memory.forward_backward
     free = USABLE * planner.cluster.memory - one.memory.static - one.memory.forward_backward
     micro_batch = 2 ** int(math.log2(min(LARGEST_MICRO_BATCH, 1 + free // max(row, 1))))

@@ -13,7 +13,10 @@ FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 
 def report(plan: Plan) -> str:
     """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small."""
-    rows = [f"  {name:<28}{size_text(size):>10}  {note}".rstrip() for name, size, note in _rows(plan)]
+    rows = [
+        f"  {name:<28}{size_text(size):>10}  {note}".rstrip()
+        for name, size, note in _rows(plan)
+    ]
     return "\n".join([*_head(plan), *rows, verdict(plan)])
 
 
@@ -25,7 +28,9 @@ def verdict(plan: Plan) -> str:
         return f"it fits: {peak} of {capacity} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base <= USABLE * plan.cluster.memory:
         return f"it does not fit: {peak} at the peak, in {plan.memory.peaks_in}; a device has {capacity}"
-    bits = "" if plan.work.adapter is None else FEWER_BITS.get(plan.work.adapter.base_bits, "")
+    bits = (
+        "" if plan.work.adapter is None else FEWER_BITS.get(plan.work.adapter.base_bits, "")
+    )
     host = "" if plan.work.base_on_host else ", or --base_device host"
     return (
         f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has {capacity}. "
@@ -56,7 +61,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "tensor_parallel_size": work.tensor_parallel,
         "sequence_parallel_size": work.sequence_parallel,
         "gradient_checkpointing": work.checkpointing,
-        "base_device": BaseDevice.HOST.value if work.base_on_host else BaseDevice.DEVICE.value,
+        "base_device": BaseDevice.HOST.value
+        if work.base_on_host
+        else BaseDevice.DEVICE.value,
     }
 
 
@@ -72,7 +79,11 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     rows: list[tuple[str, float, str]] = [
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
-        ("MoRA matrices, this shard", memory.squares, f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""),
+        (
+            "MoRA matrices, this shard",
+            memory.squares,
+            f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else "",
+        ),
         ("fp32 masters", memory.masters, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
         ("gradients", memory.gradients, ""),
@@ -85,14 +96,24 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ),
         ("+ or: optimizer's step", memory.optimizer_step, ""),
         ("+ or: a merge", memory.merge, ""),
-        ("+ or: a save", memory.save, f"rank 0 collects {size_text(memory.host_save)} in host memory"),
+        (
+            "+ or: a save",
+            memory.save,
+            f"rank 0 collects {size_text(memory.host_save)} in host memory",
+        ),
         ("= peak", memory.peak, memory.peaks_in),
         ("host memory of a node", plan.host_memory, "the base once"),
         ("all-gather volume", plan.gathered, "what is trained; base 0"),
         ("sent a step and GPU", plan.sent, "by ZeRO"),
     ]
     if plan.a_merge_adds:
-        rows.append(("each merge adds", plan.a_merge_adds, "its matrices, unsharded, and index tables"))
+        rows.append(
+            (
+                "each merge adds",
+                plan.a_merge_adds,
+                "its matrices, unsharded, and index tables",
+            )
+        )
     if plan.copied:
         rows.append(("copied from host memory", plan.copied, "the base, a step and GPU"))
     return rows
@@ -105,7 +126,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpus": plan.cluster.ranks,
         "base_elements": plan.base_elements,
         "trained_elements": plan.trained.total,
-        "bytes": {**asdict(plan.memory), "held": plan.memory.static, "peak": plan.memory.peak},
+        "bytes": {
+            **asdict(plan.memory),
+            "held": plan.memory.static,
+            "peak": plan.memory.peak,
+        },
         "host_bytes_of_node": plan.host_memory,
         "bytes_a_merge_adds": plan.a_merge_adds,
         "bytes_gathered": plan.gathered,

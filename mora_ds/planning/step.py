@@ -1,9 +1,11 @@
 """Memory of one micro-batch, counted on the meta device.
 
-    config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
+    config -> model on the meta device, injected, split over t ranks -> forward and backward
+    under a `MemoryMeter`
 
-Nothing is estimated: the run's own code allocates and its storages are counted, without memory behind them. So the
-figures hold for any model that trains, and follow every change of the layers, the loss and checkpointing.
+Nothing is estimated: the run's own code allocates and its storages are counted, without
+memory behind them. So the figures hold for any model that trains, and follow every change
+of the layers, the loss and checkpointing.
 """
 
 from __future__ import annotations
@@ -53,10 +55,14 @@ class Work:
     """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
     by_documents: bool = False
-    """Whether attention is document by document; planned with documents as long as the rows."""
+    """Whether attention is document by document; planned with documents as long as the
+    rows.
+    """
     trust_remote_code: bool = False
     base_on_host: bool = False
-    """Whether the decoder layers' frozen weights are in host memory (--base_device host)."""
+    """Whether the decoder layers' frozen weights are in host memory (--base_device
+    host).
+    """
 
     @property
     def tokens(self) -> int:
@@ -70,7 +76,9 @@ class Work:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one micro-batch on one rank, in addition to weights and the engine's state."""
+    """Bytes of one micro-batch on one rank, in addition to weights and the engine's
+    state.
+    """
 
     saved: int
     """Saved activations at the end of forward, logits and loss included."""
@@ -80,7 +88,9 @@ class StepMemory:
 
 
 class _SingleRank(Topology):
-    """A rank of a tensor-parallel group without the other ranks: collectives return tensors of the right shapes."""
+    """A rank of a tensor-parallel group without the other ranks: collectives return tensors
+    of the right shapes.
+    """
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -94,25 +104,34 @@ class _SingleRank(Topology):
 
 
 def step_memory(work: Work) -> StepMemory:
-    """The memory of a step of the complete model, from two shallow ones: every figure is a constant plus a multiple of
-    the number of layers."""
+    """The memory of a step of the complete model, from two shallow ones: every figure is a
+    constant plus a multiple of the number of layers."""
     layers = work.layers
     period = layer_period(work.config)
-    planned = work.adapter is not None and work.adapter.planned_layers  # every layer may then be different
+    # Every layer may then be different
+    planned = work.adapter is not None and work.adapter.planned_layers
     if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
-    short = layers % period + 2 * period  # as many layers beyond complete periods as the model has
+    # As many layers beyond complete periods as the model has
+    short = layers % period + 2 * period
     shallow = with_layers(work, short)
     deeper = with_layers(work, short + period)
     first = measure_step(planned_model(shallow), shallow)
     second = measure_step(planned_model(deeper), deeper)
     times = (layers - short) // period
-    return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
+    return StepMemory(
+        **{
+            name: value + times * (getattr(second, name) - value)
+            for name, value in vars(first).items()
+        }
+    )
 
 
 @named_as_flags(**FLAGS)
 def planned_model(work: Work) -> Any:
-    """The model on the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
+    """The model on the meta device, injected, as rank 0 of its group has it. Raises
+    `UserError` as `inject` does.
+    """
     with torch.device("meta"):
         model = make_model(
             work.config,
@@ -124,14 +143,18 @@ def planned_model(work: Work) -> Any:
     if work.by_documents:
         use_documents(model)
     if work.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     if work.adapter is not None:
         inject(model, work.adapter)
-        if (domains := domains_of(model)).names:  # as after the first merge, when a row uses two matrices
+        # As after the first merge, when a row uses two matrices
+        if (domains := domains_of(model)).names:
             set_cycle(model, work.adapter, 1)
             domains.set([domains.names[0]] * work.micro_batch)
         for layer in quantized_layers(model).values():
-            if layer.is_packed:  # as after a merge, when it is added to the weight of the moment
+            # As after a merge, when it is added to the weight of the moment
+            if layer.is_packed:
                 layer.keep_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
@@ -141,12 +164,13 @@ def planned_model(work: Work) -> Any:
 
 
 def measure_step(model: nn.Module, work: Work) -> StepMemory:
-    """The memory of forward and backward of one micro-batch. Raises `UserError` for a model that the meta device cannot
-    run."""
+    """The memory of forward and backward of one micro-batch. Raises `UserError` for a model
+    that the meta device cannot run."""
     _clear_tables()
     batch = _batch(work)
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # ZeRO moves each into its bucket at once
+        # ZeRO moves each into its bucket at once
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
         for parameter in model.parameters()
     ]
     merged = [value for layer in mora_layers(model).values() for _, value in layer.merged]
@@ -164,7 +188,8 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             del loss
     except UserError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # a kernel that torch has for devices only
+    # A kernel that torch has for devices only
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"this model cannot be planned (--dry_run, mora-ds plan) in {work.dtype}, --bf16 may help: {reason(error)}"
         ) from error
@@ -182,7 +207,8 @@ def measure_merge(model: nn.Module) -> int:
     if not layers:
         return 0
     layer = max(layers, key=lambda candidate: math.prod(candidate.shape))
-    original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")  # memory-mapped from a file
+    # memory-mapped from a file
+    original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
         value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
         layer.merge(original, [(layer.spec, value)], value)
@@ -191,13 +217,17 @@ def measure_merge(model: nn.Module) -> int:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the frozen base and of the model's other buffers, such as rotary frequencies."""
+    """Bytes of the frozen base and of the model's other buffers, such as rotary
+    frequencies.
+    """
     return sum({id(tensor): tensor.nbytes for tensor in model.buffers()}.values())
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """The frozen weights that stay in host memory, and what a device holds of them (`engine.base_ring`)."""
+    """The frozen weights that stay in host memory, and what a device holds of them
+    (`engine.base_ring`).
+    """
 
     layers: tuple[int, ...]
     """Bytes of each decoder layer's."""
@@ -209,7 +239,10 @@ class Streamed:
     def of(cls, model: nn.Module) -> Streamed:
         """Raises `UserError` for a model whose decoder layers are not found."""
         weights = [list(tensors.values()) for tensors in weights_of_layers(model).values()]
-        sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) for tensors in weights)
+        sizes = tuple(
+            sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+            for tensors in weights
+        )
         return cls(
             sizes,
             min(BUFFERS, len(sizes)),
@@ -226,13 +259,15 @@ class Streamed:
 
     @property
     def copied(self) -> int:
-        """Bytes copied in a micro-batch, forward and backward. The layers with which a pass begins are there already,
-        from the end of the other pass."""
+        """Bytes copied in a micro-batch, forward and backward. The layers with which a pass
+        begins are there already, from the end of the other pass."""
         return sum(self.layers[self.buffers :]) + sum(self.layers[: -self.buffers])
 
 
 def with_layers(work: Work, layers: int) -> Work:
-    """The same work for a model with another number of layers; lists with an entry a layer are cut."""
+    """The same work for a model with another number of layers; lists with an entry a layer
+    are cut.
+    """
     config = copy.deepcopy(work.config)
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
@@ -243,24 +278,39 @@ def with_layers(work: Work, layers: int) -> Work:
 
 
 def layer_period(config: Any) -> int:
-    """After how many layers the kinds of layers repeat; the number of layers where they do not."""
+    """After how many layers the kinds of layers repeat; the number of layers where they do
+    not.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     sparse_step = getattr(text, "decoder_sparse_step", None) or 1
-    if getattr(text, "mlp_only_layers", None) or getattr(text, "first_k_dense_replace", None) or sparse_step > 1:
+    if (
+        getattr(text, "mlp_only_layers", None)
+        or getattr(text, "first_k_dense_replace", None)
+        or sparse_step > 1
+    ):
         return len(kinds)  # some layers have experts, others do not
     return next(
-        (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),
+        (
+            size
+            for size in range(1, len(kinds))
+            if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))
+        ),
         len(kinds),
     )
 
 
 def _batch(work: Work) -> dict[str, Any]:
-    # Ulysses exchanges tokens for heads: attention keeps as many bytes as that of the rank's tokens with all heads.
+    # Ulysses exchanges tokens for heads: attention keeps as many bytes as that of the
+    # rank's tokens with all heads.
     length = work.seq_len // work.sequence_parallel
     ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
     documents = Documents.whole_rows(work.micro_batch, length, ids.device)
-    rows = {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
+    rows = {
+        "input_ids": ids,
+        "position_ids": torch.empty_like(ids),
+        "labels": torch.empty_like(ids),
+    }
     return {**rows, "documents": documents}
 
 

@@ -1,4 +1,5 @@
-"""What share of a GPU's arithmetic a run uses (MFU): model FLOPs a token, counted from shapes, and the peaks of cards.
+"""What share of a GPU's arithmetic a run uses (MFU): model FLOPs a token, counted from
+shapes, and the peaks of cards.
 
 Counted is what the model's definition asks for, forward and backward, without what is computed again or gathered:
 
@@ -19,44 +20,60 @@ from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, is_linear, linear
 PEAK_TFLOPS = {
     "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
 }  # fmt: skip
-"""Dense products a second in bf16 and fp16, in 10^12, by words of the name that CUDA tells; the first that fits. From
-NVIDIA's data sheets, whose figures with sparsity are halved."""
+"""Dense products a second in bf16 and fp16, in 10^12, by words of the name that CUDA tells;
+the first that fits. From NVIDIA's data sheets, whose figures with sparsity are halved."""
 
 
 def peak_flops(card: str) -> float | None:
-    """The dense operations a second of a card, in bf16 or fp16; None for one that the table does not have."""
+    """The dense operations a second of a card, in bf16 or fp16; None for one that the table
+    does not have.
+    """
     words = f" {card.replace('-', ' ')} "
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None)
+    return next(
+        (1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None
+    )
 
 
 def token_flops(model: Any, length: int) -> float:
-    """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or one that is trained whole;
-    before the engine shards anything."""
+    """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or one
+    that is trained whole; before the engine shards anything."""
     frozen = 0
     trained = 0
-    stacks = [stack for stack in find_stacks(model).values() if isinstance(stack, ExpertStack)]
-    plain = [module for module in model.modules() if is_linear(module) and not isinstance(module, AdaptedLinear)]
+    stacks = [
+        stack for stack in find_stacks(model).values() if isinstance(stack, ExpertStack)
+    ]
+    plain = [
+        module
+        for module in model.modules()
+        if is_linear(module) and not isinstance(module, AdaptedLinear)
+    ]
     for layer in (*stacks, *mora_layers(model).values(), *plain):
         experts = getattr(layer, "experts_per_token", 1) or 1
         weight = math.prod(linear_shape(layer)) * experts
         if isinstance(layer, AdaptedLinear):
             operator = layer.spec.operator if layer.spec.is_stack else layer.spec  # type: ignore[attr-defined]
             frozen += weight
-            trained += math.prod(operator.value_shape) * getattr(operator, "blocks", 1) * experts
+            trained += (
+                math.prod(operator.value_shape) * getattr(operator, "blocks", 1) * experts
+            )
         elif isinstance(layer.weight, nn.Parameter):
             trained += weight
         else:
             frozen += weight
-    return 4.0 * frozen + 6.0 * (trained + _attention(model.config.get_text_config(), length))
+    return 4.0 * frozen + 6.0 * (
+        trained + _attention(model.config.get_text_config(), length)
+    )
 
 
 def _attention(config: Any, length: int) -> int:
-    """Multiplications for a token's scores and weighted values in forward, in all layers; 0 for a model without heads,
-    and for one whose config does not say them for all layers alike."""
+    """Multiplications for a token's scores and weighted values in forward, in all layers; 0
+    for a model without heads, and for one whose config does not say them for all layers
+    alike."""
     try:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = config.num_hidden_layers
-    except (AttributeError, TypeError, RuntimeError):  # the last from transformers, where layers differ (Gemma 4)
+    # The last from transformers, where layers differ (Gemma 4)
+    except (AttributeError, TypeError, RuntimeError):
         return 0
     return layers * heads * size * length if isinstance(heads, int) else 0

@@ -1,16 +1,19 @@
-"""The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and chained by hashes.
+"""The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and chained
+by hashes.
 
     live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
 
-The base on disk never changes; the ledger holds all that a run has merged into it. Merge, resume and export form live
-weights by one function, `live_weight`, so that they agree bit for bit.
+The base on disk never changes; the ledger holds all that a run has merged into it. Merge,
+resume and export form live weights by one function, `live_weight`, so that they agree bit
+for bit.
 
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
 
-A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's file is safely on
-disk, so an append that is killed at any point leaves the ledger unchanged.
+A cycle exists once ledger.json names it. That file is replaced by an atomic rename after
+the cycle's file is safely on disk, so an append that is killed at any point leaves the
+ledger unchanged.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ class LayerEntry:
 
     @property
     def weight(self) -> str:
-        """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the module's own name."""
+        """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the
+        module's own name.
+        """
         return self.operator.weight_name(self.module)
 
     @property
@@ -69,7 +74,11 @@ class LayerEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON, without the module name, which is its key."""
-        return {"weight": self.weight, "transposed": self.transposed, "operator": self.operator.to_dict()}
+        return {
+            "weight": self.weight,
+            "transposed": self.transposed,
+            "operator": self.operator.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
@@ -106,7 +115,9 @@ def agree_on_layers(
     layers: Mapping[str, LayerEntry],
     path: Path,
 ) -> None:
-    """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where one has another shape now."""
+    """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where
+    one has another shape now.
+    """
     for name, layer in layers.items():
         shape = _shape(layer)
         if shape != _shape(known.setdefault(name, layer)):
@@ -130,11 +141,15 @@ class CycleRecord:
     sha256: str
     size: Count
     chain: str
-    """sha256 of the previous entry's chain (first: the base's fingerprint) followed by this file's sha256, in hex."""
+    """sha256 of the previous entry's chain (first: the base's fingerprint) followed by this
+    file's sha256, in hex.
+    """
 
 
 class Ledger:
-    """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
+    """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a
+    time may change it.
+    """
 
     def __init__(
         self,
@@ -149,9 +164,11 @@ class Ledger:
         self._layers: dict[int, dict[str, LayerEntry]] = {}
 
     @classmethod
-    def create(cls, folder: Path, base_fingerprint: str, *, replace: bool = False) -> Ledger:
-        """An empty ledger for a base. Other files in the folder stay. Raises `UserError` where it has a ledger, unless
-        that is to be replaced."""
+    def create(
+        cls, folder: Path, base_fingerprint: str, *, replace: bool = False
+    ) -> Ledger:
+        """An empty ledger for a base. Other files in the folder stay. Raises `UserError`
+        where it has a ledger, unless that is to be replaced."""
         if (folder / LEDGER_FILE).exists() and not replace:
             raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,9 +184,11 @@ class Ledger:
         base_fingerprint: str | None = None,
         hashes: bool = True,
     ) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte.
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every
+        byte.
 
-        Raises `UserError` naming the file and the problem, or that it belongs to another base.
+        Raises `UserError` naming the file and the problem, or that it belongs to another
+        base.
         """
         folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
@@ -178,14 +197,18 @@ class Ledger:
         fingerprint = entry(content, "base_fingerprint", str, path)
         records = entry(content, "cycles", list[CycleRecord], path)
         if base_fingerprint is not None and fingerprint != base_fingerprint:
-            raise UserError(f"{path} belongs to another base: fingerprint {fingerprint}, not {base_fingerprint}")
+            raise UserError(
+                f"{path} belongs to another base: fingerprint {fingerprint}, not {base_fingerprint}"
+            )
         ledger = cls(folder, fingerprint, records)
         ledger._check_records()
         ledger.verify(hashes)
         return ledger
 
     def snapshot(self) -> Ledger:
-        """A ledger with the present cycles, which later appends to this one do not change."""
+        """A ledger with the present cycles, which later appends to this one do not
+        change.
+        """
         return Ledger(self.folder, self.base_fingerprint, self._records)
 
     @property
@@ -202,11 +225,15 @@ class Ledger:
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
             with malformed(path):
-                self._layers[cycle] = layers_from_dict(plain_json(self._handle(cycle).metadata()["layers"], "layers"))
+                self._layers[cycle] = layers_from_dict(
+                    plain_json(self._handle(cycle).metadata()["layers"], "layers")
+                )
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
-        """The layer's matrix (r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not write to it."""
+        """The layer's matrix (r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not
+        write to it.
+        """
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
 
     def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
@@ -223,8 +250,9 @@ class Ledger:
     ) -> int:
         """Adds a cycle and returns its number.
 
-        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys of `layers`, in any order.
-        Raises `RunError` for a full disk or a matrix that is not finite; the ledger is then unchanged.
+        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys of
+        `layers`, in any order. Raises `RunError` for a full disk or a matrix that is not
+        finite; the ledger is then unchanged.
         """
         cycle = self.cycles
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
@@ -232,15 +260,19 @@ class Ledger:
             _write_cycle(beside, cycle, step, layers, squares)
             sha256 = sha256_file(beside)
             size = beside.stat().st_size
-        record = CycleRecord(cycle, step, path.name, sha256, size, _link(self._head(), sha256))
+        record = CycleRecord(
+            cycle, step, path.name, sha256, size, _link(self._head(), sha256)
+        )
         self._write([*self._records, record])
         self._records.append(record)
         return cycle
 
     def copy_to(self, folder: Path) -> Ledger:
-        """Copies the ledger to another folder, by hard links where possible; a ledger in that folder is replaced.
+        """Copies the ledger to another folder, by hard links where possible; a ledger in
+        that folder is replaced.
 
-        The folder holds a valid ledger at any time: an empty one until all files are in place.
+        The folder holds a valid ledger at any time: an empty one until all files are in
+        place.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
@@ -255,12 +287,16 @@ class Ledger:
 
     def _remove_strays(self) -> None:
         """Delete files of cycles that nothing refers to any more."""
-        for path in set(self.folder.glob("cycle-*.safetensors")) - {self.folder / row.file for row in self._records}:
+        for path in set(self.folder.glob("cycle-*.safetensors")) - {
+            self.folder / row.file for row in self._records
+        }:
             with suppress(OSError):
                 path.unlink()
 
     def verify(self, hashes: bool = True) -> None:
-        """Checks every file. Raises `UserError` naming the first that is not as it was written."""
+        """Checks every file. Raises `UserError` naming the first that is not as it was
+        written.
+        """
         known: dict[str, LayerEntry] = {}
         for record in self._records:
             problem = file_problem(
@@ -272,17 +308,27 @@ class Ledger:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
             agree_on_layers(known, self.layers(record.cycle), self.folder / record.file)
-            expected = {layer.square: layer.operator.value_shape for layer in self.layers(record.cycle).values()}
+            expected = {
+                layer.square: layer.operator.value_shape
+                for layer in self.layers(record.cycle).values()
+            }
             if set(handle.keys()) != set(expected):
-                raise UserError(f"{self.folder / record.file} does not hold the matrices that its header lists")
+                raise UserError(
+                    f"{self.folder / record.file} does not hold the matrices that its header lists"
+                )
             for name, shape in expected.items():
                 if shape_dtype(handle, name) != (shape, torch.float32):
-                    raise UserError(f"{self.folder / record.file}: {name} is not fp32 {shape}")
+                    raise UserError(
+                        f"{self.folder / record.file}: {name} is not fp32 {shape}"
+                    )
 
     def _check_records(self) -> None:
         chain = self.base_fingerprint
         for expected, record in enumerate(self._records):
-            if record.cycle != expected or record.file != f"cycle-{expected:05d}.safetensors":
+            if (
+                record.cycle != expected
+                or record.file != f"cycle-{expected:05d}.safetensors"
+            ):
                 raise UserError(
                     f"{self.folder / LEDGER_FILE} has a hole: cycle {expected} is missing, {record.file} comes next"
                 )
@@ -310,7 +356,9 @@ class Ledger:
 
 
 def read_records(folder: Path) -> list[CycleRecord]:
-    """What the ledger in `folder` records of its files, none of which is read. Raises `UserError`."""
+    """What the ledger in `folder` records of its files, none of which is read. Raises
+    `UserError`.
+    """
     path = folder / LEDGER_FILE
     return entry(read_json(path), "cycles", list[CycleRecord], path)
 
@@ -326,10 +374,19 @@ def _write_cycle(
     layers: Mapping[str, LayerEntry],
     squares: Iterable[tuple[str, Tensor]],
 ) -> None:
-    layout = {layer.square: (layer.operator.value_shape, torch.float32) for layer in layers.values()}
-    metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
+    layout = {
+        layer.square: (layer.operator.value_shape, torch.float32)
+        for layer in layers.values()
+    }
+    metadata = {
+        "layers": json.dumps(layers_to_dict(layers)),
+        "cycle": str(cycle),
+        "step": str(step),
+    }
     with SafetensorsWriter(path, layout, metadata) as writer:
         for module, square in squares:
             if not torch.isfinite(square).all():
-                raise RunError(f"step {step}: {layers[module].square} is not finite and cannot be merged")
+                raise RunError(
+                    f"step {step}: {layers[module].square} is not finite and cannot be merged"
+                )
             writer.write(layers[module].square, square)

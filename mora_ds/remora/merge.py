@@ -1,4 +1,5 @@
-"""ReMoRA merges: every layer's MoRA matrix M goes into the base and into the merge ledger, and a fresh one starts.
+"""ReMoRA merges: every layer's MoRA matrix M goes into the base and into the merge ledger,
+and a fresh one starts.
 
 At a gradient-accumulation boundary, on all ranks, layer by layer in the same order:
 
@@ -29,9 +30,15 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
-"""How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
-bits a number is off by at most 1/254 of its row's largest, in bf16 by at most 1/256 of itself."""
+PROBE_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+    torch.int8: 3e-2,
+}
+"""How far a merge may move the probe's loss, relative to it: what rounding the weights to
+that dtype can explain. In 8 bits a number is off by at most 1/254 of its row's largest, in
+bf16 by at most 1/256 of itself."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,9 @@ class MergeReport:
     weight_norm: float
     """Norm of the live weights before the merge."""
     rounding_loss: float
-    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it). Above 1
-    where deltas are smaller than what rounding changes, as they may be in 8 bits."""
+    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the
+    ledger has all of it). Above 1 where deltas are smaller than what rounding changes, as
+    they may be in 8 bits."""
     loss_before: float | None = None
     loss_after: float | None = None
     """Loss on the probe batch before and after the merge, where there is a probe."""
@@ -70,14 +78,18 @@ class MergeReport:
 
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
     """Module name -> what the ledger records of the layer in its present cycle."""
-    return {name: LayerEntry(name, layer.transposed, layer.spec) for name, layer in mora_layers(model).items()}
+    return {
+        name: LayerEntry(name, layer.transposed, layer.spec)
+        for name, layer in mora_layers(model).items()
+    }
 
 
 class ReMoRA:
     """Merges and replays for one engine.
 
-    The live base is always the original of `base` plus all deltas in `ledger`, summed in fp32 and rounded once. `keys`
-    maps a layer's weight name to its key in `base`. Rank 0 writes the ledger, which all ranks see.
+    The live base is always the original of `base` plus all deltas in `ledger`, summed in
+    fp32 and rounded once. `keys` maps a layer's weight name to its key in `base`. Rank 0
+    writes the ledger, which all ranks see.
     """
 
     def __init__(
@@ -100,10 +112,11 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step`, with no gradient of the next. Collective.
+        """Merge the MoRA matrices of all layers after optimizer step `step`, with no
+        gradient of the next. Collective.
 
-        `probe`: the loss on a fixed batch, the same on every rank; measured before and after. Raises `RunError` when it
-        moves by more than rounding explains.
+        `probe`: the loss on a fixed batch, the same on every rank; measured before and
+        after. Raises `RunError` when it moves by more than rounding explains.
         """
         model = self.engine.module
         cycle = self.cycle
@@ -116,7 +129,9 @@ class ReMoRA:
         self._start_cycle(self.cycle)
         after = probe() if probe else None
         self._check_probe(step, before, after)
-        square_sum, delta_sum, weight_sum, lost_sum = (sum(norm**2 for norm in column) for column in norms.T.tolist())
+        square_sum, delta_sum, weight_sum, lost_sum = (
+            sum(norm**2 for norm in column) for column in norms.T.tolist()
+        )
         return MergeReport(
             cycle=cycle,
             step=step,
@@ -130,7 +145,9 @@ class ReMoRA:
         )
 
     def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Module name and unsharded fp32 M of each layer, which rank 0 also puts in `recorded`. Collective."""
+        """Module name and unsharded fp32 M of each layer, which rank 0 also puts in
+        `recorded`. Collective.
+        """
         for name, layer in mora_layers(self.engine.module).items():
             square = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
@@ -138,10 +155,12 @@ class ReMoRA:
             yield name, square
 
     def _form(self, squares: Iterable[tuple[str, Tensor | None]]) -> dict[str, MergeNorms]:
-        """Form every live weight anew, each once on a node whose processes share it, from its original, the ledger and
-        the M that `squares` has for it, if any. Returns {module name: norms} of the M that this process has added."""
+        """Form every live weight anew, each once on a node whose processes share it, from
+        its original, the ledger and the M that `squares` has for it, if any. Returns
+        {module name: norms} of the M that this process has added."""
         if ring := ring_of(self.engine.module):
-            ring.forget()  # the device's copies of streamed weights that are about to change
+            # The device's copies of streamed weights that are about to change
+            ring.forget()
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
@@ -155,8 +174,12 @@ class ReMoRA:
         def items() -> Iterator[tuple[str, Tensor | None]]:
             for name, square in squares:
                 if name in written_here:
-                    # Where the base is shared, all matrices wait for the other processes: not on the device.
-                    yield name, square if square is None or node.ranks is None else square.cpu()
+                    # Where the base is shared, all matrices wait for the other processes:
+                    # not on the device.
+                    yield (
+                        name,
+                        square if square is None or node.ranks is None else square.cpu(),
+                    )
                 elif layers[name].is_packed:  # every process keeps the matrices
                     layers[name].keep_merged(updates(name, square))
 
@@ -183,7 +206,9 @@ class ReMoRA:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))
         dtype = layer.dtype if layer.is_packed else layer.weight.dtype
-        if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before)):
+        if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(
+            1.0, abs(before)
+        ):
             raise RunError(
                 f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
                 f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
@@ -192,13 +217,17 @@ class ReMoRA:
             )
 
     def replay(self) -> None:
-        """Bring the live base to the ledger's state (after a resume) and set the current cycle's operators."""
+        """Bring the live base to the ledger's state (after a resume) and set the current
+        cycle's operators.
+        """
         if self.cycle:
             self.form_base()
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def form_base(self) -> None:
-        """Form every live weight from its original and the ledger. Collective, as a merge."""
+        """Form every live weight from its original and the ledger. Collective, as a
+        merge.
+        """
         self._form((name, None) for name in mora_layers(self.engine.module))
 
     def _record(
@@ -218,10 +247,14 @@ class ReMoRA:
             hashes=False,
         )
         if self.cycle != cycle + 1:
-            raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
+            raise RunError(
+                f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it"
+            )
 
     def _start_cycle(self, cycle: int) -> None:
-        """Zero the matrices with their masters and optimizer state, and set the operators of the cycle."""
+        """Zero the matrices with their masters and optimizer state, and set the operators
+        of the cycle.
+        """
         layers = mora_layers(self.engine.module)
         zero.reset_group(self.engine, 0)
         set_cycle(self.engine.module, self.config, cycle)

@@ -1,4 +1,5 @@
-"""When to merge, and the learning rate at every step: pure functions of the step and of past merges.
+"""When to merge, and the learning rate at every step: pure functions of the step and of
+past merges.
 
     learning rate
     peak |    /\\___        merge                     a global curve (linear, cosine, constant, stable-decay) after the
@@ -8,12 +9,14 @@
          |/           |_/   |__/
          +-------------------------------> step
 
-Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step runs at the full learning rate between a
-merge and its re-warmup, and none at zero: with `warmup_steps = W`, step k of a warm-up runs at (k + 1) / (W + 1) of the
-learning rate that it leads to, so that exactly W steps lie below the curve and step W lies on it.
+Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step runs at the
+full learning rate between a merge and its re-warmup, and none at zero: with `warmup_steps =
+W`, step k of a warm-up runs at (k + 1) / (W + 1) of the learning rate that it leads to, so
+that exactly W steps lie below the curve and step W lies on it.
 
-All merges are known in advance, but a run that resumes with another length keeps those that it has made: `merges`
-always is the list of past merges, the numbers of optimizer steps done at each, ascending.
+All merges are known in advance, but a run that resumes with another length keeps those that
+it has made: `merges` always is the list of past merges, the numbers of optimizer steps done
+at each, ascending.
 """
 
 import math
@@ -34,12 +37,17 @@ class ScheduleKind(str, Enum):
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
-ALIASES = {"constant_with_warmup": ScheduleKind.CONSTANT, "wsd": ScheduleKind.WARMUP_STABLE_DECAY}
+ALIASES = {
+    "constant_with_warmup": ScheduleKind.CONSTANT,
+    "wsd": ScheduleKind.WARMUP_STABLE_DECAY,
+}
 """Hugging Face's names of the same curves; the warm-up is a separate setting here."""
 
 
 def schedule_kind(name: str) -> ScheduleKind:
-    """The kind called `name`. Raises `UserError` (it names --lr_scheduler_type) for an unknown one."""
+    """The kind called `name`. Raises `UserError` (it names --lr_scheduler_type) for an
+    unknown one.
+    """
     known = {**{kind.value: kind for kind in ScheduleKind}, **ALIASES}
     if name not in known:
         raise UserError(unknown("--lr_scheduler_type", name, known))
@@ -72,7 +80,9 @@ def rewarmed(
     merges: Sequence[int],
     restart_warmup_steps: int,
 ) -> float:
-    """`curve` at a step (0-based), or below it on the straight line that leads back to it after the last merge."""
+    """`curve` at a step (0-based), or below it on the straight line that leads back to it
+    after the last merge.
+    """
     before = bisect_right(merges, step)
     if before == 0 or step - merges[before - 1] >= restart_warmup_steps:
         return curve(step)
@@ -85,8 +95,8 @@ def rewarmed(
 class Schedule:
     """The learning rate and the merges of a run of `total_steps` optimizer steps.
 
-    Steps are counted from 0: `learning_rate(0)` is that of the first step. Raises `UserError` for settings that
-    contradict each other.
+    Steps are counted from 0: `learning_rate(0)` is that of the first step. Raises
+    `UserError` for settings that contradict each other.
     """
 
     kind: ScheduleKind
@@ -97,7 +107,9 @@ class Schedule:
     warmup_steps: int = 0
     """Steps of the first warm-up, all below the peak."""
     min_ratio: float = 0.0
-    """The curve decays towards min_ratio * peak, which it would reach at step `total_steps`."""
+    """The curve decays towards min_ratio * peak, which it would reach at step
+    `total_steps`.
+    """
     merge_every: int = 0
     """Optimizer steps from one merge to the next; 0 for no merges."""
     restart_warmup_steps: int = 10
@@ -116,10 +128,14 @@ class Schedule:
         )
 
     def curve(self, step: int) -> float:
-        """The learning rate at `step` of a run without merges: first warm-up, then the global curve."""
+        """The learning rate at `step` of a run without merges: first warm-up, then the
+        global curve.
+        """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
-        progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        progress = min(
+            1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        )
         height = {
             ScheduleKind.CONSTANT: 1.0,
             ScheduleKind.LINEAR: 1.0 - progress,
@@ -133,15 +149,18 @@ class Schedule:
         return self.curve(step) >= self.peak * (1 - 1e-9)
 
     def learning_rate(self, step: int, merges: Sequence[int] = ()) -> float:
-        """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`."""
+        """The learning rate of optimizer step `step` (0-based, the next one) after past
+        `merges`.
+        """
         return rewarmed(self.curve, step, merges, self.restart_warmup_steps)
 
     def merges_after(self, steps_done: int) -> bool:
-        """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1 after the first step).
+        """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1
+        after the first step).
 
-        Never during the first warm-up. Nor where so few steps are left that the run would end during the
-        next re-warmup: those steps would run at low learning rates to no effect, so the current cycle continues to the
-        end.
+        Never during the first warm-up. Nor where so few steps are left that the run would
+        end during the next re-warmup: those steps would run at low learning rates to no
+        effect, so the current cycle continues to the end.
         """
         if self.merge_every == 0 or steps_done == 0 or steps_done % self.merge_every:
             return False
@@ -150,4 +169,6 @@ class Schedule:
 
     def merges_left(self, done: int) -> list[int]:
         """The steps after which merges follow in a run that has `done` steps."""
-        return [step for step in range(done + 1, self.total_steps) if self.merges_after(step)]
+        return [
+            step for step in range(done + 1, self.total_steps) if self.merges_after(step)
+        ]

@@ -1,8 +1,9 @@
-"""Which tensors of the base's files an adapted layer changes, and what each becomes: one at a time, for exports and for
-new bases.
+"""Which tensors of the base's files an adapted layer changes, and what each becomes: one at
+a time, for exports and for new bases.
 
-A linear layer is one tensor. The experts of a layer may be a tensor each, or two, gate and up, whose rows follow each
-other: then the update of an expert belongs to its parts together, and each takes its rows of the sum.
+A linear layer is one tensor. The experts of a layer may be a tensor each, or two, gate and
+up, whose rows follow each other: then the update of an expert belongs to its parts
+together, and each takes its rows of the sum.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +29,9 @@ class StoredWeight:
     rows: slice
     """The rows of this one."""
     expert: int | None = None
-    """The number of the expert that they belong to; None where the tensor is the layer's weight itself."""
+    """The number of the expert that they belong to; None where the tensor is the layer's
+    weight itself.
+    """
 
     def live(
         self,
@@ -36,8 +39,14 @@ class StoredWeight:
         updates: Iterable[tuple[UpdateSpec, Tensor]],
         dtype: torch.dtype,
     ) -> Tensor:
-        """The tensor with the updates of its layer, summed as `live_weight` sums them. `read`: an original by key."""
-        original = torch.cat([read(key) for key in self.keys]) if len(self.keys) > 1 else read(*self.keys)
+        """The tensor with the updates of its layer, summed as `live_weight` sums them.
+        `read`: an original by key.
+        """
+        original = (
+            torch.cat([read(key) for key in self.keys])
+            if len(self.keys) > 1
+            else read(*self.keys)
+        )
         if self.expert is not None:
             updates = (spec.single(value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
@@ -48,7 +57,9 @@ def stored_weights(
     key: str,
     base: BaseCheckpoint,
 ) -> dict[str, StoredWeight]:
-    """Key -> tensor, for all tensors of the layer's weight, whose key in the base is `key`."""
+    """Key -> tensor, for all tensors of the layer's weight, whose key in the base is
+    `key`.
+    """
     if not is_stack(key):
         return {key: StoredWeight(entry, (key,), slice(None))}
     weights = {}
@@ -56,13 +67,15 @@ def stored_weights(
         start = 0
         for member_key in keys:
             stop = start + base.shape_dtype(member_key)[0][0]
-            weights[member_key] = StoredWeight(entry, tuple(keys), slice(start, stop), expert)
+            weights[member_key] = StoredWeight(
+                entry, tuple(keys), slice(start, stop), expert
+            )
             start = stop
     return weights
 
 
 def weight_shape(entry: LayerEntry) -> tuple[int, ...]:
-    """The shape that the layer's weight has in the base: (d_out, d_in), reversed where it is stored transposed, and the
-    number of experts before it."""
+    """The shape that the layer's weight has in the base: (d_out, d_in), reversed where it
+    is stored transposed, and the number of experts before it."""
     sides = (entry.operator.d_out, entry.operator.d_in)
     return (*entry.operator.value_shape[:-2], *(sides[::-1] if entry.transposed else sides))

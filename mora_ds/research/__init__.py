@@ -7,6 +7,6 @@ alignment         a term of the loss: how much of an update lies in the weight's
 bank              many adapters of one base, each row of a batch with its own (`mora-ds evaluate-adapters`)
 spectrum          singular values and ranks of merged updates (`mora-ds spectrum`)
 
-No other package imports these modules: `mora_ds.common.research` loads one where its command or the block `research:`
-of a recipe asks for it.
+No other package imports these modules: `mora_ds.common.research` loads one where its
+command or the block `research:` of a recipe asks for it.
 """

@@ -2,9 +2,10 @@
 
     share(M) = |Uq D Vq^T|^2 / (|D|^2 + (FLOOR |W0|)^2)     D = delta_weight(M); Uq, Vq: q leading singular vectors
 
-The floor makes the share and its gradient 0 at M = 0, where the quotient alone has no limit; a delta of a thousandth of
-the weight's norm counts half of what its direction would give, a larger one almost all of it. One layer's D is formed
-at a time, in fp32, in forward and again in backward.
+The floor makes the share and its gradient 0 at M = 0, where the quotient alone has no
+limit; a delta of a thousandth of the weight's norm counts half of what its direction would
+give, a larger one almost all of it. One layer's D is formed at a time, in fp32, in forward
+and again in backward.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Leading:
-    """The leading directions of a frozen weight W0 (d_out, d_in), in fp32 on the device that computes."""
+    """The leading directions of a frozen weight W0 (d_out, d_in), in fp32 on the device
+    that computes.
+    """
 
     left: Tensor
     """(q, d_out): left singular vectors, one a row, the leading ones first."""
@@ -46,18 +49,26 @@ class Leading:
     """Frobenius norm of W0."""
 
     def share(self, spec: UpdateSpec, square: Tensor) -> Tensor:
-        """The share of M (r_hat, r_hat), a number from 0 to 1, computed in fp32 or float64."""
-        delta = spec.delta_weight(square.to(torch.promote_types(square.dtype, torch.float32)))
+        """The share of M (r_hat, r_hat), a number from 0 to 1, computed in fp32 or
+        float64.
+        """
+        delta = spec.delta_weight(
+            square.to(torch.promote_types(square.dtype, torch.float32))
+        )
         inside = self.left.to(delta) @ delta @ self.right.to(delta).T
         return inside.square().sum() / (delta.square().sum() + (FLOOR * self.norm) ** 2)
 
 
-def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ranks) -> dict[str, Leading]:
-    """{module: its `rank` leading directions} of every linear layer that will be adapted, before injection. Collective.
+def leading_of_base(
+    config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ranks
+) -> dict[str, Leading]:
+    """{module: its `rank` leading directions} of every linear layer that will be adapted,
+    before injection. Collective.
 
-    Rank 0 decomposes the original weights, one at a time; the others receive its bits. Nothing is stored: a resumed run
-    decomposes them again, and finds the same bits on the same machine with as many threads. Raises `UserError` naming a
-    weight that is not finite, or has fewer singular vectors than `rank`.
+    Rank 0 decomposes the original weights, one at a time; the others receive its bits.
+    Nothing is stored: a resumed run decomposes them again, and finds the same bits on the
+    same machine with as many threads. Raises `UserError` naming a weight that is not
+    finite, or has fewer singular vectors than `rank`.
     """
     device = current_device()
 
@@ -65,32 +76,48 @@ def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ra
         directions = {}
         for name, module in targets_of(loaded.model, config).items():
             if isinstance(module, ExpertStack):
-                raise UserError(f"research.alignment_weight: {name} are experts: leave them out")
+                raise UserError(
+                    f"research.alignment_weight: {name} are experts: leave them out"
+                )
             key = loaded.keys[f"{name}.weight"]
             weight = loaded.base.read(key).to(device, torch.float64)
             if rank > min(weight.shape):
-                raise UserError(f"research.alignment_rank {rank}: {name} has {min(weight.shape)} singular vectors")
+                raise UserError(
+                    f"research.alignment_rank {rank}: {name} has {min(weight.shape)} singular vectors"
+                )
             if not torch.isfinite(weight).all():
-                raise UserError(f"{loaded.base.folder}: {key} has NaN or infinite values, and no singular vectors")
+                raise UserError(
+                    f"{loaded.base.folder}: {key} has NaN or infinite values, and no singular vectors"
+                )
             weight = weight.T if isinstance(module, Conv1D) else weight
             left, right = leading_vectors(weight, rank, name)
-            directions[name] = Leading(left.float().cpu(), right.float().cpu(), weight.norm().item())
+            directions[name] = Leading(
+                left.float().cpu(), right.float().cpu(), weight.norm().item()
+            )
         return directions
 
     on_cpu = ranks.on_first("singular vectors of the base", decompose, long=True)
     return {
-        name: Leading(directions.left.to(device), directions.right.to(device), directions.norm)
+        name: Leading(
+            directions.left.to(device), directions.right.to(device), directions.norm
+        )
         for name, directions in on_cpu.items()
     }
 
 
 class Alignment:
-    """The alignment loss of a model with MoRA matrices. Construct it after `inject` and before `initialize`."""
+    """The alignment loss of a model with MoRA matrices. Construct it after `inject` and
+    before `initialize`.
+    """
 
     name = "alignment"
 
-    def __init__(self, model: nn.Module, leading: Mapping[str, Leading], weight: float) -> None:
-        """`leading`: of `leading_of_base`, the directions that span the leading subspaces."""
+    def __init__(
+        self, model: nn.Module, leading: Mapping[str, Leading], weight: float
+    ) -> None:
+        """`leading`: of `leading_of_base`, the directions that span the leading
+        subspaces.
+        """
         layers = mora_layers(model)
         self.weight = weight
         self.layers = len(layers)
@@ -112,10 +139,13 @@ class Alignment:
             self._recording = False
 
     def loss(self) -> Tensor:
-        """The term that the latest forward adds to its loss; layers that it did not use contribute 0. Raises `RunError`
-        where there was no forward in training mode within `recording`."""
+        """The term that the latest forward adds to its loss; layers that it did not use
+        contribute 0. Raises `RunError` where there was no forward in training mode within
+        `recording`."""
         if not self._shares:
-            raise RunError("no layer recorded its share: run the model in training mode, within Alignment.recording()")
+            raise RunError(
+                "no layer recorded its share: run the model in training mode, within Alignment.recording()"
+            )
         mean = torch.stack(list(self._shares.values())).sum() / self.layers
         self._shares.clear()
         self.value = mean.detach()
@@ -132,8 +162,8 @@ class Alignment:
         """Forward hook of one layer, in training: notes its share."""
         if not (layer.training and torch.is_grad_enabled()):
             return output
-        # Also where nobody records: gradient checkpointing runs the layer again in backward, and autograd expects the
-        # same operations there.
+        # Also where nobody records: gradient checkpointing runs the layer again in
+        # backward, and autograd expects the same operations there.
         output, share = _WithShare.apply(output, layer.value, layer.spec, leading)
         if self._recording:
             self._shares[name] = share
@@ -141,8 +171,8 @@ class Alignment:
 
 
 class _WithShare(torch.autograd.Function):
-    """(output, M) -> (output, share of M's delta). Part of the layer's graph, since ZeRO-3 has M whole only while the
-    layer runs, in forward and in backward."""
+    """(output, M) -> (output, share of M's delta). Part of the layer's graph, since ZeRO-3
+    has M whole only while the layer runs, in forward and in backward."""
 
     @staticmethod
     def forward(
@@ -166,5 +196,7 @@ class _WithShare(torch.autograd.Function):
         (square,) = ctx.saved_tensors
         with torch.enable_grad():
             leaf = square.detach().requires_grad_()
-            (g_square,) = torch.autograd.grad(ctx.leading.share(ctx.spec, leaf), leaf, g_share)
+            (g_square,) = torch.autograd.grad(
+                ctx.leading.share(ctx.spec, leaf), leaf, g_share
+            )
         return g_output, g_square, None, None

@@ -14,8 +14,9 @@ A plan divides the budget in proportion to how much of its rank a weight uses:
     r_hat^2   = factor * score * (d_in + d_out)      MoRA's own size, r_hat^2 = rank * (d_in + d_out), with a rank in
                                                      proportion to the score; the factor uses the budget up
 
-A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget goes to the layers of the highest
-scores. Exit code 2: an error that you can correct in the command.
+A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget goes
+to the layers of the highest scores. Exit code 2: an error that you can correct in the
+command.
 """
 
 import argparse
@@ -48,17 +49,25 @@ def main() -> None:
     options = _parser().parse_args()
     check_writable("--write", options.write)
     if (options.write is None) != (options.trainable_budget is None):
-        raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
+        raise UserError(
+            "--trainable_budget and --write belong together: a plan is made under a budget, and written"
+        )
     base = BaseCheckpoint.open(options.model, "MODEL")
     keys, parameters = layers_of(base, options.target_modules, options.trust_remote_code)
-    budget = None if options.write is None else parse_budget(options.trainable_budget, parameters)
+    budget = (
+        None
+        if options.write is None
+        else parse_budget(options.trainable_budget, parameters)
+    )
     weights = [measure(name, base.read(key)) for name, key in keys.items()]
     print("\n".join(report_lines(weights)))
     if budget is not None:
         plan = TargetPlan(base.fingerprint(), spend(weights, budget))
         plan.write(options.write)
         trained = sum(side**2 for side in plan.layers.values())
-        print(f"wrote {options.write}: {trained:,} parameters; research.targets of a recipe takes it")
+        print(
+            f"wrote {options.write}: {trained:,} parameters; research.targets of a recipe takes it"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         help="which layers, as in training",
     )
     parser.add_argument(
-        "--trainable_budget", help="trainable parameters: a share of the model's, such as 0.5%%, or a number"
+        "--trainable_budget",
+        help="trainable parameters: a share of the model's, such as 0.5%%, or a number",
     )
     parser.add_argument(
         "--write",
@@ -93,16 +103,21 @@ def layers_of(
     patterns: Sequence[str],
     trust_remote_code: bool = False,
 ) -> tuple[dict[str, str], int]:
-    """({layer: key of its weight}, parameters of the complete model) of a Hugging Face folder; no weight is read.
-    `patterns`: --target_modules. Raises `UserError` where the files do not hold the model's weights one to one."""
+    """({layer: key of its weight}, parameters of the complete model) of a Hugging Face
+    folder; no weight is read. `patterns`: --target_modules. Raises `UserError` where the
+    files do not hold the model's weights one to one."""
     config = folder_config(base.folder, trust_remote_code, "MODEL")
-    model = planned_model(Work(config, None, seq_len=1, trust_remote_code=trust_remote_code))
+    model = planned_model(
+        Work(config, None, seq_len=1, trust_remote_code=trust_remote_code)
+    )
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     keys = map_model(base, model, names)
     layers = match_targets(model, tuple(patterns))
     for name, module in layers.items():
         if isinstance(module, ExpertStack):
-            raise UserError(f"--target_modules includes {name}, experts, whose ranks no plan chooses: leave them out")
+            raise UserError(
+                f"--target_modules includes {name}, experts, whose ranks no plan chooses: leave them out"
+            )
     return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
 
 
@@ -123,11 +138,15 @@ class WeightMeasures:
 
     @property
     def score(self) -> float:
-        """Effective rank / shorter side, 0 to 1: the share of its directions that the layer uses."""
+        """Effective rank / shorter side, 0 to 1: the share of its directions that the layer
+        uses.
+        """
         return self.effective_rank / min(self.shape)
 
     def side(self, factor: float) -> int:
-        """The side of the layer's matrix by the rule with this factor, rounded down; 0 for a rank below 1."""
+        """The side of the layer's matrix by the rule with this factor, rounded down; 0 for
+        a rank below 1.
+        """
         rank = factor * self.score
         if rank < 1:
             return 0
@@ -138,15 +157,16 @@ class WeightMeasures:
 
 @torch.no_grad()
 def measure(layer: str, weight: Tensor) -> WeightMeasures:
-    """The measures of one weight, (d_out, d_in) or transposed, which has the same singular values. Raises `RunError`
-    for one that is not finite."""
+    """The measures of one weight, (d_out, d_in) or transposed, which has the same singular
+    values. Raises `RunError` for one that is not finite."""
     if not weight.isfinite().all():
         raise RunError(f"{layer}.weight is not finite")
     matrix = weight.double()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny values, which count for nothing
-    # here, and takes a fraction of the time of a singular value decomposition.
+    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny values,
+    # which count for nothing here, and takes a fraction of the time of a singular value
+    # decomposition.
     energies = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
     energy = energies.sum().item()
     stable_rank = 0.0
@@ -154,7 +174,9 @@ def measure(layer: str, weight: Tensor) -> WeightMeasures:
     if energy:
         stable_rank = energy / energies[-1].item()
         effective_rank = torch.special.entr(energies / energy).sum().exp().item()
-    return WeightMeasures(layer, tuple(weight.shape), math.sqrt(energy), stable_rank, effective_rank)
+    return WeightMeasures(
+        layer, tuple(weight.shape), math.sqrt(energy), stable_rank, effective_rank
+    )
 
 
 def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
@@ -162,7 +184,11 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     rows = [["layer", "shape", "norm", "stable", "effective", "of full"]]
     for measures in weights:
         shape = " x ".join(map(str, measures.shape))
-        ranks = [f"{measures.stable_rank:.1f}", f"{measures.effective_rank:.1f}", f"{measures.score:.1%}"]
+        ranks = [
+            f"{measures.stable_rank:.1f}",
+            f"{measures.effective_rank:.1f}",
+            f"{measures.score:.1%}",
+        ]
         rows.append([measures.layer, shape, f"{measures.norm:.3e}", *ranks])
     legend = "stable: |W|^2 / s_1^2; effective: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
     return [*table(rows), legend]
@@ -172,8 +198,8 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
 
 
 def parse_budget(text: str, parameters: int) -> int:
-    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000" stands for. Raises `UserError`
-    where it is no budget."""
+    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000" stands
+    for. Raises `UserError` where it is no budget."""
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
@@ -184,8 +210,8 @@ def parse_budget(text: str, parameters: int) -> int:
 
 
 def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
-    """Layer -> side (0: no matrix), in the order of `weights`; the sum of squares is at most the budget. Raises
-    `UserError` for a budget that is too small for one matrix."""
+    """Layer -> side (0: no matrix), in the order of `weights`; the sum of squares is at
+    most the budget. Raises `UserError` for a budget that is too small for one matrix."""
 
     def cost(factor: float) -> int:
         return sum(measures.side(factor) ** 2 for measures in weights)
@@ -204,5 +230,7 @@ def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
             high = middle
     sides = {measures.layer: measures.side(low) for measures in weights}
     if not any(sides.values()):
-        raise UserError(f"--trainable_budget: {budget:,} parameters are too few for one MoRA matrix")
+        raise UserError(
+            f"--trainable_budget: {budget:,} parameters are too few for one MoRA matrix"
+        )
     return sides

@@ -1,4 +1,5 @@
-"""Score many adapters of one base in one process, and serve them side by side: each row of a batch with its own.
+"""Score many adapters of one base in one process, and serve them side by side: each row of
+a batch with its own.
 
     mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl
 
@@ -7,13 +8,16 @@
         logits = bank.model(input_ids=ids).logits
     bank.generate(ids, adapters=["law", "code", "law"], max_new_tokens=20)
 
-DIR holds adapters by their names (`adapter_io.export_adapter`), checkpoints or folders of runs. In memory are the base
-once, the adapters used last, and the MoRA matrices of the current batch. Nothing is merged and the base is never
-written to. In fp32 a row's result is that of its adapter merged alone, up to rounding.
+DIR holds adapters by their names (`adapter_io.export_adapter`), checkpoints or folders of
+runs. In memory are the base once, the adapters used last, and the MoRA matrices of the
+current batch. Nothing is merged and the base is never written to. In fp32 a row's result is
+that of its adapter merged alone, up to rounding.
 
-    y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M compress(x_b))
+    y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M
+    compress(x_b))
 
-Rows whose adapters have the same operator in a cycle, as runs of one seed have, share one product.
+Rows whose adapters have the same operator in a cycle, as runs of one seed have, share one
+product.
 """
 
 import argparse
@@ -33,7 +37,13 @@ from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, adapter_folder, tokenizer_of
-from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
+from mora_ds.commands.evaluate import (
+    TITLES,
+    check_scoring,
+    read_sets,
+    score_cells,
+    scoring_flags,
+)
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import compute_dtype
@@ -51,7 +61,9 @@ Adapters = str | Sequence[str | None]
 """One name for all rows, or one (None: the base alone) for each."""
 
 Squares = dict[str, dict[OperatorSpec, Tensor]]
-"""Of one adapter: layer -> operator of each cycle -> M. Cycles with one operator are summed."""
+"""Of one adapter: layer -> operator of each cycle -> M. Cycles with one operator are
+summed.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,16 @@ class Term:
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, O) plus the updates for x (B, T, D)."""
-        update = update_rows(self.spec, self.squares.to(x.dtype), x.index_select(0, self.rows))
+        update = update_rows(
+            self.spec, self.squares.to(x.dtype), x.index_select(0, self.rows)
+        )
         return y.index_add(0, self.rows, update)
 
 
 class AdapterBank:
-    """A model with a folder of adapters. Create it with `AdapterBank.open`; one thread at a time may use it."""
+    """A model with a folder of adapters. Create it with `AdapterBank.open`; one thread at a
+    time may use it.
+    """
 
     def __init__(
         self,
@@ -91,8 +107,12 @@ class AdapterBank:
         """What the current batch adds to each layer."""
         self._rows: int | None = None
         """How many rows the terms are for; None: one adapter for any number of rows."""
-        for layer in {layer for adapter in adapters.values() for layer in adapter.file.layers}:
-            model.get_submodule(layer).register_forward_hook(partial(self._add_terms, layer))
+        for layer in {
+            layer for adapter in adapters.values() for layer in adapter.file.layers
+        }:
+            model.get_submodule(layer).register_forward_hook(
+                partial(self._add_terms, layer)
+            )
 
     @classmethod
     def open(
@@ -104,15 +124,20 @@ class AdapterBank:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> "AdapterBank":
-        """Load the base, in evaluation mode, and open every adapter; MoRA matrices are read when they are used.
+        """Load the base, in evaluation mode, and open every adapter; MoRA matrices are read
+        when they are used.
 
-        `base`: the model folder that all were trained on. `cache`: adapters that stay in memory after use; None: all.
-        `dtype` "auto": the compute dtype of the adapters' runs if it is the same for all, else float32. Raises
-        `UserError` naming an adapter that is damaged or does not fit: of another base, of another kind of update, or
-        with other trained tensors (modules_to_save).
+        `base`: the model folder that all were trained on. `cache`: adapters that stay in
+        memory after use; None: all. `dtype` "auto": the compute dtype of the adapters' runs
+        if it is the same for all, else float32. Raises `UserError` naming an adapter that
+        is damaged or does not fit: of another base, of another kind of update, or with
+        other trained tensors (modules_to_save).
         """
         opened = BaseCheckpoint.open(base, "MODEL")
-        adapters = {name: _open(name, path, opened) for name, path in find_adapters(Path(folder)).items()}
+        adapters = {
+            name: _open(name, path, opened)
+            for name, path in find_adapters(Path(folder)).items()
+        }
         dtypes = {adapter.file.dtype for adapter in adapters.values()}
         common = dtypes.pop() if len(dtypes) == 1 else "float32"
         chosen = compute_dtype(common if dtype == "auto" else dtype)
@@ -121,10 +146,12 @@ class AdapterBank:
 
     @contextmanager
     def use(self, adapters: Adapters) -> Iterator[None]:
-        """Within the block every forward of `model` adds to each row the update of its adapter.
+        """Within the block every forward of `model` adds to each row the update of its
+        adapter.
 
-        `adapters`: a name for all rows, or a name (None: the base alone) for each row of the batches to come. Raises
-        `UserError` for an unknown name, and in a forward for a batch with another number of rows.
+        `adapters`: a name for all rows, or a name (None: the base alone) for each row of
+        the batches to come. Raises `UserError` for an unknown name, and in a forward for a
+        batch with another number of rows.
         """
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         terms = self._terms_of(names)
@@ -140,13 +167,17 @@ class AdapterBank:
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, adapters: Adapters, **settings: Any) -> Any:
-        """transformers' `generate` with an adapter for each row of `input_ids` (rows, tokens), and its return value.
+        """transformers' `generate` with an adapter for each row of `input_ids` (rows,
+        tokens), and its return value.
 
-        Rows that differ in length are padded on the left, with `attention_mask` among the settings. Raises `UserError`
-        for another number of adapters than rows, and for settings that compute several sequences of a row.
+        Rows that differ in length are padded on the left, with `attention_mask` among the
+        settings. Raises `UserError` for another number of adapters than rows, and for
+        settings that compute several sequences of a row.
         """
         if not isinstance(adapters, str) and len(adapters) != len(input_ids):
-            raise UserError(f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}")
+            raise UserError(
+                f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}"
+            )
         with self.use(adapters):
             return self.model.generate(input_ids, **settings)
 
@@ -155,7 +186,10 @@ class AdapterBank:
         layers: Squares = {}
         for layer, entry in adapter.file.layers.items():
             squares = layers[layer] = {}
-            for spec, square in [*adapter.ledger.squares_of(layer), (entry.operator, adapter.tensors.square(layer))]:
+            for spec, square in [
+                *adapter.ledger.squares_of(layer),
+                (entry.operator, adapter.tensors.square(layer)),
+            ]:
                 operator = operator_of(spec, layer)
                 before = squares.get(operator)
                 squares[operator] = square if before is None else before + square
@@ -171,7 +205,9 @@ class AdapterBank:
                 if name not in self.adapters:
                     raise UserError(unknown("adapter", name, self.adapters))
                 chosen[name] = self.squares_of(name)
-        users: defaultdict[tuple[str, OperatorSpec], list[tuple[int, Tensor]]] = defaultdict(list)
+        users: defaultdict[tuple[str, OperatorSpec], list[tuple[int, Tensor]]] = (
+            defaultdict(list)
+        )
         for row, name in enumerate(names):
             for layer, squares in chosen.get(name or "", {}).items():
                 for spec, square in squares.items():
@@ -181,10 +217,14 @@ class AdapterBank:
         for (layer, spec), rows_and_squares in users.items():
             rows = torch.tensor([row for row, _ in rows_and_squares], device=device)
             stack = torch.stack([square for _, square in rows_and_squares])
-            terms.setdefault(layer, []).append(Term(spec, tables_of(spec, device), rows, stack))
+            terms.setdefault(layer, []).append(
+                Term(spec, tables_of(spec, device), rows, stack)
+            )
         return terms
 
-    def _add_terms(self, layer: str, module: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+    def _add_terms(
+        self, layer: str, module: nn.Module, inputs: tuple[Tensor], y: Tensor
+    ) -> Tensor:
         """Forward hook of a linear layer."""
         (x,) = inputs
         if layer not in self._terms:
@@ -203,7 +243,9 @@ class AdapterBank:
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Name -> folder with adapter.json, sorted by name. Raises `UserError` where there is none."""
+    """Name -> folder with adapter.json, sorted by name. Raises `UserError` where there is
+    none.
+    """
     if not folder.is_dir():
         raise UserError(f"DIR: no such folder: {folder}")
     # What begins with a dot is being written.
@@ -216,8 +258,8 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 
 def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
-    """An adapter, each byte of its files checked. Raises `UserError` unless it belongs to the base and has one MoRA
-    matrix a layer and nothing else."""
+    """An adapter, each byte of its files checked. Raises `UserError` unless it belongs to
+    the base and has one MoRA matrix a layer and nothing else."""
     try:
         adapter = Adapter.open(folder)
         adapter.reference.require_base(base, folder, "MODEL")
@@ -254,22 +296,39 @@ def main() -> None:
         options.trust_remote_code,
     )
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
-    print(f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}")
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code, flag="MODEL")
+    print(
+        f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
+    )
+    tokenizer = load_tokenizer(
+        options.model, trust_remote_code=options.trust_remote_code, flag="MODEL"
+    )
     model = prefer_documents(bank.model)
     scores = {}
     for name in (BASE, *bank.adapters):
-        folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)  # that of the adapter's own run
-        target = Target(model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)))
+        # That of the adapter's own run
+        folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)
+        target = Target(
+            model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder))
+        )
         with bank.use([] if name == BASE else name):
-            scores[name] = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
-    rows = [[adapter, *score_cells(*named)] for adapter, by_set in scores.items() for named in by_set.items()]
+            scores[name] = evaluate_sets(
+                target, sets, windows, options.batch_size, options.max_documents
+            )
+    rows = [
+        [adapter, *score_cells(*named)]
+        for adapter, by_set in scores.items()
+        for named in by_set.items()
+    ]
     print("\n".join(table([["adapter", *TITLES], *rows])))
     if options.json is not None:
         adapters = {
-            adapter: {name: score.to_dict() for name, score in by_set.items()} for adapter, by_set in scores.items()
+            adapter: {name: score.to_dict() for name, score in by_set.items()}
+            for adapter, by_set in scores.items()
         }
-        write_json_atomic(options.json, {"window": windows.window, "stride": windows.stride, "adapters": adapters})
+        write_json_atomic(
+            options.json,
+            {"window": windows.window, "stride": windows.stride, "adapters": adapters},
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,7 +46,9 @@ class ResearchHooks(Hooks):
         self._plan = ranks.on_first(SETTING, self._read_plan)
 
     def _read_plan(self) -> TargetPlan | None:
-        """The plan of targets, None without one. Raises `UserError` for sides that the operator cannot have."""
+        """The plan of targets, None without one. Raises `UserError` for sides that the
+        operator cannot have.
+        """
         if self.settings.targets is None:
             return None
         plan = read_plan(expanded(self.settings.targets, SETTING))
@@ -55,19 +57,29 @@ class ResearchHooks(Hooks):
         plan.put_into(config)
         return plan
 
-    def plan(self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks) -> AdapterConfig:
+    def plan(
+        self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks
+    ) -> AdapterConfig:
         if not isinstance(config, MoRAConfig):
             return config
         if self._plan is not None:
             self._plan.check_base(loaded.base, loaded.base.fingerprint(ranks=ranks))
         config = self._planned(config, self._plan)
         if self.settings.alignment_weight:
-            self._leading = leading_of_base(config, loaded, self.settings.alignment_rank, ranks)
+            self._leading = leading_of_base(
+                config, loaded, self.settings.alignment_rank, ranks
+            )
         return config
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
-        """The fingerprint of a plan's file is not compared, which would read every weight."""
-        return self._planned(config, self._read_plan()) if isinstance(config, MoRAConfig) else config
+        """The fingerprint of a plan's file is not compared, which would read every
+        weight.
+        """
+        return (
+            self._planned(config, self._read_plan())
+            if isinstance(config, MoRAConfig)
+            else config
+        )
 
     def _planned(self, config: MoRAConfig, plan: TargetPlan | None) -> MoRAConfig:
         if self.settings.domain_adapters:
@@ -82,7 +94,9 @@ class ResearchHooks(Hooks):
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)
         if names := self.domains.names:
-            logger.info(f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}")
+            logger.info(
+                f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}"
+            )
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
             self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 
@@ -96,7 +110,9 @@ class ResearchHooks(Hooks):
         first, second = self.domains.names[:2]
         try:
             with beside_training(engine), self.rows([first, second, first]):
-                token_nll(engine, {"input_ids": ids, "position_ids": positions, "labels": ids})
+                token_nll(
+                    engine, {"input_ids": ids, "position_ids": positions, "labels": ids}
+                )
         except RunError as error:
             raise UserError(f"{NAME}domain_adapters: {error}") from error
 
@@ -106,7 +122,9 @@ class ResearchHooks(Hooks):
 
     @contextmanager
     def rows(self, sources: Sequence[str]) -> Iterator[None]:
-        """Until backward has ended: gradient checkpointing reads the rows' domains there again."""
+        """Until backward has ended: gradient checkpointing reads the rows' domains there
+        again.
+        """
         if not self.domains.names:
             yield
             return

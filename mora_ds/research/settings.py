@@ -1,4 +1,6 @@
-"""The block `research:` of a recipe: its settings, and every check of them that needs no file."""
+"""The block `research:` of a recipe: its settings, and every check of them that needs no
+file.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,20 +24,24 @@ class ResearchSettings:
     """Settings of the block."""
 
     targets: str | None = None
-    """Which layers get a MoRA matrix, and its side: the file of a plan (mora-ds analyze --write). --mora_rank then only
-    chooses the operator."""
+    """Which layers get a MoRA matrix, and its side: the file of a plan (mora-ds analyze
+    --write). --mora_rank then only chooses the operator."""
     alignment_weight: float = 0.0
-    """Adds the alignment loss with this weight: minus the share of the squared norm of each layer's update that lies in
-    the leading subspaces of its frozen weight (mean over layers). 0 turns it off."""
+    """Adds the alignment loss with this weight: minus the share of the squared norm of each
+    layer's update that lies in the leading subspaces of its frozen weight (mean over
+    layers). 0 turns it off."""
     alignment_rank: int = 16
     """Number of left and of right singular vectors that span these subspaces."""
     domain_adapters: bool = False
-    """Give every layer a MoRA matrix for each source of --mixture or --train_files in addition to the shared one. Each
-    row of a batch uses the matrix of its source; a merge merges the shared ones."""
+    """Give every layer a MoRA matrix for each source of --mixture or --train_files in
+    addition to the shared one. Each row of a batch uses the matrix of its source; a merge
+    merges the shared ones."""
 
 
 def read(block: Any, path: str) -> dict[str, Any]:
-    """The settings that a block of the recipe `path` sets. Raises `UserError` for unknown keys and wrong types."""
+    """The settings that a block of the recipe `path` sets. Raises `UserError` for unknown
+    keys and wrong types.
+    """
     return typed_values(block, get_type_hints(ResearchSettings), path, NAME)
 
 
@@ -44,7 +50,9 @@ def problems(arguments: Arguments) -> Iterator[str]:
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
     training = arguments.training
-    for problem in wrong_values(settings, {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}):
+    for problem in wrong_values(
+        settings, {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
+    ):
         yield problem.replace("--", NAME, 1)
     used = {
         "targets": settings.targets is not None,
@@ -76,11 +84,13 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
         "--compute weight forms one weight for all rows; leave it at auto": (
             arguments.adapter.compute == Compute.WEIGHT.value
         ),
-        f"{NAME}alignment_weight aligns one update a layer, and rows have several": settings.alignment_weight != 0,
+        f"{NAME}alignment_weight aligns one update a layer, and rows have several": settings.alignment_weight
+        != 0,
         "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
             training.embedding_learning_rate is not None and not is_muon
         ),
-        "--dry_run cannot plan Muon's state with domains: plan it with --optimizer adamw": training.dry_run and is_muon,
+        "--dry_run cannot plan Muon's state with domains: plan it with --optimizer adamw": training.dry_run
+        and is_muon,
     }
     yield from (f"{flag}: {message}" for message, holds in contradictions.items() if holds)
 

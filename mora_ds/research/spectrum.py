@@ -1,10 +1,11 @@
-"""Measure the singular values and ranks of the merged update of a run, for each layer and cycle.
+"""Measure the singular values and ranks of the merged update of a run, for each layer and
+cycle.
 
     mora-ds spectrum out/checkpoints/latest --layers '*.q_proj' --json spectrum.json
 
-The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the output folder of a run. Each
-delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, select some with --layers. Exit code 2: an
-error that you can correct.
+The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the
+output folder of a run. Each delta is formed, (d_out, d_in) in float64, and decomposed: for
+wide layers, select some with --layers. Exit code 2: an error that you can correct.
 """
 
 import argparse
@@ -57,10 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >= ..., and what the cycle added."""
+    """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >= ...,
+    and what the cycle added.
+    """
 
     rank: int
-    """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is stored."""
+    """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is
+    stored.
+    """
     stable_rank: float
     """sum of s_i^2 / s_1^2; 0 for zeros."""
     effective_rank: float
@@ -70,9 +75,10 @@ class Spectrum:
     delta_norm: float
     """Frobenius norm of the newest delta."""
     new_span: float
-    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span of the earlier ones: what does
-    not both read from the row space and write to the column space of their sum. 0 as soon as that sum has full rank
-    (rotate and decouple: after one cycle)."""
+    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span of
+    the earlier ones: what does not both read from the row space and write to the column
+    space of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one
+    cycle)."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,13 @@ class Row:
 
 
 def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
-    """The spectrum after each of a layer's `updates`, in their order, computed in float64."""
+    """The spectrum after each of a layer's `updates`, in their order, computed in
+    float64.
+    """
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
-    # Orthonormal bases of the column and row space of the sum so far: (d_out, rank), (rank, d_in).
+    # Orthonormal bases of the column and row space of the sum so far: (d_out, rank), (rank,
+    # d_in).
     left = total[:, :0]
     right = total[:0]
     for spec, value in updates:
@@ -120,15 +129,20 @@ def _effective_rank(values: Tensor) -> float:
 
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
-    """(name, its updates) of every matrix that the updates of a layer change: of experts one after the other."""
+    """(name, its updates) of every matrix that the updates of a layer change: of experts
+    one after the other.
+    """
     members = [list(spec.members(module, value)) for spec, value in updates]
-    return [(history[0][0], [(spec, square) for _, spec, square in history]) for history in zip(*members, strict=True)]
+    return [
+        (history[0][0], [(spec, square) for _, spec, square in history])
+        for history in zip(*members, strict=True)
+    ]
 
 
 def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
-    """The rows of a ledger's or a checkpoint's layers whose names match the shell-style `pattern`: one a cycle, of
-    experts one after the other, with the MoRA matrices of one layer in memory at a time. Raises `UserError` when it
-    matches no layer (`--layers`)."""
+    """The rows of a ledger's or a checkpoint's layers whose names match the shell-style
+    `pattern`: one a cycle, of experts one after the other, with the MoRA matrices of one
+    layer in memory at a time. Raises `UserError` when it matches no layer (`--layers`)."""
     ledger = location.open()
     adapter = live_adapter(location)
     merged = [module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)]
@@ -139,34 +153,65 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
         )
     modules = [module for module in known if fnmatchcase(module, pattern)]
     if not modules:
-        raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
+        raise UserError(
+            f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}"
+        )
     for module in modules:
         cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
         origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
         updates = list(ledger.squares_of(module))
-        if adapter is not None and location.checkpoint is not None and module in adapter.layers:
+        if (
+            adapter is not None
+            and location.checkpoint is not None
+            and module in adapter.layers
+        ):
             origins.append((ledger.cycles, adapter.step, True))
             live = AdapterTensors(location.checkpoint, adapter).square(module)
             updates.append((adapter.layers[module].operator, live))
         for spec, _ in updates:
             # Only its file states the size of a delta.
-            require_memory(8 * spec.d_in * spec.d_out, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
+            require_memory(
+                8 * spec.d_in * spec.d_out,
+                f"{module}: a delta of {spec.d_out} x {spec.d_in}",
+            )
         for name, history in histories(module, updates):
             spec, _ = history[0]
             side = min(spec.d_in, spec.d_out)
-            for (cycle, step, is_live), spectrum in zip(origins, layer_spectra(history), strict=True):
+            for (cycle, step, is_live), spectrum in zip(
+                origins, layer_spectra(history), strict=True
+            ):
                 yield Row(name, cycle, step, is_live, side, spectrum)
 
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:
     """A table with a line for each layer and cycle."""
-    titles = ["layer", "cycle", "step", "rank", "of", "stable", "effective", "|delta|", "|sum|", "new span"]
+    titles = [
+        "layer",
+        "cycle",
+        "step",
+        "rank",
+        "of",
+        "stable",
+        "effective",
+        "|delta|",
+        "|sum|",
+        "new span",
+    ]
     cells = [titles]
     for row in rows:
         spectrum = row.spectrum
         cycle = f"{row.cycle}{'*' if row.is_live else ''}"
-        ranks = [str(spectrum.rank), str(row.side), f"{spectrum.stable_rank:.1f}", f"{spectrum.effective_rank:.1f}"]
-        norms = [f"{spectrum.delta_norm:.3e}", f"{spectrum.norm:.3e}", f"{spectrum.new_span:.3f}"]
+        ranks = [
+            str(spectrum.rank),
+            str(row.side),
+            f"{spectrum.stable_rank:.1f}",
+            f"{spectrum.effective_rank:.1f}",
+        ]
+        norms = [
+            f"{spectrum.delta_norm:.3e}",
+            f"{spectrum.norm:.3e}",
+            f"{spectrum.new_span:.3f}",
+        ]
         cells.append([row.layer, cycle, str(row.step), *ranks, *norms])
     return [
         *table(cells),

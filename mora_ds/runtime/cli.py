@@ -1,7 +1,8 @@
-"""Runs the main function of a program and sets its exit code: 0, 2 (user error), 3 (trained, but something beside it
-failed), 75 (stopped), 1 (failure).
+"""Runs the main function of a program and sets its exit code: 0, 2 (user error), 3
+(trained, but something beside it failed), 75 (stopped), 1 (failure).
 
-Rank 0 prints the error message, once; a rank that fails because another one has ended prints one line that says so.
+Rank 0 prints the error message, once; a rank that fails because another one has ended
+prints one line that says so.
 """
 
 import argparse
@@ -15,23 +16,42 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mora_ds.common.errors import FailedBeside, RunError, Stopped, UserError, empty_words, refuse
+from mora_ds.common.errors import (
+    FailedBeside,
+    RunError,
+    Stopped,
+    UserError,
+    empty_words,
+    refuse,
+)
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
-from mora_ds.runtime.signals import EXIT_FAILED_BESIDE, EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, leave
+from mora_ds.runtime.signals import (
+    EXIT_FAILED_BESIDE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    leave,
+)
 
 _WAIT_FOR_RANK_0_S = 8.0
-"""How long the other ranks hold back their error message: the launcher ends them as soon as rank 0 has failed."""
+"""How long the other ranks hold back their error message: the launcher ends them as soon as
+rank 0 has failed.
+"""
 
 _WAIT_FOR_FAILED_RANK_S = 3.0
 """Launchers poll for ended ranks every second or more often."""
 
 _OF_GLOO = "gloo/transport/"
-"""Begins, with a file and a line, every message of gloo about a connection to another rank (gloo/common/logging.h)."""
+"""Begins, with a file and a line, every message of gloo about a connection to another rank
+(gloo/common/logging.h).
+"""
 _OF_GLOO_DEVICE = "/device.cc"
 """The file of those that are about this rank's own network interface."""
 _OF_STORE = ("DistNetworkError", "DistStoreError")
-"""Errors of the store by which ranks find each other; by name, as some programs start without torch."""
+"""Errors of the store by which ranks find each other; by name, as some programs start
+without torch.
+"""
 
 
 def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
@@ -39,7 +59,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
     `restartable`: signals make the run save and stop (`runtime/signals.py`).
     """
-    # What DeepSpeed calls of torch, and this program of transformers, on every rank: the user cannot change that.
+    # What DeepSpeed calls of torch, and this program of transformers, on every rank: the
+    # user cannot change that.
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
@@ -55,8 +76,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         except (Stopped, SystemExit):
             raise
         except BaseException as error:
-            # Of a signal that came during a collective, which failed as another rank left at its own, this rank may
-            # learn only here: `Stopped` is raised within `_fail`.
+            # Of a signal that came during a collective, which failed as another rank left
+            # at its own, this rank may learn only here: `Stopped` is raised within `_fail`.
             _fail(error)
     except Stopped as stopped:
         signals.settle()
@@ -69,18 +90,25 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
 
 def _can_be_acted_on(record: logging.LogRecord) -> bool:
-    """False for the warning of DeepSpeed that it has found no GPU, which each process would print as it is imported
-    (deepspeed/accelerator/real_accelerator.py, `get_accelerator`). A run says itself where it computes."""
+    """False for the warning of DeepSpeed that it has found no GPU, which each process would
+    print as it is imported (deepspeed/accelerator/real_accelerator.py, `get_accelerator`).
+    A run says itself where it computes."""
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _fail(error: BaseException) -> NoReturn:
-    signals.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat rank 0's message
+    # The launcher's SIGTERM ends a rank that only waits to repeat rank 0's message
+    signals.uninstall()
     expected = isinstance(error, (UserError, RunError))
     if not expected and isinstance(error, RuntimeError) and _is_lost_contact(error):
         _lose_contact(error)
-    if rank() != 0:  # an error of all ranks, as `Ranks` raises it, comes on rank 0 at the same time
-        time.sleep(_WAIT_FOR_FAILED_RANK_S if getattr(error, "is_shared", False) else _WAIT_FOR_RANK_0_S)
+    # An error of all ranks, as `Ranks` raises it, comes on rank 0 at the same time
+    if rank() != 0:
+        time.sleep(
+            _WAIT_FOR_FAILED_RANK_S
+            if getattr(error, "is_shared", False)
+            else _WAIT_FOR_RANK_0_S
+        )
     if expected:
         print(f"{rank_prefix()}error: {error}", file=sys.stderr)
     else:
@@ -100,7 +128,9 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 
 def _lose_contact(error: RuntimeError) -> NoReturn:
-    """Another rank failed first: report it, and let the launcher see that rank's exit code before this one."""
+    """Another rank failed first: report it, and let the launcher see that rank's exit code
+    before this one.
+    """
     print(
         f"{rank_prefix()}error: lost contact with another rank, which has ended (see its own message), was killed or "
         f"cannot be reached: {str(error).splitlines()[0]}",
@@ -112,18 +142,28 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
 
 
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
-    """A parser that takes no abbreviated flags, described by the first line of a module's documentation."""
-    return argparse.ArgumentParser(description=(documentation or "").splitlines()[0], allow_abbrev=False)
+    """A parser that takes no abbreviated flags, described by the first line of a module's
+    documentation.
+    """
+    return argparse.ArgumentParser(
+        description=(documentation or "").splitlines()[0], allow_abbrev=False
+    )
 
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--base": {"type": Path, "help": "where the base lies now, if it was moved"},
     "--device": {"default": "cpu", "help": "where to compute, such as cuda"},
-    "--domain": {"metavar": "NAME", "help": "of a run with domain adapters: the domain, or 'shared' for none"},
+    "--domain": {
+        "metavar": "NAME",
+        "help": "of a run with domain adapters: the domain, or 'shared' for none",
+    },
     "--json": {"type": Path, "metavar": "FILE", "help": "write all figures there too"},
     "--output": {"type": Path, "required": True, "help": "folder to write; must be new"},
     "--text_column": {"default": "text", "help": "column or JSON key that holds the text"},
-    "--trust_remote_code": {"action": "store_true", "help": "run code that comes with the model"},
+    "--trust_remote_code": {
+        "action": "store_true",
+        "help": "run code that comes with the model",
+    },
 }
 """Flags that mean the same in several commands."""
 
@@ -146,13 +186,20 @@ def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a text table, columns aligned to the right; the first row holds the titles."""
+    """Lines of a text table, columns aligned to the right; the first row holds the
+    titles.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raise `UserError`, which names `flag`, where its file could not be written. To be called before the work."""
+    """Raise `UserError`, which names `flag`, where its file could not be written. To be
+    called before the work.
+    """
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"{flag} {path}: name a file in a folder that exists")
 

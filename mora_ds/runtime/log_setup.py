@@ -3,8 +3,8 @@
     rank 0          INFO to stdout as plain text; WARNING and above to stderr
     other ranks     WARNING and above to stderr
 
-Modules log with `logging.getLogger(__name__)`. A program that only imports mora_ds configures nothing and prints
-nothing: `mora_ds/__init__.py` gives the logger a NullHandler.
+Modules log with `logging.getLogger(__name__)`. A program that only imports mora_ds
+configures nothing and prints nothing: `mora_ds/__init__.py` gives the logger a NullHandler.
 """
 
 import logging
@@ -27,11 +27,12 @@ class LogLevel(str, Enum):
 
 
 def set_up_logging(level: str = LogLevel.INFO.value) -> None:
-    """Send this process's messages to stdout and stderr, from the level that `level` and its rank give.
+    """Send this process's messages to stdout and stderr, from the level that `level` and
+    its rank give.
 
-    `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on where `level` is debug. A name
-    that is no `LogLevel` counts as info: `validate` reports it together with the other mistakes. Call it again to
-    change the level.
+    `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on where
+    `level` is debug. A name that is no `LogLevel` counts as info: `validate` reports it
+    together with the other mistakes. Call it again to change the level.
     """
     threshold = getattr(logging, level.upper()) if level in list(LogLevel) else logging.INFO
     if rank() != 0 and threshold != logging.DEBUG:
@@ -53,7 +54,9 @@ def rank_prefix() -> str:
 
 
 class _Console(logging.Handler):
-    """Writes to the streams that `sys` has at that moment, above a progress bar where there is one."""
+    """Writes to the streams that `sys` has at that moment, above a progress bar where there
+    is one.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)

@@ -4,8 +4,9 @@
     the others                    map /proc/PID/fd/N of the first one
     first process                 closes it: what is left are the mappings
 
-As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the processes have ended, however they
-end, and no later run can take it for its own. The size of /dev/shm does not limit it.
+As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the processes
+have ended, however they end, and no later run can take it for its own. The size of /dev/shm
+does not limit it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_room(nbytes: int) -> None:
-    """Raises `UserError` where this node has less than `nbytes` for what its processes share."""
+    """Raises `UserError` where this node has less than `nbytes` for what its processes
+    share.
+    """
     free, limit = free_bytes()
     if nbytes > free:
         raise UserError(
@@ -39,7 +42,8 @@ def check_room(nbytes: int) -> None:
 
 
 def node_members(ranks: Ranks) -> tuple[int, ...]:
-    """Ranks of the processes of this node which see each other's memory, in order. Collective.
+    """Ranks of the processes of this node which see each other's memory, in order.
+    Collective.
 
     A node begins at each process with local rank 0; processes in containers of their own,
     which do not see each other, count as several nodes.
@@ -74,7 +78,9 @@ class Offer:
 
     @classmethod
     def make(cls, size: int, layout: str) -> Offer:
-        """New memory of `size` bytes, all zeros, of which none is used yet. Raises `OSError`."""
+        """New memory of `size` bytes, all zeros, of which none is used yet. Raises
+        `OSError`.
+        """
         descriptor = os.memfd_create("mora_ds-base")
         try:
             os.ftruncate(descriptor, size)
@@ -86,23 +92,35 @@ class Offer:
     def map(self, layout: str) -> torch.UntypedStorage:
         """The memory, mapped into this process. Raises `RunError` where it cannot be."""
         if layout != self.layout:
-            raise RunError("the processes of the node hold their tensors in different layouts")
+            raise RunError(
+                "the processes of the node hold their tensors in different layouts"
+            )
         path = f"/proc/{self.process}/fd/{self.descriptor}"
         try:
             if os.stat(path).st_size != self.size:
-                raise RunError(f"{path} is another file than the first process of the node means")
-            storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=self.size)
+                raise RunError(
+                    f"{path} is another file than the first process of the node means"
+                )
+            storage: Any = torch.UntypedStorage.from_file(
+                path, shared=True, nbytes=self.size
+            )
         except (OSError, RuntimeError) as error:
-            raise RunError(f"the memory of process {self.process} cannot be mapped: {error}") from error
+            raise RunError(
+                f"the memory of process {self.process} cannot be mapped: {error}"
+            ) from error
         return storage
 
     def close(self) -> None:
-        """Let go of the file, once all have mapped it. On the process that made the offer."""
+        """Let go of the file, once all have mapped it. On the process that made the
+        offer.
+        """
         os.close(self.descriptor)
 
 
 def trim() -> None:
-    """Return to the system what freed tensors have left in the heap, which glibc keeps for later ones."""
+    """Return to the system what freed tensors have left in the heap, which glibc keeps for
+    later ones.
+    """
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -110,18 +128,30 @@ def trim() -> None:
 def free_bytes() -> tuple[int, str]:
     """(bytes that shared memory can take on this node; what limits them)."""
     # Available is what can be used without swapping, page cache included.
-    return min([(psutil.virtual_memory().available, "available in memory"), *_cgroup_limits()])
+    return min(
+        [(psutil.virtual_memory().available, "available in memory"), *_cgroup_limits()]
+    )
 
 
 def _cgroup_limits() -> list[tuple[int, str]]:
-    """What the memory limits of this process's control groups (a container, a Slurm job) leave."""
+    """What the memory limits of this process's control groups (a container, a Slurm job)
+    leave.
+    """
     limits = []
     for folder in _cgroup_folders():
         with suppress(OSError, ValueError):  # "max": no limit; the root has no such files
-            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))  # given up when needed
-            limits.append((max(0, limit - used + cached), f"left by the memory limit of {folder}"))
+            limit, used = (
+                int((folder / name).read_text())
+                for name in ("memory.max", "memory.current")
+            )
+            stat = dict(
+                line.split() for line in (folder / "memory.stat").read_text().splitlines()
+            )
+            # Given up when needed
+            cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))
+            limits.append(
+                (max(0, limit - used + cached), f"left by the memory limit of {folder}")
+            )
     return limits
 
 
@@ -132,5 +162,9 @@ def _cgroup_folders() -> list[Path]:
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 group = _CGROUP / path.lstrip("/")
-                return [folder for folder in (group, *group.parents) if folder == _CGROUP or _CGROUP in folder.parents]
+                return [
+                    folder
+                    for folder in (group, *group.parents)
+                    if folder == _CGROUP or _CGROUP in folder.parents
+                ]
     return []

@@ -1,6 +1,7 @@
 """The one condition on the nodes of a run: they all see the same output folder.
 
-Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer, base.
+Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer,
+base.
 """
 
 import platform
@@ -14,10 +15,11 @@ from mora_ds.runtime.ranks import Ranks
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raise `UserError` on all ranks where one of them does not see the `folder` that rank 0 sees. Collective.
+    """Raise `UserError` on all ranks where one of them does not see the `folder` that rank
+    0 sees. Collective.
 
-    Rank 0 creates a file, and the others look for it. Its name is new in every run: clients of network file systems
-    remember names that they did not find.
+    Rank 0 creates a file, and the others look for it. Its name is new in every run: clients
+    of network file systems remember names that they did not find.
     """
     name = f".seen-by-all-{uuid4().hex}"  # rank 0's counts
 
@@ -29,10 +31,12 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     try:
         marker = folder / ranks.on_first("output folder of the nodes", create)
         seen = ranks.gather(
-            "visibility of the output folder", (_becomes_visible(marker), f"{folder} on {platform.node()}")
+            "visibility of the output folder",
+            (_becomes_visible(marker), f"{folder} on {platform.node()}"),
         )
     except Exception as error:
-        ranks.leave(error)  # the others still look for the file, and see this error where they meet next
+        # The others still look for the file, and see this error where they meet next
+        ranks.leave(error)
         raise
     finally:
         if ranks.is_first:

@@ -1,4 +1,5 @@
-"""This process among all processes of the run: its rank, and how all ranks go through the checks of a start together.
+"""This process among all processes of the run: its rank, and how all ranks go through the
+checks of a start together.
 
     every check has a name, and all ranks meet at it:
 
@@ -32,7 +33,9 @@ from mora_ds.runtime.exchange import gather_to_all, new_group
 Result = TypeVar("Result")
 
 _LONG_S = 7 * 24 * 3600.0
-"""Tokenising, downloading, hashing of a model: a rank that has ended is noticed by its closed connection."""
+"""Tokenising, downloading, hashing of a model: a rank that has ended is noticed by its
+closed connection.
+"""
 _LEAVING_S = 15.0
 """How long a rank that has failed waits for the others to come to a check and see why."""
 _ABSENT = "(none)"
@@ -51,36 +54,42 @@ class _Outcome(NamedTuple):
 class Ranks:
     """Rank of this process and number of processes; all methods are collective.
 
-    Every method that takes a `check`, the name of what happens there for messages, raises on all ranks alike: the
-    error of the first rank that has one (a `UserError` before others), a `UserError` when the ranks are at different
-    checks, or a `RunError` when a rank does not come in time. `long` marks work that may take hours.
+    Every method that takes a `check`, the name of what happens there for messages, raises
+    on all ranks alike: the error of the first rank that has one (a `UserError` before
+    others), a `UserError` when the ranks are at different checks, or a `RunError` when a
+    rank does not come in time. `long` marks work that may take hours.
     """
 
     rank: int
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks, the same one for the whole process. It connects two ranks when they first exchange
-    something (`exchange.new_group`)."""
+    """A gloo group of all ranks, the same one for the whole process. It connects two ranks
+    when they first exchange something (`exchange.new_group`)."""
     timeout_s: float
     """Seconds that ranks wait for each other at a check that is not `long`."""
     _last_timeout_s: ClassVar[float | None] = None
 
     @classmethod
     def current(cls, timeout_s: float | None = None) -> Ranks:
-        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun and launch/slurm.sbatch.
+        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun
+        and launch/slurm.sbatch.
 
-        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT (minutes), or 30 minutes, where it
-        never was.
+        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT (minutes),
+        or 30 minutes, where it never was.
         """
         if timeout_s is not None:
             cls._last_timeout_s = timeout_s
-        seconds = cls._last_timeout_s or 60 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
+        seconds = cls._last_timeout_s or 60 * float(
+            os.environ.get("DEEPSPEED_TIMEOUT", "30")
+        )
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
 
     def separate(self) -> Ranks:
-        """The same ranks in a group of their own, for a thread that meets while the main thread communicates."""
+        """The same ranks in a group of their own, for a thread that meets while the main
+        thread communicates.
+        """
         return replace(self, group=new_group(_LONG_S))
 
     @property
@@ -89,7 +98,9 @@ class Ranks:
 
     @property
     def is_local_first(self) -> bool:
-        """Whether it is the first rank of its node, which downloads, tokenises and writes for the others."""
+        """Whether it is the first rank of its node, which downloads, tokenises and writes
+        for the others.
+        """
         return self.local_rank == 0
 
     def barrier(self, check: str, long: bool = False) -> None:
@@ -101,7 +112,9 @@ class Ranks:
         return self._meet(check, value, gathers=True)
 
     def agree(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
-        """Call `work` on every rank and return this rank's result; where it fails on any, all ranks fail."""
+        """Call `work` on every rank and return this rank's result; where it fails on any,
+        all ranks fail.
+        """
         result: Result | None = None
         error: Exception | None = None
         try:
@@ -113,19 +126,27 @@ class Ranks:
         self._meet(check, None, error, long)
         return result  # type: ignore[return-value]
 
-    def on_first(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
-        """Call `work` on rank 0 and return its result, or raise its error, on every rank."""
+    def on_first(
+        self, check: str, work: Callable[[], Result], long: bool = False
+    ) -> Result:
+        """Call `work` on rank 0 and return its result, or raise its error, on every
+        rank.
+        """
         result = [self.agree(check, work if self.is_first else lambda: None, long)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]  # type: ignore[return-value]
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
-        """Raise `UserError` that lists each name whose value differs between ranks, with the values and their ranks.
+        """Raise `UserError` that lists each name whose value differs between ranks, with
+        the values and their ranks.
 
         The values are compared as JSON.
         """
-        mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+        mine = {
+            name: json.dumps(value, sort_keys=True, default=str)
+            for name, value in values.items()
+        }
         everyone: list[dict[str, str]] = self.gather(check, mine)
         lines = []
         for name in dict.fromkeys(name for mapping in everyone for name in mapping):
@@ -133,12 +154,24 @@ class Ranks:
             for rank, rank_values in enumerate(everyone):
                 holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
-                lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items()))
+                lines.append(
+                    f"  {name}: "
+                    + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items())
+                )
         if lines:
-            raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
+            raise UserError(
+                "\n".join(
+                    [
+                        f"{check}: not the same on all ranks; give every rank the same",
+                        *lines,
+                    ]
+                )
+            )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor on the CPU, the same on every rank. Not a check: all ranks must come to it."""
+        """The sum of a tensor on the CPU, the same on every rank. Not a check: all ranks
+        must come to it.
+        """
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -160,9 +193,9 @@ class Ranks:
     def leave(self, error: Exception) -> None:
         """Report an error that this rank alone may have, to be called before it ends.
 
-        The other ranks raise it at the check that they come to next. Returns after all have seen it, or after
-        15 seconds, and at once for an error that all ranks have already. Raises another rank's error where that one
-        comes first.
+        The other ranks raise it at the check that they come to next. Returns after all have
+        seen it, or after 15 seconds, and at once for an error that all ranks have already.
+        Raises another rank's error where that one comes first.
         """
         if self.world == 1 or _is_shared(error):
             return
@@ -177,7 +210,9 @@ class Ranks:
         long: bool = False,
         gathers: bool = False,
     ) -> list[Any]:
-        """Come to a check. Where it `gathers`: every rank's value. An error of one rank is raised on all of them."""
+        """Come to a check. Where it `gathers`: every rank's value. An error of one rank is
+        raised on all of them.
+        """
         if self.world == 1:
             if error is not None:
                 raise error
@@ -185,7 +220,11 @@ class Ranks:
         is_well = self._arrive(check, error, gathers, _LONG_S if long else self.timeout_s)
         if is_well is None or (is_well and not gathers):
             return []
-        sent = error if error is None or _is_expected(error) else RunError(f"{type(error).__name__}: {error}")
+        sent = (
+            error
+            if error is None or _is_expected(error)
+            else RunError(f"{type(error).__name__}: {error}")
+        )
         outcomes: list[_Outcome] = gather_to_all(_Outcome(check, value, sent), self.group)
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
@@ -202,8 +241,8 @@ class Ranks:
         gathers: bool,
         timeout_s: float,
     ) -> bool | None:
-        """Wait for all ranks. Whether all are at this check without an error; None when a rank that has failed waits
-        in vain."""
+        """Wait for all ranks. Whether all are at this check without an error; None when a
+        rank that has failed waits in vain."""
         since = time.monotonic()
         limit = _LEAVING_S if check is None else timeout_s
         check_number = _number(f"{gathers} {check}")
@@ -230,7 +269,9 @@ class Ranks:
 
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The names in `count` parts of about the same size in sum, the largest ones dealt out first."""
+    """The names in `count` parts of about the same size in sum, the largest ones dealt out
+    first.
+    """
     names_in: list[list[str]] = [[] for _ in range(count)]
     sums = [0] * count
     for name in sorted(sizes, key=lambda name: -sizes[name]):
@@ -255,11 +296,19 @@ def _is_shared(error: BaseException) -> bool:
 
 
 def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
-    """The error of the first rank that has a `UserError`, or else any error; its message names a rank other than 0."""
-    failed = [(rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+    """The error of the first rank that has a `UserError`, or else any error; its message
+    names a rank other than 0.
+    """
+    failed = [
+        (rank, outcome.error)
+        for rank, outcome in enumerate(outcomes)
+        if outcome.error is not None
+    ]
     if not failed:
         return None
-    rank, error = next((failure for failure in failed if isinstance(failure[1], UserError)), failed[0])
+    rank, error = next(
+        (failure for failure in failed if isinstance(failure[1], UserError)), failed[0]
+    )
     return error if rank == 0 else type(error)(f"rank {rank}: {error}")
 
 
@@ -270,7 +319,9 @@ def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
     if len(ranks_at) == 1:
         return None
     where = "; ".join(f"{_named(ranks)} at {check!r}" for check, ranks in ranks_at.items())
-    return UserError(f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?")
+    return UserError(
+        f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?"
+    )
 
 
 def _named(ranks: list[int]) -> str:
@@ -280,7 +331,9 @@ def _named(ranks: list[int]) -> str:
 
 
 _groups: dict[Any, Any] = {}
-"""The default group -> the gloo group of its ranks. One only: ranks in two groups would not meet."""
+"""The default group -> the gloo group of its ranks. One only: ranks in two groups would not
+meet.
+"""
 
 
 def _group() -> Any:

@@ -4,11 +4,13 @@
                                                          -> before and after: `Stopped` in the main thread, at once
     SIGINT again (a second later or more)                -> the process ends at once
 
-The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start does not correct, 3 done
-but for what stands beside training, 75 saved and stopped, to be started again.
+The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start
+does not correct, 3 done but for what stands beside training, 75 saved and stopped, to be
+started again.
 
-A thread notices the requests: Python runs its own handlers between bytecodes only, and a rank that waits in a
-collective executes none. `signal.set_wakeup_fd` wakes the thread at once.
+A thread notices the requests: Python runs its own handlers between bytecodes only, and a
+rank that waits in a collective executes none. `signal.set_wakeup_fd` wakes the thread at
+once.
 """
 
 import os
@@ -30,14 +32,18 @@ EXIT_USER_ERROR = 2
 EXIT_FAILED_BESIDE = 3
 """The run is done and saved; an evaluation, a task, a tracker or an upload has failed."""
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started again."""
+"""EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started
+again.
+"""
 EXIT_INTERRUPTED = 130
 """The exit code that shells give a process that SIGINT ended."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
 _SAME_CTRL_C_S = 1.0
-"""A terminal sends SIGINT to all processes, and torchrun forwards it: within this time they are one request."""
+"""A terminal sends SIGINT to all processes, and torchrun forwards it: within this time they
+are one request.
+"""
 _PATIENCE_S = 10.0
 """How long the main thread may take to raise `Stopped` where there is nothing to save."""
 
@@ -47,11 +53,14 @@ def install() -> None:
     global _watch
     if _watch is None:
         _watch = _Watch()
-        os.register_at_fork(after_in_child=uninstall)  # forked workers share the pipe, and a pool sends them SIGTERM
+        # Forked workers share the pipe, and a pool sends them SIGTERM
+        os.register_at_fork(after_in_child=uninstall)
 
 
 def uninstall() -> None:
-    """Give the signals their default effect again: this process is about to end with an error, or is a forked one."""
+    """Give the signals their default effect again: this process is about to end with an
+    error, or is a forked one.
+    """
     if _watch is not None:
         _watch.stop()
 
@@ -76,13 +85,17 @@ def requested() -> bool:
 
 
 def settle() -> None:
-    """Everything is saved: from now on this rank ignores signals and the end of other processes."""
+    """Everything is saved: from now on this rank ignores signals and the end of other
+    processes.
+    """
     if _watch is not None:
         _watch.settled = True
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after correct results (2.13)."""
+    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after
+    correct results (2.13).
+    """
     for stream in (sys.stdout, sys.stderr):
         with suppress(BrokenPipeError):  # the reader has ended; the exit code still counts
             stream.flush()
@@ -99,7 +112,8 @@ class _Watch:
         self.settled = False
         self._raised = False
         self._last_interrupt: float | None = None
-        # Without a launcher the parent is a shell, which a run in the background may outlive.
+        # Without a launcher the parent is a shell, which a run in the background may
+        # outlive.
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -137,7 +151,10 @@ class _Watch:
     def _note(self, number: int) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
-            if self._last_interrupt is not None and now - self._last_interrupt > _SAME_CTRL_C_S:
+            if (
+                self._last_interrupt is not None
+                and now - self._last_interrupt > _SAME_CTRL_C_S
+            ):
                 _print("SIGINT again: leaving at once")
                 leave(EXIT_INTERRUPTED)
             self._last_interrupt = self._last_interrupt or now
@@ -147,13 +164,18 @@ class _Watch:
         if self.since is None and not self.settled:
             self.since = now
             _replace_broken_pipes()
-            _print(f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}")
+            _print(
+                f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}"
+            )
 
     def _check(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
-            self._request(f"the launcher (process {self._launcher}) has ended", time.monotonic())
+            self._request(
+                f"the launcher (process {self._launcher}) has ended", time.monotonic()
+            )
             self._launcher = None
-            os.kill(os.getpid(), signal.SIGTERM)  # raises `Stopped` in the main thread unless that is deferred
+            # Raises `Stopped` in the main thread unless that is deferred
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.since is None:
             return
         _replace_broken_pipes()
@@ -165,7 +187,9 @@ _watch: _Watch | None = None
 
 
 def _replace_broken_pipes() -> None:
-    """Ctrl-C also ends the reader of `... | tee log`; writing a log line must not make the checkpoint fail."""
+    """Ctrl-C also ends the reader of `... | tee log`; writing a log line must not make the
+    checkpoint fail.
+    """
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
@@ -176,5 +200,7 @@ def _replace_broken_pipes() -> None:
 
 
 def _print(text: str) -> None:
-    """To stderr, without the locks of Python's streams and loggers, which the main thread may hold."""
+    """To stderr, without the locks of Python's streams and loggers, which the main thread
+    may hold.
+    """
     os.write(2, f"{rank_prefix()}{text}\n".encode())

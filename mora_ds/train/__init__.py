@@ -1,4 +1,5 @@
-"""The main job: from settings to a trained and exported model. It may use every other package.
+"""The main job: from settings to a trained and exported model. It may use every other
+package.
 
 pretrain        the pipeline from settings to a summary; demo runs it twice
 dry_run         --dry_run: the plan of a job in place of the job

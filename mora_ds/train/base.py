@@ -1,5 +1,5 @@
-"""The base model of a run: which folder it comes from, its config, whether it is on the device or in host memory, and
-its complete weights on this process."""
+"""The base model of a run: which folder it comes from, its config, whether it is on the
+device or in host memory, and its complete weights on this process."""
 
 import logging
 from collections.abc import Callable
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
-    """(folder of the base, its config with --rope_scaling); no folder where --model_config asks for random weights.
-    Collective."""
+    """(folder of the base, its config with --rope_scaling); no folder where --model_config
+    asks for random weights. Collective."""
     folder = None
     if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
@@ -91,15 +91,19 @@ def prepare_base(
         changes,
     )
     if training.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loaded.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     return loaded
 
 
-def settle_base_device(arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks) -> Arguments:
+def settle_base_device(
+    arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks
+) -> Arguments:
     """The arguments with "device" or "host" in place of "auto". Collective.
 
-    Raises `UserError` for --base_device host where the model's decoder layers are not found, and where a node has too
-    little memory for them.
+    Raises `UserError` for --base_device host where the model's decoder layers are not
+    found, and where a node has too little memory for them.
     """
     training = arguments.training
 
@@ -112,17 +116,23 @@ def settle_base_device(arguments: Arguments, config: Any, ds_config: DsConfig, r
     if wanted is BaseDevice.AUTO:
         wanted = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
     if wanted is BaseDevice.HOST:
-        needed = ranks.on_first("decoder layers", lambda: planner().streamed().total, long=True)
+        needed = ranks.on_first(
+            "decoder layers", lambda: planner().streamed().total, long=True
+        )
         ranks.agree(
             "host memory for the base",
             lambda: check_host_memory(needed, free_bytes()[0]),
         )
-        logger.info(f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer")
+        logger.info(
+            f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer"
+        )
     return replace(arguments, training=replace(training, base_device=wanted.value))
 
 
 def check_host_memory(needed: int, free: int) -> None:
-    """Raises `UserError` where a node's `free` memory does not hold the `needed` bytes of frozen weights."""
+    """Raises `UserError` where a node's `free` memory does not hold the `needed` bytes of
+    frozen weights.
+    """
     if needed > free:
         raise UserError(
             f"--base_device host: the frozen weights take {size_text(needed)} of a node's memory, and "
@@ -139,7 +149,8 @@ def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
         if placed is planner:
             return BaseDevice.DEVICE
         placed.streamed()
-    except Exception as error:  # a plan is advice: a model that cannot be planned may well run
+    # A plan is advice: a model that cannot be planned may well run
+    except Exception as error:
         logger.warning(
             "--base_device auto: device, as this run cannot be planned: %s",
             reason(error),

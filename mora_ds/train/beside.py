@@ -1,4 +1,6 @@
-"""What of a run is not training: forward passes of evaluations, tasks, probes and checks, and what must not cost it."""
+"""What of a run is not training: forward passes of evaluations, tasks, probes and checks,
+and what must not cost it.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def going_on(what: str, failures: list[str]) -> Iterator[None]:
-    """A context for what stands beside training: where it fails, `failures` gets a line, and the run goes on."""
+    """A context for what stands beside training: where it fails, `failures` gets a line,
+    and the run goes on.
+    """
     try:
         yield
     except BESIDE as error:  # packages of others raise what they like
@@ -25,13 +29,15 @@ def going_on(what: str, failures: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def beside_training(engine: Any, domain: str | None = None, whole: bool = False) -> Iterator[None]:
-    """A context that sets all that layers read besides their input, so that nothing of the last training batch acts on
-    a pass: no gradients, no dropout, every row read as of `domain` (None: by the shared matrices alone). Afterwards all
-    is as it was before.
+def beside_training(
+    engine: Any, domain: str | None = None, whole: bool = False
+) -> Iterator[None]:
+    """A context that sets all that layers read besides their input, so that nothing of the
+    last training batch acts on a pass: no gradients, no dropout, every row read as of
+    `domain` (None: by the shared matrices alone). Afterwards all is as it was before.
 
-    `engine`: or a model. `whole`: each process computes complete rows by itself, also where it shares those of training
-    with others (--sequence_parallel_size).
+    `engine`: or a model. `whole`: each process computes complete rows by itself, also where
+    it shares those of training with others (--sequence_parallel_size).
     """
     model = getattr(engine, "module", engine)
     was_training = model.training

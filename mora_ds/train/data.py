@@ -1,4 +1,6 @@
-"""The data of a run: files -> tokenizer -> token caches or streams -> packed training data and evaluation sets."""
+"""The data of a run: files -> tokenizer -> token caches or streams -> packed training data
+and evaluation sets.
+"""
 
 import hashlib
 import json
@@ -67,9 +69,9 @@ def load_data(
 ) -> RunData:
     """Read and tokenize all text of a run. Collective.
 
-    `model_folder` has the model's own tokenizer, where there is a model; a run that resumes uses the tokenizer of its
-    checkpoint. Raises `UserError` for files, tokenizers and lengths that do not fit, where possible before anything is
-    tokenized.
+    `model_folder` has the model's own tokenizer, where there is a model; a run that resumes
+    uses the tokenizer of its checkpoint. Raises `UserError` for files, tokenizers and
+    lengths that do not fit, where possible before anything is tokenized.
     """
     plan = mixture_plan(data)
     ranks = start.ranks
@@ -78,11 +80,14 @@ def load_data(
     first, *remaining = corpora.values()
     joined = replace(
         first,
-        members=first.members + tuple(member for corpus in remaining for member in corpus.members),
+        members=first.members
+        + tuple(member for corpus in remaining for member in corpus.members),
     )
     tokenizer = settle_tokenizer(model, model_folder, model_config, joined, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
-        logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
+        logger.info(
+            "nothing stands before a document, as this tokenizer has it: --document_start names a token for it"
+        )
     tokenization = _Tokenization(tokenizer, data, ranks)
     sources: dict[str, Source] = {}
     for source in plan.sources:
@@ -104,17 +109,23 @@ def load_data(
         {
             "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
             "training text": train.identity,
-            "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
+            "evaluation sets": [
+                (name, dataset.content_id) for name, dataset in packed.items()
+            ],
         },
     )
     return RunData(tokenizer, train, packed)
 
 
-def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool) -> list[tuple[str, TokenCache]]:
-    """Tokenize the text of a run ahead of it, in this process. A run with the same settings finds the tokens.
+def fill_token_cache(
+    model: ModelArguments, data: DataArguments, progress: bool
+) -> list[tuple[str, TokenCache]]:
+    """Tokenize the text of a run ahead of it, in this process. A run with the same settings
+    finds the tokens.
 
-    Returns the token cache of every source that is not streamed and of every evaluation set, with its name. Raises
-    `UserError` for a tokenizer that only the run makes, and for what `load_data` refuses.
+    Returns the token cache of every source that is not streamed and of every evaluation
+    set, with its name. Raises `UserError` for a tokenizer that only the run makes, and for
+    what `load_data` refuses.
     """
     if model.train_tokenizer_vocab:
         raise UserError(
@@ -143,7 +154,9 @@ def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool)
 
 
 def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
-    """The corpus of every source, without the documents that are held out of training, and of every evaluation set."""
+    """The corpus of every source, without the documents that are held out of training, and
+    of every evaluation set.
+    """
     corpora = _sources(data, plan)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
@@ -166,7 +179,9 @@ def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
 
 
 def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
-    """The corpus of every source by its name. Raises `UserError` naming one that is missing or empty."""
+    """The corpus of every source by its name. Raises `UserError` naming one that is missing
+    or empty.
+    """
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     corpora = {}
     for source in plan.sources:
@@ -203,7 +218,9 @@ class _Tokenization:
     ranks: Ranks
 
     def cache(self, corpus: Corpus) -> TokenCache:
-        """The tokens of a corpus, from the cache folder or made now by the first process of each node."""
+        """The tokens of a corpus, from the cache folder or made now by the first process of
+        each node.
+        """
 
         def build() -> TokenCache:
             return build_cache(
@@ -216,24 +233,38 @@ class _Tokenization:
             )
 
         name = f"token cache of {corpus.flag}"
-        self.ranks.agree(f"building of the {name}", lambda: build() if self.ranks.is_local_first else None, long=True)
+        self.ranks.agree(
+            f"building of the {name}",
+            lambda: build() if self.ranks.is_local_first else None,
+            long=True,
+        )
         return self.ranks.agree(name, build)  # which is there now
 
     def pack(self, corpus: Corpus, seed: int | str = 0) -> PackedDataset:
-        return PackedDataset(self.cache(corpus), self.data.seq_len, seed, self.data.document_mask)
+        return PackedDataset(
+            self.cache(corpus), self.data.seq_len, seed, self.data.document_mask
+        )
 
     def stream(self, source: SourcePlan, corpus: Corpus, seed: int | str) -> StreamSource:
         """A training source that is tokenized while training."""
         data = self.data
         encoder = Encoder.of(self.tokenizer, data.document_start)
         facts = {
-            "files": [(Path(member.label).name, member.size_bytes()) for member in corpus.members],
+            "files": [
+                (Path(member.label).name, member.size_bytes()) for member in corpus.members
+            ],
             "text_column": corpus.text_column,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **({} if encoder.start_id == start_id(self.tokenizer) else {"start": encoder.start_id}),
+            **(
+                {}
+                if encoder.start_id == start_id(self.tokenizer)
+                else {"start": encoder.start_id}
+            ),
         }
         identity = {
-            "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
+            "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[
+                :32
+            ],
             "shuffle_buffer": data.shuffle_buffer,
         }
         documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
@@ -247,16 +278,26 @@ class _Tokenization:
             ranks=self.ranks.world,
         )
         # A source without text must not end a run that has begun.
-        self.ranks.on_first(f"start of source {source.name!r}", lambda: bool(stream.probe(0)), long=True)
+        self.ranks.on_first(
+            f"start of source {source.name!r}", lambda: bool(stream.probe(0)), long=True
+        )
         return stream
 
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
     if plan.is_plain:
         return
-    for index, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
-        weights = ", ".join(f"{weights[index]:g} from step {step}" for step, weights in plan.phases)
-        size = "a stream" if source.n_blocks is None else f"{source.n_blocks:,} sequences an epoch"
+    for index, (name, source) in enumerate(
+        zip(mixture.names, mixture.sources, strict=True)
+    ):
+        weights = ", ".join(
+            f"{weights[index]:g} from step {step}" for step, weights in plan.phases
+        )
+        size = (
+            "a stream"
+            if source.n_blocks is None
+            else f"{source.n_blocks:,} sequences an epoch"
+        )
         logger.info(f"source {name}: weight {weights}; {size}")
 
 
@@ -264,4 +305,8 @@ def _cache_folder(data: DataArguments) -> Path:
     """The folder of the token cache (--cache_dir)."""
     if data.cache_dir is not None:
         return expanded(data.cache_dir, "--cache_dir")
-    return expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME") / "mora_ds" / "tokens"
+    return (
+        expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME")
+        / "mora_ds"
+        / "tokens"
+    )

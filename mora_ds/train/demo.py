@@ -1,4 +1,5 @@
-"""The demo, which runs when neither a model nor text is named. It needs no network, only the text of Python itself.
+"""The demo, which runs when neither a model nor text is named. It needs no network, only
+the text of Python itself.
 
 prose (language reference, docstrings) + code (the standard library)      written from the running Python
 -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
@@ -77,7 +78,9 @@ RECIPE: Settings = {
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }
-"""What configs/recipes/continual.yaml adds, with the learning rates of a model this small."""
+"""What configs/recipes/continual.yaml adds, with the learning rates of a model this
+small.
+"""
 REPLAY = 0.1
 """Share of every batch that is old text."""
 ROWS_PER_STEP = 8
@@ -85,16 +88,19 @@ ROWS_PER_STEP = 8
 
 
 def run_demo(arguments: Arguments) -> None:
-    """Run the demo on all processes. Flags that the user gave hold for its second part, the main job.
+    """Run the demo on all processes. Flags that the user gave hold for its second part, the
+    main job.
 
-    Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
+    Raises `UserError` as `pretrain` does, and where this Python comes without its own
+    sources.
     """
     training = arguments.training
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
         ranks = start_processes(arguments)
-        job = _continue_arguments(arguments, paths, ranks.world)  # its errors come before anything is written
+        # Its errors come before anything is written
+        job = _continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
         ranks.on_first(
@@ -110,9 +116,13 @@ def run_demo(arguments: Arguments) -> None:
             }
             warm["sequence_parallel_size"] = training.sequence_parallel_size
             warm["attn_implementation"] = arguments.model.attn_implementation
-            logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
+            logger.info(
+                f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps"
+            )
             sharded = pretrain(from_flat(warm))
-        logger.info("\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU")
+        logger.info(
+            "\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU"
+        )
         summary = pretrain(job)
     except BaseException:
         if ranks.is_first:
@@ -134,7 +144,9 @@ class DemoPaths:
         self.warm = root / "warm_start" / MERGED_FOLDER
         """The untrained model, and what the warm start makes of it."""
         evaluation = (("prose", "general"), ("code", "domain"))
-        self.eval_files = [f"{name}={self.corpus / f'{text}_eval.jsonl'}" for name, text in evaluation]
+        self.eval_files = [
+            f"{name}={self.corpus / f'{text}_eval.jsonl'}" for name, text in evaluation
+        ]
 
     def train_files(self, text: str) -> list[str]:
         """`text`: general (prose) or domain (code)."""
@@ -142,7 +154,9 @@ class DemoPaths:
 
 
 def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
-    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per process and step."""
+    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per
+    process and step.
+    """
     return {
         **WARM_START,
         "per_device_train_batch_size": rows,
@@ -157,7 +171,9 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
 
 
 def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
-    """Reserve the folder, and write corpora, tokenizer and untrained model, unless a resumed run has them already."""
+    """Reserve the folder, and write corpora, tokenizer and untrained model, unless a
+    resumed run has them already.
+    """
     resumes = training.resume_from_checkpoint is not None
     reserve(folder).prepare(training.overwrite_output_dir, resumes, training.export_merged)
     logger.info(
@@ -174,23 +190,34 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
 
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
-    """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into a new folder."""
+    """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into
+    a new folder.
+    """
     write_demo_corpus(
         paths.corpus,
         general_bytes=PROSE_BYTES,
         domain_bytes=CODE_BYTES,
         eval_bytes=EVAL_BYTES,
     )
-    corpus = load_corpus([str(paths.corpus / f"{kind}_train.jsonl") for kind in ("general", "domain")])
-    tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
+    corpus = load_corpus(
+        [str(paths.corpus / f"{kind}_train.jsonl") for kind in ("general", "domain")]
+    )
+    tokenizer = load_tokenizer(
+        train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER)
+    )
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
-    """The settings of the second part: the demo's, and over them those that the user gave. Raises `UserError`."""
+    """The settings of the second part: the demo's, and over them those that the user gave.
+    Raises `UserError`.
+    """
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
     user_settings = {
-        key: value for group in groups for key, value in vars(group).items() if key in arguments.set_by_user
+        key: value
+        for group in groups
+        for key, value in vars(group).items()
+        if key in arguments.set_by_user
     }
     replicas = max(1, world // arguments.training.ranks_per_replica)
     settings = {
@@ -202,14 +229,19 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "cache_dir": str(paths.tokens),
     }
     # The recipe's learning rates are those of MoRA matrices under Muon.
-    is_recipe = arguments.adapter.adapter == AdapterKind.MORA.value and "optimizer" not in arguments.set_by_user
+    is_recipe = (
+        arguments.adapter.adapter == AdapterKind.MORA.value
+        and "optimizer" not in arguments.set_by_user
+    )
     if is_recipe and not arguments.research:
         (text,) = paths.train_files("general")
         recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
         job = with_flags(recipe, user_settings)
         if not (reasons := refusal(_check, job, world)):
             return job
-        logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
+        logger.info(
+            f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}"
+        )
     job = with_flags(settings, user_settings)
     _check(job, world)
     return job
@@ -224,22 +256,30 @@ def _check(job: Arguments, world: int) -> None:
 
 
 def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:
-    """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
+    """Log the results as a table. `sharded`: the summary of the warm start, whose base was
+    sharded.
+    """
     before = summary["perplexity_before"]
     percent = 100 * summary["trainable_params"] / summary["total_params"]
     volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is not None:
-        volume += f" (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
+        volume += (
+            f" (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
+        )
     logger.info(f"\n{'':<24}{'before':>12}{'after':>12}{'change':>10}")
     for name, value in summary["perplexity_after"].items():
         start = before.get(name, float("nan"))
-        logger.info(f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%")
+        logger.info(
+            f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%"
+        )
     logger.info(
         f"{'trained':<24}{summary['trainable_params']:,} of {summary['total_params']:,} ({percent:.2f}%), "
         f"{summary['merges']} merges in {summary['steps']} steps"
     )
     logger.info(f"{'all-gather a step':<24}{volume}")
-    logger.info(f"{'bytes of the base':<24}{summary['base_bytes_gathered']} in all collectives of the run")
+    logger.info(
+        f"{'bytes of the base':<24}{summary['base_bytes_gathered']} in all collectives of the run"
+    )
     merged = folder / MERGED_FOLDER
     if merged.is_dir():
         logger.info(f"{'merged model':<24}{merged}   (plain transformers loads it)")

@@ -1,6 +1,8 @@
-"""--dry_run: what each process would compute, store and send, from the flags and the model's config alone.
+"""--dry_run: what each process would compute, store and send, from the flags and the
+model's config alone.
 
-Every process may call it, and needs no other; rank 0 prints. It reads no weights and no text and writes no file.
+Every process may call it, and needs no other; rank 0 prints. It reads no weights and no
+text and writes no file.
 """
 
 import os
@@ -42,7 +44,9 @@ def dry_run(arguments: Arguments) -> None:
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")) == 0:
         print(*layers, report(plan), sep="\n")
-        print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
+        print(
+            f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was"
+        )
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
@@ -67,20 +71,27 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
     if model.model_name_or_path:
         return model.model_name_or_path, MODEL_FLAG
     if model.model_config is None:
-        raise UserError(f"--dry_run plans the run of a model: name one with {MODEL_FLAG} or --model_config")
+        raise UserError(
+            f"--dry_run plans the run of a model: name one with {MODEL_FLAG} or --model_config"
+        )
     return model.model_config, "--model_config"
 
 
 def implementation_of(model: ModelArguments, config: Any) -> str | None:
-    """The name in transformers of the attention of a run on a model of this config; None for transformers' default."""
+    """The name in transformers of the attention of a run on a model of this config; None
+    for transformers' default.
+    """
     if model.implementation is None and why_dense(config, None) is None:
         return NAME
     return model.implementation
 
 
-def planner_of(arguments: Arguments, config: Any, ds_config: DsConfig, world: int) -> Planner:
-    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model. Raises
-    `UserError` for a run that trains nothing, and for rows that cannot be split."""
+def planner_of(
+    arguments: Arguments, config: Any, ds_config: DsConfig, world: int
+) -> Planner:
+    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of
+    the model. Raises `UserError` for a run that trains nothing, and for rows that cannot be
+    split."""
     training = arguments.training
     model = arguments.model
     check_config(config, training.sequence_parallel_size, model.implementation)
@@ -103,7 +114,9 @@ def planner_of(arguments: Arguments, config: Any, ds_config: DsConfig, world: in
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     cluster = Cluster(world, local, device.memory_bytes())
-    return Planner(work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu())
+    return Planner(
+        work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu()
+    )
 
 
 def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
@@ -116,7 +129,9 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)
-    return replace(config, new_rows_from=first_new_row(path if path.is_dir() else path.parent))
+    return replace(
+        config, new_rows_from=first_new_row(path if path.is_dir() else path.parent)
+    )
 
 
 @named_as_flags(**FLAGS)

@@ -1,4 +1,6 @@
-"""Evaluation during a run: the perplexity of every evaluation set, the best checkpoint, and forgetting."""
+"""Evaluation during a run: the perplexity of every evaluation set, the best checkpoint, and
+forgetting.
+"""
 
 import logging
 import sys
@@ -18,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates the model of one engine on all evaluation sets, and keeps the results in the run's state."""
+    """Evaluates the model of one engine on all evaluation sets, and keeps the results in
+    the run's state.
+    """
 
     def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
         training = job.arguments.training
@@ -32,28 +36,40 @@ class Evaluator:
         self.tasks: TaskSuite | None = None
         if training.eval_tasks:
             batch_size = training.per_device_eval_batch_size
-            self.tasks = TaskSuite(training.eval_tasks, replica, job.data.tokenizer, batch_size)
+            self.tasks = TaskSuite(
+                training.eval_tasks, replica, job.data.tokenizer, batch_size
+            )
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
+        """Log and return the perplexity of each set over all processes. Collective;
+        `before_batch` is called too.
+        """
         step = self.state.step
         perplexities = {}
         for name, data in self.sets.items():
-            nll = self.replica.mean_nll(self._batches(data, before_batch), self.hooks.domain_of(name))
+            nll = self.replica.mean_nll(
+                self._batches(data, before_batch), self.hooks.domain_of(name)
+            )
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
         tasks = self.tasks if self._tasks_are_due else None
         if tasks is not None:
-            before_batch()  # before anything is logged, as it may end the run, which then evaluates again
+            # Before anything is logged, as it may end the run, which then evaluates again
+            before_batch()
         if perplexities:
-            # The first evaluation is what the others are compared with: its own change of 0 begins each curve.
+            # The first evaluation is what the others are compared with: its own change of 0
+            # begins each curve.
             before = self.state.perplexity_before if step else perplexities
             self.log.evaluation(step, perplexities, before)
         costs = {} if tasks is None else self._evaluate_tasks(tasks)
         self.state.perplexity_last = perplexities
         self.state.evaluation_pending = False
         score = self.watch.score({**perplexities, **costs})
-        if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):
+        if (
+            score is not None
+            and step > 0
+            and (self.state.best_score is None or score < self.state.best_score)
+        ):
             self.state.best_step = step
             self.state.best_score = score
             logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
@@ -61,7 +77,9 @@ class Evaluator:
 
     @property
     def forgotten(self) -> str | None:
-        """Why the run has to end after the last evaluation, by --stop_when_forgotten; None where it goes on."""
+        """Why the run has to end after the last evaluation, by --stop_when_forgotten; None
+        where it goes on.
+        """
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
         now = {**state.perplexity_last, **state.task_costs_last}
@@ -79,24 +97,33 @@ class Evaluator:
         state = self.state
         results = tasks.evaluate()
         costs = {name: result.cost for name, result in results.items()}
-        self.log.record("tasks", state.step, {name: result.metrics for name, result in results.items()})
+        self.log.record(
+            "tasks", state.step, {name: result.metrics for name, result in results.items()}
+        )
         for name, result in results.items():
-            values = "  ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
+            values = "  ".join(
+                f"{metric} {value:.4f}" for metric, value in result.metrics.items()
+            )
             logger.info(f"step {state.step}  {name}  {values}")
         if state.step == 0:
             state.task_costs_before = costs
         state.task_costs_last = costs
         return costs
 
-    def _batches(self, data: PackedDataset, before_batch: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
+    def _batches(
+        self, data: PackedDataset, before_batch: Callable[[], None]
+    ) -> Iterator[dict[str, Tensor]]:
         """The batches of this replica; every process has equally many, as ZeRO-3 needs."""
         index = self.replica.index
         count = self.replica.count
         limit = self.training.max_eval_batches or sys.maxsize
-        for round_, batch in enumerate(data.eval_batches(index, count, self.training.per_device_eval_batch_size)):
+        for round_, batch in enumerate(
+            data.eval_batches(index, count, self.training.per_device_eval_batch_size)
+        ):
             if round_ * count >= limit:
                 break
             before_batch()
-            if round_ * count + index >= limit:  # the limit counts batches over all replicas
+            # The limit counts batches over all replicas
+            if round_ * count + index >= limit:
                 batch["labels"].fill_(IGNORED)
             yield batch

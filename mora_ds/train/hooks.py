@@ -19,22 +19,29 @@ from mora_ds.runtime.ranks import Ranks
 
 
 class Hooks:
-    """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those of one with it."""
+    """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those
+    of one with it.
+    """
 
     term: Any = None
-    """A term of the loss that is not part of the reported loss, where there is one: its `recording()` surrounds a
-    forward pass, of which `loss()` gives the term, whose `value` is logged under its `name`."""
+    """A term of the loss that is not part of the reported loss, where there is one: its
+    `recording()` surrounds a forward pass, of which `loss()` gives the term, whose `value`
+    is logged under its `name`."""
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         """(setting, path) of every file and folder that is read."""
         yield from ()
 
     def read_files(self, ranks: Ranks) -> None:
-        """Read what may lie in the output folder, before that is touched. Collective. Raises `UserError`."""
+        """Read what may lie in the output folder, before that is touched. Collective.
+        Raises `UserError`.
+        """
 
-    def plan(self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks) -> AdapterConfig:
-        """The adapter's config with its plan of targets, and with what layers compute besides their MoRA matrix.
-        Collective. Raises `UserError`."""
+    def plan(
+        self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks
+    ) -> AdapterConfig:
+        """The adapter's config with its plan of targets, and with what layers compute
+        besides their MoRA matrix. Collective. Raises `UserError`."""
         return config
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
@@ -42,34 +49,41 @@ class Hooks:
         return config
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint for its loss to be the same function."""
+        """What a resumed run must share with its checkpoint for its loss to be the same
+        function.
+        """
         return {}
 
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         """The model has its adapter; no engine has it yet."""
 
     def rows(self, sources: Sequence[str]) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of a micro-batch whose rows come from these sources of the mixture; without a
-        mixture there are none. Every other forward pass is one `beside_training`."""
+        """Surrounds forward and backward of a micro-batch whose rows come from these
+        sources of the mixture; without a mixture there are none. Every other forward pass
+        is one `beside_training`."""
         return nullcontext()
 
     def check(self, engine: Any, ids: Tensor) -> None:
-        """A check of the live model before the first step, by a forward pass of `ids` (3, T). Collective. Raises
-        `UserError`."""
+        """A check of the live model before the first step, by a forward pass of `ids` (3,
+        T). Collective. Raises `UserError`."""
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the merged models that the run stands for; empty for one model without a name."""
+        """Names of the merged models that the run stands for; empty for one model without a
+        name.
+        """
         return ()
 
     @property
     def probe_domain(self) -> str | None:
-        """The domain as which the first training rows are read where their loss is to tell whether all trained numbers
-        are finite; None without domains."""
+        """The domain as which the first training rows are read where their loss is to tell
+        whether all trained numbers are finite; None without domains."""
         return None
 
     def domain_of(self, name: str) -> str | None:
-        """The domain as which the evaluation set of this name is read; None for the shared matrices alone."""
+        """The domain as which the evaluation set of this name is read; None for the shared
+        matrices alone.
+        """
         return None
 
 

@@ -27,17 +27,22 @@ _OF_TEXT = ("--train_files", "--replay", "--eval_files", "--dataset_name")
 def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or deleted.
 
-    `folder`: the one that the run writes to. Links are followed; another name of the same file (a hard link) is safe,
-    as a run replaces files and writes into none. A resumed run may read what it has made and will not replace.
+    `folder`: the one that the run writes to. Links are followed; another name of the same
+    file (a hard link) is safe, as a run replaces files and writes into none. A resumed run
+    may read what it has made and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
-    readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()  # the demo reserves it for its main job
+    # The demo reserves it for its main job
+    readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()
     outputs = [folder.resolve() / name for name in NAMES if name not in readable]
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
     for flag, named in inputs_of(arguments):
-        real = Path(os.path.realpath(named))  # which follows a loop of links as far as it goes
+        # Which follows a loop of links as far as it goes
+        real = Path(os.path.realpath(named))
         holds_output = flag in _OF_TEXT and real in folder.resolve().parents
-        if holds_output or any(output == real or output in real.parents for output in outputs):
+        if holds_output or any(
+            output == real or output in real.parents for output in outputs
+        ):
             raise UserError(
                 f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
                 "copy elsewhere, or another --output_dir"
@@ -45,7 +50,9 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
 
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
-    """(flag, path) of every file and folder that validated settings name; names on the Hub are among them."""
+    """(flag, path) of every file and folder that validated settings name; names on the Hub
+    are among them.
+    """
     model = arguments.model
     training = arguments.training
     named = [
@@ -61,7 +68,11 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     for flag, name in named:
         if name:
             path = str(expanded(name, flag))
-            matches = glob.glob(path, recursive=True) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            matches = (
+                glob.glob(path, recursive=True)
+                if glob.has_magic(path) and not os.path.exists(path)
+                else [path]
+            )
             yield from ((flag, Path(match)) for match in matches)
 
 

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """A model with all that belongs to its run. All processes make it together.
 
-    Making it prepares the model, starts the engine and, where `start.checkpoint` is set, resumes. Raises `UserError`
-    for settings that do not fit the model or the checkpoint.
+    Making it prepares the model, starts the engine and, where `start.checkpoint` is set,
+    resumes. Raises `UserError` for settings that do not fit the model or the checkpoint.
     """
 
     engine: Any
@@ -68,8 +68,11 @@ class Job:
         self.data = data
         self.start = start
         training = arguments.training
-        start.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
-        self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
+        # What follows has collectives of its own
+        start.ranks.barrier("model, tokenizer and text are loaded")
+        self.sequence = share_rows(
+            loaded.model, training.sequence_parallel_size, training.collective_timeout_s
+        )
         if self.sequence is not None:
             logger.info(
                 describe(
@@ -95,7 +98,9 @@ class Job:
         self.state = TrainerState()
         self.trainable_parameters = 0
         self.total_parameters = count_parameters(self.engine)
-        logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
+        logger.info(
+            f"nothing is trained: all {self.total_parameters:,} parameters stay as they are"
+        )
         self.engine.to(current_device()).requires_grad_(False)
 
     def _start_full_training(self) -> None:
@@ -109,7 +114,9 @@ class Job:
         start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=self.ds_config)
         self._seed_dropout()
-        self.state = start.state or TrainerState(world_size=start.ranks.world, identity=identity)
+        self.state = start.state or TrainerState(
+            world_size=start.ranks.world, identity=identity
+        )
         self.run = FullRun(
             self.engine,
             folder=start.folder,
@@ -159,7 +166,9 @@ class Job:
     # -- their steps ---------------------------------------------------------------------------------------------------
 
     def _common_identity(self) -> JsonObject:
-        """What a resumed run must share with its checkpoint, whatever it trains, to continue its batches and loss."""
+        """What a resumed run must share with its checkpoint, whatever it trains, to
+        continue its batches and loss.
+        """
         adapter = self.arguments.adapter
         training = self.arguments.training
         data = self.data
@@ -173,7 +182,9 @@ class Job:
             "merge_every": adapter.merge_every,
             **self.start.hooks.identity(),
             "dtype": compute_dtype(self.ds_config),
-            "attention": "documents" if attends_by_documents(self.loaded.model) else "dense",
+            "attention": "documents"
+            if attends_by_documents(self.loaded.model)
+            else "dense",
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
             **(self.start.branch if training.decay_from is not None else {}),
         }
@@ -184,9 +195,13 @@ class Job:
             check_identity(self.start.checkpoint, self.start.state.identity, identity)
 
     def _seed_dropout(self) -> None:
-        """Give every replica its own dropout masks; a checkpoint restores its random states afterwards."""
+        """Give every replica its own dropout masks; a checkpoint restores its random states
+        afterwards.
+        """
         training = self.arguments.training
-        torch.manual_seed((training.seed << 16) + self.start.ranks.rank // training.ranks_per_replica)
+        torch.manual_seed(
+            (training.seed << 16) + self.start.ranks.rank // training.ranks_per_replica
+        )
 
     @property
     def _streams(self) -> bool:
@@ -203,7 +218,9 @@ class Job:
         return self.start.hooks.plan(config, loaded, self.start.ranks)
 
     def utilization(self, tokens_per_s: float) -> float | None:
-        """The share of its GPUs' peak that a run of so many tokens a second uses; None where the peak is not known."""
+        """The share of its GPUs' peak that a run of so many tokens a second uses; None
+        where the peak is not known.
+        """
         if self._peak_flops is None:
             return None
         return tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
@@ -216,8 +233,14 @@ class Job:
         if card:
             self._token_flops = token_flops(self.loaded.model, self.data.train.seq_len)
             unknown = f"no MFU, as its peak in {dtype} is not known"
-            peak = unknown if self._peak_flops is None else f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
-            logger.info(f"model FLOPs: {self._token_flops / 1e9:,.2f} G a token; {card}: {peak}")
+            peak = (
+                unknown
+                if self._peak_flops is None
+                else f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
+            )
+            logger.info(
+                f"model FLOPs: {self._token_flops / 1e9:,.2f} G a token; {card}: {peak}"
+            )
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""

@@ -1,15 +1,17 @@
-"""The batches of a run, each prepared while the step before it computes, and who computes which rows.
+"""The batches of a run, each prepared while the step before it computes, and who computes
+which rows.
 
-    world = replicas x processes_per_replica; the processes of a replica (`Replica`) have consecutive ranks and are
-    given the same rows
+    world = replicas x processes_per_replica; the processes of a replica (`Replica`) have
+    consecutive ranks and are given the same rows
 
     loader.take(step)         the micro-batches of a step; a thread begins with those of the next one
     loader.labels_ahead()     waits for them; how many of their labels this process predicts
 
-Everything that needs the data on the host happens here, before anything is copied to the device: packing, this
-process's part of each row, the number of labels, pinned memory. The thread runs only between the two calls, so what is
-saved after a step is never the position of a batch that is still being read. An error is raised when the batch that it
-concerns is taken.
+Everything that needs the data on the host happens here, before anything is copied to the
+device: packing, this process's part of each row, the number of labels, pinned memory. The
+thread runs only between the two calls, so what is saved after a step is never the position
+of a batch that is still being read. An error is raised when the batch that it concerns is
+taken.
 """
 
 from __future__ import annotations
@@ -65,14 +67,17 @@ class BatchLoader:
         self.replica = replica
         self.training = training
         self.last_step = last_step
-        # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
+        # Processes read a stream together (`Ranks.__call__`), so that each must read at the
+        # same moment as the others.
         self._reads_together = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
     def take(self, step: int) -> StepBatch:
-        """The micro-batches of `step`, the number of steps done before it; raises what reading them has raised."""
+        """The micro-batches of `step`, the number of steps done before it; raises what
+        reading them has raised.
+        """
         if self._ahead is None or self._ahead[0] != step:  # the first step of this process
             self._ahead = step, self._reader.submit(self._read, step)
         batch = self._ahead[1].result()
@@ -82,8 +87,9 @@ class BatchLoader:
         return batch
 
     def labels_ahead(self, step: int) -> int:
-        """Labels of this process in the batch of `step`, which `take` returns next; 0 where there is none, or where
-        `take` will raise. To be called once the work of the step before is queued."""
+        """Labels of this process in the batch of `step`, which `take` returns next; 0 where
+        there is none, or where `take` will raise. To be called once the work of the step
+        before is queued."""
         if self._ahead is None:
             self._begin(step)
         if self._ahead is None or self._ahead[1].exception() is not None:
@@ -101,14 +107,19 @@ class BatchLoader:
             self._ahead = step, self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> StepBatch:
-        if self._device.type == "cuda":  # a new thread has device 0, and would make a context there
+        # A new thread has device 0, and would make a context there
+        if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        return [self._micro_batch(step, index) for index in range(self.training.gradient_accumulation_steps)]
+        return [
+            self._micro_batch(step, index)
+            for index in range(self.training.gradient_accumulation_steps)
+        ]
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
         position = self.position(index)
         rows = self.replica.rows(self.data.batch(step, position))
-        labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()  # numpy starts no threads of its own
+        # Numpy starts no threads of its own
+        labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()
         sources = self.data.sources_of(step, position) if len(self.data.names) > 1 else []
         if self._device.type == "cuda":
             rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
@@ -124,26 +135,36 @@ def labels_in(batch: StepBatch) -> int:
 
 
 class NotFinite(RunError):
-    """A loss or norm is NaN or infinite after training has begun; whoever knows the last checkpoint adds it."""
+    """A loss or norm is NaN or infinite after training has begun; whoever knows the last
+    checkpoint adds it.
+    """
 
 
 def require_finite(value: float, what: str, step: int) -> None:
-    """Raise `NotFinite` with the message `what`, or `RunError` where `step` is 0, if `value` is NaN or infinite."""
+    """Raise `NotFinite` with the message `what`, or `RunError` where `step` is 0, if
+    `value` is NaN or infinite.
+    """
     if math.isfinite(value):
         return
     if step == 0:
-        raise RunError(f"{what}, before any training: the model itself is broken, or needs another dtype")
+        raise RunError(
+            f"{what}, before any training: the model itself is broken, or needs another dtype"
+        )
     raise NotFinite(what)
 
 
 @dataclass
 class Replica:
-    """The replica that this process belongs to: its number, its rows of a batch, and sums over all processes."""
+    """The replica that this process belongs to: its number, its rows of a batch, and sums
+    over all processes.
+    """
 
     engine: zero.Engine
     processes_per_replica: int = 1
     sequence: SequenceParallel | None = None
-    """What gives this process its tokens of the replica's rows (--sequence_parallel_size); None: it computes all."""
+    """What gives this process its tokens of the replica's rows (--sequence_parallel_size);
+    None: it computes all.
+    """
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()
@@ -156,9 +177,13 @@ class Replica:
         return batch if self.sequence is None else self.sequence.split(batch)
 
     def on_device(self, batch: Rows) -> Rows:
-        """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
+        """The batch on the engine's device; where it is pinned, the host does not wait for
+        the copy.
+        """
         device = self.engine.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        return {
+            name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()
+        }
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""
@@ -167,8 +192,8 @@ class Replica:
         return total.item()
 
     def nll(self, batch: Rows, domain: str | None) -> tuple[float, int]:
-        """(summed loss, number of predicted tokens) of this process's part of a batch, as of `domain`. Collective under
-        ZeRO-3."""
+        """(summed loss, number of predicted tokens) of this process's part of a batch, as
+        of `domain`. Collective under ZeRO-3."""
         local_batch = self.rows(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
         with beside_training(self.engine, domain):
@@ -176,7 +201,9 @@ class Replica:
         return nll, predicted
 
     def mean_nll(self, batches: Iterable[Rows], domain: str | None) -> float:
-        """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
+        """Mean loss over all predicted tokens of all processes, which bring equally many
+        batches. Collective.
+        """
         total = 0.0
         predicted = 0
         for batch in batches:

@@ -34,8 +34,9 @@ STEP_TAGS = {
     "tokens": ("6_speed/tokens_read", 1.0),
     "peak_memory_bytes": ("7_memory/peak_GiB", 2.0**-30),
 }
-"""Key of a step's row -> its TensorBoard tag and the factor to the tag's unit. TensorBoard sorts groups by name and
-opens the first ones: the digits put the curves first that a person looks for first."""
+"""Key of a step's row -> its TensorBoard tag and the factor to the tag's unit. TensorBoard
+sorts groups by name and opens the first ones: the digits put the curves first that a person
+looks for first."""
 
 GROUPS = {
     "eval": "2_evaluation/perplexity",
@@ -50,8 +51,8 @@ FORGETTING = "2_forgetting/change_percent"
 
 
 def source_facts(sums: Sequence[float], tokens: Mapping[str, int]) -> dict[str, JsonObject]:
-    """{source: loss, perplexity, tokens} of a step. `sums`: over all processes, the sources' losses, then their labels.
-    `tokens`: of each source since the first step.
+    """{source: loss, perplexity, tokens} of a step. `sums`: over all processes, the
+    sources' losses, then their labels. `tokens`: of each source since the first step.
 
     The loss is None for a source without rows in this step.
     """
@@ -60,14 +61,22 @@ def source_facts(sums: Sequence[float], tokens: Mapping[str, int]) -> dict[str, 
     facts = {}
     for name, value, count in zip(tokens, nll, labels, strict=True):
         loss = value / count if count else None
-        facts[name] = {"loss": loss, "perplexity": None if loss is None else perplexity(loss), "tokens": tokens[name]}
+        facts[name] = {
+            "loss": loss,
+            "perplexity": None if loss is None else perplexity(loss),
+            "tokens": tokens[name],
+        }
     return facts
 
 
 def step_line(row: Facts, total_steps: int) -> str:
-    """What is printed of a step's row. The time left is that of the other steps, if each takes as long."""
+    """What is printed of a step's row. The time left is that of the other steps, if each
+    takes as long.
+    """
     step = row["step"]
-    gathered = f"  gathered {row['bytes_gathered'] / 1e6:.2f} MB" if row["bytes_gathered"] else ""
+    gathered = (
+        f"  gathered {row['bytes_gathered'] / 1e6:.2f} MB" if row["bytes_gathered"] else ""
+    )
     mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
     left = duration((total_steps - step) * row["step_time_s"])
     return (
@@ -83,17 +92,20 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak memory: allocated on its GPU since a phase ended, or resident so far where there is none."""
+    """This process's peak memory: allocated on its GPU since a phase ended, or resident so
+    far where there is none.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class PhaseMemory:
-    """The peak memory of this process by phase of its run, on a GPU: what `--dry_run` plans, as it was.
+    """The peak memory of this process by phase of its run, on a GPU: what `--dry_run`
+    plans, as it was.
 
-    The numbers are the allocator's own, so that nothing waits for the GPU. Without one there are no phases: the peak of
-    resident memory cannot be restarted.
+    The numbers are the allocator's own, so that nothing waits for the GPU. Without one
+    there are no phases: the peak of resident memory cannot be restarted.
     """
 
     def __init__(self) -> None:
@@ -103,17 +115,23 @@ class PhaseMemory:
     def end(self, phase: str) -> None:
         """End a phase, which began where the one before it ended."""
         if torch.cuda.is_available():
-            self.by_phase[phase] = max(torch.cuda.max_memory_allocated(), self.by_phase.get(phase, 0))
+            self.by_phase[phase] = max(
+                torch.cuda.max_memory_allocated(), self.by_phase.get(phase, 0)
+            )
             torch.cuda.reset_peak_memory_stats()
 
     @property
     def peak(self) -> int:
-        """Bytes at the highest so far, whatever the phase; without a GPU of resident memory."""
+        """Bytes at the highest so far, whatever the phase; without a GPU of resident
+        memory.
+        """
         return max([peak_memory_bytes(), *self.by_phase.values()])
 
 
 class MetricsLog:
-    """Writes the metrics of one run. On ranks other than 0 (`enabled=False`) every call does nothing."""
+    """Writes the metrics of one run. On ranks other than 0 (`enabled=False`) every call
+    does nothing.
+    """
 
     def __init__(
         self,
@@ -124,8 +142,9 @@ class MetricsLog:
         trackers: Sequence[Tracker] = (),
         pending: Collection[str] = (),
     ) -> None:
-        """Drop the rows after `start_step`, of a run that was interrupted after its last checkpoint, so that a resumed
-        curve reads as an uninterrupted one; 0 drops all rows. `pending`: kinds of rows of `start_step` that come again.
+        """Drop the rows after `start_step`, of a run that was interrupted after its last
+        checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops all rows.
+        `pending`: kinds of rows of `start_step` that come again.
         """
         self.total_steps = total_steps
         self.enabled = enabled
@@ -136,24 +155,33 @@ class MetricsLog:
             self._file = self._path.open("a", encoding="utf-8")
 
     def step(self, row: JsonObject) -> None:
-        """A logged optimizer step, whose row has "step", "perplexity" and the keys of `STEP_TAGS`."""
+        """A logged optimizer step, whose row has "step", "perplexity" and the keys of
+        `STEP_TAGS`.
+        """
         self._record(row)
         logger.info(step_line(row, self.total_steps))
 
-    def evaluation(self, step: int, perplexities: dict[str, float], before: Numbers | None = None) -> None:
-        """The perplexity of each evaluation set after `step`; `before`: before the first step.
+    def evaluation(
+        self, step: int, perplexities: dict[str, float], before: Numbers | None = None
+    ) -> None:
+        """The perplexity of each evaluation set after `step`; `before`: before the first
+        step.
 
-        Trackers also get the change since then in per cent: positive where the model has forgotten.
+        Trackers also get the change since then in per cent: positive where the model has
+        forgotten.
         """
         self.record("eval", step, perplexities)
         changes = change(before or {}, perplexities)
-        self._track({f"{FORGETTING}/{name}": value for name, value in changes.items()}, step)
+        self._track(
+            {f"{FORGETTING}/{name}": value for name, value in changes.items()}, step
+        )
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
     def record(self, kind: str, step: int, facts: Facts | float) -> None:
-        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
-        source; or the name of a hook's term of the loss, and its value at the beginning of the step."""
+        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those
+        of each task or source; or the name of a hook's term of the loss, and its value at
+        the beginning of the step."""
         self._record({"step": step, kind: facts})
 
     def close(self) -> None:
@@ -179,19 +207,27 @@ class MetricsLog:
 def _curves(row: Facts) -> dict[str, float]:
     """Curve -> number of a row of metrics.jsonl."""
     if "loss" in row:
-        return {tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items() if row.get(name) is not None}
+        return {
+            tag: row[name] * unit
+            for name, (tag, unit) in STEP_TAGS.items()
+            if row.get(name) is not None
+        }
     numbers: dict[str, float] = {}
     for name, facts in row.items():
         if name in GROUPS:
             values = flattened(facts, f"{GROUPS[name]}/", "/").items()
-            numbers |= {curve: value for curve, value in values if isinstance(value, (int, float))}
+            numbers |= {
+                curve: value for curve, value in values if isinstance(value, (int, float))
+            }
         elif name != "step" and facts is not None:
             numbers[f"9_research/{name}"] = facts
     return numbers
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
+    """`value` with null for NaN and infinity, which JSON does not have (a perplexity may
+    overflow).
+    """
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -205,7 +241,11 @@ def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
-        comes_again = row is not None and row["step"] == last_step and not row.keys().isdisjoint(pending)
+        comes_again = (
+            row is not None
+            and row["step"] == last_step
+            and not row.keys().isdisjoint(pending)
+        )
         if row is not None and row["step"] <= last_step and not comes_again:
             lines.append(line + "\n")
     with atomic_path(path) as partial:
@@ -213,7 +253,9 @@ def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
 
 
 def _row_of(line: str) -> JsonObject | None:
-    """The row with its step; None for a damaged one, such as one that a killed process was writing."""
+    """The row with its step; None for a damaged one, such as one that a killed process was
+    writing.
+    """
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) else None

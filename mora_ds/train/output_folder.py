@@ -40,11 +40,11 @@ DELETING = ".deleting"
 STARTING = ".mora_ds-starting"
 """Lists the names that a run which has not begun may have made."""
 LOCK = ".lock"
-"""An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by the others together. A lock
-ends with its process, however that ends."""
+"""An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by
+the others together. A lock ends with its process, however that ends."""
 _ORPHANS_S = 60.0
-"""How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
-collective, which is at the end of a step."""
+"""How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at
+their next collective, which is at the end of a step."""
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
@@ -52,8 +52,8 @@ NAMES = (
 )  # fmt: skip
 """Everything that a run writes."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER)
-"""What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
-and the merge ledger."""
+"""What the start-up of a run writes, where its settings ask for it; what a resumed one may
+write again, with `RUN_FILE` and the merge ledger."""
 
 
 @dataclass
@@ -66,10 +66,12 @@ class Reservation:
     had_lock_file: bool
 
     def prepare(self, overwrite: bool, resume: bool, exports: bool = False) -> None:
-        """Set aside what the run may change. `exports`: whether it writes a merged model. The second call does nothing.
+        """Set aside what the run may change. `exports`: whether it writes a merged model.
+        The second call does nothing.
 
-        Raises `UserError` when the folder holds another run (unless `overwrite` or `resume`), something under the
-        run's names that the run in the folder has not made, or something that the run could not write to.
+        Raises `UserError` when the folder holds another run (unless `overwrite` or
+        `resume`), something under the run's names that the run in the folder has not made,
+        or something that the run could not write to.
         """
         if (self.folder / STARTING).exists():
             return
@@ -81,7 +83,9 @@ class Reservation:
             )
         owned = _present(self.folder, owned_by_run(self.folder))
         written = [name for name in NAMES if exports or name != MERGED_FOLDER]
-        if strange := [name for name in _present(self.folder, written) if name not in owned]:
+        if strange := [
+            name for name in _present(self.folder, written) if name not in owned
+        ]:
             raise UserError(
                 f"--output_dir {self.folder} holds {', '.join(strange)}, which the run there has not made and this one "
                 "would replace: move it away, or choose another folder"
@@ -94,18 +98,24 @@ class Reservation:
                 if resume:
                     _copy_aside(
                         self.folder,
-                        [name for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE) if name in owned],
+                        [
+                            name
+                            for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE)
+                            if name in owned
+                        ],
                     )
                 else:
                     _set_aside(self.folder, owned)
-            # What is there now is the earlier run's or the user's: the start-up makes none of it.
+            # What is there now is the earlier run's or the user's: the start-up makes none
+            # of it.
             makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
             (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
 
     def commit(self) -> None:
         """Begin the run, whose run.yaml is written: delete what was set aside.
 
-        Killed between the two steps, it leaves a resumed run as it was, and nothing of an overwritten one.
+        Killed between the two steps, it leaves a resumed run as it was, and nothing of an
+        overwritten one.
         """
         if (self.folder / ASIDE).is_dir():
             (self.folder / ASIDE).rename(self.folder / DELETING)
@@ -117,9 +127,9 @@ class Reservation:
 def reserve(folder: Path) -> Reservation:
     """Lock `folder` for a run, and repair what a killed one has left. Called by rank 0.
 
-    A reservation that this process holds already is returned as it is: the demo's, whose main job is a run.
-    Raises `UserError` for a folder with any of the `NAMES` and without a run, one that another run is writing to, and
-    one that cannot be written to.
+    A reservation that this process holds already is returned as it is: the demo's, whose
+    main job is a run. Raises `UserError` for a folder with any of the `NAMES` and without a
+    run, one that another run is writing to, and one that cannot be written to.
     """
     if (reservation := _open.get(folder.resolve())) is not None:
         return reservation
@@ -148,7 +158,9 @@ def is_reserved(folder: Path) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """Bring a folder that this process has reserved back to how it was, and give the lock up, of whichever rank."""
+    """Bring a folder that this process has reserved back to how it was, and give the lock
+    up, of whichever rank.
+    """
     reservation = _open.get(folder.resolve())
     if reservation is not None:
         _undo(folder)
@@ -161,8 +173,9 @@ def give_up(folder: Path) -> None:
 
 
 def join(folder: Path) -> None:
-    """Share the lock of `folder`, which rank 0 has reserved. Called by the other ranks, which may write there for some
-    seconds after rank 0 has ended. Has no effect on a node that does not see rank 0's folder."""
+    """Share the lock of `folder`, which rank 0 has reserved. Called by the other ranks,
+    which may write there for some seconds after rank 0 has ended. Has no effect on a node
+    that does not see rank 0's folder."""
     path = folder.resolve() / LOCK
     if path.parent not in _locks and path.is_file():
         with _writing(folder):
@@ -177,7 +190,8 @@ def leave(folder: Path) -> None:
 
 
 def names_of_run(folder: Path, exports: bool) -> list[str]:
-    """What the run that begins in `folder` makes, and what it has written already where it is resumed.
+    """What the run that begins in `folder` makes, and what it has written already where it
+    is resumed.
 
     `exports`: whether it writes a merged model.
     """
@@ -191,23 +205,33 @@ def names_of_run(folder: Path, exports: bool) -> list[str]:
 
 
 def check_merged(folder: Path) -> None:
-    """Raise `UserError` where --export_merged would replace something that is no model, nor a folder of models."""
+    """Raise `UserError` where --export_merged would replace something that is no model, nor
+    a folder of models.
+    """
     if not os.path.lexists(folder):
         return
     models = [folder]
     if folder.is_dir() and not (folder / "config.json").is_file():
         models = list(folder.iterdir())  # one for each domain
-    if folder.is_symlink() or not all((model / "config.json").is_file() for model in models):
-        raise UserError(f"--export_merged: {folder} holds something other than a model; move it away")
+    if folder.is_symlink() or not all(
+        (model / "config.json").is_file() for model in models
+    ):
+        raise UserError(
+            f"--export_merged: {folder} holds something other than a model; move it away"
+        )
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def _check_owned(folder: Path) -> None:
-    """Raise `UserError` for a folder with any of the names, and without a run that has made them."""
+    """Raise `UserError` for a folder with any of the names, and without a run that has made
+    them.
+    """
     present = _present(folder, (*NAMES, ASIDE, DELETING))
-    if present and not (holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)):
+    if present and not (
+        holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
+    ):
         raise UserError(
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
             "run has written). A run would replace it: choose another folder, or move it away"
@@ -220,7 +244,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
+        raise UserError(
+            f"--output_dir {folder} cannot be written to: {error.strerror or error}"
+        ) from error
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------------
@@ -229,7 +255,9 @@ _open: dict[Path, Reservation] = {}
 """Folder -> the reservation of this process that is neither begun nor given up."""
 
 _locks: dict[Path, int] = {}
-"""Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay open to the end."""
+"""Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay
+open to the end.
+"""
 
 _FIRST = 0
 """The byte that rank 0 locks."""
@@ -239,8 +267,9 @@ _OTHERS = 1
 def _lock(folder: Path) -> None:
     """Raise `UserError` while another run writes to the folder.
 
-    The processes of a run outlive a launcher that was killed alone (deepspeed 0.19.8): a run resumed meanwhile would
-    write among their files. It is a POSIX lock, which worker processes do not inherit.
+    The processes of a run outlive a launcher that was killed alone (deepspeed 0.19.8): a
+    run resumed meanwhile would write among their files. It is a POSIX lock, which worker
+    processes do not inherit.
     """
     if (resolved := folder.resolve()) in _locks:
         return
@@ -249,7 +278,9 @@ def _lock(folder: Path) -> None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if not _takes(file, fcntl.LOCK_EX, _FIRST):
             os.close(file)
-            raise UserError(f"--output_dir {folder}: another run is writing to it at this moment; end that one first")
+            raise UserError(
+                f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
+            )
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
         os.close(file)  # a run that was given up has deleted it since it was opened
@@ -268,8 +299,8 @@ def _lock(folder: Path) -> None:
 
 
 def _takes(file: int, kind: int, byte: int) -> bool:
-    """Lock a byte of a lock file. False where another process holds it. Where the file system has no locks, the folder
-    is used unlocked."""
+    """Lock a byte of a lock file. False where another process holds it. Where the file
+    system has no locks, the folder is used unlocked."""
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
     except (BlockingIOError, PermissionError):
@@ -292,10 +323,13 @@ def _starting(folder: Path) -> list[str]:
 
 
 def _undo(folder: Path) -> None:
-    """Remove what a start-up that was not committed has made, then bring back what it had set aside."""
+    """Remove what a start-up that was not committed has made, then bring back what it had
+    set aside.
+    """
     for name in _starting(folder):
         _remove(folder / name)
-    # From here on the names are the earlier run's again, which a second attempt must not remove.
+    # From here on the names are the earlier run's again, which a second attempt must not
+    # remove.
     (folder / STARTING).unlink(missing_ok=True)
     aside = folder / ASIDE
     for name in _present(aside, NAMES):
@@ -311,7 +345,9 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _copy_aside(folder: Path, names: Iterable[str]) -> None:
-    """Hard links where the file system has them: a run replaces its files, and writes into none of these."""
+    """Hard links where the file system has them: a run replaces its files, and writes into
+    none of these.
+    """
     for name in names:
         partial = folder / ASIDE / f".{name}.partial"
         with disk_errors(folder):
@@ -339,5 +375,6 @@ def _remove(path: Path) -> None:
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # it was not made, or something else was put into it meanwhile
+        # It was not made, or something else was put into it meanwhile
+        with suppress(OSError):
             folder.rmdir()

@@ -5,7 +5,8 @@ chunked loss            are the head and a known scale or cap all of the logits?
 hooks                   what a block `research:` asks of the model
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
 
-What a model does is measured, not looked up in a list of architectures. No check draws from torch's global generator.
+What a model does is measured, not looked up in a list of architectures. No check draws from
+torch's global generator.
 """
 
 import logging
@@ -32,27 +33,36 @@ _DOCUMENT = 4
 """Tokens of each of the two documents that `check_document_mask` packs into a row."""
 
 _LEAK = 0.05
-"""Share of the effect of an unmasked document from which on it counts as seen. Mixture-of-experts layers round
-differently with other tokens in the batch, far below this."""
+"""Share of the effect of an unmasked document from which on it counts as seen.
+Mixture-of-experts layers round differently with other tokens in the batch, far below
+this."""
 
 _TOKENS = 4
 """Tokens per process in the rows of `check_split`."""
 
 _SPLIT_ERROR = 2e-4
-"""Permitted difference of `check_split`, as a share of the effect of all other processes' tokens."""
+"""Permitted difference of `check_split`, as a share of the effect of all other processes'
+tokens.
+"""
 
 _SPLIT_ROUNDING = 16
-"""Further permitted difference, in units of the dtype's rounding: in bf16 a new model's logits hardly differ."""
+"""Further permitted difference, in units of the dtype's rounding: in bf16 a new model's
+logits hardly differ.
+"""
 
 
 def preflight(job: Job, arguments: Arguments) -> None:
-    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change."""
+    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag
+    to change.
+    """
     model = job.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
     with beside_training(job.engine, whole=True):
         if job.state.chunked_loss and not logits_are_known(job.engine):
-            problem = "this model does more to its logits than its head and a known scale or cap"
+            problem = (
+                "this model does more to its logits than its head and a known scale or cap"
+            )
             if training.chunked_loss:
                 raise UserError(f"{loss.FLAG}: {problem}: leave it out")
             logger.info(f"loss: from the logits of complete batches, because {problem}")
@@ -65,7 +75,9 @@ def preflight(job: Job, arguments: Arguments) -> None:
 
 
 def check_attention(engine: Any, document_mask: bool) -> None:
-    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window."""
+    """Raise `UserError` where documents see each other, or attention by documents is not
+    given the config's window.
+    """
     if document_mask:
         check_document_mask(engine)
     model = getattr(engine, "module", engine)
@@ -74,12 +86,14 @@ def check_attention(engine: Any, document_mask: bool) -> None:
 
 
 def check_document_mask(engine: Any) -> None:
-    """Raise `UserError` where a document sees the one before it although its positions start again at 0.
+    """Raise `UserError` where a document sees the one before it although its positions
+    start again at 0.
 
-    Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
-    have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
-    changed first document does to the second one's logits, with and without the restart of positions, in batches of
-    one row and of two. Collective: four forward passes of short rows.
+    Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT
+    do not), state-space layers have no mask, and FlashAttention takes rows for packed ones
+    only where there is a single row. Compared: what a changed first document does to the
+    second one's logits, with and without the restart of positions, in batches of one row
+    and of two. Collective: four forward passes of short rows.
     """
     straight = torch.arange(2 * _DOCUMENT)
     unmasked = _effect(engine, 2, straight)
@@ -93,19 +107,26 @@ def check_document_mask(engine: Any) -> None:
 
 
 def _effect(engine: Any, rows: int, positions: Tensor) -> float:
-    """The largest change of a row's second document, as a norm of its logits, when the first one is another."""
+    """The largest change of a row's second document, as a norm of its logits, when the
+    first one is another.
+    """
     ids = _random_ids(engine, max(rows, 2), 2 * _DOCUMENT)
     ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
     row_groups = ids.split(1 if rows == 1 else len(ids))
     batches = (_batch(group, positions) for group in row_groups)
     with beside_training(engine):
-        logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
+        logits = torch.cat(
+            [
+                engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double()
+                for batch in batches
+            ]
+        )
     return max((row - logits[0]).norm().item() for row in logits[1:])
 
 
 def _batch(ids: Tensor, positions: Tensor) -> Rows:
-    """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T), and the documents that these
-    make."""
+    """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T), and
+    the documents that these make."""
     every = positions.expand(len(ids), -1)
     return {
         "input_ids": ids,
@@ -115,8 +136,8 @@ def _batch(ids: Tensor, positions: Tensor) -> Rows:
 
 
 def check_window(engine: Any) -> None:
-    """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
-    a forward pass of one short row."""
+    """Raise `UserError` where the config has a sliding window that attention by documents
+    does not receive. Collective: a forward pass of one short row."""
     batch = _batch(_random_ids(engine, 1, 2 * _DOCUMENT), torch.arange(2 * _DOCUMENT))
     with beside_training(engine):
         engine(**model_inputs(engine, batch))
@@ -133,51 +154,69 @@ def _has_window(config: Any) -> bool:
 
 
 def logits_are_known(engine: Any) -> bool:
-    """Whether the model's logits are what `chunk_loss` takes them for: its head's output, scaled or capped. Collective:
-    a forward pass of one short row."""
+    """Whether the model's logits are what `chunk_loss` takes them for: its head's output,
+    scaled or capped. Collective: a forward pass of one short row."""
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
     with beside_training(engine), chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, 1, 16), use_cache=False).logits
-        return bool(raw) and torch.allclose(logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0)
+        return bool(raw) and torch.allclose(
+            logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0
+        )
 
 
-def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_mask: bool) -> None:
-    """Raise `UserError` when the model does not compute the same over split rows as over complete ones.
+def check_split(
+    engine: Any, model: Any, sequence: SequenceParallel, document_mask: bool
+) -> None:
+    """Raise `UserError` when the model does not compute the same over split rows as over
+    complete ones.
 
-    Ulysses carries attention over the processes and nothing else: state-space layers, convolutions over time or custom
-    attention would see the tokens of one process alone. The difference is compared with the one that arises when the
-    other processes' tokens are missing altogether. Collective: three forward passes of two short rows.
+    Ulysses carries attention over the processes and nothing else: state-space layers,
+    convolutions over time or custom attention would see the tokens of one process alone.
+    The difference is compared with the one that arises when the other processes' tokens are
+    missing altogether. Collective: three forward passes of two short rows.
     """
     rows = _random_ids(engine, 2, _TOKENS * sequence.size)
     positions = torch.arange(rows.shape[1]).expand(2, -1).clone()
-    if document_mask:  # a document that crosses a boundary, and another one that begins between two boundaries
+    # A document that crosses a boundary, and another one that begins between two boundaries
+    if document_mask:
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
     batch = _batch(rows, positions)
     local_batch = sequence.split(batch)
     with beside_training(engine):
         split = engine(**model_inputs(engine, local_batch)).logits
-    local_batch["documents"] = Documents.of(local_batch["position_ids"].cpu()).to(engine.device)
+    local_batch["documents"] = Documents.of(local_batch["position_ids"].cpu()).to(
+        engine.device
+    )
     with beside_training(engine, whole=True):
-        complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})["logits"]
+        complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})[
+            "logits"
+        ]
         alone = engine(**model_inputs(engine, local_batch)).logits
     error = _norm(split.double() - complete)
     effect = _norm(alone.double() - complete)
     size = _norm(complete)
-    if error > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size:
+    if (
+        error
+        > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size
+    ):
         raise UserError(
             f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "
             "split row does not give what the complete row gives"
         )
     if _has_window(model.config.get_text_config()) and not sequence.saw_window:
-        raise UserError(f"{SEQUENCE}: this model's config has a sliding window that its attention does not receive")
+        raise UserError(
+            f"{SEQUENCE}: this model's config has a sliding window that its attention does not receive"
+        )
 
 
 def _random_ids(engine: Any, rows: int, length: int) -> Tensor:
     """(rows, length) token ids, the same on every process, on the engine's device."""
     vocab_size = getattr(engine, "module", engine).config.get_text_config().vocab_size
-    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(engine.device)
+    return torch.randint(
+        vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+    ).to(engine.device)
 
 
 def _norm(tensor: Tensor) -> float:

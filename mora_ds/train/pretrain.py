@@ -3,7 +3,8 @@
     settings -> output folder -> tokenizer and tokens -> base -> adapter -> engine -> (resume) -> preflight
     -> Trainer.run -> export
 
-What the user can get wrong is found in this order, cheapest first; no step is trained before all of it is checked.
+What the user can get wrong is found in this order, cheapest first; no step is trained
+before all of it is checked.
 """
 
 import logging
@@ -79,11 +80,11 @@ BRANCH_PARENT = "decay_parent"
 
 
 def pretrain(arguments: Arguments) -> JsonObject:
-    """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`, of a dry
-    run nothing.
+    """Run the job that `arguments` describe, on this process of all. Returns the content of
+    `summary.json`, of a dry run nothing.
 
-    Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
-    `RunError` for failures during the run.
+    Raises `UserError` before anything expensive for what the user can mend, and the output
+    folder is then as it was; `RunError` for failures during the run.
     """
     with start_up():
         validate(arguments)
@@ -101,7 +102,9 @@ def pretrain(arguments: Arguments) -> JsonObject:
 
 
 def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
-    """Everything before the first step, with all checks. Collective; an error of one rank is one of all ranks."""
+    """Everything before the first step, with all checks. Collective; an error of one rank
+    is one of all ranks.
+    """
     model = arguments.model
     adapter = arguments.adapter
     training = arguments.training
@@ -111,8 +114,11 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     with _output_folder(arguments, ranks) as start:
         folder, config = find_model(model, start)
         check_config(config, training.sequence_parallel_size, model.implementation)
-        if model.implementation == "flex_attention" and is_cpu():  # torch has no backward pass of it there
-            raise UserError("--attn_implementation flex_attention trains on a GPU alone: leave it at auto")
+        # Torch has no backward pass of it there
+        if model.implementation == "flex_attention" and is_cpu():
+            raise UserError(
+                "--attn_implementation flex_attention trains on a GPU alone: leave it at auto"
+            )
         arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, start)
@@ -123,9 +129,14 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         else:
             use_documents(loaded.model)
         job = Job(arguments, loaded, ds_config, data, start)
-        # With a frozen head chunks cost nothing. A run that resumes goes on as it began: both ways round differently.
+        # With a frozen head chunks cost nothing. A run that resumes goes on as it began:
+        # both ways round differently.
         is_resumed = start.checkpoint is not None
-        in_chunks = job.state.chunked_loss if is_resumed else is_frozen(loaded.model.get_output_embeddings())
+        in_chunks = (
+            job.state.chunked_loss
+            if is_resumed
+            else is_frozen(loaded.model.get_output_embeddings())
+        )
         job.state.chunked_loss = training.chunked_loss or in_chunks
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
@@ -150,7 +161,9 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             if start.checkpoint is not None:
                 run_folder = start.checkpoint.resolve().parents[1]
                 if changes := changed_settings(run_folder, dump(arguments)):
-                    logger.info(f"changed since the run was last started: {', '.join(changes)}")
+                    logger.info(
+                        f"changed since the run was last started: {', '.join(changes)}"
+                    )
             write_run_file(start.folder, dump(arguments), facts, owns)
     return job, schedule
 
@@ -166,7 +179,8 @@ def _steps(job: Job, schedule: Schedule) -> int:
 def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
-    The folder becomes the run's when the block has passed, and is as it was when the block raises.
+    The folder becomes the run's when the block has passed, and is as it was when the block
+    raises.
     """
     root = expanded(arguments.training.output_dir)
     hooks = hooks_of(arguments)
@@ -187,12 +201,17 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
         if checkpoint is not None and state is not None:
             name_latest(root / CHECKPOINTS, checkpoint)
             if state.best_step:
-                name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step))
+                name_best(
+                    root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step)
+                )
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, JsonObject]:
-    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its state, and what identifies the
-    checkpoint of --decay_from. On rank 0; the caller gives the folder up where this raises."""
+def _reserve(
+    arguments: Arguments, folder: Path, world: int
+) -> tuple[Path | None, TrainerState | None, JsonObject]:
+    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its
+    state, and what identifies the checkpoint of --decay_from. On rank 0; the caller gives
+    the folder up where this raises."""
     training = arguments.training
     wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
@@ -202,12 +221,16 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     state = None if checkpoint is None else TrainerState.read(checkpoint)
     recorded = {} if state is None else state.identity
-    branch = {name: recorded[name] for name in (BRANCH_STEP, BRANCH_PARENT) if name in recorded}
+    branch = {
+        name: recorded[name] for name in (BRANCH_STEP, BRANCH_PARENT) if name in recorded
+    }
     branches = checkpoint is None and training.decay_from is not None
     if training.decay_from is not None:
-        parent = expanded(training.decay_from, DECAY)  # gone, perhaps, once the branch has checkpoints
-        # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a branch that resumes goes by its
-        # record. A name with another step than that on record is refused with what else differs (`check_identity`).
+        # gone, perhaps, once the branch has checkpoints
+        parent = expanded(training.decay_from, DECAY)
+        # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a
+        # branch that resumes goes by its record. A name with another step than that on
+        # record is refused with what else differs (`check_identity`).
         if is_step_name(parent.name) or not branch:
             parent = parent.resolve()
             if not is_step_name(parent.name):
@@ -221,7 +244,8 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
             checkpoint = resume_checkpoint(str(parent), root, DECAY)
             assert checkpoint is not None, "only auto may find none"
             state = _branch(checkpoint, root)
-            state.identity.update(branch)  # what the branch's own checkpoints have, and the parent's not
+            # What the branch's own checkpoints have, and the parent's not
+            state.identity.update(branch)
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
     is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
@@ -231,13 +255,18 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
 
 
 def _branch(checkpoint: Path, root: Path) -> TrainerState:
-    """The state of a checkpoint as a branch with its checkpoints in `root` begins with it: without the parent's end and
-    what happened beside it. Raises `UserError` where no decay can begin there."""
+    """The state of a checkpoint as a branch with its checkpoints in `root` begins with it:
+    without the parent's end and what happened beside it. Raises `UserError` where no decay
+    can begin there."""
     state = TrainerState.read(checkpoint)
     if not state.at_peak:
-        raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")
+        raise UserError(
+            f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins"
+        )
     if checkpoint.parent == root.resolve():
-        raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
+        raise UserError(
+            f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own"
+        )
     return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
@@ -245,17 +274,23 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
-    """Raise `UserError` for flags that name an evaluation set or a task which the run does not have."""
+    """Raise `UserError` for flags that name an evaluation set or a task which the run does
+    not have.
+    """
     sets = list(data.evaluation)
     tasks = task_names(arguments.training.eval_tasks)
     if both := sorted({*sets} & {*tasks}):
-        raise UserError(f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name")
-    Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by).check_names([*sets, *tasks])
+        raise UserError(
+            f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name"
+        )
+    Watch.of(
+        arguments.training.stop_when_forgotten, arguments.training.best_by
+    ).check_names([*sets, *tasks])
 
 
 def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: int) -> int:
-    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at most as many as there is data
-    for."""
+    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at
+    most as many as there is data for."""
     limit = data.max_steps
     if training.max_steps > 0:
         steps = done + training.max_steps
@@ -265,7 +300,8 @@ def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: i
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
         return steps
-    rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks  # read as a decimal: 1.1 times 10 rows are 11
+    # Read as a decimal: 1.1 times 10 rows are 11
+    rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks
     steps = max(1, math.ceil(rows / training.rows_per_step(world)))
     return steps if limit is None else min(steps, limit)
 
@@ -274,7 +310,9 @@ def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: i
 
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
-    """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
+    """Train (or only evaluate the base), write summary.json and the merged model. Returns
+    the summary.
+    """
     folder = job.start.folder
     ranks = job.start.ranks
     state = job.state
@@ -284,8 +322,15 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         pending += ["eval", "tasks"]
     trackers = []
     if ranks.is_first:
-        names = [name for name in dict.fromkeys(arguments.training.report_to) if name != NO_TRACKER]
-        trackers = [Tracker(name, folder, dump(arguments), state.step, state.failures) for name in names]
+        names = [
+            name
+            for name in dict.fromkeys(arguments.training.report_to)
+            if name != NO_TRACKER
+        ]
+        trackers = [
+            Tracker(name, folder, dump(arguments), state.step, state.failures)
+            for name in names
+        ]
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
         logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
@@ -309,7 +354,9 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
-        job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
+        job.run.export(
+            trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants
+        )
     log.close()
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
@@ -317,7 +364,9 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     failures = ranks.on_first("end of the run", lambda: state.failures, long=True)
     if failures:
         lines = "\n".join(f"  {failure}" for failure in failures)
-        raise FailedBeside(f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}")
+        raise FailedBeside(
+            f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}"
+        )
     return summary
 
 

@@ -1,4 +1,6 @@
-"""torch's profiler over some steps of a run (--profile), as a trace that Perfetto and TensorBoard open."""
+"""torch's profiler over some steps of a run (--profile), as a trace that Perfetto and
+TensorBoard open.
+"""
 
 from pathlib import Path
 
@@ -11,12 +13,14 @@ PROFILE = "profile"
 
 
 def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> profile:
-    """A profiler to be entered when `done` steps are done, and told (`step()`) the beginning of every other one.
+    """A profiler to be entered when `done` steps are done, and told (`step()`) the
+    beginning of every other one.
 
-    It leaves out two steps, since DeepSpeed looks at the model in the first one and the profiler itself starts up in
-    the second one. It records the next `steps`, with shapes and memory, and writes their trace below `folder` after
-    the last of them, or when it is left before. A trace must not cost the run: where it cannot be written, the reason
-    is added to `failures`.
+    It leaves out two steps, since DeepSpeed looks at the model in the first one and the
+    profiler itself starts up in the second one. It records the next `steps`, with shapes
+    and memory, and writes their trace below `folder` after the last of them, or when it is
+    left before. A trace must not cost the run: where it cannot be written, the reason is
+    added to `failures`.
     """
     write = tensorboard_trace_handler(str(folder / PROFILE), "rank-0", use_gzip=True)
 
@@ -30,5 +34,6 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
         record_shapes=True,
         profile_memory=True,
     )
-    profiler.step_num = done  # it would count from 0: these numbers are the steps' names in the trace
+    # It would count from 0: these numbers are the steps' names in the trace
+    profiler.step_num = done
     return profiler

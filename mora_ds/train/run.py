@@ -1,4 +1,5 @@
-"""A run around an engine: resume, merge, save, export. For the main job, Hugging Face's Trainer and loops of users.
+"""A run around an engine: resume, merge, save, export. For the main job, Hugging Face's
+Trainer and loops of users.
 
 run = Run(engine, base="path/of/the/model", folder="out")      resume="auto" continues what is there
 run.merge(step)        at intervals: ReMoRA
@@ -78,14 +79,16 @@ PROBE_IDS = torch.arange(3, 11).unsqueeze(0)
 
 
 class Run:
-    """The merge ledger and the checkpoints of one engine, in `folder`. All processes make it, and call it, together.
+    """The merge ledger and the checkpoints of one engine, in `folder`. All processes make
+    it, and call it, together.
 
-    The adapter's config is the one that the engine's model was injected with.
-    `base` is the Hugging Face folder that the model was loaded from: it is read again at every merge and never written.
-    With `resume` ("auto", "latest", a path) engine, merge ledger and base are restored from that checkpoint, and
-    `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. With
-    `async_save`, `save` writes in the background.
-    Raises `UserError` when the model does not hold that base, weight for weight, or the checkpoint is another run's.
+    The adapter's config is the one that the engine's model was injected with. `base` is the
+    Hugging Face folder that the model was loaded from: it is read again at every merge and
+    never written. With `resume` ("auto", "latest", a path) engine, merge ledger and base
+    are restored from that checkpoint, and `state` holds its position; without, the folder
+    must hold no other run, unless `overwrite` is set. With `async_save`, `save` writes in
+    the background. Raises `UserError` when the model does not hold that base, weight for
+    weight, or the checkpoint is another run's.
     """
 
     def __init__(
@@ -106,11 +109,13 @@ class Run:
     ) -> None:
         """What a loop written by a user need not give:
 
-        `keys`: parameter name -> key in the base; None: found from the model, whose frozen weights are then compared
-        too. `identity`: what a resumed run must share with its checkpoint besides base and adapter.
-        `tokenizer_folder`: copied into every checkpoint. `facts`: further entries of adapter.json. `ranks`: those which
-        have found that they all see `folder`; None: found by looking. `state`: that of the checkpoint `resume`, which
-        is verified and whose identity is this run's; None: verified, read and compared.
+        `keys`: parameter name -> key in the base; None: found from the model, whose frozen
+        weights are then compared too. `identity`: what a resumed run must share with its
+        checkpoint besides base and adapter. `tokenizer_folder`: copied into every
+        checkpoint. `facts`: further entries of adapter.json. `ranks`: those which have
+        found that they all see `folder`; None: found by looking. `state`: that of the
+        checkpoint `resume`, which is verified and whose identity is this run's; None:
+        verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
             raise UserError(
@@ -124,81 +129,112 @@ class Run:
         _scheduler_state(engine.lr_scheduler)  # refuses one before anything is trained
         self.engine = engine
         self._gradient_of: int | None = None
-        """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
+        """Number of the micro-batch of the newest backward pass; `engine.step` counts
+        on.
+        """
         first_layer = next(iter(mora_layers(engine.module).values()))
-        trained = next(first_layer.parameters(recurse=False))  # not `value`, which may be frozen beside domains
+        # Not `value`, which may be frozen beside domains
+        trained = next(first_layer.parameters(recurse=False))
         trained.register_hook(self._note_gradient)
         self.folder = as_path(folder, "Run: `folder`")
         if ranks is None:
             self.ranks = Ranks.current()
-            self.ranks.on_first("output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            self.ranks.on_first(
+                "output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True)
+            )
             check_shared(self.folder, self.ranks)
         else:
             self.ranks = ranks
-        opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
+        opened = (
+            base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
+        )
         is_mapped = keys is not None
         keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, identity)
-        if isinstance(resume, Path) and state is not None:  # who has read its state has verified it
+        # Who has read its state has verified it
+        if isinstance(resume, Path) and state is not None:
             checkpoint: Path | None = resume
         else:
             checkpoint = self._checkpoint(resume, overwrite)
         if checkpoint is not None and state is None:
             state = TrainerState.read(checkpoint)
             check_identity(checkpoint, state.identity, self.identity)
-        self.state = state or TrainerState(world_size=self.ranks.world, identity=self.identity)
+        self.state = state or TrainerState(
+            world_size=self.ranks.world, identity=self.identity
+        )
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys)
         dtype = dtype_name(first_layer.dtype)
         changes = changes_of(engine.module.config, opened.folder)
-        self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype, changes)
+        self._reference = BaseReference(
+            str(opened.folder.resolve()), fingerprint, keys, dtype, changes
+        )
         self._tokenizer_folder = tokenizer_folder
         self._facts = {"operator": config.title, **(facts or {})}
-        self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, engine, self._gather, async_save, self.ranks)
+        self.checkpoints = CheckpointWriter(
+            self.folder / CHECKPOINTS, engine, self._gather, async_save, self.ranks
+        )
         if checkpoint is not None:
             self._restore(checkpoint)
         if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
-            self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
+            # From the originals: the model may have been loaded in another dtype
+            self.remora.form_base()
         opened.release()
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle.
+        """Merge the MoRA matrices of all layers after optimizer step `step` and start the
+        next cycle.
 
-        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a `step` before those of earlier
-        calls, and while the engine has gradients of which no optimizer step has been made.
+        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a `step`
+        before those of earlier calls, and while the engine has gradients of which no
+        optimizer step has been made.
         """
-        step = self._check_call("merge", step, self.state.merges[-1] + 1 if self.state.merges else 0)
+        step = self._check_call(
+            "merge", step, self.state.merges[-1] + 1 if self.state.merges else 0
+        )
         if probe is not None and not callable(probe):
-            raise UserError(f"merge: `probe` must be a function without arguments, got {probe!r}")
+            raise UserError(
+                f"merge: `probe` must be a function without arguments, got {probe!r}"
+            )
         self.check_base()
         report = self.remora.merge(step, probe)
         self.state.merges.append(step)
         return report
 
-    def save(self, step: int, keep: int | None = None, folder: Path | str | None = None) -> Path:
+    def save(
+        self, step: int, keep: int | None = None, folder: Path | str | None = None
+    ) -> Path:
         """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder.
 
-        `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns. Raises
-        `UserError`, and changes nothing, as `merge` does.
+        `folder`: another one than the run's, in it; the checkpoint is then complete when
+        the call returns. Raises `UserError`, and changes nothing, as `merge` does.
         """
-        step = self._check_call("save", step, self.state.merges[-1] if self.state.merges else 0)
+        step = self._check_call(
+            "save", step, self.state.merges[-1] if self.state.merges else 0
+        )
         if keep is not None:
             keep = whole_number(keep, 1, "save: `keep`", ", or None for all")
         checkpoints = self.checkpoints
         if folder is not None:
             root = as_path(folder, "save: `folder`") / CHECKPOINTS
-            checkpoints = CheckpointWriter(root, self.engine, self._gather, ranks=self.ranks)
+            checkpoints = CheckpointWriter(
+                root, self.engine, self._gather, ranks=self.ranks
+            )
         self.state.scheduler = _scheduler_state(self.engine.lr_scheduler)
         self.state.step = step
         self.check_base()
         return checkpoints.save(self.state, keep)
 
     def _check_call(self, method: str, step: Any, least: int) -> int:
-        """The step as an int. Raise `UserError` for one that is no whole number from `least` on, or before the newest
-        one, and in the middle of an optimizer step, whose gradients would be of another adapter, or lost."""
+        """The step as an int. Raise `UserError` for one that is no whole number from
+        `least` on, or before the newest one, and in the middle of an optimizer step, whose
+        gradients would be of another adapter, or lost."""
         number = whole_number(step, max(least, self.state.step), f"{method}: `step`")
-        if not zero.at_accumulation_boundary(self.engine) or self._gradient_of == self.engine.micro_steps:
+        if (
+            not zero.at_accumulation_boundary(self.engine)
+            or self._gradient_of == self.engine.micro_steps
+        ):
             raise UserError(
                 f"{method}: the engine has gradients of which no optimizer step is made yet: call it after the "
                 "engine.step() that ends gradient accumulation"
@@ -209,7 +245,9 @@ class Run:
         self._gradient_of = self.engine.micro_steps
 
     def check_base(self) -> None:
-        """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""
+        """Raise `RunError`, on all processes, when the base's files have changed on the
+        disk of one of them.
+        """
         remora = self.remora
         self.ranks.agree(
             "files of the base",
@@ -217,26 +255,34 @@ class Run:
         )
 
     def changed_base_files(self) -> list[Path]:
-        """The files that `check_base` would have to read again on this process. Not collective."""
+        """The files that `check_base` would have to read again on this process. Not
+        collective.
+        """
         return self.remora.base.changed_files()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""
+        """Wait until the last checkpoint is written. Call it before the process ends, with
+        `async_save`.
+        """
         self.checkpoints.wait(timeout_s)
 
     def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
-        """Write the merged model of a checkpoint into the folder `target`; of each of the `domains`, into a folder of
-        its name there. Collective."""
+        """Write the merged model of a checkpoint into the folder `target`; of each of the
+        `domains`, into a folder of its name there. Collective."""
 
         def export() -> None:
             for domain in domains or (None,):
-                export_merged(checkpoint, target / (domain or ""), overwrite=True, domain=domain)
+                export_merged(
+                    checkpoint, target / (domain or ""), overwrite=True, domain=domain
+                )
 
         self.ranks.on_first("export of the merged model", export, long=True)
 
     @property
     def base_tensors(self) -> list[Tensor]:
-        """The frozen weights in all places where they lie, none of which may be communicated."""
+        """The frozen weights in all places where they lie, none of which may be
+        communicated.
+        """
         model = self.engine.module
         ring = ring_of(model)
         slots = node_base_of(model).slots  # some are used from the first merge on
@@ -249,16 +295,25 @@ class Run:
     # -- what a checkpoint holds besides the engine's shards -----------------------------------------------------------
 
     def _gather(self, step: int) -> Callable[[Path], None]:
-        """Gather the adapter onto rank 0, one matrix at a time. The returned function writes it with all that belongs
-        to it into a folder, however training goes on meanwhile. Collective."""
+        """Gather the adapter onto rank 0, one matrix at a time. The returned function
+        writes it with all that belongs to it into a folder, however training goes on
+        meanwhile. Collective."""
         model = self.engine.module
         layers = mora_layers(model)
         domains = domain_layers(model)
-        squares = self._on_first((name, layer.unshard(zero.full_fp32(layer.value))) for name, layer in layers.items())
-        adapted = value_names(model)  # what is left: trained embeddings, norms, head, each tied one by its first name
-        beside = [(name, value) for name, value in model.named_parameters() if name not in adapted]
+        squares = self._on_first(
+            (name, layer.unshard(zero.full_fp32(layer.value)))
+            for name, layer in layers.items()
+        )
+        # What is left: trained embeddings, norms, head, each tied one by its first name
+        adapted = value_names(model)
+        beside = [
+            (name, value) for name, value in model.named_parameters() if name not in adapted
+        ]
         trained = self._on_first((name, zero.full_fp32(value)) for name, value in beside)
-        domain_squares = self._on_first((name, zero.full_fp32(layer.domain_squares)) for name, layer in domains.items())
+        domain_squares = self._on_first(
+            (name, zero.full_fp32(layer.domain_squares)) for name, layer in domains.items()
+        )
         probe = self._probe()
         of_domains = None
         if domains:
@@ -282,19 +337,28 @@ class Run:
             write_adapter(folder, adapter, squares, trained, domain_squares)
             self._reference.write(folder)
             ledger.copy_to(folder / LEDGER_FOLDER)
-            if self._tokenizer_folder is not None:  # no links: one damaged file would be damaged in every checkpoint
+            # No links: one damaged file would be damaged in every checkpoint
+            if self._tokenizer_folder is not None:
                 copy_folder(self._tokenizer_folder, folder / TOKENIZER_FOLDER)
-            write_safetensors_atomic(folder / PROBE_FILE, probe, {"dtype": self._reference.dtype})
+            write_safetensors_atomic(
+                folder / PROBE_FILE, probe, {"dtype": self._reference.dtype}
+            )
 
         return write
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if self.ranks.is_first}
+        """Copies of the tensors in host memory, on rank 0; the other ranks only take part
+        in making each.
+        """
+        return {
+            name: tensor.to("cpu", copy=True)
+            for name, tensor in tensors
+            if self.ranks.is_first
+        }
 
     def _probe(self) -> Tensors:
-        """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
-        alone and for every domain, for `export --verify`."""
+        """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout, with
+        the shared matrices alone and for every domain, for `export --verify`."""
         engine = self.engine
         ids = PROBE_IDS.to(engine.device)
         probe = {"input_ids": PROBE_IDS}
@@ -309,7 +373,8 @@ class Run:
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
         live = layer_entries(model)
-        for name in different_keys(adapter.layers, live):  # its matrix would act through other permutations
+        # Its matrix would act through other permutations
+        for name in different_keys(adapter.layers, live):
             raise UserError(
                 f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
                 "in both"
@@ -318,17 +383,27 @@ class Run:
         scheduler = self.engine.lr_scheduler
         if scheduler is not None and self.state.scheduler is not None:
             scheduler.load_state_dict(self.state.scheduler)
-            # The next step is made with these rates: the scheduler itself sets others only after it.
-            for group, rate in zip(self.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            # The next step is made with these rates: the scheduler itself sets others only
+            # after it.
+            for group, rate in zip(
+                self.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True
+            ):
                 group["lr"] = rate
         self.remora.replay()
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
         root = self.folder / CHECKPOINTS
         if resume is None:
-            holds_run = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(complete_checkpoints(root))
-            if self.ranks.on_first("another run in the output folder", lambda: holds_run) and not overwrite:
-                raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
+            holds_run = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(
+                complete_checkpoints(root)
+            )
+            if (
+                self.ranks.on_first("another run in the output folder", lambda: holds_run)
+                and not overwrite
+            ):
+                raise UserError(
+                    f'{self.folder} holds another run: choose another folder, or resume="auto"'
+                )
             return None
         find = "checkpoint to resume from"
         return self.ranks.on_first(
@@ -338,7 +413,8 @@ class Run:
         )
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
-        """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
+        """The checkpoint's merge ledger, or an empty one in place of what a run without a
+        checkpoint has left.
 
         Rank 0 writes it and hashes what it has written.
         """
@@ -348,25 +424,37 @@ class Run:
             if checkpoint is None:
                 Ledger.create(folder, fingerprint, replace=True)
             else:
-                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(folder)
+                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(
+                    folder
+                )
                 Ledger.open(folder, fingerprint)
 
         self.ranks.on_first("writing of the merge ledger", write, long=True)
-        return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False))
+        return self.ranks.agree(
+            "merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False)
+        )
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
-        """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit,
-        quantized ones to within their rounding."""
+        """Parameter name -> key in the base, for every parameter; the frozen ones are
+        compared with it bit for bit, quantized ones to within their rounding."""
         model: Any = self.engine.module
         frozen = base_weights(model)
         adapter = value_names(model)
         names = [
             *frozen,
-            *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter),
+            *(
+                stands_for(name)
+                for name, _ in model.named_parameters()
+                if name not in adapter
+            ),
         ]
         keys = map_model(base, model, names)
         rounded = quantized_layers(model)
-        unquantized = {name: frozen[name] for name in frozen if name.removesuffix(".weight") not in rounded}
+        unquantized = {
+            name: frozen[name]
+            for name in frozen
+            if name.removesuffix(".weight") not in rounded
+        }
         share = list(unquantized)[self.ranks.rank :: self.ranks.world]
         self.ranks.agree(
             "weights of the base",
@@ -382,7 +470,9 @@ class Run:
 
 
 class FullRun(Run):
-    """The checkpoints of an engine that trains every parameter. It has no base, which could change, and no merges."""
+    """The checkpoints of an engine that trains every parameter. It has no base, which could
+    change, and no merges.
+    """
 
     def __init__(
         self,
@@ -395,14 +485,18 @@ class FullRun(Run):
         async_save: bool = False,
         tokenizer: Any = None,
     ) -> None:
-        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`: saved with the model."""
+        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`:
+        saved with the model.
+        """
         self.engine = engine
         self.folder = folder
         self.state = state
         self.ranks = ranks
         self.tokenizer = tokenizer
         self._gradient_of = None
-        self.checkpoints = CheckpointWriter(folder / CHECKPOINTS, engine, self._gather, async_save, ranks)
+        self.checkpoints = CheckpointWriter(
+            folder / CHECKPOINTS, engine, self._gather, async_save, ranks
+        )
         if resume is not None:
             load_checkpoint(resume, engine, state)
 
@@ -422,8 +516,8 @@ class FullRun(Run):
         return lambda folder: None
 
     def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
-        """Write the live model, which is that of the last checkpoint, as a Hugging Face folder; gathered one parameter
-        at a time onto rank 0. Collective."""
+        """Write the live model, which is that of the last checkpoint, as a Hugging Face
+        folder; gathered one parameter at a time onto rank 0. Collective."""
         model = self.engine.module
         gathered: Tensors = {}
         for name, parameter in model.named_parameters():
@@ -436,8 +530,8 @@ class FullRun(Run):
 
 
 def _scheduler_state(scheduler: Any) -> JsonObject | None:
-    """The state of an engine's scheduler for trainer_state.json; None without a scheduler. Raises `UserError` for one
-    that would come back from JSON as another."""
+    """The state of an engine's scheduler for trainer_state.json; None without a scheduler.
+    Raises `UserError` for one that would come back from JSON as another."""
     if scheduler is None:
         return None
     state: JsonObject = scheduler.state_dict()
@@ -453,9 +547,12 @@ def _scheduler_state(scheduler: Any) -> JsonObject | None:
     return state
 
 
-def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raise `NotOneToOne` naming the first quantized weight that differs from its original by more than rounding, the
-    quantization's and that of the dtype in which the model was loaded."""
+def _verify_rounded(
+    base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]
+) -> None:
+    """Raise `NotOneToOne` naming the first quantized weight that differs from its original
+    by more than rounding, the quantization's and that of the dtype in which the model was
+    loaded."""
     for name, layer in layers.items():
         frozen = layer.frozen
         weight = layer.spec.weight_name(name)
@@ -463,7 +560,12 @@ def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mappi
         assert isinstance(frozen, QuantizedWeight)
         original = base.read(key).to(layer.weight.device, torch.float32)
         same = original.shape == layer.shape
-        if not (same and torch.allclose(layer.read(), original, rtol=2**-8, atol=2 * frozen.largest_error)):
+        if not (
+            same
+            and torch.allclose(
+                layer.read(), original, rtol=2**-8, atol=2 * frozen.largest_error
+            )
+        ):
             raise NotOneToOne(
                 f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
             )

@@ -1,4 +1,6 @@
-"""`run.yaml`: the settings of a run, the versions that it ran with, and the mark that the folder is a run's."""
+"""`run.yaml`: the settings of a run, the versions that it ran with, and the mark that the
+folder is a run's.
+"""
 
 import platform
 from collections.abc import Mapping
@@ -29,15 +31,19 @@ _OWNS = "owns"
 
 
 def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[str]) -> None:
-    """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and versions and facts of the run.
+    """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and
+    versions and facts of the run.
 
-    `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are masked. Raises `RunError` on a
-    full disk.
+    `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are
+    masked. Raises `RunError` on a full disk.
     """
     content = {
         **settings,
         "versions": versions(),
-        "resolved": {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
+        "resolved": {
+            name: masked(value) if name == "deepspeed" else value
+            for name, value in resolved.items()
+        }
         | {_OWNS: owns},
     }
     with atomic_path(folder / RUN_FILE) as partial:
@@ -59,7 +65,9 @@ _OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "
 
 
 def changed_settings(folder: Path, settings: Facts) -> list[str]:
-    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now"."""
+    """Each of the `settings` that the run in `folder` was last started with otherwise, as
+    "--name before -> now".
+    """
     before = _read(folder) or {}
     return [
         f"--{name} {before[name]} -> {value}"
@@ -69,7 +77,9 @@ def changed_settings(folder: Path, settings: Facts) -> list[str]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun in `folder`: whether its run.yaml is one that a run has written."""
+    """Whether a run has begun in `folder`: whether its run.yaml is one that a run has
+    written.
+    """
     return _read(folder) is not None
 
 

@@ -1,8 +1,9 @@
-"""What every job begins with: its processes, which start together with the same settings and packages or not at all,
-its DeepSpeed config, and what it starts from.
+"""What every job begins with: its processes, which start together with the same settings
+and packages or not at all, its DeepSpeed config, and what it starts from.
 
-`NODE_SETTINGS` lists what may differ from node to node. Every other setting is compared: launchers such as
-`deepspeed --no_ssh`, torchrun and Slurm give each node a command line of its own.
+`NODE_SETTINGS` lists what may differ from node to node. Every other setting is compared:
+launchers such as `deepspeed --no_ssh`, torchrun and Slurm give each node a command line of
+its own.
 """
 
 import os
@@ -44,20 +45,27 @@ NODE_SETTINGS = frozenset(
     {
         "output_dir",  # one folder may be mounted in different places
         "cache_dir", "preprocessing_workers",
-        "model_name_or_path", "model_config", "tokenizer_name",  # the model's config and the tokenizer are compared
+        # The model's config and the tokenizer are compared
+        "model_name_or_path", "model_config", "tokenizer_name",
         "train_files", "eval_files", "dataset_name",  # the tokens are compared
         "deepspeed", "mixture",  # the content is compared
         "resume_from_checkpoint", "decay_from", "overwrite_output_dir",  # rank 0's hold
         "log_level",
     }
 )  # fmt: skip
-"""Settings that may differ from node to node: where files lie, and what concerns rank 0 or one node alone."""
+"""Settings that may differ from node to node: where files lie, and what concerns rank 0 or
+one node alone.
+"""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-"""Packages whose version may change a number, a file or a collective; that of mora_ds is compared too."""
+"""Packages whose version may change a number, a file or a collective; that of mora_ds is
+compared too.
+"""
 
 _REPORT_S = 30.0
-"""How long a rank that fails before it has joined the others waits for them, to report why."""
+"""How long a rank that fails before it has joined the others waits for them, to report
+why.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,11 @@ class Start:
 
 @contextmanager
 def start_up() -> Iterator[None]:
-    """Inside the block, an error of one rank ends all ranks, with the same message and exit code.
+    """Inside the block, an error of one rank ends all ranks, with the same message and exit
+    code.
 
-    The rank that fails joins the others, if it has not yet, and they raise its error at the check that they come to
-    next (`runtime/ranks.py`).
+    The rank that fails joins the others, if it has not yet, and they raise its error at the
+    check that they come to next (`runtime/ranks.py`).
     """
     try:
         yield
@@ -103,7 +112,8 @@ def _join() -> bool:
 
 
 def start_processes(arguments: Arguments) -> Ranks:
-    """Join the process group and compare the settings of all ranks. Raises `UserError` where they differ.
+    """Join the process group and compare the settings of all ranks. Raises `UserError`
+    where they differ.
 
     Without a terminal, and on ranks other than 0, transformers shows no progress bars.
     """
@@ -119,25 +129,38 @@ def start_processes(arguments: Arguments) -> Ranks:
 
 
 def settings_in_common(arguments: Arguments) -> dict[str, Any]:
-    """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the same on every rank."""
-    flags = {f"--{name}": value for name, value in dump(arguments).items() if name not in NODE_SETTINGS}
+    """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the
+    same on every rank.
+    """
+    flags = {
+        f"--{name}": value
+        for name, value in dump(arguments).items()
+        if name not in NODE_SETTINGS
+    }
     file = arguments.training.deepspeed
     plan = mixture_plan(arguments.data)
     ds_config = load_ds_config(None if file is None else expanded(file, "--deepspeed"))
-    flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]
+    flags["sources of the mixture"] = [
+        replace(source, files=(), dataset=None) for source in plan.sources
+    ]
     flags["weights of the mixture"] = plan.phases
-    versions = {f"version of {name}": version(name) for name in PACKAGES} | {"version of mora_ds": __version__}
+    versions = {f"version of {name}": version(name) for name in PACKAGES} | {
+        "version of mora_ds": __version__
+    }
     return {**flags, **flattened(ds_config, "--deepspeed: "), **versions}
 
 
 def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsConfig:
     """The DeepSpeed config for `world` processes, complete but for ZeRO's bucket sizes.
 
-    Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed file that contradicts flags.
+    Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed
+    file that contradicts flags.
     """
     check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
-    file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
+    file = (
+        None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
+    )
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
@@ -145,5 +168,6 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     if adapter == AdapterKind.LORA.value:
         check_factors(config)
     if training.sequence_parallel_size > 1:
-        config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
+        # Checked above; DeepSpeed, which knows no groups, would count each rank's rows
+        config.pop("train_batch_size")
     return config

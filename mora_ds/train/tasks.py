@@ -1,8 +1,9 @@
 """Tasks of the lm-eval harness on the live model, during a run: all ranks share the work.
 
-Every rank runs the harness with a part of each task's requests, and all get all answers. Ranks need unequal numbers of
-forward passes, but under ZeRO-3 each pass gathers MoRA matrices from all ranks: before each one they agree whether any
-still has work, and a rank without computes along with a row of one token, until none has.
+Every rank runs the harness with a part of each task's requests, and all get all answers.
+Ranks need unequal numbers of forward passes, but under ZeRO-3 each pass gathers MoRA
+matrices from all ranks: before each one they agree whether any still has work, and a rank
+without computes along with a row of one token, until none has.
 
     rank 0    pass    pass    pass    done
     rank 1    pass    one token       done
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--eval_tasks"
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
-"""The metric that stands for a task is the first of these that it has, otherwise its first one."""
+"""The metric that stands for a task is the first of these that it has, otherwise its first
+one.
+"""
 SMALLEST = 1e-3
 """A score counts as at least this where its reciprocal is taken."""
 
@@ -45,19 +48,27 @@ class TaskResult:
     metrics: dict[str, float]
     """Metric -> value, without errors of estimation."""
     cost: float
-    """Low is good, as a perplexity is: the main metric, or its reciprocal where high is good."""
+    """Low is good, as a perplexity is: the main metric, or its reciprocal where high is
+    good.
+    """
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Load the tasks, with their data, so that nothing is missing later. Raises `UserError`."""
+    """Load the tasks, with their data, so that nothing is missing later. Raises
+    `UserError`.
+    """
     try:
         _loaded(names)
     except ImportError as error:
-        raise UserError(f"{FLAG} needs the package lm-eval: pip install 'mora_ds[tasks]' ({error})") from error
+        raise UserError(
+            f"{FLAG} needs the package lm-eval: pip install 'mora_ds[tasks]' ({error})"
+        ) from error
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """What the tasks are called in results: names as they are, files by their key "task". Raises `UserError`."""
+    """What the tasks are called in results: names as they are, files by their key "task".
+    Raises `UserError`.
+    """
     called = []
     for name in names:
         task = load_yaml(name, f"{FLAG} {name}").get("task") if is_task_file(name) else name
@@ -76,20 +87,26 @@ def _loaded(names: Sequence[str]) -> Any:
     """The harness's manager of the tasks."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    folders = sorted({str(expanded(name, FLAG).resolve().parent) for name in names if is_task_file(name)})
+    folders = sorted(
+        {str(expanded(name, FLAG).resolve().parent) for name in names if is_task_file(name)}
+    )
     known = task_names(names)
     manager = TaskManager(include_path=folders or None)
     try:
         get_task_dict(known, manager)
     except Exception as error:  # whatever a task's data leads to
-        raise UserError(f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}") from error
+        raise UserError(
+            f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}"
+        ) from error
     return manager
 
 
 class TaskSuite:
     """The tasks of a run on its engine. All ranks make it, and call it, together."""
 
-    def __init__(self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int) -> None:
+    def __init__(
+        self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int
+    ) -> None:
         """`batch_size`: rows of a pass."""
         self.names = task_names(names)
         self._manager = _loaded(names)
@@ -98,7 +115,9 @@ class TaskSuite:
         self._batch_size = batch_size
 
     def evaluate(self) -> dict[str, TaskResult]:
-        """Task (or group) -> its result, the same on all ranks. Collective. Random states stay as they are."""
+        """Task (or group) -> its result, the same on all ranks. Collective. Random states
+        stay as they are.
+        """
         import lm_eval
 
         engine = self._replica.engine
@@ -114,7 +133,9 @@ class TaskSuite:
                 model=model, tasks=list(self.names), task_manager=self._manager, log_samples=False,
                 bootstrap_iters=0,
             )  # fmt: skip
-        return Ranks.current().on_first("results of tasks", lambda: _results(results, self.names))
+        return Ranks.current().on_first(
+            "results of tasks", lambda: _results(results, self.names)
+        )
 
     def _model(self, module: nn.Module, in_step: _InStep) -> Any:
         """The live model as the harness sees it."""
@@ -128,26 +149,35 @@ class TaskSuite:
             def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return self._shared(super().loglikelihood, requests)
 
-            def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            def loglikelihood_rolling(
+                self, requests: Any, disable_tqdm: bool = True
+            ) -> Any:
                 return self._shared(super().loglikelihood_rolling, requests)
 
             def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
                 return self._shared(super().generate_until, requests)
 
-            def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+            def _shared(
+                self, answer: Callable[..., list[Any]], requests: list[Any]
+            ) -> list[Any]:
                 share = requests[replica.index :: replica.count]
                 answers = answer(share, disable_tqdm=True) if share else []
                 in_step.wait_for_all()
                 everyone = Ranks.current().gather("answers to tasks", answers)
                 joined: list[Any] = [None] * len(requests)
                 for index in range(replica.count):
-                    joined[index :: replica.count] = everyone[index * replica.processes_per_replica]
+                    joined[index :: replica.count] = everyone[
+                        index * replica.processes_per_replica
+                    ]
                 return joined
 
-        # The harness ties a model's weights (lm_eval/models/huggingface.py), which are tied, and may be sharded.
+        # The harness ties a model's weights (lm_eval/models/huggingface.py), which are
+        # tied, and may be sharded.
         vars(module)["tie_weights"] = lambda *args, **kwargs: None
         try:
-            return Shared(pretrained=module, tokenizer=self._tokenizer, batch_size=self._batch_size)
+            return Shared(
+                pretrained=module, tokenizer=self._tokenizer, batch_size=self._batch_size
+            )
         finally:
             del vars(module)["tie_weights"]
 
@@ -163,10 +193,14 @@ def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
         }
         if not values:
             raise UserError(f"{FLAG} {name}: the task has no metric that is a number")
-        main = next((metric for metric in PREFERRED if metric in values), next(iter(values)))
+        main = next(
+            (metric for metric in PREFERRED if metric in values), next(iter(values))
+        )
         rises = results.get("higher_is_better", {}).get(name, {}).get(main)
         rises = not main.endswith("perplexity") if rises is None else rises
-        task_results[name] = TaskResult(values, 1 / max(values[main], SMALLEST) if rises else values[main])
+        task_results[name] = TaskResult(
+            values, 1 / max(values[main], SMALLEST) if rises else values[main]
+        )
     return task_results
 
 

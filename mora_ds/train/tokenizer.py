@@ -1,4 +1,6 @@
-"""The tokenizer of a run: the model's, a named one, or one that the run trains once on its corpus."""
+"""The tokenizer of a run: the model's, a named one, or one that the run trains once on its
+corpus.
+"""
 
 import shutil
 from pathlib import Path
@@ -19,7 +21,8 @@ from mora_ds.train.setup import Start
 
 
 def _begin(target: Path, checkpoint: Path | None) -> None:
-    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty `target`.
+    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty
+    `target`.
 
     Checkpoints of full training hold no tokenizer: `target` then stays as it is.
     """
@@ -38,10 +41,11 @@ def settle_tokenizer(
     corpus: Corpus,
     start: Start,
 ) -> Any:
-    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the run's folder afterwards.
-    Collective.
+    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the run's
+    folder afterwards. Collective.
 
-    One that is trained on the corpus or named must fit the model: `UserError` naming the flag.
+    One that is trained on the corpus or named must fit the model: `UserError` naming the
+    flag.
     """
     ranks = start.ranks
     target = start.folder / TOKENIZER_FOLDER
@@ -78,8 +82,12 @@ def settle_tokenizer(
 def load_named_tokenizer(model: ModelArguments, model_folder: str | Path | None) -> Any:
     """Load the tokenizer of --tokenizer_name, or else that of the model."""
     source = model_folder if model.tokenizer_name is None else model.tokenizer_name
-    assert source is not None, "validated: a model without a folder has a tokenizer named or trained"
-    return load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=tokenizer_flag(model))
+    assert source is not None, (
+        "validated: a model without a folder has a tokenizer named or trained"
+    )
+    return load_tokenizer(
+        source, trust_remote_code=model.trust_remote_code, flag=tokenizer_flag(model)
+    )
 
 
 def tokenizer_flag(model: ModelArguments) -> str:

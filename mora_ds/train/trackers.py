@@ -1,10 +1,12 @@
-"""Where a run's curves go besides metrics.jsonl: OUTPUT_DIR/tensorboard, and Weights & Biases.
+"""Where a run's curves go besides metrics.jsonl: OUTPUT_DIR/tensorboard, and Weights &
+Biases.
 
-Both get the same curves under the same names. One that fails is reported once and left out, and the run goes on. Rank 0
-alone uses this module.
+Both get the same curves under the same names. One that fails is reported once and left out,
+and the run goes on. Rank 0 alone uses this module.
 
-Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME and WANDB_MODE; a resumed run
-goes on in the same run there where WANDB_RUN_ID names it. OUTPUT_DIR/wandb has its files.
+Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME and
+WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
+OUTPUT_DIR/wandb has its files.
 """
 
 import importlib.util
@@ -28,17 +30,29 @@ WANDB = "wandb"
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise `UserError` that names the extra of Weights & Biases where its package is missing."""
+    """Raise `UserError` that names the extra of Weights & Biases where its package is
+    missing.
+    """
     if WANDB in names and importlib.util.find_spec(WANDB) is None:
-        raise UserError(f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'")
+        raise UserError(
+            f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'"
+        )
 
 
 class Tracker:
     """TensorBoard or Weights & Biases, until a call of it fails."""
 
-    def __init__(self, name: str, folder: Path, config: JsonObject, steps_done: int, failures: list[str]) -> None:
-        """`folder`: of the run. `config`: its settings, as Weights & Biases shows them. `steps_done`: 0 for a run that
-        begins; TensorBoard drops the points after that step. `failures`: gets a line where the tracker fails."""
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        config: JsonObject,
+        steps_done: int,
+        failures: list[str],
+    ) -> None:
+        """`folder`: of the run. `config`: its settings, as Weights & Biases shows them.
+        `steps_done`: 0 for a run that begins; TensorBoard drops the points after that step.
+        `failures`: gets a line where the tracker fails."""
         self.name = name
         self._failures = failures
         self._works = False
@@ -66,7 +80,9 @@ _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
 
 def _start_tensorboard(folder: Path, config: JsonObject, steps_done: int) -> _Client:
     del config
-    board = SummaryWriter(str(folder / TENSORBOARD), purge_step=steps_done + 1 if steps_done else 0)
+    board = SummaryWriter(
+        str(folder / TENSORBOARD), purge_step=steps_done + 1 if steps_done else 0
+    )
 
     def log(numbers: Numbers, step: int) -> None:
         for tag, value in numbers.items():

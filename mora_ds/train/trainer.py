@@ -1,11 +1,13 @@
-"""The training loop: a batch -> loss -> backward -> optimizer step -> merge, evaluate, log and save when due.
+"""The training loop: a batch -> loss -> backward -> optimizer step -> merge, evaluate, log
+and save when due.
 
-A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica r holds the global rows
-[(m * replicas + r) * B, ... + B) for a micro-batch size of B. The loss is the mean over all predicted tokens of the
-global batch, so neither the number of processes nor that of micro-batches changes the curve.
+A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica r
+holds the global rows [(m * replicas + r) * B, ... + B) for a micro-batch size of B. The
+loss is the mean over all predicted tokens of the global batch, so neither the number of
+processes nor that of micro-batches changes the curve.
 
-The host waits for the device once a step, for one small all-reduce: the loss, stop requests, and the number of labels
-of the next batch, by which its losses are divided.
+The host waits for the device once a step, for one small all-reduce: the loss, stop
+requests, and the number of labels of the next batch, by which its losses are divided.
 """
 
 import logging
@@ -50,13 +52,19 @@ from mora_ds.train.profile import step_profiler
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 2
-"""Sequences of the probe batch, whose loss is measured before and after a merge: the first ones of the corpus."""
+"""Sequences of the probe batch, whose loss is measured before and after a merge: the first
+ones of the corpus.
+"""
 
 BETWEEN = "between_steps"
-"""The phase of evaluations, and of all else that is neither a step nor a merge nor a save."""
+"""The phase of evaluations, and of all else that is neither a step nor a merge nor a
+save.
+"""
 
 PATIENCE_S = 60.0
-"""Seconds that a failing run waits for a checkpoint that is being written in the background."""
+"""Seconds that a failing run waits for a checkpoint that is being written in the
+background.
+"""
 
 
 class Trainer:
@@ -82,7 +90,9 @@ class Trainer:
         self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
         self.rows_per_step = self.train_data.rows_per_step
         self._next_labels: float | None = None
-        """Labels of the next step's global batch; None before the first step of this process."""
+        """Labels of the next step's global batch; None before the first step of this
+        process.
+        """
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
@@ -91,20 +101,27 @@ class Trainer:
         checkpoint = job.start.checkpoint
         if checkpoint is not None:
             latest = job.start.folder / CHECKPOINTS / LATEST
-            if self.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
+            if self.ranks.on_first(
+                "newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()
+            ):
                 self._saved_step = self.state.step
         self._mixture = self.train_data if len(self.train_data.names) > 1 else None
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run had ended when it was resumed, with its last evaluation and checkpoint."""
-        return self.state.finished and (self.state.step == self.total_steps or self.evaluator.forgotten is not None)
+        """Whether the run had ended when it was resumed, with its last evaluation and
+        checkpoint.
+        """
+        return self.state.finished and (
+            self.state.step == self.total_steps or self.evaluator.forgotten is not None
+        )
 
     def run(self) -> None:
         """Train from `state.step` to the end.
 
-        Raises `RunError` when the loss becomes NaN or infinite or a checkpoint could not be written, and `Stopped`,
-        on all processes at the same step and after a checkpoint, when one of them was asked to stop.
+        Raises `RunError` when the loss becomes NaN or infinite or a checkpoint could not be
+        written, and `Stopped`, on all processes at the same step and after a checkpoint,
+        when one of them was asked to stop.
         """
         try:
             self._run()
@@ -117,9 +134,12 @@ class Trainer:
         self.job.run.wait()
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
-        """The message of an error that all processes have raised alike, with the checkpoint to go on from."""
+        """The message of an error that all processes have raised alike, with the checkpoint
+        to go on from.
+        """
         try:
-            self.job.run.check_base()  # weights that were overwritten may be the reason for a NaN
+            # Weights that were overwritten may be the reason for a NaN
+            self.job.run.check_base()
         except BaseChanged as changed:
             error = changed
         last = self.last_checkpoint
@@ -128,15 +148,17 @@ class Trainer:
             newest += ", which holds this model: resume from the one before it"
         if isinstance(error, BaseChanged):
             return f"{error}. {newest}"
-        return (
-            f"{error}. {newest}. A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
-        )
+        advice = "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
+        return f"{error}. {newest}. {advice}"
 
     def _run(self) -> None:
         state = self.state
         evaluator = self.evaluator
         if self.is_finished:
-            logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
+            logger.info(
+                evaluator.forgotten
+                or f"all {state.step} steps of this run are done: nothing left to train"
+            )
             return
         state.finished = False
         self.memory.end("start")
@@ -146,11 +168,15 @@ class Trainer:
             logger.info(f"merges still to come: {len(merges)}{steps}")
         profiler = None
         if self.training.profile is not None and self.ranks.is_first:
-            profiler = step_profiler(self.training.profile, state.step, self.job.start.folder, state.failures)
+            profiler = step_profiler(
+                self.training.profile, state.step, self.job.start.folder, state.failures
+            )
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
-            if state.step < self.total_steps and (state.merge_pending or state.evaluation_pending):
+            if state.step < self.total_steps and (
+                state.merge_pending or state.evaluation_pending
+            ):
                 self._do_what_is_pending()
             while state.step < self.total_steps and not evaluator.forgotten:
                 if profiler is not None:
@@ -161,7 +187,9 @@ class Trainer:
     # -- one optimizer step ----------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """Train on the next batch, log the step, and do what is due after it: merge, evaluate, save, stop."""
+        """Train on the next batch, log the step, and do what is due after it: merge,
+        evaluate, save, stop.
+        """
         state = self.state
         step = state.step + 1
         started = time.perf_counter()
@@ -171,16 +199,23 @@ class Trainer:
         other_rates = self.training.other_learning_rate / self.training.peak_learning_rate
         zero.set_learning_rate(self.engine, learning_rate, other_rates)
 
-        # The labels of a batch are counted in the all-reduce of the step before it, so that a step has one alone.
+        # The labels of a batch are counted in the all-reduce of the step before it, so that
+        # a step has one alone.
         batch = self.loader.take(state.step)
         if self._next_labels is None:
             self._next_labels = self.replica.sum(labels_in(batch))
         total_labels = max(self._next_labels, 1.0)
-        # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
-        scale = self.training.gradient_accumulation_steps * self.replica.world / total_labels
+        # DeepSpeed divides by the number of micro-batches and averages over ranks: undo
+        # both, divide by tokens.
+        scale = (
+            self.training.gradient_accumulation_steps * self.replica.world / total_labels
+        )
         nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
-        n_sources = len(self._mixture.names) if self._mixture else 0  # losses and labels of each
-        by_source = torch.zeros(2, n_sources, dtype=torch.float64, device=self.engine.device)
+        # Losses and labels of each
+        n_sources = len(self._mixture.names) if self._mixture else 0
+        by_source = torch.zeros(
+            2, n_sources, dtype=torch.float64, device=self.engine.device
+        )
         term = self.hooks.term
         self.engine.train()
         for micro_batch in batch:
@@ -210,21 +245,31 @@ class Trainer:
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         require_finite(mean_loss, f"the loss is {mean_loss} at step {step}", step)
         if self._is_logged(step):
-            self._log_step(mean_loss, learning_rate, time.perf_counter() - started, source_sums)
+            self._log_step(
+                mean_loss, learning_rate, time.perf_counter() - started, source_sums
+            )
         self._after_step()
 
     def _sources(self, micro_batch: MicroBatch) -> list[str]:
         """The source of each row of a micro-batch; empty without a mixture."""
-        return [] if self._mixture is None else [self._mixture.names[source] for source in micro_batch.sources]
+        return (
+            []
+            if self._mixture is None
+            else [self._mixture.names[source] for source in micro_batch.sources]
+        )
 
     def _nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
-        """The summed loss of a micro-batch, for a mixture added to `by_source` too, which is not waited for."""
+        """The summed loss of a micro-batch, for a mixture added to `by_source` too, which
+        is not waited for.
+        """
         rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
             return token_nll(self.engine, rows)
         losses = row_nll(self.engine, rows)
         index = torch.tensor(micro_batch.sources).to(losses.device, non_blocking=True)
-        labels = torch.tensor(micro_batch.labels, dtype=torch.float64).to(losses.device, non_blocking=True)
+        labels = torch.tensor(micro_batch.labels, dtype=torch.float64).to(
+            losses.device, non_blocking=True
+        )
         by_source.index_add_(1, index, torch.stack([losses.detach().double(), labels]))
         return losses.sum()
 
@@ -234,10 +279,13 @@ class Trainer:
         on_host: Sequence[float] = (),
         base_changed: bool = False,
     ) -> list[float]:
-        """The sums over all processes of vectors on the device and of numbers on the host, in that order; the same
-        collective tells whether any process was asked to stop or finds the base's files changed. That is rare, and only
-        then they look which of both it is. The host waits for the device here."""
-        host = torch.tensor([*on_host, float(base_changed or signals.requested())], dtype=torch.float64)
+        """The sums over all processes of vectors on the device and of numbers on the host,
+        in that order; the same collective tells whether any process was asked to stop or
+        finds the base's files changed. That is rare, and only then they look which of both
+        it is. The host waits for the device here."""
+        host = torch.tensor(
+            [*on_host, float(base_changed or signals.requested())], dtype=torch.float64
+        )
         sums = torch.cat([*on_device, host.to(self.engine.device, non_blocking=True)])
         dist.all_reduce(sums)
         *totals, news = sums.tolist()
@@ -258,7 +306,9 @@ class Trainer:
         seconds: float,
         source_sums: Sequence[float],
     ) -> None:
-        """Log the step just done. `source_sums`: losses, then labels, of the sources of a mixture."""
+        """Log the step just done. `source_sums`: losses, then labels, of the sources of a
+        mixture.
+        """
         step = self.state.step
         tokens = self.rows_per_step * self.train_data.seq_len
         row = {
@@ -287,13 +337,18 @@ class Trainer:
     # -- what follows a step -----------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
-        """Merge, evaluate and save where that is due. A checkpoint that is due comes first, and says what is pending:
-        whatever happens in a merge or an evaluation, the step is not lost."""
+        """Merge, evaluate and save where that is due. A checkpoint that is due comes first,
+        and says what is pending: whatever happens in a merge or an evaluation, the step is
+        not lost."""
         state = self.state
         training = self.training
         at_end = state.step == self.total_steps
         state.merge_pending = self.schedule.merges_after(state.step)
-        state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
+        state.evaluation_pending = (
+            bool(training.eval_steps)
+            and state.step % training.eval_steps == 0
+            and not at_end
+        )
         if state.merge_pending and self._save_is_due:
             self._save()
         self._do_what_is_pending()
@@ -308,14 +363,17 @@ class Trainer:
             self._save()
         if self.state.evaluation_pending:
             self._evaluate()
-            if self.state.best_step == self.state.step:  # it is written at once, whatever --save_steps
+            # It is written at once, whatever --save_steps
+            if self.state.best_step == self.state.step:
                 self._save()
         if self._save_is_due:
             self._leave_if_asked()
 
     @property
     def _save_is_due(self) -> bool:
-        """Whether --save_steps asks for a checkpoint of the newest step. The last one is written in any case."""
+        """Whether --save_steps asks for a checkpoint of the newest step. The last one is
+        written in any case.
+        """
         step = self.state.step
         every = self.training.save_steps
         return bool(every) and step % every == 0 and 0 < step < self.total_steps
@@ -323,7 +381,8 @@ class Trainer:
     def _leave_if_asked(self, hear_again: bool = True) -> None:
         """Save and raise `Stopped` once a process was asked to stop.
 
-        `hear_again`: exchange requests first (collective), since much time may have passed since the step's exchange.
+        `hear_again`: exchange requests first (collective), since much time may have passed
+        since the step's exchange.
         """
         if hear_again:
             self._sum_and_hear_requests()
@@ -338,20 +397,28 @@ class Trainer:
         dist.barrier()  # no process leaves before all have settled
         if step == 0:
             raise Stopped("stopped before the first step, with nothing to save")
-        raise Stopped(f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on")
+        raise Stopped(
+            f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on"
+        )
 
     def _save(self) -> None:
-        """Write a checkpoint, once the loss of the probe batch is finite: a step with a finite loss may leave NaN in
-        the MoRA matrices, and a checkpoint of those would pass for a good one."""
+        """Write a checkpoint, once the loss of the probe batch is finite: a step with a
+        finite loss may leave NaN in the MoRA matrices, and a checkpoint of those would pass
+        for a good one."""
         step = self.state.step
         self.memory.end(BETWEEN)
-        self.job.run.check_base()  # before the probe: to read beyond the end of a mapped file kills the process
-        loss = self.replica.sum(self._probe_loss()) / self.replica.world  # one rank alone may read a damaged base
-        require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
+        # Before the probe: to read beyond the end of a mapped file kills the process
+        self.job.run.check_base()
+        # One rank alone may read a damaged base
+        loss = self.replica.sum(self._probe_loss()) / self.replica.world
+        require_finite(
+            loss, f"after step {step} the loss of the probe batch is {loss}", step
+        )
         self.state.stream = self.train_data.states_at(step)
         keep = self.training.save_total_limit
         if keep is not None and self.state.evaluation_pending:
-            keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN
+            # The one before is the last good one, should the evaluation find NaN
+            keep = max(keep, 2)
         self.last_checkpoint = self.job.run.save(step, keep)
         self._saved_step = step
         self.memory.end("save")
@@ -368,7 +435,9 @@ class Trainer:
     def _finish(self) -> None:
         state = self.state
         if state.step < self.total_steps:
-            logger.info(f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}")
+            logger.info(
+                f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}"
+            )
         else:
             state.evaluation_pending = bool(self.evaluator.sets or self.evaluator.tasks)
             if state.evaluation_pending and self._saved_step != state.step:
@@ -382,8 +451,9 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
-        """The perplexity of each evaluation set. A failure of an evaluation or a task is told, and training goes on
-        without it; before the first step, when nothing can be lost, it ends the run."""
+        """The perplexity of each evaluation set. A failure of an evaluation or a task is
+        told, and training goes on without it; before the first step, when nothing can be
+        lost, it ends the run."""
         self.job.run.check_base()
         step = self.state.step
         state_before = dict(vars(self.state))
@@ -392,24 +462,31 @@ class Trainer:
         try:
             perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
         except BESIDE as error:
-            is_of_model = isinstance(error, (NotFinite, BaseChanged))  # which all ranks find alike
-            if step == 0 or is_of_model or self._stop_asked:  # asked to stop: the last checkpoint could not be written
+            # Which all ranks find alike
+            is_of_model = isinstance(error, (NotFinite, BaseChanged))
+            # Asked to stop: the last checkpoint could not be written
+            if step == 0 or is_of_model or self._stop_asked:
                 raise
             failure = f"{type(error).__name__}: {reason(error)}"
-        # A rank that has failed alone must not meet the others in a collective of the evaluation, whose sums would be
-        # wrong from there on: it waits for them at this check, which has a group of its own.
+        # A rank that has failed alone must not meet the others in a collective of the
+        # evaluation, whose sums would be wrong from there on: it waits for them at this
+        # check, which has a group of its own.
         what = f"evaluation after step {step}"
         told = [line for line in self.ranks.gather(what, failure) if line is not None]
         if told:
-            # Rank 0 alone writes: where that has failed, the others know more by now, and would save and leave alone.
+            # Rank 0 alone writes: where that has failed, the others know more by now, and
+            # would save and leave alone.
             vars(self.state).update(state_before, evaluation_pending=False)
             self.state.failures.append(f"{what}: {told[0]}")
             logger.error(f"{self.state.failures[-1]}. Training goes on")
         return perplexities
 
     def _probe_loss(self) -> float:
-        """Mean loss of the probe batch (of a mixture: of the first source), the same in every replica.
+        """Mean loss of the probe batch (of a mixture: of the first source), the same in
+        every replica.
 
         A NaN in any MoRA matrix makes it NaN.
         """
-        return self.replica.replica_nll(self.train_data.first_rows(PROBE_ROWS), self.hooks.probe_domain)
+        return self.replica.replica_nll(
+            self.train_data.first_rows(PROBE_ROWS), self.hooks.probe_domain
+        )

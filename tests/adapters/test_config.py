@@ -1,4 +1,6 @@
-"""Configurations of adapters: what is refused, what is taken where nothing is said, what follows from them."""
+"""Configurations of adapters: what is refused, what is taken where nothing is said, what
+follows from them.
+"""
 
 import pytest
 
@@ -29,25 +31,43 @@ mora | {domains: [a, a]} | research.domain_adapters:
 def test_all_wrong_values_are_reported_together(kind, values, flags):
     config = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = refusal(lambda: config(**parsed(values)))
-    assert [problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems] == flags.split()
+    assert [
+        problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems
+    ] == flags.split()
 
 
 def test_defaults():
     config = MoRAConfig()
     lora = LoRAConfig()
-    assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
-    assert (config.operator, config.grouping, config.compute, config.base_bits) == ("auto", "permuted", "auto", 16)
+    assert (config.rank, config.target_modules, config.dropout, config.seed) == (
+        8,
+        ("all-linear",),
+        0.0,
+        42,
+    )
+    assert (config.operator, config.grouping, config.compute, config.base_bits) == (
+        "auto",
+        "permuted",
+        "auto",
+        16,
+    )
     assert lora.operator_for("a", 64, 64, 0).alpha == 2 * 8, "the update is 2 B A"
 
 
 def test_factors_of_a_smaller_rank_keep_the_scale():
-    for spec in (LoRAConfig(rank=16, alpha=8.0).operator_for("a", 4, 9, 0), LoRASpec(4, 9, 4, 2.0)):
+    for spec in (
+        LoRAConfig(rank=16, alpha=8.0).operator_for("a", 4, 9, 0),
+        LoRASpec(4, 9, 4, 2.0),
+    ):
         assert (spec.rank, spec.alpha / spec.rank) == (4, 0.5)
 
 
 def test_first_values_are_those_that_every_run_began_with():
     """Literal values: a resumed run draws LoRA's A of its present cycle again."""
-    seeds = [LoRAConfig(seed=42).first_seed(layer, cycle) for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))]
+    seeds = [
+        LoRAConfig(seed=42).first_seed(layer, cycle)
+        for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))
+    ]
     assert seeds == [3478931074, 981482677, 1068541709]
 
 

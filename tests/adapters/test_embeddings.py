@@ -47,7 +47,9 @@ def low_rank_model(tied):
     assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)
     torch.manual_seed(0)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
-    for low_rank in {id(module.low_rank): module.low_rank.data for module in modules}.values():
+    for low_rank in {
+        id(module.low_rank): module.low_rank.data for module in modules
+    }.values():
         tall, wide = low_rank.split((128, 32))
         assert not tall.any()
         assert 0.9 < wide.abs().max() * 32**0.5 <= 1
@@ -77,7 +79,9 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied):
         assert torch.allclose(module.low_rank.grad, wanted, atol=1e-5)
         assert wanted.abs().max() > 1e-3
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
-    assert names == {"model.embed_tokens.low_rank"} | (set() if tied else {"lm_head.low_rank"})
+    assert names == {"model.embed_tokens.low_rank"} | (
+        set() if tied else {"lm_head.low_rank"}
+    )
 
 
 def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
@@ -88,7 +92,9 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     assert torch.equal(model(ids).logits, before)
     head = model.get_output_embeddings()
     again = model_with_mora(rank=2, embedding_rank=RANK)
-    assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), "drawn by the seed"
+    assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), (
+        "drawn by the seed"
+    )
     assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
     table = torch.nn.Linear(4, 9)
     x = torch.randn(3, 4)
@@ -96,16 +102,29 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
 
 
 def test_a_run_resumes_combines_and_exports_products(user, tmp_path, out):
-    """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of
-    it, and a sum of two checkpoints the sum of their tables."""
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; half
+    of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
-    more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
+    more = (
+        "--train_embedding_rank",
+        RANK,
+        "--embedding_learning_rate",
+        0.01,
+        "--merge_every",
+        3,
+    )
     more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
     run(2, user.flags(out, *more))
     earlier = out / "checkpoints/step-000004"
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
-    wider = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank 5")
+    wider = user.flags(
+        tmp_path / "no",
+        *more,
+        "--resume_from_checkpoint",
+        str(earlier),
+        "--train_embedding_rank 5",
+    )
     assert "--train_embedding_rank: 3 there, 5 here" in refusal(wider)
 
     assert_good(out, user.model)
@@ -117,15 +136,23 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path, out):
     export_peft(out, tmp_path / "peft", rank=4)
     saved = load_file(tmp_path / "peft/adapter_model.safetensors")
     models = {
-        name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "earlier", "half", "summed")
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        for name in ("merged", "earlier", "half", "summed")
     }
-    ids = torch.tensor([load_tokenizer(user.model)(user.held.read_text())["input_ids"][:100]])
+    ids = torch.tensor(
+        [load_tokenizer(user.model)(user.held.read_text())["input_ids"][:100]]
+    )
     with torch.no_grad():
         for folder, name in ((out, "merged"), (tmp_path / "sum", "summed")):
             live = load_adapter(user.model, folder)
-            assert torch.allclose(live(ids).logits, models[name](ids).logits, atol=1e-4), name
+            assert torch.allclose(live(ids).logits, models[name](ids).logits, atol=1e-4), (
+                name
+            )
     for key in TABLES:
-        was, now, then = base.read(key), *(models[name].state_dict()[key] for name in ("merged", "earlier"))
+        was, now, then = (
+            base.read(key),
+            *(models[name].state_dict()[key] for name in ("merged", "earlier")),
+        )
         assert torch.allclose(saved[f"base_model.model.{key}"], now, atol=1e-6)
         assert (now - was).abs().max() > 1e-3
         assert torch.linalg.matrix_rank(now - was, atol=1e-5) == RANK
@@ -150,7 +177,9 @@ def model_with_new_rows(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
-    """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
+    """The loss and the gradient of the new rows are those of a model whose complete tables
+    are trained.
+    """
     model = model_with_new_rows(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
     ids = tokens(3)
@@ -168,9 +197,13 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
     wanted = whole.get_input_embeddings().weight.grad[FIRST:]
     assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7)
     assert wanted.abs().max() > 1e-3
-    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7)
+    assert torch.allclose(
+        head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
+    )
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
-    assert names == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
+    assert names == {"model.embed_tokens.new_rows"} | (
+        set() if tied else {"lm_head.new_rows"}
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -194,7 +227,9 @@ def extended(user):
 
 
 def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path, out):
-    """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; old
+    rows keep their bits.
+    """
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
     flags = extended.flags(
@@ -203,7 +238,9 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path, out):
         extended.held,
     )
     run(2, flags)
-    again = extended.flags(tmp_path / "again", *flags[flags.index("--train_new_embeddings") :])
+    again = extended.flags(
+        tmp_path / "again", *flags[flags.index("--train_new_embeddings") :]
+    )
     run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints/step-000004")])
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
 
@@ -276,14 +313,28 @@ class Softmax(torch.nn.Linear):
 
 def test_models_that_they_do_not_fit_are_refused():
     for config, message in (
-        ({"embedding_rank": 2, "train_embeddings": True}, "`embedding_rank` keeps embeddings and head frozen"),
-        ({"embedding_rank": 2, "train_head": True}, "`embedding_rank` keeps embeddings and head frozen"),
-        ({"embedding_rank": 2, "new_rows_from": 9}, "`embedding_rank`: the embeddings are a NewRowEmbedding"),
+        (
+            {"embedding_rank": 2, "train_embeddings": True},
+            "`embedding_rank` keeps embeddings and head frozen",
+        ),
+        (
+            {"embedding_rank": 2, "train_head": True},
+            "`embedding_rank` keeps embeddings and head frozen",
+        ),
+        (
+            {"embedding_rank": 2, "new_rows_from": 9},
+            "`embedding_rank`: the embeddings are a NewRowEmbedding",
+        ),
         ({"new_rows_from": 128}, "none from 128 on is new"),
     ):
         with user_error(message):
             inject(tiny_model("llama"), MoRAConfig(rank=2, **config))
-    assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
+    assert (
+        inject(
+            tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)
+        ).other_trainable_params
+        == 2 * 32
+    )
     for change, message in (
         ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
         ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
@@ -313,7 +364,9 @@ MODELS = {
 
 
 def trained_on_ranks(kind, tied):
-    """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
+    """All trained parameters, unsharded and in fp32, after three steps on this rank's part
+    of the same rows.
+    """
     world = torch.distributed.get_world_size()
     rank = torch.distributed.get_rank()
     config = ds_config(3, 4 // world, 1)
@@ -325,9 +378,15 @@ def trained_on_ranks(kind, tied):
         engine.backward(causal_loss(engine, rows))
         engine.step()
     parameters = dict(engine.module.named_parameters())
-    shards = [parameter.ds_tensor.numel() for name, parameter in parameters.items() if name.endswith(kind)]
+    shards = [
+        parameter.ds_tensor.numel()
+        for name, parameter in parameters.items()
+        if name.endswith(kind)
+    ]
     assert shards == [elements // world] * (1 if tied else 2)
-    return {name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()}
+    return {
+        name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -340,11 +399,15 @@ def trained_on_ranks(kind, tied):
     ],
 )
 def test_two_ranks_train_as_one(kind, tied):
-    """The same rows of data, split over two ranks: the same parameters after three steps."""
+    """The same rows of data, split over two ranks: the same parameters after three
+    steps.
+    """
     alone = run_pooled(1, trained_on_ranks, kind, tied)[0]
     first, second = run_pooled(2, trained_on_ranks, kind, tied)
     name = f"model.embed_tokens.{kind}"
-    assert not torch.allclose(alone[name], MODELS[kind][0](tied).get_parameter(name), atol=1e-3)
+    assert not torch.allclose(
+        alone[name], MODELS[kind][0](tied).get_parameter(name), atol=1e-3
+    )
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], value, atol=2e-5), name

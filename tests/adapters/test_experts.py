@@ -1,4 +1,6 @@
-"""Experts of a mixture as targets: which tensors they are, what they compute, how they are named and read."""
+"""Experts of a mixture as targets: which tensors they are, what they compute, how they are
+named and read.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -26,7 +28,14 @@ from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
 from mora_ds.research.spectrum import histories
 from tests.helpers.errors import user_error
-from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
+from tests.helpers.models import (
+    MIXTURES,
+    alone,
+    causal_loss,
+    enable_checkpointing,
+    tiny_model,
+    tokens,
+)
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
@@ -36,27 +45,42 @@ STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 def adapted(family="mixtral", model=None, **settings):
     """With matrices that are not zero."""
     model = tiny_model(family) if model is None else model
-    values = {"rank": 4, "operator": OPERATORS[family], "target_modules": EVERYWHERE, **settings}
+    values = {
+        "rank": 4,
+        "operator": OPERATORS[family],
+        "target_modules": EVERYWHERE,
+        **settings,
+    }
     inject(model, MoRAConfig(**values))
     for index, layer in enumerate(mora_layers(model).values()):
-        drawn = torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))
+        drawn = torch.randn(
+            layer.square.shape, generator=torch.Generator().manual_seed(index)
+        )
         layer.square.data = (0.05 * drawn).to(layer.dtype)
     return model
 
 
 def live_of(model, family):
-    """A plain model with the updates of an adapted one in its weights, computed by transformers."""
+    """A plain model with the updates of an adapted one in its weights, computed by
+    transformers.
+    """
     live = tiny_model(family)
     live.set_experts_implementation("eager")
     parameters = dict(live.named_parameters())
     for name, layer in mora_layers(model).items():
         delta = layer.spec.delta_weight(layer.square.data)
-        parameters[layer.spec.weight_name(name)].data += delta.mT if layer.transposed else delta
+        parameters[layer.spec.weight_name(name)].data += (
+            delta.mT if layer.transposed else delta
+        )
     return live
 
 
 def stacks_in(model):
-    return {name: layer for name, layer in mora_layers(model).items() if isinstance(layer, MoRAExperts)}
+    return {
+        name: layer
+        for name, layer in mora_layers(model).items()
+        if isinstance(layer, MoRAExperts)
+    }
 
 
 # -- what they compute -------------------------------------------------------------------------------------------------
@@ -64,7 +88,9 @@ def stacks_in(model):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family):
-    """Also a contract: each class of transformers computes, by its own code, what its marks say."""
+    """Also a contract: each class of transformers computes, by its own code, what its marks
+    say.
+    """
     model = adapted(family)
     ids = tokens(2)
     live = live_of(model, family)
@@ -79,15 +105,21 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
         gradient = parameters[layer.spec.weight_name(name)].grad
         gradient = gradient.mT if layer.transposed else gradient
         if isinstance(layer, MoRAExperts):
-            wanted = torch.stack([adjoint(layer.spec.operator, matrix) for matrix in gradient])
+            wanted = torch.stack(
+                [adjoint(layer.spec.operator, matrix) for matrix in gradient]
+            )
         else:
             wanted = adjoint(layer.spec, gradient)
-        assert_close(layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        assert_close(
+            layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+        )
 
 
 def test_one_projection_alone_dropout_checkpointing_and_evaluation():
     ids = tokens(2)
-    for family, pattern in product(("mixtral", "gpt_oss"), ("experts.down_proj", "experts.gate_up_proj")):
+    for family, pattern in product(
+        ("mixtral", "gpt_oss"), ("experts.down_proj", "experts.gate_up_proj")
+    ):
         model = adapted(family, target_modules=(pattern,))
         assert len(mora_layers(model)) == 2
         with torch.no_grad():
@@ -101,7 +133,9 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation():
     enable_checkpointing(checkpointed)
     for variant in (plain, adapted(model=checkpointed)):
         causal_loss(variant.train(), ids).backward()
-    for one, another in zip(mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True):
+    for one, another in zip(
+        mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True
+    ):
         assert torch.equal(one.square.grad, another.square.grad)
 
 
@@ -122,21 +156,29 @@ def test_bf16_and_8_bits_compute_what_their_weights_say():
         loss = causal_loss(model, ids)
         loss.backward()
         assert loss.item() == pytest.approx(causal_loss(live, ids).item(), rel=1e-5)
-        assert all(layer.square.grad.abs().sum() > 0 for layer in mora_layers(model).values())
+        assert all(
+            layer.square.grad.abs().sum() > 0 for layer in mora_layers(model).values()
+        )
 
 
 def one_by_one(x, weights, ends):
     segments = x.tensor_split(ends[:-1].tolist())
-    return torch.cat([segment @ weight.T for segment, weight in zip(segments, weights, strict=True)])
+    return torch.cat(
+        [segment @ weight.T for segment, weight in zip(segments, weights, strict=True)]
+    )
 
 
-with_kernel = pytest.param(True, marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10"))
+with_kernel = pytest.param(
+    True, marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
+)
 
 
 @pytest.mark.parametrize("kernel", [False, with_kernel])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_grouped_products_and_their_gradients(monkeypatch, kernel, bits):
-    """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
+    """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no
+    rows.
+    """
     monkeypatch.setattr(grouped, "has_kernel", lambda x, width: kernel)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 16, generator=generator)
@@ -163,7 +205,9 @@ def test_a_frozen_stack_saves_no_rows_for_backward():
     saved = []
     x = torch.randn(6, 4, requires_grad=True)
     ends = torch.tensor([2, 6], dtype=torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(tuple(t.shape)) or t, lambda t: t
+    ):
         grouped_linear(x, torch.randn(2, 3, 4), ends)
     assert (6, 4) not in saved
     assert (2, 3, 4) in saved
@@ -182,11 +226,18 @@ def test_a_stack_is_its_members():
     assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
     for index, (name, member_spec, square) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
-        assert torch.equal(spec.delta_weight(value)[index], member_spec.delta_weight(square))
+        assert torch.equal(
+            spec.delta_weight(value)[index], member_spec.delta_weight(square)
+        )
     original = torch.randn(4, spec.d_out, spec.d_in)
     whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
-    turned = live_weight(original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16)
-    matrices = [live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
+    turned = live_weight(
+        original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16
+    )
+    matrices = [
+        live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16)
+        for e in range(4)
+    ]
     assert torch.equal(whole, torch.stack(matrices))
     assert torch.equal(whole, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
@@ -202,13 +253,18 @@ def test_a_stack_is_its_members():
 def test_the_rank_of_an_expert_and_fresh_permutations():
     def sides(**settings):
         model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
-        return {name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()}
+        return {
+            name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()
+        }
 
     by_rule = sides()
-    linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)  # 16, and two experts a token
+    # 16, and two experts a token
+    linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)
     assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
     assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
-    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(24, 32), "not rank 1 // 2"
+    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(
+        24, 32
+    ), "not rank 1 // 2"
     by_rank = sides(operator="auto", rank=64)["down_proj"].operator
     assert by_rank.kind.value == "share", "as the linear layers of rank 64"
     config = MoRAConfig(rank=16, target_modules=("experts",))
@@ -216,7 +272,9 @@ def test_the_rank_of_an_expert_and_fresh_permutations():
     inject(model, config)
     seeds = {layer.spec.operator.seed for layer in stacks_in(model).values()}
     set_cycle(model, config, 1)
-    assert len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()}) == 8
+    assert (
+        len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()}) == 8
+    )
 
 
 def test_the_report_and_the_names_of_frozen_weights():
@@ -229,23 +287,35 @@ def test_the_report_and_the_names_of_frozen_weights():
     assert report.left_out.keys() == {"gate.weight"}
     frozen = base_weights(model)
     assert frozen.keys() == parameters.keys()
-    assert all(frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen), "not copied"
+    assert all(frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen), (
+        "not copied"
+    )
 
 
 # -- which tensors are targets -----------------------------------------------------------------------------------------
 
 
 def names(pattern, family="mixtral"):
-    return {name.removeprefix("model.layers.") for name in match_targets(tiny_model(family), (pattern,))}
+    return {
+        name.removeprefix("model.layers.")
+        for name in match_targets(tiny_model(family), (pattern,))
+    }
 
 
 def test_only_patterns_with_the_word_reach_experts():
     both = {f"{layer}.mlp.experts.{name}" for layer in (0, 1) for name in STACKS}
     assert names("experts") == names("re:.*\\.experts\\..*") == names("*.experts.*") == both
-    assert names("experts.down_proj") == {name for name in both if name.endswith("down_proj")}
-    assert names("model.layers.1.mlp.experts") == {name for name in both if name.startswith("1.")}
+    assert names("experts.down_proj") == {
+        name for name in both if name.endswith("down_proj")
+    }
+    assert names("model.layers.1.mlp.experts") == {
+        name for name in both if name.startswith("1.")
+    }
     assert not any("experts" in name for name in names("all-linear") | names("re:.*"))
-    assert names("down_proj", "deepseek_v3") == {"0.mlp.down_proj", "1.mlp.shared_experts.down_proj"}
+    assert names("down_proj", "deepseek_v3") == {
+        "0.mlp.down_proj",
+        "1.mlp.shared_experts.down_proj",
+    }
     assert names("re:.*shared_experts.*", "deepseek_v3") == {
         f"1.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     }
@@ -294,7 +364,10 @@ def test_how_many_experts_a_token_has():
 def test_adapters_that_experts_cannot_have_are_refused():
     for config, named in (
         (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
-        (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "research.domain_adapters"),
+        (
+            MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)),
+            "research.domain_adapters",
+        ),
     ):
         with user_error(named):
             inject(tiny_model("mixtral"), config)
@@ -306,10 +379,14 @@ def test_adapters_that_experts_cannot_have_are_refused():
 @pytest.mark.parametrize("family", MIXTURES)
 def test_stacks_are_read_from_the_files_of_their_experts(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
-    loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager")
+    loaded = load_base(
+        tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager"
+    )
     assert loaded.base.folder == tmp_path / "model"
     assert not (tmp_path / "own").exists()
-    stacks = {name: key for name, key in loaded.keys.items() if name.endswith(tuple(STACKS))}
+    stacks = {
+        name: key for name, key in loaded.keys.items() if name.endswith(tuple(STACKS))
+    }
     assert stacks
     assert all(("*" in key) == (family != "gpt_oss") for key in stacks.values())
     for name, key in stacks.items():
@@ -323,7 +400,9 @@ def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path)
     base = BaseCheckpoint.open(tmp_path)
-    key = map_model(base, model, ["model.layers.0.mlp.experts.down_proj"])["model.layers.0.mlp.experts.down_proj"]
+    key = map_model(base, model, ["model.layers.0.mlp.experts.down_proj"])[
+        "model.layers.0.mlp.experts.down_proj"
+    ]
     assert base.members(key) == [[key.replace("*", str(index))] for index in range(4)]
     assert "nothing.*.weight" not in base
     assert base.members("nothing.*.weight") == []

@@ -1,4 +1,6 @@
-"""Runs that adapt the experts of a mixture: ranks, merges, resume, exports, files, and what is refused."""
+"""Runs that adapt the experts of a mixture: ranks, merges, resume, exports, files, and what
+is refused.
+"""
 
 import shutil
 
@@ -27,7 +29,9 @@ MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_ste
 
 def mixture(user, folder, family):
     """A model folder with the user's tokenizer, its weights in several files."""
-    tiny_model(family, vocab_size=VOCABULARY).save_pretrained(folder, max_shard_size="100KB")
+    tiny_model(family, vocab_size=VOCABULARY).save_pretrained(
+        folder, max_shard_size="100KB"
+    )
     for path in user.model.glob("*token*"):
         shutil.copyfile(path, folder / path.name)
     return folder
@@ -45,7 +49,9 @@ def whole(user, model_folder, tmp_path_factory):
     summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
-    assert not (out / "base").exists(), "the files hold the experts: nothing is written twice"
+    assert not (out / "base").exists(), (
+        "the files hold the experts: nothing is written twice"
+    )
     return out
 
 
@@ -57,35 +63,52 @@ def logits(model):
 def test_one_rank_has_the_losses_and_matrices_of_two(user, model_folder, whole, tmp_path):
     """Of which each holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
-    run(1, user.flags(tmp_path, *flags, "--per_device_train_batch_size 4 --gradient_checkpointing"))
+    run(
+        1,
+        user.flags(
+            tmp_path, *flags, "--per_device_train_batch_size 4 --gradient_checkpointing"
+        ),
+    )
     assert_close_runs(tmp_path, whole)
     latest = whole / "checkpoints/latest"
-    elements = sum(matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values())
-    for shard in (latest / "engine").glob("rank-*.safetensors"):  # fp32 masters and two moments, and a header
+    elements = sum(
+        matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values()
+    )
+    # fp32 masters and two moments, and a header
+    for shard in (latest / "engine").glob("rank-*.safetensors"):
         assert 0 < shard.stat().st_size - 12 * elements // 2 < 1000
 
 
-def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(user, model_folder, whole, tmp_path):
+def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
+    user, model_folder, whole, tmp_path
+):
     out = tmp_path / "killed"
     stop_and_resume(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4)
     assert_same_run(out, whole)
 
 
-def test_exports_are_the_live_model_in_the_files_of_the_original(user, model_folder, whole, tmp_path):
+def test_exports_are_the_live_model_in_the_files_of_the_original(
+    user, model_folder, whole, tmp_path
+):
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None
     assert_good(whole)
     assert_good(whole / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()
-    assert load_file(tmp_path / "merged/model.safetensors").keys() == names, "each expert under its own name"
+    assert load_file(tmp_path / "merged/model.safetensors").keys() == names, (
+        "each expert under its own name"
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     export_adapter(whole, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
     assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
     for name, layer in mora_layers(loaded).items():
-        if layer.spec.weight_name(name) == name:  # a stack: live + the unmerged cycle = exported
+        # A stack: live + the unmerged cycle = exported
+        if layer.spec.weight_name(name) == name:
             delta = layer.spec.delta_weight(layer.square.data)
-            assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
+            assert_close(
+                plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6
+            )
 
 
 def test_experts_are_refused_as_an_adapter_of_peft(whole, tmp_path):
@@ -109,7 +132,12 @@ gpt_oss | --base_bits 8 --gradient_checkpointing
 @pytest.mark.heavy
 @pytest.mark.parametrize("family, more", rows_of(OTHERS))
 def test_other_families_and_settings(user, tmp_path, family, more):
-    flags = ("--model_name_or_path", mixture(user, tmp_path / "model", family), *MERGING, *more.split())
+    flags = (
+        "--model_name_or_path",
+        mixture(user, tmp_path / "model", family),
+        *MERGING,
+        *more.split(),
+    )
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
     run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size 4"))
     if "--bf16" in more:
@@ -124,7 +152,11 @@ def test_other_families_and_settings(user, tmp_path, family, more):
 
 @pytest.mark.heavy
 def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user, tmp_path):
-    settings = ("--model_name_or_path", mixture(user, tmp_path / "model", "mixtral"), *MERGING)
+    settings = (
+        "--model_name_or_path",
+        mixture(user, tmp_path / "model", "mixtral"),
+        *MERGING,
+    )
     run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size 2"))
     run(1, user.flags(tmp_path / "one", *settings))
     assert_close_losses(tmp_path / "split", tmp_path / "one", rtol=1e-4)
@@ -132,8 +164,16 @@ def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user, tmp_path):
 
 @pytest.mark.heavy
 def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
-    """As exact as the losses of other ranks are; what was saved is what is resumed, to the bit."""
-    settings = ("--model_name_or_path", model_folder, *MERGING, "--resume_from_checkpoint", "auto")
+    """As exact as the losses of other ranks are; what was saved is what is resumed, to the
+    bit.
+    """
+    settings = (
+        "--model_name_or_path",
+        model_folder,
+        *MERGING,
+        "--resume_from_checkpoint",
+        "auto",
+    )
     run(2, user.flags(tmp_path / "whole", *settings))
     for world in (1, 4):
         out = tmp_path / str(world)
@@ -141,5 +181,8 @@ def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
         shutil.rmtree(out / "checkpoints/step-000006")
         run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
         assert_close_losses(out, tmp_path / "whole")
-        one, two = (load_file(folder / "ledger/cycle-00000.safetensors") for folder in (out, tmp_path / "whole"))
+        one, two = (
+            load_file(folder / "ledger/cycle-00000.safetensors")
+            for folder in (out, tmp_path / "whole")
+        )
         assert all(torch.equal(one[name], two[name]) for name in one)

@@ -6,7 +6,14 @@ from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
+from mora_ds.adapters.inject import (
+    count_parameters,
+    frozen_buffers,
+    inject,
+    mora_layers,
+    move_base,
+    set_cycle,
+)
 from mora_ds.adapters.layer import is_linear
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
@@ -28,7 +35,9 @@ def in_layers(*paths, layers=(0, 1)):
 
 # -- matching ----------------------------------------------------------------------------------------------------------
 
-EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP))
+EVERY_LINEAR = in_layers(
+    *(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP)
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +50,10 @@ EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{
         (["*[qk]_proj"], in_layers("self_attn.q_proj", "self_attn.k_proj")),
         (["model.layers.?.mlp.up_proj"], in_layers("mlp.up_proj")),
         (["[m]odel.layers.0.mlp.up_proj"], in_layers("mlp.up_proj", layers=(0,))),
-        ([r"re:.*layers\.0\..*(up|down)_proj"], in_layers("mlp.up_proj", "mlp.down_proj", layers=(0,))),
+        (
+            [r"re:.*layers\.0\..*(up|down)_proj"],
+            in_layers("mlp.up_proj", "mlp.down_proj", layers=(0,)),
+        ),
         (["all-linear"], EVERY_LINEAR),
         (["all-linear", "lm_head"], EVERY_LINEAR | {"lm_head"}),
         (["q_proj", "v_proj", "q_proj"], in_layers("self_attn.q_proj", "self_attn.v_proj")),
@@ -52,7 +64,15 @@ def test_patterns(patterns, expected):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["q_porj", "*.attention.*", r"re:layers\.9", r"re:model\.layers", "embed_tokens", "input_layernorm"]
+    "pattern",
+    [
+        "q_porj",
+        "*.attention.*",
+        r"re:layers\.9",
+        r"re:model\.layers",
+        "embed_tokens",
+        "input_layernorm",
+    ],
 )
 def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern):
     with pytest.raises(UserError) as error:
@@ -105,7 +125,9 @@ def with_one_weight_twice(module):
     return model
 
 
-@pytest.mark.parametrize("target", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"])
+@pytest.mark.parametrize(
+    "target", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"]
+)
 @pytest.mark.parametrize("module", [True, False])
 def test_a_layer_that_shares_its_weight_is_refused(module, target):
     """An adapter of one would change or miss the other."""
@@ -117,7 +139,10 @@ def test_a_layer_that_shares_its_weight_is_refused(module, target):
 
 def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
     with user_error("`train_head`"):
-        inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
+        inject(
+            tiny_model(),
+            MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True),
+        )
     with user_error("`rank` 1 is too small"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 
@@ -127,7 +152,10 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
 
 def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     model = tiny_model("qwen2")  # biases and a tied head
-    before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    before = {
+        name: tensor.clone()
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
     inject(model, MoRAConfig(rank=2))
     squares = [f"{name}.square" for name in mora_layers(model)]
     assert [name for name, _ in model.named_parameters()] == squares
@@ -157,21 +185,28 @@ def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
     move_base(model, "cpu", torch.bfloat16)
     assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {torch.bfloat16}
     assert {layer.square.dtype for layer in mora_layers(model).values()} == {torch.float32}
-    assert model.model.rotary_emb.inv_freq.dtype is torch.float32  # bf16 would ruin the positions
+    # bf16 would ruin the positions
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
 # -- what else is trained ----------------------------------------------------------------------------------------------
 
 
 def trained(model):
-    return {name for name, _ in model.named_parameters(remove_duplicate=False) if not name.endswith(".square")}
+    return {
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if not name.endswith(".square")
+    }
 
 
 def train(what):
     return {f"train_{name}": True for name in what}
 
 
-LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight") | {"model.norm.weight"}
+LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight") | {
+    "model.norm.weight"
+}
 
 
 @pytest.mark.parametrize(
@@ -180,10 +215,19 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
         ("llama", ["norms"], LLAMA_NORMS),
         ("llama", ["embeddings"], {"model.embed_tokens.weight"}),
         ("llama", ["head"], {"lm_head.weight"}),
-        ("llama", ["embeddings", "norms", "head"], LLAMA_NORMS | {"model.embed_tokens.weight", "lm_head.weight"}),
-        ("qwen2", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),  # tied: the head follows
+        (
+            "llama",
+            ["embeddings", "norms", "head"],
+            LLAMA_NORMS | {"model.embed_tokens.weight", "lm_head.weight"},
+        ),
+        # tied: the head follows
+        ("qwen2", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
         ("qwen2", ["head"], {"model.embed_tokens.weight", "lm_head.weight"}),
-        ("gpt2", ["embeddings"], {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}),
+        (
+            "gpt2",
+            ["embeddings"],
+            {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"},
+        ),
         ("gpt_neox", ["head"], {"lm_head.weight"}),
         ("gemma3_text", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
     ],
@@ -197,10 +241,14 @@ def test_other_trainables(family, settings, expected):
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"]
+)
 def test_norms_of_every_kind(family):
     model = tiny_model(family)
-    norms = {name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name}
+    norms = {
+        name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name
+    }
     inject(model, MoRAConfig(rank=4, train_norms=True))
     assert trained(model) == norms
     assert norms
@@ -221,11 +269,16 @@ def test_the_report_counts_exactly():
     base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
     assert count_parameters(model) == base
     report = inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
-    # Two layers, rank 4: sqrt((d_in + d_out) * 4), made even, squared; key and value heads are half as wide.
+    # Two layers, rank 4: sqrt((d_in + d_out) * 4), made even, squared; key and value heads
+    # are half as wide.
     squares = 2 * (2 * 16**2 + 2 * 12**2 + 3 * 18**2)
     norms = 5 * 32
     assert (report.square_params, report.other_trainable_params) == (squares, norms)
-    assert report.trainable_params == squares + norms == sum(p.numel() for p in model.parameters())
+    assert (
+        report.trainable_params
+        == squares + norms
+        == sum(p.numel() for p in model.parameters())
+    )
     assert report.total_params == base + squares == count_parameters(model)
     lines = str(report).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
@@ -283,10 +336,16 @@ def test_alternation_is_the_papers():
 def test_weights_outside_linear_layers_are_reported():
     """Experts lie in one tensor each; a named target asks for no more than it names."""
     report = inject(tiny_model("mixtral"), MoRAConfig(rank=4))
-    told = {"gate.weight": 2 * 4 * 32, "experts.gate_up_proj": 2 * 4 * 112 * 32, "experts.down_proj": 2 * 4 * 56 * 32}
+    told = {
+        "gate.weight": 2 * 4 * 32,
+        "experts.gate_up_proj": 2 * 4 * 112 * 32,
+        "experts.down_proj": 2 * 4 * 56 * 32,
+    }
     assert report.left_out == told
     assert f"experts.down_proj ({2 * 4 * 56 * 32:,} parameters)" in str(report)
-    assert not inject(tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))).left_out
+    assert not inject(
+        tiny_model("mixtral"), MoRAConfig(rank=4, target_modules=("q_proj",))
+    ).left_out
     assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out
 
 
@@ -315,6 +374,10 @@ def test_linear_layers_with_a_forward_of_their_own_are_told_by_what_they_compute
     assert is_linear(Transposed(8, 4))
     assert is_linear(Transposed(8, 4, device="meta"))
     assert not is_linear(Router(8, 4))
-    model = FalconForCausalLM(FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128))
+    model = FalconForCausalLM(
+        FalconConfig(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128
+        )
+    )
     inject(model, MoRAConfig(rank=2))
     assert "transformer.h.0.self_attention.dense" in mora_layers(model)

@@ -90,7 +90,8 @@ def test_dropout_is_on_the_squares_input_and_only_while_training():
     layer.train()
     assert not torch.equal(layer(x), layer(x))
     update = torch.stack([layer(x).detach() - base_output for _ in range(4000)]).mean(dim=0)
-    expected = x @ delta_weight(layer.spec, layer.square.data).T  # dropout rescales: right on average
+    # Dropout rescales: right on average
+    expected = x @ delta_weight(layer.spec, layer.square.data).T
     assert (update - expected).norm() <= 0.1 * expected.norm()
 
 
@@ -99,7 +100,8 @@ def test_low_precision(dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
     assert layer.square.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
-    layer.square.data = layer.square.data.float()  # a square kept in fp32 computes in the input's dtype
+    # A square kept in fp32 computes in the input's dtype
+    layer.square.data = layer.square.data.float()
     assert layer(inputs().to(dtype)).dtype is dtype
 
 
@@ -119,17 +121,25 @@ class Router(nn.Linear):
 
 
 def test_what_counts_as_linear():
-    """Subclasses with the same forward: in others a delta in the weight may mean something else."""
+    """Subclasses with the same forward: in others a delta in the weight may mean something
+    else.
+    """
     assert all(map(is_linear, [nn.Linear(6, 4), Conv1D(4, 6), Renamed(6, 4)]))
     assert not any(map(is_linear, [Router(6, 4), nn.Embedding(6, 4), nn.LayerNorm(4)]))
     assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
 
 
 def test_layers_keep_their_tables_however_many_there_are(monkeypatch):
-    """A 70B model with domains uses 1,120 operators one after the other: more than the cache of tables holds."""
+    """A 70B model with domains uses 1,120 operators one after the other: more than the
+    cache of tables holds.
+    """
     specs = []
     original = index_tables.make_tables
-    monkeypatch.setattr(index_tables, "make_tables", lambda spec, device: specs.append(spec) or original(spec, device))
+    monkeypatch.setattr(
+        index_tables,
+        "make_tables",
+        lambda spec, device: specs.append(spec) or original(spec, device),
+    )
     index_tables.clear_tables()
     layer = MoRALinear(base_layer("linear"), spec())
     x = inputs().requires_grad_()
@@ -140,4 +150,6 @@ def test_layers_keep_their_tables_however_many_there_are(monkeypatch):
     layer.spec = replace(spec(), seed=2)
     layer(x)
     index_tables.tables_of.cache_clear()
-    assert not [key for key in index_tables._tables_in_use if key[0] == spec()], "the last cycle's tables are dropped"
+    assert not [key for key in index_tables._tables_in_use if key[0] == spec()], (
+        "the last cycle's tables are dropped"
+    )

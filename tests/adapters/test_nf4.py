@@ -1,5 +1,5 @@
-"""A frozen weight in 4 bits: its error, the terms of merged cycles, and that a layer on it computes what one on the
-dense weight does."""
+"""A frozen weight in 4 bits: its error, the terms of merged cycles, and that a layer on it
+computes what one on the dense weight does."""
 
 import sys
 from dataclasses import replace
@@ -23,8 +23,20 @@ from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_byte
 from mora_ds.common.errors import RunError
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
-from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
+from tests.helpers.operators import (
+    assert_same_bits_for_every_number_of_threads,
+    random,
+    spec_id,
+    specs,
+)
+from tests.helpers.quantized import (
+    LORA,
+    adapt,
+    assert_computes_as_over_dense,
+    base_of,
+    in_bits,
+    model_in_few_bits,
+)
 
 pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
 
@@ -42,7 +54,10 @@ def next_cycle(spec, cycle):
 
 
 def some_terms(spec, cycles=3):
-    return [(next_cycle(spec, cycle), 0.1 * random(*spec.value_shape, seed=cycle)) for cycle in range(cycles)]
+    return [
+        (next_cycle(spec, cycle), 0.1 * random(*spec.value_shape, seed=cycle))
+        for cycle in range(cycles)
+    ]
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -57,7 +72,12 @@ def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
     assert quantized.scales.dtype is torch.float32
     assert quantized.scales.numel() == -(-weight.numel() // BLOCK)
     error = (quantized.dense(torch.float32) - weight).abs()
-    blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK).abs().amax(dim=1)
+    blocks = (
+        nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK))
+        .view(-1, BLOCK)
+        .abs()
+        .amax(dim=1)
+    )
     bound = blocks.repeat_interleave(BLOCK)[: weight.numel()].view(shape)
     assert (error <= bound * 0.1525).all()
     assert error.max() <= quantized.largest_error * 1.01
@@ -73,7 +93,9 @@ def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_f
     for variant in (weight.float(), weight.T.contiguous().T, weight.double()):
         assert all(map(torch.equal, quantize(variant), quantize(weight)))
     for part in (0, 1):
-        assert_same_bits_for_every_number_of_threads(lambda part=part: quantize(weight)[part])
+        assert_same_bits_for_every_number_of_threads(
+            lambda part=part: quantize(weight)[part]
+        )
     assert_same_bits_for_every_number_of_threads(lambda: quantized.dense(torch.bfloat16))
 
 
@@ -90,7 +112,8 @@ def test_numbers_that_cannot_be_held():
 def test_updates_of_equal_operators_are_one_term():
     plain = replace(SHARE, grouping=Grouping.STRIDED, seed=0)
     turn = [plain, replace(plain, grouping=Grouping.CONTIGUOUS)]
-    updates = [(turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)]  # as --grouping alternate
+    # As --grouping alternate
+    updates = [(turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)]
     terms = join(updates)
     assert [spec for spec, _ in terms] == turn
     assert torch.equal(terms[0][1], updates[0][1] + updates[2][1] + updates[4][1])
@@ -104,7 +127,10 @@ def test_factors_are_lined_up():
     ((wide, value),) = join(updates)
     assert value.shape == wide.value_shape == (9, 21)
     assert_close(
-        wide.delta_weight(value.double()), sum(spec.delta_weight(term) for _, term in updates), rtol=1e-6, atol=1e-6
+        wide.delta_weight(value.double()),
+        sum(spec.delta_weight(term) for _, term in updates),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
@@ -115,21 +141,29 @@ in_4_bits = partial(in_bits, bits=4)
 
 
 @pytest.mark.parametrize(
-    "spec", [*list(specs())[::5], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
+    "spec",
+    [*list(specs())[::5], *LORA],
+    ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora",
 )
 def test_a_layer_is_the_layer_over_the_dense_sum(spec, monkeypatch):
     """Its merged cycles act as if they were in the weight."""
-    assert_computes_as_over_dense(spec, 4, some_terms(spec), monkeypatch, rtol=1e-5, atol=2e-5)
+    assert_computes_as_over_dense(
+        spec, 4, some_terms(spec), monkeypatch, rtol=1e-5, atol=2e-5
+    )
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 
 def test_merges_and_a_replay_never_round_a_conv1d_again():
-    """In fp32 to the bit the rounded original plus all deltas. (Linear layers: tests/train/test_quantized_run.py.)"""
+    """In fp32 to the bit the rounded original plus all deltas. (Linear layers:
+    tests/train/test_quantized_run.py.)
+    """
     original = base_of(SHARE, True, torch.float32).weight.data
     updates = [(spec, value.float()) for spec, value in some_terms(SHARE)]
-    merged, replayed = (in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE)) for _ in range(2))
+    merged, replayed = (
+        in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE)) for _ in range(2)
+    )
     right = live_weight(merged.read(), updates, True, torch.float32)
     for cycle, (_, value) in enumerate(updates, start=1):
         merged.merge(original, updates[:cycle], value)
@@ -138,13 +172,20 @@ def test_merges_and_a_replay_never_round_a_conv1d_again():
     assert torch.equal(replayed.read(), right)
 
 
-@pytest.mark.parametrize("config", [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)])
+@pytest.mark.parametrize(
+    "config",
+    [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)],
+)
 def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
-    """The matrix goes on acting in the same dtype: nothing is rounded to the weight's grid."""
+    """The matrix goes on acting in the same dtype: nothing is rounded to the weight's
+    grid.
+    """
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
     inject(model, replace(config, base_bits=4))
     for index, layer in enumerate(mora_layers(model).values()):
-        layer.value.data += (0.02 * random(*layer.value.shape, seed=index)).to(torch.bfloat16)
+        layer.value.data += (0.02 * random(*layer.value.shape, seed=index)).to(
+            torch.bfloat16
+        )
     ids = tokens(2)
     before = model(input_ids=ids).logits.float()
     for layer in mora_layers(model).values():
@@ -164,18 +205,28 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert base_bits_of(model) == 4
-    adds = sum(4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features) for layer in layers.values())
+    adds = sum(
+        4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features)
+        for layer in layers.values()
+    )
     assert merge_bytes(model) == adds
     plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
     squares = sum(layer.value.numel() for layer in layers.values())
     assert merge_bytes(plain) == 4 * squares, "all layers of one shape have the same tables"
     for layer in layers.values():
         layer.keep_merged(some_terms(layer.spec))
-    scales = {name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()}
+    scales = {
+        name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()
+    }
     move_base(model, "cpu", torch.bfloat16)
     model.to(torch.bfloat16)
-    assert all(torch.equal(layer.get_buffer("weight_scales"), scales[name]) for name, layer in layers.items())
-    assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {torch.bfloat16}
+    assert all(
+        torch.equal(layer.get_buffer("weight_scales"), scales[name])
+        for name, layer in layers.items()
+    )
+    assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {
+        torch.bfloat16
+    }
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

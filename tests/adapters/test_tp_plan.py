@@ -29,7 +29,9 @@ def test_what_of_each_family_is_split(family):
     has_mlp = family in SPLIT | MLP
     assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), plan.reasons
     assert len(plan.blocks) == 2 * len(kinds)
-    assert set(plan.reasons) == {name for name, style in plan.styles.items() if style is Style.WHOLE}
+    assert set(plan.reasons) == {
+        name for name, style in plan.styles.items() if style is Style.WHOLE
+    }
     assert bool(plan.summed) == (family in ("qwen3", "qwen3_moe", "gemma3_text"))
     inject(model, MoRAConfig(rank=4))
     assert plan_of(model, 2) == plan, "injection changes nothing"
@@ -83,7 +85,10 @@ def test_dropout_is_refused_and_named():
     model = model_with_mora()
     model.model.layers[0].self_attn.drops_keys = True  # no probability
     split(model)
-    for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
+    for model in (
+        tiny_model("gpt2", resid_pdrop=0.1),
+        tiny_model("llama", attention_dropout=0.1),
+    ):
         inject(model, MoRAConfig(rank=4))
         with user_error(r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):
             split(model)
@@ -105,5 +110,7 @@ def test_squares_need_a_row_a_rank():
 
 def test_a_degree_that_does_not_divide_the_ranks():
     check_world(4, tensor=2)
-    with user_error("--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"):
+    with user_error(
+        "--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
+    ):
         check_world(4, tensor=3)

@@ -1,4 +1,6 @@
-"""One run of two ranks that the tests of checkpoints share, and one that was made without training."""
+"""One run of two ranks that the tests of checkpoints share, and one that was made without
+training.
+"""
 
 import shutil
 import subprocess
@@ -27,15 +29,24 @@ def golden(user, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Three cycles, every kind of operator, live squares, a run's own ledger beside its checkpoint. Not written to."""
-    run = fake_run(tmp_path_factory.mktemp("run"), cycles=3, num_hidden_layers=1, trained=("model.norm.weight",))
+    """Three cycles, every kind of operator, live squares, a run's own ledger beside its
+    checkpoint. Not written to.
+    """
+    run = fake_run(
+        tmp_path_factory.mktemp("run"),
+        cycles=3,
+        num_hidden_layers=1,
+        trained=("model.norm.weight",),
+    )
     Ledger.open(run.checkpoint / "ledger").copy_to(run.output / "ledger")
     return run
 
 
 @pytest.fixture
 def copied(original, tmp_path):
-    """The run's output folder, free to be damaged; its base lies at the same relative place."""
+    """The run's output folder, free to be damaged; its base lies at the same relative
+    place.
+    """
     shutil.copytree(original.base, tmp_path / "base")
     shutil.copytree(original.output, tmp_path / "out", symlinks=True)
     return tmp_path / "out"

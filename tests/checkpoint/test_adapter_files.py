@@ -1,4 +1,6 @@
-"""adapter.json, adapter.safetensors and base.json: what they store, and how damage is named."""
+"""adapter.json, adapter.safetensors and base.json: what they store, and how damage is
+named.
+"""
 
 import os
 from dataclasses import replace
@@ -31,8 +33,12 @@ CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # given as JSON has it
 @pytest.fixture
 def adapter(tmp_path):
     layers = layers_of(2)
-    adapter = AdapterFile(layers, CONFIG, "bfloat16", 2, 250, trainables=("n.weight",), facts={"seed": 3})
-    write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
+    adapter = AdapterFile(
+        layers, CONFIG, "bfloat16", 2, 250, trainables=("n.weight",), facts={"seed": 3}
+    )
+    write_adapter(
+        tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()}
+    )
     return adapter
 
 
@@ -75,7 +81,10 @@ def test_adapter_tensors_must_fit(adapter, tmp_path):
     with user_error(r"a\.q\.square is \(6, 6\)"):
         AdapterTensors(tmp_path, wider)
     tensors = load_file(tmp_path / "adapter.safetensors")
-    save_file({**tensors, "a.q.square": tensors["a.q.square"].half()}, tmp_path / "adapter.safetensors")
+    save_file(
+        {**tensors, "a.q.square": tensors["a.q.square"].half()},
+        tmp_path / "adapter.safetensors",
+    )
     with user_error(r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
         AdapterTensors(tmp_path, adapter)
     with pytest.raises(ValueError, match="not those that the adapter lists"):
@@ -85,8 +94,13 @@ def test_adapter_tensors_must_fit(adapter, tmp_path):
         AdapterTensors(tmp_path, adapter)
 
 
-@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"])
-def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(adapter, tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"],
+)
+def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
+    adapter, tmp_path, name
+):
     """An engine's shards are larger by far; their sizes are looked at all the same."""
     BaseReference("base", "f", {}, "float32").write(tmp_path)
     ledger = Ledger.create(tmp_path / "ledger", "f")
@@ -122,7 +136,11 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path):
 
 @pytest.mark.parametrize(
     "change, words",
-    [("format = 2", " has format 2"), ("dtype = int4", ": unknown dtype 'int4'"), ("keys = null", " is damaged")],
+    [
+        ("format = 2", " has format 2"),
+        ("dtype = int4", ": unknown dtype 'int4'"),
+        ("keys = null", " is damaged"),
+    ],
 )
 def test_a_damaged_base_reference_is_named(tmp_path, change, words):
     BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)

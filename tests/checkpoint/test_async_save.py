@@ -1,4 +1,6 @@
-"""--async_save: the same checkpoints, written while training goes on; errors are told by the next save, everywhere."""
+"""--async_save: the same checkpoints, written while training goes on; errors are told by
+the next save, everywhere.
+"""
 
 import errno
 import threading
@@ -31,8 +33,9 @@ def whole(user, tmp_path_factory):
 
 
 def slow_job(argv):
-    """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
-    disk would wait for ever. (shards that were written beside training, summary)."""
+    """No shard is written before a step has been done since its save, the last one's apart:
+    a save that waited for the disk would wait for ever. (shards that were written beside
+    training, summary)."""
     write = shard_module.write_shard
     after_step = Trainer._after_step
     save = checkpoints.CheckpointWriter.save
@@ -63,8 +66,12 @@ def slow_job(argv):
 
 
 def test_the_same_checkpoints_while_training_goes_on(user, whole, out):
-    """Merges fall into writes; every checkpoint is as of its own step, and the run is the other one bit for bit."""
-    for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save true")):
+    """Merges fall into writes; every checkpoint is as of its own step, and the run is the
+    other one bit for bit.
+    """
+    for beside, summary in run_ranks(
+        2, slow_job, user.flags(out, *MORE, "--async_save true")
+    ):
         assert beside >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
     assert_same_outcome(out, whole)
@@ -83,7 +90,9 @@ def faulty_job(argv, fault):
 
     shard_module.write_shard = write_or_fail
     kind, message = refused(argv)
-    assert not any("step-000006" in str(path) for path in written), "the next save is the boundary"
+    assert not any("step-000006" in str(path) for path in written), (
+        "the next save is the boundary"
+    )
     return kind, message
 
 

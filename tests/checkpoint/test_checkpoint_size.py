@@ -1,4 +1,6 @@
-"""What a checkpoint weighs: 16 bytes a trained parameter (master, two moments, the adapter file) and little else."""
+"""What a checkpoint weighs: 16 bytes a trained parameter (master, two moments, the adapter
+file) and little else.
+"""
 
 from pathlib import Path
 
@@ -33,14 +35,23 @@ def sizes(folder):
             more = {} if dtype == "float32" else {"bf16": {"enabled": True}}
             if more:
                 more["data_types"] = {"grad_accum_dtype": "fp32"}
-            engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 1, **more))
+            engine, *_ = mora_ds.initialize(
+                model=model, config=ds_config(stage, 2, 1, **more)
+            )
             run = mora_ds.Run(engine, base=root / "model", folder=root / f"{stage}-{dtype}")
             engine.backward(causal_loss(engine, tokens(2)))
             engine.step()
             checkpoint = run.save(1)
             ledger = checkpoint / "ledger"
-            paths = [path for path in checkpoint.rglob("*") if path.is_file() and ledger not in path.parents]
-            measured[f"{stage} {dtype}"] = sum(path.stat().st_size for path in paths), report.trainable_params
+            paths = [
+                path
+                for path in checkpoint.rglob("*")
+                if path.is_file() and ledger not in path.parents
+            ]
+            measured[f"{stage} {dtype}"] = (
+                sum(path.stat().st_size for path in paths),
+                report.trainable_params,
+            )
     return measured
 
 
@@ -60,7 +71,9 @@ def names(root):
 
 
 def test_only_whole_ones_count_and_go(tmp_path):
-    """Keeping two: those without a manifest, cut short, or of a branch that was left stay as they are, uncounted."""
+    """Keeping two: those without a manifest, cut short, or of a branch that was left stay
+    as they are, uncounted.
+    """
     folders = {step: checkpoint_at(tmp_path, step) for step in (1, 2, 3, 4, 5, 6, 9)}
     (folders[2] / "manifest.json").unlink()
     (folders[5] / "file").write_text("")

@@ -1,7 +1,10 @@
-"""Checkpoints that somebody has made by hand, with hashes that fit: nothing is written, read or executed elsewhere."""
+"""Checkpoints that somebody has made by hand, with hashes that fit: nothing is written,
+read or executed elsewhere.
+"""
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,13 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
-from tests.helpers.crafted import SHARD, change_header, change_layout, reseal, whole_checkpoint
+from tests.helpers.crafted import (
+    SHARD,
+    change_header,
+    change_layout,
+    reseal,
+    whole_checkpoint,
+)
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.tables import rows
@@ -26,7 +35,9 @@ def original(tmp_path_factory):
 @pytest.fixture
 def checkpoint(original, tmp_path):
     shutil.copytree(original.base, tmp_path / "base")
-    return Path(shutil.copytree(original.checkpoint, tmp_path / "out/checkpoints/step-000007"))
+    return Path(
+        shutil.copytree(original.checkpoint, tmp_path / "out/checkpoints/step-000007")
+    )
 
 
 def test_the_checkpoint_itself_is_good(checkpoint, tmp_path):
@@ -64,7 +75,9 @@ def rename_key(checkpoint, key):
     reseal(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300]
+)
 @pytest.mark.parametrize("rename", [rename_parameter, rename_key])
 def test_names_in_shards_are_those_of_files(checkpoint, rename, name):
     rename(checkpoint, name)
@@ -80,7 +93,12 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint, name):
         content["seal"] = _seal(content["files"])
 
     change_json(checkpoint / "manifest.json", change)
-    assert_refused(export_adapter, checkpoint, checkpoint.parent / "made", "cannot be the name of a file")
+    assert_refused(
+        export_adapter,
+        checkpoint,
+        checkpoint.parent / "made",
+        "cannot be the name of a file",
+    )
 
 
 # -- links -------------------------------------------------------------------------------------------------------------
@@ -93,13 +111,17 @@ LINKS = {
 
 
 @pytest.mark.parametrize("tool", LINKS)
-@pytest.mark.parametrize("link", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
+@pytest.mark.parametrize(
+    "link", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"]
+)
 def test_no_tool_follows_a_link(checkpoint, tmp_path, tool, link):
     (tmp_path / "secret").write_text("of the user")
     (checkpoint / link).symlink_to(tmp_path / "secret")
     reseal(checkpoint)
     assert_refused(LINKS[tool], checkpoint, tmp_path / "made", "links are not followed")
-    assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
+    assert any(
+        "links are not followed" in problem for problem in verify(checkpoint)[0].problems
+    )
 
 
 def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path):
@@ -110,7 +132,9 @@ def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path):
 
 def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, tmp_path):
     os.mkfifo(checkpoint / "tokenizer/pipe")
-    assert_refused(export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder")
+    assert_refused(
+        export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder"
+    )
 
 
 # -- types, numbers and sizes ------------------------------------------------------------------------------------------
@@ -162,11 +186,22 @@ def test_random_states_that_torch_does_not_take(checkpoint):
         _load_rng(checkpoint, 0, TrainerState.read(checkpoint))
 
 
+def change_first_operator(change, content):
+    first_layer = next(iter(content["layers"].values()))
+    first_layer["operator"].update(change)
+
+
 def test_an_operators_seed_and_sizes_have_bounds(checkpoint):
-    for change in ({"seed": 10**12}, {"d_in": 10**9}, {"d_in": True}, {"kind": ["share"]}, {"more": 1}):
+    for change in (
+        {"seed": 10**12},
+        {"d_in": 10**9},
+        {"d_in": True},
+        {"kind": ["share"]},
+        {"more": 1},
+    ):
         before = (checkpoint / "adapter.json").read_text()
-        operator = lambda content: next(iter(content["layers"].values()))["operator"].update(change)  # noqa: B023, E731
-        change_json(checkpoint / "adapter.json", operator)
+        change_operator = partial(change_first_operator, change)
+        change_json(checkpoint / "adapter.json", change_operator)
         reseal(checkpoint)
         assert_refused(export_adapter, checkpoint, checkpoint.parent / "made", "operator")
         (checkpoint / "adapter.json").write_text(before)
@@ -174,11 +209,18 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint):
 
 def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, tmp_path):
     def change(header):
-        header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)
+        header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace(
+            '"d_in": 32', '"d_in": 16777216', 1
+        )
 
     change_header(checkpoint / "ledger/cycle-00001.safetensors", change)
     reseal(checkpoint)
-    assert_refused(export_merged, checkpoint, tmp_path / "merged", "another layer than in earlier cycles")
+    assert_refused(
+        export_merged,
+        checkpoint,
+        tmp_path / "merged",
+        "another layer than in earlier cycles",
+    )
 
 
 def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint, tmp_path):
@@ -189,4 +231,9 @@ def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint, tmp_path):
 
     change_json(checkpoint / "adapter.json", change)
     reseal(checkpoint)
-    assert_refused(export_adapter, checkpoint, tmp_path / "adapter", "another layer than in earlier cycles")
+    assert_refused(
+        export_adapter,
+        checkpoint,
+        tmp_path / "adapter",
+        "another layer than in earlier cycles",
+    )

@@ -1,6 +1,8 @@
-"""The damage matrix: every kind of file cut, flipped in a bit or deleted; found, named, passed over, never trained on.
+"""The damage matrix: every kind of file cut, flipped in a bit or deleted; found, named,
+passed over, never trained on.
 
-What `auto` passes over and `latest` refuses is decided without an engine, so most cases only copy a finished run.
+What `auto` passes over and `latest` refuses is decided without an engine, so most cases
+only copy a finished run.
 
 One file because all of them share that run.
 """
@@ -44,7 +46,11 @@ KINDS = (
 
 def test_every_file_of_a_checkpoint_has_its_case(golden):
     checkpoint = golden / "checkpoints/step-000006"
-    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(checkpoint))
+        for path in checkpoint.rglob("*")
+        if path.is_file()
+    }
     assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"}
     assert not set(KINDS) - files
 
@@ -52,7 +58,9 @@ def test_every_file_of_a_checkpoint_has_its_case(golden):
 # -- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, harm", list(zip(KINDS, itertools.cycle(HARMS), strict=False)))
+@pytest.mark.parametrize(
+    "kind, harm", list(zip(KINDS, itertools.cycle(HARMS), strict=False))
+)
 def test_a_damaged_checkpoint_is_passed_over_and_refused(out, kind, harm, caplog):
     root = out / "checkpoints"
     damaged = root / "step-000006" / kind
@@ -62,14 +70,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(out, kind, harm, caplog
     (line,) = caplog.messages
     assert line.startswith(f"skipped {root / 'step-000006'}: ")
     assert str(damaged) in line
-    asked = ["latest", str(root / "step-000006")] if kind != "manifest.json" or harm != "gone" else []
+    asked = (
+        ["latest", str(root / "step-000006")]
+        if kind != "manifest.json" or harm != "gone"
+        else []
+    )
     for wanted in asked:
         with user_error("step-000006 is damaged") as caught:
             resume_checkpoint(wanted, root)
         assert str(damaged) in str(caught.value)
         assert "--resume_from_checkpoint auto" in str(caught.value)
     # An export reads no shards and no random states: of these it sees the size alone.
-    if asked and (harm != "flip" or not kind.startswith(("engine/", "rng", "trainer_state"))):
+    if asked and (
+        harm != "flip" or not kind.startswith(("engine/", "rng", "trainer_state"))
+    ):
         with pytest.raises((UserError, RunError)):
             export_merged(root / "step-000006", out / "merged")
         assert not (out / "merged").exists()
@@ -89,9 +103,13 @@ EDITS = {
     "shard in neither": lambda folder: lose(folder, KINDS[-1]),
     "random state in neither": lambda folder: lose(folder, "rng.safetensors"),
     "ledger in neither": lambda folder: lose(folder, "ledger/ledger.json"),
-    "one hash missing": lambda folder: edit(folder, lambda content: content["files"].pop(KINDS[-1])),
+    "one hash missing": lambda folder: edit(
+        folder, lambda content: content["files"].pop(KINDS[-1])
+    ),
     "nothing listed": lambda folder: edit(folder, lambda content: content["files"].clear()),
-    "another size": lambda folder: edit(folder, lambda content: content["files"]["base.json"].update(size=1)),
+    "another size": lambda folder: edit(
+        folder, lambda content: content["files"]["base.json"].update(size=1)
+    ),
 }
 
 
@@ -106,7 +124,9 @@ def test_a_manifest_that_is_not_the_one_written(out, change, caplog):
 
 
 def test_a_cycle_that_was_damaged_before_it_was_listed(out, caplog):
-    """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
+    """Manifest and file agree: both are of the damaged cycle. The ledger's own record does
+    not.
+    """
     from mora_ds.common.files import write_manifest
 
     root = out / "checkpoints"
@@ -120,19 +140,28 @@ def test_a_cycle_that_was_damaged_before_it_was_listed(out, caplog):
 
 
 def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
-    """Both cycles are one file with four names each: a damaged first one leaves nothing to go on from."""
+    """Both cycles are one file with four names each: a damaged first one leaves nothing to
+    go on from.
+    """
     root = out / "checkpoints"
     flip(out / "ledger/cycle-00000.safetensors", 0.9)
     before = tree(out)
-    for kind, message in run_ranks(2, refused, golden_flags(user, out, "--resume_from_checkpoint", "auto")):
+    for kind, message in run_ranks(
+        2, refused, golden_flags(user, out, "--resume_from_checkpoint", "auto")
+    ):
         assert kind == "UserError"
         assert f"no checkpoint in {root} is intact" in message
-        assert all(f"step-00000{step}/ledger/cycle-00000.safetensors" in message for step in (2, 4, 6))
+        assert all(
+            f"step-00000{step}/ledger/cycle-00000.safetensors" in message
+            for step in (2, 4, 6)
+        )
     assert tree(out) == before
 
 
 def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
-    """The run's own ledger, two checkpoints and their cycle share the damage; the run is the same in the end."""
+    """The run's own ledger, two checkpoints and their cycle share the damage; the run is
+    the same in the end.
+    """
     flip(out / "ledger/cycle-00001.safetensors", 0.9)
     assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints/step-000002"
     assert len(caplog.messages) == 2
@@ -143,7 +172,9 @@ def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
 # -- latest ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"])
+@pytest.mark.parametrize(
+    "target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"]
+)
 def test_latest_that_leads_nowhere_or_elsewhere(out, target):
     root = out / "checkpoints"
     shutil.copytree(root / "step-000006", out / "elsewhere/step-000008")
@@ -159,7 +190,12 @@ def test_latest_that_leads_nowhere_or_elsewhere(out, target):
 
 
 @pytest.mark.parametrize(
-    "kind, harm", [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
+    "kind, harm",
+    [
+        ("ledger.json", "cut"),
+        ("cycle-00000.safetensors", "flip"),
+        ("cycle-00000.safetensors", "gone"),
+    ],
 )
 def test_a_resume_takes_the_checkpoints_ledger(out, kind, harm):
     damaged = out / "ledger" / kind
@@ -182,12 +218,16 @@ def harmed_job(argv):
 
 
 def test_a_ledger_that_is_damaged_while_the_run_goes_on(user, tmp_path):
-    """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
+    """A low bit of one number: the merge's probe does not see it, the next checkpoint does,
+    and is not written.
+    """
     out = tmp_path / "out"
     kind, message = run_alone(harmed_job, golden_flags(user, out))
     assert kind in ("RunError", "UserError")
     assert "cycle-00000.safetensors" in message
-    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [
+        "step-000002"
+    ]
     assert not list((out / "checkpoints").glob(".*"))
 
 
@@ -228,7 +268,16 @@ def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
     for index, (name, harm, _) in enumerate(BASES):
         folder = Path(shutil.copytree(user.model, tmp_path / f"base-{index}"))
         harm(folder / name)
-        cases.append(golden_flags(user, out, "--resume_from_checkpoint", "auto", "--model_name_or_path", folder))
+        cases.append(
+            golden_flags(
+                user,
+                out,
+                "--resume_from_checkpoint",
+                "auto",
+                "--model_name_or_path",
+                folder,
+            )
+        )
     before = tree(out)
     for results in run_ranks(2, refused_each, cases):
         for (kind, message), (name, harm, words) in zip(results, BASES, strict=True):
@@ -236,8 +285,15 @@ def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
             assert words in message, (name, harm.__name__, message)
     assert tree(out) == before
     same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
-    change_json(same / "config.json", lambda content: content.update(transformers_version="5.99.0"))
-    latest = ("--resume_from_checkpoint", out / "checkpoints/step-000004", "--model_name_or_path", same)
+    change_json(
+        same / "config.json", lambda content: content.update(transformers_version="5.99.0")
+    )
+    latest = (
+        "--resume_from_checkpoint",
+        out / "checkpoints/step-000004",
+        "--model_name_or_path",
+        same,
+    )
     run(2, golden_flags(user, out, *latest))
     assert BaseReference.read(out / "checkpoints/step-000006").folder == str(same.resolve())
 
@@ -266,7 +322,9 @@ def fill(disk, leave):
 def test_a_cache_on_a_full_disk(user, disk):
     fill(disk, 16_384)
     with pytest.raises((RunError, UserError), match=f"{disk}"):
-        build_cache(load_corpus([str(user.train)]), load_tokenizer(user.model), disk / "cache")
+        build_cache(
+            load_corpus([str(user.train)]), load_tokenizer(user.model), disk / "cache"
+        )
     assert not list((disk / "cache").glob("*partial*"))
 
 
@@ -294,7 +352,11 @@ def test_an_output_folder_that_cannot_be_written_to(user, out, read_only):
     (out / "checkpoints/.step-000008.writing").mkdir()
     before = tree(out)
     read_only(out)
-    for more in (("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true"), ()):
+    for more in (
+        ("--resume_from_checkpoint", "auto"),
+        ("--overwrite_output_dir", "true"),
+        (),
+    ):
         kind, message = run_alone(refused, golden_flags(user, out, *more))
         assert kind == "UserError"
         assert f"--output_dir {out} cannot be written to" in message
@@ -302,7 +364,9 @@ def test_an_output_folder_that_cannot_be_written_to(user, out, read_only):
 
 
 def frozen_job(argv, folder):
-    """A run during which the file system of a folder becomes read-only, after step 3. For `run_ranks`."""
+    """A run during which the file system of a folder becomes read-only, after step 3. For
+    `run_ranks`.
+    """
 
     def freeze(trainer):
         subprocess.run(["mount", "--bind", folder, folder], check=True)
@@ -312,9 +376,13 @@ def frozen_job(argv, folder):
     return refused(argv)
 
 
-@pytest.mark.parametrize("name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")])
+@pytest.mark.parametrize(
+    "name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")]
+)
 def test_a_folder_that_becomes_read_only(user, golden, tmp_path, read_only, name, newest):
-    """The checkpoint of step 4 is written before the merge of step 4, which the ledger cannot take."""
+    """The checkpoint of step 4 is written before the merge of step 4, which the ledger
+    cannot take.
+    """
     out = tmp_path / "out"
     probe = tmp_path / "probe"
     probe.mkdir()
@@ -330,10 +398,23 @@ def test_a_folder_that_becomes_read_only(user, golden, tmp_path, read_only, name
 
 
 def test_a_shared_cache_may_be_read_only(user, tmp_path, read_only):
-    run(1, golden_flags(user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
+    run(
+        1,
+        golden_flags(
+            user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3
+        ),
+    )
     read_only(tmp_path / "cache")
-    run(1, golden_flags(user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
+    run(
+        1,
+        golden_flags(
+            user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3
+        ),
+    )
     more = ("--cache_dir", tmp_path / "cache", "--train_files", user.held)
     kind, message = run_alone(refused, golden_flags(user, tmp_path / "third", *more))
     assert kind == "UserError"
-    assert f"--cache_dir {tmp_path / 'cache'} cannot be written to: Read-only file system" in message
+    assert (
+        f"--cache_dir {tmp_path / 'cache'} cannot be written to: Read-only file system"
+        in message
+    )

@@ -1,4 +1,5 @@
-"""An engine's state saved by two ranks is restored at one, three, four and two, under any ZeRO stage, to the bit.
+"""An engine's state saved by two ranks is restored at one, three, four and two, under any
+ZeRO stage, to the bit.
 
 Complete runs: `test_elastic_runs`.
 """
@@ -25,7 +26,9 @@ MOMENTS = ["exp_avg", "exp_avg_sq"]
 
 
 def trained(combination):
-    """An engine after three steps, its second parameter's state as old as its last merge."""
+    """An engine after three steps, its second parameter's state as old as its last
+    merge.
+    """
     engine = new_engine(*combination)
     for number in range(3):
         one_step(engine)
@@ -73,12 +76,19 @@ def save_all(root):
     for combination in COMBINATIONS:
         engine = trained(combination)
         save_engine(engine, place(root, combination))
-        results[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
+        results[combination] = {
+            **live(engine),
+            "scale": scale_of(engine),
+            "next": next_loss(engine),
+        }
     return results
 
 
 def scale_of(engine):
-    return {name: getattr(view_of(engine).loss_scaler, name, None) for name in shard_module.SCALER}
+    return {
+        name: getattr(view_of(engine).loss_scaler, name, None)
+        for name in shard_module.SCALER
+    }
 
 
 def next_loss(engine):
@@ -94,7 +104,9 @@ def restored(combination, folder):
 
 
 def restore_all(root, target, pairs):
-    """Each of `pairs`: a checkpoint of the first combination into an engine of the second, saved anew."""
+    """Each of `pairs`: a checkpoint of the first combination into an engine of the second,
+    saved anew.
+    """
     results = []
     for saved, now in pairs:
         engine = restored(now, place(root, saved))
@@ -112,7 +124,9 @@ def saved(tmp_path_factory):
 
 SAME = [(combination, combination) for combination in COMBINATIONS]
 CROSS = [
-    ((one, dtype), (other, dtype)) for dtype in ("float32", "bfloat16") for one, other in permutations((1, 2, 3), 2)
+    ((one, dtype), (other, dtype))
+    for dtype in ("float32", "bfloat16")
+    for one, other in permutations((1, 2, 3), 2)
 ]
 
 
@@ -127,32 +141,52 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(saved, tmp_path, wor
         for (before, after), result in zip(pairs, rank, strict=True):
             wanted = expected[before]
             tensors = [name for name in wanted if name not in ("scale", "next")]
-            assert_same_tensors({n: result[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
-            assert result["next"] == pytest.approx(wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2)
+            assert_same_tensors(
+                {n: result[n] for n in tensors},
+                {n: wanted[n] for n in tensors},
+                (before, after),
+            )
+            assert result["next"] == pytest.approx(
+                wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2
+            )
             if before[0] == after[0]:
                 assert result["scale"] == wanted["scale"]
-                assert world != 2 or result["next"] == wanted["next"], "the same number of ranks: bit for bit"
+                assert world != 2 or result["next"] == wanted["next"], (
+                    "the same number of ranks: bit for bit"
+                )
     for before, after in pairs:
         assert_same_tensors(
-            whole(place(str(tmp_path), before) / str(after)), whole(place(root, before)), (before, after)
+            whole(place(str(tmp_path), before) / str(after)),
+            whole(place(root, before)),
+            (before, after),
         )
 
 
 def test_steps_and_what_a_shard_holds(saved):
-    """`whole` is not compared with itself alone: its masters are the engine's, its state is what the run must have."""
+    """`whole` is not compared with itself alone: its masters are the engine's, its state is
+    what the run must have.
+    """
     root, expected = saved
     for combination in COMBINATIONS:
         stored = whole(place(root, combination))
         for name in ("first", "second"):
-            assert torch.equal(stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
-            assert all(stored[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
-        assert (stored["first.step"].item(), stored["second.step"].item()) == (3, 2), combination
+            assert torch.equal(
+                stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]
+            ), combination
+            assert all(stored[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), (
+                combination
+            )
+        assert (stored["first.step"].item(), stored["second.step"].item()) == (3, 2), (
+            combination
+        )
         layout = EngineShards.open(place(root, combination) / "engine").layout
         assert (layout.world_size, layout.stage) == (2, combination[0])
 
 
 def opened_while_restored(folder):
-    """The files that this rank opens for each kind of shards, at the size that wrote them."""
+    """The files that this rank opens for each kind of shards, at the size that wrote
+    them.
+    """
     opened = []
     load = shard_module.open_safetensors
 
@@ -190,5 +224,7 @@ def refused_by_model(folder):
 
 
 def test_shards_of_another_model_are_refused(saved):
-    (message,) = run_pooled(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
+    (message,) = run_pooled(
+        1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine")
+    )
     assert "in 1 parameters, e.g. second: (7,) there, (9,) here" in message

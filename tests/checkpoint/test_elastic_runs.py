@@ -1,4 +1,5 @@
-"""A run saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with nothing lost.
+"""A run saved by two ranks goes on at one, three, four and two, under any ZeRO stage, with
+nothing lost.
 
 The state of the engines alone: `test_elastic`.
 """
@@ -29,7 +30,12 @@ def flags(user, out, world, *more):
 def changed_to(out, stage):
     """Flags of a run that goes on from step 4 under another ZeRO stage."""
     checkpoint = out / "checkpoints/step-000004"
-    return "--resume_from_checkpoint", checkpoint, "--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json"
+    return (
+        "--resume_from_checkpoint",
+        checkpoint,
+        "--deepspeed",
+        REPOSITORY / "configs" / f"zero{stage}.json",
+    )
 
 
 def watched(argv, last=None):
@@ -62,7 +68,10 @@ def in_order(ranks):
     for rank in ranks:
         for step, first, ids in rank:
             steps.setdefault(step, {})[first] = ids
-    return {step: torch.cat([batches[first] for first in sorted(batches)]) for step, batches in steps.items()}
+    return {
+        step: torch.cat([batches[first] for first in sorted(batches)])
+        for step, batches in steps.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +83,17 @@ def two(user, tmp_path_factory):
 
 @pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), heavy(3, 3)])
 def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stage):
-    """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
+    """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6),
+    7 and 8 at two again.
+    """
     reference, batches = two
     out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
-    middle = in_order(run_ranks(world, watched, flags(user, out, world, *changed_to(out, stage)), 6))
-    last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto")))
+    middle = in_order(
+        run_ranks(world, watched, flags(user, out, world, *changed_to(out, stage)), 6)
+    )
+    last = in_order(
+        run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"))
+    )
     assert set(middle) >= {4, 5}
     assert set(last) >= {6, 7}  # and the batch that a save looks ahead at
     for step, ids in {**middle, **last}.items():
@@ -87,7 +102,11 @@ def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stag
     assert_close_losses(out, reference, rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
     for step in (6, 8):  # saved by the other number of ranks, and by two again
-        report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
+        report = export_merged(
+            out / "checkpoints" / f"step-{step:06d}",
+            tmp_path / f"merged-{step}",
+            verify=True,
+        )
         assert report.comparison is not None
         assert report.cycles == 2
         assert_good(out / "checkpoints" / f"step-{step:06d}", user.model)
@@ -98,18 +117,23 @@ MUON = ("--optimizer", "muon", "--learning_rate", 0.02)
 
 @pytest.fixture(scope="module")
 def muon(user, tmp_path_factory):
-    """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with a momentum to lose."""
+    """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with
+    a momentum to lose.
+    """
     out = tmp_path_factory.mktemp("muon") / "out"
     run(2, flags(user, out, 2, *MUON))
     return out
 
 
 @pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), heavy(1, 3)])
-def test_muons_momentum_goes_on_at_another_size_and_stage(user, muon, tmp_path, world, stage):
+def test_muons_momentum_goes_on_at_another_size_and_stage(
+    user, muon, tmp_path, world, stage
+):
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
     run(world, flags(user, out, world, *MUON, *changed_to(out, stage)))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)
     assert_good(out / "checkpoints/step-000008", user.model)
-    back = ("--resume_from_checkpoint", out / "checkpoints/step-000006")  # saved as it was resumed
+    # Saved as it was resumed
+    back = ("--resume_from_checkpoint", out / "checkpoints/step-000006")
     run(2, flags(user, out, 2, *MUON, *back))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)

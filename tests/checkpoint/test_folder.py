@@ -1,4 +1,6 @@
-"""The folder of all checkpoints: what is not a run's stays, and what cannot be deleted does not end a run."""
+"""The folder of all checkpoints: what is not a run's stays, and what cannot be deleted does
+not end a run.
+"""
 
 import errno
 import os
@@ -21,13 +23,28 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at
 
-UNKNOWN_FOLDERS = ("step-000002.bak", "step-", "step-2", "step-0000002", "step--00002", "step-00000\uff12", "notes")
-HIDDEN_FOLDERS = (".step-000002.bak.writing", ".step-x.old.writing", ".step-9.gone.writing", ".mine")
+UNKNOWN_FOLDERS = (
+    "step-000002.bak",
+    "step-",
+    "step-2",
+    "step-0000002",
+    "step--00002",
+    "step-00000\uff12",
+    "notes",
+)
+HIDDEN_FOLDERS = (
+    ".step-000002.bak.writing",
+    ".step-x.old.writing",
+    ".step-9.gone.writing",
+    ".mine",
+)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Three checkpoints, the user's own folders and files beside them, and a link to a checkpoint elsewhere."""
+    """Three checkpoints, the user's own folders and files beside them, and a link to a
+    checkpoint elsewhere.
+    """
     root = tmp_path / "checkpoints"
     for step in (2, 4, 6):
         checkpoint_at(root, step)
@@ -64,11 +81,17 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     writer._retain(root, 6, keep=1)
     gone = {name for name in before if name.split("/")[0] in ("step-000002", "step-000004")}
     assert contents(root) == before - gone
-    assert (root / "step-000001/file").read_text() == "1", "a link and what it leads to are the user's"
+    assert (root / "step-000001/file").read_text() == "1", (
+        "a link and what it leads to are the user's"
+    )
 
 
-def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root, tmp_path):
-    """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a checkpoint that is there."""
+def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(
+    root, tmp_path
+):
+    """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a
+    checkpoint that is there.
+    """
     name_latest(root, root / "step-000004")
     assert os.readlink(root / "latest") == "step-000006"
     for target in (None, "step-000099"):
@@ -88,7 +111,9 @@ def test_a_copy_can_be_resumed_from_and_verified(root):
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
-    assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
+    assert not any(
+        "not the name of a checkpoint" in problem for problem in verify(copy)[0].problems
+    )
 
 
 def busy(*_, **options):
@@ -97,12 +122,17 @@ def busy(*_, **options):
 
 
 @pytest.mark.parametrize("module, call", [(shutil, "rmtree"), (os, "rename")])
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(root, monkeypatch, caplog, module, call):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
+    root, monkeypatch, caplog, module, call
+):
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
         writer._retain(root, 6, keep=1)
         settle(root)
-    assert "cannot be deleted and takes up space: [Errno 16] Device or resource busy" in caplog.text
+    assert (
+        "cannot be deleted and takes up space: [Errno 16] Device or resource busy"
+        in caplog.text
+    )
     assert resume_checkpoint("auto", root) == root / "step-000006"
     caplog.clear()
     settle(root)
@@ -112,7 +142,9 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(root, 
     assert not caplog.text
 
 
-def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(root, monkeypatch, caplog):
+def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
+    root, monkeypatch, caplog
+):
     beside = shutil.copytree(root / "step-000006", root / ".step-000006.writing")
     with monkeypatch.context() as patched:
         patched.setattr(folders.shutil, "rmtree", busy)

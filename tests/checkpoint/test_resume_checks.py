@@ -37,11 +37,15 @@ def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("root", [".", "linked", "absolute"])
 def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
-    """However the folder is named: relative to where one is, through a link, or by its own path."""
+    """However the folder is named: relative to where one is, through a link, or by its own
+    path.
+    """
     old, new, abandoned = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
     (tmp_path / "linked").symlink_to("own")
     monkeypatch.chdir(tmp_path / "own")
-    folder = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[root]
+    folder = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[
+        root
+    ]
     replace_symlink(folder / "latest", new.name)
     assert resume_checkpoint("auto", folder) == folder / new.name
     (new / "file").unlink()
@@ -51,19 +55,43 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
 
 def test_differences_are_told_by_flag_and_all_at_once(tmp_path):
     saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
-    check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
+    check_identity(
+        tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}}
+    )
     with pytest.raises(UserError) as error:
-        check_identity(tmp_path, saved, {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1})
+        check_identity(
+            tmp_path,
+            saved,
+            {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1},
+        )
     rank = "--mora_rank: 8 there, 4 here"
-    for phrase in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
+    for phrase in (
+        "--model_name_or_path",
+        rank,
+        "--seed: 1 there, None here",
+        "more: None",
+    ):
         assert phrase in str(error.value)
     assert "target_modules" not in str(error.value)
     labels = {
-        "global_batch_size": ("--per_device_train_batch_size", "--gradient_accumulation_steps"),
-        "mixture": ("--document_start", "--replay", "--mixture", "--train_files", "--text_column", "--held_out_share"),
+        "global_batch_size": (
+            "--per_device_train_batch_size",
+            "--gradient_accumulation_steps",
+        ),
+        "mixture": (
+            "--document_start",
+            "--replay",
+            "--mixture",
+            "--train_files",
+            "--text_column",
+            "--held_out_share",
+        ),
     }
     for key, flags in labels.items():
-        values = ({key: {"sources": {"law": number}} if key == "mixture" else number} for number in (1, 2))
+        values = (
+            {key: {"sources": {"law": number}} if key == "mixture" else number}
+            for number in (1, 2)
+        )
         with pytest.raises(UserError) as error:
             check_identity(tmp_path, *values)
         assert [flag for flag in flags if flag not in str(error.value)] == []
@@ -82,7 +110,9 @@ def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path, rows):
 
 
 def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
-    """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
+    """A rank's own state where it has one; otherwise one of its own, another at every step,
+    the same each time.
+    """
     states = []
     for seed in (3, 4):
         torch.manual_seed(seed)
@@ -90,7 +120,9 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
     save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
 
     def drawn(rank, step=5, seed=0):
-        checkpoints._load_rng(tmp_path, rank, TrainerState(step=step, identity={"seed": seed}))
+        checkpoints._load_rng(
+            tmp_path, rank, TrainerState(step=step, identity={"seed": seed})
+        )
         return torch.rand(1).item()
 
     rng_state = torch.get_rng_state()
@@ -109,11 +141,22 @@ def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path):
     def share(rank, **facts):
         return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})
 
-    shares = [share(0, stage=3, lr=0.1), share(1, stage=3, lr=0.2), share(2, stage=3, lr=0.1)]
+    shares = [
+        share(0, stage=3, lr=0.1),
+        share(1, stage=3, lr=0.2),
+        share(2, stage=3, lr=0.1),
+    ]
     alone = SimpleNamespace(on_first=lambda check, work: work())
-    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, ranks=alone)
-    with pytest.raises(RunError, match=r"ranks \[1\] trained other parameters or with other settings than rank 0"):
-        writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)
+    writer = checkpoints.CheckpointWriter(
+        tmp_path, None, lambda step: lambda folder: None, ranks=alone
+    )
+    with pytest.raises(
+        RunError,
+        match=r"ranks \[1\] trained other parameters or with other settings than rank 0",
+    ):
+        writer._complete(
+            tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None
+        )
     assert not any(tmp_path.iterdir())
 
 
@@ -134,7 +177,9 @@ def refused_operator(root):
     before = torch.cat([parameter.flatten() for parameter in engine.module.parameters()])
     with pytest.raises(UserError) as caught:
         mora_ds.Run(engine, **where, resume="latest")
-    assert torch.equal(torch.cat([parameter.flatten() for parameter in engine.module.parameters()]), before)
+    assert torch.equal(
+        torch.cat([parameter.flatten() for parameter in engine.module.parameters()]), before
+    )
     return str(caught.value)
 
 
@@ -144,4 +189,7 @@ def other_seed(layers):
 
 def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path):
     message = run_alone(refused_operator, str(tmp_path))
-    assert "adapter.json: model.layers.0.self_attn.q_proj has another operator there" in message
+    assert (
+        "adapter.json: model.layers.0.self_attn.q_proj has another operator there"
+        in message
+    )

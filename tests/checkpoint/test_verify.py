@@ -1,4 +1,6 @@
-"""`mora-ds verify`: a good run is good, and whatever is damaged is named, manifest or not."""
+"""`mora-ds verify`: a good run is good, and whatever is damaged is named, manifest or
+not.
+"""
 
 import shutil
 import sys
@@ -23,7 +25,9 @@ from tests.helpers.tools import called
 @pytest.fixture
 def checkpoint(golden, tmp_path):
     """A copy to damage."""
-    return Path(shutil.copytree((golden / "checkpoints/latest").resolve(), tmp_path / "step-000006"))
+    return Path(
+        shutil.copytree((golden / "checkpoints/latest").resolve(), tmp_path / "step-000006")
+    )
 
 
 def tool(*arguments):
@@ -51,7 +55,9 @@ def test_a_good_run(user, golden):
         "ledger: 2 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
     ):  # fmt: skip
         assert phrase in text, text
-    assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [verdict.folder for verdict in verdicts]
+    assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [
+        verdict.folder for verdict in verdicts
+    ]
     assert verify(golden / "checkpoints/latest")[0].folder == verdicts[-1].folder.resolve()
 
 
@@ -83,7 +89,12 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint, user, tmp_path):
     export_adapter(checkpoint, adapter)
     (verdict,) = verify(adapter, user.model)
     assert verdict.is_good, verdict.problems
-    assert [fact.partition(":")[0] for fact in verdict.facts] == ["files", "adapter", "ledger", "base"]
+    assert [fact.partition(":")[0] for fact in verdict.facts] == [
+        "files",
+        "adapter",
+        "ledger",
+        "base",
+    ]
     (adapter / "ledger/cycle-00000.safetensors").unlink()
     assert "cycle-00000.safetensors is missing" in wrong(adapter)
     (checkpoint / "trainer_state.json").unlink()
@@ -103,7 +114,10 @@ def changed_tensor(folder, value):
 def another_tensor(folder):
     path = folder / "adapter.safetensors"
     save_file({**load_file(path), "another.weight": torch.ones(2)}, path)
-    change_json(folder / "adapter.json", lambda adapter: adapter["trainables"].append("another.weight"))
+    change_json(
+        folder / "adapter.json",
+        lambda adapter: adapter["trainables"].append("another.weight"),
+    )
 
 
 def changed_shard(folder, name, change):
@@ -155,7 +169,9 @@ DEEPER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
+@pytest.mark.parametrize(
+    "change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER]
+)
 def test_what_the_hashes_do_not_tell(checkpoint, change, told):
     change(checkpoint)
     write_manifest(checkpoint)
@@ -176,7 +192,10 @@ def not_finite(ledger):
 @pytest.mark.parametrize(
     "change, told",
     [
-        (lambda ledger: flip(ledger / "cycle-00001.safetensors"), "cycle-00001.safetensors is damaged"),
+        (
+            lambda ledger: flip(ledger / "cycle-00001.safetensors"),
+            "cycle-00001.safetensors is damaged",
+        ),
         (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),
     ],
 )
@@ -186,7 +205,9 @@ def test_a_ledger_alone(tmp_path, change, told):
     (verdict,) = verify(ledger, fake.base)
     assert verdict.is_good
     assert "ledger: 3 cycle(s), hashes and chain" in verdict.facts
-    other = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
+    other = fake_run(
+        tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0
+    ).base
     with user_error(r"--base: .* is not the base of"):
         verify(ledger, other)
     change(ledger)
@@ -194,7 +215,9 @@ def test_a_ledger_alone(tmp_path, change, told):
 
 
 def test_another_base(golden, checkpoint, user, tmp_path):
-    """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
+    """The command is wrong then, and no checkpoint is called damaged; of a damaged one the
+    damage is told.
+    """
     other = another_base(user.model, tmp_path / "model")
     with user_error(r"--base: .* is not the base of"):
         verify(golden, other)
@@ -209,6 +232,8 @@ def test_another_base(golden, checkpoint, user, tmp_path):
 def test_latest_that_leads_nowhere(golden, tmp_path):
     copy = Path(shutil.copytree(golden, tmp_path / "out", symlinks=True))
     replace_symlink(copy / "checkpoints/latest", "step-000009")
-    assert "latest names step-000009, which does not exist" in "\n".join(verify(copy)[-1].problems)
+    assert "latest names step-000009, which does not exist" in "\n".join(
+        verify(copy)[-1].problems
+    )
     with user_error("neither a checkpoint"):
         verify(tmp_path)

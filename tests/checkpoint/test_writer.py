@@ -22,9 +22,13 @@ def tensors_of(checkpoint):
 
 
 def test_a_checkpoint_holds_no_base_weight(user, golden):
-    """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
+    """No tensor has the shape of one, none is large enough to hide one, no float of one
+    stands in a row anywhere.
+    """
     base = AutoModelForCausalLM.from_pretrained(user.model)
-    frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
+    frozen = {
+        name: tensor for name, tensor in base.named_parameters() if "norm" not in name
+    }
     shapes = {tuple(tensor.shape) for tensor in frozen.values()}
     checkpoint = golden / "checkpoints/latest"
     tensors = list(tensors_of(checkpoint.resolve()))
@@ -32,8 +36,12 @@ def test_a_checkpoint_holds_no_base_weight(user, golden):
     trainable = 1_680
     for path, tensor in tensors:
         assert tuple(tensor.shape) not in shapes, path
-        assert tensor.numel() <= max(trainable, 8 * 400) or path.name == "rng.safetensors", path
-    content = b"".join(path.read_bytes() for path in checkpoint.resolve().rglob("*") if path.is_file())
+        assert (
+            tensor.numel() <= max(trainable, 8 * 400) or path.name == "rng.safetensors"
+        ), path
+    content = b"".join(
+        path.read_bytes() for path in checkpoint.resolve().rglob("*") if path.is_file()
+    )
     for name, tensor in frozen.items():
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
 
@@ -47,11 +55,15 @@ def test_its_files_and_links(golden):
     assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
     assert not list((golden / "checkpoints").glob(".*")), "nothing half-written stays"
     cycle = golden / "ledger/cycle-00000.safetensors"
-    assert (checkpoint / "ledger" / cycle.name).samefile(cycle), "a link, not a copy a checkpoint"
+    assert (checkpoint / "ledger" / cycle.name).samefile(cycle), (
+        "a link, not a copy a checkpoint"
+    )
 
 
 def flushed_job(argv):
-    """What a run flushes, renames and links, in order, from its first checkpoint's manifest on."""
+    """What a run flushes, renames and links, in order, from its first checkpoint's manifest
+    on.
+    """
     events = []
     flush = os.fsync
     rename = checkpoints._replace_folder
@@ -73,20 +85,38 @@ def flushed_job(argv):
     checkpoints._replace_folder = replace_folder
     checkpoints.files.replace_symlink = replace_symlink
     job(argv)
-    return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
+    return events[
+        next(index for index, event in enumerate(events) if "manifest.json" in event) :
+    ]
 
 
 def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, tmp_path):
-    """Without it a power cut may leave the name of a checkpoint without its files, or a link to no checkpoint."""
+    """Without it a power cut may leave the name of a checkpoint without its files, or a
+    link to no checkpoint.
+    """
     flags = "--max_steps 2 --save_steps 1 --save_total_limit 1"
     events = run_alone(flushed_job, user.flags(tmp_path / "out", flags))
-    renamed = next(index for index, event in enumerate(events) if " -> step-000002" in event)
+    renamed = next(
+        index for index, event in enumerate(events) if " -> step-000002" in event
+    )
     beside = events[renamed].split(" -> ")[0]
-    linked = next(index for index, event in enumerate(events) if event.endswith("latest links") and index > renamed)
-    listed = max(index for index, event in enumerate(events[:renamed]) if event.endswith(".manifest.json.partial"))
-    assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), "once more, when all their files are there"
+    linked = next(
+        index
+        for index, event in enumerate(events)
+        if event.endswith("latest links") and index > renamed
+    )
+    listed = max(
+        index
+        for index, event in enumerate(events[:renamed])
+        if event.endswith(".manifest.json.partial")
+    )
+    assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), (
+        "once more, when all their files are there"
+    )
     assert str(tmp_path / "out/checkpoints") in events[renamed:linked]
-    assert [path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")] == ["step-000002"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")] == [
+        "step-000002"
+    ]
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------
@@ -105,5 +135,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user, disk):
         assert complete
         assert all(verify_manifest(folder) == [] for folder in complete)
         assert (out / "checkpoints/latest").resolve() == complete[-1]
-        assert not list((out / "checkpoints").glob(".*")), "half a checkpoint would keep the disk full"
+        assert not list((out / "checkpoints").glob(".*")), (
+            "half a checkpoint would keep the disk full"
+        )
         shutil.rmtree(out)

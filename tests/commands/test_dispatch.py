@@ -1,4 +1,6 @@
-"""`mora-ds COMMAND`: which function runs, on which flags, and who starts the processes of a training."""
+"""`mora-ds COMMAND`: which function runs, on which flags, and who starts the processes of a
+training.
+"""
 
 import os
 import sys
@@ -59,8 +61,14 @@ def test_the_recipes_of_the_package_are_those_of_the_checkout():
 
 def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
-    arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
+    files = [
+        "--mixture",
+        "configs/mixtures/two_domains.yaml",
+        "--model_config",
+        "configs/models/tiny_llama.json",
+    ]
+    # It names configs/zero3.json
+    arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])
     assert arguments.training.deepspeed == str(CONFIGS / "zero3.json")
     assert arguments.training.seed == 3
     assert arguments.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
@@ -70,7 +78,9 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path, monkeypatch)
     local_file = tmp_path / "configs/zero3.json"
     local_file.parent.mkdir()
     local_file.write_text("{}")
-    assert shipped("configs/zero3.json") == "configs/zero3.json", "a file of the user's comes first"
+    assert shipped("configs/zero3.json") == "configs/zero3.json", (
+        "a file of the user's comes first"
+    )
 
 
 def test_recipes_are_listed_and_copied(tmp_path, capsys):
@@ -78,14 +88,27 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert "configs/recipes/continual.yaml\n" in capsys.readouterr().out
     copy = tmp_path / "mine"
     assert answer(recipes.main, "mora-ds recipes", ["copy", str(copy)]) == (0, "")
-    assert (copy / "recipes/continual.yaml").read_bytes() == (CONFIGS / "recipes/continual.yaml").read_bytes()
+    assert (copy / "recipes/continual.yaml").read_bytes() == (
+        CONFIGS / "recipes/continual.yaml"
+    ).read_bytes()
     code, message = answer(recipes.main, "mora-ds recipes", ["copy", str(copy)])
     assert code == 2
     assert str(copy) in message
 
 
 # -- who starts the processes ------------------------------------------------------------------------------------------
-FLAGS = ["recipe.yaml", "--num_gpus", "2", "--eval_files", "a", "b", "--no_ssh", "--master_port=29501", "--seed", "3"]
+FLAGS = [
+    "recipe.yaml",
+    "--num_gpus",
+    "2",
+    "--eval_files",
+    "a",
+    "b",
+    "--no_ssh",
+    "--master_port=29501",
+    "--seed",
+    "3",
+]
 
 
 def test_the_launchers_flags_are_told_from_the_others():
@@ -97,8 +120,16 @@ def test_the_launchers_flags_are_told_from_the_others():
 
 
 def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
-    values = {"num_nodes": "1", "num_gpus": "2", "master_port": "1", "node_rank": "0", "ssh_port": "22"}
-    words = [word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))]
+    values = {
+        "num_nodes": "1",
+        "num_gpus": "2",
+        "master_port": "1",
+        "node_rank": "0",
+        "ssh_port": "22",
+    }
+    words = [
+        word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))
+    ]
     words += [f"--{name}" for name in launcher.SWITCHES]
     parsed = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
     assert parsed.module
@@ -127,14 +158,18 @@ def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     environment = {} if rank is None else {"RANK": rank}
     monkeypatch.setattr(os, "environ", environment)
     pretrain.start()
-    assert calls == ([] if launched is None else [launcher.command(launched, ["--seed", "3"])])
+    assert calls == (
+        [] if launched is None else [launcher.command(launched, ["--seed", "3"])]
+    )
     is_alone = launched is None and rank is None and flags == ["--seed", "3"]
     assert ("MASTER_PORT" in environment) == is_alone
 
 
 @pytest.mark.parametrize("variable", launcher.TASKS)
 def test_one_of_several_tasks_is_not_the_only_rank(variable, monkeypatch):
-    """srun without RANK: both tasks would train a run of their own, with half of the batch."""
+    """srun without RANK: both tasks would train a run of their own, with half of the
+    batch.
+    """
     ranks = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
     monkeypatch.setattr(launcher, "accelerators", lambda: 1)

@@ -18,7 +18,9 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
     """The flags win, as in training; a recipe's micro-batches a step are kept."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (tmp_path / "recipe.yaml").write_text("mora_rank: 8\ntrain_embedding_rank: 3\ngradient_accumulation_steps: 3\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "mora_rank: 8\ntrain_embedding_rank: 3\ngradient_accumulation_steps: 3\n"
+    )
     flags = (
         f"{tmp_path}/recipe.yaml --model {TINY} --gpus 16 --gpus_per_node 4 --gpu_memory 40 --seq_len 256 "
         "--micro_batch 2 --sequence_parallel_size 2 --fp16 --no_document_mask --mora_rank 4 --deepspeed=~/ds.json"
@@ -27,10 +29,23 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
     planner = tool._planner(options, tool._arguments(options, settings))
     work = planner.work
     config = planner.ds_config
-    assert (work.seq_len, work.micro_batch, work.dtype, work.sequence_parallel) == (256, 2, torch.float16, 2)
-    assert (work.document_mask, work.checkpointing, work.by_documents) == (False, False, True)
+    assert (work.seq_len, work.micro_batch, work.dtype, work.sequence_parallel) == (
+        256,
+        2,
+        torch.float16,
+        2,
+    )
+    assert (work.document_mask, work.checkpointing, work.by_documents) == (
+        False,
+        False,
+        True,
+    )
     assert work.adapter == MoRAConfig(rank=4, embedding_rank=3)
-    assert (planner.cluster, planner.on_cpu, planner.accumulation) == (Cluster(16, 4, 40e9), False, 3)
+    assert (planner.cluster, planner.on_cpu, planner.accumulation) == (
+        Cluster(16, 4, 40e9),
+        False,
+        3,
+    )
     assert config["train_batch_size"] == 2 * 3 * 8
     assert config["zero_optimization"]["stage"] == 2
 
@@ -44,7 +59,9 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
         ("mora_rank: 8", "--fp16", torch.float16),
     ],
 )
-def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(tmp_path, recipe, flags, dtype):
+def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
+    tmp_path, recipe, flags, dtype
+):
     (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
     words = f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}"
     options, settings = tool._parser().parse_known_args(words.split())
@@ -59,4 +76,6 @@ def test_the_tool_prints_json(capsys):
     assert plan["recommended"]
     assert plan["fits"]
     assert plan["bytes"]["peak"] < 1e9
-    assert plan["bytes_gathered"] == pytest.approx(2 * plan["trained_elements"], rel=0.01), "each parameter once"
+    assert plan["bytes_gathered"] == pytest.approx(
+        2 * plan["trained_elements"], rel=0.01
+    ), "each parameter once"

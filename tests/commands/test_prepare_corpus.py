@@ -1,4 +1,6 @@
-"""`mora-ds prepare-corpus` fills the token cache with what a run of the same settings looks for."""
+"""`mora-ds prepare-corpus` fills the token cache with what a run of the same settings looks
+for.
+"""
 
 import pytest
 

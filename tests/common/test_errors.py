@@ -1,4 +1,6 @@
-"""The exceptions' messages: each once, the nearest word, another library's reason in a line; and bounds of settings."""
+"""The exceptions' messages: each once, the nearest word, another library's reason in a
+line; and bounds of settings.
+"""
 
 import math
 from enum import Enum
@@ -43,18 +45,27 @@ def test_each_problem_is_told_once():
 
 
 def test_a_word_is_not_its_own_nearest():
-    assert nearest("merge_every", ["merge_every", "merge_very"]) == " Did you mean 'merge_very'?"
+    assert (
+        nearest("merge_every", ["merge_every", "merge_very"])
+        == " Did you mean 'merge_very'?"
+    )
     assert nearest("merge_every", ["merge_every", "seed"]) == ""
 
 
 def test_an_unknown_name_is_told_with_the_known_ones():
-    assert unknown("--kind", "tow", ["one", "two"]) == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
+    assert (
+        unknown("--kind", "tow", ["one", "two"])
+        == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
+    )
 
 
 def test_settings_that_are_not_allowed_are_told_as_flags():
     settings = SimpleNamespace(a=0, b=2, kind="two", other="tow")
     wrong = wrong_values(settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind})
-    assert list(wrong) == ["--a must be at least 1, got 0", unknown("--other", "tow", ["one", "two"])]
+    assert list(wrong) == [
+        "--a must be at least 1, got 0",
+        unknown("--other", "tow", ["one", "two"]),
+    ]
 
 
 def test_a_stop_passes_what_handles_errors():
@@ -93,7 +104,13 @@ def test_bounds(bounds, allowed, refused):
 
 def test_a_value_out_of_bounds_is_told_with_its_flag():
     large = 2**63
-    values = [("a", None, COUNT), ("b", 0, COUNT), ("c", large - 1, COUNT), ("d", large, COUNT), ("e", 2e9, SECONDS)]
+    values = [
+        ("a", None, COUNT),
+        ("b", 0, COUNT),
+        ("c", large - 1, COUNT),
+        ("d", large, COUNT),
+        ("e", 2e9, SECONDS),
+    ]
     assert list(out_of_bounds(values)) == [
         "--b must be at least 1, got 0",
         f"--d must be below {large}, got {large}",
@@ -101,7 +118,9 @@ def test_a_value_out_of_bounds_is_told_with_its_flag():
     ]
 
 
-@pytest.mark.parametrize("value", ["2", 2.0, True, None, 0, 2**63, np.int64(0), np.bool_(True)])
+@pytest.mark.parametrize(
+    "value", ["2", 2.0, True, None, 0, 2**63, np.int64(0), np.bool_(True)]
+)
 def test_what_is_no_whole_number(value):
     with user_error(r"^f: `x` must be a whole number from 1 on, or None, got "):
         whole_number(value, 1, "f: `x`", ", or None")

@@ -1,4 +1,6 @@
-"""Atomic writes, links, folders and manifests: what a full disk, a kill or damage leaves behind."""
+"""Atomic writes, links, folders and manifests: what a full disk, a kill or damage leaves
+behind.
+"""
 
 import errno
 import hashlib
@@ -34,7 +36,12 @@ def test_manifest_names_each_damage(tmp_path):
     (tmp_path / "gone").unlink()
     problems = "\n".join(files.verify_manifest(tmp_path))
     assert len(problems.splitlines()) == 4
-    for words in ("deep/flipped is damaged", "/flipped is damaged", "short has 999 bytes", "gone is missing"):
+    for words in (
+        "deep/flipped is damaged",
+        "/flipped is damaged",
+        "short has 999 bytes",
+        "gone is missing",
+    ):
         assert words in problems
     (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "files": {{}}}}')
     assert "it does not list what it was written with" in files.verify_manifest(tmp_path)[0]
@@ -64,7 +71,9 @@ def test_symlink_moves_and_folder_replacement_recovers(tmp_path):
 
 
 def test_half_made_link_is_never_written_through(tmp_path):
-    """A killed `link_or_copy` leaves a hard link where the next write begins: the linked file must not change."""
+    """A killed `link_or_copy` leaves a hard link where the next write begins: the linked
+    file must not change.
+    """
     precious = tmp_path / "precious"
     precious.write_text("keep")
     os.link(precious, tmp_path / ".a.json.partial")
@@ -79,7 +88,9 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path):
     os.close(writer)
     assert read_text(Path(f"/dev/fd/{reader}")) == "{}"
     os.close(reader)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as memory:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path
+    ) as memory:
         for path in (tmp_path / "pipe", Path(memory) / "pipe"):
             os.mkfifo(path)
             with user_error("is no file"):
@@ -114,7 +125,9 @@ def recorded(patch):
 
 
 def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monkeypatch):
-    """Otherwise a power cut leaves a name without its content, or loses what was reported as written."""
+    """Otherwise a power cut leaves a name without its content, or loses what was reported
+    as written.
+    """
     folder = tmp_path / "folder"
     events = recorded(monkeypatch)
     folder.mkdir()
@@ -136,8 +149,14 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monke
 @pytest.mark.parametrize(
     "code, words",
     [
-        *((code, "the disk that holds .* is full") for code in (errno.ENOSPC, errno.EDQUOT)),
-        *((getattr(errno, name), "writing to .* failed") for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")),
+        *(
+            (code, "the disk that holds .* is full")
+            for code in (errno.ENOSPC, errno.EDQUOT)
+        ),
+        *(
+            (getattr(errno, name), "writing to .* failed")
+            for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+        ),
     ],
 )
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, code, words):
@@ -164,7 +183,9 @@ def test_a_link_is_not_the_file_that_was_recorded(tmp_path):
     facts = files.record(tmp_path, [tmp_path / "file"])["file"]
     assert files.file_problem(tmp_path / "file", facts["size"], facts["sha256"]) == ""
     (tmp_path / "link").symlink_to("file")
-    assert "link is missing" in files.file_problem(tmp_path / "link", facts["size"], facts["sha256"])
+    assert "link is missing" in files.file_problem(
+        tmp_path / "link", facts["size"], facts["sha256"]
+    )
 
 
 def test_a_copied_folder_has_the_files_and_their_times(tmp_path):
@@ -172,7 +193,10 @@ def test_a_copied_folder_has_the_files_and_their_times(tmp_path):
     (source / "kept/engine").mkdir(parents=True)
     (source / "kept/engine/file").write_text("text")
     files.copy_folder(source, tmp_path / "target")
-    names = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
+    names = {
+        path.relative_to(tmp_path / "target").as_posix()
+        for path in (tmp_path / "target").rglob("*")
+    }
     assert names == {"kept", "kept/engine", "kept/engine/file"}
 
 
@@ -189,10 +213,16 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         with pytest.raises(failure), files.atomic_path(folder / "old") as temporary:
             temporary.write_text("new")
             raise failure
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+            "model",
+            "model/old",
+        ]
     with files.atomic_folder(folder) as partial:
         (partial / "new").write_text("")
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "model",
+        "model/new",
+    ]
 
 
 def test_a_link_or_a_copy(tmp_path, monkeypatch):
@@ -234,8 +264,13 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path, monkeypatch):
         "mine": hashlib.sha256(b"mine").hexdigest(),
     }
     assert files.verify_manifest(tmp_path, ()) == []
-    assert ["deep/theirs is damaged" in problem for problem in files.verify_manifest(tmp_path)] == [True]
-    for size, words in ((12, "has 11 bytes instead of 12"), (10, "has 11 bytes instead of 10")):
+    assert [
+        "deep/theirs is damaged" in problem for problem in files.verify_manifest(tmp_path)
+    ] == [True]
+    for size, words in (
+        (12, "has 11 bytes instead of 12"),
+        (10, "has 11 bytes instead of 10"),
+    ):
         with pytest.raises(RunError, match=f"theirs {words} on rank 0's node, 0 s after"):
             files.write_manifest(tmp_path, {"deep/theirs": {**theirs, "size": size}})
     with pytest.raises(RunError, match="gone is missing on rank 0's node"):
@@ -265,7 +300,10 @@ def test_json_is_utf8_of_a_known_format(tmp_path):
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
     files.require_format(path, {"format": files.FORMAT})
-    for content, words in (({"format": 2}, "has format 2; mora_ds .* reads format 5"), ({}, "has format None")):
+    for content, words in (
+        ({"format": 2}, "has format 2; mora_ds .* reads format 5"),
+        ({}, "has format None"),
+    ):
         with user_error(rf"a\.json {words}"):
             files.require_format(path, content)
     path.write_text("[]")
@@ -302,7 +340,9 @@ YAML = [
 ]
 
 
-@pytest.mark.parametrize("text, words", YAML, ids=[f"{index}" for index in range(len(YAML))])
+@pytest.mark.parametrize(
+    "text, words", YAML, ids=[f"{index}" for index in range(len(YAML))]
+)
 def test_yaml_that_is_refused(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with user_error(words):
@@ -338,7 +378,9 @@ class InCloud:
 
 
 def test_whatever_names_a_path_is_one():
-    assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [Path("a/b")] * 3
+    assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [
+        Path("a/b")
+    ] * 3
     for value in ("", None, 3, b"a", InCloud(b"a"), InCloud("")):
         with user_error(r"^f: `x` must be a path, got "):
             files.as_path(value, "f: `x`")

@@ -63,7 +63,9 @@ ALLOWED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("hint, value", ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))])
+@pytest.mark.parametrize(
+    "hint, value", ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))]
+)
 def test_what_is_allowed_is_returned_as_it_is(hint, value):
     assert typed(hint, value, "file") == value
 
@@ -126,10 +128,15 @@ TOO_MUCH = [
     (Side, MAX_SIDE + 1, "at most"),
     (FileName, LONG + "b", "too long"), (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
 ]  # fmt: skip
-REFUSALS = [*((HINTS[hint], parsed(value), words) for hint, value, words in rows(REFUSED)), *TOO_MUCH]
+REFUSALS = [
+    *((HINTS[hint], parsed(value), words) for hint, value, words in rows(REFUSED)),
+    *TOO_MUCH,
+]
 
 
-@pytest.mark.parametrize("hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))])
+@pytest.mark.parametrize(
+    "hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))]
+)
 def test_what_is_refused_is_named_with_its_place(hint, value, words):
     with user_error(words) as caught:
         typed(hint, value, "file")
@@ -194,7 +201,9 @@ def test_json_that_is_as_deep_as_it_may_be():
 
 @pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
 def test_memory_that_a_file_asks_for(free, limit, monkeypatch):
-    """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of the 1300 that it may have."""
+    """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of
+    the 1300 that it may have.
+    """
     psutil = SimpleNamespace(
         virtual_memory=lambda: SimpleNamespace(available=free),
         Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
@@ -209,13 +218,19 @@ def test_memory_that_a_file_asks_for(free, limit, monkeypatch):
         require_memory(3 * 2**30, "a layer")
 
 
-UNSAFE = {"trust_remote_code": r"trust_remote_code(?:: bool)? ?= ?(\w+)", "torch.load": r"torch\.load\(([^()]*)\)"}
+UNSAFE = {
+    "trust_remote_code": r"trust_remote_code(?:: bool)? ?= ?(\w+)",
+    "torch.load": r"torch\.load\(([^()]*)\)",
+}
 """What a default or an argument is, in the text of a module."""
 
 
 def test_no_module_runs_code_that_comes_with_a_file_unasked():
     sources = [path.read_text() for path in Path(mora_ds.__file__).parent.rglob("*.py")]
-    matches = {name: [match for text in sources for match in re.findall(rule, text)] for name, rule in UNSAFE.items()}
+    matches = {
+        name: [match for text in sources for match in re.findall(rule, text)]
+        for name, rule in UNSAFE.items()
+    }
     assert "False" in matches["trust_remote_code"]
     assert "True" not in matches["trust_remote_code"]
     assert matches["torch.load"]
@@ -225,7 +240,10 @@ def test_no_module_runs_code_that_comes_with_a_file_unasked():
 def test_a_path_that_cannot_be_looked_at_is_named(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
-    for path, reason in (("n" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):
+    for path, reason in (
+        ("n" * 300, "File name too long"),
+        (loop, "Too many levels of symbolic links"),
+    ):
         with user_error(f"^--x {path}: {reason}$"):
             untrusted.expanded(path, "--x")
     with user_error(r"--x .*null byte"):

@@ -37,17 +37,32 @@ def test_no_flag_at_all_is_the_is_demo_and_valid():
 
 def test_booleans_and_lists_as_hugging_face_writes_them():
     arguments = parse(
-        ["--fp16", "true", "--bf16", "false", "--no_document_mask", "--target_modules", "q_proj", "re:.*mlp.*"]
+        [
+            "--fp16",
+            "true",
+            "--bf16",
+            "false",
+            "--no_document_mask",
+            "--target_modules",
+            "q_proj",
+            "re:.*mlp.*",
+        ]
     )
     assert (arguments.training.fp16, arguments.training.bf16) == (True, False)
     assert arguments.data.document_mask is False
     assert arguments.adapter.target_modules == ["q_proj", "re:.*mlp.*"]
 
 
-@pytest.mark.parametrize("rank", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]])
+@pytest.mark.parametrize(
+    "rank", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]]
+)
 def test_launchers_put_the_local_rank_before_the_recipe(tmp_path, rank):
     arguments = parse([*rank, recipe(tmp_path, "mora_rank: 16"), "--seed", "1"])
-    assert (arguments.training.local_rank, arguments.adapter.mora_rank, arguments.training.seed) == (3, 16, 1)
+    assert (
+        arguments.training.local_rank,
+        arguments.adapter.mora_rank,
+        arguments.training.seed,
+    ) == (3, 16, 1)
 
 
 def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys):
@@ -72,7 +87,8 @@ def test_a_field_without_docstring_is_refused():
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     path = recipe(
-        tmp_path, "mora_rank: 16\nlearning_rate: 4e-4\ntarget_modules: q_proj\nbf16: true\nmax_eval_batches: null\n"
+        tmp_path,
+        "mora_rank: 16\nlearning_rate: 4e-4\ntarget_modules: q_proj\nbf16: true\nmax_eval_batches: null\n",
     )
     arguments = parse([path, "--mora_rank", "32", "--bf16", "false"])
     assert (arguments.adapter.mora_rank, arguments.training.bf16) == (32, False)
@@ -108,10 +124,21 @@ def test_an_empty_recipe_sets_nothing(tmp_path):
 
 def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
     first = parse(
-        [*RUN, "--learning_rate", "1e-5", "--eval_files", "x=a.txt", "--no_eval_on_start", "--local_rank", "1"]
+        [
+            *RUN,
+            "--learning_rate",
+            "1e-5",
+            "--eval_files",
+            "x=a.txt",
+            "--no_eval_on_start",
+            "--local_rank",
+            "1",
+        ]
     )
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}}))
+    path.write_text(
+        yaml.safe_dump({**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}})
+    )
     again = parse([str(path)])
     assert dump(again) == dump(first)
     assert "local_rank" not in dump(first)
@@ -122,9 +149,13 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
 
 def numbers():
     """The settings that are numbers."""
-    groups = [type(group) for group in vars(parse([])).values() if dataclasses.is_dataclass(group)]
+    groups = [
+        type(group) for group in vars(parse([])).values() if dataclasses.is_dataclass(group)
+    ]
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    numeric = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+    numeric = [
+        name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}
+    ]
     return [name for name in numeric if name != "local_rank"]
 
 
@@ -135,7 +166,17 @@ def test_no_number_is_without_bounds(name):
 
 
 def test_everything_wrong_is_listed_at_once():
-    changes = {"mora_rank": 0, "operator": "x", "lr_scheduler_type": "x", "learning_rate": -1.0, "seq_len": 0}
+    changes = {
+        "mora_rank": 0,
+        "operator": "x",
+        "lr_scheduler_type": "x",
+        "learning_rate": -1.0,
+        "seq_len": 0,
+    }
     with pytest.raises(UserError) as caught:
-        validate(from_flat({**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}))
+        validate(
+            from_flat(
+                {**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}
+            )
+        )
     assert len(str(caught.value).splitlines()) == 8

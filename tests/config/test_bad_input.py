@@ -1,4 +1,5 @@
-"""Mistakes that one launch alone does not show: on several ranks, in folders of other runs, while running.
+"""Mistakes that one launch alone does not show: on several ranks, in folders of other runs,
+while running.
 
 test_bad_launches.py has all others.
 """
@@ -18,7 +19,15 @@ from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
 from tests.helpers.exports import contents
 from tests.helpers.gloo import run_alone, run_ranks
-from tests.helpers.jobs import REPOSITORY, finished_run, launch, refusal, refused, refused_each, run
+from tests.helpers.jobs import (
+    REPOSITORY,
+    finished_run,
+    launch,
+    refusal,
+    refused,
+    refused_each,
+    run,
+)
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import heavy
 
@@ -47,7 +56,9 @@ def test_all_ranks_agree_on_a_broken_file(user, tmp_path):
 
 def test_documents_that_would_see_each_other(user, tmp_path):
     shutil.copytree(user.model, tmp_path / "bloom")
-    bloom = AutoConfig.for_model("bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
+    bloom = AutoConfig.for_model(
+        "bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4
+    )
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "bloom")
     argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "bloom")
     assert "--no_document_mask" in refusal(argv)
@@ -57,8 +68,14 @@ def test_documents_that_would_see_each_other(user, tmp_path):
 
 def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path):
     path = train_sentencepiece(user.texts(), 450, tmp_path)
-    cases = [user.flags(tmp_path / "out", "--tokenizer_name", name) for name in (path, user.train)]
-    assert_user_errors(cases, [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]])
+    cases = [
+        user.flags(tmp_path / "out", "--tokenizer_name", name)
+        for name in (path, user.train)
+    ]
+    assert_user_errors(
+        cases,
+        [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]],
+    )
 
 
 def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path):
@@ -66,7 +83,13 @@ def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path):
     shutil.copytree(user.model, tmp_path / "model")
     tiny_model("qwen2", vocab_size=400).save_pretrained(tmp_path / "model")
     path = train_sentencepiece(user.texts(), 380, tmp_path)
-    argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model", "--tokenizer_name", path)
+    argv = user.flags(
+        tmp_path / "out",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--tokenizer_name",
+        path,
+    )
     message = refusal(argv)
     assert "--tokenizer_name" in message
     assert "qwen2" in message
@@ -84,14 +107,25 @@ def test_another_run_is_not_touched(user, other_run, tmp_path):
     before = contents(other_run)
     mistaken = ["--overwrite_output_dir", "true"]
     checkpoint = other_run / "checkpoints/latest"
-    elsewhere = shutil.copytree(other_run / "checkpoints", tmp_path / "elsewhere", symlinks=True) / "latest"
+    elsewhere = (
+        shutil.copytree(other_run / "checkpoints", tmp_path / "elsewhere", symlinks=True)
+        / "latest"
+    )
     cases = {
         "holds another run": user.flags(other_run),
-        f"{other_run} holds another run": user.flags(other_run, "--resume_from_checkpoint", elsewhere),
-        "no file matches": user.flags(other_run, *mistaken, "--train_files", tmp_path / "*.txt"),
+        f"{other_run} holds another run": user.flags(
+            other_run, "--resume_from_checkpoint", elsewhere
+        ),
+        "no file matches": user.flags(
+            other_run, *mistaken, "--train_files", tmp_path / "*.txt"
+        ),
         "q_prj": user.flags(other_run, *mistaken, "--target_modules q_prj"),
-        "--warmup_steps": user.flags(other_run, *mistaken, "--max_steps -1 --warmup_steps 5000"),
-        "--mora_rank: 2": user.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank 4"),
+        "--warmup_steps": user.flags(
+            other_run, *mistaken, "--max_steps -1 --warmup_steps 5000"
+        ),
+        "--mora_rank: 2": user.flags(
+            tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank 4"
+        ),
         "is a file": user.flags(other_run / "run.yaml"),
     }
     assert_user_errors(list(cases.values()), [[phrase] for phrase in cases])
@@ -104,11 +138,21 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
     out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
     before = contents(out)
     holder = "import sys, pathlib as p; from mora_ds.train.output_folder import reserve; reserve(p.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", f"{holder}; print('held', flush=True); input()", str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True) as living:
+    command = [
+        sys.executable,
+        "-c",
+        f"{holder}; print('held', flush=True); input()",
+        str(out),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True
+    ) as living:
         assert living.stdout is not None
         assert living.stdout.readline() == "held\n"
-        cases = [user.flags(out, "--resume_from_checkpoint auto"), user.flags(out, "--overwrite_output_dir")]
+        cases = [
+            user.flags(out, "--resume_from_checkpoint auto"),
+            user.flags(out, "--overwrite_output_dir"),
+        ]
         assert_user_errors(cases, [[f"--output_dir {out}", "another run"]] * 2)
         living.kill()
     assert contents(out) == before
@@ -119,22 +163,33 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_step_and_checkpoint(user, tmp_path, out):
-    """The learning rate makes the first steps diverge; a checkpoint from before is named."""
-    argv = user.flags(out, "--learning_rate 1e25 --warmup_steps 0 --save_steps 1 --eval_files", user.held)
+    """The learning rate makes the first steps diverge; a checkpoint from before is
+    named.
+    """
+    argv = user.flags(
+        out, "--learning_rate 1e25 --warmup_steps 0 --save_steps 1 --eval_files", user.held
+    )
     for kind, message in run_ranks(2, refused, argv):
         assert kind == "RunError"
         assert "after step 1" in message
         assert "none was written" in message
-    assert not complete_checkpoints(out / "checkpoints"), "MoRA matrices with NaN are not saved"
+    assert not complete_checkpoints(out / "checkpoints"), (
+        "MoRA matrices with NaN are not saved"
+    )
     good = tmp_path / "good"
     run(1, user.flags(good, "--save_steps 2 --max_steps 4"))
     more = ["--learning_rate", "1e25", "--save_steps", 2, "--max_steps", 8]
-    argv = user.flags(good, *more, "--resume_from_checkpoint", good / "checkpoints/step-000002")
+    argv = user.flags(
+        good, *more, "--resume_from_checkpoint", good / "checkpoints/step-000002"
+    )
     kind, message = run_alone(refused, argv)
     assert kind == "RunError"
     assert "step 4" in message
     assert str(good / "checkpoints/step-000002") in message
-    assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(good / "checkpoints"))
+    assert all(
+        verify_manifest(folder) == []
+        for folder in complete_checkpoints(good / "checkpoints")
+    )
 
 
 def test_a_model_with_an_infinite_weight(user, tmp_path):

@@ -1,9 +1,10 @@
-"""Launches with one mistake each: code 2, and a message that names the flag or the file. No traceback, nothing written.
+"""Launches with one mistake each: code 2, and a message that names the flag or the file. No
+traceback, nothing written.
 
-Each line of `LAUNCHES` is what follows a good command line, and what the message must contain, separated by " | ".
-"-flag" takes that flag out of the good command line; a recipe goes before it. {bad} is the folder of
-`tests/helpers/mistakes.py`, {user} that of a user's own files, {tok} a good tokenizer. All run in one process, in
-this order.
+Each line of `LAUNCHES` is what follows a good command line, and what the message must
+contain, separated by " | ". "-flag" takes that flag out of the good command line; a recipe
+goes before it. {bad} is the folder of `tests/helpers/mistakes.py`, {user} that of a user's
+own files, {tok} a good tokenizer. All run in one process, in this order.
 """
 
 import contextlib
@@ -344,8 +345,12 @@ NEED_WEIGHTS = (
 
 
 def answers(folder, user):
-    """Line -> exit code, message, whether the output folder was made, and whether weights were loaded."""
-    spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch/pretrain.py")
+    """Line -> exit code, message, whether the output folder was made, and whether weights
+    were loaded.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "launch_pretrain", REPOSITORY / "launch/pretrain.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     launch = importlib.util.module_from_spec(spec)
@@ -359,7 +364,12 @@ def answers(folder, user):
         adapter = re.findall(r"--adapter \S+", case)
         flags = flags_of(case, user.flags(out, *" ".join(adapter).split()), folders)
         usage = contextlib.redirect_stderr(io.StringIO())  # of argparse
-        with usage, mock.patch.object(AutoModelForCausalLM, "from_pretrained", wraps=load) as loading:
+        with (
+            usage,
+            mock.patch.object(
+                AutoModelForCausalLM, "from_pretrained", wraps=load
+            ) as loading,
+        ):
             code, message = answer(launch.main, "pretrain.py", flags)
         results[line] = code, message, out.exists(), loading.called
     return results
@@ -377,6 +387,10 @@ def answered(user, tmp_path_factory):
 def test_a_launch_with_a_mistake(line, answered):
     code, message, wrote, loaded = answered[line]
     assert code == 2, message
-    assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], message
+    assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], (
+        message
+    )
     assert not wrote
-    assert not loaded or line.startswith(NEED_WEIGHTS), "found only after the weights were loaded"
+    assert not loaded or line.startswith(NEED_WEIGHTS), (
+        "found only after the weights were loaded"
+    )

@@ -1,8 +1,10 @@
-"""Calls of the tools with one mistake each: code 2, and a message that names the flag or the file. No traceback.
+"""Calls of the tools with one mistake each: code 2, and a message that names the flag or
+the file. No traceback.
 
-Each line of `CALLS` is a tool with its flags, and what the message must contain, separated by " | ". {bad} is the
-folder of `tests/helpers/mistakes.py`, {user} that of a user's own files, {run} an output folder, {step} its checkpoint,
-{new} a path where nothing is, {tiny} a config. Damaged checkpoints, which end with code 1, are in tests/checkpoint/.
+Each line of `CALLS` is a tool with its flags, and what the message must contain, separated
+by " | ". {bad} is the folder of `tests/helpers/mistakes.py`, {user} that of a user's own
+files, {run} an output folder, {step} its checkpoint, {new} a path where nothing is, {tiny}
+a config. Damaged checkpoints, which end with code 1, are in tests/checkpoint/.
 """
 
 import shlex
@@ -119,10 +121,19 @@ def paths(user, tmp_path_factory):
     path.unlink()  # it is a link
     path.write_text("[" * 100_000)
     (bad / "full").mkdir()
-    (bad / "full/trainer_state.json").write_text('{"identity": {"adapter": {"kind": "full"}}}')
+    (bad / "full/trainer_state.json").write_text(
+        '{"identity": {"adapter": {"kind": "full"}}}'
+    )
     write_manifest(bad / "full")
     tiny = REPOSITORY / "configs/models/tiny_llama.json"
-    return {"bad": bad, "user": user.root, "run": run.output, "step": run.checkpoint, "new": bad / "new", "tiny": tiny}
+    return {
+        "bad": bad,
+        "user": user.root,
+        "run": run.output,
+        "step": run.checkpoint,
+        "new": bad / "new",
+        "tiny": tiny,
+    }
 
 
 @pytest.mark.parametrize("line", CASES)

@@ -1,4 +1,6 @@
-"""Settings without an effect are refused by their names, and keys of a recipe left out where a flag makes them idle."""
+"""Settings without an effect are refused by their names, and keys of a recipe left out
+where a flag makes them idle.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -78,7 +80,11 @@ def cases(table):
 
 def arguments_of(setting, beside):
     return from_flat(
-        {"model_name_or_path": "m", "train_files": ["a.txt"], **yaml.safe_load(f"{{{setting}, {beside}}}")}
+        {
+            "model_name_or_path": "m",
+            "train_files": ["a.txt"],
+            **yaml.safe_load(f"{{{setting}, {beside}}}"),
+        }
     )
 
 
@@ -123,17 +129,39 @@ def test_the_message_says_what_a_setting_is_for(flags, message):
 
 
 def test_flags_may_leave_keys_of_a_recipe_without_effect():
-    arguments = parse([str(RECIPES / "continual_7b_r8.yaml"), *RUN, "--adapter", "full", "--max_steps", "500"])
+    arguments = parse(
+        [
+            str(RECIPES / "continual_7b_r8.yaml"),
+            *RUN,
+            "--adapter",
+            "full",
+            "--max_steps",
+            "500",
+        ]
+    )
     assert set(arguments.left_out) == {"operator", "num_train_epochs"}
     assert not arguments.set_by_user & set(arguments.left_out)
     validate(arguments)
-    assert dump(arguments)["operator"] == "auto", "run.yaml is a recipe that is taken as it is"
+    assert dump(arguments)["operator"] == "auto", (
+        "run.yaml is a recipe that is taken as it is"
+    )
 
 
 def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path):
     (tmp_path / "recipe.yaml").write_text("operator: share\n")
     with user_error("--operator is for MoRA"):
-        validate(parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "lora", "--operator", "share"]))
+        validate(
+            parse(
+                [
+                    str(tmp_path / "recipe.yaml"),
+                    *RUN,
+                    "--adapter",
+                    "lora",
+                    "--operator",
+                    "share",
+                ]
+            )
+        )
 
 
 def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path):

@@ -1,4 +1,6 @@
-"""Forgetting: each set against its start, the stop at a bound, the best checkpoint, which stays."""
+"""Forgetting: each set against its start, the stop at a bound, the best checkpoint, which
+stays.
+"""
 
 import math
 
@@ -21,7 +23,9 @@ def test_bounds_and_scores():
     assert watch.score({"old": math.e, "new": math.e**2}) == pytest.approx(0.25 + 1.5)
     assert Watch.of([], []).score(start) is None
     assert watch.score({"old": 1.0}) is None, "a set that was left out"
-    assert watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
+    assert (
+        watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
+    )
     assert Watch.of(["a:b:1.5"], []).bounds == {"a:b": 1.5}
     lines = report(start, {"old": 110.0, "new": 40.0, "late": 1.0})
     assert [line.split()[-1] for line in lines] == ["(+10.00%)", "(-20.00%)"]
@@ -35,24 +39,40 @@ def test_bounds_and_scores():
 
 
 def forgetting(user, out, *more):
-    """A run that learns two letters by heart and, from its third step on, forgets the rest."""
+    """A run that learns two letters by heart and, from its third step on, forgets the
+    rest.
+    """
     odd = user.root / "odd.txt"
     odd.write_text("zq " * 4000)
-    all_of_it = "--train_embeddings true --train_head true --learning_rate 0.03 --max_steps 12"
-    return user.flags(out, "--train_files", odd, all_of_it, "--eval_steps 2 --save_steps 3", *more)
+    all_of_it = (
+        "--train_embeddings true --train_head true --learning_rate 0.03 --max_steps 12"
+    )
+    return user.flags(
+        out, "--train_files", odd, all_of_it, "--eval_steps 2 --save_steps 3", *more
+    )
 
 
 def test_a_run_stops_when_a_set_is_forgotten(user, out):
-    argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
+    argv = forgetting(
+        user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto"
+    )
     run_alone(interrupted_job, argv, 1)
     told = run_alone(printed, argv)
     summary = read_json(out / "summary.json")
     step = summary["steps"]
     assert step < 12
     assert f"stopping after step {step} of 12: the value of held is" in told
-    ratios = [row["eval"]["held"] / summary["perplexity_before"]["held"] for row in rows(out) if "eval" in row]
-    assert ratios[-1] > 1.2 >= max(ratios[:-1]), "at the first evaluation beyond the bound, made once"
-    assert summary["perplexity_change_percent"]["held"] == pytest.approx(100 * (ratios[-1] - 1))
+    ratios = [
+        row["eval"]["held"] / summary["perplexity_before"]["held"]
+        for row in rows(out)
+        if "eval" in row
+    ]
+    assert ratios[-1] > 1.2 >= max(ratios[:-1]), (
+        "at the first evaluation beyond the bound, made once"
+    )
+    assert summary["perplexity_change_percent"]["held"] == pytest.approx(
+        100 * (ratios[-1] - 1)
+    )
     assert "perplexity on" in told
     assert f"{100 * (ratios[-1] - 1):+.2f}%" in told
     state = TrainerState.read(out / "checkpoints/latest")
@@ -66,7 +86,9 @@ def test_a_run_stops_when_a_set_is_forgotten(user, out):
 
 
 def test_the_best_checkpoint_stays(user, tmp_path, out):
-    """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
+    """Best at step 2, before the rest is forgotten; named at once, kept beyond
+    --save_total_limit, resumed alike.
+    """
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
     whole = tmp_path / "whole"
     summary = run(1, forgetting(user, whole, *more))
@@ -80,7 +102,10 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
     assert summary["best_step"] == best
     root = whole / "checkpoints"
     assert (root / "best").resolve().name == f"step-{best:06d}"
-    assert sorted(path.name for path in root.glob("step-*")) == [f"step-{best:06d}", "step-000012"]
+    assert sorted(path.name for path in root.glob("step-*")) == [
+        f"step-{best:06d}",
+        "step-000012",
+    ]
     assert TrainerState.read(root / "best").step == best
     argv = forgetting(user, out, *more, "--resume_from_checkpoint", "auto", "--async_save")
     for step in (5, 8):

@@ -22,5 +22,10 @@ def test_a_removed_setting_is_refused_with_what_takes_its_place(name, tmp_path):
 def test_no_removed_setting_is_still_there():
     arguments = parse([])
     groups = (getattr(arguments, group.name) for group in fields(arguments))
-    present = {field.name for group in groups if hasattr(group, "__dataclass_fields__") for field in fields(group)}
+    present = {
+        field.name
+        for group in groups
+        if hasattr(group, "__dataclass_fields__")
+        for field in fields(group)
+    }
     assert not present & REMOVED.keys()

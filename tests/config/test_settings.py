@@ -1,4 +1,6 @@
-"""What the rest of a run gets from the settings: schedule, engine, adapter, and what a resumed run must share."""
+"""What the rest of a run gets from the settings: schedule, engine, adapter, and what a
+resumed run must share.
+"""
 
 import pytest
 
@@ -11,7 +13,9 @@ from tests.helpers.errors import user_error
 
 
 def test_evaluation_sets_have_names():
-    data = parse(["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]).data
+    data = parse(
+        ["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]
+    ).data
     assert data.named_eval_files() == [
         ("held", "held.txt"),
         ("news", "b/*.txt"),
@@ -24,13 +28,17 @@ def test_a_warmup_below_1_is_a_share_of_the_run():
     assert parse(["--warmup_steps", "0.03"]).schedule(1000).warmup_steps == 30
     assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
     assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
-    schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
+    schedule = parse(
+        ["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]
+    ).schedule(1000)
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
 
 
 def test_a_branch_decays_from_the_peak_whatever_its_warmup():
     for warmup in ("15", "20", "0.9"):
-        schedule = parse(["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]).schedule(15, 10)
+        schedule = parse(["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]).schedule(
+            15, 10
+        )
         assert schedule.curve(14) == pytest.approx(schedule.peak / 5)
     with user_error("raise --max_steps"):
         parse([]).schedule(10, 10)
@@ -68,13 +76,27 @@ def test_the_engine_has_every_setting_of_the_flags():
 
 
 def test_adapter_settings_become_the_adapters_config():
-    config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
-    assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
+    config = parse(
+        ["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]
+    ).adapter.config(seed=5)
+    assert (config.rank, config.train_norms, config.target_modules, config.seed) == (
+        16,
+        True,
+        ("q_proj",),
+        5,
+    )
     flags = "--operator decouple --r_hat_multiple 2 --mora_dropout 0.1 --train_head --base_bits 8"
     assert parse(flags.split()).adapter.config(seed=5) == MoRAConfig(
-        operator="decouple", r_hat_multiple=2, dropout=0.1, train_head=True, base_bits=8, seed=5
+        operator="decouple",
+        r_hat_multiple=2,
+        dropout=0.1,
+        train_head=True,
+        base_bits=8,
+        seed=5,
     )
-    flags = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
+    flags = (
+        "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
+    )
     wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)
     assert parse(flags.split()).adapter.config(seed=5) == wanted
 
@@ -90,6 +112,8 @@ def test_adapter_settings_become_the_adapters_config():
         ("--optimizer muon --embedding_learning_rate 0.001", 0.01, 0.001),
     ],
 )
-def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags, adapter, others):
+def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(
+    flags, adapter, others
+):
     training = parse(flags.split()).training
     assert (training.peak_learning_rate, training.other_learning_rate) == (adapter, others)

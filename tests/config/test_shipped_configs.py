@@ -30,9 +30,13 @@ def test_there_is_something_of_each_kind():
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
+@pytest.mark.parametrize(
+    "flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")]
+)
 def test_deepspeed_configs_follow_the_flags(path, flags, dtype):
-    training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
+    training = parse(
+        ["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]
+    ).training
     settings = training.engine_settings()
     resolved = fill_bucket_sizes(resolve_ds_config(path, settings, world_size=2), [64, 128])
     assert compute_dtype(resolved) == dtype
@@ -43,38 +47,61 @@ def test_deepspeed_configs_follow_the_flags(path, flags, dtype):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_make_valid_runs(path):
-    arguments = parse([str(path), "--model_name_or_path", "model", "--train_files", "a.txt"])
+    arguments = parse(
+        [str(path), "--model_name_or_path", "model", "--train_files", "a.txt"]
+    )
     validate(arguments)
     assert arguments.training.deepspeed is not None
     json_file = CONFIGS.parent / arguments.training.deepspeed
     resolve_ds_config(json_file, arguments.training.engine_settings(), world_size=8)
-    schedule = arguments.schedule(arguments.training.max_steps if arguments.training.max_steps > 0 else 5000)
-    assert schedule.learning_rate(schedule.warmup_steps) == arguments.training.peak_learning_rate
+    schedule = arguments.schedule(
+        arguments.training.max_steps if arguments.training.max_steps > 0 else 5000
+    )
+    assert (
+        schedule.learning_rate(schedule.warmup_steps)
+        == arguments.training.peak_learning_rate
+    )
 
 
-@pytest.mark.parametrize("name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
+@pytest.mark.parametrize(
+    "name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))]
+)
 def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, rates):
     arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
     training = arguments.training
     assert arguments.adapter.mora_rank == rank
     assert rates[0] <= training.learning_rate <= rates[1]
-    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 128
-    assert (arguments.data.seq_len, training.warmup_steps, training.num_train_epochs) == (2048, 150, 3.0)
+    assert (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * 8
+        == 128
+    )
+    assert (arguments.data.seq_len, training.warmup_steps, training.num_train_epochs) == (
+        2048,
+        150,
+        3.0,
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_leave_model_and_data_to_the_user(path):
-    keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
+    keys = read_recipe(
+        str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments]
+    )
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_mixtures_make_plans(path):
-    plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
+    plan = mixture_plan(
+        DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"])
+    )
     assert plan is not None
     assert len(plan.sources) == 3
     assert len(plan.phases) == 2
-    assert all(weights[-1] == 0.05 and sum(weights) == pytest.approx(1) for _, weights in plan.phases)
+    assert all(
+        weights[-1] == 0.05 and sum(weights) == pytest.approx(1)
+        for _, weights in plan.phases
+    )
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -84,5 +111,8 @@ def test_model_configs_build_a_model(path):
         model = AutoModelForCausalLM.from_config(config)
     shipped = read_json(path)
     unknown = [key for key in shipped if key not in config.to_dict()]
-    assert model.get_input_embeddings().weight.shape == (shipped["vocab_size"], shipped["hidden_size"])
+    assert model.get_input_embeddings().weight.shape == (
+        shipped["vocab_size"],
+        shipped["hidden_size"],
+    )
     assert unknown == ["rope_theta"] or not unknown

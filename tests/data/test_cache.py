@@ -1,4 +1,6 @@
-"""The token cache: built once, completely or not at all, equal for any number of processes, new for new contents."""
+"""The token cache: built once, completely or not at all, equal for any number of processes,
+new for new contents.
+"""
 
 import json
 import os
@@ -11,30 +13,46 @@ import numpy as np
 import pytest
 
 from mora_ds.common.files import at_work
-from mora_ds.data import build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
+from mora_ds.data import (
+    build_cache,
+    cache,
+    load_corpus,
+    load_tokenizer,
+    readers,
+    train_sentencepiece,
+)
 from mora_ds.data.cache import damage
 from tests.helpers.errors import user_error
 from tests.helpers.tools import called
 
-TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) for number in range(40)]
+TEXTS = [
+    f"document {number}: " + "some words and more words\n" * (number % 7)
+    for number in range(40)
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path_factory.mktemp("tokenizer")))
+    return load_tokenizer(
+        train_sentencepiece(TEXTS, 300, tmp_path_factory.mktemp("tokenizer"))
+    )
 
 
 @pytest.fixture
 def files(tmp_path):
     for name, texts in (("a.jsonl", TEXTS[:25]), ("b.jsonl", [*TEXTS[25:], ""])):
-        (tmp_path / name).write_text("".join(json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts))
+        (tmp_path / name).write_text(
+            "".join(json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts)
+        )
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
 
 
 @pytest.fixture
 def build(tokenizer, tmp_path):
     """Builds or opens the cache of these files."""
-    return lambda files, **settings: build_cache(load_corpus(files), tokenizer, tmp_path / "cache", **settings)
+    return lambda files, **settings: build_cache(
+        load_corpus(files), tokenizer, tmp_path / "cache", **settings
+    )
 
 
 def folders(cache_dir):
@@ -95,7 +113,10 @@ def test_a_long_file_is_one_document(
 def test_any_number_of_processes_gives_the_same(files, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
-    one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
+    one, two = (
+        build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n)
+        for n in (1, 2)
+    )
     assert one.meta == two.meta
     assert one.folder.name == two.folder.name
     assert one.tokens.tobytes() == two.tokens.tobytes()
@@ -137,7 +158,9 @@ def test_the_second_call_only_opens(
     built = build(files)
     forbid_building(monkeypatch)
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = build_cache(load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache")
+    again = build_cache(
+        load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache"
+    )
     assert again.folder == built.folder
     os.utime(files[0])  # touched, not changed: read again, but not tokenised
     copied = [shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files]
@@ -147,7 +170,9 @@ def test_the_second_call_only_opens(
 
 def test_contents_order_and_settings_each_make_a_new_key(files, build, tokenizer, tmp_path):
     def key(patterns, tokens=tokenizer, **settings):
-        return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
+        return build_cache(
+            load_corpus(patterns, **settings), tokens, tmp_path / "cache"
+        ).folder.name
 
     keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
     keys.append(build(files, document_start="none").folder.name)
@@ -166,7 +191,9 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     tmp_path,
     monkeypatch,
 ):
-    """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up."""
+    """A kill leaves the partial folder as it is: so does this stand-in for the last write
+    and for the clean-up.
+    """
     good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
     cache_dir = tmp_path / "cache"
 
@@ -197,7 +224,9 @@ def test_a_failing_build_leaves_nothing(tokenizer, tmp_path):
 
 
 def test_of_two_builders_at_once_the_first_wins(files, build, tmp_path, monkeypatch):
-    """Two nodes with one shared folder: the other one finishes just before this one renames."""
+    """Two nodes with one shared folder: the other one finishes just before this one
+    renames.
+    """
     sync = cache.fsync_tree
     theirs = []
 

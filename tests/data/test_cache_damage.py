@@ -11,7 +11,9 @@ from tests.helpers.outcome import tree
 def build(user, tmp_path):
     """Builds or opens a cache."""
     tokenizer = load_tokenizer(user.model)
-    return lambda: build_cache(load_corpus([str(user.train)]), tokenizer, tmp_path / "cache")
+    return lambda: build_cache(
+        load_corpus([str(user.train)]), tokenizer, tmp_path / "cache"
+    )
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -20,11 +22,15 @@ def test_a_damaged_cache_is_named_and_built_anew(build, caplog, name, harm):
     built = build()
     contents = tree(built.folder)
     for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
-        flip(built.folder / name, where) if harm == "flip" else HARMS[harm](built.folder / name)
+        flip(built.folder / name, where) if harm == "flip" else HARMS[harm](
+            built.folder / name
+        )
         assert build().folder == built.folder
         assert tree(built.folder) == contents
     assert caplog.messages
-    assert all(f"the token cache {built.folder} is damaged" in line for line in caplog.messages)
+    assert all(
+        f"the token cache {built.folder} is damaged" in line for line in caplog.messages
+    )
     caplog.clear()
     assert build().folder == built.folder
     assert not caplog.messages

@@ -1,4 +1,6 @@
-"""Files of every format become documents, and every way in which they can be broken has its own clear error."""
+"""Files of every format become documents, and every way in which they can be broken has its
+own clear error.
+"""
 
 import gzip
 import json
@@ -41,7 +43,9 @@ def error(*patterns, **settings):
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.anything", "a", "a.txt.gz"])
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     data = "one\r\ntwo\n\n\tthree é".encode()
-    (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(
+        gzip.compress(b"\xef\xbb\xbf" + data) if name.endswith(".gz") else data
+    )
     assert texts(tmp_path / name) == [data.decode()]
 
 
@@ -50,15 +54,24 @@ def test_the_column_of_a_table_is_named(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
     message = error(tmp_path / "a.parquet")
-    assert "a.parquet: no field 'text'; there are: other, body. Name it with --text_column" in message
-    assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
+    assert (
+        "a.parquet: no field 'text'; there are: other, body. Name it with --text_column"
+        in message
+    )
+    assert "'other' holds int64, not strings" in error(
+        tmp_path / "a.parquet", text_column="other"
+    )
 
 
 def test_a_saved_dataset(tmp_path):
     dataset = datasets.Dataset.from_list(records())
     dataset.save_to_disk(tmp_path / "plain")
-    datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(tmp_path / "splits")
-    datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
+    datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(
+        tmp_path / "splits"
+    )
+    datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(
+        tmp_path / "untrained"
+    )
     for name in ("plain", "splits"):
         assert list(load_corpus(dataset_name=str(tmp_path / name)).texts()) == TEXTS
         with user_error("name it with --dataset_name"):
@@ -87,11 +100,18 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path):
         "[x].txt": ["[x].txt"],
     }
     for pattern, names in patterns.items():
-        assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])] == names
+        assert [
+            path.name
+            for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])
+        ] == names
 
 
 def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
-    for name, content in (("__init__.py", ""), ("a.py", "x = 1\n"), ("none/__init__.py", "")):
+    for name, content in (
+        ("__init__.py", ""),
+        ("a.py", "x = 1\n"),
+        ("none/__init__.py", ""),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     for pattern in (tmp_path, tmp_path / "*.py", tmp_path / "**/*.py"):
@@ -104,7 +124,9 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
 
 
 def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
-    """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be missing."""
+    """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be
+    missing.
+    """
     reader, writer = os.pipe()
     os.write(writer, b"text")
     os.mkfifo(tmp_path / "a.txt")
@@ -142,7 +164,10 @@ def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path):
 def test_no_file_matches(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("{}")
     pattern = tmp_path / "corpsu.jsonl"
-    assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
+    assert (
+        error(pattern)
+        == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
+    )
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
     assert error(tmp_path / "nowhere/a.txt").endswith("/nowhere/a.txt'.")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
@@ -152,7 +177,8 @@ def test_no_file_matches(tmp_path):
 
 
 FIRST = lines(records())
-EMPTY_GZIP = gzip.compress(b"", mtime=0)  # with the time in it, workers would collect different tests
+# With the time in it, workers would collect different tests
+EMPTY_GZIP = gzip.compress(b"", mtime=0)
 CUT_GZIP = gzip.compress(bytes(range(97, 122)) * 1000, mtime=0)[:-20]
 WRONG = [
     *((name, data, "is empty") for name, data in
@@ -179,7 +205,9 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, content, message", WRONG, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.parametrize(
+    "name, content, message", WRONG, ids=lambda value: value if type(value) is str else ""
+)
 def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     text = error(tmp_path / name)
@@ -216,29 +244,42 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     tracemalloc.start()
     try:
-        assert "line 1: longer than 1 MiB, and a record is parsed at once; split it, or give" in error(path)
+        assert (
+            "line 1: longer than 1 MiB, and a record is parsed at once; split it, or give"
+            in error(path)
+        )
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
 
 
 def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path):
-    pyarrow.parquet.write_table(pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet"
+    )
     assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
-    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(
+        pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet"
+    )
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
-    assert "c.parquet: no field 'text'; there are: text, text" in error(tmp_path / "c.parquet")
+    assert "c.parquet: no field 'text'; there are: text, text" in error(
+        tmp_path / "c.parquet"
+    )
 
 
 def test_text_in_a_table_that_is_not_utf8(tmp_path):
     """Arrow writes and reads any bytes as strings."""
     offsets = np.array([0, *[1] * 1030, 3], np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xff\xfe")]
-    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)})
+    table = pa.table(
+        {"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / "a.parquet")
+    assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(
+        tmp_path / "a.parquet"
+    )
 
 
 def test_the_first_document_is_checked_before_anything_is_read(tmp_path):
@@ -259,15 +300,18 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):
     corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")])
     assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"]
     assert corpus.size_bytes() == 15
-    assert [file.label for file in corpus.members] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
+    assert [file.label for file in corpus.members] == [
+        str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")
+    ]
 
 
 def test_where_files_come_from_is_said_in_one_way(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     assert error(tmp_path / "n*/a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
     (tmp_path / "void").mkdir()
-    assert f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read" in error(
-        tmp_path / "void"
+    assert (
+        f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read"
+        in error(tmp_path / "void")
     )
     with user_error(r"source 'law': '/no/such/set' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name="/no/such/set", streaming=True, flag="source 'law'")

@@ -1,4 +1,6 @@
-"""The demo corpora: equal bytes on every call, held-out modules in neither training set, limits on sizes."""
+"""The demo corpora: equal bytes on every call, held-out modules in neither training set,
+limits on sizes.
+"""
 
 import ast
 import json
@@ -26,8 +28,12 @@ def sources(path):
 
 
 def test_a_module_is_held_out_of_both_or_of_neither(written):
-    train = sources(written / "general_train.jsonl") | sources(written / "domain_train.jsonl")
-    held_out = sources(written / "general_eval.jsonl") | sources(written / "domain_eval.jsonl")
+    train = sources(written / "general_train.jsonl") | sources(
+        written / "domain_train.jsonl"
+    )
+    held_out = sources(written / "general_eval.jsonl") | sources(
+        written / "domain_eval.jsonl"
+    )
     assert not train & held_out
     assert 0.02 < len(held_out) / len(train | held_out) < 0.09
     assert {"json.decoder", "topic:assert"} <= train | held_out
@@ -35,7 +41,11 @@ def test_a_module_is_held_out_of_both_or_of_neither(written):
 
 def test_no_held_out_prose_is_trained_on(written):
     held_out, trained = (
-        {paragraph for row in rows(written / name) for paragraph in demo_corpus._paragraphs(row["text"])}
+        {
+            paragraph
+            for row in rows(written / name)
+            for paragraph in demo_corpus._paragraphs(row["text"])
+        }
         for name in ("general_eval.jsonl", "general_train.jsonl")
     )
     assert held_out
@@ -45,16 +55,24 @@ def test_no_held_out_prose_is_trained_on(written):
 def test_code_is_the_library_as_it_stands():
     documents = {document.source: document.text for document in domain_documents()}
     for module in (json, ast):
-        assert documents[module.__name__] == Path(module.__file__ or "").read_bytes().decode()
+        assert (
+            documents[module.__name__] == Path(module.__file__ or "").read_bytes().decode()
+        )
     names = {name for source in documents for name in source.split(".")}
-    assert not names & {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages"}
+    assert not names & {
+        "test",
+        "tests",
+        "idlelib",
+        "encodings",
+        "pydoc_data",
+        "site-packages",
+    }
     assert not any(source.startswith("_sysconfigdata") for source in documents)
 
 
 def test_docstrings_are_dedented_and_in_order():
-    source = (
-        'def later(): "b"\nclass A:\n    """First.\n\n    second\n        indented\n    """\n    def f(self): "c"\n'
-    )
+    source = 'def later(): "b"\nclass A:\n    """First.\n\n    second\n        indented\n    """\n'
+    source += '    def f(self): "c"\n'
     assert demo_corpus._docstrings(ast.parse('"""Top."""\n' + source)) == [
         "Top.",
         "b",

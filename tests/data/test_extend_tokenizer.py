@@ -1,4 +1,6 @@
-"""`mora-ds extend-vocab`: real SentencePiece settings, round trips, rows that start as means, heads of every kind."""
+"""`mora-ds extend-vocab`: real SentencePiece settings, round trips, rows that start as
+means, heads of every kind.
+"""
 
 import argparse
 import inspect
@@ -15,21 +17,51 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
-from mora_ds.data import Extension, extend_tokenizer, load_corpus, load_tokenizer, train_sentencepiece
+from mora_ds.data import (
+    Extension,
+    extend_tokenizer,
+    load_corpus,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from mora_ds.models import vocabulary
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.vocabulary import EXTENSION_JSON, VocabularyReport, extend_vocabulary, first_new_row, grown
+from mora_ds.models.vocabulary import (
+    EXTENSION_JSON,
+    VocabularyReport,
+    extend_vocabulary,
+    first_new_row,
+    grown,
+)
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
-SOURCES = [Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random, inspect)]
-DOMAIN = [source[start : start + 1500].strip() + "\n" for source in SOURCES for start in range(0, 30_000, 1500)]
-PLAIN = ["The quick brown fox.", "two  spaces ", "def f(self):\n    return self._x\n", "naïve Ελλ 漢字 😀", "42 3.14"]
+SOURCES = [
+    Path(module.__file__ or "").read_text()
+    for module in (argparse, subprocess, random, inspect)
+]
+DOMAIN = [
+    source[start : start + 1500].strip() + "\n"
+    for source in SOURCES
+    for start in range(0, 30_000, 1500)
+]
+PLAIN = [
+    "The quick brown fox.",
+    "two  spaces ",
+    "def f(self):\n    return self._x\n",
+    "naïve Ελλ 漢字 😀",
+    "42 3.14",
+]
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
 
 LLAMA = {
@@ -37,7 +69,9 @@ LLAMA = {
     "allow_whitespace_only_pieces": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity",
     "character_coverage": 0.9995, "num_threads": 1, "minloglevel": 2,
 }  # fmt: skip
-"""As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and normalizer_spec)."""
+"""As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
+normalizer_spec).
+"""
 
 
 def spm(folder, settings):
@@ -51,21 +85,29 @@ def spm(folder, settings):
 
 
 def llama_folder(folder):
-    """A model folder as Llama 2's and Mistral's: tokenizer.model, tokenizer_config.json, config.json, weights."""
+    """A model folder as Llama 2's and Mistral's: tokenizer.model, tokenizer_config.json,
+    config.json, weights.
+    """
     spm(folder, LLAMA)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    )
     tiny_model("llama", vocab_size=700).save_pretrained(folder)
     return folder
 
 
 def folder_trained_here(folder):
-    load_tokenizer(train_sentencepiece(GENERAL, 700, folder / "trained")).save_pretrained(folder)
+    load_tokenizer(train_sentencepiece(GENERAL, 700, folder / "trained")).save_pretrained(
+        folder
+    )
     tiny_model("llama", vocab_size=700).save_pretrained(folder)
     return folder
 
 
 def byte_level_folder(folder, **model):
-    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of its config."""
+    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of
+    its config.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -76,8 +118,12 @@ def byte_level_folder(folder, **model):
         show_progress=False,
     )
     backend.train_from_iterator(GENERAL, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(folder)
-    tiny_model("llama", **{"vocab_size": 640, "tie_word_embeddings": True, **model}).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(
+        folder
+    )
+    tiny_model(
+        "llama", **{"vocab_size": 640, "tie_word_embeddings": True, **model}
+    ).save_pretrained(folder)
     return folder
 
 
@@ -91,7 +137,9 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("make_folder", [llama_folder, folder_trained_here, byte_level_folder])
+@pytest.mark.parametrize(
+    "make_folder", [llama_folder, folder_trained_here, byte_level_folder]
+)
 def test_an_extended_model(tmp_path, make_folder):
     folder = make_folder(tmp_path / "model")
     out = tmp_path / "extended"
@@ -108,7 +156,11 @@ def test_an_extended_model(tmp_path, make_folder):
     assert new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
     assert {token: new.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
     used = set()
-    for text in [*(PLAIN if make_folder is llama_folder else PROBES), *DOMAIN, *GENERAL[:20]]:
+    for text in [
+        *(PLAIN if make_folder is llama_folder else PROBES),
+        *DOMAIN,
+        *GENERAL[:20],
+    ]:
         assert new.decode(ids(new, text)) == text == old.decode(ids(old, text)), text
         assert len(ids(new, text)) <= len(ids(old, text))
         used |= set(ids(new, text))
@@ -121,12 +173,20 @@ def test_an_extended_model(tmp_path, make_folder):
     assert rows % 64 == 0
     assert first + 150 <= rows < max(first + 150, 640) + 64
     tied = before.config.tie_word_embeddings
-    assert tied == (make_folder is byte_level_folder) == (after.lm_head.weight is after.get_input_embeddings().weight)
+    assert (
+        tied
+        == (make_folder is byte_level_folder)
+        == (after.lm_head.weight is after.get_input_embeddings().weight)
+    )
     for name, weight in after.state_dict().items():
         was = before.state_dict()[name]
-        assert torch.equal(weight[: min(first, len(was))], was[: min(first, len(was))]), name
+        assert torch.equal(weight[: min(first, len(was))], was[: min(first, len(was))]), (
+            name
+        )
         if len(weight) == rows:
-            old_ids = [token.id for token in old.backend_tokenizer.model.tokenize(pieces[40])]
+            old_ids = [
+                token.id for token in old.backend_tokenizer.model.tokenize(pieces[40])
+            ]
             assert len(old_ids) > 1
             assert torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
 
@@ -139,7 +199,9 @@ def test_what_cannot_be_extended_is_refused(tmp_path, out):
         extend_vocabulary(folder, load_corpus([str(few)], flag="--corpus"), 5000, out)
     with user_error("--pieces must be at least 1"):
         extend_vocabulary(folder, domain(tmp_path), 0, out)
-    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
+    unigram = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)]))
+    )
     with user_error("the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
         extend_tokenizer(unigram, [], 1, tmp_path)
     unigram.save_pretrained(folder)
@@ -187,7 +249,9 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
     worse = Letters("éa")
     compare = vocabulary._compare
     assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
-    assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
+    assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), (
+        "the old one has lost of it too"
+    )
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
         compare(whole, lossy, ["b", "aé"])
 
@@ -195,8 +259,12 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored, new, expected", [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
-def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(tmp_path, stored, new, expected):
+@pytest.mark.parametrize(
+    "stored, new, expected", [(640, 40, 640), (640, 41, 704), (700, 10, 704)]
+)
+def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(
+    tmp_path, stored, new, expected
+):
     """The tokenizer has 600 tokens."""
     folder = byte_level_folder(tmp_path / "model", vocab_size=stored)
     report = extend_vocabulary(folder, domain(tmp_path), new, tmp_path / "out")
@@ -217,23 +285,48 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
     assert result.dtype == torch.bfloat16
     assert torch.equal(result[:6], table[:6])
     for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
-        assert torch.equal(result[row], table[list(old)].float().mean(dim=0).bfloat16()), row
+        assert torch.equal(result[row], table[list(old)].float().mean(dim=0).bfloat16()), (
+            row
+        )
     bias = torch.arange(8.0)
-    assert grown(bias, extension_of(tmp_path), 9).tolist() == [0, 1, 2, 3, 4, 5, 0.5, 1, 2.5]
+    assert grown(bias, extension_of(tmp_path), 9).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        0.5,
+        1,
+        2.5,
+    ]
 
 
 def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out):
     """Also in a config that holds the text model's own, and for a head with a bias."""
     folder = tmp_path / "model"
     out.mkdir()
-    settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
-    config = AutoConfig.for_model("phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
+    settings = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(
+        "phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     base = BaseCheckpoint.open(folder)
     keys, rows = vocabulary._vocabulary_keys(base, config, False)
-    assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"}, 8)
+    assert (keys, rows) == (
+        {"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"},
+        8,
+    )
     written = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps({"text_config": written, "dtype": "float32", "vocab_size": 3}))
+    (folder / "config.json").write_text(
+        json.dumps({"text_config": written, "dtype": "float32", "vocab_size": 3})
+    )
     tokenizer_folder = tmp_path / "tokenizer"
     tokenizer_folder.mkdir()
     (tokenizer_folder / "tokenizer.json").write_text("{}")
@@ -246,16 +339,27 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out
     extended = BaseCheckpoint.open(out)
     for key in base.keys():  # noqa: SIM118  (no mapping)
         shape, dtype = base.shape_dtype(key)
-        assert extended.shape_dtype(key) == ((64, *shape[1:]) if key in keys else shape, dtype)
-    assert torch.equal(extended.read("lm_head.bias")[6], base.read("lm_head.bias")[:2].float().mean().bfloat16())
+        assert extended.shape_dtype(key) == (
+            (64, *shape[1:]) if key in keys else shape,
+            dtype,
+        )
+    assert torch.equal(
+        extended.read("lm_head.bias")[6],
+        base.read("lm_head.bias")[:2].float().mean().bfloat16(),
+    )
 
 
 def test_a_copy_of_a_tied_head_grows_too(tmp_path):
     """Files may hold lm_head.weight though it is tied."""
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    keys, rows = vocabulary._vocabulary_keys(BaseCheckpoint.open(tmp_path), model.config, False)
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    keys, rows = vocabulary._vocabulary_keys(
+        BaseCheckpoint.open(tmp_path), model.config, False
+    )
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
 
 
@@ -268,7 +372,11 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
     for name, module, words in (
         ("lm_head", torch.nn.Linear(32, 641), r"\(the head\)"),
         ("by_token", torch.nn.Embedding(640, 4), r"\(by_token\)"),
-        ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "are a EmbeddingBag and a Linear"),
+        (
+            "model.embed_tokens",
+            torch.nn.EmbeddingBag(640, 32),
+            "are a EmbeddingBag and a Linear",
+        ),
     ):
 
         def changed(*arguments, name=name, module=module, **more):
@@ -284,8 +392,16 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
 
 def test_embeddings_that_are_scaled_when_they_are_read_can_grow():
     """Gemma's: their rows are only averaged and copied."""
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128, "head_dim": 8}
-    config = AutoConfig.for_model("gemma2", **size, num_attention_heads=4, num_key_value_heads=2)
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 128,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(
+        "gemma2", **size, num_attention_heads=4, num_key_value_heads=2
+    )
     model = AutoModelForCausalLM.from_config(config)
     assert type(model.get_input_embeddings()).forward is not torch.nn.Embedding.forward
     assert vocabulary._tables(model)[0].num_embeddings == 128

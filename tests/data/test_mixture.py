@@ -1,4 +1,6 @@
-"""Mixtures: exact shares in an order that can start at any step, phases, used-up sources, complete runs."""
+"""Mixtures: exact shares in an order that can start at any step, phases, used-up sources,
+complete runs.
+"""
 
 import json
 import math
@@ -30,7 +32,15 @@ def order(shares, samples):
 
 
 @pytest.mark.parametrize(
-    "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
+    "weights",
+    [
+        (0.7, 0.25, 0.05),
+        (1, 1, 1),
+        (0.333, 0.333, 0.334),
+        (math.pi, math.e, 0.01),
+        (90, 9, 1),
+    ],
+    ids=str,
 )
 def test_shares_of_three_sources_are_exact_at_every_prefix(weights):
     shares = SampleSchedule([(0, weights)], [None] * 3)
@@ -38,13 +48,19 @@ def test_shares_of_three_sources_are_exact_at_every_prefix(weights):
     counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
     n = np.arange(1, 10_001)[:, None]
     assert np.abs(counts / n - wanted)[1000:].max() <= 0.001
-    assert np.abs(counts - n * wanted).max() < 1, "no prefix, however short, is off by a whole sample"
+    assert np.abs(counts - n * wanted).max() < 1, (
+        "no prefix, however short, is off by a whole sample"
+    )
     starts = np.arange(0, 9000, 7)
-    assert np.abs(counts[starts + 1000] - counts[starts] - 1000 * wanted).max() < 2, "nor any window by two"
+    assert np.abs(counts[starts + 1000] - counts[starts] - 1000 * wanted).max() < 2, (
+        "nor any window by two"
+    )
 
 
 def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree():
-    shares = SampleSchedule([(0, (3, 1, 2)), (50, (0, 1, 1)), (77, (5, 1, 0))], [None, None, None])
+    shares = SampleSchedule(
+        [(0, (3, 1, 2)), (50, (0, 1, 1)), (77, (5, 1, 0))], [None, None, None]
+    )
     seen = [0, 0, 0]
     for sample in range(500):
         assert shares.counts(sample).tolist() == seen
@@ -90,12 +106,17 @@ def test_weights_become_whole_numbers():
     rounded = integer_weights((*large, *[1e-7] * 6))
     assert sum(rounded) == LONGEST_PERIOD
     assert rounded[2:] == (1,) * 6
-    assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False))
+    assert all(
+        abs(have - want * LONGEST_PERIOD) < 4
+        for have, want in zip(rounded, large, strict=False)
+    )
 
 
 def test_the_order_never_changes():
     """Recorded: a run of today must resume tomorrow."""
-    assert order(SampleSchedule([(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+    assert (
+        order(SampleSchedule([(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+    )
 
 
 RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
@@ -107,7 +128,9 @@ RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 def source(first, blocks, name):
     """Blocks of 4 tokens; `first` marks whose they are."""
     tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
-    cache = TokenCache(Path(name), {"settings": {"eos_id": 0}}, tokens, np.array([len(tokens)]))
+    cache = TokenCache(
+        Path(name), {"settings": {"eos_id": 0}}, tokens, np.array([len(tokens)])
+    )
     return PackedDataset(cache, 4, f"7/{name}")
 
 
@@ -123,7 +146,10 @@ def test_sources_keep_their_own_order_and_epochs():
     assert torch.equal((drawn >= 20_000).long(), marks)
     for first, blocks, mark in ((10_000, 31, 0), (20_000, 9, 1)):
         mine = (drawn[marks == mark] - first) // 4
-        epochs = [sorted(mine[start : start + blocks].tolist()) for start in range(0, len(mine) - blocks, blocks)]
+        epochs = [
+            sorted(mine[start : start + blocks].tolist())
+            for start in range(0, len(mine) - blocks, blocks)
+        ]
         assert len(epochs) > 5
         assert all(epoch == list(range(blocks)) for epoch in epochs)
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
@@ -131,14 +157,31 @@ def test_sources_keep_their_own_order_and_epochs():
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
     assert drawn[marks == 1][:9].tolist() == wanted, "another source does not reorder it"
     measured = data.first_rows(33)["input_ids"][:, 0].tolist()
-    assert measured == [10_000 + 4 * (index % 31) for index in range(33)], "of the first source, from its start"
+    assert measured == [10_000 + 4 * (index % 31) for index in range(33)], (
+        "of the first source, from its start"
+    )
 
 
 def test_its_identity_tells_sources_weights_and_epochs():
-    changed = [mixture(phases=phases) for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))]
+    changed = [
+        mixture(phases=phases)
+        for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))
+    ]
     changed.append(mixture(epochs=(2, None)))
-    changed.append(Mixture({"a": source(0, 3, "a"), "b": source(0, 3, "c")}, ((0, (0.6, 0.4)),), (None, None), 4, 12))
-    assert mixture().identity == mixture().identity not in [variant.identity for variant in changed]
+    changed.append(
+        Mixture(
+            {"a": source(0, 3, "a"), "b": source(0, 3, "c")},
+            ((0, (0.6, 0.4)),),
+            (None, None),
+            4,
+            12,
+        )
+    )
+    assert (
+        mixture().identity
+        == mixture().identity
+        not in [variant.identity for variant in changed]
+    )
 
 
 def test_the_end_of_capped_sources_is_known_beforehand():
@@ -166,13 +209,23 @@ def plan_of(tmp_path, text="", **flags):
 def test_plain_files_are_no_mixture(tmp_path):
     odd = tmp_path / "a=b:1"
     odd.write_text("text")
-    for files in (["a.txt", "b.txt"], ["x=y.txt"], ["s3://bucket:9000/x"], [str(odd)], ["a.txt:b"]):
+    for files in (
+        ["a.txt", "b.txt"],
+        ["x=y.txt"],
+        ["s3://bucket:9000/x"],
+        [str(odd)],
+        ["a.txt:b"],
+    ):
         assert plan_of(tmp_path, train_files=files).is_plain
 
 
 def test_flags_and_file_say_the_same(tmp_path):
-    by_flags = plan_of(tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"])
-    text = "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
+    by_flags = plan_of(
+        tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"]
+    )
+    text = (
+        "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
+    )
     by_file = plan_of(tmp_path, text, replay=["old=o.txt:0.1"])
     for flags, file in zip(by_flags.sources, by_file.sources, strict=True):
         assert replace(file, flag=flags.flag) == flags
@@ -201,7 +254,9 @@ WRONG = """
 """What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize("text, phrases", [(text, phrases) for text, *phrases in rows_of(WRONG)])
+@pytest.mark.parametrize(
+    "text, phrases", [(text, phrases) for text, *phrases in rows_of(WRONG)]
+)
 def test_what_is_wrong_is_named(tmp_path, text, phrases):
     with pytest.raises(UserError) as error:
         plan_of(tmp_path, text)
@@ -238,17 +293,34 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
     assert len(board.Scalars("8_sources/old/perplexity")) == 6
-    for row, facts in zip([row for row in rows(whole) if "loss" in row], shown, strict=True):
+    for row, facts in zip(
+        [row for row in rows(whole) if "loss" in row], shown, strict=True
+    ):
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
-    resumed = flags(out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
-    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(resumed)
+    resumed = flags(
+        out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto"
+    )
+    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(
+        resumed
+    )
 
 
 def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
-    """In the first step, the loss that a run reports of one source is the loss of a run on that source alone."""
-    more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
+    """In the first step, the loss that a run reports of one source is the loss of a run on
+    that source alone.
+    """
+    more = (
+        "--max_steps",
+        1,
+        "--warmup_steps",
+        0,
+        "--seq_len",
+        16,
+        "--per_device_train_batch_size",
+        8,
+    )
     mix = write_mixture(user, tmp_path / "mix.yaml")
     run(1, mixture_flags(user, tmp_path / "mixed", mix, *more))
     (facts,) = source_rows(tmp_path / "mixed")
@@ -256,19 +328,37 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
     for name, files in (("new", user.train), ("old", user.held)):
         alone = tmp_path / f"{name}.yaml"
         alone.write_text(f"sources:\n  {name}: {{files: '{files}'}}\n")
-        run(1, mixture_flags(user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4))
-        assert facts[name]["loss"] == pytest.approx(float(losses(tmp_path / name)[0]), rel=1e-6)
+        run(
+            1,
+            mixture_flags(
+                user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4
+            ),
+        )
+        assert facts[name]["loss"] == pytest.approx(
+            float(losses(tmp_path / name)[0]), rel=1e-6
+        )
         weighted.append(facts[name]["loss"])
     assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
 
 
 def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     mix = tmp_path / "mix.yaml"
-    mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
+    mix.write_text(
+        f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n"
+    )
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
     assert "--max_steps 10000: all sources are used up after" in refusal(too_many)
     summary = run(
-        1, mixture_flags(user, tmp_path / "out", mix, "--max_steps", -1, "--per_device_train_batch_size", 128)
+        1,
+        mixture_flags(
+            user,
+            tmp_path / "out",
+            mix,
+            "--max_steps",
+            -1,
+            "--per_device_train_batch_size",
+            128,
+        ),
     )
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
     assert curve(tmp_path / "out")
@@ -283,23 +373,43 @@ def test_no_held_out_document_is_trained_on(user, tmp_path):
 
     texts = user.texts()
     again = tmp_path / "again.jsonl"
-    again.write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2]))
+    again.write_text(
+        "".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2])
+    )
     share = 0.3
-    held_out = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
+    held_out = {
+        document_hash(text) for text in texts if document_hash(text) < share * 2**64
+    }
     assert 5 < len(held_out) < 40
     for path in (user.train, again):
         members = load_corpus([str(path)]).members
-        trained = {document_hash(text) for text in Corpus(members, keep=DocumentFilter(share)).texts()}
-        evaluated = {document_hash(text) for text in Corpus(members, keep=DocumentFilter(share, True)).texts()}
+        trained = {
+            document_hash(text)
+            for text in Corpus(members, keep=DocumentFilter(share)).texts()
+        }
+        evaluated = {
+            document_hash(text)
+            for text in Corpus(members, keep=DocumentFilter(share, True)).texts()
+        }
         assert trained
         assert evaluated
         assert not trained & held_out
         assert evaluated <= held_out
-    argv = mixture_flags(user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share)
+    argv = mixture_flags(
+        user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share
+    )
     at = argv.index("--mixture")
-    argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={user.held}"]
+    argv[at : at + 2] = [
+        "--train_files",
+        f"a={user.train}:0.5",
+        f"b={again}:0.5",
+        "--eval_files",
+        f"mine={user.held}",
+    ]
     run(1, argv)
-    (after,) = [row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6]
+    (after,) = [
+        row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6
+    ]
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 
 
@@ -307,7 +417,10 @@ def test_a_plain_run_may_hold_out_too(user, tmp_path):
     summary = job_alone(user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share 1e-09")
-    assert "every document is empty, or on the other side of --held_out_share 1e-09" in refusal(nothing)
+    assert (
+        "every document is empty, or on the other side of --held_out_share 1e-09"
+        in refusal(nothing)
+    )
 
 
 def job_alone(argv):

@@ -1,4 +1,6 @@
-"""Packing: every token once an epoch, documents apart, and batches that only depend on seed, step and batch size."""
+"""Packing: every token once an epoch, documents apart, and batches that only depend on
+seed, step and batch size.
+"""
 
 from pathlib import Path
 
@@ -39,20 +41,28 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
     read = []
     for index in range(data.n_blocks):
         block = data.block(index)
-        assert all(value.shape == (seq_len,) and value.dtype == np.int64 for value in block.values())
+        assert all(
+            value.shape == (seq_len,) and value.dtype == np.int64
+            for value in block.values()
+        )
         real = block["labels"] != IGNORED
         predicted += block["labels"][real].tolist()
         assert np.array_equal(block["labels"][real], block["input_ids"][real] + 1)
         read += [token for token in block["input_ids"].tolist() if token != EOS]
-        assert mask or block["position_ids"].tolist() == list(range(seq_len)), "positions run through"
+        assert mask or block["position_ids"].tolist() == list(range(seq_len)), (
+            "positions run through"
+        )
     starts = {0, *cache.ends.tolist()} if mask else {0}
     assert predicted == [token for token in range(cache.n_tokens) if token not in starts]
-    assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))  # the very last predicts nothing
+    # The very last predicts nothing
+    assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
 def test_document_mask_keeps_documents_and_padding_apart(seq_len):
-    """As transformers reads the positions: same sequence if and only if same document within the block."""
+    """As transformers reads the positions: same sequence if and only if same document
+    within the block.
+    """
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len)
     owner = np.searchsorted(cache.ends, np.arange(cache.n_tokens), side="right")
@@ -63,7 +73,9 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len):
         documents = np.concatenate([owner[tokens[:real]], np.full(seq_len - real, -1)])
         packed = find_packed_sequence_indices(torch.from_numpy(block["position_ids"])[None])
         sequences = np.zeros(seq_len) if packed is None else packed[0].numpy()
-        assert ((sequences[:, None] == sequences) == (documents[:, None] == documents)).all()
+        assert (
+            (sequences[:, None] == sequences) == (documents[:, None] == documents)
+        ).all()
         position = block["position_ids"].tolist()
         for offset in range(seq_len):
             fresh = offset == 0 or documents[offset] != documents[offset - 1]
@@ -76,8 +88,15 @@ def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch():
     blocks = data.n_blocks
     batches = batches_of(data, 4)
     assert blocks % 4  # so that batches straddle epochs
-    first_tokens = [t for step in range(3 * blocks) for t in batches.batch(step)["input_ids"][:, 0].tolist()]
-    epochs = [first_tokens[start : start + blocks] for start in range(0, len(first_tokens), blocks)]
+    first_tokens = [
+        t
+        for step in range(3 * blocks)
+        for t in batches.batch(step)["input_ids"][:, 0].tolist()
+    ]
+    epochs = [
+        first_tokens[start : start + blocks]
+        for start in range(0, len(first_tokens), blocks)
+    ]
     everything = [7 * index for index in range(blocks)]
     assert all(sorted(epoch) == everything for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
@@ -89,21 +108,29 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world):
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
         rank_batches = []
-        for rank in reversed(range(world)):  # each rank has a dataset of its own and asks in another order
+        # Each rank has a dataset of its own and asks in another order
+        for rank in reversed(range(world)):
             of_rank = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
             local = of_rank.batch(step, slice(rank * rows, (rank + 1) * rows))
             assert local["labels"].shape == (rows, 7)
             rank_batches.insert(0, local)
         batch = whole.batch(step)
         for key in KEYS:
-            assert torch.equal(batch[key], torch.cat([local[key] for local in rank_batches]))
-        assert batch["documents"].lengths == sum((local["documents"].lengths for local in rank_batches), ())
+            assert torch.equal(
+                batch[key], torch.cat([local[key] for local in rank_batches])
+            )
+        assert batch["documents"].lengths == sum(
+            (local["documents"].lengths for local in rank_batches), ()
+        )
 
 
 def test_the_order_is_drawn_from_the_seed_and_never_changes():
     """Recorded numbers: a run of today must resume on the numpy of tomorrow."""
     drawn = {
-        seed: [PackedDataset(make_cache([80]), 8, seed).sample(number)["input_ids"][0] // 8 for number in range(20)]
+        seed: [
+            PackedDataset(make_cache([80]), 8, seed).sample(number)["input_ids"][0] // 8
+            for number in range(20)
+        ]
         for seed in (42, 43)
     }
     assert drawn[42] == RECORDED != drawn[43]
@@ -115,12 +142,24 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world, batch_size):
     data = PackedDataset(make_cache(LENGTHS), 7)
     ranks = [list(data.eval_batches(rank, world, batch_size)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
-    rows = [row for batches in ranks for batch in batches for row in zip(*map(batch.get, KEYS), strict=True)]
-    assert all(batch["labels"].shape == (batch_size, 7) for batches in ranks for batch in batches)
-    real = sorted((row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0]))
+    rows = [
+        row
+        for batches in ranks
+        for batch in batches
+        for row in zip(*map(batch.get, KEYS), strict=True)
+    ]
+    assert all(
+        batch["labels"].shape == (batch_size, 7) for batches in ranks for batch in batches
+    )
+    real = sorted(
+        (row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0])
+    )
     assert [int(row[0][0]) for row in real] == [7 * index for index in range(data.n_blocks)]
     for index, row in enumerate(real):
-        assert all(np.array_equal(mine, right) for mine, right in zip(row, data.block(index).values(), strict=True))
+        assert all(
+            np.array_equal(mine, right)
+            for mine, right in zip(row, data.block(index).values(), strict=True)
+        )
     assert len(rows) - len(real) < world * batch_size
 
 

@@ -1,4 +1,6 @@
-"""Readers of files: from any position on, up to their limits, and what a suffix and a column say."""
+"""Readers of files: from any position on, up to their limits, and what a suffix and a
+column say.
+"""
 
 import codecs
 import gzip
@@ -20,7 +22,9 @@ def lines(rows):
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
 def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
-    """Row groups and batches end within and at the mark; lines may be blank, and the first has a byte order mark."""
+    """Row groups and batches end within and at the mark; lines may be blank, and the first
+    has a byte order mark.
+    """
     rows = [f"text {number} é" for number in range(7)]
     table = pa.table({"id": range(7), "text": rows})
     path = tmp_path / f"a.{kind}"
@@ -29,10 +33,16 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
     elif kind == "dataset":
         datasets.Dataset(table).save_to_disk(path)
     else:
-        data = codecs.BOM_UTF8 + lines([{"text": text} for text in rows]).replace(b"\n", b"\n \n", 2)
+        data = codecs.BOM_UTF8 + lines([{"text": text} for text in rows]).replace(
+            b"\n", b"\n \n", 2
+        )
         padding = bytes(512)  # of stores that write whole blocks
         path.write_bytes(gzip.compress(data) + padding if kind.endswith("gz") else data)
-    corpus = load_corpus(dataset_name=str(path)) if kind == "dataset" else load_corpus([str(path)])
+    corpus = (
+        load_corpus(dataset_name=str(path))
+        if kind == "dataset"
+        else load_corpus([str(path)])
+    )
     (member,) = corpus.members
     whole = list(member.marked(readers.START))
     assert [document.text for document, _ in whole] == rows
@@ -52,7 +62,11 @@ def test_a_text_file_is_read_once(tmp_path, monkeypatch):
     assert list(member.marked(mark)) == []
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
     chunks = [(document.text, mark) for document, mark in member.marked(readers.START)]
-    assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
+    assert chunks == [
+        ("some", readers.START),
+        (" tex", readers.START),
+        ("t", readers.Mark(1)),
+    ]
 
 
 def test_a_dataset_without_rows_is_empty(tmp_path):
@@ -122,9 +136,14 @@ def test_suffixes_say_what_a_file_is(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = [path.relative_to(tmp_path).as_posix() for path in resolve_files([str(tmp_path)])]
+    found = [
+        path.relative_to(tmp_path).as_posix() for path in resolve_files([str(tmp_path)])
+    ]
     assert found == ["A.TXT", "b.JSONL.GZ", "b.json.zst", "y/h.PY", "z/g.txt"]
-    kinds = [readers.file_kind(Path(name)) for name in ("A.TXT.gz", "b.JSONL.GZ", "c.ndjson", "c.PARQUET")]
+    kinds = [
+        readers.file_kind(Path(name))
+        for name in ("A.TXT.gz", "b.JSONL.GZ", "c.ndjson", "c.PARQUET")
+    ]
     assert kinds == ["text", "json", "json", "parquet"]
     assert readers.is_compressed(Path("a.ZST"))
     assert not readers.is_compressed(Path("a.zst.txt"))

@@ -1,4 +1,6 @@
-"""Streaming: the same blocks as from a cache, resumed at any position. Its failures are in test_stream_failures.py."""
+"""Streaming: the same blocks as from a cache, resumed at any position. Its failures are in
+test_stream_failures.py.
+"""
 
 import json
 
@@ -33,7 +35,9 @@ KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "dataset")
 
 
 def corpus_of(folder, kind="jsonl", count=90):
-    """Three shards of one format, or a `datasets` name (a folder in place of one of the hub) that is streamed."""
+    """Three shards of one format, or a `datasets` name (a folder in place of one of the
+    hub) that is streamed.
+    """
     if kind != "dataset":
         return load_corpus(write(folder, kind, documents(count)))
     write(folder, "jsonl", documents(count))
@@ -71,7 +75,10 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     texts = [f"{n}" for n in range(50)]
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
     reader = DocumentStream("a", corpus, buffer=8, seed=3)
-    epochs = [[document.text for document, _ in reader.epoch(StreamPosition(epoch=number))] for number in range(3)]
+    epochs = [
+        [document.text for document, _ in reader.epoch(StreamPosition(epoch=number))]
+        for number in range(3)
+    ]
     assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     reseeded = DocumentStream("a", corpus, buffer=8, seed=4)
@@ -79,18 +86,28 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     alone = DocumentStream("a", Corpus(corpus.members[:1]), buffer=4, seed=3)
     read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
     windows = [read[start : start + 4] for start in range(0, 16, 4)]
-    assert [sorted(window) for window in windows] == [list(range(start, start + 4)) for start in range(0, 16, 4)]
-    assert len({tuple(index % 4 for index in window) for window in windows}) > 1, "each window has its own order"
+    assert [sorted(window) for window in windows] == [
+        list(range(start, start + 4)) for start in range(0, 16, 4)
+    ]
+    assert len({tuple(index % 4 for index in window) for window in windows}) > 1, (
+        "each window has its own order"
+    )
     unshuffled = DocumentStream("a", corpus, buffer=1, seed=3)
-    firsts = [next(unshuffled.epoch(StreamPosition(epoch=number)))[0].text for number in range(8)]
+    firsts = [
+        next(unshuffled.epoch(StreamPosition(epoch=number)))[0].text for number in range(8)
+    ]
     assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
 
 
 def test_a_window_of_much_text_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
-    positions = [position for _, position in DocumentStream("a", corpus).epoch(StreamPosition())]
-    assert [(position.window, position.done) for position in positions] == [divmod(number, 3) for number in range(30)]
+    positions = [
+        position for _, position in DocumentStream("a", corpus).epoch(StreamPosition())
+    ]
+    assert [(position.window, position.done) for position in positions] == [
+        divmod(number, 3) for number in range(30)
+    ]
 
 
 def test_a_document_longer_than_memory_passes_in_chunks(tokenizer, tmp_path, monkeypatch):
@@ -99,14 +116,18 @@ def test_a_document_longer_than_memory_passes_in_chunks(tokenizer, tmp_path, mon
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 2000)
     (tmp_path / "a.txt").write_text("short\n")
-    (tmp_path / "b.txt").write_text("".join(f"line {n} of a long, long text\n" for n in range(3000)))
+    (tmp_path / "b.txt").write_text(
+        "".join(f"line {n} of a long, long text\n" for n in range(3000))
+    )
     corpus = load_corpus([str(tmp_path / "*.txt")])
     cached = InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T)
     streamed = source(corpus, tokenizer, buffer=50)
     longest_queue = 0
     for number in range(cached.n_blocks):
         block = streamed.sample(number)
-        longest_queue = max(longest_queue, sum(len(chunk.tokens) for chunk in streamed._queue))
+        longest_queue = max(
+            longest_queue, sum(len(chunk.tokens) for chunk in streamed._queue)
+        )
     assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
 
@@ -115,22 +136,36 @@ def test_a_document_longer_than_memory_passes_in_chunks(tokenizer, tmp_path, mon
 
 
 def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
-    """Batches equal those of the same mixture from caches, for rows of any rank, resumed at any step."""
+    """Batches equal those of the same mixture from caches, for rows of any rank, resumed at
+    any step.
+    """
     left = corpus_of(tmp_path / "left", count=70)
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
-    packed = [InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T) for corpus in (left, right)]
+    packed = [
+        InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T)
+        for corpus in (left, right)
+    ]
 
     def made(states=None):
         sources = {"left": source(left, tokenizer), "right": packed[1]}
-        return Mixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states)
+        return Mixture(
+            sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states
+        )
 
-    cached = Mixture({"left": packed[0], "right": packed[1]}, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12)
+    cached = Mixture(
+        {"left": packed[0], "right": packed[1]},
+        [(0, (0.7, 0.3)), (9, (0.2, 0.8))],
+        [None, None],
+        T,
+        12,
+    )
     whole = made()
     state = None
     for step in range(20):
         if step % 3 == 0:
             resumed = made(json.loads(json.dumps(state)) if state else None)
-        for row_range in (slice(6, 12), slice(0, 6), slice(0, 6)):  # ranks and micro-batches, some twice
+        # Ranks and micro-batches, some twice
+        for row_range in (slice(6, 12), slice(0, 6), slice(0, 6)):
             wanted = cached.batch(step, row_range)
             batch = whole.batch(step, row_range)
             for key in ("input_ids", "labels", "position_ids"):
@@ -139,21 +174,33 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
         assert resumed.states_at(step) == whole.states_at(step)
         state = resumed.states_at(step + 1)
     late = made()
-    assert torch.equal(late.batch(7)["input_ids"], cached.batch(7)["input_ids"]), "a walk to a later step"
+    assert torch.equal(late.batch(7)["input_ids"], cached.batch(7)["input_ids"]), (
+        "a walk to a later step"
+    )
 
 
 # -- complete runs ---------------------------------------------------------------------------------------------------
 
 
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user, tmp_path, out):
-    more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
+    more = (
+        "--streaming",
+        "--shuffle_buffer",
+        7,
+        "--save_steps",
+        2,
+        "--replay",
+        f"old={user.held}:0.25",
+    )
 
     def flags(folder, *batch):
         return user.flags(folder, *more, *batch)
 
     assert_one_run(flags, tmp_path, job_in_small_batches)
     assert source_rows(tmp_path / "wide")[-1]["old"]["tokens"] == 6 * 32
-    resumed = flags(out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
+    resumed = flags(
+        out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto"
+    )
     message = refusal([*resumed, "--shuffle_buffer", "8"])
     assert "--shuffle_buffer" in message
     assert "train.shuffle_buffer: 7 there, 8 here" in message
@@ -167,8 +214,15 @@ def job_in_small_batches(argv):
 
 def test_a_record_without_text_ends_a_streamed_run(user, tmp_path):
     late = tmp_path / "late.jsonl"
-    late.write_text(user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n')
-    argv = user.flags(tmp_path / "out", "--streaming --train_files", late, "--shuffle_buffer 3 --max_steps 300")
+    late.write_text(
+        user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n'
+    )
+    argv = user.flags(
+        tmp_path / "out",
+        "--streaming --train_files",
+        late,
+        "--shuffle_buffer 3 --max_steps 300",
+    )
     message = refusal(argv)
     assert "late.jsonl, line" in message
     assert "no field 'text'; there are: body" in message

@@ -35,11 +35,15 @@ class Broken:
             yield document, behind
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr
+)
 def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer, tmp_path, error):
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     broken_shards = tuple(Broken(shard, error) for shard in corpus.members)
-    with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read: .*(output error|route)"):
+    with pytest.raises(
+        RunError, match=r"source 'a': .*0.jsonl cannot be read: .*(output error|route)"
+    ):
         taken(source(Corpus(broken_shards), tokenizer), 0, 300)
 
 
@@ -47,22 +51,35 @@ def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path, monkeyp
     def fail(*_):
         raise OSError(116, "Stale file handle")
 
-    documents_of = DocumentStream("a", load_corpus(write(tmp_path / "shards", "jsonl", documents())))
+    documents_of = DocumentStream(
+        "a", load_corpus(write(tmp_path / "shards", "jsonl", documents()))
+    )
     monkeypatch.setattr(readers, "_lines", fail)
-    with pytest.raises(RunError, match=r"source 'a': .*\.jsonl cannot be read: .*Stale file handle"):
+    with pytest.raises(
+        RunError, match=r"source 'a': .*\.jsonl cannot be read: .*Stale file handle"
+    ):
         list(documents_of.epoch(StreamPosition()))
 
 
 def test_damage_in_the_middle_is_named(tokenizer, tmp_path):
     lines = [json.dumps({"text": text}) for text in documents()]
-    (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:40], '{"text": 5', *lines[40:]]))
+    (tmp_path / "broken.jsonl").write_text(
+        "\n".join([*lines[:40], '{"text": 5', *lines[40:]])
+    )
     with user_error(r"source 'a': .*broken.jsonl, line 41, column"):
         taken(source(load_corpus([str(tmp_path / "broken.jsonl")]), tokenizer), 0, 2000)
     numbers = random.Random(0)  # do not compress
-    content = b"".join(json.dumps({"text": numbers.randbytes(1000).hex()}).encode() + b"\n" for _ in range(900))
+    content = b"".join(
+        json.dumps({"text": numbers.randbytes(1000).hex()}).encode() + b"\n"
+        for _ in range(900)
+    )
     gz = gzip.compress(content)
     zst = pa.compress(content, "zstd", asbytes=True)
-    for name, damaged in {"a.gz": gz[:-40], "b.gz": gz[:-8] + bytes(4) + gz[-4:], "c.zst": zst[:-40]}.items():
+    for name, damaged in {
+        "a.gz": gz[:-40],
+        "b.gz": gz[:-8] + bytes(4) + gz[-4:],
+        "c.zst": zst[:-40],
+    }.items():
         path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
         path.write_bytes(damaged)
         documents_of = DocumentStream("a", load_corpus([str(path)]))

@@ -1,4 +1,6 @@
-"""Tokenizers that are trained, wrapped and saved give exactly SentencePiece's ids; unsuitable ones are refused."""
+"""Tokenizers that are trained, wrapped and saved give exactly SentencePiece's ids;
+unsuitable ones are refused.
+"""
 
 import io
 import json
@@ -40,10 +42,15 @@ def trained(tmp_path_factory):
 
 
 def fuzz(count):
-    """Random slices of code, and random strings over an alphabet that provokes ties and byte fallback."""
+    """Random slices of code, and random strings over an alphabet that provokes ties and
+    byte fallback.
+    """
     generator = random.Random(0)
     alphabet = [*"  \n\t.,()aaaeeesstt_=<>/sx0", "é", "漢", "😀", "self", "    ", "\n\n"]
-    strings = ["".join(generator.choices(alphabet, k=generator.randrange(1, 80))) for _ in range(count)]
+    strings = [
+        "".join(generator.choices(alphabet, k=generator.randrange(1, 80)))
+        for _ in range(count)
+    ]
     for source in generator.choices(SOURCES, k=count):
         start = generator.randrange(len(source))
         strings.append(source[start : start + generator.randrange(400)])
@@ -51,7 +58,9 @@ def fuzz(count):
 
 
 def test_ids_are_those_of_sentencepiece_and_survive_saving(trained, tmp_path):
-    original = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
+    original = sentencepiece.SentencePieceProcessor(
+        model_file=str(trained / "tokenizer.model")
+    )
     wrapped = load_tokenizer(trained)
     wrapped.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -68,12 +77,18 @@ def test_nothing_is_normalised_away(trained):
     for text in AWKWARD + SOURCES:
         ids = wrapped.encode(text, add_special_tokens=False)
         assert wrapped.unk_token_id not in ids
-        assert wrapped.decode(ids) == text.replace("\u2581", " ")  # SentencePiece's own sign for a space
+        # SentencePiece's own sign for a space
+        assert wrapped.decode(ids) == text.replace("\u2581", " ")
 
 
 def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained):
     wrapped = load_tokenizer(trained)
-    names = (wrapped.unk_token_id, wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id)
+    names = (
+        wrapped.unk_token_id,
+        wrapped.bos_token_id,
+        wrapped.eos_token_id,
+        wrapped.pad_token_id,
+    )
     assert names == (0, 1, 2, 3)
     assert len(wrapped) == wrapped.vocab_size == 600
     assert len(wrapped.encode(" " * 8, add_special_tokens=False)) == 1
@@ -92,7 +107,9 @@ def test_saved_beside_a_model_config_it_stays_itself(trained, tmp_path, config):
 
 
 def test_training_is_deterministic(tmp_path, monkeypatch):
-    first, second = (train_sentencepiece(iter(SOURCES), 400, tmp_path / name) for name in "ab")
+    first, second = (
+        train_sentencepiece(iter(SOURCES), 400, tmp_path / name) for name in "ab"
+    )
     assert tree(first) == tree(second)
     monkeypatch.setattr("mora_ds.data.sentencepiece._SAMPLE_BYTES", 1)
     small, again = (train_sentencepiece(SOURCES, 400, tmp_path / name) for name in "cd")
@@ -102,7 +119,9 @@ def test_training_is_deterministic(tmp_path, monkeypatch):
 def test_vocabulary_must_fit_the_model(trained):
     wrapped = load_tokenizer(trained)
     check_vocabulary(wrapped, 600)
-    with user_error(r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
+    with user_error(
+        r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"
+    ):
         check_vocabulary(wrapped, 599)
     wrapped.add_tokens(["<added>"])
     with user_error("'<added>' has id 600"):
@@ -112,8 +131,16 @@ def test_vocabulary_must_fit_the_model(trained):
 @pytest.mark.parametrize(
     "texts, size, said",
     [
-        (["small corpus"], 5000, r"--train_tokenizer_vocab 5000: .* too high .* set it to a value <= \d+"),
-        (SOURCES, 270, r"--train_tokenizer_vocab 270: .* smaller than required_chars. 270 vs \d+"),
+        (
+            ["small corpus"],
+            5000,
+            r"--train_tokenizer_vocab 5000: .* too high .* set it to a value <= \d+",
+        ),
+        (
+            SOURCES,
+            270,
+            r"--train_tokenizer_vocab 270: .* smaller than required_chars. 270 vs \d+",
+        ),
         (["\n\n"], 1000, r"--train_tokenizer_vocab 1000: .*sentences_.empty"),
     ],
 )

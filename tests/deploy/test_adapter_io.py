@@ -30,12 +30,21 @@ def logits(model):
 
 
 def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker, tmp_path):
-    """Each domain has the shared matrices once more: none of them adds them once, a domain twice."""
-    updates = maker.write(tmp_path / "adapter", MoRAConfig(rank=3, domains=("law", "code")), 1, domains=("law", "code"))
+    """Each domain has the shared matrices once more: none of them adds them once, a domain
+    twice.
+    """
+    updates = maker.write(
+        tmp_path / "adapter",
+        MoRAConfig(rank=3, domains=("law", "code")),
+        1,
+        domains=("law", "code"),
+    )
     for domain, times in ((None, 1), ("shared", 1), ("code", 2)):
         model = load_adapter(maker.folder, tmp_path / "adapter", domain=domain)
         expected = tiny_model("llama", num_hidden_layers=1)
-        domain_updates = {name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()}
+        domain_updates = {
+            name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()
+        }
         merge(expected, originals(maker.model), domain_updates)
         torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
         assert domains_of(model).names == ("law", "code")
@@ -45,13 +54,17 @@ def rewritten(folder, **changes):
     """adapter.json, and with `shape` also the shape of the norm, say something else."""
     opened = Adapter.open(folder)
     squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
-    trained = {name: opened.tensors.trained(name).clone() for name in opened.file.trainables}
+    trained = {
+        name: opened.tensors.trained(name).clone() for name in opened.file.trainables
+    }
     trained[NORM] = torch.ones(changes.pop("shape", 32))
     write_adapter(folder, replace(opened.file, **changes), squares, trained)
 
 
 def configured(**changes):
-    return lambda folder: change_json(folder / "adapter.json", lambda content: content["config"].update(changes))
+    return lambda folder: change_json(
+        folder / "adapter.json", lambda content: content["config"].update(changes)
+    )
 
 
 def other_sides(content):
@@ -62,7 +75,10 @@ def other_sides(content):
 
 UNFIT = {
     "another size": (configured(rank=5), "the shape of .*up_proj.square is"),
-    "fewer layers": (configured(target_modules=["q_proj"]), "the shape of .*up_proj.square is .* there, None here"),
+    "fewer layers": (
+        configured(target_modules=["q_proj"]),
+        "the shape of .*up_proj.square is .* there, None here",
+    ),
     "another shape": (
         lambda folder: rewritten(folder, shape=31),
         r"the shape of model\.norm\.weight is \(31,\) there, \(32,\) here",
@@ -76,7 +92,9 @@ UNFIT = {
         "its operator of .*q_proj is of another shape",
     ),
     "no tensor": (
-        lambda folder: change_json(folder / "base.json", lambda content: content.update(keys={})),
+        lambda folder: change_json(
+            folder / "base.json", lambda content: content.update(keys={})
+        ),
         "names no tensor of",
     ),
 }
@@ -95,7 +113,9 @@ def test_an_adapter_that_does_not_fit_its_model_is_refused(maker, tmp_path, chan
 
 
 def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker, tmp_path):
-    """A relative folder in base.json is relative to where it lies: a copy elsewhere names the same base."""
+    """A relative folder in base.json is relative to where it lies: a copy elsewhere names
+    the same base.
+    """
     maker.write(tmp_path / "runs/adapter", MoRAConfig(rank=3))
     replace(maker.reference, folder="../../base").write(tmp_path / "runs/adapter")
     reseal(tmp_path / "runs")

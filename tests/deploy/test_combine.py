@@ -30,15 +30,27 @@ TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with two merges, embeddings and norm trained too; before its checkpoint lies one with a single merge."""
-    fake = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
+    """A run with two merges, embeddings and norm trained too; before its checkpoint lies
+    one with a single merge.
+    """
+    fake = fake_run(
+        tmp_path_factory.mktemp("run"),
+        trained=TRAINED,
+        num_hidden_layers=1,
+        tie_word_embeddings=True,
+    )
     earlier = step_folder(fake.checkpoint.parent, 3)
     shutil.copytree(fake.checkpoint, earlier)
     opened = Adapter.open(earlier)
     layers = layers_of(fake.live, 1)
     shortened(opened.ledger.folder, 1)
     trained = {name: opened.tensors.trained(name) + 0.5 for name in TRAINED}
-    write_adapter(earlier, replace(opened.file, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)
+    write_adapter(
+        earlier,
+        replace(opened.file, layers=layers, cycle=1, step=3),
+        random_squares(layers, 77),
+        trained,
+    )
     files.write_manifest(earlier)
     return fake
 
@@ -56,12 +68,19 @@ def by_hand(terms):
     for weight, folder in terms:
         opened = Adapter.open(folder)
         for module, entry in opened.file.layers.items():
-            for spec, value in [*opened.ledger.squares_of(module), (entry.operator, opened.tensors.square(module))]:
+            for spec, value in [
+                *opened.ledger.squares_of(module),
+                (entry.operator, opened.tensors.square(module)),
+            ]:
                 delta = weight * spec.delta_weight(value.double())
-                total[reference.keys[entry.weight]] += delta.T if entry.transposed else delta
+                total[reference.keys[entry.weight]] += (
+                    delta.T if entry.transposed else delta
+                )
         for name in opened.file.trainables:
             key = reference.keys[name]
-            total[key] += weight * (opened.tensors.trained(name).double() - original[key].double())
+            total[key] += weight * (
+                opened.tensors.trained(name).double() - original[key].double()
+            )
     return total
 
 
@@ -79,7 +98,10 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
     export_merged(tmp_path / "same", tmp_path / "merged")
     export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
     plain = content(tmp_path / "plain")
-    assert all(torch.equal(tensor, plain[key]) for key, tensor in content(tmp_path / "merged").items())
+    assert all(
+        torch.equal(tensor, plain[key])
+        for key, tensor in content(tmp_path / "merged").items()
+    )
     assert verify(tmp_path / "same")[0].is_good
     assert (tmp_path / "same/tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
 
@@ -89,7 +111,9 @@ def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
     report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
     merged = content(tmp_path / "merged")
     check(merged, by_hand([(scale, run.checkpoint)]))
-    assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items())
+    assert scale or all(
+        torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items()
+    )
     card = (tmp_path / "merged/README.md").read_text()
     assert report.cycles == 2
     assert COMBINED in card
@@ -105,20 +129,28 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path):
     export_merged(tmp_path / "mean", tmp_path / "merged")
     opened = Adapter.open(tmp_path / "mean")
     check(content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
-    assert opened.ledger.cycles == opened.file.cycle == 2, "checkpoints of a run share operators: no term is added"
+    assert opened.ledger.cycles == opened.file.cycle == 2, (
+        "checkpoints of a run share operators: no term is added"
+    )
     assert [source["step"] for source in opened.file.facts[COMBINED]] == [3, 7]
-    assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
+    assert [record.step for record in opened.ledger.records] == [1, 3], (
+        "the newest step of what each term sums"
+    )
 
 
 def test_a_sum_stands_alone(run, tmp_path):
-    """With the tokenizer of its last source, the base where it was said to be, and hashes of all that."""
+    """With the tokenizer of its last source, the base where it was said to be, and hashes
+    of all that.
+    """
     source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
     (source / "tokenizer").mkdir()
     (source / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     files.write_manifest(source)
     base = shutil.copytree(run.base, tmp_path / "moved")
     combine_adapters([run.checkpoint, source], [0.5, 0.5], tmp_path / "sum", base)
-    assert (tmp_path / "sum/tokenizer/tokenizer_config.json").read_text() == '{"from": "run"}'
+    assert (
+        tmp_path / "sum/tokenizer/tokenizer_config.json"
+    ).read_text() == '{"from": "run"}'
     assert BaseReference.read(tmp_path / "sum").folder == str(base.resolve())
     listed = files.listed_files(tmp_path / "sum")
     assert files.verify_manifest(tmp_path / "sum") == []
@@ -130,13 +162,19 @@ def test_a_sum_stands_alone(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory):
-    return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("maker") / "base")
+    return Maker(
+        tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("maker") / "base"
+    )
 
 
 LORA = LoRAConfig(rank=2, seed=5)
 SETTINGS = {
     "rank": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=4, seed=1), 2),
-    "operator": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=3, seed=1, operator="share"), 2),
+    "operator": (
+        MoRAConfig(rank=3, seed=0),
+        MoRAConfig(rank=3, seed=1, operator="share"),
+        2,
+    ),
     "seed": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=3, seed=0), 1),
     "lora": (LORA, LoRAConfig(rank=2, seed=6), 2),
 }
@@ -149,10 +187,15 @@ def test_sum_of_two_runs(maker, tmp_path, first, second, terms):
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
     assert Adapter.open(tmp_path / "sum").file.cycle == terms - 1
     export_merged(tmp_path / "sum", tmp_path / "merged")
-    check(content(tmp_path / "merged"), by_hand([(0.75, tmp_path / "a"), (-0.5, tmp_path / "b")]))
+    check(
+        content(tmp_path / "merged"),
+        by_hand([(0.75, tmp_path / "a"), (-0.5, tmp_path / "b")]),
+    )
     ids = torch.arange(8).unsqueeze(0)
     live = load_adapter(maker.folder, tmp_path / "sum")(input_ids=ids).logits
-    merged = type(maker.model).from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    merged = (
+        type(maker.model).from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    )
     assert_close(live, merged, rtol=0, atol=1e-5)
 
 
@@ -173,16 +216,26 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker, tmp_path):
     for name in ("all", "sum"):
         export_merged(tmp_path / name, tmp_path / f"{name}-merged")
     whole = content(tmp_path / "all-merged")
-    assert all(torch.equal(tensor, whole[key]) for key, tensor in content(tmp_path / "sum-merged").items())
+    assert all(
+        torch.equal(tensor, whole[key])
+        for key, tensor in content(tmp_path / "sum-merged").items()
+    )
 
 
 def test_domains_are_summed_too(maker, tmp_path):
     for seed, name in enumerate("ab"):
-        maker.write(tmp_path / name, MoRAConfig(rank=3, seed=0), scale=0.02 + seed, domains=("law", "code"))
+        maker.write(
+            tmp_path / name,
+            MoRAConfig(rank=3, seed=0),
+            scale=0.02 + seed,
+            domains=("law", "code"),
+        )
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
     adapters = [Adapter.open(tmp_path / name) for name in ("a", "b", "sum")]
     for module in adapters[-1].file.layers:
-        a, b, total = (adapter.tensors.domain_square(module, "code") for adapter in adapters)
+        a, b, total = (
+            adapter.tensors.domain_square(module, "code") for adapter in adapters
+        )
         assert_close(total, 0.5 * a + 2 * b)
 
 
@@ -196,7 +249,9 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
-    another_base = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base")
+    another_base = Maker(
+        tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base"
+    )
     another_base.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
         ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),

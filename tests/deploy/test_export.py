@@ -32,7 +32,9 @@ TOOL = Path(__file__).resolve().parents[2] / "tools/export_hf.py"
 
 
 def check(run, output, dtype):
-    """The export, loaded by plain transformers, has every expected value bit for bit, in `dtype`."""
+    """The export, loaded by plain transformers, has every expected value bit for bit, in
+    `dtype`.
+    """
     loaded = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     model, info = loaded
     assert not info["missing_keys"]
@@ -43,8 +45,13 @@ def check(run, output, dtype):
     for name, tensor in parameters.items():
         assert tensor.dtype == dtype, name
         assert torch.equal(tensor, run.expected[name].to(dtype)), name
-    changed = [name for name in run.expected if not torch.equal(run.expected[name], run.live.get_parameter(name))]
-    assert len(changed) == len(run.adapter.layers)  # the live squares are in the export and not in the live weights
+    changed = [
+        name
+        for name in run.expected
+        if not torch.equal(run.expected[name], run.live.get_parameter(name))
+    ]
+    # The live squares are in the export and not in the live weights
+    assert len(changed) == len(run.adapter.layers)
 
 
 def assert_refused(run, output, words, error=UserError):
@@ -61,10 +68,19 @@ HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 SETTINGS = {
     "plain": ("float32", {"family": "llama"}),
-    "tied-trained": ("bfloat16", {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]}),
+    "tied-trained": (
+        "bfloat16",
+        {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]},
+    ),
     "untied-trained": ("float16", {"family": "llama", "trained": HEADS}),
-    "bf16-sharded": ("float32", {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"}),
-    "gpt2": ("bfloat16", {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")}),
+    "bf16-sharded": (
+        "float32",
+        {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"},
+    ),
+    "gpt2": (
+        "bfloat16",
+        {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")},
+    ),
     "neox": ("float32", {"family": "gpt_neox", "trained": ("lm_head.weight",)}),
     "no-cycles": ("float16", {"family": "phi3", "cycles": 0}),
     "gemma3": ("bfloat16", {"family": "gemma3_text", "stored": torch.bfloat16}),
@@ -79,7 +95,10 @@ def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
     assert report.comparison is not None
     assert report.comparison.error <= report.comparison.tolerance
-    assert (report.merged, report.replaced) == (len(run.adapter.layers), len(run.adapter.trainables))
+    assert (report.merged, report.replaced) == (
+        len(run.adapter.layers),
+        len(run.adapter.trainables),
+    )
 
 
 def test_dtype_can_be_chosen(tmp_path):
@@ -92,7 +111,10 @@ def test_dtype_can_be_chosen(tmp_path):
     exported = load_file(tmp_path / "merged/model.safetensors")
     for name, entry in run.adapter.layers.items():
         updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
-        assert torch.equal(exported[entry.weight], summed(base.read(entry.weight), updates, False, torch.float32))
+        assert torch.equal(
+            exported[entry.weight],
+            summed(base.read(entry.weight), updates, False, torch.float32),
+        )
 
 
 def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
@@ -103,14 +125,20 @@ def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     assert whole.files == ("model.safetensors",)
     assert len(sharded.files) > 2
     assert whole.nbytes == sharded.nbytes
-    assert all((tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files)
+    assert all(
+        (tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files
+    )
     check(run, tmp_path / "parts", torch.float32)
-    prints = {BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")}
+    prints = {
+        BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")
+    }
     assert len(prints) == 1
 
 
 def test_stale_copy_of_a_tied_head_is_left_out(tmp_path):
-    """Files that hold lm_head.weight though it is tied: kept, it would come apart from the trained embedding."""
+    """Files that hold lm_head.weight though it is tied: kept, it would come apart from the
+    trained embedding.
+    """
     run = fake_run(tmp_path, trained=HEADS[:1], tie_word_embeddings=True, twice=True)
     assert "lm_head.weight" in load_file(run.base / "model.safetensors")
     export_merged(run.checkpoint, tmp_path / "merged", verify=True)
@@ -135,7 +163,11 @@ def test_companions(tmp_path):
 
 def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     run = fake_run(tmp_path, probe=False)
-    summary = {"steps": 7, "perplexity_before": {"code": 9.5}, "perplexity_after": {"code": 8.25}}
+    summary = {
+        "steps": 7,
+        "perplexity_before": {"code": 9.5},
+        "perplexity_after": {"code": 8.25},
+    }
     files.write_json_atomic(run.output / "summary.json", summary)
     adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
     write_adapter(run.checkpoint, adapter, run.squares, {})
@@ -145,7 +177,9 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
-    files.write_json_atomic(run.output / "summary.json", {**summary, "perplexity_before": {"code": None}})
+    files.write_json_atomic(
+        run.output / "summary.json", {**summary, "perplexity_before": {"code": None}}
+    )
     export_merged(run.output, tmp_path / "not finite")
     assert "perplexity" not in (tmp_path / "not finite/README.md").read_text()
     files.write_json_atomic(run.output / "summary.json", {**summary, "steps": 8})
@@ -159,7 +193,9 @@ def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path):
 
     run = fake_run(tmp_path)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(run.checkpoint / "tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(
+        run.checkpoint / "tokenizer"
+    )
     export_merged(run.checkpoint, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"] == [1]
 
@@ -206,8 +242,13 @@ def test_damaged_checkpoint_is_named(tmp_path, name, damage):
     damage(run.checkpoint / name)
     assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}")
     (run.checkpoint / "manifest.json").unlink()
-    if damage is not flip_byte:  # without a manifest, hashes cover the ledger only; holes show everywhere
-        assert_refused(run, tmp_path / "merged", name if (run.checkpoint / name).exists() else "missing|neither")
+    # Without a manifest, hashes cover the ledger only; holes show everywhere
+    if damage is not flip_byte:
+        assert_refused(
+            run,
+            tmp_path / "merged",
+            name if (run.checkpoint / name).exists() else "missing|neither",
+        )
 
 
 def test_ledger_of_another_length_is_refused(tmp_path):
@@ -224,18 +265,28 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
     squares = {**run.squares, "lm_head": torch.ones(4, 4)}
     write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
     files.write_manifest(run.checkpoint)
-    assert_refused(run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight")
+    assert_refused(
+        run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight"
+    )
 
 
 def test_a_trained_tensor_of_another_shape_is_refused(tmp_path):
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
     write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
     files.write_manifest(run.checkpoint)
-    assert_refused(run, tmp_path / "merged", r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base")
+    assert_refused(
+        run,
+        tmp_path / "merged",
+        r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base",
+    )
     keys = {**BaseReference.read(run.checkpoint).keys, HEADS[1]: "gone"}
     replace(BaseReference.read(run.checkpoint), keys=keys).write(run.checkpoint)
     files.write_manifest(run.checkpoint)
-    assert_refused(run, tmp_path / "merged", r"base\.json names no tensor of .* for model\.norm\.weight")
+    assert_refused(
+        run,
+        tmp_path / "merged",
+        r"base\.json names no tensor of .* for model\.norm\.weight",
+    )
 
 
 def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
@@ -254,7 +305,11 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
             export_merged(run.checkpoint, run.checkpoint / inside)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_text("")
-    for path, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
+    for path, words in (
+        (run.base, "holds the base"),
+        (run.output, "holds the base or"),
+        (tmp_path, "holds the base"),
+    ):
         with user_error(words):
             export_merged(run.checkpoint, path, overwrite=True)
     with user_error("something other than a model"):
@@ -265,11 +320,23 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
 
 
 def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
-    """How it ends where it cannot: tests/runtime/test_cli.py, tests/config/test_bad_tool_calls.py."""
+    """How it ends where it cannot: tests/runtime/test_cli.py,
+    tests/config/test_bad_tool_calls.py.
+    """
     run = fake_run(tmp_path)
     checkpoint = run.output / "checkpoints/latest"
-    command = [sys.executable, TOOL, "--checkpoint", checkpoint, "--output", tmp_path / "merged", "--verify"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [
+        sys.executable,
+        TOOL,
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        tmp_path / "merged",
+        "--verify",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
     done = called(command, cwd="/", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
@@ -307,7 +374,9 @@ print(max(peaks) - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_that_of_a_few_tensors(tmp_path):
-    """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never the model."""
+    """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never
+    the model.
+    """
     side = 1024
     count = 56
     base = tmp_path / "base"
@@ -315,7 +384,9 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     base.mkdir()
     checkpoint.mkdir()
     (base / "config.json").write_text("{}")
-    weights = {f"layer.{i}.weight": torch.full((side, side), float(i)) for i in range(count)}
+    weights = {
+        f"layer.{i}.weight": torch.full((side, side), float(i)) for i in range(count)
+    }
     write_safetensors_atomic(base / "model.safetensors", weights, {})
     spec = OperatorSpec(OperatorKind.ROTATE, side, side, 128, Grouping.PERMUTED, 1)
     layers = {f"layer.{i}": LayerEntry(f"layer.{i}", False, spec) for i in range(count)}
@@ -323,8 +394,12 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     ledger = Ledger.create(checkpoint / "ledger", fingerprint)
     squares = {name: torch.ones(128, 128) for name in layers}
     ledger.append(1, layers, squares.items())
-    write_adapter(checkpoint, AdapterFile(layers, MoRAConfig(), "float32", 1, 1), squares, {})
-    BaseReference(str(base), fingerprint, {name: name for name in weights}, "float32").write(checkpoint)
+    write_adapter(
+        checkpoint, AdapterFile(layers, MoRAConfig(), "float32", 1, 1), squares, {}
+    )
+    BaseReference(
+        str(base), fingerprint, {name: name for name in weights}, "float32"
+    ).write(checkpoint)
     repository = str(TOOL.parent.parent)
     command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "merged")]
     done = called(command, cwd=repository, timeout=120)

@@ -1,4 +1,6 @@
-"""MoRA adapters of kongds's fork of PEFT: they compute what its formulas say, live and merged, or are refused."""
+"""MoRA adapters of kongds's fork of PEFT: they compute what its formulas say, live and
+merged, or are refused.
+"""
 
 import json
 import math
@@ -22,17 +24,23 @@ NARROWING = ("k_proj", "v_proj", "down_proj")
 
 
 def compress(kind, x, side):
-    """(..., d_in) -> (..., side), or (..., blocks, side) for type 6: the fork's sums over inputs."""
+    """(..., d_in) -> (..., side), or (..., blocks, side) for type 6: the fork's sums over
+    inputs.
+    """
     d_in = x.shape[-1]
     if kind in (2, 3):
         return torch.stack([part.sum(-1) for part in x.tensor_split(side, dim=-1)], dim=-1)
-    blocks = x[..., torch.arange(math.ceil(d_in / side) * side) % d_in].unflatten(-1, (-1, side))
+    blocks = x[..., torch.arange(math.ceil(d_in / side) * side) % d_in].unflatten(
+        -1, (-1, side)
+    )
     if kind in (1, 4):
         return blocks.sum(-2)
     frequencies = 10000.0 ** (-torch.arange(0, side, 2).double() / side)
     angles = torch.outer(torch.arange(blocks.shape[-2]).double(), frequencies).repeat(1, 2)
     halves = blocks.tensor_split(2, dim=-1)
-    return (blocks * angles.cos() + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()).to(x.dtype)
+    return (
+        blocks * angles.cos() + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()
+    ).to(x.dtype)
 
 
 def decompress(kind, z, d_out):
@@ -65,18 +73,30 @@ class Fork:
                 tensors[f"base_model.model.{name}.lora_{half}.weight"] = matrix.clone()
             layer.register_forward_hook(self.hook(kind, matrix, layer.out_features))
         save_file(tensors, self.path / "adapter_model.safetensors", {"format": "pt"})
-        self.write(base_model_name_or_path=str(self.base), r=RANK, use_mora=True, mora_type=kind, **settings)
+        self.write(
+            base_model_name_or_path=str(self.base),
+            r=RANK,
+            use_mora=True,
+            mora_type=kind,
+            **settings,
+        )
 
     @staticmethod
     def hook(kind, matrix, d_out):
         def add(_, inputs, output):
-            return output + decompress(kind, compress(kind, inputs[0], len(matrix)) @ matrix.T, d_out)
+            return output + decompress(
+                kind, compress(kind, inputs[0], len(matrix)) @ matrix.T, d_out
+            )
 
         return add
 
     def write(self, **changes):
         path = self.path / "adapter_config.json"
-        known = json.loads(path.read_text()) if path.exists() else {"peft_type": "LORA", "fan_in_fan_out": False}
+        known = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"peft_type": "LORA", "fan_in_fan_out": False}
+        )
         path.write_text(json.dumps({**known, **changes}))
 
     def logits(self):
@@ -91,7 +111,15 @@ def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path, kind):
     expected = fork.logits()
     bare = AutoModelForCausalLM.from_pretrained(fork.base).eval()
     fork.base.rename(moved := tmp_path / "moved")
-    call("export", "--checkpoint", fork.path, "--base", moved, "--output", tmp_path / "merged")
+    call(
+        "export",
+        "--checkpoint",
+        fork.path,
+        "--base",
+        moved,
+        "--output",
+        tmp_path / "merged",
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         live = load_adapter(moved, tmp_path / "adapter")(tokens(2)).logits
@@ -110,7 +138,10 @@ def assert_refused(fork, words):
 @pytest.mark.parametrize("target", NARROWING)
 def test_inputs_that_the_fork_drops_are_refused(tmp_path, target):
     fork = Fork(tmp_path, 6, (target,))
-    assert_refused(fork, rf"mora_type 6 leaves inputs of .*{target} \(\d+ inputs, \d+ outputs\) without any effect")
+    assert_refused(
+        fork,
+        rf"mora_type 6 leaves inputs of .*{target} \(\d+ inputs, \d+ outputs\) without any effect",
+    )
 
 
 def test_what_is_more_than_matrices_is_refused(tmp_path):
@@ -120,9 +151,18 @@ def test_what_is_more_than_matrices_is_refused(tmp_path):
         ({"mora_type": "rope"}, "mora_type"),
         ({"mora_type": 1, "use_dora": True}, "use_dora is not read"),
         ({"use_dora": False, "fan_in_fan_out": True}, "fan_in_fan_out is not read"),
-        ({"fan_in_fan_out": False, "modules_to_save": ["lm_head"]}, "modules_to_save is not read"),
-        ({"modules_to_save": None, "base_model_name_or_path": str(tmp_path / "gone")}, "no such folder: .*gone"),
-        ({"base_model_name_or_path": str(fork.base), "use_mora": False}, r"is not of MoRA \(use_mora\)"),
+        (
+            {"fan_in_fan_out": False, "modules_to_save": ["lm_head"]},
+            "modules_to_save is not read",
+        ),
+        (
+            {"modules_to_save": None, "base_model_name_or_path": str(tmp_path / "gone")},
+            "no such folder: .*gone",
+        ),
+        (
+            {"base_model_name_or_path": str(fork.base), "use_mora": False},
+            r"is not of MoRA \(use_mora\)",
+        ),
     ):
         fork.write(**changes)
         assert_refused(fork, words)
@@ -130,9 +170,18 @@ def test_what_is_more_than_matrices_is_refused(tmp_path):
     path = fork.path / "adapter_model.safetensors"
     good = load_file(path)
     for name, tensor in (
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(14, 14)),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(3, 32)),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight", torch.zeros(14, 14)),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+            torch.zeros(14, 14),
+        ),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            torch.zeros(3, 32),
+        ),
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight",
+            torch.zeros(14, 14),
+        ),
         ("base_model.model.lm_head.weight", torch.zeros(14, 14)),
     ):
         save_file({**good, name: tensor}, path)
@@ -141,8 +190,17 @@ def test_what_is_more_than_matrices_is_refused(tmp_path):
         name = module.replace("\\", "")
         save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(14, 14)}, path)
         assert_refused(fork, f"has no linear layer {module}")
-    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(64, 64)}, path)
-    assert_refused(fork, "a matrix of side 64 is too large for model.layers.0.self_attn.q_proj")
+    save_file(
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(
+                64, 64
+            )
+        },
+        path,
+    )
+    assert_refused(
+        fork, "a matrix of side 64 is too large for model.layers.0.self_attn.q_proj"
+    )
     save_file({}, path)
     assert_refused(fork, "holds no matrix")
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,4 +1,6 @@
-"""--push_to_hub, against a stand-in for the Hub: what is uploaded, who sees it, and a run without a network."""
+"""--push_to_hub, against a stand-in for the Hub: what is uploaded, who sees it, and a run
+without a network.
+"""
 
 import json
 import shutil
@@ -30,8 +32,9 @@ NO_NETWORK = HTTPError("connection refused")
 
 @contextmanager
 def uploads_to(folder, error=None):
-    """Within it this process has a token, and uploads go to `folder`/REPOSITORY in place of the Hub, which may answer
-    everything with an error. Calls that huggingface_hub's own methods would not take fail."""
+    """Within it this process has a token, and uploads go to `folder`/REPOSITORY in place of
+    the Hub, which may answer everything with an error. Calls that huggingface_hub's own
+    methods would not take fail."""
 
     def create_repo(api, repo_id, *, private, exist_ok):
         if error is not None:
@@ -48,14 +51,23 @@ def uploads_to(folder, error=None):
         patch.setenv("HF_TOKEN", TOKEN)
         for method in (create_repo, upload_folder):
             original = getattr(HfApi, method.__name__)
-            patch.setattr(HfApi, method.__name__, create_autospec(original, side_effect=method))
+            patch.setattr(
+                HfApi, method.__name__, create_autospec(original, side_effect=method)
+            )
         yield
 
 
 def test_an_export_is_uploaded_as_it_was_written(tmp_path):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
-    flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
+    flags = [
+        "--checkpoint",
+        str(run.output),
+        "--output",
+        str(merged),
+        "--push_to_hub",
+        REPOSITORY,
+    ]
     with uploads_to(tmp_path / "hub"):
         assert answer(export.main, "mora-ds export", flags) == (0, "")
     assert contents(tmp_path / "hub" / REPOSITORY) == contents(merged)
@@ -65,9 +77,20 @@ def test_an_export_is_uploaded_as_it_was_written(tmp_path):
 def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error, monkeypatch):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
-    words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
+    words = [
+        "mora-ds export",
+        "--checkpoint",
+        str(run.output),
+        "--output",
+        str(merged),
+        "--push_to_hub",
+        REPOSITORY,
+    ]
     monkeypatch.setattr("sys.argv", words)
-    with uploads_to(tmp_path / "hub", error), pytest.raises(RunError, match="not uploaded") as failed:
+    with (
+        uploads_to(tmp_path / "hub", error),
+        pytest.raises(RunError, match="not uploaded") as failed,
+    ):
         export.main()
     assert f"hf upload {REPOSITORY} FOLDER" in str(failed.value)
     assert TOKEN not in str(failed.value)
@@ -76,7 +99,10 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error, monkeypatc
 
 def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path):
     error = OSError(f"the token {TOKEN} is refused")
-    with uploads_to(tmp_path, error), pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
+    with (
+        uploads_to(tmp_path, error),
+        pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed,
+    ):
         push_folder(tmp_path, REPOSITORY)
     assert TOKEN not in str(failed.value)
     assert failed.value.__cause__ is None
@@ -89,7 +115,9 @@ def uploading_job(folder, argv):
 
 
 def failing_job(is_offline, argv):
-    """What failed beside a run that the Hub refuses, or that has no network. For `run_ranks`."""
+    """What failed beside a run that the Hub refuses, or that has no network. For
+    `run_ranks`.
+    """
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
         with nullcontext() if is_offline else uploads_to(Path(), NO_PERMISSION):
@@ -103,7 +131,11 @@ def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path):
     adapter = contents(tmp_path / "hub" / REPOSITORY)
     assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
     assert json.loads(adapter["adapter.json"])["step"] == 2
-    run_alone(uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
+    run_alone(
+        uploading_job,
+        tmp_path / "hub",
+        [*flags, "--export_merged", "--overwrite_output_dir"],
+    )
     assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out/merged")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
     assert REPOSITORY.encode() in written

@@ -23,7 +23,9 @@ def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
 
     def wrong(original, updates, *rest):
         updates = list(updates)
-        return live_weight(original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest)
+        return live_weight(
+            original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest
+        )
 
     monkeypatch.setattr(stored_weights, "live_weight", wrong)
     with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
@@ -32,7 +34,9 @@ def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
 
 
 def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     run = fake_run(tmp_path)
     with_own_code(run.base, run.base)
     export_merged(run.checkpoint, tmp_path / "plain")
@@ -61,34 +65,47 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path):
     ],
 )
 def test_tolerance(dtype, layers, largest, tolerance):
-    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
+    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of
+    all logits.
+    """
     live = torch.tensor([largest, -0.1, 0.2])
     comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
     assert comparison.tolerance == pytest.approx(tolerance, rel=1e-6)
     assert comparison.max_difference == pytest.approx(4e-3, rel=1e-3)
     relative = 5e-3 / live.norm().item()
-    assert comparison.error == pytest.approx(4e-3 if dtype is torch.float32 else relative, rel=1e-3)
+    assert comparison.error == pytest.approx(
+        4e-3 if dtype is torch.float32 else relative, rel=1e-3
+    )
 
 
 def test_what_cannot_be_compared_is_told(tmp_path):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, tmp_path / "merged")
     whole = load_file(run.checkpoint / "probe.safetensors")
-    one_row = {"input_ids": whole["input_ids"].flatten(), "logits": whole["logits"].flatten(0, 1)}
+    one_row = {
+        "input_ids": whole["input_ids"].flatten(),
+        "logits": whole["logits"].flatten(0, 1),
+    }
     wider = {"logits": torch.nn.functional.pad(whole["logits"], (0, 1))}
     for change, error, words in (
         (one_row, UserError, "tokens of shape"),
         ({"input_ids": whole["input_ids"].float()}, UserError, "holds tokens of shape"),
         (wider, RunError, "the export gives logits of shape"),
     ):
-        write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
+        write_safetensors_atomic(
+            tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"}
+        )
         with pytest.raises(error, match=words):
-            compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
+            compare_logits(
+                tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32
+            )
     tensors = load_file(tmp_path / "merged/model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "merged/model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
-        compare_logits(tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32)
+        compare_logits(
+            tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32
+        )
 
 
 def test_nan_logits_do_not_pass(tmp_path):
@@ -96,7 +113,9 @@ def test_nan_logits_do_not_pass(tmp_path):
     probe = load_file(run.checkpoint / "probe.safetensors")
     probe["logits"] = probe["logits"].clone()
     probe["logits"][0, 0, 0] = float("nan")
-    write_safetensors_atomic(run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"})
+    write_safetensors_atomic(
+        run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"}
+    )
     files.write_manifest(run.checkpoint)
     with pytest.raises(RunError, match="does not match"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)

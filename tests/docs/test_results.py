@@ -1,4 +1,6 @@
-"""No figure without its JSON: what the pages of results show is drawn by tools/docs.py and tools/figures.py."""
+"""No figure without its JSON: what the pages of results show is drawn by tools/docs.py and
+tools/figures.py.
+"""
 
 import re
 from statistics import fmean
@@ -12,7 +14,9 @@ from tools.figures import points
 from tools.tables import mean_and_spread, table_row
 
 RESULTS = sorted((ROOT / "docs/results").glob("*.md"))
-DRAWN = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->.*?<!-- end of (?P=name) -->", re.DOTALL)
+DRAWN = re.compile(
+    r"<!-- (?P<name>.+?), by tools/docs\.py -->.*?<!-- end of (?P=name) -->", re.DOTALL
+)
 TABLE = re.compile(r"^(\|.+\|)\n\|[ :|-]+\|$", re.MULTILINE)
 """The titles of a table."""
 FACTS = {"| Command | What it measures | Results |"}
@@ -25,12 +29,18 @@ IMAGES = {
     "learning-long-13m.svg": "learning_long_13m.json",
     "learning-scratch.svg": "learning_scratch.json",
 }
-"""Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a measurement."""
+"""Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a
+measurement.
+"""
 
 
 def typed(text):
     """The titles of the tables that stand outside of drawn blocks and are no facts."""
-    return [titles for titles in TABLE.findall(FENCE.sub("", DRAWN.sub("", text))) if titles not in FACTS]
+    return [
+        titles
+        for titles in TABLE.findall(FENCE.sub("", DRAWN.sub("", text)))
+        if titles not in FACTS
+    ]
 
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.name)
@@ -51,8 +61,12 @@ def test_a_drawn_table_is_what_its_json_says(page):
     assert docs_results.with_tables(text) == text, "run tools/docs.py"
 
 
-CURVE = re.compile(r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| ([\d., ]+) \|", re.MULTILINE)
-"""A row of the guide to a healthy run: file, method, learning rate, seeds, perplexities against the start."""
+CURVE = re.compile(
+    r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| ([\d., ]+) \|", re.MULTILINE
+)
+"""A row of the guide to a healthy run: file, method, learning rate, seeds, perplexities
+against the start.
+"""
 
 
 def test_the_curves_of_a_healthy_run_are_those_of_the_json():
@@ -62,11 +76,16 @@ def test_the_curves_of_a_healthy_run_are_those_of_the_json():
         runs = read_json(ROOT / "docs/results/data" / file)["runs"]
         (start,) = (run["perplexity"] for run in runs if run["method"] == "none")
         curves = [
-            run["curve"] for run in runs if (run["method"], run["learning_rate"]) == (method, float(learning_rate))
+            run["curve"]
+            for run in runs
+            if (run["method"], run["learning_rate"]) == (method, float(learning_rate))
         ]
         assert len(curves) == int(seeds)
         for side, shown in zip(("old", "new"), sides, strict=True):
-            means = [sum(point[side] for point in points) / len(curves) for points in zip(*curves, strict=True)]
+            means = [
+                sum(point[side] for point in points) / len(curves)
+                for points in zip(*curves, strict=True)
+            ]
             assert [f"{mean / start[side]:.2f}" for mean in means] == shown.split(", ")
 
 
@@ -75,15 +94,27 @@ QUOTED = {
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
         "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient", "full"),
-        "learning_13m_sides.json": ("mora-rotate", "mora-gradient", "remora-rotate", "remora-gradient"),
+        "learning_13m_sides.json": (
+            "mora-rotate",
+            "mora-gradient",
+            "remora-rotate",
+            "remora-gradient",
+        ),
     },
 }
-"""Page of docs/ -> JSON -> methods of which a sentence gives the perplexities on the new and on the old text."""
+"""Page of docs/ -> JSON -> methods of which a sentence gives the perplexities on the new
+and on the old text.
+"""
 
 
 @pytest.mark.parametrize(
     ("page", "file", "method"),
-    [(page, file, method) for page, files in QUOTED.items() for file, methods in files.items() for method in methods],
+    [
+        (page, file, method)
+        for page, files in QUOTED.items()
+        for file, methods in files.items()
+        for method in methods
+    ],
 )
 def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
     text = " ".join((ROOT / "docs" / page).read_text().split())
@@ -92,22 +123,33 @@ def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
 
 
 def test_every_json_is_shown_somewhere():
-    names = {name for page in PAGES for name in docs_results.TABLE.findall(page.read_text())}
+    names = {
+        name for page in PAGES for name in docs_results.TABLE.findall(page.read_text())
+    }
     shown = {name.split()[0] for name in names}
     energies = {f"energy_{size}.json" for size in docs_results.SIZES}
     files = {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
-    assert files - shown - energies - set(IMAGES.values()) == {"plans.json"}, "the tables of results/memory.md"
+    assert files - shown - energies - set(IMAGES.values()) == {"plans.json"}, (
+        "the tables of results/memory.md"
+    )
 
 
 def test_every_image_has_its_data_or_shows_none():
-    files = {path.name for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".svg", ".png", ".jpg")}
+    files = {
+        path.name
+        for path in (ROOT / "docs").rglob("*.*")
+        if path.suffix in (".svg", ".png", ".jpg")
+    }
     assert files == set(IMAGES)
     data = {source for source in IMAGES.values() if source.endswith(".json")}
     assert data <= {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
 
 
 def test_one_seed_has_no_deviation():
-    assert (mean_and_spread([10.5, 10.4, 10.3]), mean_and_spread([10.3])) == ("10.4 ± 0.1", "10.3")
+    assert (mean_and_spread([10.5, 10.4, 10.3]), mean_and_spread([10.3])) == (
+        "10.4 ± 0.1",
+        "10.3",
+    )
 
 
 def test_a_bar_within_a_cell_does_not_end_it():

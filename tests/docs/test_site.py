@@ -1,4 +1,6 @@
-"""The site builds without a warning: every link, every anchor and every name of the API is there."""
+"""The site builds without a warning: every link, every anchor and every name of the API is
+there.
+"""
 
 import os
 import sys
@@ -12,7 +14,15 @@ pytestmark = pytest.mark.heavy
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-d",
+        str(tmp_path / "site"),
+    ]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = called(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""What docs/contributing.md says of how to read the code: every file and function that its walks name exists."""
+"""What docs/contributing.md says of how to read the code: every file and function that its
+walks name exists.
+"""
 
 import ast
 import re
@@ -11,7 +13,9 @@ WALKS = re.findall(r"^\*\*(A \w+)\*\*.*\n\n((?:\d+\. .*\n)+)", PAGE, re.MULTILIN
 STATION = re.compile(r"`(\w[\w/]*\.py)` `([\w.]+)`")
 TO_OPEN = {
     title: (int(count), set(re.findall(r"`([\w/]+\.py)`", files)))
-    for title, count, files in re.findall(r"^- ([\w ]+), (\d+): ((?:.+\n)+?)(?=- |\n)", PAGE, re.MULTILINE)
+    for title, count, files in re.findall(
+        r"^- ([\w ]+), (\d+): ((?:.+\n)+?)(?=- |\n)", PAGE, re.MULTILINE
+    )
 }
 """What happens -> how many files of mora_ds that takes, and which."""
 
@@ -23,7 +27,11 @@ def defined(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
+            names |= {
+                f"{node.name}.{method.name}"
+                for method in node.body
+                if isinstance(method, ast.FunctionDef)
+            }
     return names
 
 
@@ -44,4 +52,6 @@ def test_every_station_of_a_walk_exists():
 def test_files_to_open_are_counted_and_exist():
     assert list(TO_OPEN) == ["a step", "a merge", "save and resume", "an export"]
     for count, files in TO_OPEN.values():
-        assert len(files) == count and all((ROOT / "mora_ds" / file).is_file() for file in files)
+        assert len(files) == count and all(
+            (ROOT / "mora_ds" / file).is_file() for file in files
+        )

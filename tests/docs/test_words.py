@@ -1,4 +1,6 @@
-"""The documentation is written in the field's words: the project's old jargon does not come back."""
+"""The documentation is written in the field's words: the project's old jargon does not come
+back.
+"""
 
 import re
 
@@ -25,7 +27,9 @@ BANNED = {
 
 
 def written_by_hand(text):
-    """Without code in the line, links' targets, comments, quoted messages and mathematics."""
+    """Without code in the line, links' targets, comments, quoted messages and
+    mathematics.
+    """
     text = re.sub(r"``?[^`\n]+``?|<!--.*?-->|\]\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"^(>| {4}).*$", "", text, flags=re.MULTILINE)
     return " ".join(text.split()).replace("root mean square", "")

@@ -1,6 +1,8 @@
-"""A base in host memory, copied to buffers in turn: the same numbers to the bit as a base on the device.
+"""A base in host memory, copied to buffers in turn: the same numbers to the bit as a base
+on the device.
 
-The device is another buffer of the CPU. Its copies come as late as the ring permits (`Late`) or at once.
+The device is another buffer of the CPU. Its copies come as late as the ring permits
+(`Late`) or at once.
 """
 
 from contextlib import contextmanager
@@ -23,12 +25,22 @@ from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.decoder_layers import find_decoder_layers, stored_bytes, weights_of_layers
+from mora_ds.models.decoder_layers import (
+    find_decoder_layers,
+    stored_bytes,
+    weights_of_layers,
+)
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
-from tests.helpers.models import FAMILIES, causal_loss, enable_checkpointing, tiny_model, tokens
+from tests.helpers.models import (
+    FAMILIES,
+    causal_loss,
+    enable_checkpointing,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.pool import run_pooled
 
 LAYERS = 5
@@ -36,7 +48,9 @@ CPU = torch.device("cpu")
 
 
 class Late(Copies):
-    """Copies when something waits for them; until then a buffer holds numbers that would be noticed."""
+    """Copies when something waits for them; until then a buffer holds numbers that would be
+    noticed.
+    """
 
     def __init__(self):
         self.waiting = []
@@ -90,9 +104,23 @@ def trained(case, streamed):
     model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
     if case.get("checkpointing"):
         enable_checkpointing(model)
-    options = ("operator", "compute", "base_bits", "target_modules", "train_norms", "train_embeddings")
-    inject(model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case}))
-    config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
+    options = (
+        "operator",
+        "compute",
+        "base_bits",
+        "target_modules",
+        "train_norms",
+        "train_embeddings",
+    )
+    inject(
+        model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case})
+    )
+    config = ds_config(
+        case.get("stage", 3),
+        2,
+        accumulation,
+        **({"bf16": {"enabled": True}} if bf16 else {}),
+    )
     with patch.object(base_ring, "copies_for", lambda device: Late()):
         engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
     ring = ring_of(model)
@@ -111,10 +139,19 @@ def trained(case, streamed):
     engine.eval()
     with torch.no_grad():
         losses.append(causal_loss(engine, tokens(2, seed=99)).item())
-    values = {name: zero.full_fp32(parameter).clone() for name, parameter in engine.module.named_parameters()}
+    values = {
+        name: zero.full_fp32(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+    }
     frozen = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     used = len(seen.storages)
-    return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}
+    return {
+        "losses": losses,
+        "values": values,
+        "frozen": frozen,
+        "sent": counter.base_bytes,
+        "used": used,
+    }
 
 
 def change(model):
@@ -132,16 +169,22 @@ def change(model):
 
 
 class Seen:
-    """Storages that hold the weights of linear layers within decoder layers while these run."""
+    """Storages that hold the weights of linear layers within decoder layers while these
+    run.
+    """
 
     def __init__(self, model):
         prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
-        self.layers = [layer for name, layer in mora_layers(model).items() if name.startswith(prefix)]
+        self.layers = [
+            layer for name, layer in mora_layers(model).items() if name.startswith(prefix)
+        ]
         self.storages = set()
 
     @contextmanager
     def counting(self):
-        handles = [layer.register_forward_hook(self._note, prepend=True) for layer in self.layers]
+        handles = [
+            layer.register_forward_hook(self._note, prepend=True) for layer in self.layers
+        ]
         yield
         for handle in handles:
             handle.remove()
@@ -154,7 +197,9 @@ def both(cases):
     return [(trained(case, False), trained(case, True)) for case in cases]
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))])
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))]
+)
 def test_a_streamed_base_is_a_resident_one_to_the_bit(cases):
     if any(case.get("base_bits") == 4 for case in cases):
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
@@ -179,7 +224,9 @@ def streamed_model(family="llama", bits=16):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
-    """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
+    """And as many bytes as the plan says, which a buffer that held another layer than it
+    should would exceed.
+    """
     model, ring = streamed_model()
     if checkpointing:
         enable_checkpointing(model)
@@ -200,7 +247,9 @@ def test_an_evaluation_copies_each_layer_once():
         for _ in range(3):
             before = ring.copied
             causal_loss(model, tokens(2))
-    weights = [stored_bytes(tensors.values()) for tensors in weights_of_layers(model).values()]
+    weights = [
+        stored_bytes(tensors.values()) for tensors in weights_of_layers(model).values()
+    ]
     assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model).layers[0]) <= LAYERS
     assert max(weights) == ring.slots[0].nbytes
 
@@ -209,13 +258,20 @@ def test_an_evaluation_copies_each_layer_once():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
     model, ring = streamed_model(family, bits)
-    host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
+    host = {
+        name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()
+    }
     causal_loss(model.train(), tokens(2)).backward()
     broken = next(iter(mora_layers(model).values()))
-    with patch.object(type(broken), "forward", side_effect=ValueError), pytest.raises(ValueError):
+    with (
+        patch.object(type(broken), "forward", side_effect=ValueError),
+        pytest.raises(ValueError),
+    ):
         causal_loss(model, tokens(2))
     for name, tensor in frozen_buffers(model).items():
-        assert (id(tensor), True) == (host[name][0], torch.equal(tensor, host[name][1])), name
+        assert (id(tensor), True) == (host[name][0], torch.equal(tensor, host[name][1])), (
+            name
+        )
     with ring.aside():
         storages = {tensor.untyped_storage().data_ptr() for name, tensor in frozen_buffers(model).items()
                  if name in base_ring.names_on_host(model)}  # fmt: skip
@@ -224,7 +280,9 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
 
 
 def test_a_saved_weight_is_there_again_when_backward_asks_for_it():
-    """Whatever has run since: here another forward pass of all layers, and an evaluation."""
+    """Whatever has run since: here another forward pass of all layers, and an
+    evaluation.
+    """
     model, _ = streamed_model()
     expected = gradients(model)
     loss = causal_loss(model.train(), tokens(2))
@@ -270,7 +328,9 @@ def test_what_is_refused():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4))
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
-    with user_error(r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
+    with user_error(
+        r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"
+    ):
         weights_of_layers(model)
 
 
@@ -289,7 +349,9 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
         if streamed:
             ring = stream_base(model, device)
             assert all(
-                tensor.is_pinned() for tensors in weights_of_layers(model).values() for tensor in tensors.values()
+                tensor.is_pinned()
+                for tensors in weights_of_layers(model).values()
+                for tensor in tensors.values()
             )
             with ring.aside():
                 model.to(device)

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from mora_ds.engine import device
-from mora_ds.engine.device import DETERMINISTIC, check_kernels, take_device, warn_of_slow_precision
+from mora_ds.engine.device import (
+    DETERMINISTIC,
+    check_kernels,
+    take_device,
+    warn_of_slow_precision,
+)
 from mora_ds.engine.ds_config import complete_ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
@@ -17,14 +22,20 @@ from tests.helpers.jobs import job, losses, run
 def deterministic_job(argv):
     os.environ["NCCL_ALGO"] = "Tree"
     job(argv)
-    return torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in DETERMINISTIC}
+    return torch.are_deterministic_algorithms_enabled(), {
+        name: os.environ.get(name) for name in DETERMINISTIC
+    }
 
 
 def test_a_deterministic_run_is_set_up_and_computes_the_same(user, tmp_path):
-    results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic true"))
+    results = run_ranks(
+        2, deterministic_job, user.flags(tmp_path / "one", "--deterministic true")
+    )
     for enabled, environment in results:
         assert enabled
-        assert environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
+        assert environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, (
+            "what the user has set stays"
+        )
     run(2, user.flags(tmp_path / "other"))
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "other"))
     assert not torch.are_deterministic_algorithms_enabled()
@@ -51,12 +62,18 @@ def test_torchs_fused_adam_is_a_key():
         "zero_optimization": {"stage": 3},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "fused": True}},
     }
-    assert complete_ds_config(config, [4])["optimizer"]["params"] == {"lr": 1e-3, "fused": True, "torch_adam": True}
+    assert complete_ds_config(config, [4])["optimizer"]["params"] == {
+        "lr": 1e-3,
+        "fused": True,
+        "torch_adam": True,
+    }
 
 
 @pytest.fixture
 def gpus(monkeypatch, tmp_path):
-    """Two of them, with all that triton needs; the one that is taken is put into the list."""
+    """Two of them, with all that triton needs; the one that is taken is put into the
+    list.
+    """
     taken = []
     stand_in = SimpleNamespace(
         device_count=lambda: 2,
@@ -66,10 +83,17 @@ def gpus(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device, "get_accelerator", lambda: stand_in)
     monkeypatch.setattr(device, "find_spec", lambda name: name)
-    include = {"posix_prefix": tmp_path, "posix_local": tmp_path / "local"}  # Debian has the headers in the first
+    # Debian has the headers in the first
+    include = {"posix_prefix": tmp_path, "posix_local": tmp_path / "local"}
     monkeypatch.setattr(device.sysconfig, "get_default_scheme", lambda: "posix_local")
-    monkeypatch.setattr(device.sysconfig, "get_paths", lambda scheme="posix_local": {"include": str(include[scheme])})
-    monkeypatch.setattr(device, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(
+        device.sysconfig,
+        "get_paths",
+        lambda scheme="posix_local": {"include": str(include[scheme])},
+    )
+    monkeypatch.setattr(
+        device, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None
+    )
     monkeypatch.delenv("CC", raising=False)
     return taken
 
@@ -81,7 +105,9 @@ def test_a_process_takes_the_gpu_of_its_rank(gpus):
         take_device(2)
 
 
-def test_what_triton_compiles_with_is_there_before_anything_is_placed(gpus, monkeypatch, tmp_path):
+def test_what_triton_compiles_with_is_there_before_anything_is_placed(
+    gpus, monkeypatch, tmp_path
+):
     (tmp_path / "Python.h").unlink()
     with user_error(r"triton.*need .*Python\.h: install python3-dev"):
         check_kernels()

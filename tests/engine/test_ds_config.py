@@ -1,4 +1,6 @@
-"""DeepSpeed's JSON: "auto" is filled, contradictions are listed at once, and DeepSpeed accepts what comes out."""
+"""DeepSpeed's JSON: "auto" is filled, contradictions are listed at once, and DeepSpeed
+accepts what comes out.
+"""
 
 import importlib.util
 import json
@@ -46,9 +48,19 @@ def refusal(config, settings=SETTINGS, world_size=3):
 
 def test_an_empty_config_and_one_of_autos_resolve_alike():
     auto = {
-        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AUTO),
+        **dict.fromkeys(
+            (
+                "train_batch_size",
+                "train_micro_batch_size_per_gpu",
+                "gradient_accumulation_steps",
+            ),
+            AUTO,
+        ),
         "gradient_clipping": AUTO,
-        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AUTO)},
+        "optimizer": {
+            "type": "AdamW",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AUTO),
+        },
         "data_types": {"grad_accum_dtype": AUTO},
         "zero_optimization": {"stage": 3, "reduce_bucket_size": AUTO},
     }
@@ -60,7 +72,13 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
     assert resolved["gradient_clipping"] == 1.0
     assert resolved["optimizer"] == {
         "type": "AdamW",
-        "params": {"lr": 4e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+        "params": {
+            "lr": 4e-4,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "torch_adam": True,
+        },
     }
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
     assert resolved["zero_optimization"]["memory_efficient_linear"] is False
@@ -68,7 +86,11 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
 
 def test_the_users_config_is_not_touched_and_own_values_stay():
     config = {
-        "zero_optimization": {"stage": 3, "memory_efficient_linear": True, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "memory_efficient_linear": True,
+            "stage3_param_persistence_threshold": 0,
+        },
         "steps_per_print": 7,
     }
     before = json.dumps(config)
@@ -81,7 +103,11 @@ def test_the_users_config_is_not_touched_and_own_values_stay():
 
 def test_what_is_written_down_as_off_is_off():
     off = {
-        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False},
+        "zero_optimization": {
+            "stage": 3,
+            "zero_hpz_partition_size": 1,
+            "zero_quantized_weights": False,
+        },
         "tensor_parallel": {"autotp_size": 1},
         "data_types": {"grad_accum_dtype": None},
     }
@@ -91,15 +117,21 @@ def test_what_is_written_down_as_off_is_off():
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
 
 
-@pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
-@pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
+@pytest.mark.parametrize(
+    "flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")]
+)
+@pytest.mark.parametrize(
+    "written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}]
+)
 def test_compute_dtype_follows_the_flag(flag, dtype, written):
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
     assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
 
 
 def test_small_squares_persist_and_large_ones_are_partitioned():
-    config = resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=True), 2)
+    config = resolve_ds_config(
+        {"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=True), 2
+    )
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == AUTO
     small = fill_bucket_sizes(config, [256 * 256, 362 * 362] * 7)["zero_optimization"]
     assert small["stage3_param_persistence_threshold"] == 362 * 362
@@ -107,9 +139,16 @@ def test_small_squares_persist_and_large_ones_are_partitioned():
     assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
     squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
     large = fill_bucket_sizes(config, [*squares, *[4096] * 65])["zero_optimization"]
-    assert large["stage3_param_persistence_threshold"] == 4096, "the norms persist, the squares do not"
+    assert large["stage3_param_persistence_threshold"] == 4096, (
+        "the norms persist, the squares do not"
+    )
     assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
-    assert fill_bucket_sizes(config, squares)["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    assert (
+        fill_bucket_sizes(config, squares)["zero_optimization"][
+            "stage3_param_persistence_threshold"
+        ]
+        == 0
+    )
 
 
 def test_persistence_budget_is_in_bytes_of_the_compute_dtype():
@@ -117,14 +156,19 @@ def test_persistence_budget_is_in_bytes_of_the_compute_dtype():
     thresholds = {}
     for bf16 in (True, False):
         config = fill_bucket_sizes(
-            resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2), [numel]
+            resolve_ds_config(
+                {"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2
+            ),
+            [numel],
         )
         thresholds[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
     assert thresholds == {True: numel, False: 0}
 
 
 def test_a_bucket_always_holds_the_largest_parameter():
-    config = fill_bucket_sizes(resolve_ds_config({}, SETTINGS, 1), [REDUCE_BUCKET_NUMEL * 2, 10])
+    config = fill_bucket_sizes(
+        resolve_ds_config({}, SETTINGS, 1), [REDUCE_BUCKET_NUMEL * 2, 10]
+    )
     assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
 
 
@@ -146,9 +190,24 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
     "numels, ranks, written, chosen",
     [
         (MATRICES_7B, 36, {}, {}),
-        (MATRICES_7B, 37, {}, {"reduce_scatter": False, "stage3_allgather_sequential": True}),
-        (MATRICES_7B, 4096, {"reduce_scatter": True}, {"stage3_allgather_sequential": True}),
-        (MATRICES_7B, 4096, {"reduce_scatter": True, "stage3_allgather_sequential": False}, {}),
+        (
+            MATRICES_7B,
+            37,
+            {},
+            {"reduce_scatter": False, "stage3_allgather_sequential": True},
+        ),
+        (
+            MATRICES_7B,
+            4096,
+            {"reduce_scatter": True},
+            {"stage3_allgather_sequential": True},
+        ),
+        (
+            MATRICES_7B,
+            4096,
+            {"reduce_scatter": True, "stage3_allgather_sequential": False},
+            {},
+        ),
         (MATRICES_7B, 4096, {"stage": 1}, {}),
         ([10**8] * 224, 64, {}, {}),
     ],
@@ -162,7 +221,9 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
     ],
 )
 def test_many_ranks_take_collectives_without_loops(numels, ranks, written, chosen):
-    config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
+    config = resolve_ds_config(
+        {"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2
+    )
     before = dict(config["zero_optimization"])
     text = avoid_slices(config, numels, ranks)
     assert config["zero_optimization"] == {**before, **chosen}
@@ -181,7 +242,9 @@ def test_contradictions_are_listed_at_once(tmp_path):
         "train_batch_size": 100,
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
-        "optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}},
+        "optimizer": {
+            "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}
+        },
     }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
@@ -248,6 +311,14 @@ def test_every_known_top_level_key_is_named_in_deepspeeds_source():
     assert spec is not None
     assert spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
-    names = ("config.py", "constants.py", "config_utils.py", "precision_config.py", "aio_config.py")
+    names = (
+        "config.py",
+        "constants.py",
+        "config_utils.py",
+        "precision_config.py",
+        "aio_config.py",
+    )
     source = "".join(path.read_text() for name in names for path in root.rglob(name))
-    assert not [key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source]
+    assert not [
+        key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source
+    ]

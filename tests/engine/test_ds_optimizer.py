@@ -1,4 +1,6 @@
-"""The optimizer's part of a DeepSpeed config: filled from the flags, and refused where it cannot be."""
+"""The optimizer's part of a DeepSpeed config: filled from the flags, and refused where it
+cannot be.
+"""
 
 import pytest
 
@@ -14,7 +16,9 @@ def flags(*argv):
 
 
 def test_the_flags_fill_the_config():
-    settings = flags("--optimizer", "muon", "--embedding_learning_rate", "1e-3").training.engine_settings()
+    settings = flags(
+        "--optimizer", "muon", "--embedding_learning_rate", "1e-3"
+    ).training.engine_settings()
     for config in (
         {"zero_optimization": {"stage": 3}},
         {"zero_optimization": {"stage": 3}, "optimizer": {"type": "auto"}},
@@ -22,11 +26,19 @@ def test_the_flags_fill_the_config():
         resolved = resolve_ds_config(config, settings, 2)
         assert resolved["optimizer"]["type"] == "Muon"
         params = resolved["optimizer"]["params"]
-        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.01, 0.95, True)
+        assert (
+            params["lr"],
+            params["muon_lr"],
+            params["momentum"],
+            params["torch_adam"],
+        ) == (1e-3, 0.01, 0.95, True)
         assert resolved["zero_optimization"]["reduce_scatter"] is False
         assert resolved["communication_data_type"] == "fp32"
     assert (
-        "reduce_scatter" not in resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)["zero_optimization"]
+        "reduce_scatter"
+        not in resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)[
+            "zero_optimization"
+        ]
     )
     assert flags("--optimizer", "muon").schedule(10).peak == 0.01
 
@@ -60,6 +72,8 @@ def test_each_wrong_setting_is_named(config, message):
 
 def test_a_config_that_names_muon_contradicts_the_other_flag():
     with user_error(r'optimizer\.type = "Muon" but --optimizer = adamw'):
-        resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
+        resolve_ds_config(
+            {"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1
+        )
     with user_error(r"optimizer\.params\.momentum is not for AdamW"):
         complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])

@@ -1,4 +1,6 @@
-"""Copies from host memory: what is asked of CUDA and in which order, with a stand-in for it, and the twin for CPUs."""
+"""Copies from host memory: what is asked of CUDA and in which order, with a stand-in for
+it, and the twin for CPUs.
+"""
 
 from contextlib import contextmanager
 
@@ -70,12 +72,16 @@ class Cuda:
 
     def Event(self):
         event = type("Event", (), {})()
-        event.record = lambda stream: self.calls.append(("record", stream.name, self.current))
+        event.record = lambda stream: self.calls.append(
+            ("record", stream.name, self.current)
+        )
         return event
 
     def _named(self, name):
         stream = type("Stream", (), {"name": name})()
-        stream.wait_stream = lambda other: self.calls.append((name, "waits for", other.name))
+        stream.wait_stream = lambda other: self.calls.append(
+            (name, "waits for", other.name)
+        )
         stream.wait_event = lambda event: self.calls.append((name, "waits for", event))
         stream.synchronize = lambda: self.calls.append((name, "is waited for"))
         return stream
@@ -129,7 +135,9 @@ def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monk
 def test_pages_are_locked_where_the_system_permits_it(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
-    monkeypatch.setattr(host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)])
+    monkeypatch.setattr(
+        host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)]
+    )
     copies = copies_for(torch.device("cuda"))
     copies.pin([])
     assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]

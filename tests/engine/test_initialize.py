@@ -45,7 +45,9 @@ def test_every_rank_takes_its_own_device_before_anything_is_placed():
 def test_a_dtype_that_the_device_lacks_is_refused(section, other, monkeypatch):
     accelerator = get_accelerator()
     for name in ("fp16", "bf16"):
-        monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda name=name: name != section)
+        monkeypatch.setattr(
+            accelerator, f"is_{name}_supported", lambda name=name: name != section
+        )
     with user_error(rf"--{section}.*use {other}"):
         check_compute_dtype({section: {"enabled": True}})
     check_compute_dtype({})
@@ -72,24 +74,41 @@ def different_base():
 def test_a_port_that_is_in_use_is_named(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        with user_error(f"port {port} of this machine.* give this one another with --master_port"):
+        with user_error(
+            f"port {port} of this machine.* give this one another with --master_port"
+        ):
             start_distributed()
 
 
 def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch):
-    """On one node of several: the others would wait for it to join until --collective_timeout_s."""
+    """On one node of several: the others would wait for it to join until
+    --collective_timeout_s.
+    """
     joined = []
 
     def refused():
         raise UserError("install gcc")
 
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
-    monkeypatch.setattr("deepspeed.init_distributed", lambda **arguments: joined.append(True))
+    monkeypatch.setattr(
+        "deepspeed.init_distributed", lambda **arguments: joined.append(True)
+    )
     monkeypatch.setattr("mora_ds.engine.initialize.check_kernels", refused)
     monkeypatch.setattr("mora_ds.engine.initialize.take_device", lambda local_rank: None)
     with user_error("install gcc"):
@@ -109,10 +128,17 @@ def tensors_of_the_node(folder):
     model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, None).model
     inject(model, MoRAConfig(rank=4))
     initialize(model=model, config={**ds_config(3, 2, 1), "bf16": {"enabled": True}})
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "mora_ds-base" in line]
+    lines = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "mora_ds-base" in line
+    ]
     mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
     base = frozen_buffers(model).values()
-    return sum(any(tensor.data_ptr() in address_range for address_range in mapped) for tensor in base), len(base)
+    return sum(
+        any(tensor.data_ptr() in address_range for address_range in mapped)
+        for tensor in base
+    ), len(base)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -134,7 +160,11 @@ def test_what_an_engine_is_not_made_of_is_refused():
     inject(model, MoRAConfig(rank=4))
     inject(experts, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
     with user_error("leave model_parameters out"):
-        initialize(model=model, config=ds_config(3, 2, 1), model_parameters=list(model.parameters()))
+        initialize(
+            model=model,
+            config=ds_config(3, 2, 1),
+            model_parameters=list(model.parameters()),
+        )
     muon = {"type": "Muon", "params": {"lr": 0.1, "muon_lr": 0.1, "weight_decay": 0.0}}
     with user_error(r"Muon is for single MoRA matrices, and model\.layers.*use AdamW"):
         initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
@@ -163,7 +193,9 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, thread
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(start, "is_cpu", lambda: False)
     start._share_cores()
-    assert len(chosen) == (threads is not None), "on a GPU the host's threads are torch's affair"
+    assert len(chosen) == (threads is not None), (
+        "on a GPU the host's threads are torch's affair"
+    )
 
 
 def test_bucket_sizes_are_those_of_the_largest_share():
@@ -187,5 +219,9 @@ def test_tensor_parallelism_needs_stage_3():
 def test_squares_have_a_parameter_group_of_their_own():
     model = model_with_mora(train_norms=True)
     squares, remaining = parameter_groups(model)
-    assert {id(p) for p in squares["params"]} == {id(layer.square) for layer in mora_layers(model).values()}
-    assert all(isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in remaining["params"])
+    assert {id(p) for p in squares["params"]} == {
+        id(layer.square) for layer in mora_layers(model).values()
+    }
+    assert all(
+        isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in remaining["params"]
+    )

@@ -1,4 +1,5 @@
-"""Which forward finds a layer's matrices there, and which are freed without DeepSpeed's help: one process, stand-ins.
+"""Which forward finds a layer's matrices there, and which are freed without DeepSpeed's
+help: one process, stand-ins.
 
 What is gathered when, and equal numbers, in several processes: test_module_hooks.py.
 """
@@ -33,17 +34,28 @@ class Coordinator:
 
 
 @pytest.mark.parametrize(
-    "in_backward, active, is_fetched", [(True, {7}, False), (True, set(), True), (False, {7}, True)]
+    "in_backward, active, is_fetched",
+    [(True, {7}, False), (True, set(), True), (False, {7}, True)],
 )
-def test_a_forward_that_runs_again_finds_its_matrices_there(in_backward, active, is_fetched, monkeypatch):
+def test_a_forward_that_runs_again_finds_its_matrices_there(
+    in_backward, active, is_fetched, monkeypatch
+):
     """Within the backward pass of its own layer, which has fetched them."""
-    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1)
+    monkeypatch.setattr(
+        torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1
+    )
     coordinator = Coordinator()
     layer = nn.Linear(3, 3)
     layer.ds_id = 7
-    LayerGathers(coordinator, layer, [SimpleNamespace(ds_active_sub_modules=active), SimpleNamespace()])
+    LayerGathers(
+        coordinator,
+        layer,
+        [SimpleNamespace(ds_active_sub_modules=active), SimpleNamespace()],
+    )
     layer(torch.ones(2, 3))
-    assert coordinator.calls == (["trace", ("fetch", True), ("release", True)] if is_fetched else [])
+    assert coordinator.calls == (
+        ["trace", ("fetch", True), ("release", True)] if is_fetched else []
+    )
 
 
 FREED = """
@@ -69,6 +81,16 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(status, options, how, m
     )  # fmt: skip
     free_quickly(parameter)
     parameter.partition(**kwargs)
-    whole = {"param_list": None, "hierarchy": 0, "has_been_updated": False, "free_data": True, **kwargs}
-    assert (freed, partitioned) == (([parameter], []) if is_quick else ([], [tuple(whole.values())]))
-    assert parameter.ds_status is (ZeroParamStatus.NOT_AVAILABLE if is_quick else ZeroParamStatus[status])
+    whole = {
+        "param_list": None,
+        "hierarchy": 0,
+        "has_been_updated": False,
+        "free_data": True,
+        **kwargs,
+    }
+    assert (freed, partitioned) == (
+        ([parameter], []) if is_quick else ([], [tuple(whole.values())])
+    )
+    assert parameter.ds_status is (
+        ZeroParamStatus.NOT_AVAILABLE if is_quick else ZeroParamStatus[status]
+    )

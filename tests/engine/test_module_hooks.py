@@ -1,4 +1,6 @@
-"""ZeRO-3 without the hooks of modules that have nothing to gather: the same numbers to the bit."""
+"""ZeRO-3 without the hooks of modules that have nothing to gather: the same numbers to the
+bit.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,17 +33,28 @@ def engine_of(setting, zero=None, **changes):
         train_head=setting == "embeddings",
     )
     if setting in ("checkpointing", "sharded again", "sharded reentrant"):
-        model.gradient_checkpointing_enable({"use_reentrant": setting == "sharded reentrant"})
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": setting == "sharded reentrant"}
+        )
     config = ds_config(3, 2, 2, **changes)
     numels = sorted(layer.value.numel() for layer in mora_layers(model).values())
-    thresholds = {"persistent": 10**6, "checkpointing": 10**6, "some": numels[0], "embeddings": numels[-1]}
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(setting, 0)
+    thresholds = {
+        "persistent": 10**6,
+        "checkpointing": 10**6,
+        "some": numels[0],
+        "embeddings": numels[-1],
+    }
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(
+        setting, 0
+    )
     config["zero_optimization"].update(zero or {})
     return initialize(model=model, config=config)[0]
 
 
 def trained(setting):
-    """Losses and trained tensors after 3 steps, and how many modules have DeepSpeed's hooks."""
+    """Losses and trained tensors after 3 steps, and how many modules have DeepSpeed's
+    hooks.
+    """
     engine = engine_of(setting)
     losses = []
     for step in range(6):
@@ -51,13 +64,20 @@ def trained(setting):
         losses.append(loss.item())
     offload = engine.optimizer.parameter_offload
     hooked = {handle.id for handle in offload.forward_hooks}
-    count = sum(bool(hooked & set(module._forward_hooks)) for module in engine.module.modules())
-    values = {name: zero.full_fp32(parameter).clone() for name, parameter in engine.module.named_parameters()}
+    count = sum(
+        bool(hooked & set(module._forward_hooks)) for module in engine.module.modules()
+    )
+    values = {
+        name: zero.full_fp32(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+    }
     return losses, values, count
 
 
 def with_and_without(setting, module=initialize_module, **replaced):
-    """How many modules have DeepSpeed's hooks: with `replaced` in `module`, every one by default, and without it."""
+    """How many modules have DeepSpeed's hooks: with `replaced` in `module`, every one by
+    default, and without it.
+    """
     with patch.multiple(module, **(replaced or {"drop_idle_hooks": lambda engine: []})):
         losses, values, everywhere = trained(setting)
     actual, actual_values, hooked = trained(setting)
@@ -68,7 +88,9 @@ def with_and_without(setting, module=initialize_module, **replaced):
 
 
 def with_the_collectives_for_many_ranks():
-    """Trains with them and without. The bytes of all reduce-scatters and of all all-reduces."""
+    """Trains with them and without. The bytes of all reduce-scatters and of all
+    all-reduces.
+    """
     with CollectiveCounter().counting() as counter:
         for setting in ("persistent", "sharded"):
             with_and_without(setting, ds_config_module, FEW_SLICES=0)
@@ -99,15 +121,25 @@ def test_every_familys_layers_gather_together_with_the_same_bits():
 
 
 def held_at_once(setting):
-    """The decoder layers whose matrices are gathered, at each linear layer that runs or has its gradient computed."""
-    none = {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}
+    """The decoder layers whose matrices are gathered, at each linear layer that runs or has
+    its gradient computed.
+    """
+    none = {
+        f"stage3_{name}": 0
+        for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+    }
     engine = engine_of(setting, zero=none)
     gathered_layers = []
     layers = mora_layers(engine.module)
-    matrices = {name: layer.value for name, layer in layers.items()}  # asked for in a forward, DeepSpeed gathers them
+    # Asked for in a forward, DeepSpeed gathers them
+    matrices = {name: layer.value for name, layer in layers.items()}
 
     def gathered():
-        return {name for name, matrix in matrices.items() if matrix.ds_status.name == "AVAILABLE"}
+        return {
+            name
+            for name, matrix in matrices.items()
+            if matrix.ds_status.name == "AVAILABLE"
+        }
 
     def note(module):
         assert any(layers[name] is module for name in gathered())
@@ -158,7 +190,12 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     inputs = [torch.randn(3, requires_grad=True) for _ in range(4)]
     plain = torch.randn(3)
     ids = torch.arange(3)
-    named = {"pair": Pair(inputs[1], ids), "list": [inputs[2], None], "name": "x", "more": inputs[3]}
+    named = {
+        "pair": Pair(inputs[1], ids),
+        "list": [inputs[2], None],
+        "name": "x",
+        "more": inputs[3],
+    }
     arguments = ((inputs[0], plain), named)
     (first, same), keywords = marked(arguments, partial(recorder.release, forward=False))
     assert same is plain
@@ -167,29 +204,48 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     assert keywords["name"] == "x"
     assert type(keywords["pair"]) is Pair
     assert type(keywords["list"]) is list
-    results = (first + keywords["pair"].one, {"sum": keywords["list"][0] * keywords["more"]})
+    results = (
+        first + keywords["pair"].one,
+        {"sum": keywords["list"][0] * keywords["more"]},
+    )
     outputs = marked(results, partial(recorder.fetch, forward=False))
     assert recorder.calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
-    assert recorder.calls == ["fetch False", "release False"], "once each, however many tensors there are"
+    assert recorder.calls == ["fetch False", "release False"], (
+        "once each, however many tensors there are"
+    )
     assert [tensor.grad.tolist() for tensor in inputs[:2]] == [[1.0] * 3] * 2
     assert torch.equal(inputs[2].grad, inputs[3])
     assert torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
-        assert marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
+        assert (
+            marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0]
+        ), "no graph, no mark"
 
 
 def gathered_when_needed():
-    """Steps after fp16 has skipped one, and after a context that gathers a matrix and shards it again."""
-    engine = engine_of("persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
+    """Steps after fp16 has skipped one, and after a context that gathers a matrix and
+    shards it again.
+    """
+    engine = engine_of(
+        "persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
+    )
     persistent = engine.optimizer.parameter_offload.persistent_parameters
     history = []
     for step in range(8):
-        sharded = any(parameter.ds_status.name == "NOT_AVAILABLE" for parameter in persistent)
+        sharded = any(
+            parameter.ds_status.name == "NOT_AVAILABLE" for parameter in persistent
+        )
         loss = causal_loss(engine, tokens(2, seed=step))
         engine.backward(loss)
         engine.step()
-        history.append((sharded, getattr(engine.optimizer, "overflow", False), bool(torch.isfinite(loss))))
+        history.append(
+            (
+                sharded,
+                getattr(engine.optimizer, "overflow", False),
+                bool(torch.isfinite(loss)),
+            )
+        )
     with zero.whole_parameter(engine, persistent[0]):
         pass
     with torch.no_grad():
@@ -200,7 +256,9 @@ def gathered_when_needed():
 def test_persistent_matrices_are_gathered_again_after_a_skipped_step():
     for history, last, _ in run_pooled(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
-        assert any(sharded for sharded, _, _ in history[2:]), "a skipped step leaves the matrices sharded"
+        assert any(sharded for sharded, _, _ in history[2:]), (
+            "a skipped step leaves the matrices sharded"
+        )
         assert any(skipped for _, skipped, _ in history)
         assert last
         assert all(finite for _, _, finite in history)

@@ -1,4 +1,6 @@
-"""Muon on the MoRA matrices, AdamW on the other parameters: sharded = one plain process, merged, resumed, refused."""
+"""Muon on the MoRA matrices, AdamW on the other parameters: sharded = one plain process,
+merged, resumed, refused.
+"""
 
 import pytest
 import torch
@@ -39,16 +41,28 @@ MUON = {
 
 def muon_config(stage, micro, accumulation=ACCUMULATION, **changes):
     types = {"grad_accum_dtype": "fp32"}
-    return ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, data_types=types, **changes)
+    return ds_config(
+        stage,
+        micro,
+        accumulation,
+        optimizer=MUON,
+        gradient_clipping=CLIP,
+        data_types=types,
+        **changes,
+    )
 
 
 def small_model(lora=False):
     if not lora:
         return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
     model = tiny_model()
-    inject(model, LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True))
+    inject(
+        model, LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True)
+    )
     for index, layer in enumerate(mora_layers(model).values()):
-        layer.value.data = 0.1 * torch.randn(layer.value.shape, generator=torch.Generator().manual_seed(index))
+        layer.value.data = 0.1 * torch.randn(
+            layer.value.shape, generator=torch.Generator().manual_seed(index)
+        )
     return model
 
 
@@ -65,7 +79,9 @@ def others_of(model):
 
 
 def orthogonal(matrix):
-    """Five Newton-Schulz steps with the coefficients that Muon is known by; towards U V^T of the matrix's SVD."""
+    """Five Newton-Schulz steps with the coefficients that Muon is known by; towards U V^T
+    of the matrix's SVD.
+    """
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -74,27 +90,36 @@ def orthogonal(matrix):
 
 
 def orthogonal_factors(factors, d_in):
-    """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix, which B is."""
+    """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix,
+    which B is.
+    """
     down, up = factors[:, :d_in], factors[:, d_in:]
-    return torch.cat([orthogonal(down), orthogonal(up) * (up.shape[1] / len(up)) ** 0.5], dim=1)
+    return torch.cat(
+        [orthogonal(down), orthogonal(up) * (up.shape[1] / len(up)) ** 0.5], dim=1
+    )
 
 
 def without_half_precision():
-    """DeepSpeed iterates in fp16 where the machine has it: 0.05 learning rates of rounding in three steps, in which a
-    real difference might hide. In fp32 equality can be asked for."""
+    """DeepSpeed iterates in fp16 where the machine has it: 0.05 learning rates of rounding
+    in three steps, in which a real difference might hide. In fp32 equality can be asked
+    for."""
     from deepspeed.runtime.zero.muon import original_muon
 
     original_muon.ns_compute_dtype = lambda method="gram": torch.float32
 
 
 def plain_run(merge_at=None, lora=False):
-    """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
+    """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and
+    AdamW.
+    """
     model = small_model(lora)
     layers = list(mora_layers(model).values())
     squares = squares_of(model)
     adam_parameters = others_of(model)
     momentum = [torch.zeros_like(square) for square in squares]
-    adam = torch.optim.AdamW(adam_parameters, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY)
+    adam = torch.optim.AdamW(
+        adam_parameters, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY
+    )
     norms = []
     for step in range(STEPS):
         model.zero_grad()
@@ -106,14 +131,23 @@ def plain_run(merge_at=None, lora=False):
                 assert square.grad is not None
                 moving.lerp_(square.grad, 1 - BETA)
                 blended = square.grad.lerp(moving, BETA)
-                update = orthogonal_factors(blended, layer.spec.d_in) if lora else orthogonal(blended)
+                update = (
+                    orthogonal_factors(blended, layer.spec.d_in)
+                    if lora
+                    else orthogonal(blended)
+                )
                 square.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
         if step + 1 == merge_at:
             for layer, moving in zip(mora_layers(model).values(), momentum, strict=True):
                 layer.weight += delta_weight(layer.spec, layer.square.data)
                 layer.square.data.zero_()
                 moving.zero_()
-    return {"squares": squares, "others": adam_parameters, "norms": norms, "momentum": _norm(momentum)}
+    return {
+        "squares": squares,
+        "others": adam_parameters,
+        "norms": norms,
+        "momentum": _norm(momentum),
+    }
 
 
 def _norm(tensors):
@@ -129,7 +163,9 @@ def train(engine, steps, merge_at=None):
     rank = dist.get_rank()
     norms = []
     for step in steps:
-        batch = tokens(ROWS * ACCUMULATION, seed=step).view(ACCUMULATION, world, ROWS // world, -1)
+        batch = tokens(ROWS * ACCUMULATION, seed=step).view(
+            ACCUMULATION, world, ROWS // world, -1
+        )
         for micro in batch:
             engine.backward(causal_loss(engine, micro[rank]))
             engine.step()
@@ -142,7 +178,9 @@ def train(engine, steps, merge_at=None):
 def sharded_run(stage, merge_at, changes):
     without_half_precision()
     half = {name: {"enabled": True} for name in ("bf16",) if changes.get(name)}
-    half |= {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
+    half |= (
+        {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
+    )
     config = muon_config(stage, ROWS // dist.get_world_size(), **half)
     model = small_model(changes.get("lora", False))
     engine, *_ = initialize(model=model, config=config)
@@ -162,17 +200,20 @@ def sharded_run(stage, merge_at, changes):
 
 def worst(tensors, expected, unit):
     """The largest difference, in learning rates."""
-    differences = [one - another.detach() for one, another in zip(tensors, expected, strict=True)]
+    differences = [
+        one - another.detach() for one, another in zip(tensors, expected, strict=True)
+    ]
     return max(difference.abs().max().item() for difference in differences) / unit
 
 
 def assert_follows(ranks, expected, tolerance):
-    """A step moves a matrix by one learning rate: an update that is clipped itself, or orthogonalised in parts, is off
-    by more than that."""
+    """A step moves a matrix by one learning rate: an update that is clipped itself, or
+    orthogonalised in parts, is off by more than that."""
     for rank in ranks:
         assert rank["muon"] == [True, False]
         assert worst(rank["squares"], expected["squares"], RATE) < tolerance
-        assert worst(rank["others"], expected["others"], OTHERS_RATE) < 3 * tolerance  # half: AdamW of small gradients
+        # half: AdamW of small gradients
+        assert worst(rank["others"], expected["others"], OTHERS_RATE) < 3 * tolerance
         assert rank["norms"] == pytest.approx(expected["norms"], rel=tolerance)
         for one, another in zip(rank["squares"], ranks[0]["squares"], strict=True):
             assert torch.equal(one, another), "ranks have moved apart"
@@ -194,7 +235,9 @@ def test_squares_and_the_rest_follow_one_process(world, stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_factors_of_lora_are_orthogonalised_each_by_itself(stage):
-    assert_follows(run_ranks(2, sharded_run, stage, None, {"lora": True}), plain_run(lora=True), 2e-3)
+    assert_follows(
+        run_ranks(2, sharded_run, stage, None, {"lora": True}), plain_run(lora=True), 2e-3
+    )
 
 
 def test_where_factors_would_be_taken_for_one_matrix_they_are_refused():
@@ -219,27 +262,43 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage):
     for index in range(2):
         ranks = [result[index] for result in results]
         assert_follows(ranks, expected, 0.4)
-        together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5  # shards; split, held twice
-        assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
+        # shards; split, held twice
+        together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5
+        assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], (
+            "the loss scale is in the momentum"
+        )
 
 
 def learning_rates(names):
     engine, *_ = initialize(model=small_model(), config=muon_config(3, 2))
     zero.set_learning_rate(engine, RATE / 4, OTHERS_RATE / RATE)
-    return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
+    return [
+        [group[name] for group in engine.optimizer.param_groups if name in group]
+        for name in names
+    ]
 
 
 def test_the_schedule_keeps_the_two_rates_in_proportion():
     (settings,) = run_pooled(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
-    assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
+    assert settings == [
+        pytest.approx([RATE / 4, OTHERS_RATE / 4]),
+        [BETA],
+        [EPSILON],
+        [DECAY, DECAY],
+    ]
 
 
 def groups_of(family):
     """Elements of each parameter group, as the optimizer has them and as they should be."""
     model = adapted_model(family, train_embeddings=True, train_head=True)
-    expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
+    expected = [
+        sum(parameter.numel() for parameter in half)
+        for half in (squares_of(model), others_of(model))
+    ]
     engine, *_ = initialize(model=model, config=muon_config(1, 2))
-    numels = [sum(parameter.numel() for parameter in group) for group in view_of(engine).groups()]
+    numels = [
+        sum(parameter.numel() for parameter in group) for group in view_of(engine).groups()
+    ]
     return numels, expected, engine.optimizer_name() == "muon"
 
 
@@ -278,7 +337,9 @@ def carried(persistent):
     """Bytes that one optimizer step at stage 3 gathers, and those of the MoRA matrices."""
     model = adapted_model()
     config = muon_config(3, 3, 1)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**6 if persistent else 0
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        10**6 if persistent else 0
+    )
     engine, *_ = initialize(model=model, config=config)
     counter = CollectiveCounter()
     with counter.counting():
@@ -287,12 +348,19 @@ def carried(persistent):
             engine.backward(causal_loss(engine, tokens(3, seed=step)))
             engine.step()
     padded = sum(-(-square.ds_numel // 2) * 2 for square in squares_of(model))
-    return {"gathered": counter.gathered_bytes, "all": sum(counter.bytes.values()), "squares": 4 * padded}
+    return {
+        "gathered": counter.gathered_bytes,
+        "all": sum(counter.bytes.values()),
+        "squares": 4 * padded,
+    }
 
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_step_gathers_the_squares_five_times(persistent):
-    """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
+    """Once for forward and backward, as ever; then gradients and momentum before
+    Newton-Schulz, both again after.
+    """
     for traffic in run_pooled(2, carried, persistent):
         assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart
-        assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024  # the gradients' reduction
+        # The gradients' reduction
+        assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024

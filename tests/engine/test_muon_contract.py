@@ -21,17 +21,26 @@ def test_kernels_are_compiled_unless_unwrapped():
     kernels = import_module(KERNELS)
     assert inspect.getsource(kernels).count("@compiler.compile()") == 3
     muon.load_kernels()
-    for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
+    for name in (
+        "muon_update",
+        "zeropower_via_newtonschulz5",
+        "zeropower_via_gram_newtonschulz",
+    ):
         assert not hasattr(getattr(kernels, name), "_torchdynamo_orig_callable"), name
 
 
 def test_the_number_of_heads_reaches_the_function_that_is_replaced():
     kernels = import_module(KERNELS)
-    assert "return _per_head_orthogonalize(update, num_heads, ns_steps, ns_method)" in inspect.getsource(kernels)
+    assert (
+        "return _per_head_orthogonalize(update, num_heads, ns_steps, ns_method)"
+        in inspect.getsource(kernels)
+    )
     heads = r"num_heads=getattr\((param|tensor), .muon_num_heads., None\)"
     for optimizer in (zero.DeepSpeedZeroOptimizer_Stage3, zero.DeepSpeedZeroOptimizer):
         assert len(re.findall(heads, inspect.getsource(optimizer))) == 2
-    assert "num_heads" not in inspect.getsource(zero.BF16_Optimizer), "see muon.check_factors: is it passed on now?"
+    assert "num_heads" not in inspect.getsource(zero.BF16_Optimizer), (
+        "see muon.check_factors: is it passed on now?"
+    )
 
 
 # -- behaviour, on two ranks -------------------------------------------------------------------------------------------
@@ -63,7 +72,10 @@ def plain_engine(stage, **zero_settings):
             "memory_efficient_linear": False,
             **zero_settings,
         },
-        "optimizer": {"type": "Muon", "params": {"lr": 0.1, "weight_decay": 0.0, "torch_adam": True}},
+        "optimizer": {
+            "type": "Muon",
+            "params": {"lr": 0.1, "weight_decay": 0.0, "torch_adam": True},
+        },
         "steps_per_print": 10**9,
     }
     groups = [{"params": [model.square]}, {"params": [model.other]}]
@@ -76,7 +88,9 @@ def one_step(engine):
 
 
 def moved(stage):
-    """Norm of the first update of the square in learning rates: about sqrt(5) for an orthogonal matrix."""
+    """Norm of the first update of the square in learning rates: about sqrt(5) for an
+    orthogonal matrix.
+    """
     engine = plain_engine(stage)
     before = zero.full_fp32(engine.module.square).clone()
     one_step(engine)
@@ -85,19 +99,29 @@ def moved(stage):
 
 def everything(folder):
     clipped = {stage: moved(stage) for stage in (1, 2, 3)}
-    engine, resumed = (plain_engine(3, save_muon_momentum_buffer_in_memory=True) for _ in range(2))
+    engine, resumed = (
+        plain_engine(3, save_muon_momentum_buffer_in_memory=True) for _ in range(2)
+    )
     one_step(engine)
     engine.save_checkpoint(folder)
     resumed.load_checkpoint(folder)
     for one in (engine, resumed):
         one_step(one)
     same = torch.equal(*(zero.full_fp32(one.module.square) for one in (engine, resumed)))
-    return {"clipped": clipped, "buffer resumed": same, "tags": [g["use_muon"] for g in engine.optimizer.param_groups]}
+    return {
+        "clipped": clipped,
+        "buffer resumed": same,
+        "tags": [g["use_muon"] for g in engine.optimizer.param_groups],
+    }
 
 
 def test_the_faults_are_still_there(tmp_path):
     for faults in run_ranks(2, everything, str(tmp_path)):
         for stage, norm in faults["clipped"].items():
-            assert 0.009 < norm <= 0.01, f"stage {stage}: the gradient is clipped now? See muon.repair_clipping"
-        assert not faults["buffer resumed"], "save_muon_momentum_buffer_in_memory can be allowed now"
+            assert 0.009 < norm <= 0.01, (
+                f"stage {stage}: the gradient is clipped now? See muon.repair_clipping"
+            )
+        assert not faults["buffer resumed"], (
+            "save_muon_momentum_buffer_in_memory can be allowed now"
+        )
         assert faults["tags"] == [True, False]

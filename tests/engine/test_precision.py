@@ -1,7 +1,9 @@
-"""Every precision, ZeRO stage, operator, checkpointing and offload, with other parameters trained too, over a merge.
+"""Every precision, ZeRO stage, operator, checkpointing and offload, with other parameters
+trained too, over a merge.
 
-In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge must change nothing but what rounding
-does, leave nothing of the old MoRA matrices behind, and touch nothing else that is trained.
+In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge must change
+nothing but what rounding does, leave nothing of the old MoRA matrices behind, and touch
+nothing else that is trained.
 """
 
 from dataclasses import dataclass, field, replace
@@ -48,20 +50,33 @@ class Case:
     """fp16: the first loss scale is 2 to this."""
 
     def mora(self):
-        return MoRAConfig(**{"rank": 4, "operator": "share", "r_hat_multiple": 1, **self.adapter})
+        return MoRAConfig(
+            **{"rank": 4, "operator": "share", "r_hat_multiple": 1, **self.adapter}
+        )
 
     def deepspeed(self):
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": CLIP,
-            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0, **self.zero},
-            "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True}},
+            "zero_optimization": {
+                "stage": self.stage,
+                "stage3_param_persistence_threshold": 0,
+                **self.zero,
+            },
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True},
+            },
         }
         if self.dtype == "bfloat16":
             config["bf16"] = {"enabled": True}
         elif self.dtype == "float16":
-            config["fp16"] = {"enabled": True, "initial_scale_power": self.loss_scale_power, "hysteresis": 1}
+            config["fp16"] = {
+                "enabled": True,
+                "initial_scale_power": self.loss_scale_power,
+                "hysteresis": 1,
+            }
         return config
 
     def model(self):
@@ -121,7 +136,9 @@ def plain_run(case):
     case = replace(case, dtype="float32", checkpointing=False)
     model = case.model()
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
-    optimizer = torch.optim.AdamW(list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0
+    )
     losses = []
     norms = []
     for step in range(STEPS):
@@ -139,17 +156,28 @@ def plain_run(case):
                 optimizer.state.pop(layer.square)
             set_cycle(model, case.mora(), 1)
     other_parameters = others_of(model, squares)
-    return {"losses": losses, "norms": norms, "squares": detached(squares), "others": detached(other_parameters)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "squares": detached(squares),
+        "others": detached(other_parameters),
+    }
 
 
 def batch(step, accumulation):
     """(accumulation, WORLD, ROWS, T)."""
-    return tokens(accumulation * WORLD * ROWS, seed=step).view(accumulation, WORLD, ROWS, -1)
+    return tokens(accumulation * WORLD * ROWS, seed=step).view(
+        accumulation, WORLD, ROWS, -1
+    )
 
 
 def others_of(model, squares):
     ids = {id(square) for square in squares.values()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ids}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in ids
+    }
 
 
 def detached(parameters):
@@ -177,15 +205,22 @@ def sharded_run(case, folder):
             masters_before = masters(engine, other_parameters)
             merger.merge(step + 1)
             result["left"] = largest(masters(engine, squares))
-            result["state"] = {key: tensor.abs().max().item() for key, tensor in state_tensors(engine, 0)}
+            result["state"] = {
+                key: tensor.abs().max().item() for key, tensor in state_tensors(engine, 0)
+            }
             result["others_kept"] = same(masters_before, masters(engine, other_parameters))
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))
         if step == MERGE_AFTER:
             result["first"] = largest(masters(engine, squares))
-    result |= {"squares": masters(engine, squares), "others": masters(engine, other_parameters)}
+    result |= {
+        "squares": masters(engine, squares),
+        "others": masters(engine, other_parameters),
+    }
     result["dtypes"] = {str(tensor.dtype) for tensor in frozen_buffers(model).values()}
-    result["positions"] = {str(b.dtype) for name, b in model.named_buffers() if name.endswith("inv_freq")}
+    result["positions"] = {
+        str(b.dtype) for name, b in model.named_buffers() if name.endswith("inv_freq")
+    }
     engine.destroy()
     return result
 
@@ -220,7 +255,9 @@ def probe(engine):
 
 
 def masters(engine, parameters):
-    return {name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()}
+    return {
+        name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()
+    }
 
 
 def largest(tensors):
@@ -235,11 +272,17 @@ def others_state(engine, parameters):
     """Whether the other group, if any, still has its moments on this rank."""
     if not parameters:
         return True
-    return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in state_tensors(engine, 1))
+    return any(
+        tensor.numel() > 1 and bool(tensor.abs().max() > 0)
+        for _, tensor in state_tensors(engine, 1)
+    )
 
 
 def all_cases(cases, root):
-    return {name: sharded_run(case, root / name.replace(" ", "-")) for name, case in cases.items()}
+    return {
+        name: sharded_run(case, root / name.replace(" ", "-"))
+        for name, case in cases.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +291,9 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("precision")
     for family in ("llama", "qwen2", "gpt2"):
         tiny_model(family).save_pretrained(root / family)
-    return run_ranks(WORLD, all_cases, {**EXACT_CASES, **ROUNDED_CASES, **OVERFLOW_CASES}, root)
+    return run_ranks(
+        WORLD, all_cases, {**EXACT_CASES, **ROUNDED_CASES, **OVERFLOW_CASES}, root
+    )
 
 
 # -- fp32 -------------------------------------------------------------------------------------------------------------
@@ -264,7 +309,8 @@ def test_fp32_follows_one_process_across_a_merge(name, runs):
         for group in ("squares", "others"):
             assert result[group].keys() == expected[group].keys()
             for key, tensor in expected[group].items():
-                difference = result[group][key] - tensor  # Adam turns rounding of a gradient near zero into a step
+                # Adam turns rounding of a gradient near zero into a step
+                difference = result[group][key] - tensor
                 assert difference.norm() <= 1e-3 * tensor.norm(), key
                 assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
 
@@ -280,7 +326,9 @@ def test_low_precision_stays_near_fp32(name, runs):
         assert result["losses"] == pytest.approx(expected["losses"], abs=1e-2)
         assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
         assert result["dtypes"] == {f"torch.{ROUNDED_CASES[name].dtype}"}
-        assert result["positions"] <= {"torch.float32"}, "rotary frequencies must not be rounded"
+        assert result["positions"] <= {"torch.float32"}, (
+            "rotary frequencies must not be rounded"
+        )
 
 
 @pytest.mark.parametrize("name", [*EXACT_CASES, *ROUNDED_CASES])
@@ -294,9 +342,11 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name, runs):
         assert result["state"].keys() >= {"exp_avg", "exp_avg_sq"}
         assert max(result["state"].values()) == 0.0
         assert result["start"] == pytest.approx(LEARNING_RATE, rel=0.02)
-        assert result["first"] == pytest.approx(LEARNING_RATE, rel=0.02)  # 2.94 x this with the old step count
+        # 2.94 x this with the old step count
+        assert result["first"] == pytest.approx(LEARNING_RATE, rel=0.02)
         assert result["others_kept"]
-    assert any(rank[name]["others_moved"] for rank in runs)  # a rank's share may be all zeros
+    # A rank's share may be all zeros
+    assert any(rank[name]["others_moved"] for rank in runs)
 
 
 # -- overflow ---------------------------------------------------------------------------------------------------------
@@ -304,7 +354,9 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name, runs):
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)
 def test_a_skipped_step_can_be_followed_by_a_merge(name, runs):
-    """The loss scale starts far too high: the steps before the merge are skipped, the MoRA matrices are still zero."""
+    """The loss scale starts far too high: the steps before the merge are skipped, the MoRA
+    matrices are still zero.
+    """
     for result in (rank[name] for rank in runs):
         assert result["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER
         before, after = result["probes"]

@@ -1,4 +1,5 @@
-"""Shards made by hand: any range of any parameter is read from whichever ranks hold it, and what is wrong is named.
+"""Shards made by hand: any range of any parameter is read from whichever ranks hold it, and
+what is wrong is named.
 
 Those that engines write, in several processes: tests/checkpoint/test_elastic.py.
 """
@@ -21,7 +22,11 @@ LAYOUTS = [
     [[Extent("b", 2, 3, 4), Extent("a", 7, 5, 8)], [Extent("c", 3, 1, 2)]],
 ]
 """Two flat tensors a rank, with padding before, between and after the extents."""
-VALUES = {"a": torch.arange(12.0) + 100, "b": torch.arange(5.0) + 200, "c": torch.arange(4.0) + 300}
+VALUES = {
+    "a": torch.arange(12.0) + 100,
+    "b": torch.arange(5.0) + 200,
+    "c": torch.arange(4.0) + 300,
+}
 FLAT_NUMEL = 16
 
 
@@ -74,21 +79,31 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
     shards = EngineShards.open(tmp_path)
     assert shards.layout.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
     assert shards.files == ["0.st", "1.st"]
-    assert str(shards.layout.scaler) == "{'cur_scale': 4.0, 'cur_iter': 3}", "saved again it is the same file"
+    assert str(shards.layout.scaler) == "{'cur_scale': 4.0, 'cur_iter': 3}", (
+        "saved again it is the same file"
+    )
     for name, values in VALUES.items():
-        for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
+        for key, plus, dtype in (
+            (MASTER, 0.0, torch.float32),
+            ("exp_avg", 0.25, torch.float64),
+        ):
             for start in range(len(values)):
                 for numel in range(len(values) - start + 1):
                     piece = shards.read(name, key, start, numel)
                     assert piece.dtype == dtype
                     assert piece.tolist() == (values[start : start + numel] + plus).tolist()
-                assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
+                assert (
+                    shards.read(name, key, start).tolist()
+                    == (values[start:] + plus).tolist()
+                )
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
 
 
 def one_flat_each(folder):
-    """One rank's file with a flat tensor for each parameter; the first has stepped once, the others four times."""
+    """One rank's file with a flat tensor for each parameter; the first has stepped once,
+    the others four times.
+    """
     flats = [[Extent(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
     tensors = {}
     for number, values in enumerate(VALUES.values()):
@@ -111,7 +126,10 @@ def test_a_count_that_was_read_is_a_copy(tmp_path):
 
 
 def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path):
-    fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
+    fresh = [
+        {name: tensor for name, tensor in contents(rank).items() if "master" in name}
+        for rank in range(2)
+    ]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
     assert shards.state("a") == ([], {})
@@ -120,7 +138,9 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path):
 
 def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     def broken(remove="", **changes):
-        """The second rank's file without the first flat tensor's `remove`, or with other values of it."""
+        """The second rank's file without the first flat tensor's `remove`, or with other
+        values of it.
+        """
         content = {**contents(1), **{f"0.{key}": value for key, value in changes.items()}}
         content.pop(f"0.{remove}", None)
         write(tmp_path, contents(0), content)
@@ -129,10 +149,14 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     shards = broken("exp_avg")
     with user_error(r"1.st is incomplete: .* elements 8 to 13 of 0.exp_avg"):
         shards.read("a", "exp_avg")
-    assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
+    assert (
+        shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist()
+    ), "rank 0 has them"
     assert shards.state("a", 0, 7)[0] == ["exp_avg", "exp_avg_sq"]
     assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
-    with user_error(r"1.st: a has \(\['exp_avg_sq'\], {'step': tensor\(3\)}\), another rank's shard"):
+    with user_error(
+        r"1.st: a has \(\['exp_avg_sq'\], {'step': tensor\(3\)}\), another rank's shard"
+    ):
         shards.state("a")
     with user_error(r"1.st is incomplete: .* of 0.master"):
         broken("master").read("b", MASTER)
@@ -142,7 +166,9 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0]
     assert shards.read("c", MASTER, 3, 1).tolist() == [303]
     shards = broken(step=torch.tensor(4))
-    with user_error(r"1.st: a has .*{'step': tensor\(4\)}\), another rank's shard .*{'step': tensor\(3\)}"):
+    with user_error(
+        r"1.st: a has .*{'step': tensor\(4\)}\), another rank's shard .*{'step': tensor\(3\)}"
+    ):
         shards.state("a")
     assert shards.state("a", 0, 7)[1] == {"step": 3}
     assert shards.state("a", 7, 2)[1] == {"step": 4}
@@ -154,13 +180,17 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
 
 
 def test_an_extent_that_reaches_into_the_next_parameter_is_no_tiling():
-    rows = [(0, 0, 5), (0, 5, 6), (1, 1, 2)]  # of a parameter of 10 elements, and of one of 2
+    # Of a parameter of 10 elements, and of one of 2
+    rows = [(0, 0, 5), (0, 5, 6), (1, 1, 2)]
     extents = np.array([(*row, 0, 0, 0) for row in rows], np.int64)
     assert shard_module._first_hole(extents, np.array([10, 2]), 1) == 0
 
 
 def test_ranks_with_other_learning_rates_have_another_layout():
-    digests = {RankShard.of(layout(), 0, "0.st", [], [{"lr": rate}]).layout for rate in (0.1, 0.2, 0.1)}
+    digests = {
+        RankShard.of(layout(), 0, "0.st", [], [{"lr": rate}]).layout
+        for rate in (0.1, 0.2, 0.1)
+    }
     assert len(digests) == 2
 
 
@@ -169,10 +199,15 @@ def test_ranks_with_other_learning_rates_have_another_layout():
 
 def restored(shards, spans, device="cpu", /, **state):
     """A flat tensor of ones, set from the shards; counts that are tensors, on `device`."""
-    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    parameters = {
+        name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()
+    }
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
-    known = {id(value): shard_module._Parameter(name, tuple(SHAPES[name])) for name, value in parameters.items()}
+    known = {
+        id(value): shard_module._Parameter(name, tuple(SHAPES[name]))
+        for name, value in parameters.items()
+    }
     shard_module._restore_flat(flat, known, shards, device)
     return flat
 
@@ -180,7 +215,11 @@ def restored(shards, spans, device="cpu", /, **state):
 def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path):
     write(tmp_path)
     stale = {"momentum": torch.ones(9), "exp_avg": torch.ones(9)}
-    flat = restored(EngineShards.open(tmp_path), [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)], **stale)
+    flat = restored(
+        EngineShards.open(tmp_path),
+        [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)],
+        **stale,
+    )
     expected = torch.tensor([0.0, 106, 107, 0, 201, 202, 203, 0, 0])
     used = expected > 0
     assert torch.equal(flat.master, expected)
@@ -197,7 +236,9 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path):
 
 
 def test_padding_alone_has_the_state_of_its_group(tmp_path):
-    """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
+    """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as
+    the others.
+    """
     flat = restored(one_flat_each(tmp_path), [])
     assert not flat.master.any()
     assert flat.state["step"] == 4
@@ -208,7 +249,9 @@ def test_padding_alone_has_the_state_of_its_group(tmp_path):
 def test_a_count_keeps_its_kind(tmp_path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
-    assert isinstance(restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor)
+    assert isinstance(
+        restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor
+    )
     assert restored(shards, [("b", 0, 5, 0)]).state["step"].device.type == "cpu"
     assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
 
@@ -216,4 +259,6 @@ def test_a_count_keeps_its_kind(tmp_path):
 def test_parameters_with_different_states_are_not_one_tensor(tmp_path):
     write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
     with user_error("a and c are one tensor here, with different state there"):
-        restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])
+        restored(
+            EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)]
+        )

@@ -1,4 +1,6 @@
-"""ZeRO-3 on a device with streams, with stand-ins for them on the CPU: the host waits for nothing in a micro-batch."""
+"""ZeRO-3 on a device with streams, with stand-ins for them on the CPU: the host waits for
+nothing in a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def arithmetic(*_):
 
 
 STREAMS = {
-    **dict.fromkeys(("is_synchronized_device", "resolves_data_dependency"), lambda self: False),
+    **dict.fromkeys(
+        ("is_synchronized_device", "resolves_data_dependency"), lambda self: False
+    ),
     "handles_memory_backpressure": lambda self: False,
     **dict.fromkeys(("Stream", "Event"), Stream),
     **dict.fromkeys(("current_stream", "default_stream"), arithmetic),

@@ -1,4 +1,6 @@
-"""What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these matrices and resets them."""
+"""What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these
+matrices and resets them.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from tests.helpers.tables import parsed, rows
 
 
 def count_bytes(accumulation, zero_settings):
-    """Everything torch.distributed itself carries while one step runs, counted below DeepSpeed."""
+    """Everything torch.distributed itself carries while one step runs, counted below
+    DeepSpeed.
+    """
     model = adapted_model()
     config = ds_config(3, 3, accumulation)
     config["zero_optimization"].update(zero_settings)
@@ -31,7 +35,9 @@ def count_bytes(accumulation, zero_settings):
                 engine.step()
         gathered = counter.gathered_bytes
     trainable = sum(layer.square.ds_numel for layer in mora_layers(model).values())
-    padded = sum(-(-layer.square.ds_numel // 2) * 2 for layer in mora_layers(model).values())
+    padded = sum(
+        -(-layer.square.ds_numel // 2) * 2 for layer in mora_layers(model).values()
+    )
     base = sum({t.data_ptr(): t.numel() for t in frozen_buffers(model).values()}.values())
     return {
         "gathered": gathered, "seen": dict(seen), "trainable": trainable, "padded": padded, "base": base,
@@ -64,9 +70,13 @@ def test_collectives_carry_the_squares_and_nothing_else(row):
 
 
 def set_and_reset():
-    """What the first matrix holds, which forward reads, once it is set to 1, and after a reset."""
+    """What the first matrix holds, which forward reads, once it is set to 1, and after a
+    reset.
+    """
     model = adapted_model().to(torch.bfloat16)
-    config = ds_config(1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    config = ds_config(
+        1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}
+    )
     engine, *_ = initialize(model=model, config=config)
     assert isinstance(engine.optimizer, BF16_Optimizer), "else this tests another one"
     squares = [layer.square for layer in mora_layers(model).values()]

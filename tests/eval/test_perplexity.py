@@ -1,4 +1,6 @@
-"""`mora-ds evaluate`: the figures are those of a naive computation, and a checkpoint has those of its export."""
+"""`mora-ds evaluate`: the figures are those of a naive computation, and a checkpoint has
+those of its export.
+"""
 
 import json
 import math
@@ -37,7 +39,10 @@ def naive(folder, texts, window, stride):
     nats = 0.0
     tokens = 0
     for text in texts:
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [
+            tokenizer.bos_token_id,
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+        ]
         for position in range(1, len(ids)):
             begin = 0
             while position >= begin + window:
@@ -51,7 +56,9 @@ def naive(folder, texts, window, stride):
 
 @pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
 def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
-    texts = [json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]] + ["naïve ☃\n", "x"]
+    texts = [
+        json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]
+    ] + ["naïve ☃\n", "x"]
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
     target = load_target(user.model)
@@ -63,14 +70,24 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     assert score.documents == 5
     assert score.nats == pytest.approx(nats, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len("".join(texts).encode()), rel=1e-6)
-    one = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=1, max_documents=1)
+    assert score.bits_per_byte == pytest.approx(
+        nats / math.log(2) / len("".join(texts).encode()), rel=1e-6
+    )
+    one = evaluate(
+        target,
+        corpus,
+        Windows.of(target.model, window, stride),
+        batch_size=1,
+        max_documents=1,
+    )
     assert one.documents == 1
     assert one.text_bytes == len(texts[0].encode())
 
 
 def test_a_chunk_has_the_end_of_the_one_before_as_context():
-    """Every token is scored once; a document begins with the end-of-text token where there is no BOS."""
+    """Every token is scored once; a document begins with the end-of-text token where there
+    is no BOS.
+    """
     tokenizer = Letters()
     chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
     corpus = [*chunks, Document("ü")]
@@ -117,8 +134,12 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
         load_target(user.model, domain="law")
 
 
-def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(user, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(
+    user, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     folder = with_own_code(user.model, tmp_path / "own")
     maker = Maker(load_model(folder, torch.float32, trust_remote_code=True), folder)
     maker.write(tmp_path / "adapter", MoRAConfig(rank=2), 1)
@@ -131,18 +152,37 @@ def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_al
 
 
 def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, capsys):
-    """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not those of its base."""
-    run(1, user.flags(out, "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --train_norms"))
+    """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not
+    those of its base.
+    """
+    run(
+        1,
+        user.flags(
+            out, "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --train_norms"
+        ),
+    )
     export_merged(out, tmp_path / "merged")
     window = ("--window", 64, "--stride", 32)
-    call("evaluate", out, "--sets", f"held={user.held}", user.other, *window, "--json", tmp_path / "scores.json")
+    call(
+        "evaluate",
+        out,
+        "--sets",
+        f"held={user.held}",
+        user.other,
+        *window,
+        "--json",
+        tmp_path / "scores.json",
+    )
     assert "bits/byte" in capsys.readouterr().out
     live = read_json(tmp_path / "scores.json")["sets"]
     assert set(live) == {"held", "other"}
     merged = load_target(tmp_path / "merged")
     base = load_target(user.model)
     for name, path in (("held", user.held), ("other", user.other)):
-        nats = [evaluate(target, load_corpus([str(path)]), Windows(64, 32)).nats for target in (merged, base)]
+        nats = [
+            evaluate(target, load_corpus([str(path)]), Windows(64, 32)).nats
+            for target in (merged, base)
+        ]
         assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)
         assert abs(live[name]["nats"] - nats[1]) > 1e-3 * nats[1]
         assert live[name]["text_bytes"] == path.stat().st_size
@@ -169,7 +209,14 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     assert Windows.of(unlimited, 4096, None).stride == 2048
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
     with user_error(r"--json .*nowhere/scores.json: name a file in a folder that exists"):
-        call("evaluate", user.model, "--sets", user.held, "--json", tmp_path / "nowhere/scores.json")
+        call(
+            "evaluate",
+            user.model,
+            "--sets",
+            user.held,
+            "--json",
+            tmp_path / "nowhere/scores.json",
+        )
     with user_error("neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
     with user_error("--base belongs to a checkpoint"):

@@ -1,6 +1,8 @@
-"""Random settings and changed resumes: they run, or are refused by name with nothing left behind; nothing else.
+"""Random settings and changed resumes: they run, or are refused by name with nothing left
+behind; nothing else.
 
-Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy test try these instead.
+Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy test try these
+instead.
 """
 
 import os
@@ -20,8 +22,16 @@ CASES = 70
 """Of a commit: about 200 runs, and 30 resumes."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
-ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "research.targets"}
-"""What a launcher sets, what needs a network, another kind of model, of text, and a plan."""
+ELSEWHERE = {
+    "local_rank",
+    "push_to_hub",
+    "model_config",
+    "dataset_name",
+    "research.targets",
+}
+"""What a launcher sets, what needs a network, another kind of model, of text, and a
+plan.
+"""
 
 
 def test_every_setting_is_tried():
@@ -38,6 +48,10 @@ def test_settings_run_or_are_refused_by_name(user, tmp_path):
     prepare(user)
     findings = fuzz(user, range(first, first + count), tmp_path)
     print(f"seeds from {first} on:", Counter(kind for _, kind, _, _ in findings))
-    faults = [f'FUZZ="{seed} 1": {settings}\n{said}' for seed, kind, said, settings in findings if kind == "fault"]
+    faults = [
+        f'FUZZ="{seed} 1": {settings}\n{said}'
+        for seed, kind, said, settings in findings
+        if kind == "fault"
+    ]
     assert not faults, "\n\n".join(faults)
     assert len(findings) >= 2 * count, "too few of the cases came to an end"

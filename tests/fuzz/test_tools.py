@@ -1,4 +1,5 @@
-"""Every tool on mutated files whose hashes fit: only the project's own errors, nothing written elsewhere, no long call.
+"""Every tool on mutated files whose hashes fit: only the project's own errors, nothing
+written elsewhere, no long call.
 
 Each commit tries other mutations.
 """

@@ -1,4 +1,6 @@
-"""Every step that ships, on a CUDA device without numbers: nothing is misplaced, and the host waits for nothing."""
+"""Every step that ships, on a CUDA device without numbers: nothing is misplaced, and the
+host waits for nothing.
+"""
 
 import json
 import os
@@ -28,7 +30,15 @@ NAMED = [name for name in configurations() if not name.startswith(("{", "groupin
 def faults_of(names, folder):
     """What went wrong in each configuration, in a process of its own with the shim."""
     report = folder / "faults.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fake_steps", str(report), *names]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.helpers.fake_steps",
+        str(report),
+        *names,
+    ]
     environment = {**os.environ, "LD_PRELOAD": str(build_shim(folder))}
     subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
     faults = json.loads(report.read_text())
@@ -51,7 +61,10 @@ def test_a_step_places_every_tensor_and_waits_for_nothing(faults, name):
         ("misplaced table", r"a tensor \(\d+,\) on the host is among those on the device"),
         ("item", "the host waits for the device: aten._local_scalar_dense"),
         ("blocking copy", r"\(1,\) is copied to the device and waited for"),
-        ("copy that is not pinned", r"\(1,\) is copied to the device from memory that is not pinned"),
+        (
+            "copy that is not pinned",
+            r"\(1,\) is copied to the device from memory that is not pinned",
+        ),
     ],
 )
 def test_planted_faults_are_noticed(faults, name, message):
@@ -61,4 +74,6 @@ def test_planted_faults_are_noticed(faults, name, message):
 @pytest.mark.heavy(seconds=150)
 def test_every_combination_of_an_operator_and_every_grouping(tmp_path):
     names = configurations().keys() - {*PAIRS, *NAMED}
-    assert not {name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault}
+    assert not {
+        name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault
+    }

@@ -1,4 +1,6 @@
-"""Portable adapters for tests and benchmarks, written from random squares by the project's own writers: no training."""
+"""Portable adapters for tests and benchmarks, written from random squares by the project's
+own writers: no training.
+"""
 
 from dataclasses import replace
 
@@ -8,7 +10,12 @@ from torch import Tensor, nn
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
-from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
+from mora_ds.checkpoint.adapter_files import (
+    AdapterFile,
+    BaseReference,
+    DomainSquares,
+    write_adapter,
+)
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common import files
 from mora_ds.models.base import BaseCheckpoint, map_model
@@ -22,14 +29,18 @@ class Maker:
     """Writes adapters of one base."""
 
     def __init__(self, model, folder, dtype="float32"):
-        """`model`: of transformers, which is saved to `folder` as the base where none lies there. `dtype`: of the live
-        model."""
+        """`model`: of transformers, which is saved to `folder` as the base where none lies
+        there. `dtype`: of the live model."""
         if not (folder / "config.json").exists():
             model.save_pretrained(folder)
         self.model, self.folder, self.weights = model, folder, originals(model)
         base = BaseCheckpoint.open(folder)
-        self.keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
-        self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, dtype)
+        self.keys = map_model(
+            base, model, dict(model.named_parameters(remove_duplicate=False))
+        )
+        self.reference = BaseReference(
+            str(folder.resolve()), base.fingerprint(), self.keys, dtype
+        )
 
     def layers(self, config, cycle):
         """Of a cycle, for every layer that the config targets."""
@@ -52,10 +63,12 @@ class Maker:
         domains=(),
         **reference,
     ):
-        """An adapter after `cycles` merges, with random squares drawn from the config's seed; what is in it.
+        """An adapter after `cycles` merges, with random squares drawn from the config's
+        seed; what is in it.
 
-        `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place of the config's. `facts`: of
-        adapter.json. `domains`: each has a copy of the squares. `reference`: other facts for base.json.
+        `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place
+        of the config's. `facts`: of adapter.json. `domains`: each has a copy of the
+        squares. `reference`: other facts for base.json.
         """
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(config.seed)
@@ -66,7 +79,9 @@ class Maker:
             layers = self.layers(config, cycle) if layers_of is None else layers_of(cycle)
             squares = {}
             for name, entry in layers.items():
-                squares[name] = scale * torch.randn(entry.operator.value_shape, generator=generator)
+                squares[name] = scale * torch.randn(
+                    entry.operator.value_shape, generator=generator
+                )
                 updates.setdefault(name, []).append((entry.operator, squares[name]))
             if cycle < cycles:
                 ledger.append(cycle + 1, layers, squares.items())
@@ -76,7 +91,11 @@ class Maker:
             layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
             facts=dict(facts or {}), domains=DomainSquares(domains, operators) if domains else None,
         )  # fmt: skip
-        domain_squares = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
+        domain_squares = {
+            name: square.expand(len(domains), -1, -1)
+            for name, square in squares.items()
+            if domains
+        }
         write_adapter(folder, adapter, squares, extra, domain_squares)
         about.write(folder)
         files.write_manifest(folder)
@@ -85,8 +104,8 @@ class Maker:
 
 @torch.no_grad()
 def summed(original, updates, transposed, dtype):
-    """What `live_weight` must return, to the bit, by complete deltas: the original in fp32, plus the delta of each
-    update in turn, rounded to `dtype` once."""
+    """What `live_weight` must return, to the bit, by complete deltas: the original in fp32,
+    plus the delta of each update in turn, rounded to `dtype` once."""
     total = (original.T if transposed else original).float()
     for spec, value in updates:
         total = total + spec.delta_weight(value.float())
@@ -95,7 +114,9 @@ def summed(original, updates, transposed, dtype):
 
 @torch.no_grad()
 def merge(model, originals, updates):
-    """Weights of `model` = originals with the updates merged, in place. `originals`: by name of the weight."""
+    """Weights of `model` = originals with the updates merged, in place. `originals`: by
+    name of the weight.
+    """
     for name, cycles in updates.items():
         module = model.get_submodule(name)
         transposed = not isinstance(module, nn.Linear)

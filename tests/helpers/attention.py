@@ -1,4 +1,6 @@
-"""Attention from complete scores, and the queries, keys and documents that it is compared on."""
+"""Attention from complete scores, and the queries, keys and documents that it is compared
+on.
+"""
 
 import torch
 from torch.testing import assert_close
@@ -16,14 +18,24 @@ LAYOUTS = {
 
 def positions_of(layout):
     """(B, T) positions of documents with these lengths in each row."""
-    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
+    return torch.stack(
+        [torch.cat([torch.arange(length) for length in row]) for row in layout]
+    )
 
 
 def parts(rows, length, shared, value_size=SIZE, dtype=torch.float64):
     """Query, key, value and sinks that need gradients; scores of about 3."""
     generator = torch.Generator().manual_seed(rows + length + shared)
-    shapes = [(rows, HEADS, length, SIZE), (rows, shared, length, SIZE), (rows, shared, length, value_size), (HEADS,)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).mul(1.7).requires_grad_() for shape in shapes]
+    shapes = [
+        (rows, HEADS, length, SIZE),
+        (rows, shared, length, SIZE),
+        (rows, shared, length, value_size),
+        (HEADS,),
+    ]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).mul(1.7).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def reference(
@@ -38,21 +50,33 @@ def reference(
     document = torch.nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))
     index = torch.arange(length, device=query.device)
     distance = index[:, None] - index
-    seen = (document[:, None, :, None] == document[:, None, None]) & (distance >= 0) & (distance < (window or length))
+    seen = (
+        (document[:, None, :, None] == document[:, None, None])
+        & (distance >= 0)
+        & (distance < (window or length))
+    )
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    return (scores.softmax(-1)[..., :length] @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+        scores = torch.cat(
+            [scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1
+        )
+    return (
+        scores.softmax(-1)[..., :length] @ value.repeat_interleave(groups, 1)
+    ).transpose(1, 2)
 
 
 def gradients(out, inputs):
     """Those of a fixed random sum of the output."""
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    weights = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype
+    )
     return list(torch.autograd.grad((out * weights).sum(), inputs))
 
 
 def assert_same_attention(output, expected, inputs):
     """Of outputs in fp64, and of their gradients with respect to `inputs`."""
     assert_close(output, expected, rtol=1e-6, atol=1e-6)
-    for one, another in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+    for one, another in zip(
+        gradients(output, inputs), gradients(expected, inputs), strict=True
+    ):
         assert_close(one, another, rtol=1e-5, atol=1e-5)

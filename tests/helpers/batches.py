@@ -15,8 +15,15 @@ LAYOUTS = {1: [[9, 1, 23, 7]], 4: [[9, 1, 23, 7], [LENGTH], [5] * 8, [39, 1]]}
 def batch_of(rows):
     """1 or 4 rows with their documents, as `data.packing.stack` makes them."""
     ids = tokens(rows, LENGTH + 1)
-    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LAYOUTS[rows]])
+    positions = torch.stack(
+        [torch.cat([torch.arange(length) for length in row]) for row in LAYOUTS[rows]]
+    )
     labels = ids[:, 1:].clone()
     labels[:, :-1][positions[:, 1:] == 0] = IGNORED
     documents = Documents.of(positions)
-    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions, "documents": documents}
+    return {
+        "input_ids": ids[:, :-1],
+        "labels": labels,
+        "position_ids": positions,
+        "documents": documents,
+    }

@@ -1,4 +1,6 @@
-"""A whole checkpoint made without training, for tests that change its files and reseal them."""
+"""A whole checkpoint made without training, for tests that change its files and reseal
+them.
+"""
 
 import json
 import struct
@@ -16,10 +18,14 @@ SHARD = "rank-00000.safetensors"
 
 
 def whole_checkpoint(folder):
-    """As `fake_run`, with the shards of one process, random states, and a tokenizer's folder."""
+    """As `fake_run`, with the shards of one process, random states, and a tokenizer's
+    folder.
+    """
     run = fake_run(folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",))
     checkpoint = run.checkpoint
-    state = TrainerState(step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2})
+    state = TrainerState(
+        step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2}
+    )
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
     save_file({"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors")
     (checkpoint / "tokenizer").mkdir()
@@ -37,7 +43,11 @@ def _write_engine(checkpoint):
         pieces.append(Extent(name, 0, tensor.numel(), offset))
         offset += tensor.numel()
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    state = {"0.exp_avg": torch.zeros_like(flat), "0.exp_avg_sq": torch.zeros_like(flat), "0.step": torch.tensor(3.0)}
+    state = {
+        "0.exp_avg": torch.zeros_like(flat),
+        "0.exp_avg_sq": torch.zeros_like(flat),
+        "0.step": torch.tensor(3.0),
+    }
     (checkpoint / "engine").mkdir()
     save_file({"0.master": flat, **state}, checkpoint / "engine" / SHARD)
     layout = Layout(
@@ -61,7 +71,9 @@ def change_layout(checkpoint, change):
 
 
 def reseal(folder):
-    """Makes every hash that is recorded under `folder` that of the file as it is: ledgers first, then manifests."""
+    """Makes every hash that is recorded under `folder` that of the file as it is: ledgers
+    first, then manifests.
+    """
     for path in folder.rglob("ledger.json"):
         if path.is_file() and not path.is_symlink():
             _reseal_ledger(path)

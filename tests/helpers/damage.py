@@ -1,4 +1,6 @@
-"""Ways to damage a file: cut short, one bit flipped, deleted, another JSON; and a checkpoint small enough for it."""
+"""Ways to damage a file: cut short, one bit flipped, deleted, another JSON; and a
+checkpoint small enough for it.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ from mora_ds.common.files import write_manifest
 
 
 def cut(path):
-    os.truncate(path, path.stat().st_size - 2)  # one would be the line break that ends our JSON
+    # One would be the line break that ends our JSON
+    os.truncate(path, path.stat().st_size - 2)
 
 
 def flip(path, where=0.5):
@@ -49,7 +52,9 @@ HARMS = {"cut": cut, "flip": flip, "gone": gone}
 
 def mount(folder, *options):
     """Skips the test where mounting is not allowed."""
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", *options, str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("mounting needs root")
 
@@ -62,8 +67,8 @@ def change_json(path, change):
 
 
 def set_value(content, change):
-    """Change JSON in place, as `cycles.0.file = ../x` says: keys and positions, and a value as YAML; without one, the
-    entry goes."""
+    """Change JSON in place, as `cycles.0.file = ../x` says: keys and positions, and a value
+    as YAML; without one, the entry goes."""
     path, _, text = change.partition(" = ")
     *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
     for key in parents:

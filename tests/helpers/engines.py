@@ -1,4 +1,6 @@
-"""DeepSpeed engines for the tests: the settings, a merge by hand, a small model without adapters, a run with merges."""
+"""DeepSpeed engines for the tests: the settings, a merge by hand, a small model without
+adapters, a run with merges.
+"""
 
 from pathlib import Path
 
@@ -27,9 +29,11 @@ ACCUMULATION = 2
 LEARNING_RATE = 1e-2
 CLIP = 0.5
 EPSILON = 1e-4
-"""Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is small, and a sign of noise
-says nothing about equality."""
-COMBINATIONS = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
+"""Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is
+small, and a sign of noise says nothing about equality."""
+COMBINATIONS = [
+    (stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")
+]
 """(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 
 
@@ -45,7 +49,12 @@ def ds_config(stage, micro, accumulation=ACCUMULATION, **changes):
         },
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True},
+            "params": {
+                "lr": LEARNING_RATE,
+                "eps": EPSILON,
+                "weight_decay": 0.0,
+                "torch_adam": True,
+            },
         },
         "steps_per_print": 10**9,
     }
@@ -60,11 +69,14 @@ def plain_steps(
 ):
     """Train in one process without DeepSpeed, by AdamW with clipped gradients.
 
-    `losses_of`: the losses of a step, whose gradients are summed. Returns the sum of losses and the gradient norm of
-    each step, the gradients of the first step, and the trained values at the end.
+    `losses_of`: the losses of a step, whose gradients are summed. Returns the sum of losses
+    and the gradient norm of each step, the gradients of the first step, and the trained
+    values at the end.
     """
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, eps=EPSILON, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=learning_rate, eps=EPSILON, weight_decay=0.0
+    )
     results = {"losses": [], "norms": []}
     for step in range(steps):
         total = 0.0
@@ -72,17 +84,25 @@ def plain_steps(
             loss.backward()
             total += loss.item()
         if step == 0:
-            results["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-        results["norms"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item())
+            results["gradients"] = {
+                name: parameter.grad.clone() for name, parameter in parameters.items()
+            }
+        results["norms"].append(
+            torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item()
+        )
         optimizer.step()
         optimizer.zero_grad()
         results["losses"].append(total)
-    results["values"] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    results["values"] = {
+        name: parameter.detach().clone() for name, parameter in parameters.items()
+    }
     return results
 
 
 def state_tensors(engine, group):
-    """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg", ...)."""
+    """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg",
+    ...).
+    """
     for flat in view_of(engine).flats(group):
         for key, value in flat.state.items():
             if isinstance(value, Tensor):
@@ -103,7 +123,9 @@ def merge_by_hand(engine):
 
 
 class CountedBelow(TorchDispatchMode):
-    """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of `CollectiveCounter`."""
+    """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of
+    `CollectiveCounter`.
+    """
 
     def __init__(self, seen):
         super().__init__()
@@ -112,7 +134,9 @@ class CountedBelow(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             name = func._schema.name
-            self.seen[name] = self.seen.get(name, 0) + max(nbytes_of(value) for value in args)
+            self.seen[name] = self.seen.get(name, 0) + max(
+                nbytes_of(value) for value in args
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -129,7 +153,12 @@ class Small(nn.Module):
         self.register_buffer("base", torch.randn(5, 7), persistent=False)
 
     def forward(self, x):
-        return ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1).float().square().mean()
+        return (
+            ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1)
+            .float()
+            .square()
+            .mean()
+        )
 
 
 def new_engine(stage, dtype, accumulation=1, **changes):
@@ -140,7 +169,10 @@ def new_engine(stage, dtype, accumulation=1, **changes):
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True},
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
     }
@@ -163,7 +195,11 @@ def merging_run(folder, dtype, merges):
     """Train a step, merge, train a step, ... on this rank of several."""
     world = dist.get_world_size()
     rank = dist.get_rank()
-    half = {} if dtype == "float32" else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    half = (
+        {}
+        if dtype == "float32"
+        else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    )
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     base_folder = Path(folder) / "base"
     if rank == 0:
@@ -188,13 +224,17 @@ def merging_run(folder, dtype, merges):
 
     reports = []
     for step in range(1, merges + 1):
-        loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
+        loss = causal_loss(
+            engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world]
+        )
         engine.backward(loss)
         engine.step()
         reports.append(remora.merge(step, loss_of_probe))
     moments = {key: value.clone() for key, value in state_tensors(engine, 0)}
     return {
         "reports": [vars(report) for report in reports],
-        "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
+        "weights": {
+            name: layer.weight.clone() for name, layer in mora_layers(model).items()
+        },
         "moments": moments,
     }

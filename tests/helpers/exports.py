@@ -53,14 +53,16 @@ def fake_run(
     twice=False,
     **changes,
 ):
-    """A checkpoint after `cycles` merges with live squares, made without any training. `twice`: the base's file holds
-    tied weights under each of their names."""
+    """A checkpoint after `cycles` merges with live squares, made without any training.
+    `twice`: the base's file holds tied weights under each of their names."""
     base_folder = folder / "base"
     checkpoint = folder / "out/checkpoints/step-000007"
     original_model = tiny_model(family, dtype=stored, **changes)
     original_model.save_pretrained(base_folder, max_shard_size=shard)
     if twice:
-        tensors = {name: tensor.clone() for name, tensor in original_model.state_dict().items()}
+        tensors = {
+            name: tensor.clone() for name, tensor in original_model.state_dict().items()
+        }
         save_file(tensors, base_folder / "model.safetensors", {"format": "pt"})
     (base_folder / "tokenizer_config.json").write_text('{"from": "base"}')
     compute = COMPUTE_DTYPES[dtype]
@@ -78,7 +80,9 @@ def fake_run(
         layers_of=partial(layers_of, model),
         facts={"note": "a | b"},
     )
-    replace(maker.reference, folder=os.path.relpath(base_folder, checkpoint)).write(checkpoint)
+    replace(maker.reference, folder=os.path.relpath(base_folder, checkpoint)).write(
+        checkpoint
+    )
     adapter = read_adapter(checkpoint)
     base = BaseCheckpoint.open(base_folder)
     for name, entry in adapter.layers.items():
@@ -93,13 +97,17 @@ def fake_run(
         for twin in parameters:
             if parameters[twin] is parameters[name]:
                 expected[twin] = value.to(compute)
-    files.write_json_atomic(checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}})
+    files.write_json_atomic(
+        checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}}
+    )
     if probe:
         write_probe(checkpoint, model, dtype)
     files.write_manifest(checkpoint)
     files.replace_symlink(checkpoint.parent / "latest", checkpoint.name)
     squares = {name: layer_updates[-1][1] for name, layer_updates in updates.items()}
-    return FakeRun(folder / "out", checkpoint, base_folder, expected, model, adapter, squares)
+    return FakeRun(
+        folder / "out", checkpoint, base_folder, expected, model, adapter, squares
+    )
 
 
 def layers_of(model, cycle):
@@ -111,7 +119,14 @@ def layers_of(model, cycle):
             d_out, d_in = module.weight.shape[::-1] if transposed else module.weight.shape
             kind = KINDS[len(layers) % len(KINDS)]
             seed = permutation_seed(0, name, cycle)
-            spec = OperatorSpec(kind, d_in, d_out, square_size(d_in, d_out, 8, kind), Grouping.PERMUTED, seed)
+            spec = OperatorSpec(
+                kind,
+                d_in,
+                d_out,
+                square_size(d_in, d_out, 8, kind),
+                Grouping.PERMUTED,
+                seed,
+            )
             layers[name] = LayerEntry(name, transposed, spec)
     return layers
 
@@ -119,20 +134,33 @@ def layers_of(model, cycle):
 def random_squares(layers, seed):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: entry.operator.r_hat for name, entry in layers.items()}
-    return {name: 0.02 * torch.randn(side, side, generator=generator) for name, side in sides.items()}
+    return {
+        name: 0.02 * torch.randn(side, side, generator=generator)
+        for name, side in sides.items()
+    }
 
 
 def add_square(spec, square):
-    return lambda _, inputs, output: output + mora_update(spec, square.to(output.dtype), inputs[0])
+    return lambda _, inputs, output: (
+        output + mora_update(spec, square.to(output.dtype), inputs[0])
+    )
 
 
 def write_probe(checkpoint, model, dtype):
     ids = tokens(2, 24)
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
-    write_safetensors_atomic(checkpoint / "probe.safetensors", {"input_ids": ids, "logits": logits}, {"dtype": dtype})
+    write_safetensors_atomic(
+        checkpoint / "probe.safetensors",
+        {"input_ids": ids, "logits": logits},
+        {"dtype": dtype},
+    )
 
 
 def contents(folder):
     """Relative name -> content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

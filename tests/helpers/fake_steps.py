@@ -1,4 +1,5 @@
-"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), of everything that ships.
+"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), of
+everything that ships.
 
 LD_PRELOAD=SHIM python -m tests.helpers.fake_steps FILE NAME...      writes {name: what went wrong, or ""} as JSON
 """
@@ -43,7 +44,9 @@ from tests.helpers.pairwise import pairwise_cases
 
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
 WORLD = 2
-"""Processes of the tensor- or sequence-parallel steps; collectives of torch's fake group change nothing."""
+"""Processes of the tensor- or sequence-parallel steps; collectives of torch's fake group
+change nothing.
+"""
 ROWS = 2
 LENGTH = 48
 DEFAULTS = {"mora_rank": 4, "bf16": True, "family": "llama", "chunked_loss": True}
@@ -58,7 +61,9 @@ OPERATORS = {
 
 
 def configurations():
-    """Name -> settings: those of the YAML file, every recipe, every combination of an operator."""
+    """Name -> settings: those of the YAML file, every recipe, every combination of an
+    operator.
+    """
     named = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     for path in RECIPES.glob("*.yaml"):
         named[f"recipe {path.stem}"] = yaml.safe_load(path.read_text())
@@ -83,19 +88,25 @@ class FakeCopies(Copies):
 
 
 def run(settings):
-    """A step in which tables are copied to the device, one that waits for nothing, a merge, what a checkpoint and an
-    export read, and the first step of the next cycle."""
+    """A step in which tables are copied to the device, one that waits for nothing, a merge,
+    what a checkpoint and an export read, and the first step of the next cycle."""
     clear_tables()
     settings = {**DEFAULTS, **settings}
     arguments = from_flat(settings)
     config = replace(arguments.adapter.config(seed=0), **settings.get("more", {}))
     with FakeCuda() as cuda, ExitStack() as patches:
-        patches.enter_context(patch.object(F, "scaled_dot_product_attention", without_grouped_heads))
+        patches.enter_context(
+            patch.object(F, "scaled_dot_product_attention", without_grouped_heads)
+        )
         if not settings.get("kernels", True):
-            patches.enter_context(patch.object(layer_module, "runs_kernels", lambda device: False))
+            patches.enter_context(
+                patch.object(layer_module, "runs_kernels", lambda device: False)
+            )
         model = tiny_model(settings["family"])
         if arguments.training.gradient_checkpointing or settings.get("reentrant"):
-            model.gradient_checkpointing_enable({"use_reentrant": settings.get("reentrant", False)})
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": settings.get("reentrant", False)}
+            )
             model.enable_input_require_grads()
         inject(model, config)
         if names := settings.get("more", {}).get("domains"):
@@ -115,9 +126,17 @@ def run(settings):
 
 
 def prepare(model, arguments, dense):
-    """What `load_base` and `initialize` make of an injected model: split, and on the device."""
+    """What `load_base` and `initialize` make of an injected model: split, and on the
+    device.
+    """
     training = arguments.training
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    dtype = (
+        torch.bfloat16
+        if training.bf16
+        else torch.float16
+        if training.fp16
+        else torch.float32
+    )
     if not dense:
         use_documents(model)
         share_rows(model, training.sequence_parallel_size)
@@ -139,17 +158,31 @@ def prepare(model, arguments, dense):
 
 
 def step(model, settings, first):
-    """Forward and backward of rows whose first document has so many tokens; every trained tensor gets a gradient."""
-    positions = torch.cat((torch.arange(first), torch.arange(LENGTH - first))).expand(ROWS, -1).contiguous()
+    """Forward and backward of rows whose first document has so many tokens; every trained
+    tensor gets a gradient.
+    """
+    positions = (
+        torch.cat((torch.arange(first), torch.arange(LENGTH - first)))
+        .expand(ROWS, -1)
+        .contiguous()
+    )
     ids = tokens(ROWS, LENGTH // settings.get("sequence_parallel_size", 1))
-    rows = {"input_ids": ids, "labels": ids, "position_ids": positions[:, : ids.shape[1]].contiguous()}
+    rows = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": positions[:, : ids.shape[1]].contiguous(),
+    }
     rows["documents"] = Documents.of(positions)
-    rows = {name: part.pin_memory().to(CUDA, non_blocking=True) for name, part in rows.items()}
+    rows = {
+        name: part.pin_memory().to(CUDA, non_blocking=True) for name, part in rows.items()
+    }
     loss = row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
     loss.backward()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        assert gradient is not None and gradient.device == parameter.device == CUDA, f"{name}: {gradient}"
+        assert gradient is not None and gradient.device == parameter.device == CUDA, (
+            f"{name}: {gradient}"
+        )
         parameter.grad = None
 
 
@@ -163,8 +196,12 @@ attend = F.scaled_dot_product_attention
 
 
 def without_grouped_heads(*tensors, enable_gqa=False, **options):
-    """Torch's attention, which takes its kernel that keeps all scores for grouped heads in fp32, and says nothing."""
-    assert not enable_gqa, "grouped heads make torch take its kernel that keeps all (T, T) scores"
+    """Torch's attention, which takes its kernel that keeps all scores for grouped heads in
+    fp32, and says nothing.
+    """
+    assert not enable_gqa, (
+        "grouped heads make torch take its kernel that keeps all (T, T) scores"
+    )
     return attend(*tensors, **options)
 
 
@@ -173,14 +210,24 @@ def without_grouped_heads(*tensors, enable_gqa=False, **options):
 
 def before_layers(work):
     """A patch that has layers do more with their input."""
-    return layer_module, "mora_linear", lambda x, *others: (work(x), mora_linear(x, *others))[1]
+    return (
+        layer_module,
+        "mora_linear",
+        lambda x, *others: (work(x), mora_linear(x, *others))[1],
+    )
 
 
 PLANTS = {
-    "misplaced table": (index_tables, "make_tables", lambda spec, device: make_tables(spec, torch.device("cpu"))),
+    "misplaced table": (
+        index_tables,
+        "make_tables",
+        lambda spec, device: make_tables(spec, torch.device("cpu")),
+    ),
     "item": before_layers(lambda x: x.sum().item()),
     "blocking copy": before_layers(lambda x: torch.ones(1).to(x)),
-    "copy that is not pinned": before_layers(lambda x: torch.ones(1).to(x, non_blocking=True)),
+    "copy that is not pinned": before_layers(
+        lambda x: torch.ones(1).to(x, non_blocking=True)
+    ),
 }
 """What is replaced, by what, in layers of plain torch."""
 
@@ -203,7 +250,8 @@ def main():
 
 if __name__ == "__main__":
     main()
-    # The autograd engine keeps a thread for the device, which comes back for the interpreter's lock. One that finds the
-    # interpreter gone is unwound through C++ that may not throw, and aborts the process, after all was done.
+    # The autograd engine keeps a thread for the device, which comes back for the
+    # interpreter's lock. One that finds the interpreter gone is unwound through C++ that
+    # may not throw, and aborts the process, after all was done.
     sys.stdout.flush()
     os._exit(0)

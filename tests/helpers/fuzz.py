@@ -1,4 +1,5 @@
-"""Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
+"""Runs the tools on mutated, resealed files, each call bounded in time and memory, in
+processes that may die.
 
 subjects(folder)                  a small checkpoint, adapter and model
 fuzz(subjects, seeds, scratch)    one call of a tool for each seed, and what it found
@@ -35,7 +36,9 @@ def seed_of_commit():
 
 SECONDS = 10
 NBYTES = 2**30
-"""What one call may take: seconds of its own, on a machine that others use too, and bytes."""
+"""What one call may take: seconds of its own, on a machine that others use too, and
+bytes.
+"""
 
 Tool = tuple[str, ...]
 """A tool and its flags, with {case} for the case's folder and {out} for the output."""
@@ -43,7 +46,9 @@ Tool = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder whose part `mutated` is changed, and the tools that read it, each as often as it is listed."""
+    """A folder whose part `mutated` is changed, and the tools that read it, each as often
+    as it is listed.
+    """
 
     folder: Path
     mutated: str
@@ -55,7 +60,9 @@ _EXPORT = ("export_hf", "--checkpoint", _CHECKPOINT, "--output", "{out}")
 
 
 def subjects(folder):
-    """Made once, without training. The slow tools, which load a model, are listed apart and seldom."""
+    """Made once, without training. The slow tools, which load a model, are listed apart and
+    seldom.
+    """
     run = folder / "run"
     base = "{case}/base"
     fake = whole_checkpoint(run)
@@ -68,7 +75,9 @@ def subjects(folder):
 
     maker = Maker(AutoModelForCausalLM.from_pretrained(model / "base"), model / "base")
     maker.write(model / "adapter", MoRAConfig(rank=3), cycles=1)
-    change_json(model / "adapter/base.json", lambda content: content.update(folder="../base"))
+    change_json(
+        model / "adapter/base.json", lambda content: content.update(folder="../base")
+    )
     reseal(model / "adapter")
     sets = ("--sets", "a={case}/held.txt")
     fast = (
@@ -79,11 +88,30 @@ def subjects(folder):
         ("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base),
         _EXPORT,
         ("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
-        ("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
+        (
+            "ledger",
+            "combine",
+            _CHECKPOINT,
+            _CHECKPOINT,
+            "--weights",
+            "0.5",
+            "0.5",
+            "--output",
+            "{out}",
+        ),
     )
     of_model = (
         ("evaluate", base, *sets),
-        ("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
+        (
+            "extend_vocab",
+            base,
+            "--corpus",
+            "{case}/held.txt",
+            "--pieces",
+            "2",
+            "--output",
+            "{out}",
+        ),
         ("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
     )
     return [
@@ -116,9 +144,17 @@ def fuzz(made, seeds, scratch):
     findings = []
     for first in range(0, len(seeds), SEEDS_OF_A_PROCESS):
         try:
-            findings += run_alone(_judged, made, seeds[first : first + SEEDS_OF_A_PROCESS], scratch, timeout_s=1200)
+            findings += run_alone(
+                _judged,
+                made,
+                seeds[first : first + SEEDS_OF_A_PROCESS],
+                scratch,
+                timeout_s=1200,
+            )
         except RankFailed as error:
-            findings.append({"seed": int((scratch / "seed").read_text()), "error": str(error)})
+            findings.append(
+                {"seed": int((scratch / "seed").read_text()), "error": str(error)}
+            )
     return findings
 
 
@@ -129,7 +165,9 @@ def _judged(made, seeds, scratch):
             tool(name)  # imported before memory is bounded
     signal.signal(signal.SIGALRM, _stop)
     signal.signal(signal.SIGPROF, _stop)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + NBYTES,) * 2)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (psutil.Process().memory_info().vms + NBYTES,) * 2
+    )
     findings = []
     for seed in seeds:
         (scratch / "seed").write_text(str(seed))
@@ -158,7 +196,12 @@ def _one(made, seed, scratch):
     if not error and _state(case) != before:
         changed = sorted({name for name, _ in before ^ _state(case)})
         error = f"written outside of the output: {changed[:3]}"
-    return {"tool": " ".join(words), "subject": subject.mutated, "changes": changes, "error": error}
+    return {
+        "tool": " ".join(words),
+        "subject": subject.mutated,
+        "changes": changes,
+        "error": error,
+    }
 
 
 def _state(case):
@@ -167,7 +210,12 @@ def _state(case):
     for path in case.rglob("*"):
         if path.relative_to(case).parts[0] != "made":
             status = path.lstat()
-            facts.add((str(path.relative_to(case)), (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)))
+            facts.add(
+                (
+                    str(path.relative_to(case)),
+                    (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns),
+                )
+            )
     return facts
 
 

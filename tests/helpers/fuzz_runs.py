@@ -1,8 +1,9 @@
-"""Random settings over tiny models of five families, each run in this process and judged; and resumes with a change.
+"""Random settings over tiny models of five families, each run in this process and judged;
+and resumes with a change.
 
-A case is one seed: a model, a text, and up to nine settings. What is refused must name a setting that was given, and
-leave nothing behind; that one is taken away, and the rest is tried again, until a run comes to its end. A fault is
-everything else.
+A case is one seed: a model, a text, and up to nine settings. What is refused must name a
+setting that was given, and leave nothing behind; that one is taken away, and the rest is
+tried again, until a run comes to its end. A fault is everything else.
 """
 
 import contextlib
@@ -141,17 +142,27 @@ Finding = tuple[int, str, str, Settings]
 
 def values_of_settings():
     """{setting: its values} of the table."""
-    lines = [[cell.strip() for cell in line.split(" | ")] for line in SETTINGS.strip().splitlines()]
+    lines = [
+        [cell.strip() for cell in line.split(" | ")]
+        for line in SETTINGS.strip().splitlines()
+    ]
     return {name: values for name, *values in lines}
 
 
 def prepare(user):
-    """Write a model of each family, of one layer and one vocabulary, and a mixture into the user's folder."""
+    """Write a model of each family, of one layer and one vocabulary, and a mixture into the
+    user's folder.
+    """
     for family in MODELS:
         layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-        tiny_model(family, vocab_size=VOCABULARY, **{layers: 1}).save_pretrained(user.root / family)
+        tiny_model(family, vocab_size=VOCABULARY, **{layers: 1}).save_pretrained(
+            user.root / family
+        )
         load_tokenizer(user.model).save_pretrained(user.root / family)
-    sources = {name: {"files": str(path), "weight": 1} for name, path in (("new", user.train), ("old", user.held))}
+    sources = {
+        name: {"files": str(path), "weight": 1}
+        for name, path in (("new", user.train), ("old", user.held))
+    }
     (user.root / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources}))
 
 
@@ -163,7 +174,10 @@ def argv_of(settings, user):
         if name.startswith("research."):
             research[name.removeprefix("research.")] = yaml.safe_load(text)
         else:
-            flags += [f"--{name}", *text.format(user=user.root, configs=REPOSITORY / "configs").split()]
+            flags += [
+                f"--{name}",
+                *text.format(user=user.root, configs=REPOSITORY / "configs").split(),
+            ]
     recipe = user.root / "research.yaml"
     recipe.write_text(yaml.safe_dump({"research": research} if research else {}))
     return [str(recipe), *flags]
@@ -175,7 +189,9 @@ def named_in(message, settings):
 
 
 def attempt(settings, user):
-    """(ok, diverged, refused or fault; what was printed or said) of one run, which writes `out` alone."""
+    """(ok, diverged, refused or fault; what was printed or said) of one run, which writes
+    `out` alone.
+    """
     entries = set(os.listdir("."))
     printed = io.StringIO()
     signal.signal(signal.SIGALRM, _too_long)
@@ -184,13 +200,18 @@ def attempt(settings, user):
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             summary = pretrain(parse(argv_of(settings, user)))
         assert summary.get("base_bytes_gathered", 0) == 0
-        assert not any(problems(folder) for folder in complete_checkpoints(Path("out/checkpoints"))[-1:])
+        assert not any(
+            problems(folder)
+            for folder in complete_checkpoints(Path("out/checkpoints"))[-1:]
+        )
         assert set(os.listdir(".")) <= {*entries, "out"}
     except UserError as error:
         is_clear = named_in(str(error), settings) and set(os.listdir(".")) == entries
         return ("refused" if is_clear else "fault"), str(error)
     except RunError as error:
-        return ("diverged" if isinstance(error.__cause__, NotFinite) else "fault"), str(error)
+        return ("diverged" if isinstance(error.__cause__, NotFinite) else "fault"), str(
+            error
+        )
     except BaseException:
         return "fault", traceback.format_exc(limit=-8)
     finally:
@@ -203,34 +224,51 @@ def _too_long(_, __):
 
 
 def attempts(seed, user):
-    """Every run of a case, without a refused setting each time; then the resumes of every third that ends well."""
+    """Every run of a case, without a refused setting each time; then the resumes of every
+    third that ends well.
+    """
     draw = random.Random(seed)
     text = dict([draw.choice(TEXTS)])
     base = {"model_name_or_path": "{user}/" + draw.choice(MODELS), **text, **SMALL}
     table = values_of_settings()
-    settings = {**base, **{name: draw.choice(table[name]) for name in draw.sample(sorted(table), draw.randint(1, 9))}}
+    settings = {
+        **base,
+        **{
+            name: draw.choice(table[name])
+            for name in draw.sample(sorted(table), draw.randint(1, 9))
+        },
+    }
     while True:
         kind, said = attempt(settings, user)
         yield kind, said, dict(settings)
-        removable = [name for name in named_in(said, settings) if settings[name] != base.get(name)]
+        removable = [
+            name for name in named_in(said, settings) if settings[name] != base.get(name)
+        ]
         if kind != "refused" or not removable:
             break
         name = draw.choice(removable)
         settings.pop(name)
         settings |= {name: base[name]} if name in base else {}
     settings.pop("overwrite_output_dir", None)
-    if kind == "ok" and seed % 3 == 0 and len(complete_checkpoints(Path("out/checkpoints"))) > 1:
+    if (
+        kind == "ok"
+        and seed % 3 == 0
+        and len(complete_checkpoints(Path("out/checkpoints"))) > 1
+    ):
         os.rename("out", "whole")
         settings["resume_from_checkpoint"] = "latest"
         yield *_resumed(settings, user), dict(settings)
-        name = draw.choice(sorted({*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}))
+        name = draw.choice(
+            sorted({*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"})
+        )
         changed = {**settings, name: draw.choice(table[name])}
         yield *_resumed(changed, user, name), changed
 
 
 def _resumed(settings, user, changed=""):
-    """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on with from its first
-    checkpoint: equal to the bit, or what has `changed` is refused or told by its name."""
+    """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on
+    with from its first checkpoint: equal to the bit, or what has `changed` is refused or
+    told by its name."""
     shutil.rmtree("out", ignore_errors=True)
     shutil.copytree("whole", "out", symlinks=True)
     checkpoints = Path("out/checkpoints")
@@ -242,7 +280,9 @@ def _resumed(settings, user, changed=""):
     (checkpoints / "latest").symlink_to(first.name)
     kind, said = attempt(settings, user)
     if kind == "refused":
-        return (kind if changed in named_in(said, settings) else "fault"), f"{changed}: {said}"
+        return (
+            kind if changed in named_in(said, settings) else "fault"
+        ), f"{changed}: {said}"
     if kind != "ok" or re.search(rf"changed since.*--{changed} .* -> ", said):
         return ("told" if kind == "ok" else kind), said
     try:
@@ -269,7 +309,13 @@ def fuzz(user, seeds, scratch):
     findings = []
     for start in range(0, len(seeds), CASES_OF_A_PROCESS):
         try:
-            findings += run_alone(_judged, user, seeds[start : start + CASES_OF_A_PROCESS], scratch, timeout_s=3600)
+            findings += run_alone(
+                _judged,
+                user,
+                seeds[start : start + CASES_OF_A_PROCESS],
+                scratch,
+                timeout_s=3600,
+            )
         except RankFailed as error:
             findings.append((int((scratch / "seed").read_text()), "fault", str(error), {}))
     return findings

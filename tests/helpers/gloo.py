@@ -2,9 +2,10 @@
 
     results = run_ranks(2, function, *arguments)      # one result a rank, in rank order
 
-The function must be defined at the top of a test module. A fork server imports torch, transformers and DeepSpeed once;
-every rank is a fork of it, so that starting one takes no time. A rank that raises fails the test with its traceback,
-and the others are ended at once.
+The function must be defined at the top of a test module. A fork server imports torch,
+transformers and DeepSpeed once; every rank is a fork of it, so that starting one takes no
+time. A rank that raises fails the test with its traceback, and the others are ended at
+once.
 """
 
 import io
@@ -21,7 +22,9 @@ import torch
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.helpers.preload"])
 _reservations = deque(maxlen=64)
-"""The ports drawn last: by the time that a socket leaves the queue and is closed, its job has ended or listens."""
+"""The ports drawn last: by the time that a socket leaves the queue and is closed, its job
+has ended or listens.
+"""
 
 
 class RankFailed(AssertionError):
@@ -50,13 +53,17 @@ def run_alone(function, *arguments, **options):
 
 
 def start_ranks(world, function, *arguments):
-    """The pipes that results come through and the processes, in rank order, for a caller that ends them itself."""
+    """The pipes that results come through and the processes, in rank order, for a caller
+    that ends them itself.
+    """
     port = free_port()
     pipes = []
     processes = []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, world, port, sender, function, arguments))
+        process = context.Process(
+            target=_rank_main, args=(rank, world, port, sender, function, arguments)
+        )
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -65,11 +72,15 @@ def start_ranks(world, function, *arguments):
 
 
 def collect(pipes, deadline):
-    """What every rank sends, in rank order. Raises `RankFailed` where one fails, dies, or is late."""
+    """What every rank sends, in rank order. Raises `RankFailed` where one fails, dies, or
+    is late.
+    """
     results = {}
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        ready = multiprocessing.connection.wait(
+            list(waiting), timeout=max(0.0, deadline - time.monotonic())
+        )
         if not ready:
             raise RankFailed(f"ranks {sorted(waiting.values())} did not finish in time")
         for pipe in ready:
@@ -96,7 +107,8 @@ def _rank_main(rank, world, port, sender, function, args):
         from mora_ds.engine.initialize import start_distributed
         from mora_ds.runtime.log_setup import set_up_logging
 
-        # DeepSpeed refuses fp16 on CPUs without an instruction for it; torch computes it on every one, only slower.
+        # DeepSpeed refuses fp16 on CPUs without an instruction for it; torch computes it on
+        # every one, only slower.
         get_accelerator().is_fp16_supported = lambda: True
         set_up_logging()
         start_distributed()
@@ -110,11 +122,12 @@ def _rank_main(rank, world, port, sender, function, args):
 
 
 def free_port():
-    """A port that no process listens on, below those that Linux gives to outgoing connections (32768 and up).
+    """A port that no process listens on, below those that Linux gives to outgoing
+    connections (32768 and up).
 
-    It stays reserved for a while, by a socket that is bound and does not listen. Another test process that draws the
-    same port cannot bind it, and draws again; torch's store still can, since both it and the reservation then have
-    SO_REUSEADDR.
+    It stays reserved for a while, by a socket that is bound and does not listen. Another
+    test process that draws the same port cannot bind it, and draws again; torch's store
+    still can, since both it and the reservation then have SO_REUSEADDR.
     """
     while True:
         port = 10_000 + secrets.randbelow(20_000)

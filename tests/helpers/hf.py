@@ -101,16 +101,24 @@ def matrices(engine):
     """The unsharded MoRA matrices and the live weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
     squares = {name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()}
-    return {**squares, **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()}}
+    return {
+        **squares,
+        **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()},
+    }
 
 
 def assert_same_parameters(one, another):
     """To the bit, in order."""
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), another.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.parameters(), another.parameters(), strict=True)
+    )
 
 
 def own_loop(root, rates):
-    """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end, losses)."""
+    """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end,
+    losses).
+    """
     world = dist.get_world_size()
     rank = dist.get_rank()
     base = base_in(root / "base")
@@ -123,7 +131,10 @@ def own_loop(root, rates):
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "eps": 1e-4, "weight_decay": 0.01}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": RATE, "eps": 1e-4, "weight_decay": 0.01},
+        },
     }
     engine, *_ = mora_ds.initialize(model=model, config=settings)
     run = mora_ds.Run(engine, base=base, folder=root / "loop")
@@ -146,10 +157,17 @@ def own_loop(root, rates):
 
 def run_merges():
     """The steps after which the runs above merge."""
-    return [step for step in range(MERGE_EVERY, STEPS, MERGE_EVERY) if STEPS - step > REWARMUP]
+    return [
+        step for step in range(MERGE_EVERY, STEPS, MERGE_EVERY) if STEPS - step > REWARMUP
+    ]
 
 
 def rates():
-    """The learning rate of each step: linear decay, with a re-warmup of one step after each merge."""
+    """The learning rate of each step: linear decay, with a re-warmup of one step after each
+    merge.
+    """
     curve = [RATE * (1 - step / STEPS) for step in range(STEPS + 1)]
-    return [curve[step + 1] / 2 if step in run_merges() else curve[step] for step in range(STEPS)]
+    return [
+        curve[step + 1] / 2 if step in run_merges() else curve[step]
+        for step in range(STEPS)
+    ]

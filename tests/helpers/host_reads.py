@@ -1,4 +1,5 @@
-"""Counts the moments at which a program reads a tensor's numbers on the host, and waits for a GPU where there is one.
+"""Counts the moments at which a program reads a tensor's numbers on the host, and waits for
+a GPU where there is one.
 
 with HostReads() as reads: ...
 reads.places      {"train/trainer.py": 1, ...}: by the file that asked, within mora_ds, DeepSpeed or transformers
@@ -15,7 +16,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+METHODS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+)
 FUNCTIONS = ("equal", "nonzero", "allclose")
 FOLDERS = {
     f"{folder}/": name
@@ -33,8 +44,14 @@ class HostReads:
         self._thread = threading.get_ident()
         self._depth = 0
         self._patches = [
-            *(patch.object(Tensor, name, self._counted(getattr(Tensor, name))) for name in METHODS),
-            *(patch.object(torch, name, self._counted(getattr(torch, name))) for name in FUNCTIONS),
+            *(
+                patch.object(Tensor, name, self._counted(getattr(Tensor, name)))
+                for name in METHODS
+            ),
+            *(
+                patch.object(torch, name, self._counted(getattr(torch, name)))
+                for name in FUNCTIONS
+            ),
         ]
 
     def _counted(self, original):

@@ -1,10 +1,11 @@
-"""The Triton kernels in triton's interpreter (`TRITON_INTERPRET=1`), or else on a GPU, against plain torch on a CPU.
+"""The Triton kernels in triton's interpreter (`TRITON_INTERPRET=1`), or else on a GPU,
+against plain torch on a CPU.
 
     python -m tests.helpers.interpreted START STEP      every STEP-th of the operators in `operators.specs`, from START
 
-In a process of its own, as triton decides at its import whether it interprets. Exits with the first difference. Each
-kernel gathers from shared memory, as by default, or from global memory, as it does from long rows; or its rows are in
-several parts, as wide ones are.
+In a process of its own, as triton decides at its import whether it interprets. Exits with
+the first difference. Each kernel gathers from shared memory, as by default, or from global
+memory, as it does from long rows; or its rows are in several parts, as wide ones are.
 """
 
 import sys
@@ -42,17 +43,23 @@ CPU = torch.device("cpu")
 DEVICE = CPU if triton_ops.triton.knobs.runtime.interpret else torch.device("cuda")
 TOKENS = 5
 
-VARIANTS = {"shared": {}, "global": {"_SHARED": 0}, "parts": {"_PART": 16, "_FORM_PART": 16}}
+VARIANTS = {
+    "shared": {},
+    "global": {"_SHARED": 0},
+    "parts": {"_PART": 16, "_FORM_PART": 16},
+}
 """Constants of `triton_ops` that choose another branch of a kernel."""
 
 
 def same(result, expected, what):
-    """To the bit in fp32 and fp64. In half precision within one unit in the last place, as the interpreter cuts bf16
-    off where torch rounds."""
+    """To the bit in fp32 and fp64. In half precision within one unit in the last place, as
+    the interpreter cuts bf16 off where torch rounds."""
     assert result.shape == expected.shape, what
     assert result.dtype == expected.dtype, what
     if result.dtype in (torch.float32, torch.float64):
-        assert torch.equal(result, expected), f"{what}: {(result - expected).abs().max()} apart"
+        assert torch.equal(result, expected), (
+            f"{what}: {(result - expected).abs().max()} apart"
+        )
         return
     apart = (_ordinal(result) - _ordinal(expected)).abs().max()
     assert apart <= 1, f"{what}: {apart} units in the last place"
@@ -65,8 +72,13 @@ def _ordinal(x):
 
 
 def launched(kernel, *operands):
-    """What a kernel makes of operands, which are not written to: of one that works in place, its first operand."""
-    on_device = [operand.to(DEVICE, copy=True) if isinstance(operand, Tensor) else operand for operand in operands]
+    """What a kernel makes of operands, which are not written to: of one that works in
+    place, its first operand.
+    """
+    on_device = [
+        operand.to(DEVICE, copy=True) if isinstance(operand, Tensor) else operand
+        for operand in operands
+    ]
     result = kernel(*on_device)
     return (on_device[0] if result is None else result).to(CPU)
 
@@ -79,8 +91,14 @@ def check_kernels(spec, dtype):
     z = plain.gather_sum(x, tables.fold, *rotation, False)
     same(launched(triton_ops.gather_sum, x, tables.fold, *rotation, False), z, "fold")
     c = plain.gather_sum(g, tables.collect, None, None, False)
-    same(launched(triton_ops.gather_sum, g, tables.collect, None, None, False), c, "collect")
-    repeated = c if tables.blocks_read is None else c.view(TOKENS, -1, spec.r_hat)[:, tables.blocks_read].flatten(1)
+    same(
+        launched(triton_ops.gather_sum, g, tables.collect, None, None, False), c, "collect"
+    )
+    repeated = (
+        c
+        if tables.blocks_read is None
+        else c.view(TOKENS, -1, spec.r_hat)[:, tables.blocks_read].flatten(1)
+    )
     for target, source, arguments in (
         (g, z, (tables.spread, None, None, False)),
         (x, repeated, (tables.unfold, *rotation, True)),
@@ -90,29 +108,53 @@ def check_kernels(spec, dtype):
         plain.gather_add_(expected, source, *arguments)
         same(result, expected, "spread or unfold")
     check_form(spec, tables, dtype)
-    # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
+    # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter
+    # (`create_dot`): fp16 in its place.
     c = c.view(TOKENS, -1, spec.r_hat).half()
     z = z.view(TOKENS, -1, spec.r_hat).half()
     products = launched(triton_ops.product, c, z)
-    assert_close(products.float().sum(0), plain.product(c, z)[0].float(), rtol=2e-3, atol=1e-5)
+    assert_close(
+        products.float().sum(0), plain.product(c, z)[0].float(), rtol=2e-3, atol=1e-5
+    )
     first = products[0].float()
     stack = torch.stack([first, 2 * first, -first / 3])
-    same(launched(triton_ops.sum_parts, stack, dtype), plain.sum_parts(stack, dtype), "sum_parts")
+    same(
+        launched(triton_ops.sum_parts, stack, dtype),
+        plain.sum_parts(stack, dtype),
+        "sum_parts",
+    )
 
 
 def check_form(spec, tables, dtype):
     square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
     weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
-    operands = square, tables.unfold, tables.slots, tables.members, *tables.rotation, tables.blocks_out
+    operands = (
+        square,
+        tables.unfold,
+        tables.slots,
+        tables.members,
+        *tables.rotation,
+        tables.blocks_out,
+    )
     expected = plain.form(weight, None, *operands)
     same(launched(triton_ops.form, weight, None, *operands), expected, "form")
-    same(launched(triton_ops.form, weight.T.contiguous().T, None, *operands), expected, "form of a transposed weight")
+    same(
+        launched(triton_ops.form, weight.T.contiguous().T, None, *operands),
+        expected,
+        "form of a transposed weight",
+    )
     values, scales = quantize(weight)
-    same(launched(triton_ops.form, values, scales, *operands), plain.form(values, scales, *operands), "form of int8")
+    same(
+        launched(triton_ops.form, values, scales, *operands),
+        plain.form(values, scales, *operands),
+        "form of int8",
+    )
 
 
 def check_parts():
-    """A sum so long that it is made in several parts, the last of them shorter; with sides of several tiles."""
+    """A sum so long that it is made in several parts, the last of them shorter; with sides
+    of several tiles.
+    """
     for terms, r_hat in ((1300, 18), (70, 150)):
         c = random(terms, 1, r_hat).half()
         z = random(terms, 1, r_hat, seed=1).half()
@@ -127,19 +169,25 @@ def check_wide():
     """Rows that are in several parts by their own width."""
     for d_in, d_out in ((2200, 40), (40, 2200)):
         for kind in (OperatorKind.ROTATE, OperatorKind.SHARE):
-            check_kernels(OperatorSpec(kind, d_in, d_out, 24, Grouping.PERMUTED, seed=1), torch.float32)
+            check_kernels(
+                OperatorSpec(kind, d_in, d_out, 24, Grouping.PERMUTED, seed=1),
+                torch.float32,
+            )
 
 
 def check_pieces(spec):
-    """What programs read is what `traffic` counts: of a tensor in pieces, programs of other pieces read
-    other numbers; of a tensor that no two programs share, each reads its own."""
+    """What programs read is what `traffic` counts: of a tensor in pieces, programs of other
+    pieces read other numbers; of a tensor that no two programs share, each reads its
+    own."""
     builder = interpreter.interpreter_builder
     load = builder.create_masked_load
     addresses = {}
 
     def noted(pointers, mask, *options):
         x, y, _ = builder.grid_idx
-        addresses.setdefault(x + y * builder.grid_dim[0], []).append(pointers.data[mask.data])
+        addresses.setdefault(x + y * builder.grid_dim[0], []).append(
+            pointers.data[mask.data]
+        )
         return load(pointers, mask, *options)
 
     for name, launch in traffic.launches(spec, torch.float32, tokens=9, device=CPU).items():
@@ -152,16 +200,25 @@ def check_pieces(spec):
             read = {}
             for program, loads in addresses.items():
                 piece = int(pieces[argument][program]) if argument in pieces else program
-                read.setdefault(piece, set()).update(np.concatenate(loads, axis=None).tolist())
-            inside = [{address for address in of if 0 <= address - start < tensor.nbytes} for of in read.values()]
-            assert sum(map(len, inside)) == len(set.union(*inside)), f"{name} reads {argument} otherwise than counted"
+                read.setdefault(piece, set()).update(
+                    np.concatenate(loads, axis=None).tolist()
+                )
+            inside = [
+                {address for address in of if 0 <= address - start < tensor.nbytes}
+                for of in read.values()
+            ]
+            assert sum(map(len, inside)) == len(set.union(*inside)), (
+                f"{name} reads {argument} otherwise than counted"
+            )
 
 
 def check_outputs_that_read_several_rows():
     """`form` of an operator that is not shipped, turned and not."""
     shipped = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
-        OPERATORS[OperatorKind.TRUNCATE] = Operator(blocks_onto_wrapped_outputs, in_blocks=True, rotates=rotates)
+        OPERATORS[OperatorKind.TRUNCATE] = Operator(
+            blocks_onto_wrapped_outputs, in_blocks=True, rotates=rotates
+        )
         spec = OperatorSpec(OperatorKind.TRUNCATE, 18, 11, 4, Grouping.PERMUTED)
         check_form(spec, KernelTables(spec, CPU), torch.float32)
     OPERATORS[OperatorKind.TRUNCATE] = shipped
@@ -173,7 +230,9 @@ def check_layer(spec):
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
 
         def layer(x, weight, bias, square, path=path):
-            x, weight, bias, square = (tensor.to(DEVICE) for tensor in (x, weight, bias, square))
+            x, weight, bias, square = (
+                tensor.to(DEVICE) for tensor in (x, weight, bias, square)
+            )
             with_bias = linear.kernel_linear(x, weight, bias, square, tables, path)
             bias_after = linear.kernel_linear(x, weight, None, square, tables, path) + bias
             return ((with_bias + bias_after) / 2).to(CPU)

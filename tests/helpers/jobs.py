@@ -1,4 +1,6 @@
-"""Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or the real launcher."""
+"""Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or
+the real launcher.
+"""
 
 import argparse
 import contextlib
@@ -48,11 +50,15 @@ class Playground:
         return [json.loads(line)["text"] for line in self.train.read_text().splitlines()]
 
     def flags(self, out, *more):
-        """A small run; later flags win. Text that begins with a flag is split at its spaces."""
+        """A small run; later flags win. Text that begins with a flag is split at its
+        spaces.
+        """
         words = []
         for text in map(str, more):
             words += text.split() if text.startswith("--") else [text]
-        adapter = (["mora"] + [value for flag, value in pairwise(words) if flag == "--adapter"])[-1]
+        adapter = (
+            ["mora"] + [value for flag, value in pairwise(words) if flag == "--adapter"]
+        )[-1]
         rank = ["--mora_rank", "2"] if adapter in ("mora", "lora") else []
         return [
             "--deepspeed", str(ZERO3), "--model_name_or_path", str(self.model), "--train_files", str(self.train),
@@ -64,8 +70,9 @@ class Playground:
 
 
 def golden_flags(user, out, *more):
-    """A short run: checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file with a name in every
-    checkpoint since. Norms are trained too, and one set is evaluated."""
+    """A short run: checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file
+    with a name in every checkpoint since. Norms are trained too, and one set is
+    evaluated."""
     return user.flags(
         out,
         "--max_steps 6 --merge_every 2 --restart_warmup_steps 1 --save_steps 2 --train_norms true --eval_files",
@@ -76,8 +83,12 @@ def golden_flags(user, out, *more):
 
 def playground(root):
     """Model, tokenizer and texts under `root`."""
-    sources = [Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random)]
-    texts = [source[start : start + 700] for source in sources for start in range(0, 14_000, 700)]
+    sources = [
+        Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random)
+    ]
+    texts = [
+        source[start : start + 700] for source in sources for start in range(0, 14_000, 700)
+    ]
     trained = train_sentencepiece(texts, VOCABULARY, root / "trained")
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     model.save_pretrained(root / "model")
@@ -94,7 +105,10 @@ def playground(root):
 def research(flags, folder, **settings):
     """The flags after a recipe in `folder` with a block `research:` of these settings."""
     path = folder / "research.yaml"
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    values = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+    }
     path.write_text(yaml.safe_dump({"research": values}))
     return [str(path), *flags]
 
@@ -110,7 +124,9 @@ def run(ranks, argv):
 
 
 def finished_run(ranks, user, folders, *more):
-    """The output folder, in a new one of `folders`, of a run with the flags `more` that nothing has disturbed."""
+    """The output folder, in a new one of `folders`, of a run with the flags `more` that
+    nothing has disturbed.
+    """
     out = folders.mktemp("finished") / "out"
     run(ranks, user.flags(out, *more))
     return out
@@ -118,7 +134,10 @@ def finished_run(ranks, user, folders, *more):
 
 def printed(argv):
     """What a run prints, to stdout and stderr. For `run_ranks`."""
-    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as told,
+        contextlib.redirect_stderr(told),
+    ):
         arguments = parse(argv)
         set_up_logging(arguments.training.log_level)
         pretrain(arguments)
@@ -128,8 +147,8 @@ def printed(argv):
 def refused(argv, may_change=False):
     """(kind of error, its message) of a run that must fail. For `run_ranks`.
 
-    A `UserError` must leave the output folder to the byte as it was, as rank 0 finds it. It `may_change` where it is
-    repaired after a killed run, and where the run had begun.
+    A `UserError` must leave the output folder to the byte as it was, as rank 0 finds it. It
+    `may_change` where it is repaired after a killed run, and where the run had begun.
     """
     out = output_of(argv)
     is_watched = int(os.environ["RANK"]) == 0 and not may_change
@@ -164,11 +183,18 @@ def refusal(argv, ranks=1):
 
 
 def launch(ranks, argv, cwd, timeout_s=300):
-    """The real launcher, as in the README. Where it ends with a user's error, the output folder must be as it was."""
+    """The real launcher, as in the README. Where it ends with a user's error, the output
+    folder must be as it was.
+    """
     out = cwd / output_of(argv)
     before = snapshot(out)
     done = subprocess.run(
-        launcher(ranks, argv), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s
+        launcher(ranks, argv),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
     if done.returncode == EXIT_USER_ERROR:
         assert_same(out, before)
@@ -177,8 +203,16 @@ def launch(ranks, argv, cwd, timeout_s=300):
 
 def launcher(ranks, argv):
     program = Path(sys.executable).with_name("deepspeed")
-    port = ["--master_port", str(free_port())]  # its default is taken where two test runs share a machine
-    return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch/pretrain.py"), *argv]
+    # Its default is taken where two test runs share a machine
+    port = ["--master_port", str(free_port())]
+    return [
+        str(program),
+        *port,
+        "--num_gpus",
+        str(ranks),
+        str(REPOSITORY / "launch/pretrain.py"),
+        *argv,
+    ]
 
 
 def ranks_below(launcher):
@@ -191,7 +225,9 @@ def ranks_below(launcher):
 
 
 def is_rank(process):
-    """Whether it runs the job itself: it is no launcher, and no worker process of a rank."""
+    """Whether it runs the job itself: it is no launcher, and no worker process of a
+    rank.
+    """
     try:
         running = psutil.Process(process)
         has_rank = "RANK" in running.environ() and "RANK" not in running.parent().environ()
@@ -216,18 +252,31 @@ def rows(out):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-MEASURED = ("tokens_per_s", "tokens_per_s_per_rank", "step_time_s", "peak_memory_bytes", "bytes_gathered")
-"""Fields of a row that two equal runs need not share (the first step of an engine gathers more than the others)."""
+MEASURED = (
+    "tokens_per_s",
+    "tokens_per_s_per_rank",
+    "step_time_s",
+    "peak_memory_bytes",
+    "bytes_gathered",
+)
+"""Fields of a row that two equal runs need not share (the first step of an engine gathers
+more than the others).
+"""
 
 
 def curve(out):
     """`metrics.jsonl` without what was measured on the machine."""
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(out)]
+    return [
+        {key: value for key, value in row.items() if key not in MEASURED}
+        for row in rows(out)
+    ]
 
 
 def losses(out):
     """(steps,) the loss of every logged step."""
-    return torch.tensor([row["loss"] for row in rows(out) if "loss" in row], dtype=torch.float64)
+    return torch.tensor(
+        [row["loss"] for row in rows(out) if "loss" in row], dtype=torch.float64
+    )
 
 
 def assert_close_losses(out, reference, rtol=1e-5, atol=0):

@@ -37,14 +37,17 @@ Install = Callable[[], None]
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the signal may take a moment to arrive; nothing else must run meanwhile
+    # The signal may take a moment to arrive; nothing else must run meanwhile
+    time.sleep(60)
 
 
 # -- ways to die -----------------------------------------------------------------------------------------------------
 
 
 def at_call(owner, name, nth, begins=None, has_ended=None):
-    """Call `begins` when the n-th call of a function begins, and `has_ended` with its arguments when it has ended."""
+    """Call `begins` when the n-th call of a function begins, and `has_ended` with its
+    arguments when it has ended.
+    """
     original = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -76,7 +79,9 @@ def within(owner, name, nth, install):
 
 
 def torn(owner, name, path_of):
-    """Die in the middle of the first call, which writes the file that `path_of(*arguments)` names."""
+    """Die in the middle of the first call, which writes the file that `path_of(*arguments)`
+    names.
+    """
 
     def tear(*args, **kwargs):
         path = path_of(*args, **kwargs)
@@ -87,7 +92,9 @@ def torn(owner, name, path_of):
 
 
 def half_deleted(folder_name):
-    """Die in the middle of `shutil.rmtree` of a folder whose name contains `folder_name`."""
+    """Die in the middle of `shutil.rmtree` of a folder whose name contains
+    `folder_name`.
+    """
     original = shutil.rmtree
 
     def patched(path, *args, **kwargs):
@@ -200,7 +207,9 @@ UNUSUAL = {
     "half a tokenizer": half_a_tokenizer,
     "half a layer": lambda: half_a_layer(2),
     "half a shard": lambda: torn(shards, "write_shard", lambda path, tensors: path),
-    "half of the tokens": lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin"),
+    "half of the tokens": lambda: torn(
+        mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin"
+    ),
     "half of step 3 deleted": lambda: half_deleted("step-000003"),
     "half of a run deleted": lambda: half_deleted(".deleting"),
     "cycle without its line": cycle_without_its_line,
@@ -257,18 +266,24 @@ before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
 some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.form 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
 """
-"""Moment | processes that reach it | content of the output folder at the start | call in which they die | death.
+"""Moment | processes that reach it | content of the output folder at the start | call in
+which they die | death.
 
-Before or after the call of a function with that number; names that begin with a dot are of `mora_ds`. The numbers are
-those of a run with the flags `STEPS`: a checkpoint after every step, merges after steps 2 and 4. Before each merge, and
-before the last evaluation, there is a checkpoint more."""
+Before or after the call of a function with that number; names that begin with a dot are of
+`mora_ds`. The numbers are those of a run with the flags `STEPS`: a checkpoint after every
+step, merges after steps 2 and 4. Before each merge, and before the last evaluation, there
+is a checkpoint more."""
 
 
 def call_of(text):
     """(owner, function, number of the call)."""
     name, number = text.split()
     owner, _, function = name.rpartition(".")
-    return pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner), function, int(number)
+    return (
+        pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner),
+        function,
+        int(number),
+    )
 
 
 def installer(outer, death):
@@ -303,9 +318,11 @@ def doomed_job(argv, moment, victims):
 
 
 def killed_run(world, argv, moment, victims):
-    """Run until the processes with the ranks `victims` have died; the others must then end within 30 s.
+    """Run until the processes with the ranks `victims` have died; the others must then end
+    within 30 s.
 
-    With all ranks as victims, the others are killed as soon as the first has died, as when a node fails.
+    With all ranks as victims, the others are killed as soon as the first has died, as when
+    a node fails.
     """
     pipes, processes = start_ranks(world, doomed_job, argv, moment, victims)
     try:
@@ -317,7 +334,9 @@ def killed_run(world, argv, moment, victims):
         deadline = time.monotonic() + 30
         for rank, process in enumerate(processes):
             process.join(max(0.0, deadline - time.monotonic()))
-            assert not process.is_alive(), f"{moment}: rank {rank} hangs, with rank(s) {victims} dead"
+            assert not process.is_alive(), (
+                f"{moment}: rank {rank} hangs, with rank(s) {victims} dead"
+            )
     finally:
         for process in processes:
             process.kill()
@@ -325,7 +344,9 @@ def killed_run(world, argv, moment, victims):
 
 
 def _first_death(processes, timeout_s):
-    ready = multiprocessing.connection.wait([process.sentinel for process in processes], timeout_s)
+    ready = multiprocessing.connection.wait(
+        [process.sentinel for process in processes], timeout_s
+    )
     assert ready, "no process died"
     process = next(process for process in processes if process.sentinel in ready)
     process.join()

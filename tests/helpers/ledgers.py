@@ -9,7 +9,9 @@ from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 
 
 def entry(module, cycle=0, kind=OperatorKind.ROTATE, r_hat=6):
-    spec = OperatorSpec(kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle))
+    spec = OperatorSpec(
+        kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle)
+    )
     return LayerEntry(module, False, spec)
 
 
@@ -20,7 +22,9 @@ def layers_of(cycle, modules=("a.q", "a.v")):
 def squares_for(layers, seed):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: layer.operator.r_hat for name, layer in layers.items()}
-    return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
+    return {
+        name: torch.randn(side, side, generator=generator) for name, side in sides.items()
+    }
 
 
 def shortened(folder, cycles):
@@ -28,5 +32,7 @@ def shortened(folder, cycles):
     content = files.read_json(folder / LEDGER_FILE)
     for dropped in content["cycles"][cycles:]:
         (folder / dropped["file"]).unlink()
-    files.write_json_atomic(folder / LEDGER_FILE, {**content, "cycles": content["cycles"][:cycles]})
+    files.write_json_atomic(
+        folder / LEDGER_FILE, {**content, "cycles": content["cycles"][:cycles]}
+    )
     return Ledger.open(folder)

@@ -1,8 +1,10 @@
-"""Which files, or memory of several processes, lie behind this process's tensors, by Linux's /proc/self/smaps.
+"""Which files, or memory of several processes, lie behind this process's tensors, by
+Linux's /proc/self/smaps.
 
     Mappings.read().place_of(tensor)      "260:1 1131 @4096": device, inode and offset; None for memory of its own
 
-Two processes of a machine read the same physical pages where their tensors have the same place.
+Two processes of a machine read the same physical pages where their tensors have the same
+place.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from typing import NamedTuple
 
 _SMAPS = Path("/proc/self/smaps")
 _MAPPING = re.compile(
-    r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)(?:.*\n)+?Anonymous: +(\d+)", re.MULTILINE
+    r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)(?:.*\n)+?Anonymous: +(\d+)",
+    re.MULTILINE,
 )
-"""start-end permissions offset device inode, and among the lines below it Anonymous, as in proc_pid_smaps(5)."""
+"""start-end permissions offset device inode, and among the lines below it Anonymous, as in
+proc_pid_smaps(5).
+"""
 
 
 class _Mapping(NamedTuple):
@@ -42,7 +47,8 @@ class Mappings:
         mappings = []
         for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
             start, end, permissions, offset, device, inode, written = mapping.groups()
-            # Of a private mapping this process has pages of its own from the first write on.
+            # Of a private mapping this process has pages of its own from the first write
+            # on.
             is_own = permissions[3] != "s" and written != "0"
             if inode != "0" and not is_own:
                 mappings.append(
@@ -56,8 +62,8 @@ class Mappings:
         return cls(sorted(mappings))
 
     def place_of(self, tensor):
-        """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped
-        file some of which this process has written to."""
+        """Where the tensor's bytes come from; None for one on another device, in memory of
+        its own, or in a mapped file some of which this process has written to."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()

@@ -1,4 +1,6 @@
-"""Files with one mistake each, as users and broken transfers make them, and programs that are called with them."""
+"""Files with one mistake each, as users and broken transfers make them, and programs that
+are called with them.
+"""
 
 import json
 import shlex
@@ -20,8 +22,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def answer(program, name, flags):
-    """(exit code, message) of a program in this process. An error that is not the project's own has code 1 and a
-    traceback, as on a command line."""
+    """(exit code, message) of a program in this process. An error that is not the project's
+    own has code 1 and a traceback, as on a command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *flags])
         try:
@@ -29,7 +31,9 @@ def answer(program, name, flags):
         except UserError as error:
             return 2, str(error)
         except SystemExit as left:  # argparse has printed its message
-            return (left.code if isinstance(left.code, int) else 1), str(left.__context__ or left)
+            return (left.code if isinstance(left.code, int) else 1), str(
+                left.__context__ or left
+            )
         except Exception:
             return 1, traceback.format_exc()
     return 0, ""
@@ -41,8 +45,9 @@ def command(name, flags):
 
 
 def flags_of(case, defaults, paths):
-    """The words of `case`, with the paths of `places` in place of {NAME}, after the flags `defaults`; "-FLAG" takes a
-    flag and its value out of them. A recipe comes first, as it has to."""
+    """The words of `case`, with the paths of `places` in place of {NAME}, after the flags
+    `defaults`; "-FLAG" takes a flag and its value out of them. A recipe comes first, as it
+    has to."""
     words = shlex.split(case.format(**paths))
     remaining = list(defaults)
     while words and words[0].startswith("-") and not words[0].startswith("--"):
@@ -172,7 +177,10 @@ code | {auto_map: {AutoModelForCausalLM: modeling.Model}, model_type: own}
 def model_folders(folder, user):
     """models/NAME, each a copy of the user's model with one mistake."""
     config = json.loads((user.model / "config.json").read_text())
-    files = {name: {"config.json": json.dumps({**config, **parsed(change)})} for name, change in rows(CONFIGS)}
+    files = {
+        name: {"config.json": json.dumps({**config, **parsed(change)})}
+        for name, change in rows(CONFIGS)
+    }
     tokens = json.loads((user.model / "tokenizer_config.json").read_text())
     weights = (user.model / "model.safetensors").read_bytes()
     (length,) = memoryview(weights[:8]).cast("Q")
@@ -188,7 +196,10 @@ def model_folders(folder, user):
         return json.dumps({**tensors, first: {**tensors[first], **facts}})
 
     def index(weight_map):
-        return {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}), "part.safetensors": weights}
+        return {
+            "model.safetensors.index.json": json.dumps({"weight_map": weight_map}),
+            "part.safetensors": weights,
+        }
 
     files |= {
         "config_deep": {"config.json": f'{{"a": {DEEP}}}'},
@@ -218,7 +229,10 @@ def model_folders(folder, user):
         "index_none": {},
         "index_array": names,
         "index_gone": dict.fromkeys(names, "gone.safetensors"),
-        "index_key": {**dict.fromkeys(names, "part.safetensors"), "other.weight": "part.safetensors"},
+        "index_key": {
+            **dict.fromkeys(names, "part.safetensors"),
+            "other.weight": "part.safetensors",
+        },
     }
     files |= {name: index(weight_map) for name, weight_map in sharded.items()}
     files["index_deep"] = {"model.safetensors.index.json": f'{{"weight_map": {DEEP}}}'}
@@ -231,7 +245,11 @@ def model_folders(folder, user):
             (folder / "models" / name / "model.safetensors").unlink()
         for file, content in contents.items():
             write(folder / "models" / name, file, content)
-    for name, gone in (("no_config", "config.json"), ("no_weights", "model.safetensors"), ("no_tokenizer", "tok*")):
+    for name, gone in (
+        ("no_config", "config.json"),
+        ("no_weights", "model.safetensors"),
+        ("no_tokenizer", "tok*"),
+    ):
         shutil.copytree(user.model, folder / "models" / name)
         for path in (folder / "models" / name).glob(gone):
             path.unlink()

@@ -1,4 +1,6 @@
-"""Mutations of files by a seeded generator: values, keys and types of JSON, YAML, headers; bytes; links."""
+"""Mutations of files by a seeded generator: values, keys and types of JSON, YAML, headers;
+bytes; links.
+"""
 
 import json
 import os
@@ -15,7 +17,19 @@ VALUES = (
     [], {}, [[]], [1], {"a": 1}, ["..", "/"],
 )  # fmt: skip
 
-TEXTS = ("[" * 5000, "9" * 5000, "{}", "[]", "", "null", '"text"', "\xff\xfe", "[1e999]", '{"a": 1, "a": 2}', "&a [*a]")
+TEXTS = (
+    "[" * 5000,
+    "9" * 5000,
+    "{}",
+    "[]",
+    "",
+    "null",
+    '"text"',
+    "\xff\xfe",
+    "[1e999]",
+    '{"a": 1, "a": 2}',
+    "&a [*a]",
+)
 
 
 class Mutator:
@@ -26,12 +40,18 @@ class Mutator:
         self._case = case
 
     def mutate(self, folder):
-        """Change one file below `folder`. Returns its name and the kind of change, for the report."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        """Change one file below `folder`. Returns its name and the kind of change, for the
+        report.
+        """
+        files = sorted(
+            path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+        )
         if not files:
             return "nothing left to change"
         path = self._random.choice(files)
-        (change,) = self._random.choices((self._replace, self._damage, self._rewrite), (12, 8, 80))
+        (change,) = self._random.choices(
+            (self._replace, self._damage, self._rewrite), (12, 8, 80)
+        )
         try:
             change(path)
             outcome = change.__name__
@@ -59,7 +79,9 @@ class Mutator:
             content = content[: self._random.randrange(len(content) + 1)]
         else:
             for _ in range(self._random.choice((1, 20))):
-                content[self._random.randrange(min(len(content), 4096))] = self._random.randrange(256)
+                content[self._random.randrange(min(len(content), 4096))] = (
+                    self._random.randrange(256)
+                )
         path.write_bytes(bytes(content))
 
     def _rewrite(self, path):
@@ -81,7 +103,9 @@ class Mutator:
             self._changed(header)
 
     def _changed(self, content):
-        """`content` with one change somewhere: mostly in place, seldom another value instead of the whole."""
+        """`content` with one change somewhere: mostly in place, seldom another value
+        instead of the whole.
+        """
         entries = []
         waiting = [content]
         while waiting:

@@ -1,4 +1,5 @@
-"""Two "nodes" on one machine: namespaces with an address and mounts of their own, and a cable that can be cut.
+"""Two "nodes" on one machine: namespaces with an address and mounts of their own, and a
+cable that can be cut.
 
 with two_nodes() as nodes:
     nodes[0].start(command, ...), nodes[1].start(command, ...), nodes[1].unplug()
@@ -21,13 +22,26 @@ class Node:
     address: str
 
     def command(self, words):
-        return ["nsenter", "-t", str(self.holder), "-U", "-n", "-m", "--preserve-credentials", *words]
+        return [
+            "nsenter",
+            "-t",
+            str(self.holder),
+            "-U",
+            "-n",
+            "-m",
+            "--preserve-credentials",
+            *words,
+        ]
 
     def start(self, words, log, **more):
-        """gloo would look for the machine's own name otherwise, which no namespace has an address for."""
+        """gloo would look for the machine's own name otherwise, which no namespace has an
+        address for.
+        """
         env = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
         with log.open("w") as file:
-            return subprocess.Popen(self.command(words), stdout=file, stderr=file, env=env, text=True, **more)
+            return subprocess.Popen(
+                self.command(words), stdout=file, stderr=file, env=env, text=True, **more
+            )
 
     def run(self, *words):
         subprocess.run(self.command(words), check=True, capture_output=True, text=True)
@@ -66,7 +80,11 @@ def two_nodes():
 
 def _hold(stack, unshare):
     """Start a process in namespaces of its own, which live as long as it does."""
-    ready = subprocess.Popen([*unshare, "sh", "-c", "echo ready; exec sleep 3600"], stdout=subprocess.PIPE, text=True)
+    ready = subprocess.Popen(
+        [*unshare, "sh", "-c", "echo ready; exec sleep 3600"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     stack.callback(ready.wait)
     stack.callback(ready.kill)
     assert ready.stdout is not None
@@ -80,5 +98,7 @@ def wait_for(path, processes):
     until = time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < until, f"{path} did not come"
-        assert all(process.poll() is None for process in processes), "a process ended too early"
+        assert all(process.poll() is None for process in processes), (
+            "a process ended too early"
+        )
         time.sleep(0.02)

@@ -1,4 +1,6 @@
-"""Every MoRA operator on every shape that the tests try, and a layer computed in each of the two ways."""
+"""Every MoRA operator on every shape that the tests try, and a layer computed in each of
+the two ways.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,9 @@ from mora_ds.adapters.ops.spec import OperatorKind
 from tests.helpers import plain_kernels  # noqa: F401  (layers of a CPU can take the path of a GPU)
 from tests.helpers.tables import rows
 
-KINDS_AND_GROUPINGS = [(kind, grouping) for kind in OperatorKind for grouping in OPERATORS[kind].groupings]
+KINDS_AND_GROUPINGS = [
+    (kind, grouping) for kind in OperatorKind for grouping in OPERATORS[kind].groupings
+]
 SHAPES = """
 # d_in =, <, > d_out; divisible
 16 | 16 | 4
@@ -63,14 +67,16 @@ def spec_id(spec):
 
 
 def blocks_onto_wrapped_outputs(spec):
-    """One number of all blocks after the other onto one output after the other, from the first again: an output reads
-    several blocks, in each another row of M."""
+    """One number of all blocks after the other onto one output after the other, from the
+    first again: an output reads several blocks, in each another row of M."""
     numbers = torch.arange(spec.blocks_in * spec.r_hat).unsqueeze(0)
     return numbers % spec.d_in, numbers % spec.d_out
 
 
 def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def assert_same_bits_for_every_number_of_threads(compute):
@@ -103,7 +109,9 @@ def saved_bytes(step, *not_counted):
 
 
 def outputs_and_gradients(spec, dtype, layer):
-    """2 y, dL/dx, dL/dM of one layer, in float64; y is doubled in place, which a model may do with a layer's output."""
+    """2 y, dL/dx, dL/dM of one layer, in float64; y is doubled in place, which a model may
+    do with a layer's output.
+    """
     x = random(2, 3, spec.d_in)
     square = random(spec.r_hat, spec.r_hat, seed=1)
     weight = random(spec.d_out, spec.d_in, seed=2)
@@ -112,11 +120,15 @@ def outputs_and_gradients(spec, dtype, layer):
     x = x.to(dtype).requires_grad_()
     square = square.to(dtype).requires_grad_()
     y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
-    return tuple(tensor.double() for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
+    return tuple(
+        tensor.double() for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype)))
+    )
 
 
 def by_definition(spec):
-    return lambda x, weight, bias, square: F.linear(x, weight + delta_weight(spec, square), bias)
+    return lambda x, weight, bias, square: F.linear(
+        x, weight + delta_weight(spec, square), bias
+    )
 
 
 def by_path(spec, path):

@@ -7,7 +7,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tools/README.md", "configs/recipes/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "tools/README.md",
+            "configs/recipes/README.md",
+        )
+    ),
 ]
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

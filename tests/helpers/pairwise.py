@@ -1,9 +1,11 @@
-"""Combinations in which every two values of different parameters meet, in place of the whole product.
+"""Combinations in which every two values of different parameters meet, in place of the
+whole product.
 
     @pairwise({"stage": [0, 1, 2, 3], "dtype": ["fp32", "bf16"], "offload": [False, True]})
     def test_it(stage, dtype, offload): ...
 
-8 tests where the product has 16. Which ones, and their order, depends on the argument alone.
+8 tests where the product has 16. Which ones, and their order, depends on the argument
+alone.
 """
 
 import itertools
@@ -12,31 +14,44 @@ import pytest
 
 
 def pairwise(parameters, valid=lambda **case: True):
-    """Parametrize a test with cases that hold every pair of values, of all that `valid(**case)` accepts."""
+    """Parametrize a test with cases that hold every pair of values, of all that
+    `valid(**case)` accepts.
+    """
     return pytest.mark.parametrize(
-        list(parameters), [pytest.param(*case.values(), id=_name(case)) for case in pairwise_cases(parameters, valid)]
+        list(parameters),
+        [
+            pytest.param(*case.values(), id=_name(case))
+            for case in pairwise_cases(parameters, valid)
+        ],
     )
 
 
 def pairwise_cases(parameters, valid=lambda **case: True):
     """The same cases, as dicts.
 
-    Greedy: the next case is the one of the product with the most pairs that no earlier case has; the first of equals.
+    Greedy: the next case is the one of the product with the most pairs that no earlier case
+    has; the first of equals.
     """
-    product = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*parameters.values())]
+    product = [
+        dict(zip(parameters, values, strict=True))
+        for values in itertools.product(*parameters.values())
+    ]
     candidates = [case for case in product if valid(**case)]
     pairs_of = [_pairs(case, parameters) for case in candidates]
     missing = set().union(*pairs_of)
     chosen = []
     while missing:
-        best = max(range(len(candidates)), key=lambda number: len(pairs_of[number] & missing))
+        best = max(
+            range(len(candidates)), key=lambda number: len(pairs_of[number] & missing)
+        )
         chosen.append(candidates[best])
         missing -= pairs_of[best]
     return chosen
 
 
 def _pairs(case, parameters):
-    """Every two (parameter, position of its value); the single one, where there is one parameter.
+    """Every two (parameter, position of its value); the single one, where there is one
+    parameter.
 
     Positions, as a value need not be hashable.
     """
@@ -45,7 +60,9 @@ def _pairs(case, parameters):
 
 
 def _name(case):
-    """Such as "stage=3-bf16-offload": a string stands for itself, True for its parameter, False for nothing."""
+    """Such as "stage=3-bf16-offload": a string stands for itself, True for its parameter,
+    False for nothing.
+    """
     words = []
     for name, value in case.items():
         if isinstance(value, bool):

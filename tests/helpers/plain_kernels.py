@@ -1,8 +1,8 @@
-"""The operations of `mora_ds.adapters.kernels.ops` in plain torch, which CPU tensors take once this module is imported:
-what the kernels are tested against.
+"""The operations of `mora_ds.adapters.kernels.ops` in plain torch, which CPU tensors take
+once this module is imported: what the kernels are tested against.
 
-Sums are made in fp32 (fp64 for fp64), term after term in the order of the table, and rounded once, as in the kernels.
-Shape legend: `mora_ds.adapters.kernels.tables`.
+Sums are made in fp32 (fp64 for fp64), term after term in the order of the table, and
+rounded once, as in the kernels. Shape legend: `mora_ds.adapters.kernels.tables`.
 """
 
 import torch
@@ -44,14 +44,23 @@ def form(
     r_hat = len(square)
     turned_blocks = blocks if cos is None else len(cos)
     padded = F.pad(_wide(square), (0, 0, 0, 1))  # one more row of zeros, which index -1 is
-    read = [padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots]
-    read = [F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1)) for rows in read]  # (O, N * R + 1) each
+    read = [
+        padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots
+    ]
+    # (O, N * R + 1) each
+    read = [
+        F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1)) for rows in read
+    ]
     delta = torch.zeros(weight.shape, dtype=padded.dtype, device=padded.device)
     for positions in unfold:
         for row_slots, rows in zip(slots, read, strict=True):
             meets = positions // r_hat % blocks == (row_slots // r_hat).unsqueeze(1)
             delta += rows.index_select(1, positions % rows.shape[1]).where(meets, 0)
-    base = weight.to(delta.dtype) if scales is None else weight * scales.unsqueeze(1).to(delta.dtype)
+    base = (
+        weight.to(delta.dtype)
+        if scales is None
+        else weight * scales.unsqueeze(1).to(delta.dtype)
+    )
     return delta.add_(base).to(square.dtype)
 
 
@@ -82,7 +91,9 @@ def _sums(
     for row in table[1:]:
         total += padded.index_select(1, row % padded.shape[1])
     if cos is not None and sin is not None and not back:
-        return rotate(total.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin)).flatten(1)
+        return rotate(
+            total.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin)
+        ).flatten(1)
     return total
 
 
@@ -94,7 +105,9 @@ def _unturned(
     """(T, N * R), each block rotated back; itself where nothing is rotated."""
     if cos is None or sin is None:
         return rows
-    return rotate(rows.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin), back=True).flatten(1)
+    return rotate(
+        rows.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin), back=True
+    ).flatten(1)
 
 
 def _wide(x):

@@ -1,10 +1,12 @@
-"""Ranks that stay up from one test to the next, for functions that need a group of ranks and nothing else.
+"""Ranks that stay up from one test to the next, for functions that need a group of ranks
+and nothing else.
 
     results = run_pooled(2, function, *arguments)     # as `run_ranks`, but for the start
 
-What a call may leave behind is put back: environment, working directory, random states, torch's settings, and the
-groups that DeepSpeed remembers. A function that patches something for good, starts a run of the main job (which holds
-its output folder until the process ends), or ends its process, takes `run_ranks`.
+What a call may leave behind is put back: environment, working directory, random states,
+torch's settings, and the groups that DeepSpeed remembers. A function that patches something
+for good, starts a run of the main job (which holds its output folder until the process
+ends), or ends its process, takes `run_ranks`.
 """
 
 import atexit
@@ -24,11 +26,15 @@ import torch.distributed as dist
 from tests.helpers import gloo
 
 _pools = {}
-"""Number of ranks -> the connections to them and their processes, of those that wait for work."""
+"""Number of ranks -> the connections to them and their processes, of those that wait for
+work.
+"""
 
 
 def run_pooled(world, function, *arguments, timeout_s=240):
-    """The results of all ranks. Raises `RankFailed` where one of them fails, and throws the pool away."""
+    """The results of all ranks. Raises `RankFailed` where one of them fails, and throws the
+    pool away.
+    """
     connections, processes = _pools.pop(world, None) or _start(world)
     try:
         for connection in connections:

@@ -29,7 +29,11 @@ def base_of(spec, conv, dtype=torch.float64):
 
 def adapt(base, spec, path=Compute.AUTO):
     """The layer that replaces `base`."""
-    return LoRALinear(base, spec, seed=1) if isinstance(spec, LoRASpec) else MoRALinear(base, spec, compute=path)
+    return (
+        LoRALinear(base, spec, seed=1)
+        if isinstance(spec, LoRASpec)
+        else MoRALinear(base, spec, compute=path)
+    )
 
 
 def in_bits(layer, bits):
@@ -48,9 +52,12 @@ def found_by(layer, spec):
 
 
 def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
-    """A layer over few bits, beside which the cycles `merged` act, finds what the layer over the dense weight plus all
-    their deltas does: by both paths, as on a CPU and on a GPU, in a linear layer and in a Conv1D."""
-    for sums, path, conv in product((True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)):
+    """A layer over few bits, beside which the cycles `merged` act, finds what the layer
+    over the dense weight plus all their deltas does: by both paths, as on a CPU and on a
+    GPU, in a linear layer and in a Conv1D."""
+    for sums, path, conv in product(
+        (True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)
+    ):
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
         layer = in_bits(adapt(base_of(spec, conv), spec, path), bits)
         base = base_of(spec, conv)
@@ -66,13 +73,16 @@ def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
         over_dense.value.data = value.clone()
         assert layer.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
         assert layer.shape == tuple(base.weight.shape)
-        for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
+        for one, right in zip(
+            found_by(layer, spec), found_by(over_dense, spec), strict=True
+        ):
             assert_close(one, right, rtol=rtol, atol=atol)
 
 
 def model_in_few_bits(config):
-    """A tiny model with tied embeddings and biases, of which the adapted weights alone are in few bits and every
-    parameter still counts once; and the bytes of these weights with their scales."""
+    """A tiny model with tied embeddings and biases, of which the adapted weights alone are
+    in few bits and every parameter still counts once; and the bytes of these weights with
+    their scales."""
     model = tiny_model("qwen2")
     before = count_parameters(model)
     report = inject(model, config)
@@ -82,4 +92,7 @@ def model_in_few_bits(config):
     for name, tensor in frozen_buffers(model).items():
         is_adapted = name.removesuffix(".weight") in layers
         assert tensor.dtype is (few_bits if is_adapted else torch.float32), name
-    return model, sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers.values())
+    return model, sum(
+        layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes
+        for layer in layers.values()
+    )

@@ -1,10 +1,11 @@
-"""Stand-ins for `ssh` and `pdsh` that reach the nodes of tests/helpers/nodes.py, for DeepSpeed's own launcher.
+"""Stand-ins for `ssh` and `pdsh` that reach the nodes of tests/helpers/nodes.py, for
+DeepSpeed's own launcher.
 
     ssh [options] HOST COMMAND...              the command there, by its shell
     pdsh [options] -w HOST,HOST COMMAND...     the same on all at once; %n is the host's number
 
-As over a real connection, a command gets nothing of the caller's environment, starts in the home folder and is one line
-for a shell. `install` puts both into a folder for PATH.
+As over a real connection, a command gets nothing of the caller's environment, starts in the
+home folder and is one line for a shell. `install` puts both into a folder for PATH.
 """
 
 import os
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 
 NODES = "TEST_NODES"
-"""Environment variable: ADDRESS=PID,ADDRESS=PID; the process lives in the node's namespaces."""
+"""Environment variable: ADDRESS=PID,ADDRESS=PID; the process lives in the node's
+namespaces.
+"""
 
 
 def install(folder):
@@ -28,9 +31,21 @@ def install(folder):
 
 def start(host, line):
     holder = dict(pair.split("=") for pair in os.environ[NODES].split(","))[host]
-    enter = ["nsenter", "-t", holder, "-U", "-n", "--preserve-credentials", "sh", "-c", line]
+    enter = [
+        "nsenter",
+        "-t",
+        holder,
+        "-U",
+        "-n",
+        "--preserve-credentials",
+        "sh",
+        "-c",
+        line,
+    ]
     clean = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
-    return subprocess.Popen(enter, env=clean, cwd=clean.get("HOME", "/"), stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        enter, env=clean, cwd=clean.get("HOME", "/"), stdin=subprocess.DEVNULL
+    )
 
 
 def main(program, words):
@@ -41,7 +56,10 @@ def main(program, words):
         hosts = value if option == "-w" else hosts
     hosts = hosts if program == "pdsh" else words.pop(0)
     line = " ".join(words)
-    running = [start(host, line.replace("%n", str(number))) for number, host in enumerate(hosts.split(","))]
+    running = [
+        start(host, line.replace("%n", str(number)))
+        for number, host in enumerate(hosts.split(","))
+    ]
     return max(abs(process.wait()) for process in running)
 
 

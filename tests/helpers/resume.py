@@ -8,12 +8,25 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import assert_close_losses, curve, job, losses, run
 
-MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
+MERGING = (
+    "--max_steps",
+    9,
+    "--merge_every",
+    3,
+    "--restart_warmup_steps",
+    1,
+    "--save_steps",
+    2,
+    "--eval_steps",
+    4,
+)
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
 
 
 def interrupted_job(argv, step):
-    """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
+    """A run that stops dead after optimizer step `step`, and whatever follows it (a merge,
+    a checkpoint).
+    """
     after_step = Trainer._after_step
 
     def stop(trainer):
@@ -30,7 +43,9 @@ def interrupted_job(argv, step):
 
 
 def disturb(step, act):
-    """From now on this forked rank calls `act` once optimizer step `step` is done, before whatever follows it."""
+    """From now on this forked rank calls `act` once optimizer step `step` is done, before
+    whatever follows it.
+    """
     after_step = Trainer._after_step
 
     def patched(trainer):
@@ -42,7 +57,9 @@ def disturb(step, act):
 
 
 def stop_and_resume(ranks, argv, *steps):
-    """A run that stops dead after each of `steps` and is resumed by auto each time; the summary of the last part."""
+    """A run that stops dead after each of `steps` and is resumed by auto each time; the
+    summary of the last part.
+    """
     argv = [*argv, "--resume_from_checkpoint", "auto"]
     for step in steps:
         run_ranks(ranks, interrupted_job, argv, step)
@@ -50,8 +67,9 @@ def stop_and_resume(ranks, argv, *steps):
 
 
 def assert_one_run(flags, folder, wide_job=job):
-    """A run of one rank, in folder/whole, is the same to the bit where it is stopped twice and resumed, in folder/out,
-    and has the same losses on two ranks with micro-batches of one row, in folder/wide.
+    """A run of one rank, in folder/whole, is the same to the bit where it is stopped twice
+    and resumed, in folder/out, and has the same losses on two ranks with micro-batches of
+    one row, in folder/wide.
 
     `flags`: makes a command line of an output folder and more flags.
     """
@@ -60,17 +78,28 @@ def assert_one_run(flags, folder, wide_job=job):
     run(1, flags(whole, "--per_device_train_batch_size", 4))
     stop_and_resume(1, flags(folder / "out", "--per_device_train_batch_size", 4), 3, 5)
     assert_same_run(folder / "out", whole)
-    run_ranks(2, wide_job, flags(wide, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2))
+    run_ranks(
+        2,
+        wide_job,
+        flags(wide, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
+    )
     assert_close_losses(wide, whole)
 
 
 def checkpoint_tensors(out):
-    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
+    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint
+    has them.
+    """
     latest = out / "checkpoints/latest"
     tensors = load_file(latest / "adapter.safetensors")
-    tensors |= {f"probe.{name}": tensor for name, tensor in load_file(latest / "probe.safetensors").items()}
+    tensors |= {
+        f"probe.{name}": tensor
+        for name, tensor in load_file(latest / "probe.safetensors").items()
+    }
     for cycle in sorted((latest / "ledger").glob("cycle-*")):
-        tensors |= {f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()}
+        tensors |= {
+            f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()
+        }
     return tensors
 
 

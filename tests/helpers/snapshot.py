@@ -6,13 +6,17 @@ from contextlib import contextmanager
 
 
 def snapshot(path):
-    """{relative name: (kind, mode, content)} of `path` and all below it, links not followed; {} where it is missing.
+    """{relative name: (kind, mode, content)} of `path` and all below it, links not
+    followed; {} where it is missing.
 
     The content of a link is its target, that of a folder empty.
     """
     if not os.path.lexists(path):
         return {}
-    return {os.path.relpath(entry, path): _facts(entry) for entry in (path, *sorted(path.rglob("*")))}
+    return {
+        os.path.relpath(entry, path): _facts(entry)
+        for entry in (path, *sorted(path.rglob("*")))
+    }
 
 
 def _facts(path):
@@ -33,5 +37,7 @@ def untouched(path):
 def assert_same(path, before):
     """Fails, naming what differs, where `path` does not hold what it held."""
     after = snapshot(path)
-    names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    names = sorted(
+        name for name in {*before, *after} if before.get(name) != after.get(name)
+    )
     assert not names, f"{path} is not as it was: {names[:10]}"

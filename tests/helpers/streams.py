@@ -24,7 +24,10 @@ class Letters:
 
 def documents(count=90):
     """Of all lengths, empty ones among them."""
-    return ["" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23) for n in range(count)]
+    return [
+        "" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23)
+        for n in range(count)
+    ]
 
 
 def write(folder, kind, texts):
@@ -33,7 +36,9 @@ def write(folder, kind, texts):
     for number in range(3):
         shard = texts[number::3]
         path = folder / f"{number}.{kind}"
-        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in shard).encode()
+        lines = "".join(
+            json.dumps({"id": 1, "text": text}) + "\n" for text in shard
+        ).encode()
         match kind:
             case "jsonl":
                 path.write_bytes(lines)
@@ -42,14 +47,23 @@ def write(folder, kind, texts):
             case "jsonl.zst":
                 path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
             case "parquet":
-                pyarrow.parquet.write_table(pa.table({"text": shard}), path, row_group_size=7)
+                pyarrow.parquet.write_table(
+                    pa.table({"text": shard}), path, row_group_size=7
+                )
             case _:
                 path.write_text("".join(shard))
     return [str(folder / f"*.{kind}")]
 
 
 def source(corpus, tokenizer, buffer=0, **more):
-    return StreamSource(DocumentStream("a", corpus, buffer, "5/a"), Encoder.of(tokenizer), T, True, None, **more)
+    return StreamSource(
+        DocumentStream("a", corpus, buffer, "5/a"),
+        Encoder.of(tokenizer),
+        T,
+        True,
+        None,
+        **more,
+    )
 
 
 def taken(stream, first, last):

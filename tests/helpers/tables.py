@@ -1,4 +1,6 @@
-"""Tables of cases in text: a row a line, its cells separated by " | "; lines that begin with "#" are comments."""
+"""Tables of cases in text: a row a line, its cells separated by " | "; lines that begin
+with "#" are comments.
+"""
 
 import pytest
 import yaml

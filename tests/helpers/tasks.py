@@ -9,16 +9,26 @@ WORDS = "value name result index return string number list"
 
 
 def task_files(folder):
-    """Three tasks of seven documents, one of each kind of request: choices, continuation, perplexity."""
+    """Three tasks of seven documents, one of each kind of request: choices, continuation,
+    perplexity.
+    """
     draw = random.Random(0)
     words = WORDS.split()
     rows = [
-        {"question": " ".join(draw.choices(words, k=1 + row)), "choices": words[row % 4 :][:4], "answer": row % 4}
+        {
+            "question": " ".join(draw.choices(words, k=1 + row)),
+            "choices": words[row % 4 :][:4],
+            "answer": row % 4,
+        }
         for row in range(7)
     ]
     data = folder / "rows.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+    }
     kinds = {
         "choices": {
             "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",

@@ -23,8 +23,8 @@ BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
 Case = dict[str, Any]
-"""family, checkpointing, model (changes of its config), documents (whether rows hold several, and split models attend
-by them), and everything else for `MoRAConfig`."""
+"""family, checkpointing, model (changes of its config), documents (whether rows hold
+several, and split models attend by them), and everything else for `MoRAConfig`."""
 OWN_KEYS = ("family", "checkpointing", "model", "documents")
 
 
@@ -34,7 +34,9 @@ def config_of(case):
 
 
 def model_of(case):
-    """A tiny model whose squares are not zero, and whose norms and biases are not ones and zeros."""
+    """A tiny model whose squares are not zero, and whose norms and biases are not ones and
+    zeros.
+    """
     model = tiny_model(case["family"], **case.get("model", {}))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -49,9 +51,13 @@ def model_of(case):
 
 
 def base_in_memory(model):
-    """(a base to merge into, keys) for a model that was never saved: copies of its frozen weights."""
+    """(a base to merge into, keys) for a model that was never saved: copies of its frozen
+    weights.
+    """
     copies = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
-    return SimpleNamespace(read=copies.__getitem__, release=lambda: None), {name: name for name in copies}
+    return SimpleNamespace(read=copies.__getitem__, release=lambda: None), {
+        name: name for name in copies
+    }
 
 
 def batches(step):
@@ -93,7 +99,9 @@ def start(case, degree, more=None, **zero_settings):
 
 
 def split_run(case, degree, steps=STEPS, **zero_settings):
-    """The same on this rank of t x dp. `gradients` and `values` are put together, as one process has them."""
+    """The same on this rank of t x dp. `gradients` and `values` are put together, as one
+    process has them.
+    """
     engine, replica, replicas = start(case, degree, **zero_settings)
     micro = BATCHES // replicas
     results = {"losses": [], "norms": [], "logits": logits(engine)}
@@ -119,7 +127,11 @@ def whole(engine, get):
     tensors = {}
     for name, parameter in engine.module.named_parameters():
         value = get(parameter).clone()
-        tensors[name] = layers[name].split.unshard(value) if name in layers and layers[name].split else value
+        tensors[name] = (
+            layers[name].split.unshard(value)
+            if name in layers and layers[name].split
+            else value
+        )
     return tensors
 
 
@@ -130,14 +142,37 @@ def logits(model):
 
 def assert_same_run(results, expected, where=""):
     for mine, theirs in zip(results["losses"], expected["losses"], strict=True):
-        assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, results["losses"], expected["losses"])
-    assert_close(results["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")
-    for step, (mine, theirs) in enumerate(zip(results["norms"], expected["norms"], strict=True)):
-        # later norms tell of squares that Adam has moved: a rounding in the first step is larger there
-        assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (where, results["norms"], expected["norms"])
+        assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (
+            where,
+            results["losses"],
+            expected["losses"],
+        )
+    assert_close(
+        results["logits"],
+        expected["logits"],
+        rtol=0,
+        atol=2e-6,
+        msg=lambda text: f"{where} {text}",
+    )
+    for step, (mine, theirs) in enumerate(
+        zip(results["norms"], expected["norms"], strict=True)
+    ):
+        # later norms tell of squares that Adam has moved: a rounding in the first step is
+        # larger there
+        assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (
+            where,
+            results["norms"],
+            expected["norms"],
+        )
     assert results["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         error = (results["gradients"][name] - gradient).norm() / gradient.norm()
         assert error <= 1e-5, (where, name, error.item())
     for name, value in expected["values"].items():
-        assert_close(results["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}")
+        assert_close(
+            results["values"][name],
+            value,
+            rtol=1e-4,
+            atol=2e-5,
+            msg=lambda text: f"{where} {text}",
+        )

@@ -1,5 +1,5 @@
-"""A command of `mora-ds`, or a program of `tools/`, in this process: for what it says of its flags, which needs no
-interpreter of its own."""
+"""A command of `mora-ds`, or a program of `tools/`, in this process: for what it says of
+its flags, which needs no interpreter of its own."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,9 @@ COMMANDS = {
     "export_hf": "export",
     "verify_checkpoint": "verify",
 }
-"""Longer names of commands -> their modules in mora_ds.commands; others have the name of the command."""
+"""Longer names of commands -> their modules in mora_ds.commands; others have the name of
+the command.
+"""
 
 
 def tool(name):
@@ -33,4 +35,6 @@ def call(name, *flags):
 
 def called(words, **options):
     """A program that has ended, with what it printed. `options`: of `subprocess.run`."""
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, check=False, **options
+    )

@@ -1,11 +1,13 @@
-"""Bytes that the kernels of a layer read and write, counted from their grids and tables: no GPU is needed.
+"""Bytes that the kernels of a layer read and write, counted from their grids and tables: no
+GPU is needed.
 
     python -m tests.helpers.traffic [--json FILE]
 
-Programs run in the order of the grid, in waves of as many as an H100 holds. What several programs of a wave read, they
-read once; what an earlier wave has read or written is still in L2 unless more than L2 holds has passed since, else it
-counts again. The least: each number that a kernel needs once, and each that it makes once. A layer's gradient of M
-("dM") is a product and the sum of its parts; the parts count, as neither needs them.
+Programs run in the order of the grid, in waves of as many as an H100 holds. What several
+programs of a wave read, they read once; what an earlier wave has read or written is still
+in L2 unless more than L2 holds has passed since, else it counts again. The least: each
+number that a kernel needs once, and each that it makes once. A layer's gradient of M ("dM")
+is a product and the sum of its parts; the parts count, as neither needs them.
 """
 
 import math
@@ -44,7 +46,9 @@ STEPS = {
 
 def main():
     report = Report(bench_parser(__doc__).parse_args())
-    by_shape = [["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]]
+    by_shape = [
+        ["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]
+    ]
     most = [["bytes / least, at most", *STEPS]]
     for kind, rank in OPERATORS:
         for tokens in TOKENS:
@@ -54,9 +58,14 @@ def main():
                 ratios.append([actual / least for actual, least in counted.values()])
                 megabytes = [f"{actual / 1e6:,.0f}" for actual, _ in counted.values()]
                 name = f"{kind.value} r={rank}", f"{shape[0]} x {shape[1]}", f"{tokens:,}"
-                by_shape.append([*name, *megabytes, *(f"{ratio:.2f}" for ratio in ratios[-1])])
+                by_shape.append(
+                    [*name, *megabytes, *(f"{ratio:.2f}" for ratio in ratios[-1])]
+                )
             most.append(
-                [f"{kind.value} r={rank}, {tokens:,} tokens", *(f"{max(of):.2f}" for of in zip(*ratios, strict=True))]
+                [
+                    f"{kind.value} r={rank}, {tokens:,} tokens",
+                    *(f"{max(of):.2f}" for of in zip(*ratios, strict=True)),
+                ]
             )
     report.show("by shape", by_shape)
     report.show("most", most)
@@ -64,7 +73,9 @@ def main():
 
 
 def layer_spec(kind, rank, shape):
-    return OperatorSpec(kind, *shape, square_size(*shape, rank, kind), Grouping.PERMUTED, seed=1)
+    return OperatorSpec(
+        kind, *shape, square_size(*shape, rank, kind), Grouping.PERMUTED, seed=1
+    )
 
 
 def step_bytes(spec, tokens):
@@ -75,15 +86,27 @@ def step_bytes(spec, tokens):
         actual = sum(launch_bytes(planned[name]) for name in names)
         counted[step] = (
             actual,
-            float(sum(value.nbytes for name in names for value in operands(planned[name]).values())),
+            float(
+                sum(
+                    value.nbytes
+                    for name in names
+                    for value in operands(planned[name]).values()
+                )
+            ),
         )
     parts = operands(planned["sum_parts"])["partial_sums"]
     if len(parts) == 1:  # that is the gradient
         product = planned["product"]
-        counted["dM"] = launch_bytes(product), float(sum(value.nbytes for value in operands(product).values()))
+        counted["dM"] = (
+            launch_bytes(product),
+            float(sum(value.nbytes for value in operands(product).values())),
+        )
     else:  # written just before they are read
         actual, least = counted["dM"]
-        counted["dM"] = actual - parts.nbytes * (parts.nbytes <= L2), least - 2 * parts.nbytes
+        counted["dM"] = (
+            actual - parts.nbytes * (parts.nbytes <= L2),
+            least - 2 * parts.nbytes,
+        )
     return counted
 
 
@@ -113,9 +136,13 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),
         "collect": plan(c, y, tables.collect, None, None, False, add=False),
         "spread": plan(y, z, tables.spread, None, None, False, add=False),
-        "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
+        "unfold": plan(
+            x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False
+        ),
         "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "form": triton_ops.plan_form(*base, tables.slots, tables.members, *rotation, tables.blocks_out),
+        "form": triton_ops.plan_form(
+            *base, tables.slots, tables.members, *rotation, tables.blocks_out
+        ),
         "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
         "sum_parts": triton_ops.plan_sum_parts(square, parts),
     }
@@ -126,13 +153,17 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
 
 def operands(launch):
     """The tensors of a launch, by the names of the kernel's arguments."""
-    return {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+    return {
+        name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)
+    }
 
 
 def pieces(launch):
-    """Name of a tensor that programs share -> which piece of it each of them reads, in the order in which they start.
+    """Name of a tensor that programs share -> which piece of it each of them reads, in the
+    order in which they start.
 
-    Of tensors that are left out, programs read or write a part each. A piece 0 of every program is the whole tensor.
+    Of tensors that are left out, programs read or write a part each. A piece 0 of every
+    program is the whole tensor.
     """
     program = np.arange(math.prod(launch.grid))
     first = program % launch.grid[0]
@@ -147,10 +178,15 @@ def pieces(launch):
         case "_form_groups":
             return {"square": second, "unfold": whole, "members": whole, "scales": whole}
         case "_form_blocks":
-            return dict.fromkeys(("square", "unfold", "slots", "cos", "sin", "scales"), whole)
+            return dict.fromkeys(
+                ("square", "unfold", "slots", "cos", "sin", "scales"), whole
+            )
         case "_product":
             tiles = -(-arguments["r_hat"] // constants["TILE"])
-            return {"c": second * tiles + first // tiles, "z": second * tiles + first % tiles}
+            return {
+                "c": second * tiles + first // tiles,
+                "z": second * tiles + first % tiles,
+            }
     return {}
 
 
@@ -160,15 +196,21 @@ def launch_bytes(launch):
     tensors = operands(launch)
     streamed = sum(tensor.nbytes for name, tensor in tensors.items() if name not in shared)
     programs = math.prod(launch.grid)
-    wave = np.arange(programs) // (PROCESSORS * (THREADS // (32 * launch.options["num_warps"])))
+    wave = np.arange(programs) // (
+        PROCESSORS * (THREADS // (32 * launch.options["num_warps"]))
+    )
     waves = int(wave[-1]) + 1
-    touched = {name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors}
+    touched = {
+        name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors
+    }
     sizes = {name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched}
     passed = np.full(waves, streamed / waves)
     for name, (_, of_wave) in touched.items():
         passed += sizes[name] * np.bincount(of_wave, minlength=waves)
     passed = passed.cumsum()
-    return streamed + sum(sizes[name] * _reads(*by_wave, passed) for name, by_wave in touched.items())
+    return streamed + sum(
+        sizes[name] * _reads(*by_wave, passed) for name, by_wave in touched.items()
+    )
 
 
 def _by_wave(piece, wave):

@@ -1,4 +1,6 @@
-"""Machine code of a kernel without a GPU: what triton compiles for a launch, and what is in it."""
+"""Machine code of a kernel without a GPU: what triton compiles for a launch, and what is in
+it.
+"""
 
 import re
 import subprocess
@@ -14,8 +16,8 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class _Device:
-    """What triton asks its driver before it compiles, for a GPU that is not there (triton/runtime/jit.py,
-    `JITFunction.run`)."""
+    """What triton asks its driver before it compiles, for a GPU that is not there
+    (triton/runtime/jit.py, `JITFunction.run`)."""
 
     capability: int
 
@@ -44,23 +46,51 @@ class Code:
     shared: int
 
     def loads(self, bits):
-        """Loads from global memory of so many bits a thread, to registers or, of 128 bits, to shared memory."""
-        sizes = {f".v{count}.b{width}": count * width for count in (1, 2, 4, 8) for width in (8, 16, 32, 64)}
+        """Loads from global memory of so many bits a thread, to registers or, of 128 bits,
+        to shared memory.
+        """
+        sizes = {
+            f".v{count}.b{width}": count * width
+            for count in (1, 2, 4, 8)
+            for width in (8, 16, 32, 64)
+        }
         kinds = re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+) ", self.ptx)
-        to_shared = len(re.findall(r"cp\.async\.cg\.shared\.global", self.ptx)) if bits == 128 else 0
-        return to_shared + sum(sizes.get(kind if kind.startswith(".v") else f".v1{kind}") == bits for kind in kinds)
+        to_shared = (
+            len(re.findall(r"cp\.async\.cg\.shared\.global", self.ptx))
+            if bits == 128
+            else 0
+        )
+        return to_shared + sum(
+            sizes.get(kind if kind.startswith(".v") else f".v1{kind}") == bits
+            for kind in kinds
+        )
 
 
 def compile_launch(launch, capability):
-    """Compiles what `launch` would start on a GPU of compute capability 80 or 90, by the code that would start it, with
-    its checks of arguments and its specialisations. `launch` may be made of meta tensors."""
-    with patch.object(driver, "_active", _Device(capability)):  # `reset_active` would look for a GPU
-        compiled = launch.kernel.warmup(**launch.arguments, **launch.constants, **launch.options, grid=launch.grid)
+    """Compiles what `launch` would start on a GPU of compute capability 80 or 90, by the
+    code that would start it, with its checks of arguments and its specialisations. `launch`
+    may be made of meta tensors."""
+    # `reset_active` would look for a GPU
+    with patch.object(driver, "_active", _Device(capability)):
+        compiled = launch.kernel.warmup(
+            **launch.arguments, **launch.constants, **launch.options, grid=launch.grid
+        )
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(
-            [_CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+            [_CUOBJDUMP, "--dump-resource-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Code(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["LOCAL"], compiled.metadata.shared)
+    numbers = {
+        key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+    }
+    return Code(
+        compiled.asm["ptx"],
+        numbers["REG"],
+        numbers["STACK"],
+        numbers["LOCAL"],
+        compiled.metadata.shared,
+    )

@@ -1,4 +1,6 @@
-"""Options of the Trainer that contradict an adapter are refused by name; merges; and what is used of transformers."""
+"""Options of the Trainer that contradict an adapter are refused by name; merges; and what
+is used of transformers.
+"""
 
 import inspect
 import re
@@ -23,13 +25,15 @@ from tests.helpers.tables import parsed, rows
 
 
 def arguments(out, **changes):
-    return TrainingArguments(output_dir=str(out), report_to=[], **{"deepspeed": ds_config(), **changes})
+    return TrainingArguments(
+        output_dir=str(out), report_to=[], **{"deepspeed": ds_config(), **changes}
+    )
 
 
 @pytest.fixture(autouse=True)
 def _forget_the_config():
-    """transformers shards every model that is made while `TrainingArguments` with ZeRO-3 live, and an exception of a
-    test may keep them."""
+    """transformers shards every model that is made while `TrainingArguments` with ZeRO-3
+    live, and an exception of a test may keep them."""
     yield
     hf_deepspeed.unset_hf_deepspeed_config()
 
@@ -53,7 +57,9 @@ def test_options_that_contradict_are_named(tmp_path, changes, message):
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
 def test_learning_rates_that_follow_metrics_are_named(tmp_path, kind):
     with user_error(f"lr_scheduler_type='{kind}'"):
-        check_options(arguments(tmp_path, lr_scheduler_type=kind, eval_strategy="steps"), {})
+        check_options(
+            arguments(tmp_path, lr_scheduler_type=kind, eval_strategy="steps"), {}
+        )
 
 
 def test_only_data_parallelism_goes_with_it(tmp_path):
@@ -69,7 +75,10 @@ def test_operations_are_counted_with_the_frozen_base():
     mora_ds.inject(model, mora_ds.MoRAConfig(rank=2))
     total += sum(layer.value.numel() for layer in mora_ds.mora_layers(model).values())
     trainer = SimpleNamespace(model=model)
-    assert MoRATrainer.floating_point_ops(trainer, {"input_ids": torch.zeros(2, 16)}) == 6 * 32 * total
+    assert (
+        MoRATrainer.floating_point_ops(trainer, {"input_ids": torch.zeros(2, 16)})
+        == 6 * 32 * total
+    )
 
 
 def test_what_goes_with_an_adapter_passes(tmp_path):
@@ -79,10 +88,18 @@ def test_what_goes_with_an_adapter_passes(tmp_path):
     check_options(arguments(tmp_path, lr_scheduler_type="cosine"), {})
 
 
-@pytest.mark.parametrize("name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"])
+@pytest.mark.parametrize(
+    "name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"]
+)
 def test_arguments_that_contradict_are_named(tmp_path, name):
     with user_error(name):
-        Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig(), base="x", **{name: (1, 2)})
+        Trainer(
+            tiny_model(),
+            arguments(tmp_path),
+            mora=mora_ds.MoRAConfig(),
+            base="x",
+            **{name: (1, 2)},
+        )
     check_options(arguments(tmp_path), {"optimizers": (None, None), name: None})
 
 
@@ -106,7 +123,10 @@ def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path):
     args = arguments(tmp_path)
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
     assert args.deepspeed
-    assert not any(hasattr(parameter, "ds_id") for parameter in load_model(tmp_path / "model").parameters())
+    assert not any(
+        hasattr(parameter, "ds_id")
+        for parameter in load_model(tmp_path / "model").parameters()
+    )
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
@@ -114,7 +134,9 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
     """trl's arguments have `model_init_kwargs`."""
     tiny_model().save_pretrained(tmp_path / "model")
     loaded = []
-    monkeypatch.setattr(trainer_module, "inject", lambda model, mora: loaded.append(model) or 1 / 0)
+    monkeypatch.setattr(
+        trainer_module, "inject", lambda model, mora: loaded.append(model) or 1 / 0
+    )
     args = arguments(tmp_path)
     for more, dtype in (({"dtype": "bfloat16"}, torch.bfloat16), (None, torch.float32)):
         args.model_init_kwargs = more
@@ -135,7 +157,12 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
 )
 def test_where_the_merged_model_is_written(tmp_path, settings, is_checkpoint, is_merged):
     """The tokenizer lies in every folder, written by one process."""
-    defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
+    defaults = {
+        "save_only_model": False,
+        "push_to_hub": False,
+        "hub_strategy": None,
+        "should_save": True,
+    }
     folder = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path
     written = []
     tokenizers = []
@@ -156,21 +183,29 @@ def test_where_the_merged_model_is_written(tmp_path, settings, is_checkpoint, is
 
 def test_the_callback_needs_the_mixin(tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
-    plain = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
-    trainer = transformers.Trainer(tiny_model(), plain, train_dataset=rows, callbacks=[MoRACallback(merge_every=10)])
+    plain = TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1
+    )
+    trainer = transformers.Trainer(
+        tiny_model(), plain, train_dataset=rows, callbacks=[MoRACallback(merge_every=10)]
+    )
     with user_error("MoRATrainer"):
         trainer.train()
 
 
 def test_the_config_is_filled_from_the_adapters_parameters(tmp_path):
     betas = {"adam_beta1": 0.8, "adam_beta2": 0.95}
-    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7, **betas)
+    args = arguments(
+        tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7, **betas
+    )
     fill_config(args, [100, 100])
     config = args.hf_deepspeed_config.config
     filled = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.1}
     assert config["optimizer"] == {"type": "AdamW", "params": filled}
     assert config["zero_optimization"]["reduce_bucket_size"] == 200
-    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, "what the user sets stays"
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, (
+        "what the user sets stays"
+    )
 
 
 def test_an_optimizer_of_the_config_stays(tmp_path):
@@ -188,17 +223,23 @@ def test_a_section_that_is_null_is_one_that_is_absent(tmp_path, sections):
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})
     fill_config(args, [100])
-    assert args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
+    assert (
+        args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
+    )
 
 
 def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
-    """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
+    """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the
+    curve's value after it.
+    """
     callback = MoRACallback(merge_every=3, restart_warmup_steps=2)
     args = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
     callback.plan(args, 12)
     merges = [step for step in range(1, 13) if callback.schedule.merges_after(step)]
     assert merges == [6, 9]
-    callback.trainer = SimpleNamespace(run=SimpleNamespace(state=SimpleNamespace(merges=merges)))
+    callback.trainer = SimpleNamespace(
+        run=SimpleNamespace(state=SimpleNamespace(merges=merges))
+    )
     factor = callback.rewarmed(lambda step: 1 - step / 100)
     curve = [1 - step / 100 for step in range(6)]
     restarts = [0.92 / 3, 2 * 0.92 / 3, 0.92, 0.89 / 3, 2 * 0.89 / 3, 0.89]

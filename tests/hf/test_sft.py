@@ -1,4 +1,6 @@
-"""trl's SFTTrainer with MoRA: 20 steps with two merges on two ranks, exported and verified."""
+"""trl's SFTTrainer with MoRA: 20 steps with two merges on two ranks, exported and
+verified.
+"""
 
 from pathlib import Path
 
@@ -26,7 +28,9 @@ def fine_tuned(root):
     if dist.get_rank() == 0:
         playground(Path(root))
     dist.barrier()
-    text = Dataset.from_json(f"{root}/train.jsonl", cache_dir=f"{root}/cache-{dist.get_rank()}")
+    text = Dataset.from_json(
+        f"{root}/train.jsonl", cache_dir=f"{root}/cache-{dist.get_rank()}"
+    )
     args = SFTConfig(
         output_dir=f"{root}/out", deepspeed=hf.ds_config(), per_device_train_batch_size=2, max_steps=20, max_length=64,
         learning_rate=1e-2, packing=True, save_steps=10, eval_strategy="steps", eval_steps=10, logging_steps=5,
@@ -53,9 +57,14 @@ def test_supervised_fine_tuning_with_two_merges(tmp_path):
         assert len(rank["losses"]) == 4
         assert rank["losses"][-1] < rank["losses"][0]
         assert rank["evaluated"][1] < rank["evaluated"][0]
-    report = export_merged(tmp_path / "out/checkpoint-20", tmp_path / "exported", verify=True)
+    report = export_merged(
+        tmp_path / "out/checkpoint-20", tmp_path / "exported", verify=True
+    )
     assert report.comparison is not None
     assert report.cycles == 2
-    saved, exported = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))
+    saved, exported = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        for name in ("saved", "exported")
+    )
     hf.assert_same_parameters(saved, exported)
     AutoTokenizer.from_pretrained(tmp_path / "saved")

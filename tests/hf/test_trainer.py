@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer with MoRA: equal to a loop of its own, resumed bit for bit, the base never sharded."""
+"""Hugging Face's Trainer with MoRA: equal to a loop of its own, resumed bit for bit, the
+base never sharded.
+"""
 
 from pathlib import Path
 
@@ -21,15 +23,27 @@ def trained_both_ways(root):
     by_loop, losses = hf.own_loop(Path(root), hf.rates())
     trainers = {}
     for accumulation in (1, 2):
-        trainers[accumulation] = hf.trainer_in(Path(root), f"by-{accumulation}", accumulation)
+        trainers[accumulation] = hf.trainer_in(
+            Path(root), f"by-{accumulation}", accumulation
+        )
         trainers[accumulation].train()
     return {
         "loop": by_loop,
         "losses": losses,
-        "trainer": {number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()},
-        "history": {number: trainer.state.log_history for number, trainer in trainers.items()},
-        "merges": {number: trainer.run.state.merges for number, trainer in trainers.items()},
-        "planned": [callback.schedule.total_steps for trainer in trainers.values() for callback in trainer._merging],
+        "trainer": {
+            number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()
+        },
+        "history": {
+            number: trainer.state.log_history for number, trainer in trainers.items()
+        },
+        "merges": {
+            number: trainer.run.state.merges for number, trainer in trainers.items()
+        },
+        "planned": [
+            callback.schedule.total_steps
+            for trainer in trainers.values()
+            for callback in trainer._merging
+        ],
     }
 
 
@@ -39,15 +53,24 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path):
         assert rank["planned"] == [hf.STEPS] * 2
         for number in (1, 2):
             history = [row for row in rank["history"][number] if "loss" in row]
-            assert [row["loss"] for row in history] == pytest.approx(rank["losses"], abs=1e-6)
+            assert [row["loss"] for row in history] == pytest.approx(
+                rank["losses"], abs=1e-6
+            )
             assert rank["merges"][number] == hf.run_merges() == [3, 6]
             for name, tensor in rank["loop"].items():
                 assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
 
 
 def interrupted_and_not(root):
-    """One run to its end, and another one that begins at its checkpoint-4 anew, after one merge and before another."""
-    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    """One run to its end, and another one that begins at its checkpoint-4 anew, after one
+    merge and before another.
+    """
+    steps = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+    }
     whole = hf.trainer_in(Path(root), "out", **steps)
     before = whole.evaluate()["eval_loss"]
     whole.train()
@@ -64,7 +87,9 @@ def interrupted_and_not(root):
     for step in (2, 4):  # before the first merge, and after it
         without = hf.trainer_in(Path(root), "out", **steps)
         without.remove_callback(MoRACallback)
-        with user_error(rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"):
+        with user_error(
+            rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"
+        ):
             without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
     told = hf.trainer_in(Path(root), "out", merges=0, max_steps=7, save_strategy="no")
     told.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
@@ -81,9 +106,16 @@ def interrupted_and_not(root):
 
 def _later_rows(trainer):
     """What was logged after step 4, without times."""
-    history = [row for row in trainer.state.log_history if row["step"] > 4 and "train_runtime" not in row]
+    history = [
+        row
+        for row in trainer.state.log_history
+        if row["step"] > 4 and "train_runtime" not in row
+    ]
     measured = ("runtime", "per_second", "preparation_time")
-    return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in history]
+    return [
+        {key: value for key, value in row.items() if not key.endswith(measured)}
+        for row in history
+    ]
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
@@ -104,7 +136,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         if not name.endswith(".weight"):
             continue
         layer = name.removesuffix(".weight")
-        spec = mora_ds.MoRAConfig(rank=4).operator_for(layer, tensor.shape[1], tensor.shape[0], 2)
+        spec = mora_ds.MoRAConfig(rank=4).operator_for(
+            layer, tensor.shape[1], tensor.shape[0], 2
+        )
         merged = tensor + mora_ds.delta_weight(spec, both[0]["expected"][layer])
         assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
     export_merged(tmp_path / "out/checkpoint-8", tmp_path / "exported", verify=True)
@@ -113,7 +147,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 
 
 def best_is_loaded(root):
-    """The first checkpoint is the best one: a metric that grows with every evaluation, to be kept small."""
+    """The first checkpoint is the best one: a metric that grows with every evaluation, to
+    be kept small.
+    """
     calls = iter(range(100))
     trainer = hf.trainer_in(
         Path(root), "out", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
@@ -125,7 +161,12 @@ def best_is_loaded(root):
     live = hf.matrices(trainer.deepspeed)
     again = hf.trainer_in(Path(root), "out", max_steps=2)
     again.train(resume_from_checkpoint=best)
-    return {"best": best, "live": live, "saved": hf.matrices(again.deepspeed), "merges": trainer.run.state.merges}
+    return {
+        "best": best,
+        "live": live,
+        "saved": hf.matrices(again.deepspeed),
+        "merges": trainer.run.state.merges,
+    }
 
 
 @pytest.mark.heavy
@@ -135,4 +176,7 @@ def test_the_best_checkpoint_brings_its_base_back(tmp_path):
         assert rank["merges"] == []
         for name, tensor in rank["saved"].items():
             assert torch.equal(rank["live"][name], tensor), name
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-8",
+    ]

@@ -1,4 +1,6 @@
-"""Attention by documents is dense attention in every family: losses and gradients, at one row and at several."""
+"""Attention by documents is dense attention in every family: losses and gradients, at one
+row and at several.
+"""
 
 from functools import partial
 from types import SimpleNamespace
@@ -38,7 +40,9 @@ def model_of(family, checkpointing=False):
 def losses_and_gradients(model, batch):
     loss = token_nll(model, batch) / (batch["labels"] != -100).sum()
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
@@ -66,13 +70,32 @@ class OwnConfig(LlamaConfig):
     "config, reason",
     [
         (LlamaConfig(is_causal=False), "the model's attention is not causal"),
-        (AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True), "the model's attention is not causal"),
-        (AutoConfig.for_model("bloom"), "transformers calls the attention of BloomForCausalLM directly"),
-        (AutoConfig.for_model("stablelm"), "transformers calls the attention of StableLmForCausalLM directly"),
-        (AutoConfig.for_model("llama4"), "the model has layers of the kind chunked_attention"),
+        (
+            AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True),
+            "the model's attention is not causal",
+        ),
+        (
+            AutoConfig.for_model("bloom"),
+            "transformers calls the attention of BloomForCausalLM directly",
+        ),
+        (
+            AutoConfig.for_model("stablelm"),
+            "transformers calls the attention of StableLmForCausalLM directly",
+        ),
+        (
+            AutoConfig.for_model("llama4"),
+            "the model has layers of the kind chunked_attention",
+        ),
         (OwnConfig(), "the code of the model is not transformers' own"),
     ],
-    ids=["not causal", "both ways", "direct", "direct, though one is chosen", "of its text model", "own code"],
+    ids=[
+        "not causal",
+        "both ways",
+        "direct",
+        "direct, though one is chosen",
+        "of its text model",
+        "own code",
+    ],
 )
 def test_attention_that_must_stay_dense_has_a_reason(config, reason):
     assert why_dense(config, None) == reason
@@ -80,15 +103,22 @@ def test_attention_that_must_stay_dense_has_a_reason(config, reason):
 
 
 def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
-    """FlashAttention stays, and is told nothing of documents by who has not asked for them."""
+    """FlashAttention stays, and is told nothing of documents by who has not asked for
+    them.
+    """
     batch = batch_of(4)
     assert "documents" not in model_inputs(tiny_model(), batch)
     model = prefer_documents(tiny_model())
     engine = SimpleNamespace(module=model)
     assert attention_of(model) == NAME
     assert model_inputs(engine, batch)["documents"] is batch["documents"]
-    assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
-    config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32)
+    assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {
+        "input_ids",
+        "use_cache",
+    }
+    config = AutoConfig.for_model(
+        "bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32
+    )
     bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
     assert attention_of(bloom) != NAME
     assert "documents" not in model_inputs(bloom, batch)
@@ -101,7 +131,9 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypatch):
-    """A model that attends by documents also generates: sinks, capped scores and windows included."""
+    """A model that attends by documents also generates: sinks, capped scores and windows
+    included.
+    """
     monkeypatch.setattr(document_attention, "QUERIES", 20)
     original = tiny_model(family).eval()
     model = tiny_model(family).eval()
@@ -114,7 +146,10 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
     with torch.no_grad():
-        outputs, wanted = (variant(ids, attention_mask=mask).logits[mask.bool()] for variant in (model, original))
+        outputs, wanted = (
+            variant(ids, attention_mask=mask).logits[mask.bool()]
+            for variant in (model, original)
+        )
         assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
         whole = original(ids).logits
         cache = None
@@ -138,7 +173,9 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **told):
     assert int(cu_seqlens_q[-1]) == len(q)
     assert told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
     window = told["window_size"][0] + 1 if "window_size" in told else None
-    return _by_documents(q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"]))
+    return _by_documents(
+        q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"])
+    )
 
 
 def unused(*args, **kwargs):
@@ -147,8 +184,8 @@ def unused(*args, **kwargs):
 
 @pytest.mark.parametrize("rows", LAYOUTS)
 def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
-    """transformers' own code around a stand-in for the kernel: it takes rows for packed ones at one row only, but
-    flattens any number of them where it is told the bounds."""
+    """transformers' own code around a stand-in for the kernel: it takes rows for packed
+    ones at one row only, but flattens any number of them where it is told the bounds."""
     supports = {
         name: name in ("dropout_p", "window_size", "max_seqlen_q", "max_seqlen_k")
         for name in ("dropout_p", "window_size", "deterministic", "softcap", "s_aux", "learnable_sink", "block_table",
@@ -156,8 +193,13 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     }  # fmt: skip
     process = partial(flash._process_flash_attention_kwargs, supports_mapping=supports)
     kernels = (unused, varlen, unused, unused, unused), (process, process)
-    monkeypatch.setattr("transformers.integrations.flash_attention.get_target_dtype", lambda *args: None)  # fp32
-    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: kernels)
+    # fp32
+    monkeypatch.setattr(
+        "transformers.integrations.flash_attention.get_target_dtype", lambda *args: None
+    )
+    monkeypatch.setattr(
+        flash, "lazy_import_flash_attention", lambda *args, **kwargs: kernels
+    )
     batch = batch_of(rows)
     expected, wanted = losses_and_gradients(model_of("mistral"), batch)
     model = model_of("mistral")
@@ -167,9 +209,13 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients.items():
-        assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
+        assert_close(
+            gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
+        )
     with pytest.raises(KeyError, match="documents"):
-        token_nll(model, {name: value for name, value in batch.items() if name != "documents"})
+        token_nll(
+            model, {name: value for name, value in batch.items() if name != "documents"}
+        )
     untold = model_of("mistral")
     untold.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(AssertionError, match="rows were not taken for documents"):

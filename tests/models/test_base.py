@@ -34,7 +34,9 @@ def parameters(model):
 
 def mapping_of(model, base):
     renamed = renamed_keys(model, base.keys())
-    return base.map_parameters(parameters(model), model.base_model_prefix, model.all_tied_weights_keys, renamed)
+    return base.map_parameters(
+        parameters(model), model.base_model_prefix, model.all_tied_weights_keys, renamed
+    )
 
 
 @pytest.fixture
@@ -69,7 +71,9 @@ def test_sharded_folder_reads_the_same(llama, sharded):
     assert one.fingerprint() == many.fingerprint()
 
 
-def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(llama, monkeypatch):
+def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
+    llama, monkeypatch
+):
     """A shell leaves the ~ of `--base=~/model` as it is."""
     monkeypatch.setenv("HOME", str(llama.parent))
     content = read_json(llama / "config.json")
@@ -88,7 +92,9 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path):
     with pytest.raises(NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"):
         BaseCheckpoint.open(folder)
     base = write_own_base(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "own")
-    verify_against_model(base, mapping_of(model, base), parameters(model), parameters(model))
+    verify_against_model(
+        base, mapping_of(model, base), parameters(model), parameters(model)
+    )
 
 
 def overwritten(path):
@@ -117,11 +123,15 @@ def test_a_file_that_changes_after_it_was_opened_is_named(sharded, harm):
     path = base.files()[1]
     harm(path)
     for _ in range(2):
-        with pytest.raises(BaseChanged, match=f"{path.name} was changed or replaced during the run"):
+        with pytest.raises(
+            BaseChanged, match=f"{path.name} was changed or replaced during the run"
+        ):
             BaseCheckpoint.require_unchanged(base, fingerprint)
 
 
-@pytest.mark.parametrize("how", [os.utime, lambda path: shutil.move(shutil.copy(path, f"{path}.copy"), path)])
+@pytest.mark.parametrize(
+    "how", [os.utime, lambda path: shutil.move(shutil.copy(path, f"{path}.copy"), path)]
+)
 def test_a_file_that_was_only_touched_or_copied_is_read_once(sharded, how, monkeypatch):
     base = BaseCheckpoint.open(sharded)
     fingerprint = base.fingerprint()
@@ -159,7 +169,10 @@ def test_every_parameter_is_mapped_and_equal(tmp_path, family, changes, stored):
 def test_hub_files_without_the_prefix(tmp_path):
     model = tiny_model("gpt2")
     model.config.save_pretrained(tmp_path)
-    state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in model.state_dict().items()
+    }
     state.pop("lm_head.weight")
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     mapping = mapping_of(model, BaseCheckpoint.open(tmp_path))
@@ -171,14 +184,22 @@ def test_tie_is_symmetric_and_prefers_the_twin(llama):
     base = BaseCheckpoint.open(llama)
     ties = {"lm_head.weight": "model.embed_tokens.weight"}
     names = ["lm_head.weight", "model.embed_tokens.weight"]
-    assert set(base.map_parameters(names, "model", ties).values()) == {"model.embed_tokens.weight"}
+    assert set(base.map_parameters(names, "model", ties).values()) == {
+        "model.embed_tokens.weight"
+    }
     only_head = BaseCheckpoint(llama, {"lm_head.weight": llama / "model.safetensors"})
-    assert set(only_head.map_parameters(names, "model", ties).values()) == {"lm_head.weight"}
+    assert set(only_head.map_parameters(names, "model", ties).values()) == {
+        "lm_head.weight"
+    }
 
 
 def test_unmapped_names_are_listed(llama):
-    with pytest.raises(NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"):
-        BaseCheckpoint.open(llama).map_parameters(["lm_head.weight", "a.weight", "b.weight"], "model")
+    with pytest.raises(
+        NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"
+    ):
+        BaseCheckpoint.open(llama).map_parameters(
+            ["lm_head.weight", "a.weight", "b.weight"], "model"
+        )
 
 
 def test_first_differing_tensor_is_named(llama):
@@ -187,8 +208,12 @@ def test_first_differing_tensor_is_named(llama):
     mapping = mapping_of(model, base)
     tensors = parameters(model)
     with torch.no_grad():
-        tensors["model.norm.weight"][3] = torch.nextafter(tensors["model.norm.weight"][3], torch.tensor(9.0))
-    with pytest.raises(NotOneToOne, match=r"model\.norm\.weight of the model is not the tensor"):
+        tensors["model.norm.weight"][3] = torch.nextafter(
+            tensors["model.norm.weight"][3], torch.tensor(9.0)
+        )
+    with pytest.raises(
+        NotOneToOne, match=r"model\.norm\.weight of the model is not the tensor"
+    ):
         verify_against_model(base, mapping, tensors, mapping)
     tensors["lm_head.weight"] = torch.zeros(130, 32)
     with pytest.raises(NotOneToOne, match=r"\(130, 32\) in the model, \(128, 32\)"):
@@ -201,9 +226,15 @@ def test_own_base_loads_and_replaces(tmp_path, family):
     write_own_base(tiny_model(family, seed=1), folder)
     model = tiny_model(family)
     base = write_own_base(model, folder)
-    assert all(mapping_of(model, base)[name] in (name, "transformer.wte.weight") for name in parameters(model))
+    assert all(
+        mapping_of(model, base)[name] in (name, "transformer.wte.weight")
+        for name in parameters(model)
+    )
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(tensor, parameters(loaded)[name]) for name, tensor in parameters(model).items())
+    assert all(
+        torch.equal(tensor, parameters(loaded)[name])
+        for name, tensor in parameters(model).items()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
@@ -245,19 +276,31 @@ def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path):
 
 def test_checksum_is_of_bytes_not_of_views():
     tensor = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
-    assert tensor_checksum(tensor) == tensor_checksum(tensor.clone()) == tensor_checksum(tensor.view(torch.int32))
-    assert tensor_checksum(tensor.T) == tensor_checksum(tensor.T.contiguous()) != tensor_checksum(tensor)
+    assert (
+        tensor_checksum(tensor)
+        == tensor_checksum(tensor.clone())
+        == tensor_checksum(tensor.view(torch.int32))
+    )
+    assert (
+        tensor_checksum(tensor.T)
+        == tensor_checksum(tensor.T.contiguous())
+        != tensor_checksum(tensor)
+    )
     assert tensor_checksum(tensor[1:]) == tensor_checksum(tensor[1:].clone())
 
 
 def test_checksum_never_changes():
-    """Ledgers name their base by it. The number was found by its definition in Python's whole numbers."""
+    """Ledgers name their base by it. The number was found by its definition in Python's
+    whole numbers.
+    """
     assert tensor_checksum(torch.arange(100_000, dtype=torch.int32)) == 12129217317626389513
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 262_143, 262_144, 262_145, 600_001])
 def test_checksum_sees_every_kind_of_change(size):
-    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    data = torch.randint(
+        0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+    )
     original = tensor_checksum(data)
     assert tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8)))) != original
     positions = {0, size // 2, size - 1, min(size, 262_144) - 1} if size else set()

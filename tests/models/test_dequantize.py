@@ -1,4 +1,6 @@
-"""Bases in FP8 and MXFP4: a run on one is that on the model which transformers dequantizes, to the bit."""
+"""Bases in FP8 and MXFP4: a run on one is that on the model which transformers dequantizes,
+to the bit.
+"""
 
 import json
 import shutil
@@ -22,15 +24,22 @@ from tests.helpers.models import alone, tiny_model
 from tests.helpers.resume import MERGING
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+}
 FAMILIES = {"fp8": "qwen3", "mxfp4": "gpt_oss"}
 SIZES = {"vocab_size": VOCABULARY, "intermediate_size": 64}
 
 
 def to_fp8(name, weight):
     """By transformers' own quantizer."""
-    quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16)))
-    return Fp8Quantize(quantizer).convert({name: weight}) if "proj" in name else {name: weight}
+    quantizer = SimpleNamespace(
+        quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16))
+    )
+    return (
+        Fp8Quantize(quantizer).convert({name: weight}) if "proj" in name else {name: weight}
+    )
 
 
 def to_mxfp4(name, weight):
@@ -39,8 +48,12 @@ def to_mxfp4(name, weight):
         return {name: weight}
     experts, inputs, outputs = weight.shape
     generator = torch.Generator().manual_seed(len(name))
-    blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(116, 122, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(
+        0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator
+    )
+    scales = torch.randint(
+        116, 122, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator
+    )
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
@@ -62,9 +75,13 @@ def write(folder, tensors, settings):
 
 
 def dequantized_by_transformers(kind, folder, target, dtype):
-    """A plain model folder with the weights that transformers makes of those in `folder`."""
+    """A plain model folder with the weights that transformers makes of those in
+    `folder`.
+    """
     settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[kind](dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=settings
+    )
     model = tiny_model(FAMILIES[kind], dtype=dtype, **SIZES)
     model.load_state_dict(theirs.state_dict())
     model.save_pretrained(target)
@@ -75,23 +92,42 @@ def dequantized_by_transformers(kind, folder, target, dtype):
     ("fp8", ("--bf16", "true"), torch.bfloat16),
     ("mxfp4", ("--bf16", "true"), torch.bfloat16),
 ])  # fmt: skip
-def test_a_run_is_that_on_the_model_that_transformers_dequantizes(user, tmp_path, kind, flags, dtype):
+def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
+    user, tmp_path, kind, flags, dtype
+):
     """With two merges; its export is verified, and has nothing of the quantization left."""
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
-    more = (*MERGING, *flags, "--tokenizer_name", str(user.model), "--export_merged", "true", "--model_name_or_path")
+    more = (
+        *MERGING,
+        *flags,
+        "--tokenizer_name",
+        str(user.model),
+        "--export_merged",
+        "true",
+        "--model_name_or_path",
+    )
     for name in ("quantized", "plain"):
-        assert run(1, user.flags(tmp_path / f"of-{name}", *more, str(tmp_path / name)))["merges"] == 2
+        assert (
+            run(1, user.flags(tmp_path / f"of-{name}", *more, str(tmp_path / name)))[
+                "merges"
+            ]
+            == 2
+        )
     ours, theirs = (tmp_path / f"of-{name}" for name in ("quantized", "plain"))
     assert torch.equal(losses(ours), losses(theirs))
-    weights, expected = (load_file(out / "merged/model.safetensors") for out in (ours, theirs))
+    weights, expected = (
+        load_file(out / "merged/model.safetensors") for out in (ours, theirs)
+    )
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     assert "quantization_config" not in read_json(ours / "merged/config.json")
     assert export_merged(ours, tmp_path / "verified", verify=True).comparison is not None
 
 
-def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(user, tmp_path):
+def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(
+    user, tmp_path
+):
     tensors = quantized_model("fp8", tmp_path / "model")
     out = tmp_path / "out"
     flags = user.flags(
@@ -118,9 +154,12 @@ def test_blocks_at_the_edge_may_be_smaller():
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2, generator=generator)
     expected = [
-        [weight[row, column].float() * scales[row // 2, column // 4] for column in range(7)] for row in range(5)
+        [weight[row, column].float() * scales[row // 2, column // 4] for column in range(7)]
+        for row in range(5)
     ]
-    assert torch.equal(dequantize_fp8(weight, scales, [2, 4], torch.float32), torch.tensor(expected))
+    assert torch.equal(
+        dequantize_fp8(weight, scales, [2, 4], torch.float32), torch.tensor(expected)
+    )
 
 
 def without_scales(tensors):
@@ -153,14 +192,22 @@ def test_scales_that_do_not_fit_are_named(user, tmp_path, damage, words):
     tensors = quantized_model("fp8", tmp_path / "model")
     damage(tensors)
     write(tmp_path / "model", tensors, FP8)
-    flags = ("--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(user.model))
+    flags = (
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--tokenizer_name",
+        str(user.model),
+    )
     assert words in refusal(user.flags(tmp_path / "out", *flags))
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
 def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
     model = Path(shutil.copytree(user.model, tmp_path / "model"))
-    config = {**read_json(model / "config.json"), "quantization_config": {"quant_method": method, "bits": 4}}
+    config = {
+        **read_json(model / "config.json"),
+        "quantization_config": {"quant_method": method, "bits": 4},
+    }
     (model / "config.json").write_text(json.dumps(config))
     message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", str(model)))
     assert f"--model_name_or_path: the model holds quantized weights ({method})" in message

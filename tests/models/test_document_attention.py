@@ -1,4 +1,6 @@
-"""Attention by documents is dense attention under a mask, in its outputs and gradients, and holds nothing of T x T."""
+"""Attention by documents is dense attention under a mask, in its outputs and gradients, and
+holds nothing of T x T.
+"""
 
 import weakref
 from itertools import product
@@ -26,9 +28,16 @@ from tests.helpers.attention import (
 from tests.helpers.pairwise import pairwise
 
 
-@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": ["plain", "capped", "sinks"]})
+@pairwise(
+    {
+        "layout": list(LAYOUTS),
+        "window": [None, 12, 40, LENGTH - 1],
+        "kind": ["plain", "capped", "sinks"],
+    }
+)
 def test_it_is_dense_attention(layout, window, kind, monkeypatch):
-    monkeypatch.setattr(module_under_test, "QUERIES", 20)  # blocks that end within documents
+    # Blocks that end within documents
+    monkeypatch.setattr(module_under_test, "QUERIES", 20)
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
         query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
@@ -40,7 +49,9 @@ def test_it_is_dense_attention(layout, window, kind, monkeypatch):
                 torch.nn.Module(), query, key, value, None, scaling=0.3, softcap=softcap, sliding_window=window,
                 s_aux=used_sinks, documents=documents, position_ids=positions,
             )  # fmt: skip
-            expected = reference(query, key, value, positions, 0.3, window, softcap, used_sinks)
+            expected = reference(
+                query, key, value, positions, 0.3, window, softcap, used_sinks
+            )
             assert_same_attention(out, expected, inputs)
 
 
@@ -50,20 +61,33 @@ def test_a_window_of_blocks_is_dense_attention():
     query, key, value, sinks = parts(1, 640, 2)
     for window, used_sinks in product((30, 200), (None, sinks)):
         out, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=used_sinks, position_ids=positions
+            torch.nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            sliding_window=window,
+            s_aux=used_sinks,
+            position_ids=positions,
         )
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, used_sinks)
+        expected = reference(
+            query, key, value, positions, SIZE**-0.5, window, None, used_sinks
+        )
         assert_same_attention(out, expected, [query, key, value])
 
 
 def test_documents_are_read_from_the_positions_of_all_rows():
-    """Positions of one row are those of every row; positions of several axes, or of other tokens, say nothing."""
+    """Positions of one row are those of every row; positions of several axes, or of other
+    tokens, say nothing.
+    """
     query, key, value, _ = parts(2, LENGTH, 2)
     module = torch.nn.Module()
     split = positions_of([[40, 56]])
 
     def attended(positions):
-        return document_attention(module, query, key, value, None, position_ids=positions)[0]
+        return document_attention(module, query, key, value, None, position_ids=positions)[
+            0
+        ]
 
     assert torch.equal(attended(split), attended(split.expand(2, -1)))
     assert not torch.equal(attended(split), attended(None))
@@ -77,11 +101,16 @@ def test_documents_are_read_from_the_positions_of_all_rows():
 def test_the_output_has_the_precision_of_the_query(kind):
     inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
-    more = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
+    more = {
+        "softcap": 2.0 if kind == "capped" else None,
+        "s_aux": half[3] if kind == "sinks" else None,
+    }
     out, _ = document_attention(torch.nn.Module(), *half[:3], None, **more)
     exact = [tensor.detach().double() for tensor in half]
     sinks = exact[3] if kind == "sinks" else None
-    wanted = reference(*exact[:3], positions_of([[LENGTH]]), SIZE**-0.5, None, more["softcap"], sinks)
+    wanted = reference(
+        *exact[:3], positions_of([[LENGTH]]), SIZE**-0.5, None, more["softcap"], sinks
+    )
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
     assert {gradient.dtype for gradient in gradients(out, half)} == {torch.bfloat16}
@@ -105,14 +134,23 @@ def layer_of(shared):
     return layer
 
 
-@pairwise({"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]})
+@pairwise(
+    {"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]}
+)
 def test_dropout_is_applied(window, kind, masked):
-    """Of all weights but one in a thousand nothing is left, whichever way they are computed."""
+    """Of all weights but one in a thousand nothing is left, whichever way they are
+    computed.
+    """
     query, key, value, sinks = parts(2, LENGTH, 2)
-    more = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
+    more = {
+        "softcap": 2.0 if kind == "capped" else None,
+        "s_aux": sinks if kind == "sinks" else None,
+    }
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
     torch.manual_seed(0)
-    out, _ = document_attention(layer_of(2), query, key, value, mask, dropout=0.999, sliding_window=window, **more)
+    out, _ = document_attention(
+        layer_of(2), query, key, value, mask, dropout=0.999, sliding_window=window, **more
+    )
     assert (out == 0).double().mean() > 0.8
 
 
@@ -120,7 +158,10 @@ def test_what_the_varlen_kernel_can_compute():
     """The meta device stands for a GPU."""
 
     def fits(dtype, size=64, value_size=64, device="meta", **scores):
-        query, value = (torch.empty(1, 2, 4, head_size, dtype=dtype, device=device) for head_size in (size, value_size))
+        query, value = (
+            torch.empty(1, 2, 4, head_size, dtype=dtype, device=device)
+            for head_size in (size, value_size)
+        )
         return fits_varlen(query, value, Scores(1.0, **scores))
 
     assert fits(torch.float16)
@@ -135,7 +176,9 @@ def test_what_the_varlen_kernel_can_compute():
     assert not fits(torch.bfloat16, dropout=0.1)
 
 
-@pytest.mark.parametrize("capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.parametrize(
+    "capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
 def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
@@ -144,7 +187,9 @@ def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash)
 def test_capped_scores_are_not_kept_for_backward():
     saved = []
     query, key, value, _ = parts(1, 1024, 2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id
+    ):
         document_attention(torch.nn.Module(), query, key, value, None, softcap=2.0)
     assert 0 < sum(saved) < 1024 * 1024
 
@@ -193,7 +238,11 @@ def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     assert len(padded) < len(lengths)
     assert shapes_of(600, 3000, 600, 16, 1) == [(1, 3000), (2, 16), (2, 600)]
     for length in (40, 100, 300, 500):  # half of a length is another group
-        assert len(shapes_of(length, length // 2)) == len(shapes_of(length, 3 * length // 4 - 1)) == 2
+        assert (
+            len(shapes_of(length, length // 2))
+            == len(shapes_of(length, 3 * length // 4 - 1))
+            == 2
+        )
 
 
 class Largest(TorchDispatchMode):
@@ -205,7 +254,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        storages = [
+            tensor.untyped_storage()
+            for tensor in tree_leaves(out)
+            if isinstance(tensor, Tensor)
+        ]
         sizes = [storage.nbytes() // 4 for storage in storages]
         self.numbers = max([self.numbers, *sizes])
         return out
@@ -217,13 +270,21 @@ LONG = 4096
 LENGTHS = {"one": [LONG], "some": [1000, 2500, 596], "many": [64] * 64}
 
 
-@pairwise({"lengths": list(LENGTHS), "kind": ["plain", "window", "capped", "sinks"], "device": ["cpu", "meta"]})
+@pairwise(
+    {
+        "lengths": list(LENGTHS),
+        "kind": ["plain", "window", "capped", "sinks"],
+        "device": ["cpu", "meta"],
+    }
+)
 def test_no_tensor_has_t_times_t_numbers(lengths, kind, device):
     """On the meta device bf16 takes the branch of a GPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     documents = Documents.of(positions_of([LENGTHS[lengths]])).to(device)
     shapes = ((1, 2, LONG, 8), (1, 1, LONG, 8), (1, 1, LONG, 8), (2,))
-    query, key, value, sinks = (torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes)
+    query, key, value, sinks = (
+        torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes
+    )
     with Largest() as largest:
         out, _ = document_attention(
             torch.nn.Module(), query, key, value, None, documents=documents,

@@ -1,5 +1,6 @@
-"""Every type of causal language model of the installed transformers that can be made small by the usual names of sizes:
-an upgrade that brings a layer which adapters, merges or loading would get wrong fails here."""
+"""Every type of causal language model of the installed transformers that can be made small
+by the usual names of sizes: an upgrade that brings a layer which adapters, merges or
+loading would get wrong fails here."""
 
 import copy
 
@@ -34,7 +35,9 @@ def small_models():
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             known = AutoConfig.for_model(kind).to_dict()
-            config = AutoConfig.for_model(kind, **{name: size for name, size in SMALL.items() if name in known})
+            config = AutoConfig.for_model(
+                kind, **{name: size for name, size in SMALL.items() if name in known}
+            )
             with torch.device("meta"):
                 planned = AutoModelForCausalLM.from_config(config)
             if sum(parameter.numel() for parameter in planned.parameters()) > LARGEST:
@@ -42,22 +45,34 @@ def small_models():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
             model(input_ids=tokens(2)).logits.float().logsumexp(-1).sum().backward()
-        except Exception:  # sizes that do not fit together, packages that are not installed: nothing of ours has run
+        # Sizes that do not fit together, packages that are not installed: nothing of ours
+        # has run
+        except Exception:
             continue
         model.zero_grad()
         yield kind, model
 
 
 def check_merged(model):
-    """Adapted layers whose matrices get a gradient compute what the model with the updates in its weights computes."""
+    """Adapted layers whose matrices get a gradient compute what the model with the updates
+    in its weights computes.
+    """
     adapted = copy.deepcopy(model)
     inject(adapted, MoRAConfig(rank=4))
     adapted(input_ids=tokens(2)).logits.float().logsumexp(-1).sum().backward()
-    layers = {name: layer for name, layer in mora_layers(adapted).items() if layer.value.grad is not None}
+    layers = {
+        name: layer
+        for name, layer in mora_layers(adapted).items()
+        if layer.value.grad is not None
+    }
     assert layers, "no matrix gets a gradient"
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.value.data = 0.05 * torch.randn(layer.value.shape) if layer.value.grad.any() else layer.value.data
+            layer.value.data = (
+                0.05 * torch.randn(layer.value.shape)
+                if layer.value.grad.any()
+                else layer.value.data
+            )
             module = model.get_submodule(name)
             delta = delta_weight(layer.spec, layer.value.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta

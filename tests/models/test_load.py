@@ -1,5 +1,5 @@
-"""Which files of a Hub repository are downloaded, and in which precision a run keeps weights that are not one to one;
-folders on disk are loaded by most other tests."""
+"""Which files of a Hub repository are downloaded, and in which precision a run keeps
+weights that are not one to one; folders on disk are loaded by most other tests."""
 
 import fnmatch
 
@@ -19,11 +19,19 @@ from tests.helpers.models import alone, tiny_model, with_own_code
 @pytest.mark.parametrize(
     "stored_files, wanted",
     [
-        (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
-        (["config.json", "pytorch_model.bin", "rust_model.ot"], ["config.json", "pytorch_model.bin"]),
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin"],
+            ["config.json", "model.safetensors"],
+        ),
+        (
+            ["config.json", "pytorch_model.bin", "rust_model.ot"],
+            ["config.json", "pytorch_model.bin"],
+        ),
     ],
 )
-def test_pickled_weights_are_downloaded_where_there_are_no_others(stored_files, wanted, tmp_path, monkeypatch):
+def test_pickled_weights_are_downloaded_where_there_are_no_others(
+    stored_files, wanted, tmp_path, monkeypatch
+):
     """facebook/opt-125m and many of its age have no safetensors."""
 
     def snapshot(name, allow_patterns):
@@ -40,7 +48,9 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(stored_files, 
 
 
 def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     tiny_model().save_pretrained(tmp_path / "llama")
     folder = with_own_code(tmp_path / "llama", tmp_path / "own")
     model = load.load_model(folder, torch.float32, trust_remote_code=True)
@@ -50,7 +60,9 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     with torch.device("meta"):
         meta_model = load.make_model(model.config, "the model", trust_remote_code=True)
     assert type(meta_model).__name__ == "OwnForCausalLM"
-    base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True)
+    base = load.load_base(
+        folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True
+    )
     assert type(base.model).__name__ == "OwnForCausalLM"
     assert base.model.dtype == torch.bfloat16
     for use in (
@@ -59,17 +71,23 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
         lambda: load.named_config(str(folder)),
         lambda: load.load_base(folder, tmp_path / "base", alone(), torch.float32, None),
     ):
-        with user_error("/own: its own code must be run: allow that with --trust_remote_code"):
+        with user_error(
+            "/own: its own code must be run: allow that with --trust_remote_code"
+        ):
             use()
 
 
 def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read():
     """As by a plan of the model."""
     with user_error(r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
-        load.make_model(tiny_model("gemma2").config, "the model", attn_implementation="sdpa")
+        load.make_model(
+            tiny_model("gemma2").config, "the model", attn_implementation="sdpa"
+        )
     config = tiny_model("gemma2").config
     config._attn_implementation_internal = "sdpa"
-    with user_error(r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"):
+    with user_error(
+        r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"
+    ):
         load.make_model(config, "--model_config own.json")
 
 
@@ -88,12 +106,21 @@ def pickled(folder, dtype, shards=1, zipped=True):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = sorted(weights)
     for shard in range(shards):
-        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        name = (
+            "pytorch_model.bin"
+            if shards == 1
+            else f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        )
         shard_weights = {key: weights[key] for key in names[shard::shards]}
         torch.save(shard_weights, folder / name, _use_new_zipfile_serialization=zipped)
     if shards > 1:
-        files = {key: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, key in enumerate(names)}
-        write_json_atomic(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files})
+        files = {
+            key: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin"
+            for i, key in enumerate(names)
+        }
+        write_json_atomic(
+            folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files}
+        )
     return weights
 
 
@@ -118,7 +145,9 @@ def originals(folder, own, dtype):
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, 2, True),
     (torch.bfloat16, torch.float32, torch.float32, 1, True),
 ])  # fmt: skip
-def test_a_run_keeps_the_precision_of_pickled_weights(tmp_path, stored, dtype, kept, shards, zipped):
+def test_a_run_keeps_the_precision_of_pickled_weights(
+    tmp_path, stored, dtype, kept, shards, zipped
+):
     weights = pickled(tmp_path / "model", stored, shards, zipped)
     model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
     for name, tensor in base_tensors.items():
@@ -149,7 +178,8 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):
     pickled(tmp_path / "model", torch.float32)
     model = load.load_model(tmp_path / "model", torch.bfloat16)
     with torch.no_grad():
-        next(model.parameters()).add_(1)  # as where weights are computed, not copied, when they are loaded
+        # As where weights are computed, not copied, when they are loaded
+        next(model.parameters()).add_(1)
     is_own, _ = load._originals(
         model, tmp_path / "model", tmp_path / "own", torch.bfloat16,
         lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),

@@ -1,4 +1,6 @@
-"""The loss in chunks equals the model's own: values, gradients, evaluation, also under ZeRO-3."""
+"""The loss in chunks equals the model's own: values, gradients, evaluation, also under
+ZeRO-3.
+"""
 
 from functools import wraps
 
@@ -39,7 +41,10 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 CAPPED = {"gemma2": {"final_logit_softcapping": 0.5}}
-SCALED = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "tie_word_embeddings": False}}
+SCALED = {
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0, "tie_word_embeddings": False},
+}
 """Families that cap or scale their logits."""
 
 
@@ -68,21 +73,32 @@ def gradients(model, batch):
     model.zero_grad()
     nll = token_nll(model, batch)
     nll.backward()
-    return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return nll.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(results, expected):
     assert_close(results[0], expected[0], rtol=1e-6, atol=0)
     assert results[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
-        assert_close(results[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+        assert_close(
+            results[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "family, train_head",
     [
-        *[("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True), ("gpt2", True)],
+        *[
+            ("llama", True),
+            ("llama", False),
+            ("qwen2", True),
+            ("qwen2", False),
+            ("gemma2", True),
+            ("gpt2", True),
+        ],
         *[("gpt_neox", True), ("mixtral", False), ("cohere", True), ("granite", False)],
     ],
 )
@@ -129,7 +145,9 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype, near):
     hidden = torch.randn(5, 64).to(dtype)
     labels = torch.tensor([3, 9, IGNORED, 19_999, 0])
     exact = hidden.float().requires_grad_()
-    F.cross_entropy(exact @ head.weight.float().T, labels, ignore_index=IGNORED, reduction="sum").backward()
+    F.cross_entropy(
+        exact @ head.weight.float().T, labels, ignore_index=IGNORED, reduction="sum"
+    ).backward()
     rows = hidden.clone().requires_grad_()
     chunked = ChunkedHead(head, lambda logits: logits, 2)
     chunked._labels = labels
@@ -143,7 +161,9 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype, near):
 
 @pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
 def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch, train_head, times):
-    """Nothing of the size of logits is kept for backward, which makes them again where the head is trained."""
+    """Nothing of the size of logits is kept for backward, which makes them again where the
+    head is trained.
+    """
     model = model_of("llama", train_head)
     batch = batch_of()
     chunked = chunk_loss(model, CHUNK)
@@ -156,7 +176,9 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch, train_head, time
         return project(hidden)
 
     monkeypatch.setattr(chunked, "_project", projected)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
         nll = token_nll(model, batch)
     count = batch["labels"].numel()
     assert sum(sizes) == count
@@ -200,7 +222,12 @@ def test_losses_are_summed_in_fp32(chunked, train_head):
     batch = batch_of()
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = model(**inputs, use_cache=False).logits.double()
-    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
+    expected = F.cross_entropy(
+        logits.flatten(0, 1),
+        batch["labels"].flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
     if chunked:
         chunk_loss(model, CHUNK)
     rows = row_nll(model, batch)
@@ -274,7 +301,10 @@ def zero3_gradients(family):
     for step in range(2):  # once more, after gathering has learnt the order of the modules
         nll = token_nll(engine, batch)
         engine.backward(nll * 0.5)
-        full_gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in model.named_parameters()}
+        full_gradients = {
+            name: safe_get_full_grad(parameter).clone()
+            for name, parameter in model.named_parameters()
+        }
         if step == 0:
             first = nll.item()
             gradient = full_gradients
@@ -289,7 +319,9 @@ def zero3_gradients(family):
 
 @pytest.mark.parametrize("family", [heavy("llama"), "qwen2"])
 def test_a_trained_head_that_zero_3_shards(family):
-    """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
+    """llama: a head of its own; qwen2: tied to the embeddings, which are trained with
+    it.
+    """
     model = model_of(family)
     batch = batch_of()
     nll, expected = gradients(model, batch)
@@ -298,7 +330,12 @@ def test_a_trained_head_that_zero_3_shards(family):
         assert sharded.keys() == expected.keys()
         assert any("lm_head" in n or "embed" in n for n in sharded)
         for name, right in expected.items():
-            assert_close(sharded[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+            assert_close(
+                sharded[name],
+                0.5 * right,
+                rtol=0,
+                atol=1e-5 * max(1.0, right.abs().max().item()),
+            )
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -309,9 +346,13 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user
     expected = run(1, user.flags(whole))
     for split in ("sequence", "tensor"):
         chunked = tmp_path / split
-        summary = run(2, user.flags(chunked, "--chunked_loss true", f"--{split}_parallel_size", 2))
+        summary = run(
+            2, user.flags(chunked, "--chunked_loss true", f"--{split}_parallel_size", 2)
+        )
         assert_close_losses(chunked, whole)
-        assert summary["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
+        assert summary["perplexity_after"] == pytest.approx(
+            expected["perplexity_after"], rel=1e-5
+        )
 
 
 KEPT = "--max_steps 6 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
@@ -328,8 +369,12 @@ def chunks_in(out):
 
 
 def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
-    """A new run with a frozen head computes it in chunks; one that has begun with whole logits goes on with them."""
-    new, resumed, old, gone_on = (tmp_path / name for name in ("new", "resumed", "old", "gone-on"))
+    """A new run with a frozen head computes it in chunks; one that has begun with whole
+    logits goes on with them.
+    """
+    new, resumed, old, gone_on = (
+        tmp_path / name for name in ("new", "resumed", "old", "gone-on")
+    )
     run(1, user.flags(new, KEPT))
     stop_and_resume(1, user.flags(resumed, KEPT), 4)
     assert_same_run(resumed, new)
@@ -345,17 +390,26 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
 
 
 def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user, tmp_path):
-    told, refusal_told = run_alone(with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
-    assert "loss: from the logits of complete batches, because this model does more to its logits" in told
+    told, refusal_told = run_alone(
+        with_changed_logits, user.flags(tmp_path / "out"), tmp_path
+    )
+    assert (
+        "loss: from the logits of complete batches, because this model does more to its logits"
+        in told
+    )
     assert "--chunked_loss: this model does more to its logits" in refusal_told
     assert not chunks_in(tmp_path / "out")
 
 
 def with_changed_logits(argv, folder):
-    """What two runs say whose model scales its logits unlike any that is known, the second with --chunked_loss."""
+    """What two runs say whose model scales its logits unlike any that is known, the second
+    with --chunked_loss.
+    """
     LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # in this rank alone
     told = printed(argv)
-    return told, refused([*argv, "--chunked_loss", "--output_dir", str(folder / "other")])[1]
+    return told, refused([*argv, "--chunked_loss", "--output_dir", str(folder / "other")])[
+        1
+    ]
 
 
 def _scaled(forward):

@@ -1,4 +1,6 @@
-"""The processes of a node share one frozen base, which every merge leaves as if each had merged alone."""
+"""The processes of a node share one frozen base, which every merge leaves as if each had
+merged alone.
+"""
 
 import os
 from contextlib import nullcontext
@@ -50,8 +52,12 @@ FEW = ("fp32", "Conv1D, int8, bf16")
 
 
 def merged(folder, choice, case):
-    """A run of one process of several, with merges after its steps: its frozen tensors and what was sent."""
-    family, dtype, bits = (CASES[case].get(key, default) for key, default in _DEFAULTS.items())
+    """A run of one process of several, with merges after its steps: its frozen tensors and
+    what was sent.
+    """
+    family, dtype, bits = (
+        CASES[case].get(key, default) for key, default in _DEFAULTS.items()
+    )
     rank = dist.get_rank()
     world = dist.get_world_size()
     base = folder / case / "base"
@@ -65,14 +71,20 @@ def merged(folder, choice, case):
     }
     config = MoRAConfig(rank=4, base_bits=bits, compute="weight", **chosen)
     inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]))
-    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if dtype is torch.bfloat16 else {}
+    half = (
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        if dtype is torch.bfloat16
+        else {}
+    )
     alone = mock.patch.object(Offer, "make", side_effect=OSError("no memory to share"))
     with alone if choice == "private" else nullcontext():
         engine, *_ = initialize(model=loaded.model, config=ds_config(3, 2, 1, **half))
     run = Run(engine, base=base, folder=folder / case / f"{choice}-{world}", overwrite=True)
     node = node_base_of(loaded.model)
     below = {}
-    counter = CollectiveCounter([*frozen_buffers(loaded.model).values(), *node.slots.values()])
+    counter = CollectiveCounter(
+        [*frozen_buffers(loaded.model).values(), *node.slots.values()]
+    )
     reports = []
     losses = []
     for step in range(MERGES + 1):
@@ -90,7 +102,10 @@ def merged(folder, choice, case):
         "tied": len({tensor.data_ptr() for tensor in frozen.values()}),
         "reports": reports,
         "losses": losses,
-        "places": {name: mappings.place_of(layer.weight) for name, layer in mora_layers(loaded.model).items()},
+        "places": {
+            name: mappings.place_of(layer.weight)
+            for name, layer in mora_layers(loaded.model).items()
+        },
         "base_bytes": counter.base_bytes,
         "sent": sum(below.values()),
     }
@@ -100,7 +115,10 @@ _DEFAULTS = {"family": "llama", "dtype": torch.float32, "bits": 16}
 
 
 def private_and_shared(folder, cases):
-    return {case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")} for case in cases}
+    return {
+        case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")}
+        for case in cases
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,7 +135,9 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
         alone = ranks[0][case]["private"]
         assert set(alone["places"].values()) == {None}
         shared = [rank[case]["auto"] for rank in ranks]
-        assert len({str(result["places"]) for result in shared}) == 1, "every process reads the same pages"
+        assert len({str(result["places"]) for result in shared}) == 1, (
+            "every process reads the same pages"
+        )
         assert None not in shared[0]["places"].values()
         for rank, result in zip(ranks, shared, strict=True):
             assert result["reports"] == alone["reports"]
@@ -126,7 +146,8 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
             for name, tensor in alone["frozen"].items():
                 assert torch.equal(result["frozen"][name], tensor), (case, name)
             assert result["base_bytes"] == 0
-            small = 64 * len(result["places"]) * MERGES + 4096  # norms of the layers, and checks
+            # Norms of the layers, and checks
+            small = 64 * len(result["places"]) * MERGES + 4096
             assert result["sent"] - rank[case]["private"]["sent"] < small
 
 
@@ -159,12 +180,19 @@ def faults():
         raise RunError(f"no room for {name}")
 
     items = [(name, None) for name in node.layers(model)]
-    for name, work, replaced in (("work", fail, False), ("replaced", lambda name, item: None, True)):
+    for name, work, replaced in (
+        ("work", fail, False),
+        ("replaced", lambda name, item: None, True),
+    ):
         if replaced and dist.get_rank() == 1:
             layer = next(iter(mora_layers(model).values()))
             layer.weight = layer.weight.clone()
         try:
-            node.form(model, items, work if replaced or dist.get_rank() == 1 else lambda name, item: None)
+            node.form(
+                model,
+                items,
+                work if replaced or dist.get_rank() == 1 else lambda name, item: None,
+            )
         except RunError as error:
             errors[name] = str(error)
     return errors
@@ -179,9 +207,13 @@ def test_an_error_of_one_process_is_one_of_all():
 def checked(folder):
     """The error for files that differ; none for those that are the same."""
     rank = dist.get_rank()
-    model = load_base(Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None).model
+    model = load_base(
+        Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None
+    ).model
     engine_start.check_base_equal(dict(model.named_parameters()).values())
-    another = load_base(Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None).model
+    another = load_base(
+        Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None
+    ).model
     try:
         engine_start.check_base_equal(dict(another.named_parameters()).values())
     except RunError as error:
@@ -205,7 +237,9 @@ def without_memory(argv):
 
 
 def test_too_little_memory_is_told_at_the_start(user, tmp_path):
-    ((kind, message),) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
+    ((kind, message),) = set(
+        run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS))
+    )
     assert kind == "UserError"
     assert "the base that the processes of this node share takes 0.000 GB" in message
     assert "0.000 GB are left by the memory limit of the job" in message
@@ -219,7 +253,13 @@ def interrupted_with_private_bases(argv, step):
 
 @pytest.mark.heavy
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, out):
-    flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
+    flags = [
+        *STEPS,
+        "--eval_files",
+        f"short={user.other}",
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *flags))
     run_ranks(2, interrupted_with_private_bases, user.flags(out, *flags), 4)
@@ -242,14 +282,21 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     """Such as a head that is adapted on a GPU, beside a base in host memory."""
     model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
-    slots = {f"{name}.weight": layer.weight for name, layer in layers.items() if name != "lm_head"}
+    slots = {
+        f"{name}.weight": layer.weight
+        for name, layer in layers.items()
+        if name != "lm_head"
+    }
     total = torch.zeros(len(layers), 1)
     written = []
     for rank in range(2):
         ranks = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1), slots)
         written += base.layers(model)
-        rows = {name: [torch.tensor(float(1 + list(layers).index(name)))] for name in base.layers(model)}
+        rows = {
+            name: [torch.tensor(float(1 + list(layers).index(name)))]
+            for name in base.layers(model)
+        }
         total += base.of_all(rows, list(layers), 1)
     assert sorted(written) == sorted([*layers, "lm_head"])
     assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
@@ -258,7 +305,11 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
 def named_memory():
     """But for semaphores, which other processes may make meanwhile."""
     folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir() if not path.name.startswith("sem.")} if folder.is_dir() else set()
+    return (
+        {path.name for path in folder.iterdir() if not path.name.startswith("sem.")}
+        if folder.is_dir()
+        else set()
+    )
 
 
 def test_memory_has_no_name_and_ends_with_its_last_mapping():
@@ -271,7 +322,9 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
         offer.map("another")
     offer.close()
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1
-    first, second = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, twin))
+    first, second = (
+        torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, twin)
+    )
     first[7] = 3
     assert second[7] == 3
     assert Mappings.read().place_of(first) == Mappings.read().place_of(second)
@@ -296,7 +349,9 @@ def test_limits_of_a_container_are_read_and_named(tmp_path, monkeypatch):
     group.mkdir()
     (group / "memory.max").write_text("5000000\n")
     (group / "memory.current").write_text("4000000\n")
-    (group / "memory.stat").write_text("anon 3500000\ninactive_file 300000\nactive_file 200000\n")
+    (group / "memory.stat").write_text(
+        "anon 3500000\ninactive_file 300000\nactive_file 200000\n"
+    )
     (tmp_path / "memory.max").write_text("max\n")
     monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [group, tmp_path])
     assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")

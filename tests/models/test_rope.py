@@ -1,4 +1,6 @@
-"""--rope_scaling: a model computes as transformers' own of that config, is exported as one, and mistakes are named."""
+"""--rope_scaling: a model computes as transformers' own of that config, is exported as one,
+and mistakes are named.
+"""
 
 import copy
 import json
@@ -27,13 +29,21 @@ from tests.helpers.tools import call
 YARN = '{"rope_type": "yarn", "factor": 4.0}'
 SETTINGS = {
     "yarn": (YARN, 512),
-    "yarn of fewer positions": ('{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}', 256),
+    "yarn of fewer positions": (
+        '{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}',
+        256,
+    ),
     "linear": ('{"rope_type": "linear", "factor": 2.5, "rope_theta": 5e5}', 320),
     "dynamic": ('{"rope_type": "dynamic", "factor": 2.0}', 256),
-    "llama3": ('{"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}', 1024),
+    "llama3": (
+        '{"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}',
+        1024,
+    ),
     "theta": ('{"rope_type": "default", "rope_theta": 500000}', 128),
 }
-"""Name -> (value of --rope_scaling, the longest row of a model that was made for 128 positions)."""
+"""Name -> (value of --rope_scaling, the longest row of a model that was made for 128
+positions).
+"""
 
 
 def asked(family, folder, text):
@@ -56,7 +66,8 @@ def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_p
     assert torch.equal(model(ids).logits, theirs(ids).logits)
     assert not torch.equal(model(ids).logits, plain(ids).logits)
     assert rope.longest_row(model.config) == longest
-    assert rope.changes_of(model.config, tmp_path) == changes  # none of which a reader of base.json refuses
+    # None of which a reader of base.json refuses
+    assert rope.changes_of(model.config, tmp_path) == changes
 
 
 def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path):
@@ -82,7 +93,14 @@ def test_a_family_that_ignores_it_is_named(user, tmp_path, family, words):
     """By the run, its dry run and its plan."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = str(tmp_path / family)
-    flags = ("--model_name_or_path", model, "--tokenizer_name", str(user.model), "--rope_scaling", YARN)
+    flags = (
+        "--model_name_or_path",
+        model,
+        "--tokenizer_name",
+        str(user.model),
+        "--rope_scaling",
+        YARN,
+    )
     for more in ((), ("--dry_run",)):
         assert words in refusal(user.flags(tmp_path / "out", *flags, *more))
     with user_error(words):
@@ -100,7 +118,9 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
     rope.change_file(content, changes)
     write_json_atomic(tmp_path / "config.json", content)
     assert folder_config(tmp_path).rope_parameters == model.config.rope_parameters
-    assert content["rope_scaling"] == content["rope_parameters"] == changes["rope_parameters"]
+    assert (
+        content["rope_scaling"] == content["rope_parameters"] == changes["rope_parameters"]
+    )
     assert content["rope_theta"] == 10_000.0
     assert rope.changes_of(model.config, tmp_path) == {}
 
@@ -109,9 +129,21 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
 
 
 def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path):
-    """To the bit, with merges, resumed; and what is exported of it is that model, whose config is the run's."""
-    longer = (*MERGING, "--seq_len", 160, "--per_device_train_batch_size", 1, "--train_norms", "true")
-    assert "--rope_scaling makes more of them" in refusal(user.flags(tmp_path / "short", *longer))
+    """To the bit, with merges, resumed; and what is exported of it is that model, whose
+    config is the run's.
+    """
+    longer = (
+        *MERGING,
+        "--seq_len",
+        160,
+        "--per_device_train_batch_size",
+        1,
+        "--train_norms",
+        "true",
+    )
+    assert "--rope_scaling makes more of them" in refusal(
+        user.flags(tmp_path / "short", *longer)
+    )
     scaled = (*longer, "--rope_scaling", YARN)
     out = tmp_path / "out"
     run(1, user.flags(out, *scaled, "--export_merged true"))
@@ -120,12 +152,20 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path)
     rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))
     model.save_pretrained(base)
     theirs = tmp_path / "theirs"
-    named = ("--model_name_or_path", base, "--tokenizer_name", user.model, "--export_merged", "true")
+    named = (
+        "--model_name_or_path",
+        base,
+        "--tokenizer_name",
+        user.model,
+        "--export_merged",
+        "true",
+    )
     run(1, user.flags(theirs, *longer, *map(str, named)))
     assert torch.equal(losses(out), losses(theirs))
     weights = load_file(theirs / "merged/model.safetensors")
     assert all(
-        torch.equal(tensor, weights[name]) for name, tensor in load_file(out / "merged/model.safetensors").items()
+        torch.equal(tensor, weights[name])
+        for name, tensor in load_file(out / "merged/model.safetensors").items()
     )
 
     plain = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -139,7 +179,9 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path)
 
     other = '{"rope_type": "yarn", "factor": 2.0}'
     for settings in ((*longer,), (*longer, "--rope_scaling", other)):
-        message = refusal(user.flags(out, *settings, "--resume_from_checkpoint auto --max_steps 10"))
+        message = refusal(
+            user.flags(out, *settings, "--resume_from_checkpoint auto --max_steps 10")
+        )
         assert "--rope_scaling" in message
     export_peft(out, tmp_path / "peft", rank=4)
     changes = BaseReference.read(out / "checkpoints/latest").config_changes
@@ -147,12 +189,32 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path)
 
 
 def test_rows_that_are_split_over_ranks_are_scaled_alike(user, tmp_path):
-    longer = ("--seq_len", 256, "--per_device_train_batch_size", 1, "--max_steps", 3, "--rope_scaling", YARN)
+    longer = (
+        "--seq_len",
+        256,
+        "--per_device_train_batch_size",
+        1,
+        "--max_steps",
+        3,
+        "--rope_scaling",
+        YARN,
+    )
     run(1, user.flags(tmp_path / "one", *longer, "--no_document_mask"))
-    run(2, user.flags(tmp_path / "two", *longer, "--no_document_mask --sequence_parallel_size 2"))
+    run(
+        2,
+        user.flags(
+            tmp_path / "two", *longer, "--no_document_mask --sequence_parallel_size 2"
+        ),
+    )
     assert_close_losses(tmp_path / "two", tmp_path / "one")
-    dynamic = ("--rope_scaling", '{"rope_type": "dynamic", "factor": 2.0}')  # which follows a complete row's length
-    split = user.flags(tmp_path / "dynamic", *longer, *dynamic, "--no_document_mask --sequence_parallel_size 2")
+    # Which follows a complete row's length
+    dynamic = ("--rope_scaling", '{"rope_type": "dynamic", "factor": 2.0}')
+    split = user.flags(
+        tmp_path / "dynamic",
+        *longer,
+        *dynamic,
+        "--no_document_mask --sequence_parallel_size 2",
+    )
     assert "rope_type dynamic" in refusal(split, ranks=2)
 
 

@@ -1,4 +1,6 @@
-"""What is written: which tensor is in which file, what the base's other files become, and every dtype."""
+"""What is written: which tensor is in which file, what the base's other files become, and
+every dtype.
+"""
 
 import json
 import os
@@ -28,13 +30,25 @@ def test_a_file_is_filled_up_to_its_limit(tmp_path):
     """A tensor above the limit has a file alone; none is empty."""
     sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
     layout = {key: ((size,), torch.uint8) for key, size in sizes.items()}
-    names = write_shards(tmp_path, layout, 10, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype))
-    assert [sorted(load_file(tmp_path / name)) for name in names] == [["large"], ["a", "b"], ["huge"], ["c"], ["d"]]
+    names = write_shards(
+        tmp_path, layout, 10, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype)
+    )
+    assert [sorted(load_file(tmp_path / name)) for name in names] == [
+        ["large"],
+        ["a", "b"],
+        ["huge"],
+        ["c"],
+        ["d"],
+    ]
 
 
 def base_folder(folder, config):
     folder.mkdir()
-    tensors = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3).half(), "count": torch.tensor([7, 8])}
+    tensors = {
+        "w": torch.arange(6.0).view(2, 3),
+        "half": torch.ones(3).half(),
+        "count": torch.tensor([7, 8]),
+    }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return BaseCheckpoint.open(folder)
@@ -48,22 +62,37 @@ def test_an_index_is_written_for_several_files_alone(tmp_path):
         asked.append((key, dtype))
         return base.read(key).to(dtype)
 
-    for limit, names in ((100, ["model.safetensors"]), (20, [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)])):
+    for limit, names in (
+        (100, ["model.safetensors"]),
+        (20, [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]),
+    ):
         folder = tmp_path / str(limit)
         folder.mkdir()
         layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
         assert write_shards(folder, layout, limit, tensor_of) == tuple(names)
-        written = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
+        written = {
+            key: tensor
+            for name in names
+            for key, tensor in load_file(folder / name).items()
+        }
         assert {key: tensor.tolist() for key, tensor in written.items()} == {
             "w": [[0, 1, 2], [3, 4, 5]], "half": [1, 1, 1], "count": [7, 8]
         }  # fmt: skip
-        assert asked == [("w", torch.bfloat16), ("half", torch.bfloat16), ("count", torch.int64)], "whole numbers stay"
+        assert asked == [
+            ("w", torch.bfloat16),
+            ("half", torch.bfloat16),
+            ("count", torch.int64),
+        ], "whole numbers stay"
         asked.clear()
         if limit == 100:
             assert [path.name for path in folder.iterdir()] == names
     index = read_json(folder / "model.safetensors.index.json")
     assert index["metadata"] == {"total_size": 34}
-    assert list(index["weight_map"].items()) == [("count", names[1]), ("half", names[0]), ("w", names[0])]
+    assert list(index["weight_map"].items()) == [
+        ("count", names[1]),
+        ("half", names[0]),
+        ("w", names[0]),
+    ]
 
 
 # -- the other files ---------------------------------------------------------------------------------------------------
@@ -99,7 +128,10 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
     (tokenizer_folder / "deep").mkdir(parents=True)
     for name in ("tokenizer.json", "own.json", "LICENSE.txt", "config.json"):
         (tokenizer_folder / name).write_text("own")
-    for tokenizer, copied in ((None, COPIED), (tokenizer_folder, {"tokenizer.json", "own.json"})):
+    for tokenizer, copied in (
+        (None, COPIED),
+        (tokenizer_folder, {"tokenizer.json", "own.json"}),
+    ):
         out = tmp_path / f"out-{tokenizer is None}"
         out.mkdir()
         write_companions(base, out, torch.float32, tokenizer)
@@ -110,7 +142,12 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
             assert (of_base, of_own) == (copied, set())
         else:
             assert of_own == copied
-            assert of_base == {"generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json"}
+            assert of_base == {
+                "generation_config.json",
+                "modeling_own.py",
+                "LICENSE.txt",
+                "vocabulary_extension.json",
+            }
 
 
 def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, out):
@@ -119,7 +156,12 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, 
     (hub / "snapshots").mkdir(parents=True)
     base = base_folder(hub / "snapshots/1a2b", {"model_type": "llama"})
     (hub / "blobs").mkdir()
-    for path in (hub / "blobs/ff", base.folder / "kept.txt", tmp_path / "secret", hub / "secret"):
+    for path in (
+        hub / "blobs/ff",
+        base.folder / "kept.txt",
+        tmp_path / "secret",
+        hub / "secret",
+    ):
         path.write_text(path.name)
     (base.folder / "tokenizer.json").symlink_to("../../blobs/ff")
     (base.folder / "merges.txt").symlink_to("kept.txt")
@@ -140,15 +182,22 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, 
 
 
 def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):
-    """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
+    """Each tensor begins at a multiple of its element size, which readers that map the file
+    rely on.
+    """
     path = tmp_path / "t.safetensors"
     tensors = {}
-    for note in ("xx", "xxx"):  # tensors begin at a multiple of eight bytes, however long the header is
+    # Tensors begin at a multiple of eight bytes, however long the header is
+    for note in ("xx", "xxx"):
         write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": note})
         assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
     for number, dtype in enumerate(sorted(CODES, key=lambda dtype: dtype.itemsize)):
         tensors[f"é{number}"] = torch.tensor([0.0, 1.0, 2.0]).to(dtype)
-    tensors.update(empty=torch.zeros(0, 4), scalar=torch.tensor(2.5), strided=torch.arange(24.0).view(4, 6).T)
+    tensors.update(
+        empty=torch.zeros(0, 4),
+        scalar=torch.tensor(2.5),
+        strided=torch.arange(24.0).view(4, 6).T,
+    )
     write_safetensors_atomic(path, tensors, {"step": "3"})
     read = load_file(path)
     raw = path.read_bytes()
@@ -163,21 +212,31 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):
         assert read[name].dtype == tensor.dtype, name
         assert torch.equal(read[name].double(), tensor.double()), name
         assert shape_dtype(handle, name) == (tuple(tensor.shape), tensor.dtype)
-        assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
+        assert (
+            8 + length + header[name]["data_offsets"][0]
+        ) % tensor.dtype.itemsize == 0, name
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
 
 def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
-    layout = {"small": ((3,), torch.uint8), "large": ((2,), torch.float64), "none": ((0, 4), torch.float32)}
+    layout = {
+        "small": ((3,), torch.uint8),
+        "large": ((2,), torch.float64),
+        "none": ((0, 4), torch.float32),
+    }
     with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
         writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
         with pytest.raises(ValueError, match="'large' is "):
             writer.write("large", torch.zeros(2))
-        with pytest.raises(ValueError, match="'small' is not in the layout, or was written before"):
+        with pytest.raises(
+            ValueError, match="'small' is not in the layout, or was written before"
+        ):
             writer.write("small", torch.zeros(3))
         size = os.stat(tmp_path / "t").st_size
         writer.write("none", torch.zeros(0, 4))
-        writer.write("large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
+        writer.write(
+            "large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
+        )
     assert os.stat(tmp_path / "t").st_size == size, "the file has its size from the start"
     read = load_file(tmp_path / "t")
     assert read["large"].tolist() == [0.5, 0.25]

@@ -9,7 +9,9 @@ from tests.helpers.operators import random
 def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch):
     count = 4
     side = 2 * OVERSAMPLED + 40
-    values = torch.cat((torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - count,), 0.01))).double()
+    values = torch.cat(
+        (torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - count,), 0.01))
+    ).double()
     left, _ = torch.linalg.qr(random(side, side))
     right, _ = torch.linalg.qr(random(side, side, seed=1))
     matrix = left * values @ right.T
@@ -17,7 +19,9 @@ def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch):
     monkeypatch.setattr("mora_ds.models.svd.EXACT_NUMBERS", 0)
     state = torch.get_rng_state()
     iterated = leading_vectors(matrix, count, "layer")
-    assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are as they were"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "the run's random numbers are as they were"
+    )
     assert torch.equal(iterated[0], leading_vectors(matrix, count, "layer")[0])
     assert not torch.equal(iterated[0], exact[0].float()), "by iteration"
     for vectors, expected in zip(iterated, exact, strict=True):

@@ -1,4 +1,6 @@
-"""torch's flash attention over all documents, as it is called on CUDA: on the meta device, and by stand-ins for it."""
+"""torch's flash attention over all documents, as it is called on CUDA: on the meta device,
+and by stand-ins for it.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,10 @@ from tests.helpers.pairwise import pairwise
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
 def test_head_sizes_are_padded_for_the_kernel(size, value_size):
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
-    query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
+    query, key, value = (
+        torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for s in shapes
+    )
     out, _ = document_attention(torch.nn.Module(), query, key, value, None)
     out.sum().backward()
     assert out.shape == (2, 32, 4, value_size)
@@ -33,14 +38,21 @@ def test_head_sizes_are_padded_for_the_kernel(size, value_size):
 
 
 def as_varlen(q, k, v, bounds, left, scale):
-    """(N, H, N) scores under the mask of causal documents with `left` keys before a query's own, and values (H, N, D)
-    with their heads repeated: what torch's kernels compute with."""
+    """(N, H, N) scores under the mask of causal documents with `left` keys before a query's
+    own, and values (H, N, D) with their heads repeated: what torch's kernels compute
+    with."""
     groups = q.shape[1] // k.shape[1]
     index = torch.arange(len(q))
     document = torch.bucketize(index, bounds[1:], right=True)
     distance = index[:, None] - index
-    seen = (document[:, None] == document) & (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
-    keys, values = (tensor.repeat_interleave(groups, 1).transpose(0, 1) for tensor in (k, v))
+    seen = (
+        (document[:, None] == document)
+        & (distance >= 0)
+        & (distance <= (left if left >= 0 else len(q)))
+    )
+    keys, values = (
+        tensor.repeat_interleave(groups, 1).transpose(0, 1) for tensor in (k, v)
+    )
     return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
 
 
@@ -49,11 +61,14 @@ def forward_stand_in(q, k, v, *lengths, return_debug_mask, **told):
     scores, values = as_varlen(q, k, v, *told_of(q, k, v, lengths, told))
     out = (scores.softmax(-1) @ values).transpose(0, 1)
     nothing = torch.empty(0)
-    return out, scores.logsumexp(-1), None, None, nothing  # no state of dropout, as there is none
+    # No state of dropout, as there is none
+    return out, scores.logsumexp(-1), None, None, nothing
 
 
 def told_of(q, k, v, lengths, told):
-    """The documents' bounds, the keys that a query sees and the scale, all as torch's flash attention wants them."""
+    """The documents' bounds, the keys that a query sees and the scale, all as torch's flash
+    attention wants them.
+    """
     begins, ends, longest, most, dropout, is_causal = lengths
     assert begins is ends
     assert longest == most == int(begins.diff().max())
@@ -78,7 +93,13 @@ def test_varlen_is_called_for_dense_attention(layout, window, monkeypatch):
         query, key, value, _ = parts(len(positions), LENGTH, shared, value_size)
         documents = Documents.of(positions)
         output, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, documents=documents
+            torch.nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            sliding_window=window,
+            documents=documents,
         )
         assert documents.windows == {window}
         expected = reference(query, key, value, positions, SIZE**-0.5, window, None, None)
@@ -93,9 +114,17 @@ def test_varlen_is_dense_attention(layout, window):
     positions = positions_of(LAYOUTS[layout])
     documents = Documents.of(positions).to("cuda")
     inputs = parts(len(positions), LENGTH, 2)[:3]
-    half = [tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in inputs]
-    output, _ = document_attention(torch.nn.Module(), *half, None, sliding_window=window, documents=documents)
+    half = [
+        tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in inputs
+    ]
+    output, _ = document_attention(
+        torch.nn.Module(), *half, None, sliding_window=window, documents=documents
+    )
     expected = reference(*inputs, positions, SIZE**-0.5, window, None, None)
     assert_close(output.double().cpu(), expected, rtol=2e-2, atol=2e-2)
-    for one, wanted in zip(gradients(output.double().cpu(), half), gradients(expected, inputs), strict=True):
-        assert_close(one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+    for one, wanted in zip(
+        gradients(output.double().cpu(), half), gradients(expected, inputs), strict=True
+    ):
+        assert_close(
+            one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max())
+        )

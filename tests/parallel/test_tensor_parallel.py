@@ -1,4 +1,6 @@
-"""Split equals unsplit: t x dp ranks follow one plain PyTorch process, for every family and operator."""
+"""Split equals unsplit: t x dp ranks follow one plain PyTorch process, for every family and
+operator.
+"""
 
 import pytest
 import torch
@@ -67,7 +69,17 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
 
 # -- everything --------------------------------------------------------------------------------------------------------
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+)
 RANKS = [(2, 2), (4, 4), (4, 2)]
 """(ranks, tensor-parallel degree)"""
 OPERATORS = yaml.safe_load("""
@@ -85,12 +97,20 @@ documents: {documents: true, checkpointing: true}
 
 
 def has_heads(ranks, family, kv_heads, **others):
-    """Four key-value heads, which four ranks can split, in place of two, where the attention falls back."""
+    """Four key-value heads, which four ranks can split, in place of two, where the
+    attention falls back.
+    """
     return kv_heads is None or (ranks == (4, 4) and family not in ("gpt2", "gpt_neox"))
 
 
 EVERY_TWO = pairwise_cases(
-    {"family": FAMILIES, "ranks": RANKS, "operator": list(OPERATORS), "form": list(FORMS), "kv_heads": [None, 4]},
+    {
+        "family": FAMILIES,
+        "ranks": RANKS,
+        "operator": list(OPERATORS),
+        "form": list(FORMS),
+        "kv_heads": [None, 4],
+    },
     has_heads,
 )
 

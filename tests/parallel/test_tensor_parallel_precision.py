@@ -1,4 +1,6 @@
-"""Low precision at t = 2 follows one rank in the same precision; what every rank holds stays the same everywhere."""
+"""Low precision at t = 2 follows one rank in the same precision; what every rank holds
+stays the same everywhere.
+"""
 
 from pathlib import Path
 
@@ -31,23 +33,33 @@ PRECISIONS = {
     "float16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
 }
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that of the other tests."""
+"""Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that
+of the other tests.
+"""
 EVERYTHING = {"train_norms": True, "train_embeddings": True, "train_head": True}
 CASES = [
-    {"family": "qwen3", "operator": "share", **EVERYTHING},  # q_norm and k_norm see a rank's heads alone
-    {"family": "gpt2", "operator": "rotate", **EVERYTHING},  # only the MoRA matrices are split
+    # q_norm and k_norm see a rank's heads alone
+    {"family": "qwen3", "operator": "share", **EVERYTHING},
+    # Only the MoRA matrices are split
+    {"family": "gpt2", "operator": "rotate", **EVERYTHING},
 ]
 
 
 def trained(case, dtypes, degree, folder):
-    return {dtype: trained_in(dtype, case, degree, Path(folder) / dtype) for dtype in dtypes}
+    return {
+        dtype: trained_in(dtype, case, degree, Path(folder) / dtype) for dtype in dtypes
+    }
 
 
 def trained_in(dtype, case, degree, folder):
-    """Losses, norms, now and then the checksums of what all ranks hold, and in the end those of the merged base."""
+    """Losses, norms, now and then the checksums of what all ranks hold, and in the end
+    those of the merged base.
+    """
     optimizer = ds_config(3, 1)["optimizer"]
     optimizer["params"]["lr"] = LEARNING_RATE
-    engine, replica, replicas = start(case, degree, more={**PRECISIONS[dtype], "optimizer": optimizer})
+    engine, replica, replicas = start(
+        case, degree, more={**PRECISIONS[dtype], "optimizer": optimizer}
+    )
     micro = BATCHES // replicas
     results = {"losses": [], "norms": [], "replicated": []}
     for step in range(STEPS):
@@ -64,14 +76,21 @@ def trained_in(dtype, case, degree, folder):
     if dist.get_rank() == 0:
         Ledger.create(folder, "0" * 64)
     dist.barrier()
-    ReMoRA(engine, config_of(case), Ledger.open(folder), *base_in_memory(engine.module)).merge(STEPS)
-    results["base"] = {name: tensor_checksum(tensor) for name, tensor in frozen_buffers(engine.module).items()}
+    ReMoRA(
+        engine, config_of(case), Ledger.open(folder), *base_in_memory(engine.module)
+    ).merge(STEPS)
+    results["base"] = {
+        name: tensor_checksum(tensor)
+        for name, tensor in frozen_buffers(engine.module).items()
+    }
     return results
 
 
 def replicated(engine):
     """Checksums of the masters that all ranks of a group hold alike."""
-    parameters = {name: p for name, p in engine.module.named_parameters() if share_of(p) is None}
+    parameters = {
+        name: p for name, p in engine.module.named_parameters() if share_of(p) is None
+    }
     masters = {name: zero.full_fp32(parameter) for name, parameter in parameters.items()}
     return {name: tensor_checksum(master.contiguous()) for name, master in masters.items()}
 
@@ -98,7 +117,8 @@ def compare(case, dtypes, folder):
             assert result == first, "ranks drifted apart"
         assert first["losses"][-1] < first["losses"][0] - 0.1, "it learns"
         error = max(
-            abs(mine - theirs) / theirs for mine, theirs in zip(first["losses"], expected["losses"], strict=True)
+            abs(mine - theirs) / theirs
+            for mine, theirs in zip(first["losses"], expected["losses"], strict=True)
         )
         assert error <= TOLERANCE[dtype], (dtype, error)
 
@@ -107,13 +127,17 @@ def compare(case, dtypes, folder):
 
 
 def with_noise():
-    """Checksums of what all ranks hold after each of three steps; the second rank's gradients are a little off."""
+    """Checksums of what all ranks hold after each of three steps; the second rank's
+    gradients are a little off.
+    """
     engine, *_ = start(CASES[1], 2)
 
     def disturb(gradient):
         return gradient * (1 + 1e-3 * dist.get_rank())
 
-    engine.module.lm_head.register_forward_hook(lambda module, args, out: out.register_hook(disturb) and None)
+    engine.module.lm_head.register_forward_hook(
+        lambda module, args, out: out.register_hook(disturb) and None
+    )
     checksums = []
     for step in range(3):
         for ids in batches(step):

@@ -1,4 +1,6 @@
-"""The main job at t x dp: the run of one rank, its checkpoints resumed at any other t x dp, its merges and exports."""
+"""The main job at t x dp: the run of one rank, its checkpoints resumed at any other t x dp,
+its merges and exports.
+"""
 
 import shutil
 
@@ -61,7 +63,11 @@ def test_it_is_the_run_of_one_rank(saved, ground):
     alone = ground.root / f"{name}-alone"
     for mine, theirs in zip(rows(out), rows(alone), strict=True):
         for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
-            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4), (key, mine, theirs)
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4), (
+                key,
+                mine,
+                theirs,
+            )
     for step in (HALF, STEPS):
         folder = f"checkpoints/step-{step:06d}"
         assert_good(out / folder)
@@ -79,7 +85,9 @@ def test_it_is_the_run_of_one_rank(saved, ground):
         assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("degree, replicas", [(1, 2), (4, 1), *(heavy(*size) for size in ((2, 1), (1, 4)))])
+@pytest.mark.parametrize(
+    "degree, replicas", [(1, 2), (4, 1), *(heavy(*size) for size in ((2, 1), (1, 4)))]
+)
 def test_it_resumes_at_another_size(saved, ground, degree, replicas):
     name, out, expected = saved
     copy = ground.root / f"{name}-{degree}-{replicas}"
@@ -87,28 +95,56 @@ def test_it_resumes_at_another_size(saved, ground, degree, replicas):
     shutil.rmtree(copy / f"checkpoints/step-{STEPS:06d}")
     argv = flags(ground, copy, degree, replicas, *RUNS[name], "--resume_from_checkpoint")
     rows_each = ROWS // replicas
-    argv += [str(copy / f"checkpoints/step-{HALF:06d}"), "--gradient_accumulation_steps", "1"]
+    argv += [
+        str(copy / f"checkpoints/step-{HALF:06d}"),
+        "--gradient_accumulation_steps",
+        "1",
+    ]
     argv += ["--per_device_train_batch_size", str(rows_each)]
     run(degree * replicas, argv)
     assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
 
 
 def hashes(folder, pattern):
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
 
 
 def test_the_same_bytes_at_every_size(saved, ground):
-    """Adapter, merge ledger and merged model of one state, saved and exported by one rank and by others."""
+    """Adapter, merge ledger and merged model of one state, saved and exported by one rank
+    and by others.
+    """
     name, out, _ = saved
     hashed = []
     for degree, replicas in ((1, 1), (2, 1), (2, 2)):
         copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
         shutil.copytree(out, copy, symlinks=True)
-        argv = flags(ground, copy, degree, replicas, *RUNS[name], "--export_merged", "--max_steps", HALF)
-        run(degree * replicas, [*argv, "--resume_from_checkpoint", str(copy / f"checkpoints/step-{HALF:06d}")])
+        argv = flags(
+            ground,
+            copy,
+            degree,
+            replicas,
+            *RUNS[name],
+            "--export_merged",
+            "--max_steps",
+            HALF,
+        )
+        run(
+            degree * replicas,
+            [*argv, "--resume_from_checkpoint", str(copy / f"checkpoints/step-{HALF:06d}")],
+        )
         step = copy / f"checkpoints/step-{HALF:06d}"
         assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
-        hashed.append({**hashes(step, "adapter.*"), **hashes(step, "ledger/*"), **hashes(copy, "merged/*.safetensors")})
+        hashed.append(
+            {
+                **hashes(step, "adapter.*"),
+                **hashes(step, "ledger/*"),
+                **hashes(copy, "merged/*.safetensors"),
+            }
+        )
     assert len(hashed[0]) >= 5
     assert hashed[0] == hashed[1] == hashed[2]
 
@@ -134,7 +170,9 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
 
 @pytest.mark.heavy
 def test_the_launcher_runs_it(ground, tmp_path):
-    flags = ground.flags(tmp_path / "out", "--tensor_parallel_size 2 --max_steps 2 --log_level debug")
+    flags = ground.flags(
+        tmp_path / "out", "--tensor_parallel_size 2 --max_steps 2 --log_level debug"
+    )
     done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout

@@ -1,5 +1,5 @@
-"""Split rows, attended by documents, give what complete rows give densely: s = 2, 4 and 2 x 2 under ZeRO-3 follow one
-plain PyTorch process."""
+"""Split rows, attended by documents, give what complete rows give densely: s = 2, 4 and 2 x
+2 under ZeRO-3 follow one plain PyTorch process."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,9 @@ ROWS = 4
 ACCUMULATION = 2
 LENGTH = 24
 STEPS = 3
-"""Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
+"""Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of
+the tiny models), steps.
+"""
 LEARNING_RATE = 2e-3
 """Low: where queries and keys are normed, larger steps blow rounding up."""
 EVERYTHING = {"train_embeddings": True, "train_norms": True, "train_head": True}
@@ -48,19 +50,25 @@ class Case:
 
 
 def model_of(case):
-    return adapted_model(case.family, case.checkpointing, case.model, operator=case.operator, **case.adapter)
+    return adapted_model(
+        case.family, case.checkpointing, case.model, operator=case.operator, **case.adapter
+    )
 
 
 def batch_of(case, step):
-    """The global batch: documents that end anywhere, over boundaries between ranks too; a row without an end; padding.
-    Every rank draws all of it."""
+    """The global batch: documents that end anywhere, over boundaries between ranks too; a
+    row without an end; padding. Every rank draws all of it."""
     rows = ROWS * ACCUMULATION
     ids = tokens(rows, LENGTH + 1, seed=step)
     labels = ids[:, 1:].clone()
     positions = torch.arange(LENGTH).expand(rows, -1).clone()
     for row in range(rows) if case.documents else ():
         for begin in (
-            torch.randint(1, LENGTH, (row % 4,), generator=torch.Generator().manual_seed(row)).sort()[0].tolist()
+            torch.randint(
+                1, LENGTH, (row % 4,), generator=torch.Generator().manual_seed(row)
+            )
+            .sort()[0]
+            .tolist()
         ):
             positions[row, begin:] -= positions[row, begin].item()
             labels[row, begin - 1] = IGNORED
@@ -78,7 +86,9 @@ def plain_run(case):
 
     results = plain_steps(model, losses_of, STEPS, LEARNING_RATE)
     add_deltas(model, lambda square: square.data)
-    results["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
+    results["base"] = {
+        name: tensor.clone() for name, tensor in frozen_buffers(model).items()
+    }
     return results
 
 
@@ -111,24 +121,34 @@ def split_run(case, size):
             nll = token_nll(engine, local_batch)
             engine.backward(nll * ACCUMULATION * world / predicted)
             if step == 0 and index == ACCUMULATION - 1:
-                results["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+                results["gradients"] = {
+                    name: safe_get_full_grad(p).clone()
+                    for name, p in model.named_parameters()
+                }
             engine.step()
             total += nll.detach()
         dist.all_reduce(total)
         results["losses"].append(total.item() / predicted)
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = {name: zero.full_fp32(p).clone() for name, p in model.named_parameters()}
+    results["values"] = {
+        name: zero.full_fp32(p).clone() for name, p in model.named_parameters()
+    }
     add_deltas(model, lambda square: zero.full_fp32(square))
     base = frozen_buffers(model)
     results["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
-    results["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}
+    results["base"] = (
+        {name: tensor.clone() for name, tensor in base.items()}
+        if dist.get_rank() == 0
+        else {}
+    )
     return results
 
 
 def add_deltas(model, whole):
     for layer in mora_layers(model).values():
         delta = delta_weight(layer.spec, whole(layer.square))
-        layer.weight = layer.weight + (delta.T if layer.transposed else delta)  # processes may share it
+        # Processes may share it
+        layer.weight = layer.weight + (delta.T if layer.transposed else delta)
 
 
 def split_runs(cases, size):
@@ -156,7 +176,10 @@ def assert_equal_run(results, expected, case):
 
 @pytest.mark.parametrize(
     "ranks, size, case",
-    [(4, 4, Case("qwen2", "rotate", checkpointing=True)), (4, 2, Case("qwen3", "share", adapter=EVERYTHING))],
+    [
+        (4, 4, Case("qwen2", "rotate", checkpointing=True)),
+        (4, 2, Case("qwen3", "share", adapter=EVERYTHING)),
+    ],
     ids=["s4", "s2 x dp2"],
 )
 def test_split_rows_are_whole_rows(ranks, size, case):
@@ -182,7 +205,10 @@ EVERY_TWO = pairwise_cases(
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_two_of_family_operator_and_the_rest(group):
     chosen = [case for case in EVERY_TWO if case["group"] == group]
-    cases = [Case(**{name: value for name, value in case.items() if name != "group"}) for case in chosen]
+    cases = [
+        Case(**{name: value for name, value in case.items() if name != "group"})
+        for case in chosen
+    ]
     assert_equal_runs(cases, *group)
 
 

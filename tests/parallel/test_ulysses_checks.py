@@ -1,4 +1,6 @@
-"""What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
+"""What a model bound to sequence parallelism leaves alone, and what is refused before a
+step is made.
+"""
 
 import pytest
 import torch
@@ -25,9 +27,13 @@ LENGTH = 24
 
 
 def in_and_out_of_the_way():
-    """What a bound model, within `whole_rows`, and another model in the same process compute, against plain ones."""
+    """What a bound model, within `whole_rows`, and another model in the same process
+    compute, against plain ones.
+    """
     ids = tokens(3, LENGTH, seed=5)
-    plain, bound_one, unbound = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
+    plain, bound_one, unbound = (
+        prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3)
+    )
     expected = plain(input_ids=ids, use_cache=False).logits
     sequence = share_rows(bound_one, 2)
     assert sequence is bound(bound_one)
@@ -36,15 +42,24 @@ def in_and_out_of_the_way():
     errors = {}
     with torch.no_grad():
         local_batch = sequence.split({"input_ids": ids, "position_ids": positions})
-        mine = bound_one(**local_batch, use_cache=False).logits  # twice: what Ulysses leaves behind must not matter
+        # twice: what Ulysses leaves behind must not matter
+        mine = bound_one(**local_batch, use_cache=False).logits
         for number in range(2):
             with whole_rows(bound_one):
-                errors[f"whole {number}"] = (bound_one(input_ids=ids, use_cache=False).logits - expected).abs().max()
+                errors[f"whole {number}"] = (
+                    (bound_one(input_ids=ids, use_cache=False).logits - expected)
+                    .abs()
+                    .max()
+                )
             again = bound_one(**local_batch, use_cache=False).logits
             errors[f"again {number}"] = (again - mine).abs().max()
         if dist.get_rank() == 0:  # alone: nobody else takes part
-            errors["other"] = (unbound(input_ids=ids, use_cache=False).logits - expected).abs().max()
-        errors["split"] = (mine - sequence.split({"logits": expected})["logits"]).abs().max()
+            errors["other"] = (
+                (unbound(input_ids=ids, use_cache=False).logits - expected).abs().max()
+            )
+        errors["split"] = (
+            (mine - sequence.split({"logits": expected})["logits"]).abs().max()
+        )
     return {name: float(error) for name, error in errors.items()}
 
 
@@ -55,8 +70,13 @@ def test_whole_rows_and_models_that_are_not_bound():
 
 
 def handed_to_flash_attention():
-    """Largest difference of a split row's logits, with a stand-in for the kernel that reads its arguments."""
-    batch = {"input_ids": tokens(1, LENGTH, seed=5), "position_ids": torch.arange(LENGTH).expand(1, -1).clone()}
+    """Largest difference of a split row's logits, with a stand-in for the kernel that reads
+    its arguments.
+    """
+    batch = {
+        "input_ids": tokens(1, LENGTH, seed=5),
+        "position_ids": torch.arange(LENGTH).expand(1, -1).clone(),
+    }
     batch["position_ids"][0, 7:] -= 7
     model = tiny_model("mistral")
     expected = model(**batch, use_cache=False).logits
@@ -69,7 +89,9 @@ def handed_to_flash_attention():
         index = torch.arange(LENGTH)
         document = (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
         distance = index[:, None] - index
-        seen = (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
+        seen = (
+            (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
+        )
         return sdpa(module, query, key, value, seen[None, None], **told)
 
     ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
@@ -105,9 +127,15 @@ def part_of(rank):
 def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
     ids = tokens(3, LENGTH, seed=5)
     documents = object()
-    batches = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
+    batches = [
+        part_of(rank).split({"input_ids": ids, "documents": documents})
+        for rank in range(PARTS)
+    ]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches], dim=1), ids)
-    assert all(batch["documents"] is documents and batch["input_ids"].is_contiguous() for batch in batches)
+    assert all(
+        batch["documents"] is documents and batch["input_ids"].is_contiguous()
+        for batch in batches
+    )
 
 
 @pytest.mark.parametrize("rank", range(PARTS))
@@ -136,11 +164,23 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
     assert module.num_key_value_groups == 2
     assert not sequence.saw_window
     with pytest.raises(ValueError):
-        sequence.attend(lambda: None, module, query, key, key, fails=True, sliding_window=2, **told_layer)
+        sequence.attend(
+            lambda: None,
+            module,
+            query,
+            key,
+            key,
+            fails=True,
+            sliding_window=2,
+            **told_layer,
+        )
     assert module.num_key_value_groups == 2
     assert sequence.saw_window
     for wrong, words in (
-        ({**told_layer, "position_ids": None}, "does not pass its attention the position_ids"),
+        (
+            {**told_layer, "position_ids": None},
+            "does not pass its attention the position_ids",
+        ),
         ({**told_layer, "position_bias": sinks}, "has a position bias"),
     ):
         with user_error(words):
@@ -183,7 +223,9 @@ def test_what_a_config_tells(kind, values, size, message):
 
 
 def test_an_attention_that_reads_masks_is_not_split():
-    with user_error(r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"):
+    with user_error(
+        r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"
+    ):
         check_config(config_of("llama"), 2, "sdpa")
     check_config(config_of("llama"), 1, "sdpa")
 

@@ -1,4 +1,6 @@
-"""Complete runs with --sequence_parallel_size: batches, merges, evaluation, checkpoints are those of one process."""
+"""Complete runs with --sequence_parallel_size: batches, merges, evaluation, checkpoints are
+those of one process.
+"""
 
 import shutil
 from pathlib import Path
@@ -21,7 +23,12 @@ RUN = (
 
 
 def flags(user, out, ranks, size, *more):
-    shared = ("--sequence_parallel_size", size, "--per_device_train_batch_size", ROWS * size // ranks)
+    shared = (
+        "--sequence_parallel_size",
+        size,
+        "--per_device_train_batch_size",
+        ROWS * size // ranks,
+    )
     return user.flags(out, RUN, *shared, *more)
 
 
@@ -55,7 +62,10 @@ def assert_close(results, wanted, rel):
 
 def test_a_run_over_split_rows_and_on_at_one_rank(user, one, tmp_path, out):
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
-    assert "2 processes share every row; each computes 16 of its 32 tokens, and in attention 2 of 4" in told
+    assert (
+        "2 processes share every row; each computes 16 of its 32 tokens, and in attention 2 of 4"
+        in told
+    )
     assert_same_curve(out, one)
     assert read_json(out / "summary.json")["base_bytes_gathered"] == 0
     report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
@@ -76,7 +86,17 @@ def test_a_checkpoint_goes_on_at_any_size(user, one, tmp_path):
     assert_same_curve(first, one)
     for ranks, size in ((4, 4), (4, 1), (2, 2), (2, 1), (1, 1), (4, 2)):
         out = Path(shutil.copytree(first, tmp_path / f"{ranks}-{size}", symlinks=True))
-        run(ranks, flags(user, out, ranks, size, "--resume_from_checkpoint", out / "checkpoints/step-000003"))
+        run(
+            ranks,
+            flags(
+                user,
+                out,
+                ranks,
+                size,
+                "--resume_from_checkpoint",
+                out / "checkpoints/step-000003",
+            ),
+        )
         assert_close_losses(out, one, rtol=0, atol=1e-5)
         if (ranks, size) == (4, 2):
             assert curve(out) == curve(first), "at the same size: to the bit"
@@ -98,8 +118,8 @@ ZeRO-1 | --deepspeed configs/zero1.json
 
 
 def job_in_fp32(argv):
-    """`job`, where Muon makes gradients orthogonal in fp32. In bf16, as it does, a rounding of 1e-7 in a gradient
-    becomes one of 4e-4 in the norm of a MoRA matrix."""
+    """`job`, where Muon makes gradients orthogonal in fp32. In bf16, as it does, a rounding
+    of 1e-7 in a gradient becomes one of 4e-4 in the norm of a MoRA matrix."""
     from deepspeed.runtime.zero.muon import original_muon
 
     original_muon.ns_compute_dtype = lambda method: torch.float32
@@ -112,7 +132,9 @@ def test_variants(user, tmp_path, variant, more):
     ours = tmp_path / "split"
     theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
-        summary = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *more.split()))[0]
+        summary = run_ranks(
+            ranks, job_in_fp32, flags(user, out, ranks, size, *more.split())
+        )[0]
         assert summary["perplexity_before"]
     if variant == "none":
         one, two = (read_json(out / "summary.json") for out in (theirs, ours))

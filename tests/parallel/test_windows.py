@@ -1,4 +1,6 @@
-"""Windows concatenated, or summed, are the operator: outputs, gradients and formed weights."""
+"""Windows concatenated, or summed, are the operator: outputs, gradients and formed
+weights.
+"""
 
 from itertools import pairwise
 
@@ -7,16 +9,33 @@ import torch
 from torch.testing import assert_close
 
 from mora_ds.adapters.ops.linear import LayerProducts
-from mora_ds.adapters.ops.mora import OperatorSpec, collect, effective_weight, fold_input, mora_update
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    collect,
+    effective_weight,
+    fold_input,
+    mora_update,
+)
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.parallel.windows import Window
 
 SHAPES = [(24, 40, 10), (40, 24, 10), (24, 24, 8), (24, 40, 32), (17, 23, 6)]
 KINDS = [
-    *((kind, grouping) for kind in OperatorKind for grouping in (Grouping.PLAIN, Grouping.PERMUTED)),
-    *((OperatorKind.SHARE, grouping) for grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)),
+    *(
+        (kind, grouping)
+        for kind in OperatorKind
+        for grouping in (Grouping.PLAIN, Grouping.PERMUTED)
+    ),
+    *(
+        (OperatorKind.SHARE, grouping)
+        for grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
+    ),
 ]
-SPECS = [OperatorSpec(kind, *shape, grouping, seed=3) for kind, grouping in KINDS for shape in SHAPES]
+SPECS = [
+    OperatorSpec(kind, *shape, grouping, seed=3)
+    for kind, grouping in KINDS
+    for shape in SHAPES
+]
 PARTS = 3
 
 
@@ -25,7 +44,9 @@ def bounds(size):
 
 
 def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -42,7 +63,9 @@ def test_windows_make_up_the_operator(spec):
         formed = effective_weight(spec, square, weight)
         for windows in (colwise, rowwise):
             results = [computed(window, weight, square, x, g) for window in windows]
-            outputs, gradients, of_square, of_square_by_weight, weights = zip(*results, strict=True)
+            outputs, gradients, of_square, of_square_by_weight, weights = zip(
+                *results, strict=True
+            )
             is_colwise = windows is colwise
             assert_close(joined(outputs, is_colwise), y)
             assert_close(joined(gradients, not is_colwise), g_x)
@@ -52,7 +75,9 @@ def test_windows_make_up_the_operator(spec):
 
 
 def computed(window, weight, square, x, g):
-    """Of a window: output, gradients of its inputs and of M on either path, and the weight that it forms."""
+    """Of a window: output, gradients of its inputs and of M on either path, and the weight
+    that it forms.
+    """
     products = LayerProducts(window)
     x = x[:, slice(*window.inputs)]
     g = g[:, slice(*window.outputs)].contiguous()

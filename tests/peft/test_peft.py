@@ -1,4 +1,6 @@
-"""MoRA as a method of PEFT: the numbers of mora_ds's own layers, through PEFT's own functions."""
+"""MoRA as a method of PEFT: the numbers of mora_ds's own layers, through PEFT's own
+functions.
+"""
 
 import json
 
@@ -26,7 +28,11 @@ IDS = tokens(3)
 def layers(model):
     """Name in the base model -> layer."""
     inner = model.base_model.model if hasattr(model, "peft_config") else model
-    return {name: module for name, module in inner.named_modules() if isinstance(module, MoraLinear)}
+    return {
+        name: module
+        for name, module in inner.named_modules()
+        if isinstance(module, MoraLinear)
+    }
 
 
 def fill(model, adapter, seed):
@@ -59,13 +65,17 @@ def test_logits_and_gradients_are_those_of_our_layers(family, operator):
     assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     for name, layer in mora_layers(ours).items():
         assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
-    trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    trained = {
+        name for name, parameter in theirs.named_parameters() if parameter.requires_grad
+    }
     assert len(trained) == len(squares)
     assert all("mora_square.default" in name for name in trained)
 
 
 def test_an_adapter_is_saved_and_loaded(tmp_path):
-    model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj", "down_proj"], seed=7))
+    model = get_peft_model(
+        tiny_model(), MoraConfig(r=4, target_modules=["q_proj", "down_proj"], seed=7)
+    )
     fill(model, "default", seed=1)
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -97,8 +107,12 @@ def test_merging_keeps_the_model(family, dtype):
 
 
 def test_a_merge_is_summed_in_fp32_and_can_be_refused():
-    """Updates below the rounding of bf16 add up, whatever their number; NaN leaves the weight as it was."""
-    model = get_peft_model(tiny_model(dtype=torch.bfloat16), MoraConfig(r=4), adapter_name="a0")
+    """Updates below the rounding of bf16 add up, whatever their number; NaN leaves the
+    weight as it was.
+    """
+    model = get_peft_model(
+        tiny_model(dtype=torch.bfloat16), MoraConfig(r=4), adapter_name="a0"
+    )
     names = [f"a{number}" for number in range(4)]
     for name in names[1:]:
         model.add_adapter(name, MoraConfig(r=4))
@@ -133,7 +147,9 @@ def test_a_config_means_what_it_does_in_a_run():
     model = get_peft_model(tiny_model(), MoraConfig(r=4, cycle=2, mora_dropout=0.5))
     fill(model, "default", seed=1)
     (name, layer), *_ = layers(model).items()
-    assert layer.mora_spec["default"] == mora_ds.MoRAConfig(rank=4).operator_for(name, 32, 32, 2)
+    assert layer.mora_spec["default"] == mora_ds.MoRAConfig(rank=4).operator_for(
+        name, 32, 32, 2
+    )
     x = torch.ones(3, 32)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x)), "dropout"
@@ -160,7 +176,9 @@ def test_several_adapters_are_chosen_by_name(tmp_path):
     model.set_adapter("physics")
     physics = logits(model)
     assert not torch.equal(law, physics)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     assert trained
     assert all("physics" in name for name in trained)
     with user_error("adapter_names: all rows of a batch have the same MoRA adapters"):
@@ -177,16 +195,27 @@ def test_several_adapters_are_chosen_by_name(tmp_path):
     loaded.delete_adapter("law")
     assert torch.equal(logits(loaded), physics)
     for layer in layers(loaded).values():
-        assert [*layer.mora_spec] == [*layer.mora_dropout] == [*layer.mora_square] == ["physics"]
+        assert (
+            [*layer.mora_spec]
+            == [*layer.mora_dropout]
+            == [*layer.mora_square]
+            == ["physics"]
+        )
 
 
 def test_a_further_adapter_is_trained_once_it_is_chosen():
     """Whether its modules have an adapter already, or not."""
 
     def trained_by(model):
-        return {name.split(".")[-3] + name[-2:] for name, value in model.named_parameters() if value.requires_grad}
+        return {
+            name.split(".")[-3] + name[-2:]
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
 
-    model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj"]), adapter_name="x")
+    model = get_peft_model(
+        tiny_model(), MoraConfig(r=4, target_modules=["q_proj"]), adapter_name="x"
+    )
     model.add_adapter("y", MoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     assert trained_by(model) == {"q_proj.x"}
     model.set_adapter("y")
@@ -213,7 +242,9 @@ TYPES = """
 
 @pytest.mark.parametrize("settings, message", rows(TYPES))
 def test_values_of_another_type_are_named(tmp_path, settings, message):
-    """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
+    """Those of adapter_config.json too, whose matrices would else be read under other
+    permutations, or not at all.
+    """
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**read_json(path), **parsed(settings)}))
@@ -227,7 +258,9 @@ def test_wrong_settings_are_named():
     with user_error("embed_tokens"):
         get_peft_model(tiny_model(), MoraConfig(target_modules=["embed_tokens"]))
     model = tiny_model()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(
+        model.lm_head.weight.to(torch.int8), requires_grad=False
+    )
     with user_error("Conv1D with floating-point weights"):
         get_peft_model(model, MoraConfig(target_modules=["lm_head"]))
     with user_error("MoRA adapts"):
@@ -239,14 +272,19 @@ def trained(world):
     """Three steps over the same six rows, however many processes share them."""
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4
+    )
     rank = dist.get_rank() if world > 1 else 0
     for step in range(3):
         rows = tokens(6, seed=step)[rank * (6 // world) :][: 6 // world]
         causal_loss(wrapped, rows).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: layer.mora_square["default"].detach().clone() for name, layer in layers(model).items()}
+    return {
+        name: layer.mora_square["default"].detach().clone()
+        for name, layer in layers(model).items()
+    }
 
 
 def test_two_processes_under_ddp_train_as_one():

@@ -1,4 +1,6 @@
-"""--dry_run: a plan from the flags and the model's config, which says what a run says at its start."""
+"""--dry_run: a plan from the flags and the model's config, which says what a run says at
+its start.
+"""
 
 import json
 
@@ -33,11 +35,15 @@ def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path):
 def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path):
     """The meta device has torch's grouped product of experts in bf16 alone."""
     flags = dry_run_of(tmp_path, "mixtral")
-    with user_error(r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"):
+    with user_error(
+        r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"
+    ):
         planned(parse(flags), world=1)
     planned(parse([*flags, "--bf16"]), world=1)
     with user_error(r"cannot be planned .*FlexAttention is only supported on"):
-        planned(parse([*flags, "--bf16", "--attn_implementation", "flex_attention"]), world=1)
+        planned(
+            parse([*flags, "--bf16", "--attn_implementation", "flex_attention"]), world=1
+        )
 
 
 def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path, monkeypatch):

@@ -12,13 +12,24 @@ from mora_ds.planning.report import as_json, report
 from mora_ds.planning.step import Work
 from tests.helpers.errors import user_error
 
-SIZES = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 6, "num_attention_heads": 32}
+SIZES = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
+}
 
 
 def planner(cluster):
-    config = AutoConfig.for_model("llama", **SIZES, vocab_size=32000, max_position_embeddings=4096)
-    completed = complete_ds_config({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1])
-    return Planner(Work(config, MoRAConfig(rank=8, operator="share"), 1024), cluster, completed)
+    config = AutoConfig.for_model(
+        "llama", **SIZES, vocab_size=32000, max_position_embeddings=4096
+    )
+    completed = complete_ds_config(
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1]
+    )
+    return Planner(
+        Work(config, MoRAConfig(rank=8, operator="share"), 1024), cluster, completed
+    )
 
 
 def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it():

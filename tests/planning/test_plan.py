@@ -1,4 +1,6 @@
-"""Planned against done: what a micro-batch keeps, what a rank holds, what ZeRO-3 gathers."""
+"""Planned against done: what a micro-batch keeps, what a rank holds, what ZeRO-3
+gathers.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -19,7 +21,13 @@ from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Planner, recommend
 from mora_ds.planning.report import report
-from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
+from mora_ds.planning.step import (
+    Work,
+    measure_step,
+    planned_model,
+    step_memory,
+    with_layers,
+)
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, enable_checkpointing, tiny_model, tokens
@@ -61,14 +69,25 @@ def test_activations_are_those_that_autograd_saves(family, packed):
 
 
 @pytest.mark.parametrize(
-    "family, by_documents", [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)]
+    "family, by_documents",
+    [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(monkeypatch, family, checkpointing, by_documents):
-    """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention by documents."""
+def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
+    monkeypatch, family, checkpointing, by_documents
+):
+    """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention
+    by documents.
+    """
     as_on_a_cpu(monkeypatch)
-    dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
-    compare(work_of(family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents), family)
+    # Torch has no grouped product of fp32 shapes
+    dtype = torch.bfloat16 if family == "mixtral" else torch.float32
+    compare(
+        work_of(
+            family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents
+        ),
+        family,
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -79,7 +98,9 @@ def test_adapted_experts_take_what_is_planned(monkeypatch, checkpointing):
 
 
 def as_on_a_cpu(monkeypatch):
-    """Without a device sums go the way of a GPU: here planned and real ones take that of a CPU."""
+    """Without a device sums go the way of a GPU: here planned and real ones take that of a
+    CPU.
+    """
     monkeypatch.setattr(mora, "on_cpu", lambda x: True)
 
 
@@ -117,12 +138,16 @@ def test_deep_models_are_measured_by_shallow_ones(checkpointing):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
         work.config.num_hidden_layers = 9
         if getattr(work.config, "layer_types", None):
-            work.config.layer_types = [("sliding_attention", "full_attention")[index % 2] for index in range(9)]
+            work.config.layer_types = [
+                ("sliding_attention", "full_attention")[index % 2] for index in range(9)
+            ]
         assert step_memory(work) == measure_step(planned_model(work), work)
 
 
 def test_ranks_that_share_work_keep_less():
-    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 4})
+    config = AutoConfig.for_model(
+        "llama", **{**FAMILIES["llama"], "num_key_value_heads": 4}
+    )
     alone = Work(config, ADAPTER, 64, 2, by_documents=True)
     saved = step_memory(alone).saved
     for changes in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
@@ -159,33 +184,48 @@ def ds_config(accumulation, settings, bf16=False):
 
 
 def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=False):
-    """Of one step of this rank, the third micro-batch or a later one, and what the engine holds after it."""
+    """Of one step of this rank, the third micro-batch or a later one, and what the engine
+    holds after it.
+    """
     model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
     if checkpointing:
         enable_checkpointing(model)
     inject(model, ADAPTER)
     chunk_loss(model)
     config = ds_config(accumulation, settings, bf16)
-    engine, optimizer, *_ = initialize(model=model, config=config, base_on_host=base_on_host)
+    engine, optimizer, *_ = initialize(
+        model=model, config=config, base_on_host=base_on_host
+    )
     ring = ring_of(model)
     copied = 0
     slots, on_host = (ring.slots, names_on_host(model)) if ring else ([], set())
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting():
-        for _ in range(3):  # ZeRO-3 knows the order of modules from the third micro-batch on
+        # ZeRO-3 knows the order of modules from the third micro-batch on
+        for _ in range(3):
             counter.reset()
             copied = ring.copied if ring else 0
             for _ in range(accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
     moments = [value for key, value in state_tensors(engine, 0) if key != "step"]
-    masters = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in optimizer.fp32_partitioned_groups_flat}
-    masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)  # an upgrade might share them in fp32
+    masters = {
+        tensor.untyped_storage()._cdata: tensor.nbytes
+        for tensor in optimizer.fp32_partitioned_groups_flat
+    }
+    # An upgrade might share them in fp32
+    masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)
     return {
         "gathered": counter.gathered_bytes,
         "reduced": counter.bytes["reduce_scatter_tensor"],
         "base_sent": counter.base_bytes,
-        "base": sum({id(t): t.nbytes for name, t in frozen_buffers(model).items() if name not in on_host}.values())
+        "base": sum(
+            {
+                id(t): t.nbytes
+                for name, t in frozen_buffers(model).items()
+                if name not in on_host
+            }.values()
+        )
         + sum(slot.nbytes for slot in slots),
         "copied": ring.copied - copied if ring else 0,
         "squares": optimizer.lp_param_buffer.nbytes,
@@ -210,7 +250,9 @@ def plan_for(
 ):
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    work = Work(config, ADAPTER, LENGTH, ROWS, dtype, checkpointing, base_on_host=base_on_host)
+    work = Work(
+        config, ADAPTER, LENGTH, ROWS, dtype, checkpointing, base_on_host=base_on_host
+    )
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
     completed = complete_ds_config(ds_config(accumulation, settings, bf16), numels)
     return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
@@ -220,7 +262,8 @@ def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
     few, many = (plan_for(ranks, False, 1, {P: 100_000}) for ranks in (2, 8))
     whole = sum(many.trained.numels) * 4
     assert many.trained.persistent == many.trained.numels
-    assert few.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)  # three temporary tensors of a half
+    # Three temporary tensors of a half
+    assert few.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)
     assert many.memory.optimizer_step == whole
 
 
@@ -238,10 +281,13 @@ def assert_as_planned(plan, measured_bytes, case):
     if REUSE in case[2]:
         exact_to += 2 * plan.trained.layer * plan.trained.bytes_each
     assert measured_bytes["gathered"] == pytest.approx(plan.gathered, abs=exact_to), case
-    assert (measured_bytes["reduced"], measured_bytes["base_sent"]) == (plan.reduced, 0), case
+    assert (measured_bytes["reduced"], measured_bytes["base_sent"]) == (plan.reduced, 0), (
+        case
+    )
     memory = plan.memory
     assert plan.copied == measured_bytes["copied"], case
-    assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case  # with the rotary frequencies
+    # With the rotary frequencies
+    assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case
     for name in ("squares", "masters", "moments", "gradients", "bucket"):
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
@@ -257,8 +303,16 @@ def test_what_ranks_hold_and_gather_is_what_was_planned(ranks, cases):
 
 
 def llama(**changes):
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    return AutoConfig.for_model("llama", **{**sizes, "vocab_size": 32000, "max_position_embeddings": 4096, **changes})
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    return AutoConfig.for_model(
+        "llama",
+        **{**sizes, "vocab_size": 32000, "max_position_embeddings": 4096, **changes},
+    )
 
 
 def planner(cluster, config=None, seq_len=1024):
@@ -266,7 +320,9 @@ def planner(cluster, config=None, seq_len=1024):
     completed = complete_ds_config(settings, [1])
     for key in ("reduce_bucket_size", "allgather_bucket_size", PREFETCH, P):
         completed["zero_optimization"][key] = "auto"
-    return Planner(Work(config or llama(num_hidden_layers=6), ADAPTER, seq_len), cluster, completed)
+    return Planner(
+        Work(config or llama(num_hidden_layers=6), ADAPTER, seq_len), cluster, completed
+    )
 
 
 def test_a_recommendation_fits_and_the_next_size_does_not():
@@ -274,7 +330,9 @@ def test_a_recommendation_fits_and_the_next_size_does_not():
     plan = recommend(gpu_planner)
     assert plan is not None
     assert plan.fits
-    assert not gpu_planner.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
+    assert not gpu_planner.plan(
+        micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing
+    ).fits
 
 
 def test_little_memory_takes_checkpointing():

@@ -14,12 +14,18 @@ ADAPTER = MoRAConfig(rank=4, operator="share")
 
 
 def work(**changes):
-    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1})
-    return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes)
+    config = AutoConfig.for_model(
+        "llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1}
+    )
+    return replace(
+        Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes
+    )
 
 
 def planner(cluster, **changes):
-    completed = complete_ds_config({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1])
+    completed = complete_ds_config(
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1]
+    )
     return Planner(work(**changes), cluster, completed)
 
 

@@ -1,4 +1,6 @@
-"""What a step is planned from: figures of a config, layers that repeat, and weights that are copied from the host."""
+"""What a step is planned from: figures of a config, layers that repeat, and weights that
+are copied from the host.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +22,51 @@ def config_of(**values):
 
 
 def test_ranks_that_share_rows_have_a_part_of_the_tokens():
-    work = Work(config_of(num_hidden_layers=3), None, seq_len=30, micro_batch=4, sequence_parallel=2)
+    work = Work(
+        config_of(num_hidden_layers=3), None, seq_len=30, micro_batch=4, sequence_parallel=2
+    )
     assert (work.tokens, work.layers) == (60, 3)
 
 
-@pytest.mark.parametrize("buffers, on_device, copied", [(1, 40, 150), (2, 80, 100), (4, 160, 0)])
+@pytest.mark.parametrize(
+    "buffers, on_device, copied", [(1, 40, 150), (2, 80, 100), (4, 160, 0)]
+)
 def test_layers_that_are_there_are_not_copied(buffers, on_device, copied):
-    """The first ones from the end of the last backward pass, the last ones from the end of forward."""
+    """The first ones from the end of the last backward pass, the last ones from the end of
+    forward.
+    """
     streamed = Streamed((10, 20, 30, 40), buffers, 40)
     assert (streamed.total, streamed.on_device, streamed.copied) == (100, on_device, copied)
 
 
 @pytest.mark.parametrize(
     "kinds, period",
-    [("aaaaa", 1), ("abab", 2), ("ababa", 2), ("abbabb", 3), ("abba", 3), ("abc", 3), ("aab", 3), ("a", 1)],
+    [
+        ("aaaaa", 1),
+        ("abab", 2),
+        ("ababa", 2),
+        ("abbabb", 3),
+        ("abba", 3),
+        ("abc", 3),
+        ("aab", 3),
+        ("a", 1),
+    ],
 )
 def test_kinds_of_layers_repeat(kinds, period):
-    assert layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds))) == period
+    assert (
+        layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds)))
+        == period
+    )
 
 
 def test_layers_that_differ_in_their_experts_do_not_repeat():
     assert layer_period(config_of(num_hidden_layers=6)) == 1
-    assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])) == 1
+    assert (
+        layer_period(
+            config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])
+        )
+        == 1
+    )
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
     assert layer_period(config_of(num_hidden_layers=6, mlp_only_layers=[1])) == 6
     assert layer_period(config_of(num_hidden_layers=6, first_k_dense_replace=1)) == 6

@@ -17,11 +17,15 @@ LENGTH = 32
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
     model = tiny_model(family)
-    model.set_attn_implementation("eager")  # torch counts no attention of a CPU's own kernel
+    # Torch counts no attention of a CPU's own kernel
+    model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         causal_loss(model, tokens(1, LENGTH)).backward()
     config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     all_scores = 12 * config.num_hidden_layers * config.num_attention_heads * size * LENGTH
     # torch counts attention without its mask: twice what a causal kernel computes
     assert token_flops(model, LENGTH) == counter.get_total_flops() / LENGTH - all_scores / 2
@@ -40,12 +44,16 @@ def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator):
 
 
 def test_a_token_takes_the_experts_that_it_has():
-    """Two of eight, whose weights are two projections of 32 to 48 and 24 to 32 numbers in each of two layers."""
+    """Two of eight, whose weights are two projections of 32 to 48 and 24 to 32 numbers in
+    each of two layers.
+    """
     model = tiny_model("qwen3_moe")
     inject(model, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
     stacks = [layer for layer in mora_layers(model).values() if layer.spec.is_stack]
     with_experts = token_flops(model, LENGTH)
-    matrices = sum(2 * layer.value[0].numel() * layer.spec.operator.blocks for layer in stacks)
+    matrices = sum(
+        2 * layer.value[0].numel() * layer.spec.operator.blocks for layer in stacks
+    )
     for layer in stacks:
         layer.experts_per_token = 4
     added = 2 * 2 * (32 * 48 + 24 * 32)
@@ -53,7 +61,9 @@ def test_a_token_takes_the_experts_that_it_has():
 
 
 def test_a_config_of_any_type_is_counted():
-    """Some say no heads, or other ones in each layer, which transformers refuses to give."""
+    """Some say no heads, or other ones in each layer, which transformers refuses to
+    give.
+    """
     attention = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         model = nn.Module()

@@ -1,4 +1,6 @@
-"""The ledger: what it holds, what it refuses, what a kill leaves, and the one function that forms live weights."""
+"""The ledger: what it holds, what it refuses, what a kill leaves, and the one function that
+forms live weights.
+"""
 
 import hashlib
 import json
@@ -27,7 +29,9 @@ BASE = "f" * 64
 
 def append(ledger, modules=("a.q", "a.v")):
     layers = layers_of(ledger.cycles, modules)
-    ledger.append(100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items())
+    ledger.append(
+        100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items()
+    )
 
 
 @pytest.fixture
@@ -76,7 +80,9 @@ def test_layer_that_joins_late(tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     append(ledger)
     append(ledger, ("a.q", "b.q"))
-    assert [len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")] == [2, 1, 1, 0]
+    assert [
+        len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")
+    ] == [2, 1, 1, 0]
 
 
 def test_a_snapshot_stays_as_it_is(folder):
@@ -108,8 +114,14 @@ def exchange(folder):
     [
         (flip, "cycle-00001.safetensors is damaged: its sha256"),
         (exchange, "cycle-00000.safetensors"),
-        (lambda folder: os.truncate(folder / "cycle-00001.safetensors", 700), "cycle-00001.safetensors has 700 bytes"),
-        (lambda folder: (folder / "cycle-00002.safetensors").unlink(), "cycle-00002.safetensors is missing"),
+        (
+            lambda folder: os.truncate(folder / "cycle-00001.safetensors", 700),
+            "cycle-00001.safetensors has 700 bytes",
+        ),
+        (
+            lambda folder: (folder / "cycle-00002.safetensors").unlink(),
+            "cycle-00002.safetensors is missing",
+        ),
         (lambda folder: (folder / "ledger.json").unlink(), "ledger.json is missing"),
         (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
     ],
@@ -144,8 +156,14 @@ def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
 def test_matrices_that_are_not_those_of_the_header_are_named(folder):
     ledger = Ledger.open(folder)
     for layers, words in (
-        (layers_of(1, ("a.q",)), r"cycle-00001\.safetensors does not hold the matrices that its header lists"),
-        ({name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}, r"a\.q\.square is not fp32 \(8, 8\)"),
+        (
+            layers_of(1, ("a.q",)),
+            r"cycle-00001\.safetensors does not hold the matrices that its header lists",
+        ),
+        (
+            {name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")},
+            r"a\.q\.square is not fp32 \(8, 8\)",
+        ),
     ):
         ledger._layers[1] = layers
         with user_error(words):
@@ -241,7 +259,9 @@ def test_process_killed_while_writing(folder):
 def test_copy_is_made_of_links_and_lives_on_its_own(folder, tmp_path):
     ledger = Ledger.open(folder)
     copy = ledger.copy_to(tmp_path / "copy")
-    assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
+    assert (copy.folder / "cycle-00000.safetensors").samefile(
+        folder / "cycle-00000.safetensors"
+    )
     append(shortened(folder, 1), ("b.q",))
     assert Ledger.open(copy.folder, BASE).cycles == 3
     assert Ledger.open(folder).cycles == 2
@@ -283,16 +303,23 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_as_fp32", [False, True])
 def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_as_fp32):
-    """An original that is stored in fp32 is not rounded to the run's dtype before the deltas are added."""
+    """An original that is stored in fp32 is not rounded to the run's dtype before the
+    deltas are added.
+    """
     generator = torch.Generator().manual_seed(0)
-    specs = [OperatorSpec(kind, 20, 12, 6, Grouping.PERMUTED, i) for i, kind in enumerate(OperatorKind)]
+    specs = [
+        OperatorSpec(kind, 20, 12, 6, Grouping.PERMUTED, i)
+        for i, kind in enumerate(OperatorKind)
+    ]
     updates = [(spec, torch.randn(6, 6, generator=generator)) for spec in specs]
     original = torch.randn((20, 12) if transposed else (12, 20), generator=generator)
     original = original if stored_as_fp32 else original.to(dtype)
     before = original.clone()
     expected = original.float()
     for spec, square in updates:
-        expected = expected + (delta_weight(spec, square).T if transposed else delta_weight(spec, square))
+        expected = expected + (
+            delta_weight(spec, square).T if transposed else delta_weight(spec, square)
+        )
     live = live_weight(original, iter(updates), transposed, dtype)
     assert live.dtype == dtype
     assert torch.equal(live, expected.to(dtype))
@@ -303,7 +330,11 @@ def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_
 
 def test_live_weight_has_the_same_bits_for_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
-    specs = [OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind]
+    specs = [
+        OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind
+    ]
     updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]
     original = torch.randn(500, 700, generator=generator)
-    assert_same_bits_for_every_number_of_threads(lambda: live_weight(original, updates, False, torch.float32))
+    assert_same_bits_for_every_number_of_threads(
+        lambda: live_weight(original, updates, False, torch.float32)
+    )

@@ -1,4 +1,6 @@
-"""Merging, many times over: the live base is the replayed ledger bit for bit, and every reset does what it says."""
+"""Merging, many times over: the live base is the replayed ledger bit for bit, and every
+reset does what it says.
+"""
 
 import math
 from pathlib import Path
@@ -28,19 +30,30 @@ HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
     "world, dtype, merges",
     [(2, "float32", 20), *(heavy(*case) for case in HEAVY)],
 )
-def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path, world, dtype, merges):
+def test_after_many_merges_every_rank_holds_the_replayed_ledger(
+    tmp_path, world, dtype, merges
+):
     ranks = run_pooled(world, merging_run, str(tmp_path), dtype, merges)
     ledger = Ledger.open(tmp_path / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == merges
     for name, weight in ranks[0]["weights"].items():
-        replayed = summed(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
+        replayed = summed(
+            base.read(f"{name}.weight"),
+            ledger.squares_of(name),
+            False,
+            getattr(torch, dtype),
+        )
         assert not torch.equal(replayed, base.read(f"{name}.weight"))
         for result in ranks:
             assert torch.equal(result["weights"][name], replayed), name
         assert torch.equal(weight, replayed)
     for cycle, report in enumerate(ranks[0]["reports"]):
-        assert (report["cycle"], report["step"], report["layers"]) == (cycle, cycle + 1, len(ranks[0]["weights"]))
+        assert (report["cycle"], report["step"], report["layers"]) == (
+            cycle,
+            cycle + 1,
+            len(ranks[0]["weights"]),
+        )
         tolerance = 1e-6 if dtype == "float32" else 2e-2
         assert report["loss_after"] == pytest.approx(report["loss_before"], abs=tolerance)
         assert (report["rounding_loss"] == 0.0) == (dtype == "float32")
@@ -54,23 +67,39 @@ def norm(tensors):
 def check_norms(report, base, ledger):
     """Those of the first merge; returns its deltas."""
     entries = ledger.layers(0)
-    deltas = [entry.operator.delta_weight(ledger.square(0, name)) for name, entry in entries.items()]
-    assert report["square_norm"] == pytest.approx(norm(ledger.square(0, name) for name in entries), rel=1e-5)
+    deltas = [
+        entry.operator.delta_weight(ledger.square(0, name))
+        for name, entry in entries.items()
+    ]
+    assert report["square_norm"] == pytest.approx(
+        norm(ledger.square(0, name) for name in entries), rel=1e-5
+    )
     assert report["delta_norm"] == pytest.approx(norm(deltas), rel=1e-5)
-    assert report["weight_norm"] == pytest.approx(norm(base.read(f"{name}.weight") for name in entries), rel=1e-5)
+    assert report["weight_norm"] == pytest.approx(
+        norm(base.read(f"{name}.weight") for name in entries), rel=1e-5
+    )
     return deltas
 
 
 def one_merge_each(folder):
-    return {dtype: merging_run(f"{folder}/{dtype}", dtype, 1) for dtype in ("float32", "bfloat16")}
+    return {
+        dtype: merging_run(f"{folder}/{dtype}", dtype, 1)
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 def check_rounding(results, folder):
     """What bf16 does not take up of a merge."""
-    (report,), base, ledger = results["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
+    (report,), base, ledger = (
+        results["reports"],
+        BaseCheckpoint.open(folder / "base"),
+        Ledger.open(folder / "ledger"),
+    )
     deltas = check_norms(report, base, ledger)
     lost = [
-        results["weights"][name].double() - base.read(f"{name}.weight").double() - delta.double()
+        results["weights"][name].double()
+        - base.read(f"{name}.weight").double()
+        - delta.double()
         for name, delta in zip(ledger.layers(0), deltas, strict=True)
     ]
     assert report["rounding_loss"] == pytest.approx(norm(lost) / norm(deltas), rel=1e-4)
@@ -106,7 +135,9 @@ def moved_probe(folder):
 
 
 def test_what_a_probe_may_move_by():
-    """A share of a loss above 1, which depends on the dtype of the weights; and never to what is no number."""
+    """A share of a loss above 1, which depends on the dtype of the weights; and never to
+    what is no number.
+    """
     for dtype, bits, share in (
         (torch.float32, 16, 1e-4), (torch.float16, 16, 1e-2), (torch.bfloat16, 16, 3e-2), (torch.float32, 8, 3e-2),
     ):  # fmt: skip

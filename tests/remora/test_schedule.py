@@ -36,7 +36,11 @@ def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero():
 
 @pytest.mark.parametrize(
     "kind, middle, end",
-    [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
+    [
+        (ScheduleKind.LINEAR, 0.6, 0.2),
+        (ScheduleKind.COSINE, 0.6, 0.2),
+        (ScheduleKind.CONSTANT, 1.0, 1.0),
+    ],
 )
 def test_global_curve_at_its_corners(kind, middle, end):
     schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
@@ -62,7 +66,9 @@ def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not(
     assert merge_steps(dataclasses.replace(JAGGED, total_steps=80)) == [25, 50, 75]
     short = dataclasses.replace(JAGGED, total_steps=79)
     assert merge_steps(short) == [25, 50]
-    assert short.learning_rate(75, [25, 50]) == short.curve(75), "without a merge there is no ramp"
+    assert short.learning_rate(75, [25, 50]) == short.curve(75), (
+        "without a merge there is no ramp"
+    )
 
 
 def test_no_merge_before_the_first_warmup_ends():
@@ -79,16 +85,26 @@ def test_nothing_is_merged_at_interval_zero():
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
 def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind):
-    for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)):
+    for total, warmup, every, ramp in itertools.product(
+        (7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)
+    ):
         if every <= ramp:
             continue
         schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
         ramped = {merge + k for merge in merge_steps(schedule) for k in range(ramp)}
         for step in range(total):
             rate = schedule.learning_rate(step, merge_steps(schedule))
-            assert 0 < rate < schedule.curve(step) if step in ramped else rate == schedule.curve(step)
-        assert all(done + ramp < total for done in merge_steps(schedule)), "each cycle reaches the curve"
-        assert merge_steps(schedule) == [done for done in range(total + 1) if schedule.merges_after(done)]
+            assert (
+                0 < rate < schedule.curve(step)
+                if step in ramped
+                else rate == schedule.curve(step)
+            )
+        assert all(done + ramp < total for done in merge_steps(schedule)), (
+            "each cycle reaches the curve"
+        )
+        assert merge_steps(schedule) == [
+            done for done in range(total + 1) if schedule.merges_after(done)
+        ]
 
 
 def test_names_of_schedules():
@@ -99,14 +115,21 @@ def test_names_of_schedules():
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(UserError) as caught:
-        Schedule(ScheduleKind.LINEAR, peak=1.0, total_steps=5, warmup_steps=5, merge_every=3)
+        Schedule(
+            ScheduleKind.LINEAR, peak=1.0, total_steps=5, warmup_steps=5, merge_every=3
+        )
     for flag in ("--warmup_steps", "--merge_every"):
         assert flag in str(caught.value)
 
 
 def test_warmup_stable_decay_stays_then_falls_in_a_straight_line():
     schedule = Schedule(
-        schedule_kind("wsd"), peak=1.0, total_steps=110, warmup_steps=10, min_ratio=0.1, decay_ratio=0.25
+        schedule_kind("wsd"),
+        peak=1.0,
+        total_steps=110,
+        warmup_steps=10,
+        min_ratio=0.1,
+        decay_ratio=0.25,
     )
     assert [schedule.learning_rate(step) for step in (10, 50, 85)] == [1.0, 1.0, 1.0]
     assert schedule.learning_rate(97) == pytest.approx(0.1 + 0.9 * (1 - 87 / 100) / 0.25)
@@ -123,7 +146,13 @@ def test_defaults_are_those_of_the_flags():
 
 def test_merges_still_to_come():
     """None within the first warm-up, nor so late that its re-warmup would not end."""
-    schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
+    schedule = Schedule(
+        ScheduleKind.COSINE,
+        peak=1.0,
+        total_steps=100,
+        merge_every=25,
+        restart_warmup_steps=4,
+    )
     assert schedule.merges_left(0) == [25, 50, 75]
     assert schedule.merges_left(50) == [75]
     assert dataclasses.replace(schedule, total_steps=79).merges_left(0) == [25, 50]

@@ -1,4 +1,6 @@
-"""The alignment loss is that of the dense delta, with its gradient, for any number of processes and accumulation."""
+"""The alignment loss is that of the dense delta, with its gradient, for any number of
+processes and accumulation.
+"""
 
 import pytest
 import torch
@@ -25,12 +27,18 @@ EVERY = [kind.value for kind in OperatorKind]
 
 def test_leading_directions_are_those_of_the_weight(tmp_path):
     _, _, leading = aligned_model(tmp_path, "share")
-    weight = BaseCheckpoint.open(tmp_path / "base").read("model.layers.1.mlp.up_proj.weight").double()
+    weight = (
+        BaseCheckpoint.open(tmp_path / "base")
+        .read("model.layers.1.mlp.up_proj.weight")
+        .double()
+    )
     directions = leading["model.layers.1.mlp.up_proj"]
     values = torch.linalg.svdvals(weight)[:4]
     spanned = directions.left.double() @ weight @ directions.right.double().T
     assert_close(spanned, torch.diag(values), rtol=1e-6, atol=1e-6)
-    assert (directions.right.gather(1, directions.right.abs().argmax(dim=1, keepdim=True)) > 0).all(), "fixed signs"
+    assert (
+        directions.right.gather(1, directions.right.abs().argmax(dim=1, keepdim=True)) > 0
+    ).all(), "fixed signs"
     assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
@@ -41,7 +49,9 @@ def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
     loaded = LoadedBase(model, base, {name: name for name, _ in model.named_parameters()})
     with user_error(r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
         leading_of_base(MoRAConfig(), loaded, 4, ALONE)
-    with user_error(r"alignment_rank 17: model\.layers\.0\.self_attn\.k_proj has 16 singular"):
+    with user_error(
+        r"alignment_rank 17: model\.layers\.0\.self_attn\.k_proj has 16 singular"
+    ):
         leading_of_base(MoRAConfig(), loaded, 17, ALONE)
 
 
@@ -49,13 +59,17 @@ def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
 
 
 def aligned_model(folder, operator):
-    """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and its 4 leading directions."""
+    """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and its 4
+    leading directions.
+    """
     torch.manual_seed(0)
     model = tiny_model("llama")
     base = write_own_base(model, folder / "base")
     keys = {name: name for name, _ in model.named_parameters()}
     config = MoRAConfig(rank=3, operator=operator)
-    leading = leading_of_base(config, LoadedBase(model, BaseCheckpoint.open(base.folder), keys), 4, ALONE)
+    leading = leading_of_base(
+        config, LoadedBase(model, BaseCheckpoint.open(base.folder), keys), 4, ALONE
+    )
     model = model.double()
     inject(model, config)
     for index, layer in enumerate(mora_layers(model).values()):
@@ -75,9 +89,13 @@ def mean_share(model, leading):
     return torch.stack(layer_shares).mean()
 
 
-@pytest.mark.parametrize("operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)])
+@pytest.mark.parametrize(
+    "operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)]
+)
 def test_the_loss_of_a_model_and_its_gradients(operator, checkpointing, tmp_path):
-    """Two micro-batches before a step; then the same with the operators of the next cycle."""
+    """Two micro-batches before a step; then the same with the operators of the next
+    cycle.
+    """
     model, config, leading = aligned_model(tmp_path, operator)
     model.train()
     if checkpointing:
@@ -121,7 +139,16 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path):
 
 
 ALIGNED = {"alignment_weight": 0.5, "alignment_rank": 4}
-MERGING = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
+MERGING = (
+    "--operator",
+    "rotate",
+    "--merge_every",
+    2,
+    "--restart_warmup_steps",
+    1,
+    "--max_steps",
+    6,
+)
 
 
 IN_PARTS = "--gradient_accumulation_steps 2 --gradient_checkpointing"
@@ -132,7 +159,9 @@ def shares(out):
 
 
 def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
-    """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
+    """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a
+    resume and an export.
+    """
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     run(1, research(user.flags(one, *MERGING, IN_PARTS), tmp_path, **ALIGNED))
     run(2, research(user.flags(two, *MERGING, "--save_steps 3"), tmp_path, **ALIGNED))
@@ -145,5 +174,10 @@ def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
     run(2, research(user.flags(again, *resume), tmp_path, **ALIGNED))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     export_merged(again, tmp_path / "merged", verify=True)
-    heavier = research(user.flags(tmp_path / "other", *resume), tmp_path, alignment_weight=0.25, alignment_rank=4)
+    heavier = research(
+        user.flags(tmp_path / "other", *resume),
+        tmp_path,
+        alignment_weight=0.25,
+        alignment_rank=4,
+    )
     assert "research.alignment_weight, alignment_rank" in refusal(heavier, ranks=2)

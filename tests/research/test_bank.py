@@ -1,4 +1,6 @@
-"""Adapters side by side: every row of a mixed batch is what its adapter, merged alone, makes of it; what is refused."""
+"""Adapters side by side: every row of a mixed batch is what its adapter, merged alone,
+makes of it; what is refused.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ class Bench:
         return AdapterBank.open(self.folder / "base", self.folder / "bank", **settings)
 
     def add(self, name, config, cycles=0, **more):
-        self.updates[name] = self.maker.write(self.folder / "bank" / name, config, cycles, **more)
+        self.updates[name] = self.maker.write(
+            self.folder / "bank" / name, config, cycles, **more
+        )
 
     def merged(self, name):
         """A plain model with all squares of an adapter merged; the same one every time."""
@@ -83,31 +87,50 @@ def rotating(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "family, operator, rank",
-    [("llama", "truncate", 3), ("llama", "share", 40), ("gpt2", "decouple", 3), ("qwen2", "rotate", 2)],
+    [
+        ("llama", "truncate", 3),
+        ("llama", "share", 40),
+        ("gpt2", "decouple", 3),
+        ("qwen2", "rotate", 2),
+    ],
 )
 def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path, family, operator, rank):
-    """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values, and the bare base."""
+    """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values,
+    and the bare base.
+    """
     model = tiny_model(family)
     for name, module in model.named_modules():
         if getattr(module, "bias", None) is not None and "norm" not in name:
             nn.init.normal_(module.bias)
     bench = Bench(tmp_path, Maker(model, tmp_path / "base"), {})
     for seed, (name, cycles) in enumerate(CYCLES.items()):
-        bench.add(name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05)
+        bench.add(
+            name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05
+        )
     bank = bench.open()
     check_rows(bench, bank, ["three", "none", None, "one", "none"], tokens(5))
     check_rows(bench, bank, ["one", "three"], tokens(2, length=1))
-    assert torch.equal(logits(bank.model, tokens(2)), logits(bench.merged(None), tokens(2))), "the base is as it was"
+    assert torch.equal(
+        logits(bank.model, tokens(2)), logits(bench.merged(None), tokens(2))
+    ), "the base is as it was"
 
 
 def test_operators_sizes_layers_and_groupings_may_differ(tmp_path):
-    """Cycles without permutations are one matrix; two adapters may have the same operator."""
+    """Cycles without permutations are one matrix; two adapters may have the same
+    operator.
+    """
     bench = bench_of(tmp_path, intermediate_size=53)
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
-        bench.add(name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05)
-    bench.add("twin", MoRAConfig(rank=2, operator="share", grouping="plain"), cycles=1, scale=0.1)
+        bench.add(
+            name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05
+        )
+    bench.add(
+        "twin", MoRAConfig(rank=2, operator="share", grouping="plain"), cycles=1, scale=0.1
+    )
     bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
-    bench.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
+    bench.add(
+        "queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1
+    )
     bank = bench.open()
     names = list(bank.adapters)
     check_rows(bench, bank, names, tokens(len(names)))
@@ -122,7 +145,9 @@ def test_a_block_leaves_the_model_as_it_was(rotating):
     bank = rotating.open()
     ids = tokens(2)
     weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
-    assert set(weights) == set(originals(rotating.maker.model)), "parameters keep their names"
+    assert set(weights) == set(originals(rotating.maker.model)), (
+        "parameters keep their names"
+    )
     with bank.use(["one", "three"]):
         outer = logits(bank.model, ids)
         with pytest.raises(KeyError), bank.use("none"):
@@ -142,7 +167,12 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating):
     lengths = (7, 4, 6, 2)
     mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
     ids = tokens(4, length=7) * mask
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     generated = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
     for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
         alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
@@ -168,7 +198,9 @@ def test_the_lines_of_the_guide_run(rotating, tmp_path, monkeypatch):
 
 
 def test_runs_and_checkpoints_are_adapters_too(tmp_path):
-    """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
+    """A layer each of another operator, which is no matter: one a layer it is. Their
+    engine's shards are not hashed.
+    """
     trained = fake_run(tmp_path / "run", cycles=2)
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank/whole").symlink_to(trained.output)
@@ -195,15 +227,29 @@ def test_a_damaged_adapter_is_named(rotating, tmp_path, file):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
-    """Of another base, of another update, with other trained tensors, with several matrices a layer."""
+    """Of another base, of another update, with other trained tensors, with several matrices
+    a layer.
+    """
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
     refusals = [
         ("is not the base of .*odd", MoRAConfig(rank=3), {"fingerprint": "abc"}),
-        ("q_proj has lora, which is none of the operators truncate, share, decouple, rotate", LoRAConfig(rank=3), {}),
-        ("it has other trained tensors than MoRA matrices", MoRAConfig(rank=3), {"trained": norm}),
-        ("it has MoRA matrices of domains", MoRAConfig(rank=3), {"domains": ("law", "code")}),
+        (
+            "q_proj has lora, which is none of the operators truncate, share, decouple, rotate",
+            LoRAConfig(rank=3),
+            {},
+        ),
+        (
+            "it has other trained tensors than MoRA matrices",
+            MoRAConfig(rank=3),
+            {"trained": norm},
+        ),
+        (
+            "it has MoRA matrices of domains",
+            MoRAConfig(rank=3),
+            {"domains": ("law", "code")},
+        ),
     ]
     odd = tmp_path / "bank/odd"
     for message, config, more in refusals:
@@ -224,12 +270,17 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
         with user_error(r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
             logits(bank.model, tokens(4))
         layer = bank.model.model.layers[0].mlp.up_proj
-        with user_error(r"up_proj reads \(2, 32\); where it does not see complete rows, give all"):
+        with user_error(
+            r"up_proj reads \(2, 32\); where it does not see complete rows, give all"
+        ):
             layer(torch.zeros(2, 32))
     with bank.use("one"):
         layer(torch.zeros(2, 32))
     (tmp_path / "empty/x").mkdir(parents=True)
-    for folder, message in {"empty": "no folder in .*empty holds an adapter", "nowhere": "no such folder"}.items():
+    for folder, message in {
+        "empty": "no folder in .*empty holds an adapter",
+        "nowhere": "no such folder",
+    }.items():
         with user_error(message):
             AdapterBank.open(rotating.folder / "base", tmp_path / folder)
     with user_error("MODEL: no such folder"):
@@ -239,16 +290,38 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
 def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, capsys):
     maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
     updates = {
-        name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
+        name: maker.write(
+            tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1
+        )
         for cycles, name in enumerate(("a", "b"))
     }
-    own_tokenizer = tmp_path / "bank/b/tokenizer"  # of a run with --tokenizer_name: words in place of letters
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "</s>": 2}, unk_token="<unk>"))
+    # Of a run with --tokenizer_name: words in place of letters
+    own_tokenizer = tmp_path / "bank/b/tokenizer"
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "the": 1, "</s>": 2}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(own_tokenizer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(own_tokenizer)
     write_manifest(tmp_path / "bank/b")
-    sets = ["--sets", f"held={user.held}", "--window", "64", "--stride", "32", "--max_documents", "4"]
-    flags = [str(user.model), str(tmp_path / "bank"), *sets, "--json", str(tmp_path / "scores.json")]
+    sets = [
+        "--sets",
+        f"held={user.held}",
+        "--window",
+        "64",
+        "--stride",
+        "32",
+        "--max_documents",
+        "4",
+    ]
+    flags = [
+        str(user.model),
+        str(tmp_path / "bank"),
+        *sets,
+        "--json",
+        str(tmp_path / "scores.json"),
+    ]
     assert command("evaluate-adapters", flags) == (0, "")
     scores = read_json(tmp_path / "scores.json")["adapters"]
     printed = capsys.readouterr().out
@@ -259,7 +332,12 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         tokenizer = load_tokenizer(own_tokenizer) if name == "b" else tokenizer
         merge(maker.model, maker.weights, updates.get(name, {}))
         merged = Target(maker.model.eval(), tokenizer)
-        expected = evaluate(merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4)
+        expected = evaluate(
+            merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4
+        )
         assert scores[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
-        assert name == "(base)" or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
+        assert (
+            name == "(base)"
+            or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
+        )
         maker.model.load_state_dict(maker.weights, strict=False)

@@ -1,4 +1,6 @@
-"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs."""
+"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete
+runs.
+"""
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ ROWS = ("code", "law", "prose", "code", "news", "law", "law", "prose")
 def row_losses(model, ids):
     """(rows,) summed next-token losses."""
     logits = model(input_ids=ids, use_cache=False).logits
-    nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    nll = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    )
     return nll.view(len(ids), -1).sum(dim=1)
 
 
@@ -73,9 +77,12 @@ def row_losses(model, ids):
         ("rotate", "llama", 3),
     ],
 )
-def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator, family, cycle):
-    """Losses of every row and gradients of every matrix, against plain models with the deltas of M and of one M_k in
-    their weights; also after merges, when the two have different operators."""
+def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
+    operator, family, cycle
+):
+    """Losses of every row and gradients of every matrix, against plain models with the
+    deltas of M and of one M_k in their weights; also after merges, when the two have
+    different operators."""
     model = domain_model(operator, family, cycle)
     ids = tokens(len(ROWS), 12)
     layers = domain_layers(model)
@@ -97,7 +104,9 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator, fa
         torch.testing.assert_close(mixed[chosen], alone, rtol=1e-5, atol=0)
         for name, layer in layers.items():
             gradient = weights[name].grad.T if layer.transposed else weights[name].grad
-            assert_close(layer.domain_squares.grad, adjoint(layer.own_spec, gradient), index)
+            assert_close(
+                layer.domain_squares.grad, adjoint(layer.own_spec, gradient), index
+            )
             shared[name] += adjoint(layer.spec, gradient)
     for name, layer in layers.items():
         assert_close(layer.square.grad, shared[name])
@@ -105,7 +114,9 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator, fa
 
 
 def assert_close(gradient, expected, domain=None):
-    """To within a few millionths of the largest element. `domain`: the index of the one that is meant."""
+    """To within a few millionths of the largest element. `domain`: the index of the one
+    that is meant.
+    """
     if domain is not None:
         gradient = gradient[domain]
     assert (gradient - expected).abs().max() <= 5e-6 * max(1.0, expected.abs().max().item())
@@ -113,8 +124,12 @@ def assert_close(gradient, expected, domain=None):
 
 @pytest.mark.parametrize("kind", OperatorKind)
 def test_gradients_of_rows(kind):
-    """By finite differences, also where r_hat is larger than a side, or divides none; a row without a domain."""
-    choice = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    """By finite differences, also where r_hat is larger than a side, or divides none; a row
+    without a domain.
+    """
+    choice = torch.tensor(
+        [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64
+    )
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
         spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=3)
 
@@ -122,8 +137,12 @@ def test_gradients_of_rows(kind):
             return update_rows(spec, squares_of_rows(squares, choice), x)
 
         generator = torch.Generator().manual_seed(0)
-        squares = torch.randn(3, r_hat, r_hat, dtype=torch.float64, generator=generator, requires_grad=True)
-        x = torch.randn(3, 2, d_in, dtype=torch.float64, generator=generator, requires_grad=True)
+        squares = torch.randn(
+            3, r_hat, r_hat, dtype=torch.float64, generator=generator, requires_grad=True
+        )
+        x = torch.randn(
+            3, 2, d_in, dtype=torch.float64, generator=generator, requires_grad=True
+        )
         assert torch.autograd.gradcheck(update, (squares, x))
 
 
@@ -165,7 +184,9 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
     hooks.check(Wrapped(good), tokens(3, 8))
     with hooks.rows(["law", "code"]):
         assert domains_of(good).choice(torch.zeros(2, 8, 32)) is not None
-    assert domains_of(good).choice(torch.zeros(2, 8, 32)) is None, "no other forward pass inherits them"
+    assert domains_of(good).choice(torch.zeros(2, 8, 32)) is None, (
+        "no other forward pass inherits them"
+    )
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
     hooks.injected(model, MoRAConfig())
@@ -184,14 +205,29 @@ def domain_flags(user, out, mix, *more, **settings):
     return research(flags, folder, domain_adapters=True, **settings)
 
 
-MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
+MERGING = (
+    "--merge_every",
+    3,
+    "--restart_warmup_steps",
+    1,
+    "--save_steps",
+    2,
+    "--learning_rate",
+    5e-2,
+)
 
 
 def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out):
-    """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
+    """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every
+    domain's model is live.
+    """
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
-    flags = (*MERGING, "--eval_files", *(f"{name}={user.held}" for name in ("old", "plain")))
+    flags = (
+        *MERGING,
+        "--eval_files",
+        *(f"{name}={user.held}" for name in ("old", "plain")),
+    )
     summary = run(2, domain_flags(user, whole, mix, *flags))
     assert summary["merges"] == 1
     block = yaml.safe_load((whole / RUN_FILE).read_text())["research"]
@@ -223,7 +259,11 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
             exported = plain(input_ids=probe["input_ids"], use_cache=False).logits
         torch.testing.assert_close(live[domain], recorded, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exported, recorded, rtol=1e-5, atol=1e-5)
-    assert (live["new"] - live["old"]).abs().max() > 1e-3 < (live["new"] - live["shared"]).abs().max()
+    assert (
+        (live["new"] - live["old"]).abs().max()
+        > 1e-3
+        < (live["new"] - live["shared"]).abs().max()
+    )
     assert "| domain | old |" in (tmp_path / "old/README.md").read_text()
     assert_choices_are_named(user, whole, tmp_path)
 
@@ -234,16 +274,24 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
 
 
 def assert_choices_are_named(user, out, tmp_path):
-    with user_error(r"`domain` None: name a domain of this adapter, which has new, old, shared"):
+    with user_error(
+        r"`domain` None: name a domain of this adapter, which has new, old, shared"
+    ):
         export_merged(out, tmp_path / "never")
-    with user_error(r"`domain` nwe: name a domain of this adapter, which has new, old, shared"):
+    with user_error(
+        r"`domain` nwe: name a domain of this adapter, which has new, old, shared"
+    ):
         export_merged(out, tmp_path / "never", domain="nwe")
-    with user_error("`domain` third: name a domain of this adapter, which has new, old, shared"):
+    with user_error(
+        "`domain` third: name a domain of this adapter, which has new, old, shared"
+    ):
         load_adapter(user.model, out, domain="third")
     with user_error(r"--domain None: name a domain"):
         load_target(out)
     target = load_target(out, domain="old")
-    assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(target.model)
+    assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(
+        target.model
+    )
     assert not (tmp_path / "never").exists()
 
 
@@ -301,7 +349,10 @@ def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
 
 
 WAYS = {
-    "muon": (2, ("--optimizer", "muon", "--train_norms", "--train_embeddings", "--train_head")),
+    "muon": (
+        2,
+        ("--optimizer", "muon", "--train_norms", "--train_embeddings", "--train_head"),
+    ),
     "8 bits": (1, ("--base_bits", 8, "--bf16", "--chunked_loss")),
     "streaming": (2, ("--streaming", "--gradient_checkpointing")),
 }
@@ -310,14 +361,28 @@ WAYS = {
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
 def test_domains_with_other_options(user, tmp_path, out, way):
-    """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
+    """A merge, and exports that give the live model's logits (within the tolerances of
+    `logits_check`).
+    """
     world, more = WAYS[way]
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
+    argv = domain_flags(
+        user,
+        out,
+        mix,
+        "--merge_every",
+        3,
+        "--restart_warmup_steps",
+        1,
+        "--export_merged",
+        *more,
+    )
     assert run(world, argv)["merges"] == 1
     assert_good(out)
     tensors = load_file(out / "checkpoints/latest/adapter.safetensors")
-    of_domains = [tensor for name, tensor in tensors.items() if name.endswith("domain_squares")]
+    of_domains = [
+        tensor for name, tensor in tensors.items() if name.endswith("domain_squares")
+    ]
     assert of_domains
     assert all(tensor[index].any() for tensor in of_domains for index in range(2))
     assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
@@ -325,7 +390,9 @@ def test_domains_with_other_options(user, tmp_path, out, way):
         export_merged(out, tmp_path / domain, verify=True, domain=domain)
 
 
-ZERO = {stage: ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json") for stage in (1, 2)}
+ZERO = {
+    stage: ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json") for stage in (1, 2)
+}
 ROWS_OF_A_RANK = "--per_device_train_batch_size"
 SHARDED = {
     "ZeRO-1": (*ZERO[1], ROWS_OF_A_RANK, 2),

@@ -1,4 +1,6 @@
-"""Spectra: algebra against the decomposition of the formed matrices, rank growth, and what is written."""
+"""Spectra: algebra against the decomposition of the formed matrices, rank growth, and what
+is written.
+"""
 
 import json
 import math
@@ -37,18 +39,26 @@ def square(side, seed=0):
     ids=OperatorSpec.describe,
 )
 def test_history_is_that_of_the_formed_matrices(spec):
-    updates = [(replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)]
+    updates = [
+        (replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)
+    ]
     total = torch.zeros(23, 18, dtype=torch.float64)
     for cycle, spectrum in enumerate(layer_spectra(updates)):
         operator, value = updates[cycle]
         newest = operator.delta_weight(value.double())
-        assert spectrum.new_span == pytest.approx(expected_span(newest, total) if cycle else 1.0, abs=1e-6)
+        assert spectrum.new_span == pytest.approx(
+            expected_span(newest, total) if cycle else 1.0, abs=1e-6
+        )
         total += newest
         values = torch.linalg.svdvals(total)
         shares = values[values > 1e-9] / values.sum()
         assert spectrum.rank == int((values > values[0] * 1e-5).sum())
-        assert spectrum.stable_rank == pytest.approx((values.square().sum() / values[0] ** 2).item())
-        assert spectrum.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
+        assert spectrum.stable_rank == pytest.approx(
+            (values.square().sum() / values[0] ** 2).item()
+        )
+        assert spectrum.effective_rank == pytest.approx(
+            math.exp(-(shares * shares.log()).sum().item()), rel=1e-6
+        )
         assert spectrum.norm == pytest.approx(total.norm().item())
         assert spectrum.delta_norm == pytest.approx(newest.norm().item())
 
@@ -69,7 +79,10 @@ def expected_span(newest, earlier):
 
 def test_factors_of_lora_have_spectra_too():
     spec = LoRASpec(12, 10, 3, 6.0)
-    factors = [torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    factors = [
+        torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    ]
     first, second = layer_spectra([(spec, value) for value in factors])
     assert [first.rank, second.rank] == [3, 6]
 
@@ -88,9 +101,18 @@ def checkpoint(tmp_path):
     folder = tmp_path / "step"
     ledger = Ledger.create(folder / "ledger", "f" * 64)
     for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):
-        ledger.append(10 * cycle + 10, entries(cycle, names), [(name, square(6, cycle)) for name in names])
+        ledger.append(
+            10 * cycle + 10,
+            entries(cycle, names),
+            [(name, square(6, cycle)) for name in names],
+        )
     live = entries(2, ("a.q", "a.v"))
-    write_adapter(folder, AdapterFile(live, MoRAConfig(), "float32", 2, 25), {name: square(6, 2) for name in live}, {})
+    write_adapter(
+        folder,
+        AdapterFile(live, MoRAConfig(), "float32", 2, 25),
+        {name: square(6, 2) for name in live},
+        {},
+    )
     BaseReference("base", "f" * 64, {}, "float32").write(folder)
     return folder
 
@@ -99,15 +121,26 @@ def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint):
     rows = list(spectra(find_ledger(checkpoint)))
     origins = [(row.layer, row.cycle, row.step, row.is_live) for row in rows]
     of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
-    assert origins == [("a.q", 0, 10, False), ("a.q", 1, 20, False), ("a.q", 2, 25, True), *of_v]
-    updates = [(entries(cycle, ("a.q",))["a.q"].operator, square(6, cycle)) for cycle in range(3)]
+    assert origins == [
+        ("a.q", 0, 10, False),
+        ("a.q", 1, 20, False),
+        ("a.q", 2, 25, True),
+        *of_v,
+    ]
+    updates = [
+        (entries(cycle, ("a.q",))["a.q"].operator, square(6, cycle)) for cycle in range(3)
+    ]
     assert [row.spectrum for row in rows[:3]] == list(layer_spectra(updates))
-    assert [row.is_live for row in spectra(find_ledger(checkpoint / "ledger"))] == [False] * 3
+    assert [row.is_live for row in spectra(find_ledger(checkpoint / "ledger"))] == [
+        False
+    ] * 3
 
 
 def test_layers_are_chosen_by_pattern(checkpoint, tmp_path):
     assert {row.layer for row in spectra(find_ledger(checkpoint), "*.v")} == {"a.v"}
-    with user_error(r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
+    with user_error(
+        r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"
+    ):
         next(spectra(find_ledger(checkpoint), "a.k"))
     with user_error("nothing was merged yet"):
         next(spectra(find_ledger(Ledger.create(tmp_path / "empty", "f").folder)))
@@ -116,7 +149,11 @@ def test_layers_are_chosen_by_pattern(checkpoint, tmp_path):
 def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint):
     rows = list(spectra(find_ledger(checkpoint)))
     cells = [line.split() for line in spectrum_lines(rows)]
-    assert [line[:3] for line in cells[1:4]] == [["a.q", "0", "10"], ["a.q", "1", "20"], ["a.q", "2*", "25"]]
+    assert [line[:3] for line in cells[1:4]] == [
+        ["a.q", "0", "10"],
+        ["a.q", "1", "20"],
+        ["a.q", "2*", "25"],
+    ]
     assert cells[3][3:5] == [str(rows[2].spectrum.rank), "24"]
 
 

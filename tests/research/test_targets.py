@@ -34,7 +34,9 @@ def low_rank(d_out, d_in, values):
     """A matrix with these singular values."""
     generator = torch.Generator().manual_seed(0)
     left, right = (
-        torch.linalg.qr(torch.randn(side, len(values), generator=generator, dtype=torch.float64)).Q
+        torch.linalg.qr(
+            torch.randn(side, len(values), generator=generator, dtype=torch.float64)
+        ).Q
         for side in (d_out, d_in)
     )
     return left @ values.double().diag() @ right.T
@@ -48,7 +50,9 @@ def test_measures_are_their_formulas(shape):
     shares = energy / energy.sum()
     assert measures.norm == pytest.approx(energy.sum().sqrt().item(), rel=1e-6)
     assert measures.stable_rank == pytest.approx(energy.sum().item() / 16, rel=1e-6)
-    assert measures.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
+    assert measures.effective_rank == pytest.approx(
+        math.exp(-(shares * shares.log()).sum().item()), rel=1e-6
+    )
     assert measures.score == pytest.approx(measures.effective_rank / 7)
 
 
@@ -65,7 +69,9 @@ def test_measures_of_equal_singular_values_of_zeros_and_of_what_is_not_finite():
 def test_layers_of_a_folder_are_those_of_injection(tmp_path, family):
     model = tiny_model(family)
     base = write_own_base(model, tmp_path / "model")
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
     keys, parameters = layers_of(base, ["all-linear"])
     assert parameters == sum(weight.numel() for weight in weights.values())
     inject(model, MoRAConfig(rank=2))
@@ -76,22 +82,33 @@ def test_layers_of_a_folder_are_those_of_injection(tmp_path, family):
 
 def test_the_command_prints_and_plans(user, tmp_path, capsys):
     path = tmp_path / "targets.yaml"
-    assert command("analyze", [str(user.model), "--trainable_budget", "3%", "--write", str(path)]) == (0, "")
+    assert command(
+        "analyze", [str(user.model), "--trainable_budget", "3%", "--write", str(path)]
+    ) == (0, "")
     assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
     plan = read_plan(path)
     base = BaseCheckpoint.open(user.model)
     keys, parameters = layers_of(base, ["all-linear"])
     assert plan.fingerprint == base.fingerprint()
-    assert plan.layers == spend([measure(name, base.read(key)) for name, key in keys.items()], int(0.03 * parameters))
+    assert plan.layers == spend(
+        [measure(name, base.read(key)) for name, key in keys.items()],
+        int(0.03 * parameters),
+    )
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--target_modules", "experts"], "--target_modules 'experts' matches no linear layer"),
+        (
+            ["--target_modules", "experts"],
+            "--target_modules 'experts' matches no linear layer",
+        ),
         (["--write", "plan.yaml"], "--trainable_budget and --write belong together"),
         (["--write", "/nowhere/x", "--trainable_budget", "3%"], "--write /nowhere/x"),
-        (["--write", "plan.yaml", "--trainable_budget", "much"], "--trainable_budget must be like 0.5% or 250000"),
+        (
+            ["--write", "plan.yaml", "--trainable_budget", "much"],
+            "--trainable_budget must be like 0.5% or 250000",
+        ),
     ],
     ids=str,
 )
@@ -125,7 +142,14 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up():
     sides_of_layers = (16, 32, 56, 64)
     for _ in range(100):
         weights = weights_of(
-            *((chance.choice(sides_of_layers), chance.choice(sides_of_layers), chance.random()) for _ in range(14))
+            *(
+                (
+                    chance.choice(sides_of_layers),
+                    chance.choice(sides_of_layers),
+                    chance.random(),
+                )
+                for _ in range(14)
+            )
         )
         budget = chance.randint(2_000, sum(max(layer.shape) ** 2 for layer in weights))
         sides = spend(weights, budget)
@@ -165,8 +189,14 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
         ("format: 2\nfingerprint: a\nlayers: {a: 2}", "format is 2, and only 1 is known"),
         ("format: 1\nlayers: {a: 2}", "fingerprint is missing"),
         ("format: 1\nfingerprint: a\nlayers: [a]", "layers must be a mapping"),
-        ("format: 1\nfingerprint: a\nlayers: {a: 2.5}", "layers: a must be a whole number, got 2.5"),
-        ("format: 1\nfingerprint: a\nlayers: {a: -2}", "layers: a must be at least 0 and at most 16,777,216, got -2"),
+        (
+            "format: 1\nfingerprint: a\nlayers: {a: 2.5}",
+            "layers: a must be a whole number, got 2.5",
+        ),
+        (
+            "format: 1\nfingerprint: a\nlayers: {a: -2}",
+            "layers: a must be at least 0 and at most 16,777,216, got -2",
+        ),
         ("format: 1\nfingerprint: a\nlayers: {a: 0}", "no layer has a side above 0"),
         ("format: 1\nfingerprint: a\nlayer: {a: 2}", "layer is unknown"),
         ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
@@ -244,6 +274,9 @@ def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user, tmp_pa
 def test_a_dry_run_counts_what_the_plan_says(user, tmp_path):
     path = tmp_path / "targets.yaml"
     TargetPlan("another", {QUERY: 10, DOWN: 6}).write(path)
-    report, lines = planned(parse(research(user.flags(tmp_path / "out", "--dry_run"), tmp_path, targets=path)), 1)
+    report, lines = planned(
+        parse(research(user.flags(tmp_path / "out", "--dry_run"), tmp_path, targets=path)),
+        1,
+    )
     assert report.trained.total == 136
     assert "trainable 136 " in lines[0]

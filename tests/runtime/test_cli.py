@@ -53,7 +53,16 @@ def shared(error):
 CLOSED = "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
 KINDS = {
     kind.__name__: kind
-    for kind in (SystemExit, Stopped, UserError, RunError, RuntimeError, KeyError, DistNetworkError, DistStoreError)
+    for kind in (
+        SystemExit,
+        Stopped,
+        UserError,
+        RunError,
+        RuntimeError,
+        KeyError,
+        DistNetworkError,
+        DistStoreError,
+    )
 }
 ENDS = r"""
 SystemExit | 0 | 0 | nothing
@@ -85,12 +94,18 @@ def test_the_code_and_the_message_of_each_end(capsys, pauses, kind, message, cod
     assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
     assert told in text if text else told == "nothing"
-    assert ("Traceback" in text) == (told == "Traceback"), "what is expected has no traceback"
+    assert ("Traceback" in text) == (told == "Traceback"), (
+        "what is expected has no traceback"
+    )
     assert "stack" not in text
-    assert bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"
+    assert bool(pauses) == ("lost contact" in told), (
+        "the launcher is to see the other's code"
+    )
 
 
-def test_other_ranks_hold_their_message_back_and_say_who_they_are(capsys, pauses, monkeypatch):
+def test_other_ranks_hold_their_message_back_and_say_who_they_are(
+    capsys, pauses, monkeypatch
+):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert code_of(UserError("mine")) == 2
@@ -108,8 +123,12 @@ def test_signals_have_their_own_effect_while_an_error_is_held_back(pauses, monke
     assert given_back == [True]
 
 
-def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(capsys, pauses, monkeypatch):
-    """Python raises in the main thread when the collective has returned, which is when its failure is handled."""
+def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
+    capsys, pauses, monkeypatch
+):
+    """Python raises in the main thread when the collective has returned, which is when its
+    failure is handled.
+    """
 
     def uninstall():
         raise Stopped("stopped by SIGTERM with nothing to save")
@@ -120,8 +139,12 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(capsys
     assert capsys.readouterr().err == "stopped by SIGTERM with nothing to save\n"
 
 
-def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(pauses, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="])
+def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
+    pauses, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        sys, "argv", ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="]
+    )
     with pytest.raises(Left) as left:
         cli.run(lambda: pytest.fail("the program ran"))
     told = capsys.readouterr().err

@@ -14,7 +14,9 @@ from tests.helpers.gloo import run_ranks, start_ranks
 def sockets():
     """Connections of this process over TCP, listening ones included."""
     links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    return sum(os.readlink(path).startswith("socket:") for path in links if os.path.lexists(path))
+    return sum(
+        os.readlink(path).startswith("socket:") for path in links if os.path.lexists(path)
+    )
 
 
 def gathered():
@@ -28,13 +30,17 @@ def gathered():
 def test_every_value_arrives_in_the_order_of_ranks(world):
     results = run_ranks(world, gathered)
     assert [value["rank"] for value in results[0][0]] == list(range(world))
-    assert [len(value["text"]) for value in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
+    assert [len(value["text"]) for value in results[0][0]] == [
+        1 + 1000 * rank for rank in range(world)
+    ]
     assert all(first is None for first, _ in results[1:])
     assert [every for _, every in results] == [list(range(world))] * world
 
 
 def counted():
-    """Sockets before the group is made, once it is made, and after every kind of exchange."""
+    """Sockets before the group is made, once it is made, and after every kind of
+    exchange.
+    """
     before = sockets()
     ranks = Ranks.current()
     with_group = sockets()
@@ -46,11 +52,13 @@ def counted():
 
 
 def test_ranks_are_connected_where_they_talk_and_not_before():
-    """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7 connections more
-    as soon as the group is made."""
+    """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7
+    connections more as soon as the group is made."""
     for before, with_group, after in run_ranks(8, counted):
         assert with_group - before <= 3, "the group's own listening sockets"
-        assert after - with_group <= 6, "neighbours in the tree and in the ring, of 7 other ranks"
+        assert after - with_group <= 6, (
+            "neighbours in the tree and in the ring, of 7 other ranks"
+        )
 
 
 # -- a rank that ends while others wait --------------------------------------------------------------------------------
@@ -59,7 +67,9 @@ VICTIM = 1
 
 
 def waiting(connected, folder):
-    """Leaves a file of this rank in `folder` once a check has failed to which one rank never comes."""
+    """Leaves a file of this rank in `folder` once a check has failed to which one rank
+    never comes.
+    """
     ranks = Ranks.current(timeout_s=4.0)
     if connected:
         ranks.barrier("before")
@@ -67,18 +77,25 @@ def waiting(connected, folder):
         os._exit(1)
     with pytest.raises(RuntimeError):
         ranks.barrier("after")
-    (folder / str(ranks.rank)).touch()  # the helper's own last meeting fails, too, so that nothing is returned
+    # The helper's own last meeting fails, too, so that nothing is returned
+    (folder / str(ranks.rank)).touch()
 
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_ranks_do_not_wait_for_one_that_has_ended(tmp_path, connected):
-    """Also where they were never connected to it, so that no broken connection tells them."""
+    """Also where they were never connected to it, so that no broken connection tells
+    them.
+    """
     _, processes = start_ranks(3, waiting, connected, tmp_path)
     try:
         for process in processes:
             process.join(90)
-        assert all(not process.is_alive() for process in processes), "the others wait without end"
-        assert {path.name for path in tmp_path.iterdir()} == {"0", "2"}, "a rank passed the check"
+        assert all(not process.is_alive() for process in processes), (
+            "the others wait without end"
+        )
+        assert {path.name for path in tmp_path.iterdir()} == {"0", "2"}, (
+            "a rank passed the check"
+        )
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,6 @@
-"""Which messages a process prints: by its rank, by --log_level, and none in a program that only imports mora_ds."""
+"""Which messages a process prints: by its rank, by --log_level, and none in a program that
+only imports mora_ds.
+"""
 
 import logging
 import subprocess
@@ -36,7 +38,8 @@ def unchanged_logger():
 def test_rank_and_level_decide(monkeypatch, capsys, rank, level, out, err):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for _ in range(2):  # set up again, as launch/pretrain.py does: no message may be printed twice
+    # Set up again, as launch/pretrain.py does: no message may be printed twice
+    for _ in range(2):
         set_up_logging(level)
     for name in ("debug", "info", "warning"):
         log.log(getattr(logging, name.upper()), "%s", name)
@@ -45,5 +48,7 @@ def test_rank_and_level_decide(monkeypatch, capsys, rank, level, out, err):
 
 def test_a_library_user_gets_silence():
     program = "import logging, mora_ds; logging.getLogger('mora_ds.train').warning('printed by nobody')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("", "")

@@ -19,7 +19,9 @@ from tests.helpers.mappings import Mappings
     [("0::/jobs/17\n", ["jobs/17", "jobs", ""]), ("1:name=a:b:/\n0::/\n", [""]), ("", [])],
     ids=["a job", "in a container", "none"],
 )
-def test_limits_are_those_of_a_group_and_of_all_around_it(tmp_path, monkeypatch, text, expected):
+def test_limits_are_those_of_a_group_and_of_all_around_it(
+    tmp_path, monkeypatch, text, expected
+):
     (tmp_path / "cgroup").write_text(text)
     monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
@@ -34,7 +36,9 @@ def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
 
 
 def test_processes_of_a_node_are_those_that_see_each_other():
-    """Nodes begin at local rank 0. The second one is the first one's machine, as in tests, the third has containers."""
+    """Nodes begin at local rank 0. The second one is the first one's machine, as in tests,
+    the third has containers.
+    """
     facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
 
     def members(rank):
@@ -49,7 +53,9 @@ def test_processes_of_a_node_are_those_that_see_each_other():
 def test_a_machine_is_the_same_for_its_processes(monkeypatch):
     assert machine() == machine()
     monkeypatch.setattr(node_memory, "_BOOT_ID", Path("/nowhere"))
-    assert str(os.getpid()) in machine()[1], "else a process that cannot know takes part in nothing"
+    assert str(os.getpid()) in machine()[1], (
+        "else a process that cannot know takes part in nothing"
+    )
 
 
 def test_a_descriptor_that_means_another_file_is_not_mapped():
@@ -66,9 +72,14 @@ def test_places_are_told_by_file_and_offset(tmp_path):
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))
-    one, another = (torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8) for _ in range(2))
+    one, another = (
+        torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8)
+        for _ in range(2)
+    )
     mappings = Mappings.read()
-    assert mappings.place_of(one) == mappings.place_of(another) != mappings.place_of(one[1:])
+    assert (
+        mappings.place_of(one) == mappings.place_of(another) != mappings.place_of(one[1:])
+    )
     assert (mappings.place_of(one[page + 7 :]) or "").endswith(f" @{page + 7}")
     assert str(path.stat().st_ino) in (mappings.place_of(one) or "")
     assert mappings.place_of(one[:0]) is None

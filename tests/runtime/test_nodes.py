@@ -1,4 +1,6 @@
-"""A run whose nodes do not see the same output folder is refused, on all ranks, before it has begun."""
+"""A run whose nodes do not see the same output folder is refused, on all ranks, before it
+has begun.
+"""
 
 import os
 import platform
@@ -12,7 +14,9 @@ from tests.helpers.jobs import output_of, refused
 
 
 def refused_on_two_nodes(argv, second_folder):
-    """A run in which rank 2 is another node, on whose disk the output folder is `other`. For `run_ranks`."""
+    """A run in which rank 2 is another node, on whose disk the output folder is `other`.
+    For `run_ranks`.
+    """
     nodes.VISIBLE_WITHIN_S = 0.5
     if dist.get_rank() == 2:
         os.environ["LOCAL_RANK"] = "0"
@@ -23,7 +27,9 @@ def refused_on_two_nodes(argv, second_folder):
     return refused(argv)
 
 
-@pytest.mark.parametrize("more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"])
+@pytest.mark.parametrize(
+    "more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"]
+)
 def test_both_nodes_and_the_folder_are_named(user, tmp_path, more):
     argv = user.flags(tmp_path / "first", *more)
     local = tmp_path / "other"

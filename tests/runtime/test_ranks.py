@@ -1,4 +1,6 @@
-"""Ranks meet at checks that have names: they go on together, or all of them fail with the same error."""
+"""Ranks meet at checks that have names: they go on together, or all of them fail with the
+same error.
+"""
 
 import time
 
@@ -24,7 +26,9 @@ def error_of(work):
 
 
 def meetings(rank):
-    """Case -> the error of this rank where `rank` alone does something else than the others."""
+    """Case -> the error of this rank where `rank` alone does something else than the
+    others.
+    """
     ranks = Ranks.current()
     is_odd = dist.get_rank() == rank
     odd = f"of rank {rank}"
@@ -40,17 +44,28 @@ def meetings(rank):
 
     def nested():
         """A check inside of a check, as the token cache has."""
-        ranks.agree("outer", lambda: fail(UserError(odd)) if is_odd else ranks.barrier("inner"))
+        ranks.agree(
+            "outer", lambda: fail(UserError(odd)) if is_odd else ranks.barrier("inner")
+        )
 
     cases = {
-        "same check": lambda: ranks.agree("loading", lambda: fail(UserError(odd)) if is_odd else None),
-        "user error first": lambda: ranks.agree("loading", lambda: fail(UserError(odd) if is_odd else RunError("no"))),
-        "unexpected": lambda: ranks.agree("loading", lambda: fail(KeyError(odd)) if is_odd else None),
-        "different checks": lambda: ranks.barrier("one") if is_odd else ranks.on_first("other", lambda: 1),
+        "same check": lambda: ranks.agree(
+            "loading", lambda: fail(UserError(odd)) if is_odd else None
+        ),
+        "user error first": lambda: ranks.agree(
+            "loading", lambda: fail(UserError(odd) if is_odd else RunError("no"))
+        ),
+        "unexpected": lambda: ranks.agree(
+            "loading", lambda: fail(KeyError(odd)) if is_odd else None
+        ),
+        "different checks": lambda: (
+            ranks.barrier("one") if is_odd else ranks.on_first("other", lambda: 1)
+        ),
         "between checks": between,
         "nested": nested,
         "shared work": lambda: ranks(
-            lambda number: fail(UserError(odd)) if number == rank else 0, dist.get_world_size()
+            lambda number: fail(UserError(odd)) if number == rank else 0,
+            dist.get_world_size(),
         ),
         "values": lambda: ranks.same("settings", {"--seed": int(is_odd), "--lr": 0.1}),
         "healthy": lambda: ranks.barrier("end"),
@@ -62,12 +77,23 @@ def meetings(rank):
 def test_all_ranks_fail_alike_and_meet_again_afterwards(rank):
     results = run_pooled(2, meetings, rank)
     where = "" if rank == 0 else "rank 1: "
-    for name in ("same check", "user error first", "between checks", "nested", "shared work"):
-        assert {outcome[name] for outcome in results} == {f"UserError: {where}of rank {rank}"}, name
+    for name in (
+        "same check",
+        "user error first",
+        "between checks",
+        "nested",
+        "shared work",
+    ):
+        assert {outcome[name] for outcome in results} == {
+            f"UserError: {where}of rank {rank}"
+        }, name
     assert results[rank]["unexpected"] == f"KeyError: 'of rank {rank}'"
     assert results[1 - rank]["unexpected"] == f"RunError: {where}KeyError: 'of rank {rank}'"
     for result in results:
-        assert all(word in result["different checks"] for word in ("UserError", "'one'", "'other'", f"rank {rank} at"))
+        assert all(
+            word in result["different checks"]
+            for word in ("UserError", "'one'", "'other'", f"rank {rank} at")
+        )
         assert result["values"] == (
             "UserError: settings: not the same on all ranks; give every rank the same\n"
             f"  --seed: {int(rank == 0)} on rank 0; {int(rank == 1)} on rank 1"
@@ -82,19 +108,25 @@ def late(seconds):
     if dist.get_rank() == 1:
         time.sleep(3 * seconds)
         return "", 0.0
-    return error_of(lambda: ranks.barrier("reading of the settings")), time.monotonic() - since
+    return error_of(
+        lambda: ranks.barrier("reading of the settings")
+    ), time.monotonic() - since
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
     message, seconds = run_ranks(2, late, 1.0)[0]
-    assert message.startswith("RunError: reading of the settings: not all ranks came within 1 s")
+    assert message.startswith(
+        "RunError: reading of the settings: not all ranks came within 1 s"
+    )
     assert "1" in message
     assert "--collective_timeout_s" in message
     assert seconds < 3
 
 
 def long_work():
-    return Ranks.current(timeout_s=1.0).on_first("tokens", lambda: (time.sleep(2), 5)[1], long=True)
+    return Ranks.current(timeout_s=1.0).on_first(
+        "tokens", lambda: (time.sleep(2), 5)[1], long=True
+    )
 
 
 def test_long_work_is_waited_for():

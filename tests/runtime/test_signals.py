@@ -1,4 +1,6 @@
-"""Signals, dead ranks, dead launchers: saved within two steps, ended within a minute, resumed bit for bit."""
+"""Signals, dead ranks, dead launchers: saved within two steps, ended within a minute,
+resumed bit for bit.
+"""
 
 import os
 import signal
@@ -18,11 +20,22 @@ from mora_ds.train.output_folder import reserve
 from mora_ds.train.trainer import Trainer
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import free_port, run_ranks
-from tests.helpers.jobs import REPOSITORY, environment, is_rank, job, launcher, ranks_below, rows, run
+from tests.helpers.jobs import (
+    REPOSITORY,
+    environment,
+    is_rank,
+    job,
+    launcher,
+    ranks_below,
+    rows,
+    run,
+)
 from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
 
-MERGING = "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
+MERGING = (
+    "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
+)
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
 AUTO = "--resume_from_checkpoint auto"
 
@@ -39,13 +52,17 @@ def whole(user, tmp_path_factory):
 
 
 def signalled_job(argv, number, rank, method, step):
-    """A run in which `rank` receives the signal when it enters `method` of the trainer at `step`; the message of
-    `Stopped`."""
+    """A run in which `rank` receives the signal when it enters `method` of the trainer at
+    `step`; the message of `Stopped`."""
     signals.install()
     original = getattr(Trainer, method)
 
     def hit(trainer, *arguments):
-        if trainer.replica.rank == rank and trainer.state.step == step and not signals.requested():
+        if (
+            trainer.replica.rank == rank
+            and trainer.state.step == step
+            and not signals.requested()
+        ):
             os.kill(os.getpid(), number)
             while not signals.requested():
                 time.sleep(0.001)
@@ -136,7 +153,11 @@ cli.run(globals()[sys.argv[1]], restartable=True)
 
 def script(function, **more):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, function], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+        [sys.executable, "-c", SCRIPT, function],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
     )
 
 
@@ -187,19 +208,29 @@ def test_the_end_of_a_pool_is_no_request_to_stop():
 
 @pytest.fixture
 def start(user, tmp_path):
-    """Starts a long job under `deepspeed` in a new process group and waits for its first checkpoint."""
+    """Starts a long job under `deepspeed` in a new process group and waits for its first
+    checkpoint.
+    """
     processes = []
 
     def begin(*more, script=None, past="step-000003"):
         out = tmp_path / "out"
         log = tmp_path / "log"
-        words = launcher(2, user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0", *more))
+        words = launcher(
+            2, user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0", *more)
+        )
         words[1:1] = ["--master_port", str(free_port())]
         if script is not None:
             words[words.index("--num_gpus") + 2] = str(script)
         with log.open("w") as file:
             process = subprocess.Popen(
-                words, cwd=tmp_path, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
+                words,
+                cwd=tmp_path,
+                env=environment(),
+                stdout=file,
+                stderr=file,
+                text=True,
+                start_new_session=True,
             )
         processes.append(process)
         if past:
@@ -231,7 +262,9 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     assert "[rank 1] SIGTERM: saving" in log.read_text()
     assert "--resume_from_checkpoint auto goes on" in log.read_text()
     saved = TrainerState.read(out / "checkpoints/latest").step
-    assert saved == rows(out)[-1]["step"] <= seen + 3, "two steps, and one that was logged meanwhile"
+    assert saved == rows(out)[-1]["step"] <= seen + 3, (
+        "two steps, and one that was logged meanwhile"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +272,9 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     [
         pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),
-        pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy),
+        pytest.param(
+            signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy
+        ),
     ],
 )
 def test_ranks_save_and_leave_when_their_launcher_ends(start, out, number, group):
@@ -249,7 +284,9 @@ def test_ranks_save_and_leave_when_their_launcher_ends(start, out, number, group
     process.wait(timeout=60)
     assert len(ranks) == 2, log.read_text()
     assert gone_within(ranks, 30), log.read_text()
-    assert TrainerState.read(out / "checkpoints/latest").step == rows(out)[-1]["step"], "no step was lost"
+    assert TrainerState.read(out / "checkpoints/latest").step == rows(out)[-1]["step"], (
+        "no step was lost"
+    )
 
 
 @pytest.mark.heavy
@@ -257,21 +294,31 @@ def test_a_killed_rank_takes_the_job_down(start):
     process, log, ranks = start()
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) == 256 - signal.SIGKILL, "its exit code, not that of the other ranks"
+    assert process.wait(timeout=60) == 256 - signal.SIGKILL, (
+        "its exit code, not that of the other ranks"
+    )
     assert gone_within(ranks, 60 - (time.monotonic() - began))
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
 
 @pytest.mark.heavy
 def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path, out):
-    """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
-    torch 2.13 shares by default, processes which are started again find the addresses of the dead ones."""
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
+    each start. In the one that torch 2.13 shares by default, processes which are started
+    again find the addresses of the dead ones."""
+    torchrun = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     script = str(REPOSITORY / "launch/pretrain.py")
     words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, MERGING, AUTO)]
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, cwd=tmp_path, env=settings, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            words, cwd=tmp_path, env=settings, stdout=log, stderr=log
+        )
         try:
             wait_for(out / "checkpoints/step-000003", [process])
             os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
@@ -329,7 +376,9 @@ time.sleep(60)
 
 
 def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     ready(holder)
     with user_error("another run is writing to it"):
         reserve(tmp_path)

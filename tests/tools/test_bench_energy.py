@@ -9,7 +9,16 @@ TOY = ("--documents", 2, "--tokens", 12, "--every", 1)
 
 def mean_shares(user, folder, rank):
     call(
-        "bench/energy", "--base", user.model, "--new", user.train, *TOY, "--rank", rank, "--json", folder / "found.json"
+        "bench/energy",
+        "--base",
+        user.model,
+        "--new",
+        user.train,
+        *TOY,
+        "--rank",
+        rank,
+        "--json",
+        folder / "found.json",
     )
     rows = read_json(folder / "found.json")["tables"]["mean"][1:]
     return {span: float(cell.rstrip("%")) for span, cell in rows}
@@ -17,14 +26,33 @@ def mean_shares(user, folder, rank):
 
 def test_a_span_as_large_as_the_weight_holds_everything(user, tmp_path):
     shares = mean_shares(user, tmp_path, rank=10_000)
-    assert shares["MoRA, rotate"] == shares["LoRA at its start"] == shares["best of LoRA's rank"] == 100.0
+    assert (
+        shares["MoRA, rotate"]
+        == shares["LoRA at its start"]
+        == shares["best of LoRA's rank"]
+        == 100.0
+    )
 
 
 def test_a_smaller_span_holds_less_and_the_best_one_most(user, tmp_path):
     shares = mean_shares(user, tmp_path, rank=2)
-    assert shares["LoRA at its start"] < shares["LoRA, A turned to the gradient"] <= shares["best of LoRA's rank"] < 100
+    assert (
+        shares["LoRA at its start"]
+        < shares["LoRA, A turned to the gradient"]
+        <= shares["best of LoRA's rank"]
+        < 100
+    )
 
 
 def test_a_text_that_is_too_short_is_told(user, tmp_path):
     with user_error(r"--documents: .* at least 12 tokens"):
-        call("bench/energy", "--base", user.model, "--new", user.train, *TOY, "--documents", 10_000)
+        call(
+            "bench/energy",
+            "--base",
+            user.model,
+            "--new",
+            user.train,
+            *TOY,
+            "--documents",
+            10_000,
+        )

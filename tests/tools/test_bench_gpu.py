@@ -1,4 +1,6 @@
-"""tools/bench/gpu.py: every question at toy sizes on the CPU, so that nothing is first run on rented hardware."""
+"""tools/bench/gpu.py: every question at toy sizes on the CPU, so that nothing is first run
+on rented hardware.
+"""
 
 import os
 import warnings
@@ -20,21 +22,30 @@ QUESTIONS = ("ceilings", "operators", "layer", "attention", "step", "resume")
 def answers(folder, questions, *flags):
     for question in questions:
         call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
-    contents = {question: read_json(Path(folder, f"{question}.json")) for question in questions}
-    return {question: content["tables"][question][1:] for question, content in contents.items()}
+    contents = {
+        question: read_json(Path(folder, f"{question}.json")) for question in questions
+    }
+    return {
+        question: content["tables"][question][1:] for question, content in contents.items()
+    }
 
 
 def check(results, waits):
     for name, dtype, _, *errors, merge in results["operators"]:
         assert merge == "same bits", name
-        assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
+        assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (
+            name,
+            dtype,
+        )
     assert len(results["operators"]) >= 4 * 3 * 2
     assert len(results["ceilings"]) == 6
     assert [row[:2] for row in results["layer"]] == [
         ["48 x 80, 64, bfloat16", operator] for operator in ("rotate r=8", "share r=256")
     ]
     assert [leak for *_, leak in results["attention"]] == ["0", "0", "0"]
-    assert [(row[0], row[-1]) for row in results["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
+    assert [(row[0], row[-1]) for row in results["step"]] == [
+        (stage, waits) for stage in ("1", "2", "3")
+    ]
     assert results["resume"] == [["3", "same"]]
 
 
@@ -66,8 +77,13 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
     assert modes == ["warn", "default"]
 
 
-@pytest.mark.parametrize("asked, accelerator", [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
-def test_gpu_tests_alone_take_the_accelerator_that_is_there(asked, accelerator, monkeypatch):
+@pytest.mark.parametrize(
+    "asked, accelerator",
+    [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")],
+)
+def test_gpu_tests_alone_take_the_accelerator_that_is_there(
+    asked, accelerator, monkeypatch
+):
     monkeypatch.delenv("DS_ACCELERATOR")
     conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))
     assert os.environ.get("DS_ACCELERATOR") == accelerator

@@ -5,7 +5,19 @@ import torch
 from mora_ds.common.files import read_json
 from tests.helpers.tools import call
 
-TOY = ("--shapes", "12x8", "--tokens", 5, "--operators", "rotate:1", "share:2", "--dtypes", "float32", "--seconds", 0)
+TOY = (
+    "--shapes",
+    "12x8",
+    "--tokens",
+    5,
+    "--operators",
+    "rotate:1",
+    "share:2",
+    "--dtypes",
+    "float32",
+    "--seconds",
+    0,
+)
 
 
 def found(tmp_path):
@@ -20,5 +32,7 @@ def found(tmp_path):
 
 def test_every_layer_has_a_row(tmp_path):
     titles, *rows = found(tmp_path)["layers"]
-    assert [row[:2] for row in rows] == [["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")]
+    assert [row[:2] for row in rows] == [
+        ["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")
+    ]
     assert all(len(row) == len(titles) for row in rows)

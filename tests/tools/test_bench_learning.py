@@ -1,4 +1,6 @@
-"""tools/bench/learning.py: what it refuses, which rate it calls the best, and that a finished run is not repeated."""
+"""tools/bench/learning.py: what it refuses, which rate it calls the best, and that a
+finished run is not repeated.
+"""
 
 import json
 import re
@@ -53,14 +55,29 @@ def test_bad_methods_are_named_with_their_file(tmp_path, method, message):
         call("bench/learning", "--work", tmp_path / "work", "--methods_file", path)
 
 
-@pytest.mark.parametrize("path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem
+)
 def test_every_method_is_one_that_the_training_program_takes(user, path):
     methods = Methods.read(path)
-    files = {"model_name_or_path": user.model, "train_files": [user.train], "eval_files": [user.held]}
+    files = {
+        "model_name_or_path": user.model,
+        "train_files": [user.train],
+        "eval_files": [user.held],
+    }
     for method in methods.methods.values():
         for rate in method.rates:
             validate(
-                parse(flags({**files, "max_steps": 3000, **methods.settings, **method.settings(rate, 3000, user.held)}))
+                parse(
+                    flags(
+                        {
+                            **files,
+                            "max_steps": 3000,
+                            **methods.settings,
+                            **method.settings(rate, 3000, user.held),
+                        }
+                    )
+                )
             )
 
 
@@ -71,9 +88,14 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
         bench.Row("lora", 8, 1e-2, 10, new={1: 201.0, 2: 203.0}, old={1: 100.0, 2: 102.0}),
         bench.Row("lora", 8, 3e-2, 10, new={1: 201.0, 2: 200.0}, old={1: 130.0, 2: 131.0}),
         bench.Row("full", 0, 1e-3, 99, new={1: 101.0}, old={1: 99.0}),
-        bench.Row("mora-rotate", 8, 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}),
+        bench.Row(
+            "mora-rotate", 8, 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}
+        ),
     ]
-    assert [(row.method, row.rate) for row in bench._best(rows)][:2] == [("lora", 1e-2), ("full", 1e-3)]
+    assert [(row.method, row.rate) for row in bench._best(rows)][:2] == [
+        ("lora", 1e-2),
+        ("full", 1e-3),
+    ]
     assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01"
     assert bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
     assert bench._rate(rows[1], (1e-2,)) == "0.01"
@@ -92,34 +114,70 @@ def ran(monkeypatch):
         folder = Path(settings["output_dir"])
         folder.mkdir()
         ran.append(settings)
-        perplexities = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
-        (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": perplexities}))
+        perplexities = {
+            "new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2),
+            "old": 200.0,
+        }
+        (folder / "summary.json").write_text(
+            json.dumps({"trainable_params": 7, "perplexity_after": perplexities})
+        )
         rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
         if "eval_tasks" in settings:
-            rows += [{"step": 20, "tasks": {"quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}}}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows += [
+                {
+                    "step": 20,
+                    "tasks": {
+                        "quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}
+                    },
+                }
+            ]
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
     monkeypatch.setattr(tool("bench/learning"), "pretrain_alone", pretend)
     return ran
 
 
 def texts(user):
-    return ["--base", user.model, "--new", user.train, user.held, "--old", user.train, user.other, "--jobs", 1]
+    return [
+        "--base",
+        user.model,
+        "--new",
+        user.train,
+        user.held,
+        "--old",
+        user.train,
+        user.other,
+        "--jobs",
+        1,
+    ]
 
 
 FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
 
 
 def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
-    flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
+    flags = [
+        *texts(user),
+        "--work",
+        tmp_path / "work",
+        "--json",
+        tmp_path / "all.json",
+        *FLAGS,
+    ]
     flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
     call("bench/learning", *flags)
     assert [run["learning_rate"] for run in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
     assert [run.get("merge_every") for run in ran] == [None, None, None, 10, None, 10]
     report = read_json(tmp_path / "all.json")
     assert len(report["runs"]) == 6
-    assert not any(str(path) in json.dumps(report["runs"]) for path in (tmp_path, user.root))
-    assert report["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
+    assert not any(
+        str(path) in json.dumps(report["runs"]) for path in (tmp_path, user.root)
+    )
+    assert report["runs"][0]["curve"] == [
+        {"step": 20, "new": pytest.approx(171.0), "old": 200.0}
+    ]
     row = report["tables"]["learning"][1]
     assert row == ["lora", "7", "0.01", "2", "101.5 ± 0.5", "200.0 ± 0.0"]
     call("bench/learning", *flags)
@@ -129,28 +187,69 @@ def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
     assert {run["per_device_train_batch_size"] for run in ran} == {8}
     more = ["--batch", 2, "--compute", "weight", "--replay", 0.25]
     call("bench/learning", *flags, "--methods", "none", "recipe@0.01", *more)
-    changed = [(run["per_device_train_batch_size"], run.get("compute"), run.get("replay")) for run in ran[12:]]
+    changed = [
+        (run["per_device_train_batch_size"], run.get("compute"), run.get("replay"))
+        for run in ran[12:]
+    ]
     assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
     first = tmp_path / "first.json"
     second = tmp_path / "second.json"
-    call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "one", "--methods", "lora", "--json", first)
+    call(
+        "bench/learning",
+        *texts(user),
+        *FLAGS,
+        "--work",
+        tmp_path / "one",
+        "--methods",
+        "lora",
+        "--json",
+        first,
+    )
     assert len(ran) == 4
     moved = replace(user, train=Path(shutil.copy(user.train, tmp_path / "moved.jsonl")))
     more = ["--work", tmp_path / "two", "--with", first, "--json", second]
-    call("bench/learning", *texts(moved), *FLAGS, *more, "--methods", "lora@0.01", "recipe@0.003", "--seeds", 3)
-    assert [(run["seed"], "replay" in run) for run in ran[4:]] == [(1, True), (3, False), (2, True), (3, True)]
+    call(
+        "bench/learning",
+        *texts(moved),
+        *FLAGS,
+        *more,
+        "--methods",
+        "lora@0.01",
+        "recipe@0.003",
+        "--seeds",
+        3,
+    )
+    assert [(run["seed"], "replay" in run) for run in ran[4:]] == [
+        (1, True),
+        (3, False),
+        (2, True),
+        (3, True),
+    ]
     report = read_json(second)
     rows = [[row[0], row[2], row[3]] for row in report["tables"]["learning"][1:]]
     assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
     runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
-    assert runs[:5] == [("lora", 3e-3, 1), ("lora", 1e-2, 1), ("lora", 1e-2, 2), ("lora", 1e-2, 3), ("lora", 3e-2, 1)]
+    assert runs[:5] == [
+        ("lora", 3e-3, 1),
+        ("lora", 1e-2, 1),
+        ("lora", 1e-2, 2),
+        ("lora", 1e-2, 3),
+        ("lora", 3e-2, 1),
+    ]
 
     def refused(message, *flags, **changes):
         with user_error(f"--with .*first.json: {re.escape(message)}"):
-            call("bench/learning", *texts(replace(user, **changes)), *more, "--methods", "none", *flags)
+            call(
+                "bench/learning",
+                *texts(replace(user, **changes)),
+                *more,
+                "--methods",
+                "none",
+                *flags,
+            )
 
     refused("not the same flags as here: r8-41-lora-0.003-1", *FLAGS, "--steps", 41)
     refused("not the same texts as here: r8-40-lora", *FLAGS, train=user.held)
@@ -159,12 +258,29 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
 
 def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     quiz = tmp_path / "quiz.yaml"
-    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--tasks", quiz, "--json", tmp_path / "all.json"]
+    flags = [
+        *texts(user),
+        *FLAGS,
+        "--work",
+        tmp_path,
+        "--rank",
+        2,
+        4,
+        "--tasks",
+        quiz,
+        "--json",
+        tmp_path / "all.json",
+    ]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")
-    assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
+    assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], (
+        "without a rank a method runs once"
+    )
     assert [run["eval_tasks"] for run in ran] == [[str(quiz)]] * 6
     report = read_json(tmp_path / "all.json")
-    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
+    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [
+        0.2,
+        pytest.approx(0.3),
+    ]
     rows = [(row[0], row[1], row[-1]) for row in report["tables"]["learning"]]
     assert rows == [
         ("rank", "method", "quiz"), ("-", "full", "25.0%"), ("2", "lora", "25.0%"), ("4", "lora", "25.0%"),

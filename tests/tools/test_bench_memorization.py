@@ -1,4 +1,6 @@
-"""tools/bench/memorization.py, as small as it gets: every method learns on one engine, and what it prints is right."""
+"""tools/bench/memorization.py, as small as it gets: every method learns on one engine, and
+what it prints is right.
+"""
 
 import re
 import sys
@@ -51,7 +53,12 @@ def test_two_pairs_are_known_by_heart(tmp_path, user):
     named = {result["method"]: result for result in results}
     assert set(named) == {"full", "lora", "mora", "remora"}
     assert len(results) == 4
-    assert named["mora"]["trained"] == named["remora"]["trained"] <= named["lora"]["trained"] < named["full"]["trained"]
+    assert (
+        named["mora"]["trained"]
+        == named["remora"]["trained"]
+        <= named["lora"]["trained"]
+        < named["full"]["trained"]
+    )
     assert named["full"]["accuracy"][-1] >= 0.9
     assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in told

@@ -1,4 +1,6 @@
-"""tools/bench/report.py: what is printed is what the file holds, and tools/docs.py makes the pages' tables from it."""
+"""tools/bench/report.py: what is printed is what the file holds, and tools/docs.py makes
+the pages' tables from it.
+"""
 
 import argparse
 
@@ -14,7 +16,12 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(tmp_path, monkeypatch,
     report.say("Two rows.")
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
     report.write()
-    assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
+    assert capsys.readouterr().out.split("\n") == [
+        "Two rows.",
+        "  what  seconds",
+        "a step      0.5",
+        "",
+    ]
     written = read_json(tmp_path / "new/bench.json")
     assert written["command"] == "python tools/bench/loss.py --rows 2"
     assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]}
@@ -23,7 +30,9 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(tmp_path, monkeypatch,
     assert written["measured_on"]["versions"]["torch"]
 
     monkeypatch.setattr(plans, "DATA", tmp_path / "new")
-    old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
+    old = (
+        "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
+    )
     page = docs_results.with_tables(f"# Title\n\n{old}\n\nText.")
     assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page
     assert "old" not in page

@@ -1,4 +1,6 @@
-"""The benchmark of one rank among many: every phase runs, and what must not grow with the ranks does not."""
+"""The benchmark of one rank among many: every phase runs, and what must not grow with the
+ranks does not.
+"""
 
 import sys
 
@@ -31,7 +33,9 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     titles, *rows = tables["phases"]
     records = [dict(zip(titles, row, strict=True)) for row in rows]
     for phase in scale.PHASES:
-        assert {row["ranks"] for row in records if row["phase"] == phase} == {"4", "16"}, phase
+        assert {row["ranks"] for row in records if row["phase"] == phase} == {"4", "16"}, (
+            phase
+        )
     assert {row["setting"] for row in records} == {path.name for path in scale.CONFIGS}
     titles, *lines = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
@@ -39,6 +43,13 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     for row in records:
         if row["phase"] == "resume":
             assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"
-    files = {(row["ranks"], row["rank"], row["setting"]): row["files"] for row in records if row["phase"] == "save"}
+    files = {
+        (row["ranks"], row["rank"], row["setting"]): row["files"]
+        for row in records
+        if row["phase"] == "save"
+    }
     for (ranks, rank, setting), count in files.items():
-        assert count == files["4", rank, setting], (ranks, "a save opens more files where there are more ranks")
+        assert count == files["4", rank, setting], (
+            ranks,
+            "a save opens more files where there are more ranks",
+        )

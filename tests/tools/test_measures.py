@@ -31,8 +31,9 @@ class Other:
 def test_measures_of_a_module(tmp_path):
     (tmp_path / "module.py").write_text(SOURCE)
     measures = measure(tmp_path)
-    # Module; def, its arguments and two arg; the assignment with a tuple of two names, and a tuple of a sum (4) and a
-    # constant; return with a sum (4); print with its name, and add with its name and two constants.
+    # Module; def, its arguments and two arg; the assignment with a tuple of two names, and
+    # a tuple of a sum (4) and a constant; return with a sum (4); print with its name, and
+    # add with its name and two constants.
     assert measures["nodes of the syntax tree"] == 1 + 4 + 1 + 3 + 6 + 5 + 7
     assert measures["lines of code"] == 4
     assert measures["functions"] == 1

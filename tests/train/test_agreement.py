@@ -1,4 +1,6 @@
-"""All ranks begin together, or none does: settings that differ, and a failure of one rank at each check of a start."""
+"""All ranks begin together, or none does: settings that differ, and a failure of one rank
+at each check of a start.
+"""
 
 import os
 import shutil
@@ -40,7 +42,9 @@ DIFFERENT = """
 
 
 def refused_each(cases):
-    """(kind of error, message, seconds) of each case, whose list has the arguments of every rank."""
+    """(kind of error, message, seconds) of each case, whose list has the arguments of every
+    rank.
+    """
     results = []
     for argv in cases:
         since = time.monotonic()
@@ -59,7 +63,10 @@ def _refused_in_start_up(argv):
 
 
 def test_ranks_with_different_settings(user, out):
-    cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())] for more, *_ in rows(DIFFERENT)]
+    cases = [
+        [user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())]
+        for more, *_ in rows(DIFFERENT)
+    ]
     results = run_ranks(2, refused_each, cases)
     for (more, *phrases), *ranks in zip(rows(DIFFERENT), *results, strict=True):
         for kind, message, seconds in ranks:
@@ -110,7 +117,10 @@ def refused_on_its_node(argv):
 def test_texts_that_differ_under_one_name(user, tmp_path, out):
     changed_text = tmp_path / "train.jsonl"
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
-    argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
+    argv = [
+        user.flags(out),
+        user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache"),
+    ]
     for kind, message in run_ranks(2, refused_on_its_node, argv):
         assert kind == "UserError"
         assert "training text" in message
@@ -147,7 +157,10 @@ def checks_of(argv):
     def begin(*_):
         raise Begun
 
-    with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
+    with (
+        before_meetings(lambda number, check: names.append(str(check))),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(pretrain, "_run", begin)
         with pytest.raises(Begun):
             pretrain.pretrain(parse(argv))
@@ -155,7 +168,9 @@ def checks_of(argv):
 
 
 def walk(argv, numbers, failing):
-    """The errors of this rank where rank `failing` fails before the check of each number."""
+    """The errors of this rank where rank `failing` fails before the check of each
+    number.
+    """
 
     def act_at(wanted):
         def act(number, check):
@@ -175,7 +190,9 @@ def assert_all_fail(world, argv, numbers, failing):
     results = run_ranks(world, walk, argv, numbers, failing, timeout_s=900)
     where = "" if failing == 0 else f"rank {failing}: "
     for result in results:
-        assert result == [("UserError", f"{where}injected before {number}") for number in numbers]
+        assert result == [
+            ("UserError", f"{where}injected before {number}") for number in numbers
+        ]
 
 
 def assert_all_fail_at_each(world, argv, healthy, failing):
@@ -188,7 +205,11 @@ def assert_all_fail_at_each(world, argv, healthy, failing):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_at_some_checks(user, tmp_path, failing):
     argv = user.flags(tmp_path / "out", *MERGES)
-    names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0] if failing else [""] * 20
+    names = (
+        run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0]
+        if failing
+        else [""] * 20
+    )
     assert len(names) >= 20
     assert_all_fail(2, argv, [0, 2, 6, 12, len(names) - 1 if failing else 16], failing)
     assert not (tmp_path / "out").exists(), "the folder is as it was"
@@ -201,8 +222,12 @@ AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3,
 @AT_EACH
 def test_a_failure_at_each_check(user, tmp_path, world, failing):
     plan = tmp_path / "targets.yaml"
-    TargetPlan(BaseCheckpoint.open(user.model).fingerprint(), {"model.layers.0.mlp.up_proj": 8}).write(plan)
-    argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, targets=plan, alignment_weight=0.1)
+    TargetPlan(
+        BaseCheckpoint.open(user.model).fingerprint(), {"model.layers.0.mlp.up_proj": 8}
+    ).write(plan)
+    argv = research(
+        user.flags(tmp_path / "out", *MERGES), tmp_path, targets=plan, alignment_weight=0.1
+    )
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
     assert not (tmp_path / "out").exists()
 
@@ -219,7 +244,11 @@ def test_a_failure_at_each_check_of_a_resumed_run(user, tmp_path, world, failing
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check_of_a_mixture(user, tmp_path, world, failing):
-    mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
+    mix = write_mixture(
+        user,
+        tmp_path / "mix.yaml",
+        "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n",
+    )
     argv = mixture_flags(user, tmp_path / "out", mix, *MERGES)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
     assert not (tmp_path / "out").exists()

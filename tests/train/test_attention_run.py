@@ -1,4 +1,6 @@
-"""The attention of whole runs: what is chosen, and what dense attention stays. Resumed runs: test_resume."""
+"""The attention of whole runs: what is chosen, and what dense attention stays. Resumed
+runs: test_resume.
+"""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -23,7 +25,16 @@ from tests.helpers.jobs import assert_close_losses, finished_run, refusal
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.tables import rows
 
-MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+MORE = (
+    "--per_device_train_batch_size",
+    4,
+    "--save_steps",
+    2,
+    "--merge_every",
+    3,
+    "--restart_warmup_steps",
+    1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,9 @@ def attention_in(out):
     return str(TrainerState.read(out / "checkpoints/latest").identity["attention"])
 
 
-def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(by_documents, dense):
+def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
+    by_documents, dense
+):
     assert attention_in(by_documents) == "documents"
     assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
@@ -49,8 +62,12 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
 
 def test_another_attention_does_not_continue_a_run(user, dense, tmp_path):
     checkpoint = dense / "checkpoints/step-000004"
-    flags = user.flags(tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint))
-    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(flags)
+    flags = user.flags(
+        tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint)
+    )
+    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(
+        flags
+    )
 
 
 def test_dense_attention_is_what_it_was_to_the_bit():
@@ -58,8 +75,15 @@ def test_dense_attention_is_what_it_was_to_the_bit():
     batch = batch_of(4)
     one = tiny_model("mistral")
     another = tiny_model("mistral")
-    logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+    logits = one(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).logits
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        batch["labels"].flatten(),
+        ignore_index=-100,
+        reduction="sum",
+    )
     nll = token_nll(another, batch)
     assert torch.equal(nll, loss)
     assert attention_of(another) == "sdpa"
@@ -91,7 +115,9 @@ mamba | auto | none
 
 @pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
 def test_documents_wherever_the_model_can(kind, asked_for, runs):
-    implementation = implementation_of(ModelArguments(attn_implementation=asked_for), config_of(kind))
+    implementation = implementation_of(
+        ModelArguments(attn_implementation=asked_for), config_of(kind)
+    )
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
 
@@ -100,7 +126,9 @@ def test_documents_wherever_the_model_can(kind, asked_for, runs):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_leak_at_one_batch_size_is_found(rows):
-    """A stand-in for FlashAttention without bounds, which takes rows for packed ones where there is a single row."""
+    """A stand-in for FlashAttention without bounds, which takes rows for packed ones where
+    there is a single row.
+    """
     model = tiny_model("llama").eval()
     for parameter in model.parameters():
         parameter.data *= 3
@@ -117,12 +145,18 @@ def test_a_leak_at_one_batch_size_is_found(rows):
         check_document_mask(model)
 
 
-@pytest.mark.parametrize("kind, flags", [("opt", {"attn_implementation": "eager"}), ("bloom", {}), ("mamba", {})])
+@pytest.mark.parametrize(
+    "kind, flags", [("opt", {"attn_implementation": "eager"}), ("bloom", {}), ("mamba", {})]
+)
 def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind, flags):
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
     start = SimpleNamespace(hooks=Hooks())
     job = SimpleNamespace(
-        engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None, start=start
+        engine=model,
+        state=TrainerState(),
+        loaded=SimpleNamespace(model=model),
+        sequence=None,
+        start=start,
     )
     with user_error("leave --attn_implementation at auto, or give --no_document_mask"):
         preflight(job, from_flat(flags))
@@ -147,7 +181,9 @@ def with_sinks():
 
 
 def test_attention_sinks_by_documents():
-    """GPT-OSS, which takes no mask from the positions: its documents in one row are what each is alone."""
+    """GPT-OSS, which takes no mask from the positions: its documents in one row are what
+    each is alone.
+    """
     with user_error("--no_document_mask"):
         check_attention(with_sinks(), document_mask=True)
     model = with_sinks()
@@ -159,7 +195,9 @@ def test_attention_sinks_by_documents():
     for row, begins in enumerate((batch["position_ids"] == 0).int()):
         edges = [*begins.nonzero().flatten().tolist(), len(begins)]
         documents = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
-        expected = torch.cat([alone(input_ids=document, use_cache=False).logits[0] for document in documents])
+        expected = torch.cat(
+            [alone(input_ids=document, use_cache=False).logits[0] for document in documents]
+        )
         assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 

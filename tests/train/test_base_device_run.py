@@ -1,4 +1,6 @@
-"""Runs with --base_device host: curve, checkpoints and merge ledger are those of a run with its base on the device."""
+"""Runs with --base_device host: curve, checkpoints and merge ledger are those of a run with
+its base on the device.
+"""
 
 from unittest.mock import patch
 
@@ -27,10 +29,19 @@ def deep(user, out, *more):
     """Flags of a run with more decoder layers than buffers, and no file of weights."""
     model = user.root / "deep.json"
     if not model.exists():
-        AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": 4}).to_json_file(model)
+        AutoConfig.for_model(
+            "llama", **{**FAMILIES["llama"], "num_hidden_layers": 4}
+        ).to_json_file(model)
     flags = user.flags(user.root / out, *MERGING, *more)
     at = flags.index("--model_name_or_path")
-    return [*flags[:at], "--model_config", str(model), "--tokenizer_name", str(user.model), *flags[at + 2 :]]
+    return [
+        *flags[:at],
+        "--model_config",
+        str(model),
+        "--tokenizer_name",
+        str(user.model),
+        *flags[at + 2 :],
+    ]
 
 
 def counted(argv):
@@ -48,7 +59,9 @@ def counted(argv):
 
 
 def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):
-    """Two merges; stopped right after the first one, and resumed with the base on the device."""
+    """Two merges; stopped right after the first one, and resumed with the base on the
+    device.
+    """
     more = ("--gradient_checkpointing", "--bf16")
     run(1, deep(user, "resident", *more))
     summary, copied = run_alone(counted, deep(user, "streamed", *more, *HOST))
@@ -120,7 +133,9 @@ def settled(argv, memory):
         patch.object(device, "memory_bytes", lambda: memory),
     ):
         ds_config = engine_config(arguments.training, arguments.adapter.adapter, 1)
-        return settle_base_device(arguments, config, ds_config, Ranks.current()).training.base_device
+        return settle_base_device(
+            arguments, config, ds_config, Ranks.current()
+        ).training.base_device
 
 
 def test_auto_takes_the_host_where_the_base_does_not_fit(user):
@@ -139,8 +154,13 @@ def test_a_model_that_cannot_be_planned_stays_on_the_device(user):
 
 
 def test_a_dry_run_plans_both(user):
-    resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
+    resident, streamed = (
+        planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST)
+    )
     assert resident.memory.host_base == 0 < streamed.memory.host_base
-    assert streamed.memory.base == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers
+    assert (
+        streamed.memory.base
+        == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers
+    )
     assert streamed.copied > 0
     assert isinstance(streamed.work.adapter, MoRAConfig)

@@ -1,4 +1,6 @@
-"""The base's files are mapped: a run whose base changes under it ends, and names the checkpoint to go on from."""
+"""The base's files are mapped: a run whose base changes under it ends, and names the
+checkpoint to go on from.
+"""
 
 import os
 import shutil
@@ -16,8 +18,12 @@ from tests.helpers.resume import disturb
 
 
 def disturbed_job(argv, model, change):
-    """A run whose base, the folder `model`, gets a `change` of its weights after step 3. For `run_ranks`."""
-    disturb(3, lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors"))
+    """A run whose base, the folder `model`, gets a `change` of its weights after step 3.
+    For `run_ranks`.
+    """
+    disturb(
+        3, lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors")
+    )
     return refused(argv)
 
 
@@ -33,7 +39,9 @@ def messages_of(user, argv, change):
     messages = []
     for kind, message in run_ranks(2, disturbed_job, argv, user.model, change):
         assert kind == "RunError", message
-        assert "model.safetensors was changed or replaced during the run" in message, message
+        assert "model.safetensors was changed or replaced during the run" in message, (
+            message
+        )
         messages.append(message)
     return messages
 
@@ -45,12 +53,20 @@ def copied_user(user, tmp_path):
 
 
 @pytest.mark.parametrize("word", [0x3C000000, 0x7FC00000], ids=["small numbers", "NaN"])
-def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(user, copied_user, out, word):
-    argv = copied_user.flags(out, "--save_steps 2 --eval_steps 0 --merge_every 5 --restart_warmup_steps 1")
+def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
+    user, copied_user, out, word
+):
+    argv = copied_user.flags(
+        out, "--save_steps 2 --eval_steps 0 --merge_every 5 --restart_warmup_steps 1"
+    )
     for message in messages_of(copied_user, argv, partial(overwrite, word=word)):
         assert f"Newest checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
-    assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
-    assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], "found in the next step, not at a save"
+    assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == [
+        "step-000002"
+    ]
+    assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], (
+        "found in the next step, not at a save"
+    )
     if word != 0x7FC00000:
         shutil.copy(user.model / "model.safetensors", copied_user.model)
         assert run(2, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6

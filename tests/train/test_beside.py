@@ -1,4 +1,6 @@
-"""What fails beside training: the run goes on to its end and its last checkpoint, and says so by an exit code."""
+"""What fails beside training: the run goes on to its end and its last checkpoint, and says
+so by an exit code.
+"""
 
 import builtins
 import itertools
@@ -34,13 +36,17 @@ FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", 
 
 @contextmanager
 def failing_calls(target, method, error, calls):
-    """These calls of a method, counted from 0, fail; those of the log when they have done their work."""
+    """These calls of a method, counted from 0, fail; those of the log when they have done
+    their work.
+    """
     real = getattr(target, method)
     call_numbers = itertools.count()
 
     def call(*arguments, **options):
         is_failing = next(call_numbers) in calls
-        result = None if is_failing and target is not MetricsLog else real(*arguments, **options)
+        result = (
+            None if is_failing and target is not MetricsLog else real(*arguments, **options)
+        )
         if is_failing:
             raise error
         return result
@@ -50,7 +56,9 @@ def failing_calls(target, method, error, calls):
 
 
 def failing(argv, target, method, error, calls):
-    """(kind of error, its message) of a run in which these calls of a method fail on every rank."""
+    """(kind of error, its message) of a run in which these calls of a method fail on every
+    rank.
+    """
     with failing_calls(target, method, error, calls):
         return ended(argv)
 
@@ -80,19 +88,34 @@ def ranks_and_whole(request, user, tmp_path_factory):
         pytest.param(Evaluator, (2,), id="before a save"),
         pytest.param(Evaluator, (1, 3), id="twice"),
         pytest.param(Evaluator, (4,), id="at the end"),
-        pytest.param(TaskSuite, (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
+        pytest.param(
+            TaskSuite,
+            (1, 2),
+            id="tasks within the run and at its end",
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
-def test_a_failed_evaluation_does_not_end_the_run(user, tmp_path, ranks_and_whole, out, target, calls):
+def test_a_failed_evaluation_does_not_end_the_run(
+    user, tmp_path, ranks_and_whole, out, target, calls
+):
     ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
-    of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if target is TaskSuite else ()
-    told = run_ranks(ranks, failing, user.flags(out, *FLAGS, *of_tasks), target, "evaluate", error, calls)
+    of_tasks = (
+        ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2)
+        if target is TaskSuite
+        else ()
+    )
+    told = run_ranks(
+        ranks, failing, user.flags(out, *FLAGS, *of_tasks), target, "evaluate", error, calls
+    )
     steps = [2 * call if target is TaskSuite else call for call in calls]
     for kind, message in told:
         assert kind == "FailedBeside"
         assert "step-000004 is its end" in message
-        assert re.findall(r"after step (\d): RuntimeError: no evaluation today", message) == [*map(str, steps)]
+        assert re.findall(
+            r"after step (\d): RuntimeError: no evaluation today", message
+        ) == [*map(str, steps)]
     assert losses(out).equal(losses(whole)), "training is what it would have been"
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
@@ -100,15 +123,21 @@ def test_a_failed_evaluation_does_not_end_the_run(user, tmp_path, ranks_and_whol
 
 
 def failing_log_of_rank_0(argv):
-    """A run on whose first rank alone the log of the evaluation after step 2 fails, when all ranks have evaluated."""
+    """A run on whose first rank alone the log of the evaluation after step 2 fails, when
+    all ranks have evaluated.
+    """
     error = OSError(28, "No space left on device")
-    with failing_calls(MetricsLog, "evaluation", error, (2,) if int(os.environ["RANK"]) == 0 else ()):
+    with failing_calls(
+        MetricsLog, "evaluation", error, (2,) if int(os.environ["RANK"]) == 0 else ()
+    ):
         return ended(argv)
 
 
 def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
     """The others have a best step then, for which they would save without it."""
-    for kind, message in run_ranks(2, failing_log_of_rank_0, user.flags(out, *FLAGS, "--best_by", "held:1")):
+    for kind, message in run_ranks(
+        2, failing_log_of_rank_0, user.flags(out, *FLAGS, "--best_by", "held:1")
+    ):
         assert kind == "FailedBeside"
         assert re.findall(r"after step (\d): OSError", message) == ["2"]
     assert last_state(out).finished
@@ -116,13 +145,17 @@ def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
 
 def without_room_for_traces(argv):
     """A run on a disk that is full once a trace is written. For `run_ranks`."""
-    with mock.patch.object(profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(
+        profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")
+    ):
         return ended(argv)
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_whole, out):
     ranks, whole = ranks_and_whole
-    for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile 1")):
+    for kind, message in run_ranks(
+        ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile 1")
+    ):
         assert kind == "FailedBeside"
         assert f"--profile: {out / 'profile'} got no complete trace: " in message
         assert "No space left on device" in message
@@ -131,13 +164,17 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_who
 
 
 def interrupted(argv, error):
-    """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step 3. For `run_ranks`."""
+    """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step
+    3. For `run_ranks`.
+    """
     with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
         interrupted_job(argv, 3)
 
 
 def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, out):
-    """That after step 1, whose model a checkpoint does not hold; that after step 2 is made by the resumed run."""
+    """That after step 1, whose model a checkpoint does not hold; that after step 2 is made
+    by the resumed run.
+    """
     argv = user.flags(out, *FLAGS, "--resume_from_checkpoint auto")
     error = RuntimeError("no evaluation today")
     run_alone(interrupted, argv, error)
@@ -157,12 +194,14 @@ Trainer _probe_loss | 0 | RuntimeError | RuntimeError | 0
 Trainer _probe_loss | 3 | RuntimeError | RuntimeError | 2
 Trainer _probe_loss | 5 | RuntimeError | RuntimeError | 6
 """
-"""A method | which of its calls fails | with what | how a run of 6 steps ends, which saves every 2 and merges after 3 |
-the step of its newest checkpoint."""
+"""A method | which of its calls fails | with what | how a run of 6 steps ends, which saves
+every 2 and merges after 3 | the step of its newest checkpoint."""
 
 
 def ends_of_runs(argvs, failures):
-    """The kind of error of several runs, one after the other, each with a failure. For `run_ranks`."""
+    """The kind of error of several runs, one after the other, each with a failure. For
+    `run_ranks`.
+    """
     return [
         failing(argv, target, method, error, (call,))[0]
         for argv, (target, method, error, call) in zip(argvs, failures, strict=True)
@@ -170,15 +209,19 @@ def ends_of_runs(argvs, failures):
 
 
 def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_path):
-    """An evaluation fails beside the run. What the run cannot do without ends it, --save_steps after a checkpoint at
-    most."""
-    targets = {target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)}
+    """An evaluation fails beside the run. What the run cannot do without ends it,
+    --save_steps after a checkpoint at most."""
+    targets = {
+        target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)
+    }
     argvs = []
     failures = []
     table = rows_of(FAILURES)
     for number, (method, call, error, *_) in enumerate(table):
         owner, _, name = method.partition(" ")
-        failures.append((targets[owner], name, getattr(builtins, error)("injected"), int(call)))
+        failures.append(
+            (targets[owner], name, getattr(builtins, error)("injected"), int(call))
+        )
         argvs.append(
             user.flags(
                 tmp_path / str(number),
@@ -190,25 +233,35 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_
     for number in range(len(table)):
         folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
         newest.append(step_of(folders[-1]) if folders else 0)
-    assert list(zip(kinds, newest, strict=True)) == [(kind, int(step)) for *_, kind, step in table]
+    assert list(zip(kinds, newest, strict=True)) == [
+        (kind, int(step)) for *_, kind, step in table
+    ]
 
 
 def test_before_the_first_step_a_failed_evaluation_ends_the_run(user, tmp_path):
     error = RuntimeError("no evaluation today")
-    kind, message = run_alone(failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
+    kind, message = run_alone(
+        failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,)
+    )
     assert (kind, message) == ("RuntimeError", "no evaluation today")
 
 
 def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
-    """The checkpoint of its step holds that model: --save_total_limit has left the one before."""
+    """The checkpoint of its step holds that model: --save_total_limit has left the one
+    before.
+    """
     error = NotFinite("the loss is nan")
-    argv = user.flags(tmp_path, *FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto")
+    argv = user.flags(
+        tmp_path, *FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto"
+    )
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
         kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, (call,))
         assert kind == "RunError"
         assert "the loss is nan" in message
         assert "Newest checkpoint: " in message
-    assert [step_of(folder) for folder in complete_checkpoints(tmp_path / "checkpoints")] == [2, 4]
+    assert [
+        step_of(folder) for folder in complete_checkpoints(tmp_path / "checkpoints")
+    ] == [2, 4]
 
 
 def failing_upload(argv, error):
@@ -218,7 +271,9 @@ def failing_upload(argv, error):
         return ended(argv)
 
 
-@pytest.mark.parametrize("error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)])
+@pytest.mark.parametrize(
+    "error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)]
+)
 def test_a_failed_upload_is_told_after_the_end(user, tmp_path, error, ranks):
     argv = user.flags(tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none")
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
@@ -228,12 +283,26 @@ def test_a_failed_upload_is_told_after_the_end(user, tmp_path, error, ranks):
 
 
 def ended_within(argv, target, method, call):
-    """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
-    with failing_calls(target, method, KeyboardInterrupt(), (call,)), pytest.raises(KeyboardInterrupt):
+    """A run that ends in the `call`-th call of a method, counted from 0, without another
+    word. For `run_ranks`.
+    """
+    with (
+        failing_calls(target, method, KeyboardInterrupt(), (call,)),
+        pytest.raises(KeyboardInterrupt),
+    ):
         program.pretrain(parse(argv))
 
 
-DUE = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
+DUE = (
+    "--save_steps",
+    4,
+    "--eval_steps",
+    4,
+    "--merge_every",
+    4,
+    "--restart_warmup_steps",
+    1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +321,19 @@ def whole(user, tmp_path_factory):
         pytest.param(Trainer, "_probe_loss", 1, 4, id="probe before a merge"),
         pytest.param(Trainer, "_probe_loss", 2, 4, id="probe after a merge"),
         pytest.param(Evaluator, "evaluate", 2, 6, id="last evaluation"),
-        pytest.param(MetricsLog, "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
+        pytest.param(
+            MetricsLog,
+            "evaluation",
+            2,
+            6,
+            id="after the last evaluation",
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
-def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(user, whole, out, target, method, call, step):
+def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
+    user, whole, out, target, method, call, step
+):
     """And the run that resumes there does what was pending, once."""
     run_alone(ended_within, user.flags(out, *DUE), target, method, call)
     assert TrainerState.read(out / "checkpoints/latest").step == step
@@ -266,7 +344,10 @@ def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(user, whole, out
 def failing_tracker(argv):
     """`ended` of a run whose tracker fails. For `run_ranks`."""
     broken = mock.Mock(side_effect=OSError("the service is gone"))
-    with mock.patch.object(trackers, "_start_wandb", broken), mock.patch.object(program, "check_installed"):
+    with (
+        mock.patch.object(trackers, "_start_wandb", broken),
+        mock.patch.object(program, "check_installed"),
+    ):
         return ended(argv)
 
 

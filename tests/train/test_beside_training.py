@@ -1,4 +1,6 @@
-"""Every forward pass of a run is training's, or one of `beside_training`: nothing of a training batch acts on it."""
+"""Every forward pass of a run is training's, or one of `beside_training`: nothing of a
+training batch acts on it.
+"""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -38,19 +40,24 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
         assert not first.requires_grad
         raise KeyError
     assert model.training and torch.is_grad_enabled()
-    assert torch.equal(domains.choice(torch.ones(3, 2, 3)), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+    assert torch.equal(
+        domains.choice(torch.ones(3, 2, 3)),
+        torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]),
+    )
 
 
 @contextmanager
 def rows_that_stay(hooks, sources):
-    """`ResearchHooks.rows` that leaves the domains of a training batch as they were in it."""
+    """`ResearchHooks.rows` that leaves the domains of a training batch as they were in
+    it.
+    """
     hooks.domains.set(sources)
     yield
 
 
 def kinds_of_passes(argv):
-    """Passes of a run's model by (training mode, gradients, domains of no single rows); each of them finds what a batch
-    of other rows has set before it. For `run_ranks`."""
+    """Passes of a run's model by (training mode, gradients, domains of no single rows);
+    each of them finds what a batch of other rows has set before it. For `run_ranks`."""
     kinds = Counter()
     real = ResearchHooks.injected
 
@@ -72,7 +79,9 @@ def kinds_of_passes(argv):
 
 
 def test_each_pass_of_a_run_sets_what_layers_read(user, tmp_path, out):
-    """Checks before the first step, evaluations, tasks, probes of saves and merges, and the recorded probe."""
+    """Checks before the first step, evaluations, tasks, probes of saves and merges, and the
+    recorded probe.
+    """
     flags = (
         "--max_steps", 3, "--save_steps", 2, "--eval_steps", 1, "--merge_every", 2, "--restart_warmup_steps", 1,
         "--mora_dropout", 0.1, "--eval_tasks", task_files(tmp_path)["choices"], "--report_to", "none",

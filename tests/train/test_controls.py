@@ -19,7 +19,9 @@ def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user, tmp_path):
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
     assert_close_losses(two, one, rtol=2e-6)
-    assert summary["perplexity_after"]["held"] < 0.99 * summary["perplexity_before"]["held"], "it learns"
+    assert (
+        summary["perplexity_after"]["held"] < 0.99 * summary["perplexity_before"]["held"]
+    ), "it learns"
     report = export_merged(two, tmp_path / "merged", verify=True)
     assert report.cycles == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -38,11 +40,17 @@ def test_relora_interrupted_and_resumed_is_the_same_run(user, tmp_path):
 
 
 def test_none_reports_the_base(user, tmp_path):
-    expected = run(1, user.flags(tmp_path / "trained", "--max_steps 2"))["perplexity_before"]
+    expected = run(1, user.flags(tmp_path / "trained", "--max_steps 2"))[
+        "perplexity_before"
+    ]
     for ranks in (1, 2):
         bare = tmp_path / f"bare-{ranks}"
         summary = run(ranks, user.flags(bare, "--adapter none"))
-        assert summary["perplexity_before"] == summary["perplexity_after"] == pytest.approx(expected, rel=1e-6)
+        assert (
+            summary["perplexity_before"]
+            == summary["perplexity_after"]
+            == pytest.approx(expected, rel=1e-6)
+        )
         assert summary["steps"] == summary["trainable_params"] == 0
         assert read_json(bare / "summary.json") == summary
         assert not (bare / "checkpoints").exists()

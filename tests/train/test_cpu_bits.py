@@ -1,4 +1,6 @@
-"""The same command gives the same bits: beside other work too, and a merge ledger on every kind of CPU."""
+"""The same command gives the same bits: beside other work too, and a merge ledger on every
+kind of CPU.
+"""
 
 import os
 import subprocess
@@ -10,7 +12,11 @@ import torch
 from tests.helpers.jobs import environment, run
 from tests.helpers.outcome import assert_same_outcome
 
-INSTRUCTIONS = {"DEFAULT": ("default",), "AVX2": ("default", "avx2"), "AVX512": ("default", "avx2", "avx512")}
+INSTRUCTIONS = {
+    "DEFAULT": ("default",),
+    "AVX2": ("default", "avx2"),
+    "AVX512": ("default", "avx2", "avx512"),
+}
 """What torch can be told to use, by what this CPU has."""
 
 REPLAY = """
@@ -32,7 +38,9 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 
 
 def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user, tmp_path):
-    """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that was measured."""
+    """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that
+    was measured.
+    """
     flags = "--merge_every 2 --restart_warmup_steps 1 --export_merged true --train_embeddings true"
     run(2, user.flags(tmp_path / "idle", flags))
     spin = [sys.executable, "-c", "while True: pass"]
@@ -47,7 +55,9 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user, t
 
 
 @pytest.mark.heavy(seconds=12)
-def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(user, tmp_path):
+def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
+    user, tmp_path
+):
     merges = "--operator rotate --merge_every 2 --restart_warmup_steps 1"
     run(1, user.flags(tmp_path / "out", merges))
     checkpoint = tmp_path / "out/checkpoints/latest"
@@ -56,7 +66,9 @@ def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
     for name in INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]:
         command = [sys.executable, "-c", REPLAY, str(checkpoint), str(tmp_path / name)]
         variables["ATEN_CPU_CAPABILITY"] = name
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=True
+        )
         used, *hashes = done.stdout.split()[-3:]
         assert used.lower() == name
         printed.append(hashes)

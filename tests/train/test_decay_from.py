@@ -1,4 +1,6 @@
-"""--decay_from: a branch that decays from a checkpoint is the run that was told so from the beginning."""
+"""--decay_from: a branch that decays from a checkpoint is the run that was told so from the
+beginning.
+"""
 
 import shutil
 
@@ -19,7 +21,9 @@ STABLE = (
     "--mora_dropout", 0.1,
 )  # fmt: skip
 PARENT = (*STABLE, "--max_steps", 11, "--decay_ratio", 0.3)
-"""One step of warm-up; the learning rate decays from step 8 on. Merges after steps 3, 6 and 9."""
+"""One step of warm-up; the learning rate decays from step 8 on. Merges after steps 3, 6 and
+9.
+"""
 
 START = 4
 """The checkpoint of most branches, step-000004."""
@@ -33,7 +37,9 @@ def parent(user, tmp_path_factory):
 
 
 def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_path):
-    """In its weights, and in what it has logged; ended in between and resumed, when a link to its parent has moved."""
+    """In its weights, and in what it has logged; ended in between and resumed, when a link
+    to its parent has moved.
+    """
     whole = tmp_path / "whole"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
     run(1, user.flags(whole, *STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
@@ -41,7 +47,9 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     checkpoint = parent / "checkpoints/step-000004"
     latest = tmp_path / "latest"
     latest.symlink_to(checkpoint)
-    branch = user.flags(out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint auto --decay_from")
+    branch = user.flags(
+        out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint auto --decay_from"
+    )
     by_link = [*branch, str(latest)]
     with untouched(parent):
         run_alone(interrupted_job, by_link, START + 3)
@@ -49,7 +57,9 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
     another = shutil.copytree(checkpoint, tmp_path / "another" / checkpoint.name)
     (another / "manifest.json").write_text("{}")
-    assert "manifest of the checkpoint of --decay_from: " in refusal([*branch, str(another)])
+    assert "manifest of the checkpoint of --decay_from: " in refusal(
+        [*branch, str(another)]
+    )
     replace_symlink(latest, later)
     elsewhere = tmp_path / "gone"
     parent.rename(elsewhere)  # a branch that has checkpoints needs its parent's no more
@@ -65,19 +75,27 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
 def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
     """Its batches go on where those of its parent stopped."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    of_kind = {"mixture": (), "stream": ("--streaming",), "full": ("--adapter", "full")}[kind]
+    of_kind = {"mixture": (), "stream": ("--streaming",), "full": ("--adapter", "full")}[
+        kind
+    ]
 
     def flags(name, *more):
         every = ("--lr_scheduler_type", "wsd", "--save_steps", 2, *of_kind, *more)
         out = tmp_path / name
-        return mixture_flags(user, out, mix, *every) if kind == "mixture" else user.flags(out, *every)
+        return (
+            mixture_flags(user, out, mix, *every)
+            if kind == "mixture"
+            else user.flags(out, *every)
+        )
 
     run(1, flags("parent", "--max_steps", 6, "--decay_ratio", 0.25))
-    run(1, flags("whole", "--max_steps", 5, "--decay_ratio", 0.75))  # of the 4 steps after that of warm-up
+    # Of the 4 steps after that of warm-up
+    run(1, flags("whole", "--max_steps", 5, "--decay_ratio", 0.75))
     start = tmp_path / "parent/checkpoints/step-000002"
     run(1, flags("branch", "--max_steps", 3, "--decay_from", str(start)))
     branch, whole = (
-        load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors") for name in ("branch", "whole")
+        load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors")
+        for name in ("branch", "whole")
     )
     assert_same_tensors(branch, whole)
     assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
@@ -85,7 +103,9 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 
 def test_what_is_no_branch_is_refused(user, parent, tmp_path):
     def told(checkpoint, *more):
-        flags = user.flags(tmp_path / "a", *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint))
+        flags = user.flags(
+            tmp_path / "a", *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint)
+        )
         return refusal([*flags, *more])
 
     checkpoints = parent / "checkpoints"
@@ -104,7 +124,12 @@ def test_what_is_no_branch_is_refused(user, parent, tmp_path):
 def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
     """A constant one is at its end; a linear one is not after a step below the peak."""
     for kind in ("linear", "constant"):
-        run(1, user.flags(tmp_path / kind, "--max_steps 4 --save_steps 2 --lr_scheduler_type", kind))
+        run(
+            1,
+            user.flags(
+                tmp_path / kind, "--max_steps 4 --save_steps 2 --lr_scheduler_type", kind
+            ),
+        )
 
     def branch(checkpoint):
         return user.flags(
@@ -112,5 +137,7 @@ def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
             "--lr_scheduler_type wsd --max_steps 3 --decay_from", str(tmp_path / checkpoint),
         )  # fmt: skip
 
-    assert "its learning rate is not at the peak" in refusal(branch("linear/checkpoints/step-000002"))
+    assert "its learning rate is not at the peak" in refusal(
+        branch("linear/checkpoints/step-000002")
+    )
     assert run(1, branch("constant/checkpoints/latest"))["steps"] == 7

@@ -1,4 +1,6 @@
-"""What the demo trains with: the default recipe, or less where the user's flags ask for something else."""
+"""What the demo trains with: the default recipe, or less where the user's flags ask for
+something else.
+"""
 
 from pathlib import Path
 
@@ -19,18 +21,26 @@ def settings(tmp_path, *flags, world=2):
 
 def is_recipe(job):
     """All of the recipe, or nothing of it."""
-    choices = [job.training.optimizer == "muon", job.adapter.train_embeddings, bool(job.data.replay)]
+    choices = [
+        job.training.optimizer == "muon",
+        job.adapter.train_embeddings,
+        bool(job.data.replay),
+    ]
     assert len(set(choices)) == 1, choices
     return choices[0]
 
 
 def test_the_demo_follows_the_default_recipe(tmp_path):
-    job = settings(tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3)
+    job = settings(
+        tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3
+    )
     assert is_recipe(job)
     assert job.training.max_steps == 60
     assert job.training.embedding_learning_rate == 1e-3
     recipe = load_yaml(str(ROOT / "configs/recipes/continual.yaml"), "recipe")
-    assert all(recipe[name] == RECIPE[name] for name in ("optimizer", "train_embeddings")), "not its learning rates"
+    assert all(
+        recipe[name] == RECIPE[name] for name in ("optimizer", "train_embeddings")
+    ), "not its learning rates"
     assert recipe["operator"] == CONTINUE["operator"]
     assert recipe["mora_rank"] == CONTINUE["mora_rank"]
 

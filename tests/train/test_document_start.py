@@ -1,4 +1,6 @@
-"""--document_start TOKEN: documents of cached and streamed text begin with it, and those of an evaluation do."""
+"""--document_start TOKEN: documents of cached and streamed text begin with it, and those of
+an evaluation do.
+"""
 
 import json
 import shutil
@@ -25,7 +27,11 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user):
     tokenizer = load_tokenizer(user.model)
     bos = tokenizer.bos_token_id
     end = tokenizer.eos_token_id
-    assert [start_id(tokenizer, start) for start in ("auto", "none", TOKEN)] == [bos, None, end]
+    assert [start_id(tokenizer, start) for start in ("auto", "none", TOKEN)] == [
+        bos,
+        None,
+        end,
+    ]
     tokenizer.bos_token = None
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
@@ -55,8 +61,18 @@ def test_a_run_says_where_nothing_stands_there(user, tmp_path):
     model = shutil.copytree(user.model, tmp_path / "model")
     content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
-    for folder, more, says in ((user.model, (), False), (model, (), True), (model, ("none",), False)):
-        flags = ("--model_name_or_path", folder, "--max_steps", 2, *(("--document_start", *more) if more else ()))
+    for folder, more, says in (
+        (user.model, (), False),
+        (model, (), True),
+        (model, ("none",), False),
+    ):
+        flags = (
+            "--model_name_or_path",
+            folder,
+            "--max_steps",
+            2,
+            *(("--document_start", *more) if more else ()),
+        )
         argv = user.flags(tmp_path / f"{len(more)}-{says}", *flags)
         assert ("nothing stands before a document" in run_alone(printed, argv)) == says
 
@@ -93,6 +109,9 @@ def test_an_evaluation_begins_documents_with_it(user, tmp_path):
     )
     call("evaluate", *flags, *START)
     assert read_json(tmp_path / "score.json")["sets"]["code"]["nats"] == scores[TOKEN]
-    for start, message in (("<x>", "'<x>' is no token"), ("none", "none: the first token of a document is scored too")):
+    for start, message in (
+        ("<x>", "'<x>' is no token"),
+        ("none", "none: the first token of a document is scored too"),
+    ):
         with user_error(f"--document_start {message}"):
             call("evaluate", *flags, "--document_start", start)

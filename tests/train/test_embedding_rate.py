@@ -1,4 +1,6 @@
-"""--embedding_learning_rate: other trained parameters have their own learning rate at every ZeRO stage."""
+"""--embedding_learning_rate: other trained parameters have their own learning rate at every
+ZeRO stage.
+"""
 
 import itertools
 
@@ -16,16 +18,24 @@ SHARE = 0.125
 
 
 def first_step(stage):
-    """How far Adam's first step moves the MoRA matrices and the embeddings at most: their learning rates."""
+    """How far Adam's first step moves the MoRA matrices and the embeddings at most: their
+    learning rates.
+    """
     model = model_with_mora(train_embeddings=True)
     engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1))
-    groups = [[layer.square for layer in mora_layers(model).values()], [model.get_input_embeddings().weight]]
+    groups = [
+        [layer.square for layer in mora_layers(model).values()],
+        [model.get_input_embeddings().weight],
+    ]
     before = [[zero.full_fp32(value).clone() for value in group] for group in groups]
     zero.set_learning_rate(engine, RATE, SHARE)
     engine.backward(causal_loss(engine, tokens(2)))
     engine.step()
     return [
-        max((zero.full_fp32(value) - then).abs().max().item() for value, then in zip(group, old, strict=True))
+        max(
+            (zero.full_fp32(value) - then).abs().max().item()
+            for value, then in zip(group, old, strict=True)
+        )
         for group, old in zip(groups, before, strict=True)
     ]
 

@@ -1,4 +1,6 @@
-"""An evaluation: which batches of a set count, when tasks are due, what is logged and kept of it."""
+"""An evaluation: which batches of a set count, when tasks are due, what is logged and kept
+of it.
+"""
 
 import math
 from types import SimpleNamespace
@@ -28,7 +30,9 @@ def batches_of(
 ):
     """What replica `index` of `count` evaluates of a set with these batches."""
     evaluation = Evaluator.__new__(Evaluator)
-    evaluation.training = TrainingArguments(output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit)
+    evaluation.training = TrainingArguments(
+        output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit
+    )
     evaluation.replica = SimpleNamespace(index=index, count=count)
     data = SimpleNamespace(eval_batches=eval_batches)
     return evaluation._batches(data, before_batch)
@@ -48,12 +52,16 @@ def counted(index, replicas, limit):
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, None])
 def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
-    """Every replica has equally many batches, and together exactly `limit` of them count, the first ones."""
+    """Every replica has equally many batches, and together exactly `limit` of them count,
+    the first ones.
+    """
     counts = [counted(index, replicas, limit) for index in range(replicas)]
     assert len({len(batches) for batches in counts}) == 1
     in_order = [count for round_ in zip(*counts, strict=True) for count in round_]
     counted_batches = len(in_order) if limit is None else limit
-    assert in_order == [True] * counted_batches + [False] * (len(in_order) - counted_batches)
+    assert in_order == [True] * counted_batches + [False] * (
+        len(in_order) - counted_batches
+    )
 
 
 def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
@@ -69,7 +77,11 @@ def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
         told.clear()
         for _ in batches_of(batches, lambda: told.append("asked"), limit):
             told.append("computed")
-        expected = [word for number in range(computed) for word in (f"made {number}", "asked", "computed")]
+        expected = [
+            word
+            for number in range(computed)
+            for word in (f"made {number}", "asked", "computed")
+        ]
         assert told == expected + (["made 2"] if limit else [])
 
 
@@ -94,7 +106,9 @@ class Reading(Hooks):
 
 
 class Model:
-    """Stands for the replica, whose mean loss is `nll`, and for the tasks, whose score is `score`."""
+    """Stands for the replica, whose mean loss is `nll`, and for the tasks, whose score is
+    `score`.
+    """
 
     def __init__(self):
         self.nll = 1.0
@@ -112,8 +126,12 @@ class Model:
 def evaluator(weights, bounds=None, tasks_steps=4):
     model = Model()
     job = SimpleNamespace(
-        arguments=SimpleNamespace(training=TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)),
-        data=SimpleNamespace(evaluation={"held": SimpleNamespace(eval_batches=lambda *share: iter(()))}),
+        arguments=SimpleNamespace(
+            training=TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)
+        ),
+        data=SimpleNamespace(
+            evaluation={"held": SimpleNamespace(eval_batches=lambda *share: iter(()))}
+        ),
         state=TrainerState(total_steps=6),
         start=SimpleNamespace(hooks=Reading()),
     )
@@ -149,7 +167,11 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept():
     at(evaluation, 2, 2.0)
     start = {"held": math.exp(1)}
     now = {"held": math.exp(2)}
-    assert evaluation.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
+    assert evaluation.log.rows == [
+        (0, start, start),
+        (0, {"quiz": {"acc": 0.5}}),
+        (2, now, start),
+    ]
     assert evaluation.state.perplexity_last == now
     assert not evaluation.state.evaluation_pending
     assert evaluation.replica.read_as == ["domain of held", "domain of held"]
@@ -178,14 +200,19 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated():
     assert evaluation.forgotten is None
     assert evaluation.state.task_costs_before == {"quiz": 2.0}
     at(evaluation, 6, 1.0, score=0.25)
-    assert "the value of quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
+    assert (
+        "the value of quiz is 4.000, 2.000 of the 2.000 it was at the start"
+        in evaluation.forgotten
+    )
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_set():
     evaluation = evaluator({})
     with pytest.raises(NotFinite, match="the loss on 'held' is nan after step 2"):
         at(evaluation, 2, math.nan)
-    with pytest.raises(RunError, match="the loss on 'held' is inf after step 0, before any training"):
+    with pytest.raises(
+        RunError, match="the loss on 'held' is inf after step 0, before any training"
+    ):
         at(evaluation, 0, math.inf)
 
 

@@ -1,4 +1,5 @@
-"""Every model family from end to end: load -> inject -> steps under ZeRO-3 -> merge -> checkpoint -> export -> load.
+"""Every model family from end to end: load -> inject -> steps under ZeRO-3 -> merge ->
+checkpoint -> export -> load.
 
 Documents packed into one row do not see each other, in any family.
 """
@@ -47,7 +48,9 @@ DS_CONFIG = {
 def adapter(family):
     operator = OPERATORS[list(FAMILIES).index(family) % len(OPERATORS)]
     targets = ("all-linear", "experts") if family in EXPERTS else ("all-linear",)
-    return MoRAConfig(rank=4, operator=operator, target_modules=targets, **ALSO_TRAINED.get(family, {}))
+    return MoRAConfig(
+        rank=4, operator=operator, target_modules=targets, **ALSO_TRAINED.get(family, {})
+    )
 
 
 def write_model(family, folder):
@@ -65,7 +68,9 @@ def write_model(family, folder):
 def end_to_end(root, family):
     """On one rank of several; the checkpoint lies in root/family/checkpoints afterwards."""
     folder = root / family
-    loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, None)
+    loaded = load_base(
+        folder / "model", folder / "base", Ranks.current(), torch.float32, None
+    )
     config = adapter(family)
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
@@ -85,7 +90,8 @@ def end_to_end(root, family):
     after = probe(engine)
     left = max(zero.full_fp32(square).abs().max().item() for square in squares.values())
 
-    losses.append(train_step(engine, seed=3))  # so that the checkpoint holds matrices that are not merged
+    # So that the checkpoint holds matrices that are not merged
+    losses.append(train_step(engine, seed=3))
     live = probe(engine)
     work.save(3)
     engine.destroy()
@@ -123,7 +129,9 @@ def results(tmp_path_factory):
 
 def export(root, family):
     output = root / family / "merged"
-    report = export_merged(root / family / "checkpoints/latest", output, verify=True, overwrite=True)
+    report = export_merged(
+        root / family / "checkpoints/latest", output, verify=True, overwrite=True
+    )
     return report, AutoModelForCausalLM.from_pretrained(output).eval()
 
 
@@ -131,20 +139,28 @@ def export(root, family):
 def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results):
     root, ranks = results
     for result in (rank[family] for rank in ranks):
-        assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result["norms"]
+        assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result[
+            "norms"
+        ]
         assert result["left"] == 0.0
         assert_close(result["after"], result["before"], rtol=0, atol=5e-6)
-        assert loss_of(result["after"]) == pytest.approx(loss_of(result["before"]), abs=1e-6)
+        assert loss_of(result["after"]) == pytest.approx(
+            loss_of(result["before"]), abs=1e-6
+        )
         assert torch.equal(result["live"], ranks[0][family]["live"])
     original = AutoModelForCausalLM.from_pretrained(root / family / "model").eval()
     with torch.no_grad():
         untrained = original(input_ids=tokens(2, seed=77)).logits
-    assert (ranks[0][family]["before"] - untrained).abs().max() > 1e-3, "the steps did nothing that can be measured"
+    assert (ranks[0][family]["before"] - untrained).abs().max() > 1e-3, (
+        "the steps did nothing that can be measured"
+    )
 
 
 def loss_of(logits):
     ids = tokens(2, seed=77)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    ).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,8 +174,12 @@ def test_an_export_gives_the_logits_of_the_live_model(family, results):
     assert report.comparison is not None
     assert report.cycles == 1
     assert report.merged == len(ranks[0][family]["norms"])
-    assert report.replaced == len(load_file(root / family / "checkpoints/latest/adapter.safetensors")) - (report.merged)
-    assert exported.config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
+    assert report.replaced == len(
+        load_file(root / family / "checkpoints/latest/adapter.safetensors")
+    ) - (report.merged)
+    assert (
+        exported.config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
+    )
     tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
     assert tied == exported.config.tie_word_embeddings
 
@@ -167,17 +187,35 @@ def test_an_export_gives_the_logits_of_the_live_model(family, results):
 def test_what_else_was_trained_is_in_the_export(results):
     root, _ = results
     for family, settings in ALSO_TRAINED.items():
-        original = AutoModelForCausalLM.from_pretrained(root / family / "model").state_dict()
+        original = AutoModelForCausalLM.from_pretrained(
+            root / family / "model"
+        ).state_dict()
         _, exported = export(root, family)
-        changed = {name for name, tensor in exported.state_dict().items() if not torch.equal(tensor, original[name])}
+        changed = {
+            name
+            for name, tensor in exported.state_dict().items()
+            if not torch.equal(tensor, original[name])
+        }
         norms = {name for name in original if "norm" in name or ".ln_" in name}
-        assert norms <= changed if "train_norms" in settings else not norms & changed, family
-        embedding = {name for name in original if name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))}
-        assert embedding <= changed if "train_embeddings" in settings else not embedding & changed, family
+        assert norms <= changed if "train_norms" in settings else not norms & changed, (
+            family
+        )
+        embedding = {
+            name
+            for name in original
+            if name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))
+        }
+        assert (
+            embedding <= changed
+            if "train_embeddings" in settings
+            else not embedding & changed
+        ), family
 
 
 def test_no_family_needs_a_converted_base(results):
-    """Files hold the live weights one to one, or experts that are put into one tensor: nothing is written twice."""
+    """Files hold the live weights one to one, or experts that are put into one tensor:
+    nothing is written twice.
+    """
     _, ranks = results
     assert not [family for family, result in ranks[0].items() if result["own_base"]]
 

@@ -40,14 +40,23 @@ MIXTURE = "sources: {a: {files: [out/ledger/a.txt]}}\n"
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The working directory: an output folder with all that the cases name, and other names that lead into it."""
+    """The working directory: an output folder with all that the cases name, and other names
+    that lead into it.
+    """
     monkeypatch.chdir(tmp_path)
-    for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl"):
+    for name in (
+        "base/pytorch_model.bin",
+        "ledger/a.txt",
+        "tokenizer/tokenizer.json",
+        "metrics.jsonl",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
     for name in ("mix.yaml", "out/demo/mix.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE)
+        (tmp_path / name).write_text(
+            MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE
+        )
     (tmp_path / "text.txt").write_text("other")
     (tmp_path / "link").symlink_to("out/base")
     (tmp_path / "other").symlink_to("out")
@@ -55,7 +64,9 @@ def home(tmp_path, monkeypatch):
 
 
 def settings(changes):
-    return from_flat({"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes})
+    return from_flat(
+        {"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes}
+    )
 
 
 @pytest.mark.parametrize("changes, message", rows(NAMED))
@@ -78,7 +89,9 @@ def test_an_input_within_the_output_is_named(home, changes, message):
     ],
 )
 def test_other_inputs_pass(home, changes):
-    """A file of another name than those of a run is safe in the output folder; a loop of links leads nowhere."""
+    """A file of another name than those of a run is safe in the output folder; a loop of
+    links leads nowhere.
+    """
     (home / "looped").mkdir()
     (home / "looped/a.txt").symlink_to("a.txt")
     (home / "out/corpus.txt").write_text("text")
@@ -97,8 +110,21 @@ def test_a_resumed_run_may_read_its_base(home):
 def test_every_setting_that_names_a_file_is_looked_at():
     """Whoever adds one must decide whether it is an input."""
     groups = vars(settings({})).values()
-    fields = {name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)}
-    ends = ("_dir", "_files", "_file", "_name", "_path", "_checkpoint", "_config", "_adapter", "deepspeed", "mixture")
+    fields = {
+        name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)
+    }
+    ends = (
+        "_dir",
+        "_files",
+        "_file",
+        "_name",
+        "_path",
+        "_checkpoint",
+        "_config",
+        "_adapter",
+        "deepspeed",
+        "mixture",
+    )
     outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     named = {name for changes, _ in rows(NAMED) for name in parsed(changes)}
     assert {name for name in fields if name.endswith(ends)} - outputs <= named

@@ -1,4 +1,5 @@
-"""The kill matrix: SIGKILL at every named moment, then the same command again ends as if nothing had happened.
+"""The kill matrix: SIGKILL at every named moment, then the same command again ends as if
+nothing had happened.
 
 pytest tests/train/test_kill.py              every second moment once, on two ranks
 pytest tests/train/test_kill.py -m heavy     every moment with each of: one rank or all, 2 and 3 ranks, fp32 and bf16
@@ -18,19 +19,33 @@ PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
 
 
 def command(user, out, precision, *more):
-    return user.flags(out, *STEPS, "--eval_files", f"short={user.other}", *PRECISIONS[precision], *map(str, more))
+    return user.flags(
+        out,
+        *STEPS,
+        "--eval_files",
+        f"short={user.other}",
+        *PRECISIONS[precision],
+        *map(str, more),
+    )
 
 
 @pytest.fixture(scope="module")
 def whole_of(user, tmp_path_factory):
-    """(ranks, precision, more flags) -> the output folder of a run that nothing has disturbed."""
+    """(ranks, precision, more flags) -> the output folder of a run that nothing has
+    disturbed.
+    """
     done = {}
 
     def whole(ranks, precision, more):
         key = (ranks, precision, more)
         if key not in done:
             done[key] = tmp_path_factory.mktemp("whole") / "out"
-            run(ranks, command(user, done[key], precision, *more, "--resume_from_checkpoint", "auto"))
+            run(
+                ranks,
+                command(
+                    user, done[key], precision, *more, "--resume_from_checkpoint", "auto"
+                ),
+            )
         return done[key]
 
     return whole
@@ -49,7 +64,8 @@ def prepare(out, whole, start):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
         owns = ["run.yaml", "metrics.jsonl", *(name.partition("/")[0] for name in folders)]
-        (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")  # the mark of a run
+        # The mark of a run
+        (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")
 
 
 def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision):
@@ -57,23 +73,37 @@ def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start
     prepare(out, whole, start)
-    how = ("--overwrite_output_dir", "true") if start is Start.ANOTHER else ("--resume_from_checkpoint", "auto")
+    how = (
+        ("--overwrite_output_dir", "true")
+        if start is Start.ANOTHER
+        else ("--resume_from_checkpoint", "auto")
+    )
     own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
     again = command(user, out, precision, *MOMENTS[moment].more, *how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)
     assert_same_outcome(out, whole)
-    assert not [path for path in cache.rglob("*") if "partial" in path.name or path.name.startswith("tmp")]
+    assert not [
+        path
+        for path in cache.rglob("*")
+        if "partial" in path.name or path.name.startswith("tmp")
+    ]
 
 
 def victims_of(moment, ranks):
     groups = {"first": [0], "last": [ranks - 1], "all": list(range(ranks))}
-    return groups if MOMENTS[moment].passes is Passes.ALL else {"first": groups["first"], "all": groups["all"]}
+    return (
+        groups
+        if MOMENTS[moment].passes is Passes.ALL
+        else {"first": groups["first"], "all": groups["all"]}
+    )
 
 
 ONCE = [
     (moment, list(victims_of(moment, 2))[index % len(victims_of(moment, 2))], 2, "fp32")
-    for index, moment in enumerate([name for name, facts in MOMENTS.items() if not facts.only_heavy][::2])
+    for index, moment in enumerate(
+        [name for name, facts in MOMENTS.items() if not facts.only_heavy][::2]
+    )
 ]
 """Every second moment, with one set of victims each; all others are heavy."""
 
@@ -81,24 +111,42 @@ ONCE = [
 EVERY = [
     tuple(case.values())
     for case in pairwise_cases(
-        {"moment": list(MOMENTS), "who": ["first", "last", "all"], "ranks": [2, 3], "precision": list(PRECISIONS)},
+        {
+            "moment": list(MOMENTS),
+            "who": ["first", "last", "all"],
+            "ranks": [2, 3],
+            "precision": list(PRECISIONS),
+        },
         lambda moment, who, ranks, precision: who in victims_of(moment, ranks),
     )
 ]
-HEAVY = [pytest.param(*case, marks=pytest.mark.heavy(seconds=4)) for case in EVERY if case not in ONCE]
+HEAVY = [
+    pytest.param(*case, marks=pytest.mark.heavy(seconds=4))
+    for case in EVERY
+    if case not in ONCE
+]
 
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_killed(user, whole_of, tmp_path, moment, who, ranks, precision):
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
-    kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
+    kill_and_run_again(
+        user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision
+    )
 
 
 def test_a_run_that_another_had_set_aside_goes_on(user, whole_of, out):
-    """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
+    """--overwrite_output_dir was a mistake and was killed before its run began; then the
+    old run is resumed.
+    """
     whole = whole_of(2, "fp32", ())
     prepare(out, whole, Start.UNNAMED)
-    killed_run(2, command(user, out, "fp32", "--overwrite_output_dir", "true"), "old_run_set_aside", [0, 1])
+    killed_run(
+        2,
+        command(user, out, "fp32", "--overwrite_output_dir", "true"),
+        "old_run_set_aside",
+        [0, 1],
+    )
     assert not (out / "checkpoints").exists()
     run(2, command(user, out, "fp32", "--resume_from_checkpoint", "auto"))
     assert_same_outcome(out, whole)

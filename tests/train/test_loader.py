@@ -1,4 +1,6 @@
-"""Batches that are prepared a step ahead: whose rows they are, when errors come, where a stream is found meanwhile."""
+"""Batches that are prepared a step ahead: whose rows they are, when errors come, where a
+stream is found meanwhile.
+"""
 
 import threading
 from types import SimpleNamespace
@@ -28,15 +30,29 @@ class Data:
         if step == self.fails_at:
             raise UserError(f"line {step} is damaged")
         size = self.rows_per_step
-        ids = torch.arange(step * size, (step + 1) * size)[rows, None].expand(-1, T).contiguous()
+        ids = (
+            torch.arange(step * size, (step + 1) * size)[rows, None]
+            .expand(-1, T)
+            .contiguous()
+        )
         labels = torch.where(ids % 2 == 0, ids, IGNORED)
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(T).expand(len(ids), -1)}
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.arange(T).expand(len(ids), -1),
+        }
 
 
 def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
-    training = SimpleNamespace(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+    training = SimpleNamespace(
+        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+    )
     process = SimpleNamespace(
-        index=replica, count=replicas, world=replicas, engine=SimpleNamespace(device="cpu"), rows=lambda batch: batch
+        index=replica,
+        count=replicas,
+        world=replicas,
+        engine=SimpleNamespace(device="cpu"),
+        rows=lambda batch: batch,
     )
     return BatchLoader(data, process, training, steps)
 
@@ -84,7 +100,9 @@ def test_an_error_is_raised_when_its_batch_is_taken():
 
 
 def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
-    """After the work of a step is queued; it begins before that where a process reads alone."""
+    """After the work of a step is queued; it begins before that where a process reads
+    alone.
+    """
     for world in (1, 2):
         stream = Data()
         stream.has_streams = True
@@ -100,8 +118,12 @@ def test_counts_are_those_of_the_part_that_a_process_computes():
     """Under sequence parallelism a process has some tokens of each row."""
     batch_loader = loader(Data())
     batch_loader.replica = Replica.__new__(Replica)
-    first_token = SimpleNamespace(split=lambda rows: {name: values[:, :1] for name, values in rows.items()})
-    vars(batch_loader.replica).update(vars(loader(Data()).replica), processes_per_replica=1, sequence=first_token)
+    first_token = SimpleNamespace(
+        split=lambda rows: {name: values[:, :1] for name, values in rows.items()}
+    )
+    vars(batch_loader.replica).update(
+        vars(loader(Data()).replica), processes_per_replica=1, sequence=first_token
+    )
     del batch_loader.replica.rows
     (first, second) = batch_loader.take(0)
     assert first.rows["labels"].shape == (2, 1)

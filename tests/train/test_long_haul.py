@@ -1,9 +1,11 @@
-"""The long haul: 400 short steps, 7 merges, 6 kills at random moments; memory and file descriptors stay flat.
+"""The long haul: 400 short steps, 7 merges, 6 kills at random moments; memory and file
+descriptors stay flat.
 
     pytest tests/train/test_long_haul.py -m heavy                          two ranks; 2 minutes
     LONG_HAUL_STEPS=2000 pytest tests/train/test_long_haul.py -m heavy     10 minutes: 39 merges, 20 kills
 
-The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
+The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be
+repeated.
 """
 
 import os
@@ -34,7 +36,9 @@ FLAGS = (
 
 
 def watched_job(argv):
-    """A run; (step, resident bytes, open file descriptors) of this rank every few steps. For `run_ranks`."""
+    """A run; (step, resident bytes, open file descriptors) of this rank every few steps.
+    For `run_ranks`.
+    """
     seen = []
     after_step = Trainer._after_step
 
@@ -51,20 +55,27 @@ def watched_job(argv):
 
 
 def assert_flat(seen, rank):
-    """The last tenth against the second one, when every buffer has its size: the most memory, and the fewest
-    descriptors, as another thread may have a file open at the moment of a look."""
+    """The last tenth against the second one, when every buffer has its size: the most
+    memory, and the fewest descriptors, as another thread may have a file open at the moment
+    of a look."""
     tenth = len(seen) // 10
     early = seen[tenth : 2 * tenth]
     late = seen[-tenth:]
-    for what, column, extreme, growth in (("resident bytes", 1, max, GROWTH), ("open file descriptors", 2, min, 0.0)):
+    for what, column, extreme, growth in (
+        ("resident bytes", 1, max, GROWTH),
+        ("open file descriptors", 2, min, 0.0),
+    ):
         before, now = (extreme(row[column] for row in period) for period in (early, late))
         print(f"rank {rank}: {what} {before:,} -> {now:,} ({now / before - 1:+.2%})")
-        assert now <= before * (1 + growth), f"rank {rank}: {what} grew from {before:,} to {now:,}"
+        assert now <= before * (1 + growth), (
+            f"rank {rank}: {what} grew from {before:,} to {now:,}"
+        )
 
 
 def killed_while(argv, out, until, delay_s, victims):
-    """Runs until the step `until` is logged and `delay_s` have passed, then kills `victims`, and the rest as a launcher
-    does. Returns whether the run had not come to its end by itself."""
+    """Runs until the step `until` is logged and `delay_s` have passed, then kills
+    `victims`, and the rest as a launcher does. Returns whether the run had not come to its
+    end by itself."""
     pipes, processes = start_ranks(RANKS, job, argv)
     try:
         deadline = time.monotonic() + 600
@@ -103,7 +114,9 @@ def test_long_haul(tmp_path, out):
     def flags(folder):
         return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")
 
-    for rank, seen in enumerate(run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)):
+    for rank, seen in enumerate(
+        run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)
+    ):
         assert_flat(seen, rank)
     dice = random.Random(SEED)
     done = 0

@@ -1,4 +1,6 @@
-"""What is logged: rows that any JSON reader takes, a resumed file that reads as one, TensorBoard, and nothing twice."""
+"""What is logged: rows that any JSON reader takes, a resumed file that reads as one,
+TensorBoard, and nothing twice.
+"""
 
 import json
 import math
@@ -49,7 +51,10 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
     log.record("tasks", 1, {"quiz": {"acc": 0.5}})
     log.record("alignment", 1, 0.25)
     assert [row.get("loss") for row in rows(tmp_path)] == [2.0, None, None]
-    assert rows(tmp_path)[1:] == [{"step": 1, "tasks": {"quiz": {"acc": 0.5}}}, {"step": 1, "alignment": 0.25}]
+    assert rows(tmp_path)[1:] == [
+        {"step": 1, "tasks": {"quiz": {"acc": 0.5}}},
+        {"step": 1, "alignment": 0.25},
+    ]
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("9_research/alignment")] == [0.25]
@@ -85,19 +90,38 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
     assert memory.by_phase == {}, "nothing without a GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: restarts.append(True))
-    for phase in ("start", "forward_backward", "optimizer_step", "between_steps", "forward_backward", "optimizer_step"):
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: restarts.append(True)
+    )
+    for phase in (
+        "start",
+        "forward_backward",
+        "optimizer_step",
+        "between_steps",
+        "forward_backward",
+        "optimizer_step",
+    ):
         memory.end(phase)
-    assert memory.by_phase == {"start": 7, "forward_backward": 30, "optimizer_step": 12, "between_steps": 9}
+    assert memory.by_phase == {
+        "start": 7,
+        "forward_backward": 30,
+        "optimizer_step": 12,
+        "between_steps": 9,
+    }
     assert len(restarts) == 6
     assert memory.peak == 30
 
 
 def test_losses_are_summed_by_source(monkeypatch):
-    rows = {"of 3": torch.tensor([1.0, 2.0, 3.0], requires_grad=True), "of 1": torch.tensor([4.0])}
+    rows = {
+        "of 3": torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
+        "of 1": torch.tensor([4.0]),
+    }
     monkeypatch.setattr(trainer_module, "row_nll", lambda engine, batch: rows[batch])
     trainer = Trainer.__new__(Trainer)
-    vars(trainer).update(engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True)
+    vars(trainer).update(
+        engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True
+    )
     by_source = torch.zeros(2, 3, dtype=torch.float64)
     first = MicroBatch("of 3", [2, 4, 6], [0, 1, 0])
     assert trainer._nll(first, by_source).requires_grad
@@ -105,14 +129,26 @@ def test_losses_are_summed_by_source(monkeypatch):
     assert not by_source.requires_grad
     assert by_source.tolist() == [[4.0, 6.0, 0.0], [8.0, 6.0, 0.0]]
     facts = source_facts(by_source.flatten().tolist(), {"a": 8, "b": 6, "idle": 0})
-    assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
+    assert facts["a"] == {
+        "loss": 0.5,
+        "perplexity": pytest.approx(math.exp(0.5)),
+        "tokens": 8,
+    }
     assert facts["b"]["loss"] == 1.0
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
 def test_the_line_for_humans():
     line = step_line(metrics(7), 100)
-    phrases = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
+    phrases = (
+        "step   7/100",
+        "loss 2.0000",
+        "ppl 7.39",
+        "lr 1.00e-03",
+        "128 tok/s",
+        "1.00 GiB",
+        "gathered 1.00 MB",
+    )
     assert all(phrase in line for phrase in phrases), line
     assert line.endswith("  0:00:46 left"), "93 steps of half a second"
     assert "gathered" not in step_line(metrics(7, bytes_gathered=0), 100)
@@ -131,7 +167,11 @@ def test_what_is_no_number_is_null(tmp_path):
     assert first["grad_norm"] is None
     assert first["loss"] == 800.0
     assert second["eval"] == {"held": None}
-    assert without_nan({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
+    assert without_nan({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {
+        "a": {"b": None},
+        "c": 1,
+        "d": "x",
+    }
 
 
 def write_rows(path, steps, tail=""):
@@ -163,11 +203,15 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
         log.evaluation(2, {"held": 3.0})
         log.close()
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2]
-    assert rows(tmp_path)[2:] == [{"step": 2, "merge": {"cycle": 0}}, {"step": 2, "eval": {"held": 3.0}}]
+    assert rows(tmp_path)[2:] == [
+        {"step": 2, "merge": {"cycle": 0}},
+        {"step": 2, "eval": {"held": 3.0}},
+    ]
 
 
 def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
-    for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):  # interrupted at 4, resumed from a checkpoint at 2
+    # Interrupted at 4, resumed from a checkpoint at 2
+    for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):
         log = board_log(tmp_path, start)
         for step in range(start + 1, stop + 1):
             log.step(metrics(step, loss))
@@ -178,9 +222,15 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
     tags = {tag for name, (tag, _) in STEP_TAGS.items() if name != "mfu"}
-    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_forgetting/change_percent/old"}
+    tags |= {
+        "2_evaluation/perplexity/held",
+        "2_evaluation/perplexity/old",
+        "2_forgetting/change_percent/old",
+    }
     assert set(board.Tags()["scalars"]) == tags
-    assert [event.value for event in board.Scalars("2_forgetting/change_percent/old")][-1] == pytest.approx(50.0)
+    assert [event.value for event in board.Scalars("2_forgetting/change_percent/old")][
+        -1
+    ] == pytest.approx(50.0)
     assert board.Scalars("5_traffic/all_gather_MB_per_step")[0].value == pytest.approx(1.0)
 
 

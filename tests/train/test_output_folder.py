@@ -1,4 +1,6 @@
-"""The output folder: a run takes none that holds something of the user's under its names, and removes only its own."""
+"""The output folder: a run takes none that holds something of the user's under its names,
+and removes only its own.
+"""
 
 import os
 import time
@@ -24,7 +26,9 @@ FOLDERS = tuple(name for name in NAMES if "." not in name)
 
 
 def a_run(folder, *more):
-    """A folder with the files of a finished run, and with those of the names `more` that start-up has made."""
+    """A folder with the files of a finished run, and with those of the names `more` that
+    start-up has made.
+    """
     reservation = reserve(folder)
     reservation.prepare(False, False, True)
     for name in more:
@@ -85,7 +89,9 @@ def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path, overwrite):
-    """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
+    """A resumed run may have written the files of its start-up again, an overwriting one
+    all of them.
+    """
     out = a_run(tmp_path / "out", "tokenizer")
     with untouched(out):
         reserve(out).prepare(overwrite, not overwrite)
@@ -150,7 +156,9 @@ def test_a_first_start_that_was_killed_leaves_nothing(tmp_path):
 
 
 def orphan(folder, seconds):
-    """The process of another rank, which is left for some time; it has joined when this returns."""
+    """The process of another rank, which is left for some time; it has joined when this
+    returns.
+    """
     reader, writer = os.pipe()
     if child := os.fork():
         assert os.read(reader, 1) == b"1"
@@ -183,7 +191,9 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
     join(tmp_path / "a node that does not see it")
 
 
-@pytest.mark.parametrize("files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]])
+@pytest.mark.parametrize(
+    "files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]]
+)
 def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path, files):
     out = a_run(tmp_path / "out")
     for file in files:
@@ -193,7 +203,9 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path, f
         prepared(out, False, True, True)
 
 
-@pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])
+@pytest.mark.parametrize(
+    "files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]]
+)
 def test_models_are_replaced(tmp_path, files):
     for file in files:
         put(tmp_path / "merged", file, "{}")

@@ -1,4 +1,6 @@
-"""Whole runs and their output folder: what of the user's they refuse to touch, and the mode of what they write."""
+"""Whole runs and their output folder: what of the user's they refuse to touch, and the mode
+of what they write.
+"""
 
 import fcntl
 import json
@@ -24,7 +26,9 @@ from tests.helpers.snapshot import untouched
 
 @pytest.fixture(scope="module")
 def pickled(user):
-    """A model whose weights are pickled, and notes of the user's, in the folder `base` of an output folder."""
+    """A model whose weights are pickled, and notes of the user's, in the folder `base` of
+    an output folder.
+    """
     folder = user.root / "pickled/base"
     model = tiny_model(vocab_size=400, num_hidden_layers=2)
     model.config.save_pretrained(folder)
@@ -36,7 +40,9 @@ def pickled(user):
 
 
 def test_what_is_the_users_is_refused_and_named(user, pickled, tmp_path):
-    """H1: a pickled model in OUT/base. H2: OUT/tokenizer, OUT/ledger and OUT/metrics.jsonl without a run."""
+    """H1: a pickled model in OUT/base. H2: OUT/tokenizer, OUT/ledger and OUT/metrics.jsonl
+    without a run.
+    """
     for name in ("tokenizer/tokenizer.json", "ledger/notes.txt", "metrics.jsonl"):
         path = tmp_path / name.partition("/")[0].partition(".")[0] / name
         path.parent.mkdir(parents=True)
@@ -46,10 +52,16 @@ def test_what_is_the_users_is_refused_and_named(user, pickled, tmp_path):
             pickled.parent, "--model_name_or_path", pickled, "--target_modules q_prj"
         ),
         "holds base, and no run": user.flags(pickled.parent, "--overwrite_output_dir"),
-        "--tokenizer_name": user.flags(tmp_path / "tokenizer", "--tokenizer_name", tmp_path / "tokenizer/tokenizer"),
+        "--tokenizer_name": user.flags(
+            tmp_path / "tokenizer", "--tokenizer_name", tmp_path / "tokenizer/tokenizer"
+        ),
         "holds tokenizer, and no run": user.flags(tmp_path / "tokenizer"),
-        "holds ledger, and no run": user.flags(tmp_path / "ledger", "--overwrite_output_dir"),
-        "holds metrics.jsonl, and no run": user.flags(tmp_path / "metrics", "--resume_from_checkpoint auto"),
+        "holds ledger, and no run": user.flags(
+            tmp_path / "ledger", "--overwrite_output_dir"
+        ),
+        "holds metrics.jsonl, and no run": user.flags(
+            tmp_path / "metrics", "--resume_from_checkpoint auto"
+        ),
         "--output_dir must not be empty": user.flags(""),
     }
     with untouched(tmp_path), untouched(pickled):
@@ -66,7 +78,9 @@ def run_privately(argv):
 
 
 def test_all_files_have_the_mode_that_the_umask_asks_for(user, pickled, tmp_path, out):
-    """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
+    """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's
+    file is in any of them.
+    """
     cache = tmp_path / "cache"
     secret = {**read_json(ZERO3), "comet": {"enabled": False, "api_key": "s3cret"}}
     (tmp_path / "ds.json").write_text(json.dumps(secret))
@@ -75,14 +89,29 @@ def test_all_files_have_the_mode_that_the_umask_asks_for(user, pickled, tmp_path
     run_alone(run_privately, argv)
     assert (out / "base/model.safetensors").is_file()
     assert (out / "merged/config.json").is_file()
-    modes = {path: stat.S_IMODE(path.stat().st_mode) for root in (out, cache) for path in root.rglob("*")}
-    assert {str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
-    assert yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base") == 1
-    assert [path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()] == []
+    modes = {
+        path: stat.S_IMODE(path.stat().st_mode)
+        for root in (out, cache)
+        for path in root.rglob("*")
+    }
+    assert {
+        str(path): oct(mode)
+        for path, mode in modes.items()
+        if mode != (0o750 if path.is_dir() else 0o640)
+    } == {}
+    assert (
+        yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base")
+        == 1
+    )
+    assert [
+        path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()
+    ] == []
 
 
 def shared_lock(argv):
-    """Whether this rank holds the output folder when its run begins, as another process sees it. For `run_ranks`."""
+    """Whether this rank holds the output folder when its run begins, as another process
+    sees it. For `run_ranks`.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "_run", lambda arguments, job, schedule: {})
         job(argv)
@@ -90,7 +119,12 @@ def shared_lock(argv):
     if not (child := os.fork()):
         byte = 0 if dist.get_rank() == 0 else 1
         try:
-            fcntl.lockf(os.open(Path(output_of(argv)) / LOCK, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            fcntl.lockf(
+                os.open(Path(output_of(argv)) / LOCK, os.O_RDWR),
+                fcntl.LOCK_EX | fcntl.LOCK_NB,
+                1,
+                byte,
+            )
         except BlockingIOError:
             os._exit(7)
         os._exit(0)
@@ -107,7 +141,9 @@ def test_every_rank_holds_the_folder_while_it_may_write(user, tmp_path):
 
 
 def demo_refused(argv):
-    """The message with which the demo is refused at the start of its main job. For `run_ranks`."""
+    """The message with which the demo is refused at the start of its main job. For
+    `run_ranks`.
+    """
 
     def write_inputs(paths, seed):
         for folder in (paths.corpus, paths.warm):
@@ -133,14 +169,19 @@ def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path):
     (tmp_path / "mine/demo").mkdir(parents=True)
     (tmp_path / "mine/demo/notes.txt").write_text("mine")
     (tmp_path / "run/demo/warm_start/merged").mkdir(parents=True)
-    (tmp_path / "run/run.yaml").write_text("versions: {}\nresolved: {owns: [run.yaml, demo]}\n")
+    (tmp_path / "run/run.yaml").write_text(
+        "versions: {}\nresolved: {owns: [run.yaml, demo]}\n"
+    )
     cases = {
         str(tmp_path / "new"): "no file",
         str(tmp_path / "not/there"): "no file",
         str(tmp_path / "mine"): "holds demo, and no run",
         str(tmp_path / "run"): "no file",
     }
-    argvs = [["--output_dir", out, *(["--overwrite_output_dir"] if out.endswith("run") else [])] for out in cases]
+    argvs = [
+        ["--output_dir", out, *(["--overwrite_output_dir"] if out.endswith("run") else [])]
+        for out in cases
+    ]
     with untouched(tmp_path):
         results = run_alone(demos_refused, argvs)
     for message, phrase in zip(results, cases.values(), strict=True):

@@ -1,4 +1,6 @@
-"""The main job as users run it: one curve for any number of ranks, every kind of input and setting, the export."""
+"""The main job as users run it: one curve for any number of ranks, every kind of input and
+setting, the export.
+"""
 
 import os
 import shutil
@@ -18,7 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.common.files import read_json
 from mora_ds.config.training import TrainingArguments
-from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
+from mora_ds.data import (
+    PackedDataset,
+    build_cache,
+    load_corpus,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
@@ -39,7 +47,16 @@ from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed
 from tests.helpers.tables import rows as rows_of
 
-MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
+MERGING = (
+    "--merge_every",
+    3,
+    "--restart_warmup_steps",
+    1,
+    "--max_steps",
+    8,
+    "--eval_steps",
+    4,
+)
 
 
 def perplexities(out):
@@ -47,7 +64,9 @@ def perplexities(out):
 
 
 def assert_close_evals(one, reference):
-    for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(reference), strict=True):
+    for (step, perplexity), (expected_step, expected) in zip(
+        perplexities(one), perplexities(reference), strict=True
+    ):
         assert step == expected_step
         assert perplexity == pytest.approx(expected, rel=1e-5)
 
@@ -56,14 +75,31 @@ def assert_close_evals(one, reference):
 
 
 def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tmp_path):
-    """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
-    more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
+    """12 sequences a step, shared out in four ways, with two merges, embeddings and norms
+    trained too.
+    """
+    more = (
+        *MERGING,
+        "--train_embeddings",
+        "true",
+        "--train_norms",
+        "true",
+        "--learning_rate",
+        "5e-3",
+    )
     shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
     outs = []
     for ranks, micro, accumulation in shares:
         out = tmp_path / f"{ranks}-{micro}-{accumulation}"
-        batch = ("--per_device_train_batch_size", micro, "--gradient_accumulation_steps", accumulation)
-        summary = run(ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro))
+        batch = (
+            "--per_device_train_batch_size",
+            micro,
+            "--gradient_accumulation_steps",
+            accumulation,
+        )
+        summary = run(
+            ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro)
+        )
         assert summary["merges"] == 2
         assert summary["base_bytes_gathered"] == 0
         outs.append(out)
@@ -72,7 +108,10 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tm
     for out in remaining:
         assert_close_losses(out, reference, rtol=2e-6)
         assert_close_evals(out, reference)
-        squares, expected = (load_file(path / "checkpoints/latest/adapter.safetensors") for path in (out, reference))
+        squares, expected = (
+            load_file(path / "checkpoints/latest/adapter.safetensors")
+            for path in (out, reference)
+        )
         for name in expected:
             assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
@@ -87,7 +126,16 @@ def test_document_mask_can_be_turned_off(user, tmp_path):
 
 
 def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
-    more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
+    more = (
+        "--adapter",
+        "full",
+        "--max_steps",
+        6,
+        "--save_steps",
+        3,
+        "--learning_rate",
+        "1e-3",
+    )
     one = tmp_path / "one"
     two = tmp_path / "two"
     run(1, user.flags(one, *more, "--per_device_train_batch_size 4"))
@@ -101,14 +149,21 @@ def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
     assert_close_losses(two, one)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")
     tokenizer = AutoTokenizer.from_pretrained(two / "merged")
-    data = PackedDataset(build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32)
+    data = PackedDataset(
+        build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32
+    )
     batch = next(data.eval_batches(0, 1, data.n_blocks))
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
         perplexity = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
     assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
-    run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints/step-000003"))
+    run(
+        2,
+        user.flags(
+            again, *more, "--resume_from_checkpoint", two / "checkpoints/step-000003"
+        ),
+    )
     assert torch.equal(losses(again), losses(two)[3:])
 
 
@@ -121,7 +176,15 @@ def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"body": user.texts()}), folder / "a.parquet")
     run(1, user.flags(tmp_path / "jsonl"))
-    run(1, user.flags(tmp_path / "parquet", "--train_files", folder / "*.parquet", "--text_column body"))
+    run(
+        1,
+        user.flags(
+            tmp_path / "parquet",
+            "--train_files",
+            folder / "*.parquet",
+            "--text_column body",
+        ),
+    )
     assert torch.equal(losses(tmp_path / "parquet"), losses(tmp_path / "jsonl"))
 
 
@@ -141,14 +204,18 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, ou
     shutil.rmtree(out / "checkpoints/step-000006")
     run(1, [*argv, "--train_embeddings", "true", "--resume_from_checkpoint", "auto"])
     assert torch.equal(losses(out), whole)
-    assert (out / "tokenizer/tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
+    assert (out / "tokenizer/tokenizer.model").stat().st_mtime_ns == tokenizer_file, (
+        "trained once"
+    )
 
 
 def test_a_tokenizer_that_was_trained_before(user, out, tmp_path):
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     run(1, user.flags(out, "--tokenizer_name", path, "--export_merged true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")
-    assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
+    assert (
+        exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
+    )
 
 
 def test_epochs_in_place_of_steps(user, tmp_path):
@@ -156,7 +223,10 @@ def test_epochs_in_place_of_steps(user, tmp_path):
     more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
     one = run(1, user.flags(tmp_path / "one", *more))
     assert one["tokens"] == one["steps"] * 16 * 32
-    assert yaml.safe_load((tmp_path / "one/run.yaml").read_text())["resolved"]["steps"] == one["steps"]
+    assert (
+        yaml.safe_load((tmp_path / "one/run.yaml").read_text())["resolved"]["steps"]
+        == one["steps"]
+    )
 
 
 EPOCHS = """
@@ -174,8 +244,15 @@ EPOCHS = """
 def test_parts_of_an_epoch(row):
     """1.1 times 10 is more than 11 in floating point, which must not cost a step."""
     epochs, blocks, ranks, steps = map(parsed, row)
-    training = TrainingArguments(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4)
-    assert _total_steps(training, SimpleNamespace(n_blocks=blocks, max_steps=None), ranks, done=0) == steps
+    training = TrainingArguments(
+        max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4
+    )
+    assert (
+        _total_steps(
+            training, SimpleNamespace(n_blocks=blocks, max_steps=None), ranks, done=0
+        )
+        == steps
+    )
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -184,14 +261,21 @@ def test_parts_of_an_epoch(row):
 @pytest.fixture(scope="module")
 def plain(user, tmp_path_factory):
     """The run that settings which only change how it is computed must repeat."""
-    return finished_run(1, user, tmp_path_factory, *MERGING, "--per_device_train_batch_size", 4)
+    return finished_run(
+        1, user, tmp_path_factory, *MERGING, "--per_device_train_batch_size", 4
+    )
 
 
 @pytest.mark.parametrize(
     "setting",
     [
         ("--deepspeed", REPOSITORY / "configs/zero1.json"),
-        ("--deepspeed", REPOSITORY / "configs/zero2.json", "--gradient_checkpointing", "true"),
+        (
+            "--deepspeed",
+            REPOSITORY / "configs/zero2.json",
+            "--gradient_checkpointing",
+            "true",
+        ),
         ("--deepspeed", REPOSITORY / "configs/zero3_offload_optimizer.json"),
     ],
     ids=["zero1", "zero2, checkpointing", "offload"],
@@ -223,16 +307,21 @@ def test_tied_embeddings_are_trained_and_exported(user, tmp_path, out):
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(exported.lm_head.weight, model.lm_head.weight)
     export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
-    ids = AutoTokenizer.from_pretrained(out / "merged")("def f", return_tensors="pt", return_token_type_ids=False)
-    assert exported.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    ids = AutoTokenizer.from_pretrained(out / "merged")(
+        "def f", return_tensors="pt", return_token_type_ids=False
+    )
+    assert (
+        exported.generate(**ids, max_new_tokens=5, do_sample=False).shape[1]
+        > ids["input_ids"].shape[1]
+    )
 
 
 # -- as users call it ----------------------------------------------------------------------------------------------
 
 
 def assert_fit_for_reading(done):
-    """The run of the recipe below: what a person reads before its first step and after its last, no bar in a file, and
-    no line that a terminal would break."""
+    """The run of the recipe below: what a person reads before its first step and after its
+    last, no bar in a file, and no line that a terminal would break."""
     before, _, after = done.stdout.partition("step 4/4")
     labels = (
         "model       llama, ",
@@ -252,12 +341,15 @@ def assert_fit_for_reading(done):
     ):
         assert f"\n{line}" in after, after
     assert "tokenising" not in done.stderr
-    own_lines = [line for line in done.stdout.splitlines() if not line.startswith("[20")]  # others are the launcher's
+    # Others are the launcher's
+    own_lines = [line for line in done.stdout.splitlines() if not line.startswith("[20")]
     assert not [line for line in own_lines if len(line) > 120]
 
 
 def test_recipe_flags_and_run_yaml(user, tmp_path):
-    """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
+    """A recipe with relative paths, flags over it, in a folder with a space in its name;
+    then run.yaml as a recipe.
+    """
     folder = tmp_path / "my work"
     shutil.copytree(user.model, folder / "a model")
     shutil.copy(user.train, folder / "some text.jsonl")
@@ -272,7 +364,11 @@ def test_recipe_flags_and_run_yaml(user, tmp_path):
     assert_fit_for_reading(done)
     first = folder / "my run"
     written = yaml.safe_load((first / "run.yaml").read_text())
-    assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 1)
+    assert (
+        written["mora_rank"],
+        written["max_steps"],
+        written["resolved"]["world_size"],
+    ) == (2, 4, 1)
     assert written["versions"]["deepspeed"]
     assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
     again = folder / "again"
@@ -298,22 +394,46 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(user.flags("x")[1], tmp_path / "zero3.json")
-    argv = user.flags("~/out", "--cache_dir ~/cache --model_name_or_path ~/model --train_files ~/train.jsonl")
-    run_alone(job_with_home, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
+    argv = user.flags(
+        "~/out",
+        "--cache_dir ~/cache --model_name_or_path ~/model --train_files ~/train.jsonl",
+    )
+    run_alone(
+        job_with_home,
+        str(tmp_path),
+        [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"],
+    )
     assert (tmp_path / "out/summary.json").is_file()
     assert (tmp_path / "cache").is_dir()
-    resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
+    resume = [
+        "--deepspeed",
+        "~/zero3.json",
+        "--resume_from_checkpoint",
+        "~/out/checkpoints/step-000003",
+    ]
     run_alone(job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()
 
 
 def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user, tmp_path):
     """Two runs start together on an empty cache; both end with the same losses."""
-    argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    argvs = [
+        user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache")
+        for name in ("one", "two")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+    ]
     command.append(str(REPOSITORY / "launch/pretrain.py"))
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    for process in [subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes) for argv in argvs]:
+    for process in [
+        subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes)
+        for argv in argvs
+    ]:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
@@ -326,9 +446,21 @@ def test_summary_and_files_of_a_run(plain):
         "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
     } <= summary.keys()  # fmt: skip
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
-    assert summary["perplexity_before"].keys() == summary["perplexity_after"].keys() == {"held", "short"}
+    assert (
+        summary["perplexity_before"].keys()
+        == summary["perplexity_after"].keys()
+        == {"held", "short"}
+    )
     names = {path.name for path in plain.iterdir()}
-    written = {"run.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "ledger", "tokenizer"}
+    written = {
+        "run.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "checkpoints",
+        "ledger",
+        "tokenizer",
+    }
     assert names == {*written, ".lock"}
     assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]

@@ -15,12 +15,18 @@ FLAGS = ("--max_steps", 6, "--save_steps", 3, "--report_to", "none")
 def traces(out):
     """The events of each trace, by the time at which it was written."""
     files = sorted((out / "profile").iterdir())
-    assert all(file.name.endswith(".pt.trace.json.gz") for file in files), "as TensorBoard looks for them"
+    assert all(file.name.endswith(".pt.trace.json.gz") for file in files), (
+        "as TensorBoard looks for them"
+    )
     return [json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] for file in files]
 
 
 def steps_in(trace):
-    return {event["name"] for event in trace if event.get("name", "").startswith("ProfilerStep#")}
+    return {
+        event["name"]
+        for event in trace
+        if event.get("name", "").startswith("ProfilerStep#")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,9 @@ def whole(user, tmp_path_factory):
     return finished_run(2, user, tmp_path_factory, *FLAGS)
 
 
-def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(user, out, whole):
+def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
+    user, out, whole
+):
     run(2, user.flags(out, *FLAGS, "--profile 2"))
     assert_same_run(out, whole)
     (trace,) = traces(out)
@@ -39,9 +47,14 @@ def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(user
     assert all(event["args"]["Input Dims"] for event in products)
 
 
-def test_a_run_that_ends_within_writes_what_there_is_and_a_resumed_one_records_anew(user, out, whole):
+def test_a_run_that_ends_within_writes_what_there_is_and_a_resumed_one_records_anew(
+    user, out, whole
+):
     argv = user.flags(out, *FLAGS, "--profile 5 --resume_from_checkpoint auto")
     run_ranks(2, interrupted_job, argv, 3)
     run(2, argv)
     assert_same_run(out, whole)
-    assert [steps_in(trace) for trace in traces(out)] == [{"ProfilerStep#3"}, {"ProfilerStep#6"}]
+    assert [steps_in(trace) for trace in traces(out)] == [
+        {"ProfilerStep#3"},
+        {"ProfilerStep#6"},
+    ]

@@ -1,4 +1,6 @@
-"""Runs on a base in 8 or 4 bits: ranks, merges, kills, export, memory, plans, and what is refused."""
+"""Runs on a base in 8 or 4 bits: ranks, merges, kills, export, memory, plans, and what is
+refused.
+"""
 
 import os
 from dataclasses import replace
@@ -40,7 +42,9 @@ from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
 
 ROWS = 6
 SHARE = MoRAConfig(rank=4, operator="share", base_bits=8)
-packed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bits4")
+packed = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs the extra bits4"
+)
 BITS = [8, pytest.param(4, marks=packed)]
 
 
@@ -59,7 +63,10 @@ def step_of(engine, step):
 def quantized(model):
     """Module -> its weight in few bits, and scales."""
     layers = mora_layers(model)
-    return {name: (layer.weight.clone(), layer.get_buffer("weight_scales").clone()) for name, layer in layers.items()}
+    return {
+        name: (layer.weight.clone(), layer.get_buffer("weight_scales").clone())
+        for name, layer in layers.items()
+    }
 
 
 # -- merges in loops of a user's own ----------------------------------------------------------------------------------
@@ -68,7 +75,9 @@ def quantized(model):
 def assert_rounded_once(layers, base, ledger):
     for name, (values, scales) in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
-        exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
+        exact = quantize(
+            live_weight(base.read(f"{name}.weight"), updates, False, torch.float32)
+        )
         assert torch.equal(values, exact[0]), name
         assert torch.equal(scales, exact[1]), name
 
@@ -79,7 +88,11 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
     os.chdir(folder)
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     inject(model, config)
-    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if dtype == "bfloat16" else {}
+    half = (
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        if dtype == "bfloat16"
+        else {}
+    )
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
     work = mora_ds.Run(engine, base="base", folder=f"out-{world}")
     at_first = quantized(model)
@@ -102,9 +115,15 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
     }
 
 
-@pytest.mark.parametrize("file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)])
-def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(tmp_path, file_dtype):
-    """In bf16, on a base whose files are in the same dtype or another: the same numbers, rounded."""
+@pytest.mark.parametrize(
+    "file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)]
+)
+def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
+    tmp_path, file_dtype
+):
+    """In bf16, on a base whose files are in the same dtype or another: the same numbers,
+    rounded.
+    """
     write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base")
     results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
     base = BaseCheckpoint.open(tmp_path / "base")
@@ -143,7 +162,9 @@ def heavy(cases):
     return [pytest.param(*case, marks=pytest.mark.heavy) for case in cases]
 
 
-@pytest.mark.parametrize("config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
+@pytest.mark.parametrize(
+    "config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)]
+)
 def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, config, stage):
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_pooled(1, loop_of, str(tmp_path), config, stage, 0)[0]
@@ -155,7 +176,9 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, config, stage):
 @packed
 @pytest.mark.parametrize("config, stage", [(IN_4_BITS, 3), *heavy(LOOPS)])
 def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, config, stage):
-    """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what the run had."""
+    """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what
+    the run had.
+    """
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_pooled(1, loop_of, str(tmp_path), config, stage, 3)[0]
     two = run_pooled(2, loop_of, str(tmp_path), config, stage, 3)
@@ -170,14 +193,19 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, config
         for name, bits in result["bits"].items():
             exact = nf4.quantize(base.read(f"{name}.weight"))
             terms = join(ledger.squares_of(name))
-            assert len(terms) == {"alternate": 2, "permuted": 3}.get(getattr(config, "grouping", ""), 1)
+            assert len(terms) == {"alternate": 2, "permuted": 3}.get(
+                getattr(config, "grouping", ""), 1
+            )
             layer = loaded[name]
             for weight, scales in (bits, (layer.weight, layer.get_buffer("weight_scales"))):
                 assert torch.equal(weight, exact[0])
                 assert torch.equal(scales, exact[1])
             for have in (result["merged"][name], layer.merged):
                 assert [spec for spec, _ in have] == [spec for spec, _ in terms]
-                assert all(torch.equal(mine, right) for (_, mine), (_, right) in zip(have, terms, strict=True))
+                assert all(
+                    torch.equal(mine, right)
+                    for (_, mine), (_, right) in zip(have, terms, strict=True)
+                )
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -202,7 +230,9 @@ def exact_export(out, model):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
-def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(user, tmp_path, out, ranks, bits):
+def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
+    user, tmp_path, out, ranks, bits
+):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
@@ -229,20 +259,31 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 
 def work_of(bits, compute="auto"):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    return Work(config, replace(SHARE, rank=8, compute=compute, base_bits=bits), 64, 2, torch.bfloat16)
+    return Work(
+        config,
+        replace(SHARE, rank=8, compute=compute, base_bits=bits),
+        64,
+        2,
+        torch.bfloat16,
+    )
 
 
 def plan_of(bits, compute):
     work = work_of(bits, compute)
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
-    zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}}
+    zero3 = {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+    }
     return Planner(work, Cluster(2), complete_ds_config(zero3, numels), on_cpu=False).plan()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bits):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
-    compute = "activation" if bits == 4 else "auto"  # nothing but index tables then outlives a layer's call
+    # Nothing but index tables then outlives a layer's call
+    compute = "activation" if bits == 4 else "auto"
     small = plan_of(bits, compute)
     whole = plan_of(16, compute)
     model = planned_model(work_of(bits, compute))
@@ -250,7 +291,9 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
     layers = mora_layers(model).values()
     rotary = small.memory.base - sum(tensor.nbytes for tensor in frozen)
     assert 0 <= rotary < 1000
-    in_few_bits = sum(weight.nbytes + scales.nbytes for weight, scales in quantized(model).values())
+    in_few_bits = sum(
+        weight.nbytes + scales.nbytes for weight, scales in quantized(model).values()
+    )
     assert small.quantized == in_few_bits
     assert whole.quantized == 0
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
@@ -276,14 +319,20 @@ def test_a_plan_counts_the_dense_weight():
     """Of the largest layer, in 8 bits; few tokens, so that weights outweigh activations."""
     few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}
     steps = {bits: measure_step(planned_model(work), work) for bits, work in few.items()}
-    largest = max(2 * layer.weight.numel() for layer in mora_layers(planned_model(few[8])).values())
+    largest = max(
+        2 * layer.weight.numel() for layer in mora_layers(planned_model(few[8])).values()
+    )
     assert 0.7 * largest < steps[8].peak - steps[16].peak <= largest
     assert steps[8].saved == steps[16].saved
 
 
 def test_a_recommendation_knows_of_few_bits():
-    zero3 = complete_ds_config({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10])
-    planners = {bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)}
+    zero3 = complete_ds_config(
+        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10]
+    )
+    planners = {
+        bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)
+    }
     assert [planners[bits].base_fits for bits in (16, 8)] == [False, True]
     assert recommend(planners[16]) is None
     assert "--base_bits 8 or 4, or --base_device host" in verdict(planners[16].plan())
@@ -291,7 +340,15 @@ def test_a_recommendation_knows_of_few_bits():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_dry_run_says_it(user, bits):
-    flags = ["--model_name_or_path", str(user.model), "--dry_run", "--mora_rank", "4", "--base_bits", str(bits)]
+    flags = [
+        "--model_name_or_path",
+        str(user.model),
+        "--dry_run",
+        "--mora_rank",
+        "4",
+        "--base_bits",
+        str(bits),
+    ]
     validate(parse(flags))
     plan, _ = planned(parse(flags), world=2)
     assert plan.quantized > 0
@@ -313,7 +370,9 @@ def refused_by_the_plugin(folder, bits):
     another = tiny_model("llama")
     another.model.layers[1].mlp.down_proj.weight.data.neg_()
     write_own_base(another, folder / "other")
-    with user_error(f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
+    with user_error(
+        f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"
+    ):
         mora_ds.Run(engine, base=folder / "other", folder=folder / "out")
 
 

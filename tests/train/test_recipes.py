@@ -1,4 +1,6 @@
-"""Every recipe of configs/recipes/ is dry-run with a model of its size, and keeps what its comments say."""
+"""Every recipe of configs/recipes/ is dry-run with a model of its size, and keeps what its
+comments say.
+"""
 
 import json
 import math
@@ -28,8 +30,17 @@ LONG = (
 )
 """To plan."""
 
-_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-_LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+_LLAMA_3 = {
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+}
 SHAPES = {
     "1b": {
         "model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -42,8 +53,17 @@ SHAPES = {
         "num_attention_heads": 64,
     },
 }  # fmt: skip
-PARAMETERS = {"1b": 1.485e9, "7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m": 247e6, "1b3": 1.34e9}
-BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences")
+PARAMETERS = {
+    "1b": 1.485e9,
+    "7b": 6.74e9,
+    "8b": 8.03e9,
+    "70b": 70.55e9,
+    "250m": 247e6,
+    "1b3": 1.34e9,
+}
+BATCH = re.compile(
+    r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences"
+)
 
 
 def size_of(path):
@@ -51,35 +71,53 @@ def size_of(path):
 
 
 def model_config(size, folder):
-    """The shipped one of a model that is trained from scratch; otherwise one of the size that the recipe is for."""
+    """The shipped one of a model that is trained from scratch; otherwise one of the size
+    that the recipe is for.
+    """
     shipped = CONFIGS / "models" / f"llama_{size}.json"
     if shipped.is_file():
         return shipped
     config_file = folder / "config.json"
-    config_file.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]}))
+    config_file.write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]})
+    )
     return config_file
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem) for path in RECIPES],
+    [
+        pytest.param(
+            path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem
+        )
+        for path in RECIPES
+    ],
 )
 def test_recipes_are_planned(path, tmp_path, monkeypatch, capsys):
-    """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
+    """--dry_run on as many ranks as the recipe is for: of the right model, within the
+    device that its plan names.
+    """
     size = size_of(path)
     text = path.read_text()
     asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", text)
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.chdir(CONFIGS.parent)
-    flags = ["--model_name_or_path", str(model_config(size, tmp_path)), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--model_name_or_path",
+        str(model_config(size, tmp_path)),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     arguments = parse([str(path), *flags, "--dry_run"])
     pretrain(arguments)
     told = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert f"plan: {ranks} ranks" in told
     if not arguments.adapter.train_embeddings:  # what is trained comes on top of the model
-        assert planned(arguments, ranks)[0].base_elements == pytest.approx(PARAMETERS[size], rel=0.01)
+        assert planned(arguments, ranks)[0].base_elements == pytest.approx(
+            PARAMETERS[size], rel=0.01
+        )
     highest = re.search(r"= peak +([\d.]+) GB", told)
     assert highest is not None
     assert float(highest[1]) <= USABLE * memory
@@ -87,14 +125,20 @@ def test_recipes_are_planned(path, tmp_path, monkeypatch, capsys):
     assert asked is None or promised is not None
     if asked is not None and promised is not None:
         assert float(promised[1]) == pytest.approx(float(highest[1]), abs=0.06)
-    said = re.search(r"([\d.]+) GB on the network of a GPU and step", text.replace("\n# ", " "))
+    said = re.search(
+        r"([\d.]+) GB on the network of a GPU and step", text.replace("\n# ", " ")
+    )
     assert (said is not None) == (path.stem in ("continual", "continual_product"))
     if said is not None:
         sent = re.search(r"sent a step and GPU +([\d.]+) GB", told)
         assert sent is not None
         assert float(said[1]) == round(float(sent[1]), 1)
     page = (CONFIGS.parent / "docs/recipes/choosing.md").read_text()
-    (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{path.stem}`" in line)
+    (row,) = (
+        line
+        for line in page.splitlines()
+        if line.startswith("|") and f"`{path.stem}`" in line
+    )
     peaks = [float(number) for number in re.findall(r"[\d.]+", row.split("|")[4])]
     assert any(peak == pytest.approx(float(highest[1]), abs=0.06) for peak in peaks), row
 
@@ -125,8 +169,12 @@ def test_experiments_are_planned(flags, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("size", ["250m", "1b3"])
 def test_shapes_of_the_paper_have_their_sizes(size):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_model_config(CONFIGS / "models" / f"llama_{size}.json"))
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
+        model = AutoModelForCausalLM.from_config(
+            read_model_config(CONFIGS / "models" / f"llama_{size}.json")
+        )
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
+        PARAMETERS[size], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -134,7 +182,10 @@ def test_batches_are_what_the_comments_say(path):
     training = parse([str(path)]).training
     matched = BATCH.search(path.read_text())
     assert matched is not None
-    factors = [int(number) for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")]
+    factors = [
+        int(number)
+        for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")
+    ]
     assert math.prod(factors) == int(matched[3])
     rank_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert int(matched[3]) % rank_batch == 0

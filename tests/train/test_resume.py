@@ -1,4 +1,6 @@
-"""Interrupted and resumed: the same losses, MoRA matrices, base and logged rows, bit for bit."""
+"""Interrupted and resumed: the same losses, MoRA matrices, base and logged rows, bit for
+bit.
+"""
 
 import shutil
 from pathlib import Path
@@ -37,7 +39,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out)
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true")
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *more))
-    stop_and_resume(2, user.flags(out, *more), 3, 7)  # after a merge not saved yet, then between checkpoints
+    # After a merge not saved yet, then between checkpoints
+    stop_and_resume(2, user.flags(out, *more), 3, 7)
     assert_same_run(out, whole)
     assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
@@ -57,9 +60,15 @@ def copied(whole, tmp_path):
 
 @pytest.mark.parametrize("step", [2, 6])
 def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
-    """From before the first merge, with both merges done since, and from right after the second."""
+    """From before the first merge, with both merges done since, and from right after the
+    second.
+    """
     checkpoint = copied / "checkpoints" / f"step-{step:06d}"
-    run_alone(interrupted_job, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
+    run_alone(
+        interrupted_job,
+        user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint),
+        step + 1,
+    )
     ledger = read_json(copied / "ledger/ledger.json")
     assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
@@ -75,9 +84,14 @@ def stopped_at_once(argv):
 
 
 def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user, copied):
-    """Its checkpoint is the one that `auto` goes on from, not the newest one of the branch."""
+    """Its checkpoint is the one that `auto` goes on from, not the newest one of the
+    branch.
+    """
     checkpoint = copied / "checkpoints/step-000004"
-    run_alone(stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
+    run_alone(
+        stopped_at_once,
+        user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)),
+    )
     assert (copied / "checkpoints/latest").resolve() == checkpoint.resolve()
 
 
@@ -96,7 +110,12 @@ def test_a_resume_tells_which_settings_have_changed(user, copied, tmp_path):
 
 def test_resume_into_a_new_folder(user, whole, tmp_path):
     out = tmp_path / "elsewhere"
-    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints/step-000006"))
+    run(
+        1,
+        user.flags(
+            out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints/step-000006"
+        ),
+    )
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[6:])
 
@@ -104,14 +123,19 @@ def test_resume_into_a_new_folder(user, whole, tmp_path):
 def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copied):
     before = curve(copied)
     manifest = (copied / "checkpoints/latest/manifest.json").read_bytes()
-    summary = run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint auto --export_merged true"))
+    summary = run(
+        1,
+        user.flags(copied, *MERGING, "--resume_from_checkpoint auto --export_merged true"),
+    )
     assert curve(copied) == before
     assert (copied / "checkpoints/latest/manifest.json").read_bytes() == manifest
     assert (summary["steps"], summary["merges"]) == (9, 2)
     assert (copied / "merged/model.safetensors").is_file()
 
 
-def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(user, copied, whole):
+def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
+    user, copied, whole
+):
     longer = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 12")
     assert "it was on its way to 9 steps and has 12 now" in run_alone(printed, longer)
     assert torch.equal(losses(copied)[:9], losses(whole))
@@ -123,7 +147,9 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(user, co
 
 
 def test_auto_without_a_checkpoint_starts_afresh(user, tmp_path, out):
-    """Also over what a run has left that was killed before its first checkpoint, merges included."""
+    """Also over what a run has left that was killed before its first checkpoint, merges
+    included.
+    """
     whole = tmp_path / "whole"
     more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
     run(1, user.flags(whole, *more))
@@ -136,22 +162,45 @@ def differing(user, whole, *more):
     return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint latest", *more))
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_every_difference(user, copied, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
+    user, copied, tmp_path
+):
     files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    message = differing(user, copied, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
-    phrases = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
+    message = differing(
+        user,
+        copied,
+        "--mora_rank",
+        4,
+        "--operator",
+        "share",
+        "--seq_len",
+        16,
+        "--bf16",
+        "true",
+    )
+    phrases = (
+        "--mora_rank: 2 there, 4",
+        "--operator: 'auto' there",
+        "--seq_len: 32 there, 16 here",
+    )
     assert all(phrase in message for phrase in (*phrases, "--bf16"))
     assert "--adapter: " in differing(
         user, copied, "--adapter", "full", "--merge_every", 0, "--restart_warmup_steps", 10
     )
     other = another_base(user.model, tmp_path / "other")
-    assert "weights of --model_name_or_path" in differing(user, copied, "--model_name_or_path", other)
+    assert "weights of --model_name_or_path" in differing(
+        user, copied, "--model_name_or_path", other
+    )
     assert "--train_files" in differing(user, copied, "--train_files", user.held)
-    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was touched"
+    assert {
+        path: path.read_bytes() for path in copied.rglob("*") if path.is_file()
+    } == files, "nothing was touched"
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused(user, whole):
-    flags = user.flags(whole, *MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1")
+    flags = user.flags(
+        whole, *MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1"
+    )
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message
     assert "start a number of them that divides 2" in message

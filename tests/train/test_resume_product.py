@@ -1,4 +1,6 @@
-"""Resumed = uninterrupted, bit for bit, for every two of: optimizer, ZeRO stage, dtype, offload and adapter."""
+"""Resumed = uninterrupted, bit for bit, for every two of: optimizer, ZeRO stage, dtype,
+offload and adapter.
+"""
 
 import json
 
@@ -12,7 +14,16 @@ from tests.helpers.resume import stop_and_resume
 
 pytestmark = pytest.mark.heavy
 
-LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
+LOOP = (
+    "--max_steps",
+    7,
+    "--save_steps",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--max_grad_norm",
+    0.5,
+)
 MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
 
 
@@ -39,9 +50,22 @@ def is_supported(adapter, optimizer, offload, **_):
     },
     is_supported,
 )
-def test_resumed_is_uninterrupted(user, tmp_path, out, adapter, optimizer, stage, offload, dtype):
-    more = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
-    more += ["--deepspeed", ds_config(tmp_path, stage, offload), *([f"--{dtype}"] if dtype != "fp32" else [])]
+def test_resumed_is_uninterrupted(
+    user, tmp_path, out, adapter, optimizer, stage, offload, dtype
+):
+    more = [
+        "--adapter",
+        adapter,
+        "--optimizer",
+        optimizer,
+        *LOOP,
+        *(MERGES if adapter != "full" else ()),
+    ]
+    more += [
+        "--deepspeed",
+        ds_config(tmp_path, stage, offload),
+        *([f"--{dtype}"] if dtype != "fp32" else []),
+    ]
     run(2, user.flags(tmp_path / "whole", *more))
     stop_and_resume(2, user.flags(out, *more), 4)
     assert_same_outcome(out, tmp_path / "whole")

@@ -1,4 +1,6 @@
-"""`mora_ds.Run` in a user's own loop: what is wrong with a call is said before anything is changed."""
+"""`mora_ds.Run` in a user's own loop: what is wrong with a call is said before anything is
+changed.
+"""
 
 import os
 from operator import attrgetter
@@ -111,18 +113,24 @@ Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausa
 
 
 def assert_refused(calls, scope, **objects):
-    """Of each row's function, found in `scope`, with its arguments: the message begins so. An argument that is the name
-    of one of `objects` is that one."""
+    """Of each row's function, found in `scope`, with its arguments: the message begins so.
+    An argument that is the name of one of `objects` is that one."""
     for function, settings, message in rows(calls):
-        arguments = {name: objects.get(str(value), value) for name, value in parsed(settings).items()}
+        arguments = {
+            name: objects.get(str(value), value) for name, value in parsed(settings).items()
+        }
         with pytest.raises(UserError) as refused:
             attrgetter(function)(scope)(**arguments)
         assert str(refused.value).startswith(message), f"{message}: {refused.value}"
-        assert "--" not in str(refused.value), f"{function} speaks of a flag: {refused.value}"
+        assert "--" not in str(refused.value), (
+            f"{function} speaks of a flag: {refused.value}"
+        )
 
 
 def started(folder, stage):
-    """A run with two micro-batches a step; one optimizer step and a merge are done, and saved as step 2."""
+    """A run with two micro-batches a step; one optimizer step and a merge are done, and
+    saved as step 2.
+    """
     os.chdir(folder)
     write_own_base(tiny_model("llama"), Path("base"))
     model = tiny_model("llama")
@@ -144,11 +152,15 @@ def micro_step(engine, seed):
 def wrong_calls(folder):
     engine, run = started(folder, 3)
     with untouched(Path("out")):
-        scope = SimpleNamespace(merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize)
+        scope = SimpleNamespace(
+            merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize
+        )
         assert_refused(CALLS_OF_A_RUN, scope, ENGINE=engine, MODEL=engine.module)
     run.save(2)
     run.merge(3)
-    assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
+    assert [
+        cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]
+    ] == [2, 3]
     run.save(5)
     for call in (run.merge, run.save):
         with user_error("`step` must be a whole number from 5 on, got 4"):
@@ -160,8 +172,8 @@ def test_wrong_arguments_are_refused_and_change_nothing(tmp_path):
 
 
 def scheduled(folder, name, stage, resume, last_step):
-    """Steps of a run in `name` up to the last one, with a scheduler of torch; saved after step 2. Returns the learning
-    rate of each step, and the loss after the last one."""
+    """Steps of a run in `name` up to the last one, with a scheduler of torch; saved after
+    step 2. Returns the learning rate of each step, and the loss after the last one."""
     os.chdir(folder)
     model = tiny_model("llama")
     if not Path("base").exists():
@@ -194,7 +206,9 @@ def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
 
 def test_a_scheduler_that_json_would_change_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    with user_error("the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"):
+    with user_error(
+        "the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"
+    ):
         _scheduler_state(MultiStepLR(optimizer, [2, 4]))
 
 
@@ -204,11 +218,15 @@ def calls_within_a_step(folder, stage):
         for number in range(2):
             engine.backward(causal_loss(engine, tokens(2, seed=number)))
             for call in (run.merge, run.save):
-                with user_error("the engine has gradients of which no optimizer step is made"):
+                with user_error(
+                    "the engine has gradients of which no optimizer step is made"
+                ):
                     call(3)
             engine.step()
             if number == 0:
-                with user_error(r"call it after the engine.step\(\) that ends gradient accumulation"):
+                with user_error(
+                    r"call it after the engine.step\(\) that ends gradient accumulation"
+                ):
                     run.save(3)
     with torch.no_grad():
         causal_loss(engine, tokens(2))  # a forward pass leaves no gradient
@@ -217,7 +235,9 @@ def calls_within_a_step(folder, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path, stage):
+def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(
+    tmp_path, stage
+):
     run_pooled(1, calls_within_a_step, str(tmp_path), stage)
 
 
@@ -251,4 +271,6 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
     }
     assert_refused(CALLS, mora_ds, **objects)
     assert not (tmp_path / "new").exists()
-    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)
+    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == (
+        "q_proj",
+    )

@@ -1,4 +1,6 @@
-"""What a run prints after its last step, by what it was asked for; a launched run's lines are in test_pretrain.py."""
+"""What a run prints after its last step, by what it was asked for; a launched run's lines
+are in test_pretrain.py.
+"""
 
 from dataclasses import replace
 
@@ -31,7 +33,10 @@ def test_the_next_commands_have_the_paths_of_the_run():
     arguments = parse(["--output_dir", "runs/law"])
     lines = closing(arguments, SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
-    assert lines[-2] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+    assert (
+        lines[-2]
+        == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+    )
     with_domains = replace(arguments, research={"domain_adapters": True})
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
 

@@ -1,4 +1,6 @@
-"""One rank that is slow at everything: the others wait for it, and the run is the same to the bit."""
+"""One rank that is slow at everything: the others wait for it, and the run is the same to
+the bit.
+"""
 
 import time
 
@@ -27,7 +29,9 @@ def delayed(work):
 
 
 def slow_job(argv, rank):
-    """A run in which one rank comes late to every step, merge, save, evaluation, and writes its shards late."""
+    """A run in which one rank comes late to every step, merge, save, evaluation, and writes
+    its shards late.
+    """
     if dist.get_rank() == rank:
         for name in SLOW:
             setattr(Trainer, name, delayed(getattr(Trainer, name)))
@@ -43,5 +47,8 @@ def test_a_straggler_changes_nothing(user, tmp_path, rank, saving):
     run(3, user.flags(whole, *MERGING))
     run_ranks(3, slow_job, user.flags(slow, *MERGING, *saving), rank)
     assert_same_run(slow, whole)
-    names = [[folder.name for folder in complete_checkpoints(out / "checkpoints")] for out in (slow, whole)]
+    names = [
+        [folder.name for folder in complete_checkpoints(out / "checkpoints")]
+        for out in (slow, whole)
+    ]
     assert names[0] == names[1]

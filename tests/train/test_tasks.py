@@ -1,4 +1,6 @@
-"""Tasks of the lm-eval harness during a run: shared by all ranks, the results of the exported model on one process."""
+"""Tasks of the lm-eval harness during a run: shared by all ranks, the results of the
+exported model on one process.
+"""
 
 import json
 import random
@@ -24,7 +26,13 @@ from tests.helpers.tasks import task_files
 def test_results_become_costs():
     results = {
         "results": {
-            "a": {"alias": "a", "acc,none": 0.25, "acc_stderr,none": 0.1, "other,none": 3.0, "sample_len": 4},
+            "a": {
+                "alias": "a",
+                "acc,none": 0.25,
+                "acc_stderr,none": 0.1,
+                "other,none": 3.0,
+                "sample_len": 4,
+            },
             "b": {"word_perplexity,none": 7.0},
             "c": {"error,none": 0.5},
             "d": {"acc,none": 0.0},
@@ -32,7 +40,12 @@ def test_results_become_costs():
         "higher_is_better": {"a": {"acc": True}, "c": {"error": False}},
     }
     task_results = _results(results, "abcd")
-    assert {name: result.cost for name, result in task_results.items()} == {"a": 4.0, "b": 7.0, "c": 0.5, "d": 1000.0}
+    assert {name: result.cost for name, result in task_results.items()} == {
+        "a": 4.0,
+        "b": 7.0,
+        "c": 0.5,
+        "d": 1000.0,
+    }
     assert task_results["a"].metrics == {"acc": 0.25, "other": 3.0}
     with user_error("no metric"):
         _results({"results": {"e": {"alias": "e"}}}, "e")
@@ -59,7 +72,9 @@ def test_a_task_that_is_missing_is_named(tmp_path):
 @pytest.mark.heavy
 @pytest.mark.parametrize("domains", [False, True])
 def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
-    """With domains it is the shared matrices' model, whatever the rows of the training batch before were."""
+    """With domains it is the shared matrices' model, whatever the rows of the training
+    batch before were.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -75,7 +90,9 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
     exported = out / "merged"
     if domains:
         mix = write_mixture(user, tmp_path / "mix.yaml")
-        argv = research(mixture_flags(user, out, mix, *flags), tmp_path, domain_adapters=True)
+        argv = research(
+            mixture_flags(user, out, mix, *flags), tmp_path, domain_adapters=True
+        )
         exported = exported / "shared"
     run(2, argv)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -85,29 +102,40 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
     assert state["best_step"] in (4, 6)
     assert state["task_costs_last"].keys() == files.keys()
     model = AutoModelForCausalLM.from_pretrained(exported)
-    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(exported), batch_size=2)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(exported), batch_size=2
+    )
     manager = TaskManager(include_path=[str(tmp_path)])
-    expected = lm_eval.simple_evaluate(model=wrapped, tasks=list(files), task_manager=manager, bootstrap_iters=0)
+    expected = lm_eval.simple_evaluate(
+        model=wrapped, tasks=list(files), task_manager=manager, bootstrap_iters=0
+    )
     for name, metrics in scores[6].items():
         assert metrics
         assert metrics == pytest.approx(
-            {metric: expected["results"][name][f"{metric},none"] for metric in metrics}, rel=1e-4
+            {metric: expected["results"][name][f"{metric},none"] for metric in metrics},
+            rel=1e-4,
         )
     assert scores[0]["rolling"] != scores[6]["rolling"]
 
 
 def random_states_around_tasks(files, folder):
-    """Whether an evaluation leaves random states as they are; and its results, on an engine of ZeRO-3."""
+    """Whether an evaluation leaves random states as they are; and its results, on an engine
+    of ZeRO-3.
+    """
     import mora_ds
     from mora_ds.data import load_tokenizer
 
     model = adapted_model(model={"vocab_size": 400})
-    engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1))
+    engine, *_ = mora_ds.initialize(
+        model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1)
+    )
     suite = TaskSuite(files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2)
     states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     results = suite.evaluate()
     same = torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
-    return same and bool((np.random.get_state()[1] == states[1]).all()), {k: vars(v) for k, v in results.items()}
+    return same and bool((np.random.get_state()[1] == states[1]).all()), {
+        k: vars(v) for k, v in results.items()
+    }
 
 
 @pytest.mark.heavy
@@ -116,7 +144,9 @@ def test_three_ranks_score_as_one_and_leave_random_states(user, tmp_path):
     is_kept, alone = run_alone(random_states_around_tasks, files, str(user.model))
     assert is_kept
     assert len(alone) == 3
-    for also_kept, results in run_ranks(3, random_states_around_tasks, files, str(user.model)):
+    for also_kept, results in run_ranks(
+        3, random_states_around_tasks, files, str(user.model)
+    ):
         assert also_kept
         for name, result in results.items():
             assert result["metrics"] == pytest.approx(alone[name]["metrics"], rel=1e-5)

@@ -1,4 +1,6 @@
-"""Trackers besides metrics.jsonl: the same curves, and a run that does without one that fails."""
+"""Trackers besides metrics.jsonl: the same curves, and a run that does without one that
+fails.
+"""
 
 import errno
 import json
@@ -56,7 +58,9 @@ def test_weights_and_biases_is_called_as_it_wants(tmp_path, wandb, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ConnectionError, SystemExit])
-@pytest.mark.parametrize("failing", ["init", "init.return_value.log", "init.return_value.finish"])
+@pytest.mark.parametrize(
+    "failing", ["init", "init.return_value.log", "init.return_value.finish"]
+)
 def test_a_failing_tracker_is_reported_once(tmp_path, wandb, caplog, failing, error):
     wandb.configure_mock(**{f"{failing}.side_effect": error("no route to host")})
     (failure,) = logged(tmp_path)
@@ -76,8 +80,12 @@ def test_an_interrupt_is_not_a_failing_tracker(tmp_path, wandb):
 
 @pytest.mark.parametrize("told", ["steps", "at the end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(tmp_path, monkeypatch, told):
-    """The error comes with a later call. What the run itself writes on that disk fails in its own place."""
+def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(
+    tmp_path, monkeypatch, told
+):
+    """The error comes with a later call. What the run itself writes on that disk fails in
+    its own place.
+    """
     failures = []
     tracker = Tracker("tensorboard", tmp_path, CONFIG, 0, failures)
 
@@ -109,9 +117,16 @@ def offline(argv):
 @pytest.mark.heavy
 def test_a_run_with_both_trackers_offline(user, out):
     """A service that takes no call would end the run with an exit code of its own."""
-    flags = user.flags(out, "--report_to tensorboard wandb --merge_every 3 --restart_warmup_steps 1 --save_steps 4")
+    flags = user.flags(
+        out,
+        "--report_to tensorboard wandb --merge_every 3 --restart_warmup_steps 1 --save_steps 4",
+    )
     run_alone(offline, flags)
-    losses = [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    losses = [
+        row["loss"]
+        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
     assert len(losses) == 6
     assert (out / "tensorboard").is_dir()
     assert list((out / "wandb").rglob("*.wandb"))

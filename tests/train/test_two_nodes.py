@@ -1,4 +1,6 @@
-"""Two nodes with an address each: the same losses as on one; a cut cable ends the run, which can be resumed."""
+"""Two nodes with an address each: the same losses as on one; a cut cable ends the run,
+which can be resumed.
+"""
 
 import os
 import subprocess
@@ -20,7 +22,9 @@ MORE = "--max_steps 40 --merge_every 9 --restart_warmup_steps 1 --save_steps 4"
 PORT = "29511"
 """Used by nothing else: the nodes have a separate network."""
 MISSED = ("lost contact with another rank", "not all ranks came within")
-"""What a rank says of another one that it cannot reach: in a collective of training, and at a check."""
+"""What a rank says of another one that it cannot reach: in a collective of training, and at
+a check.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,25 @@ def nodes():
 def command(how, node, folder, flags):
     program = Path(sys.executable).with_name(how)
     script = str(REPOSITORY / "launch/pretrain.py")
-    node_flags = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
+    node_flags = [
+        "--node_rank",
+        str(node),
+        "--master_addr",
+        "10.77.0.1",
+        "--master_port",
+        PORT,
+    ]
     if how == "torchrun":
-        return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *node_flags, script, *flags]
+        return [
+            str(program),
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+            *node_flags,
+            script,
+            *flags,
+        ]
     hosts = folder / "hosts"
     hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
     return [str(program), "--hostfile", str(hosts), "--no_ssh", *node_flags, script, *flags]
@@ -53,7 +73,9 @@ def start(how, nodes, folder, flags):
     """Token caches are each node's own."""
     return [
         node.start(
-            command(how, number, folder, [*flags, "--cache_dir", str(folder / f"cache{number}")]),
+            command(
+                how, number, folder, [*flags, "--cache_dir", str(folder / f"cache{number}")]
+            ),
             folder / f"log{number}",
         )
         for number, node in enumerate(nodes)
@@ -62,7 +84,9 @@ def start(how, nodes, folder, flags):
 
 def told(folder):
     """What both nodes have printed."""
-    return "".join(f"-- node {number}\n{(folder / f'log{number}').read_text()}" for number in (0, 1))
+    return "".join(
+        f"-- node {number}\n{(folder / f'log{number}').read_text()}" for number in (0, 1)
+    )
 
 
 def codes_of(processes, folder, within_s):
@@ -93,33 +117,69 @@ def test_two_nodes_are_one_run(user, whole, nodes, tmp_path, out, how):
 
 
 def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_path, out):
-    """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
+    """Everything of DeepSpeed's but the connection; a node gets what it needs to know from
+    .deepspeed_env alone.
+    """
     programs = remote_shell.install(tmp_path / "bin")
-    (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
-    needed = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in needed.items()))
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    (tmp_path / "hosts").write_text(
+        "10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n"
+    )
+    needed = {
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
+    (tmp_path / ".deepspeed_env").write_text(
+        "".join(f"{name}={value}\n" for name, value in needed.items())
+    )
+    path = os.pathsep.join(
+        [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
     program = str(Path(sys.executable).with_name("deepspeed"))
     script = str(REPOSITORY / "launch/pretrain.py")
-    node_flags = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
+    node_flags = [
+        "--hostfile",
+        str(tmp_path / "hosts"),
+        "--exclude",
+        "10.77.0.9",
+        "--master_port",
+        PORT,
+    ]
     words = [program, *node_flags, script, *user.flags(out, MORE)]
     outside = {"PATH": path, remote_shell.NODES: holders}
     with (tmp_path / "log0").open("w") as log:
-        done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
+        done = subprocess.run(
+            words,
+            env={**os.environ, **outside},
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            timeout=200,
+        )
     assert done.returncode == 0, (tmp_path / "log0").read_text()
     assert_same_result(out, whole)
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):
-    flags = [*user.flags(out, MORE), "--collective_timeout_s", "20", "--resume_from_checkpoint", "auto"]
+    flags = [
+        *user.flags(out, MORE),
+        "--collective_timeout_s",
+        "20",
+        "--resume_from_checkpoint",
+        "auto",
+    ]
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
     wait_for(out / "checkpoints/step-000004", processes)
     nodes[1].unplug()
     assert_ends_soon(processes, tmp_path)
     nodes[1].run("ip", "link", "set", INTERFACE, "up")
     step = max(step_of(folder) for folder in complete_checkpoints(out / "checkpoints"))
-    finish(start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", str(step + 2)]), tmp_path)
+    finish(
+        start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", str(step + 2)]),
+        tmp_path,
+    )
 
 
 def test_nodes_with_disks_of_their_own_are_refused(user, nodes, tmp_path, out):

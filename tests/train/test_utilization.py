@@ -16,8 +16,18 @@ H100 = "NVIDIA H100 80GB HBM3"
     "card, bf16, said, peak",
     [
         (H100, True, f"G a token; {H100}: at most 989 TFLOP/s", 989e12),
-        (H100, False, f"G a token; {H100}: no MFU, as its peak in float32 is not known", None),
-        ("NVIDIA X1", True, "G a token; NVIDIA X1: no MFU, as its peak in bfloat16 is not known", None),
+        (
+            H100,
+            False,
+            f"G a token; {H100}: no MFU, as its peak in float32 is not known",
+            None,
+        ),
+        (
+            "NVIDIA X1",
+            True,
+            "G a token; NVIDIA X1: no MFU, as its peak in bfloat16 is not known",
+            None,
+        ),
         ("", True, "", None),
     ],
 )
@@ -33,6 +43,8 @@ def test_utilization(card, bf16, said, peak, monkeypatch):
     )  # fmt: skip
     job._count_flops()
     share = job.utilization(1e9)
-    assert share == (None if peak is None else pytest.approx(1e9 * token_flops(model, 64) / 4 / peak))
+    assert share == (
+        None if peak is None else pytest.approx(1e9 * token_flops(model, 64) / 4 / peak)
+    )
     assert "".join(lines).endswith(said)
     assert bool(lines) == bool(card)

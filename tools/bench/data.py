@@ -1,10 +1,13 @@
-"""The loader alone against training, and the first batch after a resume at step 10^6: cached mixture and streaming.
+"""The loader alone against training, and the first batch after a resume at step 10^6:
+cached mixture and streaming.
 
-    python tools/bench/data.py [--megabytes 20] [--seq_len 512] [--rows 16] [--steps 30] [--folder /tmp/bench_data]
+    python tools/bench/data.py [--megabytes 20] [--seq_len 512] [--rows 16] [--steps 30]
+    [--folder /tmp/bench_data]
 
-Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small Llama with MoRA matrices
-(forward, backward and AdamW in one process, no DeepSpeed: a real step is slower). Loader and training steps take turns;
-medians. A resume opens everything anew, as another process would (its imports and its tokenizer apart).
+Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small Llama
+with MoRA matrices (forward, backward and AdamW in one process, no DeepSpeed: a real step is
+slower). Loader and training steps take turns; medians. A resume opens everything anew, as
+another process would (its imports and its tokenizer apart).
 """
 
 import argparse
@@ -18,7 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,10 +66,15 @@ def main() -> None:
         )
     )
     started = time.perf_counter()
-    caches = {name: build_cache(corpus, tokenizer, folder / "cache") for name, corpus in corpora.items()}
+    caches = {
+        name: build_cache(corpus, tokenizer, folder / "cache")
+        for name, corpus in corpora.items()
+    }
     built = time.perf_counter() - started
     tokens = sum(cache.n_tokens for cache in caches.values())
-    report.say(f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)")
+    report.say(
+        f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)"
+    )
 
     def cached() -> Mixture:
         sources: dict[str, Any] = {
@@ -82,8 +91,12 @@ def main() -> None:
         sources: dict[str, Any] = {}
         for name, corpus in corpora.items():
             reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
-            sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
-        return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states)
+            sources[name] = StreamSource(
+                reader, Encoder.of(tokenizer), options.seq_len, True, None
+            )
+        return Mixture(
+            sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states
+        )
 
     train = _training(options)
     stream = streamed()
@@ -96,14 +109,22 @@ def main() -> None:
         seconds["training"].append(train())
     size = options.rows * options.seq_len
     step_s = median(seconds["training"])
-    rates = {name: size * options.steps / sum(seconds[name]) for name in ways}  # a stream tokenises in bursts
+    # A stream tokenises in bursts
+    rates = {name: size * options.steps / sum(seconds[name]) for name in ways}
     resumed = {
         "cached": seconds_of(lambda: cached().batch(FAR)),
         "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR)),
     }
-    report.say(f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)")
+    report.say(
+        f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)"
+    )
     rows = [
-        [name, f"{rates[name]:,.0f}", f"{rates[name] * step_s / size:,.0f} x", f"{resumed[name]:.3f} s"]
+        [
+            name,
+            f"{rates[name]:,.0f}",
+            f"{rates[name] * step_s / size:,.0f} x",
+            f"{resumed[name]:.3f} s",
+        ]
         for name in ways
     ]
     titles = ["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"]
@@ -134,7 +155,9 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
             size += len(text)
         (folder / name).mkdir(parents=True, exist_ok=True)
         for shard in range(4):
-            (folder / name / f"{shard}.jsonl").write_text("".join(lines[shard::4]), encoding="utf-8")
+            (folder / name / f"{shard}.jsonl").write_text(
+                "".join(lines[shard::4]), encoding="utf-8"
+            )
         corpora[name] = load_corpus([str(folder / name / "*.jsonl")])
     return corpora
 
@@ -154,13 +177,17 @@ def _training(options: argparse.Namespace) -> Callable[[], float]:
     config.vocab_size = max(config.vocab_size, VOCABULARY)
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=8))
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW(
+        [value for value in model.parameters() if value.requires_grad], lr=1e-4
+    )
     ids = torch.randint(3, VOCABULARY, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand_as(ids)
 
     def step() -> float:
         started = time.perf_counter()
-        token_nll(model, {"input_ids": ids, "labels": ids, "position_ids": positions}).backward()
+        token_nll(
+            model, {"input_ids": ids, "labels": ids, "position_ids": positions}
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - started
@@ -176,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         "steps": (30, "turns"),
     }
     parser = bench_parser(__doc__, numbers)
-    parser.add_argument("--folder", help="for texts and caches; default: one that goes again")
+    parser.add_argument(
+        "--folder", help="for texts and caches; default: one that goes again"
+    )
     return parser
 
 

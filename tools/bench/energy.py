@@ -1,11 +1,14 @@
-"""How much of a new text's gradient lies where an adapter can move, for one or several bases.
+"""How much of a new text's gradient lies where an adapter can move, for one or several
+bases.
 
-    python tools/bench/energy.py --base MODEL ... --new law.jsonl [--documents 24] [--tokens 160] [--rank 8]
+    python tools/bench/energy.py --base MODEL ... --new law.jsonl [--documents 24] [--tokens
+    160] [--rank 8]
 
-Spans are chosen by the gradient of some documents and judged by that of as many others: the share of its squared norm
-that lies in each span, as mean over the linear layers of every tenth decoder layer. A span is what
-an update can be, with all its trained numbers free. It is a hint of what is learned and no more: a few directions of
-large activations hold much of the energy, and Adam evens them out.
+Spans are chosen by the gradient of some documents and judged by that of as many others: the
+share of its squared norm that lies in each span, as mean over the linear layers of every
+tenth decoder layer. A span is what an update can be, with all its trained numbers free. It
+is a hint of what is learned and no more: a few directions of large activations hold much of
+the energy, and Adam evens them out.
 """
 
 import argparse
@@ -59,7 +62,9 @@ NUMBERS: Numbers = {
 def main() -> None:
     parser = bench_parser(__doc__, NUMBERS)
     parser.add_argument("--base", type=Path, nargs="+", required=True, help="model folders")
-    parser.add_argument("--new", type=Path, required=True, help="text that they are to learn, JSON lines")
+    parser.add_argument(
+        "--new", type=Path, required=True, help="text that they are to learn, JSON lines"
+    )
     options = parser.parse_args()
     result = Report(options)
     columns = [_shares_of(base, options) for base in options.base]
@@ -67,7 +72,10 @@ def main() -> None:
         f"share of the gradient's energy in each span, over the weights measured, rank {options.rank}: "
         f"{options.documents} documents chose the spans, as many others judge"
     )
-    rows = [[span, *(f"{100 * fmean(shares[span]):.1f}%" for shares in columns)] for span in columns[0]]
+    rows = [
+        [span, *(f"{100 * fmean(shares[span]):.1f}%" for shares in columns)]
+        for span in columns[0]
+    ]
     result.show("mean", [["span, mean", *(base.name for base in options.base)], *rows])
     result.write()
 
@@ -84,7 +92,11 @@ def _shares_of(base: Path, options: argparse.Namespace) -> dict[str, list[float]
     for name, layer in layers.items():
         spec = operator_of(spec_of(config, name, layer, 0), name)
         for span, share in _shares(
-            spec, layer.weight.detach().double(), chosen[name], judged[name].gradient, options.rank
+            spec,
+            layer.weight.detach().double(),
+            chosen[name],
+            judged[name].gradient,
+            options.rank,
         ):
             shares.setdefault(span, []).append(share)
     return shares
@@ -110,28 +122,40 @@ def _rows(base: Path, options: argparse.Namespace) -> list[Tensor]:
             rows.append(torch.tensor([ids]))
         if len(rows) == 2 * options.documents:
             return rows
-    raise UserError(f"--documents: {options.new} has {len(rows)} of at least {options.tokens} tokens")
+    raise UserError(
+        f"--documents: {options.new} has {len(rows)} of at least {options.tokens} tokens"
+    )
 
 
 def _sums(model: Any, layers: dict[str, nn.Linear], rows: list[Tensor]) -> dict[str, Sums]:
     sums = {
-        name: Sums(torch.zeros(layer.weight.shape).double(), torch.zeros(layer.in_features).double())
+        name: Sums(
+            torch.zeros(layer.weight.shape).double(),
+            torch.zeros(layer.in_features).double(),
+        )
         for name, layer in layers.items()
     }
 
-    hooks = [layer.register_forward_pre_hook(sums[name].add_inputs) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(sums[name].add_inputs)
+        for name, layer in layers.items()
+    ]
     weights = {name: layer.weight for name, layer in layers.items()}
     for ids in rows:
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         loss = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
-        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+        for name, gradient in zip(
+            weights, torch.autograd.grad(loss, list(weights.values())), strict=True
+        ):
             sums[name].gradient += gradient
     for hook in hooks:
         hook.remove()
     return sums
 
 
-def _shares(spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, rank: int) -> Iterator[tuple[str, float]]:
+def _shares(
+    spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, rank: int
+) -> Iterator[tuple[str, float]]:
     """(span, share of `judged` in it) for one weight."""
     side = spec.r_hat
     total = judged.square().sum()
@@ -147,17 +171,27 @@ def _shares(spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, ra
     yield "M between the weight's leading sides", between(left[:, :side], right[:side].T)
     left, _, right = torch.linalg.svd(chosen.gradient, full_matrices=False)
     yield "M between the gradient's sides", between(left[:, :side], right[:side].T)
-    drawn = torch.randn(len(judged.T), rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = torch.randn(
+        len(judged.T), rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     yield "LoRA at its start", of_inputs(torch.linalg.qr(drawn)[0])
     yield "LoRA, A turned to the gradient", of_inputs(right[:rank].T)
-    yield "the mean input alone, as a bias", of_inputs(chosen.inputs[:, None] / chosen.inputs.norm())
-    yield "best of LoRA's rank", float(torch.linalg.svdvals(judged)[:rank].square().sum() / total)
+    yield (
+        "the mean input alone, as a bias",
+        of_inputs(chosen.inputs[:, None] / chosen.inputs.norm()),
+    )
+    yield (
+        "best of LoRA's rank",
+        float(torch.linalg.svdvals(judged)[:rank].square().sum() / total),
+    )
 
 
 def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:
-    """The update of this operator that is nearest to `gradient` (d_out, d_in), by conjugate gradients on M.
+    """The update of this operator that is nearest to `gradient` (d_out, d_in), by conjugate
+    gradients on M.
 
-    The map from M to the weight has orthogonal columns but for groups that the sizes cut short, so few steps suffice.
+    The map from M to the weight has orthogonal columns but for groups that the sizes cut
+    short, so few steps suffice.
     """
     square = torch.zeros_like(adjoint(spec, gradient))
     residual = adjoint(spec, gradient)

@@ -1,4 +1,6 @@
-"""A LoRA whose products are added up in place (`addmm_`), as Unsloth has them: a rival without a package."""
+"""A LoRA whose products are added up in place (`addmm_`), as Unsloth has them: a rival
+without a package.
+"""
 
 from typing import Any
 
@@ -10,7 +12,9 @@ class _FusedProduct(torch.autograd.Function):
     """x W^T + scale x A^T B^T for a frozen W (O, D), with A (R, D) and B (O, R)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         rows = x.flatten(0, -2)
         inner = rows @ a.T
         ctx.save_for_backward(rows, inner, weight, a, b)
@@ -24,7 +28,13 @@ class _FusedProduct(torch.autograd.Function):
         g = gradients[0].flatten(0, -2)
         g_inner = ctx.scale * (g @ b)
         g_x = (g @ weight).addmm_(g_inner, a)
-        return g_x.unflatten(0, gradients[0].shape[:-1]), None, g_inner.T @ rows, ctx.scale * (g.T @ inner), None
+        return (
+            g_x.unflatten(0, gradients[0].shape[:-1]),
+            None,
+            g_inner.T @ rows,
+            ctx.scale * (g.T @ inner),
+            None,
+        )
 
 
 class FusedLoRA(nn.Module):

@@ -1,4 +1,5 @@
-"""What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
+"""What is to be measured on the day that a GPU is there, one question at a time, each
+within minutes.
 
     python tools/bench/gpu.py ceilings|operators|layer|attention|step|resume [--json FILE]
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
@@ -28,7 +29,8 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,9 @@ def main() -> None:
     options = _options()
     options.device = torch.device(options.device)
     if options.device.type == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing is measured (--device cpu --toy runs the same code at toy sizes)")
+        print(
+            "no GPU here: nothing is measured (--device cpu --toy runs the same code at toy sizes)"
+        )
         return
     report = Report(options)
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else "a CPU"
@@ -82,28 +86,58 @@ def ceilings(options: argparse.Namespace, report: Report) -> None:
         copied = 2 * a.nbytes / _seconds(partial(b.copy_, a), options)
         product = 2 * side**3 / _seconds(partial(torch.matmul, a, b), options)
         name = str(dtype).removeprefix("torch.")
-        rows += [["copy", name, f"{copied / 1e12:.3f} TB/s"], ["product", name, f"{product / 1e12:.2f} TFLOP/s"]]
+        rows += [
+            ["copy", name, f"{copied / 1e12:.3f} TB/s"],
+            ["product", name, f"{product / 1e12:.2f} TFLOP/s"],
+        ]
     report.show("ceilings", rows)
 
 
 def operators(options: argparse.Namespace, report: Report) -> None:
-    rows = [["operator", "dtype", "path", "error of y", "of x's gradient", "of M's gradient", "merge"]]
+    rows = [
+        [
+            "operator",
+            "dtype",
+            "path",
+            "error of y",
+            "of x's gradient",
+            "of M's gradient",
+            "merge",
+        ]
+    ]
     for spec in _specs(options):
-        x, weight, square = (torch.randn(*shape, dtype=torch.float64) for shape in _shapes(spec, options))
+        x, weight, square = (
+            torch.randn(*shape, dtype=torch.float64) for shape in _shapes(spec, options)
+        )
         by_torch = partial(mora_linear, spec=spec, path=Compute.ACTIVATION)
         wanted = _product(by_torch, x, weight, square)
         tables = KernelTables(spec, options.device)
         merged = delta_weight(spec, square.float())
-        same = torch.equal(delta_weight(spec, square.float().to(options.device)).cpu(), merged)
+        same = torch.equal(
+            delta_weight(spec, square.float().to(options.device)).cpu(), merged
+        )
         for dtype in DTYPES:
-            there = x.to(options.device, dtype), weight.to(options.device, dtype), square.to(options.device, dtype)
+            there = (
+                x.to(options.device, dtype),
+                weight.to(options.device, dtype),
+                square.to(options.device, dtype),
+            )
             for path in PATHS:
                 results = _product(partial(kernel_linear, tables=tables, path=path), *there)
                 errors = [
-                    f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(results, wanted, strict=True)
+                    f"{(a.double().cpu() - b).norm() / b.norm():.1e}"
+                    for a, b in zip(results, wanted, strict=True)
                 ]
                 name = f"{spec.kind.value}, {spec.grouping.value}"
-                rows.append([name, str(dtype)[6:], path.value, *errors, "same bits" if same else "OTHER BITS"])
+                rows.append(
+                    [
+                        name,
+                        str(dtype)[6:],
+                        path.value,
+                        *errors,
+                        "same bits" if same else "OTHER BITS",
+                    ]
+                )
     report.show("operators", rows)
 
 
@@ -111,14 +145,24 @@ def layer(options: argparse.Namespace, report: Report) -> None:
     """Llama 7B's layers."""
     shapes = ["48x80"] if options.toy else ["4096x4096", "4096x11008", "11008x4096"]
     tokens = [64] if options.toy else [4096, 16384]
-    cases = argparse.Namespace(shapes=shapes, tokens=tokens, operators=["rotate:8", "share:256"])
+    cases = argparse.Namespace(
+        shapes=shapes, tokens=tokens, operators=["rotate:8", "share:256"]
+    )
     layers = layers_of(cases, {"dtype": torch.bfloat16, "device": options.device})
-    report.show("layer", [TITLES, *(row(one, clock(options.device), 0 if options.toy else 1) for one in layers)])
+    report.show(
+        "layer",
+        [
+            TITLES,
+            *(row(one, clock(options.device), 0 if options.toy else 1) for one in layers),
+        ],
+    )
 
 
 def attention(options: argparse.Namespace, report: Report) -> None:
     rows = [_attention_row(options, documents) for documents in (1, 4, 16)]
-    report.show("attention", [["documents", "by documents, ms", "dense mask, ms", "leak"], *rows])
+    report.show(
+        "attention", [["documents", "by documents, ms", "dense mask, ms", "leak"], *rows]
+    )
 
 
 def _attention_row(options: argparse.Namespace, count: int) -> list[str]:
@@ -126,9 +170,16 @@ def _attention_row(options: argparse.Namespace, count: int) -> list[str]:
     heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
     module: Any = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=1)
-    documents = Documents.of(torch.arange(length // count).repeat(count)[None]).to(options.device)
+    documents = Documents.of(torch.arange(length // count).repeat(count)[None]).to(
+        options.device
+    )
     number = torch.arange(count, device=options.device).repeat_interleave(length // count)
-    q, k, v = (torch.randn(1, heads, length, size, device=options.device).to(dtype).requires_grad_() for _ in range(3))
+    q, k, v = (
+        torch.randn(1, heads, length, size, device=options.device)
+        .to(dtype)
+        .requires_grad_()
+        for _ in range(3)
+    )
 
     def by_documents() -> Tensor:
         return document_attention(module, q, k, v, None, documents=documents)[0]
@@ -140,7 +191,10 @@ def _attention_row(options: argparse.Namespace, count: int) -> list[str]:
     if count > 1:  # what the last document's output takes from the first document's keys
         (by,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
         leak = by[:, :, : length // count].abs().max().item()
-    times = [_seconds(partial(_forward_backward, attend), options) for attend in (by_documents, dense)]
+    times = [
+        _seconds(partial(_forward_backward, attend), options)
+        for attend in (by_documents, dense)
+    ]
     return [str(count), *(f"{1e3 * seconds:.3f}" for seconds in times), f"{leak:g}"]
 
 
@@ -184,13 +238,19 @@ def resume(options: argparse.Namespace, report: Report) -> None:
         Run(again, base=base, folder=out, resume="auto")
         resumed_losses = _train(again, _ids(options), 3)
         pairs = zip(_matrices(whole), _matrices(again), strict=True)
-        same = resumed_losses == losses and all(torch.equal(one, another) for one, another in pairs)
-    rows = [["steps after the checkpoint", "losses and matrices"], ["3", "same" if same else "DIFFERENT"]]
+        same = resumed_losses == losses and all(
+            torch.equal(one, another) for one, another in pairs
+        )
+    rows = [
+        ["steps after the checkpoint", "losses and matrices"],
+        ["3", "same" if same else "DIFFERENT"],
+    ]
     report.show("resume", rows)
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    question.__name__: question for question in (ceilings, operators, layer, attention, step, resume)
+    question.__name__: question
+    for question in (ceilings, operators, layer, attention, step, resume)
 }
 
 
@@ -217,14 +277,20 @@ def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
 
 
 def _shapes(spec: OperatorSpec, options: argparse.Namespace) -> tuple[tuple[int, int], ...]:
-    return (_tokens(options) // 8, spec.d_in), (spec.d_out, spec.d_in), (spec.r_hat, spec.r_hat)
+    return (
+        (_tokens(options) // 8, spec.d_in),
+        (spec.d_out, spec.d_in),
+        (spec.r_hat, spec.r_hat),
+    )
 
 
 def _tokens(options: argparse.Namespace) -> int:
     return 64 if options.toy else 4096
 
 
-def _product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, square: Tensor) -> tuple[Tensor, ...]:
+def _product(
+    layer: Callable[..., Tensor], x: Tensor, weight: Tensor, square: Tensor
+) -> tuple[Tensor, ...]:
     """y, and the gradients of x and M for a gradient of one everywhere."""
     x = x.detach().requires_grad_()
     square = square.detach().requires_grad_()
@@ -240,7 +306,9 @@ def _model(options: argparse.Namespace) -> Any:
 
 def _ids(options: argparse.Namespace) -> Tensor:
     length, vocabulary = (32, 64) if options.toy else (4096, 32000)
-    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(options.device)
+    return torch.randint(
+        vocabulary, (1, length), generator=torch.Generator().manual_seed(0)
+    ).to(options.device)
 
 
 def _engine(options: argparse.Namespace, stage: int) -> Any:
@@ -250,9 +318,12 @@ def _engine(options: argparse.Namespace, stage: int) -> Any:
 
 
 def _settings(options: argparse.Namespace, stage: int) -> dict[str, Any]:
-    # One process gathers nothing: DeepSpeed would make the host wait for what it does in place of it.
+    # One process gathers nothing: DeepSpeed would make the host wait for what it does in
+    # place of it.
     persistent = {"stage": stage, "stage3_param_persistence_threshold": 10**9}
-    return zero3_config(1, zero_optimization=persistent, bf16={"enabled": options.device.type == "cuda"})
+    return zero3_config(
+        1, zero_optimization=persistent, bf16={"enabled": options.device.type == "cuda"}
+    )
 
 
 def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
@@ -277,8 +348,8 @@ def _one_rank() -> None:
 
 @contextmanager
 def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
-    """A list with an entry for each wait of the host, of which torch warns. As an error, a wait would leave DeepSpeed's
-    engine in the midst of a micro-batch."""
+    """A list with an entry for each wait of the host, of which torch warns. As an error, a
+    wait would leave DeepSpeed's engine in the midst of a micro-batch."""
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message=".*synchroniz")
@@ -293,7 +364,9 @@ def _options() -> argparse.Namespace:
     parser = bench_parser(__doc__)
     parser.add_argument("question", choices=list(QUESTIONS), help="what to measure")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, which say nothing about speed")
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes, which say nothing about speed"
+    )
     return parser.parse_args()
 
 

@@ -1,12 +1,16 @@
-"""Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full training.
+"""Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full
+training.
 
-    python tools/bench/layer.py [--dtypes float32] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1] [--seconds 1]
+    python tools/bench/layer.py [--dtypes float32] [--shapes 1024x1024] [--tokens 256 2048]
+    [--threads 1] [--seconds 1]
 
-Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
-in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
-other processes take none. LoRA, ours, PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as
-many parameters as M. MoRA is the product's own layer, with its kernels on a GPU. `saved` is what autograd keeps from a
-forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
+Every figure is the median of interleaved pairs (the frozen layer, then the case; output and
+input gradient of both) in one process, so 1.00 is an adapter that costs nothing; in one
+thread of a CPU by the thread's own time, of which other processes take none. LoRA, ours,
+PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as many
+parameters as M. MoRA is the product's own layer, with its kernels on a GPU. `saved` is what
+autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then
+MoRA's.
 """
 
 import argparse
@@ -56,13 +60,19 @@ class Layer:
         torch.autograd.grad(step(), (self.x, *leaves), self.g)
 
 
-def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, like: dict[str, Any]) -> Layer:
+def make(
+    kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, like: dict[str, Any]
+) -> Layer:
     d_in, d_out = shape
     r_hat = min(square_size(d_in, d_out, rank, kind), max(shape))
     spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
     base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
     return Layer(
-        spec, rank, torch.randn(tokens, d_in, **like).requires_grad_(), torch.randn(tokens, d_out, **like), base
+        spec,
+        rank,
+        torch.randn(tokens, d_in, **like).requires_grad_(),
+        torch.randn(tokens, d_out, **like),
+        base,
     )
 
 
@@ -71,9 +81,13 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     x = layer.x
     weight = layer.base.weight
     spec = layer.spec
-    square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
+    square = torch.zeros(
+        spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device
+    ).requires_grad_()
     trained = weight.clone().requires_grad_()
-    ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))
+    ours = LoRALinear(
+        layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank)
+    )
     fused = FusedLoRA(layer.base, layer.rank)
     peft = peft_lora(layer)
     cases: dict[str, tuple[Step, list[Tensor]]] = {
@@ -82,7 +96,10 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
         "our LoRA": (lambda: ours(x), [ours.value]),
         "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
         "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
-        "reference": (lambda: F.linear(x, weight) + reference_update(spec, square, x), [square]),
+        "reference": (
+            lambda: F.linear(x, weight) + reference_update(spec, square, x),
+            [square],
+        ),
     }
     for path in PATHS:
         mora = MoRALinear(layer.base, spec, 0.0, path)
@@ -98,24 +115,39 @@ def peft_lora(layer: Layer) -> nn.Module:
 
 
 def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
-    """The update by its formulas (paper, eq. 6-11), as the reference computes it: concatenations and reshapes of whole
-    activations, one product per block. It knows no permutations."""
+    """The update by its formulas (paper, eq. 6-11), as the reference computes it:
+    concatenations and reshapes of whole activations, one product per block. It knows no
+    permutations."""
     size = spec.blocks_in * spec.r_hat
-    blocks = torch.cat((x, x[..., : size - spec.d_in]), dim=-1).view(*x.shape[:-1], spec.blocks_in, spec.r_hat)
+    blocks = torch.cat((x, x[..., : size - spec.d_in]), dim=-1).view(
+        *x.shape[:-1], spec.blocks_in, spec.r_hat
+    )
     if spec.kind is OperatorKind.SHARE:
         y = F.linear(blocks.sum(dim=-2), square)
         return y.repeat(*[1] * (y.dim() - 1), spec.blocks_out)[..., : spec.d_out]
-    cos, sin = (torch.cat((half, half), dim=-1) for half in rope_table(spec.blocks_in, spec.r_hat, x.dtype, x.device))
-    turned = torch.cat((-blocks[..., spec.r_hat // 2 :], blocks[..., : spec.r_hat // 2]), dim=-1)
+    cos, sin = (
+        torch.cat((half, half), dim=-1)
+        for half in rope_table(spec.blocks_in, spec.r_hat, x.dtype, x.device)
+    )
+    turned = torch.cat(
+        (-blocks[..., spec.r_hat // 2 :], blocks[..., : spec.r_hat // 2]), dim=-1
+    )
     y = F.linear(blocks * cos + turned * sin, square).flatten(-2)
-    return y[..., : spec.d_out] if size >= spec.d_out else torch.cat([y] * spec.blocks_out, dim=-1)[..., : spec.d_out]
+    return (
+        y[..., : spec.d_out]
+        if size >= spec.d_out
+        else torch.cat([y] * spec.blocks_out, dim=-1)[..., : spec.d_out]
+    )
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
 def ratios(
-    layer: Layer, cases: dict[str, tuple[Step, list[Tensor]]], now: Callable[[], float], seconds: float
+    layer: Layer,
+    cases: dict[str, tuple[Step, list[Tensor]]],
+    now: Callable[[], float],
+    seconds: float,
 ) -> dict[str, float]:
     """Medians over interleaved pairs; under "frozen" its own median in seconds."""
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -139,8 +171,22 @@ def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2**20
 
 
-COLUMNS = ("full", "PEFT LoRA", "fused LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
-TITLES = ["d_in x d_out, tokens, dtype", "operator", "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
+COLUMNS = (
+    "full",
+    "PEFT LoRA",
+    "fused LoRA",
+    "our LoRA",
+    "reference",
+    *(path.value for path in PATHS),
+)
+TITLES = [
+    "d_in x d_out, tokens, dtype",
+    "operator",
+    "frozen, ms",
+    *COLUMNS,
+    "auto",
+    "saved, MiB: PEFT LoRA, auto",
+]
 
 
 def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
@@ -168,13 +214,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_INxD_OUT")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
-    parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
+    parser.add_argument(
+        "--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES]
+    )
     options = parser.parse_args()
     report = Report(options)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     now = clock(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {options.threads} thread(s)"
+    )
     rows = [TITLES]
     for dtype in options.dtypes:
         layers = layers_of(options, {"dtype": getattr(torch, dtype), "device": device})

@@ -1,14 +1,18 @@
-"""Which adapter learns a new domain best, at equal trainable parameters? One table, from one engine.
+"""Which adapter learns a new domain best, at equal trainable parameters? One table, from
+one engine.
 
-    python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3] [--methods lora full@0.003]
-    python tools/bench/learning.py --rank 1 2 4 8 --steps 3000 --methods lora@0.01 mora-rotate@0.01 full@0.001
-    python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
+    python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3]
+    [--methods lora full@0.003] python tools/bench/learning.py --rank 1 2 4 8 --steps 3000
+    --methods lora@0.01 mora-rotate@0.01 full@0.001 python tools/bench/learning.py --base
+    MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
-A model that knows the old text is continued on the new one by every method of a YAML file (learning.yaml beside this
-one), at every learning rate of its sweep, the best one with more seeds; batches, their order and the schedule are the
-same for all. Best is the least perplexity on the new text; of learning rates that are as good within 1%, the one that
-leaves least on the old one. By default the model is a small Llama, warm-started on prose and continued on code, both
-made out of the running Python. Each run is `launch/pretrain.py` with other flags, on one process.
+A model that knows the old text is continued on the new one by every method of a YAML file
+(learning.yaml beside this one), at every learning rate of its sweep, the best one with more
+seeds; batches, their order and the schedule are the same for all. Best is the least
+perplexity on the new text; of learning rates that are as good within 1%, the one that
+leaves least on the old one. By default the model is a small Llama, warm-started on prose
+and continued on code, both made out of the running Python. Each run is `launch/pretrain.py`
+with other flags, on one process.
 
 Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts and flags are the same, so
 the command goes on where it was stopped. A table grows over days and machines: `--with FILE` takes over the runs of
@@ -33,7 +37,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.common.errors import COUNT, UserError, out_of_bounds, refuse, unknown, wrong_values
+from mora_ds.common.errors import (
+    COUNT,
+    UserError,
+    out_of_bounds,
+    refuse,
+    unknown,
+    wrong_values,
+)
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
@@ -47,9 +58,26 @@ AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
 EVALUATIONS = 4
 """Of a run, evenly spaced, the last one at its end."""
-PLACES = ("model_name_or_path", "train_files", "eval_files", "cache_dir", "output_dir", "save_steps")
+PLACES = (
+    "model_name_or_path",
+    "train_files",
+    "eval_files",
+    "cache_dir",
+    "output_dir",
+    "save_steps",
+)
 """Flags of a run that only say where its files lie, and which."""
-KEPT = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss", "marks", "scores")
+KEPT = (
+    "method",
+    "learning_rate",
+    "seed",
+    "trained",
+    "perplexity",
+    "curve",
+    "loss",
+    "marks",
+    "scores",
+)
 """What `--json` keeps of a run; runs before `--tasks` existed have no scores."""
 
 
@@ -64,7 +92,9 @@ class Trial:
     """Flags of the training program; output_dir names the run."""
     texts: Texts
     rank: int = 0
-    """Of those that `--rank` names; 0 where the method's own flags decide how much it trains."""
+    """Of those that `--rank` names; 0 where the method's own flags decide how much it
+    trains.
+    """
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -85,15 +115,22 @@ class Trial:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What the run is known by: digests of the base, the texts and the flags, wherever their files lie."""
+        """What the run is known by: digests of the base, the texts and the flags, wherever
+        their files lie.
+        """
         flags = {name: value for name, value in self.settings.items() if name not in PLACES}
         replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
         if "eval_tasks" in flags:
             flags["eval_tasks"] = [Path(name).name for name in flags["eval_tasks"]]
-        return {**self.texts.marks, "flags": digest(json.dumps([flags, replayed, ""], sort_keys=True))}
+        return {
+            **self.texts.marks,
+            "flags": digest(json.dumps([flags, replayed, ""], sort_keys=True)),
+        }
 
     def read(self) -> dict[str, Any] | None:
-        """What the run has found; None where it has not been run with this base, these texts and these flags."""
+        """What the run has found; None where it has not been run with this base, these
+        texts and these flags.
+        """
         result = read_json(self.result) if self.result.is_file() else None
         return result if result is not None and result["marks"] == self.marks else None
 
@@ -133,7 +170,9 @@ def main() -> None:
     texts = _texts(options)
     trials = partial(_trials, options, methods, texts)
     earlier = [trial for path in options.runs for trial in _take(path, methods, trials)]
-    swept = list(trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
+    swept = list(
+        trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1))
+    )
     run_all(swept, _run, options.jobs)
     best = {row.kind: row.rate for row in _best(_rows([*earlier, *swept]))}
     more = trials(options.rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
@@ -143,14 +182,22 @@ def main() -> None:
     all_trials = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
 
     def order(trial: Trial) -> tuple[float, ...]:
-        return len(options.rank) > 1 and trial.rank, order_of[trial.method], trial.rate, trial.seed
+        return (
+            len(options.rank) > 1 and trial.rank,
+            order_of[trial.method],
+            trial.rate,
+            trial.seed,
+        )
 
     _report(options, sorted(all_trials, key=order), best)
 
 
 def _options() -> argparse.Namespace:
     numbers = {
-        "base_steps": (WARM_START["max_steps"], "steps of its warm start; 0 leaves the model untrained"),
+        "base_steps": (
+            WARM_START["max_steps"],
+            "steps of its warm start; 0 leaves the model untrained",
+        ),
         "base_rate": (WARM_START["learning_rate"], "and their learning rate"),
         "steps": (200, "optimizer steps of each run"),
         "seeds": (3, "runs of each method at its best learning rate"),
@@ -234,7 +281,12 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    refuse(wrong_values(options, dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT)))
+    refuse(
+        wrong_values(
+            options,
+            dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT),
+        )
+    )
     refuse(out_of_bounds(("rank", rank, COUNT) for rank in options.rank))
     for path in options.runs:
         if not path.is_file():
@@ -250,8 +302,14 @@ def _texts(options: argparse.Namespace) -> Texts:
         for path in (options.base, *options.new, *options.old):
             if not path.exists():
                 raise UserError(f"--base, --new and --old: there is no {path}")
-        return Texts.of(*(path.resolve() for path in (options.base, *options.new, *options.old)))
-    warm = {"bf16": options.bf16, "max_steps": options.base_steps, "learning_rate": options.base_rate}
+        return Texts.of(
+            *(path.resolve() for path in (options.base, *options.new, *options.old))
+        )
+    warm = {
+        "bf16": options.bf16,
+        "max_steps": options.base_steps,
+        "learning_rate": options.base_rate,
+    }
     paths = warm_base(options.work / "base", 8, options.base_config, **warm)
     base = paths.warm if options.base_steps else paths.start  # no steps: from scratch
     return Texts.of(base, *(paths.corpus / f"{name}_{split}.jsonl" for name in ("domain", "general")
@@ -262,7 +320,9 @@ def _trials(
     options: argparse.Namespace, methods: Methods, texts: Texts, rates_of: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
 ) -> Iterator[Trial]:  # fmt: skip
-    length = f"{options.steps}" if options.batch is None else f"{options.steps}x{options.batch}"
+    length = (
+        f"{options.steps}" if options.batch is None else f"{options.steps}x{options.batch}"
+    )
     for name, rates in rates_of.items():
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
@@ -283,19 +343,36 @@ def _trials(
             yield Trial(name, rate, seed, settings, texts, rank * method.has_rank)
 
 
-def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) -> list[Trial]:
-    """Put the runs of an earlier report among the finished ones. Raises `UserError` for one that is unlike these."""
+def _take(
+    path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]
+) -> list[Trial]:
+    """Put the runs of an earlier report among the finished ones. Raises `UserError` for one
+    that is unlike these.
+    """
     taken = []
     for run in read_json(path).get("runs", []):
         if run["method"] not in methods.methods:
-            raise UserError(f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}")
+            raise UserError(
+                f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}"
+            )
         alike = list(trials({run["method"]: [run["learning_rate"]]}, [run["seed"]]))
         if not alike:  # what learns nothing is measured with seed 1 alone
-            raise UserError(f"--with {path}: {run['method']} with seed {run['seed']} is none of the runs here")
-        trial = next((candidate for candidate in alike if candidate.marks == run.get("marks")), alike[0])
-        unlike = [name for name, mark in trial.marks.items() if run.get("marks", {}).get(name) != mark]
+            raise UserError(
+                f"--with {path}: {run['method']} with seed {run['seed']} is none of the runs here"
+            )
+        trial = next(
+            (candidate for candidate in alike if candidate.marks == run.get("marks")),
+            alike[0],
+        )
+        unlike = [
+            name
+            for name, mark in trial.marks.items()
+            if run.get("marks", {}).get(name) != mark
+        ]
         if unlike:
-            raise UserError(f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}")
+            raise UserError(
+                f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}"
+            )
         trial.result.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(trial.result, _kept(run))
         taken.append(trial)
@@ -324,9 +401,15 @@ def _run(trial: Trial) -> None:
 
 
 def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first metric."""
+    """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first
+    metric.
+    """
     tasks = [row["tasks"] for row in rows if "tasks" in row][-1:]
-    return {name: scores.get("acc", next(iter(scores.values()))) for scored in tasks for name, scores in scored.items()}
+    return {
+        name: scores.get("acc", next(iter(scores.values())))
+        for scored in tasks
+        for name, scores in scored.items()
+    }
 
 
 def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,7 +432,12 @@ def _report(
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
         " training is closed, on the seeds that all three have"
     )
-    swept = {row.kind: [candidate.rate for candidate in _rows(trials) if candidate.kind == row.kind] for row in shown}
+    swept = {
+        row.kind: [
+            candidate.rate for candidate in _rows(trials) if candidate.kind == row.kind
+        ]
+        for row in shown
+    }
     report.show("learning", _table(shown, swept, len(options.rank) > 1))
     report.points["runs"] = [
         {**_kept(result), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
@@ -363,8 +451,15 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
     """One for each method, rank and learning rate, in their order."""
     rows = []
     for key in dict.fromkeys((*trial.kind, trial.rate) for trial in trials):
-        runs = [run for trial in trials if (*trial.kind, trial.rate) == key and (run := trial.read()) is not None]
-        new, old = ({result["seed"]: result["perplexity"][name] for result in runs} for name in (NEW, OLD))
+        runs = [
+            run
+            for trial in trials
+            if (*trial.kind, trial.rate) == key and (run := trial.read()) is not None
+        ]
+        new, old = (
+            {result["seed"]: result["perplexity"][name] for result in runs}
+            for name in (NEW, OLD)
+        )
         scores: dict[str, list[float]] = {}
         for run in runs:
             for name, score in run.get("scores", {}).items():
@@ -391,18 +486,44 @@ def _table(
     rates: Mapping[tuple[str, int], Sequence[float]],
     with_ranks: bool,
 ) -> list[list[str]]:
-    """The titles and a line for each row, without the columns that are empty in all of them."""
+    """The titles and a line for each row, without the columns that are empty in all of
+    them.
+    """
     tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
-    table = [["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]]
+    table = [
+        ["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]
+    ]
     for row in rows:
-        peers = {peer.method: peer for peer in rows if peer.rank in (0, row.rank) or not row.rank}
-        scores = [f"{fmean(row.scores[name]):.1%}" if name in row.scores else "-" for name in tasks]
-        perplexities = [mean_and_spread(list(seeds.values())) for seeds in (row.new, row.old)]
+        peers = {
+            peer.method: peer for peer in rows if peer.rank in (0, row.rank) or not row.rank
+        }
+        scores = [
+            f"{fmean(row.scores[name]):.1%}" if name in row.scores else "-"
+            for name in tasks
+        ]
+        perplexities = [
+            mean_and_spread(list(seeds.values())) for seeds in (row.new, row.old)
+        ]
         rank = str(row.rank or "-") if with_ranks else "-"
         rate = _rate(row, rates[row.kind])
         trained = f"{row.trained:,}"
-        table.append([rank, row.method, trained, rate, str(len(row.new)), *perplexities, _gap(row, peers), *scores])
-    filled = [index for index in range(len(table[0])) if any(line[index] != "-" for line in table[1:])]
+        table.append(
+            [
+                rank,
+                row.method,
+                trained,
+                rate,
+                str(len(row.new)),
+                *perplexities,
+                _gap(row, peers),
+                *scores,
+            ]
+        )
+    filled = [
+        index
+        for index in range(len(table[0]))
+        if any(line[index] != "-" for line in table[1:])
+    ]
     return [[line[index] for index in filled] for line in table]
 
 
@@ -411,15 +532,17 @@ def _rate(row: Row, swept: Sequence[float]) -> str:
 
 
 def _gap(row: Row, of: dict[str, Row]) -> str:
-    """The part of the distance from LoRA to full training that a method closes, on the new text; "-" where full
-    training is less than 5% ahead, as there is no distance then."""
+    """The part of the distance from LoRA to full training that a method closes, on the new
+    text; "-" where full training is less than 5% ahead, as there is no distance then."""
     if row.method in ("lora", "full") or not {"lora", "full"} <= set(of) or not row.trained:
         return "-"
     lora = of["lora"].new
     full = of["full"].new
     if not (seeds := set(lora) & set(full) & set(row.new)):
         return "-"
-    start, end, reached = (sum(perplexities[seed] for seed in seeds) for perplexities in (lora, full, row.new))
+    start, end, reached = (
+        sum(perplexities[seed] for seed in seeds) for perplexities in (lora, full, row.new)
+    )
     return f"{(start - reached) / (start - end):.0%}" if start > 1.05 * end else "-"
 
 

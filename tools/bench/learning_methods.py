@@ -1,4 +1,6 @@
-"""The methods of tools/bench/learning.py: read from YAML, and turned into the flags of one run."""
+"""The methods of tools/bench/learning.py: read from YAML, and turned into the flags of one
+run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ class Method:
     @property
     def has_rank(self) -> bool:
         """Whether a rank that is not its own decides how much it trains."""
-        return self.flags.get("adapter") not in ("none", "full") and "mora_rank" not in self.flags
+        return (
+            self.flags.get("adapter") not in ("none", "full")
+            and "mora_rank" not in self.flags
+        )
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""
@@ -51,15 +56,22 @@ class Methods:
         methods: Methods = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
         for name, method in methods.methods.items():
             if not method.rates or min(method.rates) <= 0 or method.cycles < 1:
-                raise UserError(f"{path}: {name} needs positive rates, and at least one cycle")
+                raise UserError(
+                    f"{path}: {name} needs positive rates, and at least one cycle"
+                )
             if not 0 <= method.replay < 1:
                 raise UserError(f"{path}: {name}: replay is a share, from 0 to below 1")
         return methods
 
-    def change(self, settings: dict[str, Any], compute: str | None, replay: float | None) -> None:
-        """What replaces the file's own in all runs; None replaces nothing. `compute` is for methods with an operator,
-        `replay` for those that train. Raises `UserError` for a replay that is no share."""
-        self.settings.update({name: value for name, value in settings.items() if value is not None})
+    def change(
+        self, settings: dict[str, Any], compute: str | None, replay: float | None
+    ) -> None:
+        """What replaces the file's own in all runs; None replaces nothing. `compute` is for
+        methods with an operator, `replay` for those that train. Raises `UserError` for a
+        replay that is no share."""
+        self.settings.update(
+            {name: value for name, value in settings.items() if value is not None}
+        )
         if replay is not None:
             if not 0 <= replay < 1:
                 raise UserError(f"--replay {replay}: a share, from 0 to below 1")
@@ -72,8 +84,9 @@ class Methods:
                     method.flags["compute"] = compute
 
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates in place of its
-        own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
+        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of
+        some rates in place of its own sweep. Raises `UserError` for an unknown name and for
+        a rate that is no number."""
         rates_of: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")

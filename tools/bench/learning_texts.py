@@ -24,7 +24,9 @@ class Texts:
     old: Path
     old_held: Path
     marks: dict[str, str]
-    """What a run is known by, but for its flags: digests of the base with its tokenizer, and of the texts."""
+    """What a run is known by, but for its flags: digests of the base with its tokenizer,
+    and of the texts.
+    """
 
     @classmethod
     def of(cls, base: Path, new: Path, new_held: Path, old: Path, old_held: Path) -> Texts:

@@ -1,4 +1,6 @@
-"""What the benchmarks share: a Llama of random weights, processes over gloo, clocks, memory, saved activations."""
+"""What the benchmarks share: a Llama of random weights, processes over gloo, clocks,
+memory, saved activations.
+"""
 
 import contextlib
 import os
@@ -30,7 +32,9 @@ def llama_config(
     heads: int = 0,
     kv_heads: int = 0,
 ) -> LlamaConfig:
-    """`mlp`: width of the MLP, 11/4 of `width` by default. `heads`: of 64 numbers each by default."""
+    """`mlp`: width of the MLP, 11/4 of `width` by default. `heads`: of 64 numbers each by
+    default.
+    """
     heads = heads or max(1, width // 64)
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp or 11 * width // 4, num_hidden_layers=layers,
@@ -39,7 +43,9 @@ def llama_config(
 
 
 def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
-    """DeepSpeed's settings: ZeRO-3 and AdamW, `rows` sequences per process and micro-batch."""
+    """DeepSpeed's settings: ZeRO-3 and AdamW, `rows` sequences per process and
+    micro-batch.
+    """
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": {"stage": 3},
@@ -52,12 +58,22 @@ def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
 
 
 def only_rank() -> dict[str, str]:
-    """The environment variables that a launcher sets for a job of one process; port 0 is any that is free."""
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    """The environment variables that a launcher sets for a job of one process; port 0 is
+    any that is free.
+    """
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
 
 
 def _free_port() -> str:
-    """One below those that Linux gives to outgoing connections, one of which could take it before the store listens."""
+    """One below those that Linux gives to outgoing connections, one of which could take it
+    before the store listens.
+    """
     while True:
         with socket.socket() as server, contextlib.suppress(OSError):
             port = 10_000 + secrets.randbelow(20_000)
@@ -66,14 +82,21 @@ def _free_port() -> str:
 
 
 def on_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` in `world` new processes that talk over gloo, with one thread each; results by rank.
+    """`function(*arguments)` in `world` new processes that talk over gloo, with one thread
+    each; results by rank.
 
-    Each has a core of its own where there are enough. Raises `ProcessRaisedException` where one of them fails.
+    Each has a core of its own where there are enough. Raises `ProcessRaisedException` where
+    one of them fails.
     """
     port = _free_port()
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_process, (world, port, function, arguments, results), nprocs=world)
-    return [result for _, result in sorted((results.get() for _ in range(world)), key=lambda pair: pair[0])]
+    return [
+        result
+        for _, result in sorted(
+            (results.get() for _ in range(world)), key=lambda pair: pair[0]
+        )
+    ]
 
 
 def _process(
@@ -109,7 +132,9 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, after all work so far: for one thread of a CPU its own time, of which other processes take none."""
+    """Seconds, after all work so far: for one thread of a CPU its own time, of which other
+    processes take none.
+    """
     if device.type != "cuda":
         return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
@@ -121,7 +146,8 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def memory_of(key: str, process: int | str = "self") -> int:
-    """Bytes by a key of /proc/PID/status, such as VmRSS or RssAnon (memory that no file backs), or Pss.
+    """Bytes by a key of /proc/PID/status, such as VmRSS or RssAnon (memory that no file
+    backs), or Pss.
 
     0 where the process has ended.
     """
@@ -130,12 +156,16 @@ def memory_of(key: str, process: int | str = "self") -> int:
         lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0
+    )
 
 
 @contextlib.contextmanager
 def saved_activations(*left_out: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Within it autograd's saved tensors are collected, one of each storage, without those of `left_out`."""
+    """Within it autograd's saved tensors are collected, one of each storage, without those
+    of `left_out`.
+    """
     addresses = {tensor.untyped_storage().data_ptr() for tensor in left_out}
     saved: dict[int, Tensor] = {}
 

@@ -1,20 +1,23 @@
 """The MoRA paper's memorisation task: how many steps until random UUID pairs are memorised?
 
-    python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8] [--seeds 3] ...
+    python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8]
+    [--seeds 3] ...
 
-Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, a constant learning
-rate after a warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every learning rate of
-its sweep. At intervals the second is generated greedily; the share of right digits is the character accuracy (1/16 is
-chance); a trial that knows everything ends. A digit is one token here, so rows need no padding. Prints, at each
-method's best learning rate (largest mean accuracy over all intervals), the accuracy over steps, mean over seeds, and
-the steps to 90%; `--json FILE` keeps all trials.
+Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO,
+AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex digits,
+the second from the first, at every learning rate of its sweep. At intervals the second is
+generated greedily; the share of right digits is the character accuracy (1/16 is chance); a
+trial that knows everything ends. A digit is one token here, so rows need no padding.
+Prints, at each method's best learning rate (largest mean accuracy over all intervals), the
+accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all trials.
 
-The default is for two cores: the demo's small Llama, warm-started on prose. The paper's: Llama-2 7B,
+The default is for two cores: the demo's small Llama, warm-started on prose. The paper's:
+Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --every 100 --rank 8 (and 256)
 
-A small base, frozen, would spend its adapter on learning that digits follow digits: --digit_steps 300 teaches it that
-first, on pairs that are asked for nowhere.
+A small base, frozen, would spend its adapter on learning that digits follow digits:
+--digit_steps 300 teaches it that first, on pairs that are asked for nowhere.
 """
 
 import argparse
@@ -28,7 +31,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -86,7 +90,9 @@ def main() -> None:
         for rate in options.rates or METHODS[name].rates:
             print(f"{name} at {rate:g}", flush=True)
             seeds = range(1, options.seeds + 1)
-            results[name][rate] = [trained(METHODS[name], base, rate, seed, options) for seed in seeds]
+            results[name][rate] = [
+                trained(METHODS[name], base, rate, seed, options) for seed in seeds
+            ]
     _show(results, options)
 
 
@@ -104,19 +110,52 @@ def _options() -> argparse.Namespace:
         "seeds": (3, "runs of each method at every learning rate"),
     }
     parser = bench_parser(__doc__, numbers)
-    parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for the base")
-    parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/bench_memorization"),
+        help="folder for the base",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="model folder. Default: a small Llama, warm-started on prose",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help=", ".join(METHODS),
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, help="instead of each method's own sweep"
+    )
     return parser.parse_args()
 
 
 def _check(options: argparse.Namespace) -> None:
-    refuse(unknown("--methods", name, METHODS) for name in options.methods if name not in METHODS)
-    counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "seeds")
+    refuse(
+        unknown("--methods", name, METHODS)
+        for name in options.methods
+        if name not in METHODS
+    )
+    counts = (
+        "rank",
+        "pairs",
+        "batch",
+        "micro_batch",
+        "steps",
+        "every",
+        "probe",
+        "cycles",
+        "seeds",
+    )
     refuse(wrong_values(options, dict.fromkeys(counts, COUNT)))
     if options.batch % options.micro_batch:
-        raise UserError(f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}")
+        raise UserError(
+            f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}"
+        )
     if "remora" in options.methods and options.steps // options.cycles <= RAMP:
         raise UserError(
             f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no longer than the re-warmup"
@@ -126,8 +165,12 @@ def _check(options: argparse.Namespace) -> None:
 # -- one trial ---------------------------------------------------------------------------------------------------------
 
 
-def trained(method: Method, base: str, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once and measure: trained parameters, and at each measurement the step, the accuracy and the loss."""
+def trained(
+    method: Method, base: str, rate: float, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train once and measure: trained parameters, and at each measurement the step, the
+    accuracy and the loss.
+    """
     torch.manual_seed(seed)
     rows = Digits(base).rows(options.pairs, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -140,17 +183,31 @@ def trained(method: Method, base: str, rate: float, seed: int, options: argparse
         engine, *_ = initialize(model=model, config=config)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(engine, base=base, folder=folder) if method.merges else None
-        result = {"seed": seed, "trained": count, **_learned(engine, run, rows, rate, seed, options)}
+        result = {
+            "seed": seed,
+            "trained": count,
+            **_learned(engine, run, rows, rate, seed, options),
+        }
     engine.destroy()
     return result
 
 
 def _learned(
-    engine: zero.Engine, run: Run | None, rows: Tensor, rate: float, seed: int, options: argparse.Namespace
+    engine: zero.Engine,
+    run: Run | None,
+    rows: Tensor,
+    rate: float,
+    seed: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     every = options.steps // options.cycles if run is not None else 0
     schedule = Schedule(
-        ScheduleKind.CONSTANT, rate, options.steps, WARMUP, merge_every=every, restart_warmup_steps=RAMP
+        ScheduleKind.CONSTANT,
+        rate,
+        options.steps,
+        WARMUP,
+        merge_every=every,
+        restart_warmup_steps=RAMP,
     )
     draw = random.Random(f"order/{seed}")
     merges: list[int] = []
@@ -159,7 +216,12 @@ def _learned(
     losses: list[float] = []
     for step in range(1, options.steps + 1):
         zero.set_learning_rate(engine, schedule.learning_rate(step - 1, merges))
-        loss = _step(engine, rows, [draw.randrange(len(rows)) for _ in range(options.batch)], options.micro_batch)
+        loss = _step(
+            engine,
+            rows,
+            [draw.randrange(len(rows)) for _ in range(options.batch)],
+            options.micro_batch,
+        )
         if run is not None and schedule.merges_after(step):
             run.merge(step)
             merges.append(step)
@@ -168,7 +230,8 @@ def _learned(
             losses.append(loss)
             if shares[-1] >= LEARNT:
                 break
-    unmeasured = len(measured) - len(shares)  # of a trial that knows everything: its curve is flat from there
+    # Of a trial that knows everything: its curve is flat from there
+    unmeasured = len(measured) - len(shares)
     return {
         "ended_at": step,
         "steps": measured,
@@ -201,8 +264,12 @@ def _ds_config(rate: float, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(method: str, by_rate: Results, shown: Sequence[int]) -> list[str]:
-    """A method at the learning rate of the largest mean accuracy, at the measurements `shown`."""
-    rate = max(by_rate, key=lambda rate: sum(sum(result["accuracy"]) for result in by_rate[rate]))
+    """A method at the learning rate of the largest mean accuracy, at the measurements
+    `shown`.
+    """
+    rate = max(
+        by_rate, key=lambda rate: sum(sum(result["accuracy"]) for result in by_rate[rate])
+    )
     seeds = by_rate[rate]
     percents = [[100 * result["accuracy"][index] for result in seeds] for index in shown]
     means = [f"{fmean(percent):.1f}" for percent in percents[:-1]]
@@ -231,7 +298,15 @@ def _show(results: dict[str, Results], options: argparse.Namespace) -> None:
     last = len(steps) - 1
     every = -(-len(steps) // 10)
     shown = [*range(every - 1, last, every), last]
-    rows = [["method", "trained", "best lr", *(str(steps[index]) for index in shown), f"to {KNOWN:.0%}"]]
+    rows = [
+        [
+            "method",
+            "trained",
+            "best lr",
+            *(str(steps[index]) for index in shown),
+            f"to {KNOWN:.0%}",
+        ]
+    ]
     rows += [_row(method, by_rate, shown) for method, by_rate in results.items()]
     report = Report(options)
     report.say(

@@ -1,9 +1,11 @@
-"""One rank among N without the others: torch's fake process group, and the exchanges of objects answered.
+"""One rank among N without the others: torch's fake process group, and the exchanges of
+objects answered.
 
-Everything that this rank does by itself is the real code. Collectives reach nobody (torch's backend "fake"), and a
-gather gives this rank's part as that of each other one. Objects are gathered likewise, by as many pickles as rank 0
-would have to read. What stands for other ranks and for the network is outside of the clock: the collectives themselves,
-what other ranks would have given, what rank 0 would broadcast.
+Everything that this rank does by itself is the real code. Collectives reach nobody (torch's
+backend "fake"), and a gather gives this rank's part as that of each other one. Objects are
+gathered likewise, by as many pickles as rank 0 would have to read. What stands for other
+ranks and for the network is outside of the clock: the collectives themselves, what other
+ranks would have given, what rank 0 would broadcast.
 """
 
 import os
@@ -41,7 +43,9 @@ class Spent:
 
 @dataclass
 class OneRank:
-    """Rank `rank` of `world`. Make it before anything else of DeepSpeed runs in the process; there is one a process."""
+    """Rank `rank` of `world`. Make it before anything else of DeepSpeed runs in the
+    process; there is one a process.
+    """
 
     rank: int
     world: int
@@ -74,7 +78,8 @@ class OneRank:
         for module in (exchange, ranks):
             module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]
         ranks.Ranks.on_first = self._on_first  # type: ignore[method-assign, assignment]
-        lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]  # compared with what rank 0 broadcasts
+        # Compared with what rank 0 broadcasts
+        lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]
         lengths.get_lst_from_rank0 = lambda own: own
         lengths.assert_lst_len_same_as_other_ranks = lambda own: None
         sys.addaudithook(self._audit)
@@ -104,12 +109,19 @@ class OneRank:
     def _unclocked(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             with self.outside_of_the_clock():
-                tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+                tensors = [
+                    value
+                    for value in (*arguments, *options.values())
+                    if isinstance(value, torch.Tensor)
+                ]
                 if collective.__name__.startswith("all_gather") and len(tensors) == 2:
-                    # The fake backend makes a tensor for each rank: thousands of them leave nothing else in the
-                    # caches, and what is measured next would take twice as long.
+                    # The fake backend makes a tensor for each rank: thousands of them leave
+                    # nothing else in the caches, and what is measured next would take twice
+                    # as long.
                     if tensors[1].numel():
-                        tensors[0].view(-1, tensors[1].numel()).copy_(tensors[1].clone().view(1, -1))
+                        tensors[0].view(-1, tensors[1].numel()).copy_(
+                            tensors[1].clone().view(1, -1)
+                        )
                     return self._barrier(async_op=options.get("async_op", False))
                 return collective(*arguments, **options)
 

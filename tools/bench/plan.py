@@ -1,6 +1,7 @@
 """Planned against measured memory and traffic, on 1, 2 and 4 real ranks (gloo, CPU).
 
-    python tools/bench/plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2] [--seq_len 256] [--rank 32]
+    python tools/bench/plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2]
+    [--seq_len 256] [--rank 32]
 
 A Llama of random weights is written to disk, mapped by every rank, adapted and trained for a few steps under ZeRO-3.
 Measured on rank 0, next to what a `Planner` says from the config alone:
@@ -22,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoModelForCausalLM
 
@@ -54,13 +56,21 @@ def main() -> None:
         **sides,
     )
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
+            folder
+        )
         tiny = llama_config(64, 1, 64, 2048, 128, **sides)
-        AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).save_pretrained(f"{folder}/tiny")
+        AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).save_pretrained(
+            f"{folder}/tiny"
+        )
         work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32)
         numels = [parameter.numel() for parameter in planned_model(work).parameters()]
-        completed = complete_ds_config(zero3_config(options.rows, gradient_accumulation_steps=1), numels)
-        report.say(f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)")
+        completed = complete_ds_config(
+            zero3_config(options.rows, gradient_accumulation_steps=1), numels
+        )
+        report.say(
+            f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)"
+        )
         for ranks in options.ranks:
             plan = Planner(work, Cluster(ranks, ranks), completed, on_cpu=True).plan()
             _show(report, ranks, plan, measure(ranks, folder, options))
@@ -106,7 +116,11 @@ def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, float]
 
 
 def _persistent(plan: Plan) -> int:
-    return sum(plan.trained.persistent) * plan.trained.bytes_each if plan.trained.ranks > 1 else 0
+    return (
+        sum(plan.trained.persistent) * plan.trained.bytes_each
+        if plan.trained.ranks > 1
+        else 0
+    )
 
 
 def measure(ranks: int, folder: str, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -124,13 +138,19 @@ def _measured(folder: str, options: argparse.Namespace) -> dict[str, float]:
     return {name: value - before.get(name, 0) for name, value in measured.items()}
 
 
-def _train(folder: str, options: argparse.Namespace, warm_up: bool = False) -> dict[str, float]:
+def _train(
+    folder: str, options: argparse.Namespace, warm_up: bool = False
+) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inject(model, _adapter(options))
     chunk_loss(model)
-    engine, *_ = initialize(model=model, config=zero3_config(options.rows, gradient_accumulation_steps=1))
+    engine, *_ = initialize(
+        model=model, config=zero3_config(options.rows, gradient_accumulation_steps=1)
+    )
     ids = torch.randint(64 if warm_up else VOCABULARY, (options.rows, options.seq_len))
-    positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
+    positions = torch.arange(options.seq_len).expand(options.rows, -1) % (
+        options.seq_len // 2
+    )
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
     counter = CollectiveCounter()
     measured: dict[str, float] = {}

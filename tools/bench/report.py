@@ -1,6 +1,8 @@
-"""What a benchmark finds, printed and written as JSON: the tables of docs/results are made from these files.
+"""What a benchmark finds, printed and written as JSON: the tables of docs/results are made
+from these files.
 
-A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one `Report`.
+A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one
+`Report`.
 """
 
 import argparse
@@ -20,15 +22,21 @@ from mora_ds.runtime.cli import command_parser, table
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products are."""
+"""Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products
+are.
+"""
 
 
 Numbers = Mapping[str, tuple[float, str]]
 """Flag without its dashes -> its default, whose type it takes, and its help."""
 
 
-def bench_parser(documentation: str | None, numbers: Numbers | None = None) -> argparse.ArgumentParser:
-    """A parser with `--json FILE` and a flag for each of `numbers`, described by a benchmark's documentation."""
+def bench_parser(
+    documentation: str | None, numbers: Numbers | None = None
+) -> argparse.ArgumentParser:
+    """A parser with `--json FILE` and a flag for each of `numbers`, described by a
+    benchmark's documentation.
+    """
     parser = command_parser(documentation)
     parser.add_argument(
         "--json",
@@ -49,7 +57,9 @@ class Report:
         self.tables: dict[str, list[list[str]]] = {}
         self.sentences: list[str] = []
         self.points: dict[str, list[dict[str, Any]]] = {}
-        """What figures are drawn from: name -> rows, such as the runs of a benchmark that trains, with their curves."""
+        """What figures are drawn from: name -> rows, such as the runs of a benchmark that
+        trains, with their curves.
+        """
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it."""
@@ -69,7 +79,12 @@ class Report:
 
     def found(self) -> dict[str, Any]:
         """What the file holds, without the machine."""
-        return {"command": command(), "sentences": self.sentences, "tables": self.tables, **self.points}
+        return {
+            "command": command(),
+            "sentences": self.sentences,
+            "tables": self.tables,
+            **self.points,
+        }
 
 
 def command() -> str:
@@ -94,7 +109,9 @@ def machine() -> dict[str, Any]:
     """The device, the cores, the threads and the versions that the figures depend on."""
     try:
         flags = next(
-            line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+            line.split()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("flags")
         )
     except (OSError, StopIteration):
         flags = []
@@ -104,7 +121,10 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu_features": [name for name in FEATURES if name in flags],
         "threads": torch.get_num_threads(),
-        "versions": {"mora_ds": __version__, **{name: installed for name in PACKAGES if (installed := _version(name))}},
+        "versions": {
+            "mora_ds": __version__,
+            **{name: installed for name in PACKAGES if (installed := _version(name))},
+        },
     }
 
 

@@ -1,14 +1,18 @@
-"""What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other ranks are not there.
+"""What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other
+ranks are not there.
 
-    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --models 7B-r8 70B-r256 --json FILE]
+    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --models 7B-r8 70B-r256
+    --json FILE]
 
-Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the ranks of a tensor-parallel
-group share the work of one, so that ZeRO has as many fewer.
+Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the
+ranks of a tensor-parallel group share the work of one, so that ZeRO has as many fewer.
 
-The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of the shapes of Llama 7B at rank 8
-and 70B at rank 256; collectives reach nobody (`one_rank`). Save and resume take an engine whose parameters are the MoRA
-matrices alone, as ZeRO sees them (of 70B those of 8 decoder layers); step one of as many small matrices, sharded or
-kept as the real ones are, so that it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
+The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of the
+shapes of Llama 7B at rank 8 and 70B at rank 256; collectives reach nobody (`one_rank`).
+Save and resume take an engine whose parameters are the MoRA matrices alone, as ZeRO sees
+them (of 70B those of 8 decoder layers); step one of as many small matrices, sharded or kept
+as the real ones are, so that it is bookkeeping alone; start and merge one real decoder
+layer on a base of 16 bits.
 """
 
 import argparse
@@ -24,7 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -41,7 +46,16 @@ from mora_ds.common.tensor_files import write_safetensors_atomic
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.module_hooks import drop_idle_hooks
-from mora_ds.engine.shards import NAME, NUMEL, OFFSET, RANK, START, EngineShards, RankShard, _layout
+from mora_ds.engine.shards import (
+    NAME,
+    NUMEL,
+    OFFSET,
+    RANK,
+    START,
+    EngineShards,
+    RankShard,
+    _layout,
+)
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
@@ -53,7 +67,11 @@ from tools.bench.report import Report, bench_parser
 
 MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
     "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8, 32),
-    "70B-r256": (llama_config(8192, 80, 32000, 4096, mlp=28672, heads=64, kv_heads=8), 256, 8),
+    "70B-r256": (
+        llama_config(8192, 80, 32000, 4096, mlp=28672, heads=64, kv_heads=8),
+        256,
+        8,
+    ),
 }
 """Name -> (config, rank of the adapter, decoder layers whose matrices are saved)."""
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
@@ -61,7 +79,9 @@ WITH_RANK_0 = "zero3.json"
 TITLES = ("phase", "model", "ranks", "rank", "setting", "CPU s", "files")
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
-"""Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the arithmetic is the GPU's."""
+"""Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the
+arithmetic is the GPU's.
+"""
 WARM_UP = 2
 STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
@@ -89,7 +109,9 @@ def main() -> None:
 
 
 def by_world(rows: list[list[str]]) -> list[list[str]]:
-    """The CPU seconds of the table `phases`, with a column for each model and number of ranks."""
+    """The CPU seconds of the table `phases`, with a column for each model and number of
+    ranks.
+    """
     columns: list[str] = []
     lines: dict[str, dict[str, str]] = {}
     for phase, model, ranks, rank, setting, seconds, _ in rows[1:]:
@@ -97,7 +119,9 @@ def by_world(rows: list[list[str]]) -> list[list[str]]:
         columns.append(column)
         lines.setdefault(f"{phase}, {setting}, rank {rank}", {})[column] = seconds
     titles = list(dict.fromkeys(columns))
-    body = [[name, *(line.get(title, "") for title in titles)] for name, line in lines.items()]
+    body = [
+        [name, *(line.get(title, "") for title in titles)] for name, line in lines.items()
+    ]
     return [["phase", *titles], *body]
 
 
@@ -107,8 +131,12 @@ def _write_base(folder: Path, config: LlamaConfig) -> None:
     write_own_base(AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16), folder)
 
 
-def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
-    """The rows of one rank, from a fork of this process: there is one process group a process."""
+def _measured(
+    folder: Path, model: str, setting: str, world: int, rank: int
+) -> list[list[str]]:
+    """The rows of one rank, from a fork of this process: there is one process group a
+    process.
+    """
     base = folder / f"{model}-base"
     with (
         tempfile.TemporaryDirectory(dir=folder) as scratch,
@@ -120,7 +148,9 @@ def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> 
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
 
-def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
+def _one(
+    folder: Path, base: Path, model: str, setting: str, world: int, rank: int
+) -> list[list[str]]:
     torch.set_num_threads(1)
     config, lora_rank, saved_layers = MODELS[model]
     ds_config = load_ds_config(ROOT / "configs" / setting)
@@ -134,8 +164,13 @@ def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: i
     )
     persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
     small = [BOOKKEEPING_SIDE] * len(sides)
-    as_the_real_ones = {**zero, "stage3_param_persistence_threshold": BOOKKEEPING_SIDE**2 if persists else 0}
-    spent_in["step"] = _step(one, _engine(_Squares(config, small, config.num_hidden_layers), as_the_real_ones))
+    as_the_real_ones = {
+        **zero,
+        "stage3_param_persistence_threshold": BOOKKEEPING_SIDE**2 if persists else 0,
+    }
+    spent_in["step"] = _step(
+        one, _engine(_Squares(config, small, config.num_hidden_layers), as_the_real_ones)
+    )
     engine = _engine(_Squares(config, sides, saved_layers), zero)
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
@@ -144,7 +179,15 @@ def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: i
     if rank == 0:
         spent_in |= _start_and_merge(one, folder, base, lora_rank)
     return [
-        [phase, model, f"{world:,}", str(rank), setting, f"{spent.cpu_s:.3f}", str(spent.files)]
+        [
+            phase,
+            model,
+            f"{world:,}",
+            str(rank),
+            setting,
+            f"{spent.cpu_s:.3f}",
+            str(spent.files),
+        ]
         for phase, spent in spent_in.items()
     ]
 
@@ -171,7 +214,9 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
 
 
 def _zero(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
-    """What a shipped config says of ZeRO, as `initialize` completes it for matrices of these sizes."""
+    """What a shipped config says of ZeRO, as `initialize` completes it for matrices of
+    these sizes.
+    """
     completed = complete_ds_config(_settings(ds_config["zero_optimization"]), numels)
     avoid_slices(completed, numels, ranks)
     zero: dict[str, Any] = completed["zero_optimization"]
@@ -179,13 +224,17 @@ def _zero(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str,
 
 
 class _Squares(nn.Module):
-    """MoRA matrices in decoder layers, as ZeRO sees those of a model, without arithmetic."""
+    """MoRA matrices in decoder layers, as ZeRO sees those of a model, without
+    arithmetic.
+    """
 
     def __init__(self, config: LlamaConfig, sides: list[int], layers: int) -> None:
         """`sides`: of the matrices of a layer."""
         super().__init__()
         self.config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": layers})
-        self.blocks = nn.ModuleList(nn.Sequential(*map(_Square, sides)) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*map(_Square, sides)) for _ in range(layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -217,21 +266,30 @@ def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
 
 
 def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Path]:
-    """(what it took, the checkpoint, to which the other ranks' files and the table of all have been added)"""
+    """(what it took, the checkpoint, to which the other ranks' files and the table of all
+    have been added)
+    """
     beside = root / ".step-000001.writing"
     shares: list[_Share] = []
     sizes = np.array(
-        [parameter.ds_numel if stage == 3 else parameter.numel() for parameter in engine.module.parameters()]
+        [
+            parameter.ds_numel if stage == 3 else parameter.numel()
+            for parameter in engine.module.parameters()
+        ]
     )
 
     def other(value: Any, rank: int) -> Any:
         if not isinstance(value, _Share):
             return value
-        files = {_renamed(name, one.rank, rank): facts for name, facts in value.files.items()}
+        files = {
+            _renamed(name, one.rank, rank): facts for name, facts in value.files.items()
+        }
         for name, source in zip(files, value.files, strict=True):
             if name != source:
                 os.link(beside / source, beside / name)
-        return value._replace(files=files, shard=_shard_of(value.shard, one, rank, sizes, stage))
+        return value._replace(
+            files=files, shard=_shard_of(value.shard, one, rank, sizes, stage)
+        )
 
     one.relabel = other
     make = _Share.of
@@ -253,7 +311,9 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
         EngineShards.of(final / ENGINE_TAG, _layout(engine), shards).write_table()
         rng = torch.from_numpy(np.stack([share.rng["cpu"] for share in everyone]))
         write_safetensors_atomic(final / RNG_FILE, {"cpu": rng}, {})
-        (final / "trainer_state.json").write_text(json.dumps(vars(TrainerState(step=1, world_size=one.world))))
+        (final / "trainer_state.json").write_text(
+            json.dumps(vars(TrainerState(step=1, world_size=one.world)))
+        )
     return spent, final
 
 
@@ -261,8 +321,12 @@ def _renamed(name: str, own_rank: int, rank: int) -> str:
     return name.replace(f"rank-{own_rank:05d}", f"rank-{rank:05d}")
 
 
-def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
-    """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all in a row."""
+def _shard_of(
+    template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int
+) -> RankShard:
+    """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all
+    in a row.
+    """
     share_size = -(-sizes // one.world)
     rows = np.zeros((len(sizes), 6), np.int64)
     rows[:, NAME] = np.arange(len(sizes))
@@ -280,11 +344,17 @@ def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, s
         rows[:, NUMEL] = np.minimum(begins + sizes, (rank + 1) * share) - start
         rows[:, OFFSET] = start - rank * share
     rows = rows[rows[:, NUMEL] > 0]
-    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows)
+    return template._replace(
+        rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows
+    )
 
 
-def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
-    """Rank 0 of one decoder layer of the model on a base of its own: it merges as the others do, and records it."""
+def _start_and_merge(
+    one: OneRank, folder: Path, base_folder: Path, rank: int
+) -> dict[str, Spent]:
+    """Rank 0 of one decoder layer of the model on a base of its own: it merges as the
+    others do, and records it.
+    """
 
     def other(value: Any, rank: int) -> Any:
         """Of the tensors that the ranks check together, each rank has its own numbers."""

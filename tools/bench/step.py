@@ -1,6 +1,8 @@
-"""A whole training step, ours against what else could be done: tokens a second and bytes gathered, in one launch.
+"""A whole training step, ours against what else could be done: tokens a second and bytes
+gathered, in one launch.
 
-    deepspeed --num_gpus 2 tools/bench/step.py [--width 512 --layers 8 --rank 8 --rows 2 --seq_len 512 --repeat 7]
+    deepspeed --num_gpus 2 tools/bench/step.py [--width 512 --layers 8 --rank 8 --rows 2
+    --seq_len 512 --repeat 7]
 
 A Llama of random weights on random tokens, in turns:
 
@@ -12,9 +14,9 @@ A Llama of random weights on random tokens, in turns:
     fused LoRA        of the same rank, under DDP, its products added up in place (`addmm_`), as Unsloth has them
     full training     under ZeRO-3
 
-The first two compute attention and loss as the training program does, the others as transformers does. Each takes its
-step in turn with the others, all ranks together; a ratio is the median over the turns. It needs PEFT
-(`pip install -e '.[bench]'`).
+The first two compute attention and loss as the training program does, the others as
+transformers does. Each takes its step in turn with the others, all ranks together; a ratio
+is the median over the turns. It needs PEFT (`pip install -e '.[bench]'`).
 """
 
 import argparse
@@ -25,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
+# A bare checkout, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -61,7 +64,9 @@ def main() -> None:
     options = _options()
     start_distributed()
     ids = torch.randint(
-        VOCABULARY, (options.rows, options.seq_len), generator=torch.Generator().manual_seed(dist.get_rank())
+        VOCABULARY,
+        (options.rows, options.seq_len),
+        generator=torch.Generator().manual_seed(dist.get_rank()),
     )
     contenders = _contenders(options, ids)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -97,7 +102,9 @@ def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender
         engine = initialize(model=model, config=config)[0]
         contenders[name] = (trained, _engine_step(engine, _own_loss(engine, ids)))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
-        contenders[name] = _under_zero(_peft(options), {**config, "zero_optimization": {"stage": stage}}, ids)
+        contenders[name] = _under_zero(
+            _peft(options), {**config, "zero_optimization": {"stage": stage}}, ids
+        )
     contenders["PEFT LoRA, DDP"] = _under_ddp(_peft(options), ids)
     contenders["fused LoRA, DDP"] = _under_ddp(_fused(_model(options), options.rank), ids)
     contenders["full training"] = _under_zero(_model(options), config, ids)
@@ -106,12 +113,17 @@ def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender
 
 def _model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(llama_config(options.width, options.layers, VOCABULARY, options.seq_len))
+    return AutoModelForCausalLM.from_config(
+        llama_config(options.width, options.layers, VOCABULARY, options.seq_len)
+    )
 
 
 def _peft(options: argparse.Namespace) -> Any:
     adapter = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(_model(options), adapter)
 
@@ -128,7 +140,9 @@ def _fused(model: Any, rank: int) -> Any:
 
 def _under_ddp(model: Any, ids: Tensor) -> Contender:
     loss = _plain_loss(DistributedDataParallel(model), ids)
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW(
+        [value for value in model.parameters() if value.requires_grad], lr=1e-4
+    )
 
     def step() -> None:
         loss().backward()
@@ -145,7 +159,9 @@ def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:
 
 
 def _trained(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
 
 
 def _frozen_step(model: Any, ids: Tensor) -> Step:
@@ -168,7 +184,12 @@ def _own_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     """Of rows of one document each, as a loader of the training program gives them."""
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     labels = ids.roll(-1, dims=1)
-    batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": Documents.of(positions)}
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": positions,
+        "documents": Documents.of(positions),
+    }
     return lambda: token_nll(model, batch) / ids.numel()
 
 
@@ -186,14 +207,27 @@ def _together(step: Step) -> float:
 
 
 def _rows(
-    options: argparse.Namespace, trained: dict[str, int], times: dict[str, list[float]], gathered: dict[str, int]
+    options: argparse.Namespace,
+    trained: dict[str, int],
+    times: dict[str, list[float]],
+    gathered: dict[str, int],
 ) -> list[list[str]]:
     tokens = options.rows * options.seq_len * dist.get_world_size()
-    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in BASELINES), "gathered a step, rank"]]
+    lines = [
+        [
+            "",
+            "trained",
+            "tokens/s",
+            *(f"x {name}" for name in BASELINES),
+            "gathered a step, rank",
+        ]
+    ]
     for name, seconds in times.items():
         against = [_speedup(seconds, times[baseline]) for baseline in BASELINES]
         rate = f"{tokens / median(seconds):,.0f}"
-        lines.append([name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"])
+        lines.append(
+            [name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"]
+        )
     return lines
 
 
@@ -205,7 +239,9 @@ def _head(options: argparse.Namespace) -> str:
 
 
 def _speedup(seconds: list[float], others: list[float]) -> str:
-    return f"{median(theirs / mine for mine, theirs in zip(seconds, others, strict=True)):.2f}"
+    return (
+        f"{median(theirs / mine for mine, theirs in zip(seconds, others, strict=True)):.2f}"
+    )
 
 
 def _options() -> argparse.Namespace:

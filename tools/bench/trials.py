@@ -1,4 +1,6 @@
-"""What the benchmarks that learn share: many small runs, each a job of one process, and figures over seeds."""
+"""What the benchmarks that learn share: many small runs, each a job of one process, and
+figures over seeds.
+"""
 
 import os
 import subprocess
@@ -16,19 +18,21 @@ from tools.bench.measuring import ROOT, only_rank
 
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` with these settings as flags, on one thread, its output in `log`. Raises `RunError` naming
-    that when it fails."""
+    """`launch/pretrain.py` with these settings as flags, on one thread, its output in
+    `log`. Raises `RunError` naming that when it fails."""
     environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)]
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(program, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            program, env=environment, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
     if code:
         raise RunError(f"a run failed: see {log}")
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line of a run under ZeRO-3 with these settings, but for those that have no effect beside the others:
-    all methods of a table share some."""
+    """The command line of a run under ZeRO-3 with these settings, but for those that have
+    no effect beside the others: all methods of a table share some."""
     all_settings = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
     words = {name: [f"--{name}", *_words(value)] for name, value in all_settings.items()}
     idle = idle_settings(parse([word for its in words.values() for word in its]))
@@ -40,21 +44,31 @@ def _words(value: Any) -> list[str]:
 
 
 def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> None:
-    """`run` every trial, which has a `name`, `jobs` side by side, and print a line for each that has ended."""
+    """`run` every trial, which has a `name`, `jobs` side by side, and print a line for each
+    that has ended.
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        for done, (trial, _) in enumerate(zip(trials, pool.map(run, trials), strict=True), 1):
+        for done, (trial, _) in enumerate(
+            zip(trials, pool.map(run, trials), strict=True), 1
+        ):
             print(f"{done}/{len(trials)}  {trial.name}", flush=True)
 
 
-def warm_base(folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: Any) -> DemoPaths:
-    """A model of this config, by default the demo's small Llama, after the demo's warm start on prose with `settings`
-    over the demo's own, made in `folder` where it is not there yet. `max_steps` of 0: only `start`."""
+def warm_base(
+    folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: Any
+) -> DemoPaths:
+    """A model of this config, by default the demo's small Llama, after the demo's warm
+    start on prose with `settings` over the demo's own, made in `folder` where it is not
+    there yet. `max_steps` of 0: only `start`."""
     paths = DemoPaths(folder)
     if not paths.start.is_dir():
         write_inputs(paths, 42, config)
     if not paths.warm.is_dir() and settings.get("max_steps") != 0:
         print("warm start on prose", flush=True)
-        pretrain_alone({**warm_start_settings(paths, rows, seed=42), **settings}, paths.root / "warm.log")
+        pretrain_alone(
+            {**warm_start_settings(paths, rows, seed=42), **settings},
+            paths.root / "warm.log",
+        )
     return paths
 
 

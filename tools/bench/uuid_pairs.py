@@ -1,4 +1,6 @@
-"""The task of `bench/memorization.py`: random pairs of hex digits, and how many of them a model has memorised."""
+"""The task of `bench/memorization.py`: random pairs of hex digits, and how many of them a
+model has memorised.
+"""
 
 import random
 from pathlib import Path
@@ -18,22 +20,37 @@ HEX = "0123456789abcdef"
 
 
 class Digits:
-    """The tokens of a row, of the tokenizer of `base`. Raises `UserError` for one that has no token of its own for
-    every digit."""
+    """The tokens of a row, of the tokenizer of `base`. Raises `UserError` for one that has
+    no token of its own for every digit."""
 
     def __init__(self, base: str | Path) -> None:
         tokenizer = load_tokenizer(base, flag="--base")
-        self.tokens = [tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in HEX]
+        self.tokens = [
+            tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in HEX
+        ]
         self.separator = tokenizer("=", add_special_tokens=False)["input_ids"][-1]
-        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.start = (
+            tokenizer.bos_token_id
+            if tokenizer.bos_token_id is not None
+            else tokenizer.eos_token_id
+        )
         if len({*self.tokens, self.separator, self.start}) < len(HEX) + 2:
-            raise UserError(f"--base {base}: its tokenizer has no token of its own for every hex digit")
+            raise UserError(
+                f"--base {base}: its tokenizer has no token of its own for every hex digit"
+            )
 
     def rows(self, pairs: int, seed: int | str) -> Tensor:
-        """(pairs, 2 * DIGITS + 2) token ids: start, 32 random digits, separator, 32 random digits."""
+        """(pairs, 2 * DIGITS + 2) token ids: start, 32 random digits, separator, 32 random
+        digits.
+        """
         draw = random.Random(f"pairs/{seed}")
-        half = [[[draw.choice(self.tokens) for _ in range(DIGITS)] for _ in range(2)] for _ in range(pairs)]
-        return torch.tensor([[self.start, *key, self.separator, *value] for key, value in half])
+        half = [
+            [[draw.choice(self.tokens) for _ in range(DIGITS)] for _ in range(2)]
+            for _ in range(pairs)
+        ]
+        return torch.tensor(
+            [[self.start, *key, self.separator, *value] for key, value in half]
+        )
 
 
 def labels_of(ids: Tensor) -> Tensor:
@@ -44,7 +61,9 @@ def labels_of(ids: Tensor) -> Tensor:
 
 
 def prepared_base(given: Path | None, work: Path, digit_steps: int) -> Path:
-    """The model that adapters are put on: `given`, or a small one made here, after `teach_digits`."""
+    """The model that adapters are put on: `given`, or a small one made here, after
+    `teach_digits`.
+    """
     base = given or warm_base(work / "base", 8).warm
     folder = work / f"base-{digit_steps}"
     if digit_steps and not folder.is_dir():
@@ -54,9 +73,12 @@ def prepared_base(given: Path | None, work: Path, digit_steps: int) -> Path:
     return folder if digit_steps else base
 
 
-def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs: int = 16) -> None:
-    """`base` after training on pairs that never come again, as a plain folder: it knows that digits follow, and none of
-    them. A large pretrained model does by itself; a small one, frozen, would spend its adapter on it."""
+def teach_digits(
+    base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs: int = 16
+) -> None:
+    """`base` after training on pairs that never come again, as a plain folder: it knows
+    that digits follow, and none of them. A large pretrained model does by itself; a small
+    one, frozen, would spend its adapter on it."""
     torch.manual_seed(0)
     digits = Digits(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -73,9 +95,11 @@ def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs
 
 @torch.no_grad()
 def accuracy(engine: Any, rows: Tensor) -> float:
-    """Share of digits that are right when the second halves are generated greedily from the first.
+    """Share of digits that are right when the second halves are generated greedily from the
+    first.
 
-    `engine`: a causal model of transformers, or the engine around it; it is in training mode afterwards.
+    `engine`: a causal model of transformers, or the engine around it; it is in training
+    mode afterwards.
     """
     engine.eval()
     ids = rows[:, :-DIGITS].to(engine.device)

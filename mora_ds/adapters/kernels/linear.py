@@ -1,16 +1,18 @@
-"""An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`, in the fewest kernels.
+"""An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`, in
+the fewest kernels.
 
     weight        forward    fold(x) where M is applied once, W' = W0 + delta, W' x
                   backward   W', g W', collect(g), fold(x) of several blocks, dM
     activation    forward    fold(x), M z, spread(u), += W0 x
                   backward   collect(g), c M, unfold(g_z), += g W0, fold(x) of several blocks, dM
 
-What is added to the base's product is there before it: the product then starts from it (`addmm_`), and no kernel reads
-the product again. Not so with a bias, a quantized weight or autocast, whose product is a function of its own.
+What is added to the base's product is there before it: the product then starts from it
+(`addmm_`), and no kernel reads the product again. Not so with a bias, a quantized weight or
+autocast, whose product is a function of its own.
 
-The folded input is rotated for rotate, so that M's gradient is one product for every operator, c^T z over all tokens
-and blocks, summed in fp32 and rounded once. g is collected by output blocks; where they are fewer than input blocks,
-each of these reads them in turn.
+The folded input is rotated for rotate, so that M's gradient is one product for every
+operator, c^T z over all tokens and blocks, summed in fp32 and rounded once. g is collected
+by output blocks; where they are fewer than input blocks, each of these reads them in turn.
 """
 
 import torch
@@ -40,7 +42,9 @@ def form_weight(
     square: Tensor,
     tables: KernelTables,
 ) -> Tensor:
-    """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
+    """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round
+    otherwise.
+    """
     if isinstance(weight, Int8Weight):
         values = weight.values
         scales = weight.scales
@@ -77,8 +81,13 @@ class KernelProducts(LayerProducts):
         z = self._folded(saved)
         u = (z.view(-1, self.spec.r_hat) @ square.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
-        # Under autocast u has another dtype than what it is made of, and an addition in place casts nothing.
-        if isinstance(weight, Tensor) and bias is None and u.dtype == x.dtype == weight.dtype:
+        # Under autocast u has another dtype than what it is made of, and an addition in
+        # place casts nothing.
+        if (
+            isinstance(weight, Tensor)
+            and bias is None
+            and u.dtype == x.dtype == weight.dtype
+        ):
             return _plus_product(ops.gather_sum(*terms), x, weight.T)
         y = product(x, weight, bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), *terms)
@@ -117,7 +126,9 @@ class KernelProducts(LayerProducts):
     ) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
         z = self._folded(saved).unflatten(1, (-1, self.spec.r_hat))
-        parts: Tensor = ops.product(c.view(len(z), self.tables.blocks_out, self.spec.r_hat), z)
+        parts: Tensor = ops.product(
+            c.view(len(z), self.tables.blocks_out, self.spec.r_hat), z
+        )
         gradient: Tensor = parts[0] if len(parts) == 1 else ops.sum_parts(parts, g.dtype)
         return gradient
 
@@ -136,8 +147,8 @@ class KernelProducts(LayerProducts):
 
 
 def _plus_product(total: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
-    """total (T, Q) + x (..., S) times matrix (S, Q), in place: (..., Q). No view, as a model may change it in place
-    (`frozen.linear`)."""
+    """total (T, Q) + x (..., S) times matrix (S, Q), in place: (..., Q). No view, as a
+    model may change it in place (`frozen.linear`)."""
     total.addmm_(_flat(x), matrix)
     return torch.ops.aten._unsafe_view(total, [*x.shape[:-1], total.shape[1]])
 

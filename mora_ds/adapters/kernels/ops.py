@@ -1,4 +1,5 @@
-"""The operations that the GPU's path of a layer is made of, as `torch.ops.mora_ds`. Each call starts one kernel.
+"""The operations that the GPU's path of a layer is made of, as `torch.ops.mora_ds`. Each
+call starts one kernel.
 
     gather_sum(x, table, cos, sin, back)         (T, S), (K, Q) -> (T, Q)   out[t, q] = sum over k of x[t, table[k, q]]
     gather_add_(y, x, table, cos, sin, back)     the same, added to y (T, Q) in place
@@ -8,15 +9,18 @@
                                                  where it is one part, else in fp32
     sum_parts(partial_sums, dtype)               (parts, R, R) -> (R, R)
 
-Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
-each of the N blocks of the result (`back` False) or rotates each block of x back before it gathers (`back` True).
+Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for
+rotate only, `gather_sum` rotates each of the N blocks of the result (`back` False) or
+rotates each block of x back before it gathers (`back` True).
 
-`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M (R, R); `unfold`, `slots`,
-`blocks_out` and, for share, `members` of `tables`. The result is contiguous, in the dtype of M.
+`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M
+(R, R); `unfold`, `slots`, `blocks_out` and, for share, `members` of `tables`. The result is
+contiguous, in the dtype of M.
 
-Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
-CUDA runs `triton_ops`. Meta tensors have shapes only; a plan or a count sees one operation, as on CUDA. On a CPU
-layers do not call them, and only tests define them (tests/helpers/plain_kernels.py).
+Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its
+own: `linear` has it. CUDA runs `triton_ops`. Meta tensors have shapes only; a plan or a
+count sees one operation, as on CUDA. On a CPU layers do not call them, and only tests
+define them (tests/helpers/plain_kernels.py).
 """
 
 from importlib.util import find_spec
@@ -56,7 +60,9 @@ _ON_META: dict[str, Any] = {
     "gather_add_": lambda *_: None,
     "form": lambda weight, scales, square, *_: square.new_empty(weight.shape),
     "product": lambda c, z: empty_product(c, z, _PROGRAMS_ON_META),
-    "sum_parts": lambda partial_sums, dtype: partial_sums.new_empty(partial_sums.shape[1:], dtype=dtype),
+    "sum_parts": lambda partial_sums, dtype: partial_sums.new_empty(
+        partial_sums.shape[1:], dtype=dtype
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""In how many parts the gradient of M is summed, so that a GPU has work for all of its processors."""
+"""In how many parts the gradient of M is summed, so that a GPU has work for all of its
+processors.
+"""
 
 import math
 
@@ -12,11 +14,15 @@ _TERMS = 512
 """Terms of a sum that a part of `product` has at least."""
 
 _READ_A_SUM = 16
-"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
+"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits
+eight times their bytes.
+"""
 
 
 def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums c^T z, so that about `programs` programs have work."""
+    """In how many parts `product` sums c^T z, so that about `programs` programs have
+    work.
+    """
     tokens, blocks, r_hat = z.shape
     tiles = math.ceil(r_hat / TILE) ** 2
     worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
@@ -24,7 +30,9 @@ def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
 
 
 def empty_product(c: Tensor, z: Tensor, programs: int) -> Tensor:
-    """(parts, R, R) for `product`: one part is rounded at once, several are added up first."""
+    """(parts, R, R) for `product`: one part is rounded at once, several are added up
+    first.
+    """
     part_count = parts_of(c, z, programs)
     dtype = c.dtype if part_count == 1 else torch.promote_types(c.dtype, torch.float32)
     return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)

@@ -1,4 +1,5 @@
-"""An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1 for zero.
+"""An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1 for
+zero.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums,
 P = blocks of collected outputs, at most N: input block b reads block b mod P.
@@ -12,23 +13,27 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 
 
 class KernelTables(nn.Module):
-    """The tables of one operator, int32, as non-persistent buffers: they move with the layer, and no checkpoint has
-    them."""
+    """The tables of one operator, int32, as non-persistent buffers: they move with the
+    layer, and no checkpoint has them."""
 
     fold: Tensor
     """(K, N * R)"""
     unfold: Tensor
-    """(K, D), of numbers in N blocks for rotate, which turns each by angles of its own, else of numbers in P blocks."""
+    """(K, D), of numbers in N blocks for rotate, which turns each by angles of its own,
+    else of numbers in P blocks.
+    """
     spread: Tensor
     """(K, O)"""
     collect: Tensor
     """(K, P * R)"""
     slots: Tensor
-    """(K, O), the transpose of `collect`: the numbers among P blocks that each output reads; one, of every operator
-    here."""
+    """(K, O), the transpose of `collect`: the numbers among P blocks that each output
+    reads; one, of every operator here."""
 
     blocks_read: Tensor | None
-    """(N,), the block of collected outputs that each input block reads: where they are repeated, to be rotated."""
+    """(N,), the block of collected outputs that each input block reads: where they are
+    repeated, to be rotated.
+    """
 
     def __init__(self, spec: OperatorSpec, device: torch.device) -> None:
         super().__init__()
@@ -38,7 +43,12 @@ class KernelTables(nn.Module):
         unfold = tables.unfold.table
         if not spec.rotates:
             unfold = unfold.where(unfold < 0, unfold % collect.shape[1])
-        maps = {"fold": tables.fold.table, "unfold": unfold, "spread": tables.spread.table, "collect": collect}
+        maps = {
+            "fold": tables.fold.table,
+            "unfold": unfold,
+            "spread": tables.spread.table,
+            "collect": collect,
+        }
         maps["slots"] = transposed(collect, spec.d_out)
         for name, table in maps.items():
             self.register_buffer(
@@ -50,16 +60,18 @@ class KernelTables(nn.Module):
         self.blocks_out = collect.shape[1] // spec.r_hat
         """P."""
         if spec.rotates and self.blocks_out < spec.blocks:
-            self.blocks_read = (torch.arange(spec.blocks) % self.blocks_out).to(device, torch.int32)
+            self.blocks_read = (torch.arange(spec.blocks) % self.blocks_out).to(
+                device, torch.int32
+            )
         self._every_output_reads_a_row = spec.blocks == 1 and tables.spread.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
-        """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No buffers, as they stay in fp32
-        whatever dtype the layer is cast to."""
+        """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No
+        buffers, as they stay in fp32 whatever dtype the layer is cast to."""
         if spec.rotates:
             self.rotation = rope_table(spec.blocks, spec.r_hat, torch.float32, device)
 
     @property
     def members(self) -> Tensor | None:
-        """(K, R), the outputs that read each row of M, where M is applied once and every output reads a row: a kernel
-        then reads a row once for all of them."""
+        """(K, R), the outputs that read each row of M, where M is applied once and every
+        output reads a row: a kernel then reads a row once for all of them."""
         return self.collect if self._every_output_reads_a_row else None

@@ -1,13 +1,16 @@
 """The operations of `ops` as Triton kernels. Only this module imports triton.
 
-Each function has a `plan_` that says which kernel is started, with which sizes; a plan needs shapes and dtypes only, so
-that the kernels of a 7B model are compiled, and their machine code inspected, without a GPU (tests/adapters/kernels).
+Each function has a `plan_` that says which kernel is started, with which sizes; a plan
+needs shapes and dtypes only, so that the kernels of a 7B model are compiled, and their
+machine code inspected, without a GPU (tests/adapters/kernels).
 
-Memory is read and written in 128-bit pieces. What is gathered in a random order is one row, first copied to shared
-memory (`tl.gather`): in global memory every number would cost a transaction of 32 bytes. Rows of more than `_SHARED`
-bytes are gathered from global memory all the same.
+Memory is read and written in 128-bit pieces. What is gathered in a random order is one row,
+first copied to shared memory (`tl.gather`): in global memory every number would cost a
+transaction of 32 bytes. Rows of more than `_SHARED` bytes are gathered from global memory
+all the same.
 
-Products and sums are not fused into one rounding (`enable_fp_fusion`), so that fp32 has the bits of plain torch.
+Products and sums are not fused into one rounding (`enable_fp_fusion`), so that fp32 has the
+bits of plain torch.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
@@ -25,11 +28,15 @@ from torch import Tensor
 from mora_ds.adapters.kernels.parts import TILE, empty_product
 
 _SHARED = 1 << 16
-"""Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB of it for a program."""
+"""Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB
+of it for a program.
+"""
 
 _PART = 2048
 _FORM_PART = 512
-"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for the other operators."""
+"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for the
+other operators.
+"""
 
 _TOKENS = 4
 """Tokens of one program of `gather_sum`, which all read the same part of the table."""
@@ -51,7 +58,9 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
-        first = next(argument for argument in self.arguments.values() if isinstance(argument, Tensor))
+        first = next(
+            argument for argument in self.arguments.values() if isinstance(argument, Tensor)
+        )
         with _current(first.device):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
@@ -97,10 +106,19 @@ def plan_gather_sum(
     turn = _NONE if cos is None else _BACK if back else _FORTH
     row = triton.next_power_of_2(size)
     chunk = min(triton.next_power_of_2(columns), _PART)
-    shared = row * (_accumulator(x.dtype).primitive_bitwidth // 8 if turn == _BACK else x.element_size()) <= _SHARED
+    shared = (
+        row
+        * (
+            _accumulator(x.dtype).primitive_bitwidth // 8
+            if turn == _BACK
+            else x.element_size()
+        )
+        <= _SHARED
+    )
     width = max(row if shared else 0, chunk)
     half = 0 if cos is None else cos.shape[1]
-    unit = 8 if half % 8 == 0 else 1  # triton sees that 16 divides an argument, not that 8 does
+    # Triton sees that 16 divides an argument, not that 8 does
+    unit = 8 if half % 8 == 0 else 1
     return Launch(
         _gather_sum,
         (triton.cdiv(tokens, _TOKENS) * triton.cdiv(columns, chunk),),
@@ -136,8 +154,9 @@ def plan_form(
     sin: Tensor | None,
     blocks: int,
 ) -> Launch:
-    """`form` into out (O, D). For share a program gathers a row of M once, and adds it to all rows of the weight that
-    read it. For the other operators most elements of the delta are zero, and of M only the others are read."""
+    """`form` into out (O, D). For share a program gathers a row of M once, and adds it to
+    all rows of the weight that read it. For the other operators most elements of the delta
+    are zero, and of M only the others are read."""
     rows, columns = weight.shape
     r_hat = len(square)
     arguments = {
@@ -165,19 +184,29 @@ def plan_form(
             {"num_warps": 8, "enable_fp_fusion": False},
         )
     lines = 8
-    # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills with an int8 base on sm_90.
+    # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills with
+    # an int8 base on sm_90.
     warps = 4 if cos is None else 8
     return Launch(
         _form_blocks,
         (triton.cdiv(rows, lines), chunks),
-        {**arguments, "slots": slots, "cos": cos, "sin": sin, "rows": rows, "blocks": blocks},
+        {
+            **arguments,
+            "slots": slots,
+            "cos": cos,
+            "sin": sin,
+            "rows": rows,
+            "blocks": blocks,
+        },
         {**constants, "SLOTS": len(slots), "ROWS": lines},
         {"num_warps": warps, "enable_fp_fusion": False},
     )
 
 
 def product(c: Tensor, z: Tensor) -> Tensor:
-    """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
+    """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by
+    torch.
+    """
     if c.dtype not in (torch.bfloat16, torch.float16):
         blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
         return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(0)
@@ -187,7 +216,9 @@ def product(c: Tensor, z: Tensor) -> Tensor:
 
 
 def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
-    """`product` into out (parts, R, R). The order of the sums depends on the number of parts alone."""
+    """`product` into out (parts, R, R). The order of the sums depends on the number of
+    parts alone.
+    """
     part_count, r_hat, _ = out.shape
     tokens, blocks, _ = z.shape
     terms = tokens * blocks
@@ -216,7 +247,12 @@ def plan_sum_parts(out: Tensor, partial_sums: Tensor) -> Launch:
     return Launch(
         _sum_parts,
         (triton.cdiv(out.numel(), 1024),),
-        {"out": out, "partial_sums": partial_sums, "count": len(partial_sums), "size": out.numel()},
+        {
+            "out": out,
+            "partial_sums": partial_sums,
+            "count": len(partial_sums),
+            "size": out.numel(),
+        },
         {"PART": 1024},
         {"num_warps": 4},
     )
@@ -243,8 +279,9 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 @triton.jit
 def _rotation(cos, sin, position, half, inside):
-    """Of positions in blocks of 2 * half: the one that each is paired with, and cosine and signed sine, so that the
-    rotated x at p is x[p] * cosine + x[pair] * sine; rotated back with the other sign of the sine."""
+    """Of positions in blocks of 2 * half: the one that each is paired with, and cosine and
+    signed sine, so that the rotated x at p is x[p] * cosine + x[pair] * sine; rotated back
+    with the other sign of the sine."""
     lane = position % (2 * half)
     first = lane < half
     angle = position // (2 * half) * half + tl.where(first, lane, lane - half)
@@ -262,7 +299,9 @@ def _numbers_at(
     SHARED: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Of a row, in shared memory as `row` or at the address `source`: its numbers at positions, 0 for position -1."""
+    """Of a row, in shared memory as `row` or at the address `source`: its numbers at
+    positions, 0 for position -1.
+    """
     if SHARED:
         value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
         value = tl.where(position >= 0, value, 0)
@@ -278,7 +317,8 @@ def _gather_sum(
     ROW: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     half = units * UNIT
-    chunks = tl.cdiv(columns, PART)  # of one row: they run next to each other, so that the row comes from L2
+    # Of one row: they run next to each other, so that the row comes from L2
+    chunks = tl.cdiv(columns, PART)
     column = tl.program_id(0) % chunks * PART + tl.arange(0, PART)
     inside = column < columns
     lane = tl.arange(0, ROW)
@@ -304,7 +344,10 @@ def _gather_sum(
             if TURN == 2 and not SHARED:
                 present = position >= 0
                 pair, cosine, sine = _rotation(cos, sin, position, half, present)
-                value = value * cosine - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
+                value = (
+                    value * cosine
+                    - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
+                )
             total += value
         if TURN == 1:
             partner = _numbers_at(paired, row, source, SHARED, SUM)
@@ -336,7 +379,9 @@ def _form_groups(
         output = tl.load(members + member * r_hat + group)
         if output >= 0:
             line = output.to(tl.int64)
-            base = tl.load(weight + line * row_stride + column * column_stride, mask=inside, other=0).to(SUM)
+            base = tl.load(
+                weight + line * row_stride + column * column_stride, mask=inside, other=0
+            ).to(SUM)
             if scales is not None:
                 base = base * tl.load(scales + output).to(SUM)
             tl.store(
@@ -357,7 +402,9 @@ def _form_blocks(
     in_columns = column < columns
     inside = in_rows[:, None] & in_columns[None, :]
     line = output.to(tl.int64)[:, None]
-    base = tl.load(weight + line * row_stride + column[None, :] * column_stride, mask=inside, other=0).to(SUM)
+    base = tl.load(
+        weight + line * row_stride + column[None, :] * column_stride, mask=inside, other=0
+    ).to(SUM)
     if scales is not None:
         base = base * tl.load(scales + output, mask=in_rows, other=0)[:, None].to(SUM)
     delta = tl.zeros((ROWS, PART), SUM)
@@ -373,9 +420,13 @@ def _form_blocks(
             block = tl.where(slot >= 0, slot // r_hat, -1)
             meets = block[:, None] == column_block[None, :]
             source = square + (slot % r_hat)[:, None] * r_hat
-            value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(SUM)
+            value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(
+                SUM
+            )
             if cos is not None:
-                partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
+                partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(
+                    SUM
+                )
                 value = value * cosine[None, :] - partner * sine[None, :]
             delta = value if term == 0 and read == 0 else delta + value
     tl.store(
@@ -418,7 +469,9 @@ def _product(
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
     tl.store(
-        out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :], total.to(out.dtype.element_ty), mask=inside
+        out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=inside,
     )
 
 

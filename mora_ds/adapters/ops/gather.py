@@ -1,4 +1,5 @@
-"""Linear maps of the last dimension that operators are made of: gathers, sums and rotations, without parameters.
+"""Linear maps of the last dimension that operators are made of: gathers, sums and
+rotations, without parameters.
 
 Shape legend:  D = inputs, R = r_hat, N = blocks.
 """
@@ -14,7 +15,9 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class _Scratch(threading.local):
-    """Memory that a thread writes again: new memory of some MiB takes a CPU longer to map than to fill."""
+    """Memory that a thread writes again: new memory of some MiB takes a CPU longer to map
+    than to fill.
+    """
 
     def __init__(self) -> None:
         self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -38,8 +41,9 @@ _scratch = _Scratch()
 
 
 def gather(x: Tensor, index: Tensor, use: str = "") -> Tensor:
-    """x[..., index]. Two-dimensional inside, which is up to five times faster on a CPU. With `use` the result may lie
-    in memory that this thread keeps for it, and holds until the next call with the same `use`."""
+    """x[..., index]. Two-dimensional inside, which is up to five times faster on a CPU.
+    With `use` the result may lie in memory that this thread keeps for it, and holds until
+    the next call with the same `use`."""
     flat = x.reshape(-1, x.shape[-1])
     memory = _scratch.matrix(use, flat, len(index)) if use and on_cpu(flat) else None
     return torch.index_select(flat, 1, index, out=memory).view(*x.shape[:-1], len(index))
@@ -56,9 +60,10 @@ def rotate(
     sin: Tensor,
     back: bool = False,
 ) -> Tensor:
-    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); with
-    `back` the inverse. `cos` (..., 1, R / 2) and `sin` (..., 2, R / 2) of `signed`, for x (..., R). Few operations, as
-    each of them costs more to start than to compute where matrices are small."""
+    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2
+    sin, x2 cos + x1 sin); with `back` the inverse. `cos` (..., 1, R / 2) and `sin` (..., 2,
+    R / 2) of `signed`, for x (..., R). Few operations, as each of them costs more to start
+    than to compute where matrices are small."""
     halves = x.unflatten(-1, (2, -1))
     turned = halves * cos
     crossed = halves.flip(-2) * sin
@@ -71,7 +76,9 @@ def add_rotated_(
     cos: Tensor,
     sin: Tensor,
 ) -> None:
-    """total (..., R) + `rotate` of x, in place, each product rounded with its sum or before it, as the CPU likes."""
+    """total (..., R) + `rotate` of x, in place, each product rounded with its sum or before
+    it, as the CPU likes.
+    """
     summed = total.unflatten(-1, (2, -1))
     halves = x.unflatten(-1, (2, -1))
     summed.addcmul_(halves, cos)
@@ -89,8 +96,8 @@ def linear_map(
     apply: Callable[[Tensor], Tensor],
     transpose: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass of sums with many terms would
-    copy the gradient of all that is gathered once a term."""
+    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass of
+    sums with many terms would copy the gradient of all that is gathered once a term."""
     result: Tensor = _LinearMap.apply(x, apply, transpose)
     return result
 

@@ -1,12 +1,14 @@
-"""Products of rows with the matrices of a stack, every row with one of them: what the experts of a mixture compute.
+"""Products of rows with the matrices of a stack, every row with one of them: what the
+experts of a mixture compute.
 
     grouped_linear(x, W, ends)      rows ends[e - 1] .. ends[e] - 1 of x through W[e]: (S, D) -> (S, O)
 
 Shape legend:  S = rows, sorted by their matrix, E = matrices, O = d_out, D = d_in.
 
-On GPUs torch's grouped product in bf16, which reads `ends` on the device; elsewhere a product for each matrix that has
-rows. Only the gradients that are wanted are computed, and a frozen stack saves no rows for backward. A stack in 8 bits
-is formed for every product, in forward and in backward (`ops.frozen`).
+On GPUs torch's grouped product in bf16, which reads `ends` on the device; elsewhere a
+product for each matrix that has rows. Only the gradients that are wanted are computed, and
+a frozen stack saves no rows for backward. A stack in 8 bits is formed for every product, in
+forward and in backward (`ops.frozen`).
 """
 
 from itertools import pairwise
@@ -24,7 +26,8 @@ _ALIGNMENT = 16
 
 
 def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
-    """(S, D) -> (S, O). `stack`: (E, O, D), dense or in 8 bits; `ends`: (E,) int32, where the rows of each matrix end.
+    """(S, D) -> (S, O). `stack`: (E, O, D), dense or in 8 bits; `ends`: (E,) int32, where
+    the rows of each matrix end.
 
     A dense stack that is a parameter gets its gradient."""
     result: Tensor = _GroupedLinear.apply(x, *parts_of(stack), ends)
@@ -47,7 +50,11 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0].contiguous()
         x, values, scales, ends = ctx.saved_tensors
-        for_rows = _rows_through(g, _stack_of(values, scales), ends, back=True) if ctx.needs_input_grad[0] else None
+        for_rows = (
+            _rows_through(g, _stack_of(values, scales), ends, back=True)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return for_rows, None if x is None else _outer(g, x, ends), None, None
 
 
@@ -61,8 +68,14 @@ def _factors(
     dtype: torch.dtype,
     back: bool,
 ) -> Tensor:
-    """What rows are multiplied by: the transpose of a matrix (or of several), with `back` the matrix itself."""
-    chosen = stack[which] if isinstance(stack, Tensor) else Int8Weight(stack.values[which], stack.scales[which])
+    """What rows are multiplied by: the transpose of a matrix (or of several), with `back`
+    the matrix itself.
+    """
+    chosen = (
+        stack[which]
+        if isinstance(stack, Tensor)
+        else Int8Weight(stack.values[which], stack.scales[which])
+    )
     formed = dense(chosen, dtype)
     return formed if back else formed.mT
 
@@ -77,12 +90,8 @@ def _rows_through(
     outputs, inputs = (stack if isinstance(stack, Tensor) else stack.values).shape[1:]
     width = inputs if back else outputs
     if x.is_meta:
-        _factors(
-            stack,
-            slice(None),
-            x.dtype,
-            back,
-        )  # so that a plan counts a stack that is formed
+        # So that a plan counts a stack that is formed
+        _factors(stack, slice(None), x.dtype, back)
         return x.new_empty(len(x), width)
     if has_kernel(x, width):
         return F.grouped_mm(
@@ -109,8 +118,8 @@ def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def has_kernel(x: Tensor, width: int) -> bool:
-    """Whether torch (from 2.10 on) has a grouped product for rows x and results of this width: in bf16, for GPUs from
-    sm_80 on."""
+    """Whether torch (from 2.10 on) has a grouped product for rows x and results of this
+    width: in bf16, for GPUs from sm_80 on."""
     sizes = (x.shape[-1], width)
     return (
         x.device.type == "cuda"

@@ -1,14 +1,16 @@
-"""The four maps of an operator, as tables of indices that say which numbers are summed at each result.
+"""The four maps of an operator, as tables of indices that say which numbers are summed at
+each result.
 
     fold     x (D) -> z (N R)   the inputs that are summed at each position          unfold   its transpose
     spread   u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
 
-Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `spread`. The
-operator's delta and gradients (`mora`), its kernels and its windows for tensor parallelism follow from the maps.
-Another operator is one more entry of `OPERATORS`, with one function that makes its `fold` and `collect`.
+Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`);
+decompression is `spread`. The operator's delta and gradients (`mora`), its kernels and its
+windows for tensor parallelism follow from the maps. Another operator is one more entry of
+`OPERATORS`, with one function that makes its `fold` and `collect`.
 
-The tables hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no
-more.
+The tables hold indices only, no arithmetic. Permutations are folded into them, so that a
+permuted operator costs no more.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to, K = terms of the longest sum,
                P = blocks of u that `collect` makes: where outputs read the sum of several blocks, the transpose gives
@@ -47,10 +49,11 @@ Results = slice | Tensor
 
 @dataclass(frozen=True)
 class IndexMap:
-    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1 stands for zero.
+    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1
+    stands for zero.
 
-    All that is summed is gathered at once: the first term of every result, after it the other terms of those results
-    that have them, which are then added to the first.
+    All that is summed is gathered at once: the first term of every result, after it the
+    other terms of those results that have them, which are then added to the first.
     """
 
     table: Tensor
@@ -80,7 +83,11 @@ class IndexMap:
                 stop += len(results)
                 additions.append((_run_or_indices(results, device), slice(start, stop)))
         table = table.to(device)
-        index = table[0] if missing is None and not additions else torch.cat(gathered).to(device)
+        index = (
+            table[0]
+            if missing is None and not additions
+            else torch.cat(gathered).to(device)
+        )
         return cls(table, index, missing, tuple(additions))
 
     def __call__(self, x: Tensor, use: str = "") -> Tensor:
@@ -99,11 +106,8 @@ class IndexMap:
             if isinstance(results, slice):
                 total[..., results] += gathered[..., terms]
             else:
-                total.index_add_(
-                    -1,
-                    results,
-                    gathered[..., terms].clone(),
-                )  # autograd keeps it, and `total` changes
+                # Autograd keeps the terms, and `total` changes
+                total.index_add_(-1, results, gathered[..., terms].clone())
         # A layer may save the result: not with it the other terms, of which it is a view.
         return total.contiguous()
 
@@ -131,17 +135,22 @@ class IndexTables:
     collect: IndexMap
     """(K, P R)"""
     overlap: bool = False
-    """Of operators with several blocks: whether an output reads some input in two of them."""
+    """Of operators with several blocks: whether an output reads some input in two of
+    them.
+    """
 
 
-_tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
+_tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = (
+    WeakValueDictionary()
+)
 """Tables that someone holds."""
 
 
 @lru_cache(maxsize=1024)
 def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
-    """The operator's tables, made on the CPU and kept on `device`: those last used, and those that anyone holds. A
-    layer holds its own, as a model of 70B with domains has 1,120 operators, used one after the other."""
+    """The operator's tables, made on the CPU and kept on `device`: those last used, and
+    those that anyone holds. A layer holds its own, as a model of 70B with domains has 1,120
+    operators, used one after the other."""
     key = spec, device
     tables = _tables_in_use.get(key)
     if tables is None:
@@ -168,7 +177,9 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
 
 
 def _overlap(inputs: Tensor, spread: Tensor) -> bool:
-    """Whether an output reads, by `spread` (K, O), some input of `inputs` (N, R) in two blocks."""
+    """Whether an output reads, by `spread` (K, O), some input of `inputs` (N, R) in two
+    blocks.
+    """
     blocks = torch.where(spread < 0, -1, spread // inputs.shape[1])
     read_together = [inputs[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
     return any(len(numbers.unique()) < len(numbers) for numbers in read_together)
@@ -177,19 +188,23 @@ def _overlap(inputs: Tensor, spread: Tensor) -> bool:
 def of_all_blocks(collect: Tensor, blocks: int, r_hat: int) -> Tensor:
     """(K, P R) -> (K, N R)."""
     by_block = collect.unflatten(1, (-1, r_hat))
-    return by_block[:, torch.arange(blocks, device=collect.device) % by_block.shape[1]].flatten(1)
+    return by_block[
+        :, torch.arange(blocks, device=collect.device) % by_block.shape[1]
+    ].flatten(1)
 
 
 def transposed(table: Tensor, size: int) -> Tensor:
-    """(K, Q) -> (K', size): the results that read each of `size` numbers, in the order of the table's rows."""
+    """(K, Q) -> (K', size): the results that read each of `size` numbers, in the order of
+    the table's rows.
+    """
     reads = table >= 0
     results = torch.arange(table.shape[1]).expand_as(table)
     return lists(table[reads], results[reads], size)
 
 
 def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
-    """(K, size): in column k the values whose key is k, in their order, and -1 up to the length K of the longest column
-    (at least 1)."""
+    """(K, size): in column k the values whose key is k, in their order, and -1 up to the
+    length K of the longest column (at least 1)."""
     order = keys.argsort(stable=True)
     keys = keys[order]
     values = values[order]
@@ -206,26 +221,35 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
 
 def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     positions = torch.arange(spec.r_hat).unsqueeze(0)
-    return positions.where(positions < spec.d_in, -1), positions.where(positions < spec.d_out, -1)
+    return positions.where(positions < spec.d_in, -1), positions.where(
+        positions < spec.d_out, -1
+    )
 
 
 def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     in_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
     out_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-    fold = _groups(spec.d_in, spec.r_hat, contiguous=True) if in_runs else _filled(spec.d_in, spec.r_hat)
+    fold = (
+        _groups(spec.d_in, spec.r_hat, contiguous=True)
+        if in_runs
+        else _filled(spec.d_in, spec.r_hat)
+    )
     return fold, _groups(spec.d_out, spec.r_hat, out_runs)
 
 
 def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
-    """Output block p reads block p of M's output; where there are fewer of these, from the first again; where there are
-    more, those that are left are added from the first output block on (P is then the number of output blocks)."""
+    """Output block p reads block p of M's output; where there are fewer of these, from the
+    first again; where there are more, those that are left are added from the first output
+    block on (P is then the number of output blocks)."""
     fold = _filled(spec.d_in, spec.r_hat).view(1, -1)
     outputs = torch.arange(spec.blocks_out * spec.r_hat)
     outputs = outputs.where(outputs < spec.d_out, -1).view(spec.blocks_out, spec.r_hat)
     if spec.blocks_in >= spec.blocks_out:
         return fold, outputs.view(1, -1)
     unread = -spec.blocks_out % spec.blocks_in
-    return fold, F.pad(outputs, (0, 0, 0, unread), value=-1).view(-1, spec.blocks_in * spec.r_hat)
+    return fold, F.pad(outputs, (0, 0, 0, unread), value=-1).view(
+        -1, spec.blocks_in * spec.r_hat
+    )
 
 
 @dataclass(frozen=True)
@@ -233,7 +257,9 @@ class Operator:
     """What tells one operator from another."""
 
     maps: Callable[[OperatorSpec], tuple[Tensor, Tensor]]
-    """Makes `fold` and `collect`. With more than one block, every position of `fold` has one input."""
+    """Makes `fold` and `collect`. With more than one block, every position of `fold` has
+    one input.
+    """
     in_blocks: bool = False
     """Whether M is applied to each block of R inputs, instead of once."""
     rotates: bool = False
@@ -248,7 +274,9 @@ class Operator:
 
     @property
     def smallest_side(self) -> int:
-        """The smallest side of a MoRA matrix, of which all sides are multiples: a rotation pairs dimensions."""
+        """The smallest side of a MoRA matrix, of which all sides are multiples: a rotation
+        pairs dimensions.
+        """
         return 2 if self.rotates else 1
 
 
@@ -270,7 +298,8 @@ def square_size(
     """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
     3).
 
-    Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank below 1.
+    Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank
+    below 1.
     """
     if rank < 1:
         raise UserError(f"`rank` must be at least 1, got {rank}")
@@ -282,14 +311,17 @@ def square_size(
 
 
 def _filled(size: int, r_hat: int) -> Tensor:
-    """(ceil(size / R), R): the indices in rows of R; the last row is filled up with the first ones."""
+    """(ceil(size / R), R): the indices in rows of R; the last row is filled up with the
+    first ones.
+    """
     return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
 
 
 def _groups(size: int, groups: int, contiguous: bool) -> Tensor:
     """(K, groups): the indices in each group.
 
-    Groups are residues modulo their number, or contiguous runs of which the first are longer by one.
+    Groups are residues modulo their number, or contiguous runs of which the first are
+    longer by one.
     """
     indices = torch.arange(size)
     if contiguous:
@@ -308,8 +340,9 @@ def draw_permutations(
 ) -> tuple[Tensor, Tensor]:
     """Permutations of inputs and outputs.
 
-    numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a merge ledger that is replayed
-    years later, or on another device, must draw the same permutations.
+    numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a
+    merge ledger that is replayed years later, or on another device, must draw the same
+    permutations.
     """
     stream = np.random.RandomState(seed)
     inputs = torch.from_numpy(stream.permutation(d_in))
@@ -343,17 +376,22 @@ def rope_table(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (blocks, R / 2) of the paper's rotation: block i, pair j turn by i * 10000^(-2j / R).
+    """Cosines and sines (blocks, R / 2) of the paper's rotation: block i, pair j turn by i
+    * 10000^(-2j / R).
 
-    Rounded to fp32 once, whatever the dtype, and the same bits on every machine, because a merge ledger that is
-    replayed elsewhere must give the same weights. The vectorised `cos` of torch and numpy, and libm's, round the last
-    bit as the CPU's instructions lead them. So no such function is called: the turns of block 1 come from decimal
-    arithmetic, which is software, and those of the other blocks from products and sums in fp64, which IEEE 754 defines
-    to the bit. Each is an operation of its own, as a fused product and sum rounds otherwise. Errors grow by about 1e-16
-    a block, and stay far below the rounding to fp32.
+    Rounded to fp32 once, whatever the dtype, and the same bits on every machine, because a
+    merge ledger that is replayed elsewhere must give the same weights. The vectorised `cos`
+    of torch and numpy, and libm's, round the last bit as the CPU's instructions lead them.
+    So no such function is called: the turns of block 1 come from decimal arithmetic, which
+    is software, and those of the other blocks from products and sums in fp64, which IEEE
+    754 defines to the bit. Each is an operation of its own, as a fused product and sum
+    rounds otherwise. Errors grow by about 1e-16 a block, and stay far below the rounding to
+    fp32.
     """
     with torch.inference_mode(False), torch.no_grad():
-        first = torch.tensor([_turn(pair, r_hat // 2) for pair in range(r_hat // 2)], dtype=torch.float64)
+        first = torch.tensor(
+            [_turn(pair, r_hat // 2) for pair in range(r_hat // 2)], dtype=torch.float64
+        )
         first_cos, first_sin = first.unbind(1)
         cos = torch.ones(blocks, r_hat // 2, dtype=torch.float64)
         sin = torch.zeros_like(cos)
@@ -366,12 +404,15 @@ def rope_table(
 
 
 def _turn(pair: int, pairs: int) -> tuple[float, float]:
-    """Cosine and sine of 10000^(-pair / pairs), an angle from 0 to 1, correctly rounded to fp64 (but for ties)."""
+    """Cosine and sine of 10000^(-pair / pairs), an angle from 0 to 1, correctly rounded to
+    fp64 (but for ties).
+    """
     with localcontext(prec=34):
         angle = (-pair * Decimal(10000).ln() / pairs).exp()
         sums = [Decimal(0), Decimal(0)]
         term = Decimal(1)
-        for power in range(_POWERS):  # 1, x, -x^2/2, -x^3/6, x^4/24, ... in turn to the cosine and the sine
+        # 1, x, -x^2/2, -x^3/6, x^4/24, ... in turn to the cosine and the sine
+        for power in range(_POWERS):
             sums[power % 2] += -term if power % 4 > 1 else term
             term = term * angle / (power + 1)
         return float(sums[0]), float(sums[1])

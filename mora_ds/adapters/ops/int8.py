@@ -5,10 +5,12 @@
 
 Shape legend:  O = d_out, D = d_in.
 
-Plain torch: torch's `_weight_int8pack_mm` has no backward, and torchao's tensor subclass has its own matrix products.
-The scheme is theirs (symmetric, one scale an output), so that another kernel could replace `dense` in a product.
+Plain torch: torch's `_weight_int8pack_mm` has no backward, and torchao's tensor subclass
+has its own matrix products. The scheme is theirs (symmetric, one scale an output), so that
+another kernel could replace `dense` in a product.
 
-All results come from separate elementwise operations, so that every device and number of threads gives the same bits.
+All results come from separate elementwise operations, so that every device and number of
+threads gives the same bits.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from mora_ds.common.errors import RunError
 LARGEST = 127
 
 _CHUNK = {"cpu": 1 << 18}
-"""Elements that are processed at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
+"""Elements that are processed at a time on a CPU: 1 MiB in fp32, which stays in a core's
+cache.
+"""
 
 _CHUNK_OF_DEVICES = 1 << 24
 """Elements on other devices: 64 MiB."""
@@ -31,7 +35,9 @@ _CHUNK_OF_DEVICES = 1 << 24
 
 @dataclass(frozen=True)
 class Int8Weight(QuantizedWeight):
-    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32; or a stack of both."""
+    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32; or a stack
+    of both.
+    """
 
     bits: ClassVar[int] = 8
     values: Tensor
@@ -41,7 +47,9 @@ class Int8Weight(QuantizedWeight):
         """values * scales, rounded to `dtype`."""
         if self.values.dim() > 2:
             pairs = zip(self.values, self.scales, strict=True)
-            return torch.stack([Int8Weight(values, scales).dense(dtype) for values, scales in pairs])
+            return torch.stack(
+                [Int8Weight(values, scales).dense(dtype) for values, scales in pairs]
+            )
         if self.values.is_contiguous():
             return _multiplied(self.values, self.scales.unsqueeze(1), dtype)
         return _multiplied(self.values.T, self.scales.unsqueeze(0), dtype).T
@@ -60,13 +68,17 @@ class Int8Weight(QuantizedWeight):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,) fp32. `weight` is not written to.
+    """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,) fp32.
+    `weight` is not written to.
 
-    Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is not finite.
+    Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is not
+    finite.
     """
     if weight.dim() > 2:
         quantized = [quantize(matrix) for matrix in weight]
-        return torch.stack([values for values, _ in quantized]), torch.stack([scales for _, scales in quantized])
+        return torch.stack([values for values, _ in quantized]), torch.stack(
+            [scales for _, scales in quantized]
+        )
     outputs, inputs = weight.shape
     values = torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
     scales = torch.empty(outputs, dtype=torch.float32, device=weight.device)
@@ -75,7 +87,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         chunk = weight[start : start + rows].float()
         least, most = torch.aminmax(chunk, dim=1)
         scale = torch.maximum(most, -least)
-        # A tensor as divisor: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
+        # A tensor as divisor: by a number, CUDA multiplies with its reciprocal, which
+        # rounds otherwise.
         scale = scale / torch.full_like(scale, LARGEST)
         scales[start : start + rows] = scale
         divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)  # a row of zeros
@@ -105,4 +118,6 @@ def _multiplied(
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1]))
+    return max(
+        1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1])
+    )

@@ -3,12 +3,14 @@
     activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
     weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
 
-The weight path forms the sum in forward and again in backward, so that nothing of the size of W0 is saved; the gradient
-of M comes from the folded input and the folded output gradient (`square_gradient`), not from a (d_out, d_in) product.
-Both are the same function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to
-that dtype, as mixed-precision training of full weights does, so that a delta smaller than half a unit in the last place
-of W0 has no effect until it has grown; the gradient of M is that of the sum.
-A quantized weight is made dense for each product of either path, and freed after it (`frozen`).
+The weight path forms the sum in forward and again in backward, so that nothing of the size
+of W0 is saved; the gradient of M comes from the folded input and the folded output gradient
+(`square_gradient`), not from a (d_out, d_in) product. Both are the same function of x and
+M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to that dtype,
+as mixed-precision training of full weights does, so that a delta smaller than half a unit
+in the last place of W0 has no effect until it has grown; the gradient of M is that of the
+sum. A quantized weight is made dense for each product of either path, and freed after it
+(`frozen`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
+from mora_ds.adapters.ops.frozen import (
+    Weight,
+    dense,
+    input_gradient,
+    linear,
+    maker_of,
+    parts_of,
+    product,
+    weight_of,
+)
 from mora_ds.adapters.ops.mora import (
     Maps,
     OperatorSpec,
@@ -50,8 +61,9 @@ def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
         weight        W0 + delta is formed: d_in * d_out numbers are read, added and written
         activation    tokens * (d_in + d_out) numbers are gathered or added, and multiplied by M: two operations each
 
-    Sizes alone decide, never a measurement, a device or a dtype, because the paths round differently: the same command
-    computes the same bits on every rank and in every resumed run.
+    Sizes alone decide, never a measurement, a device or a dtype, because the paths round
+    differently: the same command computes the same bits on every rank and in every resumed
+    run.
     """
     formed = d_in * d_out
     moved = 2 * tokens * (d_in + d_out)
@@ -66,7 +78,9 @@ def mora_linear(
     spec: OperatorSpec,
     path: Compute,
 ) -> Tensor:
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do. `path`: not AUTO."""
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will
+    do. `path`: not AUTO.
+    """
     return linear_by(LayerProducts(spec), x, weight, bias, square, path)
 
 
@@ -86,9 +100,10 @@ def linear_by(
 
 
 class _MoRALinear(torch.autograd.Function):
-    """Saves the folded input where M is applied once (tokens * r_hat). That of several blocks is as large as the input,
-    which is saved in its place, as layers that read the same tensor share it. The activation path adds all sums to the
-    product with W0, without another tensor of its size."""
+    """Saves the folded input where M is applied once (tokens * r_hat). That of several
+    blocks is as large as the input, which is saved in its place, as layers that read the
+    same tensor share it. The activation path adds all sums to the product with W0, without
+    another tensor of its size."""
 
     @staticmethod
     def forward(
@@ -129,7 +144,9 @@ class _MoRALinear(torch.autograd.Function):
 
 
 class LayerProducts:
-    """The steps that both paths are made of, for one operator, in plain torch. `kernels.linear` has them by kernels."""
+    """The steps that both paths are made of, for one operator, in plain torch.
+    `kernels.linear` has them by kernels.
+    """
 
     def __init__(self, spec: Maps) -> None:
         self.spec = spec
@@ -154,8 +171,14 @@ class LayerProducts:
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
-        """What both gradients of the activation path read of g (..., O), where they read the same."""
-        return None if self.spec.blocks > 1 or sums_by_product(g) else decompress_transpose(self.spec, g)
+        """What both gradients of the activation path read of g (..., O), where they read
+        the same.
+        """
+        return (
+            None
+            if self.spec.blocks > 1 or sums_by_product(g)
+            else decompress_transpose(self.spec, g)
+        )
 
     def input_gradient(
         self,
@@ -164,8 +187,12 @@ class LayerProducts:
         square: Tensor,
         collected: Tensor | None,
     ) -> Tensor:
-        """g W0 + the transpose of the update's linear map, applied to g (..., O): (..., D)."""
-        return add_input_gradient_(input_gradient(g, weight), self.spec, square, g, collected)
+        """g W0 + the transpose of the update's linear map, applied to g (..., O): (...,
+        D).
+        """
+        return add_input_gradient_(
+            input_gradient(g, weight), self.spec, square, g, collected
+        )
 
     def square_gradient(
         self,
@@ -174,7 +201,11 @@ class LayerProducts:
         collected: Tensor | None,
         by_weight: bool,
     ) -> Tensor:
-        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
+        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g
+        before.
+        """
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
-        return square_gradient(self.spec, saved, g, form_dense=by_weight and sums_by_product(g))
+        return square_gradient(
+            self.spec, saved, g, form_dense=by_weight and sums_by_product(g)
+        )

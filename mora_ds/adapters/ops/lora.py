@@ -2,8 +2,9 @@
 
     h = W0 x + (alpha / r) B A x            LoRA, arXiv 2106.09685, section 4.1;  A (r, D), B (O, r)
 
-Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both factors are one tensor, [A | B^T] of shape
-(r, D + O), so that a layer has one trainable parameter, whichever adapter it carries, and ZeRO gathers it at once.
+Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both factors are one
+tensor, [A | B^T] of shape (r, D + O), so that a layer has one trainable parameter,
+whichever adapter it carries, and ZeRO gathers it at once.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ class LoRASpec(UpdateSpec):
         return self.rank, self.d_in + self.d_out
 
     def first_value(self, seed: int) -> Tensor:
-        """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its gradient is not. A pure function of
-        its arguments: the same on every rank and after every resume."""
+        """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its gradient
+        is not. A pure function of its arguments: the same on every rank and after every
+        resume."""
         generator = torch.Generator().manual_seed(seed)
         factors = torch.zeros(self.value_shape)
-        factors[:, : self.d_in] = (torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1) / math.sqrt(self.d_in)
+        factors[:, : self.d_in] = (
+            torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
+        ) / math.sqrt(self.d_in)
         return factors
 
     def factors(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,9 @@ class LoRASpec(UpdateSpec):
     def joined(self, values: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
         """Factors lined up, as those of a larger rank with the same scale."""
         count = len(values)
-        return replace(self, rank=self.rank * count, alpha=self.alpha * count), torch.cat(list(values))
+        return replace(self, rank=self.rank * count, alpha=self.alpha * count), torch.cat(
+            list(values)
+        )
 
     def scaled(self, value: Tensor, factor: float) -> Tensor:
         """B alone is multiplied: the delta is a product of both."""
@@ -83,8 +89,8 @@ class LoRASpec(UpdateSpec):
         return torch.cat((down, up * factor), dim=1)
 
     def delta_weight(self, value: Tensor) -> Tensor:
-        """Summed one rank after another by separate elementwise products and sums, which every number of threads
-        rounds alike (a matrix product does not)."""
+        """Summed one rank after another by separate elementwise products and sums, which
+        every number of threads rounds alike (a matrix product does not)."""
         down, up = self.factors(value)
         up = up.unsqueeze(2)
         total = up[0] * down[0]
@@ -98,6 +104,8 @@ class LoRASpec(UpdateSpec):
 
 
 def lora_update(spec: LoRASpec, value: Tensor, x: Tensor) -> Tensor:
-    """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
+    """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds to the frozen layer's
+    output.
+    """
     down, up = spec.factors(value)
     return F.linear(x, down) @ up

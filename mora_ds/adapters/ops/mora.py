@@ -1,4 +1,5 @@
-"""MoRA's operators: compress, decompress, delta_weight and its adjoint, as pure functions of tensors.
+"""MoRA's operators: compress, decompress, delta_weight and its adjoint, as pure functions
+of tensors.
 
 A layer with frozen weight W0 (d_out, d_in) learns one square matrix M (r_hat, r_hat):
 
@@ -19,9 +20,9 @@ Both `delta_weight` and the forward pass are built from the same few index rules
     decouple         block p of the padded input through M to block p of the output                 eq. 8
     rotate           the same, input block i first rotated by RoPE angles i * 10000^(-2j/R)         eq. 9-11
 
-(The reference implementation calls share type 1 and rotate type 6.) With `Grouping.PERMUTED`, inputs and outputs are
-first shuffled by permutations drawn from `seed`: ReMoRA changes the seed every cycle, which lets the rank of the summed
-update grow.
+(The reference implementation calls share type 1 and rotate type 6.) With
+`Grouping.PERMUTED`, inputs and outputs are first shuffled by permutations drawn from
+`seed`: ReMoRA changes the seed every cycle, which lets the rank of the summed update grow.
 """
 
 import math
@@ -34,7 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, linear_map, on_cpu, rotate
+from mora_ds.adapters.ops.gather import (
+    LOW_PRECISION,
+    add_rotated_,
+    linear_map,
+    on_cpu,
+    rotate,
+)
 from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
     IndexMap,
@@ -48,12 +55,16 @@ from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
 _CHUNK = 1 << 18
-"""Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
+"""Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32, which
+stays in a core's cache.
+"""
 
 
 @dataclass(frozen=True)
 class OperatorSpec(UpdateSpec):
-    """An operator with its sizes. Raises `UserError` for sizes or groupings that make no operator."""
+    """An operator with its sizes. Raises `UserError` for sizes or groupings that make no
+    operator.
+    """
 
     kind: OperatorKind
     d_in: int
@@ -66,15 +77,26 @@ class OperatorSpec(UpdateSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        if min(self.d_in, self.d_out, self.r_hat) < 1 or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE:
-            raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
+        if (
+            min(self.d_in, self.d_out, self.r_hat) < 1
+            or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE
+        ):
+            raise UserError(
+                f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}"
+            )
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}")
+            raise UserError(
+                f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}"
+            )
         operator = OPERATORS[self.kind]
         if self.r_hat % operator.smallest_side:
-            raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
+            raise UserError(
+                f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}"
+            )
         if self.grouping not in operator.groupings:
-            raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
+            raise UserError(
+                f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}"
+            )
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -82,7 +104,9 @@ class OperatorSpec(UpdateSpec):
 
     @property
     def table_bytes(self) -> int:
-        """About three int32 for each input and output, where every cycle draws other permutations."""
+        """About three int32 for each input and output, where every cycle draws other
+        permutations.
+        """
         is_drawn = self.grouping is Grouping.PERMUTED
         return 3 * torch.int32.itemsize * (self.d_in + self.d_out) if is_drawn else 0
 
@@ -101,14 +125,20 @@ class OperatorSpec(UpdateSpec):
 
     @property
     def rotates(self) -> bool:
-        """Whether blocks are rotated before M: those after the first, as block 0 turns by no angle."""
+        """Whether blocks are rotated before M: those after the first, as block 0 turns by
+        no angle.
+        """
         return OPERATORS[self.kind].rotates and self.blocks > 1
 
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
     def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
-        return add_blocks_(total, self, value) if self.blocks > 1 else add_rows_(total, self, value)
+        return (
+            add_blocks_(total, self, value)
+            if self.blocks > 1
+            else add_rows_(total, self, value)
+        )
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return add_update_(y, self, value, saved_input(self, x))
@@ -125,8 +155,14 @@ class OperatorSpec(UpdateSpec):
         return tables_of(self, device)
 
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where M is applied once: A says which inputs are summed (zeros and ones), B holds the rows of M."""
-        return (fold_matrix(self, value).T, rows_of_outputs(self, value)) if self.blocks == 1 else None
+        """Where M is applied once: A says which inputs are summed (zeros and ones), B holds
+        the rows of M.
+        """
+        return (
+            (fold_matrix(self, value).T, rows_of_outputs(self, value))
+            if self.blocks == 1
+            else None
+        )
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
@@ -136,10 +172,14 @@ class OperatorSpec(UpdateSpec):
 
 
 def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
-    """`spec` itself, of which MoRA's operators are read. Raises `UserError` that begins with `of_what` for another."""
+    """`spec` itself, of which MoRA's operators are read. Raises `UserError` that begins
+    with `of_what` for another.
+    """
     if not isinstance(spec, OperatorSpec):
         known = ", ".join(kind.value for kind in OPERATORS)
-        raise UserError(f"{of_what} has {spec.name}, which is none of the operators {known}")
+        raise UserError(
+            f"{of_what} has {spec.name}, which is none of the operators {known}"
+        )
     return spec
 
 
@@ -151,8 +191,8 @@ def _member(enum: type[Enum], value: Any, what: str) -> Any:
 
 
 class Maps(Protocol):
-    """What the functions below read of an operator: of an `OperatorSpec`, or of the part of one that a process computes
-    (`parallel.windows.Window`)."""
+    """What the functions below read of an operator: of an `OperatorSpec`, or of the part of
+    one that a process computes (`parallel.windows.Window`)."""
 
     @property
     def d_in(self) -> int: ...
@@ -195,29 +235,41 @@ def spread_out(spec: Maps, z: Tensor) -> Tensor:
 
 
 def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
-    """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output to one of M compress(x)."""
+    """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output
+    to one of M compress(x).
+    """
     collected = collect(spec, g)
     repeats = math.ceil(spec.blocks / collected.shape[-2])
-    return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :] if repeats > 1 else collected
+    return (
+        torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :]
+        if repeats > 1
+        else collected
+    )
 
 
 def collect(spec: Maps, g: Tensor, use: str = "") -> Tensor:
-    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these. `use`: as
-    of `gather`."""
+    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b
+    mod P of these. `use`: as of `gather`."""
     tables = spec.tables(g.device)
-    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(-1, (-1, spec.r_hat))
+    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(
+        -1, (-1, spec.r_hat)
+    )
 
 
 def fold_input(spec: Maps, x: Tensor, use: str = "") -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. `use`: as of `gather`."""
+    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. `use`: as of
+    `gather`.
+    """
     tables = spec.tables(x.device)
-    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(-1, (spec.blocks, spec.r_hat))
+    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(
+        -1, (spec.blocks, spec.r_hat)
+    )
 
 
 def saved_input(spec: Maps, x: Tensor) -> Tensor:
-    """What a layer saves of its input x (..., D) for M's gradient: the folded input (..., 1, R) where M is applied
-    once. That of several blocks is as large as x itself, which is saved in its place: layers that read one tensor share
-    it."""
+    """What a layer saves of its input x (..., D) for M's gradient: the folded input (...,
+    1, R) where M is applied once. That of several blocks is as large as x itself, which is
+    saved in its place: layers that read one tensor share it."""
     return fold_input(spec, x) if spec.blocks == 1 else x
 
 
@@ -233,9 +285,10 @@ def _sums(
     transpose: IndexMap,
     use: str,
 ) -> Tensor:
-    """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU scatters them, in low precision
-    by a product with ones and zeros, which it multiplies faster than it moves numbers one by one, and sums in fp32. (On
-    a GPU scattered sums are atomic, so that their order would vary.)"""
+    """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU
+    scatters them, in low precision by a product with ones and zeros, which it multiplies
+    faster than it moves numbers one by one, and sums in fp32. (On a GPU scattered sums are
+    atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
         return sums(x, use)
     if sums_by_product(x):
@@ -244,7 +297,8 @@ def _sums(
     total = flat.new_zeros(len(flat), spec.r_hat)
     groups = transpose.index[: flat.shape[1]].long()
     total.scatter_add_(1, groups.expand(len(flat), -1), flat)
-    for members, terms in transpose.additions:  # where groups are filled up, some numbers are in two
+    # Where groups are filled up, some numbers are in two
+    for members, terms in transpose.additions:
         total.index_add_(1, transpose.index[terms], flat[:, members])
     return total.view(*x.shape[:-1], spec.r_hat)
 
@@ -263,11 +317,13 @@ def square_gradient(
     g: Tensor,
     form_dense: bool = False,
 ) -> Tensor:
-    """dL/dM (R, R) from the gradient g (..., O) of the layer's output; equal to adjoint(g^T x), which is not formed.
+    """dL/dM (R, R) from the gradient g (..., O) of the layer's output; equal to adjoint(g^T
+    x), which is not formed.
 
-    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks do form g^T x (O, D), which
-    in low precision may take less time. Else some tokens at a time, so that what is gathered of them is still in the
-    CPU's cache when it is multiplied.
+    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks
+    do form g^T x (O, D), which in low precision may take less time. Else some tokens at a
+    time, so that what is gathered of them is still in the CPU's cache when it is
+    multiplied.
     """
     g = g.flatten(0, -2)
     saved = saved.reshape(-1, 1, spec.r_hat) if spec.blocks == 1 else saved.flatten(0, -2)
@@ -288,10 +344,11 @@ def square_gradient(
 
 
 def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
-    """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... of the folded input, each rotated, summed.
+    """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... of the folded input, each
+    rotated, summed.
 
-    The same block of the output's gradient belongs to all of them: they are multiplied with it at once, which is
-    N / P times less work.
+    The same block of the output's gradient belongs to all of them: they are multiplied with
+    it at once, which is N / P times less work.
     """
     total = z.new_zeros(len(z), count, spec.r_hat)
     for start in range(0, spec.blocks, count):
@@ -307,24 +364,30 @@ def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
 
 
 def sums_by_product(x: Tensor) -> bool:
-    """Whether groups of x are summed, and copied to outputs, by products with matrices of ones and zeros."""
+    """Whether groups of x are summed, and copied to outputs, by products with matrices of
+    ones and zeros.
+    """
     return on_cpu(x) and x.dtype in LOW_PRECISION
 
 
 def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
-    """(D, R) for share and truncate, in the dtype of `like`: compress(x) == x @ fold_matrix."""
+    """(D, R) for share and truncate, in the dtype of `like`: compress(x) == x @
+    fold_matrix.
+    """
     return _matrix(spec.tables(like.device).unfold, spec.r_hat, like.dtype)
 
 
 def rows_of_outputs(spec: Maps, square: Tensor) -> Tensor:
-    """(O, R) for share and truncate: the row of M that each output reads, so that decompress(M z) == z @ rows^T."""
+    """(O, R) for share and truncate: the row of M that each output reads, so that
+    decompress(M z) == z @ rows^T.
+    """
     rows, slots = rows_and_slots(spec, square)
     return rows.index_select(0, slots)
 
 
 def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has outputs that read none, and
-    for each output (O,) the row that it reads."""
+    """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has
+    outputs that read none, and for each output (O,) the row that it reads."""
     spread = spec.tables(rows.device).spread
     if spread.missing is not None:
         rows = torch.cat((rows, torch.zeros_like(rows[:1])))
@@ -336,8 +399,8 @@ def rotate_blocks(
     blocks: Tensor,
     back: bool = False,
 ) -> Tensor:
-    """The rotation of each input block (..., N, R), or its inverse; for all operators but rotate, the blocks
-    themselves."""
+    """The rotation of each input block (..., N, R), or its inverse; for all operators but
+    rotate, the blocks themselves."""
     if not spec.rotates:
         return blocks
     return rotate(blocks, *rotation_of(spec, blocks), back)
@@ -349,7 +412,9 @@ def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_squares(spec: Maps, square: Tensor) -> Tensor:
-    """(N, R, R): M R_b for every input block b, since (M R_b) x = M (R_b x). Contiguous where blocks are rotated."""
+    """(N, R, R): M R_b for every input block b, since (M R_b) x = M (R_b x). Contiguous
+    where blocks are rotated.
+    """
     if not spec.rotates:
         return square.expand(spec.blocks, -1, -1)
     cos, sin = rotation_of(spec, square)
@@ -372,7 +437,9 @@ def add_update_(
     """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
     if spec.blocks > 1:
         z = fold_input(spec, saved).flatten(0, -3)
-        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+        return y.add_(
+            decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y)
+        )
     if sums_by_product(y):
         y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
         return y
@@ -386,25 +453,32 @@ def add_input_gradient_(
     g: Tensor,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
-    `decompress_transpose` of g, where it is there already."""
+    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in
+    place. `sums`: `decompress_transpose` of g, where it is there already."""
     if spec.blocks > 1:
         c = decompress_transpose(spec, g).flatten(0, -3)
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
         return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
     if sums_by_product(g):
         flat = g.reshape(-1, spec.d_out)
-        g_x.view(-1, spec.d_in).addmm_(flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        g_x.view(-1, spec.d_in).addmm_(
+            flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T
+        )
         return g_x
     sums = decompress_transpose(spec, g) if sums is None else sums
     return g_x.add_(unfold_input(spec, sums @ square))
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
-    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
+    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen
+    layer's output.
+    """
     _check_square(spec, square, "mora_update")
-    if x.shape[-1:] != (spec.d_in,):  # a shorter input would be taken, and give other numbers
-        raise UserError(f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}")
+    # A shorter input would be taken, and give other numbers
+    if x.shape[-1:] != (spec.d_in,):
+        raise UserError(
+            f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}"
+        )
     return decompress(spec, F.linear(compress(spec, x), square))
 
 
@@ -414,13 +488,17 @@ def _check_square(
     function: str,
 ) -> None:
     if square.shape != spec.value_shape:
-        raise UserError(f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}")
+        raise UserError(
+            f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}"
+        )
 
 
 def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """The (O, D) change of the weight that M stands for, in its dtype and on its device, sharing no memory.
+    """The (O, D) change of the weight that M stands for, in its dtype and on its device,
+    sharing no memory.
 
-    Made of separate elementwise operations and copies only, so that every device rounds it alike.
+    Made of separate elementwise operations and copies only, so that every device rounds it
+    alike.
     """
     _check_square(spec, square, "delta_weight")
     if spec.blocks == 1:
@@ -434,8 +512,8 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 
 def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
-    """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many rows at a time as stay in its
-    cache."""
+    """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many rows
+    at a time as stay in its cache."""
     rows, slots = rows_and_slots(spec, input_columns(spec, square))
     count = max(1, _CHUNK // spec.d_in) if on_cpu(total) else spec.d_out
     for start in range(0, spec.d_out, count):
@@ -449,8 +527,9 @@ def add_blocks_(
     spec: Maps,
     square: Tensor,
 ) -> Tensor:
-    """total (O, D) + `delta_weight` of an operator with several blocks, in place: only where an output reads a block of
-    inputs, as the delta is zero elsewhere. Every number is changed once, so that it is rounded once."""
+    """total (O, D) + `delta_weight` of an operator with several blocks, in place: only
+    where an output reads a block of inputs, as the delta is zero elsewhere. Every number is
+    changed once, so that it is rounded once."""
     tables = spec.tables(total.device)
     squares = block_squares(spec, square)
     if tables.overlap:
@@ -466,10 +545,12 @@ def add_rows_of_blocks_(
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place."""
     r_hat = squares.shape[1]
     columns = tables.fold.table.view(-1, r_hat).long()  # as scattering wants them
-    if tables.fold.missing is not None:  # of a window: columns of M whose inputs are in other windows
+    # Of a window: columns of M whose inputs are in other windows
+    if tables.fold.missing is not None:
         squares = squares.masked_fill((columns < 0).unsqueeze(1), 0)
         columns = columns.clamp(min=0)
-    rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))  # the zeros are for outputs with fewer terms
+    # The zeros are for outputs with fewer terms
+    rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))
     for reads in tables.spread.table:
         blocks = reads.clamp(min=0) // r_hat
         total.scatter_add_(
@@ -493,13 +574,15 @@ def effective_weight(
 
 
 def input_columns(spec: Maps, square: Tensor) -> Tensor:
-    """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out). In
-    general (..., N * R) -> (..., D): for each input the sum of what lies at its positions."""
+    """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one that
+    truncate leaves out). In general (..., N * R) -> (..., D): for each input the sum of
+    what lies at its positions."""
     return spec.tables(square.device).unfold(square)
 
 
 def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
-    """The adjoint of `delta_weight`: the gradient with respect to M, from G = dL/dW of shape (O, D).
+    """The adjoint of `delta_weight`: the gradient with respect to M, from G = dL/dW of
+    shape (O, D).
 
     <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """
@@ -507,7 +590,9 @@ def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
     folded = fold_input(spec, gradient)  # (O, N, R)
     blocks = torch.arange(spec.blocks, device=gradient.device).unsqueeze(1)
     products = gradient.new_zeros(spec.blocks, spec.r_hat, spec.r_hat)
-    for outputs in of_all_blocks(tables.collect.table, spec.blocks, spec.r_hat).unflatten(1, (-1, spec.r_hat)):
+    for outputs in of_all_blocks(tables.collect.table, spec.blocks, spec.r_hat).unflatten(
+        1, (-1, spec.r_hat)
+    ):
         rows = folded[outputs, blocks]  # (N, R, R); index -1 is any row
         products += rows.masked_fill_((outputs < 0).unsqueeze(2), 0)
     return sum_of_blocks(spec, products)
@@ -522,6 +607,6 @@ def sum_of_blocks(spec: Maps, products: Tensor) -> Tensor:
 
 
 def tokens_in_cache(x: Tensor, width: int) -> int:
-    """How many tokens of `width` numbers to gather and multiply at once: on a CPU, what stays in its cache; elsewhere
-    all of x (tokens, ...)."""
+    """How many tokens of `width` numbers to gather and multiply at once: on a CPU, what
+    stays in its cache; elsewhere all of x (tokens, ...)."""
     return max(512, 2**18 // width) if on_cpu(x) else max(1, len(x))

@@ -1,7 +1,9 @@
-"""What every kind of update has in common: the interface of its spec, names of operators, sizes and seeds.
+"""What every kind of update has in common: the interface of its spec, names of operators,
+sizes and seeds.
 
-A layer has one trained tensor, its *value*, and a *spec* that says which change of the frozen weight the value stands
-for. Merges, the merge ledger, exports and spectra use specs through `UpdateSpec` alone.
+A layer has one trained tensor, its *value*, and a *spec* that says which change of the
+frozen weight the value stands for. Merges, the merge ledger, exports and spectra use specs
+through `UpdateSpec` alone.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 
 ROTATE_BELOW_RANK = 64
-"""Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at rank 8 and shares at 256)."""
+"""Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at
+rank 8 and shares at 256).
+"""
 
 
 R_HAT_MULTIPLE = 16
-"""Sides of new MoRA matrices are multiples of this: for rows of bf16 or fp16 numbers that are no multiple of 16 bytes
-cuBLAS takes kernels for unaligned rows, which are slower."""
+"""Sides of new MoRA matrices are multiples of this: for rows of bf16 or fp16 numbers that
+are no multiple of 16 bytes cuBLAS takes kernels for unaligned rows, which are slower."""
 
 
 class OperatorKind(str, Enum):
-    """The four pairs of compression and decompression of the paper (arXiv 2405.12130, section 3)."""
+    """The four pairs of compression and decompression of the paper (arXiv 2405.12130,
+    section 3).
+    """
 
     TRUNCATE = "truncate"
     SHARE = "share"
@@ -37,8 +43,8 @@ class OperatorKind(str, Enum):
 
 
 class Grouping(str, Enum):
-    """Which inputs (outputs) are summed into (copied from) one place. PLAIN and PERMUTED suit every operator, the
-    others only share."""
+    """Which inputs (outputs) are summed into (copied from) one place. PLAIN and PERMUTED
+    suit every operator, the others only share."""
 
     PLAIN = "plain"
     PERMUTED = "permuted"
@@ -59,9 +65,11 @@ class Style(str, Enum):
 
 
 class UpdateSpec(ABC):
-    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for. Immutable and hashable.
+    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for.
+    Immutable and hashable.
 
-    Everything that only one kind of update does is a method or a property here, so that no caller asks for the kind.
+    Everything that only one kind of update does is a method or a property here, so that no
+    caller asks for the kind.
     """
 
     name: ClassVar[str]
@@ -75,14 +83,18 @@ class UpdateSpec(ABC):
     is_stack: ClassVar[bool] = False
     """Whether a layer has a value for each matrix of a stack."""
     has_factors: ClassVar[bool] = False
-    """Whether the value is two matrices beside each other, the first of `d_in` columns, the second transposed."""
+    """Whether the value is two matrices beside each other, the first of `d_in` columns, the
+    second transposed.
+    """
     d_in: int
     d_out: int
 
     @property
     @abstractmethod
     def value_shape(self) -> tuple[int, ...]:
-        """(r_hat, r_hat) of a MoRA matrix, (E, r_hat, r_hat) of a stack, (rank, d_in + d_out) of LoRA's factors."""
+        """(r_hat, r_hat) of a MoRA matrix, (E, r_hat, r_hat) of a stack, (rank, d_in +
+        d_out) of LoRA's factors.
+        """
 
     @property
     def table_bytes(self) -> int:
@@ -90,20 +102,24 @@ class UpdateSpec(ABC):
         return 0
 
     def first_value(self, seed: int) -> Tensor:
-        """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA draws with `seed`."""
+        """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA
+        draws with `seed`.
+        """
         return torch.zeros(self.value_shape)
 
     @abstractmethod
     def delta_weight(self, value: Tensor) -> Tensor:
-        """The (d_out, d_in) change of the weight, in the value's dtype and on its device, sharing no memory with it."""
+        """The (d_out, d_in) change of the weight, in the value's dtype and on its device,
+        sharing no memory with it.
+        """
 
     def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
         """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
         return total.add_(self.delta_weight(value))
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward. A
-        stack, which 4 bits do not hold, has none."""
+        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta
+        and without a backward. A stack, which 4 bits do not hold, has none."""
         raise NotImplementedError
 
     def add_input_gradient_(
@@ -112,15 +128,21 @@ class UpdateSpec(ABC):
         value: Tensor,
         g: Tensor,
     ) -> Tensor:
-        """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (..., d_out); in place."""
+        """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (...,
+        d_out); in place.
+        """
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> object:
-        """What these products read on a device besides the value: they are cached as long as a caller holds them."""
+        """What these products read on a device besides the value: they are cached as long
+        as a caller holds them.
+        """
         return None
 
     def joined(self, values: Sequence[Tensor]) -> tuple[UpdateSpec, Tensor]:
-        """One spec and value whose delta is the sum of those of `values`, fp32, added in their order."""
+        """One spec and value whose delta is the sum of those of `values`, fp32, added in
+        their order.
+        """
         total = values[0]
         for value in values[1:]:
             total = total + value
@@ -131,20 +153,28 @@ class UpdateSpec(ABC):
         return value * factor
 
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has them, where the kind of update
-        bounds the rank by k; None where it does not."""
+        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has
+        them, where the kind of update bounds the rank by k; None where it does not."""
         return None
 
     def weight_name(self, module: str) -> str:
-        """The name of the frozen weight, before injection and in the base's files, of the layer `module`."""
+        """The name of the frozen weight, before injection and in the base's files, of the
+        layer `module`.
+        """
         return f"{module}.weight"
 
-    def members(self, module: str, value: Tensor) -> Iterator[tuple[str, UpdateSpec, Tensor]]:
-        """(name, operator, value) of everything that changes one matrix (d_out, d_in): a stack's experts one by one."""
+    def members(
+        self, module: str, value: Tensor
+    ) -> Iterator[tuple[str, UpdateSpec, Tensor]]:
+        """(name, operator, value) of everything that changes one matrix (d_out, d_in): a
+        stack's experts one by one.
+        """
         yield module, self, value
 
     def single(self, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
-        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec that is none: a file's."""
+        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec that is
+        none: a file's.
+        """
         raise UserError(f"{self.describe()} is no operator of a stack of experts")
 
     def describe(self) -> str:
@@ -157,18 +187,23 @@ class UpdateSpec(ABC):
 
 
 def default_kind(rank: int) -> OperatorKind:
-    """The operator for a LoRA rank when none is named: rotate for small ranks, share for large ones."""
+    """The operator for a LoRA rank when none is named: rotate for small ranks, share for
+    large ones.
+    """
     return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
 
 
 def round_side(side: int, multiple: int, smallest: int) -> int:
-    """`side` rounded down to a multiple of `multiple`, or of 2 where it is below twice `multiple`; always one of
-    `smallest`, which itself stays. `multiple` 1 leaves every such side as it is."""
+    """`side` rounded down to a multiple of `multiple`, or of 2 where it is below twice
+    `multiple`; always one of `smallest`, which itself stays. `multiple` 1 leaves every such
+    side as it is."""
     step = max(smallest, multiple if side >= 2 * multiple else min(2, multiple))
     return side if side == smallest else side - side % step
 
 
 def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
-    """The seed of a layer's permutations in a cycle: a hash, which does not depend on the order of the layers."""
+    """The seed of a layer's permutations in a cycle: a hash, which does not depend on the
+    order of the layers.
+    """
     digest = hashlib.sha256(f"{run_seed}/{layer}/{cycle}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

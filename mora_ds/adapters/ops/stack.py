@@ -1,5 +1,5 @@
-"""One operator for a stack of MoRA matrices: the update of a projection of a mixture's experts, whose weights lie in
-one tensor.
+"""One operator for a stack of MoRA matrices: the update of a projection of a mixture's
+experts, whose weights lie in one tensor.
 
     delta_weight(M)[e] == operator.delta_weight(M[e])
 
@@ -34,7 +34,9 @@ class StackSpec(UpdateSpec):
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_SIDE:
-            raise UserError(f"a stack has from 1 to {MAX_SIDE:,} matrices, got {self.count}")
+            raise UserError(
+                f"a stack has from 1 to {MAX_SIDE:,} matrices, got {self.count}"
+            )
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
@@ -59,7 +61,9 @@ class StackSpec(UpdateSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         return torch.stack([self.operator.delta_weight(square) for square in value])
 
-    def members(self, module: str, value: Tensor) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
+    def members(
+        self, module: str, value: Tensor
+    ) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
         for index, square in enumerate(value):
             yield f"{module}.{index}", self.operator, square
 

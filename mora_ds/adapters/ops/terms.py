@@ -1,9 +1,11 @@
-"""Updates of merged cycles that a frozen weight does not take up: they go on acting through their values.
+"""Updates of merged cycles that a frozen weight does not take up: they go on acting through
+their values.
 
     W x = W0 x + sum over the terms of update(x)
 
-A *term* is a spec with its value, in the dtype of the run; it is not trained. Over activations it costs what the
-current cycle's matrix costs, without that one's gradient; over the weight (`delta.add_deltas_`) a pass over W.
+A *term* is a spec with its value, in the dtype of the run; it is not trained. Over
+activations it costs what the current cycle's matrix costs, without that one's gradient;
+over the weight (`delta.add_deltas_`) a pass over W.
 
 Shape legend:  O = d_out, D = d_in.
 """
@@ -18,7 +20,9 @@ Term = tuple[UpdateSpec, Tensor]
 
 
 def join(updates: Iterable[Term]) -> tuple[Term, ...]:
-    """As few terms as have the same sum: values of equal specs become one (`UpdateSpec.joined`), in fp32."""
+    """As few terms as have the same sum: values of equal specs become one
+    (`UpdateSpec.joined`), in fp32.
+    """
     values: dict[UpdateSpec, list[Tensor]] = {}
     for spec, value in updates:
         values.setdefault(spec, []).append(value.float())
@@ -37,7 +41,9 @@ def add_terms_gradient_(
     terms: Iterable[Term],
     g: Tensor,
 ) -> Tensor:
-    """g_x (..., D) + the transpose of `add_terms_`'s linear map, applied to g (..., O); in place."""
+    """g_x (..., D) + the transpose of `add_terms_`'s linear map, applied to g (..., O); in
+    place.
+    """
     for spec, value in terms:
         spec.add_input_gradient_(g_x, value.to(g.dtype), g)
     return g_x

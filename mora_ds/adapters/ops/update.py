@@ -20,13 +20,17 @@ class _Stack:
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
-    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys and wrong types."""
+    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys and
+    wrong types.
+    """
     without_kind = {key: value for key, value in values.items() if key != "kind"}
     spec: UpdateSpec
     match values.get("kind"):
         case StackSpec.name:
             stack = typed_fully(_Stack, without_kind, "operator")
-            spec = StackSpec(stack.count, typed_fully(OperatorSpec, stack.operator, "operator"))
+            spec = StackSpec(
+                stack.count, typed_fully(OperatorSpec, stack.operator, "operator")
+            )
         case LoRASpec.name:
             spec = typed_fully(LoRASpec, without_kind, "operator")
         case _:

@@ -1,5 +1,6 @@
-"""The GPU's paths of a layer, by their operations in plain torch: base + delta, forward and backward; and how many
-kernels they start, counted on the meta device, which runs what CUDA runs."""
+"""The GPU's paths of a layer, by their operations in plain torch: base + delta, forward and
+backward; and how many kernels they start, counted on the meta device, which runs what CUDA
+runs."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,12 +28,23 @@ both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT
 MOST_KERNELS = {OperatorKind.SHARE: 10, OperatorKind.ROTATE: 14}
 """Of a layer, forward and backward."""
 
-SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select", "to_copy_cpu"}
+SYNCS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "item",
+    "unique",
+    "masked_select",
+    "to_copy_cpu",
+}
 """Operations that wait for the device."""
 
 
 def by_kernels(spec, path):
-    """Half with the bias in the product, half with it after a product that starts from the update."""
+    """Half with the bias in the product, half with it after a product that starts from the
+    update.
+    """
     tables = KernelTables(spec, CPU)
 
     def layer(x, weight, bias, square):
@@ -49,7 +61,8 @@ def test_both_paths_are_base_plus_delta(kind, path):
         if spec.kind is kind:
             expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
             results = outputs_and_gradients(spec, torch.float64, by_kernels(spec, path))
-            for one, right in zip(results, expected, strict=True):  # rotate's cosines are fp32
+            # rotate's cosines are fp32
+            for one, right in zip(results, expected, strict=True):
                 assert torch.allclose(one, right, rtol=1e-6, atol=1e-6), spec
 
 
@@ -59,7 +72,14 @@ def test_both_paths_of_no_tokens(path):
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
         square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
-        y = kernel_linear(x, torch.ones(spec.d_out, spec.d_in), None, square, KernelTables(spec, CPU), path)
+        y = kernel_linear(
+            x,
+            torch.ones(spec.d_out, spec.d_in),
+            None,
+            square,
+            KernelTables(spec, CPU),
+            path,
+        )
         assert y.shape == (0, spec.d_out)
         of_x, of_square = torch.autograd.grad(y.sum(), (x, square))
         assert of_x.shape == x.shape
@@ -69,11 +89,15 @@ def test_both_paths_of_no_tokens(path):
 @both_paths
 @by_kind
 def test_both_paths_in_bf16(kind, path):
-    for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
+    for spec in [
+        spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1
+    ][::5]:
         expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
         results = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
         for one, right in zip(results, expected, strict=True):
-            assert (one - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), spec
+            assert (one - right).norm() <= 4 * torch.finfo(
+                torch.bfloat16
+            ).eps * right.norm(), spec
 
 
 @both_paths
@@ -85,7 +109,9 @@ def test_a_model_in_fp32_computes_under_autocast(path):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = kernel_linear(x, weight, None, square, tables, path)
     assert y.dtype is torch.bfloat16
-    assert (y.float() - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    assert (y.float() - expected).norm() <= 4 * torch.finfo(
+        torch.bfloat16
+    ).eps * expected.norm()
 
 
 @by_kind
@@ -125,7 +151,9 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one():
 
 
 def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch):
-    """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain operations."""
+    """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain
+    operations.
+    """
     monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     base = nn.Linear(12, 8)
@@ -139,14 +167,22 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
         with Kernels() as kernels:
             y = layer(x)
         assert kernels.started["mora_ds.form"] == kernels.started["mora_ds.gather_sum"] == 1
-        torch.testing.assert_close(y, F.linear(x, original + delta_weight(layer.spec, square), base.bias))
-    assert {name for name, _ in layer.named_buffers()} >= {"tables.fold", "tables.unfold", "tables.spread"}
+        torch.testing.assert_close(
+            y, F.linear(x, original + delta_weight(layer.spec, square), base.bias)
+        )
+    assert {name for name, _ in layer.named_buffers()} >= {
+        "tables.fold",
+        "tables.unfold",
+        "tables.spread",
+    }
     assert not layer.state_dict().keys() & {"tables.fold", "weight"}
     assert layer.to(torch.bfloat16).tables.fold.dtype is torch.int32
     with Kernels() as kernels:
         layer.float().merge(original, [(layer.spec, square)], square)
     assert not [name for name in kernels.started if name.startswith("mora_ds")]
-    assert torch.equal(layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32))
+    assert torch.equal(
+        layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32)
+    )
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -160,8 +196,16 @@ class Kernels(TorchDispatchMode):
         self.started = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").replace("::", ".").split(".", 2 if "mora_ds" in func.name() else 1)
-        if not (func.is_view or name[0] in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")):
+        name = (
+            func.name()
+            .removeprefix("aten::")
+            .replace("::", ".")
+            .split(".", 2 if "mora_ds" in func.name() else 1)
+        )
+        if not (
+            func.is_view
+            or name[0] in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
+        ):
             self.started[".".join(name[:2]) if name[0] == "mora_ds" else name[0]] += 1
         return func(*args, **(kwargs or {}))
 
@@ -172,7 +216,9 @@ def meta(*shape):
 
 @both_paths
 @by_kind
-@pytest.mark.parametrize("shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
+@pytest.mark.parametrize(
+    "shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)]
+)
 def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     d_in, d_out = shape
     spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)

@@ -1,4 +1,6 @@
-"""The count of bytes that kernels move: what it holds them to, and that it sees rows that are read twice."""
+"""The count of bytes that kernels move: what it holds them to, and that it sees rows that
+are read twice.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ MOST = 1.15
 """Bytes of a step of a layer, by the least that it can do with."""
 
 MOST_BY_ARITHMETIC = 1.95
-"""Of M's gradient at a side of 3,072: its 576 tiles are more than an H100 sums at once, so that operands come again."""
+"""Of M's gradient at a side of 3,072: its 576 tiles are more than an H100 sums at once, so
+that operands come again.
+"""
 
 FLOPS = 620e12
 BYTES = 2.8e12
@@ -25,7 +29,9 @@ def test_each_step_moves_hardly_more_than_the_least(kind, rank, tokens):
         spec = traffic.layer_spec(kind, rank, shape)
         for step, (actual, least) in traffic.step_bytes(spec, tokens).items():
             by_arithmetic = step == "dM" and spec.r_hat == 3072
-            assert least <= actual <= (MOST_BY_ARITHMETIC if by_arithmetic else MOST) * least, (shape, step)
+            assert (
+                least <= actual <= (MOST_BY_ARITHMETIC if by_arithmetic else MOST) * least
+            ), (shape, step)
             if by_arithmetic:  # the product takes longer than its reads
                 assert 3 * actual / BYTES < 2 * tokens * spec.r_hat**2 / FLOPS, (
                     "the product takes longer than its reads"

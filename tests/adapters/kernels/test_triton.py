@@ -1,4 +1,6 @@
-"""The Triton kernels without a GPU: results in triton's interpreter, and machine code from its compiler."""
+"""The Triton kernels without a GPU: results in triton's interpreter, and machine code from
+its compiler.
+"""
 
 import os
 import sys
@@ -31,7 +33,9 @@ REGISTERS = 65536
 
 
 def interpret(start, step, interpreted="1"):
-    """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they were."""
+    """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they
+    were.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
     module = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted"]
     done = called([*module, str(start), str(step)], cwd=ROOT, env=environment)
@@ -62,14 +66,18 @@ def check_code(name, launch, capability):
     code = compile_launch(launch, capability)
     threads = 32 * launch.options["num_warps"]
     assert code.stack == code.local == 0, f"{name} spills registers: {code.stack} bytes"
-    assert threads * code.registers <= REGISTERS, f"{name}: {code.registers} registers of {threads} threads"
+    assert threads * code.registers <= REGISTERS, (
+        f"{name}: {code.registers} registers of {threads} threads"
+    )
     assert code.shared <= 99 * 1024, f"{name}: {code.shared} bytes of shared memory"
     assert code.loads(128) > 0, f"{name} reads no 128 bits at once"
     if name == "product":
         instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
         assert instruction in code.ptx, f"{name} does not use the tensor cores"
     elif name != "form" or launch.kernel is not triton_ops._form_blocks:
-        assert code.loads(8) == code.loads(16) == 0, f"{name} reads single numbers from global memory"
+        assert code.loads(8) == code.loads(16) == 0, (
+            f"{name} reads single numbers from global memory"
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +103,9 @@ def test_machine_code(spec, name, capability):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
+)
 @pytest.mark.parametrize("kind", list(OperatorKind))
 def test_machine_code_of_every_operator(kind, shape, capability):
     side = 272 if OPERATORS[kind].in_blocks else 1440
@@ -106,7 +116,9 @@ def test_machine_code_of_every_operator(kind, shape, capability):
 
 
 def test_a_spill_and_scattered_loads_are_noticed():
-    """The checks above fail for a kernel that holds too much, and for one that gathers from global memory."""
+    """The checks above fail for a kernel that holds too much, and for one that gathers from
+    global memory.
+    """
     fold = launches(ROTATE, torch.bfloat16)["fold"]
     with pytest.raises(AssertionError, match="single numbers"):
         check_code("fold", replace(fold, constants={**fold.constants, "SHARED": False}), 90)

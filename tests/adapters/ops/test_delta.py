@@ -1,4 +1,6 @@
-"""Deltas added in place: the bits of `total + delta_weight`, for every operator and shape."""
+"""Deltas added in place: the bits of `total + delta_weight`, for every operator and
+shape.
+"""
 
 import itertools
 
@@ -12,12 +14,24 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import UserError
 
-SHAPES = [(16, 16), (16, 24), (24, 16), (33, 50), (50, 33), (7, 64), (64, 7), (96, 20), (20, 96)]
+SHAPES = [
+    (16, 16),
+    (16, 24),
+    (24, 16),
+    (33, 50),
+    (50, 33),
+    (7, 64),
+    (64, 7),
+    (96, 20),
+    (20, 96),
+]
 SIDES = (2, 6, 10, 16, 30, 70)
 
 
 def specs(kind):
-    """Every one that exists: sides below, at and above the layer's, that divide it and do not."""
+    """Every one that exists: sides below, at and above the layer's, that divide it and do
+    not.
+    """
     valid = []
     for (d_in, d_out), side, grouping in itertools.product(SHAPES, SIDES, Grouping):
         try:
@@ -50,8 +64,17 @@ def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch):
     """Also where the weight is processed in parts."""
     monkeypatch.setattr(mora, "_CHUNK", 100)
     generator = torch.Generator().manual_seed(1)
-    kinds = [OperatorKind.SHARE, OperatorKind.ROTATE, OperatorKind.SHARE, OperatorKind.TRUNCATE, OperatorKind.SHARE]
-    chain = [OperatorSpec(kind, 40, 30, 12, Grouping.PERMUTED, seed) for seed, kind in enumerate(kinds * 3)]
+    kinds = [
+        OperatorKind.SHARE,
+        OperatorKind.ROTATE,
+        OperatorKind.SHARE,
+        OperatorKind.TRUNCATE,
+        OperatorKind.SHARE,
+    ]
+    chain = [
+        OperatorSpec(kind, 40, 30, 12, Grouping.PERMUTED, seed)
+        for seed, kind in enumerate(kinds * 3)
+    ]
     chain.insert(4, LoRASpec(40, 30, 3, 6.0))
     updates = [(spec, torch.randn(spec.value_shape, generator=generator)) for spec in chain]
     total = torch.randn(30, 40, generator=generator)

@@ -1,4 +1,6 @@
-"""A frozen weight in 8 bits: its error, and that a layer on it computes what one on the dense weight does."""
+"""A frozen weight in 8 bits: its error, and that a layer on it computes what one on the
+dense weight does.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -20,9 +22,21 @@ from mora_ds.common.errors import RunError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
-from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
+from tests.helpers.operators import (
+    assert_same_bits_for_every_number_of_threads,
+    random,
+    spec_id,
+    specs,
+)
 from tests.helpers.pairwise import pairwise
-from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
+from tests.helpers.quantized import (
+    LORA,
+    adapt,
+    assert_computes_as_over_dense,
+    base_of,
+    in_bits,
+    model_in_few_bits,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -39,7 +53,9 @@ def matrix(rows, columns, dtype=torch.float32):
 def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
     weight = matrix(400, 700, dtype)  # more than one piece of work
     values, scales = quantize(weight)
-    assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
+    assert Int8Weight(values, scales).largest_error == pytest.approx(
+        float(scales.max()) / 2
+    )
     assert values.dtype is torch.int8
     assert scales.dtype is torch.float32
     assert values.is_contiguous()
@@ -53,7 +69,8 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
 
 def test_rows_of_zeros_and_numbers_that_cannot_be_held():
     weight = torch.zeros(3, 5)
-    weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])  # 127 steps of it are below what fp32 knows
+    # 127 steps of it are below what fp32 knows
+    weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])
     values, scales = quantize(weight)
     assert not dense(Int8Weight(values, scales), torch.float32).abs().gt(1e-44).any()
     for bad in (float("nan"), float("inf"), -float("inf")):
@@ -75,7 +92,9 @@ def test_bits_do_not_depend_on_threads_or_layout():
     weight = matrix(300, 2000)
     first = quantize(weight)
     for part in (0, 1):
-        assert_same_bits_for_every_number_of_threads(lambda part=part: quantize(weight)[part])
+        assert_same_bits_for_every_number_of_threads(
+            lambda part=part: quantize(weight)[part]
+        )
         assert torch.equal(first[part], quantize(weight.T.contiguous().T)[part])
 
 
@@ -86,7 +105,9 @@ in_8_bits = partial(in_bits, bits=8)
 
 
 @pytest.mark.parametrize(
-    "spec", [*list(specs())[::3], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
+    "spec",
+    [*list(specs())[::3], *LORA],
+    ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora",
 )
 def test_a_layer_is_the_layer_over_the_dense_weight(spec, monkeypatch):
     assert_computes_as_over_dense(spec, 8, [], monkeypatch, rtol=1e-11, atol=1e-10)
@@ -104,7 +125,10 @@ class Casting(nn.Module):
 
 
 def test_activations_are_not_cast_to_integers():
-    for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
+    for config in (
+        MoRAConfig(rank=1, base_bits=8),
+        LoRAConfig(rank=1, base_bits=8, dropout=0.5),
+    ):
         model = Casting()
         inject(model, config)
         with user_error(r"--base_bits 8: this model casts activations .* torch.int8"):
@@ -124,7 +148,9 @@ CONFIGS = {
 
 @pairwise({"config": list(CONFIGS), "checkpointing": [False, True], "bits": [8, 4]})
 def test_nothing_of_a_weights_size_is_kept(config, checkpointing, bits):
-    """A forward saves as many bytes for backward as on a dense base; in 4 bits with merged cycles too."""
+    """A forward saves as many bytes for backward as on a dense base; in 4 bits with merged
+    cycles too.
+    """
     if bits == 4:
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
     live_bytes = {}
@@ -156,7 +182,9 @@ def test_only_adapted_weights_are_int8():
     layers = mora_layers(model)
     scales = {name: layer.weight_scales.clone() for name, layer in layers.items()}
     model.to(torch.bfloat16)
-    assert all(torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items())
+    assert all(
+        torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items()
+    )
     assert model.lm_head.weight.dtype is torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -165,12 +193,17 @@ def test_only_adapted_weights_are_int8():
 
 
 def test_many_merges_of_a_conv1d_are_one():
-    """The original plus all deltas, rounded once. (Of linear layers: tests/train/test_quantized_run.py.)"""
+    """The original plus all deltas, rounded once. (Of linear layers:
+    tests/train/test_quantized_run.py.)
+    """
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, True, torch.float32)
     original = base.weight.data.clone()
     layer = in_8_bits(adapt(base, spec))
-    updates = [(replace(spec, seed=cycle), 0.003 * random(10, 10, seed=cycle).float()) for cycle in range(3)]
+    updates = [
+        (replace(spec, seed=cycle), 0.003 * random(10, 10, seed=cycle).float())
+        for cycle in range(3)
+    ]
     for cycles in (1, 2, 3):
         layer.form(original, updates[:cycles])
     values, scales = quantize(live_weight(original, updates, True, torch.float32).T)
@@ -181,7 +214,9 @@ def test_many_merges_of_a_conv1d_are_one():
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_norms_of_a_merge(bits, conv):
-    """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or bf16 keeps out of it."""
+    """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or
+    bf16 keeps out of it.
+    """
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
     original = base.weight.data.clone()

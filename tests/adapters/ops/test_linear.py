@@ -1,4 +1,6 @@
-"""All ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
+"""All ways to compute a layer are base + delta, forward and backward, on every operator,
+shape and kind of device.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +17,15 @@ from mora_ds.adapters.ops.gather import gather
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
+from tests.helpers.operators import (
+    by_definition,
+    by_path,
+    outputs_and_gradients,
+    random,
+    saved_bytes,
+    spec_id,
+    specs,
+)
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 all_paths = pytest.mark.parametrize("path", PATHS)
@@ -33,11 +43,17 @@ def test_all_paths_are_base_plus_delta(spec, monkeypatch):
 
 
 @all_paths
-@pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
+@pytest.mark.parametrize(
+    "spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id
+)
 def test_all_paths_in_bf16(spec, path):
     """By other products than in fp32: within what bf16 rounds."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-    for result, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
+    for result, right in zip(
+        outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)),
+        expected,
+        strict=True,
+    ):
         assert (result - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
 
 
@@ -62,10 +78,16 @@ def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
         """Output and gradients, flat."""
         x.requires_grad_()
         y = mora_linear(x, weight, None, square, spec, path)
-        return [tensor.flatten() for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, square)))]
+        return [
+            tensor.flatten()
+            for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, square)))
+        ]
 
     x = random(1, 12)
-    assert all(torch.equal(one, same) for one, same in zip(computed(x[0].clone()), computed(x.clone()), strict=True))
+    assert all(
+        torch.equal(one, same)
+        for one, same in zip(computed(x[0].clone()), computed(x.clone()), strict=True)
+    )
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -92,7 +114,12 @@ def test_rotate_keeps_the_input_that_others_read_too(path):
     x = torch.randn(9, 32, requires_grad=True)
     square = torch.randn(8, 8, requires_grad=True)
     weight = torch.randn(32, 32)
-    assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
+    assert (
+        saved_bytes(
+            lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x
+        )
+        == 0
+    )
 
 
 def test_memory_that_is_written_again_is_that_of_one_use_and_thread():
@@ -111,7 +138,10 @@ def test_memory_that_is_written_again_is_that_of_one_use_and_thread():
 # -- the rule ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d_in, d_out, tokens", [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)])
+@pytest.mark.parametrize(
+    "d_in, d_out, tokens",
+    [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)],
+)
 def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in, d_out, tokens):
     """Literal numbers: another rule would change the bits of every run."""
     assert cheaper_path(tokens, d_in, d_out) is Compute.WEIGHT
@@ -132,4 +162,6 @@ def test_auto_computes_what_the_named_path_computes(tokens):
         layer.square.data.copy_(square)
         outputs[compute] = layer(x)
     assert torch.equal(outputs[Compute.AUTO], outputs[path])
-    assert not torch.equal(outputs[Compute.ACTIVATION], outputs[Compute.WEIGHT]), "or this test shows nothing"
+    assert not torch.equal(outputs[Compute.ACTIVATION], outputs[Compute.WEIGHT]), (
+        "or this test shows nothing"
+    )

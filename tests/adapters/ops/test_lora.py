@@ -33,7 +33,9 @@ SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
 
 
 def random_factors(spec):
-    return torch.randn(spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_update_and_delta_agree_with_the_formula():
@@ -51,7 +53,9 @@ def test_update_and_delta_agree_with_the_formula():
 
 def test_delta_has_the_same_bits_for_every_number_of_threads():
     spec = LoRASpec(300, 200, 5, 10.0)
-    assert_same_bits_for_every_number_of_threads(lambda: spec.delta_weight(random_factors(spec)))
+    assert_same_bits_for_every_number_of_threads(
+        lambda: spec.delta_weight(random_factors(spec))
+    )
 
 
 def test_a_cycle_starts_from_a_random_a_and_a_zero_b():
@@ -80,8 +84,12 @@ def test_gradients_are_those_of_the_two_matrices():
     factors = random_factors(SPEC)
     layer.factors.data.copy_(factors)
     x = torch.randn(4, 12)
-    down, up = (factor.clone().requires_grad_() for factor in (factors[:, :12], factors[:, 12:].T))
-    (F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T).square().sum().backward()
+    down, up = (
+        factor.clone().requires_grad_() for factor in (factors[:, :12], factors[:, 12:].T)
+    )
+    (
+        F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T
+    ).square().sum().backward()
     layer(x).square().sum().backward()
     assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
 
@@ -103,7 +111,9 @@ def relora(folder, stage, dtype, merges):
     run = Run(engine, base=Path(folder) / "base", folder=Path(folder) / "out")
     for step in range(1, merges + 1):
         for _ in range(2):  # after the first of them B is no longer zero, and A learns too
-            loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
+            loss = causal_loss(
+                engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world]
+            )
             engine.backward(loss)
             engine.step()
         report = run.merge(step)
@@ -114,7 +124,10 @@ def relora(folder, stage, dtype, merges):
     return {
         "weights": {name: layer.weight.clone() for name, layer in layers},
         "starts": starts,
-        "expected": {name: layer.spec.first_value(config.first_seed(name, merges)) for name, layer in layers},
+        "expected": {
+            name: layer.spec.first_value(config.first_seed(name, merges))
+            for name, layer in layers
+        },
     }
 
 
@@ -133,7 +146,12 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path, world, stage, dtype):
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 4
     for name, weight in ranks[0]["weights"].items():
-        replayed = summed(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))
+        replayed = summed(
+            base.read(f"{name}.weight"),
+            ledger.squares_of(name),
+            False,
+            getattr(torch, dtype),
+        )
         assert not torch.equal(replayed, base.read(f"{name}.weight"))
         assert torch.equal(weight, replayed)
         for result in ranks:
@@ -148,10 +166,16 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path, world, stage, dtype):
 
 
 def set_everywhere():
-    """`zero.set_fp32` at every stage and dtype, against what the engine then holds and computes with."""
+    """`zero.set_fp32` at every stage and dtype, against what the engine then holds and
+    computes with.
+    """
     wrong = []
     for stage in (1, 2, 3):
-        for section, dtype in (("", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for section, dtype in (
+            ("", torch.float32),
+            ("bf16", torch.bfloat16),
+            ("fp16", torch.float16),
+        ):
             model = tiny_model("llama")
             inject(model, LoRAConfig(rank=3))
             half = {section: {"enabled": True}} if section else {}

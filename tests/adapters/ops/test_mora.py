@@ -1,4 +1,6 @@
-"""The operators against the reference's outputs, and against their own contract on every shape."""
+"""The operators against the reference's outputs, and against their own contract on every
+shape.
+"""
 
 import json
 import math
@@ -73,13 +75,18 @@ def golden_cases():
 @pytest.mark.parametrize("case", golden_cases())
 def test_reference_outputs_are_reproduced(case):
     with safe_open(GOLDEN, "pt") as file:
-        square, x, y, delta = (file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta"))
+        square, x, y, delta = (
+            file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta")
+        )
     kind, grouping = REFERENCE_TYPES[int(case[4])]
     spec = OperatorSpec(kind, x.shape[1], y.shape[1], square.shape[0], grouping)
     assert square.dtype is torch.float64
-    for result, right in ((mora_update(spec, square, x), y), (delta_weight(spec, square), delta)):
-        # The reference's sines and cosines are of angles in fp32, by its CPU's instructions; ours are exact but for
-        # one rounding.
+    for result, right in (
+        (mora_update(spec, square, x), y),
+        (delta_weight(spec, square), delta),
+    ):
+        # The reference's sines and cosines are of angles in fp32, by its CPU's
+        # instructions; ours are exact but for one rounding.
         apart = 3e-7 * right.abs().max().item() if kind is OperatorKind.ROTATE else 1e-10
         assert_close(result, right, rtol=0, atol=apart)
 
@@ -87,9 +94,22 @@ def test_reference_outputs_are_reproduced(case):
 @pytest.mark.parametrize("blocks, r_hat", [(1, 2), (7, 2), (16, 256), (300, 38)])
 def test_sines_and_cosines_are_correctly_rounded(blocks, r_hat):
     cos, sin = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
-    angles = [[block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)] for block in range(blocks)]
-    assert torch.equal(cos, torch.tensor([[math.cos(angle) for angle in row] for row in angles], dtype=torch.float32))
-    assert torch.equal(sin, torch.tensor([[math.sin(angle) for angle in row] for row in angles], dtype=torch.float32))
+    angles = [
+        [block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)]
+        for block in range(blocks)
+    ]
+    assert torch.equal(
+        cos,
+        torch.tensor(
+            [[math.cos(angle) for angle in row] for row in angles], dtype=torch.float32
+        ),
+    )
+    assert torch.equal(
+        sin,
+        torch.tensor(
+            [[math.sin(angle) for angle in row] for row in angles], dtype=torch.float32
+        ),
+    )
 
 
 def test_golden_file_holds_every_type_of_the_reference():
@@ -121,9 +141,13 @@ def test_adjoint(spec):
     assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id)
+@pytest.mark.parametrize(
+    "spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id
+)
 def test_blocks_reach_every_input_and_every_output(spec):
-    """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""
+    """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's
+    down_proj).
+    """
     delta = delta_weight(spec, random(spec.r_hat, spec.r_hat))
     assert (delta.abs().sum(dim=0) > 0).all(), "an input never adapts"
     assert (delta.abs().sum(dim=1) > 0).all(), "an output never adapts"
@@ -135,7 +159,8 @@ def test_truncate_and_decouple_by_hand():
     assert truncate.tolist() == [[1, 2, 0], [3, 4, 0], [0, 0, 0], [0, 0, 0]]
     decouple = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 4, 2), square)
     assert decouple.tolist() == [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, 1, 2], [0, 0, 3, 4]]
-    folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), square)  # two input blocks on one output block
+    # Two input blocks on one output block
+    folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), square)
     assert folded.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4]]
 
 
@@ -151,8 +176,9 @@ def mirrored_groups(spec):
 
 
 def blocks_onto_few_outputs(spec):
-    """All blocks of the input, from the last number to the first and on from the last again, onto the same outputs:
-    these read some inputs in two blocks, and the outputs after them read none."""
+    """All blocks of the input, from the last number to the first and on from the last
+    again, onto the same outputs: these read some inputs in two blocks, and the outputs
+    after them read none."""
     fold = torch.arange(spec.blocks_in * spec.r_hat).flip(0).unsqueeze(0) % spec.d_in
     outputs = torch.arange(spec.r_hat).unsqueeze(0)
     return fold, outputs.where(outputs < spec.d_out, -1)
@@ -169,9 +195,17 @@ def blocks_onto_few_outputs(spec):
         Operator(blocks_onto_wrapped_outputs, in_blocks=True),
         Operator(blocks_onto_wrapped_outputs, in_blocks=True, rotates=True),
     ],
-    ids=["groups", "blocks", "rotated blocks", "wrapped blocks", "wrapped and rotated blocks"],
+    ids=[
+        "groups",
+        "blocks",
+        "rotated blocks",
+        "wrapped blocks",
+        "wrapped and rotated blocks",
+    ],
 )
-def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(operator, sizes, grouping, monkeypatch):
+def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
+    operator, sizes, grouping, monkeypatch
+):
     """It takes the name of one that is."""
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
@@ -188,7 +222,9 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(operator, siz
         assert_close(factors[1] @ factors[0], delta)
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
-        assert_close(outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected)
+        assert_close(
+            outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected
+        )
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
     kernel_tables = KernelTables(spec, torch.device("cpu"))
@@ -198,11 +234,19 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(operator, siz
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
     g = random(5, spec.d_out, seed=4)
     half = spec.d_in // 2
-    windows = [Window(spec, span, (0, spec.d_out)) for span in ((0, half), (half, spec.d_in))]
+    windows = [
+        Window(spec, span, (0, spec.d_out)) for span in ((0, half), (half, spec.d_in))
+    ]
     zeros = [torch.zeros(spec.d_out, window.d_in).double() for window in windows]
-    formed = [effective_weight(window, square, zero) for window, zero in zip(windows, zeros, strict=True)]
+    formed = [
+        effective_weight(window, square, zero)
+        for window, zero in zip(windows, zeros, strict=True)
+    ]
     assert_close(torch.cat(formed, dim=1), delta)
-    gradients = [square_gradient(window, saved_input(window, x[:, slice(*window.inputs)]), g) for window in windows]
+    gradients = [
+        square_gradient(window, saved_input(window, x[:, slice(*window.inputs)]), g)
+        for window in windows
+    ]
     assert_close(sum(gradients), adjoint(spec, g.T @ x))
     add_deltas_(merged, [(spec, square)])
     assert torch.equal(merged, right)
@@ -215,7 +259,9 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(operator, siz
 
 @every_grouping
 def test_tables_made_in_inference_mode_serve_training(kind, grouping):
-    """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
+    """An evaluation may be the first to use an operator; its cached tables must not be
+    inference tensors.
+    """
     index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
     square = random(4, 4).requires_grad_()
@@ -236,8 +282,21 @@ def test_permutations_are_those_that_every_ledger_was_written_with():
     assert inputs.tolist() == [0, 7, 3, 9, 6, 4, 1, 8, 5, 2]
     assert outputs.tolist() == [0, 3, 4, 5, 1, 2]
     square = torch.arange(16.0).view(4, 4)
-    assert delta_weight(spec, square)[0].tolist() == [2.0, 2.0, 1.0, 2.0, 1.0, 0.0, 0.0, 4.0, 3.0, 3.0]
-    assert torch.equal(compress(spec, torch.arange(10.0))[0], torch.tensor([11.0, 13.0, 4.0, 24.0]))
+    assert delta_weight(spec, square)[0].tolist() == [
+        2.0,
+        2.0,
+        1.0,
+        2.0,
+        1.0,
+        0.0,
+        0.0,
+        4.0,
+        3.0,
+        3.0,
+    ]
+    assert torch.equal(
+        compress(spec, torch.arange(10.0))[0], torch.tensor([11.0, 13.0, 4.0, 24.0])
+    )
 
 
 def test_permutation_seeds_are_those_that_every_ledger_was_written_with():
@@ -274,14 +333,18 @@ def test_fresh_permutations_let_the_rank_grow():
 
 def test_square_size():
     assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
-    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336  # of 347.6, which the reference rounds to 348
+    # Of 347.6, which the reference rounds to 348
+    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336
     assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=8) == 344
     assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=1) == 347
     assert square_size(4096, 11008, 8, OperatorKind.ROTATE, multiple=1) == 346  # even
     assert square_size(1, 1, 1, OperatorKind.SHARE) == 1
-    assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0  # too small for a pair: the config refuses it
+    # Too small for a pair: the config refuses it
+    assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0
     for d_in, d_out, rank in ((100, 37, 3), (4096, 11008, 256), (10**6 + 3, 7, 64)):
-        assert square_size(d_in, d_out, rank, OperatorKind.SHARE) ** 2 <= (d_in + d_out) * rank
+        assert (
+            square_size(d_in, d_out, rank, OperatorKind.SHARE) ** 2 <= (d_in + d_out) * rank
+        )
 
 
 @pytest.mark.parametrize("smallest", [1, 2])
@@ -291,7 +354,10 @@ def test_a_side_is_rounded_down_to_a_side(multiple, smallest):
     assert sides == sorted(sides)
     assert all(rounded <= side for side, rounded in enumerate(sides))
     assert [round_side(side, multiple, smallest) for side in sides] == sides
-    assert all(side % smallest == 0 and (side < 2 * multiple or side % multiple == 0) for side in sides)
+    assert all(
+        side % smallest == 0 and (side < 2 * multiple or side % multiple == 0)
+        for side in sides
+    )
     assert sides[1] == 2 - smallest
     assert multiple < 16 or sides[30:33] + sides[47:49] == [30, 30, 32, 32, 48]
 
@@ -321,7 +387,9 @@ NO_OPERATORS = """
 @pytest.mark.parametrize("changes, message", rows(NO_OPERATORS))
 def test_specs_that_are_no_operator(changes, message):
     with user_error(message):
-        spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)})
+        spec_from_dict(
+            {"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)}
+        )
 
 
 @every_grouping
