@@ -42,7 +42,7 @@ def run_plugin_code(folder):
     names = {
         "model": AutoModelForCausalLM.from_pretrained(model_folder),
         "model_folder": model_folder,
-        "dataset": Rows(),
+        "data": Rows(),
         "ds_config": ds_config(3, 2, 1),
     }
     exec(plugin_code(), names)
