@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
@@ -20,7 +19,8 @@ from mora_ds.engine.zero import view_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger
-from mora_ds.remora.merge import ReMoRA
+from mora_ds.train.run import Run
+from tests.helpers.adapters import summed
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 ROWS = 6
@@ -191,31 +191,21 @@ def one_step(engine):
         engine.step()
 
 
-def merging_run(folder, dtype, merges):
-    """Train a step, merge, train a step, ... on this rank of several."""
-    world = dist.get_world_size()
-    rank = dist.get_rank()
-    half = (
-        {}
-        if dtype == "float32"
-        else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    )
+def merging_run(folder, config, stage, dtype, merges):
+    """Train, merge, train, merge, ... and save, on this rank of several. The base lies in
+    `folder`/base, the run in `folder`/out.
+    """
+    rows = ROWS // dist.get_world_size()
+    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     model = tiny_model("llama", dtype=getattr(torch, dtype))
-    base_folder = Path(folder) / "base"
-    if rank == 0:
-        write_own_base(model, base_folder)
+    base = Path(folder) / "base"
+    if dist.get_rank() == 0:
+        write_own_base(model, base)
     dist.barrier()
-    config = MoRAConfig(rank=4, operator="share")
     inject(model, config)
-    settings = ds_config(3, ROWS // world, 1, **half)
+    settings = ds_config(stage, rows, 1, **(half if dtype == "bfloat16" else {}))
     engine, *_ = initialize(model=model, config=settings)
-    base = BaseCheckpoint.open(base_folder)
-    if rank == 0:
-        Ledger.create(Path(folder) / "ledger", base.fingerprint())
-    dist.barrier()
-    ledger = Ledger.open(Path(folder) / "ledger")
-    keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
-    remora = ReMoRA(engine, config, ledger, base, keys)
+    run = Run(engine, base=base, folder=Path(folder) / "out")
     probe = tokens(2, seed=777)
 
     @torch.no_grad()
@@ -224,17 +214,33 @@ def merging_run(folder, dtype, merges):
 
     reports = []
     for step in range(1, merges + 1):
-        loss = causal_loss(
-            engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world]
-        )
-        engine.backward(loss)
-        engine.step()
-        reports.append(remora.merge(step, loss_of_probe))
+        batch = tokens(ROWS, seed=step)[dist.get_rank() * rows :][:rows]
+        for _ in range(
+            2
+        ):  # after the first of them LoRA's B is no longer zero, and A learns too
+            engine.backward(causal_loss(engine, batch))
+            engine.step()
+        reports.append(vars(run.merge(step, loss_of_probe)))
     moments = {key: value.clone() for key, value in state_tensors(engine, 0)}
+    run.save(merges)
+    layers = mora_layers(model).items()
     return {
-        "reports": [vars(report) for report in reports],
-        "weights": {
-            name: layer.weight.clone() for name, layer in mora_layers(model).items()
-        },
+        "reports": reports,
+        "weights": {name: layer.weight.clone() for name, layer in layers},
+        "values": {name: zero.full_fp32(layer.value) for name, layer in layers},
         "moments": moments,
     }
+
+
+def assert_replayed(ranks, folder):
+    """The live weights that each rank of `merging_run` holds are the originals with all
+    cycles of the ledger, to the bit.
+    """
+    base = BaseCheckpoint.open(folder / "base")
+    ledger = Ledger.open(folder / "out/ledger")
+    for result in ranks:
+        for name, weight in result["weights"].items():
+            original = base.read(f"{name}.weight")
+            replayed = summed(original, ledger.squares_of(name), False, weight.dtype)
+            assert torch.equal(weight, replayed), name
+            assert not torch.equal(weight, original), name

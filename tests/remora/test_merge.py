@@ -16,13 +16,13 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
-from tests.helpers.adapters import summed
-from tests.helpers.engines import ds_config, merging_run
+from tests.helpers.engines import assert_replayed, ds_config, merging_run
 from tests.helpers.gloo import run_alone
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import heavy
 
+CONFIG = MoRAConfig(rank=4, operator="share")
 HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
 
 
@@ -33,21 +33,11 @@ HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
 def test_after_many_merges_every_rank_holds_the_replayed_ledger(
     tmp_path, world, dtype, merges
 ):
-    ranks = run_pooled(world, merging_run, str(tmp_path), dtype, merges)
-    ledger = Ledger.open(tmp_path / "ledger")
+    ranks = run_pooled(world, merging_run, str(tmp_path), CONFIG, 3, dtype, merges)
+    ledger = Ledger.open(tmp_path / "out/ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == merges
-    for name, weight in ranks[0]["weights"].items():
-        replayed = summed(
-            base.read(f"{name}.weight"),
-            ledger.squares_of(name),
-            False,
-            getattr(torch, dtype),
-        )
-        assert not torch.equal(replayed, base.read(f"{name}.weight"))
-        for result in ranks:
-            assert torch.equal(result["weights"][name], replayed), name
-        assert torch.equal(weight, replayed)
+    assert_replayed(ranks, tmp_path)
     for cycle, report in enumerate(ranks[0]["reports"]):
         assert (report["cycle"], report["step"], report["layers"]) == (
             cycle,
@@ -83,7 +73,7 @@ def check_norms(report, base, ledger):
 
 def one_merge_each(folder):
     return {
-        dtype: merging_run(f"{folder}/{dtype}", dtype, 1)
+        dtype: merging_run(f"{folder}/{dtype}", CONFIG, 3, dtype, 1)
         for dtype in ("float32", "bfloat16")
     }
 
@@ -93,7 +83,7 @@ def check_rounding(results, folder):
     (report,), base, ledger = (
         results["reports"],
         BaseCheckpoint.open(folder / "base"),
-        Ledger.open(folder / "ledger"),
+        Ledger.open(folder / "out/ledger"),
     )
     deltas = check_norms(report, base, ledger)
     lost = [
@@ -118,12 +108,11 @@ def moved_probe(folder):
     """A probe that jumps as if the merge had changed the model."""
     model = tiny_model("llama")
     base = write_own_base(model, Path(folder) / "base")
-    config = MoRAConfig(rank=4, operator="share")
-    inject(model, config)
+    inject(model, CONFIG)
     engine, *_ = initialize(model=model, config=ds_config(3, 2, 1))
     ledger = Ledger.create(Path(folder) / "ledger", base.fingerprint())
     keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
-    remora = ReMoRA(engine, config, ledger, base, keys)
+    remora = ReMoRA(engine, CONFIG, ledger, base, keys)
     losses = iter((3.0, 3.5))
     engine.backward(causal_loss(engine, tokens(2)))
     engine.step()

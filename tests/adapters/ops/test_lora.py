@@ -1,11 +1,8 @@
 """LoRA: its formula, its merges (ReLoRA) under every ZeRO stage, its export."""
 
-from pathlib import Path
-
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing import assert_close
 
@@ -18,17 +15,13 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
-from mora_ds.train.run import Run
-from tests.helpers.adapters import summed
-from tests.helpers.engines import ds_config
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.engines import assert_replayed, ds_config, merging_run
+from tests.helpers.models import tiny_model
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import heavy
 
-ROWS = 6
 SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
 
 
@@ -97,40 +90,6 @@ def test_gradients_are_those_of_the_two_matrices():
 # -- ReLoRA: real ranks ------------------------------------------------------------------------------------------------
 
 
-def relora(folder, stage, dtype, merges):
-    world = dist.get_world_size()
-    rank = dist.get_rank()
-    half = {} if dtype == "float32" else {"bf16": {"enabled": True}}
-    model = tiny_model("llama", dtype=getattr(torch, dtype))
-    if rank == 0:
-        write_own_base(model, Path(folder) / "base")
-    dist.barrier()
-    config = LoRAConfig(rank=3)
-    inject(model, config)
-    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
-    run = Run(engine, base=Path(folder) / "base", folder=Path(folder) / "out")
-    for step in range(1, merges + 1):
-        for _ in range(2):  # after the first of them B is no longer zero, and A learns too
-            loss = causal_loss(
-                engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world]
-            )
-            engine.backward(loss)
-            engine.step()
-        report = run.merge(step)
-        assert report.square_norm > 0
-    layers = mora_layers(model).items()
-    starts = {name: zero.full_fp32(layer.value) for name, layer in layers}
-    run.save(merges)
-    return {
-        "weights": {name: layer.weight.clone() for name, layer in layers},
-        "starts": starts,
-        "expected": {
-            name: layer.spec.first_value(config.first_seed(name, merges))
-            for name, layer in layers
-        },
-    }
-
-
 @pytest.mark.parametrize(
     "world, stage, dtype",
     [
@@ -141,28 +100,19 @@ def relora(folder, stage, dtype, merges):
     ],
 )
 def test_relora_live_base_is_its_replayed_ledger(tmp_path, world, stage, dtype):
-    ranks = run_pooled(world, relora, str(tmp_path), stage, dtype, 4)
-    ledger = Ledger.open(tmp_path / "out/ledger")
-    base = BaseCheckpoint.open(tmp_path / "base")
-    assert ledger.cycles == 4
-    for name, weight in ranks[0]["weights"].items():
-        replayed = summed(
-            base.read(f"{name}.weight"),
-            ledger.squares_of(name),
-            False,
-            getattr(torch, dtype),
-        )
-        assert not torch.equal(replayed, base.read(f"{name}.weight"))
-        assert torch.equal(weight, replayed)
-        for result in ranks:
-            assert torch.equal(result["weights"][name], replayed)
-            assert_close(result["starts"][name], result["expected"][name], rtol=0, atol=0)
+    config = LoRAConfig(rank=3)
+    ranks = run_pooled(world, merging_run, str(tmp_path), config, stage, dtype, 4)
+    assert all(report["square_norm"] > 0 for report in ranks[0]["reports"])
+    assert Ledger.open(tmp_path / "out/ledger").cycles == 4
+    assert_replayed(ranks, tmp_path)
     exported = export_merged(tmp_path / "out", tmp_path / "merged", verify=True)
     assert exported.comparison is not None
     loaded = load_adapter(tmp_path / "base", tmp_path / "out")
     for name, layer in mora_layers(loaded).items():
+        first = layer.spec.first_value(config.first_seed(name, 4))
+        assert all(torch.equal(result["values"][name], first) for result in ranks)
         assert torch.equal(layer.weight, ranks[0]["weights"][name])
-        assert torch.equal(layer.value, ranks[0]["starts"][name].to(layer.weight.dtype))
+        assert torch.equal(layer.value, first.to(layer.weight.dtype))
 
 
 def set_everywhere():
