@@ -19,7 +19,7 @@ README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
     "MoRA, rank 8": "mora-rotate",
-    "MoRA with Muon, and a product of rank 16 for the embeddings": "recipe-product",
+    "the default recipe: Muon, a product of rank 16 for embeddings": "recipe-product",
     "full training": "full",
 }
 """Row of the README's table -> its method in data/learning_135m_replay.json."""

@@ -33,7 +33,7 @@ STYLES = {
     "remora-10": ("ReMoRA, 10 cycles", BLUE, ":"),
     "remora-30": ("ReMoRA, 30 cycles", BLUE, ":"),
     "mora-muon": ("MoRA, Muon", BLUE, "--"),
-    "recipe": ("default recipe", GREEN, "-"),
+    "recipe": ("with embeddings", GREEN, "-"),
     "full": ("full training", PURPLE, "-"),
 }
 """Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style of

@@ -35,7 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS = {
     "MoRA r=8": "--mora_rank 8",
-    "default recipe": "--mora_rank 8 --operator rotate --train_embeddings --train_head --optimizer muon",
+    "default recipe": "--mora_rank 8 --operator rotate --train_embedding_rank 16 --optimizer muon",
+    "whole embeddings": "--mora_rank 8 --operator rotate --train_embeddings --train_head --optimizer muon",
     "MoRA r=256": "--mora_rank 256",
     "MoRA r=8, 8-bit base": "--mora_rank 8 --base_bits 8",
     "LoRA r=8, ZeRO-2": "--adapter lora --mora_rank 8 --deepspeed configs/zero2.json",
@@ -113,6 +114,7 @@ def traffic() -> dict[str, list[float]]:
             for whole, adapter, gpus in zip(full, lora, GPUS, strict=True)
         ],
         "mora_ds, MoRA r=256": sent("MoRA r=256"),
+        "mora_ds, whole embeddings": sent("whole embeddings"),
         "mora_ds, default recipe": sent("default recipe"),
         "mora_ds, MoRA r=8": sent("MoRA r=8"),
         "LoRA r=8, ZeRO-2 (as PEFT)": sent("LoRA r=8, ZeRO-2"),

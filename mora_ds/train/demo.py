@@ -3,7 +3,7 @@ the text of Python itself.
 
 prose (language reference, docstrings) + code (the standard library)      written from the running Python
 -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
--> continued on the code by the default recipe, with merges               the main job, the same as on 64 GPUs
+-> continued on the code with embeddings, and merges                      the main job, the same as on 64 GPUs
    (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
 -> a table: what was learned, what was forgotten, what was communicated
 """
@@ -78,8 +78,8 @@ RECIPE: Settings = {
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }
-"""What configs/recipes/continual.yaml adds, with the learning rates of a model this
-small.
+"""What configs/recipes/continual_embeddings.yaml adds, with the learning rates of a model
+this small.
 """
 REPLAY = 0.1
 """Share of every batch that is old text."""

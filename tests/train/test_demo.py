@@ -1,4 +1,4 @@
-"""What the demo trains with: the default recipe, or less where the user's flags ask for
+"""What the demo trains with: the recipe with embeddings, or less where the user's flags ask for
 something else.
 """
 
@@ -30,14 +30,14 @@ def is_recipe(job):
     return choices[0]
 
 
-def test_the_demo_follows_the_default_recipe(tmp_path):
+def test_the_demo_follows_the_recipe_with_embeddings(tmp_path):
     job = settings(
         tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3
     )
     assert is_recipe(job)
     assert job.training.max_steps == 60
     assert job.training.embedding_learning_rate == 1e-3
-    recipe = load_yaml(str(ROOT / "configs/recipes/continual.yaml"), "recipe")
+    recipe = load_yaml(str(ROOT / "configs/recipes/continual_embeddings.yaml"), "recipe")
     assert all(
         recipe[name] == RECIPE[name] for name in ("optimizer", "train_embeddings")
     ), "not its learning rates"

@@ -128,7 +128,7 @@ def test_recipes_are_planned(path, tmp_path, monkeypatch, capsys):
     said = re.search(
         r"([\d.]+) GB on the network of a GPU and step", text.replace("\n# ", " ")
     )
-    assert (said is not None) == (path.stem in ("continual", "continual_product"))
+    assert (said is not None) == (path.stem in ("continual", "continual_embeddings"))
     if said is not None:
         sent = re.search(r"sent a step and GPU +([\d.]+) GB", told)
         assert sent is not None
