@@ -115,17 +115,32 @@ class Renamed(nn.Linear):
     pass
 
 
+class Transposed(nn.Linear):
+    """Computes as `nn.Linear` by code of its own, as Falcon's layers do."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
 class Router(nn.Linear):
+    """Has the shape of `nn.Linear`, and other outputs."""
+
     def forward(self, x):
         return super().forward(x).softmax(-1)
 
 
-def test_what_counts_as_linear():
-    """Subclasses with the same forward: in others a delta in the weight may mean something
-    else.
-    """
-    assert all(map(is_linear, [nn.Linear(6, 4), Conv1D(4, 6), Renamed(6, 4)]))
-    assert not any(map(is_linear, [Router(6, 4), nn.Embedding(6, 4), nn.LayerNorm(4)]))
+def test_a_layer_is_linear_by_what_it_computes():
+    """In others a delta in the weight may mean something else."""
+    for layer in (
+        nn.Linear(6, 4),
+        Conv1D(4, 6),
+        Renamed(6, 4),
+        Transposed(6, 4),
+        Transposed(6, 4, device="meta"),
+    ):
+        assert is_linear(layer), layer
+    for layer in (Router(6, 4), nn.Embedding(6, 4), nn.LayerNorm(4)):
+        assert not is_linear(layer), layer
     assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
 
 

@@ -13,13 +13,8 @@ import pytest
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
+from tests.helpers.damage import flip
 from tests.helpers.errors import user_error
-
-
-def flip_byte(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def test_manifest_names_each_damage(tmp_path):
@@ -30,8 +25,8 @@ def test_manifest_names_each_damage(tmp_path):
         files.write_manifest(tmp_path)
         assert files.verify_manifest(tmp_path) == []
     (tmp_path / "unknown").write_text("is no problem")
-    flip_byte(tmp_path / "flipped", 500)
-    flip_byte(tmp_path / "deep/flipped", 0)
+    flip(tmp_path / "flipped")
+    flip(tmp_path / "deep/flipped", 0)
     os.truncate(tmp_path / "short", 999)
     (tmp_path / "gone").unlink()
     problems = "\n".join(files.verify_manifest(tmp_path))

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
-from tests.helpers.exports import contents
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
@@ -29,6 +28,7 @@ from tests.helpers.jobs import (
     run,
 )
 from tests.helpers.models import tiny_model
+from tests.helpers.snapshot import untouched
 from tests.helpers.tables import heavy
 
 
@@ -104,7 +104,6 @@ def other_run(user, tmp_path_factory):
 
 
 def test_another_run_is_not_touched(user, other_run, tmp_path):
-    before = contents(other_run)
     mistaken = ["--overwrite_output_dir", "true"]
     checkpoint = other_run / "checkpoints/latest"
     elsewhere = (
@@ -128,15 +127,14 @@ def test_another_run_is_not_touched(user, other_run, tmp_path):
         ),
         "is a file": user.flags(other_run / "run.yaml"),
     }
-    assert_user_errors(list(cases.values()), [[phrase] for phrase in cases])
-    assert contents(other_run) == before
+    with untouched(other_run):
+        assert_user_errors(list(cases.values()), [[phrase] for phrase in cases])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
     """Its launcher was killed, and it is resumed or overwritten while the ranks live on."""
     out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
-    before = contents(out)
     holder = "import sys, pathlib as p; from mora_ds.train.output_folder import reserve; reserve(p.Path(sys.argv[1]))"
     command = [
         sys.executable,
@@ -144,9 +142,11 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
         f"{holder}; print('held', flush=True); input()",
         str(out),
     ]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True
-    ) as living:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        untouched(out),
+        subprocess.Popen(command, **pipes, cwd=REPOSITORY, text=True) as living,
+    ):
         assert living.stdout is not None
         assert living.stdout.readline() == "held\n"
         cases = [
@@ -155,7 +155,6 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
         ]
         assert_user_errors(cases, [[f"--output_dir {out}", "another run"]] * 2)
         living.kill()
-    assert contents(out) == before
     assert run(1, user.flags(out, "--resume_from_checkpoint auto"))["steps"] == 6
 
 

@@ -21,8 +21,8 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import user_error
-from tests.helpers.exports import fake_run, layers_of, random_squares
-from tests.helpers.ledgers import shortened
+from tests.helpers.exports import fake_run, layers_of
+from tests.helpers.ledgers import shortened, squares_for
 from tests.helpers.models import tiny_model
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     write_adapter(
         earlier,
         replace(opened.file, layers=layers, cycle=1, step=3),
-        random_squares(layers, 77),
+        squares_for(layers, 77, scale=0.02),
         trained,
     )
     files.write_manifest(earlier)

@@ -22,6 +22,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
+from tests.helpers.damage import cut, flip, gone
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.ledgers import shortened
@@ -217,24 +218,14 @@ def test_base_that_moved(tmp_path):
 # -- damage and refusals ---------------------------------------------------------------------------------------------
 
 
-def flip_byte(path):
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 4
-    path.write_bytes(content)
-
-
-def shorten(path):
-    os.truncate(path, path.stat().st_size - 30)
-
-
 @pytest.mark.parametrize(
     "name, damage",
     [
-        ("adapter.safetensors", shorten),
-        ("adapter.json", Path.unlink),
-        ("ledger/cycle-00001.safetensors", flip_byte),
-        ("ledger/ledger.json", shorten),
-        ("base.json", Path.unlink),
+        ("adapter.safetensors", cut),
+        ("adapter.json", gone),
+        ("ledger/cycle-00001.safetensors", flip),
+        ("ledger/ledger.json", cut),
+        ("base.json", gone),
     ],
 )
 def test_damaged_checkpoint_is_named(tmp_path, name, damage):
@@ -243,7 +234,7 @@ def test_damaged_checkpoint_is_named(tmp_path, name, damage):
     assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}")
     (run.checkpoint / "manifest.json").unlink()
     # Without a manifest, hashes cover the ledger only; holes show everywhere
-    if damage is not flip_byte:
+    if damage is not flip:
         assert_refused(
             run,
             tmp_path / "merged",

@@ -2,7 +2,6 @@
 without a network.
 """
 
-import json
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,10 +16,11 @@ from mora_ds.commands import export
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
-from tests.helpers.exports import contents, fake_run
+from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job
 from tests.helpers.mistakes import answer
+from tests.helpers.snapshot import snapshot
 
 TOKEN = "hf_SecretOfTheTest"
 REPOSITORY = "someone/model"
@@ -70,7 +70,7 @@ def test_an_export_is_uploaded_as_it_was_written(tmp_path):
     ]
     with uploads_to(tmp_path / "hub"):
         assert answer(export.main, "mora-ds export", flags) == (0, "")
-    assert contents(tmp_path / "hub" / REPOSITORY) == contents(merged)
+    assert snapshot(tmp_path / "hub" / REPOSITORY) == snapshot(merged)
 
 
 @pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
@@ -127,16 +127,18 @@ def failing_job(is_offline, argv):
 
 def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path):
     flags = user.flags(tmp_path / "out", "--max_steps 2 --push_to_hub", REPOSITORY)
+    hub = tmp_path / "hub" / REPOSITORY
     run_alone(uploading_job, tmp_path / "hub", flags)
-    adapter = contents(tmp_path / "hub" / REPOSITORY)
-    assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
-    assert json.loads(adapter["adapter.json"])["step"] == 2
+    assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(
+        snapshot(hub)
+    )
+    assert read_json(hub / "adapter.json")["step"] == 2
     run_alone(
         uploading_job,
         tmp_path / "hub",
         [*flags, "--export_merged", "--overwrite_output_dir"],
     )
-    assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out/merged")
+    assert snapshot(hub) == snapshot(tmp_path / "out/merged")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
     assert REPOSITORY.encode() in written
     assert TOKEN.encode() not in written

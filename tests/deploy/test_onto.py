@@ -26,8 +26,8 @@ from mora_ds.models.rope import changed, rope_changes
 from mora_ds.remora.merge import layer_entries
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import user_error
-from tests.helpers.exports import contents
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.snapshot import untouched
 from tests.helpers.tools import call
 
 NORMS = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
@@ -321,7 +321,6 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
         "--delta_scale",
         0.5,
     )
-    before = contents(target)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
     flags = (
@@ -334,11 +333,11 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
         "--json",
         tmp_path / "scores.json",
     )
-    call("evaluate", pair.checkpoint, "--onto", target, "--delta_scale", 0.5, *flags)
+    with untouched(target):
+        call("evaluate", pair.checkpoint, "--onto", target, "--delta_scale", 0.5, *flags)
     merged = load_target(tmp_path / "out")
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
     assert read_json(tmp_path / "scores.json")["sets"]["a"]["nats"] == score.nats
-    assert contents(target) == before
     with user_error("--onto belongs to a checkpoint"):
         call("evaluate", target, "--onto", target, *flags)
 
@@ -347,15 +346,9 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
 
 
 def assert_refused(update, words, target=None, **settings):
-    before = set(update.folder.iterdir())
-    with user_error(words):
-        export_merged(
-            update.checkpoint,
-            update.folder / "merged",
-            onto=target or update.folder / "target",
-            **settings,
-        )
-    assert set(update.folder.iterdir()) == before
+    target = target or update.folder / "target"
+    with untouched(update.folder), user_error(words):
+        export_merged(update.checkpoint, update.folder / "merged", onto=target, **settings)
 
 
 def test_tokens_with_other_ids_are_named(pair):
@@ -437,7 +430,5 @@ def test_an_export_that_ends_halfway_leaves_nothing(pair, monkeypatch):
         write(self, name, tensor)
 
     monkeypatch.setattr(SafetensorsWriter, "write", full)
-    before = contents(pair.folder)
-    with pytest.raises(RunError, match="No space left"):
+    with untouched(pair.folder), pytest.raises(RunError, match="No space left"):
         export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
-    assert contents(pair.folder) == before

@@ -1,9 +1,8 @@
 """Batches whose rows hold several documents."""
 
-import torch
-
 from mora_ds.data import IGNORED
 from mora_ds.data.documents import Documents
+from tests.helpers.attention import positions_of
 from tests.helpers.models import tokens
 
 LENGTH = 40
@@ -15,9 +14,7 @@ LAYOUTS = {1: [[9, 1, 23, 7]], 4: [[9, 1, 23, 7], [LENGTH], [5] * 8, [39, 1]]}
 def batch_of(rows):
     """1 or 4 rows with their documents, as `data.packing.stack` makes them."""
     ids = tokens(rows, LENGTH + 1)
-    positions = torch.stack(
-        [torch.cat([torch.arange(length) for length in row]) for row in LAYOUTS[rows]]
-    )
+    positions = positions_of(LAYOUTS[rows])
     labels = ids[:, 1:].clone()
     labels[:, :-1][positions[:, 1:] == 0] = IGNORED
     documents = Documents.of(positions)

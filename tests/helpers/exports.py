@@ -131,15 +131,6 @@ def layers_of(model, cycle):
     return layers
 
 
-def random_squares(layers, seed):
-    generator = torch.Generator().manual_seed(seed)
-    sides = {name: entry.operator.r_hat for name, entry in layers.items()}
-    return {
-        name: 0.02 * torch.randn(side, side, generator=generator)
-        for name, side in sides.items()
-    }
-
-
 def add_square(spec, square):
     return lambda _, inputs, output: (
         output + mora_update(spec, square.to(output.dtype), inputs[0])
@@ -155,12 +146,3 @@ def write_probe(checkpoint, model, dtype):
         {"input_ids": ids, "logits": logits},
         {"dtype": dtype},
     )
-
-
-def contents(folder):
-    """Relative name -> content of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }

@@ -19,11 +19,12 @@ def layers_of(cycle, modules=("a.q", "a.v")):
     return {module: entry(module, cycle) for module in modules}
 
 
-def squares_for(layers, seed):
+def squares_for(layers, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: layer.operator.r_hat for name, layer in layers.items()}
     return {
-        name: torch.randn(side, side, generator=generator) for name, side in sides.items()
+        name: scale * torch.randn(side, side, generator=generator)
+        for name, side in sides.items()
     }
 
 

@@ -13,6 +13,8 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import UserError
+from tests.helpers.adapters import summed
+from tests.helpers.operators import random
 
 SHAPES = [
     (16, 16),
@@ -41,43 +43,33 @@ def specs(kind):
     return valid
 
 
-def one_by_one(total, updates):
-    for spec, value in updates:
-        total = total + spec.delta_weight(value)
-    return total
+def assert_same_bits(total, updates):
+    """Deltas added in place are those that are formed one after the other."""
+    expected = summed(total, updates, False, torch.float32)
+    add_deltas_(total, iter(updates))
+    assert torch.equal(total, expected), updates
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
 def test_the_same_bits_as_forming_the_delta(kind):
-    generator = torch.Generator().manual_seed(0)
     checked = specs(kind)
     assert len(checked) >= 90
     for spec in checked:
-        square = torch.randn(spec.r_hat, spec.r_hat, generator=generator)
-        total = torch.randn(spec.d_out, spec.d_in, generator=generator)
-        expected = one_by_one(total, [(spec, square)])
-        add_deltas_(total, [(spec, square)])
-        assert torch.equal(total, expected), spec
+        square = random(*spec.value_shape).float()
+        assert_same_bits(random(spec.d_out, spec.d_in, seed=1).float(), [(spec, square)])
 
 
 def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch):
     """Also where the weight is processed in parts."""
     monkeypatch.setattr(mora, "_CHUNK", 100)
-    generator = torch.Generator().manual_seed(1)
-    kinds = [
-        OperatorKind.SHARE,
-        OperatorKind.ROTATE,
-        OperatorKind.SHARE,
-        OperatorKind.TRUNCATE,
-        OperatorKind.SHARE,
-    ]
+    kinds = ["share", "rotate", "share", "truncate", "share"] * 3
     chain = [
-        OperatorSpec(kind, 40, 30, 12, Grouping.PERMUTED, seed)
-        for seed, kind in enumerate(kinds * 3)
+        OperatorSpec(OperatorKind(kind), 40, 30, 12, Grouping.PERMUTED, seed)
+        for seed, kind in enumerate(kinds)
     ]
     chain.insert(4, LoRASpec(40, 30, 3, 6.0))
-    updates = [(spec, torch.randn(spec.value_shape, generator=generator)) for spec in chain]
-    total = torch.randn(30, 40, generator=generator)
-    expected = one_by_one(total, updates)
-    add_deltas_(total, iter(updates))
-    assert torch.equal(total, expected)
+    updates = [
+        (spec, random(*spec.value_shape, seed=index).float())
+        for index, spec in enumerate(chain)
+    ]
+    assert_same_bits(random(30, 40, seed=99).float(), updates)

@@ -93,23 +93,14 @@ def test_reference_outputs_are_reproduced(case):
 
 @pytest.mark.parametrize("blocks, r_hat", [(1, 2), (7, 2), (16, 256), (300, 38)])
 def test_sines_and_cosines_are_correctly_rounded(blocks, r_hat):
-    cos, sin = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
-    angles = [
-        [block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)]
-        for block in range(blocks)
-    ]
-    assert torch.equal(
-        cos,
-        torch.tensor(
-            [[math.cos(angle) for angle in row] for row in angles], dtype=torch.float32
-        ),
-    )
-    assert torch.equal(
-        sin,
-        torch.tensor(
-            [[math.sin(angle) for angle in row] for row in angles], dtype=torch.float32
-        ),
-    )
+    half = r_hat // 2
+    tables = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
+    for table, function in zip(tables, (math.cos, math.sin), strict=True):
+        exact = [
+            [function(block * 10000 ** (-pair / half)) for pair in range(half)]
+            for block in range(blocks)
+        ]
+        assert torch.equal(table, torch.tensor(exact, dtype=torch.float32))
 
 
 def test_golden_file_holds_every_type_of_the_reference():
