@@ -6,15 +6,15 @@ one of `TABLES`, or FILE.json and a table of that benchmark.
 """
 
 import ast
-import json
 import re
-from statistics import fmean
 from typing import Any
 
+from mora_ds.common.files import read_json
 from tools import plans
-from tools.figures import points
-from tools.tables import cell, mean_and_spread, ruler, table_row
+from tools.runs import best_rows
+from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
+PRETRAINED = "learning_135m_replay.json"
 README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
@@ -22,7 +22,7 @@ README_LEARNING = {
     "the default recipe: Muon, a product of rank 16 for embeddings": "recipe-product",
     "full training": "full",
 }
-"""Row of the README's table -> its method in data/learning_135m_replay.json."""
+"""Row of the README's table -> its method in `PRETRAINED`."""
 SIZES = ("2m", "13m", "135m")
 """Of the bases whose gradients were measured."""
 ENERGY = {
@@ -40,7 +40,6 @@ OUTCOMES = {
     },
 }
 """Base -> method -> the JSON that compares it with MoRA between random groups."""
-
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
@@ -60,131 +59,100 @@ def with_tables(text: str) -> str:
 def memory() -> list[str]:
     """Of results/memory.md, from data/plans.json."""
     known = plans.plans()
-    body = [
-        "| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |",
-        "|---|---|---|---|",
-    ]
+    titles = "| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |"
+    body = [titles, ruler(4)]
     for model, (gpus, _) in plans.MEMORY.items():
         for method in plans.METHODS:
-            gigabytes = {
-                name: f"{size / 1e9:,.2f} GB"
-                for name, size in known[model, method, gpus]["bytes"].items()
-            }
-            base = "sharded" if "full" in method else gigabytes["base"]
-            body.append(
-                table_row(
-                    f"{model}, {method}",
-                    base,
-                    gigabytes["held"],
-                    gigabytes["peak"],
-                )
+            nbytes = known[model, method, gpus]["bytes"]
+            base, held, peak = (
+                f"{nbytes[name] / 1e9:,.2f} GB" for name in ("base", "held", "peak")
             )
+            if "full" in method:
+                base = "sharded"
+            body.append(table_row(f"{model}, {method}", base, held, peak))
     return body
 
 
 def traffic() -> list[str]:
     """Of results/memory.md, from data/plans.json."""
-    titles = table_row(
-        "GB sent by one GPU in a step, at this number of GPUs", *map(str, plans.GPUS)
-    )
     rows = [
-        table_row(name, *(f"{value:,.3f}" for value in values))
+        [name, *(f"{value:,.3f}" for value in values)]
         for name, values in plans.traffic().items()
     ]
-    return [titles, ruler(len(plans.GPUS) + 1, numbers=True), *rows]
+    what = "GB sent by one GPU in a step, at this number of GPUs"
+    return number_table([what, *map(str, plans.GPUS)], rows)
 
 
 # -- benchmarks --------------------------------------------------------------------------------------------------------
 def benchmark(file: str, part: str) -> list[str]:
     """The table `part` of a benchmark's JSON, below the command and the machine."""
-    result = json.loads((plans.DATA / file).read_text(encoding="utf-8"))
-    made_by = f"{_origin(file, result)}:"
+    result = read_json(plans.DATA / file)
     titles, *rows = result["tables"][part]
-    head = [table_row(*titles), ruler(len(titles), numbers=True)]
-    return ["", made_by, "", *head, *(table_row(*row) for row in rows), ""]
+    return ["", f"{_origin(file, result)}:", "", *number_table(titles, rows), ""]
 
 
 def _origin(file: str, result: dict[str, Any]) -> str:
     """The command and the machine that made a result, where a reader can give the command
     as it stands; otherwise the JSON that holds both, since the command names files of the
     one who measured."""
-    words = result["command"].split()
-    measured_on = result["measured_on"]
-    versions = measured_on["versions"]
-    if len(words) > LONGEST_COMMAND or "--with" in words:
+    command = result["command"]
+    machine = result["measured_on"]
+    versions = machine["versions"]
+    if len(command.split()) > LONGEST_COMMAND or "--with" in command:
         return f"`{file}`, mora_ds {versions['mora_ds']}"
-    torch_version = versions["torch"].partition("+")[0]
-    return f"`{result['command']}` on {_device(measured_on)}, torch {torch_version}, mora_ds {versions['mora_ds']}"
+    device = machine["device"]
+    if device == "CPU":
+        amx = "with AMX" if "amx_bf16" in machine["cpu_features"] else "without AMX"
+        device = f"{machine['cores']} CPU cores ({amx})"
+    torch = versions["torch"].partition("+")[0]
+    return f"`{command}` on {device}, torch {torch}, mora_ds {versions['mora_ds']}"
 
 
 LONGEST_COMMAND = 9
 """Words of a command that stands above its table."""
 
 
-def _device(measured_on: dict[str, Any]) -> str:
-    if measured_on["device"] != "CPU":
-        return str(measured_on["device"])
-    amx = "with AMX" if "amx_bf16" in measured_on["cpu_features"] else "without AMX"
-    return f"{measured_on['cores']} CPU cores ({amx})"
-
-
 # -- learning ----------------------------------------------------------------------------------------------------------
 def learning() -> list[str]:
     """Of the README: what each method learned and kept on the pretrained model."""
-    by_method = {
-        point.method: point for point in points(plans.DATA / "learning_135m_replay.json")
-    }
-    body = [
-        table_row("", "trained", "new text", "old text", "seeds"),
-        ruler(5, numbers=True),
-    ]
+    by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
+    lines = []
     for title, method in README_LEARNING.items():
-        point = by_method[method]
-        perplexities = [mean_and_spread(seeds) for seeds in (point.new, point.old)]
-        body.append(
-            table_row(
-                title,
-                f"{point.trained:,}",
-                *perplexities,
-                str(len(point.new)),
-            )
-        )
-    return body
+        row = by_method[method]
+        texts = (mean_and_spread(row.perplexities(text)) for text in ("new", "old"))
+        lines.append([title, f"{row.trained:,}", *texts, str(len(row.runs))])
+    return number_table(["", "trained", "new text", "old text", "seeds"], lines)
 
 
 def energy() -> list[str]:
     """Of results/learning-tables.md: the shares of every base, from data/energy_*.json, a
     column each.
     """
-    tables = [
-        json.loads((plans.DATA / f"energy_{size}.json").read_text(encoding="utf-8"))
-        for size in SIZES
-    ]
-    rows = []
-    for lines in zip(*(table["tables"]["mean"] for table in tables), strict=True):
-        span = lines[0][0]
-        rows.append([span, *(share for line in lines for share in line[1:])])
-    return [
-        table_row(*rows[0]),
-        ruler(len(rows[0]), numbers=True),
-        *(table_row(*row) for row in rows[1:]),
-    ]
+    tables = [_energies(size) for size in SIZES]
+    titles, *rows = (
+        [span, *(share for table in tables for share in table[span])] for span in tables[0]
+    )
+    return number_table(titles, rows)
+
+
+def _energies(size: str) -> dict[str, list[str]]:
+    """{span: the share of each base of this size}, with the bases' names first."""
+    table = read_json(plans.DATA / f"energy_{size}.json")["tables"]["mean"]
+    return {span: shares for span, *shares in table}
 
 
 def prediction() -> list[str]:
     """Of results/learning.md: the energy that each span holds at the start, and what its
     method has learned.
     """
-    titles = ["", *ENERGY, "perplexity: LoRA", "sides from the gradient"]
-    body = [table_row(*titles), ruler(len(titles), numbers=True)]
+    lines = []
     for base, outcomes in OUTCOMES.items():
-        energies = json.loads(
-            (plans.DATA / f"energy_{base.lower()}.json").read_text(encoding="utf-8")
-        )
-        shares = {span: columns[0] for span, *columns in energies["tables"]["mean"]}
+        energies = _energies(base.lower())
+        shares = [energies[span][0] for span in ENERGY.values()]
         learned = [_against_mora(method, outcomes) for method in ("lora", "mora-gradient")]
-        body.append(table_row(base, *(shares[span] for span in ENERGY.values()), *learned))
-    return body
+        lines.append([base, *shares, *learned])
+    titles = ["", *ENERGY, "perplexity: LoRA", "sides from the gradient"]
+    return number_table(titles, lines)
 
 
 def _against_mora(method: str, outcomes: dict[str, str]) -> str:
@@ -193,8 +161,8 @@ def _against_mora(method: str, outcomes: dict[str, str]) -> str:
     """
     if method not in outcomes:
         return "-"
-    learned = {point.method: point for point in points(plans.DATA / outcomes[method])}
-    return f"{fmean(learned[method].new) / fmean(learned['mora-rotate'].new) - 1:+.1%}"
+    learned = {row.method: row for row in best_rows(plans.DATA / outcomes[method])}
+    return f"{learned[method].mean('new') / learned['mora-rotate'].mean('new') - 1:+.1%}"
 
 
 # -- packages ----------------------------------------------------------------------------------------------------------
@@ -204,24 +172,14 @@ def packages() -> list[str]:
     """
     from tests.test_imports import MAY_IMPORT
 
-    body = ["| Package | What it is | May import |", "|---|---|---|"]
-    for name in MAY_IMPORT:
-        folder = plans.ROOT / "mora_ds" / name
-        if folder.is_dir():
-            doc = (
-                ast.get_docstring(
-                    ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-                )
-                or ""
-            )
-            imported = ", ".join(sorted(MAY_IMPORT.get(name, ()))) or "nothing of `mora_ds`"
-            body.append(
-                table_row(
-                    f"`{name}/`",
-                    cell(re.split(r"(?<=\.)\s", doc.split("\n\n")[0])[0]),
-                    imported,
-                )
-            )
+    body = ["| Package | What it is | May import |", ruler(3)]
+    for name, may_import in MAY_IMPORT.items():
+        package = plans.ROOT / "mora_ds" / name / "__init__.py"
+        if package.is_file():
+            doc = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+            sentence = re.split(r"(?<=\.)\s", doc)[0]
+            imported = ", ".join(sorted(may_import)) or "nothing of `mora_ds`"
+            body.append(table_row(f"`{name}/`", cell(sentence), imported))
     return body
 
 

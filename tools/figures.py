@@ -8,11 +8,9 @@ A figure has the name of its JSON. Text stays text, and colours follow the reade
 dark scheme.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,10 +18,23 @@ from typing import Any
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.figures_style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, axes, save
+from mora_ds.runtime.cli import command_parser
 from tools.plans import DATA, ROOT
+from tools.runs import Row, best_rows
 
 ASSETS = ROOT / "docs" / "assets"
+
+COLOURS = {
+    "#010101": ("ink", "#1f2328", "#e6edf3"),
+    "#020202": ("faint", "#d0d7de", "#3d444d"),
+    "#030303": ("blue", "#0969da", "#58a6ff"),
+    "#040404": ("orange", "#bf5700", "#f0883e"),
+    "#050505": ("green", "#1a7f37", "#3fb950"),
+    "#060606": ("purple", "#8250df", "#bc8cff"),
+}
+"""Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
+
+INK, FAINT, BLUE, ORANGE, GREEN, PURPLE = COLOURS
 
 STYLES = {
     "lora": ("LoRA", ORANGE, "-"),
@@ -59,53 +70,21 @@ DRAWN_RANK = 2
 """Of the ranks that one JSON compares."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A method at its best learning rate: values of all seeds."""
-
-    method: str
-    rank: int
-    """0 where it has none of the ranks that were compared."""
-    trained: int
-    new: list[float]
-    old: list[float]
-    curves: list[list[dict[str, float]]]
-    """Of each seed: step, new, old."""
-
-
-def points(path: Path) -> list[Point]:
-    """The methods of a JSON of `tools/bench/learning.py`, in their order."""
-    by_kind: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-        if run["is_best"]:
-            by_kind.setdefault((run["method"], run.get("rank", 0)), []).append(run)
-    return [
-        Point(
-            *kind,
-            trained=runs[0]["trained"],
-            new=[run["perplexity"]["new"] for run in runs],
-            old=[run["perplexity"]["old"] for run in runs],
-            curves=[run["curve"] for run in runs],
-        )
-        for kind, runs in by_kind.items()
-    ]
-
-
 def draw(path: Path, folder: Path) -> None:
     """Draw the curves of both texts into `folder`, at one rank."""
     methods = DRAWN.get(path.stem, tuple(STYLES))
-    measured = [point for point in points(path) if point.method in methods]
-    ranks = {point.rank for point in measured if point.rank}
+    rows = [row for row in best_rows(path) if row.method in methods]
+    ranks = {row.rank for row in rows if row.rank}
     rank = DRAWN_RANK if DRAWN_RANK in ranks else min(ranks, default=0)
-    measured = [point for point in measured if point.rank in (0, rank)]
-    start = next((point for point in measured if point.method == "none"), None)
-    figure, panels = axes(2, 1, (6, 6.4))
-    for axis, name in zip(panels, ("new", "old"), strict=True):
-        for point in measured:
-            if point is not start:
-                _draw_curve(axis, name, point, start)
+    rows = [row for row in rows if row.rank in (0, rank)]
+    start = next((row for row in rows if row.method == "none"), None)
+    figure, panels = _panels()
+    for axis, text in zip(panels, ("new", "old"), strict=True):
+        for row in rows:
+            if row is not start:
+                _draw_curve(axis, text, row, start)
         _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
-        axis.set_ylabel(f"perplexity on the {name} text")
+        axis.set_ylabel(f"perplexity on the {text} text")
     panels[1].set_xlabel("optimizer steps")
     figure.subplots_adjust(left=0.12, right=0.65, top=0.92, bottom=0.12, hspace=0.25)
     panels[0].legend(
@@ -116,30 +95,49 @@ def draw(path: Path, folder: Path) -> None:
         fontsize=10,
     )
     target = folder / f"{path.stem.replace('_', '-')}.svg"
-    save(figure, target, "Perplexity of the new and the old text during training")
+    _save(figure, target, "Perplexity of the new and the old text during training")
 
 
-def _draw_curve(axis: Any, name: str, point: Point, start: Point | None) -> None:
+def _panels() -> tuple[Any, Any]:
+    """A figure, and its two axes, one above the other."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mora_ds",
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    pyplot.rcParams.update(style)
+    figure, panels = pyplot.subplots(2, 1, figsize=(6, 6.4))
+    return figure, panels
+
+
+def _draw_curve(axis: Any, text: str, row: Row, start: Row | None) -> None:
     """The mean over seeds of the perplexity on a text, and the range in which they lie."""
-    label, colour, line = STYLES[point.method]
-    steps = [row["step"] for row in point.curves[0]]
-    seeds = list(
-        zip(*([row[name] for row in curve] for curve in point.curves), strict=True)
-    )
+    label, colour, line = STYLES[row.method]
+    values_at: dict[int, list[float]] = {}
     if start is not None:
-        steps = [0, *steps]
-        seeds = [(fmean(getattr(start, name)),), *seeds]
-    lowest = [min(values) for values in seeds]
-    highest = [max(values) for values in seeds]
+        values_at[0] = [start.mean(text)]
+    for run in row.runs:
+        for point in run["curve"]:
+            values_at.setdefault(point["step"], []).append(point[text])
+    steps = list(values_at)
+    lowest = [min(values) for values in values_at.values()]
+    highest = [max(values) for values in values_at.values()]
+    means = [fmean(values) for values in values_at.values()]
     axis.fill_between(steps, lowest, highest, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(
-        steps,
-        [fmean(values) for values in seeds],
-        line,
-        color=colour,
-        linewidth=2,
-        label=label,
-    )
+    axis.plot(steps, means, line, color=colour, linewidth=2, label=label)
 
 
 def _logarithmic(axis: Any, values: Sequence[float]) -> None:
@@ -148,21 +146,39 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     high = max(values) * 1.06
     axis.set_yscale("log")
     axis.set_ylim(low, high)
-    step = next(
-        size
-        for size in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
-        if (high - low) / size < 9
-    )
+    steps = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
+    step = next(size for size in steps if (high - low) / size < 9)
     ticks = [step * number for number in range(int(low / step) + 1, int(high / step) + 1)]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+def _save(figure: Any, path: Path, title: str) -> None:
+    """Write a figure as SVG whose text can be selected."""
+    text = StringIO()
+    figure.savefig(
+        text,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Title": title, "Creator": "mora_ds"},
     )
+    svg = text.getvalue()
+    # The placeholders become CSS variables, which follow the reader's scheme.
+    for placeholder, (variable, light, _) in COLOURS.items():
+        svg = svg.replace(placeholder, f"var(--{variable}, {light})")
+    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
+    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
+    dark_rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}"
+    style = f"<style>:root {{ {light_scheme} }} {dark_rule}</style>"
+    start = svg.index(">", svg.index("<svg")) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (svg[:start] + style + svg[start:]).splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--learning",
         type=Path,
@@ -177,11 +193,8 @@ def main() -> None:
         help="where it is drawn",
     )
     options = parser.parse_args()
-    for path in (
-        [options.learning]
-        if options.learning
-        else [DATA / f"{name}.json" for name in DRAWN]
-    ):
+    shipped = [DATA / f"{name}.json" for name in DRAWN]
+    for path in [options.learning] if options.learning else shipped:
         draw(path, options.output)
 
 

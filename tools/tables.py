@@ -1,6 +1,6 @@
 """The rows and cells of the tables that the documentation and the benchmarks show."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 _BAR = r"\|"
@@ -20,9 +20,17 @@ def table_row(*cells: str) -> str:
     return f"|{' |'.join(cell.replace('|', _BAR) for cell in cells)}|"
 
 
-def ruler(columns: int, numbers: bool = False) -> str:
-    """The line below the titles; `numbers`: all columns but the first are flush right."""
-    return f"|---|{('---:|' if numbers else '---|') * (columns - 1)}"
+def ruler(columns: int, alignment: str = "---") -> str:
+    """The line below the titles, whose columns but the first are aligned as Markdown has
+    it.
+    """
+    return f"|---|{f'{alignment}|' * (columns - 1)}"
+
+
+def number_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns but the first are flush right."""
+    body = [table_row(*row) for row in rows]
+    return [table_row(*titles), ruler(len(titles), "---:"), *body]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -3,14 +3,13 @@ tools/figures.py.
 """
 
 import re
-from statistics import fmean
 
 import pytest
 
 from mora_ds.common.files import read_json
 from tests.helpers.pages import FENCE, PAGES, ROOT
 from tools import docs_results, plans
-from tools.figures import points
+from tools.runs import best_rows
 from tools.tables import mean_and_spread, table_row
 
 RESULTS = sorted((ROOT / "docs/results").glob("*.md"))
@@ -118,8 +117,8 @@ and on the old text.
 )
 def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
     text = " ".join((ROOT / "docs" / page).read_text().split())
-    (point,) = (each for each in points(plans.DATA / file) if each.method == method)
-    assert f"{fmean(point.new):.1f} and {fmean(point.old):.1f}" in text
+    (row,) = (row for row in best_rows(plans.DATA / file) if row.method == method)
+    assert f"{row.mean('new'):.1f} and {row.mean('old'):.1f}" in text
 
 
 def test_every_json_is_shown_somewhere():

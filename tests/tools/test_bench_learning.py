@@ -19,13 +19,14 @@ from tests.helpers.tools import call, tool
 from tools import figures
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.trials import flags
+from tools.runs import Row, best_rows
 
 BAD = """
 --methods loar | Did you mean 'lora'?
 --methods lora@fast | 'fast' is no learning rate
 --steps 0 | at least 1
 --batch 0 | at least 1
---replay 1.0 | --replay 1.0: a share
+--replay 1.0 | --replay must be
 --base MODEL | belong together
 --base gone --new a b --old c d | there is no gone
 --methods_file gone.yaml | gone.yaml
@@ -41,8 +42,9 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path, flags, message):
 
 
 BAD_METHODS = """
-{rates: []} | positive rates
-{rates: [1], replay: 1.5} | a share
+{rates: []} | at least 1 item
+{rates: [0]} | above 0
+{rates: [1], replay: 1.5} | replay must be
 {rates: [1], cycle: 2} | cycle
 """
 
@@ -81,28 +83,39 @@ def test_every_method_is_one_that_the_training_program_takes(user, path):
             )
 
 
+def row(method, rate, new, old):
+    """A row of a method of rank 8, with a run for each seed."""
+    texts = zip(new, old, strict=True)
+    runs = [
+        {"seed": seed, "trained": 10, "perplexity": {"new": on_new, "old": on_old}}
+        for seed, (on_new, on_old) in enumerate(texts, 1)
+    ]
+    return Row(method, 8, rate, runs)
+
+
 def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
     bench = tool("bench/learning")
     rows = [
-        bench.Row("lora", 8, 1e-3, 10, new={1: 250.0, 2: 252.0}, old={1: 90.0, 2: 90.0}),
-        bench.Row("lora", 8, 1e-2, 10, new={1: 201.0, 2: 203.0}, old={1: 100.0, 2: 102.0}),
-        bench.Row("lora", 8, 3e-2, 10, new={1: 201.0, 2: 200.0}, old={1: 130.0, 2: 131.0}),
-        bench.Row("full", 0, 1e-3, 99, new={1: 101.0}, old={1: 99.0}),
-        bench.Row(
-            "mora-rotate", 8, 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}
-        ),
+        row("lora", 1e-3, new=[250.0, 252.0], old=[90.0, 90.0]),
+        row("lora", 1e-2, new=[201.0, 203.0], old=[100.0, 102.0]),
+        row("lora", 3e-2, new=[201.0, 200.0], old=[130.0, 131.0]),
+        row("full", 1e-3, new=[101.0], old=[99.0]),
     ]
-    assert [(row.method, row.rate) for row in bench._best(rows)][:2] == [
-        ("lora", 1e-2),
-        ("full", 1e-3),
-    ]
+    assert bench._best(rows) == {("lora", 8): 1e-2, ("full", 8): 1e-3}
     assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01"
     assert bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
     assert bench._rate(rows[1], (1e-2,)) == "0.01"
-    shown = {row.method: row for row in rows[1:] if row.rate != 3e-2}
-    assert bench._gap(rows[4], shown) == "25%", "of the one seed that all three have"
-    assert bench._gap(rows[1], shown) == "-"
-    assert bench._gap(rows[4], {}) == "-"
+
+
+def test_the_gap_is_that_of_the_seeds_that_all_have():
+    bench = tool("bench/learning")
+    lora = row("lora", 1e-2, new=[201.0, 203.0], old=[100.0, 102.0])
+    full = row("full", 1e-3, new=[101.0], old=[99.0])
+    mora = row("mora-rotate", 1e-2, new=[176.0, 300.0], old=[99.0, 99.0])
+    peers = {"lora": lora, "full": full}
+    assert bench._gap(mora, peers) == "25%"
+    assert bench._gap(lora, peers) == "-"
+    assert bench._gap(mora, {}) == "-"
 
 
 @pytest.fixture
@@ -285,8 +298,8 @@ def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     assert rows == [
         ("rank", "method", "quiz"), ("-", "full", "25.0%"), ("2", "lora", "25.0%"), ("4", "lora", "25.0%"),
     ]  # fmt: skip
-    points = figures.points(tmp_path / "all.json")
-    assert [(point.method, point.rank, len(point.new)) for point in points] == [
+    best = best_rows(tmp_path / "all.json")
+    assert [(row.method, row.rank, len(row.runs)) for row in best] == [
         ("full", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
     ]  # fmt: skip
     figures.draw(tmp_path / "all.json", tmp_path)

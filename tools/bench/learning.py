@@ -2,9 +2,8 @@
 one engine.
 
     python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3]
-    [--methods lora full@0.003] python tools/bench/learning.py --rank 1 2 4 8 --steps 3000
-    --methods lora@0.01 mora-rotate@0.01 full@0.001 python tools/bench/learning.py --base
-    MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
+    python tools/bench/learning.py --rank 1 2 4 8 --steps 3000 --methods lora@0.01 full@0.001
+    python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
 A model that knows the old text is continued on the new one by every method of a YAML file
 (learning.yaml beside this one), at every learning rate of its sweep, the best one with more
@@ -14,30 +13,35 @@ leaves least on the old one. By default the model is a small Llama, warm-started
 and continued on code, both made out of the running Python. Each run is `launch/pretrain.py`
 with other flags, on one process.
 
-Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts and flags are the same, so
-the command goes on where it was stopped. A table grows over days and machines: `--with FILE` takes over the runs of
-earlier `--json` files, and refuses those of another base, other texts or other flags. Prints, at each method's best
-learning rate, both perplexities, mean and largest deviation over seeds, and the part of LoRA's distance to full
-training that is closed; `--json FILE` keeps all runs with their curves, of which `tools/figures.py --learning FILE
---output FOLDER` draws the curves.
+Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts
+and flags are the same, so the command goes on where it was stopped. A table grows over days
+and machines: `--with FILE` takes over the runs of earlier `--json` files, and refuses those
+of another base, other texts or other flags.
+
+Prints, at each method's best learning rate, both perplexities, mean and largest deviation
+over seeds, and the part of LoRA's distance to full training that is closed. `--json FILE`
+keeps all runs with their curves, which `tools/figures.py --learning FILE --output FOLDER`
+draws.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+# A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.common.errors import (
+    BELOW_1,
     COUNT,
     UserError,
     out_of_bounds,
@@ -45,20 +49,24 @@ from mora_ds.common.errors import (
     unknown,
     wrong_values,
 )
-from mora_ds.common.files import read_json, write_json_atomic
+from mora_ds.common.files import read_json, sha256_file, write_json_atomic
+from mora_ds.data import load_tokenizer, tokenizer_fingerprint
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
-from tools.bench.learning_texts import NEW, OLD, Texts, digest
 from tools.bench.report import Report, bench_parser
 from tools.bench.trials import at_edge, pretrain_alone, run_all, warm_base
+from tools.runs import Row, rows_of
 from tools.tables import mean_and_spread
 
+NEW = "new"
+OLD = "old"
 AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
 EVALUATIONS = 4
 """Of a run, evenly spaced, the last one at its end."""
-PLACES = (
+FILE_FLAGS = (
     "model_name_or_path",
     "train_files",
     "eval_files",
@@ -67,18 +75,29 @@ PLACES = (
     "save_steps",
 )
 """Flags of a run that only say where its files lie, and which."""
-KEPT = (
-    "method",
-    "learning_rate",
-    "seed",
-    "trained",
-    "perplexity",
-    "curve",
-    "loss",
-    "marks",
-    "scores",
-)
-"""What `--json` keeps of a run; runs before `--tasks` existed have no scores."""
+
+RatesOf = Mapping[str, Sequence[float]]
+"""Method -> learning rates."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the runs start from and learn: a model's folder, and files of text."""
+
+    base: Path
+    new: Path
+    new_held: Path
+    old: Path
+    old_held: Path
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """Digests of the base with its tokenizer, and of the texts."""
+        model = BaseCheckpoint.open(self.base).fingerprint()
+        tokenizer = tokenizer_fingerprint(load_tokenizer(self.base))
+        files = (self.new, self.new_held, self.old, self.old_held)
+        contents = " ".join(sha256_file(file) for file in files)
+        return {"base": _digest(model + tokenizer), "texts": _digest(contents)}
 
 
 @dataclass(frozen=True)
@@ -91,15 +110,10 @@ class Trial:
     settings: dict[str, Any]
     """Flags of the training program; output_dir names the run."""
     texts: Texts
-    rank: int = 0
+    rank: int
     """Of those that `--rank` names; 0 where the method's own flags decide how much it
     trains.
     """
-
-    @property
-    def kind(self) -> tuple[str, int]:
-        """What has a best learning rate: the method, at a rank."""
-        return self.method, self.rank
 
     @property
     def folder(self) -> Path:
@@ -118,14 +132,15 @@ class Trial:
         """What the run is known by: digests of the base, the texts and the flags, wherever
         their files lie.
         """
-        flags = {name: value for name, value in self.settings.items() if name not in PLACES}
+        flags = {
+            name: value for name, value in self.settings.items() if name not in FILE_FLAGS
+        }
         replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
         if "eval_tasks" in flags:
             flags["eval_tasks"] = [Path(name).name for name in flags["eval_tasks"]]
-        return {
-            **self.texts.marks,
-            "flags": digest(json.dumps([flags, replayed, ""], sort_keys=True)),
-        }
+        # The empty string stands for a setting that earlier reports had
+        text = json.dumps([flags, replayed, ""], sort_keys=True)
+        return {**self.texts.marks, "flags": _digest(text)}
 
     def read(self) -> dict[str, Any] | None:
         """What the run has found; None where it has not been run with this base, these
@@ -134,62 +149,55 @@ class Trial:
         result = read_json(self.result) if self.result.is_file() else None
         return result if result is not None and result["marks"] == self.marks else None
 
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Put `result` where `read` finds it."""
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.result, result)
 
-@dataclass(frozen=True)
-class Row:
-    """A method at one rank and learning rate, over its seeds."""
 
-    method: str
-    rank: int
-    rate: float
-    trained: int
-    new: dict[int, float]
-    """Seed -> perplexity on the new text."""
-    old: dict[int, float]
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    """Task -> the score of each seed."""
-
-    @property
-    def kind(self) -> tuple[str, int]:
-        return self.method, self.rank
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def main() -> None:
     options = _options()
-    methods = Methods.read(options.methods_file)
-    changes = {
-        "bf16": options.bf16 or None,
-        "per_device_train_batch_size": options.batch,
-        "eval_tasks": options.tasks,
-    }
-    methods.change(changes, options.compute, options.replay)
-    if options.methods is None:
-        options.methods = list(methods.methods)
-    options.rates_of = methods.chosen(options.methods)
     _check(options)
-    texts = _texts(options)
-    trials = partial(_trials, options, methods, texts)
+    methods = Methods.read(options.methods_file)
+    methods.settings.update(_shared_settings(options))
+    if options.compute is not None:
+        methods.compute_by(options.compute)
+    if options.replay is not None:
+        methods.replay(options.replay)
+    rates_of = methods.chosen(options.methods or list(methods.methods))
+    trials = partial(_trials, options, methods, _texts(options))
     earlier = [trial for path in options.runs for trial in _take(path, methods, trials)]
-    swept = list(
-        trials(options.rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1))
-    )
+
+    swept = list(trials(rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
     run_all(swept, _run, options.jobs)
-    best = {row.kind: row.rate for row in _best(_rows([*earlier, *swept]))}
-    more = trials(options.rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
-    repeated = [trial for trial in more if trial.rate == best[trial.kind]]
+    best = _best(rows_of(_found([*earlier, *swept])))
+
+    more = trials(rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
+    repeated = [trial for trial in more if trial.rate == best[trial.method, trial.rank]]
     run_all(repeated, _run, options.jobs)
-    order_of = {name: number for number, name in enumerate(methods.methods)}
+
+    order = list(methods.methods)
     all_trials = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
+    _report(
+        options,
+        sorted(
+            all_trials,
+            key=lambda trial: (
+                len(options.rank) > 1 and trial.rank,
+                order.index(trial.method),
+                trial.rate,
+                trial.seed,
+            ),
+        ),
+        best,
+    )
 
-    def order(trial: Trial) -> tuple[float, ...]:
-        return (
-            len(options.rank) > 1 and trial.rank,
-            order_of[trial.method],
-            trial.rate,
-            trial.seed,
-        )
 
-    _report(options, sorted(all_trials, key=order), best)
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def _options() -> argparse.Namespace:
@@ -205,141 +213,167 @@ def _options() -> argparse.Namespace:
         "jobs": (os.cpu_count() or 1, "runs side by side, one thread each"),
     }
     parser = bench_parser(__doc__, numbers)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--work",
         type=Path,
         default=Path("out/bench_learning"),
         help="folder for everything",
     )
-    parser.add_argument(
+    add(
         "--base",
         type=Path,
         help="model folder. Default: a small Llama, warm-started on prose",
     )
-    parser.add_argument(
-        "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
+    add(
+        "--base_config",
+        type=Path,
+        default=MODEL_CONFIG,
+        metavar="FILE",
         help="config of the model that is warm-started where there is no --base",
-    )  # fmt: skip
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="the warm start and all runs in bf16",
     )
-    parser.add_argument(
-        "--new",
-        type=Path,
-        nargs=2,
-        metavar=("TRAIN", "HELD"),
-        help="the new text, with --base",
+    add("--bf16", action="store_true", help="the warm start and all runs in bf16")
+    pair: dict[str, Any] = {"type": Path, "nargs": 2, "metavar": ("TRAIN", "HELD")}
+    add("--new", help="the new text, with --base", **pair)
+    add("--old", help="what the base knows, with --base", **pair)
+    add(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="LoRA's rank, or several; MoRA matrices have about as many parameters. "
+        "Methods without one run once",
     )
-    parser.add_argument(
-        "--old",
-        type=Path,
-        nargs=2,
-        metavar=("TRAIN", "HELD"),
-        help="what the base knows, with --base",
-    )
-    parser.add_argument(
-        "--rank", type=int, nargs="+", default=[8],
-        help="LoRA's rank, or several; MoRA matrices have about as many parameters. Methods without one run once",
-    )  # fmt: skip
-    parser.add_argument(
+    add(
         "--batch",
         type=int,
         help="sequences of a step. Default: those of --methods_file",
     )
-    parser.add_argument(
-        "--compute", choices=("activation", "weight"),
-        help="how MoRA layers compute in all runs. Default: by their shapes; in bf16 the paths round differently",
-    )  # fmt: skip
-    parser.add_argument(
+    add(
+        "--compute",
+        choices=("activation", "weight"),
+        help="how MoRA layers compute in all runs. Default: by their shapes; in bf16 the "
+        "paths round differently",
+    )
+    add(
         "--tasks",
         nargs="+",
         metavar="TASK",
         help="of lm-eval, at the end of every run (--eval_tasks)",
     )
-    parser.add_argument(
+    add(
         "--replay",
         type=float,
         help="share of the old text in every batch. Default: each method's own",
     )
-    parser.add_argument(
+    add(
         "--methods_file",
         type=Path,
         default=METHODS_FILE,
         help="YAML file that defines the methods",
     )
-    parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD[@RATE]",
-        help="those of the file to run, each at the learning rates that it is given with, if any. Default: all",
-    )  # fmt: skip
-    parser.add_argument(
-        "--with", dest="runs", type=Path, nargs="+", default=[], metavar="FILE",
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD[@RATE]",
+        help="those of the file to run, each at the learning rates that it is given with, "
+        "if any. Default: all",
+    )
+    add(
+        "--with",
+        dest="runs",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
         help="earlier --json files, whose runs count too",
-    )  # fmt: skip
+    )
     return parser.parse_args()
 
 
 def _check(options: argparse.Namespace) -> None:
-    refuse(
-        wrong_values(
-            options,
-            dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT),
-        )
-    )
+    counts = dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT)
+    refuse(wrong_values(options, {**counts, "replay": BELOW_1}))
     refuse(out_of_bounds(("rank", rank, COUNT) for rank in options.rank))
-    for path in options.runs:
-        if not path.is_file():
-            raise UserError(f"--with: there is no {path}")
     if len({paths is None for paths in (options.base, options.new, options.old)}) > 1:
         raise UserError(
-            "--base, --new and --old belong together: give all three, or none for the demo's model and texts"
+            "--base, --new and --old belong together: give all three, or none for the "
+            "demo's model and texts"
         )
+    texts = [options.base, *options.new, *options.old] if options.base else []
+    for path in (*texts, *options.runs):
+        if not path.exists():
+            flags = "--with" if path in options.runs else "--base, --new and --old"
+            raise UserError(f"{flags}: there is no {path}")
+
+
+def _shared_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags of all runs that the command line gives."""
+    settings = {
+        "bf16": options.bf16 or None,
+        "per_device_train_batch_size": options.batch,
+        "eval_tasks": options.tasks,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _texts(options: argparse.Namespace) -> Texts:
     if options.base is not None:
-        for path in (options.base, *options.new, *options.old):
-            if not path.exists():
-                raise UserError(f"--base, --new and --old: there is no {path}")
-        return Texts.of(
-            *(path.resolve() for path in (options.base, *options.new, *options.old))
-        )
-    warm = {
-        "bf16": options.bf16,
-        "max_steps": options.base_steps,
-        "learning_rate": options.base_rate,
-    }
-    paths = warm_base(options.work / "base", 8, options.base_config, **warm)
-    base = paths.warm if options.base_steps else paths.start  # no steps: from scratch
-    return Texts.of(base, *(paths.corpus / f"{name}_{split}.jsonl" for name in ("domain", "general")
-                                  for split in ("train", "eval")))  # fmt: skip
+        given = (options.base, *options.new, *options.old)
+        return Texts(*(path.resolve() for path in given))
+    paths = warm_base(
+        options.work / "base",
+        options.base_config,
+        bf16=options.bf16,
+        max_steps=options.base_steps,
+        learning_rate=options.base_rate,
+    )
+    # No steps: the runs train from scratch
+    base = paths.warm if options.base_steps else paths.start
+    names = ("domain_train", "domain_eval", "general_train", "general_eval")
+    return Texts(base, *(paths.corpus / f"{name}.jsonl" for name in names))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 def _trials(
-    options: argparse.Namespace, methods: Methods, texts: Texts, rates_of: Mapping[str, Sequence[float]],
-    seeds: Sequence[int],
-) -> Iterator[Trial]:  # fmt: skip
-    length = (
-        f"{options.steps}" if options.batch is None else f"{options.steps}x{options.batch}"
-    )
+    options: argparse.Namespace,
+    methods: Methods,
+    texts: Texts,
+    rates_of: RatesOf,
+    seeds: Iterable[int],
+) -> Iterator[Trial]:
+    """The runs of these methods with these seeds, at every rank. What learns nothing runs
+    with seed 1 alone.
+    """
+    batch = "" if options.batch is None else f"x{options.batch}"
+    shared = {
+        "model_name_or_path": texts.base,
+        "train_files": [texts.new],
+        "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"],
+        "cache_dir": options.work / "tokens",
+        "max_steps": options.steps,
+        "eval_steps": max(1, options.steps // EVALUATIONS),
+        "eval_on_start": False,
+        "save_steps": 0,
+        "overwrite_output_dir": True,
+    }
     for name, rates in rates_of.items():
         method = methods.methods[name]
-        learns = method.flags.get("adapter") != "none"
         ranks = options.rank if method.has_rank else options.rank[:1]
-        for rank, rate, seed in product(
-            ranks,
-            rates,
-            seeds if learns else [number for number in seeds if number == 1],
-        ):
+        for rank, rate, seed in product(ranks, rates, seeds):
+            if not method.learns and seed != 1:
+                continue
+            run = f"r{rank}-{options.steps}{batch}-{name}-{rate:g}-{seed}"
             settings = {
-                "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
-                "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
-                "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
-                "eval_on_start": False, "save_steps": 0, "overwrite_output_dir": True, "seed": seed,
-                "output_dir": options.work / "runs" / f"r{rank}-{length}-{name}-{rate:g}-{seed}",
-                **methods.settings, **method.settings(rate, options.steps, texts.old),
-            }  # fmt: skip
+                **shared,
+                "mora_rank": rank,
+                "seed": seed,
+                "output_dir": options.work / "runs" / run,
+                **methods.settings,
+                **method.settings(rate, options.steps, texts.old),
+            }
             yield Trial(name, rate, seed, settings, texts, rank * method.has_rank)
 
 
@@ -350,32 +384,27 @@ def _take(
     that is unlike these.
     """
     taken = []
-    for run in read_json(path).get("runs", []):
-        if run["method"] not in methods.methods:
+    for run in read_json(path)["runs"]:
+        method = run["method"]
+        if method not in methods.methods:
+            problem = unknown("--methods_file", method, methods.methods)
+            raise UserError(f"--with {path}: {problem}")
+        # One for each rank
+        candidates = list(trials({method: [run["learning_rate"]]}, [run["seed"]]))
+        if not candidates:
             raise UserError(
-                f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}"
+                f"--with {path}: {method} with seed {run['seed']} is none of the runs here"
             )
-        alike = list(trials({run["method"]: [run["learning_rate"]]}, [run["seed"]]))
-        if not alike:  # what learns nothing is measured with seed 1 alone
+        same = [trial for trial in candidates if trial.marks == run["marks"]]
+        if not same:
+            marks = candidates[0].marks.items()
+            unlike = [name for name, mark in marks if run["marks"].get(name) != mark]
             raise UserError(
-                f"--with {path}: {run['method']} with seed {run['seed']} is none of the runs here"
+                f"--with {path}: not the same {', '.join(unlike)} as here: "
+                f"{candidates[0].name}"
             )
-        trial = next(
-            (candidate for candidate in alike if candidate.marks == run.get("marks")),
-            alike[0],
-        )
-        unlike = [
-            name
-            for name, mark in trial.marks.items()
-            if run.get("marks", {}).get(name) != mark
-        ]
-        if unlike:
-            raise UserError(
-                f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}"
-            )
-        trial.result.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(trial.result, _kept(run))
-        taken.append(trial)
+        same[0].write(run)
+        taken.append(same[0])
     return taken
 
 
@@ -384,39 +413,58 @@ def _run(trial: Trial) -> None:
     if trial.read() is not None:
         return
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(trial.folder, ignore_errors=True)
-    log = trial.folder.with_name(f"{trial.name}.log")
-    pretrain_alone(trial.settings, log)
-    summary = json.loads((trial.folder / "summary.json").read_text(encoding="utf-8"))
+    pretrain_alone(trial.settings, trial.folder.with_name(f"{trial.name}.log"))
+    summary = read_json(trial.folder / "summary.json")
     lines = (trial.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    trial.result.parent.mkdir(exist_ok=True)
-    write_json_atomic(trial.result, {
-        "method": trial.method, "learning_rate": trial.rate, "seed": trial.seed,
-        "trained": summary["trainable_params"], "perplexity": summary["perplexity_after"],
-        "curve": [{"step": row["step"], **row["eval"]} for row in rows if "eval" in row],
-        "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
-        "marks": trial.marks, "scores": _scores(rows),
-    })  # fmt: skip
+    trial.write(
+        {
+            "method": trial.method,
+            "learning_rate": trial.rate,
+            "seed": trial.seed,
+            "trained": summary["trainable_params"],
+            "perplexity": summary["perplexity_after"],
+            "curve": [
+                {"step": row["step"], **row["eval"]} for row in rows if "eval" in row
+            ],
+            "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
+            "marks": trial.marks,
+            "scores": _scores(rows),
+        }
+    )
 
 
-def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first
     metric.
     """
-    tasks = [row["tasks"] for row in rows if "tasks" in row][-1:]
+    scored = [row["tasks"] for row in rows if "tasks" in row]
     return {
         name: scores.get("acc", next(iter(scores.values())))
-        for scored in tasks
-        for name, scores in scored.items()
+        for name, scores in (scored[-1] if scored else {}).items()
     }
 
 
-def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: run[key] for key in KEPT if key in run}
+def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+    """What runs that have ended have found, with their rank."""
+    return [{**(trial.read() or {}), "rank": trial.rank} for trial in trials]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _best(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """The best learning rate of each method and rank, judged by the seeds that all of its
+    learning rates have.
+    """
+    best = {}
+    for kind in dict.fromkeys(row.kind for row in rows):
+        candidates = [row for row in rows if row.kind == kind]
+        seeds = set.intersection(*(row.seeds for row in candidates))
+        least = min(row.mean(NEW, seeds) for row in candidates)
+        good = [row for row in candidates if row.mean(NEW, seeds) <= AS_GOOD * least]
+        best[kind] = min(good, key=lambda row: row.mean(OLD, seeds)).rate
+    return best
 
 
 def _report(
@@ -424,7 +472,6 @@ def _report(
     trials: Sequence[Trial],
     best: Mapping[tuple[str, int], float],
 ) -> None:
-    shown = [row for row in _rows(trials) if row.rate == best[row.kind]]
     report = Report(options)
     ranks = ", ".join(map(str, options.rank))
     report.say(
@@ -432,118 +479,79 @@ def _report(
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
         " training is closed, on the seeds that all three have"
     )
-    swept = {
-        row.kind: [
-            candidate.rate for candidate in _rows(trials) if candidate.kind == row.kind
-        ]
-        for row in shown
-    }
-    report.show("learning", _table(shown, swept, len(options.rank) > 1))
-    report.points["runs"] = [
-        {**_kept(result), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
-        for trial in trials
-        if (result := trial.read()) is not None
+    runs = [
+        {**run, "is_best": run["learning_rate"] == best[run["method"], run["rank"]]}
+        for run in _found(trials)
     ]
+    report.show("learning", _table(rows_of(runs), best, len(options.rank) > 1))
+    report.points["runs"] = runs
     report.write()
 
 
-def _rows(trials: Sequence[Trial]) -> list[Row]:
-    """One for each method, rank and learning rate, in their order."""
-    rows = []
-    for key in dict.fromkeys((*trial.kind, trial.rate) for trial in trials):
-        runs = [
-            run
-            for trial in trials
-            if (*trial.kind, trial.rate) == key and (run := trial.read()) is not None
-        ]
-        new, old = (
-            {result["seed"]: result["perplexity"][name] for result in runs}
-            for name in (NEW, OLD)
-        )
-        scores: dict[str, list[float]] = {}
-        for run in runs:
-            for name, score in run.get("scores", {}).items():
-                scores.setdefault(name, []).append(score)
-        rows.append(Row(*key, runs[0]["trained"], new, old, scores))
-    return rows
-
-
-def _best(rows: Sequence[Row]) -> list[Row]:
-    """Of each method and rank, judged by the seeds that all of its learning rates have."""
-    best = []
-    for kind in dict.fromkeys(row.kind for row in rows):
-        candidates = [row for row in rows if row.kind == kind]
-        seeds = set.intersection(*(set(row.new) for row in candidates))
-        new = {row.rate: sum(row.new[seed] for seed in seeds) for row in candidates}
-        old = {row.rate: sum(row.old[seed] for seed in seeds) for row in candidates}
-        good = [row for row in candidates if new[row.rate] <= AS_GOOD * min(new.values())]
-        best.append(min(good, key=lambda row: old[row.rate]))
-    return best
-
-
 def _table(
-    rows: Sequence[Row],
-    rates: Mapping[tuple[str, int], Sequence[float]],
-    with_ranks: bool,
+    rows: Sequence[Row], best: Mapping[tuple[str, int], float], with_ranks: bool
 ) -> list[list[str]]:
-    """The titles and a line for each row, without the columns that are empty in all of
-    them.
+    """The titles and a line for each method and rank at its best learning rate, without the
+    columns that are empty in all of them.
     """
-    tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
-    table = [
-        ["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]
-    ]
-    for row in rows:
-        peers = {
-            peer.method: peer for peer in rows if peer.rank in (0, row.rank) or not row.rank
-        }
-        scores = [
-            f"{fmean(row.scores[name]):.1%}" if name in row.scores else "-"
-            for name in tasks
-        ]
-        perplexities = [
-            mean_and_spread(list(seeds.values())) for seeds in (row.new, row.old)
-        ]
-        rank = str(row.rank or "-") if with_ranks else "-"
-        rate = _rate(row, rates[row.kind])
-        trained = f"{row.trained:,}"
-        table.append(
+    shown = [row for row in rows if row.rate == best[row.kind]]
+    tasks = list(
+        dict.fromkeys(task for row in shown for run in row.runs for task in _of_tasks(run))
+    )
+    titles = ["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap"]
+    lines = [[*titles, *tasks]]
+    for row in shown:
+        swept = [candidate.rate for candidate in rows if candidate.kind == row.kind]
+        peers = [peer for peer in shown if peer.rank in (0, row.rank) or not row.rank]
+        lines.append(
             [
-                rank,
+                str(row.rank or "-") if with_ranks else "-",
                 row.method,
-                trained,
-                rate,
-                str(len(row.new)),
-                *perplexities,
-                _gap(row, peers),
-                *scores,
+                f"{row.trained:,}",
+                _rate(row, swept),
+                str(len(row.runs)),
+                mean_and_spread(row.perplexities(NEW)),
+                mean_and_spread(row.perplexities(OLD)),
+                _gap(row, {peer.method: peer for peer in peers}),
+                *(_score(row, task) for task in tasks),
             ]
         )
-    filled = [
-        index
-        for index in range(len(table[0]))
-        if any(line[index] != "-" for line in table[1:])
+    columns = [
+        column
+        for column in zip(*lines, strict=True)
+        if any(cell != "-" for cell in column[1:])
     ]
-    return [[line[index] for index in filled] for line in table]
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+def _of_tasks(run: Mapping[str, Any]) -> dict[str, float]:
+    """Runs before `--tasks` existed have no scores."""
+    scores: dict[str, float] = run.get("scores", {})
+    return scores
+
+
+def _score(row: Row, task: str) -> str:
+    scores = [_of_tasks(run)[task] for run in row.runs if task in _of_tasks(run)]
+    return f"{fmean(scores):.1%}" if scores else "-"
 
 
 def _rate(row: Row, swept: Sequence[float]) -> str:
     return f"{row.rate:g}{at_edge(row.rate, swept)}" if row.trained else "-"
 
 
-def _gap(row: Row, of: dict[str, Row]) -> str:
+def _gap(row: Row, peers: Mapping[str, Row]) -> str:
     """The part of the distance from LoRA to full training that a method closes, on the new
     text; "-" where full training is less than 5% ahead, as there is no distance then."""
-    if row.method in ("lora", "full") or not {"lora", "full"} <= set(of) or not row.trained:
+    if row.method in ("lora", "full") or not {"lora", "full"} <= set(peers):
         return "-"
-    lora = of["lora"].new
-    full = of["full"].new
-    if not (seeds := set(lora) & set(full) & set(row.new)):
+    seeds = row.seeds & peers["lora"].seeds & peers["full"].seeds
+    if not (row.trained and seeds):
         return "-"
-    start, end, reached = (
-        sum(perplexities[seed] for seed in seeds) for perplexities in (lora, full, row.new)
-    )
-    return f"{(start - reached) / (start - end):.0%}" if start > 1.05 * end else "-"
+    lora = peers["lora"].mean(NEW, seeds)
+    full = peers["full"].mean(NEW, seeds)
+    if lora <= 1.05 * full:
+        return "-"
+    return f"{(lora - row.mean(NEW, seeds)) / (lora - full):.0%}"
 
 
 if __name__ == "__main__":

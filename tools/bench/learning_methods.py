@@ -2,13 +2,13 @@
 run.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from mora_ds.common.errors import UserError, unknown
+from pydantic import Field
+
+from mora_ds.common.errors import BELOW_1, COUNT, POSITIVE, UserError, unknown
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import typed
 
@@ -19,19 +19,21 @@ METHODS_FILE = Path(__file__).with_name("learning.yaml")
 class Method:
     """A row of the table; learning.yaml says what each entry means."""
 
-    rates: tuple[float, ...]
+    rates: Annotated[tuple[Annotated[float, POSITIVE], ...], Field(min_length=1)]
     flags: dict[str, Any] = field(default_factory=dict)
     sweeps: str = "learning_rate"
-    cycles: int = 1
-    replay: float = 0.0
+    cycles: Annotated[int, COUNT] = 1
+    replay: Annotated[float, BELOW_1] = 0.0
+
+    @property
+    def learns(self) -> bool:
+        return self.flags.get("adapter") != "none"
 
     @property
     def has_rank(self) -> bool:
         """Whether a rank that is not its own decides how much it trains."""
-        return (
-            self.flags.get("adapter") not in ("none", "full")
-            and "mora_rank" not in self.flags
-        )
+        has_adapter = self.flags.get("adapter") not in ("none", "full")
+        return has_adapter and "mora_rank" not in self.flags
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""
@@ -48,40 +50,26 @@ class Methods:
     """The content of a file of methods."""
 
     settings: dict[str, Any]
+    """Flags of all runs."""
     methods: dict[str, Method]
 
     @classmethod
-    def read(cls, path: Path) -> Methods:
+    def read(cls, path: Path) -> Self:
         """Raises `UserError` for a file that is no such one."""
-        methods: Methods = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
-        for name, method in methods.methods.items():
-            if not method.rates or min(method.rates) <= 0 or method.cycles < 1:
-                raise UserError(
-                    f"{path}: {name} needs positive rates, and at least one cycle"
-                )
-            if not 0 <= method.replay < 1:
-                raise UserError(f"{path}: {name}: replay is a share, from 0 to below 1")
+        methods: Self = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
         return methods
 
-    def change(
-        self, settings: dict[str, Any], compute: str | None, replay: float | None
-    ) -> None:
-        """What replaces the file's own in all runs; None replaces nothing. `compute` is for
-        methods with an operator, `replay` for those that train. Raises `UserError` for a
-        replay that is no share."""
-        self.settings.update(
-            {name: value for name, value in settings.items() if value is not None}
-        )
-        if replay is not None:
-            if not 0 <= replay < 1:
-                raise UserError(f"--replay {replay}: a share, from 0 to below 1")
-            for name, method in self.methods.items():
-                if method.flags.get("adapter") != "none":
-                    self.methods[name] = replace(method, replay=replay)
-        if compute is not None:
-            for method in self.methods.values():
-                if "operator" in method.flags:
-                    method.flags["compute"] = compute
+    def compute_by(self, path: str) -> None:
+        """Have all methods with an operator compute by this path (`--compute`)."""
+        for method in self.methods.values():
+            if "operator" in method.flags:
+                method.flags["compute"] = path
+
+    def replay(self, share: float) -> None:
+        """Have all methods that learn replay this share of the old text."""
+        for name, method in self.methods.items():
+            if method.learns:
+                self.methods[name] = replace(method, replay=share)
 
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
         """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from mora_ds.config.effects import idle_settings
 from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
 from tools.bench.measuring import ROOT, only_rank
 
+ROWS = 8
+"""Sequences of a step of the warm start."""
+SEED = 42
+"""Of the warm start, its texts and its model."""
+
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
     """`launch/pretrain.py` with these settings as flags, on one thread, its output in
@@ -23,10 +29,8 @@ def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
     environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)]
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            program, env=environment, stdout=file, stderr=subprocess.STDOUT
-        ).returncode
-    if code:
+        ended = subprocess.run(program, env=environment, stdout=file, stderr=file)
+    if ended.returncode:
         raise RunError(f"a run failed: see {log}")
 
 
@@ -34,13 +38,13 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     """The command line of a run under ZeRO-3 with these settings, but for those that have
     no effect beside the others: all methods of a table share some."""
     all_settings = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
-    words = {name: [f"--{name}", *_words(value)] for name, value in all_settings.items()}
-    idle = idle_settings(parse([word for its in words.values() for word in its]))
-    return [word for name, its in words.items() if name not in idle for word in its]
-
-
-def _words(value: Any) -> list[str]:
-    return [str(word) for word in value] if isinstance(value, list) else [str(value)]
+    words = {
+        name: [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        for name, value in all_settings.items()
+    }
+    idle = idle_settings(parse(list(chain.from_iterable(words.values()))))
+    effective = [flag for name, flag in words.items() if name not in idle]
+    return list(chain.from_iterable(effective))
 
 
 def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> None:
@@ -48,27 +52,21 @@ def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> N
     that has ended.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        for done, (trial, _) in enumerate(
-            zip(trials, pool.map(run, trials), strict=True), 1
-        ):
-            print(f"{done}/{len(trials)}  {trial.name}", flush=True)
+        for index, _ in enumerate(pool.map(run, trials)):
+            print(f"{index + 1}/{len(trials)}  {trials[index].name}", flush=True)
 
 
-def warm_base(
-    folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: Any
-) -> DemoPaths:
+def warm_base(folder: Path, config: Path = MODEL_CONFIG, **settings: Any) -> DemoPaths:
     """A model of this config, by default the demo's small Llama, after the demo's warm
     start on prose with `settings` over the demo's own, made in `folder` where it is not
     there yet. `max_steps` of 0: only `start`."""
     paths = DemoPaths(folder)
     if not paths.start.is_dir():
-        write_inputs(paths, 42, config)
+        write_inputs(paths, SEED, config)
     if not paths.warm.is_dir() and settings.get("max_steps") != 0:
         print("warm start on prose", flush=True)
-        pretrain_alone(
-            {**warm_start_settings(paths, rows, seed=42), **settings},
-            paths.root / "warm.log",
-        )
+        own = warm_start_settings(paths, ROWS, SEED)
+        pretrain_alone({**own, **settings}, paths.root / "warm.log")
     return paths
 
 
