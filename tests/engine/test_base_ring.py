@@ -5,7 +5,6 @@ The device is another buffer of the CPU. Its copies come as late as the ring per
 (`Late`) or at once.
 """
 
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -19,20 +18,16 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError
-from mora_ds.engine import base_ring, zero
+from mora_ds.engine import base_ring
 from mora_ds.engine.base_ring import ring_of, stream_base
 from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.decoder_layers import (
-    find_decoder_layers,
-    stored_bytes,
-    weights_of_layers,
-)
+from mora_ds.models.decoder_layers import find_decoder_layers, weights_of_layers
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
-from tests.helpers.engines import ds_config
+from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.errors import user_error
 from tests.helpers.models import (
     FAMILIES,
@@ -42,6 +37,7 @@ from tests.helpers.models import (
     tokens,
 )
 from tests.helpers.pool import run_pooled
+from tests.helpers.resume import assert_same_tensors
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -76,59 +72,44 @@ class Late(Copies):
 
 CASES = yaml.safe_load("""
 - {checkpointing: true, bf16: true, accumulation: 4}
-- {base_bits: 8, operator: share, compute: weight}
+- {adapter: {base_bits: 8, operator: share, compute: weight}}
 """)
 MORE = yaml.safe_load("""
 - {accumulation: 4}
 - {checkpointing: true}
 - {bf16: true}
-- {checkpointing: true, base_bits: 8, bf16: true}
-- {operator: decouple, compute: weight}
-- {operator: rotate, compute: weight}
-- {family: gpt2, base_bits: 8}
-- {family: qwen2, operator: truncate, accumulation: 4}
+- {checkpointing: true, adapter: {base_bits: 8}, bf16: true}
+- {adapter: {operator: decouple, compute: weight}}
+- {adapter: {operator: rotate, compute: weight}}
+- {family: gpt2, adapter: {base_bits: 8}}
+- {family: qwen2, adapter: {operator: truncate}, accumulation: 4}
 - {family: gpt2, checkpointing: true, stage: 1}
 - {family: mixtral, bf16: true, checkpointing: true}
-- {family: mixtral, bf16: true, target_modules: [all-linear, experts], base_bits: 8}
-- {family: gemma2, train_norms: true, train_embeddings: true, stage: 2}
+- {family: mixtral, bf16: true, adapter: {target_modules: [all-linear, experts], base_bits: 8}}
+- {family: gemma2, adapter: {train_norms: true, train_embeddings: true}, stage: 2}
 - {family: gpt_neox, stage: 1}
-- {base_bits: 4, bf16: true, checkpointing: true, compute: weight}
+- {adapter: {base_bits: 4, compute: weight}, bf16: true, checkpointing: true}
 """)
 
 
 def trained(case, streamed):
     """Two steps of this rank, with a change of the base in host memory between them."""
-    bf16 = case.get("bf16", False)
     accumulation = case.get("accumulation", 1)
     torch.manual_seed(0)
     model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
     if case.get("checkpointing"):
         enable_checkpointing(model)
-    options = (
-        "operator",
-        "compute",
-        "base_bits",
-        "target_modules",
-        "train_norms",
-        "train_embeddings",
-    )
-    inject(
-        model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case})
-    )
-    config = ds_config(
-        case.get("stage", 3),
-        2,
-        accumulation,
-        **({"bf16": {"enabled": True}} if bf16 else {}),
-    )
+    inject(model, MoRAConfig(rank=4, **case.get("adapter", {})))
+    bf16 = {"enabled": case.get("bf16", False)}
+    config = ds_config(case.get("stage", 3), 2, accumulation, bf16=bf16)
     with patch.object(base_ring, "copies_for", lambda device: Late()):
         engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
     ring = ring_of(model)
-    seen = Seen(model)
+    storages = storages_read(model)
     losses = []
     slots = ring.slots if ring else []
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
-    with counter.counting(), seen.counting():
+    with counter.counting():
         for step in range(2 * accumulation):
             if step == accumulation:
                 change(model)
@@ -139,18 +120,12 @@ def trained(case, streamed):
     engine.eval()
     with torch.no_grad():
         losses.append(causal_loss(engine, tokens(2, seed=99)).item())
-    values = {
-        name: zero.full_fp32(parameter).clone()
-        for name, parameter in engine.module.named_parameters()
-    }
-    frozen = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
-    used = len(seen.storages)
     return {
         "losses": losses,
-        "values": values,
-        "frozen": frozen,
+        "values": trained_values(engine),
+        "frozen": {name: tensor.clone() for name, tensor in frozen_buffers(model).items()},
         "sent": counter.base_bytes,
-        "used": used,
+        "used": len(storages),
     }
 
 
@@ -168,29 +143,20 @@ def change(model):
     node.form(model, [(name, layers[name]) for name in node.layers(model)], grow)
 
 
-class Seen:
-    """Storages that hold the weights of linear layers within decoder layers while these
-    run.
+def storages_read(model):
+    """A set that fills, while the model runs, with the storages that hold the weights of
+    linear layers within its decoder layers.
     """
+    prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
+    storages = set()
 
-    def __init__(self, model):
-        prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
-        self.layers = [
-            layer for name, layer in mora_layers(model).items() if name.startswith(prefix)
-        ]
-        self.storages = set()
+    def note(layer, *_):
+        storages.add(layer.weight.untyped_storage().data_ptr())
 
-    @contextmanager
-    def counting(self):
-        handles = [
-            layer.register_forward_hook(self._note, prepend=True) for layer in self.layers
-        ]
-        yield
-        for handle in handles:
-            handle.remove()
-
-    def _note(self, layer, *_):
-        self.storages.add(layer.weight.untyped_storage().data_ptr())
+    for name, layer in mora_layers(model).items():
+        if name.startswith(prefix):
+            layer.register_forward_hook(note, prepend=True)
+    return storages
 
 
 def both(cases):
@@ -201,14 +167,13 @@ def both(cases):
     "cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))]
 )
 def test_a_streamed_base_is_a_resident_one_to_the_bit(cases):
-    if any(case.get("base_bits") == 4 for case in cases):
+    if cases is MORE:
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
     for results in run_pooled(2, both, cases):
         for case, (resident, streamed) in zip(cases, results, strict=True):
             assert streamed["losses"] == resident["losses"], case
-            for kind in ("values", "frozen"):
-                for name, value in resident[kind].items():
-                    assert torch.equal(streamed[kind][name], value), (case, name)
+            assert_same_tensors(streamed["values"], resident["values"], case)
+            assert_same_tensors(streamed["frozen"], resident["frozen"], case)
             assert streamed["sent"] == 0
             assert streamed["used"] == BUFFERS, case
 
@@ -236,8 +201,10 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
         causal_loss(model.train(), tokens(2)).backward()
     assert ring.copied - before == plan.copied == 2 * (LAYERS - BUFFERS) * plan.layers[0]
     assert sum(slot.nbytes for slot in ring.slots) == plan.on_device
-    work = Work(AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}),
-                MoRAConfig(rank=4), 16, dtype=torch.float32)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}
+    )
+    work = Work(config, MoRAConfig(rank=4), 16, dtype=torch.float32)
     assert Streamed.of(planned_model(work)) == plan
 
 
@@ -247,20 +214,15 @@ def test_an_evaluation_copies_each_layer_once():
         for _ in range(3):
             before = ring.copied
             causal_loss(model, tokens(2))
-    weights = [
-        stored_bytes(tensors.values()) for tensors in weights_of_layers(model).values()
-    ]
-    assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model).layers[0]) <= LAYERS
-    assert max(weights) == ring.slots[0].nbytes
+    assert LAYERS - 2 <= (ring.copied - before) / Streamed.of(model).layers[0] <= LAYERS
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
     model, ring = streamed_model(family, bits)
-    host = {
-        name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()
-    }
+    host = frozen_buffers(model)
+    contents = {name: tensor.clone() for name, tensor in host.items()}
     causal_loss(model.train(), tokens(2)).backward()
     broken = next(iter(mora_layers(model).values()))
     with (
@@ -269,12 +231,12 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
     ):
         causal_loss(model, tokens(2))
     for name, tensor in frozen_buffers(model).items():
-        assert (id(tensor), True) == (host[name][0], torch.equal(tensor, host[name][1])), (
-            name
-        )
+        assert tensor is host[name], name
+        assert torch.equal(tensor, contents[name]), name
+    names = base_ring.names_on_host(model)
     with ring.aside():
-        storages = {tensor.untyped_storage().data_ptr() for name, tensor in frozen_buffers(model).items()
-                 if name in base_ring.names_on_host(model)}  # fmt: skip
+        aside = frozen_buffers(model)
+        storages = {aside[name].untyped_storage().data_ptr() for name in names}
     assert storages == {slot.data_ptr() for slot in ring.slots}
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
@@ -284,22 +246,20 @@ def test_a_saved_weight_is_there_again_when_backward_asks_for_it():
     evaluation.
     """
     model, _ = streamed_model()
+    causal_loss(model.train(), tokens(2)).backward()
     expected = gradients(model)
-    loss = causal_loss(model.train(), tokens(2))
+    model.zero_grad()
+    loss = causal_loss(model, tokens(2))
     causal_loss(model, tokens(2, seed=5)).backward()
     model.zero_grad()
     with torch.no_grad():
         causal_loss(model, tokens(2, seed=6))
     loss.backward()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, expected[name]), name
+    assert_same_tensors(gradients(model), expected)
 
 
 def gradients(model):
-    causal_loss(model.train(), tokens(2)).backward()
-    by_name = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    return by_name
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_a_copy_that_is_being_used_is_not_replaced():

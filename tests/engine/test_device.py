@@ -85,15 +85,12 @@ def gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "find_spec", lambda name: name)
     # Debian has the headers in the first
     include = {"posix_prefix": tmp_path, "posix_local": tmp_path / "local"}
-    monkeypatch.setattr(device.sysconfig, "get_default_scheme", lambda: "posix_local")
-    monkeypatch.setattr(
-        device.sysconfig,
-        "get_paths",
-        lambda scheme="posix_local": {"include": str(include[scheme])},
+    sysconfig = SimpleNamespace(
+        get_default_scheme=lambda: "posix_local",
+        get_paths=lambda scheme="posix_local": {"include": str(include[scheme])},
     )
-    monkeypatch.setattr(
-        device, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None
-    )
+    monkeypatch.setattr(device, "sysconfig", sysconfig)
+    monkeypatch.setattr(device, "which", {"gcc": "/usr/bin/gcc"}.get)
     monkeypatch.delenv("CC", raising=False)
     return taken
 

@@ -37,9 +37,10 @@ SETTINGS = EngineSettings(
 )
 
 
-def refusal(config, settings=SETTINGS, world_size=3):
+def refusal(config):
+    """The message with which a config is refused."""
     with pytest.raises(UserError) as caught:
-        resolve_ds_config(config, settings, world_size)
+        resolve_ds_config(config, SETTINGS, world_size=3)
     return str(caught.value)
 
 
@@ -65,7 +66,8 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
         "zero_optimization": {"stage": 3, "reduce_bucket_size": AUTO},
     }
     resolved = resolve_ds_config(auto, SETTINGS, world_size=3)
-    assert resolved == resolve_ds_config({}, SETTINGS, world_size=3)
+    for empty in ({}, None):
+        assert resolved == resolve_ds_config(empty, SETTINGS, world_size=3)
     assert resolved["train_batch_size"] == 24
     assert resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_accumulation_steps"] == 2
@@ -128,108 +130,83 @@ def test_compute_dtype_follows_the_flag(flag, dtype, written):
     assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
 
 
+def zero_sizes(numels, settings=SETTINGS):
+    """What is filled in for trained parameters with these numbers of elements."""
+    config = resolve_ds_config({}, settings, 2)
+    return fill_bucket_sizes(config, numels)["zero_optimization"]
+
+
+PERSISTENT = "stage3_param_persistence_threshold"
+
+
 def test_small_squares_persist_and_large_ones_are_partitioned():
-    config = resolve_ds_config(
-        {"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=True), 2
-    )
-    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == AUTO
-    small = fill_bucket_sizes(config, [256 * 256, 362 * 362] * 7)["zero_optimization"]
-    assert small["stage3_param_persistence_threshold"] == 362 * 362
+    bf16 = replace(SETTINGS, bf16=True)
+    small = zero_sizes([256 * 256, 362 * 362] * 7, bf16)
+    assert small[PERSISTENT] == 362 * 362
     assert small["reduce_bucket_size"] == 7 * (256**2 + 362**2)
     assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
     squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
-    large = fill_bucket_sizes(config, [*squares, *[4096] * 65])["zero_optimization"]
-    assert large["stage3_param_persistence_threshold"] == 4096, (
-        "the norms persist, the squares do not"
-    )
+    large = zero_sizes([*squares, *[4096] * 65], bf16)
+    assert large[PERSISTENT] == 4096, "the norms persist, the squares do not"
     assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
-    assert (
-        fill_bucket_sizes(config, squares)["zero_optimization"][
-            "stage3_param_persistence_threshold"
-        ]
-        == 0
-    )
+    assert zero_sizes(squares, bf16)[PERSISTENT] == 0
 
 
 def test_persistence_budget_is_in_bytes_of_the_compute_dtype():
     numel = PERSIST_BUDGET_BYTES // 2
-    thresholds = {}
-    for bf16 in (True, False):
-        config = fill_bucket_sizes(
-            resolve_ds_config(
-                {"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2
-            ),
-            [numel],
-        )
-        thresholds[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
-    assert thresholds == {True: numel, False: 0}
+    assert zero_sizes([numel], replace(SETTINGS, bf16=True))[PERSISTENT] == numel
+    assert zero_sizes([numel])[PERSISTENT] == 0
 
 
-def test_a_bucket_always_holds_the_largest_parameter():
-    config = fill_bucket_sizes(
-        resolve_ds_config({}, SETTINGS, 1), [REDUCE_BUCKET_NUMEL * 2, 10]
-    )
-    assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
-
-
-def test_a_bucket_is_even_and_holds_something():
+def test_a_bucket_is_even_and_holds_the_largest_parameter():
     """ZeRO-1 and ZeRO-2 refuse an odd one."""
-    config = resolve_ds_config({}, SETTINGS, 1)
-    for numels, size in (([3, 4], 8), ([3, 5], 8), ([7], 8), ([], 2)):
-        zero = fill_bucket_sizes(config, numels)["zero_optimization"]
+    largest = REDUCE_BUCKET_NUMEL * 2
+    for numels, size in (
+        ([3, 4], 8),
+        ([3, 5], 8),
+        ([7], 8),
+        ([], 2),
+        ([largest, 10], largest),
+    ):
+        zero = zero_sizes(numels)
         assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, size)
         assert zero["stage3_prefetch_bucket_size"] == sum(numels)
-        assert zero["stage3_param_persistence_threshold"] == max(numels, default=0)
+    assert zero_sizes([])[PERSISTENT] == 0
 
 
 MATRICES_7B = [256**2] * 128 + [344**2] * 96
 """About those of rank 8."""
 
 
-@pytest.mark.parametrize(
-    "numels, ranks, written, chosen",
-    [
-        (MATRICES_7B, 36, {}, {}),
-        (
-            MATRICES_7B,
-            37,
-            {},
-            {"reduce_scatter": False, "stage3_allgather_sequential": True},
-        ),
-        (
-            MATRICES_7B,
-            4096,
-            {"reduce_scatter": True},
-            {"stage3_allgather_sequential": True},
-        ),
-        (
-            MATRICES_7B,
-            4096,
-            {"reduce_scatter": True, "stage3_allgather_sequential": False},
-            {},
-        ),
-        (MATRICES_7B, 4096, {"stage": 1}, {}),
-        ([10**8] * 224, 64, {}, {}),
-    ],
-    ids=[
-        "few",
-        "many",
-        "one of them is written",
-        "both are written",
-        "stage 1",
-        "large gradients",
-    ],
-)
-def test_many_ranks_take_collectives_without_loops(numels, ranks, written, chosen):
+CHOSEN = """
+# few ranks
+36 | {} | {}
+37 | {} | {reduce_scatter: false, stage3_allgather_sequential: true}
+# one of the two is written, then both
+4096 | {reduce_scatter: true} | {stage3_allgather_sequential: true}
+4096 | {reduce_scatter: true, stage3_allgather_sequential: false} | {}
+4096 | {stage: 1} | {}
+"""
+"""Ranks | what the config says itself | what is chosen."""
+
+
+@pytest.mark.parametrize("row", rows(CHOSEN), ids=" ".join)
+def test_many_ranks_take_collectives_without_loops(row):
+    ranks, written, chosen = map(parsed, row)
     config = resolve_ds_config(
         {"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2
     )
     before = dict(config["zero_optimization"])
-    text = avoid_slices(config, numels, ranks)
+    text = avoid_slices(config, MATRICES_7B, ranks)
     assert config["zero_optimization"] == {**before, **chosen}
     assert bool(text) == bool(chosen)
     assert all(key in text for key in chosen)
     assert ("39.5 MB more" in text) == ("reduce_scatter" in chosen)
+
+
+def test_large_gradients_keep_the_collectives_that_send_less():
+    config = resolve_ds_config({}, replace(SETTINGS, bf16=True), 2)
+    assert avoid_slices(config, [10**8] * 224, 64) == ""
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------
@@ -248,10 +225,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
     }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError) as caught:
-        resolve_ds_config(path, SETTINGS, 3)
-    lines = str(caught.value).splitlines()
-    assert lines == [
+    assert refusal(path).splitlines() == [
         f'{path}: train_micro_batch_size_per_gpu = 8 but --per_device_train_batch_size = 4; set it to "auto"',
         f'{path}: gradient_accumulation_steps = 1 but --gradient_accumulation_steps = 2; set it to "auto"',
         f'{path}: gradient_clipping = 0.5 but --max_grad_norm = 1.0; set it to "auto"',
@@ -298,27 +272,12 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path):
         assert resolve_ds_config(nested(off), SETTINGS, 1)
 
 
-def test_zero_3_is_meant_where_nothing_else_is_said():
-    for config in (None, {}):
-        assert resolve_ds_config(config, SETTINGS, 1)["zero_optimization"]["stage"] == 3
-
-
 # -- against the installed DeepSpeed -----------------------------------------------------------------------------
 
 
 def test_every_known_top_level_key_is_named_in_deepspeeds_source():
-    spec = importlib.util.find_spec("deepspeed")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0])
-    names = (
-        "config.py",
-        "constants.py",
-        "config_utils.py",
-        "precision_config.py",
-        "aio_config.py",
-    )
-    source = "".join(path.read_text() for name in names for path in root.rglob(name))
-    assert not [
-        key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source
-    ]
+    (root,) = importlib.util.find_spec("deepspeed").submodule_search_locations
+    names = "config.py constants.py config_utils.py precision_config.py aio_config.py"
+    paths = [path for name in names.split() for path in Path(root).rglob(name)]
+    source = "".join(path.read_text() for path in paths).replace("'", '"')
+    assert [key for key in TOP_LEVEL if f'"{key}"' not in source] == []

@@ -2,45 +2,33 @@
 cannot be.
 """
 
+import re
+
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
 
-def flags(*argv):
-    return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
+def flags(more=""):
+    return parse(f"--model_name_or_path m --train_files t {more}".split())
 
 
 def test_the_flags_fill_the_config():
-    settings = flags(
-        "--optimizer", "muon", "--embedding_learning_rate", "1e-3"
-    ).training.engine_settings()
-    for config in (
-        {"zero_optimization": {"stage": 3}},
-        {"zero_optimization": {"stage": 3}, "optimizer": {"type": "auto"}},
-    ):
+    arguments = flags("--optimizer muon --embedding_learning_rate 1e-3")
+    settings = arguments.training.engine_settings()
+    for config in ({}, {"optimizer": {"type": "auto"}}):
         resolved = resolve_ds_config(config, settings, 2)
         assert resolved["optimizer"]["type"] == "Muon"
-        params = resolved["optimizer"]["params"]
-        assert (
-            params["lr"],
-            params["muon_lr"],
-            params["momentum"],
-            params["torch_adam"],
-        ) == (1e-3, 0.01, 0.95, True)
+        wanted = {"lr": 1e-3, "muon_lr": 0.01, "momentum": 0.95, "torch_adam": True}
+        assert wanted.items() <= resolved["optimizer"]["params"].items()
         assert resolved["zero_optimization"]["reduce_scatter"] is False
         assert resolved["communication_data_type"] == "fp32"
-    assert (
-        "reduce_scatter"
-        not in resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)[
-            "zero_optimization"
-        ]
-    )
-    assert flags("--optimizer", "muon").schedule(10).peak == 0.01
+    stage_2 = resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)
+    assert "reduce_scatter" not in stage_2["zero_optimization"]
+    assert arguments.schedule(10).peak == 0.01
 
 
 WRONG = """
@@ -64,10 +52,9 @@ WRONG = """
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
 def test_each_wrong_setting_is_named(config, message):
-    settings = flags("--optimizer", "muon").training.engine_settings()
-    with pytest.raises(UserError) as error:
+    settings = flags("--optimizer muon").training.engine_settings()
+    with user_error(re.escape(message)):
         resolve_ds_config(parsed(config), settings, 2)
-    assert message in str(error.value)
 
 
 def test_a_config_that_names_muon_contradicts_the_other_flag():

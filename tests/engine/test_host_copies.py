@@ -3,6 +3,7 @@ it, and the twin for CPUs.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from mora_ds.engine import host_copies
 from mora_ds.engine.host_copies import Copies, copies_for, page_ranges
 from tests.helpers.errors import user_error
+from tests.helpers.tables import parsed, rows
 
 PAGE = 4096
 
@@ -28,22 +30,23 @@ class Memory:
         return 2
 
 
-@pytest.mark.parametrize(
-    "tensors, ranges",
-    [
-        ([(0, 100)], [(0, 100)]),
-        ([(10, 100)], [(0, 200)]),
-        ([(100, 2), (0, 0)], [(100, 200)]),
-        ([(0, 500), (200, 10)], [(0, 500)]),
-        ([(800, 10), (0, 100), (100, 100)], [(0, 200), (800, 900)]),
-        ([(0, 102), (150, 10), (300, 2)], [(0, 200), (300, 400)]),
-    ],
-)
+RANGES = """
+[[0, 100]] | [[0, 100]]
+[[10, 100]] | [[0, 200]]
+[[100, 2], [0, 0]] | [[100, 200]]
+[[0, 500], [200, 10]] | [[0, 500]]
+[[800, 10], [0, 100], [100, 100]] | [[0, 200], [800, 900]]
+[[0, 102], [150, 10], [300, 2]] | [[0, 200], [300, 400]]
+"""
+"""Addresses and sizes of tensors | the ranges, each from its begin to its end."""
+
+
+@pytest.mark.parametrize("tensors, ranges", rows(RANGES))
 def test_whole_pages_once_and_in_order(tensors, ranges, monkeypatch):
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
-    pieces = [Memory(*tensor) for tensor in tensors]
-    assert page_ranges(pieces) == ranges
+    pieces = [Memory(*tensor) for tensor in parsed(tensors)]
+    assert [list(bounds) for bounds in page_ranges(pieces)] == parsed(ranges)
 
 
 def test_a_cpu_copies_at_once():
@@ -70,21 +73,21 @@ class Cuda:
     def Stream(self, device):
         return self._named("copies")
 
+    def note(self, *words):
+        self.calls.append(words)
+
     def Event(self):
-        event = type("Event", (), {})()
-        event.record = lambda stream: self.calls.append(
-            ("record", stream.name, self.current)
+        return SimpleNamespace(
+            record=lambda stream: self.note("record", stream.name, self.current)
         )
-        return event
 
     def _named(self, name):
-        stream = type("Stream", (), {"name": name})()
-        stream.wait_stream = lambda other: self.calls.append(
-            (name, "waits for", other.name)
+        return SimpleNamespace(
+            name=name,
+            wait_stream=lambda other: self.note(name, "waits for", other.name),
+            wait_event=lambda event: self.note(name, "waits for", event),
+            synchronize=lambda: self.note(name, "is waited for"),
         )
-        stream.wait_event = lambda event: self.calls.append((name, "waits for", event))
-        stream.synchronize = lambda: self.calls.append((name, "is waited for"))
-        return stream
 
     def current_stream(self, device):
         return self._named(self.current)
@@ -97,29 +100,25 @@ class Cuda:
         self.current = before
 
     def cudart(self):
-        library = type("Library", (), {})()
-        library.cudaHostRegister = lambda *given: self.calls.append(given) or self.answer
-        library.cudaGetErrorString = lambda error: f"error {error}"
-        return library
+        return SimpleNamespace(
+            cudaHostRegister=lambda *range_: self.note(*range_) or self.answer,
+            cudaGetErrorString=lambda error: f"error {error}",
+        )
 
     def is_available(self):
         return False
-
-
-class Target:
-    def __init__(self, cuda):
-        self.cuda = cuda
-
-    def copy_(self, source, non_blocking):
-        self.cuda.calls.append((self.cuda.current, "copy", source, non_blocking))
 
 
 def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     copies = copies_for(torch.device("cuda"))
-    targets = [Target(cuda), Target(cuda)]
-    ticket = copies.start(zip(targets, ("a", "b"), strict=True))
+    target = SimpleNamespace(
+        copy_=lambda source, non_blocking: cuda.note(
+            cuda.current, "copy", source, non_blocking
+        )
+    )
+    ticket = copies.start([(target, "a"), (target, "b")])
     copies.wait(ticket)
     copies.finish()
     assert cuda.calls == [

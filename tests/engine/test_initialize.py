@@ -27,6 +27,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import model_with_mora, tiny_model
 from tests.helpers.pool import run_pooled
+from tests.helpers.tables import parsed, rows
 
 
 def devices_chosen():
@@ -53,43 +54,47 @@ def test_a_dtype_that_the_device_lacks_is_refused(section, other, monkeypatch):
     check_compute_dtype({})
 
 
-def test_a_process_without_a_launcher_is_told_so(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mora_ds.engine.initialize.find_spec", lambda name: None)
+@pytest.fixture
+def launched(monkeypatch):
+    """A function that makes this process rank `rank` of some by a launcher's variables, or
+    one of no launcher.
+    """
+
+    def launched(rank=None, world=1, port=1):
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for name, value in variables.items():
+            if rank is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(value))
+
+    return launched
+
+
+def test_a_process_without_a_launcher_is_told_so(monkeypatch, launched):
+    launched()
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
     with user_error(r"RANK.*write deepspeed in place of python"):
         start_distributed()
 
 
-def different_base():
-    model = tiny_model("llama", seed=dist.get_rank())
-    inject(model, MoRAConfig(rank=4))
-    try:
-        initialize(model=model, config=ds_config(3, 2, 1))
-    except RunError as error:
-        return str(error)
-    return ""
-
-
-def test_a_port_that_is_in_use_is_named(monkeypatch):
+def test_a_port_that_is_in_use_is_named(launched):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        settings = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
+        port = listener.getsockname()[1]
+        launched(0, port=port)
         with user_error(
             f"port {port} of this machine.* give this one another with --master_port"
         ):
             start_distributed()
 
 
-def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch):
+def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch, launched):
     """On one node of several: the others would wait for it to join until
     --collective_timeout_s.
     """
@@ -98,28 +103,29 @@ def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch):
     def refused():
         raise UserError("install gcc")
 
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    launched(1, world=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
     monkeypatch.setattr(
         "deepspeed.init_distributed", lambda **arguments: joined.append(True)
     )
-    monkeypatch.setattr("mora_ds.engine.initialize.check_kernels", refused)
-    monkeypatch.setattr("mora_ds.engine.initialize.take_device", lambda local_rank: None)
+    monkeypatch.setattr(start, "check_kernels", refused)
+    monkeypatch.setattr(start, "take_device", lambda local_rank: None)
     with user_error("install gcc"):
         start_distributed()
     assert joined
 
 
+def different_base():
+    model = tiny_model("llama", seed=max(0, dist.get_rank() - 1))
+    inject(model, MoRAConfig(rank=4))
+    with pytest.raises(
+        RunError, match=r"\[2\] do not hold what rank 0 holds.*--model_name_or_path"
+    ):
+        initialize(model=model, config=ds_config(3, 2, 1))
+
+
 def test_ranks_that_hold_other_bases_are_named():
-    for message in run_ranks(3, different_base):
-        assert "[1, 2]" in message
-        assert "--model_name_or_path" in message
+    run_pooled(3, different_base)
 
 
 def tensors_of_the_node(folder):
@@ -170,42 +176,42 @@ def test_what_an_engine_is_not_made_of_is_refused():
         initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
 
 
-@pytest.mark.parametrize(
-    "environment, threads",
-    [
-        ({"LOCAL_WORLD_SIZE": "4"}, 3),
-        ({"LOCAL_SIZE": "6"}, 2),
-        ({"LOCAL_WORLD_SIZE": "40"}, 1),
-        ({}, 12),
-        ({"OMP_NUM_THREADS": "5", "LOCAL_SIZE": "2"}, None),
-    ],
-)
+THREADS = """
+{LOCAL_WORLD_SIZE: "4"} | 3
+{LOCAL_SIZE: "6"} | 2
+{LOCAL_WORLD_SIZE: "40"} | 1
+{} | 12
+"""
+"""What a launcher sets | the threads of a process, of 12 cores."""
+
+
+@pytest.mark.parametrize("environment, threads", rows(THREADS))
 def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, threads):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
+    for name, value in parsed(environment).items():
         monkeypatch.setenv(name, value)
     chosen = []
     monkeypatch.setattr(start.os, "sched_getaffinity", lambda process: range(12))
     monkeypatch.setattr(start.torch, "set_num_threads", chosen.append)
     start._share_cores()
-    assert chosen == ([] if threads is None else [threads])
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert chosen == [int(threads)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    start._share_cores()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    # On a GPU the host's threads are torch's affair
     monkeypatch.setattr(start, "is_cpu", lambda: False)
     start._share_cores()
-    assert len(chosen) == (threads is not None), (
-        "on a GPU the host's threads are torch's affair"
-    )
+    assert len(chosen) == 1
 
 
 def test_bucket_sizes_are_those_of_the_largest_share():
     model = model_with_mora(operator="share", train_norms=True)
-    rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
+    sides = [layer.value.shape[0] for layer in mora_layers(model).values()]
     norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
-    assert any(count % 3 for count in rows)
-    assert norms
+    assert any(side % 3 for side in sides)
     for degree in (1, 2, 3):
-        shares = [-(-count // degree) * count for count in rows]
+        shares = [-(-side // degree) * side for side in sides]
         assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])
 
 

@@ -18,9 +18,10 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather
 from mora_ds.engine.traffic import CollectiveCounter
-from tests.helpers.engines import ds_config
+from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
 from tests.helpers.pool import run_pooled
+from tests.helpers.resume import assert_same_tensors
 
 SETTINGS = ("persistent", "some", "checkpointing", "embeddings", "sharded again")
 
@@ -44,10 +45,8 @@ def engine_of(setting, zero=None, **changes):
         "some": numels[0],
         "embeddings": numels[-1],
     }
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = thresholds.get(
-        setting, 0
-    )
-    config["zero_optimization"].update(zero or {})
+    threshold = {"stage3_param_persistence_threshold": thresholds.get(setting, 0)}
+    config["zero_optimization"] |= {**threshold, **(zero or {})}
     return initialize(model=model, config=config)[0]
 
 
@@ -63,15 +62,10 @@ def trained(setting):
         engine.step()
         losses.append(loss.item())
     offload = engine.optimizer.parameter_offload
-    hooked = {handle.id for handle in offload.forward_hooks}
-    count = sum(
-        bool(hooked & set(module._forward_hooks)) for module in engine.module.modules()
-    )
-    values = {
-        name: zero.full_fp32(parameter).clone()
-        for name, parameter in engine.module.named_parameters()
-    }
-    return losses, values, count
+    hooks = {handle.id for handle in offload.forward_hooks}
+    modules = engine.module.modules()
+    count = sum(not hooks.isdisjoint(module._forward_hooks) for module in modules)
+    return losses, trained_values(engine), count
 
 
 def with_and_without(setting, module=initialize_module, **replaced):
@@ -82,8 +76,7 @@ def with_and_without(setting, module=initialize_module, **replaced):
         losses, values, everywhere = trained(setting)
     actual, actual_values, hooked = trained(setting)
     assert actual == losses
-    for name in values:
-        assert torch.equal(actual_values[name], values[name]), name
+    assert_same_tensors(actual_values, values)
     return everywhere, hooked
 
 
@@ -124,11 +117,8 @@ def held_at_once(setting):
     """The decoder layers whose matrices are gathered, at each linear layer that runs or has
     its gradient computed.
     """
-    none = {
-        f"stage3_{name}": 0
-        for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
-    }
-    engine = engine_of(setting, zero=none)
+    names = ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+    engine = engine_of(setting, zero={f"stage3_{name}": 0 for name in names})
     gathered_layers = []
     layers = mora_layers(engine.module)
     # Asked for in a forward, DeepSpeed gathers them
@@ -142,8 +132,9 @@ def held_at_once(setting):
         }
 
     def note(module):
-        assert any(layers[name] is module for name in gathered())
-        gathered_layers.append({name.split(".")[2] for name in gathered()})
+        names = gathered()
+        assert any(layers[name] is module for name in names)
+        gathered_layers.append({name.split(".")[2] for name in names})
 
     def note_all(module, _, output):
         note(module)
@@ -166,19 +157,6 @@ def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting):
         assert set.union(*gathered_layers) == {"0", "1"}
 
 
-class Recorder:
-    """In place of a layer's gathers: what happens in backward."""
-
-    def __init__(self):
-        self.calls = []
-
-    def fetch(self, forward):
-        self.calls.append(f"fetch {forward}")
-
-    def release(self, forward):
-        self.calls.append(f"release {forward}")
-
-
 class Pair(NamedTuple):
     one: torch.Tensor
     other: Any
@@ -186,7 +164,7 @@ class Pair(NamedTuple):
 
 def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     """Arguments and results of any form, with what needs no gradient left as it is."""
-    recorder = Recorder()
+    calls = []
     inputs = [torch.randn(3, requires_grad=True) for _ in range(4)]
     plain = torch.randn(3)
     ids = torch.arange(3)
@@ -197,7 +175,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
         "more": inputs[3],
     }
     arguments = ((inputs[0], plain), named)
-    (first, same), keywords = marked(arguments, partial(recorder.release, forward=False))
+    (first, same), keywords = marked(arguments, partial(calls.append, "release"))
     assert same is plain
     assert keywords["pair"].other is ids
     assert keywords["list"][1] is None
@@ -208,19 +186,17 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
         first + keywords["pair"].one,
         {"sum": keywords["list"][0] * keywords["more"]},
     )
-    outputs = marked(results, partial(recorder.fetch, forward=False))
-    assert recorder.calls == []
+    outputs = marked(results, partial(calls.append, "fetch"))
+    assert calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
-    assert recorder.calls == ["fetch False", "release False"], (
-        "once each, however many tensors there are"
-    )
+    # Once each, however many tensors there are
+    assert calls == ["fetch", "release"]
     assert [tensor.grad.tolist() for tensor in inputs[:2]] == [[1.0] * 3] * 2
     assert torch.equal(inputs[2].grad, inputs[3])
     assert torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
-        assert (
-            marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0]
-        ), "no graph, no mark"
+        (first, _), _ = marked(arguments, partial(calls.append, "release"))
+    assert first is inputs[0], "no graph, no mark"
 
 
 def gathered_when_needed():
@@ -233,32 +209,24 @@ def gathered_when_needed():
     persistent = engine.optimizer.parameter_offload.persistent_parameters
     history = []
     for step in range(8):
-        sharded = any(
-            parameter.ds_status.name == "NOT_AVAILABLE" for parameter in persistent
-        )
+        statuses = {parameter.ds_status.name for parameter in persistent}
         loss = causal_loss(engine, tokens(2, seed=step))
         engine.backward(loss)
         engine.step()
-        history.append(
-            (
-                sharded,
-                getattr(engine.optimizer, "overflow", False),
-                bool(torch.isfinite(loss)),
-            )
-        )
+        assert torch.isfinite(loss)
+        history.append(("NOT_AVAILABLE" in statuses, engine.optimizer.overflow))
     with zero.whole_parameter(engine, persistent[0]):
         pass
     with torch.no_grad():
-        last = causal_loss(engine, tokens(2, seed=0))
-    return [history, bool(torch.isfinite(last)), _gather(persistent)]
+        assert torch.isfinite(causal_loss(engine, tokens(2, seed=0)))
+    _gather(persistent)
+    return history
 
 
 def test_persistent_matrices_are_gathered_again_after_a_skipped_step():
-    for history, last, _ in run_pooled(2, gathered_when_needed):
+    for history in run_pooled(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
-        assert any(sharded for sharded, _, _ in history[2:]), (
+        assert any(sharded for sharded, _ in history[2:]), (
             "a skipped step leaves the matrices sharded"
         )
-        assert any(skipped for _, skipped, _ in history)
-        assert last
-        assert all(finite for _, _, finite in history)
+        assert any(skipped for _, skipped in history)

@@ -99,6 +99,21 @@ def plain_steps(
     return results
 
 
+def trained_values(engine):
+    """{name: the unsharded fp32 tensor} of every trained parameter. Collective."""
+    return {
+        name: zero.full_fp32(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def half_precision(dtype):
+    """What a DeepSpeed config says of bf16, summed in fp32; nothing for another dtype."""
+    if dtype not in ("bfloat16", torch.bfloat16):
+        return {}
+    return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
 def state_tensors(engine, group):
     """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg",
     ...).
@@ -196,14 +211,13 @@ def merging_run(folder, config, stage, dtype, merges):
     `folder`/base, the run in `folder`/out.
     """
     rows = ROWS // dist.get_world_size()
-    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     base = Path(folder) / "base"
     if dist.get_rank() == 0:
         write_own_base(model, base)
     dist.barrier()
     inject(model, config)
-    settings = ds_config(stage, rows, 1, **(half if dtype == "bfloat16" else {}))
+    settings = ds_config(stage, rows, 1, **half_precision(dtype))
     engine, *_ = initialize(model=model, config=settings)
     run = Run(engine, base=base, folder=Path(folder) / "out")
     probe = tokens(2, seed=777)

@@ -27,6 +27,7 @@ from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
+from tests.helpers.tables import words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO3 = REPOSITORY / "configs/zero3.json"
@@ -50,22 +51,17 @@ class Playground:
         return [json.loads(line)["text"] for line in self.train.read_text().splitlines()]
 
     def flags(self, out, *more):
-        """A small run; later flags win. Text that begins with a flag is split at its
-        spaces.
-        """
-        words = []
-        for text in map(str, more):
-            words += text.split() if text.startswith("--") else [text]
-        adapter = (
-            ["mora"] + [value for flag, value in pairwise(words) if flag == "--adapter"]
-        )[-1]
+        """A small run; later flags win. `more`: for `words`."""
+        chosen = words(*more)
+        adapters = [value for flag, value in pairwise(chosen) if flag == "--adapter"]
+        adapter = ["mora", *adapters][-1]
         rank = ["--mora_rank", "2"] if adapter in ("mora", "lora") else []
         return [
             "--deepspeed", str(ZERO3), "--model_name_or_path", str(self.model), "--train_files", str(self.train),
             "--eval_files", str(self.held), f"short={self.other}", "--output_dir", str(out),
             "--cache_dir", str(self.root / "cache"), *rank, "--seq_len", "32", "--max_steps", "6",
             "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--warmup_steps", "1",
-            *words,
+            *chosen,
         ]  # fmt: skip
 
 

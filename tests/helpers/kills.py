@@ -195,9 +195,9 @@ class Moment:
 
 
 STEPS = (
-    "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 1, "--save_total_limit", 2,
-    "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
-)  # fmt: skip
+    "--max_steps 6 --merge_every 2 --restart_warmup_steps 1 --save_steps 1 "
+    "--save_total_limit 2 --mora_dropout 0.1 --train_norms true --export_merged true"
+)
 
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""

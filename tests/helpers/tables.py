@@ -12,6 +12,16 @@ def rows(text):
     return [tuple(line.split(" | ")) for line in lines if line and not line.startswith("#")]
 
 
+def words(*texts):
+    """The words of a command line: of a text that begins with a flag, those between its
+    spaces.
+    """
+    split = []
+    for text in map(str, texts):
+        split += text.split() if text.startswith("--") else [text]
+    return split
+
+
 def parsed(cell):
     """What a cell means that is written as YAML, such as "{optimizer: {type: Lamb}}"."""
     return yaml.safe_load(cell)

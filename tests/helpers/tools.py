@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.helpers.tables import words
+
 COMMANDS = {
     "convert_checkpoint": "convert",
     "export_hf": "export",
@@ -27,9 +29,9 @@ def tool(name):
 
 
 def call(name, *flags):
-    """Its `main` with these flags. What it raises is raised here."""
+    """Its `main` with these flags, for `words`. What it raises is raised here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        patch.setattr(sys, "argv", [f"{name}.py", *words(*flags)])
         tool(name).main()
 
 
