@@ -99,7 +99,7 @@ def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
     more = (
-        *MERGING,
+        MERGING,
         *flags,
         "--tokenizer_name",
         str(user.model),

@@ -238,7 +238,7 @@ def without_memory(argv):
 
 def test_too_little_memory_is_told_at_the_start(user, tmp_path):
     ((kind, message),) = set(
-        run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS))
+        run_ranks(2, without_memory, user.flags(tmp_path / "out", STEPS))
     )
     assert kind == "UserError"
     assert "the base that the processes of this node share takes 0.000 GB" in message
@@ -253,17 +253,12 @@ def interrupted_with_private_bases(argv, step):
 
 @pytest.mark.heavy
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, out):
-    flags = [
-        *STEPS,
-        "--eval_files",
-        f"short={user.other}",
-        "--resume_from_checkpoint",
-        "auto",
-    ]
+    texts = ("--eval_files", f"short={user.other}")
+    flags = user.flags(out, STEPS, *texts, "--resume_from_checkpoint auto")
     whole = tmp_path / "whole"
-    run(2, user.flags(whole, *flags))
-    run_ranks(2, interrupted_with_private_bases, user.flags(out, *flags), 4)
-    run(2, user.flags(out, *flags))
+    run(2, [*flags, "--output_dir", str(whole)])
+    run_ranks(2, interrupted_with_private_bases, flags, 4)
+    run(2, flags)
     assert_same_outcome(out, whole)
 
 

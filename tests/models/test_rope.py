@@ -133,7 +133,7 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path)
     config is the run's.
     """
     longer = (
-        *MERGING,
+        MERGING,
         "--seq_len",
         160,
         "--per_device_train_batch_size",

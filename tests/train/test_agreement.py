@@ -24,7 +24,7 @@ from tests.helpers.tables import rows
 SECONDS = 20.0
 """Within this time every rank must have refused a run whose ranks differ."""
 
-MERGES = ("--merge_every", 2, "--restart_warmup_steps", 1)
+MERGES = "--merge_every 2 --restart_warmup_steps 1"
 
 DIFFERENT = """
 --seed 7 | --seed: 42 on rank 0; 7 on rank 1
@@ -64,7 +64,7 @@ def _refused_in_start_up(argv):
 
 def test_ranks_with_different_settings(user, out):
     cases = [
-        [user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())]
+        [user.flags(out, MERGES), user.flags(out, MERGES, *more.split())]
         for more, *_ in rows(DIFFERENT)
     ]
     results = run_ranks(2, refused_each, cases)
@@ -76,15 +76,21 @@ def test_ranks_with_different_settings(user, out):
     assert not out.exists(), "nothing was written"
 
 
+def messages_of(work, *arguments):
+    """Those of the `UserError`s with which two ranks end."""
+    ends = run_ranks(2, work, *arguments, timeout_s=60)
+    assert [kind for kind, _ in ends] == ["UserError"] * 2, ends
+    return [message for _, message in ends]
+
+
 def other_version(argv):
     if dist.get_rank() == 1:
         setup.version = lambda name: "0.0.1" if name == "safetensors" else "1"
     return refused(argv)
 
 
-def test_ranks_with_different_packages(user, tmp_path):
-    for kind, message in run_ranks(2, other_version, user.flags(tmp_path / "out")):
-        assert kind == "UserError"
+def test_ranks_with_different_packages(user, out):
+    for message in messages_of(other_version, user.flags(out)):
         assert "version of safetensors: " in message
         assert '"0.0.1" on rank 1' in message
 
@@ -101,8 +107,7 @@ def test_a_relative_model_folder_that_one_node_does_not_have(user, tmp_path, mis
     folders = [str(user.root), str(user.root)]
     folders[missing] = str(tmp_path)
     argv = user.flags(tmp_path / "out", "--model_name_or_path model")
-    for kind, message in run_ranks(2, refused_in, folders, argv, timeout_s=60):
-        assert kind == "UserError"
+    for message in messages_of(refused_in, folders, argv):
         assert "--model_name_or_path is" in message
         assert f'Hub" on rank {missing}' in message
         assert f'"a folder" on rank {1 - missing}' in message
@@ -121,8 +126,7 @@ def test_texts_that_differ_under_one_name(user, tmp_path, out):
         user.flags(out),
         user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache"),
     ]
-    for kind, message in run_ranks(2, refused_on_its_node, argv):
-        assert kind == "UserError"
+    for message in messages_of(refused_on_its_node, argv):
         assert "training text" in message
         assert "on rank 1" in message
 
@@ -195,60 +199,41 @@ def assert_all_fail(world, argv, numbers, failing):
         ]
 
 
-def assert_all_fail_at_each(world, argv, healthy, failing):
-    """At each check that the same start, in the folder `healthy`, comes to."""
-    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(healthy)])[0]
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_at_some_checks(user, out, failing):
+    assert_all_fail(2, user.flags(out, MERGES), [0, 2, 6, 12, 16], failing)
+    assert not out.exists(), "the folder is as it was"
+
+
+def planned_start(user, out, folder, world):
+    """A run with a plan of targets and the alignment loss."""
+    plan = folder / "targets.yaml"
+    fingerprint = BaseCheckpoint.open(user.model).fingerprint()
+    TargetPlan(fingerprint, {"model.layers.0.mlp.up_proj": 8}).write(plan)
+    return research(user.flags(out, MERGES), folder, targets=plan, alignment_weight=0.1)
+
+
+def resumed_start(user, out, folder, world):
+    """A run that goes on, in its folder and in a copy of it."""
+    argv = user.flags(out, MERGES, "--resume_from_checkpoint auto")
+    run(world, [*argv, "--max_steps", "3"])
+    shutil.copytree(out, folder / "healthy", symlinks=True)
+    return argv
+
+
+def mixed_start(user, out, folder, world):
+    phases = "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n"
+    mix = write_mixture(user, folder / "mix.yaml", phases)
+    return mixture_flags(user, out, mix, MERGES)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3, 2)])
+@pytest.mark.parametrize("start", [planned_start, resumed_start, mixed_start])
+def test_a_failure_at_each_check(user, tmp_path, out, world, failing, start):
+    argv = start(user, out, tmp_path, world)
+    healthy = [*argv, "--output_dir", str(tmp_path / "healthy")]
+    names = run_ranks(world, checks_of, healthy)[0]
     assert len(names) >= 20
     assert_all_fail(world, argv, list(range(len(names))), failing)
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_some_checks(user, tmp_path, failing):
-    argv = user.flags(tmp_path / "out", *MERGES)
-    names = (
-        run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0]
-        if failing
-        else [""] * 20
-    )
-    assert len(names) >= 20
-    assert_all_fail(2, argv, [0, 2, 6, 12, len(names) - 1 if failing else 16], failing)
-    assert not (tmp_path / "out").exists(), "the folder is as it was"
-
-
-AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3, 2)])
-
-
-@pytest.mark.heavy
-@AT_EACH
-def test_a_failure_at_each_check(user, tmp_path, world, failing):
-    plan = tmp_path / "targets.yaml"
-    TargetPlan(
-        BaseCheckpoint.open(user.model).fingerprint(), {"model.layers.0.mlp.up_proj": 8}
-    ).write(plan)
-    argv = research(
-        user.flags(tmp_path / "out", *MERGES), tmp_path, targets=plan, alignment_weight=0.1
-    )
-    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.heavy
-@AT_EACH
-def test_a_failure_at_each_check_of_a_resumed_run(user, tmp_path, world, failing):
-    argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint auto")
-    run(world, [*argv, "--max_steps", "3"])
-    shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
-    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
-
-
-@pytest.mark.heavy
-@AT_EACH
-def test_a_failure_at_each_check_of_a_mixture(user, tmp_path, world, failing):
-    mix = write_mixture(
-        user,
-        tmp_path / "mix.yaml",
-        "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n",
-    )
-    argv = mixture_flags(user, tmp_path / "out", mix, *MERGES)
-    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
-    assert not (tmp_path / "out").exists()
+    assert out.exists() == (start is resumed_start), "the folder is as it was"

@@ -25,26 +25,17 @@ from tests.helpers.jobs import assert_close_losses, finished_run, refusal
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.tables import rows
 
-MORE = (
-    "--per_device_train_batch_size",
-    4,
-    "--save_steps",
-    2,
-    "--merge_every",
-    3,
-    "--restart_warmup_steps",
-    1,
-)
+MORE = "--per_device_train_batch_size 4 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
 
 @pytest.fixture(scope="module")
 def by_documents(user, tmp_path_factory):
-    return finished_run(1, user, tmp_path_factory, *MORE)
+    return finished_run(1, user, tmp_path_factory, MORE)
 
 
 @pytest.fixture(scope="module")
 def dense(user, tmp_path_factory):
-    return finished_run(1, user, tmp_path_factory, *MORE, "--attn_implementation", "sdpa")
+    return finished_run(1, user, tmp_path_factory, MORE, "--attn_implementation sdpa")
 
 
 def attention_in(out):
@@ -62,12 +53,10 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
 
 def test_another_attention_does_not_continue_a_run(user, dense, tmp_path):
     checkpoint = dense / "checkpoints/step-000004"
-    flags = user.flags(
-        tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint)
+    message = refusal(
+        user.flags(tmp_path / "other", MORE, "--resume_from_checkpoint", checkpoint)
     )
-    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(
-        flags
-    )
+    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in message
 
 
 def test_dense_attention_is_what_it_was_to_the_bit():
@@ -97,10 +86,6 @@ def test_dense_attention_is_what_it_was_to_the_bit():
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
-def config_of(kind, **values):
-    return AutoConfig.for_model(kind, **values)
-
-
 CHOSEN = """
 llama | auto | documents
 llama | flash_attention_2 | flash_attention_2
@@ -115,9 +100,8 @@ mamba | auto | none
 
 @pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
 def test_documents_wherever_the_model_can(kind, asked_for, runs):
-    implementation = implementation_of(
-        ModelArguments(attn_implementation=asked_for), config_of(kind)
-    )
+    arguments = ModelArguments(attn_implementation=asked_for)
+    implementation = implementation_of(arguments, AutoConfig.for_model(kind))
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
 
@@ -149,35 +133,28 @@ def test_a_leak_at_one_batch_size_is_found(rows):
     "kind, flags", [("opt", {"attn_implementation": "eager"}), ("bloom", {}), ("mamba", {})]
 )
 def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind, flags):
-    model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
-    start = SimpleNamespace(hooks=Hooks())
+    config = AutoConfig.for_model(kind, **MASKLESS[kind])
+    model = AutoModelForCausalLM.from_config(config)
     job = SimpleNamespace(
         engine=model,
         state=TrainerState(),
         loaded=SimpleNamespace(model=model),
         sequence=None,
-        start=start,
+        start=SimpleNamespace(hooks=Hooks()),
     )
     with user_error("leave --attn_implementation at auto, or give --no_document_mask"):
         preflight(job, from_flat(flags))
 
 
-SINKS = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12,
-    "max_position_embeddings": 128, "pad_token_id": 0,
-}  # fmt: skip
-
-
 def with_sinks():
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of("gpt_oss", **SINKS))
+    """Ones that matter, and weights large enough that attention is not uniform."""
+    model = tiny_model("gpt_oss").eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.normal_(parameter)
         elif "norm" not in name:
             parameter.data *= 5
-    return model.eval()
+    return model
 
 
 def test_attention_sinks_by_documents():

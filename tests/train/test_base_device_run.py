@@ -7,10 +7,11 @@ from unittest.mock import patch
 import pytest
 from transformers import AutoConfig
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.config.arguments import parse
+from mora_ds.engine import device
 from mora_ds.engine.base_ring import BaseRing
 from mora_ds.engine.device import BaseDevice
+from mora_ds.engine.initialize import start_distributed
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base
 from mora_ds.train.base import settle_base_device
@@ -22,7 +23,7 @@ from tests.helpers.jobs import refused, research, run
 from tests.helpers.models import FAMILIES
 from tests.helpers.resume import MERGING, assert_same_run, interrupted_job
 
-HOST = ("--base_device", "host")
+HOST = "--base_device host"
 
 
 def deep(user, out, *more):
@@ -32,16 +33,10 @@ def deep(user, out, *more):
         AutoConfig.for_model(
             "llama", **{**FAMILIES["llama"], "num_hidden_layers": 4}
         ).to_json_file(model)
-    flags = user.flags(user.root / out, *MERGING, *more)
+    flags = user.flags(user.root / out, MERGING, "--tokenizer_name", user.model, *more)
     at = flags.index("--model_name_or_path")
-    return [
-        *flags[:at],
-        "--model_config",
-        str(model),
-        "--tokenizer_name",
-        str(user.model),
-        *flags[at + 2 :],
-    ]
+    flags[at : at + 2] = ["--model_config", str(model)]
+    return flags
 
 
 def counted(argv):
@@ -62,13 +57,13 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):
     """Two merges; stopped right after the first one, and resumed with the base on the
     device.
     """
-    more = ("--gradient_checkpointing", "--bf16")
-    run(1, deep(user, "resident", *more))
-    summary, copied = run_alone(counted, deep(user, "streamed", *more, *HOST))
+    more = "--gradient_checkpointing --bf16"
+    run(1, deep(user, "resident", more))
+    summary, copied = run_alone(counted, deep(user, "streamed", more, HOST))
     assert copied > 0 == summary["base_bytes_gathered"]
     assert_same_run(user.root / "streamed", user.root / "resident")
-    argv = deep(user, "changed", *more, "--resume_from_checkpoint", "auto")
-    run_alone(interrupted_job, [*argv, *HOST], 4)
+    argv = deep(user, "changed", more, "--resume_from_checkpoint auto")
+    run_alone(interrupted_job, [*argv, *HOST.split()], 4)
     run(1, argv)
     assert_same_run(user.root / "changed", user.root / "resident")
 
@@ -89,18 +84,18 @@ MORE = """
 def test_more_runs(user, more):
     """On two ranks; the streamed run begins with its base on the device."""
     name = more.replace(" ", "").replace("-", "")
-    run(2, deep(user, f"{name}-resident", *more.split()))
-    argv = deep(user, f"{name}-streamed", *more.split(), "--resume_from_checkpoint", "auto")
+    run(2, deep(user, f"{name}-resident", more))
+    argv = deep(user, f"{name}-streamed", more, "--resume_from_checkpoint auto")
     run_ranks(2, interrupted_job, argv, 5)
-    run(2, [*argv, *HOST])
+    run(2, [*argv, *HOST.split()])
     assert_same_run(user.root / f"{name}-streamed", user.root / f"{name}-resident")
 
 
 @pytest.mark.heavy
 def test_domains_work(user):
     sources = [f"a={user.train}:1", f"b={user.other}:1"]
-    for out, more in (("domains", ()), ("domains-streamed", HOST)):
-        argv = deep(user, out, "--train_files", *sources, *more)
+    for out, side in (("domains", "device"), ("domains-streamed", "host")):
+        argv = deep(user, out, "--train_files", *sources, "--base_device", side)
         run(2, research(argv, user.root, domain_adapters=True))
     assert_same_run(user.root / "domains-streamed", user.root / "domains")
 
@@ -114,7 +109,7 @@ def without_memory(argv):
 
 
 def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
-    kind, message = run_alone(without_memory, deep(user, "none", *HOST))
+    kind, message = run_alone(without_memory, deep(user, "none", HOST))
     assert kind == "UserError"
     assert "0.01 MB are available" in message
     assert "--base_device host" in message
@@ -122,9 +117,6 @@ def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
 
 def settled(argv, memory):
     """What auto becomes on a GPU with so much memory."""
-    from mora_ds.engine import device
-    from mora_ds.engine.initialize import start_distributed
-
     start_distributed()
     arguments = parse(argv)
     config = AutoConfig.from_pretrained(arguments.model.model_config)
@@ -133,9 +125,8 @@ def settled(argv, memory):
         patch.object(device, "memory_bytes", lambda: memory),
     ):
         ds_config = engine_config(arguments.training, arguments.adapter.adapter, 1)
-        return settle_base_device(
-            arguments, config, ds_config, Ranks.current()
-        ).training.base_device
+        settled = settle_base_device(arguments, config, ds_config, Ranks.current())
+        return settled.training.base_device
 
 
 def test_auto_takes_the_host_where_the_base_does_not_fit(user):
@@ -155,7 +146,8 @@ def test_a_model_that_cannot_be_planned_stays_on_the_device(user):
 
 def test_a_dry_run_plans_both(user):
     resident, streamed = (
-        planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST)
+        planned(parse(deep(user, "dry", "--base_device", side)), 1)[0]
+        for side in ("device", "host")
     )
     assert resident.memory.host_base == 0 < streamed.memory.host_base
     assert (
@@ -163,4 +155,3 @@ def test_a_dry_run_plans_both(user):
         == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers
     )
     assert streamed.copied > 0
-    assert isinstance(streamed.work.adapter, MoRAConfig)

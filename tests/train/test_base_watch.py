@@ -13,7 +13,7 @@ import pytest
 
 from mora_ds.checkpoint.layout import complete_checkpoints
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import refused, rows, run
+from tests.helpers.jobs import losses, refused, run
 from tests.helpers.resume import disturb
 
 
@@ -37,11 +37,9 @@ def overwrite(weights, word):
 def messages_of(user, argv, change):
     """What two ranks end with, each of which names the changed file."""
     messages = []
+    changed = "model.safetensors was changed or replaced during the run"
     for kind, message in run_ranks(2, disturbed_job, argv, user.model, change):
-        assert kind == "RunError", message
-        assert "model.safetensors was changed or replaced during the run" in message, (
-            message
-        )
+        assert (kind, changed in message) == ("RunError", True), message
         messages.append(message)
     return messages
 
@@ -56,17 +54,13 @@ def copied_user(user, tmp_path):
 def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
     user, copied_user, out, word
 ):
-    argv = copied_user.flags(
-        out, "--save_steps 2 --eval_steps 0 --merge_every 5 --restart_warmup_steps 1"
-    )
+    more = "--save_steps 2 --eval_steps 0 --merge_every 5 --restart_warmup_steps 1"
+    argv = copied_user.flags(out, more)
+    newest = out / "checkpoints/step-000002"
     for message in messages_of(copied_user, argv, partial(overwrite, word=word)):
-        assert f"Newest checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
-    assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == [
-        "step-000002"
-    ]
-    assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], (
-        "found in the next step, not at a save"
-    )
+        assert f"Newest checkpoint: {newest}" in message
+    assert complete_checkpoints(out / "checkpoints") == [newest]
+    assert len(losses(out)) == 3, "found in the next step, not at a save"
     if word != 0x7FC00000:
         shutil.copy(user.model / "model.safetensors", copied_user.model)
         assert run(2, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6

@@ -28,10 +28,12 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import finished_run, losses, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tables import heavy
 from tests.helpers.tables import rows as rows_of
 from tests.helpers.tasks import task_files
 
-FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
+FLAGS = "--max_steps 4 --eval_steps 1 --save_steps 2 --report_to none"
+NO_EVALUATION = RuntimeError("no evaluation today")
 
 
 @contextmanager
@@ -44,9 +46,9 @@ def failing_calls(target, method, error, calls):
 
     def call(*arguments, **options):
         is_failing = next(call_numbers) in calls
-        result = (
-            None if is_failing and target is not MetricsLog else real(*arguments, **options)
-        )
+        if is_failing and target is not MetricsLog:
+            raise error
+        result = real(*arguments, **options)
         if is_failing:
             raise error
         return result
@@ -79,43 +81,41 @@ def last_state(out):
 @pytest.fixture(scope="module", params=[1, 2])
 def ranks_and_whole(request, user, tmp_path_factory):
     """A number of ranks, and the output folder of their undisturbed run."""
-    return request.param, finished_run(request.param, user, tmp_path_factory, *FLAGS)
+    return request.param, finished_run(request.param, user, tmp_path_factory, FLAGS)
 
 
-@pytest.mark.parametrize(
-    "target, calls",
-    [
-        pytest.param(Evaluator, (2,), id="before a save"),
-        pytest.param(Evaluator, (1, 3), id="twice"),
-        pytest.param(Evaluator, (4,), id="at the end"),
-        pytest.param(
-            TaskSuite,
-            (1, 2),
-            id="tasks within the run and at its end",
-            marks=pytest.mark.heavy,
-        ),
-    ],
-)
-def test_a_failed_evaluation_does_not_end_the_run(
-    user, tmp_path, ranks_and_whole, out, target, calls
-):
+EVALUATIONS = """
+# before a save; twice; at the end
+2
+1 3
+4
+"""
+
+
+@pytest.mark.parametrize("steps", [steps for (steps,) in rows_of(EVALUATIONS)])
+def test_a_failed_evaluation_does_not_end_the_run(user, ranks_and_whole, out, steps):
+    calls = [int(step) for step in steps.split()]
+    assert_goes_on(ranks_and_whole, out, user.flags(out, FLAGS), Evaluator, calls, steps)
+
+
+@pytest.mark.heavy
+def test_failed_tasks_do_not_end_the_run(user, tmp_path, ranks_and_whole, out):
+    """Within the run and at its end."""
+    tasks = task_files(tmp_path)["choices"]
+    argv = user.flags(out, FLAGS, "--eval_tasks", tasks, "--eval_tasks_steps 2")
+    assert_goes_on(ranks_and_whole, out, argv, TaskSuite, [1, 2], "2 4")
+
+
+def assert_goes_on(ranks_and_whole, out, argv, target, calls, steps):
+    """These calls of `evaluate` fail, which are those after `steps`."""
     ranks, whole = ranks_and_whole
-    error = RuntimeError("no evaluation today")
-    of_tasks = (
-        ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2)
-        if target is TaskSuite
-        else ()
-    )
-    told = run_ranks(
-        ranks, failing, user.flags(out, *FLAGS, *of_tasks), target, "evaluate", error, calls
-    )
-    steps = [2 * call if target is TaskSuite else call for call in calls]
-    for kind, message in told:
+    for kind, message in run_ranks(
+        ranks, failing, argv, target, "evaluate", NO_EVALUATION, calls
+    ):
         assert kind == "FailedBeside"
         assert "step-000004 is its end" in message
-        assert re.findall(
-            r"after step (\d): RuntimeError: no evaluation today", message
-        ) == [*map(str, steps)]
+        failed = re.findall(r"after step (\d): RuntimeError: no evaluation today", message)
+        assert failed == steps.split()
     assert losses(out).equal(losses(whole)), "training is what it would have been"
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
@@ -126,18 +126,15 @@ def failing_log_of_rank_0(argv):
     """A run on whose first rank alone the log of the evaluation after step 2 fails, when
     all ranks have evaluated.
     """
+    calls = (2,) if int(os.environ["RANK"]) == 0 else ()
     error = OSError(28, "No space left on device")
-    with failing_calls(
-        MetricsLog, "evaluation", error, (2,) if int(os.environ["RANK"]) == 0 else ()
-    ):
-        return ended(argv)
+    return failing(argv, MetricsLog, "evaluation", error, calls)
 
 
 def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
     """The others have a best step then, for which they would save without it."""
-    for kind, message in run_ranks(
-        2, failing_log_of_rank_0, user.flags(out, *FLAGS, "--best_by", "held:1")
-    ):
+    argv = user.flags(out, FLAGS, "--best_by held:1")
+    for kind, message in run_ranks(2, failing_log_of_rank_0, argv):
         assert kind == "FailedBeside"
         assert re.findall(r"after step (\d): OSError", message) == ["2"]
     assert last_state(out).finished
@@ -145,17 +142,14 @@ def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
 
 def without_room_for_traces(argv):
     """A run on a disk that is full once a trace is written. For `run_ranks`."""
-    with mock.patch.object(
-        profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")
-    ):
-        return ended(argv)
+    full = OSError(28, "No space left on device")
+    return failing(argv, profile, "export_chrome_trace", full, range(9))
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_whole, out):
     ranks, whole = ranks_and_whole
-    for kind, message in run_ranks(
-        ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile 1")
-    ):
+    argv = user.flags(out, FLAGS, "--profile 1")
+    for kind, message in run_ranks(ranks, without_room_for_traces, argv):
         assert kind == "FailedBeside"
         assert f"--profile: {out / 'profile'} got no complete trace: " in message
         assert "No space left on device" in message
@@ -163,11 +157,11 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_who
     assert last_state(out).finished
 
 
-def interrupted(argv, error):
+def interrupted(argv):
     """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step
     3. For `run_ranks`.
     """
-    with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
+    with failing_calls(Evaluator, "evaluate", NO_EVALUATION, (1, 2, 3)):
         interrupted_job(argv, 3)
 
 
@@ -175,13 +169,12 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, 
     """That after step 1, whose model a checkpoint does not hold; that after step 2 is made
     by the resumed run.
     """
-    argv = user.flags(out, *FLAGS, "--resume_from_checkpoint auto")
-    error = RuntimeError("no evaluation today")
-    run_alone(interrupted, argv, error)
-    kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, ())
+    argv = user.flags(out, FLAGS, "--resume_from_checkpoint auto")
+    run_alone(interrupted, argv)
+    kind, message = run_alone(ended, argv)
     assert kind == "FailedBeside"
     assert re.findall(r"after step (\d)", message) == ["1"]
-    assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
+    assert [row["step"] for row in rows(out) if "eval" in row] == [0, 2, 3, 4]
 
 
 FAILURES = """
@@ -198,52 +191,38 @@ Trainer _probe_loss | 5 | RuntimeError | RuntimeError | 6
 every 2 and merges after 3 | the step of its newest checkpoint."""
 
 
-def ends_of_runs(argvs, failures):
+def ends_of_runs(failures):
     """The kind of error of several runs, one after the other, each with a failure. For
     `run_ranks`.
     """
-    return [
-        failing(argv, target, method, error, (call,))[0]
-        for argv, (target, method, error, call) in zip(argvs, failures, strict=True)
-    ]
+    return [failing(*failure)[0] for failure in failures]
 
 
 def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_path):
     """An evaluation fails beside the run. What the run cannot do without ends it,
     --save_steps after a checkpoint at most."""
+    more = "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none"
     targets = {
         target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)
     }
-    argvs = []
     failures = []
     table = rows_of(FAILURES)
     for number, (method, call, error, *_) in enumerate(table):
         owner, _, name = method.partition(" ")
-        failures.append(
-            (targets[owner], name, getattr(builtins, error)("injected"), int(call))
-        )
-        argvs.append(
-            user.flags(
-                tmp_path / str(number),
-                "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none",
-            )
-        )
-    kinds = run_alone(ends_of_runs, argvs, failures)
-    newest = []
-    for number in range(len(table)):
+        argv = user.flags(tmp_path / str(number), more)
+        raised = getattr(builtins, error)("injected")
+        failures.append((argv, targets[owner], name, raised, (int(call),)))
+    kinds = run_alone(ends_of_runs, failures)
+    for number, (*_, kind, step) in enumerate(table):
         folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
-        newest.append(step_of(folders[-1]) if folders else 0)
-    assert list(zip(kinds, newest, strict=True)) == [
-        (kind, int(step)) for *_, kind, step in table
-    ]
+        newest = step_of(folders[-1]) if folders else 0
+        assert (kinds[number], newest) == (kind, int(step)), table[number]
 
 
 def test_before_the_first_step_a_failed_evaluation_ends_the_run(user, tmp_path):
-    error = RuntimeError("no evaluation today")
-    kind, message = run_alone(
-        failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,)
-    )
-    assert (kind, message) == ("RuntimeError", "no evaluation today")
+    argv = user.flags(tmp_path, FLAGS)
+    end = run_alone(failing, argv, Evaluator, "evaluate", NO_EVALUATION, (0,))
+    assert end == ("RuntimeError", "no evaluation today")
 
 
 def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
@@ -251,17 +230,14 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
     before.
     """
     error = NotFinite("the loss is nan")
-    argv = user.flags(
-        tmp_path, *FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto"
-    )
+    argv = user.flags(tmp_path, FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto")
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
         kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, (call,))
         assert kind == "RunError"
         assert "the loss is nan" in message
         assert "Newest checkpoint: " in message
-    assert [
-        step_of(folder) for folder in complete_checkpoints(tmp_path / "checkpoints")
-    ] == [2, 4]
+    folders = complete_checkpoints(tmp_path / "checkpoints")
+    assert [step_of(folder) for folder in folders] == [2, 4]
 
 
 def failing_upload(argv, error):
@@ -293,51 +269,36 @@ def ended_within(argv, target, method, call):
         program.pretrain(parse(argv))
 
 
-DUE = (
-    "--save_steps",
-    4,
-    "--eval_steps",
-    4,
-    "--merge_every",
-    4,
-    "--restart_warmup_steps",
-    1,
-)
+DUE = "--save_steps 4 --eval_steps 4 --merge_every 4 --restart_warmup_steps 1"
 
 
 @pytest.fixture(scope="module")
 def whole(user, tmp_path_factory):
     """A run in whose fourth step a checkpoint, an evaluation and a merge are due."""
-    return finished_run(1, user, tmp_path_factory, *DUE)
+    return finished_run(1, user, tmp_path_factory, DUE)
 
 
 @pytest.mark.parametrize(
     "target, method, call, step",
     [
-        pytest.param(Evaluator, "evaluate", 1, 4, id="evaluation", marks=pytest.mark.heavy),
-        pytest.param(MetricsLog, "evaluation", 1, 4, id="after an evaluation"),
-        pytest.param(ReMoRA, "merge", 0, 4, id="merge", marks=pytest.mark.heavy),
-        pytest.param(ReMoRA, "_start_cycle", 0, 4, id="half a merge"),
-        pytest.param(Trainer, "_probe_loss", 1, 4, id="probe before a merge"),
-        pytest.param(Trainer, "_probe_loss", 2, 4, id="probe after a merge"),
-        pytest.param(Evaluator, "evaluate", 2, 6, id="last evaluation"),
-        pytest.param(
-            MetricsLog,
-            "evaluation",
-            2,
-            6,
-            id="after the last evaluation",
-            marks=pytest.mark.heavy,
-        ),
+        heavy(Evaluator, "evaluate", 1, 4),
+        (MetricsLog, "evaluation", 1, 4),
+        heavy(ReMoRA, "merge", 0, 4),
+        # Half a merge; the probes before one and after one
+        (ReMoRA, "_start_cycle", 0, 4),
+        (Trainer, "_probe_loss", 1, 4),
+        (Trainer, "_probe_loss", 2, 4),
+        (Evaluator, "evaluate", 2, 6),
+        heavy(MetricsLog, "evaluation", 2, 6),
     ],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     user, whole, out, target, method, call, step
 ):
     """And the run that resumes there does what was pending, once."""
-    run_alone(ended_within, user.flags(out, *DUE), target, method, call)
+    run_alone(ended_within, user.flags(out, DUE), target, method, call)
     assert TrainerState.read(out / "checkpoints/latest").step == step
-    run(1, user.flags(out, *DUE, "--resume_from_checkpoint auto"))
+    run(1, user.flags(out, DUE, "--resume_from_checkpoint auto"))
     assert_same_run(out, whole)
 
 

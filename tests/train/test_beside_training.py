@@ -82,11 +82,15 @@ def test_each_pass_of_a_run_sets_what_layers_read(user, tmp_path, out):
     """Checks before the first step, evaluations, tasks, probes of saves and merges, and the
     recorded probe.
     """
-    flags = (
-        "--max_steps", 3, "--save_steps", 2, "--eval_steps", 1, "--merge_every", 2, "--restart_warmup_steps", 1,
-        "--mora_dropout", 0.1, "--eval_tasks", task_files(tmp_path)["choices"], "--report_to", "none",
-    )  # fmt: skip
-    argv = mixture_flags(user, out, write_mixture(user, tmp_path / "mix.yaml"), *flags)
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    argv = mixture_flags(
+        user,
+        out,
+        mix,
+        "--max_steps 3 --save_steps 2 --eval_steps 1 --merge_every 2 --restart_warmup_steps 1",
+        "--mora_dropout 0.1 --report_to none --eval_tasks",
+        task_files(tmp_path)["choices"],
+    )
     kinds = run_alone(kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
     assert kinds.pop((False, False, False)) == 1, "a check of rows before the first step"
     of_training = kinds.pop((True, True, False))

@@ -17,10 +17,10 @@ from tests.helpers.snapshot import untouched
 from tests.helpers.tables import heavy
 
 STABLE = (
-    "--lr_scheduler_type", "wsd", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
-    "--mora_dropout", 0.1,
-)  # fmt: skip
-PARENT = (*STABLE, "--max_steps", 11, "--decay_ratio", 0.3)
+    "--lr_scheduler_type wsd --merge_every 3 --restart_warmup_steps 1 --save_steps 2 "
+    "--mora_dropout 0.1"
+)
+PARENT = f"{STABLE} --max_steps 11 --decay_ratio 0.3"
 """One step of warm-up; the learning rate decays from step 8 on. Merges after steps 3, 6 and
 9.
 """
@@ -33,7 +33,7 @@ DECAY = 5
 @pytest.fixture(scope="module")
 def parent(user, tmp_path_factory):
     """A finished run with all its checkpoints."""
-    return finished_run(1, user, tmp_path_factory, *PARENT)
+    return finished_run(1, user, tmp_path_factory, PARENT)
 
 
 def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_path):
@@ -42,13 +42,13 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     """
     whole = tmp_path / "whole"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
-    run(1, user.flags(whole, *STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
+    run(1, user.flags(whole, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
     out = tmp_path / "branch"
     checkpoint = parent / "checkpoints/step-000004"
     latest = tmp_path / "latest"
     latest.symlink_to(checkpoint)
     branch = user.flags(
-        out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint auto --decay_from"
+        out, STABLE, "--max_steps", DECAY, "--resume_from_checkpoint auto --decay_from"
     )
     by_link = [*branch, str(latest)]
     with untouched(parent):
@@ -57,9 +57,8 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
     another = shutil.copytree(checkpoint, tmp_path / "another" / checkpoint.name)
     (another / "manifest.json").write_text("{}")
-    assert "manifest of the checkpoint of --decay_from: " in refusal(
-        [*branch, str(another)]
-    )
+    message = refusal([*branch, str(another)])
+    assert "manifest of the checkpoint of --decay_from: " in message
     replace_symlink(latest, later)
     elsewhere = tmp_path / "gone"
     parent.rename(elsewhere)  # a branch that has checkpoints needs its parent's no more
@@ -75,24 +74,19 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
 def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
     """Its batches go on where those of its parent stopped."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    of_kind = {"mixture": (), "stream": ("--streaming",), "full": ("--adapter", "full")}[
-        kind
-    ]
+    of_kind = {"mixture": "", "stream": "--streaming", "full": "--adapter full"}[kind]
 
     def flags(name, *more):
-        every = ("--lr_scheduler_type", "wsd", "--save_steps", 2, *of_kind, *more)
-        out = tmp_path / name
-        return (
-            mixture_flags(user, out, mix, *every)
-            if kind == "mixture"
-            else user.flags(out, *every)
-        )
+        every = (f"--lr_scheduler_type wsd --save_steps 2 {of_kind}", *more)
+        if kind == "mixture":
+            return mixture_flags(user, tmp_path / name, mix, *every)
+        return user.flags(tmp_path / name, *every)
 
-    run(1, flags("parent", "--max_steps", 6, "--decay_ratio", 0.25))
+    run(1, flags("parent", "--max_steps 6 --decay_ratio 0.25"))
     # Of the 4 steps after that of warm-up
-    run(1, flags("whole", "--max_steps", 5, "--decay_ratio", 0.75))
+    run(1, flags("whole", "--max_steps 5 --decay_ratio 0.75"))
     start = tmp_path / "parent/checkpoints/step-000002"
-    run(1, flags("branch", "--max_steps", 3, "--decay_from", str(start)))
+    run(1, flags("branch", "--max_steps 3 --decay_from", start))
     branch, whole = (
         load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors")
         for name in ("branch", "whole")
@@ -103,41 +97,32 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 
 def test_what_is_no_branch_is_refused(user, parent, tmp_path):
     def told(checkpoint, *more):
-        flags = user.flags(
-            tmp_path / "a", *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint)
-        )
-        return refusal([*flags, *more])
+        steps = ("--max_steps", DECAY, "--decay_from", checkpoint)
+        return refusal(user.flags(tmp_path / "a", STABLE, *steps, *more))
 
     checkpoints = parent / "checkpoints"
     stable = checkpoints / "step-000004"
     with untouched(parent):
         assert "its learning rate is not at the peak" in told(checkpoints / "step-000010")
         assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(parent)
-        message = told(stable, "--output_dir", str(parent), "--overwrite_output_dir")
+        message = told(stable, "--output_dir", parent, "--overwrite_output_dir")
         assert "lies in --output_dir: give the branch a folder of its own" in message
         assert "no checkpoint at" in told(checkpoints / "step-000005")
     out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
-    message = told(stable, "--output_dir", str(out), "--resume_from_checkpoint", "auto")
+    message = told(stable, "--output_dir", out, "--resume_from_checkpoint auto")
     assert "step of --decay_from: None there, 4 here" in message
 
 
 def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
     """A constant one is at its end; a linear one is not after a step below the peak."""
     for kind in ("linear", "constant"):
-        run(
-            1,
-            user.flags(
-                tmp_path / kind, "--max_steps 4 --save_steps 2 --lr_scheduler_type", kind
-            ),
-        )
+        steps = "--max_steps 4 --save_steps 2 --lr_scheduler_type"
+        run(1, user.flags(tmp_path / kind, steps, kind))
 
     def branch(checkpoint):
-        return user.flags(
-            tmp_path / "out",
-            "--lr_scheduler_type wsd --max_steps 3 --decay_from", str(tmp_path / checkpoint),
-        )  # fmt: skip
+        decay = "--lr_scheduler_type wsd --max_steps 3 --decay_from"
+        return user.flags(tmp_path / "out", decay, tmp_path / checkpoint)
 
-    assert "its learning rate is not at the peak" in refusal(
-        branch("linear/checkpoints/step-000002")
-    )
+    message = refusal(branch("linear/checkpoints/step-000002"))
+    assert "its learning rate is not at the peak" in message
     assert run(1, branch("constant/checkpoints/latest"))["steps"] == 7

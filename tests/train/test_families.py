@@ -74,16 +74,11 @@ def end_to_end(root, family):
     config = adapter(family)
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
-    work = Run(
-        engine,
-        base=loaded.base,
-        folder=folder,
-        keys=loaded.keys,
-        ranks=Ranks.current(),
-    )
+    work = Run(engine, base=loaded.base, folder=folder, keys=loaded.keys)
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
 
-    losses = [train_step(engine, seed=1), train_step(engine, seed=2)]
+    train_step(engine, seed=1)
+    train_step(engine, seed=2)
     norms = {name: zero.full_fp32(square).norm().item() for name, square in squares.items()}
     before = probe(engine)
     work.merge(2)
@@ -91,22 +86,20 @@ def end_to_end(root, family):
     left = max(zero.full_fp32(square).abs().max().item() for square in squares.values())
 
     # So that the checkpoint holds matrices that are not merged
-    losses.append(train_step(engine, seed=3))
+    train_step(engine, seed=3)
     live = probe(engine)
     work.save(3)
     engine.destroy()
     return {
-        "losses": losses, "norms": norms, "before": before, "after": after, "left": left, "live": live,
+        "norms": norms, "before": before, "after": after, "left": left, "live": live,
         "own_base": loaded.base.folder != folder / "model",
     }  # fmt: skip
 
 
 def train_step(engine, seed):
-    rank = dist.get_rank()
-    loss = causal_loss(engine, tokens(WORLD * ROWS, seed=seed)[rank * ROWS :][:ROWS])
-    engine.backward(loss)
+    own_rows = tokens(WORLD * ROWS, seed=seed)[dist.get_rank() * ROWS :][:ROWS]
+    engine.backward(causal_loss(engine, own_rows))
     engine.step()
-    return loss.item()
 
 
 @torch.no_grad()
@@ -129,9 +122,8 @@ def results(tmp_path_factory):
 
 def export(root, family):
     output = root / family / "merged"
-    report = export_merged(
-        root / family / "checkpoints/latest", output, verify=True, overwrite=True
-    )
+    checkpoint = root / family / "checkpoints/latest"
+    report = export_merged(checkpoint, output, verify=True, overwrite=True)
     return report, AutoModelForCausalLM.from_pretrained(output).eval()
 
 
@@ -139,14 +131,10 @@ def export(root, family):
 def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results):
     root, ranks = results
     for result in (rank[family] for rank in ranks):
-        assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result[
-            "norms"
-        ]
+        norms = result["norms"]
+        assert min(norms.values()) > LEARNING_RATE, norms
         assert result["left"] == 0.0
         assert_close(result["after"], result["before"], rtol=0, atol=5e-6)
-        assert loss_of(result["after"]) == pytest.approx(
-            loss_of(result["before"]), abs=1e-6
-        )
         assert torch.equal(result["live"], ranks[0][family]["live"])
     original = AutoModelForCausalLM.from_pretrained(root / family / "model").eval()
     with torch.no_grad():
@@ -154,13 +142,6 @@ def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results
     assert (ranks[0][family]["before"] - untrained).abs().max() > 1e-3, (
         "the steps did nothing that can be measured"
     )
-
-
-def loss_of(logits):
-    ids = tokens(2, seed=77)
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    ).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -171,45 +152,31 @@ def test_an_export_gives_the_logits_of_the_live_model(family, results):
         logits = exported(input_ids=tokens(2, seed=77)).logits
     live = ranks[0][family]["live"]
     assert (logits - live).abs().max() <= 1e-5 * max(1.0, live.abs().max().item())
-    assert report.comparison is not None
     assert report.cycles == 1
     assert report.merged == len(ranks[0][family]["norms"])
-    assert report.replaced == len(
-        load_file(root / family / "checkpoints/latest/adapter.safetensors")
-    ) - (report.merged)
-    assert (
-        exported.config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
-    )
+    stored = load_file(root / family / "checkpoints/latest/adapter.safetensors")
+    assert report.merged + report.replaced == len(stored)
+    config = exported.config
+    assert config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
     tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
-    assert tied == exported.config.tie_word_embeddings
+    assert tied == config.tie_word_embeddings
 
 
 def test_what_else_was_trained_is_in_the_export(results):
     root, _ = results
+    kinds = {
+        "train_norms": ("norm", ".ln_"),
+        "train_embeddings": ("embed_tokens.weight", "wte.weight", "wpe.weight"),
+    }
     for family, settings in ALSO_TRAINED.items():
-        original = AutoModelForCausalLM.from_pretrained(
-            root / family / "model"
-        ).state_dict()
+        original = AutoModelForCausalLM.from_pretrained(root / family / "model")
+        before = original.state_dict()
         _, exported = export(root, family)
-        changed = {
-            name
-            for name, tensor in exported.state_dict().items()
-            if not torch.equal(tensor, original[name])
-        }
-        norms = {name for name in original if "norm" in name or ".ln_" in name}
-        assert norms <= changed if "train_norms" in settings else not norms & changed, (
-            family
-        )
-        embedding = {
-            name
-            for name in original
-            if name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight"))
-        }
-        assert (
-            embedding <= changed
-            if "train_embeddings" in settings
-            else not embedding & changed
-        ), family
+        for name, tensor in exported.state_dict().items():
+            for setting, words in kinds.items():
+                if any(word in name for word in words):
+                    is_changed = not torch.equal(tensor, before[name])
+                    assert is_changed == (setting in settings), (family, name)
 
 
 def test_no_family_needs_a_converted_base(results):
@@ -246,6 +213,6 @@ def adapted(family, attention):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_of_no_family_see_each_other(family):
     """That the check finds a leak: test_attention_run.py."""
-    has_sdpa = family not in NO_SDPA
-    for attention in ("eager", "sdpa") if has_sdpa else ("eager",):
-        check_document_mask(adapted(family, attention))
+    check_document_mask(adapted(family, "eager"))
+    if family not in NO_SDPA:
+        check_document_mask(adapted(family, "sdpa"))

@@ -1,11 +1,11 @@
 """No input may lie in what a run writes or deletes, whichever way its name leads there."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.train.inputs import check_inputs
 from tests.helpers.errors import user_error
@@ -44,20 +44,18 @@ def home(tmp_path, monkeypatch):
     that lead into it.
     """
     monkeypatch.chdir(tmp_path)
-    for name in (
-        "base/pytorch_model.bin",
-        "ledger/a.txt",
-        "tokenizer/tokenizer.json",
-        "metrics.jsonl",
-    ):
-        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / name).write_text("mine")
-    for name in ("mix.yaml", "out/demo/mix.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(
-            MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE
-        )
-    (tmp_path / "text.txt").write_text("other")
+    contents = {
+        "out/base/pytorch_model.bin": "mine",
+        "out/ledger/a.txt": "mine",
+        "out/tokenizer/tokenizer.json": "mine",
+        "out/metrics.jsonl": "mine",
+        "out/demo/mix.yaml": MIXTURE.replace("out/ledger/a.txt", "text.txt"),
+        "mix.yaml": MIXTURE,
+        "text.txt": "other",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
     (tmp_path / "link").symlink_to("out/base")
     (tmp_path / "other").symlink_to("out")
     return tmp_path
@@ -71,23 +69,22 @@ def settings(changes):
 
 @pytest.mark.parametrize("changes, message", rows(NAMED))
 def test_an_input_within_the_output_is_named(home, changes, message):
-    with untouched(home), pytest.raises(UserError) as refused:
+    with untouched(home), user_error(re.escape(message)) as refused:
         check_inputs(settings(parsed(changes)), Path("out"))
-    assert message in str(refused.value)
     assert "--output_dir out" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"train_files": ["out/corpus.txt"]},
-        {"cache_dir": "out/cache"},
-        {"research": {"targets": "out/plan.yaml"}},
-        {"train_files": ["no*"]},
-        {"train_files": ["looped"]},
-    ],
-)
+OTHERS = """
+{}
+{train_files: [out/corpus.txt]}
+{cache_dir: out/cache}
+{research: {targets: out/plan.yaml}}
+{train_files: ["no*"]}
+{train_files: [looped]}
+"""
+
+
+@pytest.mark.parametrize("changes", OTHERS.strip().splitlines())
 def test_other_inputs_pass(home, changes):
     """A file of another name than those of a run is safe in the output folder; a loop of
     links leads nowhere.
@@ -95,7 +92,7 @@ def test_other_inputs_pass(home, changes):
     (home / "looped").mkdir()
     (home / "looped/a.txt").symlink_to("a.txt")
     (home / "out/corpus.txt").write_text("text")
-    check_inputs(settings(changes), Path("out"))
+    check_inputs(settings(parsed(changes)), Path("out"))
 
 
 def test_a_resumed_run_may_read_its_base(home):
@@ -113,18 +110,7 @@ def test_every_setting_that_names_a_file_is_looked_at():
     fields = {
         name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)
     }
-    ends = (
-        "_dir",
-        "_files",
-        "_file",
-        "_name",
-        "_path",
-        "_checkpoint",
-        "_config",
-        "_adapter",
-        "deepspeed",
-        "mixture",
-    )
+    ends = "_(dir|files?|name|path|checkpoint|config|adapter)$|deepspeed$|mixture$"
     outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     named = {name for changes, _ in rows(NAMED) for name in parsed(changes)}
-    assert {name for name in fields if name.endswith(ends)} - outputs <= named
+    assert {name for name in fields if re.search(ends, name)} - outputs <= named

@@ -15,18 +15,14 @@ from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
 
-PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
+PRECISIONS = {"fp32": "--bf16 false", "bf16": "--bf16 true"}
+AUTO = "--resume_from_checkpoint auto"
+OVERWRITE = "--overwrite_output_dir true"
 
 
 def command(user, out, precision, *more):
-    return user.flags(
-        out,
-        *STEPS,
-        "--eval_files",
-        f"short={user.other}",
-        *PRECISIONS[precision],
-        *map(str, more),
-    )
+    texts = ("--eval_files", f"short={user.other}")
+    return user.flags(out, STEPS, *texts, PRECISIONS[precision], *more)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +36,7 @@ def whole_of(user, tmp_path_factory):
         key = (ranks, precision, more)
         if key not in done:
             done[key] = tmp_path_factory.mktemp("whole") / "out"
-            run(
-                ranks,
-                command(
-                    user, done[key], precision, *more, "--resume_from_checkpoint", "auto"
-                ),
-            )
+            run(ranks, command(user, done[key], precision, *more, AUTO))
         return done[key]
 
     return whole
@@ -73,39 +64,32 @@ def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start
     prepare(out, whole, start)
-    how = (
-        ("--overwrite_output_dir", "true")
-        if start is Start.ANOTHER
-        else ("--resume_from_checkpoint", "auto")
-    )
+    how = OVERWRITE if start is Start.ANOTHER else AUTO
     own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
-    again = command(user, out, precision, *MOMENTS[moment].more, *how, *own_cache)
+    again = command(user, out, precision, *MOMENTS[moment].more, how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)
     assert_same_outcome(out, whole)
-    assert not [
-        path
-        for path in cache.rglob("*")
-        if "partial" in path.name or path.name.startswith("tmp")
-    ]
+    names = {path.name for path in cache.rglob("*")}
+    assert not [name for name in names if "partial" in name or name.startswith("tmp")]
 
 
 def victims_of(moment, ranks):
-    groups = {"first": [0], "last": [ranks - 1], "all": list(range(ranks))}
-    return (
-        groups
-        if MOMENTS[moment].passes is Passes.ALL
-        else {"first": groups["first"], "all": groups["all"]}
-    )
+    """{who is killed: its ranks}"""
+    if MOMENTS[moment].passes is not Passes.ALL:
+        return {"first": [0], "all": list(range(ranks))}
+    return {"first": [0], "last": [ranks - 1], "all": list(range(ranks))}
 
 
-ONCE = [
-    (moment, list(victims_of(moment, 2))[index % len(victims_of(moment, 2))], 2, "fp32")
-    for index, moment in enumerate(
-        [name for name, facts in MOMENTS.items() if not facts.only_heavy][::2]
-    )
-]
-"""Every second moment, with one set of victims each; all others are heavy."""
+def once(moments):
+    """Every second moment, with one set of victims each."""
+    for index, moment in enumerate(moments[::2]):
+        groups = list(victims_of(moment, 2))
+        yield moment, groups[index % len(groups)], 2, "fp32"
+
+
+ONCE = list(once([name for name, facts in MOMENTS.items() if not facts.only_heavy]))
+"""All others are heavy."""
 
 
 EVERY = [
@@ -130,9 +114,8 @@ HEAVY = [
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_killed(user, whole_of, tmp_path, moment, who, ranks, precision):
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
-    kill_and_run_again(
-        user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision
-    )
+    victims = victims_of(moment, ranks)[who]
+    kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
 
 
 def test_a_run_that_another_had_set_aside_goes_on(user, whole_of, out):
@@ -141,12 +124,8 @@ def test_a_run_that_another_had_set_aside_goes_on(user, whole_of, out):
     """
     whole = whole_of(2, "fp32", ())
     prepare(out, whole, Start.UNNAMED)
-    killed_run(
-        2,
-        command(user, out, "fp32", "--overwrite_output_dir", "true"),
-        "old_run_set_aside",
-        [0, 1],
-    )
+    overwriting = command(user, out, "fp32", OVERWRITE)
+    killed_run(2, overwriting, "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()
-    run(2, command(user, out, "fp32", "--resume_from_checkpoint", "auto"))
+    run(2, command(user, out, "fp32", AUTO))
     assert_same_outcome(out, whole)

@@ -23,24 +23,17 @@ class Data:
     has_streams = False
 
     def __init__(self, fails_at=-1):
-        self.fails_at, self.threads = fails_at, []
+        self.fails_at = fails_at
+        self.threads = []
 
     def batch(self, step, rows):
         self.threads.append(threading.current_thread().name)
         if step == self.fails_at:
             raise UserError(f"line {step} is damaged")
         size = self.rows_per_step
-        ids = (
-            torch.arange(step * size, (step + 1) * size)[rows, None]
-            .expand(-1, T)
-            .contiguous()
-        )
-        labels = torch.where(ids % 2 == 0, ids, IGNORED)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": torch.arange(T).expand(len(ids), -1),
-        }
+        samples = torch.arange(step * size, (step + 1) * size)[rows]
+        ids = samples[:, None].repeat(1, T)
+        return {"input_ids": ids, "labels": torch.where(ids % 2 == 0, ids, IGNORED)}
 
 
 def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
@@ -57,20 +50,18 @@ def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
     return BatchLoader(data, process, training, steps)
 
 
-def rows_of(replica, replicas, micro_batches, size):
-    """The global rows of each micro-batch of a replica."""
-    all_rows = []
+def first_rows(replica, replicas, micro_batches, size):
+    """Where each micro-batch of a replica begins, all of which have `size` rows."""
     batch_loader = loader(Data(), replica, replicas, micro_batches, size)
-    for index in range(micro_batches):
-        rows = batch_loader.position(index)
-        all_rows.append(list(range(rows.start, rows.stop)))
-    return all_rows
+    positions = [batch_loader.position(index) for index in range(micro_batches)]
+    assert {rows.stop - rows.start for rows in positions} == {size}
+    return [rows.start for rows in positions]
 
 
 def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r():
-    assert rows_of(0, 2, 3, 2) == [[0, 1], [4, 5], [8, 9]]
-    assert rows_of(1, 2, 3, 2) == [[2, 3], [6, 7], [10, 11]]
-    assert rows_of(0, 1, 2, 3) == [[0, 1, 2], [3, 4, 5]]
+    assert first_rows(0, 2, 3, 2) == [0, 4, 8]
+    assert first_rows(1, 2, 3, 2) == [2, 6, 10]
+    assert first_rows(0, 1, 2, 3) == [0, 3]
 
 
 def test_a_step_is_prepared_by_a_thread_and_taken_in_order():

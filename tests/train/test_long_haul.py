@@ -23,16 +23,16 @@ from tests.helpers.outcome import assert_same_outcome
 RANKS = 2
 STEPS = int(os.environ.get("LONG_HAUL_STEPS", "400"))
 MERGE_EVERY = 50
-SAVE_EVERY = 20
+
 KILLS = max(6, STEPS // 100)
 SEED = int(os.environ.get("LONG_HAUL_SEED", "0"))
 LOOK_EVERY = 10
 GROWTH = 0.02
 
 FLAGS = (
-    "--max_steps", STEPS, "--merge_every", MERGE_EVERY, "--restart_warmup_steps", 5, "--save_steps", SAVE_EVERY,
-    "--save_total_limit", 3, "--mora_dropout", 0.1, "--resume_from_checkpoint", "auto",
-)  # fmt: skip
+    f"--max_steps {STEPS} --merge_every {MERGE_EVERY} --restart_warmup_steps 5 "
+    "--save_steps 20 --save_total_limit 3 --mora_dropout 0.1 --resume_from_checkpoint auto"
+)
 
 
 def watched_job(argv):
@@ -112,7 +112,7 @@ def test_long_haul(tmp_path, out):
     whole = tmp_path / "whole"
 
     def flags(folder):
-        return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")
+        return user.flags(folder, FLAGS, "--eval_files", f"short={user.other}")
 
     for rank, seen in enumerate(
         run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)

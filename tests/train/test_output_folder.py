@@ -192,21 +192,20 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]]
+    "files", ["a.txt", "shared/config.json a.txt", "shared/config.json b/a.txt"]
 )
 def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path, files):
     out = a_run(tmp_path / "out")
-    for file in files:
+    for file in files.split():
         put(out / "merged", file, "{}")
-        (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
     with untouched(out), user_error("--export_merged"):
         prepared(out, False, True, True)
 
 
 @pytest.mark.parametrize(
-    "files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]]
+    "files", ["", "config.json a.txt", "shared/config.json b/config.json"]
 )
 def test_models_are_replaced(tmp_path, files):
-    for file in files:
+    for file in files.split():
         put(tmp_path / "merged", file, "{}")
     check_merged(tmp_path / "merged")

@@ -89,23 +89,12 @@ def test_all_files_have_the_mode_that_the_umask_asks_for(user, pickled, tmp_path
     run_alone(run_privately, argv)
     assert (out / "base/model.safetensors").is_file()
     assert (out / "merged/config.json").is_file()
-    modes = {
-        path: stat.S_IMODE(path.stat().st_mode)
-        for root in (out, cache)
-        for path in root.rglob("*")
-    }
-    assert {
-        str(path): oct(mode)
-        for path, mode in modes.items()
-        if mode != (0o750 if path.is_dir() else 0o640)
-    } == {}
-    assert (
-        yaml.safe_load((out / "run.yaml").read_text())["resolved"]["owns"].count("base")
-        == 1
-    )
-    assert [
-        path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()
-    ] == []
+    for path in (*out.rglob("*"), *cache.rglob("*")):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert oct(mode) == oct(0o750 if path.is_dir() else 0o640), path
+        assert path.is_dir() or b"s3cret" not in path.read_bytes(), path
+    resolved = yaml.safe_load((out / "run.yaml").read_text())["resolved"]
+    assert resolved["owns"].count("base") == 1
 
 
 def shared_lock(argv):
@@ -118,13 +107,9 @@ def shared_lock(argv):
     dist.barrier()
     if not (child := os.fork()):
         byte = 0 if dist.get_rank() == 0 else 1
+        file = os.open(Path(output_of(argv)) / LOCK, os.O_RDWR)
         try:
-            fcntl.lockf(
-                os.open(Path(output_of(argv)) / LOCK, os.O_RDWR),
-                fcntl.LOCK_EX | fcntl.LOCK_NB,
-                1,
-                byte,
-            )
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         except BlockingIOError:
             os._exit(7)
         os._exit(0)

@@ -3,6 +3,7 @@ setting, the export.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
+    ZERO3,
     assert_close_losses,
     environment,
     finished_run,
@@ -47,16 +49,7 @@ from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed
 from tests.helpers.tables import rows as rows_of
 
-MERGING = (
-    "--merge_every",
-    3,
-    "--restart_warmup_steps",
-    1,
-    "--max_steps",
-    8,
-    "--eval_steps",
-    4,
-)
+MERGING = "--merge_every 3 --restart_warmup_steps 1 --max_steps 8 --eval_steps 4"
 
 
 def perplexities(out):
@@ -78,28 +71,16 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tm
     """12 sequences a step, shared out in four ways, with two merges, embeddings and norms
     trained too.
     """
-    more = (
-        *MERGING,
-        "--train_embeddings",
-        "true",
-        "--train_norms",
-        "true",
-        "--learning_rate",
-        "5e-3",
-    )
+    more = f"{MERGING} --train_embeddings true --train_norms true --learning_rate 5e-3"
     shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
     outs = []
     for ranks, micro, accumulation in shares:
         out = tmp_path / f"{ranks}-{micro}-{accumulation}"
         batch = (
-            "--per_device_train_batch_size",
-            micro,
-            "--gradient_accumulation_steps",
-            accumulation,
+            f"--per_device_train_batch_size {micro} --per_device_eval_batch_size {micro} "
+            f"--gradient_accumulation_steps {accumulation}"
         )
-        summary = run(
-            ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro)
-        )
+        summary = run(ranks, user.flags(out, more, batch))
         assert summary["merges"] == 2
         assert summary["base_bytes_gathered"] == 0
         outs.append(out)
@@ -126,44 +107,30 @@ def test_document_mask_can_be_turned_off(user, tmp_path):
 
 
 def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
-    more = (
-        "--adapter",
-        "full",
-        "--max_steps",
-        6,
-        "--save_steps",
-        3,
-        "--learning_rate",
-        "1e-3",
-    )
+    more = "--adapter full --max_steps 6 --save_steps 3 --learning_rate 1e-3"
     one = tmp_path / "one"
     two = tmp_path / "two"
-    run(1, user.flags(one, *more, "--per_device_train_batch_size 4"))
-    summary = run(2, user.flags(two, *more))
+    run(1, user.flags(one, more, "--per_device_train_batch_size 4"))
+    summary = run(2, user.flags(two, more))
     with user_error(r"--adapter full.* resume the run with --export_merged"):
         export_merged(two, tmp_path / "merged")
-    run(2, user.flags(two, *more, "--resume_from_checkpoint auto --export_merged true"))
+    run(2, user.flags(two, more, "--resume_from_checkpoint auto --export_merged true"))
     with user_error(rf"--adapter full.* {two}/merged is its model"):
         export_merged(two / "checkpoints/step-000003", tmp_path / "merged")
     assert summary["trainable_params"] == summary["total_params"]
     assert_close_losses(two, one)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")
     tokenizer = AutoTokenizer.from_pretrained(two / "merged")
-    data = PackedDataset(
-        build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32
-    )
+    cache = build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache")
+    data = PackedDataset(cache, 32)
     batch = next(data.eval_batches(0, 1, data.n_blocks))
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
         perplexity = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
     assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
-    run(
-        2,
-        user.flags(
-            again, *more, "--resume_from_checkpoint", two / "checkpoints/step-000003"
-        ),
-    )
+    checkpoint = two / "checkpoints/step-000003"
+    run(2, user.flags(again, more, "--resume_from_checkpoint", checkpoint))
     assert torch.equal(losses(again), losses(two)[3:])
 
 
@@ -176,57 +143,48 @@ def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"body": user.texts()}), folder / "a.parquet")
     run(1, user.flags(tmp_path / "jsonl"))
-    run(
-        1,
-        user.flags(
-            tmp_path / "parquet",
-            "--train_files",
-            folder / "*.parquet",
-            "--text_column body",
-        ),
-    )
+    files = ("--text_column body --train_files", folder / "*.parquet")
+    run(1, user.flags(tmp_path / "parquet", *files))
     assert torch.equal(losses(tmp_path / "parquet"), losses(tmp_path / "jsonl"))
 
 
 def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, out):
-    config = str(REPOSITORY / "configs/models/tiny_llama.json")
-    fresh = ["--model_config", config, "--train_tokenizer_vocab", "420"]
-    argv = user.flags(out, "--save_steps 3 --merge_every 2 --restart_warmup_steps 1")
+    argv = user.flags(
+        out,
+        "--save_steps 3 --merge_every 2 --restart_warmup_steps 1 --train_embeddings true",
+        "--train_tokenizer_vocab 420",
+    )
     at = argv.index("--model_name_or_path")
-    argv[at : at + 2] = fresh
-    run(1, [*argv, "--export_merged", "true", "--train_embeddings", "true"])
+    config = REPOSITORY / "configs/models/tiny_llama.json"
+    argv[at : at + 2] = ["--model_config", str(config)]
+    run(1, [*argv, "--export_merged", "true"])
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert model.config.vocab_size == 420 == len(tokenizer)
     export_merged(out / "checkpoints/latest", tmp_path / "verified", verify=True)
     whole = losses(out)
-    tokenizer_file = (out / "tokenizer/tokenizer.model").stat().st_mtime_ns
+    tokenizer_file = out / "tokenizer/tokenizer.model"
+    written = tokenizer_file.stat().st_mtime_ns
     shutil.rmtree(out / "checkpoints/step-000006")
-    run(1, [*argv, "--train_embeddings", "true", "--resume_from_checkpoint", "auto"])
+    run(1, [*argv, "--resume_from_checkpoint", "auto"])
     assert torch.equal(losses(out), whole)
-    assert (out / "tokenizer/tokenizer.model").stat().st_mtime_ns == tokenizer_file, (
-        "trained once"
-    )
+    assert tokenizer_file.stat().st_mtime_ns == written, "trained once"
 
 
 def test_a_tokenizer_that_was_trained_before(user, out, tmp_path):
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     run(1, user.flags(out, "--tokenizer_name", path, "--export_merged true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")
-    assert (
-        exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
-    )
+    assert exported.encode("def f(x):") == load_tokenizer(path).encode("def f(x):")
 
 
-def test_epochs_in_place_of_steps(user, tmp_path):
+def test_epochs_in_place_of_steps(user, out):
     """Every block once an epoch, rounded up to whole steps."""
-    more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
-    one = run(1, user.flags(tmp_path / "one", *more))
-    assert one["tokens"] == one["steps"] * 16 * 32
-    assert (
-        yaml.safe_load((tmp_path / "one/run.yaml").read_text())["resolved"]["steps"]
-        == one["steps"]
-    )
+    epochs = "--max_steps -1 --num_train_epochs 1 --per_device_train_batch_size 16"
+    summary = run(1, user.flags(out, epochs))
+    assert summary["tokens"] == summary["steps"] * 16 * 32
+    resolved = yaml.safe_load((out / "run.yaml").read_text())["resolved"]
+    assert resolved["steps"] == summary["steps"]
 
 
 EPOCHS = """
@@ -247,12 +205,8 @@ def test_parts_of_an_epoch(row):
     training = TrainingArguments(
         max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4
     )
-    assert (
-        _total_steps(
-            training, SimpleNamespace(n_blocks=blocks, max_steps=None), ranks, done=0
-        )
-        == steps
-    )
+    data = SimpleNamespace(n_blocks=blocks, max_steps=None)
+    assert _total_steps(training, data, ranks, done=0) == steps
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -262,37 +216,27 @@ def test_parts_of_an_epoch(row):
 def plain(user, tmp_path_factory):
     """The run that settings which only change how it is computed must repeat."""
     return finished_run(
-        1, user, tmp_path_factory, *MERGING, "--per_device_train_batch_size", 4
+        1, user, tmp_path_factory, MERGING, "--per_device_train_batch_size 4"
     )
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [
-        ("--deepspeed", REPOSITORY / "configs/zero1.json"),
-        (
-            "--deepspeed",
-            REPOSITORY / "configs/zero2.json",
-            "--gradient_checkpointing",
-            "true",
-        ),
-        ("--deepspeed", REPOSITORY / "configs/zero3_offload_optimizer.json"),
-    ],
-    ids=["zero1", "zero2, checkpointing", "offload"],
+    "config, checkpointing",
+    [("zero1", False), ("zero2", True), ("zero3_offload_optimizer", False)],
 )
-def test_how_it_is_computed_changes_nothing(user, plain, tmp_path, setting):
-    run(2, user.flags(tmp_path / "out", *MERGING, *setting))
-    assert_close_losses(tmp_path / "out", plain, rtol=2e-6)
-    assert_close_evals(tmp_path / "out", plain)
+def test_how_it_is_computed_changes_nothing(user, plain, out, config, checkpointing):
+    how = ("--deepspeed", REPOSITORY / f"configs/{config}.json")
+    run(2, user.flags(out, MERGING, *how, "--gradient_checkpointing", checkpointing))
+    assert_close_losses(out, plain, rtol=2e-6)
+    assert_close_evals(out, plain)
 
 
 def test_bf16(user, plain, tmp_path, out):
     """Of every ZeRO stage: tests/engine/test_precision.py."""
-    run(2, user.flags(out, *MERGING, "--bf16 true"))
+    run(2, user.flags(out, MERGING, "--bf16 true"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)
     report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
     assert report.dtype == "bfloat16"
-    assert report.comparison is not None
 
 
 def test_tied_embeddings_are_trained_and_exported(user, tmp_path, out):
@@ -300,46 +244,35 @@ def test_tied_embeddings_are_trained_and_exported(user, tmp_path, out):
     shutil.copytree(user.model, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     trained = "--train_embeddings true --train_norms true --save_steps 5"
-    argv = user.flags(out, *MERGING, trained, "--model_name_or_path", tmp_path / "model")
+    argv = user.flags(out, MERGING, trained, "--model_name_or_path", tmp_path / "model")
     summary = run(2, [*argv, "--export_merged", "true"])
     assert summary["trainable_params"] > 400 * 32
     exported = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(exported.lm_head.weight, model.lm_head.weight)
     export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
-    ids = AutoTokenizer.from_pretrained(out / "merged")(
-        "def f", return_tensors="pt", return_token_type_ids=False
-    )
-    assert (
-        exported.generate(**ids, max_new_tokens=5, do_sample=False).shape[1]
-        > ids["input_ids"].shape[1]
-    )
 
 
 # -- as users call it ----------------------------------------------------------------------------------------------
+
+
+FIRST_LINES = r"""
+model       llama, .*
+trained     .* parameters \(.* MoRA of rank 2.*
+data        2 sequences of 32 tokens.*
+steps       4 \(.*
+memory      """
+LAST_LINES = r"""
+done        4 steps, 256 tokens in 0:0.*
+checkpoint  my run/checkpoints/step-000004(.*\n)+serve       vllm serve my run/merged"""
 
 
 def assert_fit_for_reading(done):
     """The run of the recipe below: what a person reads before its first step and after its
     last, no bar in a file, and no line that a terminal would break."""
     before, _, after = done.stdout.partition("step 4/4")
-    labels = (
-        "model       llama, ",
-        "trained     ",
-        "data        2 sequences of 32 tokens",
-        "steps       4 (",
-        "memory      ",
-    )
-    positions = [before.index(f"\n{label}") for label in labels]
-    assert positions == sorted(positions)
-    assert "parameters (" in before
-    assert "MoRA of rank 2" in before
-    for line in (
-        "done        4 steps, 256 tokens in 0:0",
-        "checkpoint  my run/checkpoints/step-000004",
-        "serve       vllm serve my run/merged",
-    ):
-        assert f"\n{line}" in after, after
+    assert re.search(FIRST_LINES, before), before
+    assert re.search(LAST_LINES, after), after
     assert "tokenising" not in done.stderr
     # Others are the launcher's
     own_lines = [line for line in done.stdout.splitlines() if not line.startswith("[20")]
@@ -364,11 +297,8 @@ def test_recipe_flags_and_run_yaml(user, tmp_path):
     assert_fit_for_reading(done)
     first = folder / "my run"
     written = yaml.safe_load((first / "run.yaml").read_text())
-    assert (
-        written["mora_rank"],
-        written["max_steps"],
-        written["resolved"]["world_size"],
-    ) == (2, 4, 1)
+    assert {"mora_rank": 2, "max_steps": 4}.items() <= written.items()
+    assert written["resolved"]["world_size"] == 1
     assert written["versions"]["deepspeed"]
     assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
     again = folder / "again"
@@ -393,47 +323,32 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
     """As in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
-    shutil.copy(user.flags("x")[1], tmp_path / "zero3.json")
+    shutil.copy(ZERO3, tmp_path)
     argv = user.flags(
         "~/out",
         "--cache_dir ~/cache --model_name_or_path ~/model --train_files ~/train.jsonl",
+        "--deepspeed ~/zero3.json --save_steps 3",
     )
-    run_alone(
-        job_with_home,
-        str(tmp_path),
-        [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"],
-    )
+    run_alone(job_with_home, str(tmp_path), argv)
     assert (tmp_path / "out/summary.json").is_file()
     assert (tmp_path / "cache").is_dir()
-    resume = [
-        "--deepspeed",
-        "~/zero3.json",
-        "--resume_from_checkpoint",
-        "~/out/checkpoints/step-000003",
-    ]
+    resume = ["--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
     run_alone(job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()
 
 
 def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user, tmp_path):
     """Two runs start together on an empty cache; both end with the same losses."""
-    argvs = [
-        user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache")
-        for name in ("one", "two")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=1",
-    ]
-    command.append(str(REPOSITORY / "launch/pretrain.py"))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1"
+    command = [sys.executable, *torchrun.split(), str(REPOSITORY / "launch/pretrain.py")]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    for process in [
-        subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes)
-        for argv in argvs
-    ]:
+    started = []
+    for name in ("one", "two"):
+        argv = user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache")
+        started.append(
+            subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes)
+        )
+    for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
@@ -446,23 +361,11 @@ def test_summary_and_files_of_a_run(plain):
         "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
     } <= summary.keys()  # fmt: skip
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
-    assert (
-        summary["perplexity_before"].keys()
-        == summary["perplexity_after"].keys()
-        == {"held", "short"}
-    )
-    names = {path.name for path in plain.iterdir()}
-    written = {
-        "run.yaml",
-        "metrics.jsonl",
-        "summary.json",
-        "tensorboard",
-        "checkpoints",
-        "ledger",
-        "tokenizer",
-    }
-    assert names == {*written, ".lock"}
-    assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
+    for when in ("before", "after"):
+        assert summary[f"perplexity_{when}"].keys() == {"held", "short"}
+    written = "run.yaml metrics.jsonl summary.json tensorboard checkpoints ledger tokenizer"
+    assert {path.name for path in plain.iterdir()} == {*written.split(), ".lock"}
+    assert len(losses(plain)) == 8
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
 
 
@@ -478,11 +381,11 @@ def job_of_a_node(argv):
 def test_nodes_that_share_the_output_folder(user, tmp_path):
     out = tmp_path / "nodes"
     one = tmp_path / "one"
-    short = user.flags(out, *MERGING, "--save_steps 4")
+    short = user.flags(out, MERGING, "--save_steps 4")
     summaries = run_ranks(3, job_of_a_node, short)
     assert [summary["merges"] for summary in summaries] == [2, 2, 2]
     shutil.rmtree(out / "checkpoints/step-000008")
     again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
     assert [summary["steps"] for summary in again] == [8, 8, 8]
-    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size 6"))
+    run(1, user.flags(one, MERGING, "--per_device_train_batch_size 6"))
     assert_close_losses(out, one, rtol=1e-4)

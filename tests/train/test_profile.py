@@ -9,7 +9,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import finished_run, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 
-FLAGS = ("--max_steps", 6, "--save_steps", 3, "--report_to", "none")
+FLAGS = "--max_steps 6 --save_steps 3 --report_to none"
 
 
 def traces(out):
@@ -22,23 +22,20 @@ def traces(out):
 
 
 def steps_in(trace):
-    return {
-        event["name"]
-        for event in trace
-        if event.get("name", "").startswith("ProfilerStep#")
-    }
+    names = {event.get("name", "") for event in trace}
+    return {name for name in names if name.startswith("ProfilerStep#")}
 
 
 @pytest.fixture(scope="module")
 def whole(user, tmp_path_factory):
     """A run of two ranks without a profiler."""
-    return finished_run(2, user, tmp_path_factory, *FLAGS)
+    return finished_run(2, user, tmp_path_factory, FLAGS)
 
 
 def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
     user, out, whole
 ):
-    run(2, user.flags(out, *FLAGS, "--profile 2"))
+    run(2, user.flags(out, FLAGS, "--profile 2"))
     assert_same_run(out, whole)
     (trace,) = traces(out)
     assert steps_in(trace) == {"ProfilerStep#3", "ProfilerStep#4"}
@@ -50,7 +47,7 @@ def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
 def test_a_run_that_ends_within_writes_what_there_is_and_a_resumed_one_records_anew(
     user, out, whole
 ):
-    argv = user.flags(out, *FLAGS, "--profile 5 --resume_from_checkpoint auto")
+    argv = user.flags(out, FLAGS, "--profile 5 --resume_from_checkpoint auto")
     run_ranks(2, interrupted_job, argv, 3)
     run(2, argv)
     assert_same_run(out, whole)

@@ -19,8 +19,6 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.terms import join
-from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.ds_config import complete_ds_config
@@ -31,14 +29,14 @@ from mora_ds.planning.plan import Cluster, Planner, recommend
 from mora_ds.planning.report import as_json, report, verdict
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.remora.ledger import Ledger
-from mora_ds.train.dry_run import planned
-from tests.helpers.engines import ds_config
+from tests.helpers.engines import ds_config, half_precision
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import refusal, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
+from tests.helpers.tables import heavy, parsed, rows
 
 ROWS = 6
 SHARE = MoRAConfig(rank=4, operator="share", base_bits=8)
@@ -62,24 +60,26 @@ def step_of(engine, step):
 
 def quantized(model):
     """Module -> its weight in few bits, and scales."""
-    layers = mora_layers(model)
     return {
         name: (layer.weight.clone(), layer.get_buffer("weight_scales").clone())
-        for name, layer in layers.items()
+        for name, layer in mora_layers(model).items()
     }
+
+
+def assert_same_pair(pair, expected, name):
+    """Weights in few bits, and scales, to the bit."""
+    for tensor, wanted in zip(pair, expected, strict=True):
+        assert torch.equal(tensor, wanted), name
 
 
 # -- merges in loops of a user's own ----------------------------------------------------------------------------------
 
 
 def assert_rounded_once(layers, base, ledger):
-    for name, (values, scales) in layers.items():
+    for name, pair in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
-        exact = quantize(
-            live_weight(base.read(f"{name}.weight"), updates, False, torch.float32)
-        )
-        assert torch.equal(values, exact[0]), name
-        assert torch.equal(scales, exact[1]), name
+        exact = live_weight(base.read(f"{name}.weight"), updates, False, torch.float32)
+        assert_same_pair(pair, quantize(exact), name)
 
 
 def loop_of(folder, config, stage, merges, dtype="float32"):
@@ -88,12 +88,8 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
     os.chdir(folder)
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     inject(model, config)
-    half = (
-        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        if dtype == "bfloat16"
-        else {}
-    )
-    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
+    settings = ds_config(stage, ROWS // world, 1, **half_precision(dtype))
+    engine, *_ = initialize(model=model, config=settings)
     work = mora_ds.Run(engine, base="base", folder=f"out-{world}")
     at_first = quantized(model)
     counter = CollectiveCounter(frozen_buffers(model).values())
@@ -115,9 +111,7 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
     }
 
 
-@pytest.mark.parametrize(
-    "file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)]
-)
+@pytest.mark.parametrize("file_dtype", ["float32", heavy("bfloat16")])
 def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
     tmp_path, file_dtype
 ):
@@ -135,56 +129,63 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
         assert result["lost"] == results[0]["lost"]
         assert 0 < result["lost"][-1] < 1
     loaded = load_adapter(tmp_path / "base", tmp_path / "out-2")
-    for name, (values, scales) in results[0]["bits"].items():
-        weight, own_scales = quantized(loaded)[name]
-        assert torch.equal(weight, values)
-        assert torch.equal(own_scales, scales)
+    for name, pair in quantized(loaded).items():
+        assert_same_pair(pair, results[0]["bits"][name], name)
 
 
-IN_4_BITS = replace(SHARE, base_bits=4)
-LOOPS = [
-    (replace(IN_4_BITS, grouping="alternate"), 3),
-    (replace(IN_4_BITS, compute="weight"), 2),
-    (MoRAConfig(rank=4, operator="rotate", compute="activation", base_bits=4), 1),
-    (MoRAConfig(rank=4, operator="decouple", dropout=0.1, base_bits=4), 1),
-    (LoRAConfig(rank=4, base_bits=4), 3),
-]
-LOOPS_IN_8_BITS = [
-    (MoRAConfig(rank=4, operator="rotate", compute="activation", base_bits=8), 2),
-    (MoRAConfig(rank=4, operator="decouple", compute="weight", base_bits=8), 3),
-    (MoRAConfig(rank=4, operator="truncate", base_bits=8), 1),
-    (LoRAConfig(rank=4, base_bits=8), 3),
-    (SHARE, 1),
-]
+IN_4_BITS = """
+{operator: share, grouping: alternate} | 3
+{operator: share, compute: weight} | 2
+{operator: rotate, compute: activation} | 1
+{operator: decouple, dropout: 0.1} | 1
+lora | 3
+"""
+IN_8_BITS = """
+{operator: rotate, compute: activation} | 2
+{operator: decouple, compute: weight} | 3
+{operator: truncate} | 1
+lora | 3
+{operator: share} | 1
+"""
+"""An adapter | the ZeRO stage."""
 
 
-def heavy(cases):
-    return [pytest.param(*case, marks=pytest.mark.heavy) for case in cases]
+def config_of(settings, bits):
+    if settings == "lora":
+        return LoRAConfig(rank=4, base_bits=bits)
+    return MoRAConfig(rank=4, base_bits=bits, **parsed(settings))
 
 
 @pytest.mark.parametrize(
-    "config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)]
+    "adapter, stage",
+    [("{operator: share, compute: weight}", 3), *(heavy(*row) for row in rows(IN_8_BITS))],
 )
-def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, config, stage):
+def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, adapter, stage):
     write_own_base(tiny_model("llama"), tmp_path / "base")
-    one = run_pooled(1, loop_of, str(tmp_path), config, stage, 0)[0]
-    for result in run_pooled(2, loop_of, str(tmp_path), config, stage, 0):
+    arguments = (str(tmp_path), config_of(adapter, 8), int(stage), 0)
+    (one,) = run_pooled(1, loop_of, *arguments)
+    for result in run_pooled(2, loop_of, *arguments):
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert result["base_bytes"] == 0
 
 
 @packed
-@pytest.mark.parametrize("config, stage", [(IN_4_BITS, 3), *heavy(LOOPS)])
-def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, config, stage):
+@pytest.mark.parametrize(
+    "adapter, stage", [("{operator: share}", 3), *(heavy(*row) for row in rows(IN_4_BITS))]
+)
+def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, adapter, stage):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what
     the run had.
     """
     write_own_base(tiny_model("llama"), tmp_path / "base")
-    one = run_pooled(1, loop_of, str(tmp_path), config, stage, 3)[0]
-    two = run_pooled(2, loop_of, str(tmp_path), config, stage, 3)
+    config = config_of(adapter, 4)
+    arguments = (str(tmp_path), config, int(stage), 3)
+    (one,) = run_pooled(1, loop_of, *arguments)
+    two = run_pooled(2, loop_of, *arguments)
     base = BaseCheckpoint.open(tmp_path / "base")
     ledger = Ledger.open(tmp_path / "out-2/ledger")
-    loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))
+    model = load_adapter(tmp_path / "base", tmp_path / "out-2")
+    loaded = mora_layers(model)
     for result in two:
         if not config.dropout:
             assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
@@ -193,19 +194,14 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, config
         for name, bits in result["bits"].items():
             exact = nf4.quantize(base.read(f"{name}.weight"))
             terms = join(ledger.squares_of(name))
-            assert len(terms) == {"alternate": 2, "permuted": 3}.get(
-                getattr(config, "grouping", ""), 1
-            )
-            layer = loaded[name]
-            for weight, scales in (bits, (layer.weight, layer.get_buffer("weight_scales"))):
-                assert torch.equal(weight, exact[0])
-                assert torch.equal(scales, exact[1])
-            for have in (result["merged"][name], layer.merged):
-                assert [spec for spec, _ in have] == [spec for spec, _ in terms]
-                assert all(
-                    torch.equal(mine, right)
-                    for (_, mine), (_, right) in zip(have, terms, strict=True)
-                )
+            of_grouping = {"alternate": 2, "permuted": 3}
+            assert len(terms) == of_grouping.get(getattr(config, "grouping", ""), 1)
+            assert_same_pair(bits, exact, name)
+            assert_same_pair(quantized(model)[name], exact, name)
+            for have in (result["merged"][name], loaded[name].merged):
+                for (spec, square), (wanted, expected) in zip(have, terms, strict=True):
+                    assert spec == wanted
+                    assert torch.equal(square, expected)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -229,26 +225,24 @@ def exact_export(out, model):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("ranks", [1, heavy(2)])
 def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     user, tmp_path, out, ranks, bits
 ):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
-    flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
-    summary = run(ranks, user.flags(whole, *flags))
+    flags = f"{MERGING} --base_bits {bits} --per_device_train_batch_size 2"
+    summary = run(ranks, user.flags(whole, flags))
     assert summary["base_bytes_gathered"] == 0
     assert summary["merges"] == 2
-    stop_and_resume(ranks, user.flags(out, *flags), 5)
+    stop_and_resume(ranks, user.flags(out, flags), 5)
     assert_same_run(out, whole)
     comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
-    assert comparison is not None
     assert comparison.error < 0.6 * comparison.tolerance
     exported = load_file(tmp_path / "merged/model.safetensors")
-    expected = exact_export(out, user.model)
-    assert expected
-    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
-    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint auto"))
+    for name, weight in exact_export(out, user.model).items():
+        assert torch.equal(exported[name], weight), name
+    message = refusal(user.flags(out, MERGING, "--resume_from_checkpoint auto"))
     assert f"--base_bits: {bits} there, 16 here" in message
 
 
@@ -259,13 +253,8 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 
 def work_of(bits, compute="auto"):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    return Work(
-        config,
-        replace(SHARE, rank=8, compute=compute, base_bits=bits),
-        64,
-        2,
-        torch.bfloat16,
-    )
+    adapter = replace(SHARE, rank=8, compute=compute, base_bits=bits)
+    return Work(config, adapter, 64, 2, torch.bfloat16)
 
 
 def plan_of(bits, compute):
@@ -295,22 +284,19 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
         weight.nbytes + scales.nbytes for weight, scales in quantized(model).values()
     )
     assert small.quantized == in_few_bits
-    assert whole.quantized == 0
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
     assert whole.memory.base - small.memory.base == in_bf16 - in_few_bits
     assert small.base_elements == whole.base_elements
     assert small.memory.activations == whole.memory.activations
     assert small.files == 2 * small.base_elements, "the files have all of their bits"
-    told = as_json(small)
-    assert told["bytes_a_merge_adds"] == small.a_merge_adds
     assert "of it quantized" in report(small)
     assert "quantized" not in report(whole)
     assert ("each merge adds" in report(small)) == (bits == 4)
-    assert "each merge adds" not in report(whole)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
     squares = sum(2 * layer.value.numel() for layer in layers)
     assert small.a_merge_adds == (squares + tables if bits == 4 else 0)
-    assert whole.a_merge_adds == 0
+    assert as_json(small)["bytes_a_merge_adds"] == small.a_merge_adds
+    assert whole.a_merge_adds == whole.quantized == 0
     if bits == 4:
         assert tables == pytest.approx(small.memory.tables, rel=0.3)
 
@@ -338,35 +324,18 @@ def test_a_recommendation_knows_of_few_bits():
     assert "--base_bits 8 or 4, or --base_device host" in verdict(planners[16].plan())
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_dry_run_says_it(user, bits):
-    flags = [
-        "--model_name_or_path",
-        str(user.model),
-        "--dry_run",
-        "--mora_rank",
-        "4",
-        "--base_bits",
-        str(bits),
-    ]
-    validate(parse(flags))
-    plan, _ = planned(parse(flags), world=2)
-    assert plan.quantized > 0
-    assert "of it quantized" in report(plan)
-
-
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
 def refused_by_the_plugin(folder, bits):
     """For `run_ranks`."""
     config = replace(SHARE, base_bits=bits)
-    models = [tiny_model("llama"), tiny_model("llama")]
-    for model in models:
-        inject(model, config)
+    split, whole = (tiny_model("llama") for _ in range(2))
+    inject(split, config)
+    inject(whole, config)
     with user_error("--tensor_parallel_size 2"):
-        initialize(model=models[0], config=ds_config(3, 2, 1), tensor_parallel_size=2)
-    engine, *_ = initialize(model=models[1], config=ds_config(3, 2, 1))
+        initialize(model=split, config=ds_config(3, 2, 1), tensor_parallel_size=2)
+    engine, *_ = initialize(model=whole, config=ds_config(3, 2, 1))
     another = tiny_model("llama")
     another.model.layers[1].mlp.down_proj.weight.data.neg_()
     write_own_base(another, folder / "other")

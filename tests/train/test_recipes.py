@@ -16,6 +16,7 @@ from mora_ds.models.load import read_model_config
 from mora_ds.planning.plan import USABLE
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
+from tests.helpers.tables import heavy
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
@@ -84,63 +85,53 @@ def model_config(size, folder):
     return config_file
 
 
+def dry_run_of(recipe, config, out):
+    flags = f"--model_name_or_path {config} --output_dir {out} --dry_run"
+    return [str(recipe), *flags.split()]
+
+
+def numbers(pattern, text):
+    """What `pattern` finds in `text`."""
+    return [float(number) for number in re.findall(pattern, text)]
+
+
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(
-            path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem
-        )
-        for path in RECIPES
-    ],
+    [heavy(path) if path.stem in LONG else path for path in RECIPES],
+    ids=lambda path: path.stem,
 )
-def test_recipes_are_planned(path, tmp_path, monkeypatch, capsys):
+def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     """--dry_run on as many ranks as the recipe is for: of the right model, within the
     device that its plan names.
     """
     size = size_of(path)
-    text = path.read_text()
-    asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", text)
+    text = path.read_text().replace("\n# ", " ")
+    asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", path.read_text())
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.chdir(CONFIGS.parent)
-    flags = [
-        "--model_name_or_path",
-        str(model_config(size, tmp_path)),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    arguments = parse([str(path), *flags, "--dry_run"])
+    arguments = parse(dry_run_of(path, model_config(size, tmp_path), out))
     pretrain(arguments)
     told = capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     assert f"plan: {ranks} ranks" in told
     if not arguments.adapter.train_embeddings:  # what is trained comes on top of the model
-        assert planned(arguments, ranks)[0].base_elements == pytest.approx(
-            PARAMETERS[size], rel=0.01
-        )
-    highest = re.search(r"= peak +([\d.]+) GB", told)
-    assert highest is not None
-    assert float(highest[1]) <= USABLE * memory
-    promised = re.search(r"([\d.]+) GB at the peak", text.replace("\n# ", " "))
-    assert asked is None or promised is not None
-    if asked is not None and promised is not None:
-        assert float(promised[1]) == pytest.approx(float(highest[1]), abs=0.06)
-    said = re.search(
-        r"([\d.]+) GB on the network of a GPU and step", text.replace("\n# ", " ")
-    )
-    assert (said is not None) == (path.stem in ("continual", "continual_embeddings"))
-    if said is not None:
-        sent = re.search(r"sent a step and GPU +([\d.]+) GB", told)
-        assert sent is not None
-        assert float(said[1]) == round(float(sent[1]), 1)
+        elements = planned(arguments, ranks)[0].base_elements
+        assert elements == pytest.approx(PARAMETERS[size], rel=0.01)
+    (highest,) = numbers(r"= peak +([\d.]+) GB", told)
+    assert highest <= USABLE * memory
+    as_highest = pytest.approx(highest, abs=0.06)
+    if asked:
+        assert numbers(r"([\d.]+) GB at the peak", text)[0] == as_highest
+    said = numbers(r"([\d.]+) GB on the network of a GPU and step", text)
+    assert bool(said) == (path.stem in ("continual", "continual_embeddings"))
+    if said:
+        (sent,) = numbers(r"sent a step and GPU +([\d.]+) GB", told)
+        assert said[0] == round(sent, 1)
     page = (CONFIGS.parent / "docs/recipes/choosing.md").read_text()
-    (row,) = (
-        line
-        for line in page.splitlines()
-        if line.startswith("|") and f"`{path.stem}`" in line
-    )
-    peaks = [float(number) for number in re.findall(r"[\d.]+", row.split("|")[4])]
-    assert any(peak == pytest.approx(float(highest[1]), abs=0.06) for peak in peaks), row
+    (row,) = re.findall(rf"^\|.*`{path.stem}`.*$", page, re.MULTILINE)
+    peaks = numbers(r"([\d.]+)", row.split("|")[4])
+    assert any(peak == as_highest for peak in peaks), row
 
 
 def tier_rows():
@@ -151,42 +142,31 @@ def tier_rows():
 
 
 @pytest.mark.parametrize("flags", tier_rows())
-def test_experiments_are_planned(flags, tmp_path, monkeypatch, capsys):
+def test_experiments_are_planned(flags, tmp_path, out, monkeypatch, capsys):
     """Every method at the size of tier A, on its 8 GPUs of 80 GB and with its batch."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(CONFIGS.parent)
-    recipe = [
-        str(CONFIGS / "recipes/tier_a_olmo2_1b.yaml"),
-        "--model_name_or_path",
-        str(model_config("1b", tmp_path)),
-    ]
-    pretrain(parse([*recipe, "--output_dir", str(tmp_path / "out"), *flags, "--dry_run"]))
+    recipe = CONFIGS / "recipes/tier_a_olmo2_1b.yaml"
+    pretrain(parse([*dry_run_of(recipe, model_config("1b", tmp_path), out), *flags]))
     told = capsys.readouterr().out
     assert "524,288 tokens a step" in told
-    assert float(re.findall(r"= peak +([\d.]+) GB", told)[0]) <= USABLE * 80.0
+    assert numbers(r"= peak +([\d.]+) GB", told)[0] <= USABLE * 80.0
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])
 def test_shapes_of_the_paper_have_their_sizes(size):
+    config = read_model_config(CONFIGS / "models" / f"llama_{size}.json")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            read_model_config(CONFIGS / "models" / f"llama_{size}.json")
-        )
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
-        PARAMETERS[size], rel=0.01
-    )
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == pytest.approx(PARAMETERS[size], rel=0.01)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_batches_are_what_the_comments_say(path):
     training = parse([str(path)]).training
-    matched = BATCH.search(path.read_text())
-    assert matched is not None
-    factors = [
-        int(number)
-        for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")
-    ]
-    assert math.prod(factors) == int(matched[3])
+    product, gpus, sequences = BATCH.search(path.read_text()).groups(default=1)
+    factors = [int(number) for number in product.split(" x ")]
+    assert math.prod(factors) * int(gpus) == int(sequences)
     rank_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert int(matched[3]) % rank_batch == 0
+    assert int(sequences) % rank_batch == 0
     assert factors[0] == training.per_device_train_batch_size

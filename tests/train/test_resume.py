@@ -33,14 +33,15 @@ from tests.helpers.resume import (
     interrupted_job,
     stop_and_resume,
 )
+from tests.helpers.snapshot import untouched
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out):
-    more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true")
+    more = f"{MERGING} --mora_dropout 0.2 --train_norms true"
     whole = tmp_path / "whole"
-    run(2, user.flags(whole, *more))
+    run(2, user.flags(whole, more))
     # After a merge not saved yet, then between checkpoints
-    stop_and_resume(2, user.flags(out, *more), 3, 7)
+    stop_and_resume(2, user.flags(out, more), 3, 7)
     assert_same_run(out, whole)
     assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
@@ -49,7 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out)
 @pytest.fixture(scope="module")
 def whole(user, tmp_path_factory):
     """An uninterrupted run with all its checkpoints."""
-    return finished_run(1, user, tmp_path_factory, *MERGING)
+    return finished_run(1, user, tmp_path_factory, MERGING)
 
 
 @pytest.fixture
@@ -64,16 +65,13 @@ def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
     second.
     """
     checkpoint = copied / "checkpoints" / f"step-{step:06d}"
-    run_alone(
-        interrupted_job,
-        user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint),
-        step + 1,
-    )
+    argv = user.flags(copied, MERGING, "--resume_from_checkpoint", checkpoint)
+    run_alone(interrupted_job, argv, step + 1)
     ledger = read_json(copied / "ledger/ledger.json")
     assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(copied)) == step + 1
-    run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint))
+    run(1, argv)
     assert_same_run(copied, whole)
 
 
@@ -88,34 +86,25 @@ def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user, co
     branch.
     """
     checkpoint = copied / "checkpoints/step-000004"
-    run_alone(
-        stopped_at_once,
-        user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)),
-    )
+    argv = user.flags(copied, MERGING, "--resume_from_checkpoint", checkpoint)
+    run_alone(stopped_at_once, argv)
     assert (copied / "checkpoints/latest").resolve() == checkpoint.resolve()
 
 
 def test_a_resume_tells_which_settings_have_changed(user, copied, tmp_path):
     start = "changed since the run was last started: "
-    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 10")
+    longer = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps 10")
     flags = [*longer, "--learning_rate", "0.5", "--lr_scheduler_type", "constant"]
     told = run_alone(printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
-    (line,) = [line for line in told.splitlines() if line.startswith(start)]
-    assert line.removeprefix(start).split(", ") == [
-        "--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant"
-    ]  # fmt: skip
-    told = run_alone(printed, flags)
-    assert start not in told
+    changes = "--max_steps 9 -> 10, --learning_rate 0.01 -> 0.5, --lr_scheduler_type linear -> constant"
+    assert f"{start}{changes}" in told.splitlines()
+    assert start not in run_alone(printed, flags)
 
 
 def test_resume_into_a_new_folder(user, whole, tmp_path):
     out = tmp_path / "elsewhere"
-    run(
-        1,
-        user.flags(
-            out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints/step-000006"
-        ),
-    )
+    checkpoint = whole / "checkpoints/step-000006"
+    run(1, user.flags(out, MERGING, "--resume_from_checkpoint", checkpoint))
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[6:])
 
@@ -123,10 +112,8 @@ def test_resume_into_a_new_folder(user, whole, tmp_path):
 def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copied):
     before = curve(copied)
     manifest = (copied / "checkpoints/latest/manifest.json").read_bytes()
-    summary = run(
-        1,
-        user.flags(copied, *MERGING, "--resume_from_checkpoint auto --export_merged true"),
-    )
+    again = "--resume_from_checkpoint auto --export_merged true"
+    summary = run(1, user.flags(copied, MERGING, again))
     assert curve(copied) == before
     assert (copied / "checkpoints/latest/manifest.json").read_bytes() == manifest
     assert (summary["steps"], summary["merges"]) == (9, 2)
@@ -136,12 +123,12 @@ def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copi
 def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     user, copied, whole
 ):
-    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 12")
-    assert "it was on its way to 9 steps and has 12 now" in run_alone(printed, longer)
+    again = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps")
+    told = run_alone(printed, [*again, "12"])
+    assert "it was on its way to 9 steps and has 12 now" in told
     assert torch.equal(losses(copied)[:9], losses(whole))
     assert len(losses(copied)) == 12
-    shorter = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 7")
-    message = refusal(shorter)
+    message = refusal([*again, "7"])
     assert "--max_steps" in message
     assert "step-000012" in message
 
@@ -151,55 +138,36 @@ def test_auto_without_a_checkpoint_starts_afresh(user, tmp_path, out):
     included.
     """
     whole = tmp_path / "whole"
-    more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
-    run(1, user.flags(whole, *more))
-    run_alone(interrupted_job, user.flags(out, *more, "--learning_rate 0.5"), 7)
-    run(1, user.flags(out, *more))
+    more = f"{MERGING} --save_steps 0 --resume_from_checkpoint auto"
+    run(1, user.flags(whole, more))
+    run_alone(interrupted_job, user.flags(out, more, "--learning_rate 0.5"), 7)
+    run(1, user.flags(out, more))
     assert_same_run(out, whole)
-
-
-def differing(user, whole, *more):
-    return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint latest", *more))
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     user, copied, tmp_path
 ):
-    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    message = differing(
-        user,
-        copied,
-        "--mora_rank",
-        4,
-        "--operator",
-        "share",
-        "--seq_len",
-        16,
-        "--bf16",
-        "true",
-    )
-    phrases = (
-        "--mora_rank: 2 there, 4",
-        "--operator: 'auto' there",
-        "--seq_len: 32 there, 16 here",
-    )
-    assert all(phrase in message for phrase in (*phrases, "--bf16"))
-    assert "--adapter: " in differing(
-        user, copied, "--adapter", "full", "--merge_every", 0, "--restart_warmup_steps", 10
-    )
-    other = another_base(user.model, tmp_path / "other")
-    assert "weights of --model_name_or_path" in differing(
-        user, copied, "--model_name_or_path", other
-    )
-    assert "--train_files" in differing(user, copied, "--train_files", user.held)
-    assert {
-        path: path.read_bytes() for path in copied.rglob("*") if path.is_file()
-    } == files, "nothing was touched"
+    def differing(*more):
+        resume = "--resume_from_checkpoint latest"
+        return refusal(user.flags(copied, MERGING, resume, *more))
+
+    with untouched(copied):
+        message = differing("--mora_rank 4 --operator share --seq_len 16 --bf16 true")
+        assert "--mora_rank: 2 there, 4" in message
+        assert "--operator: 'auto' there" in message
+        assert "--seq_len: 32 there, 16 here" in message
+        assert "--bf16" in message
+        full = "--adapter full --merge_every 0 --restart_warmup_steps 10"
+        assert "--adapter: " in differing(full)
+        other = another_base(user.model, tmp_path / "other")
+        assert "weights of --model_name_or_path" in differing("--model_name_or_path", other)
+        assert "--train_files" in differing("--train_files", user.held)
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused(user, whole):
     flags = user.flags(
-        whole, *MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1"
+        whole, MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1"
     )
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message

@@ -14,17 +14,8 @@ from tests.helpers.resume import stop_and_resume
 
 pytestmark = pytest.mark.heavy
 
-LOOP = (
-    "--max_steps",
-    7,
-    "--save_steps",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--max_grad_norm",
-    0.5,
-)
-MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
+LOOP = "--max_steps 7 --save_steps 2 --gradient_accumulation_steps 2 --max_grad_norm 0.5"
+MERGES = "--merge_every 3 --restart_warmup_steps 1 --train_norms true"
 
 
 def ds_config(folder, stage, offload):
@@ -53,19 +44,12 @@ def is_supported(adapter, optimizer, offload, **_):
 def test_resumed_is_uninterrupted(
     user, tmp_path, out, adapter, optimizer, stage, offload, dtype
 ):
-    more = [
-        "--adapter",
-        adapter,
-        "--optimizer",
-        optimizer,
-        *LOOP,
-        *(MERGES if adapter != "full" else ()),
-    ]
-    more += [
-        "--deepspeed",
-        ds_config(tmp_path, stage, offload),
-        *([f"--{dtype}"] if dtype != "fp32" else []),
-    ]
+    more = [f"--adapter {adapter} --optimizer {optimizer} {LOOP}"]
+    if adapter != "full":
+        more.append(MERGES)
+    if dtype != "fp32":
+        more.append(f"--{dtype}")
+    more += ["--deepspeed", ds_config(tmp_path, stage, offload)]
     run(2, user.flags(tmp_path / "whole", *more))
     stop_and_resume(2, user.flags(out, *more), 4)
     assert_same_outcome(out, tmp_path / "whole")

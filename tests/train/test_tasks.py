@@ -2,7 +2,6 @@
 exported model on one process.
 """
 
-import json
 import random
 from pathlib import Path
 
@@ -17,35 +16,26 @@ from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone, run_ranks
-from tests.helpers.jobs import research, run
+from tests.helpers.jobs import research, rows, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import adapted_model
+from tests.helpers.tables import parsed
 from tests.helpers.tasks import task_files
+
+RESULTS = """
+results:
+  a: {alias: a, "acc,none": 0.25, "acc_stderr,none": 0.1, "other,none": 3.0, sample_len: 4}
+  b: {"word_perplexity,none": 7.0}
+  c: {"error,none": 0.5}
+  d: {"acc,none": 0.0}
+higher_is_better: {a: {acc: true}, c: {error: false}}
+"""
 
 
 def test_results_become_costs():
-    results = {
-        "results": {
-            "a": {
-                "alias": "a",
-                "acc,none": 0.25,
-                "acc_stderr,none": 0.1,
-                "other,none": 3.0,
-                "sample_len": 4,
-            },
-            "b": {"word_perplexity,none": 7.0},
-            "c": {"error,none": 0.5},
-            "d": {"acc,none": 0.0},
-        },
-        "higher_is_better": {"a": {"acc": True}, "c": {"error": False}},
-    }
-    task_results = _results(results, "abcd")
-    assert {name: result.cost for name, result in task_results.items()} == {
-        "a": 4.0,
-        "b": 7.0,
-        "c": 0.5,
-        "d": 1000.0,
-    }
+    task_results = _results(parsed(RESULTS), "abcd")
+    costs = [task_results[name].cost for name in "abcd"]
+    assert costs == [4.0, 7.0, 0.5, 1000.0]
     assert task_results["a"].metrics == {"acc": 0.25, "other": 3.0}
     with user_error("no metric"):
         _results({"results": {"e": {"alias": "e"}}}, "e")
@@ -82,10 +72,11 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
 
     files = task_files(tmp_path)
     flags = (
-        "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
-        "--stop_when_forgotten", "rolling:50", "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged",
-        "--per_device_eval_batch_size", 2,
-    )  # fmt: skip
+        "--eval_steps 2 --eval_tasks_steps 4 --best_by rolling:1 --stop_when_forgotten rolling:50",
+        "--merge_every 3 --restart_warmup_steps 1 --export_merged --per_device_eval_batch_size 2",
+        "--eval_tasks",
+        *files.values(),
+    )
     argv = user.flags(out, *flags)
     exported = out / "merged"
     if domains:
@@ -95,8 +86,7 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
         )
         exported = exported / "shared"
     run(2, argv)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    scores = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
+    scores = {row["step"]: row["tasks"] for row in rows(out) if "tasks" in row}
     assert list(scores) == [0, 4, 6]
     state = read_json(out / "checkpoints/latest/trainer_state.json")
     assert state["best_step"] in (4, 6)

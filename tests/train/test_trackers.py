@@ -3,7 +3,6 @@ fails.
 """
 
 import errno
-import json
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.trackers import Tracker, check_installed
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import job
+from tests.helpers.jobs import job, losses
 
 CONFIG = {"seed": 1}
 
@@ -117,16 +116,8 @@ def offline(argv):
 @pytest.mark.heavy
 def test_a_run_with_both_trackers_offline(user, out):
     """A service that takes no call would end the run with an exit code of its own."""
-    flags = user.flags(
-        out,
-        "--report_to tensorboard wandb --merge_every 3 --restart_warmup_steps 1 --save_steps 4",
-    )
-    run_alone(offline, flags)
-    losses = [
-        row["loss"]
-        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        if "loss" in row
-    ]
-    assert len(losses) == 6
+    more = "--report_to tensorboard wandb --merge_every 3 --restart_warmup_steps 1 --save_steps 4"
+    run_alone(offline, user.flags(out, more))
+    assert len(losses(out)) == 6
     assert (out / "tensorboard").is_dir()
     assert list((out / "wandb").rglob("*.wandb"))

@@ -15,6 +15,8 @@ from tests.helpers import remote_shell
 from tests.helpers.jobs import REPOSITORY, run
 from tests.helpers.nodes import INTERFACE, trouble, two_nodes, wait_for
 from tests.helpers.resume import assert_same_result
+from tests.helpers.tables import words
+from tests.helpers.tools import called
 
 pytestmark = pytest.mark.heavy
 
@@ -36,50 +38,38 @@ def whole(user, tmp_path_factory):
 
 @pytest.fixture
 def nodes():
-    if (reason := trouble()) is not None:
+    if reason := trouble():
         pytest.skip(reason)
     with two_nodes() as pair:
         yield pair
 
 
 def command(how, node, folder, flags):
-    program = Path(sys.executable).with_name(how)
-    script = str(REPOSITORY / "launch/pretrain.py")
-    node_flags = [
-        "--node_rank",
-        str(node),
-        "--master_addr",
-        "10.77.0.1",
-        "--master_port",
-        PORT,
-    ]
-    if how == "torchrun":
-        return [
-            str(program),
-            "--nnodes",
-            "2",
-            "--nproc_per_node",
-            "1",
-            *node_flags,
-            script,
-            *flags,
-        ]
-    hosts = folder / "hosts"
-    hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    return [str(program), "--hostfile", str(hosts), "--no_ssh", *node_flags, script, *flags]
+    of_program = "--nnodes 2 --nproc_per_node 1"
+    if how == "deepspeed":
+        hosts = folder / "hosts"
+        hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+        of_program = f"--hostfile {hosts} --no_ssh"
+    of_node = f"--node_rank {node} --master_addr 10.77.0.1 --master_port {PORT}"
+    return words(program(how), of_program, of_node, SCRIPT, *flags)
+
+
+SCRIPT = REPOSITORY / "launch/pretrain.py"
+
+
+def program(name):
+    """One that is installed beside the Python of the tests."""
+    return Path(sys.executable).with_name(name)
 
 
 def start(how, nodes, folder, flags):
     """Token caches are each node's own."""
-    return [
-        node.start(
-            command(
-                how, number, folder, [*flags, "--cache_dir", str(folder / f"cache{number}")]
-            ),
-            folder / f"log{number}",
-        )
-        for number, node in enumerate(nodes)
-    ]
+    started = []
+    for number, node in enumerate(nodes):
+        own_flags = [*flags, "--cache_dir", folder / f"cache{number}"]
+        line = command(how, number, folder, own_flags)
+        started.append(node.start(line, folder / f"log{number}"))
+    return started
 
 
 def told(folder):
@@ -124,62 +114,36 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_pat
     (tmp_path / "hosts").write_text(
         "10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n"
     )
-    needed = {
-        "GLOO_SOCKET_IFNAME": INTERFACE,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-    }
     (tmp_path / ".deepspeed_env").write_text(
-        "".join(f"{name}={value}\n" for name, value in needed.items())
-    )
-    path = os.pathsep.join(
-        [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+        f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n"
     )
     holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    script = str(REPOSITORY / "launch/pretrain.py")
-    node_flags = [
-        "--hostfile",
-        str(tmp_path / "hosts"),
-        "--exclude",
-        "10.77.0.9",
-        "--master_port",
-        PORT,
-    ]
-    words = [program, *node_flags, script, *user.flags(out, MORE)]
-    outside = {"PATH": path, remote_shell.NODES: holders}
-    with (tmp_path / "log0").open("w") as log:
-        done = subprocess.run(
-            words,
-            env={**os.environ, **outside},
-            cwd=tmp_path,
-            stdout=log,
-            stderr=log,
-            timeout=200,
-        )
-    assert done.returncode == 0, (tmp_path / "log0").read_text()
+    launcher = program("deepspeed")
+    hosts = f"--hostfile {tmp_path}/hosts --exclude 10.77.0.9 --master_port {PORT}"
+    outside = {
+        "PATH": f"{programs}:{launcher.parent}:{os.environ['PATH']}",
+        remote_shell.NODES: holders,
+    }
+    done = called(
+        words(launcher, hosts, SCRIPT, *user.flags(out, MORE)),
+        env={**os.environ, **outside},
+        cwd=tmp_path,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert_same_result(out, whole)
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):
-    flags = [
-        *user.flags(out, MORE),
-        "--collective_timeout_s",
-        "20",
-        "--resume_from_checkpoint",
-        "auto",
-    ]
+    flags = user.flags(out, MORE, "--collective_timeout_s 20 --resume_from_checkpoint auto")
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
     wait_for(out / "checkpoints/step-000004", processes)
     nodes[1].unplug()
     assert_ends_soon(processes, tmp_path)
     nodes[1].run("ip", "link", "set", INTERFACE, "up")
     step = max(step_of(folder) for folder in complete_checkpoints(out / "checkpoints"))
-    finish(
-        start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", str(step + 2)]),
-        tmp_path,
-    )
+    last = ["--max_steps", str(step + 2)]
+    finish(start("deepspeed", nodes, tmp_path, [*flags, *last]), tmp_path)
 
 
 def test_nodes_with_disks_of_their_own_are_refused(user, nodes, tmp_path, out):
