@@ -2,7 +2,7 @@
 gathers.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import pytest
@@ -19,8 +19,7 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
-from mora_ds.planning.plan import Cluster, Planner, recommend
-from mora_ds.planning.report import report
+from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import (
     Work,
     measure_step,
@@ -82,12 +81,8 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
     as_on_a_cpu(monkeypatch)
     # Torch has no grouped product of fp32 shapes
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32
-    compare(
-        work_of(
-            family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents
-        ),
-        family,
-    )
+    how = {"checkpointing": checkpointing, "by_documents": by_documents}
+    compare(work_of(family, dtype=dtype, **how), family)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -106,18 +101,14 @@ def as_on_a_cpu(monkeypatch):
 
 def compare(work, family):
     """A planned micro-batch with a real one."""
-    assert work.adapter is not None
-    dtype = work.dtype
-    checkpointing = work.checkpointing
-    by_documents = work.by_documents
-    model = tiny_model(family, dtype=dtype).train()
-    if by_documents:
+    model = tiny_model(family, dtype=work.dtype).train()
+    if work.by_documents:
         use_documents(model)
-    if checkpointing:
+    if work.checkpointing:
         enable_checkpointing(model)
     inject(model, work.adapter)
     chunk_loss(model)
-    rows = batch(packed=not by_documents)
+    rows = batch(packed=not work.by_documents)
     token_nll(model, rows).backward()
     for parameter in model.parameters():
         parameter.grad = None
@@ -137,21 +128,18 @@ def test_deep_models_are_measured_by_shallow_ones(checkpointing):
     for family in ("llama", "gemma2"):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
         work.config.num_hidden_layers = 9
-        if getattr(work.config, "layer_types", None):
-            work.config.layer_types = [
-                ("sliding_attention", "full_attention")[index % 2] for index in range(9)
-            ]
+        if family == "gemma2":
+            kinds = ["sliding_attention", "full_attention"]
+            work.config.layer_types = (5 * kinds)[:9]
         assert step_memory(work) == measure_step(planned_model(work), work)
 
 
 def test_ranks_that_share_work_keep_less():
-    config = AutoConfig.for_model(
-        "llama", **{**FAMILIES["llama"], "num_key_value_heads": 4}
-    )
-    alone = Work(config, ADAPTER, 64, 2, by_documents=True)
+    alone = work_of("llama", by_documents=True)
+    alone.config.num_key_value_heads = 4
     saved = step_memory(alone).saved
-    for changes in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
-        assert step_memory(replace(alone, **changes)).saved < 0.85 * saved
+    for degree in ("tensor_parallel", "sequence_parallel"):
+        assert step_memory(replace(alone, **{degree: 2})).saved < 0.85 * saved
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------
@@ -161,40 +149,48 @@ P = "stage3_param_persistence_threshold"
 PREFETCH = "stage3_prefetch_bucket_size"
 REUSE = "stage3_max_reuse_distance"
 LIVE = "stage3_max_live_parameters"
+
+
+@dataclass(frozen=True)
+class Case:
+    checkpointing: bool = False
+    accumulation: int = 1
+    zero: dict = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    base_on_host: bool = False
+
+    def deepspeed(self):
+        return {
+            "train_micro_batch_size_per_gpu": ROWS,
+            "gradient_accumulation_steps": self.accumulation,
+            "zero_optimization": {"stage": 3, **self.zero},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "bf16": {"enabled": self.dtype is torch.bfloat16},
+        }
+
+
 CASES = [
-    (False, 1, {}),
-    (True, 2, {P: 0}),
-    (True, 1, {P: 600, REUSE: 20000, PREFETCH: 0}),
-    (True, 1, {P: 600, REUSE: 0, LIVE: 12000, PREFETCH: 8000}),
-    (False, 2, {P: 0, REUSE: 0, LIVE: 0}),
-    (False, 1, {}, True),
-    (True, 2, {}, False, True),
+    Case(),
+    Case(True, 2, {P: 0}),
+    Case(True, 1, {P: 600, REUSE: 20000, PREFETCH: 0}),
+    Case(True, 1, {P: 600, REUSE: 0, LIVE: 12000, PREFETCH: 8000}),
+    Case(False, 2, {P: 0, REUSE: 0, LIVE: 0}),
+    Case(dtype=torch.bfloat16),
+    Case(True, 2, base_on_host=True),
 ]
-"""Checkpointing, accumulation, ZeRO's settings, bf16, a base in host memory."""
 
 
-def ds_config(accumulation, settings, bf16=False):
-    return {
-        "train_micro_batch_size_per_gpu": ROWS,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": 3, **settings},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        **({"bf16": {"enabled": True}} if bf16 else {}),
-    }
-
-
-def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=False):
+def measured(case):
     """Of one step of this rank, the third micro-batch or a later one, and what the engine
     holds after it.
     """
-    model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
-    if checkpointing:
+    model = tiny_model("llama", dtype=case.dtype, **SHAPE)
+    if case.checkpointing:
         enable_checkpointing(model)
     inject(model, ADAPTER)
     chunk_loss(model)
-    config = ds_config(accumulation, settings, bf16)
     engine, optimizer, *_ = initialize(
-        model=model, config=config, base_on_host=base_on_host
+        model=model, config=case.deepspeed(), base_on_host=case.base_on_host
     )
     ring = ring_of(model)
     copied = 0
@@ -205,7 +201,7 @@ def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=Fal
         for _ in range(3):
             counter.reset()
             copied = ring.copied if ring else 0
-            for _ in range(accumulation):
+            for _ in range(case.accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
     moments = [value for key, value in state_tensors(engine, 0) if key != "step"]
@@ -215,18 +211,13 @@ def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=Fal
     }
     # An upgrade might share them in fp32
     masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)
+    frozen = frozen_buffers(model)
+    on_device = [*slots, *(frozen[name] for name in frozen.keys() - on_host)]
     return {
         "gathered": counter.gathered_bytes,
         "reduced": counter.bytes["reduce_scatter_tensor"],
         "base_sent": counter.base_bytes,
-        "base": sum(
-            {
-                id(t): t.nbytes
-                for name, t in frozen_buffers(model).items()
-                if name not in on_host
-            }.values()
-        )
-        + sum(slot.nbytes for slot in slots),
+        "base": sum({id(tensor): tensor.nbytes for tensor in on_device}.values()),
         "copied": ring.copied - copied if ring else 0,
         "squares": optimizer.lp_param_buffer.nbytes,
         "masters": sum(masters.values()),
@@ -237,29 +228,21 @@ def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=Fal
 
 
 def all_measured(cases):
-    return [measured(*case) for case in cases]
+    return [measured(case) for case in cases]
 
 
-def plan_for(
-    ranks,
-    checkpointing,
-    accumulation,
-    settings,
-    bf16=False,
-    base_on_host=False,
-):
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    work = Work(
-        config, ADAPTER, LENGTH, ROWS, dtype, checkpointing, base_on_host=base_on_host
-    )
+def plan_for(ranks, case):
+    how = {"checkpointing": case.checkpointing, "base_on_host": case.base_on_host}
+    work = work_of("llama", dtype=case.dtype, **how)
+    work.config.update(SHAPE)
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
-    completed = complete_ds_config(ds_config(accumulation, settings, bf16), numels)
-    return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
+    completed = complete_ds_config(case.deepspeed(), numels)
+    planner = Planner(work, Cluster(ranks), completed, case.accumulation, on_cpu=True)
+    return planner.plan()
 
 
 def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
-    few, many = (plan_for(ranks, False, 1, {P: 100_000}) for ranks in (2, 8))
+    few, many = (plan_for(ranks, Case(zero={P: 100_000})) for ranks in (2, 8))
     whole = sum(many.trained.numels) * 4
     assert many.trained.persistent == many.trained.numels
     # Three temporary tensors of a half
@@ -269,23 +252,21 @@ def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
 
 @pytest.mark.parametrize("operator", ["rotate", "share"])
 def test_a_split_plan_counts_its_tables_every_time(operator):
-    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
     adapter = replace(ADAPTER, operator=operator, compute="weight")
-    work = Work(config, adapter, LENGTH, ROWS, torch.float32, tensor_parallel=2)
+    work = work_of("llama", adapter=adapter, tensor_parallel=2)
     first, second = (measure_step(planned_model(work), work).tables for _ in range(2))
     assert first == second > 0
 
 
 def assert_as_planned(plan, measured_bytes, case):
     exact_to = plan.gathered * 1e-3  # padding of what is gathered twice
-    if REUSE in case[2]:
+    if REUSE in case.zero:
         exact_to += 2 * plan.trained.layer * plan.trained.bytes_each
     assert measured_bytes["gathered"] == pytest.approx(plan.gathered, abs=exact_to), case
-    assert (measured_bytes["reduced"], measured_bytes["base_sent"]) == (plan.reduced, 0), (
-        case
-    )
+    assert measured_bytes["base_sent"] == 0
+    for name in ("reduced", "copied"):
+        assert getattr(plan, name) == measured_bytes[name], (case, name)
     memory = plan.memory
-    assert plan.copied == measured_bytes["copied"], case
     # With the rotary frequencies
     assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case
     for name in ("squares", "masters", "moments", "gradients", "bucket"):
@@ -296,53 +277,4 @@ def assert_as_planned(plan, measured_bytes, case):
 def test_what_ranks_hold_and_gather_is_what_was_planned(ranks, cases):
     for rank_results in run_ranks(ranks, all_measured, cases):
         for case, result in zip(cases, rank_results, strict=True):
-            assert_as_planned(plan_for(ranks, *case), result, case)
-
-
-# -- plans ------------------------------------------------------------------------------------------------------------
-
-
-def llama(**changes):
-    sizes = {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }
-    return AutoConfig.for_model(
-        "llama",
-        **{**sizes, "vocab_size": 32000, "max_position_embeddings": 4096, **changes},
-    )
-
-
-def planner(cluster, config=None, seq_len=1024):
-    settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
-    completed = complete_ds_config(settings, [1])
-    for key in ("reduce_bucket_size", "allgather_bucket_size", PREFETCH, P):
-        completed["zero_optimization"][key] = "auto"
-    return Planner(
-        Work(config or llama(num_hidden_layers=6), ADAPTER, seq_len), cluster, completed
-    )
-
-
-def test_a_recommendation_fits_and_the_next_size_does_not():
-    gpu_planner = planner(Cluster(8, memory=12e9))
-    plan = recommend(gpu_planner)
-    assert plan is not None
-    assert plan.fits
-    assert not gpu_planner.plan(
-        micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing
-    ).fits
-
-
-def test_little_memory_takes_checkpointing():
-    checkpointed = recommend(planner(Cluster(8, memory=4.4e9)))
-    assert checkpointed is not None
-    assert checkpointed.work.checkpointing
-
-
-def test_a_base_that_does_not_fit_is_said_to():
-    gpu_planner = planner(Cluster(64, memory=2e9))
-    assert recommend(gpu_planner) is None
-    assert "the base alone" in report(gpu_planner.plan())
-    assert "never sharded" in report(gpu_planner.plan())
+            assert_as_planned(plan_for(ranks, case), result, case)

@@ -1,37 +1,40 @@
-"""How a plan's figures follow from those of its model: on tiny models, in no time."""
+"""A planner: how the figures of a plan follow from those of its model, and what it
+recommends.
+"""
 
 from dataclasses import replace
 
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import complete_ds_config
-from mora_ds.planning.plan import Cluster, Planner
+from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
+from mora_ds.planning.report import as_json, report
 from mora_ds.planning.step import Work
+from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
 
-ADAPTER = MoRAConfig(rank=4, operator="share")
+
+def planner_of(work, cluster):
+    zero3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    return Planner(work, cluster, complete_ds_config(zero3, [1]))
 
 
-def work(**changes):
-    config = AutoConfig.for_model(
-        "llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1}
-    )
-    return replace(
-        Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes
-    )
+# -- figures: a tiny model, in no time ---------------------------------------------------------------------------------
 
 
-def planner(cluster, **changes):
-    completed = complete_ds_config(
-        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1]
-    )
-    return Planner(work(**changes), cluster, completed)
+def tiny_planner(cluster):
+    shape = {**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **shape)
+    adapter = MoRAConfig(rank=4, operator="share")
+    work = Work(config, adapter, seq_len=32, micro_batch=2, by_documents=True)
+    return planner_of(work, cluster)
 
 
 def test_many_ranks_send_gradients_twice_in_place_of_loops():
     """7 matrices in the one layer."""
-    few, many = (planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
+    few, many = (tiny_planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
     assert few.trained.zero.get("reduce_scatter", True)
     assert not many.trained.zero["reduce_scatter"]
     assert few.sent == (few.gathered + few.reduced) * 1023 / 1024
@@ -39,7 +42,7 @@ def test_many_ranks_send_gradients_twice_in_place_of_loops():
 
 
 def test_a_node_has_one_base_and_the_offloaded_states_of_its_ranks():
-    plan = planner(Cluster(16, per_node=4)).plan()
+    plan = tiny_planner(Cluster(16, per_node=4)).plan()
     memory = plan.memory
     assert plan.host_memory == memory.base + memory.host_save
     offloaded = replace(plan, memory=replace(memory, host_optimizer=1000))
@@ -47,6 +50,62 @@ def test_a_node_has_one_base_and_the_offloaded_states_of_its_ranks():
 
 
 def test_a_planner_remembers_nothing_of_other_settings():
-    gpu_planner = planner(Cluster(8))
+    planner = tiny_planner(Cluster(8))
     for changes in ({}, {"checkpointing": True}, {"micro_batch": 4}):
-        assert gpu_planner.plan(**changes) == planner(Cluster(8)).plan(**changes)
+        assert planner.plan(**changes) == tiny_planner(Cluster(8)).plan(**changes)
+
+
+# -- recommendations: the layers of a 7B model -------------------------------------------------------------------------
+
+LAYERS_OF_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+
+
+def planner_of_7b(cluster):
+    config = AutoConfig.for_model("llama", **LAYERS_OF_7B)
+    return planner_of(Work(config, MoRAConfig(rank=8, operator="share"), 1024), cluster)
+
+
+def test_a_recommendation_fits_and_the_next_size_does_not():
+    planner = planner_of_7b(Cluster(8, memory=12e9))
+    plan = recommend(planner)
+    assert plan.fits
+    next_size = {"micro_batch": 2 * plan.work.micro_batch}
+    assert not planner.plan(checkpointing=plan.work.checkpointing, **next_size).fits
+
+
+def test_little_memory_takes_checkpointing():
+    assert recommend(planner_of_7b(Cluster(8, memory=4.4e9))).work.checkpointing
+
+
+def test_a_base_that_does_not_fit_is_said_to():
+    planner = planner_of_7b(Cluster(64, memory=2e9))
+    assert recommend(planner) is None
+    assert "the base alone" in report(planner.plan())
+    assert "never sharded" in report(planner.plan())
+
+
+def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it():
+    small = planner_of_7b(Cluster(64, memory=2.2e9))
+    assert recommend(small) is None
+    placed = place_base(small, BaseDevice.AUTO)
+    assert placed.work.base_on_host
+    assert place_base(small, BaseDevice.DEVICE) is small
+    plan = recommend(placed)
+    assert plan.fits
+    memory = plan.memory
+    resident = small.plan().memory
+    assert memory.base - memory.base_buffers + memory.host_base == resident.base
+    assert plan.host_memory - memory.host_save == resident.base  # one copy a node
+    assert "copied from host memory" in report(plan)
+    assert as_json(plan)["settings"]["base_device"] == "host"
+    assert as_json(plan)["base_bytes_copied"] == plan.copied > 0
+    with user_error("--base_device host"):
+        place_base(replace(small, work=replace(small.work, adapter=None)), BaseDevice.HOST)
+    assert not place_base(planner_of_7b(Cluster(8)), BaseDevice.AUTO).work.base_on_host

@@ -2,14 +2,13 @@
 are copied from the host.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
 
 from mora_ds.planning import step
 from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory
+from tests.helpers.tables import parsed, rows
 
 
 class Config(SimpleNamespace):
@@ -17,14 +16,9 @@ class Config(SimpleNamespace):
         return self
 
 
-def config_of(**values):
-    return Config(**values)
-
-
 def test_ranks_that_share_rows_have_a_part_of_the_tokens():
-    work = Work(
-        config_of(num_hidden_layers=3), None, seq_len=30, micro_batch=4, sequence_parallel=2
-    )
+    config = Config(num_hidden_layers=3)
+    work = Work(config, None, seq_len=30, micro_batch=4, sequence_parallel=2)
     assert (work.tokens, work.layers) == (60, 3)
 
 
@@ -39,37 +33,29 @@ def test_layers_that_are_there_are_not_copied(buffers, on_device, copied):
     assert (streamed.total, streamed.on_device, streamed.copied) == (100, on_device, copied)
 
 
-@pytest.mark.parametrize(
-    "kinds, period",
-    [
-        ("aaaaa", 1),
-        ("abab", 2),
-        ("ababa", 2),
-        ("abbabb", 3),
-        ("abba", 3),
-        ("abc", 3),
-        ("aab", 3),
-        ("a", 1),
-    ],
-)
-def test_kinds_of_layers_repeat(kinds, period):
-    assert (
-        layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds)))
-        == period
-    )
+PERIODS = {1: "aaaaa a", 2: "abab ababa", 3: "abbabb abba abc aab"}
 
 
-def test_layers_that_differ_in_their_experts_do_not_repeat():
-    assert layer_period(config_of(num_hidden_layers=6)) == 1
-    assert (
-        layer_period(
-            config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])
-        )
-        == 1
-    )
-    assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
-    assert layer_period(config_of(num_hidden_layers=6, mlp_only_layers=[1])) == 6
-    assert layer_period(config_of(num_hidden_layers=6, first_k_dense_replace=1)) == 6
+@pytest.mark.parametrize("period", PERIODS)
+def test_kinds_of_layers_repeat(period):
+    for kinds in PERIODS[period].split():
+        config = Config(layer_types=list(kinds), num_hidden_layers=len(kinds))
+        assert layer_period(config) == period, kinds
+
+
+EXPERTS = """
+{} | 1
+{decoder_sparse_step: 1, mlp_only_layers: []} | 1
+{decoder_sparse_step: 2} | 6
+{mlp_only_layers: [1]} | 6
+{first_k_dense_replace: 1} | 6
+"""
+
+
+@pytest.mark.parametrize("settings, period", rows(EXPERTS))
+def test_layers_that_differ_in_their_experts_do_not_repeat(settings, period):
+    config = Config(num_hidden_layers=6, **parsed(settings))
+    assert layer_period(config) == int(period)
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
@@ -87,7 +73,7 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period, monkeypatc
     monkeypatch.setattr(step, "measure_step", measure)
     for layers in range(1, 24):
         kinds = ["abc"[n % period] for n in range(layers)]
-        work = Work(config_of(num_hidden_layers=layers, layer_types=kinds), None, 8)
+        work = Work(Config(num_hidden_layers=layers, layer_types=kinds), None, 8)
         expected = measure(None, work)
         depths.clear()
         assert step_memory(work) == expected, layers
@@ -95,5 +81,5 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period, monkeypatc
         assert max(depths) <= 4 * period
     planned = SimpleNamespace(planned_layers=True)
     depths.clear()
-    step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
+    step_memory(Work(Config(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
     assert depths == [23], "every layer may be different"

@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.planning.utilization import peak_flops, token_flops
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.tables import rows
 
 LENGTH = 32
 
@@ -22,11 +22,9 @@ def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
     with FlopCounterMode(display=False) as counter:
         causal_loss(model, tokens(1, LENGTH)).backward()
     config = model.config
-    size = (
-        getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
-    )
-    all_scores = 12 * config.num_hidden_layers * config.num_attention_heads * size * LENGTH
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    all_scores = 12 * config.num_hidden_layers * heads * size * LENGTH
     # torch counts attention without its mask: twice what a causal kernel computes
     assert token_flops(model, LENGTH) == counter.get_total_flops() / LENGTH - all_scores / 2
 
@@ -35,20 +33,20 @@ def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
 def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator):
     whole = token_flops(tiny_model("llama"), LENGTH)
     head = 128 * 32
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, operator=operator))
+    model = model_with_mora(operator=operator)
     layers = mora_layers(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     matrices = sum(layer.value.numel() * layer.spec.blocks for layer in layers)
     assert token_flops(model, LENGTH) == whole - 2 * (weights + head) + 6 * matrices
 
 
+WEIGHTS_OF_TWO_EXPERTS = 2 * 2 * (32 * 48 + 24 * 32)
+"""Two projections, of 32 to 48 and 24 to 32 numbers, in each of two layers."""
+
+
 def test_a_token_takes_the_experts_that_it_has():
-    """Two of eight, whose weights are two projections of 32 to 48 and 24 to 32 numbers in
-    each of two layers.
-    """
-    model = tiny_model("qwen3_moe")
-    inject(model, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
+    """Two of eight, then four."""
+    model = model_with_mora("qwen3_moe", target_modules=("all-linear", "experts"))
     stacks = [layer for layer in mora_layers(model).values() if layer.spec.is_stack]
     with_experts = token_flops(model, LENGTH)
     matrices = sum(
@@ -56,8 +54,8 @@ def test_a_token_takes_the_experts_that_it_has():
     )
     for layer in stacks:
         layer.experts_per_token = 4
-    added = 2 * 2 * (32 * 48 + 24 * 32)
-    assert token_flops(model, LENGTH) - with_experts == 4 * added + 6 * matrices
+    more = token_flops(model, LENGTH) - with_experts
+    assert more == 4 * WEIGHTS_OF_TWO_EXPERTS + 6 * matrices
 
 
 def test_a_config_of_any_type_is_counted():
@@ -78,25 +76,26 @@ def test_a_config_of_any_type_is_counted():
 
 
 def test_experts_that_no_adapter_has_are_frozen():
-    model = tiny_model("qwen3_moe")
-    inject(model, MoRAConfig(rank=4))
+    model = model_with_mora("qwen3_moe")
     without_experts = token_flops(model, LENGTH)
     model.config.num_experts_per_tok = 4  # of 2 before
-    added = 2 * 2 * (32 * 48 + 24 * 32)
-    assert token_flops(model, LENGTH) - without_experts == 4 * added
+    assert token_flops(model, LENGTH) - without_experts == 4 * WEIGHTS_OF_TWO_EXPERTS
 
 
-@pytest.mark.parametrize(
-    ("card", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", None),
-        ("", None),
-    ],
-)
-def test_a_card_that_the_table_lacks_has_no_peak(card, peak):
-    assert peak_flops(card) == peak
+CARDS = """
+NVIDIA H100 80GB HBM3 | 989e+12
+NVIDIA H100 PCIe | 756e+12
+NVIDIA A100-SXM4-80GB | 312e+12
+NVIDIA GH200 480GB | 989e+12
+NVIDIA L40S | 362e+12
+"""
+
+
+@pytest.mark.parametrize("card, peak", rows(CARDS))
+def test_cards_have_the_peaks_of_their_data_sheets(card, peak):
+    assert peak_flops(card) == float(peak)
+
+
+@pytest.mark.parametrize("card", ["NVIDIA L40", ""])
+def test_a_card_that_the_table_lacks_has_no_peak(card):
+    assert peak_flops(card) is None
