@@ -109,13 +109,7 @@ class AdapterConfig:
         """The adapter's name in reports."""
         raise NotImplementedError
 
-    def operator_for(
-        self,
-        layer: str,
-        d_in: int,
-        d_out: int,
-        cycle: int,
-    ) -> UpdateSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
         """The spec of a layer's update in a cycle (0 until the first merge): a pure
         function of its arguments.
         """
@@ -181,13 +175,7 @@ class LoRAConfig(AdapterConfig):
         """alpha / rank; it stays the same for layers that take a smaller rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def operator_for(
-        self,
-        layer: str,
-        d_in: int,
-        d_out: int,
-        cycle: int,
-    ) -> LoRASpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
         return LoRASpec(d_in, d_out, rank, self.scale * rank)
 
@@ -346,13 +334,7 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(
-        self,
-        layer: str,
-        d_in: int,
-        d_out: int,
-        cycle: int,
-    ) -> OperatorSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
@@ -361,14 +343,7 @@ class MoRAConfig(AdapterConfig):
             if grouping is Grouping.PERMUTED
             else 0
         )
-        return OperatorSpec(
-            self.kind,
-            d_in,
-            d_out,
-            r_hat,
-            grouping,
-            seed,
-        )
+        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

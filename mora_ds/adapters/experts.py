@@ -62,12 +62,7 @@ class MoRAExperts(AdaptedLinear):
     spec: StackSpec
     square: nn.Parameter
 
-    def __init__(
-        self,
-        base: ExpertStack,
-        spec: StackSpec,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float = 0.0) -> None:
         super().__init__(base, spec, dropout)
         self.experts_per_token = base.experts_per_token
         self._held: object = None
@@ -162,13 +157,7 @@ def experts_forward(
     return rows.collect(weighted).to(hidden_states.dtype)
 
 
-def _project(
-    experts: Any,
-    name: str,
-    x: Tensor,
-    rows: Rows,
-    spread: bool,
-) -> Tensor:
+def _project(experts: Any, name: str, x: Tensor, rows: Rows, spread: bool) -> Tensor:
     projection = getattr(experts, name)
     if isinstance(projection, MoRAExperts):
         y = projection(x, rows, spread)

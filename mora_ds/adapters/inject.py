@@ -213,12 +213,7 @@ def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
         layer.spec = spec_of(config, name, layer, cycle)
 
 
-def spec_of(
-    config: AdapterConfig,
-    name: str,
-    module: nn.Module,
-    cycle: int,
-) -> UpdateSpec:
+def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int) -> UpdateSpec:
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):

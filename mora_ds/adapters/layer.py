@@ -80,12 +80,7 @@ class ExpertStack(nn.Module):
 
     bias = None
 
-    def __init__(
-        self,
-        weight: Tensor,
-        transposed: bool,
-        experts_per_token: int,
-    ) -> None:
+    def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
         """`experts_per_token`: how many experts compute each token; 0 where the config does
         not say.
         """

@@ -89,11 +89,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return linear
 
 
-def _match(
-    pattern: str,
-    linear: dict[str, nn.Module],
-    model: nn.Module,
-) -> set[str]:
+def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[str]:
     if pattern == ALL_LINEAR:
         head = output_head(model)
         return {name for name, module in linear.items() if module is not head}

@@ -106,12 +106,7 @@ def _planned(model: nn.Module, name: str) -> str:
     return plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", local), "")
 
 
-def _obstacle(
-    model: nn.Module,
-    block: str,
-    wanted: dict[str, str],
-    degree: int,
-) -> str:
+def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int) -> str:
     """Why a block cannot be split; "" where it can be."""
     config = text_config(model)
     if not getattr(config, "base_model_tp_plan", None):

@@ -228,13 +228,7 @@ class EngineShards:
         assert first is not None, "every parameter has an extent"
         return first
 
-    def read(
-        self,
-        name: str,
-        key: str,
-        start: int = 0,
-        numel: int | None = None,
-    ) -> Tensor:
+    def read(self, name: str, key: str, start: int = 0, numel: int | None = None) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU,
         assembled from all shards. Raises `UserError` where the shards do not hold them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel

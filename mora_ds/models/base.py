@@ -328,11 +328,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     return {key: folder / shard for key, shard in weight_map.items()}
 
 
-def map_model(
-    base: BaseCheckpoint,
-    model: Any,
-    names: Iterable[str],
-) -> dict[str, str]:
+def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
     """`base.map_parameters` for the parameters `names` of a transformers model, with its
     ties and renamings.
     """

@@ -68,11 +68,7 @@ def dequantized_base(
     return own_base
 
 
-def _write(
-    source: BaseCheckpoint,
-    target: Path,
-    dtype: torch.dtype,
-) -> None:
+def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
     block = read_json(source.folder / "config.json")["quantization_config"].get(
         "weight_block_size"
     )

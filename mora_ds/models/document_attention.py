@@ -298,14 +298,7 @@ def _rows(
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        seen = partial(
-            _seen,
-            begin - first,
-            end - begin,
-            end - first,
-            window,
-            query.device,
-        )
+        seen = partial(_seen, begin - first, end - begin, end - first, window, query.device)
         outs.append(
             attend(
                 scores,
@@ -385,13 +378,7 @@ def _scored(
     return out
 
 
-def _weigh(
-    how: Scores,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Seen,
-) -> Tensor:
+def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
     """The queries of the heads that share a key-value head are laid one after the other, so
     that no key is repeated.
     """

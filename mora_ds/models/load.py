@@ -236,11 +236,7 @@ MAX_LAYERS = 2048
 """Most layers of a model: each takes milliseconds to make, even without weights."""
 
 
-def named_config(
-    name: str,
-    trust_remote_code: bool = False,
-    flag: str = MODEL_FLAG,
-) -> Any:
+def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
     """The config of a model folder, a Hub name or a config JSON, without any weights.
     Raises `UserError` naming `flag`."""
     path = expanded(name, flag)
@@ -365,11 +361,7 @@ def load_model(
     return model
 
 
-def _one_to_one(
-    model: Any,
-    folder: Path,
-    ranks: Ranks,
-) -> dict[str, str] | None:
+def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None:
     """Parameter name -> key in the folder's files, if these are the live tensors one to
     one; else None. Collective: each rank compares a slice of them."""
 

@@ -194,12 +194,7 @@ class ChunkedHead:
         """(N, d) -> (N, vocabulary)"""
         return self.finish(self._project(hidden.unsqueeze(0))).squeeze(0)
 
-    def _record(
-        self,
-        head: nn.Module,
-        args: object,
-        output: Tensor,
-    ) -> None:
+    def _record(self, head: nn.Module, args: object, output: Tensor) -> None:
         del head, args
         if self._outputs is not None:
             self._outputs.append(output)
@@ -214,12 +209,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        labels: Tensor,
-        head: ChunkedHead,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
         results = []
         for inputs, targets in head._chunks(hidden, labels):
             # in parts of one size: products with a few tokens round otherwise than those

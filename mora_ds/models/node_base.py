@@ -211,12 +211,7 @@ class _Layout:
         ]
         return cls(offsets, end, hashlib.sha256(repr(facts).encode()).hexdigest())
 
-    def view(
-        self,
-        storage: torch.UntypedStorage,
-        name: str,
-        like: Tensor,
-    ) -> Tensor:
+    def view(self, storage: torch.UntypedStorage, name: str, like: Tensor) -> Tensor:
         """The buffer's place in the memory of the node, with the shape, strides and
         attributes of `like`.
         """

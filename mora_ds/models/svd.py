@@ -22,11 +22,7 @@ _ITERATIONS = 4
 
 
 @torch.no_grad()
-def leading_vectors(
-    matrix: Tensor,
-    count: int,
-    name: str,
-) -> tuple[Tensor, Tensor]:
+def leading_vectors(matrix: Tensor, count: int, name: str) -> tuple[Tensor, Tensor]:
     """(left (count, d_out), right (count, d_in)) of a float64 matrix (d_out, d_in) that is
     called `name`.
     """

@@ -213,11 +213,7 @@ def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _compare(
-    old: Any,
-    new: Any,
-    texts: Iterable[str],
-) -> tuple[float, float, int]:
+def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
     """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first
     texts.
 

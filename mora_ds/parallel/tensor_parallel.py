@@ -74,11 +74,7 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     return plan
 
 
-def _keep_equal(
-    model: nn.Module,
-    plan: TensorPlan,
-    topology: Topology,
-) -> None:
+def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
     """Give the other trained parameters (norms, embeddings, head) one gradient on all
     processes of a group: the sum where each saw its own heads only, else the first
     process's. The processes compute the latter alike, but not to the bit where a device's
@@ -196,12 +192,7 @@ class LayerSplit:
         return linear_map(u, partial(spread_out, spec), partial(decompress_transpose, spec))
 
 
-def _split_forward(
-    module: Any,
-    topology: Topology,
-    style: Style,
-    x: Tensor,
-) -> Tensor:
+def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:
     """The forward of a frozen linear layer without a MoRA matrix, within a block that is
     split.
     """

@@ -176,11 +176,7 @@ class SequenceParallel:
         return self._ulysses[shape]
 
 
-def _check_call(
-    key: Tensor,
-    value: Tensor,
-    arguments: Mapping[str, Any],
-) -> None:
+def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or
     not at all.
     """

@@ -17,11 +17,7 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """
 
 
-def check_config(
-    config: Any,
-    size: int,
-    attn_implementation: str | None,
-) -> None:
+def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
     """Raises `UserError` for a model whose config shows that its rows cannot be split over
     `size` processes. `attn_implementation`: what was asked for; None for attention by
     documents."""

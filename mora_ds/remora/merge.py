@@ -196,12 +196,7 @@ class ReMoRA:
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
-    def _check_probe(
-        self,
-        step: int,
-        before: float | None,
-        after: float | None,
-    ) -> None:
+    def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))

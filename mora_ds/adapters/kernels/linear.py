@@ -37,11 +37,7 @@ def kernel_linear(
     return linear_by(KernelProducts(tables), x, weight, bias, square, path)
 
 
-def form_weight(
-    weight: Weight,
-    square: Tensor,
-    tables: KernelTables,
-) -> Tensor:
+def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round
     otherwise.
     """

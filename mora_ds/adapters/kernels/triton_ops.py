@@ -130,12 +130,7 @@ def plan_gather_sum(
     )  # fmt: skip
 
 
-def form(
-    weight: Tensor,
-    scales: Tensor | None,
-    square: Tensor,
-    *maps: Any,
-) -> Tensor:
+def form(weight: Tensor, scales: Tensor | None, square: Tensor, *maps: Any) -> Tensor:
     """See `ops.form`."""
     out = square.new_empty(weight.shape)
     plan_form(out, weight, scales, square.contiguous(), *maps)()
@@ -292,13 +287,7 @@ def _rotation(cos, sin, position, half, inside):
 
 
 @triton.jit
-def _numbers_at(
-    position,
-    row,
-    source,
-    SHARED: tl.constexpr,
-    SUM: tl.constexpr,
-):
+def _numbers_at(position, row, source, SHARED: tl.constexpr, SUM: tl.constexpr):
     """Of a row, in shared memory as `row` or at the address `source`: its numbers at
     positions, 0 for position -1.
     """

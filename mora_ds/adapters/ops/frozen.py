@@ -78,11 +78,7 @@ def maker_of(weight: Weight) -> Maker | None:
     return None if isinstance(weight, Tensor) else weight.maker
 
 
-def weight_of(
-    make: Maker | None,
-    values: Tensor,
-    scales: Tensor | None,
-) -> Weight:
+def weight_of(make: Maker | None, values: Tensor, scales: Tensor | None) -> Weight:
     """The weight of these parts."""
     return values if make is None or scales is None else make(values, scales)
 

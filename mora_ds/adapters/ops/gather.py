@@ -22,12 +22,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def matrix(
-        self,
-        use: str,
-        like: Tensor,
-        columns: int,
-    ) -> Tensor:
+    def matrix(self, use: str, like: Tensor, columns: int) -> Tensor:
         """(rows of `like`, columns), uninitialised, in the memory of this use."""
         key = use, like.dtype
         numbers = len(like) * columns
@@ -54,12 +49,7 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def rotate(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    back: bool = False,
-) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2
     sin, x2 cos + x1 sin); with `back` the inverse. `cos` (..., 1, R / 2) and `sin` (..., 2,
     R / 2) of `signed`, for x (..., R). Few operations, as each of them costs more to start
@@ -70,12 +60,7 @@ def rotate(
     return (turned.sub_(crossed) if back else turned.add_(crossed)).flatten(-2)
 
 
-def add_rotated_(
-    total: Tensor,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
+def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """total (..., R) + `rotate` of x, in place, each product rounded with its sum or before
     it, as the CPU likes.
     """

@@ -333,11 +333,7 @@ def _groups(size: int, groups: int, contiguous: bool) -> Tensor:
     return lists(group_of_index, indices, groups)
 
 
-def draw_permutations(
-    seed: int,
-    d_in: int,
-    d_out: int,
-) -> tuple[Tensor, Tensor]:
+def draw_permutations(seed: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
     """Permutations of inputs and outputs.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a

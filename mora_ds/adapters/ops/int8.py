@@ -98,11 +98,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def _multiplied(
-    values: Tensor,
-    scales: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     if values.device.type != "cpu":  # one kernel, which converts as well
         return torch.mul(values, scales, out=result)

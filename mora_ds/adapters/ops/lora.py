@@ -67,12 +67,7 @@ class LoRASpec(UpdateSpec):
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return y.add_(lora_update(self, value, x))
 
-    def add_input_gradient_(
-        self,
-        g_x: Tensor,
-        value: Tensor,
-        g: Tensor,
-    ) -> Tensor:
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
         down, up = self.factors(value)
         return g_x.add_(F.linear(g, up) @ down)
 

@@ -143,12 +143,7 @@ class OperatorSpec(UpdateSpec):
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return add_update_(y, self, value, saved_input(self, x))
 
-    def add_input_gradient_(
-        self,
-        g_x: Tensor,
-        value: Tensor,
-        g: Tensor,
-    ) -> Tensor:
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
         return add_input_gradient_(g_x, self, value, g)
 
     def tables(self, device: torch.device) -> IndexTables:
@@ -278,13 +273,7 @@ def unfold_input(spec: Maps, z: Tensor) -> Tensor:
     return input_columns(spec, z.flatten(-2))
 
 
-def _sums(
-    spec: Maps,
-    x: Tensor,
-    sums: IndexMap,
-    transpose: IndexMap,
-    use: str,
-) -> Tensor:
+def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap, use: str) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU
     scatters them, in low precision by a product with ones and zeros, which it multiplies
     faster than it moves numbers one by one, and sums in fp32. (On a GPU scattered sums are
@@ -394,11 +383,7 @@ def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, spread.table[0] % len(rows)
 
 
-def rotate_blocks(
-    spec: Maps,
-    blocks: Tensor,
-    back: bool = False,
-) -> Tensor:
+def rotate_blocks(spec: Maps, blocks: Tensor, back: bool = False) -> Tensor:
     """The rotation of each input block (..., N, R), or its inverse; for all operators but
     rotate, the blocks themselves."""
     if not spec.rotates:
@@ -428,12 +413,7 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
     return product
 
 
-def add_update_(
-    y: Tensor,
-    spec: Maps,
-    square: Tensor,
-    saved: Tensor,
-) -> Tensor:
+def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
     """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
     if spec.blocks > 1:
         z = fold_input(spec, saved).flatten(0, -3)
@@ -482,11 +462,7 @@ def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     return decompress(spec, F.linear(compress(spec, x), square))
 
 
-def _check_square(
-    spec: OperatorSpec,
-    square: Tensor,
-    function: str,
-) -> None:
+def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
     if square.shape != spec.value_shape:
         raise UserError(
             f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}"
@@ -522,11 +498,7 @@ def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     return total
 
 
-def add_blocks_(
-    total: Tensor,
-    spec: Maps,
-    square: Tensor,
-) -> Tensor:
+def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only
     where an output reads a block of inputs, as the delta is zero elsewhere. Every number is
     changed once, so that it is rounded once."""
@@ -537,11 +509,7 @@ def add_blocks_(
     return add_rows_of_blocks_(total, tables, squares)
 
 
-def add_rows_of_blocks_(
-    total: Tensor,
-    tables: IndexTables,
-    squares: Tensor,
-) -> Tensor:
+def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place."""
     r_hat = squares.shape[1]
     columns = tables.fold.table.view(-1, r_hat).long()  # as scattering wants them
@@ -561,11 +529,7 @@ def add_rows_of_blocks_(
     return total
 
 
-def effective_weight(
-    spec: Maps,
-    square: Tensor,
-    weight: Tensor,
-) -> Tensor:
+def effective_weight(spec: Maps, square: Tensor, weight: Tensor) -> Tensor:
     """weight (O, D) + delta_weight, contiguous."""
     if spec.blocks > 1:
         return add_blocks_(square.new_empty(weight.shape).copy_(weight), spec, square)

@@ -122,12 +122,7 @@ class UpdateSpec(ABC):
         and without a backward. A stack, which 4 bits do not hold, has none."""
         raise NotImplementedError
 
-    def add_input_gradient_(
-        self,
-        g_x: Tensor,
-        value: Tensor,
-        g: Tensor,
-    ) -> Tensor:
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
         """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (...,
         d_out); in place.
         """

@@ -36,11 +36,7 @@ def add_terms_(y: Tensor, terms: Iterable[Term], x: Tensor) -> Tensor:
     return y
 
 
-def add_terms_gradient_(
-    g_x: Tensor,
-    terms: Iterable[Term],
-    g: Tensor,
-) -> Tensor:
+def add_terms_gradient_(g_x: Tensor, terms: Iterable[Term], g: Tensor) -> Tensor:
     """g_x (..., D) + the transpose of `add_terms_`'s linear map, applied to g (..., O); in
     place.
     """
