@@ -59,10 +59,8 @@ remora/merge.py | remora/test_merge.py
 
 # permutations are the same in every cycle
 adapters/config.py | adapters remora/test_merge.py
--            permutation_seed(self.seed, layer, cycle)
--            if grouping
-+            permutation_seed(self.seed, layer, 0)
-+            if grouping
+-seed = permutation_seed(self.seed, layer, cycle)
++seed = permutation_seed(self.seed, layer, 0)
 
 # the mean over tokens is a mean of ranks' means
 train/trainer.py | train/test_pretrain.py
@@ -141,10 +139,8 @@ common/files.py | checkpoint/test_damage.py remora/test_ledger.py
 
 # the live weight is rounded twice
 adapters/ops/delta.py | remora/test_ledger.py
--        original.to(device)
--    )
-+        original.to(device, dtype)
-+    )
+-total.copy_(original.to(device))
++total.copy_(original.to(device, dtype))
 
 # blocks are packed one token too far apart
 data/packing.py | data/test_packing.py
@@ -575,8 +571,8 @@ adapters/low_rank_embeddings.py | adapters/test_embeddings.py
 
 # a tied head has a product of its own
 adapters/low_rank_embeddings.py | adapters/test_embeddings.py
--        if tied
-+        if False
+-    if not is_tied(embedding, head):
++    if True:
 
 # the host waits for reduced gradients in every backward pass
 engine/zero.py | engine/test_streams.py
@@ -595,10 +591,8 @@ models/document_attention.py | gpu/test_fake_cuda.py
 
 # a merge casts an original before it copies it to the GPU
 adapters/ops/delta.py | gpu/test_fake_cuda.py
--        original.to(device)
--    )
-+        original
-+    )
+-total.copy_(original.to(device))
++total.copy_(original)
 
 # model FLOPs of a rotated layer count one block
 planning/utilization.py | planning/test_utilization.py

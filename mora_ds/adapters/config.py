@@ -214,54 +214,52 @@ class MoRAConfig(AdapterConfig):
     """
 
     def __post_init__(self) -> None:
-        sizes = (
-            self.layer_sizes.items()
-            if isinstance(self.layer_sizes, Mapping)
-            else self.layer_sizes
-        )
+        sizes: Any = self.layer_sizes
+        if isinstance(sizes, Mapping):
+            sizes = sizes.items()
         try:
-            # JSON makes lists of pairs
+            # Read from JSON, a pair is a list
             pairs = sorted((str(name), int(size)) for name, size in sizes)
         except (TypeError, ValueError):
             raise UserError(
                 f"layer_sizes must be whole numbers by names of layers, got {sizes!r}"
             ) from None
         object.__setattr__(self, "layer_sizes", tuple(pairs))
-        super().__post_init__()  # refuses a text, of which a tuple would be its letters
+        # Refuses a text in place of `domains`, of which a tuple would be its letters
+        super().__post_init__()
         object.__setattr__(self, "domains", tuple(self.domains))
 
     def _complaints(self) -> Iterator[str]:
         yield from super()._complaints()
-        odd = [
-            (name, size) for name, size in self.layer_sizes if size < 1 or size % self.step
-        ]
-        for name, size in odd[:1]:
-            even = ", and even for rotate" if self.step == 2 else ""
-            yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
+        for name, size in self.layer_sizes:
+            if size < 1 or size % self.step:
+                even = ", and even for rotate" if self.step == 2 else ""
+                yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains)
-        operators = ["auto", *(kind.value for kind in OPERATORS)]
-        groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {
-            "operator": operators,
-            "grouping": groupings,
+            "operator": ["auto", *(kind.value for kind in OPERATORS)],
+            "grouping": [ALTERNATE, *(grouping.value for grouping in Grouping)],
             "compute": [path.value for path in Compute],
         }
-        misspelt = [
-            flag for flag, known in choices.items() if getattr(self, flag) not in known
-        ]
-        for flag in misspelt:
-            yield unknown(f"`{flag}`", getattr(self, flag), choices[flag])
-        if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
-            yield f"`r_hat_multiple` must be 1 or even, got {self.r_hat_multiple}"
+        misspelt = [name for name in choices if getattr(self, name) not in choices[name]]
+        for name in misspelt:
+            yield unknown(f"`{name}`", getattr(self, name), choices[name])
+        multiple = self.r_hat_multiple
+        if multiple != 1 and (multiple < 1 or multiple % 2):
+            yield f"`r_hat_multiple` must be 1 or even, got {multiple}"
         if not misspelt:
-            yield from self._unsuited_to(self.kind)
+            yield from self._unsuited_grouping()
 
-    def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
-        operator = OPERATORS[kind]
-        groupings = [grouping.value for grouping in operator.groupings]
-        if self.grouping not in (*groupings, ALTERNATE if operator.has_groups else ""):
-            use = " or ".join(groupings)
-            yield f"`grouping` {self.grouping} belongs to `operator` share, but the operator is {kind.value}: use {use}"
+    def _unsuited_grouping(self) -> Iterator[str]:
+        operator = OPERATORS[self.kind]
+        suited = [grouping.value for grouping in operator.groupings]
+        if operator.has_groups:
+            suited.append(ALTERNATE)
+        if self.grouping not in suited:
+            yield (
+                f"`grouping` {self.grouping} belongs to `operator` share, but the operator is {self.kind.value}: "
+                f"use {' or '.join(suited)}"
+            )
 
     @property
     def operator_name(self) -> str:
@@ -303,9 +301,8 @@ class MoRAConfig(AdapterConfig):
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
         largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
-        r_hat = min(
-            square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple), largest
-        )
+        of_paper = square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple)
+        r_hat = min(of_paper, largest)
         if r_hat < 1:
             raise UserError(
                 f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}"
@@ -327,7 +324,8 @@ class MoRAConfig(AdapterConfig):
         size = dict(self.layer_sizes).get(layer)
         if size is None:
             raise UserError(f"research.targets: the plan gives {layer} no MoRA matrix")
-        if size > (largest := self.largest_size(d_in, d_out)):
+        largest = self.largest_size(d_in, d_out)
+        if size > largest:
             raise UserError(
                 f"research.targets: a MoRA matrix of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger "
                 f"than it can use: give {largest} at most"
@@ -336,13 +334,13 @@ class MoRAConfig(AdapterConfig):
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
-        alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
-        grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
-        seed = (
-            permutation_seed(self.seed, layer, cycle)
-            if grouping is Grouping.PERMUTED
-            else 0
-        )
+        if self.grouping == ALTERNATE:
+            grouping = Grouping.CONTIGUOUS if cycle % 2 else Grouping.STRIDED
+        else:
+            grouping = Grouping(self.grouping)
+        seed = 0
+        if grouping is Grouping.PERMUTED:
+            seed = permutation_seed(self.seed, layer, cycle)
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
 
     def to_dict(self) -> dict[str, Any]:

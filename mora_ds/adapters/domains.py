@@ -70,9 +70,8 @@ class DomainLinear(MoRALinear):
         row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         rows = nn.functional.dropout(rows, self.dropout, self.training)
-        return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(
-            *x.shape[:-1], -1
-        )
+        y = super().forward(x)
+        return y + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
 
 
 def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
@@ -141,7 +140,7 @@ class Domains:
                 f"domains are set for {len(self._choice)} rows, but a layer reads {tuple(x.shape)}: leave layers that "
                 "do not see complete rows (experts, a head with --chunked_loss) out of --target_modules"
             )
-        # The next layer finds it there
+        # Kept as moved: the next layer finds it on its device
         self._choice = self._choice.to(x.device, x.dtype, non_blocking=True)
         return self._choice
 
@@ -150,9 +149,8 @@ class Domains:
         for domain in rows:
             if domain not in self.names:
                 raise UserError(unknown("domain", domain, self.names))
-        return torch.tensor(
-            [[float(domain == name) for name in self.names] for domain in rows]
-        )
+        one_hot = [[float(domain == name) for name in self.names] for domain in rows]
+        return torch.tensor(one_hot)
 
 
 def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:

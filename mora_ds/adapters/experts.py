@@ -67,12 +67,7 @@ class MoRAExperts(AdaptedLinear):
         self.experts_per_token = base.experts_per_token
         self._held: object = None
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        rows: Rows,
-        spread: bool,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
         """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a
         token takes.
         """
@@ -82,14 +77,10 @@ class MoRAExperts(AdaptedLinear):
         if spread:
             x = rows.spread(x)
             z = rows.spread(z)
-        u = grouped_linear(
-            z.flatten(0, -2),
-            self.square.to(x.dtype),
-            rows.ends * expert_spec.blocks,
-        )
-        return grouped_linear(x, self.frozen, rows.ends) + decompress(
-            expert_spec, u.view_as(z)
-        )
+        ends_in_z = rows.ends * expert_spec.blocks
+        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), ends_in_z)
+        y = grouped_linear(x, self.frozen, rows.ends)
+        return y + decompress(expert_spec, u.view_as(z))
 
 
 @dataclass(frozen=True)
@@ -112,12 +103,8 @@ class Rows:
         """`chosen`: (T, K), the experts of each token."""
         expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(experts, device=chosen.device)
-        return cls(
-            order,
-            expert,
-            torch.searchsorted(expert, numbers, right=True, out_int32=True),
-            chosen.shape[1],
-        )
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        return cls(order, expert, ends, chosen.shape[1])
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its
@@ -142,13 +129,8 @@ def experts_forward(
     `experts`: a module of transformers with one `MoRAExperts` or two; names and order of
     the arguments are those of its own implementations."""
     rows = Rows.of(top_k_index, _stack_of(experts, "down_proj").shape[0])
-    inner = _project(
-        experts,
-        "gate_up_proj" if experts.has_gate else "up_proj",
-        hidden_states,
-        rows,
-        spread=True,
-    )
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _project(experts, first, hidden_states, rows, spread=True)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     outer = _project(experts, "down_proj", inner, rows, spread=False)
     if experts.has_post_expert_norm:
@@ -176,7 +158,7 @@ def compute_sorted(experts: Any) -> None:
     """Makes a module of experts compute by `experts_forward`, whatever implementation the
     other ones have.
     """
-    # Not above: it takes a second, at every start
+    # Imported here, as it takes a second, and most models have no experts
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
@@ -194,15 +176,11 @@ def find_stacks(model: nn.Module) -> dict[str, ExpertStack | str]:
     known, what is odd about it."""
     stacks: dict[str, ExpertStack | str] = {}
     for path, module in model.named_modules():
-        if (
-            isinstance(module, AdaptedLinear)
-            or "experts" not in f"{path} {type(module).__name__}".lower()
-        ):
+        of_experts = "experts" in f"{path} {type(module).__name__}".lower()
+        if isinstance(module, AdaptedLinear) or not of_experts:
             continue
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ):
+        parameters = module.named_parameters(recurse=False)
+        for name, tensor in (*parameters, *module.named_buffers(recurse=False)):
             if tensor.dim() == 3:
                 stacks[f"{path}.{name}"] = _read(module, name, tensor)
     return stacks
@@ -216,7 +194,8 @@ def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
         return f"{type(module).__name__} has a projection of another name"
     if getattr(module, "_is_expert_parallel", False):
         return f"{type(module).__name__} is split over processes"
-    if problem := _odd_shapes(module):
+    problem = _odd_shapes(module)
+    if problem:
         return problem
     return ExpertStack(tensor, module.is_transposed, _experts_a_token(module.config))
 
@@ -225,10 +204,9 @@ def _experts_a_token(config: Any) -> int:
     """K; 0 where the config does not say, or has a list with different numbers for
     different layers.
     """
-    value = next(
-        (value for key in _EXPERTS_A_TOKEN if (value := getattr(config, key, None))), 0
-    )
-    # HunYuan has a list, a number for each layer
+    values = (getattr(config, key, None) for key in _EXPERTS_A_TOKEN)
+    value = next(filter(None, values), 0)
+    # HunYuan has a list with a number for each layer
     numbers = set(value) if isinstance(value, (list, tuple)) else {value}
     return numbers.pop() if len(numbers) == 1 else 0
 
@@ -238,19 +216,17 @@ def _odd_shapes(module: Any) -> str:
     they are.
     """
     kind = type(module).__name__
-    stacks = [
-        _stack_of(module, name)
-        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    ]
-    if not all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in stacks):
+    first = _stack_of(module, "gate_up_proj" if module.has_gate else "up_proj")
+    last = _stack_of(module, "down_proj")
+    if not all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in (first, last)):
         return f"{kind} does not have the projections up and down"
-    first, last = (stack.mT if module.is_transposed else stack for stack in stacks)
+    if module.is_transposed:
+        first = first.mT
+        last = last.mT
     count, outputs, inputs = last.shape
     hidden = outputs if module.has_gate else getattr(module.config, "hidden_size", outputs)
-    if (
-        first.shape != (count, inputs * (2 if module.has_gate else 1), hidden)
-        or outputs != hidden
-    ):
+    rows = 2 * inputs if module.has_gate else inputs
+    if outputs != hidden or first.shape != (count, rows, hidden):
         return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
     return ""
 

@@ -36,7 +36,8 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
-from mora_ds.common.errors import RunError, UserError, require_type
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def inject(
     when the model already has an adapter, and when a target shares its weight with another
     module (a merge would change both) or is trained itself.
     """
-    require_type(model, nn.Module, "inject: `model`")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"inject: `model` must be of the type Module, got {shown(model)}")
     if not isinstance(config, AdapterConfig):
         raise UserError(
             f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
@@ -136,11 +138,9 @@ def inject(
         )
     total = count_parameters(model)
     specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
-    domains = (
-        Domains(config.domains)
-        if isinstance(config, MoRAConfig) and config.domains
-        else None
-    )
+    domains = None
+    if isinstance(config, MoRAConfig) and config.domains:
+        domains = Domains(config.domains)
     stacks = [name for name, base in targets.items() if isinstance(base, ExpertStack)]
     if stacks and config.base_bits == NF4Weight.bits:
         raise UserError(
@@ -150,19 +150,12 @@ def inject(
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
         if config.base_bits != AS_LOADED:
-            try:
-                weight = layer.spec.weight_name(name)
-                layer.quantize(
-                    layer.weight if original is None else original(weight), config.base_bits
-                )
-            except RunError as error:
-                raise UserError(
-                    f"`base_bits` {config.base_bits}: {weight}: {error}"
-                ) from error
+            _quantize(layer, name, config.base_bits, original)
         if isinstance(base, ExpertStack):
             parent, _, child = name.rpartition(".")
             experts = model.get_submodule(parent)
-            delattr(experts, child)  # torch puts no module in a parameter's place
+            # The stack is a parameter there, in whose place torch puts no module
+            delattr(experts, child)
             compute_sorted(experts)
         model.set_submodule(name, layer)
     setattr(model, _CONFIG, config)
@@ -186,6 +179,20 @@ def inject(
         total_params=total + values,
         left_out=_matrices_left_out(model) if all_linear else {},
     )
+
+
+def _quantize(
+    layer: AdaptedLinear,
+    name: str,
+    bits: int,
+    original: Callable[[str], Tensor] | None,
+) -> None:
+    weight_name = layer.spec.weight_name(name)
+    weight = layer.weight if original is None else original(weight_name)
+    try:
+        layer.quantize(weight, bits)
+    except RunError as error:
+        raise UserError(f"`base_bits` {bits}: {weight_name}: {error}") from error
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -228,11 +235,8 @@ def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Name -> frozen base tensor, with every name of a tied tensor, and scales of quantized
     weights; not the buffers that the model had before."""
     names: set[str] = getattr(model, "_mora_frozen", set())
-    return {
-        name: tensor
-        for name, tensor in model.named_buffers(remove_duplicate=False)
-        if name in names
-    }
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name: tensor for name, tensor in buffers if name in names}
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -255,16 +259,10 @@ def scale_names(model: nn.Module) -> set[str]:
 
 def base_elements(model: nn.Module) -> int:
     """Elements of the frozen base, each tied tensor once, packed or not, without scales."""
-    packed = {
-        id(layer.weight): math.prod(layer.shape)
-        for layer in quantized_layers(model).values()
-    }
-    return sum(
-        {
-            id(weight): packed.get(id(weight), weight.numel())
-            for weight in base_weights(model).values()
-        }.values()
-    )
+    quantized = quantized_layers(model).values()
+    packed = {id(layer.weight): math.prod(layer.shape) for layer in quantized}
+    weights = {id(weight): weight for weight in base_weights(model).values()}
+    return sum(packed.get(key, weight.numel()) for key, weight in weights.items())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -311,13 +309,11 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """A weight that two modules use, or a module with two names, cannot have one
     adapter.
     """
-    modules = list(model.modules())
-    owners = Counter(
-        id(parameter) for module in modules for parameter in module._parameters.values()
-    )
-    occurrences = Counter(
-        id(child) for module in modules for child in module._modules.values()
-    )
+    owners: Counter[int] = Counter()
+    occurrences: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(map(id, module._parameters.values()))
+        occurrences.update(map(id, module._modules.values()))
     for name, module in targets.items():
         if owners[id(module.weight)] > 1 or occurrences[id(module)] > 1:
             raise UserError(
@@ -328,25 +324,19 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
 
 def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
     """ids of the other trained parameters (modules_to_save)."""
-    modules: list[nn.Module] = []
-    if config.train_embeddings:
-        modules += [
-            module for module in model.modules() if isinstance(module, nn.Embedding)
-        ]
-    if config.train_norms:
-        modules += [
-            module for module in model.modules() if "norm" in type(module).__name__.lower()
-        ]
-    if config.train_head:
-        head = output_head(model)
-        if head is None:
-            raise UserError("`train_head`: this model has no output head")
-        modules.append(head)
-    return {
-        id(parameter)
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    }
+    head = output_head(model)
+    if config.train_head and head is None:
+        raise UserError("`train_head`: this model has no output head")
+    trained: set[int] = set()
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower()
+        if (
+            (config.train_embeddings and isinstance(module, nn.Embedding))
+            or (config.train_norms and is_norm)
+            or (config.train_head and module is head)
+        ):
+            trained.update(map(id, module.parameters(recurse=False)))
+    return trained
 
 
 def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
@@ -358,12 +348,7 @@ def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, AdaptedLinear):
-            buffer_names = {
-                name
-                for name, tensor in module.named_buffers(recurse=False)
-                if tensor is not None
-            }
-            names |= {prefix + name for name in buffer_names}
+            names |= {prefix + name for name, _ in module.named_buffers(recurse=False)}
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is None or id(parameter) in trained:
@@ -399,9 +384,8 @@ def _matrices_left_out(model: nn.Module) -> dict[str, int]:
 def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
-        groups.setdefault((ending_of(name), spec.d_in, spec.d_out), []).append(
-            spec.value_shape
-        )
+        kind = (ending_of(name), spec.d_in, spec.d_out)
+        groups.setdefault(kind, []).append(spec.value_shape)
     rows = []
     for (ending, d_in, d_out), shapes in groups.items():
         params = sum(math.prod(shape) for shape in shapes)

@@ -89,9 +89,8 @@ class ExpertStack(nn.Module):
         self.transposed = transposed
         self.experts_per_token = experts_per_token
         self.count = len(weight)
-        self.out_features, self.in_features = (weight.mT if transposed else weight).shape[
-            1:
-        ]
+        sides = weight.shape[1:]
+        self.out_features, self.in_features = sides[::-1] if transposed else sides
 
 
 class AdaptedLinear(nn.Module):
@@ -118,18 +117,14 @@ class AdaptedLinear(nn.Module):
         """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without
         copying them. `seed`: for LoRA's A."""
         super().__init__()
-        self.transposed = (
-            base.transposed if isinstance(base, ExpertStack) else isinstance(base, Conv1D)
-        )
+        # An `ExpertStack` says it itself
+        self.transposed: bool = getattr(base, "transposed", isinstance(base, Conv1D))
         self.in_features, self.out_features = linear_shape(base)
         weight = base.weight.data
+        bias = None if base.bias is None else base.bias.data
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
-        self.register_buffer(
-            "bias",
-            None if base.bias is None else base.bias.data,
-            persistent=False,
-        )
+        self.register_buffer("bias", bias, persistent=False)
         value = spec.first_value(seed).to(weight.device, weight.dtype)
         self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
@@ -145,9 +140,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
         check_floating(x, frozen)
-        return frozen_linear(x, frozen, self.bias) + self.update(
-            F.dropout(x, self.dropout, self.training)
-        )
+        y = frozen_linear(x, frozen, self.bias)
+        return y + self.update(F.dropout(x, self.dropout, self.training))
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds: (..., d_in) -> (..., d_out)."""
@@ -191,13 +185,14 @@ class AdaptedLinear(nn.Module):
         """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`, or
         a quantized weight. With `copy` one that a merge does not change."""
         scales = self.weight_scales
-        if scales is not None and self.is_packed:  # merges do not write to it
+        if scales is not None and self.is_packed:
+            # No copy, as merges do not write to packed weights
             shape = self.out_features, self.in_features
             return NF4Weight(self.weight.to(device), scales.to(device), shape, self.merged)
         stored = self.stored_weight.to(device, copy=copy)
-        return (
-            stored if scales is None else Int8Weight(stored, scales.to(device, copy=copy))
-        )
+        if scales is None:
+            return stored
+        return Int8Weight(stored, scales.to(device, copy=copy))
 
     @property
     def frozen(self) -> Weight:
@@ -237,26 +232,22 @@ class AdaptedLinear(nn.Module):
         place, so that storages and ties stay. `original`, in the layout of `weight`, is not
         written to.
         """
-        if self.weight_scales is None:
-            self.weight.copy_(
-                live_weight(
-                    original, updates, self.transposed, self.weight.dtype, self.device
-                )
-            )
-        elif self.is_packed:
-            packed, scales = nf4.quantize(
-                (original.T if self.transposed else original).to(self.device)
-            )
+        scales = self.weight_scales
+        if scales is not None and self.is_packed:
+            matrix = original.T if self.transposed else original
+            packed, new_scales = nf4.quantize(matrix.to(self.device))
             self.weight.copy_(packed)
-            self.weight_scales.copy_(scales)
+            scales.copy_(new_scales)
             self.keep_merged(updates)
-        else:
-            weight = live_weight(
-                original, updates, self.transposed, torch.float32, self.device
-            )
-            values, scales = int8.quantize(weight.mT if self.transposed else weight)
-            self.stored_weight.copy_(values)
-            self.weight_scales.copy_(scales)
+            return
+        dtype = self.weight.dtype if scales is None else torch.float32
+        weight = live_weight(original, updates, self.transposed, dtype, self.device)
+        if scales is None:
+            self.weight.copy_(weight)
+            return
+        values, new_scales = int8.quantize(weight.mT if self.transposed else weight)
+        self.stored_weight.copy_(values)
+        scales.copy_(new_scales)
 
     @torch.no_grad()
     def merge(
@@ -270,18 +261,17 @@ class AdaptedLinear(nn.Module):
         """
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
-            self.keep_merged(updates)  # the original's 4 bits stay as they are
+            # The original's 4 bits stay as they are
+            self.keep_merged(updates)
         else:
             self.form(original, updates)
         before = _norm(dense(old, torch.float32))
         moved = None
         if self.weight.dtype is not torch.float32:
-            moved = (
-                dense(self.frozen_on(self.device), torch.float32)
-                .float()
-                .sub_(dense(old, torch.float32))
-            )
-        del old  # before the delta takes as much memory
+            moved = dense(self.frozen_on(self.device), torch.float32).float()
+            moved.sub_(dense(old, torch.float32))
+        # Its memory is free before the delta takes as much
+        del old
         delta = self.spec.delta_weight(square)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
         return MergeNorms(_norm(square), _norm(delta), before, lost)
@@ -350,11 +340,9 @@ class MoRALinear(AdaptedLinear):
         """
         if self.compute is not Compute.AUTO:
             return self.compute
-        sizes = (
-            (self.in_features, self.out_features)
-            if self.split is None
-            else self.split.sizes(self.spec)
-        )
+        sizes = self.in_features, self.out_features
+        if self.split is not None:
+            sizes = self.split.sizes(self.spec)
         return cheaper_path(tokens, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -372,14 +360,8 @@ class MoRALinear(AdaptedLinear):
         frozen = self.frozen
         check_floating(x, frozen)
         if runs_kernels(x.device):
-            return kernel_linear(
-                x,
-                frozen,
-                self.bias,
-                square,
-                self.kernel_tables(x.device),
-                path,
-            )
+            tables = self.kernel_tables(x.device)
+            return kernel_linear(x, frozen, self.bias, square, tables, path)
         self.hold_tables(x.device)
         return mora_linear(x, frozen, self.bias, square, self.spec, path)
 
@@ -431,12 +413,10 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def value_names(model: nn.Module) -> set[str]:
     """Names of the parameters of all adapters, those of domains included."""
-    layers = mora_layers(model).items()
-    return {
-        f"{name}.{value}"
-        for name, layer in layers
-        for value, _ in layer.named_parameters(recurse=False)
-    }
+    names = set()
+    for name, layer in mora_layers(model).items():
+        names |= {f"{name}.{value}" for value, _ in layer.named_parameters(recurse=False)}
+    return names
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -458,31 +438,26 @@ def _computes_linear(module: nn.Linear) -> bool:
 
     def tried(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(
-                tensor.dtype
-            )
+            numbers = torch.randn(tensor.shape, generator=generator, device="cpu")
+            tensor = numbers.to(tensor.dtype)
         return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
-    tensors = {
-        name: tried(tensor)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(
-        tensors["weight"].device
-    )
+    named = (*module.named_parameters(), *module.named_buffers())
+    tensors = {name: tried(tensor) for name, tensor in named}
+    numbers = torch.randn(3, module.in_features, generator=generator, device="cpu")
+    x = tried(numbers).to(tensors["weight"].device)
     try:
         output = functional_call(module, tensors, x)
         expected = F.linear(x, tensors["weight"], tensors.get("bias"))
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # other arguments, or a weight of another layout
-    if not isinstance(output, Tensor) or (output.shape, output.dtype) != (
-        expected.shape,
-        expected.dtype,
-    ):
+        # It wants other arguments, or its weight has another layout
         return False
-    return torch.allclose(
-        output, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
-    )
+    if not isinstance(output, Tensor) or output.dtype != expected.dtype:
+        return False
+    if output.shape != expected.shape:
+        return False
+    tolerance = 1e-2 * expected.abs().max().item()
+    return torch.allclose(output, expected, rtol=1e-2, atol=tolerance)
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

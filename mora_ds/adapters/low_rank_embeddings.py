@@ -23,7 +23,6 @@ from mora_ds.adapters.new_embeddings import (
     FrozenHead,
     is_tied,
     plain_tables,
-    replace_modules,
 )
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
@@ -68,19 +67,11 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
             f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
         )
     values = _first_values(embedding.weight, rank, permutation_seed(seed, "embeddings", 0))
-    tied = is_tied(embedding, head)
-    head_values = (
-        values
-        if tied
-        else _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
-    )
-    replace_modules(
-        model,
-        {
-            embedding: LowRankEmbedding(embedding, values),
-            head: LowRankHead(head, head_values),
-        },
-    )
+    head_values = values
+    if not is_tied(embedding, head):
+        head_values = _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
+    model.set_input_embeddings(LowRankEmbedding(embedding, values))
+    model.set_output_embeddings(LowRankHead(head, head_values))
 
 
 def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:

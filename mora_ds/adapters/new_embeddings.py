@@ -9,7 +9,6 @@ A checkpoint has it among the other trained parameters (modules_to_save), as
 `<module>.new_rows`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class FrozenEmbedding(nn.Embedding):
         self.register_buffer("weight", base.weight, persistent=False)
 
     def extra_repr(self) -> str:
-        # torch's reads more, and DeepSpeed prints each module
+        # DeepSpeed prints each module, and torch's text needs attributes that are not here
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
@@ -65,11 +64,8 @@ class NewRowEmbedding(FrozenEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
-        return torch.where(
-            (ids >= self.first).unsqueeze(-1),
-            new,
-            F.embedding(ids, self.weight),
-        )
+        old = F.embedding(ids, self.weight)
+        return torch.where((ids >= self.first).unsqueeze(-1), new, old)
 
 
 class NewRowHead(FrozenHead):
@@ -81,9 +77,8 @@ class NewRowHead(FrozenHead):
         self.new_rows = new_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.cat(
-            [F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)], dim=-1
-        )
+        old = F.linear(x, self.weight[: self.first])
+        logits = torch.cat([old, F.linear(x, self.new_rows)], dim=-1)
         return logits if self.bias is None else logits + self.bias
 
 
@@ -100,18 +95,11 @@ def train_new_rows(model: Any, first: int) -> None:
             f"{SETTING}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new"
         )
     values = nn.Parameter(embedding.weight.data[first:].clone())
-    head_values = (
-        values
-        if is_tied(embedding, head)
-        else nn.Parameter(head.weight.data[first:].clone())
-    )
-    replace_modules(
-        model,
-        {
-            embedding: NewRowEmbedding(embedding, values),
-            head: NewRowHead(head, head_values),
-        },
-    )
+    head_values = values
+    if not is_tied(embedding, head):
+        head_values = nn.Parameter(head.weight.data[first:].clone())
+    model.set_input_embeddings(NewRowEmbedding(embedding, values))
+    model.set_output_embeddings(NewRowHead(head, head_values))
 
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
@@ -120,12 +108,11 @@ def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
     """
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    # None for a model without embeddings
+    # A model without embeddings has None, whose type has no `forward`
     if getattr(type(embedding), "forward", None) is not nn.Embedding.forward:
         raise UserError(
             f"{setting}: the embeddings are a {type(embedding).__name__}, no plain look-up"
         )
-    # None for a model without a head
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         raise UserError(
             f"{setting}: the output head is a {type(head).__name__}, no linear layer"
@@ -135,15 +122,8 @@ def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
 
 def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
     """Whether both have one weight."""
-    return head.weight is embedding.weight  # not by address: a planned model has none
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts a module in the place of another one, wherever in the model that is."""
-    names = {id(module): name for name, module in model.named_modules()}
-    for old, new in replacements.items():
-        new.train(old.training)
-        model.set_submodule(names[id(old)], new)
+    # Not by address: the tensors of a planned model have none
+    return head.weight is embedding.weight
 
 
 def stands_for(name: str) -> str:

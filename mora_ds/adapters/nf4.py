@@ -114,7 +114,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises `RunError` where an element is not finite, and `UserError` where bitsandbytes is
     missing.
     """
-    if weight.is_meta:  # a plan
+    if weight.is_meta:
+        # Of a plan: sizes alone
         numel = weight.numel()
         packed = torch.empty(-(-numel // 2), 1, dtype=torch.uint8, device="meta")
         return packed, torch.empty(-(-numel // BLOCK), dtype=torch.float32, device="meta")

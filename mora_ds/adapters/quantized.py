@@ -8,7 +8,8 @@ from torch import nn
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.layer import AdaptedLinear, mora_layers
-from mora_ds.adapters.ops.frozen import QuantizedWeight
+from mora_ds.adapters.nf4 import NF4Weight
+from mora_ds.adapters.ops.int8 import Int8Weight
 
 
 def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -24,10 +25,9 @@ def base_bits_of(model: nn.Module) -> int:
     """In how many bits the frozen weights of adapted layers are held; `AS_LOADED` where
     they are dense.
     """
-    frozen = [layer.frozen for layer in quantized_layers(model).values()]
-    return next(
-        (weight.bits for weight in frozen if isinstance(weight, QuantizedWeight)), AS_LOADED
-    )
+    for layer in quantized_layers(model).values():
+        return NF4Weight.bits if layer.is_packed else Int8Weight.bits
+    return AS_LOADED
 
 
 def quantized_bytes(model: nn.Module) -> int:
@@ -42,7 +42,8 @@ def merge_bytes(model: nn.Module) -> int:
     """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take
     it up: its values, and index tables of its own permutations."""
     total = 0
-    for layer in (layer for layer in mora_layers(model).values() if layer.is_packed):
-        spec = layer.spec
-        total += math.prod(spec.value_shape) * layer.dtype.itemsize + spec.table_bytes
+    for layer in mora_layers(model).values():
+        if layer.is_packed:
+            value_bytes = math.prod(layer.spec.value_shape) * layer.dtype.itemsize
+            total += value_bytes + layer.spec.table_bytes
     return total

@@ -24,14 +24,13 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
-    stacks = {
-        name: stack
-        for name, stack in find_stacks(model).items()
-        if isinstance(stack, ExpertStack)
-    }
-    known: dict[str, Any] = {**_linear_layers(model), **stacks}
+    known: dict[str, Any] = _linear_layers(model)
+    for name, stack in find_stacks(model).items():
+        if isinstance(stack, ExpertStack):
+            known[name] = stack
     planned = set(config.planned_layers)
-    if missing := sorted(planned - known.keys()):
+    missing = sorted(planned - known.keys())
+    if missing:
         raise UserError(
             f"research.targets: the plan names {len(missing)} linear layers that the model does not have, such as "
             f"{missing[0]}.{nearest(missing[0], known)}"
@@ -49,15 +48,14 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
     for pattern in patterns:
         matched = _match(pattern, linear, model)
         if names_experts(pattern):
-            experts = {name for name in stacks if matches_experts(pattern, name)}
-            require_known(
-                {name: stacks[name] for name in stacks if name in experts}, pattern
-            )
-            matched |= experts
+            experts = {
+                name: stacks[name] for name in stacks if matches_experts(pattern, name)
+            }
+            require_known(experts, pattern)
+            matched |= experts.keys()
         if not matched:
-            endings = sorted(map(ending_of, linear)) + [
-                ".".join(name.split(".")[-2:]) for name in sorted(stacks)
-            ]
+            projections = [".".join(name.split(".")[-2:]) for name in sorted(stacks)]
+            endings = [*sorted(map(ending_of, linear)), *projections]
             there = ", ".join(dict.fromkeys(endings))
             raise UserError(
                 f"`target_modules` {pattern!r} matches no linear layer; there are: {there}."
@@ -75,10 +73,8 @@ def _chosen(
     """In the model's order, which is that of its parameters: a stack has no module of its
     own yet.
     """
-    order = [
-        name.removesuffix(".weight")
-        for name, _ in model.named_parameters(remove_duplicate=False)
-    ]
+    parameters = model.named_parameters(remove_duplicate=False)
+    order = [name.removesuffix(".weight") for name, _ in parameters]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
 
 

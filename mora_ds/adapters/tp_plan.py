@@ -12,6 +12,7 @@ wait for each other in collectives.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +45,14 @@ class TensorPlan:
     """Why a layer is not split."""
 
     def __str__(self) -> str:
-        split = Counter(
-            ending_of(name)
-            for name, style in self.styles.items()
-            if style is not Style.WHOLE
-        )
+        split = [name for name, style in self.styles.items() if style is not Style.WHOLE]
         lines = [
             f"tensor parallel, {self.degree} ranks a group; every rank has the complete base"
         ]
         if split:
             lines.append(f"  split: {_counted(split)}")
         for reason in dict.fromkeys(self.reasons.values()):
-            names = Counter(
-                ending_of(name) for name, why in self.reasons.items() if why == reason
-            )
+            names = [name for name, why in self.reasons.items() if why == reason]
             lines.append(
                 f"  computed completely on every rank: {_counted(names)} ({reason})"
             )
@@ -87,9 +82,8 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
             continue
         styles.update({name: Style(style) for name, style in wanted.items()})
         blocks.append(parent)
-        summed += [
-            name for name in _holders(model, parent) if _planned(model, name) == SUMMED
-        ]
+        holders = _holders(model, parent)
+        summed += [name for name in holders if _planned(model, name) == SUMMED]
     return TensorPlan(degree, styles, tuple(blocks), tuple(summed), reasons)
 
 
@@ -112,13 +106,10 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
     if not getattr(config, "base_model_tp_plan", None):
         return "the model has no tensor-parallel plan"
     known = {Style.COLWISE.value, Style.ROWWISE.value, SUMMED}
-    if odd := [
-        name
-        for name in (*wanted, *_holders(model, block))
-        if _planned(model, name) not in known
-    ]:
-        style = _planned(model, odd[0])
-        return f"the model's plan has {style or 'nothing'} for {ending_of(odd[0])}"
+    for name in (*wanted, *_holders(model, block)):
+        style = _planned(model, name)
+        if style not in known:
+            return f"the model's plan has {style or 'nothing'} for {ending_of(name)}"
     styles = list(wanted.values())
     if SUMMED in styles or styles.count(Style.ROWWISE.value) != 1 or len(styles) < 2:
         return "the model's plan has no pair of colwise and rowwise here"
@@ -129,10 +120,10 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
             return f"{degree} does not divide {heads} heads and {shared} key-value heads"
     for name, style in wanted.items():
         d_in, d_out = linear_shape(model.get_submodule(name))
-        size, side = (
-            (d_out, "outputs") if style == Style.COLWISE.value else (d_in, "inputs")
-        )
+        is_colwise = style == Style.COLWISE.value
+        size = d_out if is_colwise else d_in
         if size % degree:
+            side = "outputs" if is_colwise else "inputs"
             return f"{degree} does not divide the {size} {side} of {ending_of(name)}"
     return ""
 
@@ -143,13 +134,8 @@ def _holders(model: nn.Module, block: str) -> list[str]:
     """
     frozen: set[str] = getattr(model, "_mora_frozen", set())
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)} | frozen
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[0]
-            for name in sorted(tensors)
-            if name.startswith(f"{block}.")
-        )
-    )
+    inside = sorted(name for name in tensors if name.startswith(f"{block}."))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in inside))
 
 
 def text_config(model: nn.Module) -> Any:
@@ -158,7 +144,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _counted(names: Counter[str]) -> str:
-    return ", ".join(
-        f"{count} {name}" if count > 1 else name for name, count in names.items()
-    )
+def _counted(names: Iterable[str]) -> str:
+    """Such as "32 q_proj, 32 k_proj, lm_head"."""
+    counts = Counter(map(ending_of, names)).items()
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts)

@@ -8,7 +8,6 @@
 import difflib
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,16 +66,6 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
     except UserError as error:
         return str(error).splitlines()
     return []
-
-
-def require_type(value: object, kind: type, argument: str) -> None:
-    """Raise `UserError` that begins with the words `argument`, of a public function, unless
-    `value` is of this type.
-    """
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{argument} must be of the type {kind.__name__}, got {reprlib.repr(value)}"
-        )
 
 
 def whole_number(value: object, least: int, argument: str, otherwise: str = "") -> int:

@@ -122,20 +122,17 @@ class KernelProducts(LayerProducts):
     ) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
         z = self._folded(saved).unflatten(1, (-1, self.spec.r_hat))
-        parts: Tensor = ops.product(
-            c.view(len(z), self.tables.blocks_out, self.spec.r_hat), z
-        )
-        gradient: Tensor = parts[0] if len(parts) == 1 else ops.sum_parts(parts, g.dtype)
+        c = c.view(len(z), self.tables.blocks_out, self.spec.r_hat)
+        parts: Tensor = ops.product(c, z)
+        if len(parts) == 1:
+            return parts[0]
+        gradient: Tensor = ops.sum_parts(parts, g.dtype)
         return gradient
 
     def _fold(self, x: Tensor) -> Tensor:
         """(..., D) -> (T, N * R), rotated for rotate."""
-        folded: Tensor = ops.gather_sum(
-            _flat(x),
-            self.tables.fold,
-            *self.tables.rotation,
-            False,
-        )
+        tables = self.tables
+        folded: Tensor = ops.gather_sum(_flat(x), tables.fold, *tables.rotation, False)
         return folded
 
     def _folded(self, saved: Tensor) -> Tensor:

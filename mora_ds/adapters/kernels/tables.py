@@ -48,21 +48,17 @@ class KernelTables(nn.Module):
             "unfold": unfold,
             "spread": tables.spread.table,
             "collect": collect,
+            "slots": transposed(collect, spec.d_out),
         }
-        maps["slots"] = transposed(collect, spec.d_out)
         for name, table in maps.items():
-            self.register_buffer(
-                name,
-                table.to(device, torch.int32).contiguous(),
-                persistent=False,
-            )
+            buffer = table.to(device, torch.int32).contiguous()
+            self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("blocks_read", None, persistent=False)
         self.blocks_out = collect.shape[1] // spec.r_hat
         """P."""
         if spec.rotates and self.blocks_out < spec.blocks:
-            self.blocks_read = (torch.arange(spec.blocks) % self.blocks_out).to(
-                device, torch.int32
-            )
+            blocks_read = torch.arange(spec.blocks) % self.blocks_out
+            self.blocks_read = blocks_read.to(device, torch.int32)
         self._every_output_reads_a_row = spec.blocks == 1 and tables.spread.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No

@@ -58,10 +58,8 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
-        first = next(
-            argument for argument in self.arguments.values() if isinstance(argument, Tensor)
-        )
-        with _current(first.device):
+        tensors = (value for value in self.arguments.values() if isinstance(value, Tensor))
+        with _current(next(tensors).device):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
@@ -106,18 +104,14 @@ def plan_gather_sum(
     turn = _NONE if cos is None else _BACK if back else _FORTH
     row = triton.next_power_of_2(size)
     chunk = min(triton.next_power_of_2(columns), _PART)
-    shared = (
-        row
-        * (
-            _accumulator(x.dtype).primitive_bitwidth // 8
-            if turn == _BACK
-            else x.element_size()
-        )
-        <= _SHARED
-    )
+    # A row that is rotated back lies in shared memory as it is summed, unrounded
+    number_bytes = x.element_size()
+    if turn == _BACK:
+        number_bytes = _accumulator(x.dtype).primitive_bitwidth // 8
+    shared = row * number_bytes <= _SHARED
     width = max(row if shared else 0, chunk)
     half = 0 if cos is None else cos.shape[1]
-    # Triton sees that 16 divides an argument, not that 8 does
+    # `half` is given in units of 8: Triton sees that 16 divides an argument, not that 8 does
     unit = 8 if half % 8 == 0 else 1
     return Launch(
         _gather_sum,
@@ -306,7 +300,7 @@ def _gather_sum(
     ROW: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     half = units * UNIT
-    # Of one row: they run next to each other, so that the row comes from L2
+    # The chunks of a row run next to each other, so that the row comes from L2
     chunks = tl.cdiv(columns, PART)
     column = tl.program_id(0) % chunks * PART + tl.arange(0, PART)
     inside = column < columns
@@ -327,16 +321,15 @@ def _gather_sum(
                 partner = tl.load(source + pair, mask=lane < size, other=0)
                 row = row.to(SUM) * cosine - partner.to(SUM) * sine
         total = tl.zeros((PART,), SUM)
-        for term in range(TERMS):  # not unrolled: 20 terms would spill
+        # Not unrolled, as 20 terms would spill
+        for term in range(TERMS):
             position = tl.load(table + term * columns + column, mask=inside, other=-1)
             value = _numbers_at(position, row, source, SHARED, SUM)
             if TURN == 2 and not SHARED:
                 present = position >= 0
                 pair, cosine, sine = _rotation(cos, sin, position, half, present)
-                value = (
-                    value * cosine
-                    - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
-                )
+                partner = tl.load(source + pair, mask=present, other=0).to(SUM)
+                value = value * cosine - partner * sine
             total += value
         if TURN == 1:
             partner = _numbers_at(paired, row, source, SHARED, SUM)
@@ -368,16 +361,12 @@ def _form_groups(
         output = tl.load(members + member * r_hat + group)
         if output >= 0:
             line = output.to(tl.int64)
-            base = tl.load(
-                weight + line * row_stride + column * column_stride, mask=inside, other=0
-            ).to(SUM)
+            address = weight + line * row_stride + column * column_stride
+            base = tl.load(address, mask=inside, other=0).to(SUM)
             if scales is not None:
                 base = base * tl.load(scales + output).to(SUM)
-            tl.store(
-                out + line * columns + column,
-                (base + delta).to(out.dtype.element_ty),
-                mask=inside,
-            )
+            formed = (base + delta).to(out.dtype.element_ty)
+            tl.store(out + line * columns + column, formed, mask=inside)
 
 
 @triton.jit
@@ -391,9 +380,8 @@ def _form_blocks(
     in_columns = column < columns
     inside = in_rows[:, None] & in_columns[None, :]
     line = output.to(tl.int64)[:, None]
-    base = tl.load(
-        weight + line * row_stride + column[None, :] * column_stride, mask=inside, other=0
-    ).to(SUM)
+    address = weight + line * row_stride + column[None, :] * column_stride
+    base = tl.load(address, mask=inside, other=0).to(SUM)
     if scales is not None:
         base = base * tl.load(scales + output, mask=in_rows, other=0)[:, None].to(SUM)
     delta = tl.zeros((ROWS, PART), SUM)
@@ -408,21 +396,16 @@ def _form_blocks(
             slot = tl.load(slots + read * rows + output, mask=in_rows, other=-1)
             block = tl.where(slot >= 0, slot // r_hat, -1)
             meets = block[:, None] == column_block[None, :]
-            source = square + (slot % r_hat)[:, None] * r_hat
-            value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(
-                SUM
-            )
+            row = square + (slot % r_hat)[:, None] * r_hat
+            address = row + (position - start)[None, :]
+            value = tl.load(address, mask=meets, other=0).to(SUM)
             if cos is not None:
-                partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(
-                    SUM
-                )
+                address = row + (pair - start)[None, :]
+                partner = tl.load(address, mask=meets, other=0).to(SUM)
                 value = value * cosine[None, :] - partner * sine[None, :]
             delta = value if term == 0 and read == 0 else delta + value
-    tl.store(
-        out + line * columns + column[None, :],
-        (base + delta).to(out.dtype.element_ty),
-        mask=inside,
-    )
+    formed = (base + delta).to(out.dtype.element_ty)
+    tl.store(out + line * columns + column[None, :], formed, mask=inside)
 
 
 @triton.jit
@@ -445,23 +428,14 @@ def _product(
             term_of_c = term // BLOCKS * BLOCKS_C + term % BLOCKS % BLOCKS_C
         line_of_c = term_of_c.to(tl.int64)[:, None] * r_hat
         inside = (term < stop)[:, None]
-        left = tl.load(
-            c + line_of_c + row[None, :],
-            mask=inside & (row < r_hat)[None, :],
-            other=0,
-        )
-        right = tl.load(
-            z + line + column[None, :],
-            mask=inside & (column < r_hat)[None, :],
-            other=0,
-        )
+        in_c = inside & (row < r_hat)[None, :]
+        in_z = inside & (column < r_hat)[None, :]
+        left = tl.load(c + line_of_c + row[None, :], mask=in_c, other=0)
+        right = tl.load(z + line + column[None, :], mask=in_z, other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
-    tl.store(
-        out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :],
-        total.to(out.dtype.element_ty),
-        mask=inside,
-    )
+    address = out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :]
+    tl.store(address, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

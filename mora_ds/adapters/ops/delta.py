@@ -51,10 +51,9 @@ def live_weight(
     """
     device = torch.device(device) if device is not None else original.device
     original = original.mT if transposed else original
-    # Moved first: a copy to a GPU that casts, too, casts on the CPU, which then sends twice
-    # the bytes of bf16.
-    total = torch.empty(original.shape, dtype=torch.float32, device=device).copy_(
-        original.to(device)
-    )
+    total = torch.empty(original.shape, dtype=torch.float32, device=device)
+    # Moved before it is cast: in one call the CPU would cast, and send twice the bytes of
+    # bf16 to a GPU
+    total.copy_(original.to(device))
     add_deltas_(total, updates)
     return (total.mT.contiguous() if transposed else total).to(dtype)

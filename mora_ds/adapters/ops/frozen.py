@@ -102,9 +102,9 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight is
     quantized.
     """
-    return (
-        linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
-    )
+    if isinstance(weight, Tensor):
+        return linear(x, weight, bias)
+    return weight.product(x, bias)
 
 
 def input_gradient(g: Tensor, weight: Weight) -> Tensor:
@@ -114,11 +114,10 @@ def input_gradient(g: Tensor, weight: Weight) -> Tensor:
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W x + b for a frozen W: (..., D) -> (..., O)."""
-    return (
-        F.linear(x, weight, bias)
-        if isinstance(weight, Tensor)
-        else _FrozenLinear.apply(x, weight, bias)
-    )
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    y: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return y
 
 
 def check_floating(x: Tensor, weight: Weight) -> None:

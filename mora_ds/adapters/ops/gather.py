@@ -4,7 +4,6 @@ rotations, without parameters.
 Shape legend:  D = inputs, R = r_hat, N = blocks.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,34 +13,10 @@ from torch import Tensor
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-class _Scratch(threading.local):
-    """Memory that a thread writes again: new memory of some MiB takes a CPU longer to map
-    than to fill.
-    """
-
-    def __init__(self) -> None:
-        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def matrix(self, use: str, like: Tensor, columns: int) -> Tensor:
-        """(rows of `like`, columns), uninitialised, in the memory of this use."""
-        key = use, like.dtype
-        numbers = len(like) * columns
-        memory = self.memory.get(key)
-        if memory is None or len(memory) < numbers:
-            memory = self.memory[key] = like.new_empty(numbers)
-        return memory[:numbers].view(len(like), columns)
-
-
-_scratch = _Scratch()
-
-
-def gather(x: Tensor, index: Tensor, use: str = "") -> Tensor:
-    """x[..., index]. Two-dimensional inside, which is up to five times faster on a CPU.
-    With `use` the result may lie in memory that this thread keeps for it, and holds until
-    the next call with the same `use`."""
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index], with x as a matrix, from which a CPU gathers up to five times faster."""
     flat = x.reshape(-1, x.shape[-1])
-    memory = _scratch.matrix(use, flat, len(index)) if use and on_cpu(flat) else None
-    return torch.index_select(flat, 1, index, out=memory).view(*x.shape[:-1], len(index))
+    return flat.index_select(1, index).view(*x.shape[:-1], len(index))
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -50,12 +50,12 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0].contiguous()
         x, values, scales, ends = ctx.saved_tensors
-        for_rows = (
-            _rows_through(g, _stack_of(values, scales), ends, back=True)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        return for_rows, None if x is None else _outer(g, x, ends), None, None
+        g_rows = g_stack = None
+        if ctx.needs_input_grad[0]:
+            g_rows = _rows_through(g, _stack_of(values, scales), ends, back=True)
+        if x is not None:
+            g_stack = _outer(g, x, ends)
+        return g_rows, g_stack, None, None
 
 
 def _stack_of(values: Tensor, scales: Tensor | None) -> Tensor | Int8Weight:
@@ -71,12 +71,7 @@ def _factors(
     """What rows are multiplied by: the transpose of a matrix (or of several), with `back`
     the matrix itself.
     """
-    chosen = (
-        stack[which]
-        if isinstance(stack, Tensor)
-        else Int8Weight(stack.values[which], stack.scales[which])
-    )
-    formed = dense(chosen, dtype)
+    formed = dense(stack[which], dtype)
     return formed if back else formed.mT
 
 
@@ -87,18 +82,15 @@ def _rows_through(
     back: bool = False,
 ) -> Tensor:
     """(S, D) -> (S, O), with `back` (S, O) -> (S, D)."""
-    outputs, inputs = (stack if isinstance(stack, Tensor) else stack.values).shape[1:]
+    _, outputs, inputs = stack.shape
     width = inputs if back else outputs
     if x.is_meta:
-        # So that a plan counts a stack that is formed
+        # Called for a plan, which counts the memory of a stack that is formed
         _factors(stack, slice(None), x.dtype, back)
         return x.new_empty(len(x), width)
     if has_kernel(x, width):
-        return F.grouped_mm(
-            x.contiguous(),
-            _factors(stack, slice(None), x.dtype, back),
-            offs=ends,
-        )
+        factors = _factors(stack, slice(None), x.dtype, back)
+        return F.grouped_mm(x.contiguous(), factors, offs=ends)
     result = x.new_empty(len(x), width)
     for index, rows in _runs(ends):
         torch.mm(x[rows], _factors(stack, index, x.dtype, back), out=result[rows])

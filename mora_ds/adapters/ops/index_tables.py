@@ -43,10 +43,6 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
     from mora_ds.adapters.ops.mora import OperatorSpec
 
 
-Results = slice | Tensor
-"""Some results of a map: a run of neighbours, which is a view, or their indices."""
-
-
 @dataclass(frozen=True)
 class IndexMap:
     """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1
@@ -60,20 +56,20 @@ class IndexMap:
     """(K, Q) int32, which takes less time to read than int64."""
     index: Tensor
     """What is gathered, with 0 in place of -1 in the first Q numbers."""
-    missing: Results | None
-    """The results whose first term is zero; None for none."""
-    additions: tuple[tuple[Results, slice], ...]
-    """For each other term the results that have it, and where it was gathered to."""
+    missing: Tensor | None
+    """Indices of the results whose first term is zero; None for none."""
+    additions: tuple[tuple[Tensor, slice], ...]
+    """For each other term the indices of the results that have it, and where it was
+    gathered to."""
 
     @classmethod
     def of(cls, table: Tensor, device: torch.device) -> IndexMap:
         """The map of a table on the CPU, for numbers on `device`."""
         table = table.int()
         first = table[0]
-        unread = (first < 0).nonzero().flatten()
-        missing = _run_or_indices(unread, device) if len(unread) else None
-        gathered = [first if missing is None else first.clamp(min=0)]
-        additions: list[tuple[Results, slice]] = []
+        missing = (first < 0).nonzero().flatten()
+        gathered = [first.clamp(min=0)]
+        additions = []
         stop = len(first)
         for term in table[1:]:
             results = (term >= 0).nonzero().flatten()
@@ -81,34 +77,28 @@ class IndexMap:
                 gathered.append(term[results])
                 start = stop
                 stop += len(results)
-                additions.append((_run_or_indices(results, device), slice(start, stop)))
+                additions.append((results.to(device), slice(start, stop)))
         table = table.to(device)
-        index = (
-            table[0]
-            if missing is None and not additions
-            else torch.cat(gathered).to(device)
-        )
-        return cls(table, index, missing, tuple(additions))
+        index = table[0]
+        if len(missing) or additions:
+            index = torch.cat(gathered).to(device)
+        unread = missing.to(device) if len(missing) else None
+        return cls(table, index, unread, tuple(additions))
 
-    def __call__(self, x: Tensor, use: str = "") -> Tensor:
-        """(..., size) -> (..., Q). `use`: as of `gather`."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., Q)."""
         if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
             return self._rounded_once(x)
-        gathered = gather(x, self.index, use)
+        gathered = gather(x, self.index)
         if not self.additions and self.missing is None:
             return gathered
         total = gathered[..., : self.table.shape[1]]
-        if isinstance(self.missing, slice):
-            total[..., self.missing] = 0
-        elif self.missing is not None:
+        if self.missing is not None:
             total.index_fill_(-1, self.missing, 0)
         for results, terms in self.additions:
-            if isinstance(results, slice):
-                total[..., results] += gathered[..., terms]
-            else:
-                # Autograd keeps the terms, and `total` changes
-                total.index_add_(-1, results, gathered[..., terms].clone())
-        # A layer may save the result: not with it the other terms, of which it is a view.
+            # A copy, which autograd keeps: `total` shares memory with the terms, and changes
+            total.index_add_(-1, results, gathered[..., terms].clone())
+        # A copy without the other terms, which a layer that saves the result would keep too
         return total.contiguous()
 
     def _rounded_once(self, x: Tensor) -> Tensor:
@@ -116,13 +106,6 @@ class IndexMap:
         indices = self.table.flatten()
         terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
         return terms.unflatten(-1, self.table.shape).sum(dim=-2)
-
-
-def _run_or_indices(results: Tensor, device: torch.device) -> Results:
-    """Sorted indices, at least one, on a device; as a slice where they are neighbours."""
-    start = int(results[0])
-    stop = int(results[-1]) + 1
-    return slice(start, stop) if len(results) == stop - start else results.to(device)
 
 
 @dataclass(frozen=True)
@@ -140,9 +123,7 @@ class IndexTables:
     """
 
 
-_tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = (
-    WeakValueDictionary()
-)
+_tables_in_use = WeakValueDictionary[tuple["OperatorSpec", torch.device], IndexTables]()
 """Tables that someone holds."""
 
 
@@ -188,9 +169,8 @@ def _overlap(inputs: Tensor, spread: Tensor) -> bool:
 def of_all_blocks(collect: Tensor, blocks: int, r_hat: int) -> Tensor:
     """(K, P R) -> (K, N R)."""
     by_block = collect.unflatten(1, (-1, r_hat))
-    return by_block[
-        :, torch.arange(blocks, device=collect.device) % by_block.shape[1]
-    ].flatten(1)
+    repeated = torch.arange(blocks, device=collect.device) % by_block.shape[1]
+    return by_block[:, repeated].flatten(1)
 
 
 def transposed(table: Tensor, size: int) -> Tensor:
@@ -221,20 +201,17 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
 
 def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     positions = torch.arange(spec.r_hat).unsqueeze(0)
-    return positions.where(positions < spec.d_in, -1), positions.where(
-        positions < spec.d_out, -1
-    )
+    fold = positions.where(positions < spec.d_in, -1)
+    return fold, positions.where(positions < spec.d_out, -1)
 
 
 def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     in_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
     out_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-    fold = (
-        _groups(spec.d_in, spec.r_hat, contiguous=True)
-        if in_runs
-        else _filled(spec.d_in, spec.r_hat)
-    )
-    return fold, _groups(spec.d_out, spec.r_hat, out_runs)
+    collect = _groups(spec.d_out, spec.r_hat, out_runs)
+    if in_runs:
+        return _groups(spec.d_in, spec.r_hat, contiguous=True), collect
+    return _filled(spec.d_in, spec.r_hat), collect
 
 
 def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
@@ -244,12 +221,10 @@ def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     fold = _filled(spec.d_in, spec.r_hat).view(1, -1)
     outputs = torch.arange(spec.blocks_out * spec.r_hat)
     outputs = outputs.where(outputs < spec.d_out, -1).view(spec.blocks_out, spec.r_hat)
-    if spec.blocks_in >= spec.blocks_out:
-        return fold, outputs.view(1, -1)
-    unread = -spec.blocks_out % spec.blocks_in
-    return fold, F.pad(outputs, (0, 0, 0, unread), value=-1).view(
-        -1, spec.blocks_in * spec.r_hat
-    )
+    blocks_read = min(spec.blocks_in, spec.blocks_out)
+    unread = -spec.blocks_out % blocks_read
+    outputs = F.pad(outputs, (0, 0, 0, unread), value=-1)
+    return fold, outputs.view(-1, blocks_read * spec.r_hat)
 
 
 @dataclass(frozen=True)
@@ -303,11 +278,8 @@ def square_size(
     """
     if rank < 1:
         raise UserError(f"`rank` must be at least 1, got {rank}")
-    return round_side(
-        math.isqrt((d_in + d_out) * rank),
-        multiple,
-        OPERATORS[kind].smallest_side,
-    )
+    side = math.isqrt((d_in + d_out) * rank)
+    return round_side(side, multiple, OPERATORS[kind].smallest_side)
 
 
 def _filled(size: int, r_hat: int) -> Tensor:
@@ -385,10 +357,8 @@ def rope_table(
     fp32.
     """
     with torch.inference_mode(False), torch.no_grad():
-        first = torch.tensor(
-            [_turn(pair, r_hat // 2) for pair in range(r_hat // 2)], dtype=torch.float64
-        )
-        first_cos, first_sin = first.unbind(1)
+        turns = [_turn(pair, r_hat // 2) for pair in range(r_hat // 2)]
+        first_cos, first_sin = torch.tensor(turns, dtype=torch.float64).unbind(1)
         cos = torch.ones(blocks, r_hat // 2, dtype=torch.float64)
         sin = torch.zeros_like(cos)
         for block in range(1, blocks):

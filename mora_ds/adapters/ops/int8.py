@@ -13,6 +13,8 @@ All results come from separate elementwise operations, so that every device and 
 threads gives the same bits.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,13 +26,11 @@ from mora_ds.common.errors import RunError
 
 LARGEST = 127
 
-_CHUNK = {"cpu": 1 << 18}
-"""Elements that are processed at a time on a CPU: 1 MiB in fp32, which stays in a core's
-cache.
-"""
+_CPU_CHUNK = 1 << 18
+"""Elements that a CPU processes at a time: 1 MiB in fp32, which stays in a core's cache."""
 
-_CHUNK_OF_DEVICES = 1 << 24
-"""Elements on other devices: 64 MiB."""
+_DEVICE_CHUNK = 1 << 24
+"""Elements that other devices process at a time: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,20 @@ class Int8Weight(QuantizedWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """values * scales, rounded to `dtype`."""
         if self.values.dim() > 2:
-            pairs = zip(self.values, self.scales, strict=True)
             return torch.stack(
-                [Int8Weight(values, scales).dense(dtype) for values, scales in pairs]
+                [self[index].dense(dtype) for index in range(len(self.values))]
             )
         if self.values.is_contiguous():
             return _multiplied(self.values, self.scales.unsqueeze(1), dtype)
         return _multiplied(self.values.T, self.scales.unsqueeze(0), dtype).T
+
+    def __getitem__(self, which: int | slice) -> Int8Weight:
+        """Some matrices of a stack."""
+        return Int8Weight(self.values[which], self.scales[which])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
     @property
     def largest_error(self) -> float:
@@ -75,10 +82,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     finite.
     """
     if weight.dim() > 2:
-        quantized = [quantize(matrix) for matrix in weight]
-        return torch.stack([values for values, _ in quantized]), torch.stack(
-            [scales for _, scales in quantized]
-        )
+        values_of, scales_of = zip(*map(quantize, weight), strict=True)
+        return torch.stack(values_of), torch.stack(scales_of)
     outputs, inputs = weight.shape
     values = torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
     scales = torch.empty(outputs, dtype=torch.float32, device=weight.device)
@@ -87,11 +92,12 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         chunk = weight[start : start + rows].float()
         least, most = torch.aminmax(chunk, dim=1)
         scale = torch.maximum(most, -least)
-        # A tensor as divisor: by a number, CUDA multiplies with its reciprocal, which
-        # rounds otherwise.
+        # The divisor is a tensor, as CUDA divides by a number by multiplying with its
+        # reciprocal, which rounds otherwise
         scale = scale / torch.full_like(scale, LARGEST)
         scales[start : start + rows] = scale
-        divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)  # a row of zeros
+        # A row of zeros stays zeros
+        divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)
         values[start : start + rows] = (chunk / divisor).round_().clamp_(-LARGEST, LARGEST)
     if not (weight.is_meta or torch.isfinite(scales).all()):
         raise RunError("a weight that is not finite cannot be held in 8 bits")
@@ -100,20 +106,17 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
-    if values.device.type != "cpu":  # one kernel, which converts as well
+    if values.device.type != "cpu":
+        # One kernel converts and multiplies
         return torch.mul(values, scales, out=result)
     rows = _rows_at_once(values)
     for start in range(0, len(values), rows):
         chunk = slice(start, start + rows)
-        torch.mul(
-            values[chunk],
-            scales[chunk] if len(scales) > 1 else scales,
-            out=result[chunk],
-        )
+        chunk_scales = scales[chunk] if len(scales) > 1 else scales
+        torch.mul(values[chunk], chunk_scales, out=result[chunk])
     return result
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(
-        1, _CHUNK.get(matrix.device.type, _CHUNK_OF_DEVICES) // max(1, matrix.shape[1])
-    )
+    elements = _CPU_CHUNK if matrix.device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, elements // max(1, matrix.shape[1]))

@@ -174,11 +174,9 @@ class LayerProducts:
         """What both gradients of the activation path read of g (..., O), where they read
         the same.
         """
-        return (
-            None
-            if self.spec.blocks > 1 or sums_by_product(g)
-            else decompress_transpose(self.spec, g)
-        )
+        if self.spec.blocks > 1 or sums_by_product(g):
+            return None
+        return decompress_transpose(self.spec, g)
 
     def input_gradient(
         self,
@@ -190,9 +188,8 @@ class LayerProducts:
         """g W0 + the transpose of the update's linear map, applied to g (..., O): (...,
         D).
         """
-        return add_input_gradient_(
-            input_gradient(g, weight), self.spec, square, g, collected
-        )
+        g_x = input_gradient(g, weight)
+        return add_input_gradient_(g_x, self.spec, square, g, collected)
 
     def square_gradient(
         self,
@@ -206,6 +203,5 @@ class LayerProducts:
         """
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
-        return square_gradient(
-            self.spec, saved, g, form_dense=by_weight and sums_by_product(g)
-        )
+        form_dense = by_weight and sums_by_product(g)
+        return square_gradient(self.spec, saved, g, form_dense)

@@ -53,10 +53,9 @@ class LoRASpec(UpdateSpec):
         is not. A pure function of its arguments: the same on every rank and after every
         resume."""
         generator = torch.Generator().manual_seed(seed)
+        down = torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
         factors = torch.zeros(self.value_shape)
-        factors[:, : self.d_in] = (
-            torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
-        ) / math.sqrt(self.d_in)
+        factors[:, : self.d_in] = down / math.sqrt(self.d_in)
         return factors
 
     def factors(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +73,8 @@ class LoRASpec(UpdateSpec):
     def joined(self, values: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
         """Factors lined up, as those of a larger rank with the same scale."""
         count = len(values)
-        return replace(self, rank=self.rank * count, alpha=self.alpha * count), torch.cat(
-            list(values)
-        )
+        wider = replace(self, rank=self.rank * count, alpha=self.alpha * count)
+        return wider, torch.cat(list(values))
 
     def scaled(self, value: Tensor, factor: float) -> Tensor:
         """B alone is multiplied: the delta is a product of both."""

@@ -77,10 +77,8 @@ class OperatorSpec(UpdateSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        if (
-            min(self.d_in, self.d_out, self.r_hat) < 1
-            or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE
-        ):
+        sizes = (self.d_in, self.d_out, self.r_hat)
+        if min(sizes) < 1 or max(sizes) > MAX_SIDE:
             raise UserError(
                 f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}"
             )
@@ -107,8 +105,9 @@ class OperatorSpec(UpdateSpec):
         """About three int32 for each input and output, where every cycle draws other
         permutations.
         """
-        is_drawn = self.grouping is Grouping.PERMUTED
-        return 3 * torch.int32.itemsize * (self.d_in + self.d_out) if is_drawn else 0
+        if self.grouping is not Grouping.PERMUTED:
+            return 0
+        return 3 * torch.int32.itemsize * (self.d_in + self.d_out)
 
     @property
     def blocks_in(self) -> int:
@@ -134,11 +133,9 @@ class OperatorSpec(UpdateSpec):
         return delta_weight(self, value)
 
     def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
-        return (
-            add_blocks_(total, self, value)
-            if self.blocks > 1
-            else add_rows_(total, self, value)
-        )
+        if self.blocks > 1:
+            return add_blocks_(total, self, value)
+        return add_rows_(total, self, value)
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return add_update_(y, self, value, saved_input(self, x))
@@ -153,11 +150,9 @@ class OperatorSpec(UpdateSpec):
         """Where M is applied once: A says which inputs are summed (zeros and ones), B holds
         the rows of M.
         """
-        return (
-            (fold_matrix(self, value).T, rows_of_outputs(self, value))
-            if self.blocks == 1
-            else None
-        )
+        if self.blocks > 1:
+            return None
+        return fold_matrix(self, value).T, rows_of_outputs(self, value)
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
@@ -235,30 +230,24 @@ def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
     """
     collected = collect(spec, g)
     repeats = math.ceil(spec.blocks / collected.shape[-2])
-    return (
-        torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :]
-        if repeats > 1
-        else collected
-    )
+    if repeats == 1:
+        return collected
+    return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :]
 
 
-def collect(spec: Maps, g: Tensor, use: str = "") -> Tensor:
+def collect(spec: Maps, g: Tensor) -> Tensor:
     """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b
-    mod P of these. `use`: as of `gather`."""
+    mod P of these."""
     tables = spec.tables(g.device)
-    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(
-        -1, (-1, spec.r_hat)
-    )
+    collected = _sums(spec, g, tables.collect, tables.spread)
+    return collected.unflatten(-1, (-1, spec.r_hat))
 
 
-def fold_input(spec: Maps, x: Tensor, use: str = "") -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. `use`: as of
-    `gather`.
-    """
+def fold_input(spec: Maps, x: Tensor) -> Tensor:
+    """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
     tables = spec.tables(x.device)
-    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(
-        -1, (spec.blocks, spec.r_hat)
-    )
+    folded = _sums(spec, x, tables.fold, tables.unfold)
+    return folded.unflatten(-1, (spec.blocks, spec.r_hat))
 
 
 def saved_input(spec: Maps, x: Tensor) -> Tensor:
@@ -273,20 +262,20 @@ def unfold_input(spec: Maps, z: Tensor) -> Tensor:
     return input_columns(spec, z.flatten(-2))
 
 
-def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap, use: str) -> Tensor:
+def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU
     scatters them, in low precision by a product with ones and zeros, which it multiplies
     faster than it moves numbers one by one, and sums in fp32. (On a GPU scattered sums are
     atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
-        return sums(x, use)
+        return sums(x)
     if sums_by_product(x):
         return x @ _matrix(transpose, spec.r_hat, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     total = flat.new_zeros(len(flat), spec.r_hat)
     groups = transpose.index[: flat.shape[1]].long()
     total.scatter_add_(1, groups.expand(len(flat), -1), flat)
-    # Where groups are filled up, some numbers are in two
+    # Where the last group is filled up, some numbers are in two groups
     for members, terms in transpose.additions:
         total.index_add_(1, transpose.index[terms], flat[:, members])
     return total.view(*x.shape[:-1], spec.r_hat)
@@ -324,10 +313,10 @@ def square_gradient(
     count = spec.tables(g.device).collect.table.shape[1] // spec.r_hat
     products = g.new_zeros(count, spec.r_hat, spec.r_hat)
     for saved_part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
-        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part, "folded")
+        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part)
         if count < spec.blocks:
             z = sum_alike(spec, z, count)
-        c = collect(spec, g_part, "collected")
+        c = collect(spec, g_part)
         products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
     return products.sum(dim=0) if count < spec.blocks else sum_of_blocks(spec, products)
 
@@ -417,9 +406,8 @@ def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
     """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
     if spec.blocks > 1:
         z = fold_input(spec, saved).flatten(0, -3)
-        return y.add_(
-            decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y)
-        )
+        u = apply_squares(block_squares(spec, square), z)
+        return y.add_(decompress(spec, u).view_as(y))
     if sums_by_product(y):
         y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
         return y
@@ -440,10 +428,8 @@ def add_input_gradient_(
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
         return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
     if sums_by_product(g):
-        flat = g.reshape(-1, spec.d_out)
-        g_x.view(-1, spec.d_in).addmm_(
-            flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T
-        )
+        g_z = g.reshape(-1, spec.d_out) @ rows_of_outputs(spec, square)
+        g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
         return g_x
     sums = decompress_transpose(spec, g) if sums is None else sums
     return g_x.add_(unfold_input(spec, sums @ square))
@@ -454,7 +440,7 @@ def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     layer's output.
     """
     _check_square(spec, square, "mora_update")
-    # A shorter input would be taken, and give other numbers
+    # Without the check a shorter input would be taken, and give other numbers
     if x.shape[-1:] != (spec.d_in,):
         raise UserError(
             f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}"
@@ -480,11 +466,8 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
     zeros = square.new_zeros(spec.d_out, spec.d_in)
-    return add_rows_of_blocks_(
-        zeros,
-        spec.tables(square.device),
-        block_squares(spec, square),
-    )
+    squares = block_squares(spec, square)
+    return add_rows_of_blocks_(zeros, spec.tables(square.device), squares)
 
 
 def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
@@ -512,20 +495,18 @@ def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
 def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place."""
     r_hat = squares.shape[1]
-    columns = tables.fold.table.view(-1, r_hat).long()  # as scattering wants them
-    # Of a window: columns of M whose inputs are in other windows
+    # `scatter_add_` takes int64 only
+    columns = tables.fold.table.view(-1, r_hat).long()
+    # In a window some columns of M have inputs of other windows
     if tables.fold.missing is not None:
         squares = squares.masked_fill((columns < 0).unsqueeze(1), 0)
         columns = columns.clamp(min=0)
-    # The zeros are for outputs with fewer terms
+    # Outputs with fewer terms read the row of zeros after the last one
     rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))
     for reads in tables.spread.table:
         blocks = reads.clamp(min=0) // r_hat
-        total.scatter_add_(
-            1,
-            columns.index_select(0, blocks),
-            rows.index_select(0, reads % len(rows)),
-        )
+        rows_read = rows.index_select(0, reads % len(rows))
+        total.scatter_add_(1, columns.index_select(0, blocks), rows_read)
     return total
 
 
@@ -554,10 +535,10 @@ def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
     folded = fold_input(spec, gradient)  # (O, N, R)
     blocks = torch.arange(spec.blocks, device=gradient.device).unsqueeze(1)
     products = gradient.new_zeros(spec.blocks, spec.r_hat, spec.r_hat)
-    for outputs in of_all_blocks(tables.collect.table, spec.blocks, spec.r_hat).unflatten(
-        1, (-1, spec.r_hat)
-    ):
-        rows = folded[outputs, blocks]  # (N, R, R); index -1 is any row
+    collect_all = of_all_blocks(tables.collect.table, spec.blocks, spec.r_hat)
+    for outputs in collect_all.unflatten(1, (-1, spec.r_hat)):
+        # (N, R, R), in which the rows of index -1 are masked
+        rows = folded[outputs, blocks]
         products += rows.masked_fill_((outputs < 0).unsqueeze(2), 0)
     return sum_of_blocks(spec, products)
 

@@ -28,9 +28,8 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
     match values.get("kind"):
         case StackSpec.name:
             stack = typed_fully(_Stack, without_kind, "operator")
-            spec = StackSpec(
-                stack.count, typed_fully(OperatorSpec, stack.operator, "operator")
-            )
+            operator = typed_fully(OperatorSpec, stack.operator, "operator")
+            spec = StackSpec(stack.count, operator)
         case LoRASpec.name:
             spec = typed_fully(LoRASpec, without_kind, "operator")
         case _:

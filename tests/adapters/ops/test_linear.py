@@ -2,8 +2,6 @@
 shape and kind of device.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,6 @@ from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops import mora
-from mora_ds.adapters.ops.gather import gather
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -120,19 +117,6 @@ def test_rotate_keeps_the_input_that_others_read_too(path):
         )
         == 0
     )
-
-
-def test_memory_that_is_written_again_is_that_of_one_use_and_thread():
-    index = torch.tensor([2, 0])
-    first = gather(random(4, 3), index, "first")
-    second = gather(random(4, 3), index, "second")
-    with ThreadPoolExecutor(1) as other:
-        theirs = other.submit(gather, random(4, 3), index, "first").result()
-    new = gather(random(4, 3), index)
-    again = gather(random(2, 3, seed=1), index, "first")
-    assert torch.equal(again, random(2, 3, seed=1)[:, index])
-    assert again.data_ptr() == first.data_ptr()
-    assert first.data_ptr() not in {second.data_ptr(), theirs.data_ptr(), new.data_ptr()}
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
