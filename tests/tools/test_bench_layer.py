@@ -1,38 +1,42 @@
-"""tools/bench/layer.py: its tables."""
+"""tools/bench/layer.py: its tables, and the update as the reference computes it."""
 
+import pytest
 import torch
 
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.files import read_json
 from tests.helpers.tools import call
-
-TOY = (
-    "--shapes",
-    "12x8",
-    "--tokens",
-    5,
-    "--operators",
-    "rotate:1",
-    "share:2",
-    "--dtypes",
-    "float32",
-    "--seconds",
-    0,
-)
+from tools.bench.layer import reference_update
 
 
 def found(tmp_path):
     threads = torch.get_num_threads()
+    flags = ("--shapes", "12x8", "--seconds", 0)
     try:
-        call("bench/layer", *TOY, "--json", tmp_path / "found.json")
+        call("bench/layer", *flags, "--json", tmp_path / "found.json")
     finally:
         torch.set_num_threads(threads)
-    tables = read_json(tmp_path / "found.json")["tables"]
-    return tables
+    return read_json(tmp_path / "found.json")["tables"]
 
 
 def test_every_layer_has_a_row(tmp_path):
     titles, *rows = found(tmp_path)["layers"]
     assert [row[:2] for row in rows] == [
-        ["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")
+        [f"12 x 8, {tokens}, {dtype}", operator]
+        for dtype in ("float32", "bfloat16")
+        for tokens in (256, 2048)
+        for operator in ("rotate r=8", "share r=64")
     ]
     assert all(len(row) == len(titles) for row in rows)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 40), (16, 16)])
+@pytest.mark.parametrize("kind", [OperatorKind.ROTATE, OperatorKind.SHARE])
+def test_the_reference_computes_the_same_update(kind, shape):
+    """But for rotation of more inputs than outputs, of which it drops what is too much."""
+    spec = OperatorSpec(kind, *shape, 8, Grouping.PLAIN, seed=1)
+    square = torch.randn(8, 8)
+    x = torch.randn(3, spec.d_in)
+    update = reference_update(spec, square, x)
+    torch.testing.assert_close(update, x @ delta_weight(spec, square).T)

@@ -1,8 +1,7 @@
 """The loader alone against training, and the first batch after a resume at step 10^6:
 cached mixture and streaming.
 
-    python tools/bench/data.py [--megabytes 20] [--seq_len 512] [--rows 16] [--steps 30]
-    [--folder /tmp/bench_data]
+    python tools/bench/data.py [--megabytes 20] [--steps 30]
 
 Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small Llama
 with MoRA matrices (forward, backward and AdamW in one process, no DeepSpeed: a real step is
@@ -12,11 +11,12 @@ another process would (its imports and its tokenizer apart).
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,101 +43,106 @@ from mora_ds.data import (
 )
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
-from tools.bench.measuring import ROOT, seconds_of
+from mora_ds.train.demo import MODEL_CONFIG
 from tools.bench.report import Report, bench_parser
 
-WEIGHTS = (0.70, 0.25, 0.05)
+WEIGHTS = {"a": 0.70, "b": 0.25, "c": 0.05}
+"""Source -> its share of the text and of every batch."""
+SEQ_LEN = 512
+ROWS = 16
+"""Sequences of a step."""
 FAR = 10**6
 VOCABULARY = 4000
+TOKENIZER_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
-MODEL = ROOT / "configs" / "models" / "tiny_llama.json"
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    numbers = {"megabytes": (20.0, "text of all sources"), "steps": (30, "turns")}
+    options = bench_parser(__doc__, numbers).parse_args()
     report = Report(options)
-    folder = Path(options.folder or tempfile.mkdtemp(prefix="bench_data-"))
+    with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
+        _measure(Path(folder), options, report)
+    report.write()
+
+
+def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
     corpora = _corpora(folder, options.megabytes)
+    sample = islice(corpora["a"].texts(), TOKENIZER_DOCUMENTS)
     tokenizer = load_tokenizer(
-        train_sentencepiece(
-            _sample(corpora["a"]),
-            VOCABULARY,
-            folder / "tokenizer",
-        )
+        train_sentencepiece(sample, VOCABULARY, folder / "tokenizer")
     )
-    started = time.perf_counter()
-    caches = {
-        name: build_cache(corpus, tokenizer, folder / "cache")
-        for name, corpus in corpora.items()
-    }
-    built = time.perf_counter() - started
-    tokens = sum(cache.n_tokens for cache in caches.values())
+
+    def mixture(sources: dict[str, Any], states: dict[str, Any] | None = None) -> Mixture:
+        weights = tuple(WEIGHTS.values())
+        epochs = [None] * len(WEIGHTS)
+        return Mixture(sources, [(0, weights)], epochs, SEQ_LEN, ROWS, states)
+
+    def cached() -> Mixture:
+        sources = {
+            name: PackedDataset(
+                build_cache(corpus, tokenizer, folder / "cache"), SEQ_LEN, f"0/{name}"
+            )
+            for name, corpus in corpora.items()
+        }
+        return mixture(sources)
+
+    def streamed(states: dict[str, Any] | None = None) -> Mixture:
+        sources = {}
+        for name, corpus in corpora.items():
+            reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
+            encoder = Encoder.of(tokenizer)
+            sources[name] = StreamSource(reader, encoder, SEQ_LEN, True, None)
+        return mixture(sources, states)
+
+    built = _seconds_of(cached)
+    tokens = sum(
+        build_cache(corpus, tokenizer, folder / "cache").n_tokens
+        for corpus in corpora.values()
+    )
     report.say(
         f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)"
     )
 
-    def cached() -> Mixture:
-        sources: dict[str, Any] = {
-            name: PackedDataset(
-                build_cache(corpus, tokenizer, folder / "cache"),
-                options.seq_len,
-                f"0/{name}",
-            )
-            for name, corpus in corpora.items()
-        }
-        return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows)
-
-    def streamed(states: dict[str, Any] | None = None) -> Mixture:
-        sources: dict[str, Any] = {}
-        for name, corpus in corpora.items():
-            reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
-            sources[name] = StreamSource(
-                reader, Encoder.of(tokenizer), options.seq_len, True, None
-            )
-        return Mixture(
-            sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states
-        )
-
-    train = _training(options)
-    stream = streamed()
+    ways = {"cached": cached(), "streaming": streamed()}
+    train = _training()
     train()
-    ways: dict[str, Mixture] = {"cached": cached(), "streaming": stream}
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "training")}
     for step in range(options.steps):
         for name, data in ways.items():
-            seconds[name].append(seconds_of(lambda data=data, step=step: data.batch(step)))  # type: ignore[misc]
-        seconds["training"].append(train())
-    size = options.rows * options.seq_len
+            seconds[name].append(_seconds_of(partial(data.batch, step)))
+        seconds["training"].append(_seconds_of(train))
+    size = ROWS * SEQ_LEN
     step_s = median(seconds["training"])
-    # A stream tokenises in bursts
-    rates = {name: size * options.steps / sum(seconds[name]) for name in ways}
-    resumed = {
-        "cached": seconds_of(lambda: cached().batch(FAR)),
-        "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR)),
-    }
     report.say(
-        f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)"
+        f"training: {size / step_s:,.0f} tokens/s ({ROWS} x {SEQ_LEN} tokens a step)"
     )
-    rows = [
-        [
-            name,
-            f"{rates[name]:,.0f}",
-            f"{rates[name] * step_s / size:,.0f} x",
-            f"{resumed[name]:.3f} s",
-        ]
-        for name in ways
-    ]
-    titles = ["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"]
-    report.show("loaders", [titles, *rows])
-    report.write()
-    if options.folder is None:
-        shutil.rmtree(folder)
+
+    far = _far(ways["streaming"])
+    resumed = {
+        "cached": _seconds_of(lambda: cached().batch(FAR)),
+        "streaming": _seconds_of(lambda: streamed(far).batch(FAR)),
+    }
+    rows = [["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"]]
+    for name in ways:
+        # The mean: a stream tokenises in bursts
+        rate = size * options.steps / sum(seconds[name])
+        against = f"{rate * step_s / size:,.0f} x"
+        rows.append([name, f"{rate:,.0f}", against, f"{resumed[name]:.3f} s"])
+    report.show("loaders", rows)
 
 
-def _far(stream: Mixture, rows: int) -> dict[str, Any]:
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _far(stream: Mixture) -> dict[str, Any]:
     """Where the stream stands now, as a run would have it that came there at step 10^6."""
     states = stream.states_at(stream._next_step) or {}
-    for name, count in zip(stream.names, stream.schedule.counts(FAR * rows), strict=True):
+    for name, count in zip(stream.names, stream.schedule.counts(FAR * ROWS), strict=True):
         states["sources"][name]["samples"] = int(count)
     return {**states, "step": FAR}
 
@@ -146,67 +151,39 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
     """Three sources of four shards each, by their share of the text."""
     texts = [document.text for document in domain_documents()]
     corpora = {}
-    for name, weight in zip("abc", WEIGHTS, strict=True):
+    for name, weight in WEIGHTS.items():
         lines: list[str] = []
         size = 0
         while size < megabytes * 1e6 * weight:
             text = f"# {name} {len(lines)}\n{texts[len(lines) % len(texts)]}"
             lines.append(json.dumps({"text": text}) + "\n")
             size += len(text)
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir()
         for shard in range(4):
-            (folder / name / f"{shard}.jsonl").write_text(
-                "".join(lines[shard::4]), encoding="utf-8"
-            )
+            text = "".join(lines[shard::4])
+            (folder / name / f"{shard}.jsonl").write_text(text, encoding="utf-8")
         corpora[name] = load_corpus([str(folder / name / "*.jsonl")])
     return corpora
 
 
-def _sample(corpus: Corpus) -> Any:
-    size = 0
-    for text in corpus.texts():
-        yield text
-        size += len(text)
-        if size > 2_000_000:
-            return
-
-
-def _training(options: argparse.Namespace) -> Callable[[], float]:
-    """A training step; returns its seconds."""
-    config = AutoConfig.from_pretrained(str(MODEL))
+def _training() -> Callable[[], None]:
+    """A training step."""
+    config = AutoConfig.from_pretrained(str(MODEL_CONFIG))
     config.vocab_size = max(config.vocab_size, VOCABULARY)
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=8))
-    optimizer = torch.optim.AdamW(
-        [value for value in model.parameters() if value.requires_grad], lr=1e-4
-    )
-    ids = torch.randint(3, VOCABULARY, (options.rows, options.seq_len))
-    positions = torch.arange(options.seq_len).expand_as(ids)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(3, VOCABULARY, (ROWS, SEQ_LEN))
+    positions = torch.arange(SEQ_LEN).expand_as(ids)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
 
-    def step() -> float:
-        started = time.perf_counter()
-        token_nll(
-            model, {"input_ids": ids, "labels": ids, "position_ids": positions}
-        ).backward()
+    def step() -> None:
+        token_nll(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - started
 
     return step
-
-
-def _parser() -> argparse.ArgumentParser:
-    numbers = {
-        "megabytes": (20.0, "text of all sources"),
-        "seq_len": (512, "tokens of a sequence"),
-        "rows": (16, "sequences a step"),
-        "steps": (30, "turns"),
-    }
-    parser = bench_parser(__doc__, numbers)
-    parser.add_argument(
-        "--folder", help="for texts and caches; default: one that goes again"
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full
 training.
 
-    python tools/bench/layer.py [--dtypes float32] [--shapes 1024x1024] [--tokens 256 2048]
-    [--threads 1] [--seconds 1]
+    python tools/bench/layer.py [--shapes 1024x1024] [--seconds 1]
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and
 input gradient of both) in one process, so 1.00 is an adapter that costs nothing; in one
-thread of a CPU by the thread's own time, of which other processes take none. LoRA, ours,
-PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as many
-parameters as M. MoRA is the product's own layer, with its kernels on a GPU. `saved` is what
-autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then
-MoRA's.
+thread of a CPU, by the thread's own time, of which other processes take none. `gpu.py layer`
+measures the same on a GPU, where MoRA, the product's own layer, takes its kernels. LoRA,
+ours, PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as many
+parameters as M. `saved` is what autograd keeps from a forward, every storage once, without
+weights: PEFT's LoRA, then MoRA's.
 """
 
-import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,142 +34,30 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tools.bench.fused_lora import FusedLoRA
-from tools.bench.measuring import clock, saved_activations
+from tools.bench.measuring import clock
 from tools.bench.report import Report, bench_parser
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
-CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
-SHAPES = ("1024x1024", "1024x2752", "2752x1024", "576x576", "576x1536", "1536x576")
+Shape = tuple[int, int]
+"""(d_in, d_out)"""
+Operator = tuple[OperatorKind, int]
+"""A kind and LoRA's rank, of which M has the parameters."""
+SHAPES: tuple[Shape, ...] = (
+    (1024, 1024),
+    (1024, 2752),
+    (2752, 1024),
+    (576, 576),
+    (576, 1536),
+    (1536, 576),
+)
 """Llama 7B's layers, a quarter of each side, and SmolLM-135M's."""
+TOKENS = (256, 2048)
+DTYPES = (torch.float32, torch.bfloat16)
+OPERATORS: tuple[Operator, ...] = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 Step = Callable[[], Tensor]
 """One forward."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's tensors."""
-
-    spec: OperatorSpec
-    rank: int
-    x: Tensor
-    g: Tensor
-    base: nn.Linear
-
-    def backward(self, step: Step, *leaves: Tensor) -> None:
-        torch.autograd.grad(step(), (self.x, *leaves), self.g)
-
-
-def make(
-    kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, like: dict[str, Any]
-) -> Layer:
-    d_in, d_out = shape
-    r_hat = min(square_size(d_in, d_out, rank, kind), max(shape))
-    spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
-    base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
-    return Layer(
-        spec,
-        rank,
-        torch.randn(tokens, d_in, **like).requires_grad_(),
-        torch.randn(tokens, d_out, **like),
-        base,
-    )
-
-
-def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
-    """Name -> (forward, what it trains)."""
-    x = layer.x
-    weight = layer.base.weight
-    spec = layer.spec
-    square = torch.zeros(
-        spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device
-    ).requires_grad_()
-    trained = weight.clone().requires_grad_()
-    ours = LoRALinear(
-        layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank)
-    )
-    fused = FusedLoRA(layer.base, layer.rank)
-    peft = peft_lora(layer)
-    cases: dict[str, tuple[Step, list[Tensor]]] = {
-        "frozen": (lambda: F.linear(x, weight), []),
-        "full": (lambda: F.linear(x, trained), [trained]),
-        "our LoRA": (lambda: ours(x), [ours.value]),
-        "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
-        "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
-        "reference": (
-            lambda: F.linear(x, weight) + reference_update(spec, square, x),
-            [square],
-        ),
-    }
-    for path in PATHS:
-        mora = MoRALinear(layer.base, spec, 0.0, path)
-        cases[path.value] = (lambda mora=mora: mora(x)), [mora.value]  # type: ignore[misc]
-    return cases
-
-
-def peft_lora(layer: Layer) -> nn.Module:
-    """PEFT's LoRA on the same frozen weight."""
-    config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
-    model = inject_adapter_in_model(config, nn.Sequential(layer.base))
-    return model.to(layer.x.dtype)
-
-
-def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
-    """The update by its formulas (paper, eq. 6-11), as the reference computes it:
-    concatenations and reshapes of whole activations, one product per block. It knows no
-    permutations."""
-    size = spec.blocks_in * spec.r_hat
-    blocks = torch.cat((x, x[..., : size - spec.d_in]), dim=-1).view(
-        *x.shape[:-1], spec.blocks_in, spec.r_hat
-    )
-    if spec.kind is OperatorKind.SHARE:
-        y = F.linear(blocks.sum(dim=-2), square)
-        return y.repeat(*[1] * (y.dim() - 1), spec.blocks_out)[..., : spec.d_out]
-    cos, sin = (
-        torch.cat((half, half), dim=-1)
-        for half in rope_table(spec.blocks_in, spec.r_hat, x.dtype, x.device)
-    )
-    turned = torch.cat(
-        (-blocks[..., spec.r_hat // 2 :], blocks[..., : spec.r_hat // 2]), dim=-1
-    )
-    y = F.linear(blocks * cos + turned * sin, square).flatten(-2)
-    return (
-        y[..., : spec.d_out]
-        if size >= spec.d_out
-        else torch.cat([y] * spec.blocks_out, dim=-1)[..., : spec.d_out]
-    )
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def ratios(
-    layer: Layer,
-    cases: dict[str, tuple[Step, list[Tensor]]],
-    now: Callable[[], float],
-    seconds: float,
-) -> dict[str, float]:
-    """Medians over interleaved pairs; under "frozen" its own median in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    frozen = cases["frozen"][0]
-    for name, (step, trained) in cases.items():
-        layer.backward(step, *trained)  # not counted
-        started = now()
-        while len(times[name]) < 3 or now() - started < seconds:
-            first = now()
-            layer.backward(frozen)
-            second = now()
-            layer.backward(step, *trained)
-            base = second - first
-            times[name].append(base if name == "frozen" else (now() - second) / base)
-    return {name: statistics.median(measured) for name, measured in times.items()}
-
-
-def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
-    with saved_activations(layer.base.weight, *trained) as saved:
-        assert step().requires_grad
-        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2**20
-
-
+Case = tuple[Step, list[Tensor]]
+"""A forward, and what it trains."""
 COLUMNS = (
     "full",
     "PEFT LoRA",
@@ -189,61 +76,168 @@ TITLES = [
 ]
 
 
-def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
-    """A row of the table of ratios to the frozen layer."""
-    cases = forwards(layer)
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors."""
+
+    spec: OperatorSpec
+    rank: int
+    x: Tensor
+    g: Tensor
+    base: nn.Linear
+
+    def backward(self, step: Step, *leaves: Tensor) -> None:
+        torch.autograd.grad(step(), (self.x, *leaves), self.g)
+
+
+def layers_of(
+    shapes: Iterable[Shape],
+    tokens: Iterable[int],
+    operators: Iterable[Operator],
+    **like: Any,
+) -> Iterator[Layer]:
+    """A layer for each shape, number of tokens and operator. `like`: dtype and device."""
+    for (d_in, d_out), rows, (kind, rank) in product(shapes, tokens, operators):
+        r_hat = min(square_size(d_in, d_out, rank, kind), max(d_in, d_out))
+        spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
+        base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
+        x = torch.randn(rows, d_in, **like).requires_grad_()
+        yield Layer(spec, rank, x, torch.randn(rows, d_out, **like), base)
+
+
+def cases_of(layer: Layer) -> dict[str, Case]:
+    """What is compared on one layer."""
+    x = layer.x
+    weight = layer.base.weight
     spec = layer.spec
-    dtype = str(layer.x.dtype).removeprefix("torch.")
-    measured = ratios(layer, cases, now, seconds)
-    figures = [f"{measured[name]:.2f}" for name in COLUMNS]
+    square = torch.zeros(spec.r_hat, spec.r_hat).to(x).requires_grad_()
+    trained = weight.clone().requires_grad_()
+    lora = LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank)
+    ours = LoRALinear(layer.base, lora)
+    fused = FusedLoRA(layer.base, layer.rank)
+    peft = _peft_lora(layer)
+
+    def reference() -> Tensor:
+        return F.linear(x, weight) + reference_update(spec, square, x)
+
+    cases: dict[str, Case] = {
+        "frozen": (lambda: F.linear(x, weight), []),
+        "full": (lambda: F.linear(x, trained), [trained]),
+        "our LoRA": (lambda: ours(x), [ours.value]),
+        "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
+        "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
+        "reference": (reference, [square]),
+    }
+    for path in PATHS:
+        mora = MoRALinear(layer.base, spec, 0.0, path)
+        cases[path.value] = (lambda mora=mora: mora(x)), [mora.value]  # type: ignore[misc]
+    return cases
+
+
+def _peft_lora(layer: Layer) -> nn.Module:
+    """PEFT's LoRA on the same frozen weight."""
+    config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
+    model = inject_adapter_in_model(config, nn.Sequential(layer.base))
+    return model.to(layer.x.dtype)
+
+
+def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
+    """The update of x (tokens, d_in) by its formulas (paper, eq. 6-11), as the reference
+    computes it: concatenations and reshapes of whole activations, one product per block. It
+    knows no permutations."""
+    missing = spec.blocks_in * spec.r_hat - spec.d_in
+    blocks = torch.cat((x, x[:, :missing]), dim=-1).unflatten(-1, (-1, spec.r_hat))
+    if spec.kind is OperatorKind.SHARE:
+        y = F.linear(blocks.sum(dim=-2), square)
+    else:
+        cos, sin = (
+            torch.cat((half, half), dim=-1)
+            for half in rope_table(spec.blocks_in, spec.r_hat, x.dtype, x.device)
+        )
+        first, second = blocks.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        y = F.linear(blocks * cos + turned * sin, square).flatten(-2)
+    if y.shape[-1] < spec.d_out:
+        y = torch.cat([y] * -(-spec.d_out // y.shape[-1]), dim=-1)
+    return y[:, : spec.d_out]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def row(layer: Layer, seconds: float) -> list[str]:
+    """A row of the table of ratios to the frozen layer."""
+    spec = layer.spec
+    cases = cases_of(layer)
+    measured = ratios(layer, cases, seconds)
     auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out).value
     saved = [f"{saved_mib(layer, *cases[name]):.1f}" for name in ("PEFT LoRA", auto)]
+    dtype = str(layer.x.dtype).removeprefix("torch.")
     return [
-        f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}",
-        f"{measured['frozen'] * 1e3:.1f}", *figures, f"{auto}: {measured[auto]:.2f}", ", ".join(saved),
-    ]  # fmt: skip
+        f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}",
+        f"{spec.kind.value} r={layer.rank}",
+        f"{measured['frozen'] * 1e3:.1f}",
+        *(f"{measured[name]:.2f}" for name in COLUMNS),
+        f"{auto}: {measured[auto]:.2f}",
+        ", ".join(saved),
+    ]
+
+
+def ratios(layer: Layer, cases: dict[str, Case], seconds: float) -> dict[str, float]:
+    """Medians over interleaved pairs; under "frozen" its own median in seconds."""
+    now = clock(layer.x.device)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    frozen = cases["frozen"][0]
+    for name, (step, trained) in cases.items():
+        layer.backward(step, *trained)  # not counted
+        started = now()
+        while len(times[name]) < 3 or now() - started < seconds:
+            first = now()
+            layer.backward(frozen)
+            second = now()
+            layer.backward(step, *trained)
+            base = second - first
+            times[name].append(base if name == "frozen" else (now() - second) / base)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
+    """What autograd keeps from a forward, without the weights."""
+    weights = {tensor.data_ptr() for tensor in (layer.base.weight, *trained)}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        # Held here, a storage is alive, so that no address comes twice
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        step()
+    return sum(saved[address].nbytes() for address in saved.keys() - weights) / 2**20
 
 
 def main() -> None:
-    numbers = {
-        "threads": (1, "of a CPU"),
-        "seconds": (0.5, "at least so long, and three pairs, for each figure"),
-    }
-    parser = bench_parser(__doc__, numbers)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_INxD_OUT")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
+    at_least = (0.5, "at least so long, and three pairs, for each figure")
+    parser = bench_parser(__doc__, {"seconds": at_least})
     parser.add_argument(
-        "--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES]
+        "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="D_INxD_OUT"
     )
     options = parser.parse_args()
     report = Report(options)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    now = clock(device)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {options.threads} thread(s)"
-    )
-    rows = [TITLES]
-    for dtype in options.dtypes:
-        layers = layers_of(options, {"dtype": getattr(torch, dtype), "device": device})
-        rows += [row(layer, now, options.seconds) for layer in layers]
-    report.say(f"{name}: ratios to the frozen layer alone")
-    report.show("layers", rows)
+    torch.set_num_threads(1)
+    lines = [TITLES]
+    for dtype in DTYPES:
+        layers = layers_of(options.shapes, TOKENS, OPERATORS, dtype=dtype)
+        lines += [row(layer, options.seconds) for layer in layers]
+    report.say("CPU, 1 thread: ratios to the frozen layer alone")
+    report.show("layers", lines)
     report.write()
 
 
-def layers_of(options: argparse.Namespace, like: dict[str, Any]) -> Iterator[Layer]:
-    """A layer for each shape, number of tokens and operator."""
-    for shape in options.shapes:
-        for tokens in options.tokens:
-            for operator in options.operators:
-                kind, rank = operator.split(":")
-                d_in, d_out = (int(side) for side in shape.split("x"))
-                yield make(OperatorKind(kind), int(rank), (d_in, d_out), tokens, like)
+def _shape(text: str) -> Shape:
+    d_in, d_out = text.split("x")
+    return int(d_in), int(d_out)
 
 
 if __name__ == "__main__":

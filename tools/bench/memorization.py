@@ -5,16 +5,16 @@
 
 Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO,
 AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex digits,
-the second from the first, at every learning rate of its sweep. At intervals the second is
-generated greedily; the share of right digits is the character accuracy (1/16 is chance); a
-trial that knows everything ends. A digit is one token here, so rows need no padding.
-Prints, at each method's best learning rate (largest mean accuracy over all intervals), the
-accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all trials.
+the second from the first, at every learning rate of its sweep. Eight times in a run the
+second is generated greedily; the share of right digits is the character accuracy (1/16 is
+chance). A digit is one token here, so rows need no padding. Prints, at each method's best
+learning rate (largest mean accuracy over all measurements), the accuracy over steps, mean
+over seeds, and the steps to 90%; `--json FILE` keeps all runs.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The paper's:
 Llama-2 7B,
 
-    --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --every 100 --rank 8 (and 256)
+    --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --rank 8 (and 256)
 
 A small base, frozen, would spend its adapter on learning that digits follow digits:
 --digit_steps 300 teaches it that first, on pairs that are asked for nowhere.
@@ -25,7 +25,6 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -40,21 +39,40 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import Run, initialize, inject
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.common.errors import COUNT, UserError, refuse, unknown, wrong_values
+from mora_ds.common.errors import (
+    COUNT,
+    Bounds,
+    UserError,
+    refuse,
+    unknown,
+    wrong_values,
+)
+from mora_ds.common.files import atomic_folder
+from mora_ds.data import load_tokenizer
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
-from tools.bench.measuring import only_rank, zero3_config
+from tools.bench.measuring import count_trained, only_rank, zero3_config
 from tools.bench.report import Report, bench_parser
-from tools.bench.trials import at_edge
-from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
+from tools.bench.trials import at_edge, warm_base
+from tools.runs import Row, rows_of
 from tools.tables import mean_and_spread
 
 WARMUP = 10
 RAMP = 5
+"""Steps of the warm-up, and of that after a merge."""
+CYCLES = 4
+"""Of ReMoRA: three merges, and what follows."""
+MEASUREMENTS = 8
+"""Of a run, evenly spaced, the last one at its end."""
+PROBED = 32
+"""Pairs that are generated at each measurement."""
 KNOWN = 0.9
-LEARNT = 0.995
+"""The share of the digits that is waited for."""
+
+DIGITS = 32
+HEX = "0123456789abcdef"
 
 
 @dataclass(frozen=True)
@@ -74,26 +92,22 @@ METHODS: dict[str, Method] = {
     "remora": Method((3e-3, 1e-2, 3e-2), merges=True),
 }
 
-Results = dict[float, list[dict[str, Any]]]
-"""Learning rate -> what each seed has found with it."""
-
 
 def main() -> None:
     options = _options()
     _check(options)
     os.environ.update(only_rank())
-    base = str(prepared_base(options.base, options.work, options.digit_steps))
+    base = _prepared_base(options)
     start_distributed()
-    results: dict[str, Results] = {}
+    runs = []
     for name in options.methods:
-        results[name] = {}
         for rate in options.rates or METHODS[name].rates:
             print(f"{name} at {rate:g}", flush=True)
-            seeds = range(1, options.seeds + 1)
-            results[name][rate] = [
-                trained(METHODS[name], base, rate, seed, options) for seed in seeds
-            ]
-    _show(results, options)
+            for seed in range(1, options.seeds + 1):
+                result = _train(METHODS[name], base, rate, seed, options)
+                run = {"method": name, "learning_rate": rate, "seed": seed}
+                runs.append({**run, **result})
+    _show(runs, options)
 
 
 def _options() -> argparse.Namespace:
@@ -104,9 +118,6 @@ def _options() -> argparse.Namespace:
         "batch": (32, "pairs an optimizer step"),
         "micro_batch": (32, "pairs at a time"),
         "steps": (400, "optimizer steps"),
-        "every": (50, "steps from one measurement to the next"),
-        "probe": (32, "pairs that are generated at each measurement"),
-        "cycles": (4, "of ReMoRA: merges, and one more"),
         "seeds": (3, "runs of each method at every learning rate"),
     }
     parser = bench_parser(__doc__, numbers)
@@ -135,188 +146,204 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    refuse(
+    named = [
         unknown("--methods", name, METHODS)
         for name in options.methods
         if name not in METHODS
-    )
-    counts = (
-        "rank",
-        "pairs",
-        "batch",
-        "micro_batch",
-        "steps",
-        "every",
-        "probe",
-        "cycles",
-        "seeds",
-    )
-    refuse(wrong_values(options, dict.fromkeys(counts, COUNT)))
+    ]
+    counts = dict.fromkeys(("rank", "pairs", "batch", "micro_batch", "seeds"), COUNT)
+    # Longer cycles than the warm-up after a merge
+    steps = Bounds(above=CYCLES * RAMP)
+    refuse([*named, *wrong_values(options, {**counts, "steps": steps})])
     if options.batch % options.micro_batch:
         raise UserError(
             f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}"
         )
-    if "remora" in options.methods and options.steps // options.cycles <= RAMP:
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+def _pairs(base: Path, number: int, seed: int | str) -> Tensor:
+    """(number, 2 * DIGITS + 2) token ids of the tokenizer of `base`: start, 32 random
+    digits, separator, 32 random digits. Raises `UserError` where a digit has no token of
+    its own.
+    """
+    tokenizer = load_tokenizer(base, flag="--base")
+    *digits, separator = (
+        tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in f"{HEX}="
+    )
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    if len({*digits, separator, start}) < len(HEX) + 2:
         raise UserError(
-            f"--steps {options.steps} make cycles of {options.steps // options.cycles}, no longer than the re-warmup"
+            f"--base {base}: its tokenizer has no token of its own for every hex digit"
         )
+    draw = random.Random(f"pairs/{seed}")
+
+    def half() -> list[int]:
+        return [draw.choice(digits) for _ in range(DIGITS)]
+
+    return torch.tensor([[start, *half(), separator, *half()] for _ in range(number)])
 
 
-# -- one trial ---------------------------------------------------------------------------------------------------------
+def _labels(ids: Tensor) -> Tensor:
+    """The second halves; the first ones are not asked for."""
+    labels = ids.clone()
+    labels[:, :-DIGITS] = -100
+    return labels
 
 
-def trained(
-    method: Method, base: str, rate: float, seed: int, options: argparse.Namespace
+@torch.no_grad()
+def _accuracy(engine: Any, rows: Tensor) -> float:
+    """Share of digits that are right when the second halves are generated greedily from the
+    first. The engine is in training mode afterwards.
+    """
+    engine.eval()
+    ids = rows[:, :-DIGITS].to(engine.device)
+    cache = None
+    right = 0
+    for position in range(DIGITS):
+        output = engine(input_ids=ids, past_key_values=cache, use_cache=True)
+        ids = output.logits[:, -1:].argmax(dim=-1)
+        cache = output.past_key_values
+        right += int((ids[:, 0].cpu() == rows[:, position - DIGITS]).sum())
+    engine.train()
+    return right / (len(rows) * DIGITS)
+
+
+def _prepared_base(options: argparse.Namespace) -> Path:
+    """The model that adapters are put on: `--base`, or a small one made here; with
+    `--digit_steps` after training on pairs that never come again. It knows then that digits
+    follow, and none of them: a large pretrained model does by itself.
+    """
+    base: Path = options.base or warm_base(options.work / "base").warm
+    if not options.digit_steps:
+        return base
+    folder: Path = options.work / f"base-{options.digit_steps}"
+    if folder.is_dir():
+        return folder
+    print("training on pairs that nobody is asked for", flush=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for ids in _pairs(base, 16 * options.digit_steps, "never again").split(16):
+        model(input_ids=ids, labels=_labels(ids), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    options.work.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder.absolute()) as partial:
+        model.save_pretrained(partial)
+        load_tokenizer(base).save_pretrained(partial)
+    return folder
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    method: Method, base: Path, rate: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train once and measure: trained parameters, and at each measurement the step, the
-    accuracy and the loss.
+    """Train once. The result has the number of trained parameters and, of each measurement,
+    step, accuracy and loss.
     """
     torch.manual_seed(seed)
-    rows = Digits(base).rows(options.pairs, seed)
+    rows = _pairs(base, options.pairs, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = _ds_config(rate, options)
-    if method.adapter is None:
-        count = sum(parameter.numel() for parameter in model.parameters())
-        engine, *_ = initialize_full(model=model, config=config)
-    else:
-        count = inject(model, method.adapter(rank=options.rank, seed=seed)).trainable_params
-        engine, *_ = initialize(model=model, config=config)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(engine, base=base, folder=folder) if method.merges else None
-        result = {
-            "seed": seed,
-            "trained": count,
-            **_learned(engine, run, rows, rate, seed, options),
-        }
-    engine.destroy()
-    return result
-
-
-def _learned(
-    engine: zero.Engine,
-    run: Run | None,
-    rows: Tensor,
-    rate: float,
-    seed: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    every = options.steps // options.cycles if run is not None else 0
-    schedule = Schedule(
-        ScheduleKind.CONSTANT,
-        rate,
-        options.steps,
-        WARMUP,
-        merge_every=every,
-        restart_warmup_steps=RAMP,
-    )
-    draw = random.Random(f"order/{seed}")
-    merges: list[int] = []
-    measured = [*range(options.every, options.steps, options.every), options.steps]
-    shares: list[float] = []
-    losses: list[float] = []
-    for step in range(1, options.steps + 1):
-        zero.set_learning_rate(engine, schedule.learning_rate(step - 1, merges))
-        loss = _step(
-            engine,
-            rows,
-            [draw.randrange(len(rows)) for _ in range(options.batch)],
-            options.micro_batch,
-        )
-        if run is not None and schedule.merges_after(step):
-            run.merge(step)
-            merges.append(step)
-        if step in measured:
-            shares.append(accuracy(engine, rows[: options.probe]))
-            losses.append(loss)
-            if shares[-1] >= LEARNT:
-                break
-    # Of a trial that knows everything: its curve is flat from there
-    unmeasured = len(measured) - len(shares)
-    return {
-        "ended_at": step,
-        "steps": measured,
-        "accuracy": shares + shares[-1:] * unmeasured,
-        "loss": losses + losses[-1:] * unmeasured,
-    }
-
-
-def _step(engine: zero.Engine, rows: Tensor, chosen: list[int], micro_batch: int) -> float:
-    total = 0.0
-    for first in range(0, len(chosen), micro_batch):
-        ids = rows[chosen[first : first + micro_batch]].to(engine.device)
-        loss = engine(input_ids=ids, labels=labels_of(ids), use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        total += loss.item() * micro_batch / len(chosen)
-    return total
-
-
-def _ds_config(rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    return zero3_config(
+    config = zero3_config(
         options.micro_batch,
         gradient_accumulation_steps=options.batch // options.micro_batch,
         gradient_clipping=1.0,
         optimizer={"type": "AdamW", "params": {"lr": rate, "weight_decay": 0.0}},
     )
+    if method.adapter is not None:
+        inject(model, method.adapter(rank=options.rank, seed=seed))
+    trained = count_trained(model)
+    make = initialize_full if method.adapter is None else initialize
+    engine = make(model=model, config=config)[0]
+    schedule = Schedule(
+        ScheduleKind.CONSTANT,
+        rate,
+        options.steps,
+        WARMUP,
+        merge_every=options.steps // CYCLES if method.merges else 0,
+        restart_warmup_steps=RAMP,
+    )
+    measured = [options.steps * part // MEASUREMENTS for part in range(1, MEASUREMENTS + 1)]
+    shares: list[float] = []
+    losses: list[float] = []
+    merges: list[int] = []
+    draw = random.Random(f"order/{seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(engine, base=base, folder=folder) if method.merges else None
+        for step in range(1, options.steps + 1):
+            zero.set_learning_rate(engine, schedule.learning_rate(step - 1, merges))
+            batch = rows[[draw.randrange(len(rows)) for _ in range(options.batch)]]
+            loss = _step(engine, batch, options.micro_batch)
+            if run is not None and schedule.merges_after(step):
+                run.merge(step)
+                merges.append(step)
+            if step in measured:
+                shares.append(_accuracy(engine, rows[:PROBED]))
+                losses.append(loss)
+    engine.destroy()
+    return {"trained": trained, "steps": measured, "accuracy": shares, "loss": losses}
+
+
+def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
+    """The mean loss of a step on `batch`."""
+    losses = []
+    for ids in batch.to(engine.device).split(micro_batch):
+        loss = engine(input_ids=ids, labels=_labels(ids), use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return fmean(losses)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _row(method: str, by_rate: Results, shown: Sequence[int]) -> list[str]:
-    """A method at the learning rate of the largest mean accuracy, at the measurements
-    `shown`.
-    """
-    rate = max(
-        by_rate, key=lambda rate: sum(sum(result["accuracy"]) for result in by_rate[rate])
-    )
-    seeds = by_rate[rate]
-    percents = [[100 * result["accuracy"][index] for result in seeds] for index in shown]
-    means = [f"{fmean(percent):.1f}" for percent in percents[:-1]]
-    known = "/".join(_known_at(result) for result in seeds)
-    edge = at_edge(rate, list(by_rate))
-    return [
-        method, f"{seeds[0]['trained']:,}", f"{rate:g}{edge}", *means, mean_and_spread(percents[-1]), known
-    ]  # fmt: skip
-
-
-def _known_at(result: dict[str, Any]) -> str:
-    """The first measured step with `KNOWN` of the digits; "-" where there is none."""
-    measured = zip(result["steps"], result["accuracy"], strict=True)
-    return next((str(step) for step, accuracy in measured if accuracy >= KNOWN), "-")
-
-
-def _show(results: dict[str, Results], options: argparse.Namespace) -> None:
-    """Print the table, with at most ten of the measurements."""
-    runs = [
-        {"method": method, "rate": rate, **result}
-        for method, by_rate in results.items()
-        for rate, seeds in by_rate.items()
-        for result in seeds
-    ]
-    steps = runs[0]["steps"]
-    last = len(steps) - 1
-    every = -(-len(steps) // 10)
-    shown = [*range(every - 1, last, every), last]
-    rows = [
-        [
-            "method",
-            "trained",
-            "best lr",
-            *(str(steps[index]) for index in shown),
-            f"to {KNOWN:.0%}",
-        ]
-    ]
-    rows += [_row(method, by_rate, shown) for method, by_rate in results.items()]
+def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print a line for each method at its best learning rate."""
+    steps = map(str, runs[0]["steps"])
+    lines = [["method", "trained", "best lr", *steps, f"to {KNOWN:.0%}"]]
+    rows = rows_of(runs)
+    for method in options.methods:
+        swept = [row for row in rows if row.method == method]
+        best = max(swept, key=lambda row: fmean(fmean(run["accuracy"]) for run in row.runs))
+        lines.append(_line(best, [row.rate for row in swept]))
     report = Report(options)
     report.say(
-        f"Character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} pairs, "
-        f"rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: the sweep's edge); first "
-        f"measured step with {KNOWN:.0%} of each seed."
+        f"Character accuracy (%) of {min(PROBED, options.pairs)} of {options.pairs} pairs after N steps of "
+        f"{options.batch} pairs, rank {options.rank}, {options.seeds} seed(s), each at its best learning rate (*: the "
+        f"sweep's edge); first measured step with {KNOWN:.0%} of each seed."
     )
-    report.show("memorization", rows)
+    report.show("memorization", lines)
     report.points["runs"] = runs
     report.write()
+
+
+def _line(row: Row, swept: list[float]) -> list[str]:
+    percents = zip(
+        *([100 * share for share in run["accuracy"]] for run in row.runs), strict=True
+    )
+    *earlier, last = percents
+    return [
+        row.method,
+        f"{row.trained:,}",
+        f"{row.rate:g}{at_edge(row.rate, swept)}",
+        *(f"{fmean(percent):.1f}" for percent in earlier),
+        mean_and_spread(last),
+        "/".join(map(_known_at, row.runs)),
+    ]
+
+
+def _known_at(run: dict[str, Any]) -> str:
+    """The first measured step with `KNOWN` of the digits; "-" where there is none."""
+    measured = zip(run["steps"], run["accuracy"], strict=True)
+    return next((str(step) for step, share in measured if share >= KNOWN), "-")
 
 
 if __name__ == "__main__":

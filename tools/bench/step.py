@@ -46,7 +46,7 @@ from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
 from tools.bench.fused_lora import FusedLoRA
-from tools.bench.measuring import llama_config, zero3_config
+from tools.bench.measuring import count_trained, llama_config, zero3_config
 from tools.bench.report import Report, bench_parser
 
 VOCABULARY = 8192
@@ -149,19 +149,13 @@ def _under_ddp(model: Any, ids: Tensor) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _trained(model), step
+    return count_trained(model), step
 
 
 def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:
-    trained = _trained(model)  # before ZeRO-3 takes the parameters apart
+    trained = count_trained(model)  # before ZeRO-3 takes the parameters apart
     engine = initialize_full(model=model, config=config)[0]
     return trained, _engine_step(engine, _plain_loss(engine, ids))
-
-
-def _trained(model: nn.Module) -> int:
-    return sum(
-        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-    )
 
 
 def _frozen_step(model: Any, ids: Tensor) -> Step:
