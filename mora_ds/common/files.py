@@ -502,9 +502,10 @@ class _PlainLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float)):
                 raise _refused(f"{key!r} is no key", key_node)
-            if key in seen:
+            # 1 and "1" would be one name where names are read as text.
+            if key in seen or str(key) in seen:
                 raise _refused(f"{key!r} is given twice", key_node)
-            seen.add(key)
+            seen |= {key, str(key)}
         return super().construct_mapping(node, deep)
 
 

@@ -16,14 +16,10 @@ from mora_ds.config.data import DataArguments
 from mora_ds.config.flags import typed_values
 
 PLAIN = "train"
-"""Name of the source that plain --train_files or --dataset_name make, where it needs
-one.
-"""
+"""Name of the source that plain --train_files or --dataset_name make."""
 
 HELD_OUT = "held_out"
-"""Name of the evaluation set of --held_out_share; in a mixture it is followed by the name
-of the source.
-"""
+"""Name of the evaluation set of --held_out_share; in a mixture the source's name follows."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
 
@@ -72,9 +68,8 @@ class MixturePlan:
 
 
 def mixture_plan(data: DataArguments) -> MixturePlan:
-    """Raises `UserError` that says what is wrong with --mixture, --train_files or
-    --replay.
-    """
+    """The sources that the flags name. Raises `UserError` that says what is wrong with
+    --mixture, --train_files or --replay."""
     if data.mixture is not None:
         plan = _read(data.mixture)
     elif any(map(_named_source, data.train_files)):
@@ -89,9 +84,8 @@ def mixture_plan(data: DataArguments) -> MixturePlan:
     if data.replay:
         plan = _with_replay(plan, data.replay)
     if data.streaming:
-        plan = replace(
-            plan, sources=tuple(replace(source, streaming=True) for source in plan.sources)
-        )
+        streams = tuple(replace(source, streaming=True) for source in plan.sources)
+        plan = replace(plan, sources=streams)
     for source in plan.sources:
         if source.streaming and source.epochs:
             raise UserError(
@@ -115,9 +109,7 @@ def _check_weights(plan: MixturePlan, where: str) -> None:
 
 
 def _named_source(entry: str) -> tuple[str, str, float] | None:
-    """(name, files, number) of an entry; None for another form, and for the name of an
-    existing file.
-    """
+    """(name, files, number) of an entry; None for another form, and for an existing file."""
     match = _ENTRY.fullmatch(entry)
     if match is None or os.path.exists(os.path.expanduser(entry)):
         return None
@@ -148,9 +140,8 @@ def _of_flags(entries: list[str]) -> MixturePlan:
 
 
 def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
-    """Replayed sources take their share of every phase; the others keep their proportions
-    in the rest.
-    """
+    """`plan` with replayed sources, which take their share of every phase. The proportions
+    of the others stay."""
     sources = list(plan.sources)
     shares = []
     for entry in entries:
@@ -171,7 +162,8 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
         )
     phases = []
     for step, weights in plan.phases:
-        # to 12 digits: 0.05 of 1 leaves 0.95, not 0.950000000000000011
+        # Weights are read as decimals: to 12 digits 0.05 of 1 leaves 0.95, and not
+        # 0.950000000000000011, whose period would be far longer.
         new = [round(weight / sum(weights) * new_share, 12) for weight in weights]
         phases.append((step, (*new, *shares)))
     return replace(plan, sources=tuple(sources), phases=tuple(phases))
@@ -188,8 +180,7 @@ def _read(path: str) -> MixturePlan:
         )
     weights: dict[str, float] = {}
     sources = []
-    for key, entry in content["sources"].items():
-        name = str(key)
+    for name, entry in content["sources"].items():
         values = typed_values(entry, _SOURCE_KEYS, path, f"sources.{name}.")
         weights[name] = values.pop("weight", 1.0)
         sources.append(_source(f"{path}: sources.{name}", name, values))
@@ -204,11 +195,8 @@ def _read(path: str) -> MixturePlan:
             raise UserError(
                 f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {step}"
             )
-        # As the names of sources
-        by_name = {str(name): weight for name, weight in phase["weights"].items()}
-        known = typed_values(
-            by_name, dict.fromkeys(weights, float), path, f"{where}.weights."
-        )
+        hints = dict.fromkeys(weights, float)
+        known = typed_values(phase["weights"], hints, path, f"{where}.weights.")
         phases.append((step, tuple(known.get(name, 0.0) for name in weights)))
     return MixturePlan(tuple(sources), tuple(phases))
 

@@ -250,6 +250,9 @@ WRONG = """
 {sources: {a: {files: x, weight: much}}} | sources.a.weight must be a number, got 'much'
 {sources: {a: {files: x, weight: .nan}}} | 'a' must be at least 0, got nan
 {sources: {a: {files: x}, a: {files: y}}} | 'a' is given twice
+{sources: {1: {files: x}, '1': {files: y}}} | '1' is given twice
+{sources: {'1': {files: x}, 1: {files: y}}} | 1 is given twice
+{sources: {1: {files: x}}, phases: [{from_step: 5, weights: {1: 1, '1': 2}}]} | '1' is given twice
 """
 """What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
 
