@@ -74,16 +74,21 @@ def step_line(row: Facts, total_steps: int) -> str:
     takes as long.
     """
     step = row["step"]
-    gathered = (
-        f"  gathered {row['bytes_gathered'] / 1e6:.2f} MB" if row["bytes_gathered"] else ""
-    )
-    mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
-    left = duration((total_steps - step) * row["step_time_s"])
-    return (
-        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {row['loss']:.4f}  ppl {row['perplexity']:.2f}  "
-        f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s{mfu}  "
-        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB{gathered}  {left} left"
-    )
+    cells = [
+        f"step {step:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {row['loss']:.4f}",
+        f"ppl {row['perplexity']:.2f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"grad {row['grad_norm']:.3f}",
+        f"{row['tokens_per_s']:,.0f} tok/s",
+    ]
+    if "mfu" in row:
+        cells.append(f"MFU {row['mfu']:.1%}")
+    cells.append(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if row["bytes_gathered"]:
+        cells.append(f"gathered {row['bytes_gathered'] / 1e6:.2f} MB")
+    cells.append(f"{duration((total_steps - step) * row['step_time_s'])} left")
+    return "  ".join(cells)
 
 
 def duration(seconds: float) -> str:
@@ -92,9 +97,8 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak memory: allocated on its GPU since a phase ended, or resident so
-    far where there is none.
-    """
+    """This process's peak memory: allocated on its GPU since a phase ended, or without one
+    resident so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -115,23 +119,18 @@ class PhaseMemory:
     def end(self, phase: str) -> None:
         """End a phase, which began where the one before it ended."""
         if torch.cuda.is_available():
-            self.by_phase[phase] = max(
-                torch.cuda.max_memory_allocated(), self.by_phase.get(phase, 0)
-            )
+            peak = torch.cuda.max_memory_allocated()
+            self.by_phase[phase] = max(peak, self.by_phase.get(phase, 0))
             torch.cuda.reset_peak_memory_stats()
 
     @property
     def peak(self) -> int:
-        """Bytes at the highest so far, whatever the phase; without a GPU of resident
-        memory.
-        """
+        """Bytes at the highest so far, whatever the phase."""
         return max([peak_memory_bytes(), *self.by_phase.values()])
 
 
 class MetricsLog:
-    """Writes the metrics of one run. On ranks other than 0 (`enabled=False`) every call
-    does nothing.
-    """
+    """Writes the metrics of one run; `enabled=False`, on ranks other than 0, nothing."""
 
     def __init__(
         self,
@@ -144,20 +143,21 @@ class MetricsLog:
     ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last
         checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops all rows.
-        `pending`: kinds of rows of `start_step` that come again.
-        """
+        `pending`: kinds of rows of `start_step` that come again. The trackers have then no
+        points of that step, and get those of its other rows once more."""
         self.total_steps = total_steps
         self.enabled = enabled
         self.trackers = trackers
         if enabled:
             self._path = folder / METRICS_FILE
-            _keep_rows(self._path, start_step, pending)
+            rows = _keep_rows(self._path, start_step, pending)
             self._file = self._path.open("a", encoding="utf-8")
+            if pending:
+                for row in rows:
+                    self._track(_curves(row), row["step"])
 
     def step(self, row: JsonObject) -> None:
-        """A logged optimizer step, whose row has "step", "perplexity" and the keys of
-        `STEP_TAGS`.
-        """
+        """A logged optimizer step, whose row has "step" and the keys of `STEP_TAGS`."""
         self._record(row)
         logger.info(step_line(row, self.total_steps))
 
@@ -165,16 +165,12 @@ class MetricsLog:
         self, step: int, perplexities: dict[str, float], before: Numbers | None = None
     ) -> None:
         """The perplexity of each evaluation set after `step`; `before`: before the first
-        step.
-
-        Trackers also get the change since then in per cent: positive where the model has
-        forgotten.
-        """
+        step. Trackers also get the change since then in per cent: positive where the model
+        has forgotten."""
         self.record("eval", step, perplexities)
         changes = change(before or {}, perplexities)
-        self._track(
-            {f"{FORGETTING}/{name}": value for name, value in changes.items()}, step
-        )
+        curves = {f"{FORGETTING}/{name}": value for name, value in changes.items()}
+        self._track(curves, step)
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
@@ -215,47 +211,45 @@ def _curves(row: Facts) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name, facts in row.items():
         if name in GROUPS:
-            values = flattened(facts, f"{GROUPS[name]}/", "/").items()
-            numbers |= {
-                curve: value for curve, value in values if isinstance(value, (int, float))
-            }
+            for curve, value in flattened(facts, f"{GROUPS[name]}/", "/").items():
+                if isinstance(value, (int, float)):
+                    numbers[curve] = value
         elif name != "step" and facts is not None:
             numbers[f"9_research/{name}"] = facts
     return numbers
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON does not have (a perplexity may
-    overflow).
-    """
+    """`value` with null for NaN and infinity, which JSON lacks: a perplexity may overflow."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
-    """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones."""
+def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[JsonObject]:
+    """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones.
+    Return the rows of that step which stay."""
     if last_step == 0 or not path.exists():
         path.unlink(missing_ok=True)
-        return
+        return []
     lines = []
+    rows_of_last_step = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
-        comes_again = (
-            row is not None
-            and row["step"] == last_step
-            and not row.keys().isdisjoint(pending)
-        )
-        if row is not None and row["step"] <= last_step and not comes_again:
-            lines.append(line + "\n")
+        if row is None or row["step"] > last_step:
+            continue
+        if row["step"] == last_step:
+            if not row.keys().isdisjoint(pending):
+                continue
+            rows_of_last_step.append(row)
+        lines.append(line + "\n")
     with atomic_path(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
+    return rows_of_last_step
 
 
 def _row_of(line: str) -> JsonObject | None:
-    """The row with its step; None for a damaged one, such as one that a killed process was
-    writing.
-    """
+    """The row; None for a damaged one, such as one that a killed process was writing."""
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) else None

@@ -32,11 +32,7 @@ from mora_ds.checkpoint.layout import (
     step_of,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.common.errors import (
-    FailedBeside,
-    UserError,
-    named_as_flags,
-)
+from mora_ds.common.errors import FailedBeside, UserError, named_as_flags
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
@@ -81,7 +77,7 @@ BRANCH_PARENT = "decay_parent"
 
 def pretrain(arguments: Arguments) -> JsonObject:
     """Run the job that `arguments` describe, on this process of all. Returns the content of
-    `summary.json`, of a dry run nothing.
+    `summary.json`; of a dry run nothing.
 
     Raises `UserError` before anything expensive for what the user can mend, and the output
     folder is then as it was; `RunError` for failures during the run.
@@ -114,7 +110,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     with _output_folder(arguments, ranks) as start:
         folder, config = find_model(model, start)
         check_config(config, training.sequence_parallel_size, model.implementation)
-        # Torch has no backward pass of it there
+        # Torch's FlexAttention has no backward pass on CPUs.
         if model.implementation == "flex_attention" and is_cpu():
             raise UserError(
                 "--attn_implementation flex_attention trains on a GPU alone: leave it at auto"
@@ -129,15 +125,11 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         else:
             use_documents(loaded.model)
         job = Job(arguments, loaded, ds_config, data, start)
-        # With a frozen head chunks cost nothing. A run that resumes goes on as it began:
-        # both ways round differently.
-        is_resumed = start.checkpoint is not None
-        in_chunks = (
-            job.state.chunked_loss
-            if is_resumed
-            else is_frozen(loaded.model.get_output_embeddings())
-        )
-        job.state.chunked_loss = training.chunked_loss or in_chunks
+        # A run that resumes goes on as it began: the two ways to compute the loss round
+        # differently. A new one takes chunks where they cost nothing.
+        if start.checkpoint is None:
+            job.state.chunked_loss = is_frozen(loaded.model.get_output_embeddings())
+        job.state.chunked_loss |= training.chunked_loss
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
@@ -151,21 +143,23 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             )
         ranks.barrier("end of all checks", long=True)
         if ranks.is_first:
-            owns = names_of_run(start.folder, training.export_merged)
-            facts = {
-                "world_size": ranks.world,
-                "steps": _steps(job, schedule),
-            }
-            if job.is_trained:
-                facts |= {"deepspeed": job.engine.config, **data.train.identity}
-            if start.checkpoint is not None:
-                run_folder = start.checkpoint.resolve().parents[1]
-                if changes := changed_settings(run_folder, dump(arguments)):
-                    logger.info(
-                        f"changed since the run was last started: {', '.join(changes)}"
-                    )
-            write_run_file(start.folder, dump(arguments), facts, owns)
+            _record(arguments, job, _steps(job, schedule))
     return job, schedule
+
+
+def _record(arguments: Arguments, job: Job, steps: int) -> None:
+    """Write the run's run.yaml, and log what has changed since its last start."""
+    start = job.start
+    settings = dump(arguments)
+    facts = {"world_size": start.ranks.world, "steps": steps}
+    if job.is_trained:
+        facts |= {"deepspeed": job.engine.config, **job.data.train.identity}
+    if start.checkpoint is not None:
+        run_folder = start.checkpoint.resolve().parents[1]
+        if changes := changed_settings(run_folder, settings):
+            logger.info(f"changed since the run was last started: {', '.join(changes)}")
+    names = names_of_run(start.folder, arguments.training.export_merged)
+    write_run_file(start.folder, settings, facts, names)
 
 
 def _steps(job: Job, schedule: Schedule) -> int:
@@ -199,11 +193,10 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     if ranks.is_first:
         reserve(root).commit()
         if checkpoint is not None and state is not None:
-            name_latest(root / CHECKPOINTS, checkpoint)
+            checkpoints = root / CHECKPOINTS
+            name_latest(checkpoints, checkpoint)
             if state.best_step:
-                name_best(
-                    root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step)
-                )
+                name_best(checkpoints, step_folder(checkpoints, state.best_step))
 
 
 def _reserve(
@@ -220,13 +213,14 @@ def _reserve(
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     state = None if checkpoint is None else TrainerState.read(checkpoint)
-    recorded = {} if state is None else state.identity
-    branch = {
-        name: recorded[name] for name in (BRANCH_STEP, BRANCH_PARENT) if name in recorded
-    }
+    branch: JsonObject = {}
+    if state is not None:
+        for name in (BRANCH_STEP, BRANCH_PARENT):
+            if name in state.identity:
+                branch[name] = state.identity[name]
     branches = checkpoint is None and training.decay_from is not None
     if training.decay_from is not None:
-        # gone, perhaps, once the branch has checkpoints
+        # The parent may be gone once the branch has checkpoints of its own.
         parent = expanded(training.decay_from, DECAY)
         # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a
         # branch that resumes goes by its record. A name with another step than that on
@@ -246,10 +240,11 @@ def _reserve(
             state = _branch(checkpoint, root)
             # What the branch's own checkpoints have, and the parent's not
             state.identity.update(branch)
+    continues = wanted == AUTO
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
-    is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
-    continues = wanted == AUTO or is_own
+        if checkpoint.parent == root.resolve() and not branches:
+            continues = True
     reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
     return checkpoint, state, branch
 
@@ -260,13 +255,11 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
     can begin there."""
     state = TrainerState.read(checkpoint)
     if not state.at_peak:
-        raise UserError(
-            f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins"
-        )
+        problem = "its learning rate is not at the peak, where a decay begins"
+        raise UserError(f"{DECAY} {checkpoint}: {problem}")
     if checkpoint.parent == root.resolve():
-        raise UserError(
-            f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own"
-        )
+        problem = "lies in --output_dir: give the branch a folder of its own"
+        raise UserError(f"{DECAY} {checkpoint} {problem}")
     return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
@@ -274,18 +267,16 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
-    """Raise `UserError` for flags that name an evaluation set or a task which the run does
-    not have.
-    """
+    """Raise `UserError` for a name of both a set and a task, and for flags that name
+    neither."""
+    training = arguments.training
     sets = list(data.evaluation)
-    tasks = task_names(arguments.training.eval_tasks)
+    tasks = task_names(training.eval_tasks)
     if both := sorted({*sets} & {*tasks}):
-        raise UserError(
-            f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name"
-        )
-    Watch.of(
-        arguments.training.stop_when_forgotten, arguments.training.best_by
-    ).check_names([*sets, *tasks])
+        problem = f"{both[0]} is the name of a task of --eval_tasks; choose another name"
+        raise UserError(f"--eval_files: {problem}")
+    watch = Watch.of(training.stop_when_forgotten, training.best_by)
+    watch.check_names([*sets, *tasks])
 
 
 def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: int) -> int:
@@ -310,9 +301,8 @@ def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: i
 
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
-    """Train (or only evaluate the base), write summary.json and the merged model. Returns
-    the summary.
-    """
+    """Train, or only evaluate the base; write summary.json, which is returned, and the
+    merged model."""
     folder = job.start.folder
     ranks = job.start.ranks
     state = job.state
@@ -320,25 +310,21 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
         pending += ["eval", "tasks"]
+    # What was pending is logged again, so that its first point goes with those after it.
+    first_step = state.step + 1 if state.step and not pending else state.step
     trackers = []
     if ranks.is_first:
-        names = [
-            name
-            for name in dict.fromkeys(arguments.training.report_to)
-            if name != NO_TRACKER
-        ]
-        trackers = [
-            Tracker(name, folder, dump(arguments), state.step, state.failures)
-            for name in names
-        ]
+        for name in dict.fromkeys(arguments.training.report_to):
+            if name != NO_TRACKER:
+                settings = dump(arguments)
+                tracker = Tracker(name, folder, settings, first_step, state.failures)
+                trackers.append(tracker)
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
         logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
         if state.total_steps != steps:
-            logger.info(
-                f"it was on its way to {state.total_steps} steps and has {steps} now: the learning rate follows the "
-                "new length from here on"
-            )
+            lengths = f"it was on its way to {state.total_steps} steps and has {steps} now"
+            logger.info(f"{lengths}: the learning rate follows the new length from here on")
     state.total_steps = steps
     trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
@@ -353,20 +339,18 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         write_json_atomic(folder / SUMMARY_FILE, summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
-        logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
-        job.run.export(
-            trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants
-        )
+        merged = folder / MERGED_FOLDER
+        logger.info(f"writing the merged model to {merged}")
+        job.run.export(trainer.last_checkpoint, merged, job.start.hooks.variants)
     log.close()
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
         _push(arguments.training, job, trainer.last_checkpoint)
     failures = ranks.on_first("end of the run", lambda: state.failures, long=True)
     if failures:
+        done = f"the run is done, {trainer.last_checkpoint} is its end"
         lines = "\n".join(f"  {failure}" for failure in failures)
-        raise FailedBeside(
-            f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}"
-        )
+        raise FailedBeside(f"{done}; beside training failed:\n{lines}")
     return summary
 
 

@@ -1,8 +1,7 @@
-"""Where a run's curves go besides metrics.jsonl: OUTPUT_DIR/tensorboard, and Weights &
-Biases.
+"""Where a run's curves go besides metrics.jsonl: TensorBoard, and Weights & Biases.
 
 Both get the same curves under the same names. One that fails is reported once and left out,
-and the run goes on. Rank 0 alone uses this module.
+and the run goes on. Rank 0 alone uses this module. TensorBoard reads OUTPUT_DIR/tensorboard.
 
 Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME and
 WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
@@ -30,13 +29,10 @@ WANDB = "wandb"
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise `UserError` that names the extra of Weights & Biases where its package is
-    missing.
-    """
+    """Raise `UserError` that names the extra of Weights & Biases where it is missing."""
     if WANDB in names and importlib.util.find_spec(WANDB) is None:
-        raise UserError(
-            f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'"
-        )
+        install = f"pip install 'mora_ds[{WANDB}]'"
+        raise UserError(f"--report_to {WANDB} needs the package {WANDB}: {install}")
 
 
 class Tracker:
@@ -47,18 +43,20 @@ class Tracker:
         name: str,
         folder: Path,
         config: JsonObject,
-        steps_done: int,
+        first_step: int,
         failures: list[str],
     ) -> None:
         """`folder`: of the run. `config`: its settings, as Weights & Biases shows them.
-        `steps_done`: 0 for a run that begins; TensorBoard drops the points after that step.
+        `first_step`: TensorBoard drops the points from this step on, which come again.
         `failures`: gets a line where the tracker fails."""
         self.name = name
         self._failures = failures
         self._works = False
         with going_on(f"--report_to {name} at the start", failures):
-            start = _start_wandb if name == WANDB else _start_tensorboard
-            self._log, self._close = start(folder, config, steps_done)
+            if name == WANDB:
+                self._log, self._close = _start_wandb(folder, config)
+            else:
+                self._log, self._close = _start_tensorboard(folder, first_step)
             self._works = True
 
     def log(self, numbers: Numbers, step: int) -> None:
@@ -78,11 +76,8 @@ _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
 """What logs the curves of a step, and what ends the tracker."""
 
 
-def _start_tensorboard(folder: Path, config: JsonObject, steps_done: int) -> _Client:
-    del config
-    board = SummaryWriter(
-        str(folder / TENSORBOARD), purge_step=steps_done + 1 if steps_done else 0
-    )
+def _start_tensorboard(folder: Path, first_step: int) -> _Client:
+    board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
 
     def log(numbers: Numbers, step: int) -> None:
         for tag, value in numbers.items():
@@ -91,8 +86,7 @@ def _start_tensorboard(folder: Path, config: JsonObject, steps_done: int) -> _Cl
     return log, board.close
 
 
-def _start_wandb(folder: Path, config: JsonObject, steps_done: int) -> _Client:
-    del steps_done
+def _start_wandb(folder: Path, config: JsonObject) -> _Client:
     import wandb
 
     run = wandb.init(

@@ -38,10 +38,11 @@ def metrics(step, loss=2.0, **more):
     }  # fmt: skip
 
 
-def board_log(folder, start_step=0, **options):
+def board_log(folder, start_step=0, pending=()):
     """The log of a run with TensorBoard."""
-    board = Tracker("tensorboard", folder, {}, start_step, [])
-    return MetricsLog(folder, 9, True, start_step, [board], **options)
+    first_step = start_step + 1 if start_step and not pending else start_step
+    board = Tracker("tensorboard", folder, {}, first_step, [])
+    return MetricsLog(folder, 9, True, start_step, [board], pending)
 
 
 def test_a_row_is_in_the_file_at_once(tmp_path):
@@ -180,6 +181,11 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
         {"step": 2, "merge": {"cycle": 0}},
         {"step": 2, "eval": {"held": 3.0}},
     ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag in board.Tags()["scalars"]:
+        steps = [2] if tag.startswith(("2_", "4_")) else [1, 2]
+        assert [event.step for event in board.Scalars(tag)] == steps, tag
+    assert len(board.Tags()["scalars"]) == 12
 
 
 def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
