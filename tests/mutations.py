@@ -74,8 +74,8 @@ adapters/ops/linear.py | adapters/ops/test_linear.py
 
 # a pass beside training reads its rows as the batch before it
 train/beside.py | train/test_beside_training.py
--domains_of(model).using(domain),
-+nullcontext(),
+-domains_of(model).using(domain)
++nullcontext()
 
 # evaluations drop out
 train/beside.py | train/test_beside_training.py
@@ -99,8 +99,8 @@ train/run.py | checkpoint/test_resume_checks.py
 
 # a step may be saved after a later one
 train/run.py | train/test_run_calls.py
--max(least, self.state.step)
-+least
+-max(earliest, self.state.step)
++earliest
 
 # True is a number
 common/errors.py | common/test_errors.py
@@ -186,8 +186,8 @@ train/trainer.py | train/test_beside.py
 
 # a merge may come between a backward pass and its step
 train/run.py | train/test_run_calls.py
--            or self._gradient_of == self.engine.micro_steps
-+
+-has_gradients = self._gradient_of == self.engine.micro_steps
++has_gradients = False
 
 # a request to stop is not heard
 train/trainer.py | runtime/test_signals.py
@@ -211,10 +211,8 @@ data/stream_source.py | data/test_stream.py
 
 # Muon's learning rate is ignored
 config/training.py | config/test_settings.py
--            MUON_LEARNING_RATE
--            if self.optimizer
-+            ADAMW_LEARNING_RATE
-+            if self.optimizer
+-return MUON_LEARNING_RATE if
++return ADAMW_LEARNING_RATE if
 
 # a stale copy of a tied weight is exported
 deploy/onto.py | deploy/test_export.py
@@ -356,8 +354,8 @@ engine/shards.py | engine/test_shards.py
 
 # secrets of the DeepSpeed file are written
 train/run_file.py | train/test_run_file.py
--masked(value) if name == "deepspeed" else value
-+value
+-= masked(facts["deepspeed"])
++= facts["deepspeed"]
 
 # an own base is private whatever the umask is
 models/base.py | train/test_output_run.py
@@ -391,13 +389,13 @@ common/files.py | common/test_files.py
 
 # an input inside the output folder is taken
 train/inputs.py | train/test_inputs.py
--output == real or output in real.parents for output in outputs
+-path in outputs for path in (real, *real.parents)
 +False for output in outputs
 
 # a folder with names of a run and no run is taken
 train/output_folder.py | train/test_output_folder.py
--    if present and not (
-+    if present and (
+-if present and not has_run:
++if present and has_run:
 
 # a model folder that one node does not have is waited for
 models/load.py | train/test_agreement.py

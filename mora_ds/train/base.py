@@ -1,5 +1,6 @@
-"""The base model of a run: which folder it comes from, its config, whether it is on the
-device or in host memory, and its complete weights on this process."""
+"""The base model of a run: its folder, its config, its complete weights on this process,
+and whether they are on the device or in host memory.
+"""
 
 import logging
 from collections.abc import Callable
@@ -51,7 +52,8 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
         folder = resolve_folder(model.model_name_or_path, start.ranks)
         config = folder_config(folder, model.trust_remote_code)
     if is_quantized(config):
-        del config.quantization_config  # what is computed with is not
+        # The run computes with the dequantized weights.
+        del config.quantization_config
     set_rope(config, model.rope, model.trust_remote_code)
     start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
@@ -65,8 +67,8 @@ def prepare_base(
     dtype: torch.dtype,
     start: Start,
 ) -> LoadedBase:
-    """Load the complete base on this process, from `folder`, dequantized once where it is quantized, or created from
-    --model_config. Collective."""
+    """Load the complete base on this process: from `folder`, dequantized once where it is
+    quantized, or created from --model_config. Collective."""
     base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
@@ -100,39 +102,36 @@ def prepare_base(
 def settle_base_device(
     arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks
 ) -> Arguments:
-    """The arguments with "device" or "host" in place of "auto". Collective.
-
-    Raises `UserError` for --base_device host where the model's decoder layers are not
-    found, and where a node has too little memory for them.
-    """
+    """The arguments with "device" or "host" in place of "auto". Collective. Raises
+    `UserError` for --base_device host where the model's decoder layers are not found, and
+    where a node has too little memory for them."""
     training = arguments.training
 
     def planner() -> Planner:
         return planner_of(arguments, config, ds_config, ranks.world)
 
-    wanted = BaseDevice(training.base_device)
-    if wanted is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
-        wanted = BaseDevice.DEVICE
-    if wanted is BaseDevice.AUTO:
-        wanted = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
-    if wanted is BaseDevice.HOST:
-        needed = ranks.on_first(
-            "decoder layers", lambda: planner().streamed().total, long=True
-        )
+    def layer_bytes() -> int:
+        return planner().streamed().total
+
+    device = BaseDevice(training.base_device)
+    if device is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
+        device = BaseDevice.DEVICE
+    if device is BaseDevice.AUTO:
+        device = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
+    if device is BaseDevice.HOST:
+        needed = ranks.on_first("decoder layers", layer_bytes, long=True)
         ranks.agree(
-            "host memory for the base",
-            lambda: check_host_memory(needed, free_bytes()[0]),
+            "host memory for the base", lambda: check_host_memory(needed, free_bytes()[0])
         )
+        size = size_text(needed)
         logger.info(
-            f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer"
+            f"frozen base: {size} in host memory, copied to the device layer by layer"
         )
-    return replace(arguments, training=replace(training, base_device=wanted.value))
+    return replace(arguments, training=replace(training, base_device=device.value))
 
 
 def check_host_memory(needed: int, free: int) -> None:
-    """Raises `UserError` where a node's `free` memory does not hold the `needed` bytes of
-    frozen weights.
-    """
+    """Raise `UserError` where a node's `free` memory is less than the `needed` bytes."""
     if needed > free:
         raise UserError(
             f"--base_device host: the frozen weights take {size_text(needed)} of a node's memory, and "
@@ -149,12 +148,10 @@ def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
         if placed is planner:
             return BaseDevice.DEVICE
         placed.streamed()
-    # A plan is advice: a model that cannot be planned may well run
+    # A plan is advice: a model that cannot be planned may well run.
     except Exception as error:
-        logger.warning(
-            "--base_device auto: device, as this run cannot be planned: %s",
-            reason(error),
-        )
+        why = reason(error)
+        logger.warning(f"--base_device auto: device, as this run cannot be planned: {why}")
         return BaseDevice.DEVICE
     logger.info("--base_device auto: host, as the run does not fit otherwise")
     return BaseDevice.HOST

@@ -1,5 +1,5 @@
-"""What of a run is not training: forward passes of evaluations, tasks, probes and checks,
-and what must not cost it.
+"""What stands beside training: forward passes of evaluations, tasks, probes and checks, and
+failures that must not cost the run.
 """
 
 import logging
@@ -18,12 +18,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def going_on(what: str, failures: list[str]) -> Iterator[None]:
-    """A context for what stands beside training: where it fails, `failures` gets a line,
-    and the run goes on.
-    """
+    """A context in which a failure gives `failures` a line, and the run goes on."""
     try:
         yield
-    except BESIDE as error:  # packages of others raise what they like
+    # Packages of others raise what they like.
+    except BESIDE as error:
         failures.append(f"{what}: {reason(error)}")
         logger.error(f"{failures[-1]}. Training goes on")
 
@@ -42,12 +41,9 @@ def beside_training(
     model = getattr(engine, "module", engine)
     was_training = model.training
     model.eval()
+    rows = whole_rows(model) if whole else nullcontext()
     try:
-        with (
-            torch.no_grad(),
-            domains_of(model).using(domain),
-            whole_rows(model) if whole else nullcontext(),
-        ):
+        with torch.no_grad(), domains_of(model).using(domain), rows:
             yield
     finally:
         model.train(was_training)

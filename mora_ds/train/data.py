@@ -1,6 +1,4 @@
-"""The data of a run: files -> tokenizer -> token caches or streams -> packed training data
-and evaluation sets.
-"""
+"""The data of a run: files -> tokenizer -> token caches or streams -> packed sequences."""
 
 import hashlib
 import json
@@ -11,15 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.mixture import (
-    HELD_OUT,
-    PLAIN,
-    MixturePlan,
-    SourcePlan,
-    mixture_plan,
-)
+from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
     AUTO,
@@ -77,13 +70,7 @@ def load_data(
     ranks = start.ranks
     corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
-    first, *remaining = corpora.values()
-    joined = replace(
-        first,
-        members=first.members
-        + tuple(member for corpus in remaining for member in corpus.members),
-    )
-    tokenizer = settle_tokenizer(model, model_folder, model_config, joined, start)
+    tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info(
             "nothing stands before a document, as this tokenizer has it: --document_start names a token for it"
@@ -104,16 +91,12 @@ def load_data(
     train.check_batch_size()
     _log_mixture(plan, train)
     packed = {name: tokenization.pack(corpus) for name, corpus in evaluation.items()}
-    ranks.same(
-        "tokenizer and text",
-        {
-            "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
-            "training text": train.identity,
-            "evaluation sets": [
-                (name, dataset.content_id) for name, dataset in packed.items()
-            ],
-        },
-    )
+    facts = {
+        "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
+        "training text": train.identity,
+        "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
+    }
+    ranks.same("tokenizer and text", facts)
     return RunData(tokenizer, train, packed)
 
 
@@ -132,22 +115,15 @@ def fill_token_cache(
             "--train_tokenizer_vocab: the run trains its tokenizer when it starts; name one with --tokenizer_name"
         )
     plan = mixture_plan(data)
-    streamed = {source.name for source in plan.sources if source.streaming}
     corpora, evaluation = _text(data, plan)
     tokenizer = load_named_tokenizer(model, model.model_name_or_path)
-    cached = [(name, corpus) for name, corpus in corpora.items() if name not in streamed]
-    caches = []
-    for name, corpus in [*cached, *evaluation.items()]:
-        cache = build_cache(
-            corpus,
-            tokenizer,
-            _cache_folder(data),
-            document_start=data.document_start,
-            num_proc=data.preprocessing_workers,
-            progress=progress,
-        )
-        caches.append((name, cache))
-    return caches
+    corpora = {
+        source.name: corpora[source.name] for source in plan.sources if not source.streaming
+    }
+    return [
+        (name, _cached(corpus, tokenizer, data, progress))
+        for name, corpus in [*corpora.items(), *evaluation.items()]
+    ]
 
 
 # -- sources and evaluation sets ---------------------------------------------------------------------------------------
@@ -155,44 +131,37 @@ def fill_token_cache(
 
 def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
     """The corpus of every source, without the documents that are held out of training, and
-    of every evaluation set.
-    """
+    of every evaluation set, one of which each source holds out."""
     corpora = _sources(data, plan)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
         for name, path in data.named_eval_files()
     }
-    held_out: Corpora = {}
-    if data.held_out_share:  # one evaluation set per source
-        held_out_only = DocumentFilter(data.held_out_share, takes_held_out=True)
-        for name, corpus in corpora.items():
-            set_name = HELD_OUT if len(corpora) == 1 else f"{HELD_OUT}_{name}"
-            held_out[set_name] = replace(corpus, keep=held_out_only)
-    if duplicates := sorted(set(held_out) & set(evaluation)):
-        raise UserError(
-            f"{EVAL_FLAG}: {duplicates[0]} is the name of what --held_out_share holds out; choose another name"
-        )
-    if data.held_out_share:
-        trained = DocumentFilter(data.held_out_share)
-        corpora = {name: replace(corpus, keep=trained) for name, corpus in corpora.items()}
-    return corpora, {**evaluation, **held_out}
+    if not data.held_out_share:
+        return corpora, evaluation
+    trained = DocumentFilter(data.held_out_share)
+    held_out = DocumentFilter(data.held_out_share, takes_held_out=True)
+    for name, corpus in corpora.items():
+        set_name = HELD_OUT if len(corpora) == 1 else f"{HELD_OUT}_{name}"
+        if set_name in evaluation:
+            raise UserError(
+                f"{EVAL_FLAG}: {set_name} is the name of what --held_out_share holds out; choose another name"
+            )
+        evaluation[set_name] = replace(corpus, keep=held_out)
+    return {name: replace(corpora[name], keep=trained) for name in corpora}, evaluation
 
 
 def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
-    """The corpus of every source by its name. Raises `UserError` naming one that is missing
-    or empty.
-    """
+    """The corpus of every source. Raises `UserError` naming one that is missing or empty."""
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     corpora = {}
     for source in plan.sources:
-        flag = source.flag if is_plain else f"source {source.name!r}"
-        column = source.text_column or data.text_column
         corpora[source.name] = load_corpus(
             source.files,
             dataset_name=source.dataset,
             streaming=source.streaming,
-            text_column=column,
-            flag=flag,
+            text_column=source.text_column or data.text_column,
+            flag=source.flag if is_plain else f"source {source.name!r}",
         )
     return corpora
 
@@ -218,27 +187,19 @@ class _Tokenization:
     ranks: Ranks
 
     def cache(self, corpus: Corpus) -> TokenCache:
-        """The tokens of a corpus, from the cache folder or made now by the first process of
-        each node.
-        """
+        """The tokens of a corpus. The first process of each node makes those that its cache
+        folder lacks."""
+        name = f"token cache of {corpus.flag}"
 
         def build() -> TokenCache:
-            return build_cache(
-                corpus,
-                self.tokenizer,
-                _cache_folder(self.data),
-                document_start=self.data.document_start,
-                num_proc=self.data.preprocessing_workers,
-                progress=self.ranks.is_first,
-            )
+            return _cached(corpus, self.tokenizer, self.data, self.ranks.is_first)
 
-        name = f"token cache of {corpus.flag}"
-        self.ranks.agree(
-            f"building of the {name}",
-            lambda: build() if self.ranks.is_local_first else None,
-            long=True,
-        )
-        return self.ranks.agree(name, build)  # which is there now
+        def build_first() -> None:
+            if self.ranks.is_local_first:
+                build()
+
+        self.ranks.agree(f"building of the {name}", build_first, long=True)
+        return self.ranks.agree(name, build)
 
     def pack(self, corpus: Corpus, seed: int | str = 0) -> PackedDataset:
         return PackedDataset(
@@ -249,24 +210,18 @@ class _Tokenization:
         """A training source that is tokenized while training."""
         data = self.data
         encoder = Encoder.of(self.tokenizer, data.document_start)
-        facts = {
-            "files": [
-                (Path(member.label).name, member.size_bytes()) for member in corpus.members
-            ],
+        files = [
+            (Path(member.label).name, member.size_bytes()) for member in corpus.members
+        ]
+        facts: JsonObject = {
+            "files": files,
             "text_column": corpus.text_column,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **(
-                {}
-                if encoder.start_id == start_id(self.tokenizer)
-                else {"start": encoder.start_id}
-            ),
         }
-        identity = {
-            "text": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[
-                :32
-            ],
-            "shuffle_buffer": data.shuffle_buffer,
-        }
+        if encoder.start_id != start_id(self.tokenizer):
+            facts["start"] = encoder.start_id
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        identity = {"text": digest[:32], "shuffle_buffer": data.shuffle_buffer}
         documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
         stream = StreamSource(
             documents,
@@ -277,36 +232,37 @@ class _Tokenization:
             share=self.ranks,
             ranks=self.ranks.world,
         )
-        # A source without text must not end a run that has begun.
-        self.ranks.on_first(
-            f"start of source {source.name!r}", lambda: bool(stream.probe(0)), long=True
-        )
+        # A source without text must not end a run that has begun: it is read once here.
+        check = f"start of source {source.name!r}"
+        self.ranks.on_first(check, lambda: bool(stream.probe(0)), long=True)
         return stream
 
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
     if plan.is_plain:
         return
-    for index, (name, source) in enumerate(
-        zip(mixture.names, mixture.sources, strict=True)
-    ):
-        weights = ", ".join(
-            f"{weights[index]:g} from step {step}" for step, weights in plan.phases
-        )
-        size = (
-            "a stream"
-            if source.n_blocks is None
-            else f"{source.n_blocks:,} sequences an epoch"
-        )
-        logger.info(f"source {name}: weight {weights}; {size}")
+    for index, source in enumerate(mixture.sources):
+        phases = [f"{weights[index]:g} from step {step}" for step, weights in plan.phases]
+        size = "a stream"
+        if source.n_blocks is not None:
+            size = f"{source.n_blocks:,} sequences an epoch"
+        logger.info(f"source {mixture.names[index]}: weight {', '.join(phases)}; {size}")
 
 
-def _cache_folder(data: DataArguments) -> Path:
-    """The folder of the token cache (--cache_dir)."""
+def _cached(
+    corpus: Corpus, tokenizer: Any, data: DataArguments, progress: bool
+) -> TokenCache:
+    """The tokens of a corpus, from the token cache (--cache_dir) or made now."""
     if data.cache_dir is not None:
-        return expanded(data.cache_dir, "--cache_dir")
-    return (
-        expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME")
-        / "mora_ds"
-        / "tokens"
+        folder = expanded(data.cache_dir, "--cache_dir")
+    else:
+        users = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME")
+        folder = users / "mora_ds" / "tokens"
+    return build_cache(
+        corpus,
+        tokenizer,
+        folder,
+        document_start=data.document_start,
+        num_proc=data.preprocessing_workers,
+        progress=progress,
     )

@@ -1,11 +1,12 @@
-"""The demo, which runs when neither a model nor text is named. It needs no network, only
-the text of Python itself.
+"""The demo, which runs when neither a model nor text is named.
 
-prose (language reference, docstrings) + code (the standard library)      written from the running Python
--> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
--> continued on the code with embeddings, and merges                      the main job, the same as on 64 GPUs
-   (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
--> a table: what was learned, what was forgotten, what was communicated
+    prose (language reference, docstrings) + code (the standard library)      written from the running Python
+    -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
+    -> continued on the code with embeddings, and merges                      the main job, the same as on 64 GPUs
+       (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
+    -> a table: what was learned, what was forgotten, what was communicated
+
+It needs no network, only the text of Python itself.
 """
 
 import logging
@@ -17,7 +18,7 @@ from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
-from mora_ds.config.arguments import Arguments, from_flat, with_flags
+from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import (
@@ -78,9 +79,7 @@ RECIPE: Settings = {
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }
-"""What configs/recipes/continual_embeddings.yaml adds, with the learning rates of a model
-this small.
-"""
+"""What configs/recipes/continual_embeddings.yaml adds, with the rates of a small model."""
 REPLAY = 0.1
 """Share of every batch that is old text."""
 ROWS_PER_STEP = 8
@@ -89,31 +88,25 @@ ROWS_PER_STEP = 8
 
 def run_demo(arguments: Arguments) -> None:
     """Run the demo on all processes. Flags that the user gave hold for its second part, the
-    main job.
-
-    Raises `UserError` as `pretrain` does, and where this Python comes without its own
-    sources.
-    """
+    main job. Raises `UserError` as `pretrain` does, and where this Python comes without its
+    own sources."""
     training = arguments.training
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
         ranks = start_processes(arguments)
-        # Its errors come before anything is written
+        # The settings of the main job are checked before anything is written.
         job = _continue_arguments(arguments, paths, ranks.world)
     sharded = None
-    try:  # what is made for the main job goes again where that does not begin
+    try:
         ranks.on_first(
-            "files of the demo",
-            lambda: _prepare(job.training, folder, paths),
-            long=True,
+            "files of the demo", lambda: _prepare(job.training, folder, paths), long=True
         )
         if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
-            rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
-            warm = {
-                **warm_start_settings(paths, rows, training.seed),
-                "deepspeed": training.deepspeed,
-            }
+            replicas = ranks.world // training.sequence_parallel_size
+            rows = max(1, ROWS_PER_STEP // replicas)
+            warm = warm_start_settings(paths, rows, training.seed)
+            warm["deepspeed"] = training.deepspeed
             warm["sequence_parallel_size"] = training.sequence_parallel_size
             warm["attn_implementation"] = arguments.model.attn_implementation
             logger.info(
@@ -124,6 +117,7 @@ def run_demo(arguments: Arguments) -> None:
             "\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU"
         )
         summary = pretrain(job)
+    # What is made for the main job goes again where that does not begin.
     except BaseException:
         if ranks.is_first:
             give_up(folder)
@@ -141,12 +135,12 @@ class DemoPaths:
         self.corpus = root / "corpus"
         self.tokens = root / "tokens"
         self.start = root / "start"
+        """The untrained model."""
         self.warm = root / "warm_start" / MERGED_FOLDER
-        """The untrained model, and what the warm start makes of it."""
-        evaluation = (("prose", "general"), ("code", "domain"))
-        self.eval_files = [
-            f"{name}={self.corpus / f'{text}_eval.jsonl'}" for name, text in evaluation
-        ]
+        """What the warm start makes of it."""
+        prose = self.corpus / "general_eval.jsonl"
+        code = self.corpus / "domain_eval.jsonl"
+        self.eval_files = [f"prose={prose}", f"code={code}"]
 
     def train_files(self, text: str) -> list[str]:
         """`text`: general (prose) or domain (code)."""
@@ -155,8 +149,7 @@ class DemoPaths:
 
 def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
     """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per
-    process and step.
-    """
+    process and step."""
     return {
         **WARM_START,
         "per_device_train_batch_size": rows,
@@ -171,9 +164,8 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
 
 
 def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
-    """Reserve the folder, and write corpora, tokenizer and untrained model, unless a
-    resumed run has them already.
-    """
+    """Reserve the folder, and write corpora, tokenizer and untrained model, which a resumed
+    run has already."""
     resumes = training.resume_from_checkpoint is not None
     reserve(folder).prepare(training.overwrite_output_dir, resumes, training.export_merged)
     logger.info(
@@ -184,40 +176,26 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
     if not paths.root.exists():
         write_inputs(paths, training.seed)
     elif not paths.warm.is_dir():
-        raise UserError(
-            f"{paths.warm} is missing, with which the demo began: start it anew with --overwrite_output_dir"
-        )
+        advice = "start it anew with --overwrite_output_dir"
+        raise UserError(f"{paths.warm} is missing, with which the demo began: {advice}")
 
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
-    """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into
-    a new folder.
-    """
-    write_demo_corpus(
-        paths.corpus,
-        general_bytes=PROSE_BYTES,
-        domain_bytes=CODE_BYTES,
-        eval_bytes=EVAL_BYTES,
-    )
-    corpus = load_corpus(
-        [str(paths.corpus / f"{kind}_train.jsonl") for kind in ("general", "domain")]
-    )
-    tokenizer = load_tokenizer(
-        train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER)
-    )
+    """Write corpora, a tokenizer and an untrained model of this config into a new folder."""
+    write_demo_corpus(paths.corpus, PROSE_BYTES, CODE_BYTES, EVAL_BYTES)
+    corpus = load_corpus([*paths.train_files("general"), *paths.train_files("domain")])
+    folder = train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER)
+    tokenizer = load_tokenizer(folder)
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user gave.
-    Raises `UserError`.
-    """
-    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
+    Raises `UserError`."""
     user_settings = {
-        key: value
-        for group in groups
-        for key, value in vars(group).items()
-        if key in arguments.set_by_user
+        name: value
+        for name, value in dump(arguments).items()
+        if name in arguments.set_by_user
     }
     replicas = max(1, world // arguments.training.ranks_per_replica)
     settings = {
@@ -229,11 +207,9 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "cache_dir": str(paths.tokens),
     }
     # The recipe's learning rates are those of MoRA matrices under Muon.
-    is_recipe = (
-        arguments.adapter.adapter == AdapterKind.MORA.value
-        and "optimizer" not in arguments.set_by_user
-    )
-    if is_recipe and not arguments.research:
+    is_mora = arguments.adapter.adapter == AdapterKind.MORA.value
+    chooses_optimizer = "optimizer" in arguments.set_by_user
+    if is_mora and not chooses_optimizer and not arguments.research:
         (text,) = paths.train_files("general")
         recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
         job = with_flags(recipe, user_settings)
@@ -257,25 +233,22 @@ def _check(job: Arguments, world: int) -> None:
 
 def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:
     """Log the results as a table. `sharded`: the summary of the warm start, whose base was
-    sharded.
-    """
+    sharded."""
     before = summary["perplexity_before"]
-    percent = 100 * summary["trainable_params"] / summary["total_params"]
     volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is not None:
-        volume += (
-            f" (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
-        )
+        with_base = sharded["bytes_gathered_per_step"] / 1e6
+        volume += f" (with the base sharded: {with_base:.2f} MB)"
     logger.info(f"\n{'':<24}{'before':>12}{'after':>12}{'change':>10}")
-    for name, value in summary["perplexity_after"].items():
+    for name, after in summary["perplexity_after"].items():
         start = before.get(name, float("nan"))
-        logger.info(
-            f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%"
-        )
-    logger.info(
-        f"{'trained':<24}{summary['trainable_params']:,} of {summary['total_params']:,} ({percent:.2f}%), "
-        f"{summary['merges']} merges in {summary['steps']} steps"
-    )
+        percent = 100 * (after / start - 1)
+        label = f"perplexity on {name}"
+        logger.info(f"{label:<24}{start:>12.2f}{after:>12.2f}{percent:>+9.1f}%")
+    parameters = f"{summary['trainable_params']:,} of {summary['total_params']:,}"
+    share = summary["trainable_params"] / summary["total_params"]
+    merges = f"{summary['merges']} merges in {summary['steps']} steps"
+    logger.info(f"{'trained':<24}{parameters} ({share:.2%}), {merges}")
     logger.info(f"{'all-gather a step':<24}{volume}")
     logger.info(
         f"{'bytes of the base':<24}{summary['base_bytes_gathered']} in all collectives of the run"

@@ -1,8 +1,7 @@
-"""--dry_run: what each process would compute, store and send, from the flags and the
-model's config alone.
+"""--dry_run: what each process would compute, store and send.
 
-Every process may call it, and needs no other; rank 0 prints. It reads no weights and no
-text and writes no file.
+It comes from the flags and the model's config alone, reads no weights and no text, and
+writes no file. Every process may call it, and needs no other; rank 0 prints.
 """
 
 import os
@@ -44,9 +43,8 @@ def dry_run(arguments: Arguments) -> None:
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")) == 0:
         print(*layers, report(plan), sep="\n")
-        print(
-            f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was"
-        )
+        folder = Path(arguments.training.output_dir)
+        print(f"dry run: nothing trained, {folder} is as it was")
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
@@ -78,9 +76,8 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
 
 
 def implementation_of(model: ModelArguments, config: Any) -> str | None:
-    """The name in transformers of the attention of a run on a model of this config; None
-    for transformers' default.
-    """
+    """The name of the attention with which a run on this config computes; None for
+    transformers' default."""
     if model.implementation is None and why_dense(config, None) is None:
         return NAME
     return model.implementation
@@ -114,9 +111,8 @@ def planner_of(
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     cluster = Cluster(world, local, device.memory_bytes())
-    return Planner(
-        work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu()
-    )
+    micro_batches = training.gradient_accumulation_steps
+    return Planner(work, cluster, ds_config, micro_batches, device.is_cpu())
 
 
 def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
@@ -129,9 +125,8 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)
-    return replace(
-        config, new_rows_from=first_new_row(path if path.is_dir() else path.parent)
-    )
+    folder = path if path.is_dir() else path.parent
+    return replace(config, new_rows_from=first_new_row(folder))
 
 
 @named_as_flags(**FLAGS)

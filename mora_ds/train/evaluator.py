@@ -1,6 +1,4 @@
-"""Evaluation during a run: the perplexity of every evaluation set, the best checkpoint, and
-forgetting.
-"""
+"""Evaluation during a run: perplexities, tasks, the best checkpoint, and forgetting."""
 
 import logging
 import sys
@@ -20,9 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates the model of one engine on all evaluation sets, and keeps the results in
-    the run's state.
-    """
+    """Evaluates a run's model on all evaluation sets, and puts the results into its state."""
 
     def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
         training = job.arguments.training
@@ -35,26 +31,24 @@ class Evaluator:
         self.watch = Watch.of(training.stop_when_forgotten, training.best_by)
         self.tasks: TaskSuite | None = None
         if training.eval_tasks:
+            tokenizer = job.data.tokenizer
             batch_size = training.per_device_eval_batch_size
-            self.tasks = TaskSuite(
-                training.eval_tasks, replica, job.data.tokenizer, batch_size
-            )
+            self.tasks = TaskSuite(training.eval_tasks, replica, tokenizer, batch_size)
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective;
-        `before_batch` is called too.
-        """
+        `before_batch` is called too."""
         step = self.state.step
         perplexities = {}
         for name, data in self.sets.items():
-            nll = self.replica.mean_nll(
-                self._batches(data, before_batch), self.hooks.domain_of(name)
-            )
+            batches = self._batches(data, before_batch)
+            nll = self.replica.mean_nll(batches, self.hooks.domain_of(name))
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
         tasks = self.tasks if self._tasks_are_due else None
         if tasks is not None:
-            # Before anything is logged, as it may end the run, which then evaluates again
+            # This may end the run, which then evaluates again when it is resumed: so it
+            # comes before anything is logged.
             before_batch()
         if perplexities:
             # The first evaluation is what the others are compared with: its own change of 0
@@ -65,11 +59,8 @@ class Evaluator:
         self.state.perplexity_last = perplexities
         self.state.evaluation_pending = False
         score = self.watch.score({**perplexities, **costs})
-        if (
-            score is not None
-            and step > 0
-            and (self.state.best_score is None or score < self.state.best_score)
-        ):
+        best = self.state.best_score
+        if score is not None and step > 0 and (best is None or score < best):
             self.state.best_step = step
             self.state.best_score = score
             logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
@@ -77,9 +68,7 @@ class Evaluator:
 
     @property
     def forgotten(self) -> str | None:
-        """Why the run has to end after the last evaluation, by --stop_when_forgotten; None
-        where it goes on.
-        """
+        """Why --stop_when_forgotten ends the run after the last evaluation, if it does."""
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
         now = {**state.perplexity_last, **state.task_costs_last}
@@ -96,15 +85,12 @@ class Evaluator:
         """{task: cost}, also in the run's state. Collective."""
         state = self.state
         results = tasks.evaluate()
+        metrics = {name: result.metrics for name, result in results.items()}
         costs = {name: result.cost for name, result in results.items()}
-        self.log.record(
-            "tasks", state.step, {name: result.metrics for name, result in results.items()}
-        )
-        for name, result in results.items():
-            values = "  ".join(
-                f"{metric} {value:.4f}" for metric, value in result.metrics.items()
-            )
-            logger.info(f"step {state.step}  {name}  {values}")
+        self.log.record("tasks", state.step, metrics)
+        for name, values in metrics.items():
+            cells = [f"{metric} {value:.4f}" for metric, value in values.items()]
+            logger.info("  ".join([f"step {state.step}", name, *cells]))
         if state.step == 0:
             state.task_costs_before = costs
         state.task_costs_last = costs
@@ -117,13 +103,13 @@ class Evaluator:
         index = self.replica.index
         count = self.replica.count
         limit = self.training.max_eval_batches or sys.maxsize
-        for round_, batch in enumerate(
-            data.eval_batches(index, count, self.training.per_device_eval_batch_size)
-        ):
+        batches = data.eval_batches(index, count, self.training.per_device_eval_batch_size)
+        for round_, batch in enumerate(batches):
             if round_ * count >= limit:
                 break
             before_batch()
-            # The limit counts batches over all replicas
+            # The limit counts the batches of all replicas: in its last round some of them
+            # compute a batch that counts for nothing.
             if round_ * count + index >= limit:
                 batch["labels"].fill_(IGNORED)
             yield batch

@@ -19,9 +19,7 @@ from mora_ds.runtime.ranks import Ranks
 
 
 class Hooks:
-    """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those
-    of one with it.
-    """
+    """The hooks of a run without a block `research:`; `mora_ds.research` derives its own."""
 
     term: Any = None
     """A term of the loss that is not part of the reported loss, where there is one: its
@@ -33,9 +31,8 @@ class Hooks:
         yield from ()
 
     def read_files(self, ranks: Ranks) -> None:
-        """Read what may lie in the output folder, before that is touched. Collective.
-        Raises `UserError`.
-        """
+        """Read files which may lie in the output folder, before that is touched.
+        Collective. Raises `UserError`."""
 
     def plan(
         self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks
@@ -49,9 +46,7 @@ class Hooks:
         return config
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint for its loss to be the same
-        function.
-        """
+        """What a resumed run must share with its checkpoint, for the same loss."""
         return {}
 
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
@@ -69,9 +64,7 @@ class Hooks:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the merged models that the run stands for; empty for one model without a
-        name.
-        """
+        """Names of the merged models of the run; empty for one model without a name."""
         return ()
 
     @property
@@ -81,9 +74,7 @@ class Hooks:
         return None
 
     def domain_of(self, name: str) -> str | None:
-        """The domain as which the evaluation set of this name is read; None for the shared
-        matrices alone.
-        """
+        """The domain as which an evaluation set is read; None: by the shared matrices."""
         return None
 
 

@@ -19,7 +19,6 @@ from mora_ds.train.tasks import is_task_file
 _READABLE = (BASE_FOLDER, DEMO)
 """What a resumed run has made and will not replace."""
 
-
 _OF_TEXT = ("--train_files", "--replay", "--eval_files", "--dataset_name")
 """Flags whose folders are searched for text: the output folder must not lie in them."""
 
@@ -31,18 +30,20 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     file (a hard link) is safe, as a run replaces files and writes into none. A resumed run
     may read what it has made and will not replace.
     """
-    resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
-    # The demo reserves it for its main job
-    readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()
+    readable: tuple[str, ...] = ()
+    if arguments.training.resume_from_checkpoint is not None and holds_run(folder):
+        readable = _READABLE
+    # The demo has reserved the folder of its main job, and written what that one reads.
+    elif is_reserved(folder):
+        readable = (DEMO,)
     outputs = [folder.resolve() / name for name in NAMES if name not in readable]
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
     for flag, named in inputs_of(arguments):
-        # Which follows a loop of links as far as it goes
+        # `realpath` follows a loop of links as far as it goes, where `resolve` raises.
         real = Path(os.path.realpath(named))
+        is_output = any(path in outputs for path in (real, *real.parents))
         holds_output = flag in _OF_TEXT and real in folder.resolve().parents
-        if holds_output or any(
-            output == real or output in real.parents for output in outputs
-        ):
+        if is_output or holds_output:
             raise UserError(
                 f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
                 "copy elsewhere, or another --output_dir"
@@ -50,9 +51,7 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
 
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
-    """(flag, path) of every file and folder that validated settings name; names on the Hub
-    are among them.
-    """
+    """(flag, path) of all that validated settings name: files, folders, names on the Hub."""
     model = arguments.model
     training = arguments.training
     named = [
@@ -66,19 +65,21 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
         *(("--eval_tasks", name) for name in training.eval_tasks if is_task_file(name)),
     ]
     for flag, name in named:
-        if name:
-            path = str(expanded(name, flag))
-            matches = (
-                glob.glob(path, recursive=True)
-                if glob.has_magic(path) and not os.path.exists(path)
-                else [path]
-            )
-            yield from ((flag, Path(match)) for match in matches)
+        if not name:
+            continue
+        path = str(expanded(name, flag))
+        matches = [path]
+        if glob.has_magic(path) and not os.path.exists(path):
+            matches = glob.glob(path, recursive=True)
+        for match in matches:
+            yield flag, Path(match)
 
 
 def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
     """The flags and patterns of all text."""
     yield "--mixture", data.mixture
     for source in mixture_plan(data).sources:
-        yield from ((source.flag, pattern) for pattern in (*source.files, source.dataset))
-    yield from (("--eval_files", pattern) for _, pattern in data.named_eval_files())
+        for pattern in (*source.files, source.dataset):
+            yield source.flag, pattern
+    for _, pattern in data.named_eval_files():
+        yield "--eval_files", pattern

@@ -24,6 +24,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
+from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
@@ -50,7 +51,7 @@ class Job:
     state: TrainerState
     """A new state, or that of the checkpoint which the run resumes from."""
     run: Run
-    """The merges and checkpoints; not of a job that is only evaluated."""
+    """Merges and checkpoints; there is none where nothing is trained."""
     trainable_parameters: int
     total_parameters: int
 
@@ -68,19 +69,13 @@ class Job:
         self.data = data
         self.start = start
         training = arguments.training
-        # What follows has collectives of its own
+        size = training.sequence_parallel_size
+        # What follows has collectives of its own, in which no rank may wait for one that
+        # has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
-        self.sequence = share_rows(
-            loaded.model, training.sequence_parallel_size, training.collective_timeout_s
-        )
+        self.sequence = share_rows(loaded.model, size, training.collective_timeout_s)
         if self.sequence is not None:
-            logger.info(
-                describe(
-                    loaded.model.config,
-                    training.sequence_parallel_size,
-                    data.train.seq_len,
-                )
-            )
+            logger.info(describe(loaded.model.config, size, data.train.seq_len))
         kind = arguments.adapter.adapter
         self.is_trained = kind != AdapterKind.NONE.value
         if not self.is_trained:
@@ -98,9 +93,8 @@ class Job:
         self.state = TrainerState()
         self.trainable_parameters = 0
         self.total_parameters = count_parameters(self.engine)
-        logger.info(
-            f"nothing is trained: all {self.total_parameters:,} parameters stay as they are"
-        )
+        parameters = f"all {self.total_parameters:,} parameters"
+        logger.info(f"nothing is trained: {parameters} stay as they are")
         self.engine.to(current_device()).requires_grad_(False)
 
     def _start_full_training(self) -> None:
@@ -114,9 +108,8 @@ class Job:
         start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=self.ds_config)
         self._seed_dropout()
-        self.state = start.state or TrainerState(
-            world_size=start.ranks.world, identity=identity
-        )
+        new_state = TrainerState(world_size=start.ranks.world, identity=identity)
+        self.state = start.state or new_state
         self.run = FullRun(
             self.engine,
             folder=start.folder,
@@ -156,7 +149,7 @@ class Job:
             async_save=training.async_save,
             keys=self.loaded.keys,
             identity=common,
-            tokenizer_folder=self.start.folder / TOKENIZER_FOLDER,
+            tokenizer_folder=start.folder / TOKENIZER_FOLDER,
             facts={"seq_len": self.data.train.seq_len},
             ranks=start.ranks,
             state=start.state,
@@ -166,13 +159,13 @@ class Job:
     # -- their steps ---------------------------------------------------------------------------------------------------
 
     def _common_identity(self) -> JsonObject:
-        """What a resumed run must share with its checkpoint, whatever it trains, to
-        continue its batches and loss.
-        """
+        """What a resumed run must share with its checkpoint, whatever it trains, to go on
+        with the same batches and loss."""
         adapter = self.arguments.adapter
         training = self.arguments.training
         data = self.data
-        return {
+        by_documents = attends_by_documents(self.loaded.model)
+        identity = {
             "model_config": config_digest(self.loaded.model.config),
             **data.train.identity,
             "seq_len": data.train.seq_len,
@@ -182,12 +175,13 @@ class Job:
             "merge_every": adapter.merge_every,
             **self.start.hooks.identity(),
             "dtype": compute_dtype(self.ds_config),
-            "attention": "documents"
-            if attends_by_documents(self.loaded.model)
-            else "dense",
-            **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
-            **(self.start.branch if training.decay_from is not None else {}),
+            "attention": "documents" if by_documents else "dense",
         }
+        if training.optimizer != OptimizerKind.ADAMW.value:
+            identity["optimizer"] = training.optimizer
+        if training.decay_from is not None:
+            identity |= self.start.branch
+        return identity
 
     def _check_checkpoint(self, identity: JsonObject) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
@@ -195,13 +189,11 @@ class Job:
             check_identity(self.start.checkpoint, self.start.state.identity, identity)
 
     def _seed_dropout(self) -> None:
-        """Give every replica its own dropout masks; a checkpoint restores its random states
-        afterwards.
-        """
+        """Give every replica dropout masks that no other has. A checkpoint that is resumed
+        restores its random states afterwards."""
         training = self.arguments.training
-        torch.manual_seed(
-            (training.seed << 16) + self.start.ranks.rank // training.ranks_per_replica
-        )
+        replica = self.start.ranks.rank // training.ranks_per_replica
+        torch.manual_seed((training.seed << 16) + replica)
 
     @property
     def _streams(self) -> bool:
@@ -218,9 +210,7 @@ class Job:
         return self.start.hooks.plan(config, loaded, self.start.ranks)
 
     def utilization(self, tokens_per_s: float) -> float | None:
-        """The share of its GPUs' peak that a run of so many tokens a second uses; None
-        where the peak is not known.
-        """
+        """The share of its GPUs' peak that so many tokens a second use, if that is known."""
         if self._peak_flops is None:
             return None
         return tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
@@ -232,15 +222,11 @@ class Job:
         self._peak_flops = None if dtype == "float32" else peak_flops(card)
         if card:
             self._token_flops = token_flops(self.loaded.model, self.data.train.seq_len)
-            unknown = f"no MFU, as its peak in {dtype} is not known"
-            peak = (
-                unknown
-                if self._peak_flops is None
-                else f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
-            )
-            logger.info(
-                f"model FLOPs: {self._token_flops / 1e9:,.2f} G a token; {card}: {peak}"
-            )
+            peak = f"no MFU, as its peak in {dtype} is not known"
+            if self._peak_flops is not None:
+                peak = f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
+            a_token = f"{self._token_flops / 1e9:,.2f} G a token"
+            logger.info(f"model FLOPs: {a_token}; {card}: {peak}")
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""

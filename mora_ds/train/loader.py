@@ -72,15 +72,17 @@ class BatchLoader:
         self._reads_together = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
-        self._ahead: tuple[int, Future[StepBatch]] | None = None
+        self._ahead: Future[StepBatch] | None = None
+        """The batch that `take` returns next, if reading it has begun."""
 
     def take(self, step: int) -> StepBatch:
         """The micro-batches of `step`, the number of steps done before it; raises what
         reading them has raised.
         """
-        if self._ahead is None or self._ahead[0] != step:  # the first step of this process
-            self._ahead = step, self._reader.submit(self._read, step)
-        batch = self._ahead[1].result()
+        if self._ahead is None:  # the first step of this process
+            self._begin(step)
+        assert self._ahead is not None, "there is a batch for every step of the run"
+        batch = self._ahead.result()
         self._ahead = None
         if not self._reads_together:
             self._begin(step + 1)
@@ -92,9 +94,9 @@ class BatchLoader:
         before is queued."""
         if self._ahead is None:
             self._begin(step)
-        if self._ahead is None or self._ahead[1].exception() is not None:
+        if self._ahead is None or self._ahead.exception() is not None:
             return 0
-        return labels_in(self._ahead[1].result())
+        return labels_in(self._ahead.result())
 
     def position(self, index: int) -> slice:
         """The rows of this replica's micro-batch `index` in a step's global batch."""
@@ -104,21 +106,19 @@ class BatchLoader:
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:
-            self._ahead = step, self._reader.submit(self._read, step)
+            self._ahead = self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> StepBatch:
-        # A new thread has device 0, and would make a context there
+        # A thread begins with device 0: pinning memory would make a context there.
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        return [
-            self._micro_batch(step, index)
-            for index in range(self.training.gradient_accumulation_steps)
-        ]
+        micro_batches = range(self.training.gradient_accumulation_steps)
+        return [self._micro_batch(step, index) for index in micro_batches]
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
         position = self.position(index)
         rows = self.replica.rows(self.data.batch(step, position))
-        # Numpy starts no threads of its own
+        # By numpy, since torch would start threads beside those that compute the step.
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()
         sources = self.data.sources_of(step, position) if len(self.data.names) > 1 else []
         if self._device.type == "cuda":
@@ -135,36 +135,30 @@ def labels_in(batch: StepBatch) -> int:
 
 
 class NotFinite(RunError):
-    """A loss or norm is NaN or infinite after training has begun; whoever knows the last
-    checkpoint adds it.
-    """
+    """A loss is NaN or infinite after training has begun. The trainer adds the last
+    checkpoint."""
 
 
 def require_finite(value: float, what: str, step: int) -> None:
-    """Raise `NotFinite` with the message `what`, or `RunError` where `step` is 0, if
-    `value` is NaN or infinite.
-    """
+    """Raise `NotFinite` with the message `what`, or `RunError` at step 0, for a NaN or
+    infinite value."""
     if math.isfinite(value):
         return
     if step == 0:
-        raise RunError(
-            f"{what}, before any training: the model itself is broken, or needs another dtype"
-        )
+        advice = "the model itself is broken, or needs another dtype"
+        raise RunError(f"{what}, before any training: {advice}")
     raise NotFinite(what)
 
 
 @dataclass
 class Replica:
-    """The replica that this process belongs to: its number, its rows of a batch, and sums
-    over all processes.
-    """
+    """The replica of this process: its number, its rows of a batch, and sums over all."""
 
     engine: zero.Engine
     processes_per_replica: int = 1
     sequence: SequenceParallel | None = None
-    """What gives this process its tokens of the replica's rows (--sequence_parallel_size);
-    None: it computes all.
-    """
+    """Gives this process its tokens of the replica's rows (--sequence_parallel_size); None:
+    it computes all of them."""
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()
@@ -177,13 +171,9 @@ class Replica:
         return batch if self.sequence is None else self.sequence.split(batch)
 
     def on_device(self, batch: Rows) -> Rows:
-        """The batch on the engine's device; where it is pinned, the host does not wait for
-        the copy.
-        """
+        """The batch on the engine's device. The host does not wait for a pinned one."""
         device = self.engine.device
-        return {
-            name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()
-        }
+        return {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""
@@ -201,15 +191,14 @@ class Replica:
         return nll, predicted
 
     def mean_nll(self, batches: Iterable[Rows], domain: str | None) -> float:
-        """Mean loss over all predicted tokens of all processes, which bring equally many
-        batches. Collective.
-        """
+        """Mean loss over all predicted tokens of all processes. Each brings the same number
+        of batches. Collective."""
         total = 0.0
         predicted = 0
         for batch in batches:
             nll, tokens = self.nll(batch, domain)
-            total = total + nll
-            predicted = predicted + tokens
+            total += nll
+            predicted += tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
     def replica_nll(self, batch: Rows, domain: str | None) -> float:

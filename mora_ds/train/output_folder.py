@@ -83,9 +83,8 @@ class Reservation:
             )
         owned = _present(self.folder, owned_by_run(self.folder))
         written = [name for name in NAMES if exports or name != MERGED_FOLDER]
-        if strange := [
-            name for name in _present(self.folder, written) if name not in owned
-        ]:
+        strange = [name for name in _present(self.folder, written) if name not in owned]
+        if strange:
             raise UserError(
                 f"--output_dir {self.folder} holds {', '.join(strange)}, which the run there has not made and this one "
                 "would replace: move it away, or choose another folder"
@@ -96,14 +95,8 @@ class Reservation:
             if is_run:
                 (self.folder / ASIDE).mkdir()
                 if resume:
-                    _copy_aside(
-                        self.folder,
-                        [
-                            name
-                            for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE)
-                            if name in owned
-                        ],
-                    )
+                    changed = (*_AT_START, LEDGER_FOLDER, RUN_FILE)
+                    _copy_aside(self.folder, [name for name in changed if name in owned])
                 else:
                     _set_aside(self.folder, owned)
             # What is there now is the earlier run's or the user's: the start-up makes none
@@ -158,9 +151,8 @@ def is_reserved(folder: Path) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """Bring a folder that this process has reserved back to how it was, and give the lock
-    up, of whichever rank.
-    """
+    """Bring a folder that this process has reserved back to how it was, and give up the
+    lock, which every rank has."""
     reservation = _open.get(folder.resolve())
     if reservation is not None:
         _undo(folder)
@@ -191,47 +183,36 @@ def leave(folder: Path) -> None:
 
 def names_of_run(folder: Path, exports: bool) -> list[str]:
     """What the run that begins in `folder` makes, and what it has written already where it
-    is resumed.
-
-    `exports`: whether it writes a merged model.
-    """
+    is resumed. `exports`: whether it writes a merged model."""
     optional = (*_AT_START, DEMO, MERGED_FOLDER)
-    written = {
-        *owned_by_run(folder),
-        *_present(folder, (*_AT_START, DEMO)),
-        *((MERGED_FOLDER,) if exports else ()),
-    }
+    written = [*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO))]
+    if exports:
+        written.append(MERGED_FOLDER)
     return [name for name in NAMES if name in written or name not in optional]
 
 
 def check_merged(folder: Path) -> None:
-    """Raise `UserError` where --export_merged would replace something that is no model, nor
-    a folder of models.
-    """
+    """Raise `UserError` where --export_merged would replace something that is neither a
+    model nor a folder of models."""
     if not os.path.lexists(folder):
         return
     models = [folder]
     if folder.is_dir() and not (folder / "config.json").is_file():
         models = list(folder.iterdir())  # one for each domain
-    if folder.is_symlink() or not all(
-        (model / "config.json").is_file() for model in models
-    ):
-        raise UserError(
-            f"--export_merged: {folder} holds something other than a model; move it away"
-        )
+    are_models = all((model / "config.json").is_file() for model in models)
+    if folder.is_symlink() or not are_models:
+        problem = "holds something other than a model; move it away"
+        raise UserError(f"--export_merged: {folder} {problem}")
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def _check_owned(folder: Path) -> None:
-    """Raise `UserError` for a folder with any of the names, and without a run that has made
-    them.
-    """
+    """Raise `UserError` for a folder with any of the names and no run that has made them."""
     present = _present(folder, (*NAMES, ASIDE, DELETING))
-    if present and not (
-        holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
-    ):
+    has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
+    if present and not has_run:
         raise UserError(
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
             "run has written). A run would replace it: choose another folder, or move it away"
@@ -255,9 +236,7 @@ _open: dict[Path, Reservation] = {}
 """Folder -> the reservation of this process that is neither begun nor given up."""
 
 _locks: dict[Path, int] = {}
-"""Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay
-open to the end.
-"""
+"""Folder -> lock file of this process, open to the end: to close it gives up the lock."""
 
 _FIRST = 0
 """The byte that rank 0 locks."""
@@ -283,7 +262,8 @@ def _lock(folder: Path) -> None:
             )
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
-        os.close(file)  # a run that was given up has deleted it since it was opened
+        # A run that was given up has deleted the file since it was opened.
+        os.close(file)
     deadline = time.monotonic() + _ORPHANS_S
     while not _takes(file, fcntl.LOCK_EX, _OTHERS):
         if time.monotonic() > deadline:
@@ -293,8 +273,10 @@ def _lock(folder: Path) -> None:
                 "has ended; end them first"
             )
         time.sleep(0.1)
-    with suppress(OSError):  # a file system without locks
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, _OTHERS)  # the other ranks of this run share it
+    # The other ranks of this run share that byte from here on. A file system without locks
+    # has none to give back.
+    with suppress(OSError):
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, _OTHERS)
     _locks[resolved] = file
 
 
@@ -323,9 +305,8 @@ def _starting(folder: Path) -> list[str]:
 
 
 def _undo(folder: Path) -> None:
-    """Remove what a start-up that was not committed has made, then bring back what it had
-    set aside.
-    """
+    """Undo a start-up that was not committed: remove what it has made, bring back what it
+    had set aside."""
     for name in _starting(folder):
         _remove(folder / name)
     # From here on the names are the earlier run's again, which a second attempt must not
@@ -345,17 +326,17 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _copy_aside(folder: Path, names: Iterable[str]) -> None:
-    """Hard links where the file system has them: a run replaces its files, and writes into
-    none of these.
-    """
+    """Set copies aside; hard links where the file system has them, as a run replaces these
+    files and writes into none of them."""
+
+    def copy(source: str, target: str) -> None:
+        link_or_copy(Path(source), Path(target))
+
     for name in names:
         partial = folder / ASIDE / f".{name}.partial"
         with disk_errors(folder):
             if (folder / name).is_dir():
-                shutil.copytree(
-                    folder / name, partial, symlinks=True,
-                    copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),
-                )  # fmt: skip
+                shutil.copytree(folder / name, partial, symlinks=True, copy_function=copy)
             else:
                 link_or_copy(folder / name, partial)
         partial.rename(folder / ASIDE / name)
@@ -375,6 +356,6 @@ def _remove(path: Path) -> None:
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        # It was not made, or something else was put into it meanwhile
+        # One that was not made, or that something else was put into meanwhile, stays.
         with suppress(OSError):
             folder.rmdir()

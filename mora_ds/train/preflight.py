@@ -33,28 +33,22 @@ _DOCUMENT = 4
 """Tokens of each of the two documents that `check_document_mask` packs into a row."""
 
 _LEAK = 0.05
-"""Share of the effect of an unmasked document from which on it counts as seen.
-Mixture-of-experts layers round differently with other tokens in the batch, far below
-this."""
+"""A document counts as seen from this share of its effect without a mask on. Experts round
+differently with other tokens in the batch, far below this."""
 
 _TOKENS = 4
 """Tokens per process in the rows of `check_split`."""
 
 _SPLIT_ERROR = 2e-4
-"""Permitted difference of `check_split`, as a share of the effect of all other processes'
-tokens.
-"""
+"""Permitted difference of `check_split`, as a share of the effect of all other tokens."""
 
 _SPLIT_ROUNDING = 16
-"""Further permitted difference, in units of the dtype's rounding: in bf16 a new model's
-logits hardly differ.
-"""
+"""Further permitted difference, in units of the dtype's rounding: in bf16 the logits of a
+new model hardly differ."""
 
 
 def preflight(job: Job, arguments: Arguments) -> None:
-    """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag
-    to change.
-    """
+    """Run all checks of this job. Collective. Raises `UserError` naming the flag to change."""
     model = job.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
@@ -75,9 +69,7 @@ def preflight(job: Job, arguments: Arguments) -> None:
 
 
 def check_attention(engine: Any, document_mask: bool) -> None:
-    """Raise `UserError` where documents see each other, or attention by documents is not
-    given the config's window.
-    """
+    """Raise `UserError` where documents see each other, or the config's window is lost."""
     if document_mask:
         check_document_mask(engine)
     model = getattr(engine, "module", engine)
@@ -108,20 +100,15 @@ def check_document_mask(engine: Any) -> None:
 
 def _effect(engine: Any, rows: int, positions: Tensor) -> float:
     """The largest change of a row's second document, as a norm of its logits, when the
-    first one is another.
-    """
-    ids = _random_ids(engine, max(rows, 2), 2 * _DOCUMENT)
-    ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
-    row_groups = ids.split(1 if rows == 1 else len(ids))
-    batches = (_batch(group, positions) for group in row_groups)
+    first one is another. `rows`: of a batch, 1 or 2."""
+    ids = _random_ids(engine, 2, 2 * _DOCUMENT)
+    ids[1, _DOCUMENT:] = ids[0, _DOCUMENT:]
+    logits = []
     with beside_training(engine):
-        logits = torch.cat(
-            [
-                engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double()
-                for batch in batches
-            ]
-        )
-    return max((row - logits[0]).norm().item() for row in logits[1:])
+        for group in ids.split(rows):
+            inputs = model_inputs(engine, _batch(group, positions))
+            logits += engine(**inputs).logits[:, _DOCUMENT:].double()
+    return (logits[1] - logits[0]).norm().item()
 
 
 def _batch(ids: Tensor, positions: Tensor) -> Rows:
@@ -160,9 +147,10 @@ def logits_are_known(engine: Any) -> bool:
     assert chunked is not None, "chunk_loss comes first"
     with beside_training(engine), chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, 1, 16), use_cache=False).logits
-        return bool(raw) and torch.allclose(
-            logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0
-        )
+        if not raw:
+            return False
+        finished = chunked.finish(raw[-1]).float()
+        return torch.allclose(logits.float(), finished, rtol=1e-6, atol=0)
 
 
 def check_split(
@@ -178,7 +166,8 @@ def check_split(
     """
     rows = _random_ids(engine, 2, _TOKENS * sequence.size)
     positions = torch.arange(rows.shape[1]).expand(2, -1).clone()
-    # A document that crosses a boundary, and another one that begins between two boundaries
+    # One document then crosses a boundary between processes, and another one begins between
+    # two boundaries.
     if document_mask:
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
@@ -186,21 +175,16 @@ def check_split(
     local_batch = sequence.split(batch)
     with beside_training(engine):
         split = engine(**model_inputs(engine, local_batch)).logits
-    local_batch["documents"] = Documents.of(local_batch["position_ids"].cpu()).to(
-        engine.device
-    )
+    own_documents = Documents.of(local_batch["position_ids"].cpu())
+    local_batch["documents"] = own_documents.to(engine.device)
     with beside_training(engine, whole=True):
-        complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})[
-            "logits"
-        ]
+        whole = {"logits": engine(**model_inputs(engine, batch)).logits}
+        complete = sequence.split(whole)["logits"]
         alone = engine(**model_inputs(engine, local_batch)).logits
     error = _norm(split.double() - complete)
     effect = _norm(alone.double() - complete)
-    size = _norm(complete)
-    if (
-        error
-        > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size
-    ):
+    rounding = torch.finfo(complete.dtype).eps * _norm(complete)
+    if error > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * rounding:
         raise UserError(
             f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "
             "split row does not give what the complete row gives"
@@ -214,9 +198,9 @@ def check_split(
 def _random_ids(engine: Any, rows: int, length: int) -> Tensor:
     """(rows, length) token ids, the same on every process, on the engine's device."""
     vocab_size = getattr(engine, "module", engine).config.get_text_config().vocab_size
-    return torch.randint(
-        vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
-    ).to(engine.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (rows, length), generator=generator)
+    return ids.to(engine.device)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -1,6 +1,4 @@
-"""torch's profiler over some steps of a run (--profile), as a trace that Perfetto and
-TensorBoard open.
-"""
+"""torch's profiler over some steps of a run (--profile), as a trace for Perfetto."""
 
 from pathlib import Path
 
@@ -34,6 +32,6 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
         record_shapes=True,
         profile_memory=True,
     )
-    # It would count from 0: these numbers are the steps' names in the trace
+    # It would count from 0, and these numbers are the names of the steps in the trace.
     profiler.step_num = done
     return profiler

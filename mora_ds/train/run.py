@@ -1,15 +1,14 @@
-"""A run around an engine: resume, merge, save, export. For the main job, Hugging Face's
-Trainer and loops of users.
+"""A run around an engine: resume, merge, save, export.
 
-run = Run(engine, base="path/of/the/model", folder="out")      resume="auto" continues what is there
-run.merge(step)        at intervals: ReMoRA
-run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
+    run = Run(engine, base="path/of/the/model", folder="out")      resume="auto" continues what is there
+    run.merge(step)        at intervals: ReMoRA
+    run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 
-`FullRun` is the same for full training, which has neither base nor merges.
+The main job, Hugging Face's Trainer and loops of users call the same methods. `FullRun` is
+the same for full training, which has neither base nor merges.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.adapters.config import AS_LOADED
-from mora_ds.adapters.domains import (
-    domain_layers,
-    domains_of,
-)
-from mora_ds.adapters.inject import (
-    base_weights,
-    config_of,
-    frozen_buffers,
-    set_cycle,
-)
+from mora_ds.adapters.domains import domain_layers, domains_of
+from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers, set_cycle
 from mora_ds.adapters.layer import AdaptedLinear, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
@@ -118,8 +109,9 @@ class Run:
         verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
+            what = f"got a {type(engine).__name__}"
             raise UserError(
-                f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
+                f"Run: `engine` must be what mora_ds.initialize returns first, {what}"
             )
         if not isinstance(base, BaseCheckpoint):
             base = as_path(base, "Run: `base`")
@@ -129,30 +121,25 @@ class Run:
         _scheduler_state(engine.lr_scheduler)  # refuses one before anything is trained
         self.engine = engine
         self._gradient_of: int | None = None
-        """Number of the micro-batch of the newest backward pass; `engine.step` counts
-        on.
-        """
+        """The micro-batch of the newest backward pass; `engine.step` goes on to the next."""
         first_layer = next(iter(mora_layers(engine.module).values()))
-        # Not `value`, which may be frozen beside domains
+        # Not of `value`: beside domains that one may be frozen, and has no gradient.
         trained = next(first_layer.parameters(recurse=False))
         trained.register_hook(self._note_gradient)
         self.folder = as_path(folder, "Run: `folder`")
+        self.ranks = Ranks.current() if ranks is None else ranks
         if ranks is None:
-            self.ranks = Ranks.current()
             self.ranks.on_first(
                 "output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True)
             )
             check_shared(self.folder, self.ranks)
-        else:
-            self.ranks = ranks
-        opened = (
-            base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
-        )
+        if not isinstance(base, BaseCheckpoint):
+            base = BaseCheckpoint.open(base, "base")
         is_mapped = keys is not None
-        keys = self._map(opened) if keys is None else dict(keys)
-        fingerprint = opened.fingerprint(ranks=self.ranks)
+        keys = self._map(base) if keys is None else dict(keys)
+        fingerprint = base.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, identity)
-        # Who has read its state has verified it
+        # With its state comes a checkpoint that is verified, and compared with this run.
         if isinstance(resume, Path) and state is not None:
             checkpoint: Path | None = resume
         else:
@@ -160,16 +147,14 @@ class Run:
         if checkpoint is not None and state is None:
             state = TrainerState.read(checkpoint)
             check_identity(checkpoint, state.identity, self.identity)
-        self.state = state or TrainerState(
-            world_size=self.ranks.world, identity=self.identity
-        )
+        new_state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        self.state = state or new_state
         ledger = self._open_ledger(checkpoint, fingerprint)
-        self.remora = ReMoRA(engine, config, ledger, opened, keys)
+        self.remora = ReMoRA(engine, config, ledger, base, keys)
         dtype = dtype_name(first_layer.dtype)
-        changes = changes_of(engine.module.config, opened.folder)
-        self._reference = BaseReference(
-            str(opened.folder.resolve()), fingerprint, keys, dtype, changes
-        )
+        changes = changes_of(engine.module.config, base.folder)
+        base_folder = str(base.folder.resolve())
+        self._reference = BaseReference(base_folder, fingerprint, keys, dtype, changes)
         self._tokenizer_folder = tokenizer_folder
         self._facts = {"operator": config.title, **(facts or {})}
         self.checkpoints = CheckpointWriter(
@@ -178,9 +163,10 @@ class Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
-            # From the originals: the model may have been loaded in another dtype
+            # The model may have been loaded in another dtype than its files have: fewer bits
+            # are those of the original numbers, as after a merge.
             self.remora.form_base()
-        opened.release()
+        base.release()
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the
@@ -190,9 +176,8 @@ class Run:
         before those of earlier calls, and while the engine has gradients of which no
         optimizer step has been made.
         """
-        step = self._check_call(
-            "merge", step, self.state.merges[-1] + 1 if self.state.merges else 0
-        )
+        earliest = self.state.merges[-1] + 1 if self.state.merges else 0
+        step = self._check_call("merge", step, earliest)
         if probe is not None and not callable(probe):
             raise UserError(
                 f"merge: `probe` must be a function without arguments, got {probe!r}"
@@ -210,9 +195,8 @@ class Run:
         `folder`: another one than the run's, in it; the checkpoint is then complete when
         the call returns. Raises `UserError`, and changes nothing, as `merge` does.
         """
-        step = self._check_call(
-            "save", step, self.state.merges[-1] if self.state.merges else 0
-        )
+        earliest = self.state.merges[-1] if self.state.merges else 0
+        step = self._check_call("save", step, earliest)
         if keep is not None:
             keep = whole_number(keep, 1, "save: `keep`", ", or None for all")
         checkpoints = self.checkpoints
@@ -226,15 +210,13 @@ class Run:
         self.check_base()
         return checkpoints.save(self.state, keep)
 
-    def _check_call(self, method: str, step: Any, least: int) -> int:
+    def _check_call(self, method: str, step: Any, earliest: int) -> int:
         """The step as an int. Raise `UserError` for one that is no whole number from
-        `least` on, or before the newest one, and in the middle of an optimizer step, whose
+        `earliest` on, or before the newest one, and in the middle of an optimizer step, whose
         gradients would be of another adapter, or lost."""
-        number = whole_number(step, max(least, self.state.step), f"{method}: `step`")
-        if (
-            not zero.at_accumulation_boundary(self.engine)
-            or self._gradient_of == self.engine.micro_steps
-        ):
+        number = whole_number(step, max(earliest, self.state.step), f"{method}: `step`")
+        has_gradients = self._gradient_of == self.engine.micro_steps
+        if has_gradients or not zero.at_accumulation_boundary(self.engine):
             raise UserError(
                 f"{method}: the engine has gradients of which no optimizer step is made yet: call it after the "
                 "engine.step() that ends gradient accumulation"
@@ -245,25 +227,18 @@ class Run:
         self._gradient_of = self.engine.micro_steps
 
     def check_base(self) -> None:
-        """Raise `RunError`, on all processes, when the base's files have changed on the
-        disk of one of them.
-        """
-        remora = self.remora
-        self.ranks.agree(
-            "files of the base",
-            lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint),
-        )
+        """Raise `RunError`, on all processes, when one finds that the base's files have
+        changed."""
+        base = self.remora.base
+        fingerprint = self.remora.ledger.base_fingerprint
+        self.ranks.agree("files of the base", lambda: base.require_unchanged(fingerprint))
 
     def changed_base_files(self) -> list[Path]:
-        """The files that `check_base` would have to read again on this process. Not
-        collective.
-        """
+        """The files that `check_base` would read again on this process. Not collective."""
         return self.remora.base.changed_files()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the last checkpoint is written. Call it before the process ends, with
-        `async_save`.
-        """
+        """Wait until the last checkpoint is written; with `async_save`, before the end."""
         self.checkpoints.wait(timeout_s)
 
     def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
@@ -272,25 +247,22 @@ class Run:
 
         def export() -> None:
             for domain in domains or (None,):
-                export_merged(
-                    checkpoint, target / (domain or ""), overwrite=True, domain=domain
-                )
+                folder = target / (domain or "")
+                export_merged(checkpoint, folder, overwrite=True, domain=domain)
 
         self.ranks.on_first("export of the merged model", export, long=True)
 
     @property
     def base_tensors(self) -> list[Tensor]:
-        """The frozen weights in all places where they lie, none of which may be
-        communicated.
-        """
+        """The frozen weights, wherever they lie: none of them may be communicated."""
         model = self.engine.module
+        tensors = list(frozen_buffers(model).values())
         ring = ring_of(model)
-        slots = node_base_of(model).slots  # some are used from the first merge on
-        return [
-            *frozen_buffers(model).values(),
-            *(ring.slots if ring is not None else ()),
-            *slots.values(),
-        ]
+        if ring is not None:
+            tensors += ring.slots
+        # Some of the slots are used from the first merge on.
+        tensors += node_base_of(model).slots.values()
+        return tensors
 
     # -- what a checkpoint holds besides the engine's shards -----------------------------------------------------------
 
@@ -305,12 +277,13 @@ class Run:
             (name, layer.unshard(zero.full_fp32(layer.value)))
             for name, layer in layers.items()
         )
-        # What is left: trained embeddings, norms, head, each tied one by its first name
+        # Beside the adapter: embeddings, norms and head, each tied one by its first name.
         adapted = value_names(model)
-        beside = [
-            (name, value) for name, value in model.named_parameters() if name not in adapted
-        ]
-        trained = self._on_first((name, zero.full_fp32(value)) for name, value in beside)
+        trained = self._on_first(
+            (name, zero.full_fp32(value))
+            for name, value in model.named_parameters()
+            if name not in adapted
+        )
         domain_squares = self._on_first(
             (name, zero.full_fp32(layer.domain_squares)) for name, layer in domains.items()
         )
@@ -337,19 +310,16 @@ class Run:
             write_adapter(folder, adapter, squares, trained, domain_squares)
             self._reference.write(folder)
             ledger.copy_to(folder / LEDGER_FOLDER)
-            # No links: one damaged file would be damaged in every checkpoint
+            # Copied, not linked: a file that is damaged would be so in every checkpoint.
             if self._tokenizer_folder is not None:
                 copy_folder(self._tokenizer_folder, folder / TOKENIZER_FOLDER)
-            write_safetensors_atomic(
-                folder / PROBE_FILE, probe, {"dtype": self._reference.dtype}
-            )
+            dtype = {"dtype": self._reference.dtype}
+            write_safetensors_atomic(folder / PROBE_FILE, probe, dtype)
 
         return write
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        """Copies of the tensors in host memory, on rank 0; the other ranks only take part
-        in making each.
-        """
+        """Copies of the tensors in rank 0's memory; the others only help to form each."""
         return {
             name: tensor.to("cpu", copy=True)
             for name, tensor in tensors
@@ -373,7 +343,7 @@ class Run:
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
         live = layer_entries(model)
-        # Its matrix would act through other permutations
+        # A matrix that was trained in another operator means another update in this one.
         for name in different_keys(adapter.layers, live):
             raise UserError(
                 f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
@@ -385,49 +355,46 @@ class Run:
             scheduler.load_state_dict(self.state.scheduler)
             # The next step is made with these rates: the scheduler itself sets others only
             # after it.
-            for group, rate in zip(
-                self.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True
-            ):
+            groups = self.engine.optimizer.param_groups
+            for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
         self.remora.replay()
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
+        """The checkpoint to resume from, if any. Raise `UserError` for a folder that holds
+        another run, unless it may be overwritten."""
         root = self.folder / CHECKPOINTS
-        if resume is None:
-            holds_run = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists() or bool(
-                complete_checkpoints(root)
+
+        def holds_run() -> bool:
+            has_ledger = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists()
+            return has_ledger or bool(complete_checkpoints(root))
+
+        def find() -> Path | None:
+            return resume_checkpoint(str(resume), root, "Run: `resume`")
+
+        if resume is not None:
+            return self.ranks.on_first("checkpoint to resume from", find, long=True)
+        if (
+            self.ranks.on_first("another run in the output folder", holds_run)
+            and not overwrite
+        ):
+            raise UserError(
+                f'{self.folder} holds another run: choose another folder, or resume="auto"'
             )
-            if (
-                self.ranks.on_first("another run in the output folder", lambda: holds_run)
-                and not overwrite
-            ):
-                raise UserError(
-                    f'{self.folder} holds another run: choose another folder, or resume="auto"'
-                )
-            return None
-        find = "checkpoint to resume from"
-        return self.ranks.on_first(
-            find,
-            lambda: resume_checkpoint(os.fspath(resume), root, "Run: `resume`"),
-            long=True,
-        )
+        return None
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a
-        checkpoint has left.
-
-        Rank 0 writes it and hashes what it has written.
-        """
+        checkpoint has left. Rank 0 writes it, and hashes what it has written."""
         folder = self.folder / LEDGER_FOLDER
 
         def write() -> None:
             if checkpoint is None:
                 Ledger.create(folder, fingerprint, replace=True)
-            else:
-                Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(
-                    folder
-                )
-                Ledger.open(folder, fingerprint)
+                return
+            saved = Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False)
+            saved.copy_to(folder)
+            Ledger.open(folder, fingerprint)
 
         self.ranks.on_first("writing of the merge ledger", write, long=True)
         return self.ranks.agree(
@@ -439,22 +406,16 @@ class Run:
         compared with it bit for bit, quantized ones to within their rounding."""
         model: Any = self.engine.module
         frozen = base_weights(model)
-        adapter = value_names(model)
-        names = [
-            *frozen,
-            *(
-                stands_for(name)
-                for name, _ in model.named_parameters()
-                if name not in adapter
-            ),
-        ]
-        keys = map_model(base, model, names)
+        adapted = value_names(model)
+        trained = [name for name, _ in model.named_parameters() if name not in adapted]
+        keys = map_model(base, model, [*frozen, *map(stands_for, trained)])
         rounded = quantized_layers(model)
         unquantized = {
-            name: frozen[name]
-            for name in frozen
+            name: weight
+            for name, weight in frozen.items()
             if name.removesuffix(".weight") not in rounded
         }
+        # Each rank compares a share of the weights, which lie on its own device.
         share = list(unquantized)[self.ranks.rank :: self.ranks.world]
         self.ranks.agree(
             "weights of the base",
@@ -470,9 +431,7 @@ class Run:
 
 
 class FullRun(Run):
-    """The checkpoints of an engine that trains every parameter. It has no base, which could
-    change, and no merges.
-    """
+    """The checkpoints of an engine that trains every parameter, without base and merges."""
 
     def __init__(
         self,
@@ -485,9 +444,8 @@ class FullRun(Run):
         async_save: bool = False,
         tokenizer: Any = None,
     ) -> None:
-        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`:
-        saved with the model.
-        """
+        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`: saved
+        with the model."""
         self.engine = engine
         self.folder = folder
         self.state = state
@@ -536,10 +494,10 @@ def _scheduler_state(scheduler: Any) -> JsonObject | None:
         return None
     state: JsonObject = scheduler.state_dict()
     try:
-        is_kept = json.loads(json.dumps(state, allow_nan=False)) == state
+        comes_back = json.loads(json.dumps(state, allow_nan=False)) == state
     except (TypeError, ValueError):
-        is_kept = False
-    if not is_kept:
+        comes_back = False
+    if not comes_back:
         raise UserError(
             f"initialize: the state of `lr_scheduler`, a {type(scheduler).__name__}, does not fit in a checkpoint: "
             'take LambdaLR of torch, or set "lr" of engine.optimizer.param_groups in each step'
@@ -559,13 +517,11 @@ def _verify_rounded(
         key = keys[weight]
         assert isinstance(frozen, QuantizedWeight)
         original = base.read(key).to(layer.weight.device, torch.float32)
-        same = original.shape == layer.shape
-        if not (
-            same
-            and torch.allclose(
-                layer.read(), original, rtol=2**-8, atol=2 * frozen.largest_error
-            )
-        ):
+        is_same = original.shape == layer.shape
+        if is_same:
+            rounding = 2 * frozen.largest_error
+            is_same = torch.allclose(layer.read(), original, rtol=2**-8, atol=rounding)
+        if not is_same:
             raise NotOneToOne(
                 f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
             )

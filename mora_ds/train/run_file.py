@@ -1,6 +1,4 @@
-"""`run.yaml`: the settings of a run, the versions that it ran with, and the mark that the
-folder is a run's.
-"""
+"""`run.yaml`: the settings and versions of a run, and the mark that a folder is a run's."""
 
 import platform
 from collections.abc import Mapping
@@ -37,20 +35,14 @@ def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[st
     `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are
     masked. Raises `RunError` on a full disk.
     """
-    content = {
-        **settings,
-        "versions": versions(),
-        "resolved": {
-            name: masked(value) if name == "deepspeed" else value
-            for name, value in resolved.items()
-        }
-        | {_OWNS: owns},
-    }
+    facts = dict(resolved)
+    if "deepspeed" in facts:
+        facts["deepspeed"] = masked(facts["deepspeed"])
+    facts[_OWNS] = owns
+    content = {**settings, "versions": versions(), "resolved": facts}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     with atomic_path(folder / RUN_FILE) as partial:
-        partial.write_text(
-            yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
-            encoding="utf-8",
-        )
+        partial.write_text(text, encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -65,9 +57,8 @@ _OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "
 
 
 def changed_settings(folder: Path, settings: Facts) -> list[str]:
-    """Each of the `settings` that the run in `folder` was last started with otherwise, as
-    "--name before -> now".
-    """
+    """The settings that have changed since the last start of the run in `folder`, as
+    "--name before -> now"."""
     before = _read(folder) or {}
     return [
         f"--{name} {before[name]} -> {value}"
@@ -77,9 +68,7 @@ def changed_settings(folder: Path, settings: Facts) -> list[str]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun in `folder`: whether its run.yaml is one that a run has
-    written.
-    """
+    """Whether a run has begun in `folder`, and written its run.yaml."""
     return _read(folder) is not None
 
 

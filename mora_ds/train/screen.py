@@ -30,18 +30,15 @@ def opening(job: Job, total_steps: int) -> list[str]:
         sequences = training.rows_per_step(world)
         tokens = sequences * job.data.train.seq_len
         first_step = f"from {job.state.step:,} to " if job.state.step else ""
-        rows["trained"] = (
-            f"{job.trainable_parameters:,} parameters ({share:.2%}): {_trained(arguments.adapter)}"
-        )
-        rows["data"] = (
-            f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens, {tokens:,} tokens a step"
-        )
+        trained = f"{job.trainable_parameters:,} parameters ({share:.2%})"
+        rows["trained"] = f"{trained}: {_trained(arguments.adapter)}"
+        batch = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens"
+        rows["data"] = f"{batch}, {tokens:,} tokens a step"
         rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens)"
     processes = "1 process" if world == 1 else f"each of {world} processes"
     device = "a GPU" if torch.cuda.is_available() else "CPUs"
-    rows["memory"] = (
-        f"{peak_memory_bytes() / 2**30:.2f} GiB in {processes} on {device}, after loading"
-    )
+    memory = f"{peak_memory_bytes() / 2**30:.2f} GiB"
+    rows["memory"] = f"{memory} in {processes} on {device}, after loading"
     return _labelled(rows)
 
 
@@ -50,40 +47,34 @@ def _trained(adapter: AdapterArguments) -> str:
     if adapter.adapter == AdapterKind.FULL.value:
         return "all of the model, sharded by ZeRO"
     kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
+    rank = adapter.train_embedding_rank
     beside = {
         "embeddings": adapter.train_embeddings,
         "new rows of the embeddings": adapter.train_new_embeddings,
-        f"a product of rank {adapter.train_embedding_rank} on the embeddings": adapter.train_embedding_rank
-        > 0,
+        f"a product of rank {rank} on the embeddings": rank > 0,
         "norms": adapter.train_norms,
         "head": adapter.train_head,
     }
-    return ", ".join(
-        [
-            f"{kind} of rank {adapter.mora_rank}",
-            *(name for name, is_on in beside.items() if is_on),
-        ]
-    )
+    parameters = [name for name, is_trained in beside.items() if is_trained]
+    return ", ".join([f"{kind} of rank {adapter.mora_rank}", *parameters])
 
 
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
-    """The lines after the last step: what was done, where it lies, and the commands that
-    come next.
-    """
+    """The lines after the last step: what was done, where it lies, what comes next."""
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
     folder = Path(arguments.training.output_dir)
     latest = folder / CHECKPOINTS / LATEST
     merged = folder / MERGED_FOLDER
+    done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
     rows = {
-        "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
+        "done": f"{done} in {duration(seconds)}",
         "checkpoint": str(latest.with_name(latest.resolve().name)),
     }
     if TENSORBOARD in arguments.training.report_to:
         rows["curves"] = f"tensorboard --logdir {folder / TENSORBOARD}"
-    is_one_adapter = (
-        arguments.adapter.adapter != AdapterKind.FULL.value and not arguments.research
-    )
+    is_full = arguments.adapter.adapter == AdapterKind.FULL.value
+    is_one_adapter = not is_full and not arguments.research
     if is_one_adapter:
         rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
     if is_one_adapter and not arguments.training.export_merged:

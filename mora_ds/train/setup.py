@@ -54,18 +54,13 @@ NODE_SETTINGS = frozenset(
     }
 )  # fmt: skip
 """Settings that may differ from node to node: where files lie, and what concerns rank 0 or
-one node alone.
-"""
+one node alone."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-"""Packages whose version may change a number, a file or a collective; that of mora_ds is
-compared too.
-"""
+"""Packages whose version may change a number, a file or a collective, beside mora_ds."""
 
 _REPORT_S = 30.0
-"""How long a rank that fails before it has joined the others waits for them, to report
-why.
-"""
+"""How long a rank that has failed early waits for the others, to report why."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +82,9 @@ class Start:
 
 @contextmanager
 def start_up() -> Iterator[None]:
-    """Inside the block, an error of one rank ends all ranks, with the same message and exit
-    code.
-
-    The rank that fails joins the others, if it has not yet, and they raise its error at the
-    check that they come to next (`runtime/ranks.py`).
-    """
+    """Inside the block, an error of one rank ends all, with the same message and exit code:
+    the rank that fails joins the others, if it has not yet, and they raise its error at the
+    check that they come to next (`runtime/ranks.py`)."""
     try:
         yield
     except Exception as error:
@@ -113,10 +105,7 @@ def _join() -> bool:
 
 def start_processes(arguments: Arguments) -> Ranks:
     """Join the process group and compare the settings of all ranks. Raises `UserError`
-    where they differ.
-
-    Without a terminal, and on ranks other than 0, transformers shows no progress bars.
-    """
+    where they differ. Only rank 0 shows progress bars, and only on a terminal."""
     training = arguments.training
     if training.deterministic:
         make_deterministic()
@@ -130,44 +119,45 @@ def start_processes(arguments: Arguments) -> Ranks:
 
 def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the
-    same on every rank.
-    """
-    flags = {
-        f"--{name}": value
-        for name, value in dump(arguments).items()
-        if name not in NODE_SETTINGS
-    }
-    file = arguments.training.deepspeed
+    same on every rank."""
+    settings: dict[str, Any] = {}
+    for name, value in dump(arguments).items():
+        if name not in NODE_SETTINGS:
+            settings[f"--{name}"] = value
     plan = mixture_plan(arguments.data)
-    ds_config = load_ds_config(None if file is None else expanded(file, "--deepspeed"))
-    flags["sources of the mixture"] = [
+    settings["sources of the mixture"] = [
         replace(source, files=(), dataset=None) for source in plan.sources
     ]
-    flags["weights of the mixture"] = plan.phases
-    versions = {f"version of {name}": version(name) for name in PACKAGES} | {
-        "version of mora_ds": __version__
-    }
-    return {**flags, **flattened(ds_config, "--deepspeed: "), **versions}
+    settings["weights of the mixture"] = plan.phases
+    ds_config = load_ds_config(_deepspeed_file(arguments.training))
+    settings |= flattened(ds_config, "--deepspeed: ")
+    for package in PACKAGES:
+        settings[f"version of {package}"] = version(package)
+    settings["version of mora_ds"] = __version__
+    return settings
+
+
+def _deepspeed_file(training: TrainingArguments) -> Path | None:
+    if training.deepspeed is None:
+        return None
+    return expanded(training.deepspeed, "--deepspeed")
 
 
 def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsConfig:
     """The DeepSpeed config for `world` processes, complete but for ZeRO's bucket sizes.
-
     Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed
-    file that contradicts flags.
-    """
+    file that contradicts flags."""
     check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
-    file = (
-        None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
-    )
-    config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
+    replicas = world // training.ranks_per_replica
+    config = resolve_ds_config(_deepspeed_file(training), settings, replicas)
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
     if adapter == AdapterKind.LORA.value:
         check_factors(config)
     if training.sequence_parallel_size > 1:
-        # Checked above; DeepSpeed, which knows no groups, would count each rank's rows
+        # It was compared with the flags above. DeepSpeed, which knows no groups, would
+        # count the rows of each rank.
         config.pop("train_batch_size")
     return config

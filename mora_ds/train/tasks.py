@@ -34,9 +34,7 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--eval_tasks"
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
-"""The metric that stands for a task is the first of these that it has, otherwise its first
-one.
-"""
+"""The metric that stands for a task: the first of these that it has, else its first one."""
 SMALLEST = 1e-3
 """A score counts as at least this where its reciprocal is taken."""
 
@@ -48,27 +46,22 @@ class TaskResult:
     metrics: dict[str, float]
     """Metric -> value, without errors of estimation."""
     cost: float
-    """Low is good, as a perplexity is: the main metric, or its reciprocal where high is
-    good.
-    """
+    """The main metric, or its reciprocal where high is good: low is good, as of perplexity."""
 
 
 def check_tasks(names: Sequence[str]) -> None:
     """Load the tasks, with their data, so that nothing is missing later. Raises
-    `UserError`.
-    """
+    `UserError`."""
     try:
         _loaded(names)
     except ImportError as error:
-        raise UserError(
-            f"{FLAG} needs the package lm-eval: pip install 'mora_ds[tasks]' ({error})"
-        ) from error
+        install = "pip install 'mora_ds[tasks]'"
+        raise UserError(f"{FLAG} needs the package lm-eval: {install} ({error})") from error
 
 
 def task_names(names: Sequence[str]) -> list[str]:
     """What the tasks are called in results: names as they are, files by their key "task".
-    Raises `UserError`.
-    """
+    Raises `UserError`."""
     called = []
     for name in names:
         task = load_yaml(name, f"{FLAG} {name}").get("task") if is_task_file(name) else name
@@ -87,17 +80,16 @@ def _loaded(names: Sequence[str]) -> Any:
     """The harness's manager of the tasks."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    folders = sorted(
-        {str(expanded(name, FLAG).resolve().parent) for name in names if is_task_file(name)}
-    )
+    files = [expanded(name, FLAG).resolve() for name in names if is_task_file(name)]
+    folders = sorted({str(file.parent) for file in files})
     known = task_names(names)
     manager = TaskManager(include_path=folders or None)
     try:
         get_task_dict(known, manager)
-    except Exception as error:  # whatever a task's data leads to
-        raise UserError(
-            f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}"
-        ) from error
+    # Whatever a task's data leads to.
+    except Exception as error:
+        problem = f"cannot be loaded: {reason(error)}"
+        raise UserError(f"{FLAG} {' '.join(names)}: {problem}") from error
     return manager
 
 
@@ -116,26 +108,22 @@ class TaskSuite:
 
     def evaluate(self) -> dict[str, TaskResult]:
         """Task (or group) -> its result, the same on all ranks. Collective. Random states
-        stay as they are.
-        """
+        stay as they are."""
         import lm_eval
 
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
-        is_beside = beside_training(engine, whole=True)
-        with (
-            _random_states_kept(),
-            is_beside,
-            _InStep(module, self._replica) as in_step,
-        ):
-            model = self._model(module, in_step)
+        in_step = _InStep(module, self._replica)
+        with _same_random_states(), beside_training(engine, whole=True), in_step:
             results = lm_eval.simple_evaluate(
-                model=model, tasks=list(self.names), task_manager=self._manager, log_samples=False,
+                model=self._model(module, in_step),
+                tasks=list(self.names),
+                task_manager=self._manager,
+                log_samples=False,
                 bootstrap_iters=0,
-            )  # fmt: skip
-        return Ranks.current().on_first(
-            "results of tasks", lambda: _results(results, self.names)
-        )
+            )
+        ranks = Ranks.current()
+        return ranks.on_first("results of tasks", lambda: _results(results, self.names))
 
     def _model(self, module: nn.Module, in_step: _InStep) -> Any:
         """The live model as the harness sees it."""
@@ -146,15 +134,13 @@ class TaskSuite:
         class Shared(HFLM):
             """Answers this replica's part of the requests, and gets the other parts."""
 
-            def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            def loglikelihood(self, requests: Any, **_: Any) -> Any:
                 return self._shared(super().loglikelihood, requests)
 
-            def loglikelihood_rolling(
-                self, requests: Any, disable_tqdm: bool = True
-            ) -> Any:
+            def loglikelihood_rolling(self, requests: Any, **_: Any) -> Any:
                 return self._shared(super().loglikelihood_rolling, requests)
 
-            def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            def generate_until(self, requests: Any, **_: Any) -> Any:
                 return self._shared(super().generate_until, requests)
 
             def _shared(
@@ -163,20 +149,21 @@ class TaskSuite:
                 share = requests[replica.index :: replica.count]
                 answers = answer(share, disable_tqdm=True) if share else []
                 in_step.wait_for_all()
-                everyone = Ranks.current().gather("answers to tasks", answers)
+                by_rank = Ranks.current().gather("answers to tasks", answers)
+                # Ranks of one replica have the same answers.
+                by_replica = by_rank[:: replica.processes_per_replica]
                 joined: list[Any] = [None] * len(requests)
-                for index in range(replica.count):
-                    joined[index :: replica.count] = everyone[
-                        index * replica.processes_per_replica
-                    ]
+                for index, answers_of_replica in enumerate(by_replica):
+                    joined[index :: replica.count] = answers_of_replica
                 return joined
 
-        # The harness ties a model's weights (lm_eval/models/huggingface.py), which are
-        # tied, and may be sharded.
+        # The harness ties a model's weights (lm_eval/models/huggingface.py). They are tied
+        # already, and may be sharded by now.
         vars(module)["tie_weights"] = lambda *args, **kwargs: None
+        tokenizer = self._tokenizer
         try:
             return Shared(
-                pretrained=module, tokenizer=self._tokenizer, batch_size=self._batch_size
+                pretrained=module, tokenizer=tokenizer, batch_size=self._batch_size
             )
         finally:
             del vars(module)["tie_weights"]
@@ -193,14 +180,15 @@ def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
         }
         if not values:
             raise UserError(f"{FLAG} {name}: the task has no metric that is a number")
-        main = next(
-            (metric for metric in PREFERRED if metric in values), next(iter(values))
-        )
-        rises = results.get("higher_is_better", {}).get(name, {}).get(main)
-        rises = not main.endswith("perplexity") if rises is None else rises
-        task_results[name] = TaskResult(
-            values, 1 / max(values[main], SMALLEST) if rises else values[main]
-        )
+        known = [metric for metric in PREFERRED if metric in values]
+        main = known[0] if known else next(iter(values))
+        is_score = results.get("higher_is_better", {}).get(name, {}).get(main)
+        if is_score is None:
+            is_score = not main.endswith("perplexity")
+        cost = values[main]
+        if is_score:
+            cost = 1 / max(cost, SMALLEST)
+        task_results[name] = TaskResult(values, cost)
     return task_results
 
 
@@ -213,7 +201,7 @@ class _InStep:
         self._is_idle = False
 
     def __enter__(self) -> _InStep:
-        # before DeepSpeed's own hook, which may gather already
+        # First of the hooks: DeepSpeed's own may gather already.
         self._hook = self._module.register_forward_pre_hook(self._before_pass, prepend=True)
         return self
 
@@ -233,18 +221,16 @@ class _InStep:
     def wait_for_all(self) -> None:
         """Compute along until every rank has come here."""
         self._is_idle = True
+        one_token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         try:
             while self._anyone_works(False):
-                self._module(
-                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device),
-                    use_cache=False,
-                )
+                self._module(input_ids=one_token, use_cache=False)
         finally:
             self._is_idle = False
 
 
 @contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
+def _same_random_states() -> Iterator[None]:
     """The harness seeds Python, numpy and torch; a run's dropout must not notice."""
     python = random.getstate()
     numbers = np.random.get_state()

@@ -1,8 +1,8 @@
-"""The tokenizer of a run: the model's, a named one, or one that the run trains once on its
-corpus.
-"""
+"""The tokenizer of a run: the model's, a named one, or one that it trains on its text."""
 
 import shutil
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,7 @@ from mora_ds.train.setup import Start
 
 def _begin(target: Path, checkpoint: Path | None) -> None:
     """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty
-    `target`.
-
-    Checkpoints of full training hold no tokenizer: `target` then stays as it is.
-    """
+    `target`. Checkpoints of full training hold no tokenizer: `target` then stays."""
     saved = tokenizer_of(checkpoint)
     if checkpoint is not None and saved is None:
         return
@@ -38,14 +35,14 @@ def settle_tokenizer(
     model: ModelArguments,
     model_folder: Path | None,
     model_config: Any,
-    corpus: Corpus,
+    corpora: Mapping[str, Corpus],
     start: Start,
 ) -> Any:
     """The tokenizer that the flags ask for, or that of the checkpoint; it is in the run's
-    folder afterwards. Collective.
+    folder afterwards. Collective. Raises `UserError` naming the flag where it does not fit
+    the model.
 
-    One that is trained on the corpus or named must fit the model: `UserError` naming the
-    flag.
+    `corpora`: the text on which --train_tokenizer_vocab trains one.
     """
     ranks = start.ranks
     target = start.folder / TOKENIZER_FOLDER
@@ -55,8 +52,9 @@ def settle_tokenizer(
 
         def train_once() -> None:
             if not holds_tokenizer(target):
+                texts = chain.from_iterable(corpus.texts() for corpus in corpora.values())
                 with disk_errors(target):
-                    train_sentencepiece(corpus.texts(), model.train_tokenizer_vocab, target)
+                    train_sentencepiece(texts, model.train_tokenizer_vocab, target)
 
         ranks.on_first("training of the tokenizer", train_once, long=True)
         tokenizer = load_tokenizer(target, flag=flag)
@@ -64,30 +62,24 @@ def settle_tokenizer(
         tokenizer = load_named_tokenizer(model, model_folder)
     if model_folder is not None:
         check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
-    if flag != "--model_name_or_path":
-        ranks.on_first(
-            "reload of the tokenizer",
-            lambda: check_reload(tokenizer, model_config.model_type, flag),
-        )
 
-    def save() -> None:
+    def check_and_save() -> None:
+        if flag != "--model_name_or_path":
+            check_reload(tokenizer, model_config.model_type, flag)
         if not (target / "tokenizer_config.json").exists():
             with disk_errors(target):
                 tokenizer.save_pretrained(target)
 
-    ranks.on_first("copy of the tokenizer", save)
+    ranks.on_first("copy of the tokenizer", check_and_save)
     return tokenizer
 
 
 def load_named_tokenizer(model: ModelArguments, model_folder: str | Path | None) -> Any:
     """Load the tokenizer of --tokenizer_name, or else that of the model."""
     source = model_folder if model.tokenizer_name is None else model.tokenizer_name
-    assert source is not None, (
-        "validated: a model without a folder has a tokenizer named or trained"
-    )
-    return load_tokenizer(
-        source, trust_remote_code=model.trust_remote_code, flag=tokenizer_flag(model)
-    )
+    assert source is not None, "a model without a folder has a tokenizer named or trained"
+    flag = tokenizer_flag(model)
+    return load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=flag)
 
 
 def tokenizer_flag(model: ModelArguments) -> str:

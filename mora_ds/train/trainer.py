@@ -1,5 +1,5 @@
-"""The training loop: a batch -> loss -> backward -> optimizer step -> merge, evaluate, log
-and save when due.
+"""The training loop: batch, loss, backward, optimizer step; then merge, evaluate and save
+when due.
 
 A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica r
 holds the global rows [(m * replicas + r) * B, ... + B) for a micro-batch size of B. The
@@ -19,11 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.checkpoint.layout import (
-    CHECKPOINTS,
-    LATEST,
-    step_of,
-)
+from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, step_of
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.engine import zero
@@ -42,29 +38,19 @@ from mora_ds.train.loader import (
     labels_in,
     require_finite,
 )
-from mora_ds.train.metrics import (
-    MetricsLog,
-    PhaseMemory,
-    source_facts,
-)
+from mora_ds.train.metrics import MetricsLog, PhaseMemory, source_facts
 from mora_ds.train.profile import step_profiler
 
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 2
-"""Sequences of the probe batch, whose loss is measured before and after a merge: the first
-ones of the corpus.
-"""
+"""The first sequences of the corpus, whose loss is measured before and after a merge."""
 
 BETWEEN = "between_steps"
-"""The phase of evaluations, and of all else that is neither a step nor a merge nor a
-save.
-"""
+"""The phase of memory that is neither a step nor a merge nor a save, such as evaluations."""
 
 PATIENCE_S = 60.0
-"""Seconds that a failing run waits for a checkpoint that is being written in the
-background.
-"""
+"""Seconds that a failing run waits for a checkpoint that is written in the background."""
 
 
 class Trainer:
@@ -90,9 +76,7 @@ class Trainer:
         self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
         self.rows_per_step = self.train_data.rows_per_step
         self._next_labels: float | None = None
-        """Labels of the next step's global batch; None before the first step of this
-        process.
-        """
+        """Labels of the next global batch; None before the first step of this process."""
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
@@ -101,20 +85,19 @@ class Trainer:
         checkpoint = job.start.checkpoint
         if checkpoint is not None:
             latest = job.start.folder / CHECKPOINTS / LATEST
-            if self.ranks.on_first(
-                "newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()
-            ):
+
+            def is_latest() -> bool:
+                return latest.resolve() == checkpoint.resolve()
+
+            if self.ranks.on_first("newest checkpoint", is_latest):
                 self._saved_step = self.state.step
         self._mixture = self.train_data if len(self.train_data.names) > 1 else None
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run had ended when it was resumed, with its last evaluation and
-        checkpoint.
-        """
-        return self.state.finished and (
-            self.state.step == self.total_steps or self.evaluator.forgotten is not None
-        )
+        """Whether the run had ended before it was resumed, last evaluation included."""
+        at_end = self.state.step == self.total_steps
+        return self.state.finished and (at_end or self.evaluator.forgotten is not None)
 
     def run(self) -> None:
         """Train from `state.step` to the end.
@@ -134,11 +117,10 @@ class Trainer:
         self.job.run.wait()
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
-        """The message of an error that all processes have raised alike, with the checkpoint
-        to go on from.
-        """
+        """The message of an error of all processes, with the checkpoint to go on from."""
         try:
-            # Weights that were overwritten may be the reason for a NaN
+            # Weights of the base that were overwritten may be what made a NaN: that is then
+            # the error to report.
             self.job.run.check_base()
         except BaseChanged as changed:
             error = changed
@@ -174,9 +156,8 @@ class Trainer:
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
-            if state.step < self.total_steps and (
-                state.merge_pending or state.evaluation_pending
-            ):
+            is_pending = state.merge_pending or state.evaluation_pending
+            if is_pending and state.step < self.total_steps:
                 self._do_what_is_pending()
             while state.step < self.total_steps and not evaluator.forgotten:
                 if profiler is not None:
@@ -187,10 +168,9 @@ class Trainer:
     # -- one optimizer step ----------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """Train on the next batch, log the step, and do what is due after it: merge,
-        evaluate, save, stop.
-        """
+        """Train on the next batch, log the step, and do what is due after it."""
         state = self.state
+        device = self.engine.device
         step = state.step + 1
         started = time.perf_counter()
         self.memory.end(BETWEEN)
@@ -205,25 +185,28 @@ class Trainer:
         if self._next_labels is None:
             self._next_labels = self.replica.sum(labels_in(batch))
         total_labels = max(self._next_labels, 1.0)
-        # DeepSpeed divides by the number of micro-batches and averages over ranks: undo
-        # both, divide by tokens.
-        scale = (
-            self.training.gradient_accumulation_steps * self.replica.world / total_labels
-        )
-        nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
-        # Losses and labels of each
+        # DeepSpeed divides a loss by the number of micro-batches, and averages gradients
+        # over ranks. Both are undone here, and the summed loss is divided by the tokens of
+        # the global batch instead.
+        micro_batches = self.training.gradient_accumulation_steps
+        scale = micro_batches * self.replica.world / total_labels
+        nll = torch.zeros(1, dtype=torch.float64, device=device)
+        # Of a mixture, the losses of its sources in row 0, and their labels in row 1.
         n_sources = len(self._mixture.names) if self._mixture else 0
-        by_source = torch.zeros(
-            2, n_sources, dtype=torch.float64, device=self.engine.device
-        )
+        by_source = torch.zeros(2, n_sources, dtype=torch.float64, device=device)
         term = self.hooks.term
+        recording = nullcontext if term is None else term.recording
+
         self.engine.train()
         for micro_batch in batch:
-            with self.hooks.rows(self._sources(micro_batch)):
-                with nullcontext() if term is None else term.recording():
+            sources = [self.train_data.names[source] for source in micro_batch.sources]
+            with self.hooks.rows(sources):
+                with recording():
                     batch_nll = self._nll(micro_batch, by_source)
                 loss = batch_nll * scale
-                self.engine.backward(loss if term is None else loss + term.loss())
+                if term is not None:
+                    loss = loss + term.loss()
+                self.engine.backward(loss)
             self.memory.end("forward_backward")
             self.engine.step()
             self.memory.end("optimizer_step")
@@ -231,12 +214,10 @@ class Trainer:
 
         # The one place of a step where the host waits for the device.
         base_changed = self._is_logged(step) and bool(self.job.run.changed_base_files())
-        total_nll, *source_sums, next_labels = self._sum_and_hear_requests(
-            [nll, by_source.flatten()],
-            [self.loader.labels_ahead(step)],
-            base_changed,
+        labels_ahead = self.loader.labels_ahead(step)
+        total_nll, *source_sums, self._next_labels = self._sum_and_hear_requests(
+            [nll, by_source.flatten()], [labels_ahead], base_changed
         )
-        self._next_labels = next_labels
         mean_loss = total_nll / total_labels
 
         state.step = step
@@ -245,31 +226,20 @@ class Trainer:
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         require_finite(mean_loss, f"the loss is {mean_loss} at step {step}", step)
         if self._is_logged(step):
-            self._log_step(
-                mean_loss, learning_rate, time.perf_counter() - started, source_sums
-            )
+            seconds = time.perf_counter() - started
+            self._log_step(mean_loss, learning_rate, seconds, source_sums)
         self._after_step()
 
-    def _sources(self, micro_batch: MicroBatch) -> list[str]:
-        """The source of each row of a micro-batch; empty without a mixture."""
-        return (
-            []
-            if self._mixture is None
-            else [self._mixture.names[source] for source in micro_batch.sources]
-        )
-
     def _nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
-        """The summed loss of a micro-batch, for a mixture added to `by_source` too, which
-        is not waited for.
-        """
+        """The summed loss of a micro-batch. Of a mixture it is added to `by_source` too,
+        (2, sources), without waiting for the device."""
         rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
             return token_nll(self.engine, rows)
         losses = row_nll(self.engine, rows)
+        labels = torch.tensor(micro_batch.labels, dtype=torch.float64)
+        labels = labels.to(losses.device, non_blocking=True)
         index = torch.tensor(micro_batch.sources).to(losses.device, non_blocking=True)
-        labels = torch.tensor(micro_batch.labels, dtype=torch.float64).to(
-            losses.device, non_blocking=True
-        )
         by_source.index_add_(1, index, torch.stack([losses.detach().double(), labels]))
         return losses.sum()
 
@@ -280,12 +250,13 @@ class Trainer:
         base_changed: bool = False,
     ) -> list[float]:
         """The sums over all processes of vectors on the device and of numbers on the host,
-        in that order; the same collective tells whether any process was asked to stop or
-        finds the base's files changed. That is rare, and only then they look which of both
-        it is. The host waits for the device here."""
-        host = torch.tensor(
-            [*on_host, float(base_changed or signals.requested())], dtype=torch.float64
-        )
+        in that order. The host waits for the device here.
+
+        A last number tells whether any process was asked to stop, or finds the base's files
+        changed. Both are rare: a second collective then tells which of them it is.
+        """
+        has_news = base_changed or signals.requested()
+        host = torch.tensor([*on_host, float(has_news)], dtype=torch.float64)
         sums = torch.cat([*on_device, host.to(self.engine.device, non_blocking=True)])
         dist.all_reduce(sums)
         *totals, news = sums.tolist()
@@ -306,9 +277,8 @@ class Trainer:
         seconds: float,
         source_sums: Sequence[float],
     ) -> None:
-        """Log the step just done. `source_sums`: losses, then labels, of the sources of a
-        mixture.
-        """
+        """Log the step just done. `source_sums`: losses, then labels, of a mixture's
+        sources."""
         step = self.state.step
         tokens = self.rows_per_step * self.train_data.seq_len
         row = {
@@ -342,13 +312,11 @@ class Trainer:
         not lost."""
         state = self.state
         training = self.training
-        at_end = state.step == self.total_steps
         state.merge_pending = self.schedule.merges_after(state.step)
-        state.evaluation_pending = (
-            bool(training.eval_steps)
-            and state.step % training.eval_steps == 0
-            and not at_end
-        )
+        # The last evaluation is that of `_finish`.
+        state.evaluation_pending = False
+        if training.eval_steps and state.step < self.total_steps:
+            state.evaluation_pending = state.step % training.eval_steps == 0
         if state.merge_pending and self._save_is_due:
             self._save()
         self._do_what_is_pending()
@@ -363,7 +331,8 @@ class Trainer:
             self._save()
         if self.state.evaluation_pending:
             self._evaluate()
-            # It is written at once, whatever --save_steps
+            # The best checkpoint so far is written at once, whatever --save_steps says: no
+            # later one has this model.
             if self.state.best_step == self.state.step:
                 self._save()
         if self._save_is_due:
@@ -371,19 +340,14 @@ class Trainer:
 
     @property
     def _save_is_due(self) -> bool:
-        """Whether --save_steps asks for a checkpoint of the newest step. The last one is
-        written in any case.
-        """
+        """Whether --save_steps asks for a checkpoint of the newest step, if not the last."""
         step = self.state.step
         every = self.training.save_steps
         return bool(every) and step % every == 0 and 0 < step < self.total_steps
 
     def _leave_if_asked(self, hear_again: bool = True) -> None:
-        """Save and raise `Stopped` once a process was asked to stop.
-
-        `hear_again`: exchange requests first (collective), since much time may have passed
-        since the step's exchange.
-        """
+        """Save and raise `Stopped` once a process was asked to stop. `hear_again`: exchange
+        requests first (collective), as the step's own exchange may be long ago."""
         if hear_again:
             self._sum_and_hear_requests()
         if not self._stop_asked:
@@ -397,9 +361,8 @@ class Trainer:
         dist.barrier()  # no process leaves before all have settled
         if step == 0:
             raise Stopped("stopped before the first step, with nothing to save")
-        raise Stopped(
-            f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on"
-        )
+        saved = f"stopped at step {step}, saved to {self.last_checkpoint}"
+        raise Stopped(f"{saved}; --resume_from_checkpoint auto goes on")
 
     def _save(self) -> None:
         """Write a checkpoint, once the loss of the probe batch is finite: a step with a
@@ -407,17 +370,18 @@ class Trainer:
         for a good one."""
         step = self.state.step
         self.memory.end(BETWEEN)
-        # Before the probe: to read beyond the end of a mapped file kills the process
+        # Before the probe, which reads the base: to read beyond the end of a mapped file
+        # that has become shorter kills the process.
         self.job.run.check_base()
-        # One rank alone may read a damaged base
+        # The mean over ranks, since one rank alone may read a damaged base.
         loss = self.replica.sum(self._probe_loss()) / self.replica.world
-        require_finite(
-            loss, f"after step {step} the loss of the probe batch is {loss}", step
-        )
+        problem = f"after step {step} the loss of the probe batch is {loss}"
+        require_finite(loss, problem, step)
         self.state.stream = self.train_data.states_at(step)
         keep = self.training.save_total_limit
         if keep is not None and self.state.evaluation_pending:
-            # The one before is the last good one, should the evaluation find NaN
+            # Should the evaluation find NaN, the checkpoint before this one is the last
+            # good one.
             keep = max(keep, 2)
         self.last_checkpoint = self.job.run.save(step, keep)
         self._saved_step = step
@@ -435,9 +399,8 @@ class Trainer:
     def _finish(self) -> None:
         state = self.state
         if state.step < self.total_steps:
-            logger.info(
-                f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}"
-            )
+            done = f"{state.step} of {self.total_steps}"
+            logger.info(f"stopping after step {done}: {self.evaluator.forgotten}")
         else:
             state.evaluation_pending = bool(self.evaluator.sets or self.evaluator.tasks)
             if state.evaluation_pending and self._saved_step != state.step:
@@ -462,9 +425,9 @@ class Trainer:
         try:
             perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
         except BESIDE as error:
-            # Which all ranks find alike
+            # All ranks find a broken model alike, and none can train on. Once a rank was
+            # asked to stop, the error is that of the run's last checkpoint.
             is_of_model = isinstance(error, (NotFinite, BaseChanged))
-            # Asked to stop: the last checkpoint could not be written
             if step == 0 or is_of_model or self._stop_asked:
                 raise
             failure = f"{type(error).__name__}: {reason(error)}"
@@ -472,21 +435,17 @@ class Trainer:
         # evaluation, whose sums would be wrong from there on: it waits for them at this
         # check, which has a group of its own.
         what = f"evaluation after step {step}"
-        told = [line for line in self.ranks.gather(what, failure) if line is not None]
-        if told:
-            # Rank 0 alone writes: where that has failed, the others know more by now, and
-            # would save and leave alone.
+        failures = [line for line in self.ranks.gather(what, failure) if line is not None]
+        if failures:
+            # Rank 0 alone writes: where that has failed, the others have the results in
+            # their states, and would save a best checkpoint, or end the run, without it.
             vars(self.state).update(state_before, evaluation_pending=False)
-            self.state.failures.append(f"{what}: {told[0]}")
+            self.state.failures.append(f"{what}: {failures[0]}")
             logger.error(f"{self.state.failures[-1]}. Training goes on")
         return perplexities
 
     def _probe_loss(self) -> float:
-        """Mean loss of the probe batch (of a mixture: of the first source), the same in
-        every replica.
-
-        A NaN in any MoRA matrix makes it NaN.
-        """
-        return self.replica.replica_nll(
-            self.train_data.first_rows(PROBE_ROWS), self.hooks.probe_domain
-        )
+        """Mean loss of the probe batch, which is of the first source, the same in every
+        replica. A NaN in any MoRA matrix makes it NaN."""
+        rows = self.train_data.first_rows(PROBE_ROWS)
+        return self.replica.replica_nll(rows, self.hooks.probe_domain)
