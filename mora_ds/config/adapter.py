@@ -97,9 +97,7 @@ class AdapterArguments:
 
     @property
     def trains_others(self) -> bool:
-        """Whether parameters other than the adapter's are trained (PEFT calls them
-        modules_to_save).
-        """
+        """Whether parameters beside the adapter's are trained (PEFT's modules_to_save)."""
         rows = self.train_new_embeddings or self.train_embedding_rank > 0
         return rows or self.train_embeddings or self.train_norms or self.train_head
 
@@ -111,17 +109,12 @@ class AdapterArguments:
     def config(self, seed: int) -> AdapterConfig:
         """The adapter's own config. Raises `UserError` for invalid settings."""
         if self.adapter == AdapterKind.LORA.value:
-            return LoRAConfig(
-                rank=self.mora_rank,
-                alpha=self.lora_alpha,
-                **self._common(seed),
-            )
+            common = self._common(seed)
+            return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **common)
         return self.mora_config(seed)
 
     def mora_config(self, seed: int) -> MoRAConfig:
-        """The config of --adapter mora. Raises `UserError` for invalid settings, named as
-        fields.
-        """
+        """The config of --adapter mora. Raises `UserError` for invalid settings."""
         return MoRAConfig(
             rank=self.mora_rank,
             operator=self.operator,

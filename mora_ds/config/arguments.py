@@ -1,5 +1,4 @@
-"""All settings of a training run: four dataclasses, parsed strictly, written to the run's
-run.yaml.
+"""All settings of a training run: four dataclasses, parsed strictly, written to run.yaml.
 
     [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
                                          \\-> dump -> run.yaml
@@ -25,30 +24,22 @@ from mora_ds.remora.schedule import Schedule, schedule_kind
 
 @dataclass(frozen=True)
 class Arguments:
-    """All settings of a run. Functions take the groups or fields that they need, never this
-    class as such.
-    """
+    """All settings of a run. Functions take the groups or fields that they need of it."""
 
     model: ModelArguments
     adapter: AdapterArguments
     data: DataArguments
     training: TrainingArguments
     research: dict[str, Any] = field(default_factory=dict)
-    """The settings that the block `research:` of the recipe sets; without one empty, as
-    nearly always.
-    """
+    """The settings of the recipe's block `research:`; nearly always there is none."""
     set_by_user: frozenset[str] = frozenset()
-    """Names of the fields that flags or recipe set; the rest are defaults."""
+    """Names of the fields that flags or recipe set; all others have their defaults."""
     left_out: tuple[str, ...] = ()
-    """Keys of the recipe that flags on the command line leave without an effect
-    (`effects`); they have defaults.
-    """
+    """Keys of the recipe that have defaults, as flags leave them no effect (`effects`)."""
 
     @property
     def is_demo(self) -> bool:
-        """Whether neither a model nor training data is named, so that the run is the
-        demo.
-        """
+        """Whether neither a model nor training data is named: the run is the demo."""
         return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
@@ -64,7 +55,7 @@ class Arguments:
                     f"--decay_from: {total_steps} steps end before the decay, which begins after {decay_start}: raise "
                     "--max_steps"
                 )
-            # The checkpoint is at the peak, whatever --warmup_steps says
+            # Whatever --warmup_steps says here, the checkpoint is past it, at the peak.
             warmup_steps = min(warmup_steps, decay_start)
             decay_ratio = (total_steps - decay_start) / (total_steps - warmup_steps)
         return Schedule(
@@ -100,21 +91,16 @@ def parse(argv: Sequence[str]) -> Arguments:
     """
     recipe, flags = parse_flat(list(_GROUPS.values()), argv)
     for settings in (recipe, flags):
-        settings.update(
-            {
-                name: shipped(settings[name])
-                for name in _SHIPPED
-                if settings.get(name) is not None
-            }
-        )
+        for name in _SHIPPED:
+            if settings.get(name) is not None:
+                settings[name] = shipped(settings[name])
     return with_flags(recipe, flags)
 
 
 def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of a recipe, and of flags that win over it and leave
-    keys of it without effect.
-    """
-    # The recipe's own: `validate` refuses them
+    """Arguments from {field: value} of a recipe, and of flags, which win over it and may
+    leave keys of it without effect."""
+    # What the recipe itself leaves without effect, `validate` refuses.
     mistakes = idle_settings(from_flat(recipe)).keys()
     idle = idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
     effective = {name: value for name, value in recipe.items() if name not in idle}
@@ -123,15 +109,11 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
 
 
 def from_flat(settings: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of the right types; what is absent takes its
-    default.
-    """
+    """Arguments from {field: value} of the right types; the other fields have defaults."""
     groups = {}
     for name, group in _GROUPS.items():
-        names = {entry.name for entry in dataclasses.fields(group)}
-        groups[name] = group(
-            **{key: value for key, value in settings.items() if key in names}
-        )
+        names = settings.keys() & {entry.name for entry in dataclasses.fields(group)}
+        groups[name] = group(**{key: settings[key] for key in names})
     return Arguments(
         **groups,
         research=settings.get(RESEARCH, {}),
@@ -141,12 +123,11 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
 
 def dump(arguments: Arguments) -> dict[str, Any]:
     """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without
-    what differs by rank.
-    """
-    flat = {
-        key: value
-        for name in _GROUPS
-        for key, value in dataclasses.asdict(getattr(arguments, name)).items()
-    }
+    what differs by rank."""
+    flat: dict[str, Any] = {}
+    for name in _GROUPS:
+        flat |= dataclasses.asdict(getattr(arguments, name))
     del flat["local_rank"]
-    return {**flat, RESEARCH: arguments.research} if arguments.research else flat
+    if arguments.research:
+        flat[RESEARCH] = arguments.research
+    return flat

@@ -107,7 +107,7 @@ EFFECTS = (
     ),
     Effect(
         "--streaming",
-        # Whose sources may be streams
+        # The file of a mixture may have streams among its sources.
         lambda run: run.data.streaming or run.data.mixture is not None,
         "shuffle_buffer",
     ),
@@ -121,23 +121,19 @@ EFFECTS = (
 
 
 def idle_settings(arguments: Arguments) -> dict[str, str]:
-    """{setting: message} of those that differ from their defaults and have no effect beside
-    the others.
-    """
+    """{setting: message} of those that differ from their defaults, and have no effect."""
     has_known_adapter = arguments.adapter.adapter in [kind.value for kind in AdapterKind]
     if not has_known_adapter or refusal(_curve, arguments):
         return {}  # `validate` reports the names
-    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    changed = {
-        name
-        for group in groups
-        for name, value in vars(group).items()
-        if value != getattr(type(group)(), name)
-    }
-    return {
-        name: f"--{name} is for {effect.purpose}, and has no effect here: leave it out"
-        for effect in EFFECTS
-        if not effect.present(arguments)
-        for name in effect.settings.split()
-        if name in changed
-    }
+    changed = set()
+    for group in (arguments.model, arguments.adapter, arguments.data, arguments.training):
+        defaults = vars(type(group)())
+        changed |= {name for name, value in vars(group).items() if value != defaults[name]}
+    messages = {}
+    for effect in EFFECTS:
+        if not effect.present(arguments):
+            advice = f"is for {effect.purpose}, and has no effect here: leave it out"
+            for name in effect.settings.split():
+                if name in changed:
+                    messages[name] = f"--{name} {advice}"
+    return messages

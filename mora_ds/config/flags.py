@@ -32,8 +32,7 @@ _NOT_GIVEN = object()
 
 
 def documented(cls: Class) -> Class:
-    """Class decorator, under `@dataclass`: every field's docstring becomes its
-    `metadata["help"]`.
+    """Class decorator, under `@dataclass`: every field's docstring becomes its help.
 
     One text serves the reader of the source and the reader of `--help`. A field without one
     is a TypeError.
@@ -56,9 +55,7 @@ def documented(cls: Class) -> Class:
 
 
 RECORDED_KEYS = ("versions", "resolved")
-"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and
-they are not read.
-"""
+"""Keys of `run.yaml` that record facts about the run; in a recipe they are not read."""
 
 RESEARCH = "research"
 """The key of a recipe that holds the settings of `mora_ds.research`."""
@@ -123,15 +120,11 @@ REMOVED: dict[str, str] = {
     "trainable_budget": "was removed: mora-ds analyze --trainable_budget writes a plan of targets",
     "warmup_ratio": "was removed: --warmup_steps below 1 is a share of the run",
 }
-"""Setting that a version before 0.3.0 had -> what to do instead, to be read after its
-name.
-"""
+"""Setting of a version before 0.3.0 -> what to do instead, to be read after its name."""
 
 
 class StrictParser(HfArgumentParser):
-    """HfArgumentParser that raises `UserError` instead of ending the process. `-h` still
-    prints help and ends it.
-    """
+    """HfArgumentParser that raises `UserError` where it would end the process, but for `-h`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -162,15 +155,12 @@ def parse_flat(
         raise UserError(
             f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
         )
-    return of_recipe, {
-        name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN
-    }
+    settings = vars(parsed).items()
+    return of_recipe, {name: value for name, value in settings if value is not _NOT_GIVEN}
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
-    """Takes the recipe out of `arguments`. The launcher puts its `--local_rank` before
-    everything else.
-    """
+    """Take the recipe out of `arguments`, where a launcher may have put --local_rank first."""
     position = 0
     if arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
         position = 1 if "=" in arguments[0] else 2
@@ -189,19 +179,17 @@ def _unknown_flag(word: str, known: Iterable[str]) -> str:
 
 
 def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
-    """The settings of a YAML recipe, checked against the fields of `groups`; one
-    `UserError` lists all wrong ones.
-    """
-    content = load_yaml(path, "the recipe")
+    """The settings of a YAML recipe, checked against the fields of `groups`. One
+    `UserError` lists all that are wrong."""
+    settings = load_yaml(path, "the recipe")
+    for key in RECORDED_KEYS:
+        settings.pop(key, None)
+    has_research = RESEARCH in settings
+    block = settings.pop(RESEARCH, None)
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings = {
-        key: value
-        for key, value in content.items()
-        if key not in (*RECORDED_KEYS, RESEARCH)
-    }
     values = typed_values(settings, hints, path)
-    if RESEARCH in content:
-        values[RESEARCH] = research.load("settings").read(content[RESEARCH], path)
+    if has_research:
+        values[RESEARCH] = research.load("settings").read(block, path)
     return values
 
 
@@ -214,9 +202,8 @@ def typed_values(
     `UserError` for all unknown keys and wrong types.
     """
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: {prefix.rstrip('.')} must be `key: value` lines, got {content!r}"
-        )
+        name = prefix.rstrip(".")
+        raise UserError(f"{path}: {name} must be `key: value` lines, got {content!r}")
     values = {}
     problems = []
     for key, value in content.items():
@@ -231,24 +218,19 @@ def typed_values(
         elif key in REMOVED and not prefix:
             problems.append(f"{path}: {key} {REMOVED[key]}")
         else:
-            problems.append(
-                f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}"
-            )
+            suggestion = nearest(str(key), hints)
+            problems.append(f"{path}: unknown key '{prefix}{key}'.{suggestion}")
     refuse(problems)
     return values
 
 
 def _as_written(value: Any, hint: Any) -> Any:
-    """What YAML means by `value`: one entry may stand for a list, and 4e-4, without a
-    point, is read as a string.
-    """
+    """What the user means by `value`: one entry stands for a list of it, and YAML reads
+    4e-4, which has no point, as text."""
     if get_origin(hint) is list and not isinstance(value, list):
         return [value]
-    if (
-        float in (hint, *get_args(hint))
-        and isinstance(value, (int, str))
-        and not isinstance(value, bool)
-    ):
+    is_bool = isinstance(value, bool)
+    if float in (hint, *get_args(hint)) and isinstance(value, (int, str)) and not is_bool:
         with suppress(ValueError):
             return float(value)
     return value

@@ -1,8 +1,7 @@
-"""Forgetting: the perplexities on old text against those at the start, and the settings
-that act on them.
+"""Forgetting: perplexities against those at the start, and the settings that act on them.
 
---stop_when_forgotten general:1.10      stop once the perplexity on `general` exceeds 1.10 of its value at the start
---best_by general:0.3 domain:0.7        checkpoints/best: lowest 0.3 x loss on general + 0.7 x loss on domain
+--stop_when_forgotten general:1.10    stop once the perplexity on `general` exceeds 1.10 of its value at the start
+--best_by general:0.3 domain:0.7      checkpoints/best: lowest 0.3 x loss on general + 0.7 x loss on domain
 """
 
 from __future__ import annotations
@@ -19,24 +18,17 @@ _BEST = "--best_by"
 
 @dataclass(frozen=True)
 class Watch:
-    """The bounds and weights that are applied after every evaluation. Perplexities are
-    mappings by name of the set.
-    """
+    """What is looked at after every evaluation. Names are those of evaluation sets, whose
+    values are perplexities, and of tasks, whose values are costs."""
 
     bounds: Mapping[str, float]
-    """The ratio of a set's perplexity to its value at the start above which the run
-    stops.
-    """
+    """Name -> the ratio of its value to that at the start above which the run stops."""
     weights: Mapping[str, float]
-    """The weights of the sets' losses in the sum that ranks checkpoints; empty: checkpoints
-    are not ranked.
-    """
+    """Name -> the weight of its loss in the sum that ranks checkpoints; empty: no ranks."""
 
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
-        """From the values of --stop_when_forgotten, ratios to the start, and of --best_by.
-        Raises `UserError`.
-        """
+        """From the values of --stop_when_forgotten and of --best_by. Raises `UserError`."""
         watch = cls(
             _named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE)
         )
@@ -45,17 +37,21 @@ class Watch:
         return watch
 
     def check_names(self, known: Sequence[str]) -> None:
-        """Raises `UserError` for a set that is not evaluated."""
+        """Raise `UserError` for a name that is not evaluated."""
+        available = f"there are: {', '.join(known)}."
+        if not known:
+            available = "there are none: give --eval_files."
         for flag, names in ((_STOP, self.bounds), (_BEST, self.weights)):
             for name in names:
-                require_set(flag, name, known)
+                if name not in known:
+                    raise UserError(
+                        f"{flag}: no evaluation set is called {name!r}; {available}{nearest(name, known)}"
+                    )
 
     def forgotten(
         self, before: Mapping[str, float], now: Mapping[str, float]
     ) -> str | None:
-        """A sentence about the first bound that is exceeded, or None. Values are
-        perplexities, or costs of tasks.
-        """
+        """A sentence about the first bound that is exceeded, or None."""
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
                 return (
@@ -66,32 +62,14 @@ class Watch:
 
     def score(self, now: Mapping[str, float]) -> float | None:
         """The weighted sum of losses, lower is better; None without weights, or where a
-        weighted set is missing.
-        """
+        weighted value is missing."""
         if not self.weights or not self.weights.keys() <= now.keys():
             return None
         return sum(weight * math.log(now[name]) for name, weight in self.weights.items())
 
 
-def require_set(flag: str, name: str, known: Sequence[str]) -> None:
-    """Raise `UserError` for an evaluation set that `flag` names and that is none of the
-    `known` ones.
-    """
-    if name not in known:
-        there = (
-            f"there are: {', '.join(known)}."
-            if known
-            else "there are none: give --eval_files."
-        )
-        raise UserError(
-            f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}"
-        )
-
-
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Lines about each set's perplexity at the start and now; none where no set has
-    both.
-    """
+    """A line for each set that has a perplexity at the start and now."""
     return [
         f"perplexity on {name}: {before[name]:.3f} at the start, {after[name]:.3f} now ({percent:+.2f}%)"
         for name, percent in change(before, after).items()
@@ -99,18 +77,14 @@ def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """{set: change of its perplexity since the start, in per cent}; above 0 is
-    forgetting.
-    """
+    """{set: change of its perplexity since the start in per cent, above 0 if forgotten}."""
     return {
         name: 100 * (after[name] / before[name] - 1) for name in after if name in before
     }
 
 
 def _named(flag: str, entries: Sequence[str], bounds: Bounds) -> dict[str, float]:
-    """{name: number} of `entries` NAME:NUMBER. Raises `UserError` for one of another
-    form.
-    """
+    """{name: number} of `entries` NAME:NUMBER. Raises `UserError` for another form."""
     numbers = {}
     for entry in entries:
         name, _, number = entry.rpartition(":")

@@ -209,78 +209,60 @@ class TrainingArguments:
 
     def rows_per_step(self, world: int) -> int:
         """Global batch size of a run on `world` processes, in sequences."""
-        return (
-            self.per_device_train_batch_size
-            * self.gradient_accumulation_steps
-            * (world // self.ranks_per_replica)
-        )
+        replicas = world // self.ranks_per_replica
+        micro_batches = self.gradient_accumulation_steps * replicas
+        return self.per_device_train_batch_size * micro_batches
+
+    @property
+    def has_muon(self) -> bool:
+        """Whether MoRA matrices are trained by Muon."""
+        return self.optimizer == OptimizerKind.MUON.value
 
     @property
     def peak_learning_rate(self) -> float:
-        """The schedule's peak: the learning rate of the adapter, or of everything in full
-        training.
-        """
+        """The schedule's peak: of the adapter, or of everything in full training."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return (
-            MUON_LEARNING_RATE
-            if self.optimizer == OptimizerKind.MUON.value
-            else ADAMW_LEARNING_RATE
-        )
+        return MUON_LEARNING_RATE if self.has_muon else ADAMW_LEARNING_RATE
 
     @property
     def other_learning_rate(self) -> float:
         """Peak learning rate of the other trained parameters (modules_to_save)."""
         if self.embedding_learning_rate is not None:
             return self.embedding_learning_rate
-        return (
-            ADAMW_LEARNING_RATE
-            if self.optimizer == OptimizerKind.MUON.value
-            else self.peak_learning_rate
-        )
+        return ADAMW_LEARNING_RATE if self.has_muon else self.peak_learning_rate
 
     def first_warmup(self, total_steps: int) -> int:
         """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid number
-        counts as 0.
-        """
+        counts as 0."""
         if not NOT_NEGATIVE.allow(self.warmup_steps):
             return 0
-        return (
-            math.ceil(self.warmup_steps * total_steps)
-            if self.warmup_steps < 1
-            else int(self.warmup_steps)
-        )
+        if self.warmup_steps < 1:
+            return math.ceil(self.warmup_steps * total_steps)
+        return int(self.warmup_steps)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from refusal(schedule_kind, self.lr_scheduler_type)
-        yield from (
-            unknown("--report_to", name, TRACKERS)
-            for name in self.report_to
-            if name not in TRACKERS
-        )
+        for name in self.report_to:
+            if name not in TRACKERS:
+                yield unknown("--report_to", name, TRACKERS)
         if self.max_steps != -1 and self.max_steps < 1:
             yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
         yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
-        if self.decay_from is not None and self.max_steps < 1:
-            yield "--decay_from: give the steps of the decay with --max_steps"
-        if self.decay_from is not None and self.lr_scheduler_type not in (
-            "warmup_stable_decay",
-            "wsd",
-        ):
-            yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
+        if self.decay_from is not None:
+            if self.max_steps < 1:
+                yield "--decay_from: give the steps of the decay with --max_steps"
+            if self.lr_scheduler_type not in ("warmup_stable_decay", "wsd"):
+                yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
         yield from refusal(expanded, self.output_dir, "--output_dir")
-        if (
-            self.warmup_steps > 1
-            and NOT_NEGATIVE.allow(self.warmup_steps)
-            and self.warmup_steps % 1
-        ):
+        is_number = NOT_NEGATIVE.allow(self.warmup_steps)
+        if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
             yield f"--warmup_steps must be whole, or a share of the run below 1, got {self.warmup_steps}"
-        if self.eval_tasks_steps and (
-            self.eval_steps == 0 or self.eval_tasks_steps % self.eval_steps
-        ):
+        is_multiple = self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
+        if self.eval_tasks_steps and not is_multiple:
             yield (
                 f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "
                 f"be a multiple of --eval_steps, {self.eval_steps}"

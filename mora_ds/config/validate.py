@@ -43,7 +43,6 @@ from mora_ds.runtime.log_setup import LogLevel
 _UNKNOWN_LENGTH = 2**62
 """Stands for the number of steps of a run that depends on the data."""
 
-
 _RATE = Bounds(above=0, most=1e30)
 """Of a learning rate: torch's AdamW takes no factors beyond fp32."""
 
@@ -58,7 +57,7 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "held_out_share": BELOW_1,
     "shuffle_buffer": NOT_NEGATIVE,
     "tensor_parallel_size": COUNT,
-    # All rows of a batch are in memory
+    # All rows of a micro-batch are in memory at a time.
     "per_device_train_batch_size": Bounds(least=1, most=1_000_000),
     "per_device_eval_batch_size": Bounds(least=1, most=1_000_000),
     "gradient_accumulation_steps": COUNT,
@@ -83,7 +82,7 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "eval_tasks_steps": NOT_NEGATIVE,
     "save_steps": NOT_NEGATIVE,
     "save_total_limit": COUNT,
-    # Each rank's generator is seeded with 16 bits more, and takes 64
+    # Torch's generators take 64 bits, of which 16 tell the replicas apart.
     "seed": Bounds(least=0, below=2**48),
     "collective_timeout_s": Bounds(least=1, most=SECONDS.most),
 }
@@ -107,30 +106,26 @@ _EXCLUSIVE = (
 
 
 def validate(arguments: Arguments) -> None:
-    """Raises one `UserError` that lists everything wrong with `arguments`, one problem a
+    """Raise one `UserError` that lists everything wrong with `arguments`, one problem a
     line; where nothing is, the settings that have no effect."""
     training = arguments.training
     adapter = arguments.adapter
-    # A branch is past its warm-up
+    # The steps of --decay_from come after the warm-up, which they need not hold.
     has_length = training.max_steps > 0 and training.decay_from is None
     steps = training.max_steps if has_length else _UNKNOWN_LENGTH
-    groups = (arguments.model, arguments.data, adapter, training)
     settings = dump(arguments)
-    refuse(
-        [
-            *wrong_values(SimpleNamespace(**settings), _LIMITS),
-            *(problem for group in groups for problem in group.problems()),
-            *_both_given(settings),
-            *(research.load("settings").problems(arguments) if arguments.research else ()),
-            *_contradictions(arguments.model, adapter, arguments.data, training),
-            *conflicts(
-                steps,
-                training.first_warmup(steps),
-                adapter.merge_every,
-                adapter.restart_warmup_steps,
-            ),
-        ]
+    problems = list(wrong_values(SimpleNamespace(**settings), _LIMITS))
+    for group in (arguments.model, arguments.data, adapter, training):
+        problems += group.problems()
+    problems += _both_given(settings)
+    if arguments.research:
+        problems += research.load("settings").problems(arguments)
+    problems += _contradictions(arguments.model, adapter, arguments.data, training)
+    warmup_steps = training.first_warmup(steps)
+    problems += conflicts(
+        steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )
+    refuse(problems)
     refuse(idle_settings(arguments).values())
 
 
@@ -148,19 +143,16 @@ def _contradictions(
     training: TrainingArguments,
 ) -> Iterator[str]:
     """One message for each setting of a group that those of another one do not go with."""
-    muon = training.optimizer == OptimizerKind.MUON.value
-    uploads_full = (
-        adapter.adapter == AdapterKind.FULL.value
-        and training.push_to_hub
-        and not training.export_merged
-    )
-    has_tokenizer = (
-        model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
-    )
+    muon = training.has_muon
+    is_full = adapter.adapter == AdapterKind.FULL.value
+    uploads_adapter = training.push_to_hub and not training.export_merged
+    names_tokenizer = model.tokenizer_name or model.train_tokenizer_vocab
     wrong_sources = refusal(mixture_plan, data)
     streams = not wrong_sources and mixture_plan(data).streams
     rules = {
-        "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": uploads_full,
+        "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": (
+            is_full and uploads_adapter
+        ),
         "--optimizer muon is for the matrices of an adapter: use --adapter mora or lora, or --optimizer adamw": (
             muon and adapter.is_control
         ),
@@ -174,17 +166,19 @@ def _contradictions(
             data.names_text and not model.is_named
         ),
         "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab": (
-            data.names_text and model.model_config and not has_tokenizer
+            data.names_text and model.model_config and not names_tokenizer
         ),
         "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps": (
             streams and training.max_steps < 1
         ),
         "--held_out_share reads the complete text before training, which --streaming does not: name held-out text with "
-        "--eval_files": streams and data.held_out_share > 0,
+        "--eval_files": (streams and data.held_out_share > 0),
         "--train_tokenizer_vocab reads the complete text before training, which --streaming does not: give "
-        "--tokenizer_name": streams and model.train_tokenizer_vocab > 0,
+        "--tokenizer_name": (streams and model.train_tokenizer_vocab > 0),
     }
-    yield from (message for message, holds in rules.items() if holds)
+    for message, is_broken in rules.items():
+        if is_broken:
+            yield message
     yield from wrong_sources
     yield from sequence_parallel_problems(
         training.sequence_parallel_size, data.seq_len, model.attn_implementation
