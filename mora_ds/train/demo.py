@@ -176,8 +176,9 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
     if not paths.root.exists():
         write_inputs(paths, training.seed)
     elif not paths.warm.is_dir():
-        advice = "start it anew with --overwrite_output_dir"
-        raise UserError(f"{paths.warm} is missing, with which the demo began: {advice}")
+        raise UserError(
+            f"{paths.warm} is missing, with which the demo began: start it anew with --overwrite_output_dir"
+        )
 
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:

@@ -145,8 +145,9 @@ def require_finite(value: float, what: str, step: int) -> None:
     if math.isfinite(value):
         return
     if step == 0:
-        advice = "the model itself is broken, or needs another dtype"
-        raise RunError(f"{what}, before any training: {advice}")
+        raise RunError(
+            f"{what}, before any training: the model itself is broken, or needs another dtype"
+        )
     raise NotFinite(what)
 
 

@@ -201,8 +201,9 @@ def check_merged(folder: Path) -> None:
         models = list(folder.iterdir())  # one for each domain
     are_models = all((model / "config.json").is_file() for model in models)
     if folder.is_symlink() or not are_models:
-        problem = "holds something other than a model; move it away"
-        raise UserError(f"--export_merged: {folder} {problem}")
+        raise UserError(
+            f"--export_merged: {folder} holds something other than a model; move it away"
+        )
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

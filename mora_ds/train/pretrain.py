@@ -255,11 +255,13 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
     can begin there."""
     state = TrainerState.read(checkpoint)
     if not state.at_peak:
-        problem = "its learning rate is not at the peak, where a decay begins"
-        raise UserError(f"{DECAY} {checkpoint}: {problem}")
+        raise UserError(
+            f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins"
+        )
     if checkpoint.parent == root.resolve():
-        problem = "lies in --output_dir: give the branch a folder of its own"
-        raise UserError(f"{DECAY} {checkpoint} {problem}")
+        raise UserError(
+            f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own"
+        )
     return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
@@ -273,8 +275,9 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     sets = list(data.evaluation)
     tasks = task_names(training.eval_tasks)
     if both := sorted({*sets} & {*tasks}):
-        problem = f"{both[0]} is the name of a task of --eval_tasks; choose another name"
-        raise UserError(f"--eval_files: {problem}")
+        raise UserError(
+            f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name"
+        )
     watch = Watch.of(training.stop_when_forgotten, training.best_by)
     watch.check_names([*sets, *tasks])
 

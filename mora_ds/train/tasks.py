@@ -55,8 +55,9 @@ def check_tasks(names: Sequence[str]) -> None:
     try:
         _loaded(names)
     except ImportError as error:
-        install = "pip install 'mora_ds[tasks]'"
-        raise UserError(f"{FLAG} needs the package lm-eval: {install} ({error})") from error
+        raise UserError(
+            f"{FLAG} needs the package lm-eval: pip install 'mora_ds[tasks]' ({error})"
+        ) from error
 
 
 def task_names(names: Sequence[str]) -> list[str]:
@@ -88,8 +89,9 @@ def _loaded(names: Sequence[str]) -> Any:
         get_task_dict(known, manager)
     # Whatever a task's data leads to.
     except Exception as error:
-        problem = f"cannot be loaded: {reason(error)}"
-        raise UserError(f"{FLAG} {' '.join(names)}: {problem}") from error
+        raise UserError(
+            f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}"
+        ) from error
     return manager
 
 

@@ -31,8 +31,9 @@ WANDB = "wandb"
 def check_installed(names: Sequence[str]) -> None:
     """Raise `UserError` that names the extra of Weights & Biases where it is missing."""
     if WANDB in names and importlib.util.find_spec(WANDB) is None:
-        install = f"pip install 'mora_ds[{WANDB}]'"
-        raise UserError(f"--report_to {WANDB} needs the package {WANDB}: {install}")
+        raise UserError(
+            f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'"
+        )
 
 
 class Tracker:

@@ -361,8 +361,9 @@ class Trainer:
         dist.barrier()  # no process leaves before all have settled
         if step == 0:
             raise Stopped("stopped before the first step, with nothing to save")
-        saved = f"stopped at step {step}, saved to {self.last_checkpoint}"
-        raise Stopped(f"{saved}; --resume_from_checkpoint auto goes on")
+        raise Stopped(
+            f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on"
+        )
 
     def _save(self) -> None:
         """Write a checkpoint, once the loss of the probe batch is finite: a step with a
