@@ -151,8 +151,8 @@ data/packing.py | data/test_packing.py
 
 # evaluation counts some blocks twice
 data/packing.py | data/test_packing.py eval/test_perplexity.py
--self.block(index) if index < self.n_blocks else padding
-+self.block(index % self.n_blocks)
+-[padding] * (batch_size - len(blocks))
++[self.block(0)] * (batch_size - len(blocks))
 
 # the limit of evaluation batches is one of each rank
 train/evaluator.py | train/test_evaluator.py
@@ -246,8 +246,8 @@ config/mixture.py | data/test_mixture.py
 
 # small token caches are not read through
 data/cache.py | data/test_cache_damage.py
--if sum(sizes.values()) <= HASHED_BYTES else
-+if sum(sizes.values()) < 0 else
+-is_hashed = sum(sizes.values()) <= HASHED_BYTES
++is_hashed = False
 
 # elements that two shards hold are accepted
 engine/shards.py | checkpoint/test_verify.py
@@ -463,9 +463,9 @@ engine/ds_config.py | config/test_bad_launches.py
 
 # a tokenizer that cannot be loaded is a raw error
 data/tokenizer.py | config/test_bad_launches.py
--for merges of unknown tokens for example
+-for merges of unknown tokens for example.
 -    except Exception as error:
-+for merges of unknown tokens for example
++for merges of unknown tokens for example.
 +    except OSError as error:
 
 # a config that makes no model is a raw error
@@ -539,8 +539,9 @@ common/untrusted.py | common/test_files.py
 
 # a tokenizer is not tried where it is loaded
 data/tokenizer.py | config/test_bad_tool_calls.py
--        tokenizer("a")  # which
-+        # which
+-        tokenizer("a")
+-        return tokenizer
++        return tokenizer
 
 # layers that no file has are made
 models/load.py | config/test_bad_tool_calls.py

@@ -1,14 +1,13 @@
-"""The token cache: a corpus as one memory-mapped stream of tokens on disk, built once for
-the same text and settings.
+"""The token cache: a corpus as one memory-mapped stream of tokens on disk.
 
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
-A cache is written to a temporary folder and renamed, so a folder with a key as its name is
-complete. A killed builder leaves a temporary folder that nobody reads, and a later build
-removes it. Of two builders the first one wins.
+It is built once for the same text and settings, in a temporary folder that is then renamed,
+so that a folder with a key as its name is complete. A killed builder leaves a temporary
+folder that nobody reads, and a later build removes it. Of two builders the first one wins.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
 META = "meta.json"
 PARALLEL_BYTES = 32_000_000
-"""Smaller corpora are tokenised in the calling process, as starting others would take
-longer.
-"""
+"""Smaller corpora are tokenised in this process: to start others would take longer."""
 
 HASHED_BYTES = 1 << 30
 """Caches of up to this size (about a second of reading) are hashed whenever they are
@@ -63,9 +60,7 @@ _TEMPORARY = ".partial-"
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An open cache. `tokens` and `ends` are memory maps: nothing is read before it is
-    used.
-    """
+    """An open cache, memory-mapped: nothing is read before it is used."""
 
     folder: Path
     meta: dict[str, Any]
@@ -123,9 +118,7 @@ def build_cache(
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the cache in `folder`, by the sizes and hashes of its files, or
-    None.
-    """
+    """What is wrong with the cache in `folder`, by sizes and hashes of its files, or None."""
     try:
         meta = json.loads((folder / META).read_text())
         settings = meta["settings"]
@@ -135,15 +128,14 @@ def damage(folder: Path) -> str | None:
             TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize,
             DOCUMENTS: meta["documents"] * 8,
         }
-        hashes = (
-            meta["sha256"] if sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
-        )
-        problems = [
-            file_problem(folder / name, size, hashes[name]) for name, size in sizes.items()
-        ]
+        is_hashed = sum(sizes.values()) <= HASHED_BYTES
+        hashes = meta["sha256"] if is_hashed else dict.fromkeys(sizes)
+        for name, size in sizes.items():
+            if problem := file_problem(folder / name, size, hashes[name]):
+                return problem
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
-    return next(filter(None, problems), None)
+    return None
 
 
 def _processes_for(
@@ -156,9 +148,7 @@ def _processes_for(
 
 
 def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, Any]:
-    """Everything that decides which tokens a cache holds. `hashes`: of the corpus's
-    members.
-    """
+    """All that decides which tokens a cache holds. `hashes`: of the corpus's members."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -196,34 +186,28 @@ def _build(
         with disk_errors(folder.parent), at_work(temporary):
             meta = _write(corpus, encoder, temporary, num_proc, progress)
             if not meta["documents"]:
-                passed = (
-                    ""
-                    if corpus.keep is None
-                    else f", or on the other side of {corpus.keep}"
-                )
-                raise UserError(f"{corpus.flag}: every document is empty{passed}")
-            (temporary / META).write_text(
-                json.dumps({**meta, "settings": settings}, indent=2) + "\n"
-            )
+                problem = "every document is empty"
+                if corpus.keep is not None:
+                    problem += f", or on the other side of {corpus.keep}"
+                raise UserError(f"{corpus.flag}: {problem}")
+            content = json.dumps({**meta, "settings": settings}, indent=2)
+            (temporary / META).write_text(content + "\n")
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
-        # Renamed already, unless the build failed
+        # It is there only after a failure: else it has been renamed.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
     corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
 ) -> dict[str, Any]:
-    """Writes the tokens of all documents into `folder`; returns the counts and hashes for
-    meta.json.
-    """
-    hidden = None if progress else True  # None: where there is no terminal
-    documents = tqdm(
-        (document for document in corpus if not document.is_empty),
-        "tokenising",
-        disable=hidden,
-    )
+    """Write the tokens of all documents into `folder`. Returns the counts and hashes for
+    meta.json."""
+    with_text = (document for document in corpus if not document.is_empty)
+    # None hides it where there is no terminal.
+    hidden = None if progress else True
+    documents = tqdm(with_text, "tokenising", disable=hidden)
     batches = batched(documents, lambda document: len(document.text))
     hashes = {TOKENS: hashlib.sha256(), DOCUMENTS: hashlib.sha256()}
     n_tokens = 0
@@ -245,9 +229,8 @@ def _write(
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Renames the new cache. A damaged one in its place is removed; one that another
-    builder finished first stays.
-    """
+    """Rename the new cache. A damaged one in its place is removed; one that another builder
+    finished first stays."""
     if folder.exists() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -261,11 +244,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Removes the temporary folders of killed builders, where the file system's locks tell
-    that they are gone.
-    """
+    """Remove the temporary folders of killed builders, as the file system's locks tell."""
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
-        # Another builder finishes, and renames it, at the same time
+        # Another builder may finish, and rename it, at the same time.
         with suppress(FileNotFoundError):
             if is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)

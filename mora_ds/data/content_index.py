@@ -45,18 +45,15 @@ def _recall(entry: Path) -> str | None:
         content = json.loads(entry.read_text())
         content_hash: str = content["content_hash"]
         return content_hash if content["seal"] == _seal(content_hash) else None
-    # Missing or damaged: the member is read again
+    # It is missing or damaged: the member is read again.
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def _remember(entry: Path, content_hash: str) -> None:
-    """Writes in place: half an entry has no valid seal, and a kill leaves no temporary
-    file.
-    """
-    entry.write_text(
-        json.dumps({"content_hash": content_hash, "seal": _seal(content_hash)})
-    )
+    """Write in place: half an entry has no valid seal, and a kill leaves no temporary file."""
+    content = {"content_hash": content_hash, "seal": _seal(content_hash)}
+    entry.write_text(json.dumps(content))
 
 
 def _seal(content_hash: str) -> str:
@@ -65,16 +62,12 @@ def _seal(content_hash: str) -> str:
 
 @contextmanager
 def writable(cache_dir: Path) -> Iterator[None]:
-    """Turns a full disk into a `RunError`, and any other refusal to write (a read-only
-    disk) into a `UserError`.
-    """
+    """Turn a full disk into a `RunError`, and any other refusal to write, such as of a
+    read-only disk, into a `UserError`."""
     try:
         yield
     except OSError as error:
+        why = error.strerror or error
         if error.errno in DISK_FULL:
-            raise RunError(
-                f"the disk that holds {cache_dir} is full: {error.strerror}"
-            ) from error
-        raise UserError(
-            f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}"
-        ) from error
+            raise RunError(f"the disk that holds {cache_dir} is full: {why}") from error
+        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {why}") from error

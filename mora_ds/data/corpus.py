@@ -1,10 +1,10 @@
-"""What the user names (files, patterns, folders, a `datasets` name) as a `Corpus`, which
-can be read again and again.
+"""Text that the user names, as a `Corpus`.
 
     --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order given, each pattern sorted
     --dataset_name NAME                                DatasetMember
 
-Nothing is copied: the only thing written from a corpus is its token cache.
+It can be read again and again. Nothing is copied: the only thing that is written from a
+corpus is its token cache.
 """
 
 import glob
@@ -78,7 +78,8 @@ def load_corpus(
     is read. Raises `UserError`, which names `flag` or `--dataset_name`, for anything that
     is no corpus.
     """
-    if dataset_name is not None and flag == "--train_files":  # else a source of a mixture
+    # Another flag is the name of a source of a mixture.
+    if dataset_name is not None and flag == "--train_files":
         flag = "--dataset_name"
     with _naming(flag):
         if dataset_name is None:
@@ -142,9 +143,8 @@ def _hint(pattern: str) -> str:
     if os.path.isdir(os.path.expanduser(pattern)):
         return " The folder holds no file of a kind that is read; --dataset_name names a saved data set."
     folder = Path(os.path.expanduser(pattern)).parent
-    return (
-        nearest(Path(pattern).name, sorted(os.listdir(folder))) if folder.is_dir() else ""
-    )
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return nearest(Path(pattern).name, names)
 
 
 def _is_empty(path: Path) -> bool:
@@ -153,7 +153,8 @@ def _is_empty(path: Path) -> bool:
 
 def _file_member(path: Path, text_column: str) -> Member:
     file_kind(path)
-    if not path.is_file():  # a pipe would lose its first text, or wait for ever
+    # A pipe would lose its first text, or be waited for without end.
+    if not path.is_file():
         raise UserError(
             f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once"
         )
@@ -164,10 +165,9 @@ def _file_member(path: Path, text_column: str) -> Member:
 
 
 def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
-    """A folder that `datasets` has saved (`save_to_disk`), which is memory-mapped, or
-    another name that it knows.
-    """
-    import datasets  # not above: it is slow to import and most runs read files
+    """A folder that `datasets` has saved, which is memory-mapped, or a name it knows."""
+    # Not above: it is slow to import, and most runs read files.
+    import datasets
 
     has_splits = Path(name, "dataset_dict.json").is_file()
     try:
@@ -175,13 +175,8 @@ def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
             dataset = datasets.load_from_disk(Path(name, SPLIT) if has_splits else name)
         else:
             dataset = datasets.load_dataset(name, split=SPLIT, streaming=streaming)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    # Which errors there are depends on the data set: on its code, and on the network.
+    except Exception as error:
         raise UserError(
             f"{name!r} (split {SPLIT!r}) cannot be loaded: {reason(error)}"
         ) from error

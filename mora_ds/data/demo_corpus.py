@@ -1,5 +1,4 @@
-"""The demo's corpora: text that comes with every Python, so that nothing is downloaded and
-nothing is committed.
+"""The demo's corpora: text that comes with every Python, so that nothing is downloaded.
 
     general   prose: the language reference's topics (`pydoc_data.topics`), docstrings of the standard library
     domain    code: the standard library's source files, unchanged
@@ -27,22 +26,12 @@ from mora_ds.common.errors import UserError
 HELD_OUT_PERCENT = 5
 _SPLIT_SALT = "4/"
 """Prefix of the hashed names. Of a few that were tried, this one holds out about 5% of the
-bytes too.
-"""
+bytes too."""
 
 _SKIPPED_FOLDERS = {
-    *(
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "ensurepip",
-        "idlelib",
-        "lib-dynload",
-        "lib2to3",
-        "pydoc_data",
-    ),
-    *("site-packages", "test", "tests", "turtledemo"),
-}
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3",
+    "pydoc_data", "site-packages", "test", "tests", "turtledemo",
+}  # fmt: skip
 _SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 """Files that hold paths of the machine on which this Python was built or packaged."""
 
@@ -66,20 +55,17 @@ class DemoDocument:
 
 def general_documents() -> list[DemoDocument]:
     """Prose: every topic of the language reference, and one document of docstrings for each
-    module that has some.
-    """
-    # Not above: half a megabyte that only the demo needs
+    module that has some."""
+    # Not above: half a megabyte that only the demo needs.
     from pydoc_data.topics import topics
 
-    prose = [
-        DemoDocument(f"topic:{name}", text.strip() + "\n")
-        for name, text in sorted(topics.items())
-    ]
-    prose += [
-        DemoDocument(module.source, "\n\n".join(module.prose) + "\n")
-        for module in _modules()
-        if module.prose
-    ]
+    prose = []
+    for name, text in sorted(topics.items()):
+        prose.append(DemoDocument(f"topic:{name}", text.strip() + "\n"))
+    for module in _modules():
+        if module.prose:
+            text = "\n\n".join(module.prose)
+            prose.append(DemoDocument(module.source, text + "\n"))
     return _without_held_out_paragraphs(prose)
 
 
@@ -91,13 +77,12 @@ def domain_documents() -> list[DemoDocument]:
 def write_demo_corpus(
     folder: Path, general_bytes: int, domain_bytes: int, eval_bytes: int
 ) -> dict[str, int]:
-    """Writes the four corpora into `folder` as JSON lines ("text", "source"):
+    """Write the four corpora into `folder` as JSON lines ("text", "source"):
     general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl. Returns
     the UTF-8 bytes of text in each, by the name without its suffix.
 
     The limits are UTF-8 bytes of text: of each training file, and of either evaluation
-    file. Documents are shuffled by a hash of their names, so that a limit takes an even
-    sample. Raises `UserError` where this Python has come without its library's sources.
+    file. Raises `UserError` where this Python has come without its library's sources.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {}
@@ -106,36 +91,32 @@ def write_demo_corpus(
         ("domain", domain_documents(), domain_bytes),
     ):
         for side, most in (("train", limit), ("eval", eval_bytes)):
-            chosen = [
-                document for document in documents if document.held_out == (side == "eval")
-            ]
+            is_eval = side == "eval"
+            chosen = [document for document in documents if document.held_out == is_eval]
             sizes[f"{name}_{side}"] = _write(folder / f"{name}_{side}.jsonl", chosen, most)
     return sizes
 
 
 def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
-    """Documents in hashed order, without those that would exceed the limit; returns the
-    bytes of text.
-    """
+    """Write the documents, in the order of a hash of their names, so that a limit takes an
+    even sample; those that would exceed it are left out. Returns the bytes of text."""
+
+    def order(document: DemoDocument) -> tuple[int, str]:
+        return _hash(document.source), document.source
+
     total = 0
     with path.open("w", encoding="utf-8", newline="\n") as stream:
-        for document in sorted(
-            documents, key=lambda document: (_hash(document.source), document.source)
-        ):
+        for document in sorted(documents, key=order):
             size = len(document.text.encode())
             if total + size <= limit:
-                stream.write(
-                    json.dumps(
-                        {"text": document.text, "source": document.source},
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+                record = {"text": document.text, "source": document.source}
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 total += size
     if not total:
-        raise UserError(
-            "the demo needs the sources of the standard library, which this Python lacks: --train_files"
+        problem = (
+            "the demo needs the sources of the standard library, which this Python lacks"
         )
+        raise UserError(f"{problem}: --train_files")
     return total
 
 
@@ -157,9 +138,7 @@ class _Module:
 
 @lru_cache(maxsize=1)
 def _modules() -> tuple[_Module, ...]:
-    """Every source file of the standard library that is UTF-8 and parses, by module
-    name.
-    """
+    """Every source file of the standard library that is UTF-8 and parses, by name."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     for path in _source_files(root):
@@ -168,13 +147,12 @@ def _modules() -> tuple[_Module, ...]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse(text)
-        # A table in another encoding, or a template
+        # It is a table in another encoding, or a template.
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue
         if text.strip():
-            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(
-                ".__init__"
-            )
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            name = name.removesuffix(".__init__")
             modules.append(_Module(name, text, tuple(filter(_is_prose, _docstrings(tree)))))
     return tuple(modules)
 
@@ -182,24 +160,20 @@ def _modules() -> tuple[_Module, ...]:
 def _source_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(
-            set(folders)
-            - _SKIPPED_FOLDERS
-            - {name for name in folders if name.startswith("config-")}
+            name
+            for name in folders
+            if name not in _SKIPPED_FOLDERS and not name.startswith("config-")
         )
         for name in sorted(names):
             path = Path(folder) / name
-            if (
-                name.endswith(".py")
-                and not name.startswith(_SKIPPED_FILES)
-                and not path.is_symlink()
-            ):
+            is_source = name.endswith(".py") and not name.startswith(_SKIPPED_FILES)
+            if is_source and not path.is_symlink():
                 yield path
 
 
 def _docstrings(tree: ast.Module) -> list[str]:
     """The docstrings of the module and of everything defined in it, in the order of the
-    file, dedented.
-    """
+    file, dedented."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and node.body]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -213,26 +187,22 @@ def _is_prose(text: str) -> bool:
 
 
 def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocument]:
-    """Removes held-out paragraphs from training prose: topics quote each other, and
-    subclasses repeat docstrings.
-    """
-    held_out = {
-        paragraph
-        for document in documents
-        if document.held_out
-        for paragraph in _paragraphs(document.text)
-    }
+    """`documents` without held-out paragraphs in the training prose: topics quote each
+    other, and subclasses repeat docstrings."""
+    held_out: set[str] = set()
+    for document in documents:
+        if document.held_out:
+            held_out.update(_paragraphs(document.text))
     cleaned = []
     for document in documents:
         if not document.held_out:
-            for_training = [
+            paragraphs = document.text.split("\n\n")
+            text = "\n\n".join(
                 paragraph
-                for paragraph in document.text.split("\n\n")
+                for paragraph in paragraphs
                 if _normalised(paragraph) not in held_out
-            ]
-            document = DemoDocument(
-                document.source, "\n\n".join(for_training).strip() + "\n"
             )
+            document = DemoDocument(document.source, text.strip() + "\n")
         if document.text.strip():
             cleaned.append(document)
     return cleaned

@@ -1,6 +1,4 @@
-"""Where documents begin in packed rows: what attention by documents reads in place of a
-mask.
-"""
+"""Where documents begin in packed rows: read by attention in place of a mask."""
 
 from __future__ import annotations
 
@@ -14,17 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents of rows (B, T) that are laid one after the other: those of row 0, then
-    those of row 1, and so on.
-
-    Every row begins with a document, and another one begins at each position that does not
-    follow the one before it.
+    """The documents of rows (B, T), laid one row after the other. Every row begins with a
+    document, and another one begins at each position that does not follow the one before.
     """
 
     bounds: Tensor
-    """(documents + 1,) int32: the token with which each begins, then the number of all
-    tokens B T.
-    """
+    """(documents + 1,) int32: the token with which each begins, then the number B T."""
     lengths: tuple[int, ...]
     """Tokens of each document, known on the host, so that no device has to be asked."""
     windows: set[int | None] = field(default_factory=set)
@@ -44,13 +37,8 @@ class Documents:
         cls, rows: int, length: int, device: torch.device | None = None
     ) -> Documents:
         """One document a row."""
-        bounds = torch.arange(
-            0,
-            rows * length + 1,
-            length,
-            dtype=torch.int32,
-            device=device,
-        )
+        stop = rows * length + 1
+        bounds = torch.arange(0, stop, length, dtype=torch.int32, device=device)
         return cls(bounds, (length,) * rows)
 
     @cached_property

@@ -1,13 +1,12 @@
-"""Adds a domain's tokens to a tokenizer's vocabulary; the old tokens keep their ids and
-merges.
+"""A domain's tokens, added to a tokenizer's vocabulary.
 
-    texts -> SentencePiece (BPE) -> candidate tokens, best first candidate -> as the
-    tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it a
-    token and the one merge that makes it of two tokens, after all older merges
+    texts -> SentencePiece (BPE) -> candidate tokens, best first
+    candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
+    a token, and the one merge that makes it of two tokens, after all older merges
     tokenizer.json rewritten -> loaded as transformers would -> every new token is matched
 
-Old merges come first and text is only ever joined further: each new token stands for two or
-more old ones.
+Old tokens keep their ids and merges. Old merges come first and text is only ever joined
+further: each new token stands for two or more old ones.
 """
 
 import json
@@ -26,14 +25,10 @@ from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
 _CANDIDATES_A_TOKEN = 4
-"""Many candidates are in the old vocabulary already, or are more than one word for the
-tokenizer.
-"""
+"""Many candidates are old tokens, or more than one word for the tokenizer."""
 
 _INTERMEDIATE_SHARE = 8
-"""One in 8 of the candidates out of reach gets an intermediate token when no candidate is
-within reach.
-"""
+"""One in so many of the candidates gets an intermediate token where none is within reach."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +46,19 @@ class Extension:
 
 def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
     """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained
-    on `texts`, best first.
-
-    Spaces are U+2581; digits stay apart. Raises `UserError` for a corpus without text.
-    """
+    on `texts`, best first. Spaces are U+2581; digits stay apart. Raises `UserError` for a
+    corpus without text."""
+    size = 512 + _CANDIDATES_A_TOKEN * wanted
     return vocabulary_by_score(
-        texts,
-        512 + _CANDIDATES_A_TOKEN * wanted,
-        "--pieces",
-        hard_vocab_limit=False,
-        split_digits=True,
+        texts, size, "--pieces", hard_vocab_limit=False, split_digits=True
     )
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for all
-    others.
-    """
+    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for others."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.BPE):
-        kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
+        kind = type(tokenizer if backend is None else backend.model).__name__
         raise UserError(
             f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's"
         )
@@ -83,17 +71,15 @@ def extend_tokenizer(
     wanted: int,
     folder: Path,
 ) -> Extension:
-    """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must
-    exist.
-
-    Raises `UserError`, which names --pieces, where the candidates are too few, and for
-    tokenizers that are not BPE.
-    """
+    """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which must
+    exist. Raises `UserError`, which names --pieces, where the candidates are too few, and
+    for tokenizers that are not BPE."""
     backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
-    spelt = dict.fromkeys(filter(None, map(_speller(content, backend), candidates)))
-    new = [token for token in spelt if token not in vocabulary]
+    spell = _speller(content, backend)
+    spelt = dict.fromkeys(spell(candidate) for candidate in candidates)
+    new = [token for token in spelt if token is not None and token not in vocabulary]
     first_id = largest_id(tokenizer)[1] + 1
     tokens = _grow(content["model"], new, wanted, first_id)
     if len(tokens) < wanted:
@@ -105,23 +91,18 @@ def extend_tokenizer(
         tuple(token.id for token in backend.model.tokenize(new)) for new in tokens
     )
     tokenizer.save_pretrained(folder)
-    for stale in (
-        *folder.glob("*.model"),
-        *folder.glob("vocab.*"),
-        *folder.glob("merges.txt"),
-    ):
-        stale.unlink()  # files of the old vocabulary
-    (folder / TOKENIZER_JSON).write_text(
-        json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    # Files of the old vocabulary, which transformers would read too.
+    for pattern in ("*.model", "vocab.*", "merges.txt"):
+        for stale in folder.glob(pattern):
+            stale.unlink()
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    (folder / TOKENIZER_JSON).write_text(text, encoding="utf-8")
     return Extension(folder, tuple(tokens), first_id, replaced)
 
 
 def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers loads it from the folder of a model of that type.
-
-    Raises `UserError` where that is not the extended one.
-    """
+    Raises `UserError` where that is not the extended one."""
     tokenizer = load_as_of_model(extension.folder, model_type, "MODEL")
     model = tokenizer.backend_tokenizer.model
     for number, token in enumerate(extension.tokens, start=extension.first_id):
@@ -151,8 +132,8 @@ def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str
 def _grow(
     model: dict[str, Any], candidates: list[str], wanted: int, first_id: int
 ) -> list[str]:
-    """Adds tokens to the vocabulary, and to the merges the pair that each is made of;
-    returns the tokens.
+    """Add tokens to the vocabulary, and to the merges the pair that each is made of.
+    Returns the tokens.
 
     In each pass the best candidates still needed are segmented by the merges so far. One of
     two parts is one merge away and is added. Where there is none, the first two parts of
@@ -193,9 +174,8 @@ def _grow(
 
 
 def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
-    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, the
-    left one of two equals.
-    """
+    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, of
+    two equal ones the left."""
     segments = list(token)
     while len(segments) > 1:
         pair_ranks = [ranks.get(pair) for pair in pairwise(segments)]

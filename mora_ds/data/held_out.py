@@ -1,7 +1,9 @@
-"""Which documents are trained on, decided by a hash of each, so that the same document is
-on the same side in every source, file, run and process.
+"""Which documents are trained on, and which are held out.
 
     --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluated on, never trained on
+
+A hash of each decides, so that the same document is on the same side in every source, file,
+run and process.
 """
 
 import hashlib
@@ -13,9 +15,7 @@ from typing import Any
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
-"""How many of a document's first characters are hashed; the first chunk of a long document
-has at least these.
-"""
+"""How many of a document's first characters are hashed: no first chunk has fewer."""
 
 
 def document_hash(text: str) -> int:
@@ -29,9 +29,7 @@ def document_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class DocumentFilter:
-    """Passes the documents of one side, held out or trained on. Pickled to worker
-    processes.
-    """
+    """Passes the documents of one side, held out or trained on."""
 
     held_out_share: float
     takes_held_out: bool = False

@@ -44,9 +44,8 @@ class FileMember:
         return read_file(self.path, self.text_column, mark)
 
     def content_hash(self) -> str:
-        content = (
-            f"{file_kind(self.path)} {is_compressed(self.path)} {sha256_file(self.path)}"
-        )
+        kind = f"{file_kind(self.path)} {is_compressed(self.path)}"
+        content = f"{kind} {sha256_file(self.path)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def stamp(self) -> dict[str, Any]:
@@ -74,9 +73,8 @@ class DatasetMember:
         if mark.record == len(rows) > 0:  # `select` refuses to begin there
             return iter(())
         batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
-        return read_rows(
-            self.label, (batch[self.text_column] for batch in batches), mark.record
-        )
+        columns = (batch[self.text_column] for batch in batches)
+        return read_rows(self.label, columns, mark.record)
 
     def content_hash(self) -> str:
         return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()
@@ -90,16 +88,14 @@ class DatasetMember:
 
 @dataclass(frozen=True)
 class StreamedDatasetMember:
-    """A `datasets.IterableDataset`. A mark holds the dataset's own state, which can be
-    saved after any row.
-    """
+    """A `datasets.IterableDataset`. A mark holds its state, which it has after any row."""
 
     label: str
     dataset: Any
     text_column: str
 
     def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        # Two readers of one dataset would share its state
+        # A copy, since two readers of one dataset would share its state.
         rows = copy.deepcopy(self.dataset)
         rows.load_state_dict(mark.state)
         number = mark.record

@@ -28,9 +28,7 @@ LONGEST_PERIOD = 1 << 16
 
 
 Phases = Sequence[tuple[int, Sequence[float]]]
-"""(first sample or step, weights): from there on sources are drawn in proportion to the
-weights.
-"""
+"""(first sample or step, weights in whose proportion sources are drawn from there on)."""
 
 
 class SampleSchedule:
@@ -49,8 +47,7 @@ class SampleSchedule:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, number among that source's samples) of sample `sample`. Raises
-        `IndexError` beyond `limit`.
-        """
+        `IndexError` beyond `limit`."""
         if sample < 0 or (self.limit is not None and sample >= self.limit):
             raise IndexError(f"sample {sample} of {self.limit}")
         return self._segment(sample).locate(sample)
@@ -63,9 +60,8 @@ class SampleSchedule:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
     def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
-        """Fills `_segments`: a new one begins with each phase and where a source is used
-        up. Returns the limit.
-        """
+        """Fill `_segments`: a new one begins with each phase, and where a source is used up.
+        Returns the limit."""
         first = 0
         before = np.zeros(len(caps), dtype=np.int64)
         ends = [*(next_first for next_first, _ in phases[1:]), None]
@@ -95,21 +91,19 @@ class SampleSchedule:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Samples from `first` on, in periods of `sum(weights)` samples. `before`: (K,) each
-    source's earlier samples.
-    """
+    """Samples from `first` on, in periods of `sum(weights)` samples."""
 
     first: int
     weights: tuple[int, ...]
     before: np.ndarray
+    """(K,): how many samples of each source come before `first`."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         order, number = _period(self.weights)
         periods, index = divmod(sample - self.first, len(order))
         source = int(order[index])
-        return source, int(self.before[source]) + periods * self.weights[source] + int(
-            number[index]
-        )
+        before = int(self.before[source]) + periods * self.weights[source]
+        return source, before + int(number[index])
 
     def counts(self, samples: int) -> np.ndarray:
         order, _ = _period(self.weights)
@@ -121,12 +115,8 @@ class _Segment:
         """The sample after the one with which `source` has given `count` samples."""
         order, _ = _period(self.weights)
         periods, number = divmod(count - int(self.before[source]) - 1, self.weights[source])
-        return (
-            self.first
-            + periods * len(order)
-            + int(np.flatnonzero(order == source)[number])
-            + 1
-        )
+        index = int(np.flatnonzero(order == source)[number])
+        return self.first + periods * len(order) + index + 1
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
@@ -153,11 +143,8 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(order, number), each (period,): every sample's source, and its number among that
-    source's samples.
-
-    The source that falls due first is drawn next, so that no prefix is off its share by a
-    complete sample.
-    """
+    source's samples. The source that falls due first is drawn next, so that no prefix is
+    off its share by a complete sample."""
     active = [source for source, weight in enumerate(weights) if weight]
     share = np.array([weights[source] for source in active], dtype=np.int64)
     period = sum(weights)
@@ -170,7 +157,7 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
         lack = (sample + 1) * share - drawn * period
-        # exact: integers far below 2^53, divided once
+        # Integers far below 2^53, divided once: the comparison is exact.
         due = (slack * (period - lack) - period) / share
         due[slack * lack < period] = np.inf
         pick = int(np.argmin(due))
@@ -185,9 +172,7 @@ Source = PackedDataset | StreamSource
 
 
 class Mixture:
-    """Batches of one or several sources. No rank needs to know how many others there
-    are.
-    """
+    """Batches of one or several sources. Each rank draws its rows without the others."""
 
     def __init__(
         self,
@@ -207,22 +192,22 @@ class Mixture:
         self.sources = list(sources.values())
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
-        caps = [
-            None
-            if limit is None or source.n_blocks is None
-            else int(Fraction(repr(limit)) * source.n_blocks)
-            for source, limit in zip(self.sources, epochs, strict=True)
-        ]
-        self.schedule = SampleSchedule(
-            [(step * rows_per_step, weights) for step, weights in phases], caps
-        )
+        caps: list[int | None] = []
+        for source, limit in zip(self.sources, epochs, strict=True):
+            if limit is None or source.n_blocks is None:
+                caps.append(None)
+            else:
+                caps.append(int(Fraction(repr(limit)) * source.n_blocks))
+        in_samples = [(step * rows_per_step, weights) for step, weights in phases]
+        self.schedule = SampleSchedule(in_samples, caps)
+        weights_from = {
+            f"from step {step}": dict(zip(sources, weights, strict=True))
+            for step, weights in phases
+        }
         self.identity: dict[str, Any] = {
             "mixture": {
                 "sources": {name: source.content_id for name, source in sources.items()},
-                "weights": {
-                    f"from step {step}": dict(zip(sources, weights, strict=True))
-                    for step, weights in phases
-                },
+                "weights": weights_from,
                 "epochs": dict(zip(sources, epochs, strict=True)),
             }
         }
@@ -233,7 +218,7 @@ class Mixture:
             if isinstance(source, StreamSource)
         }
         states = states or {"step": 0, "sources": {}}
-        # Of another run, which is refused later, not all
+        # A checkpoint of another run, which is refused later, may have other sources.
         for name in self._streams.keys() & states["sources"].keys():
             self._streams[name].restore(states["sources"][name])
         self._next_step = states["step"]
@@ -253,11 +238,8 @@ class Mixture:
     @property
     def max_steps(self) -> int | None:
         """Complete batches until all sources are used up; None where one is endless."""
-        return (
-            None
-            if self.schedule.limit is None
-            else self.schedule.limit // self.rows_per_step
-        )
+        limit = self.schedule.limit
+        return None if limit is None else limit // self.rows_per_step
 
     def check_batch_size(self) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
@@ -270,16 +252,13 @@ class Mixture:
             )
 
     def first_rows(self, count: int) -> dict[str, Any]:
-        """`count` sequences of the first source, for measurements that need the same text
-        in every step.
-        """
+        """The first `count` sequences of the first source, the same in every step."""
         return stack([self.sources[0].probe(index) for index in range(count)])
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each
-        int64 (B, T), and their `documents`. With streams of the step of the last call or of
-        a later one, and all ranks ask for the same step.
-        """
+        int64 (B, T), and their `documents`. With streams all ranks ask for the same step,
+        that of the last call or a later one."""
         while self._streams and self._next_step <= step:
             self._draw()
         samples = self._samples(step)[rows]
@@ -301,11 +280,8 @@ class Mixture:
 
     def tokens(self, steps: int) -> dict[str, int]:
         """How many tokens of each source the first `steps` batches hold."""
-        counts = self.schedule.counts(steps * self.rows_per_step)
-        return {
-            name: int(count) * self.seq_len
-            for name, count in zip(self.names, counts, strict=True)
-        }
+        counts = self.schedule.counts(steps * self.rows_per_step) * self.seq_len
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the schedule."""
@@ -316,9 +292,8 @@ class Mixture:
         return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def _draw(self) -> None:
-        """Every rank draws the streams' part of the next global batch, so that all ranks
-        stay at the same position.
-        """
+        """Draw the streams' part of the next global batch, on every rank, so that all stay
+        at the same position."""
         self._before = self._now()
         self._drawn = {}
         for sample in self._samples(self._next_step):

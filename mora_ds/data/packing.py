@@ -1,5 +1,4 @@
-"""Cuts the token stream into blocks of T tokens and draws samples of them, as a pure
-function of seed and number.
+"""The token stream cut into blocks, and samples of them: a pure function of seed and number.
 
 Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows of a
 batch.
@@ -55,7 +54,7 @@ def pack(
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
         labels[document_starts[document_starts <= real] - 1] = IGNORED
-        # Where each position's document begins within the block
+        # For each position, where its document begins within the block.
         begins = np.zeros(seq_len, dtype=np.int64)
         within = document_starts[document_starts < real]
         begins[within] = within
@@ -65,9 +64,7 @@ def pack(
 
 
 class PackedDataset:
-    """Blocks of one token cache: samples for training, and `eval_batches` for
-    evaluation.
-    """
+    """Blocks of one token cache, as samples for training and batches for evaluation."""
 
     def __init__(
         self,
@@ -76,7 +73,7 @@ class PackedDataset:
         seed: int | str = 0,
         document_mask: bool = True,
     ) -> None:
-        """Raises `UserError` for a cache of fewer than 2 tokens."""
+        """Raise `UserError` for a cache of fewer than 2 tokens."""
         if cache.n_tokens < 2:
             raise UserError(
                 "the corpus is too short: a single token has nothing to predict"
@@ -87,7 +84,7 @@ class PackedDataset:
         self.document_mask = document_mask
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Sequences an epoch."""
-        # For this source: a batch may take from two epochs
+        # One batch may take samples of two epochs.
         self._order = lru_cache(maxsize=2)(epoch_order)
 
     def block(self, index: int) -> Block:
@@ -95,14 +92,8 @@ class PackedDataset:
         start = index * self.seq_len
         tokens = self.cache.tokens[start : start + self.seq_len + 1].astype(np.int64)
         first, last = np.searchsorted(self.cache.ends, (start + 1, start + len(tokens)))
-        document_starts = np.asarray(self.cache.ends[first:last], dtype=np.int64) - start
-        return pack(
-            tokens,
-            document_starts,
-            self.seq_len,
-            self.cache.eos_id,
-            self.document_mask,
-        )
+        starts = np.asarray(self.cache.ends[first:last], dtype=np.int64) - start
+        return pack(tokens, starts, self.seq_len, self.cache.eos_id, self.document_mask)
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
@@ -110,9 +101,7 @@ class PackedDataset:
         return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the unshuffled stream, from its start again where there are
-        fewer.
-        """
+        """Sequence `index` of the unshuffled stream, which begins again after its last."""
         return self.block(index % self.n_blocks)
 
     @property
@@ -124,32 +113,21 @@ class PackedDataset:
         self, rank: int, world: int, batch_size: int
     ) -> Iterator[dict[str, Tensor]]:
         """This rank's share of all blocks, in order; each block is on exactly one rank.
-
-        Every rank yields the same number of batches of `batch_size` rows; a rank without
-        blocks left yields padding.
-        """
+        Every rank yields the same number of batches of `batch_size` rows, of padding where
+        no blocks are left."""
         eos_id = self.cache.eos_id
-        padding = pack(
-            np.array([eos_id]),
-            np.array([], dtype=np.int64),
-            self.seq_len,
-            eos_id,
-            document_mask=False,
-        )
+        no_starts = np.array([], dtype=np.int64)
+        padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False)
         rows = world * batch_size
         for round_start in range(0, self.n_blocks, rows):
             first = round_start + rank * batch_size
-            indices = range(first, first + batch_size)
-            yield stack(
-                [
-                    self.block(index) if index < self.n_blocks else padding
-                    for index in indices
-                ]
-            )
+            stop = min(first + batch_size, self.n_blocks)
+            blocks = [self.block(index) for index in range(first, stop)]
+            yield stack(blocks + [padding] * (batch_size - len(blocks)))
 
 
 def stack(rows: Sequence[Block]) -> dict[str, Any]:
-    """Makes a batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
+    """A batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
     batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
     return {**batch, "documents": Documents.of(batch["position_ids"])}
 

@@ -1,5 +1,4 @@
-"""Reads one file as documents and checks them on the way: every error names the file and
-the line or row.
+"""One file, read as documents. Every error names the file and the line or row.
 
     .txt .md ...   one document a file, handed on in chunks of about a million characters where it is long
     .jsonl .json   one object a line; the document is the object's text field
@@ -28,17 +27,13 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.untrusted import parse_json
 
 CHUNK_CHARACTERS = 1 << 20
-"""A longer text file is handed on in chunks of this size, or from half of it on where a
-line ends there.
-"""
+"""Longest chunk of a text file; it ends with a line if one ends in its second half."""
 
 BATCH_CHARACTERS = 1 << 18
 """Characters of one batch of documents, the unit of work of a process that tokenises."""
 
 LINE_BYTES = 32 << 20
-"""Longest JSON line. Tokenising takes about 200 times its size in memory, in every process
-that does.
-"""
+"""Longest JSON line: to tokenise one takes about 200 times its size in memory."""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -62,9 +57,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Mark:
-    """A position between two documents of a file or dataset. Checkpoints of streaming runs
-    hold its fields.
-    """
+    """A position between two documents of a file or dataset, also in checkpoints."""
 
     record: int = 0
     """Lines, rows or documents before the position."""
@@ -83,9 +76,7 @@ Item = TypeVar("Item")
 def batched(
     items: Iterable[Item], characters: Callable[[Item], int]
 ) -> Iterator[list[Item]]:
-    """Consecutive items in batches of at least `BATCH_CHARACTERS` characters; the last
-    batch may be smaller.
-    """
+    """Consecutive items in batches of at least `BATCH_CHARACTERS`, but for the last batch."""
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -123,8 +114,7 @@ def has_known_suffix(path: Path) -> bool:
 
 def file_kind(path: Path) -> str:
     """The format of a file by its suffix; an unknown suffix means text. Raises `UserError`
-    for unreadable formats.
-    """
+    for formats that are not read."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, TEXT)
     if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
@@ -136,9 +126,7 @@ def file_kind(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the complete file is compressed, so that it can only be read from its
-    start.
-    """
+    """Whether the complete file is compressed: it can only be read from its start."""
     return path.suffix.lower() in _COMPRESSED
 
 
@@ -162,44 +150,40 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
             yield from _read_json(path, text_column, mark)
         else:
             columns = _parquet_columns(path, text_column, mark.record)
-            yield from read_rows(
-                str(path), (column.to_pylist() for column in columns), mark.record
-            )
+            batches = (column.to_pylist() for column in columns)
+            yield from read_rows(str(path), batches, mark.record)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
     """The text of one JSON record. Raises `UserError` that says what is there instead of a
-    string in that field.
-    """
+    string in that field."""
     if not isinstance(row, dict):
-        what = (
-            f"a {type(row).__name__} where an object with a field {text_column!r} should be"
+        kind = type(row).__name__
+        raise UserError(
+            f"{source}: a {kind} where an object with a field {text_column!r} should be{_ONE_A_LINE}"
         )
-        raise UserError(f"{source}: {what}{_ONE_A_LINE}")
     if text_column not in row:
         raise _no_column(source, text_column, row)
+    field = f"{source}: field {text_column!r}"
     text = row[text_column]
     if not isinstance(text, str):
         raise UserError(
-            f"{source}: field {text_column!r} holds {type(text).__name__}, not text (see --text_column)"
+            f"{field} holds {type(text).__name__}, not text (see --text_column)"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{source}: field {text_column!r} holds half a surrogate pair, at {error.start}"
-        ) from None
+        raise UserError(f"{field} holds half a surrogate pair, at {error.start}") from None
     return text
 
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
-    """Raises `UserError` unless the table has one column of that name and it holds
-    strings.
-    """
+    """Raise `UserError` unless one column of the table has that name, and holds strings."""
     index = schema.get_field_index(text_column)
-    if index < 0:  # none, or several
+    # -1 stands for none, and for several.
+    if index < 0:
         raise _no_column(source, text_column, schema.names)
     kind = schema.field(index).type
     if pa.types.is_dictionary(kind):
@@ -211,16 +195,16 @@ def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
 
 
 def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError:
-    names = list(names)
+    fields = ", ".join(names) or "none"
+    suggestion = nearest(text_column, names)
     return UserError(
-        f"{source}: no field {text_column!r}; there are: {', '.join(names) or 'none'}. "
-        f"Name it with --text_column.{nearest(text_column, names)}"
+        f"{source}: no field {text_column!r}; there are: {fields}. Name it with --text_column.{suggestion}"
     )
 
 
 def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
-    # Python's own takes zeros after the end, which some stores pad files with
+    # Some stores pad files with zeros at their end, which Python's own reader takes.
     if compression == "gzip":
         return io.BufferedReader(gzip.open(path))
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
@@ -231,8 +215,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     """A text file in chunks, cut after the last line end in their second half, if there is
-    one: few words are torn.
-    """
+    one, so that few words are torn."""
     if mark != START:
         return
     pending = ""
@@ -240,12 +223,10 @@ def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     for block in _decoded(path):
         pending += block
         while len(pending) > CHUNK_CHARACTERS:
-            # not near its start: by the first chunk it is decided whether the document is
-            # held out
-            cut = (
-                pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1
-                or CHUNK_CHARACTERS
-            )
+            # Not near the start of the text: the first chunk decides whether the document
+            # is held out.
+            line_end = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS)
+            cut = CHUNK_CHARACTERS if line_end < 0 else line_end + 1
             yield Document(pending[:cut], begins, ends=False), START
             pending = pending[cut:]
             begins = False
@@ -285,9 +266,7 @@ _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, j
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """The records of JSON lines. Blank lines are none; the first line may have a byte order
-    mark.
-    """
+    """The records of JSON lines, without blank lines. A byte order mark may come first."""
     offset = mark.offset
     is_empty = mark == START
     with _open(path) as stream:
@@ -296,9 +275,8 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docum
                 pass
         else:
             stream.seek(offset)
-        for number, line in enumerate(
-            _lines(stream, path, mark.record), start=mark.record + 1
-        ):
+        lines = _lines(stream, path, mark.record)
+        for number, line in enumerate(lines, start=mark.record + 1):
             offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -351,11 +329,11 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
             groups.pop(0)
             skip -= rows
-        if not groups:  # pyarrow would read all of them
+        # Asked for no group, pyarrow would read all of them.
+        if not groups:
             return
-        for batch in table.iter_batches(
-            _ROWS_PER_BATCH, row_groups=groups, columns=[text_column]
-        ):
+        columns = [text_column]
+        for batch in table.iter_batches(_ROWS_PER_BATCH, groups, columns):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
 
@@ -364,10 +342,8 @@ def read_rows(
     label: str, columns: Iterable[list[str | None]], row: int
 ) -> Iterator[tuple[Document, Mark]]:
     """A table's text column, batch by batch, as documents. `row`: how many rows were
-    skipped before the first one.
-
-    Raises `UserError` for a null, for text that is not UTF-8, and for a table without rows.
-    """
+    skipped before the first one. Raises `UserError` for a null, for text that is not UTF-8,
+    and for a table without rows."""
     try:
         for column in columns:
             for text in column:
@@ -375,7 +351,7 @@ def read_rows(
                 if text is None:
                     raise UserError(f"{label}, row {row}: the text is null")
                 yield Document(text), Mark(row)
-    # Arrow does not look at strings before they are Python's
+    # Arrow looks at its strings only when they become Python's, a batch at a time.
     except UnicodeDecodeError as error:
         raise UserError(
             f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}"

@@ -1,5 +1,4 @@
-"""Trains SentencePiece models, and turns them into transformers tokenizers with the same
-ids.
+"""SentencePiece models: trained, and turned into transformers tokenizers of the same ids.
 
     texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
     the model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast -> tokenizer.json
@@ -41,7 +40,7 @@ _NORMAL = 1
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
-    """Trains a SentencePiece model (BPE) on `texts`, and writes it into `folder`: as
+    """Train a SentencePiece model (BPE) on `texts`, and write it into `folder`: as
     tokenizer.model, and as a transformers tokenizer with the same ids. Returns the folder.
 
     The same texts give the same files. Raises `UserError` where the corpus does not yield
@@ -85,7 +84,7 @@ def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) 
             max_sentence_length=4 * _LINE_BYTES,
             input_sentence_size=max(_SAMPLE_BYTES // _LINE_BYTES, 101),
             shuffle_input_sentence=False,
-            # Sums of floats over threads would make the result depend on their number
+            # Sums of floats over threads would make the result depend on their number.
             num_threads=1,
             minloglevel=2,
             unk_id=0,
@@ -94,7 +93,8 @@ def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) 
             pad_id=3,
             **settings,
         )
-    except (RuntimeError, ValueError) as error:  # the latter of a number beyond 31 bits
+    # ValueError: for a number beyond 31 bits.
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}"
         ) from error
@@ -106,9 +106,7 @@ def _parsed(model: bytes) -> Any:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of complete lines of up to about `_LINE_BYTES` bytes; the trainer would drop
-    anything much longer.
-    """
+    """Runs of lines of up to about `_LINE_BYTES`: the trainer would drop far longer ones."""
     for text in texts:
         start = 0
         while start < len(text):
@@ -125,20 +123,16 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve. BOS
-    is put before a text.
-    """
+    """A tokenizer that stays the same when it is saved and loaded. BOS is put before texts."""
     tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    names = {
-        name: piece.piece
-        for name, piece in zip(_SPECIAL_TOKENS, proto.pieces, strict=False)
-    }
+    tokens = [piece.piece for piece in proto.pieces[: len(_SPECIAL_TOKENS)]]
+    names = dict(zip(_SPECIAL_TOKENS, tokens, strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in names.values()]
+        [AddedToken(token, normalized=False, special=True) for token in tokens]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -156,12 +150,11 @@ def _bpe_model(proto: Any) -> models.BPE:
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = []
     for piece, score in normal.items():
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [
-            (-score, left, right)
-            for left, right in halves
-            if left in normal and right in normal
-        ]
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in normal and right in normal:
+                merges.append((-score, left, right))
     merges.sort(key=lambda merge: (merge[0], merge[1] + merge[2]))
     return models.BPE(
         vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},

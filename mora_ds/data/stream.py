@@ -1,12 +1,12 @@
-"""Reads the documents of a corpus that is too large to cache: while training, in shuffled
-windows, from any position.
+"""The documents of a corpus that is read while training, in shuffled windows.
 
     members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
-A window's order is drawn from (seed, epoch, window), so a few numbers say where the stream
-is: the file position at which the window begins, and how many of its documents are done. To
-go on from there one window is read again. A document that comes in chunks is too long for a
-window: it is a window of its own, passed on chunk by chunk.
+A stream can begin at any position. A window's order is drawn from (seed, epoch, window), so
+a few numbers say where the stream is: the file position at which the window begins, and how
+many of its documents are done. To go on from there one window is read again. A document
+that comes in chunks is too long for a window: it is a window of its own, passed on chunk by
+chunk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from mora_ds.data.packing import epoch_order
 from mora_ds.data.readers import START, Document, Mark
 
 IN_ORDER_WINDOW = 1024
-"""Documents of a window that is not shuffled: this number is read again when a run is
-resumed.
-"""
+"""Documents of a window that is not shuffled: at most so many are read again at a resume."""
 
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""
@@ -34,9 +32,7 @@ WINDOW_CHARACTERS = 1 << 28
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A position before a document (or chunk) of the stream. Checkpoints hold it as
-    JSON.
-    """
+    """A position before a document (or chunk) of the stream, JSON in checkpoints."""
 
     epoch: int = 0
     window: int = 0
@@ -67,12 +63,9 @@ class DocumentStream:
     seed: int | str = 0
 
     def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
-        """The documents from `position` to the end of its epoch, each with its own
-        position. Empty ones are left out.
-
-        Raises `UserError` for a record that is no document, `RunError` for a member that
-        cannot be read any more.
-        """
+        """The documents from `position` to the end of its epoch, each with its position.
+        Empty ones are left out. Raises `UserError` for a record that is no document,
+        `RunError` for a member that cannot be read any more."""
         done = position.done
         for opening, window in self._windows(replace(position, done=0)):
             for index, document in enumerate(window):
@@ -105,10 +98,8 @@ class DocumentStream:
                 window.append(document)
                 characters += len(document.text)
                 end = after
-            is_full = (
-                len(window) >= (self.buffer or IN_ORDER_WINDOW)
-                or characters >= WINDOW_CHARACTERS
-            )
+            has_all = len(window) >= (self.buffer or IN_ORDER_WINDOW)
+            is_full = has_all or characters >= WINDOW_CHARACTERS
             if window and (is_full or not document.ends):
                 yield opening, self._shuffled(window, opening)
                 opening = replace(end, window=opening.window + 1)
@@ -132,9 +123,7 @@ class DocumentStream:
     def _documents(
         self, position: StreamPosition
     ) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) of the members from `position` on, without
-        empty ones.
-        """
+        """(document, the position after it) from `position` on, without empty documents."""
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
@@ -154,9 +143,8 @@ class DocumentStream:
         except UserError as error:
             # A disk or network that fails has an errno, damage in a file has none: a run
             # may resume after the former.
-            fails = (
-                isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
-            )
+            cause = error.__cause__
+            fails = isinstance(cause, OSError) and cause.errno is not None
             kind = RunError if fails else UserError
             raise kind(f"source {self.name!r}: {error}") from error
         except (OSError, HTTPError) as error:

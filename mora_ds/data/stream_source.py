@@ -1,5 +1,4 @@
-"""Turns a stream of documents into tokens and blocks: those that a token cache of the same
-documents would give.
+"""A stream of documents as blocks of tokens: those that a token cache would give.
 
     documents  --batches, each tokenised by one of the ranks-->  tokens in a queue  --T at a time-->  block
 
@@ -34,9 +33,7 @@ def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
 
 @dataclass
 class _QueuedDocument:
-    """The tokens of a document (or chunk) in the queue, of which the first `used` are no
-    longer needed.
-    """
+    """The tokens of a document (or chunk); the first `used` are no longer needed."""
 
     position: StreamPosition
     tokens: np.ndarray
@@ -59,9 +56,7 @@ class StreamSource:
         share: SharedWork = in_this_process,
         ranks: int = 1,
     ) -> None:
-        """`share`: how the `ranks` tokenise together, a batch of documents each at a
-        time.
-        """
+        """`share`: how the `ranks` tokenise together, each a batch of documents at a time."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
@@ -88,8 +83,7 @@ class StreamSource:
 
     def sample(self, number: int) -> Block:
         """The next block, of the next epoch where one ends. Raises `UserError` for a source
-        without text.
-        """
+        without text."""
         assert number == self._samples, "a stream is read in order"
         while True:
             while self._available <= self.seq_len and self._fill():
@@ -100,16 +94,11 @@ class StreamSource:
             self._next_epoch()
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the stream's start, read by every rank for itself; the stream
-        stays where it is.
-        """
+        """Sequence `index` of the stream's start, read by every rank for itself. The stream
+        stays where it is."""
         if index >= len(self._probes):
             again = StreamSource(
-                self.documents,
-                self.encoder,
-                self.seq_len,
-                self.document_mask,
-                None,
+                self.documents, self.encoder, self.seq_len, self.document_mask, None
             )
             self._probes = [again.sample(number) for number in range(index + 1)]
         return self._probes[index]
@@ -117,14 +106,13 @@ class StreamSource:
     def _start(self, position: StreamPosition, offset: int) -> None:
         self._position = position
         self._offset = offset
-        self._at_epoch_start = (
-            position == StreamPosition(epoch=position.epoch) and offset == 0
-        )
+        is_start = position == StreamPosition(epoch=position.epoch)
+        self._at_epoch_start = is_start and offset == 0
         self._queue: deque[_QueuedDocument] = deque()
         self._available = 0
         documents = self.documents.epoch(position)
         self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(
-            documents, lambda d: len(d[0].text)
+            documents, lambda item: len(item[0].text)
         )
 
     def _next_epoch(self) -> None:
@@ -136,25 +124,24 @@ class StreamSource:
         self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
 
     def _fill(self) -> bool:
-        """Tokenises the next documents, a batch a rank; False at the end of the epoch."""
+        """Tokenise the next documents, a batch a rank; False at the end of the epoch."""
         batches = list(islice(self._batches, self.ranks))
-        encoded = self.share(
-            lambda number: self.encoder.rows([document for document, _ in batches[number]]),
-            len(batches),
-        )
+
+        def encode(number: int) -> list[np.ndarray]:
+            return self.encoder.rows([document for document, _ in batches[number]])
+
+        encoded = self.share(encode, len(batches))
         for batch, rows in zip(batches, encoded, strict=True):
             for (document, position), tokens in zip(batch, rows, strict=True):
-                self._queue.append(
-                    _QueuedDocument(position, tokens, document.ends, used=self._offset)
-                )
+                queued = _QueuedDocument(position, tokens, document.ends, self._offset)
+                self._queue.append(queued)
                 self._available += len(tokens) - self._offset
                 self._offset = 0
         return bool(batches)
 
     def _next_block(self) -> Block:
-        """The first T + 1 tokens of the queue; the last of them stays, as the next block's
-        first input.
-        """
+        """The first T + 1 tokens of the queue. The last one is a label only, and stays there
+        as the first input of the next block."""
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []
@@ -168,7 +155,7 @@ class StreamSource:
             if queued.ends and queued.used == len(queued.tokens):
                 ends.append(size)
             if size == wanted:
-                queued.used -= 1
+                queued.used -= 1  # the label that is the next input
             if queued.used == len(queued.tokens):
                 self._queue.popleft()
         self._available -= wanted - 1

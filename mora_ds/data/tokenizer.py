@@ -1,5 +1,4 @@
-"""Loads a tokenizer (the model's own, or one that `train_sentencepiece` wrote), checks it,
-and encodes documents.
+"""Tokenizers: loaded, checked against a model, and encoding documents.
 
 load_tokenizer(folder | hub name)                   ->  a transformers tokenizer
 train_sentencepiece(corpus.texts(), N, folder)      ->  folder, for load_tokenizer
@@ -23,16 +22,12 @@ from mora_ds.data.readers import Document
 
 AUTO = "auto"
 NOTHING = "none"
-"""What may stand before every document in place of a named token: BOS where the tokenizer
-puts it, or nothing.
-"""
+"""What stands before documents where no token is named: the tokenizer's BOS, or nothing."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a batch of documents into tokens and the offsets at which documents end.
-    Pickled to worker processes.
-    """
+    """Turns a batch of documents into tokens and the offsets at which documents end."""
 
     tokenizer: PreTrainedTokenizerBase
     start_id: int | None
@@ -44,24 +39,21 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> Encoder:
-        """`start`: as in `start_id`. Raises `UserError` for another one, and where there is
-        no end-of-text token.
-        """
+        """`start`: as in `start_id`. Raises `UserError` for one that it does not have, and
+        where there is no end-of-text token."""
         eos_id = end_of_text_id(tokenizer)
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
         return cls(tokenizer, start_id(tokenizer, start), eos_id, dtype)
 
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(batch)
-        ends = np.cumsum([len(row) for row in rows], dtype="<i8")[
-            [document.ends for document in batch]
-        ]
-        return np.concatenate(rows), ends
+        ends = np.cumsum([len(row) for row in rows], dtype="<i8")
+        is_last_chunk = [document.ends for document in batch]
+        return np.concatenate(rows), ends[is_last_chunk]
 
     def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document or chunk, with the start token and EOS where a
-        document begins and ends.
-        """
+        """The tokens of each document or chunk, with the start token where a document
+        begins, and EOS where it ends."""
         encoded = self.tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
@@ -86,9 +78,7 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "*.model",
 )
-"""A folder with none of these has no tokenizer (transformers would make an empty one for
-some model types).
-"""
+"""A folder with none of these has no tokenizer, where transformers might make an empty one."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -102,24 +92,19 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     flag: str = "--tokenizer_name",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model.
-
-    Raises `UserError`, which names `flag`, where there is none, or where it has code that
-    is not trusted.
-    """
+    """The tokenizer of a folder or hub model. Raises `UserError`, which names `flag`, where
+    there is none, or where it has code that is not trusted."""
     path = expanded(name_or_path, flag)
     if path.is_dir() and not holds_tokenizer(path):
-        raise UserError(
-            f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})"
-        )
+        files = ", ".join(_TOKENIZER_FILES)
+        raise UserError(f"{flag}: the folder {path} holds no tokenizer ({files})")
+    name = str(path if path.is_dir() else name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path if path.is_dir() else name_or_path),
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer("a")  # which is where some of its settings are first read
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # Some of its settings are first read when it encodes.
+        tokenizer("a")
         return tokenizer
-    # The tokenizers library raises plain ones, for merges of unknown tokens for example
+    # The tokenizers library raises plain ones, for merges of unknown tokens for example.
     except Exception as error:
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}"
@@ -143,9 +128,7 @@ def check_vocabulary(
     vocab_size: int,
     flag: str = "--tokenizer_name",
 ) -> None:
-    """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size`
-    embeddings.
-    """
+    """Raise `UserError` for a tokenizer with ids beyond the model's `vocab_size` rows."""
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
@@ -159,7 +142,7 @@ def check_reload(
     model_type: str,
     flag: str = "--train_tokenizer_vocab",
 ) -> None:
-    """Raises `UserError` when transformers would load the tokenizer, saved with a model of
+    """Raise `UserError` where transformers would load the tokenizer, saved with a model of
     this type, as another one.
 
     Needed for tokenizers that are not the model's own: transformers (5.24) reads the
@@ -177,20 +160,16 @@ def check_reload(
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """(token, id) of the largest id, added tokens included. Not `len(tokenizer)`: ids may
-    have gaps.
-    """
+    """(token, id) of the largest id, added tokens included. Ids may have gaps."""
     return max(tokenizer.get_vocab().items(), key=lambda item: item[1])
 
 
 def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts BOS before a text by default."""
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return (
-        tokenizer.bos_token_id is not None
-        and ids[:1] == [tokenizer.bos_token_id] != bare[:1]
-    )
+    first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    first_of_text = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    bos = tokenizer.bos_token_id
+    return bos is not None and first == [bos] and first != first_of_text
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | None:
@@ -201,7 +180,8 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
         return None
     if start == AUTO:
         return tokenizer.bos_token_id if wants_bos(tokenizer) else None
-    if (token_id := tokenizer.get_vocab().get(start)) is None:
+    token_id = tokenizer.get_vocab().get(start)
+    if token_id is None:
         special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"
         raise UserError(
             f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}"
@@ -214,32 +194,30 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
-            'set "eos_token" in its tokenizer_config.json, '
-            "or give another --tokenizer_name"
+            'set "eos_token" in its tokenizer_config.json, or give another --tokenizer_name'
         )
     return int(tokenizer.eos_token_id)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids. It is the same in every process and after
-    saving and loading.
-    """
-    facts: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    facts["split_special_tokens"] = tokenizer.split_special_tokens
+    """A hash of everything that decides the ids, the same in every process and after saving
+    and loading."""
+    facts: dict[str, Any] = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        facts["backend"] = {
-            key: value
-            for key, value in content.items()
-            if key not in ("truncation", "padding")
-        }
+        for key in ("truncation", "padding"):
+            content.pop(key, None)
+        facts["backend"] = content
     else:
+        settings = tokenizer.init_kwargs.items()
         facts["class"] = type(tokenizer).__name__
         facts["vocabulary"] = tokenizer.get_vocab()
         facts["settings"] = {
-            key: str(value)
-            for key, value in tokenizer.init_kwargs.items()
-            if "file" not in key
+            key: str(value) for key, value in settings if "file" not in key
         }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

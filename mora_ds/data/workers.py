@@ -1,6 +1,4 @@
-"""Applies a function to a stream of items in several processes: results in order, few items
-in flight at a time.
-"""
+"""A function applied to a stream of items in several processes, in order."""
 
 import os
 import threading
@@ -64,9 +62,8 @@ def _install(work: Callable[[Any], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when the caller is killed. The pool's worker would wait for its
-    next item (Python 3.11).
-    """
+    """End this process when the caller is killed: the pool's worker would wait for its next
+    item (Python 3.11)."""
     parent = parent_process()
     assert parent is not None, "runs in worker processes only"
     wait([parent.sentinel])

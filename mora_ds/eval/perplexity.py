@@ -1,5 +1,4 @@
-"""Perplexity and bits per byte of a model on named texts, document by document, with
-sliding windows.
+"""Perplexity and bits per byte of a model on named texts, with sliding windows.
 
     HF folder                            -> the model
     checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
@@ -44,7 +43,7 @@ from mora_ds.models.rope import longest_row
 DEFAULT_WINDOW = 1024
 
 _SORTED_AT_ONCE = 64
-"""Batches whose windows are sorted by length, so that there is little padding."""
+"""So many batches are sorted by the lengths of their windows, for little padding."""
 
 _Window = tuple[Sequence[int], int]
 """(token ids, how many at the end are scored)."""
@@ -83,11 +82,12 @@ class Score:
         return self.tokens / self.text_bytes
 
     def to_dict(self) -> dict[str, float]:
-        derived = {
-            name: getattr(self, name)
-            for name in ("perplexity", "bits_per_byte", "tokens_per_byte")
+        return {
+            **asdict(self),
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens_per_byte": self.tokens_per_byte,
         }
-        return {**asdict(self), **derived}
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,11 @@ class Windows:
     """Tokens from one window's start to the next."""
     document_start: str = AUTO
     """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts
-    nothing before a text.
-    """
+    nothing before a text."""
 
     @classmethod
     def of(
-        cls,
-        model: Any,
-        window: int | None,
-        stride: int | None,
-        document_start: str = AUTO,
+        cls, model: Any, window: int | None, stride: int | None, document_start: str = AUTO
     ) -> Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of
         that. Raises `UserError` for a window that is longer than that number, and for a
@@ -147,7 +142,7 @@ def load_target(
     domain: str | None = None,
     onto: Path | None = None,
 ) -> Target:
-    """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an
+    """The model at `path`: a Hugging Face folder, or a checkpoint (or a run's folder, or an
     adapter) applied to its base.
 
     `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose
@@ -192,9 +187,7 @@ def _adapted(
     tokenizer = load_tokenizer(
         tokenizer_folder, trust_remote_code=trust_remote_code, flag=flag
     )
-    model: Any = load_adapter(
-        folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code
-    )
+    model: Any = load_adapter(folder, checkpoint, None, domain, trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
     return Target(prefer_documents(model.to(device)), tokenizer)
@@ -207,13 +200,11 @@ def evaluate(
     batch_size: int = 4,
     max_documents: int | None = None,
 ) -> Score:
-    """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError`
-    for texts without a token.
-    """
+    """Score every document of `corpus`, or its first `max_documents`. Raises `UserError`
+    for texts without a token."""
     score = Score()
-    for batch in _batches(
-        _windows(corpus, target.tokenizer, windows, max_documents, score), batch_size
-    ):
+    cut = _windows(corpus, target.tokenizer, windows, max_documents, score)
+    for batch in _batches(cut, batch_size):
         score.nats += _nats(target.model, batch)
     if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
@@ -283,33 +274,28 @@ def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Wind
 
 @torch.inference_mode()
 def _nats(model: Any, batch: Sequence[_Window]) -> float:
-    """Summed negative log-likelihood of the tokens that each window scores. Padding is at
-    the right, after them.
-    """
+    """Summed negative log-likelihood of the tokens that each window scores."""
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORED)
+    # Padding is at the right, where no scored token sees it.
     for row, (ids, scored) in enumerate(batch):
         tokens = torch.tensor(ids)
         inputs[row, : len(ids)] = tokens
         labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
     documents = Documents.whole_rows(len(batch), longest, model.device)
-    logits = model(
-        **model_inputs(
-            model, {"input_ids": inputs.to(model.device), "documents": documents}
+    rows = {"input_ids": inputs.to(model.device), "documents": documents}
+    logits = model(**model_inputs(model, rows)).logits
+    nats = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row_logits, row_labels in zip(logits, labels.to(logits.device), strict=True):
+        nats += F.cross_entropy(
+            row_logits.float(), row_labels, ignore_index=IGNORED, reduction="sum"
         )
-    ).logits
-    rows = (
-        F.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="sum").double()
-        for row, label in zip(logits, labels.to(logits.device), strict=True)
-    )
-    return float(sum(rows))
+    return nats.item()
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a name given
-    twice.
-    """
+    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a repeated name."""
     sets: dict[str, str] = {}
     for entry in entries:
         name, path = named_path(entry)
