@@ -27,26 +27,22 @@ EVERY = [kind.value for kind in OperatorKind]
 
 def test_leading_directions_are_those_of_the_weight(tmp_path):
     _, _, leading = aligned_model(tmp_path, "share")
-    weight = (
-        BaseCheckpoint.open(tmp_path / "base")
-        .read("model.layers.1.mlp.up_proj.weight")
-        .double()
-    )
-    directions = leading["model.layers.1.mlp.up_proj"]
+    layer = "model.layers.1.mlp.up_proj"
+    weight = BaseCheckpoint.open(tmp_path / "base").read(f"{layer}.weight").double()
+    directions = leading[layer]
     values = torch.linalg.svdvals(weight)[:4]
-    spanned = directions.left.double() @ weight @ directions.right.double().T
+    right = directions.right.double()
+    spanned = directions.left.double() @ weight @ right.T
     assert_close(spanned, torch.diag(values), rtol=1e-6, atol=1e-6)
-    assert (
-        directions.right.gather(1, directions.right.abs().argmax(dim=1, keepdim=True)) > 0
-    ).all(), "fixed signs"
+    largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
+    assert (largest > 0).all(), "fixed signs"
     assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
 def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[1, 2] = float("nan")
-    base = BaseCheckpoint.open(write_own_base(model, tmp_path / "base").folder)
-    loaded = LoadedBase(model, base, {name: name for name, _ in model.named_parameters()})
+    loaded = loaded_base(model, tmp_path)
     with user_error(r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
         leading_of_base(MoRAConfig(), loaded, 4, ALONE)
     with user_error(
@@ -58,18 +54,20 @@ def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
 # -- on a model --------------------------------------------------------------------------------------------------------
 
 
+def loaded_base(model, folder):
+    """As a run loads it, from files in `folder`."""
+    keys = {name: name for name, _ in model.named_parameters()}
+    return LoadedBase(model, write_own_base(model, folder / "base"), keys)
+
+
 def aligned_model(folder, operator):
     """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and its 4
     leading directions.
     """
     torch.manual_seed(0)
     model = tiny_model("llama")
-    base = write_own_base(model, folder / "base")
-    keys = {name: name for name, _ in model.named_parameters()}
     config = MoRAConfig(rank=3, operator=operator)
-    leading = leading_of_base(
-        config, LoadedBase(model, BaseCheckpoint.open(base.folder), keys), 4, ALONE
-    )
+    leading = leading_of_base(config, loaded_base(model, folder), 4, ALONE)
     model = model.double()
     inject(model, config)
     for index, layer in enumerate(mora_layers(model).values()):
@@ -139,16 +137,7 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path):
 
 
 ALIGNED = {"alignment_weight": 0.5, "alignment_rank": 4}
-MERGING = (
-    "--operator",
-    "rotate",
-    "--merge_every",
-    2,
-    "--restart_warmup_steps",
-    1,
-    "--max_steps",
-    6,
-)
+MERGING = "--operator rotate --merge_every 2 --restart_warmup_steps 1 --max_steps 6"
 
 
 IN_PARTS = "--gradient_accumulation_steps 2 --gradient_checkpointing"
@@ -163,21 +152,17 @@ def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
     resume and an export.
     """
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    run(1, research(user.flags(one, *MERGING, IN_PARTS), tmp_path, **ALIGNED))
-    run(2, research(user.flags(two, *MERGING, "--save_steps 3"), tmp_path, **ALIGNED))
+    run(1, research(user.flags(one, MERGING, IN_PARTS), tmp_path, **ALIGNED))
+    run(2, research(user.flags(two, MERGING, "--save_steps 3"), tmp_path, **ALIGNED))
     first, second, third, *_ = shares(one)
     assert first == 0 == third
     assert second > 0, "squares of zeros begin each cycle"
     assert_close_runs(two, one)
     assert shares(two) == pytest.approx(shares(one), rel=1e-4)
-    resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints/step-000003")
+    resume = (MERGING, "--resume_from_checkpoint", two / "checkpoints/step-000003")
     run(2, research(user.flags(again, *resume), tmp_path, **ALIGNED))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     export_merged(again, tmp_path / "merged", verify=True)
-    heavier = research(
-        user.flags(tmp_path / "other", *resume),
-        tmp_path,
-        alignment_weight=0.25,
-        alignment_rank=4,
-    )
-    assert "research.alignment_weight, alignment_rank" in refusal(heavier, ranks=2)
+    lighter = {**ALIGNED, "alignment_weight": 0.25}
+    other = research(user.flags(tmp_path / "other", *resume), tmp_path, **lighter)
+    assert "research.alignment_weight, alignment_rank" in refusal(other, ranks=2)

@@ -3,7 +3,7 @@ makes of it; what is refused.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_TENSORS
 from mora_ds.common.files import read_json, write_manifest
 from mora_ds.data import load_corpus, load_tokenizer
-from mora_ds.eval.perplexity import Target, Windows, evaluate, load_target
+from mora_ds.eval.perplexity import Target, Windows, evaluate
 from mora_ds.research.bank import AdapterBank
 from tests.helpers.adapters import Maker, Updates, merge, originals
 from tests.helpers.errors import user_error
@@ -120,17 +120,13 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path):
     operator.
     """
     bench = bench_of(tmp_path, intermediate_size=53)
+    share = MoRAConfig(rank=2, operator="share")
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
-        bench.add(
-            name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05
-        )
-    bench.add(
-        "twin", MoRAConfig(rank=2, operator="share", grouping="plain"), cycles=1, scale=0.1
-    )
+        bench.add(name, replace(share, grouping=name), cycles=3, scale=0.05)
+    bench.add("twin", replace(share, grouping="plain"), cycles=1, scale=0.1)
     bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
-    bench.add(
-        "queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1
-    )
+    queries = MoRAConfig(rank=3, target_modules=("q_proj",))
+    bench.add("queries", queries, cycles=1, scale=0.1)
     bank = bench.open()
     names = list(bank.adapters)
     check_rows(bench, bank, names, tokens(len(names)))
@@ -233,30 +229,20 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
-    refusals = [
-        ("is not the base of .*odd", MoRAConfig(rank=3), {"fingerprint": "abc"}),
-        (
-            "q_proj has lora, which is none of the operators truncate, share, decouple, rotate",
-            LoRAConfig(rank=3),
-            {},
-        ),
-        (
-            "it has other trained tensors than MoRA matrices",
-            MoRAConfig(rank=3),
-            {"trained": norm},
-        ),
-        (
-            "it has MoRA matrices of domains",
-            MoRAConfig(rank=3),
-            {"domains": ("law", "code")},
-        ),
-    ]
-    odd = tmp_path / "bank/odd"
-    for message, config, more in refusals:
+
+    def refuse_odd(message, config, **more):
         bench.add("odd", config, **more)
         with user_error(f"adapter 'odd' cannot be used: .*{message}"):
             bench.open()
-        shutil.rmtree(odd)
+        shutil.rmtree(tmp_path / "bank/odd")
+
+    mora = MoRAConfig(rank=3)
+    refuse_odd("is not the base of .*odd", mora, fingerprint="abc")
+    refuse_odd("it has other trained tensors than MoRA matrices", mora, trained=norm)
+    refuse_odd("it has MoRA matrices of domains", mora, domains=("law", "code"))
+    operators = "truncate, share, decouple, rotate"
+    none_of_them = f"q_proj has lora, which is none of the operators {operators}"
+    refuse_odd(none_of_them, LoRAConfig(rank=3))
 
 
 def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
@@ -277,12 +263,10 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
     with bank.use("one"):
         layer(torch.zeros(2, 32))
     (tmp_path / "empty/x").mkdir(parents=True)
-    for folder, message in {
-        "empty": "no folder in .*empty holds an adapter",
-        "nowhere": "no such folder",
-    }.items():
-        with user_error(message):
-            AdapterBank.open(rotating.folder / "base", tmp_path / folder)
+    with user_error("no folder in .*empty holds an adapter"):
+        AdapterBank.open(rotating.folder / "base", tmp_path / "empty")
+    with user_error("no such folder"):
+        AdapterBank.open(rotating.folder / "base", tmp_path / "nowhere")
     with user_error("MODEL: no such folder"):
         AdapterBank.open(tmp_path / "base", rotating.folder / "bank")
 
@@ -305,39 +289,21 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         tokenizer_object=words, unk_token="<unk>", eos_token="</s>"
     ).save_pretrained(own_tokenizer)
     write_manifest(tmp_path / "bank/b")
-    sets = [
-        "--sets",
-        f"held={user.held}",
-        "--window",
-        "64",
-        "--stride",
-        "32",
-        "--max_documents",
-        "4",
-    ]
-    flags = [
-        str(user.model),
-        str(tmp_path / "bank"),
-        *sets,
-        "--json",
-        str(tmp_path / "scores.json"),
-    ]
-    assert command("evaluate-adapters", flags) == (0, "")
+    flags = (
+        f"{user.model} {tmp_path}/bank --sets held={user.held} --window 64 --stride 32 "
+        f"--max_documents 4 --json {tmp_path}/scores.json"
+    )
+    assert command("evaluate-adapters", flags.split()) == (0, "")
     scores = read_json(tmp_path / "scores.json")["adapters"]
     printed = capsys.readouterr().out
     assert "bits/byte" in printed
     assert "2 adapter(s); windows of 64" in printed
-    tokenizer = load_target(user.model).tokenizer
-    for name in ("(base)", "a", "b"):
-        tokenizer = load_tokenizer(own_tokenizer) if name == "b" else tokenizer
+    corpus = load_corpus([str(user.held)])
+    nats = {name: adapter["held"]["nats"] for name, adapter in scores.items()}
+    for name, folder in (("(base)", user.model), ("a", user.model), ("b", own_tokenizer)):
         merge(maker.model, maker.weights, updates.get(name, {}))
-        merged = Target(maker.model.eval(), tokenizer)
-        expected = evaluate(
-            merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4
-        )
-        assert scores[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
-        assert (
-            name == "(base)"
-            or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
-        )
+        merged = Target(maker.model.eval(), load_tokenizer(folder))
+        expected = evaluate(merged, corpus, Windows(64, 32), max_documents=4)
+        assert nats[name] == pytest.approx(expected.nats, rel=1e-6)
+        assert (abs(nats[name] / nats["(base)"] - 1) > 1e-4) == (name != "(base)")
         maker.model.load_state_dict(maker.weights, strict=False)

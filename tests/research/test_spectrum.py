@@ -19,26 +19,28 @@ from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.research.spectrum import layer_spectra, spectra, spectrum_lines
 from tests.helpers.errors import user_error
 from tests.helpers.mistakes import command
+from tests.helpers.operators import random
+from tests.helpers.tables import rows
 
 
 def square(side, seed=0):
-    return torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
+    return random(side, side, seed=seed).float()
 
 
 # -- a layer's history -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        OperatorSpec(OperatorKind.TRUNCATE, 18, 23, 6),
-        OperatorSpec(OperatorKind.SHARE, 18, 23, 6, Grouping.STRIDED),
-        OperatorSpec(OperatorKind.DECOUPLE, 18, 23, 6, Grouping.PERMUTED),
-        OperatorSpec(OperatorKind.ROTATE, 18, 23, 6, Grouping.PERMUTED),
-    ],
-    ids=OperatorSpec.describe,
-)
-def test_history_is_that_of_the_formed_matrices(spec):
+OPERATORS = """
+truncate | plain
+share | strided
+decouple | permuted
+rotate | permuted
+"""
+
+
+@pytest.mark.parametrize("kind, grouping", rows(OPERATORS))
+def test_history_is_that_of_the_formed_matrices(kind, grouping):
+    spec = OperatorSpec(kind, 18, 23, 6, grouping)
     updates = [
         (replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)
     ]
@@ -46,19 +48,16 @@ def test_history_is_that_of_the_formed_matrices(spec):
     for cycle, spectrum in enumerate(layer_spectra(updates)):
         operator, value = updates[cycle]
         newest = operator.delta_weight(value.double())
-        assert spectrum.new_span == pytest.approx(
-            expected_span(newest, total) if cycle else 1.0, abs=1e-6
-        )
+        new_span = expected_span(newest, total) if cycle else 1.0
+        assert spectrum.new_span == pytest.approx(new_span, abs=1e-6)
         total += newest
         values = torch.linalg.svdvals(total)
         shares = values[values > 1e-9] / values.sum()
         assert spectrum.rank == int((values > values[0] * 1e-5).sum())
-        assert spectrum.stable_rank == pytest.approx(
-            (values.square().sum() / values[0] ** 2).item()
-        )
-        assert spectrum.effective_rank == pytest.approx(
-            math.exp(-(shares * shares.log()).sum().item()), rel=1e-6
-        )
+        energy = values.square().sum() / values[0] ** 2
+        assert spectrum.stable_rank == pytest.approx(energy.item())
+        entropy = -(shares * shares.log()).sum().item()
+        assert spectrum.effective_rank == pytest.approx(math.exp(entropy), rel=1e-6)
         assert spectrum.norm == pytest.approx(total.norm().item())
         assert spectrum.delta_norm == pytest.approx(newest.norm().item())
 
@@ -79,11 +78,8 @@ def expected_span(newest, earlier):
 
 def test_factors_of_lora_have_spectra_too():
     spec = LoRASpec(12, 10, 3, 6.0)
-    factors = [
-        torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed))
-        for seed in (0, 1)
-    ]
-    first, second = layer_spectra([(spec, value) for value in factors])
+    updates = [(spec, random(*spec.value_shape, seed=seed)) for seed in (0, 1)]
+    first, second = layer_spectra(updates)
     assert [first.rank, second.rank] == [3, 6]
 
 
@@ -101,39 +97,24 @@ def checkpoint(tmp_path):
     folder = tmp_path / "step"
     ledger = Ledger.create(folder / "ledger", "f" * 64)
     for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):
-        ledger.append(
-            10 * cycle + 10,
-            entries(cycle, names),
-            [(name, square(6, cycle)) for name in names],
-        )
+        squares = [(name, square(6, cycle)) for name in names]
+        ledger.append(10 * cycle + 10, entries(cycle, names), squares)
     live = entries(2, ("a.q", "a.v"))
-    write_adapter(
-        folder,
-        AdapterFile(live, MoRAConfig(), "float32", 2, 25),
-        {name: square(6, 2) for name in live},
-        {},
-    )
+    adapter = AdapterFile(live, MoRAConfig(), "float32", 2, 25)
+    write_adapter(folder, adapter, {name: square(6, 2) for name in live}, {})
     BaseReference("base", "f" * 64, {}, "float32").write(folder)
     return folder
 
 
 def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint):
-    rows = list(spectra(find_ledger(checkpoint)))
-    origins = [(row.layer, row.cycle, row.step, row.is_live) for row in rows]
-    of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
-    assert origins == [
-        ("a.q", 0, 10, False),
-        ("a.q", 1, 20, False),
-        ("a.q", 2, 25, True),
-        *of_v,
-    ]
-    updates = [
-        (entries(cycle, ("a.q",))["a.q"].operator, square(6, cycle)) for cycle in range(3)
-    ]
-    assert [row.spectrum for row in rows[:3]] == list(layer_spectra(updates))
-    assert [row.is_live for row in spectra(find_ledger(checkpoint / "ledger"))] == [
-        False
-    ] * 3
+    table = list(spectra(find_ledger(checkpoint)))
+    cycles = [(row.layer, row.cycle) for row in table]
+    assert cycles == [("a.q", 0), ("a.q", 1), ("a.q", 2), ("a.v", 1), ("a.v", 2)]
+    assert [row.step for row in table] == [10, 20, 25, 20, 25]
+    assert [row.is_live for row in table] == [row.cycle == 2 for row in table]
+    updates = [(entries(n, ("a.q",))["a.q"].operator, square(6, n)) for n in range(3)]
+    assert [row.spectrum for row in table[:3]] == list(layer_spectra(updates))
+    assert not any(row.is_live for row in spectra(find_ledger(checkpoint / "ledger")))
 
 
 def test_layers_are_chosen_by_pattern(checkpoint, tmp_path):
@@ -147,19 +128,19 @@ def test_layers_are_chosen_by_pattern(checkpoint, tmp_path):
 
 
 def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint):
-    rows = list(spectra(find_ledger(checkpoint)))
-    cells = [line.split() for line in spectrum_lines(rows)]
-    assert [line[:3] for line in cells[1:4]] == [
-        ["a.q", "0", "10"],
-        ["a.q", "1", "20"],
-        ["a.q", "2*", "25"],
+    table = list(spectra(find_ledger(checkpoint)))
+    _, *cells = (line.split() for line in spectrum_lines(table))
+    assert [" ".join(line[:3]) for line in cells[:3]] == [
+        "a.q 0 10",
+        "a.q 1 20",
+        "a.q 2* 25",
     ]
-    assert cells[3][3:5] == [str(rows[2].spectrum.rank), "24"]
+    assert cells[2][3:5] == [str(table[2].spectrum.rank), "24"]
 
 
 def test_command(checkpoint, tmp_path, capsys):
-    flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*"]
-    assert command("spectrum", flags) == (0, "")
+    flags = f"{checkpoint} --json {tmp_path}/out.json --layers a.*"
+    assert command("spectrum", flags.split()) == (0, "")
     assert "a.v" in capsys.readouterr().out
     content = json.loads((tmp_path / "out.json").read_text())
     assert content == [asdict(row) for row in spectra(find_ledger(checkpoint))]
@@ -167,13 +148,9 @@ def test_command(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, named",
-    [
-        (["--layers", "nothing"], "--layers"),
-        (["--json", "/nowhere/new.json"], "folder that exists"),
-    ],
-    ids=str,
+    [("--layers nothing", "--layers"), ("--json /nowhere/new.json", "folder that exists")],
 )
 def test_mistakes_in_flags_are_named(checkpoint, flags, named):
-    code, message = command("spectrum", [str(checkpoint), *flags])
+    code, message = command("spectrum", [str(checkpoint), *flags.split()])
     assert code == 2
     assert named in message
