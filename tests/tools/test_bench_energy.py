@@ -4,22 +4,14 @@ from mora_ds.common.files import read_json
 from tests.helpers.errors import user_error
 from tests.helpers.tools import call
 
-TOY = ("--documents", 2, "--tokens", 12, "--every", 1)
+
+def bench(user, *flags):
+    toy = "--documents 2 --tokens 12 --every 1"
+    call("bench/energy", "--base", user.model, "--new", user.train, toy, *flags)
 
 
 def mean_shares(user, folder, rank):
-    call(
-        "bench/energy",
-        "--base",
-        user.model,
-        "--new",
-        user.train,
-        *TOY,
-        "--rank",
-        rank,
-        "--json",
-        folder / "found.json",
-    )
+    bench(user, "--rank", rank, "--json", folder / "found.json")
     rows = read_json(folder / "found.json")["tables"]["mean"][1:]
     return {span: float(cell.rstrip("%")) for span, cell in rows}
 
@@ -46,13 +38,4 @@ def test_a_smaller_span_holds_less_and_the_best_one_most(user, tmp_path):
 
 def test_a_text_that_is_too_short_is_told(user, tmp_path):
     with user_error(r"--documents: .* at least 12 tokens"):
-        call(
-            "bench/energy",
-            "--base",
-            user.model,
-            "--new",
-            user.train,
-            *TOY,
-            "--documents",
-            10_000,
-        )
+        bench(user, "--documents 10000")

@@ -10,18 +10,13 @@ from tests.helpers.tools import call
 from tools.bench.layer import reference_update
 
 
-def found(tmp_path):
+def test_every_layer_has_a_row(tmp_path):
     threads = torch.get_num_threads()
-    flags = ("--shapes", "12x8", "--seconds", 0)
     try:
-        call("bench/layer", *flags, "--json", tmp_path / "found.json")
+        call("bench/layer", "--shapes 12x8 --seconds 0 --json", tmp_path / "layers.json")
     finally:
         torch.set_num_threads(threads)
-    return read_json(tmp_path / "found.json")["tables"]
-
-
-def test_every_layer_has_a_row(tmp_path):
-    titles, *rows = found(tmp_path)["layers"]
+    titles, *rows = read_json(tmp_path / "layers.json")["tables"]["layers"]
     assert [row[:2] for row in rows] == [
         [f"12 x 8, {tokens}, {dtype}", operator]
         for dtype in ("float32", "bfloat16")

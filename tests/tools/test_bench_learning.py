@@ -69,18 +69,9 @@ def test_every_method_is_one_that_the_training_program_takes(user, path):
     }
     for method in methods.methods.values():
         for rate in method.rates:
-            validate(
-                parse(
-                    flags(
-                        {
-                            **files,
-                            "max_steps": 3000,
-                            **methods.settings,
-                            **method.settings(rate, 3000, user.held),
-                        }
-                    )
-                )
-            )
+            of_method = method.settings(rate, 3000, user.held)
+            settings = {**files, "max_steps": 3000, **methods.settings, **of_method}
+            validate(parse(flags(settings)))
 
 
 def row(method, rate, new, old):
@@ -131,75 +122,49 @@ def ran(monkeypatch):
             "new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2),
             "old": 200.0,
         }
-        (folder / "summary.json").write_text(
-            json.dumps({"trainable_params": 7, "perplexity_after": perplexities})
-        )
+        summary = {"trainable_params": 7, "perplexity_after": perplexities}
+        (folder / "summary.json").write_text(json.dumps(summary))
         rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
         if "eval_tasks" in settings:
-            rows += [
-                {
-                    "step": 20,
-                    "tasks": {
-                        "quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}
-                    },
-                }
-            ]
-        (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
+            scores = {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}
+            rows.append({"step": 20, "tasks": {"quiz": scores}})
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(lines))
 
     monkeypatch.setattr(tool("bench/learning"), "pretrain_alone", pretend)
     return ran
 
 
-def texts(user):
-    return [
-        "--base",
-        user.model,
-        "--new",
-        user.train,
-        user.held,
-        "--old",
-        user.train,
-        user.other,
-        "--jobs",
-        1,
-    ]
-
-
-FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
+def bench(user, work, report, *flags):
+    """A call of 40 steps and two seeds, one in the sweep, unless `flags` say otherwise."""
+    texts = ("--new", user.train, user.held, "--old", user.train, user.other)
+    files = ("--base", user.model, *texts, "--work", work, "--json", report)
+    call("bench/learning", *files, "--jobs 1 --steps 40 --seeds 2 --sweep_seeds 1", *flags)
 
 
 def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
-    flags = [
-        *texts(user),
-        "--work",
-        tmp_path / "work",
-        "--json",
-        tmp_path / "all.json",
-        *FLAGS,
-    ]
-    flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
-    call("bench/learning", *flags)
+    methods = "--methods lora@0.003 lora@0.01 lora@0.03 relora@0.01"
+
+    def again(*more):
+        bench(user, tmp_path / "work", tmp_path / "all.json", methods, *more)
+
+    again()
     assert [run["learning_rate"] for run in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
     assert [run.get("merge_every") for run in ran] == [None, None, None, 10, None, 10]
     report = read_json(tmp_path / "all.json")
     assert len(report["runs"]) == 6
-    assert not any(
-        str(path) in json.dumps(report["runs"]) for path in (tmp_path, user.root)
-    )
-    assert report["runs"][0]["curve"] == [
-        {"step": 20, "new": pytest.approx(171.0), "old": 200.0}
-    ]
+    for path in (tmp_path, user.root):
+        assert str(path) not in json.dumps(report["runs"])
+    (point,) = report["runs"][0]["curve"]
+    assert point == {"step": 20, "new": pytest.approx(171.0), "old": 200.0}
     row = report["tables"]["learning"][1]
     assert row == ["lora", "7", "0.01", "2", "101.5 ± 0.5", "200.0 ± 0.0"]
-    call("bench/learning", *flags)
+    again()
     assert len(ran) == 6
-    call("bench/learning", *flags, "--rank", 4)
+    again("--rank 4")
     assert len(ran) == 12
     assert {run["per_device_train_batch_size"] for run in ran} == {8}
-    more = ["--batch", 2, "--compute", "weight", "--replay", 0.25]
-    call("bench/learning", *flags, "--methods", "none", "recipe@0.01", *more)
+    again("--methods none recipe@0.01 --batch 2 --compute weight --replay 0.25")
     changed = [
         (run["per_device_train_batch_size"], run.get("compute"), run.get("replay"))
         for run in ran[12:]
@@ -210,90 +175,40 @@ def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
 def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
     first = tmp_path / "first.json"
     second = tmp_path / "second.json"
-    call(
-        "bench/learning",
-        *texts(user),
-        *FLAGS,
-        "--work",
-        tmp_path / "one",
-        "--methods",
-        "lora",
-        "--json",
-        first,
-    )
+    bench(user, tmp_path / "one", first, "--methods lora")
     assert len(ran) == 4
+
+    def grown(user, *more):
+        bench(user, tmp_path / "two", second, "--with", first, "--methods", *more)
+
     moved = replace(user, train=Path(shutil.copy(user.train, tmp_path / "moved.jsonl")))
-    more = ["--work", tmp_path / "two", "--with", first, "--json", second]
-    call(
-        "bench/learning",
-        *texts(moved),
-        *FLAGS,
-        *more,
-        "--methods",
-        "lora@0.01",
-        "recipe@0.003",
-        "--seeds",
-        3,
-    )
-    assert [(run["seed"], "replay" in run) for run in ran[4:]] == [
-        (1, True),
-        (3, False),
-        (2, True),
-        (3, True),
-    ]
+    grown(moved, "lora@0.01", "recipe@0.003", "--seeds 3")
+    added = [(run["seed"], "replay" in run) for run in ran[4:]]
+    assert added == [(1, True), (3, False), (2, True), (3, True)]
     report = read_json(second)
     rows = [[row[0], row[2], row[3]] for row in report["tables"]["learning"][1:]]
     assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
     runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
-    assert runs[:5] == [
-        ("lora", 3e-3, 1),
-        ("lora", 1e-2, 1),
-        ("lora", 1e-2, 2),
-        ("lora", 1e-2, 3),
-        ("lora", 3e-2, 1),
-    ]
-
-    def refused(message, *flags, **changes):
-        with user_error(f"--with .*first.json: {re.escape(message)}"):
-            call(
-                "bench/learning",
-                *texts(replace(user, **changes)),
-                *more,
-                "--methods",
-                "none",
-                *flags,
-            )
-
-    refused("not the same flags as here: r8-41-lora-0.003-1", *FLAGS, "--steps", 41)
-    refused("not the same texts as here: r8-40-lora", *FLAGS, train=user.held)
+    of_lora = [(3e-3, 1), (1e-2, 1), (1e-2, 2), (1e-2, 3), (3e-2, 1)]
+    assert runs[:5] == [("lora", *run) for run in of_lora]
+    refused = "--with .*first.json: not the same"
+    with user_error(f"{refused} flags as here: r8-41-lora-0.003-1"):
+        grown(user, "none", "--steps 41")
+    with user_error(f"{refused} texts as here: r8-40-lora"):
+        grown(replace(user, train=user.held), "none")
     assert len(ran) == 8
 
 
 def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     quiz = tmp_path / "quiz.yaml"
-    flags = [
-        *texts(user),
-        *FLAGS,
-        "--work",
-        tmp_path,
-        "--rank",
-        2,
-        4,
-        "--tasks",
-        quiz,
-        "--json",
-        tmp_path / "all.json",
-    ]
-    call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")
-    assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], (
-        "without a rank a method runs once"
-    )
+    methods = "--rank 2 4 --methods full@0.01 lora@0.01"
+    bench(user, tmp_path, tmp_path / "all.json", methods, "--tasks", quiz)
+    # Without a rank a method runs once
+    assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4]
     assert [run["eval_tasks"] for run in ran] == [[str(quiz)]] * 6
     report = read_json(tmp_path / "all.json")
-    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [
-        0.2,
-        pytest.approx(0.3),
-    ]
+    scores = [run["scores"]["quiz"] for run in report["runs"]]
+    assert scores[:2] == pytest.approx([0.2, 0.3])
     rows = [(row[0], row[1], row[-1]) for row in report["tables"]["learning"]]
     assert rows == [
         ("rank", "method", "quiz"), ("-", "full", "25.0%"), ("2", "lora", "25.0%"), ("4", "lora", "25.0%"),

@@ -2,11 +2,10 @@
 ranks does not.
 """
 
-import sys
-
 import pytest
 
 from mora_ds.common.files import read_json
+from tests.helpers.tools import call
 from tools.bench import scale
 from tools.bench.measuring import llama_config
 
@@ -15,27 +14,19 @@ from tools.bench.measuring import llama_config
 def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
     out = tmp_path / "found.json"
-    argv = [
-        "scale.py",
+    call(
+        "bench/scale",
+        "--models tiny --ranks 4 16 --json",
+        out,
         "--folder",
-        str(tmp_path / "work"),
-        "--models",
-        "tiny",
-        "--ranks",
-        "4",
-        "16",
-        "--json",
-        str(out),
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    scale.main()
+        tmp_path / "work",
+    )
     tables = read_json(out)["tables"]
     titles, *rows = tables["phases"]
     records = [dict(zip(titles, row, strict=True)) for row in rows]
     for phase in scale.PHASES:
-        assert {row["ranks"] for row in records if row["phase"] == phase} == {"4", "16"}, (
-            phase
-        )
+        ranks = {row["ranks"] for row in records if row["phase"] == phase}
+        assert ranks == {"4", "16"}, phase
     assert {row["setting"] for row in records} == {path.name for path in scale.CONFIGS}
     titles, *lines = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
@@ -49,7 +40,5 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
         if row["phase"] == "save"
     }
     for (ranks, rank, setting), count in files.items():
-        assert count == files["4", rank, setting], (
-            ranks,
-            "a save opens more files where there are more ranks",
-        )
+        # A save opens no more files where there are more ranks
+        assert count == files["4", rank, setting], ranks
