@@ -19,22 +19,22 @@ def sockets():
     )
 
 
+def value_of(rank):
+    return {"rank": rank, "text": "x" * (1 + 1000 * rank)}
+
+
 def gathered():
     group = Ranks.current().group
     rank = dist.get_rank()
-    value = {"rank": rank, "text": "x" * (1 + 1000 * rank)}
-    return gather_to_first(value, group), gather_to_all(value["rank"], group)
+    return gather_to_first(value_of(rank), group), gather_to_all(rank, group)
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_every_value_arrives_in_the_order_of_ranks(world):
-    results = run_ranks(world, gathered)
-    assert [value["rank"] for value in results[0][0]] == list(range(world))
-    assert [len(value["text"]) for value in results[0][0]] == [
-        1 + 1000 * rank for rank in range(world)
-    ]
-    assert all(first is None for first, _ in results[1:])
-    assert [every for _, every in results] == [list(range(world))] * world
+    (on_first, *elsewhere), everywhere = zip(*run_ranks(world, gathered), strict=True)
+    assert on_first == [value_of(rank) for rank in range(world)]
+    assert elsewhere == [None] * (world - 1)
+    assert list(everywhere) == [list(range(world))] * world
 
 
 def counted():

@@ -19,7 +19,7 @@ from mora_ds.runtime.signals import EXIT_STOPPED
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.trainer import Trainer
 from tests.helpers.errors import user_error
-from tests.helpers.gloo import free_port, run_ranks
+from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     environment,
@@ -32,6 +32,8 @@ from tests.helpers.jobs import (
 )
 from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
+from tests.helpers.tables import rows as rows_of
+from tests.helpers.tables import words
 
 MERGING = (
     "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
@@ -58,11 +60,8 @@ def signalled_job(argv, number, rank, method, step):
     original = getattr(Trainer, method)
 
     def hit(trainer, *arguments):
-        if (
-            trainer.replica.rank == rank
-            and trainer.state.step == step
-            and not signals.requested()
-        ):
+        is_there = (trainer.replica.rank, trainer.state.step) == (rank, step)
+        if is_there and not signals.requested():
             os.kill(os.getpid(), number)
             while not signals.requested():
                 time.sleep(0.001)
@@ -76,25 +75,28 @@ def signalled_job(argv, number, rank, method, step):
     raise AssertionError("the run was to stop")
 
 
-@pytest.mark.parametrize(
-    "number, rank, method, step, saved",
-    [
-        (signal.SIGTERM, 1, "_nll", 4, 5),
-        (signal.SIGUSR1, 0, "_merge", 4, 4),
-        (signal.SIGINT, 1, "_evaluate", 4, 4),
-        (signal.SIGUSR1, 1, "_save", 3, 3),
-        (signal.SIGTERM, 1, "_evaluate", 9, 9),
-    ],
-    ids=["step", "merge", "evaluation", "save", "last evaluation"],
-)
+STOPS = """
+SIGTERM | 1 | _nll | 4 | 5
+SIGUSR1 | 0 | _merge | 4 | 4
+SIGINT | 1 | _evaluate | 4 | 4
+SIGUSR1 | 1 | _save | 3 | 3
+SIGTERM | 1 | _evaluate | 9 | 9
+"""
+"""A signal | the rank that gets it | the method that it is in | at a step | the step that is
+saved."""
+
+
+@pytest.mark.parametrize("name, rank, method, step, saved", rows_of(STOPS))
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
-    user, whole, out, number, rank, method, step, saved
+    user, whole, out, name, rank, method, step, saved
 ):
-    told = run_ranks(2, signalled_job, user.flags(out, MERGING), number, rank, method, step)
+    argv = user.flags(out, MERGING)
+    hit = (signal.Signals[name], int(rank), method, int(step))
+    told = run_ranks(2, signalled_job, argv, *hit)
     assert told[0] == told[1]
     assert f"stopped at step {saved}" in told[0]
     state = TrainerState.read(out / "checkpoints/latest")
-    assert (state.step, state.finished) == (saved, False)
+    assert (state.step, state.finished) == (int(saved), False)
     run(2, user.flags(out, MERGING, AUTO))
     assert_same_run(out, whole)
 
@@ -162,7 +164,6 @@ def script(function, **more):
 
 
 def ready(process):
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -192,10 +193,9 @@ def test_sigint_again_ends_a_process_whatever_it_does():
 
 def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
     process = ready(script("patient"))
-    assert process.stdout is not None
     process.stdout.close()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 0, process.stderr and process.stderr.read()
+    assert process.wait(timeout=10) == 0, process.stderr.read()
 
 
 def test_the_end_of_a_pool_is_no_request_to_stop():
@@ -209,22 +209,20 @@ def test_the_end_of_a_pool_is_no_request_to_stop():
 @pytest.fixture
 def start(user, tmp_path):
     """Starts a long job under `deepspeed` in a new process group and waits for its first
-    checkpoint.
+    checkpoint; one of another `script` may not come to it.
     """
     processes = []
 
-    def begin(*more, script=None, past="step-000003"):
+    def begin(script=None):
         out = tmp_path / "out"
         log = tmp_path / "log"
-        words = launcher(
-            2, user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0", *more)
-        )
-        words[1:1] = ["--master_port", str(free_port())]
-        if script is not None:
-            words[words.index("--num_gpus") + 2] = str(script)
+        argv = user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0")
+        line = launcher(2, argv)
+        if script:
+            line[line.index("--num_gpus") + 2] = str(script)
         with log.open("w") as file:
             process = subprocess.Popen(
-                words,
+                line,
                 cwd=tmp_path,
                 env=environment(),
                 stdout=file,
@@ -233,8 +231,8 @@ def start(user, tmp_path):
                 start_new_session=True,
             )
         processes.append(process)
-        if past:
-            wait_for(out / "checkpoints" / past, [process])
+        if not script:
+            wait_for(out / "checkpoints/step-000003", [process])
         return process, log, ranks_below(process.pid)
 
     yield begin
@@ -267,26 +265,18 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     )
 
 
-@pytest.mark.parametrize(
-    "number, group",
-    [
-        pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
-        pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),
-        pytest.param(
-            signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy
-        ),
-    ],
-)
-def test_ranks_save_and_leave_when_their_launcher_ends(start, out, number, group):
+@pytest.mark.heavy
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_save_and_leave_when_their_launcher_ends(start, out, number):
     """Ctrl-C and SIGTERM to all processes; SIGKILL to the parent of the ranks alone."""
     process, log, ranks = start()
-    os.kill(-process.pid if group else psutil.Process(ranks[0]).ppid(), number)
+    parent = psutil.Process(ranks[0]).ppid()
+    os.kill(parent if number == signal.SIGKILL else -process.pid, number)
     process.wait(timeout=60)
     assert len(ranks) == 2, log.read_text()
     assert gone_within(ranks, 30), log.read_text()
-    assert TrainerState.read(out / "checkpoints/latest").step == rows(out)[-1]["step"], (
-        "no step was lost"
-    )
+    state = TrainerState.read(out / "checkpoints/latest")
+    assert state.step == rows(out)[-1]["step"], "no step was lost"
 
 
 @pytest.mark.heavy
@@ -306,19 +296,13 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path,
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
     each start. In the one that torch 2.13 shares by default, processes which are started
     again find the addresses of the dead ones."""
-    torchrun = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    script = str(REPOSITORY / "launch/pretrain.py")
-    words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, MERGING, AUTO)]
+    torchrun = Path(sys.executable).with_name("torchrun")
+    restarts = "--standalone --nproc_per_node 2 --max-restarts 2"
+    script = REPOSITORY / "launch/pretrain.py"
+    line = words(torchrun, restarts, script, *user.flags(out, MERGING, AUTO))
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            words, cwd=tmp_path, env=settings, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(line, cwd=tmp_path, env=settings, stdout=log, stderr=log)
         try:
             wait_for(out / "checkpoints/step-000003", [process])
             os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
@@ -356,7 +340,7 @@ cli.run(main, restartable=True)
 def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
-    process, log, _ = start(script=script, past="")
+    process, log, _ = start(script)
     assert process.wait(timeout=60) == 1
     told = log.read_text()
     assert told.count("Traceback") == 1
