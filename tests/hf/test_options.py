@@ -43,6 +43,8 @@ CONTRADICTIONS = """
 {torch_compile: true} | torch_compile
 {auto_find_batch_size: true} | auto_find_batch_size
 {optim: adafactor} | optim='adafactor'
+{lr_scheduler_type: reduce_lr_on_plateau, eval_strategy: steps} | lr_scheduler_type='reduce_lr_on_plateau'
+{lr_scheduler_type: greedy, eval_strategy: steps} | lr_scheduler_type='greedy'
 {deepspeed: {zero_optimization: {stage: 3}, scheduler: {type: WarmupLR}}} | "scheduler"
 {deepspeed: {zero_optimization: {}}} | must be 1, 2 or 3
 """
@@ -54,14 +56,6 @@ def test_options_that_contradict_are_named(tmp_path, changes, message):
         check_options(arguments(tmp_path, **parsed(changes)), {})
 
 
-@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
-def test_learning_rates_that_follow_metrics_are_named(tmp_path, kind):
-    with user_error(f"lr_scheduler_type='{kind}'"):
-        check_options(
-            arguments(tmp_path, lr_scheduler_type=kind, eval_strategy="steps"), {}
-        )
-
-
 def test_only_data_parallelism_goes_with_it(tmp_path):
     args = arguments(tmp_path)
     args.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
@@ -71,14 +65,12 @@ def test_only_data_parallelism_goes_with_it(tmp_path):
 
 def test_operations_are_counted_with_the_frozen_base():
     model = tiny_model()
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()
     mora_ds.inject(model, mora_ds.MoRAConfig(rank=2))
-    total += sum(layer.value.numel() for layer in mora_ds.mora_layers(model).values())
+    total += model.num_parameters(only_trainable=True)
+    rows = {"input_ids": torch.zeros(2, 16)}
     trainer = SimpleNamespace(model=model)
-    assert (
-        MoRATrainer.floating_point_ops(trainer, {"input_ids": torch.zeros(2, 16)})
-        == 6 * 32 * total
-    )
+    assert MoRATrainer.floating_point_ops(trainer, rows) == 6 * 32 * total
 
 
 def test_what_goes_with_an_adapter_passes(tmp_path):
@@ -92,14 +84,9 @@ def test_what_goes_with_an_adapter_passes(tmp_path):
     "name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"]
 )
 def test_arguments_that_contradict_are_named(tmp_path, name):
+    adapted = {"mora": mora_ds.MoRAConfig(), "base": "x"}
     with user_error(name):
-        Trainer(
-            tiny_model(),
-            arguments(tmp_path),
-            mora=mora_ds.MoRAConfig(),
-            base="x",
-            **{name: (1, 2)},
-        )
+        Trainer(tiny_model(), arguments(tmp_path), **adapted, **{name: (1, 2)})
     check_options(arguments(tmp_path), {"optimizers": (None, None), name: None})
 
 
@@ -120,13 +107,11 @@ def test_a_model_that_is_sharded_is_refused(tmp_path):
 
 def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
-    args = arguments(tmp_path)
+    args = arguments(tmp_path)  # which transformers looks at while they live
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
+    parameters = load_model(tmp_path / "model").parameters()
+    assert not any(hasattr(parameter, "ds_id") for parameter in parameters)
     assert args.deepspeed
-    assert not any(
-        hasattr(parameter, "ds_id")
-        for parameter in load_model(tmp_path / "model").parameters()
-    )
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
@@ -145,39 +130,36 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
         assert loaded[-1].dtype is dtype
 
 
-@pytest.mark.parametrize(
-    "settings, is_checkpoint, is_merged",
-    [
-        ({}, False, True),
-        ({}, True, False),
-        ({"save_only_model": True}, True, True),
-        ({"push_to_hub": True, "hub_strategy": HubStrategy.EVERY_SAVE}, True, True),
-        ({"push_to_hub": True, "hub_strategy": HubStrategy.END}, True, False),
-    ],
-)
-def test_where_the_merged_model_is_written(tmp_path, settings, is_checkpoint, is_merged):
+SAVES = """
+# the folder of the run, and then a checkpoint
+{} | model | merged
+{} | checkpoint | as it is
+{save_only_model: true} | checkpoint | merged
+{push_to_hub: true, hub_strategy: every_save} | checkpoint | merged
+{push_to_hub: true, hub_strategy: end} | checkpoint | as it is
+"""
+
+
+@pytest.mark.parametrize("settings, kind, how", rows(SAVES))
+def test_where_the_merged_model_is_written(tmp_path, settings, kind, how):
     """The tokenizer lies in every folder, written by one process."""
-    defaults = {
-        "save_only_model": False,
-        "push_to_hub": False,
-        "hub_strategy": None,
-        "should_save": True,
-    }
+    is_checkpoint = kind == "checkpoint"
     folder = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path
+    defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": "end"}
+    args = SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **parsed(settings)})
+    args.hub_strategy = HubStrategy(args.hub_strategy)
     written = []
     tokenizers = []
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **settings}),
+        args=args,
         _write_merged=written.append,
         processing_class=SimpleNamespace(save_pretrained=tokenizers.append),
     )
-    MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
-    assert written == ([folder] if is_merged else [])
-    assert tokenizers == [folder]
+    for args.should_save in (True, False):
+        target = str(folder) if is_checkpoint else None
+        MoRATrainer.save_model(trainer, target, is_checkpoint)
     assert folder.is_dir()
-    trainer.args.should_save = False
-    MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
-    assert len(written) == 2 * is_merged
+    assert written == [folder] * (2 if how == "merged" else 0)
     assert tokenizers == [folder]
 
 
@@ -202,10 +184,9 @@ def test_the_config_is_filled_from_the_adapters_parameters(tmp_path):
     config = args.hf_deepspeed_config.config
     filled = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.1}
     assert config["optimizer"] == {"type": "AdamW", "params": filled}
-    assert config["zero_optimization"]["reduce_bucket_size"] == 200
-    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, (
-        "what the user sets stays"
-    )
+    zero = config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 200
+    assert zero["stage3_param_persistence_threshold"] == 0, "what the user sets stays"
 
 
 def test_an_optimizer_of_the_config_stays(tmp_path):
@@ -223,9 +204,8 @@ def test_a_section_that_is_null_is_one_that_is_absent(tmp_path, sections):
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})
     fill_config(args, [100])
-    assert (
-        args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
-    )
+    optimizer = args.hf_deepspeed_config.config["optimizer"]
+    assert optimizer["params"]["lr"] == args.learning_rate
 
 
 def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
@@ -235,11 +215,10 @@ def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
     callback = MoRACallback(merge_every=3, restart_warmup_steps=2)
     args = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
     callback.plan(args, 12)
-    merges = [step for step in range(1, 13) if callback.schedule.merges_after(step)]
+    merges = callback.schedule.merges_left(0)
     assert merges == [6, 9]
-    callback.trainer = SimpleNamespace(
-        run=SimpleNamespace(state=SimpleNamespace(merges=merges))
-    )
+    run = SimpleNamespace(state=SimpleNamespace(merges=merges))
+    callback.trainer = SimpleNamespace(run=run)
     factor = callback.rewarmed(lambda step: 1 - step / 100)
     curve = [1 - step / 100 for step in range(6)]
     restarts = [0.92 / 3, 2 * 0.92 / 3, 0.92, 0.89 / 3, 2 * 0.89 / 3, 0.89]

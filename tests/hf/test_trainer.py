@@ -5,7 +5,6 @@ base never sharded.
 from pathlib import Path
 
 import pytest
-import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -17,60 +16,32 @@ from mora_ds.hf import MoRACallback
 from tests.helpers import hf
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
+from tests.helpers.resume import assert_same_tensors
 
 
 def trained_both_ways(root):
     by_loop, losses = hf.own_loop(Path(root), hf.rates())
-    trainers = {}
     for accumulation in (1, 2):
-        trainers[accumulation] = hf.trainer_in(
-            Path(root), f"by-{accumulation}", accumulation
-        )
-        trainers[accumulation].train()
-    return {
-        "loop": by_loop,
-        "losses": losses,
-        "trainer": {
-            number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()
-        },
-        "history": {
-            number: trainer.state.log_history for number, trainer in trainers.items()
-        },
-        "merges": {
-            number: trainer.run.state.merges for number, trainer in trainers.items()
-        },
-        "planned": [
-            callback.schedule.total_steps
-            for trainer in trainers.values()
-            for callback in trainer._merging
-        ],
-    }
+        trainer = hf.trainer_in(Path(root), f"by-{accumulation}", accumulation)
+        trainer.train()
+        (callback,) = trainer._merging
+        assert callback.schedule.total_steps == hf.STEPS
+        assert trainer.run.state.merges == hf.run_merges() == [3, 6]
+        history = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert history == pytest.approx(losses, abs=1e-6)
+        assert_close(hf.matrices(trainer.deepspeed), by_loop, rtol=0, atol=1e-6)
 
 
 def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path):
-    both = run_ranks(2, trained_both_ways, str(tmp_path))
-    for rank in both:
-        assert rank["planned"] == [hf.STEPS] * 2
-        for number in (1, 2):
-            history = [row for row in rank["history"][number] if "loss" in row]
-            assert [row["loss"] for row in history] == pytest.approx(
-                rank["losses"], abs=1e-6
-            )
-            assert rank["merges"][number] == hf.run_merges() == [3, 6]
-            for name, tensor in rank["loop"].items():
-                assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
+    run_ranks(2, trained_both_ways, str(tmp_path))
 
 
 def interrupted_and_not(root):
     """One run to its end, and another one that begins at its checkpoint-4 anew, after one
     merge and before another.
     """
-    steps = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-    }
+    every = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
+    steps = {**every, "save_steps": 2, "eval_steps": 4}
     whole = hf.trainer_in(Path(root), "out", **steps)
     before = whole.evaluate()["eval_loss"]
     whole.train()
@@ -106,15 +77,11 @@ def interrupted_and_not(root):
 
 def _later_rows(trainer):
     """What was logged after step 4, without times."""
-    history = [
-        row
-        for row in trainer.state.log_history
-        if row["step"] > 4 and "train_runtime" not in row
-    ]
     measured = ("runtime", "per_second", "preparation_time")
     return [
         {key: value for key, value in row.items() if not key.endswith(measured)}
-        for row in history
+        for row in trainer.state.log_history
+        if row["step"] > 4 and "train_runtime" not in row
     ]
 
 
@@ -126,21 +93,19 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert rank["told"] == [3], "MoRACallback(0) ends the merges, that of step 6"
         assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
         assert rank["seed"] == 3
-        for name, tensor in rank["expected"].items():
-            assert torch.equal(rank["resumed"][name], tensor), name
+        assert_same_tensors(rank["resumed"], rank["expected"])
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    for name, tensor in both[0]["expected"].items():
-        if not name.endswith(".weight"):
-            continue
-        layer = name.removesuffix(".weight")
-        spec = mora_ds.MoRAConfig(rank=4).operator_for(
-            layer, tensor.shape[1], tensor.shape[0], 2
-        )
-        merged = tensor + mora_ds.delta_weight(spec, both[0]["expected"][layer])
-        assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
+    tensors = both[0]["expected"]
+    for name in tensors:
+        if name.endswith(".weight"):
+            layer = name.removesuffix(".weight")
+            d_out, d_in = tensors[name].shape
+            spec = mora_ds.MoRAConfig(rank=4).operator_for(layer, d_in, d_out, 2)
+            merged = tensors[name] + mora_ds.delta_weight(spec, tensors[layer])
+            assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
     export_merged(tmp_path / "out/checkpoint-8", tmp_path / "exported", verify=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     hf.assert_same_parameters(saved, exported)
@@ -174,9 +139,6 @@ def test_the_best_checkpoint_brings_its_base_back(tmp_path):
     for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
         assert Path(rank["best"]).name == "checkpoint-2"
         assert rank["merges"] == []
-        for name, tensor in rank["saved"].items():
-            assert torch.equal(rank["live"][name], tensor), name
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
-        "checkpoint-2",
-        "checkpoint-8",
-    ]
+        assert_same_tensors(rank["live"], rank["saved"])
+    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert folders == {"checkpoint-2", "checkpoint-8"}

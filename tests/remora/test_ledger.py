@@ -5,6 +5,7 @@ forms live weights.
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,9 +81,8 @@ def test_layer_that_joins_late(tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     append(ledger)
     append(ledger, ("a.q", "b.q"))
-    assert [
-        len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")
-    ] == [2, 1, 1, 0]
+    for module, cycles in {"a.q": 2, "a.v": 1, "b.q": 1, "none": 0}.items():
+        assert len(list(ledger.squares_of(module))) == cycles
 
 
 def test_a_snapshot_stays_as_it_is(folder):
@@ -95,42 +95,43 @@ def test_a_snapshot_stays_as_it_is(folder):
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def flip(folder):
-    path = folder / "cycle-00001.safetensors"
+def flip(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(content)
 
 
-def exchange(folder):
-    first, second = (folder / f"cycle-0000{i}.safetensors" for i in (0, 2))
+def exchange(first):
+    """With the last cycle."""
+    last = first.with_name("cycle-00002.safetensors")
     content = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(content)
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(content)
+
+
+def shorten(path):
+    os.truncate(path, 700)
+
+
+def tear(path):
+    path.write_text("{")
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    "damage, file, words",
     [
-        (flip, "cycle-00001.safetensors is damaged: its sha256"),
-        (exchange, "cycle-00000.safetensors"),
-        (
-            lambda folder: os.truncate(folder / "cycle-00001.safetensors", 700),
-            "cycle-00001.safetensors has 700 bytes",
-        ),
-        (
-            lambda folder: (folder / "cycle-00002.safetensors").unlink(),
-            "cycle-00002.safetensors is missing",
-        ),
-        (lambda folder: (folder / "ledger.json").unlink(), "ledger.json is missing"),
-        (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
+        (flip, "cycle-00001.safetensors", " is damaged: its sha256"),
+        (exchange, "cycle-00000.safetensors", ""),
+        (shorten, "cycle-00001.safetensors", " has 700 bytes"),
+        (Path.unlink, "cycle-00002.safetensors", " is missing"),
+        (Path.unlink, "ledger.json", " is missing"),
+        (tear, "ledger.json", " is damaged"),
     ],
 )
-def test_damage_is_found_and_named(folder, damage, words):
-    damage(folder)
-    with user_error(words) as caught:
+def test_damage_is_found_and_named(folder, damage, file, words):
+    damage(folder / file)
+    with user_error(f"{folder / file}{words}"):
         Ledger.open(folder)
-    assert str(folder) in str(caught.value)
 
 
 HOLES = f"""
@@ -155,19 +156,14 @@ def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
 
 def test_matrices_that_are_not_those_of_the_header_are_named(folder):
     ledger = Ledger.open(folder)
-    for layers, words in (
-        (
-            layers_of(1, ("a.q",)),
-            r"cycle-00001\.safetensors does not hold the matrices that its header lists",
-        ),
-        (
-            {name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")},
-            r"a\.q\.square is not fp32 \(8, 8\)",
-        ),
+    ledger._layers[1] = layers_of(1, ("a.q",))
+    with user_error(
+        r"cycle-00001\.safetensors does not hold the matrices that its header lists"
     ):
-        ledger._layers[1] = layers
-        with user_error(words):
-            ledger.verify()
+        ledger.verify()
+    ledger._layers[1] = {name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}
+    with user_error(r"a\.q\.square is not fp32 \(8, 8\)"):
+        ledger.verify()
 
 
 def test_another_base_is_refused(folder):
@@ -259,9 +255,8 @@ def test_process_killed_while_writing(folder):
 def test_copy_is_made_of_links_and_lives_on_its_own(folder, tmp_path):
     ledger = Ledger.open(folder)
     copy = ledger.copy_to(tmp_path / "copy")
-    assert (copy.folder / "cycle-00000.safetensors").samefile(
-        folder / "cycle-00000.safetensors"
-    )
+    first = "cycle-00000.safetensors"
+    assert (copy.folder / first).samefile(folder / first)
     append(shortened(folder, 1), ("b.q",))
     assert Ledger.open(copy.folder, BASE).cycles == 3
     assert Ledger.open(folder).cycles == 2
@@ -275,10 +270,7 @@ def test_copy_replaces_a_longer_ledger(folder, tmp_path):
     append(run, ("a.q",))
     short.copy_to(folder)
     assert state(Ledger.open(folder)) == state(short)
-    assert sorted(path.name for path in folder.glob("cycle-*")) == [
-        "cycle-00000.safetensors",
-        "cycle-00001.safetensors",
-    ]
+    assert len(list(folder.glob("cycle-*"))) == 2
     assert short.copy_to(short.folder).cycles == Ledger.open(short.folder).cycles == 2
 
 
@@ -317,9 +309,8 @@ def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_
     before = original.clone()
     expected = original.float()
     for spec, square in updates:
-        expected = expected + (
-            delta_weight(spec, square).T if transposed else delta_weight(spec, square)
-        )
+        delta = delta_weight(spec, square)
+        expected = expected + (delta.T if transposed else delta)
     live = live_weight(original, iter(updates), transposed, dtype)
     assert live.dtype == dtype
     assert torch.equal(live, expected.to(dtype))

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import Schedule, ScheduleKind, schedule_kind
 from tests.helpers.errors import user_error
+from tests.helpers.tables import parsed, rows
 
 JAGGED = Schedule(
     ScheduleKind.COSINE,
@@ -61,26 +61,29 @@ def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
     assert JAGGED.learning_rate(30, [25]) == JAGGED.curve(30)
 
 
-def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not():
-    assert merge_steps(JAGGED) == [25, 50, 75]
-    assert merge_steps(dataclasses.replace(JAGGED, total_steps=80)) == [25, 50, 75]
-    short = dataclasses.replace(JAGGED, total_steps=79)
-    assert merge_steps(short) == [25, 50]
-    assert short.learning_rate(75, [25, 50]) == short.curve(75), (
-        "without a merge there is no ramp"
-    )
+MERGES = """
+{} | [25, 50, 75]
+# the last one that leaves a step at the full rate
+{total_steps: 80} | [25, 50, 75]
+{total_steps: 79} | [25, 50]
+# none within the first warm-up
+{warmup_steps: 25} | [25, 50, 75]
+{warmup_steps: 26} | [50, 75]
+{warmup_steps: 51} | [75]
+{merge_every: 100} | []
+{merge_every: 0} | []
+"""
 
 
-def test_no_merge_before_the_first_warmup_ends():
-    assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=26)) == [50, 75]
-    assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=25)) == [25, 50, 75]
-
-
-def test_nothing_is_merged_at_interval_zero():
-    schedule = dataclasses.replace(JAGGED, merge_every=0)
-    assert merge_steps(schedule) == []
-    assert not any(schedule.merges_after(done) for done in range(101))
-    assert all(schedule.learning_rate(step) == schedule.curve(step) for step in range(100))
+@pytest.mark.parametrize("changes, merges", rows(MERGES))
+def test_merges_keep_off_the_first_warmup_and_the_end(changes, merges):
+    schedule = dataclasses.replace(JAGGED, **parsed(changes))
+    planned = parsed(merges)
+    assert merge_steps(schedule) == schedule.merges_left(0) == planned
+    assert schedule.merges_left(50) == [step for step in planned if step > 50]
+    # Without a merge there is no ramp
+    for step in range(schedule.total_steps):
+        assert schedule.learning_rate(step) == schedule.curve(step)
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
@@ -91,20 +94,16 @@ def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind)
         if every <= ramp:
             continue
         schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
-        ramped = {merge + k for merge in merge_steps(schedule) for k in range(ramp)}
+        merges = merge_steps(schedule)
+        ramped = {merge + k for merge in merges for k in range(ramp)}
         for step in range(total):
-            rate = schedule.learning_rate(step, merge_steps(schedule))
-            assert (
-                0 < rate < schedule.curve(step)
-                if step in ramped
-                else rate == schedule.curve(step)
-            )
-        assert all(done + ramp < total for done in merge_steps(schedule)), (
-            "each cycle reaches the curve"
-        )
-        assert merge_steps(schedule) == [
-            done for done in range(total + 1) if schedule.merges_after(done)
-        ]
+            rate = schedule.learning_rate(step, merges)
+            if step in ramped:
+                assert 0 < rate < schedule.curve(step)
+            else:
+                assert rate == schedule.curve(step)
+        # Each cycle reaches the curve
+        assert all(done + ramp < total for done in merges)
 
 
 def test_names_of_schedules():
@@ -114,12 +113,9 @@ def test_names_of_schedules():
 
 
 def test_all_problems_are_listed_at_once():
-    with pytest.raises(UserError) as caught:
-        Schedule(
-            ScheduleKind.LINEAR, peak=1.0, total_steps=5, warmup_steps=5, merge_every=3
-        )
-    for flag in ("--warmup_steps", "--merge_every"):
-        assert flag in str(caught.value)
+    wrong = {"total_steps": 5, "warmup_steps": 5, "merge_every": 3}
+    with user_error(r"--warmup_steps(.|\n)*--merge_every"):
+        Schedule(ScheduleKind.LINEAR, peak=1.0, **wrong)
 
 
 def test_warmup_stable_decay_stays_then_falls_in_a_straight_line():
@@ -142,19 +138,3 @@ def test_defaults_are_those_of_the_flags():
     training = TrainingArguments()
     assert schedule.restart_warmup_steps == adapter.restart_warmup_steps == 10
     assert schedule.decay_ratio == training.decay_ratio == 0.2
-
-
-def test_merges_still_to_come():
-    """None within the first warm-up, nor so late that its re-warmup would not end."""
-    schedule = Schedule(
-        ScheduleKind.COSINE,
-        peak=1.0,
-        total_steps=100,
-        merge_every=25,
-        restart_warmup_steps=4,
-    )
-    assert schedule.merges_left(0) == [25, 50, 75]
-    assert schedule.merges_left(50) == [75]
-    assert dataclasses.replace(schedule, total_steps=79).merges_left(0) == [25, 50]
-    assert dataclasses.replace(schedule, warmup_steps=51).merges_left(0) == [75]
-    assert dataclasses.replace(schedule, merge_every=100).merges_left(0) == []
