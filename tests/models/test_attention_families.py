@@ -24,8 +24,9 @@ from mora_ds.models.attention import (
 from mora_ds.models.document_attention import Scores, _by_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
-from tests.helpers.models import FAMILIES, adapted_model, tiny_model, tokens
+from tests.helpers.models import FAMILIES, MASKLESS, adapted_model, tiny_model, tokens
 from tests.helpers.pairwise import pairwise
+from tests.helpers.tables import parsed, rows
 
 
 def model_of(family, checkpointing=False):
@@ -47,12 +48,16 @@ def losses_and_gradients(model, batch):
 
 @pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
 def test_documents_are_dense_attention(family, rows, checkpointing):
-    batch = batch_of(rows)
-    expected, wanted = losses_and_gradients(model_of(family), batch)
     model = model_of(family, checkpointing)
     use_documents(model)
     assert attention_of(model) == NAME
     assert why_dense(model.config, None) is None
+    assert_same_step(model, model_of(family), batch_of(rows))
+
+
+def assert_same_step(model, dense, batch):
+    """The loss and the gradients of both."""
+    expected, wanted = losses_and_gradients(dense, batch)
     loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == wanted.keys()
@@ -66,40 +71,23 @@ class OwnConfig(LlamaConfig):
     """As in code that comes with a model."""
 
 
-@pytest.mark.parametrize(
-    "config, reason",
-    [
-        (LlamaConfig(is_causal=False), "the model's attention is not causal"),
-        (
-            AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True),
-            "the model's attention is not causal",
-        ),
-        (
-            AutoConfig.for_model("bloom"),
-            "transformers calls the attention of BloomForCausalLM directly",
-        ),
-        (
-            AutoConfig.for_model("stablelm"),
-            "transformers calls the attention of StableLmForCausalLM directly",
-        ),
-        (
-            AutoConfig.for_model("llama4"),
-            "the model has layers of the kind chunked_attention",
-        ),
-        (OwnConfig(), "the code of the model is not transformers' own"),
-    ],
-    ids=[
-        "not causal",
-        "both ways",
-        "direct",
-        "direct, though one is chosen",
-        "of its text model",
-        "own code",
-    ],
-)
-def test_attention_that_must_stay_dense_has_a_reason(config, reason):
+DENSE = """
+llama | {is_causal: false} | the model's attention is not causal
+gemma3_text | {use_bidirectional_attention: true} | the model's attention is not causal
+bloom | {} | transformers calls the attention of BloomForCausalLM directly
+# though one is chosen
+stablelm | {} | transformers calls the attention of StableLmForCausalLM directly
+# of its text model
+llama4 | {} | the model has layers of the kind chunked_attention
+"""
+
+
+@pytest.mark.parametrize("kind, settings, reason", rows(DENSE))
+def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
+    config = AutoConfig.for_model(kind, **parsed(settings))
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
+    assert why_dense(OwnConfig(), None) == "the code of the model is not transformers' own"
 
 
 def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
@@ -116,16 +104,18 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
         "input_ids",
         "use_cache",
     }
-    config = AutoConfig.for_model(
-        "bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32
-    )
+    config = AutoConfig.for_model("bloom", **MASKLESS["bloom"])
     bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
     assert attention_of(bloom) != NAME
     assert "documents" not in model_inputs(bloom, batch)
-    flash_model = tiny_model()
-    flash_model.config._attn_implementation_internal = "flash_attention_2"
-    assert "documents" not in model_inputs(prefer_documents(flash_model), batch)
+    flash_model = prefer_documents(with_flash_attention(tiny_model()))
+    assert "documents" not in model_inputs(flash_model, batch)
     assert attention_of(flash_model) == "flash_attention_2"
+
+
+def with_flash_attention(model):
+    model.config._attn_implementation_internal = "flash_attention_2"
+    return model
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
@@ -201,22 +191,13 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
         flash, "lazy_import_flash_attention", lambda *args, **kwargs: kernels
     )
     batch = batch_of(rows)
-    expected, wanted = losses_and_gradients(model_of("mistral"), batch)
-    model = model_of("mistral")
-    model.config._attn_implementation_internal = "flash_attention_2"
+    model = with_flash_attention(model_of("mistral"))
     use_documents(model)
     assert attention_of(model) == "flash_attention_2"
-    loss, gradients = losses_and_gradients(model, batch)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    for name, gradient in gradients.items():
-        assert_close(
-            gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
-        )
+    assert_same_step(model, model_of("mistral"), batch)
+    del batch["documents"]
     with pytest.raises(KeyError, match="documents"):
-        token_nll(
-            model, {name: value for name, value in batch.items() if name != "documents"}
-        )
-    untold = model_of("mistral")
-    untold.config._attn_implementation_internal = "flash_attention_2"
+        token_nll(model, batch)
+    untold = with_flash_attention(model_of("mistral"))
     with pytest.raises(AssertionError, match="rows were not taken for documents"):
         token_nll(untold, batch_of(4))

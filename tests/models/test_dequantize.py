@@ -2,7 +2,6 @@
 to the bit.
 """
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from mora_ds.models.load import _local_folder, resolve_folder
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
-from tests.helpers.resume import MERGING
+from tests.helpers.resume import MERGING, assert_same_tensors
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 MXFP4 = {
@@ -87,61 +86,46 @@ def dequantized_by_transformers(kind, folder, target, dtype):
     model.save_pretrained(target)
 
 
-@pytest.mark.parametrize("kind, flags, dtype", [
-    ("fp8", (), torch.float32),
-    ("fp8", ("--bf16", "true"), torch.bfloat16),
-    ("mxfp4", ("--bf16", "true"), torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("fp8", torch.float32), ("fp8", torch.bfloat16), ("mxfp4", torch.bfloat16)],
+)
 def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
-    user, tmp_path, kind, flags, dtype
+    user, tmp_path, kind, dtype
 ):
     """With two merges; its export is verified, and has nothing of the quantization left."""
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
-    more = (
-        MERGING,
-        *flags,
-        "--tokenizer_name",
-        str(user.model),
-        "--export_merged",
-        "true",
-        "--model_name_or_path",
-    )
-    for name in ("quantized", "plain"):
-        assert (
-            run(1, user.flags(tmp_path / f"of-{name}", *more, str(tmp_path / name)))[
-                "merges"
-            ]
-            == 2
-        )
-    ours, theirs = (tmp_path / f"of-{name}" for name in ("quantized", "plain"))
+    ours = tmp_path / "of-quantized"
+    theirs = tmp_path / "of-plain"
+    for name, out in (("quantized", ours), ("plain", theirs)):
+        more = f"{MERGING} --bf16 {dtype is torch.bfloat16} --export_merged true"
+        files = flags_of(tmp_path / name, user.model)
+        assert run(1, user.flags(out, more, *files))["merges"] == 2
     assert torch.equal(losses(ours), losses(theirs))
     weights, expected = (
         load_file(out / "merged/model.safetensors") for out in (ours, theirs)
     )
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert_same_tensors(weights, expected)
     assert "quantization_config" not in read_json(ours / "merged/config.json")
-    assert export_merged(ours, tmp_path / "verified", verify=True).comparison is not None
+    export_merged(ours, tmp_path / "verified", verify=True)
+
+
+def flags_of(model, tokenizer):
+    return "--model_name_or_path", model, "--tokenizer_name", tokenizer
 
 
 def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(
-    user, tmp_path
+    user, tmp_path, out
 ):
     tensors = quantized_model("fp8", tmp_path / "model")
-    out = tmp_path / "out"
-    flags = user.flags(
-        out,
-        "--model_name_or_path",
-        str(tmp_path / "model"),
-        "--tokenizer_name",
-        str(user.model),
-        "--max_steps 2 --resume_from_checkpoint auto",
-    )
+    files = flags_of(tmp_path / "model", user.model)
+    flags = user.flags(out, *files, "--max_steps 2 --resume_from_checkpoint auto")
     run(1, flags)
-    before = (out / "base/model.safetensors").stat()
+    weights = out / "base/model.safetensors"
+    before = weights.stat().st_ino
     run(2, [*flags, "--max_steps", "3", "--per_device_train_batch_size", "1"])
-    assert (out / "base/model.safetensors").stat().st_ino == before.st_ino
+    assert weights.stat().st_ino == before
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     write(tmp_path / "model", {**tensors, name: tensors[name] * 2}, FP8)
     assert "weights of --model_name_or_path" in refusal([*flags, "--max_steps", "4"])
@@ -162,54 +146,47 @@ def test_blocks_at_the_edge_may_be_smaller():
     )
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+SCALES = f"{UP}_scale_inv"
+
+
 def without_scales(tensors):
-    del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    del tensors[SCALES]
 
 
 def with_short_scales(tensors):
-    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    tensors[name] = tensors[name][:-1].contiguous()
+    tensors[SCALES] = tensors[SCALES][:-1].contiguous()
 
 
 def with_scales_in_bytes(tensors):
     """Exponents, as MXFP8 has them."""
-    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    tensors[name] = torch.full_like(tensors[name], 127).to(torch.uint8)
+    tensors[SCALES] = torch.full_like(tensors[SCALES], 127).to(torch.uint8)
 
 
 def with_another_float8(tensors):
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = tensors[name].float().to(torch.float8_e5m2)
+    tensors[UP] = tensors[UP].float().to(torch.float8_e5m2)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (without_scales, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
-    (with_short_scales, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
-    (with_scales_in_bytes, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
-    (with_another_float8, "model.layers.1.mlp.up_proj.weight is torch.float8_e5m2 without block scales"),
-])  # fmt: skip
-def test_scales_that_do_not_fit_are_named(user, tmp_path, damage, words):
+@pytest.mark.parametrize(
+    "damage", [without_scales, with_short_scales, with_scales_in_bytes, with_another_float8]
+)
+def test_scales_that_do_not_fit_are_named(user, tmp_path, out, damage):
     tensors = quantized_model("fp8", tmp_path / "model")
     damage(tensors)
     write(tmp_path / "model", tensors, FP8)
-    flags = (
-        "--model_name_or_path",
-        str(tmp_path / "model"),
-        "--tokenizer_name",
-        str(user.model),
-    )
-    assert words in refusal(user.flags(tmp_path / "out", *flags))
+    message = refusal(user.flags(out, *flags_of(tmp_path / "model", user.model)))
+    words = f"has no {SCALES} of shape (4, 2)"
+    if damage is with_another_float8:
+        words = f"{UP} is torch.float8_e5m2 without block scales"
+    assert words in message
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
 def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
     model = Path(shutil.copytree(user.model, tmp_path / "model"))
-    config = {
-        **read_json(model / "config.json"),
-        "quantization_config": {"quant_method": method, "bits": 4},
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", str(model)))
+    settings = {"quant_method": method, "bits": 4}
+    write(model, load_file(model / "model.safetensors"), settings)
+    message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", model))
     assert f"--model_name_or_path: the model holds quantized weights ({method})" in message
 
 

@@ -27,93 +27,79 @@ from tests.helpers.attention import (
 )
 from tests.helpers.pairwise import pairwise
 
+KINDS = ["plain", "capped", "sinks"]
 
-@pairwise(
-    {
-        "layout": list(LAYOUTS),
-        "window": [None, 12, 40, LENGTH - 1],
-        "kind": ["plain", "capped", "sinks"],
+
+def of_kind(kind, sinks):
+    """Capped scores, or the sinks, as the model of this kind asks for them."""
+    return {
+        "softcap": 2.0 if kind == "capped" else None,
+        "s_aux": sinks if kind == "sinks" else None,
     }
-)
+
+
+def attend(query, key, value, mask=None, module=None, **more):
+    """(B, T, H, D_v) of a layer of attention."""
+    module = module or torch.nn.Module()
+    return document_attention(module, query, key, value, mask, **more)[0]
+
+
+@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": KINDS})
 def test_it_is_dense_attention(layout, window, kind, monkeypatch):
     # Blocks that end within documents
     monkeypatch.setattr(module_under_test, "QUERIES", 20)
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
-        query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
-        softcap = 2.0 if kind == "capped" else None
-        used_sinks = sinks if kind == "sinks" else None
-        inputs = [query, key, value] + ([sinks] if kind == "sinks" else [])
+        *inputs, sinks = parts(len(positions), LENGTH, shared, value_size)
+        scores = of_kind(kind, sinks)
+        told = {"scaling": 0.3, "sliding_window": window, "position_ids": positions}
+        trained = [*inputs, sinks] if kind == "sinks" else inputs
         for documents in (Documents.of(positions), None):
-            out, _ = document_attention(
-                torch.nn.Module(), query, key, value, None, scaling=0.3, softcap=softcap, sliding_window=window,
-                s_aux=used_sinks, documents=documents, position_ids=positions,
-            )  # fmt: skip
-            expected = reference(
-                query, key, value, positions, 0.3, window, softcap, used_sinks
-            )
-            assert_same_attention(out, expected, inputs)
+            out = attend(*inputs, documents=documents, **scores, **told)
+            expected = reference(*inputs, positions, 0.3, window, *scores.values())
+            assert_same_attention(out, expected, trained)
 
 
 def test_a_window_of_blocks_is_dense_attention():
     """Documents longer than a block of queries under a window."""
     positions = torch.cat([torch.arange(500), torch.arange(140)])[None]
-    query, key, value, sinks = parts(1, 640, 2)
+    *inputs, sinks = parts(1, 640, 2)
     for window, used_sinks in product((30, 200), (None, sinks)):
-        out, _ = document_attention(
-            torch.nn.Module(),
-            query,
-            key,
-            value,
-            None,
-            sliding_window=window,
-            s_aux=used_sinks,
-            position_ids=positions,
-        )
-        expected = reference(
-            query, key, value, positions, SIZE**-0.5, window, None, used_sinks
-        )
-        assert_same_attention(out, expected, [query, key, value])
+        told = {"sliding_window": window, "s_aux": used_sinks}
+        out = attend(*inputs, position_ids=positions, **told)
+        expected = reference(*inputs, positions, SIZE**-0.5, window, None, used_sinks)
+        assert_same_attention(out, expected, inputs)
 
 
 def test_documents_are_read_from_the_positions_of_all_rows():
     """Positions of one row are those of every row; positions of several axes, or of other
     tokens, say nothing.
     """
-    query, key, value, _ = parts(2, LENGTH, 2)
-    module = torch.nn.Module()
+    inputs = parts(2, LENGTH, 2)[:3]
     split = positions_of([[40, 56]])
-
-    def attended(positions):
-        return document_attention(module, query, key, value, None, position_ids=positions)[
-            0
-        ]
-
-    assert torch.equal(attended(split), attended(split.expand(2, -1)))
-    assert not torch.equal(attended(split), attended(None))
+    whole = attend(*inputs)
+    by_documents = attend(*inputs, position_ids=split)
+    assert torch.equal(by_documents, attend(*inputs, position_ids=split.expand(2, -1)))
+    assert not torch.equal(by_documents, whole)
     for silent in (split.expand(3, 2, -1), split[:, :-1], split.to("meta")):
-        assert torch.equal(attended(silent), attended(None))
-    query, key, value, _ = parts(4, 4, 2)  # as many rows as tokens
-    assert torch.equal(attended(torch.zeros(3, 4, 4)), attended(None))
+        assert torch.equal(attend(*inputs, position_ids=silent), whole)
+    square = parts(4, 4, 2)[:3]  # as many rows as tokens
+    axes = attend(*square, position_ids=torch.zeros(3, 4, 4))
+    assert torch.equal(axes, attend(*square))
 
 
-@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_output_has_the_precision_of_the_query(kind):
-    inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
-    half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
-    more = {
-        "softcap": 2.0 if kind == "capped" else None,
-        "s_aux": half[3] if kind == "sinks" else None,
-    }
-    out, _ = document_attention(torch.nn.Module(), *half[:3], None, **more)
-    exact = [tensor.detach().double() for tensor in half]
-    sinks = exact[3] if kind == "sinks" else None
-    wanted = reference(
-        *exact[:3], positions_of([[LENGTH]]), SIZE**-0.5, None, more["softcap"], sinks
-    )
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in parts(1, LENGTH, 2)]
+    *inputs, sinks = half
+    out = attend(*inputs, **of_kind(kind, sinks))
+    *exact, exact_sinks = (tensor.detach().double() for tensor in half)
+    scores = of_kind(kind, exact_sinks)
+    positions = positions_of([[LENGTH]])
+    wanted = reference(*exact, positions, SIZE**-0.5, None, *scores.values())
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
-    assert {gradient.dtype for gradient in gradients(out, half)} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in gradients(out, inputs)} == {torch.bfloat16}
 
 
 def test_what_is_registered_is_not_replaced(monkeypatch):
@@ -134,23 +120,16 @@ def layer_of(shared):
     return layer
 
 
-@pairwise(
-    {"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]}
-)
+@pairwise({"window": [None, 12], "kind": KINDS, "masked": [False, True]})
 def test_dropout_is_applied(window, kind, masked):
     """Of all weights but one in a thousand nothing is left, whichever way they are
     computed.
     """
-    query, key, value, sinks = parts(2, LENGTH, 2)
-    more = {
-        "softcap": 2.0 if kind == "capped" else None,
-        "s_aux": sinks if kind == "sinks" else None,
-    }
+    *inputs, sinks = parts(2, LENGTH, 2)
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
+    told = {"dropout": 0.999, "sliding_window": window, **of_kind(kind, sinks)}
     torch.manual_seed(0)
-    out, _ = document_attention(
-        layer_of(2), query, key, value, mask, dropout=0.999, sliding_window=window, **more
-    )
+    out = attend(*inputs, mask, layer_of(2), **told)
     assert (out == 0).double().mean() > 0.8
 
 
@@ -158,10 +137,8 @@ def test_what_the_varlen_kernel_can_compute():
     """The meta device stands for a GPU."""
 
     def fits(dtype, size=64, value_size=64, device="meta", **scores):
-        query, value = (
-            torch.empty(1, 2, 4, head_size, dtype=dtype, device=device)
-            for head_size in (size, value_size)
-        )
+        query = torch.empty(1, 2, 4, size, dtype=dtype, device=device)
+        value = torch.empty(1, 2, 4, value_size, dtype=dtype, device=device)
         return fits_varlen(query, value, Scores(1.0, **scores))
 
     assert fits(torch.float16)
@@ -186,11 +163,11 @@ def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash)
 
 def test_capped_scores_are_not_kept_for_backward():
     saved = []
-    query, key, value, _ = parts(1, 1024, 2)
+    inputs = parts(1, 1024, 2)[:3]
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id
     ):
-        document_attention(torch.nn.Module(), query, key, value, None, softcap=2.0)
+        attend(*inputs, softcap=2.0)
     assert 0 < sum(saved) < 1024 * 1024
 
 
@@ -198,21 +175,17 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
     make = module_under_test._mask
     assert make(4, 4, batch_size=1) is None
     hidden = torch.tensor([[False, True, True, True]])
+    told = {
+        "use_vmap": True,
+        "allow_is_causal_skip": False,
+        "mask_function": lambda batch, head, query, key: key > 0,
+    }
     for mask in (
         make(4, 4, batch_size=1, attention_mask=hidden),
-        make(
-            4,
-            4,
-            batch_size=1,
-            use_vmap=True,
-            allow_is_causal_skip=False,
-            mask_function=lambda batch, head, query, key: key > 0,
-        ),
+        make(4, 4, batch_size=1, **told),
     ):
-        assert mask is not None
         assert not mask[..., 0].any()
     cached = make(2, 4, batch_size=1, q_offset=2)
-    assert cached is not None
     assert cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
@@ -238,11 +211,8 @@ def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     assert len(padded) < len(lengths)
     assert shapes_of(600, 3000, 600, 16, 1) == [(1, 3000), (2, 16), (2, 600)]
     for length in (40, 100, 300, 500):  # half of a length is another group
-        assert (
-            len(shapes_of(length, length // 2))
-            == len(shapes_of(length, 3 * length // 4 - 1))
-            == 2
-        )
+        for shorter in (length // 2, 3 * length // 4 - 1):
+            assert len(shapes_of(length, shorter)) == 2
 
 
 class Largest(TorchDispatchMode):
@@ -285,14 +255,10 @@ def test_no_tensor_has_t_times_t_numbers(lengths, kind, device):
     query, key, value, sinks = (
         torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes
     )
+    window = 128 if kind == "window" else None
+    told = {"documents": documents, "sliding_window": window, **of_kind(kind, sinks)}
     with Largest() as largest:
-        out, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, documents=documents,
-            sliding_window=128 if kind == "window" else None, softcap=50.0 if kind == "capped" else None,
-            s_aux=sinks if kind == "sinks" else None,
-        )  # fmt: skip
-        out.sum().backward()
-    assert query.grad is not None
+        attend(query, key, value, **told).sum().backward()
     assert query.grad.shape == query.shape
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
@@ -307,10 +273,9 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch):
 
     seen = module_under_test._seen
     monkeypatch.setattr(module_under_test, "_seen", noted)
-    query, key, value, _ = parts(1, LENGTH, 2)
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None, softcap=5.0)
+    out = attend(*parts(1, LENGTH, 2)[:3], softcap=5.0)
     assert masks
-    assert not any(mask() is not None for mask in masks)
+    assert {mask() for mask in masks} == {None}
     count = len(masks)
     out.sum().backward()
     assert len(masks) == 2 * count, "made again"

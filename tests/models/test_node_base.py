@@ -14,7 +14,6 @@ import torch.distributed as dist
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.common.errors import RunError
-from mora_ds.engine import initialize as engine_start
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
@@ -23,7 +22,7 @@ from mora_ds.runtime import node_memory
 from mora_ds.runtime.node_memory import Offer, check_room, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
-from tests.helpers.engines import CountedBelow, ds_config
+from tests.helpers.engines import CountedBelow, ds_config, half_precision
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, run
@@ -31,22 +30,27 @@ from tests.helpers.kills import STEPS
 from tests.helpers.mappings import Mappings
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
-from tests.helpers.resume import interrupted_job
+from tests.helpers.pool import run_pooled
+from tests.helpers.resume import assert_same_tensors, interrupted_job
 from tests.helpers.tables import heavy
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 
 MERGES = 2
+INT8 = {"base_bits": 8}
 CASES = {
     "fp32": {},
     "bf16 of a fp32 file": {"dtype": torch.bfloat16},
-    "int8": {"bits": 8},
+    "int8": {"adapter": INT8},
     "Conv1D, tied": {"family": "gpt2"},
-    "Conv1D, int8, bf16": {"family": "gpt2", "bits": 8, "dtype": torch.bfloat16},
-    "rotate": {"operator": "rotate"},
-    "truncate": {"operator": "truncate"},
+    "Conv1D, int8, bf16": {"family": "gpt2", "adapter": INT8, "dtype": torch.bfloat16},
+    "rotate": {"adapter": {"operator": "rotate"}},
+    "truncate": {"adapter": {"operator": "truncate"}},
     "tied": {"family": "qwen2", "dtype": torch.bfloat16},
-    "experts": {"family": "mixtral", "targets": ("all-linear", "experts")},
+    "experts": {
+        "family": "mixtral",
+        "adapter": {"target_modules": ("all-linear", "experts")},
+    },
 }
 FEW = ("fp32", "Conv1D, int8, bf16")
 
@@ -55,9 +59,9 @@ def merged(folder, choice, case):
     """A run of one process of several, with merges after its steps: its frozen tensors and
     what was sent.
     """
-    family, dtype, bits = (
-        CASES[case].get(key, default) for key, default in _DEFAULTS.items()
-    )
+    settings = CASES[case]
+    family = settings.get("family", "llama")
+    dtype = settings.get("dtype", torch.float32)
     rank = dist.get_rank()
     world = dist.get_world_size()
     base = folder / case / "base"
@@ -65,20 +69,13 @@ def merged(folder, choice, case):
         tiny_model(family).save_pretrained(base)
     dist.barrier()
     loaded = load_base(base, base / "own", Ranks.current(), dtype, None)
-    chosen = {
-        "operator": CASES[case].get("operator", "share"),
-        "target_modules": CASES[case].get("targets", ("all-linear",)),
-    }
-    config = MoRAConfig(rank=4, base_bits=bits, compute="weight", **chosen)
+    adapter = {"operator": "share", **settings.get("adapter", {})}
+    config = MoRAConfig(rank=4, compute="weight", **adapter)
     inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]))
-    half = (
-        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        if dtype is torch.bfloat16
-        else {}
-    )
+    zero3 = ds_config(3, 2, 1, **half_precision(dtype))
     alone = mock.patch.object(Offer, "make", side_effect=OSError("no memory to share"))
     with alone if choice == "private" else nullcontext():
-        engine, *_ = initialize(model=loaded.model, config=ds_config(3, 2, 1, **half))
+        engine, *_ = initialize(model=loaded.model, config=zero3)
     run = Run(engine, base=base, folder=folder / case / f"{choice}-{world}", overwrite=True)
     node = node_base_of(loaded.model)
     below = {}
@@ -111,9 +108,6 @@ def merged(folder, choice, case):
     }
 
 
-_DEFAULTS = {"family": "llama", "dtype": torch.float32, "bits": 16}
-
-
 def private_and_shared(folder, cases):
     return {
         case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")}
@@ -143,8 +137,7 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
             assert result["reports"] == alone["reports"]
             assert result["losses"] == rank[case]["private"]["losses"]
             assert result["tied"] == alone["tied"]
-            for name, tensor in alone["frozen"].items():
-                assert torch.equal(result["frozen"][name], tensor), (case, name)
+            assert_same_tensors(result["frozen"], alone["frozen"], case)
             assert result["base_bytes"] == 0
             # Norms of the layers, and checks
             small = 64 * len(result["places"]) * MERGES + 4096
@@ -164,70 +157,32 @@ def test_nodes_of_one_and_of_two_processes(tmp_path):
     assert None not in ranks[1]["auto"]["places"].values()
     for rank in ranks:
         assert rank["auto"]["reports"] == rank["private"]["reports"]
-        for name, tensor in rank["private"]["frozen"].items():
-            assert torch.equal(rank["auto"]["frozen"][name], tensor), name
+        assert_same_tensors(rank["auto"]["frozen"], rank["private"]["frozen"])
 
 
 def faults():
-    """What goes wrong on one process only, and what all are told."""
-    model = tiny_model()
-    errors = {}
-    inject(model, MoRAConfig(rank=4))
+    """What goes wrong on one process only is told to all."""
+    model = model_with_mora()
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
+    is_odd = dist.get_rank() == 1
 
-    def fail(name, item):
-        raise RunError(f"no room for {name}")
+    def work(name, item):
+        if is_odd:
+            raise RunError(f"no room for {name}")
 
     items = [(name, None) for name in node.layers(model)]
-    for name, work, replaced in (
-        ("work", fail, False),
-        ("replaced", lambda name, item: None, True),
-    ):
-        if replaced and dist.get_rank() == 1:
-            layer = next(iter(mora_layers(model).values()))
-            layer.weight = layer.weight.clone()
-        try:
-            node.form(
-                model,
-                items,
-                work if replaced or dist.get_rank() == 1 else lambda name, item: None,
-            )
-        except RunError as error:
-            errors[name] = str(error)
-    return errors
+    with pytest.raises(RunError, match="rank 1: no room for"):
+        node.form(model, items, work)
+    if is_odd:
+        layer = next(iter(mora_layers(model).values()))
+        layer.weight = layer.weight.clone()
+    with pytest.raises(RunError, match="replaced after the start"):
+        node.form(model, items, lambda name, item: None)
 
 
 def test_an_error_of_one_process_is_one_of_all():
-    for errors in run_ranks(2, faults):
-        assert "rank 1: no room for" in errors["work"]
-        assert "replaced after the start" in errors["replaced"]
-
-
-def checked(folder):
-    """The error for files that differ; none for those that are the same."""
-    rank = dist.get_rank()
-    model = load_base(
-        Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None
-    ).model
-    engine_start.check_base_equal(dict(model.named_parameters()).values())
-    another = load_base(
-        Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None
-    ).model
-    try:
-        engine_start.check_base_equal(dict(another.named_parameters()).values())
-    except RunError as error:
-        return str(error)
-    return ""
-
-
-def test_a_base_that_differs_between_ranks_is_refused(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    for rank in range(3):
-        tiny_model(seed=max(0, rank - 1)).save_pretrained(tmp_path / f"of-{rank}")
-    messages = run_ranks(3, checked, str(tmp_path))
-    assert all("[2] do not hold what rank 0 holds" in message for message in messages)
+    run_pooled(2, faults)
 
 
 def without_memory(argv):
@@ -299,12 +254,8 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
 
 def named_memory():
     """But for semaphores, which other processes may make meanwhile."""
-    folder = Path("/dev/shm")
-    return (
-        {path.name for path in folder.iterdir() if not path.name.startswith("sem.")}
-        if folder.is_dir()
-        else set()
-    )
+    names = {path.name for path in Path("/dev/shm").glob("*")}
+    return {name for name in names if not name.startswith("sem.")}
 
 
 def test_memory_has_no_name_and_ends_with_its_last_mapping():
@@ -332,7 +283,7 @@ def test_a_file_that_was_written_to_is_no_place(tmp_path):
     path = tmp_path / "numbers"
     path.write_bytes(bytes(range(256)) * 64)
     mapped = torch.from_file(str(path), shared=False, size=256 * 64, dtype=torch.uint8)
-    assert (Mappings.read().place_of(mapped[4096:]) or "").endswith("@4096")
+    assert Mappings.read().place_of(mapped[4096:]).endswith("@4096")
     assert Mappings.read().place_of(mapped.view(128, 128).T) is None
     mapped[5000] = 0
     assert Mappings.read().place_of(mapped[:4096]) is None

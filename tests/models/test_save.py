@@ -33,13 +33,8 @@ def test_a_file_is_filled_up_to_its_limit(tmp_path):
     names = write_shards(
         tmp_path, layout, 10, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype)
     )
-    assert [sorted(load_file(tmp_path / name)) for name in names] == [
-        ["large"],
-        ["a", "b"],
-        ["huge"],
-        ["c"],
-        ["d"],
-    ]
+    contents = [" ".join(sorted(load_file(tmp_path / name))) for name in names]
+    assert contents == ["large", "a b", "huge", "c", "d"]
 
 
 def base_folder(folder, config):
@@ -70,29 +65,22 @@ def test_an_index_is_written_for_several_files_alone(tmp_path):
         folder.mkdir()
         layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
         assert write_shards(folder, layout, limit, tensor_of) == tuple(names)
-        written = {
-            key: tensor
-            for name in names
-            for key, tensor in load_file(folder / name).items()
-        }
-        assert {key: tensor.tolist() for key, tensor in written.items()} == {
-            "w": [[0, 1, 2], [3, 4, 5]], "half": [1, 1, 1], "count": [7, 8]
-        }  # fmt: skip
-        assert asked == [
-            ("w", torch.bfloat16),
-            ("half", torch.bfloat16),
-            ("count", torch.int64),
-        ], "whole numbers stay"
+        written = {}
+        for name in names:
+            written |= load_file(folder / name)
+        values = {key: tensor.tolist() for key, tensor in written.items()}
+        assert values == {"w": [[0, 1, 2], [3, 4, 5]], "half": [1] * 3, "count": [7, 8]}
+        # Whole numbers stay
+        dtypes = {"w": torch.bfloat16, "half": torch.bfloat16, "count": torch.int64}
+        assert asked == list(dtypes.items())
         asked.clear()
         if limit == 100:
             assert [path.name for path in folder.iterdir()] == names
     index = read_json(folder / "model.safetensors.index.json")
     assert index["metadata"] == {"total_size": 34}
-    assert list(index["weight_map"].items()) == [
-        ("count", names[1]),
-        ("half", names[0]),
-        ("w", names[0]),
-    ]
+    first, second = names
+    weight_map = {"count": second, "half": first, "w": first}
+    assert list(index["weight_map"].items()) == list(weight_map.items())
 
 
 # -- the other files ---------------------------------------------------------------------------------------------------
@@ -128,26 +116,25 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
     (tokenizer_folder / "deep").mkdir(parents=True)
     for name in ("tokenizer.json", "own.json", "LICENSE.txt", "config.json"):
         (tokenizer_folder / name).write_text("own")
-    for tokenizer, copied in (
-        (None, COPIED),
-        (tokenizer_folder, {"tokenizer.json", "own.json"}),
-    ):
-        out = tmp_path / f"out-{tokenizer is None}"
+
+    def written(name, tokenizer):
+        """The content of each file, but for the config."""
+        out = tmp_path / name
         out.mkdir()
         write_companions(base, out, torch.float32, tokenizer)
-        of_base = {path.name for path in out.iterdir() if path.read_text() == "base"}
-        of_own = {path.name for path in out.iterdir() if path.read_text() == "own"}
-        assert read_json(out / "config.json")["dtype"] == "float32"
-        if tokenizer is None:
-            assert (of_base, of_own) == (copied, set())
-        else:
-            assert of_own == copied
-            assert of_base == {
-                "generation_config.json",
-                "modeling_own.py",
-                "LICENSE.txt",
-                "vocabulary_extension.json",
-            }
+        contents = {path.name: path.read_text() for path in out.iterdir()}
+        assert json.loads(contents.pop("config.json"))["dtype"] == "float32"
+        return contents
+
+    assert written("one", None) == dict.fromkeys(COPIED, "base")
+    of_model = (
+        "generation_config.json modeling_own.py LICENSE.txt vocabulary_extension.json"
+    )
+    assert written("two", tokenizer_folder) == {
+        **dict.fromkeys(of_model.split(), "base"),
+        "tokenizer.json": "own",
+        "own.json": "own",
+    }
 
 
 def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, out):
@@ -156,12 +143,8 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, 
     (hub / "snapshots").mkdir(parents=True)
     base = base_folder(hub / "snapshots/1a2b", {"model_type": "llama"})
     (hub / "blobs").mkdir()
-    for path in (
-        hub / "blobs/ff",
-        base.folder / "kept.txt",
-        tmp_path / "secret",
-        hub / "secret",
-    ):
+    secrets = (tmp_path / "secret", hub / "secret")
+    for path in (hub / "blobs/ff", base.folder / "kept.txt", *secrets):
         path.write_text(path.name)
     (base.folder / "tokenizer.json").symlink_to("../../blobs/ff")
     (base.folder / "merges.txt").symlink_to("kept.txt")
@@ -170,7 +153,7 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, 
     assert (out / "tokenizer.json").read_text() == "ff"
     assert (out / "merges.txt").read_text() == "kept.txt"
     assert not (out / "tokenizer.json").is_symlink()
-    for target in (tmp_path / "secret", hub / "secret"):
+    for target in secrets:
         (base.folder / "vocab.json").unlink(missing_ok=True)
         (base.folder / "vocab.json").symlink_to(target)
         with user_error(r"vocab.json is a link to .*secret, which is not copied"):

@@ -26,15 +26,12 @@ from tests.helpers.pairwise import pairwise
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
 def test_head_sizes_are_padded_for_the_kernel(size, value_size):
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
-    query, key, value = (
-        torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        for s in shapes
-    )
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None)
+    on_meta = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    inputs = [torch.empty(shape, **on_meta) for shape in shapes]
+    out, _ = document_attention(torch.nn.Module(), *inputs, None)
     out.sum().backward()
     assert out.shape == (2, 32, 4, value_size)
-    assert query.grad is not None
-    assert query.grad.shape == query.shape
+    assert inputs[0].grad.shape == inputs[0].shape
 
 
 def as_varlen(q, k, v, bounds, left, scale):
@@ -90,20 +87,13 @@ def test_varlen_is_called_for_dense_attention(layout, window, monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
-        query, key, value, _ = parts(len(positions), LENGTH, shared, value_size)
+        inputs = parts(len(positions), LENGTH, shared, value_size)[:3]
         documents = Documents.of(positions)
-        output, _ = document_attention(
-            torch.nn.Module(),
-            query,
-            key,
-            value,
-            None,
-            sliding_window=window,
-            documents=documents,
-        )
+        told = {"sliding_window": window, "documents": documents}
+        output, _ = document_attention(torch.nn.Module(), *inputs, None, **told)
         assert documents.windows == {window}
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, None)
-        assert_same_attention(output, expected, [query, key, value])
+        expected = reference(*inputs, positions, SIZE**-0.5, window, None, None)
+        assert_same_attention(output, expected, inputs)
 
 
 @pytest.mark.gpu
