@@ -6,18 +6,12 @@ tests start several), the CPU accelerator unless GPU tests are asked for, nothin
 network.
 """
 
-from __future__ import annotations
-
 import collections
 import gc
 import os
 import time
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    pass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

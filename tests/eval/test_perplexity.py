@@ -56,30 +56,22 @@ def naive(folder, texts, window, stride):
 
 @pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
 def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
-    texts = [
-        json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]
-    ] + ["naïve ☃\n", "x"]
+    texts = [text[:250] for text in user.texts()[:2]] + ["naïve ☃\n", "x"]
+    text_bytes = len("".join(texts).encode())
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
     target = load_target(user.model)
     corpus = load_corpus([str(path)])
-    score = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=3)
+    windows = Windows.of(target.model, window, stride)
+    score = evaluate(target, corpus, windows, batch_size=3)
     nats, tokens = naive(user.model, texts, window, stride)
     assert score.tokens == tokens
-    assert score.text_bytes == len("".join(texts).encode())
+    assert score.text_bytes == text_bytes
     assert score.documents == 5
     assert score.nats == pytest.approx(nats, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-    assert score.bits_per_byte == pytest.approx(
-        nats / math.log(2) / len("".join(texts).encode()), rel=1e-6
-    )
-    one = evaluate(
-        target,
-        corpus,
-        Windows.of(target.model, window, stride),
-        batch_size=1,
-        max_documents=1,
-    )
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    one = evaluate(target, corpus, windows, batch_size=1, max_documents=1)
     assert one.documents == 1
     assert one.text_bytes == len(texts[0].encode())
 
@@ -100,10 +92,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
     pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
-    assert pieces[:2] == [
-        ([0, 1, 2, 3], 3),
-        ([3, 4, 5], 2),
-    ]
+    assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
     assert whole.text_bytes == 11, "bytes, not characters"
     tokenizer.eos_token_id = None
     with user_error("neither a BOS nor an end-of-text token"):
@@ -155,42 +144,31 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, 
     """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not
     those of its base.
     """
-    run(
-        1,
-        user.flags(
-            out, "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --train_norms"
-        ),
-    )
+    run(1, user.flags(out, "--merge_every 3 --restart_warmup_steps 1 --train_norms"))
     export_merged(out, tmp_path / "merged")
-    window = ("--window", 64, "--stride", 32)
-    call(
-        "evaluate",
-        out,
-        "--sets",
-        f"held={user.held}",
-        user.other,
-        *window,
-        "--json",
-        tmp_path / "scores.json",
-    )
+
+    def scores(*flags):
+        report = tmp_path / "scores.json"
+        call("evaluate", out, "--window 64 --stride 32", *flags, "--json", report)
+        return read_json(report)["sets"]
+
+    held = f"held={user.held}"
+    live = scores("--sets", held, user.other)
     assert "bits/byte" in capsys.readouterr().out
-    live = read_json(tmp_path / "scores.json")["sets"]
     assert set(live) == {"held", "other"}
     merged = load_target(tmp_path / "merged")
     base = load_target(user.model)
     for name, path in (("held", user.held), ("other", user.other)):
-        nats = [
-            evaluate(target, load_corpus([str(path)]), Windows(64, 32)).nats
-            for target in (merged, base)
-        ]
-        assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)
-        assert abs(live[name]["nats"] - nats[1]) > 1e-3 * nats[1]
+        corpus = load_corpus([str(path)])
+        of_merged, of_base = (
+            evaluate(target, corpus, Windows(64, 32)).nats for target in (merged, base)
+        )
+        assert live[name]["nats"] == pytest.approx(of_merged, rel=1e-6)
+        assert abs(of_merged - of_base) > 1e-3 * of_base
         assert live[name]["text_bytes"] == path.stat().st_size
-    scale = ("--delta_scale", 0, "--json", tmp_path / "scaled.json")
-    call("evaluate", out, "--sets", f"held={user.held}", *window, *scale)
-    scaled = read_json(tmp_path / "scaled.json")["sets"]
-    score = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32))
-    assert scaled["held"]["nats"] == pytest.approx(score.nats, rel=1e-6)
+    unchanged = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32)).nats
+    scaled = scores("--sets", held, "--delta_scale 0")
+    assert scaled["held"]["nats"] == pytest.approx(unchanged, rel=1e-6)
 
 
 def test_what_cannot_be_evaluated_is_named(user, tmp_path):
@@ -209,14 +187,8 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     assert Windows.of(unlimited, 4096, None).stride == 2048
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
     with user_error(r"--json .*nowhere/scores.json: name a file in a folder that exists"):
-        call(
-            "evaluate",
-            user.model,
-            "--sets",
-            user.held,
-            "--json",
-            tmp_path / "nowhere/scores.json",
-        )
+        report = tmp_path / "nowhere/scores.json"
+        call("evaluate", user.model, "--sets", user.held, "--json", report)
     with user_error("neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
     with user_error("--base belongs to a checkpoint"):
@@ -226,6 +198,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
         "a": "x=y.txt", "c": "b/c.jsonl.gz", "f": "/d=e/f.txt"
     }  # fmt: skip
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
     with user_error("not a single token"):
-        evaluate(target, load_corpus([str(tmp_path / "empty.jsonl")]), Windows(64, 32))
+        evaluate(target, load_corpus([str(empty)]), Windows(64, 32))

@@ -20,8 +20,8 @@ HALF = 4
 ROWS = 4
 """Sequences a step."""
 RUNS = {
-    "rotate": ("--operator", "rotate", "--train_norms", "--train_embeddings"),
-    "share": ("--operator", "share", "--mora_rank", "4", "--train_embedding_rank", "3"),
+    "rotate": "--operator rotate --train_norms --train_embeddings",
+    "share": "--operator share --mora_rank 4 --train_embedding_rank 3",
 }
 
 
@@ -31,19 +31,15 @@ def ground(tmp_path_factory):
 
 
 def flags(ground, out, degree, replicas, *more):
-    return ground.flags(
-        out,
-        "--tensor_parallel_size",
-        degree,
-        "--per_device_train_batch_size",
-        ROWS // replicas // 2,
-        "--gradient_accumulation_steps 2 --max_steps",
-        STEPS,
-        "--merge_every 3 --restart_warmup_steps 1 --save_steps",
-        HALF,
-        "--adam_epsilon 0.0001",
-        *more,
+    split = (
+        f"--tensor_parallel_size {degree} --gradient_accumulation_steps 2 "
+        f"--per_device_train_batch_size {ROWS // replicas // 2}"
     )
+    steps = (
+        f"--max_steps {STEPS} --save_steps {HALF} --merge_every 3 --restart_warmup_steps 1 "
+        "--adam_epsilon 0.0001"
+    )
+    return ground.flags(out, split, steps, *more)
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -52,22 +48,19 @@ def saved(request, ground):
     more = RUNS[request.param]
     alone = ground.root / f"{request.param}-alone"
     shared = ground.root / f"{request.param}-2-2"
-    run(1, flags(ground, alone, 1, 1, *more))
-    run(4, flags(ground, shared, 2, 2, *more, "--export_merged"))
+    run(1, flags(ground, alone, 1, 1, more))
+    run(4, flags(ground, shared, 2, 2, more, "--export_merged"))
     return request.param, shared, losses(alone)
 
 
 def test_it_is_the_run_of_one_rank(saved, ground):
-    name, out, expected = saved
-    assert_close(losses(out), expected, rtol=1e-5, atol=0)
+    name, out, curve = saved
+    assert_close(losses(out), curve, rtol=1e-5, atol=0)
     alone = ground.root / f"{name}-alone"
     for mine, theirs in zip(rows(out), rows(alone), strict=True):
         for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
-            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4), (
-                key,
-                mine,
-                theirs,
-            )
+            expected = pytest.approx(theirs.get(key, 0.0), rel=1e-4)
+            assert mine.get(key, 0.0) == expected, (key, mine)
     for step in (HALF, STEPS):
         folder = f"checkpoints/step-{step:06d}"
         assert_good(out / folder)
@@ -93,15 +86,14 @@ def test_it_resumes_at_another_size(saved, ground, degree, replicas):
     copy = ground.root / f"{name}-{degree}-{replicas}"
     shutil.copytree(out, copy, symlinks=True)
     shutil.rmtree(copy / f"checkpoints/step-{STEPS:06d}")
-    argv = flags(ground, copy, degree, replicas, *RUNS[name], "--resume_from_checkpoint")
-    rows_each = ROWS // replicas
-    argv += [
-        str(copy / f"checkpoints/step-{HALF:06d}"),
-        "--gradient_accumulation_steps",
-        "1",
-    ]
-    argv += ["--per_device_train_batch_size", str(rows_each)]
-    run(degree * replicas, argv)
+    at_once = (
+        f"--gradient_accumulation_steps 1 --per_device_train_batch_size {ROWS // replicas}"
+    )
+    resume = ("--resume_from_checkpoint", copy / f"checkpoints/step-{HALF:06d}")
+    run(
+        degree * replicas,
+        flags(ground, copy, degree, replicas, RUNS[name], at_once, *resume),
+    )
     assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
 
 
@@ -122,21 +114,9 @@ def test_the_same_bytes_at_every_size(saved, ground):
     for degree, replicas in ((1, 1), (2, 1), (2, 2)):
         copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
         shutil.copytree(out, copy, symlinks=True)
-        argv = flags(
-            ground,
-            copy,
-            degree,
-            replicas,
-            *RUNS[name],
-            "--export_merged",
-            "--max_steps",
-            HALF,
-        )
-        run(
-            degree * replicas,
-            [*argv, "--resume_from_checkpoint", str(copy / f"checkpoints/step-{HALF:06d}")],
-        )
         step = copy / f"checkpoints/step-{HALF:06d}"
+        more = f"{RUNS[name]} --export_merged --max_steps {HALF} --resume_from_checkpoint"
+        run(degree * replicas, flags(ground, copy, degree, replicas, more, step))
         assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
         hashed.append(
             {
@@ -158,11 +138,14 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     (out / "metrics.jsonl").write_text("")
     argv = ground.flags(out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir")
     text = run_ranks(2, printed, argv)[0]
-    assert "tensor parallel, 2 ranks a group; every rank has the complete base" in text
-    assert "split: 2 q_proj" in text
-    assert "computed completely on every rank: lm_head" in text
-    assert "base, unsharded" in text
-    assert "dry run: nothing trained" in text
+    for words in (
+        "tensor parallel, 2 ranks a group; every rank has the complete base",
+        "split: 2 q_proj",
+        "computed completely on every rank: lm_head",
+        "base, unsharded",
+        "dry run: nothing trained",
+    ):
+        assert words in text
     assert "step 1" not in text
     left = {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"}
     assert left == {"run.yaml": "seed: 1", "metrics.jsonl": ""}
@@ -170,10 +153,8 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
 
 @pytest.mark.heavy
 def test_the_launcher_runs_it(ground, tmp_path):
-    flags = ground.flags(
-        tmp_path / "out", "--tensor_parallel_size 2 --max_steps 2 --log_level debug"
-    )
-    done = launch(2, flags, tmp_path)
+    more = "--tensor_parallel_size 2 --max_steps 2 --log_level debug"
+    done = launch(2, ground.flags(tmp_path / "out", more), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout
     assert "step 2/2" in done.stdout

@@ -20,7 +20,7 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.train.preflight import check_split
-from tests.helpers.engines import ds_config, plain_steps
+from tests.helpers.engines import ds_config, plain_steps, trained_values
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, adapted_model, tokens
 from tests.helpers.pairwise import pairwise_cases
@@ -63,13 +63,9 @@ def batch_of(case, step):
     labels = ids[:, 1:].clone()
     positions = torch.arange(LENGTH).expand(rows, -1).clone()
     for row in range(rows) if case.documents else ():
-        for begin in (
-            torch.randint(
-                1, LENGTH, (row % 4,), generator=torch.Generator().manual_seed(row)
-            )
-            .sort()[0]
-            .tolist()
-        ):
+        generator = torch.Generator().manual_seed(row)
+        begins = torch.randint(1, LENGTH, (row % 4,), generator=generator)
+        for begin in sorted(begins.tolist()):
             positions[row, begin:] -= positions[row, begin].item()
             labels[row, begin - 1] = IGNORED
     labels[-1, LENGTH // 3 :] = IGNORED
@@ -101,7 +97,6 @@ def split_run(case, size):
     model = model_of(case)
     use_documents(model)
     sequence = share_rows(model, size)
-    assert sequence is not None
     config = ds_config(3, micro, ACCUMULATION)
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
     engine, *_ = initialize(model=model, config=config)
@@ -130,17 +125,13 @@ def split_run(case, size):
         dist.all_reduce(total)
         results["losses"].append(total.item() / predicted)
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = {
-        name: zero.full_fp32(p).clone() for name, p in model.named_parameters()
-    }
+    results["values"] = trained_values(engine)
     add_deltas(model, lambda square: zero.full_fp32(square))
     base = frozen_buffers(model)
     results["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
-    results["base"] = (
-        {name: tensor.clone() for name, tensor in base.items()}
-        if dist.get_rank() == 0
-        else {}
-    )
+    results["base"] = {}
+    if dist.get_rank() == 0:
+        results["base"] = {name: tensor.clone() for name, tensor in base.items()}
     return results
 
 
@@ -204,12 +195,10 @@ EVERY_TWO = pairwise_cases(
 @pytest.mark.heavy
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_two_of_family_operator_and_the_rest(group):
-    chosen = [case for case in EVERY_TWO if case["group"] == group]
-    cases = [
-        Case(**{name: value for name, value in case.items() if name != "group"})
-        for case in chosen
-    ]
-    assert_equal_runs(cases, *group)
+    chosen = [dict(case) for case in EVERY_TWO if case["group"] == group]
+    for case in chosen:
+        del case["group"]
+    assert_equal_runs([Case(**case) for case in chosen], *group)
 
 
 @pytest.mark.heavy

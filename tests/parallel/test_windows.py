@@ -2,7 +2,7 @@
 weights.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -18,18 +18,13 @@ from mora_ds.adapters.ops.mora import (
 )
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.parallel.windows import Window
+from tests.helpers.operators import random
 
 SHAPES = [(24, 40, 10), (40, 24, 10), (24, 24, 8), (24, 40, 32), (17, 23, 6)]
 KINDS = [
-    *(
-        (kind, grouping)
-        for kind in OperatorKind
-        for grouping in (Grouping.PLAIN, Grouping.PERMUTED)
-    ),
-    *(
-        (OperatorKind.SHARE, grouping)
-        for grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-    ),
+    *product(OperatorKind, (Grouping.PLAIN, Grouping.PERMUTED)),
+    (OperatorKind.SHARE, Grouping.CONTIGUOUS),
+    (OperatorKind.SHARE, Grouping.STRIDED_CONTIGUOUS),
 ]
 SPECS = [
     OperatorSpec(kind, *shape, grouping, seed=3)
@@ -41,12 +36,6 @@ PARTS = 3
 
 def bounds(size):
     return list(pairwise(size * index // PARTS for index in range(PARTS + 1)))
-
-
-def random(*shape, seed):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
