@@ -45,8 +45,8 @@ peft: adapters
 research: adapters checkpoint commands config data engine eval models planning runtime train
 """
 MAY_IMPORT = {
-    package: set((others or "").split())
-    for package, others in yaml.safe_load(TABLE).items()
+    package: set((allowed or "").split())
+    for package, allowed in yaml.safe_load(TABLE).items()
 }
 """Nothing may import research: `common/research.py` loads one of its modules by name, when
 it is asked for.

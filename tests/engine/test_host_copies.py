@@ -84,7 +84,7 @@ class Cuda:
     def _named(self, name):
         return SimpleNamespace(
             name=name,
-            wait_stream=lambda other: self.note(name, "waits for", other.name),
+            wait_stream=lambda stream: self.note(name, "waits for", stream.name),
             wait_event=lambda event: self.note(name, "waits for", event),
             synchronize=lambda: self.note(name, "is waited for"),
         )

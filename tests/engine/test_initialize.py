@@ -42,14 +42,14 @@ def test_every_rank_takes_its_own_device_before_anything_is_placed():
     assert run_ranks(2, devices_chosen) == [[0], [1]]
 
 
-@pytest.mark.parametrize("section, other", [("fp16", "--bf16"), ("bf16", "--fp16")])
-def test_a_dtype_that_the_device_lacks_is_refused(section, other, monkeypatch):
+@pytest.mark.parametrize("section, instead", [("fp16", "--bf16"), ("bf16", "--fp16")])
+def test_a_dtype_that_the_device_lacks_is_refused(section, instead, monkeypatch):
     accelerator = get_accelerator()
     for name in ("fp16", "bf16"):
         monkeypatch.setattr(
             accelerator, f"is_{name}_supported", lambda name=name: name != section
         )
-    with user_error(rf"--{section}.*use {other}"):
+    with user_error(rf"--{section}.*use {instead}"):
         check_compute_dtype({section: {"enabled": True}})
     check_compute_dtype({})
 

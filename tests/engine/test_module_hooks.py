@@ -159,7 +159,7 @@ def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting):
 
 class Pair(NamedTuple):
     one: torch.Tensor
-    other: Any
+    ids: Any
 
 
 def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
@@ -177,7 +177,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     arguments = ((inputs[0], plain), named)
     (first, same), keywords = marked(arguments, partial(calls.append, "release"))
     assert same is plain
-    assert keywords["pair"].other is ids
+    assert keywords["pair"].ids is ids
     assert keywords["list"][1] is None
     assert keywords["name"] == "x"
     assert type(keywords["pair"]) is Pair

@@ -53,9 +53,10 @@ def contents(rank, step=3):
 
 
 def layout(**more):
+    groups = [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}]
     facts = {
         "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {"cur_scale": 4.0, "cur_iter": 3},
-        "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
+        "groups": groups,
     }  # fmt: skip
     return Layout(**{**facts, **more})
 
@@ -92,10 +93,8 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
                     piece = shards.read(name, key, start, numel)
                     assert piece.dtype == dtype
                     assert piece.tolist() == (values[start : start + numel] + plus).tolist()
-                assert (
-                    shards.read(name, key, start).tolist()
-                    == (values[start:] + plus).tolist()
-                )
+                tail = shards.read(name, key, start)
+                assert tail.tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
 
@@ -149,9 +148,8 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     shards = broken("exp_avg")
     with user_error(r"1.st is incomplete: .* elements 8 to 13 of 0.exp_avg"):
         shards.read("a", "exp_avg")
-    assert (
-        shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist()
-    ), "rank 0 has them"
+    on_rank_0 = shards.read("a", "exp_avg", 0, 7)
+    assert on_rank_0.tolist() == (VALUES["a"][:7] + 0.25).tolist()
     assert shards.state("a", 0, 7)[0] == ["exp_avg", "exp_avg_sq"]
     assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
     with user_error(
@@ -215,11 +213,8 @@ def restored(shards, spans, device="cpu", /, **state):
 def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path):
     write(tmp_path)
     stale = {"momentum": torch.ones(9), "exp_avg": torch.ones(9)}
-    flat = restored(
-        EngineShards.open(tmp_path),
-        [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)],
-        **stale,
-    )
+    spans = [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)]
+    flat = restored(EngineShards.open(tmp_path), spans, **stale)
     expected = torch.tensor([0.0, 106, 107, 0, 201, 202, 203, 0, 0])
     used = expected > 0
     assert torch.equal(flat.master, expected)
@@ -249,16 +244,14 @@ def test_padding_alone_has_the_state_of_its_group(tmp_path):
 def test_a_count_keeps_its_kind(tmp_path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
-    assert isinstance(
-        restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor
-    )
-    assert restored(shards, [("b", 0, 5, 0)]).state["step"].device.type == "cpu"
-    assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
+    spans = [("b", 0, 5, 0)]
+    assert isinstance(restored(shards, spans, step=torch.tensor(0.0)).state["step"], Tensor)
+    for device in ("cpu", "meta"):
+        assert restored(shards, spans, device).state["step"].device.type == device
 
 
 def test_parameters_with_different_states_are_not_one_tensor(tmp_path):
     write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
+    spans = [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)]
     with user_error("a and c are one tensor here, with different state there"):
-        restored(
-            EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)]
-        )
+        restored(EngineShards.open(tmp_path), spans)

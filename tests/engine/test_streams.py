@@ -2,8 +2,6 @@
 nothing in a micro-batch.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest
@@ -87,4 +85,5 @@ def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap):
     for (repaired, matrices), (_, expected) in zip(results, without_streams, strict=True):
         assert not [call for calls in repaired for call in calls if "host" in call]
         assert all(calls[-1] == f"arithmetic wait for {stream}" for calls in repaired)
-        assert all(one.equal(other) for one, other in zip(matrices, expected, strict=True))
+        for matrix, wanted in zip(matrices, expected, strict=True):
+            assert matrix.equal(wanted)

@@ -152,8 +152,8 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, 
         call("evaluate", out, "--window 64 --stride 32", *flags, "--json", report)
         return read_json(report)["sets"]
 
-    held = f"held={user.held}"
-    live = scores("--sets", held, user.other)
+    held_set = f"held={user.held}"
+    live = scores("--sets", held_set, user.other)
     assert "bits/byte" in capsys.readouterr().out
     assert set(live) == {"held", "other"}
     merged = load_target(tmp_path / "merged")
@@ -167,7 +167,7 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, 
         assert abs(of_merged - of_base) > 1e-3 * of_base
         assert live[name]["text_bytes"] == path.stat().st_size
     unchanged = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32)).nats
-    scaled = scores("--sets", held, "--delta_scale 0")
+    scaled = scores("--sets", held_set, "--delta_scale 0")
     assert scaled["held"]["nats"] == pytest.approx(unchanged, rel=1e-6)
 
 

@@ -14,6 +14,7 @@ from mora_ds.models import load
 from mora_ds.models.base import write_own_base
 from tests.helpers.errors import user_error
 from tests.helpers.models import alone, tiny_model, with_own_code
+from tests.helpers.tables import rows
 
 
 @pytest.mark.parametrize(
@@ -115,36 +116,42 @@ def pickled(folder, dtype, shards=1, zipped=True):
     return weights
 
 
-def originals(folder, own, dtype):
+def originals(folder, own_base, dtype):
     """The live model, and the tensors of the run's own base."""
 
     def loaded(dtype):
         return load.load_model(folder, dtype)
 
     model = loaded(dtype)
-    is_own, _ = load._originals(model, folder, own, dtype, loaded)
+    is_own, _ = load._originals(model, folder, own_base, dtype, loaded)
     assert is_own
-    return model, load_file(own / "model.safetensors")
+    return model, load_file(own_base / "model.safetensors")
 
 
-@pytest.mark.parametrize("stored, dtype, kept, shards, zipped", [
-    (torch.float32, torch.bfloat16, torch.float32, 1, True),
-    (torch.float32, torch.bfloat16, torch.float32, 1, False),
-    (torch.float32, torch.float16, torch.float32, 2, True),
-    (torch.float32, torch.float32, torch.float32, 1, True),
-    (torch.float16, torch.bfloat16, torch.float16, 1, True),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16, 2, True),
-    (torch.bfloat16, torch.float32, torch.float32, 1, True),
-])  # fmt: skip
+PRECISIONS = """
+float32 | bfloat16 | float32
+float32 | float16 | float32
+float32 | float32 | float32
+float16 | bfloat16 | float16
+bfloat16 | bfloat16 | bfloat16
+bfloat16 | float32 | float32
+"""
+"""Of the pickled weights | of the run | of the base that it writes."""
+
+
+@pytest.mark.parametrize("stored, dtype, of_base", rows(PRECISIONS))
+@pytest.mark.parametrize("shards, zipped", [(1, True), (2, False)])
 def test_a_run_keeps_the_precision_of_pickled_weights(
-    tmp_path, stored, dtype, kept, shards, zipped
+    tmp_path, stored, dtype, of_base, shards, zipped
 ):
-    weights = pickled(tmp_path / "model", stored, shards, zipped)
-    model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
+    precision = getattr(torch, of_base)
+    weights = pickled(tmp_path / "model", getattr(torch, stored), shards, zipped)
+    folders = (tmp_path / "model", tmp_path / "own")
+    model, base_tensors = originals(*folders, getattr(torch, dtype))
     for name, tensor in base_tensors.items():
-        assert tensor.dtype == kept, name
-        assert torch.equal(tensor, weights[name].to(kept)), name
-    assert all(parameter.dtype == dtype for parameter in model.parameters())
+        assert tensor.dtype is precision, name
+        assert torch.equal(tensor, weights[name].to(precision)), name
+    assert model.dtype is getattr(torch, dtype)
 
 
 def test_a_resumed_run_reads_the_base_that_it_has(tmp_path):

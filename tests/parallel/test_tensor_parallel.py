@@ -95,7 +95,7 @@ documents: {documents: true, checkpointing: true}
 """)
 
 
-def has_heads(ranks, family, kv_heads, **others):
+def has_heads(ranks, family, kv_heads, **settings):
     """Four key-value heads, which four ranks can split, in place of two, where the
     attention falls back.
     """

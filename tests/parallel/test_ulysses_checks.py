@@ -104,8 +104,8 @@ PARTS = 2
 def part_of(rank):
     """A rank of a group that is not there."""
     sequence = object.__new__(SequenceParallel)
-    place = {"size": PARTS, "rank": rank, "group": "the group"}
-    vars(sequence).update(place, splits=True, saw_window=False, _ulysses={})
+    group = {"size": PARTS, "rank": rank, "group": "the group"}
+    vars(sequence).update(group, splits=True, saw_window=False, _ulysses={})
     return sequence
 
 

@@ -164,5 +164,5 @@ def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     export_merged(again, tmp_path / "merged", verify=True)
     lighter = {**ALIGNED, "alignment_weight": 0.25}
-    other = research(user.flags(tmp_path / "other", *resume), tmp_path, **lighter)
-    assert "research.alignment_weight, alignment_rank" in refusal(other, ranks=2)
+    argv = research(user.flags(tmp_path / "other", *resume), tmp_path, **lighter)
+    assert "research.alignment_weight, alignment_rank" in refusal(argv, ranks=2)

@@ -47,8 +47,8 @@ def test_every_document_of_a_run_begins_with_it(user, tmp_path):
 def test_it_stands_once_before_a_document_of_several_parts(user):
     """Which is read, and tokenised, in parts."""
     encoder = Encoder.of(load_tokenizer(user.model), "<s>")
-    parts = [Document("def f(x):\n", ends=False), Document("    return x\n", begins=False)]
-    tokens, ends = encoder(parts)
+    pieces = [Document("def f(x):\n", ends=False), Document("    return x\n", begins=False)]
+    tokens, ends = encoder(pieces)
     assert tokens.tolist().count(encoder.start_id) == 1 == len(ends)
     assert tokens[0] == encoder.start_id
 

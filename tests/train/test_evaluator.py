@@ -4,6 +4,7 @@ of it.
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,13 +22,7 @@ from mora_ds.train.tasks import TaskResult
 BATCHES = 7
 
 
-def batches_of(
-    eval_batches,
-    before_batch,
-    limit,
-    index=0,
-    count=1,
-):
+def batches_of(eval_batches, before_batch, limit, index=0, count=1):
     """What replica `index` of `count` evaluates of a set with these batches."""
     evaluation = Evaluator.__new__(Evaluator)
     evaluation.training = TrainingArguments(
@@ -58,10 +53,8 @@ def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
     counts = [counted(index, replicas, limit) for index in range(replicas)]
     assert len({len(batches) for batches in counts}) == 1
     in_order = [count for round_ in zip(*counts, strict=True) for count in round_]
-    counted_batches = len(in_order) if limit is None else limit
-    assert in_order == [True] * counted_batches + [False] * (
-        len(in_order) - counted_batches
-    )
+    expected = len(in_order) if limit is None else limit
+    assert sum(in_order[:expected]) == sum(in_order) == expected
 
 
 def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
@@ -73,16 +66,14 @@ def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
             told.append(f"made {number}")
             yield {"labels": torch.ones(size, 2, dtype=torch.long)}
 
-    for limit, computed in ((None, 4), (2, 2)):
+    for limit, computed, beyond in ((None, 4, []), (2, 2, ["made 2"])):
         told.clear()
+        expected = []
         for _ in batches_of(batches, lambda: told.append("asked"), limit):
             told.append("computed")
-        expected = [
-            word
-            for number in range(computed)
-            for word in (f"made {number}", "asked", "computed")
-        ]
-        assert told == expected + (["made 2"] if limit else [])
+        for number in range(computed):
+            expected += [f"made {number}", "asked", "computed"]
+        assert told == expected + beyond
 
 
 class Log:
@@ -125,13 +116,11 @@ class Model:
 
 def evaluator(weights, bounds=None, tasks_steps=4):
     model = Model()
+    training = TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)
+    held_set = SimpleNamespace(eval_batches=lambda *share: iter(()))
     job = SimpleNamespace(
-        arguments=SimpleNamespace(
-            training=TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)
-        ),
-        data=SimpleNamespace(
-            evaluation={"held": SimpleNamespace(eval_batches=lambda *share: iter(()))}
-        ),
+        arguments=SimpleNamespace(training=training),
+        data=SimpleNamespace(evaluation={"held": held_set}),
         state=TrainerState(total_steps=6),
         start=SimpleNamespace(hooks=Reading()),
     )
@@ -200,19 +189,16 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated():
     assert evaluation.forgotten is None
     assert evaluation.state.task_costs_before == {"quiz": 2.0}
     at(evaluation, 6, 1.0, score=0.25)
-    assert (
-        "the value of quiz is 4.000, 2.000 of the 2.000 it was at the start"
-        in evaluation.forgotten
-    )
+    forgotten = "the value of quiz is 4.000, 2.000 of the 2.000 it was at the start"
+    assert forgotten in evaluation.forgotten
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_set():
     evaluation = evaluator({})
     with pytest.raises(NotFinite, match="the loss on 'held' is nan after step 2"):
         at(evaluation, 2, math.nan)
-    with pytest.raises(
-        RunError, match="the loss on 'held' is inf after step 0, before any training"
-    ):
+    before = "the loss on 'held' is inf after step 0, before any training"
+    with pytest.raises(RunError, match=before):
         at(evaluation, 0, math.inf)
 
 
@@ -220,12 +206,9 @@ def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation
     """It is made again when the run resumes, at the same step."""
     evaluation = evaluator({})
 
-    def leave():
-        raise Stopped("stopped")
-
     evaluation.state.evaluation_pending = True
     evaluation.state.step = 4
     with pytest.raises(Stopped):
-        evaluation.evaluate(before_batch=leave)
+        evaluation.evaluate(before_batch=mock.Mock(side_effect=Stopped("stopped")))
     assert evaluation.log.rows == []
     assert evaluation.state.evaluation_pending

@@ -144,8 +144,8 @@ def test_what_is_no_number_is_null(tmp_path):
     assert first["perplexity"] is first["grad_norm"] is None
     assert first["loss"] == 800.0
     assert second["eval"] == {"held": None}
-    kept = {"c": 1, "d": "x"}
-    assert without_nan({"a": {"b": -math.inf}, **kept}) == {"a": {"b": None}, **kept}
+    numbers = {"c": 1, "d": "x"}
+    assert without_nan({"a": {"b": -math.inf}, **numbers}) == {"a": {"b": None}, **numbers}
 
 
 def write_rows(path, steps, tail=""):

@@ -160,8 +160,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
         assert "--bf16" in message
         full = "--adapter full --merge_every 0 --restart_warmup_steps 10"
         assert "--adapter: " in differing(full)
-        other = another_base(user.model, tmp_path / "other")
-        assert "weights of --model_name_or_path" in differing("--model_name_or_path", other)
+        elsewhere = another_base(user.model, tmp_path / "other")
+        assert "weights of --model_name_or_path" in differing(
+            "--model_name_or_path", elsewhere
+        )
         assert "--train_files" in differing("--train_files", user.held)
 
 
