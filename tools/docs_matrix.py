@@ -2,7 +2,7 @@
 checks. Used by tools/docs.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from tools.tables import cell, ruler, table_row
 
@@ -77,26 +77,6 @@ def refusal(row: str, column: str) -> str | None:
     return None
 
 
-def _flags(option: str) -> set[str]:
-    return {word for word in option.split() if word.startswith("--")}
-
-
-def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[str]:
-    cells = []
-    for column in columns:
-        # The same option, or two values of one
-        if _flags(OPTIONS[row]) & _flags(COLUMNS[column]):
-            cells.append("")
-            continue
-        reason = refusal(OPTIONS[row], COLUMNS[column])
-        if reason is None:
-            cells.append("yes")
-        else:
-            number = reasons.setdefault(" / ".join(reason.splitlines()), len(reasons) + 1)
-            cells.append(f"no ({number})")
-    return cells
-
-
 def matrix_lines() -> list[str]:
     """The lines of reference/support-matrix.md below its title.
 
@@ -104,37 +84,47 @@ def matrix_lines() -> list[str]:
     same are one.
     """
     reasons: dict[str, int] = {}
-    rows = {option: _cells(option, list(COLUMNS), reasons) for option in OPTIONS}
-    free = [option for option, cells in rows.items() if set(cells) <= {"yes", ""}]
-    rows = {option: cells for option, cells in rows.items() if option not in free}
-    columns = _alike(
-        {
-            name: [cells[index] for cells in rows.values()]
-            for index, name in enumerate(COLUMNS)
-        }
-    )
-    cells = zip(*columns.values(), strict=True)
-    grouped = _alike({option: list(line) for option, line in zip(rows, cells, strict=True)})
-    lines = [
+    rows = {
+        row: [_together(option, column, reasons) for column in COLUMNS.values()]
+        for row, option in OPTIONS.items()
+    }
+    free = [row for row, cells in rows.items() if set(cells) <= {"yes", ""}]
+    for row in free:
+        del rows[row]
+    columns = _alike(COLUMNS, zip(*rows.values(), strict=True))
+    grouped = _alike(rows, zip(*columns.values(), strict=True))
+    return [
         "Which options go together: what the program's own checks say to both, before a model is loaded. Numbers lead",
         "to the messages below. What depends on the model or the data is named in the guides.", "",
         f"With everything go {', '.join(free)}.", "",
         table_row("", *columns), ruler(len(columns) + 1),
-        *(table_row(option, *cells) for option, cells in grouped.items()),
+        *(table_row(row, *cells) for row, cells in grouped.items()), "",
+        "## Messages", "",
+        *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), "",
     ]  # fmt: skip
-    return [
-        *lines,
-        "",
-        "## Messages",
-        "",
-        *(f"{number}. {cell(reason)}" for reason, number in reasons.items()),
-        "",
-    ]
 
 
-def _alike(lines: dict[str, list[str]]) -> dict[str, list[str]]:
+def _together(row: str, column: str, reasons: dict[str, int]) -> str:
+    """Whether two options go together: "yes", or "no" with the number of the reason, which
+    is added where it is new; nothing for an option with itself, or two values of one."""
+    if _flags(row) & _flags(column):
+        return ""
+    reason = refusal(row, column)
+    if reason is None:
+        return "yes"
+    number = reasons.setdefault(" / ".join(reason.splitlines()), len(reasons) + 1)
+    return f"no ({number})"
+
+
+def _flags(option: str) -> set[str]:
+    return {word for word in option.split() if word.startswith("--")}
+
+
+def _alike(
+    names: Iterable[str], lines: Iterable[tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
     """Lines of the same cells as one, under their names together."""
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name, cells in lines.items():
-        names.setdefault(tuple(cells), []).append(name)
-    return {", ".join(alike): list(cells) for cells, alike in names.items()}
+    names_of: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in zip(names, lines, strict=True):
+        names_of.setdefault(cells, []).append(name)
+    return {", ".join(alike): cells for cells, alike in names_of.items()}

@@ -74,10 +74,32 @@ def memory() -> list[str]:
 
 
 def traffic() -> list[str]:
-    """Of results/memory.md, from data/plans.json."""
+    """Of results/memory.md, from data/plans.json: what one GPU sends for Llama 7B."""
+    known = plans.plans()
+
+    def sent(method: str) -> list[float]:
+        return [known["7B", method, gpus]["bytes_sent"] for gpus in plans.GPUS]
+
+    def sent_with_base_sharded(gpus: int) -> float:
+        """Of a LoRA under ZeRO-3, which gathers frozen parameters like others: the
+        all-gathers of full training, and LoRA's own reductions.
+        """
+        gathered = known["7B", "full training, ZeRO-3", gpus]["bytes_gathered"]
+        reduced = known["7B", "LoRA r=8, ZeRO-2", gpus]["bytes_reduced"]
+        return float((gathered + reduced) * (gpus - 1) / gpus)
+
+    nbytes = {
+        "full training, ZeRO-3": sent("full training, ZeRO-3"),
+        "LoRA r=8, ZeRO-3, base sharded": list(map(sent_with_base_sharded, plans.GPUS)),
+        "mora_ds, MoRA r=256": sent("MoRA r=256"),
+        "mora_ds, whole embeddings": sent("whole embeddings"),
+        "mora_ds, default recipe": sent("default recipe"),
+        "mora_ds, MoRA r=8": sent("MoRA r=8"),
+        "LoRA r=8, ZeRO-2 (as PEFT)": sent("LoRA r=8, ZeRO-2"),
+    }
     rows = [
-        [name, *(f"{value:,.3f}" for value in values)]
-        for name, values in plans.traffic().items()
+        [name, *(f"{value / 1e9:,.3f}" for value in values)]
+        for name, values in nbytes.items()
     ]
     what = "GB sent by one GPU in a step, at this number of GPUs"
     return number_table([what, *map(str, plans.GPUS)], rows)
