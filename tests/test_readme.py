@@ -5,6 +5,7 @@ ranks.
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
@@ -49,10 +50,17 @@ def run_plugin_code(folder):
     return names["run"].remora.cycle
 
 
-def test_the_plugin_lines_run_as_they_stand(tmp_path):
+@pytest.fixture(scope="module")
+def plugin_run(tmp_path_factory):
+    """The folder in which the lines have run."""
+    folder = tmp_path_factory.mktemp("plugin")
+    assert run_ranks(2, run_plugin_code, str(folder)) == [1, 1]
+    return folder
+
+
+def test_the_plugin_lines_run_as_they_stand(plugin_run):
     assert len(plugin_code().splitlines()) <= 16
-    assert run_ranks(2, run_plugin_code, str(tmp_path)) == [1, 1]
-    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert (plugin_run / "merged/model.safetensors").is_file()
 
 
 def resumed_run(folder):
@@ -79,6 +87,5 @@ def resumed_run(folder):
     return run.state.step, moved
 
 
-def test_a_run_of_ones_own_resumes(tmp_path):
-    run_ranks(2, run_plugin_code, str(tmp_path))
-    assert run_ranks(2, resumed_run, str(tmp_path)) == [(6, True), (6, True)]
+def test_a_run_of_ones_own_resumes(plugin_run):
+    assert run_ranks(2, resumed_run, str(plugin_run)) == [(6, True), (6, True)]

@@ -3,7 +3,6 @@ not.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import RunError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
@@ -19,7 +19,7 @@ from tests.helpers.damage import another_base, change_json, flip, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.tables import rows
-from tests.helpers.tools import called
+from tests.helpers.tools import call
 
 
 @pytest.fixture
@@ -28,11 +28,6 @@ def checkpoint(golden, tmp_path):
     return Path(
         shutil.copytree((golden / "checkpoints/latest").resolve(), tmp_path / "step-000006")
     )
-
-
-def tool(*arguments):
-    program = [sys.executable, "-m", "mora_ds", "verify", *map(str, arguments)]
-    return called(program)
 
 
 def wrong(folder, **options):
@@ -61,19 +56,17 @@ def test_a_good_run(user, golden):
     assert verify(golden / "checkpoints/latest")[0].folder == verdicts[-1].folder.resolve()
 
 
-def test_exit_codes_and_what_is_printed(golden, checkpoint, tmp_path):
-    done = tool(golden)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": good") == 3, done.stderr
+def test_what_the_command_prints_and_how_it_ends(golden, checkpoint, tmp_path, capsys):
+    call("verify", golden)
+    assert capsys.readouterr().out.count(": good") == 3
     (checkpoint / "trainer_state.json").write_text("{}")
-    done = tool(checkpoint)
-    assert done.returncode == 1
-    assert "wrong: " in done.stdout
-    assert "trainer_state.json has 2 bytes" in done.stdout
-    assert "error: 1 of 1 checkpoint(s) damaged: step-000006" in done.stderr
-    done = tool(tmp_path / "nothing")
-    assert done.returncode == 2
-    assert "neither a checkpoint, nor a ledger" in done.stderr
+    with pytest.raises(RunError, match=r"^1 of 1 checkpoint\(s\) damaged: step-000006"):
+        call("verify", checkpoint)
+    printed = capsys.readouterr().out
+    assert "wrong: " in printed
+    assert "trainer_state.json has 2 bytes" in printed
+    with user_error("neither a checkpoint, nor a ledger"):
+        call("verify", tmp_path / "nothing")
 
 
 def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint):

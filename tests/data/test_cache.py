@@ -131,6 +131,7 @@ def test_errors_of_worker_processes_arrive(build, tmp_path, monkeypatch):
         build([str(tmp_path / "*.jsonl")], num_proc=2)
 
 
+@pytest.mark.heavy
 def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path):
     program = tmp_path / "caller.py"
     program.write_text(

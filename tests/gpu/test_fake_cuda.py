@@ -24,7 +24,9 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-NAMED = [name for name in configurations() if not name.startswith(("{", "grouping"))]
+NAMED = [
+    name for name in configurations() if not name.startswith(("{", "grouping", "recipe"))
+]
 
 
 def faults_of(names, folder):
@@ -72,7 +74,7 @@ def test_planted_faults_are_noticed(faults, name, message):
 
 
 @pytest.mark.heavy(seconds=150)
-def test_every_combination_of_an_operator_and_every_grouping(tmp_path):
+def test_every_combination_of_an_operator_every_grouping_and_every_recipe(tmp_path):
     names = configurations().keys() - {*PAIRS, *NAMED}
     assert not {
         name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault

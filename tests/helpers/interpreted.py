@@ -85,6 +85,12 @@ def launched(kernel, *operands):
 
 def check_kernels(spec, dtype):
     tables = KernelTables(spec, CPU)
+    check_rows(spec, tables, dtype)
+    check_form(spec, tables, dtype)
+
+
+def check_rows(spec, tables, dtype):
+    """All kernels but `form`: what they make of rows of tokens."""
     rotation = tables.rotation
     x = random(TOKENS, spec.d_in).to(dtype)
     g = random(TOKENS, spec.d_out, seed=1).to(dtype)
@@ -107,7 +113,6 @@ def check_kernels(spec, dtype):
         expected = target.clone()
         plain.gather_add_(expected, source, *arguments)
         same(result, expected, "spread or unfold")
-    check_form(spec, tables, dtype)
     # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter
     # (`create_dot`): fp16 in its place.
     c = c.view(TOKENS, -1, spec.r_hat).half()
@@ -166,13 +171,16 @@ def check_parts():
 
 
 def check_wide():
-    """Rows that are in several parts by their own width."""
-    for d_in, d_out in ((2200, 40), (40, 2200)):
-        for kind in (OperatorKind.ROTATE, OperatorKind.SHARE):
-            check_kernels(
-                OperatorSpec(kind, d_in, d_out, 24, Grouping.PERMUTED, seed=1),
-                torch.float32,
-            )
+    """Rows that are in several parts by their own width. A weight of wide outputs has many
+    rows, none of which is wide.
+    """
+    for kind in (OperatorKind.ROTATE, OperatorKind.SHARE):
+        wide_inputs, wide_outputs = (
+            OperatorSpec(kind, *sides, 24, Grouping.PERMUTED, seed=1)
+            for sides in ((2200, 40), (40, 2200))
+        )
+        check_kernels(wide_inputs, torch.float32)
+        check_rows(wide_outputs, KernelTables(wide_outputs, CPU), torch.float32)
 
 
 def check_pieces(spec):

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +24,9 @@ from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.runtime.log_setup import set_up_logging
 from mora_ds.runtime.signals import EXIT_USER_ERROR
+from mora_ds.train.output_folder import reserve
 from mora_ds.train.pretrain import pretrain
-from tests.helpers.gloo import free_port, run_ranks
+from tests.helpers.gloo import context, free_port, run_ranks
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
 from tests.helpers.tables import words
@@ -176,6 +178,28 @@ def refusal(argv, ranks=1):
     ((kind, message),) = set(run_ranks(ranks, refused, argv))
     assert kind == "UserError", message
     return message
+
+
+def _reserve(folder, sender):
+    reserve(folder)
+    sender.send("reserved")
+    time.sleep(60)
+
+
+@contextlib.contextmanager
+def held_folder(folder):
+    """Within it another process holds the output folder, as a run does; then it is
+    killed.
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_reserve, args=(folder, sender))
+    process.start()
+    try:
+        assert receiver.recv() == "reserved"
+        yield
+    finally:
+        process.kill()
+        process.join()
 
 
 def launch(ranks, argv, cwd, timeout_s=300):

@@ -42,7 +42,7 @@ def flags(ground, out, degree, replicas, *more):
     return ground.flags(out, split, steps, *more)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=["share", heavy("rotate")])
 def saved(request, ground):
     """(name, run of (2, 2), losses of (1, 1))."""
     more = RUNS[request.param]

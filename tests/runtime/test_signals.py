@@ -23,6 +23,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     environment,
+    held_folder,
     is_rank,
     job,
     launcher,
@@ -32,8 +33,8 @@ from tests.helpers.jobs import (
 )
 from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
+from tests.helpers.tables import heavy, words
 from tests.helpers.tables import rows as rows_of
-from tests.helpers.tables import words
 
 MERGING = (
     "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
@@ -78,15 +79,18 @@ def signalled_job(argv, number, rank, method, step):
 STOPS = """
 SIGTERM | 1 | _nll | 4 | 5
 SIGUSR1 | 0 | _merge | 4 | 4
-SIGINT | 1 | _evaluate | 4 | 4
+SIGINT | 1 | _evaluate | 9 | 9
+SIGTERM | 1 | _evaluate | 4 | 4
 SIGUSR1 | 1 | _save | 3 | 3
-SIGTERM | 1 | _evaluate | 9 | 9
 """
 """A signal | the rank that gets it | the method that it is in | at a step | the step that is
-saved."""
+saved; the last two are for the heavy tests."""
 
 
-@pytest.mark.parametrize("name, rank, method, step, saved", rows_of(STOPS))
+@pytest.mark.parametrize(
+    "name, rank, method, step, saved",
+    [*rows_of(STOPS)[:3], *(heavy(*row) for row in rows_of(STOPS)[3:])],
+)
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     user, whole, out, name, rank, method, step, saved
 ):
@@ -252,6 +256,7 @@ def gone_within(ranks, seconds):
     return True
 
 
+@pytest.mark.heavy
 def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)
@@ -348,24 +353,7 @@ def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
     assert told.count("ZeroDivisionError: on one rank only") == 1
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from mora_ds.train.output_folder import reserve
-
-reserve(Path(sys.argv[1]))
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
 def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    ready(holder)
-    with user_error("another run is writing to it"):
+    with held_folder(tmp_path), user_error("another run is writing to it"):
         reserve(tmp_path)
-    holder.kill()
-    holder.wait()
     reserve(tmp_path)

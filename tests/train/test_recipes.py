@@ -135,10 +135,15 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
 
 
 def tier_rows():
-    """Name and flags of every row of runs on the page of experiments."""
+    """Name and flags of every row of runs on the page of experiments, all but every third
+    for the heavy tests.
+    """
     page = (CONFIGS.parent / "docs/recipes/tiers.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| (?:`([^`]+)` )?\|$", page, re.MULTILINE)
-    return [pytest.param(flags.split(), id=name) for name, flags in rows]
+    return [
+        pytest.param(flags.split(), id=name, marks=pytest.mark.heavy if index % 3 else ())
+        for index, (name, flags) in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize("flags", tier_rows())
