@@ -166,13 +166,13 @@ remora/schedule.py | remora/test_schedule.py
 
 # the last cycle is left out of an export
 deploy/export.py | deploy/test_export.py
--            *self.ledger.squares_of(entry.module),
-+            *list(self.ledger.squares_of(entry.module))[:-1],
+-updates = list(self.ledger.squares_of(entry.module))
++updates = list(self.ledger.squares_of(entry.module))[:-1]
 
 # rows of a batch get each other's adapters
 research/bank.py | research/test_bank.py
--stack = torch.stack([square for _, square in rows_and_squares])
-+stack = torch.stack([square for _, square in rows_and_squares[::-1]])
+-stack = torch.stack(list(by_row.values()))
++stack = torch.stack(list(by_row.values())[::-1])
 
 # the chain of hashes is not checked
 remora/ledger.py | remora/test_ledger.py

@@ -1,9 +1,8 @@
-"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT. Or read a
-MoRA adapter of kongds's PEFT.
+"""Convert a checkpoint into an adapter without its run, or a LoRA adapter of PEFT.
 
     mora-ds convert adapter out/checkpoints/latest --output adapter
     mora-ds convert peft out/checkpoints/latest --output lora [--rank 64]
-    mora-ds convert mora ADAPTER --output adapter
+    mora-ds convert mora ADAPTER --output adapter             from a MoRA adapter of kongds's PEFT
 
 Exit code 2: an error that you can correct in the command or the files; 1: a full disk.
 """
@@ -33,11 +32,7 @@ def main() -> None:
         lines = convert_fork(options.path, options.output, options.base)
     else:
         lines = export_peft(
-            options.path,
-            options.output,
-            options.rank,
-            options.base,
-            options.domain,
+            options.path, options.output, options.rank, options.base, options.domain
         )
     print("\n".join(lines))
 
@@ -45,9 +40,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     actions = parser.add_subparsers(
-        dest="action",
-        required=True,
-        metavar="|".join(_ACTIONS),
+        dest="action", required=True, metavar="|".join(_ACTIONS)
     )
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)

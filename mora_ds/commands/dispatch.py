@@ -1,5 +1,4 @@
-"""`mora-ds COMMAND [flags]`: one program for training and for all that is done with a
-model, a text or a checkpoint.
+"""`mora-ds COMMAND [flags]`: one program for training and all that stands around it.
 
 A command's module is imported when the command is called, so that the list of commands is
 there at once.
@@ -29,9 +28,7 @@ COMMANDS = {
     "spectrum": "measure ranks of merged updates",
     "verify": "verify every file of a checkpoint or a run",
 }
-"""Command -> what it does, in a line. Its function is `main` of the module of its name, but
-for those below.
-"""
+"""Command -> what it does. Its module has its name, but for those of research."""
 
 OF_RESEARCH = {"analyze": "analyze", "evaluate-adapters": "bank", "spectrum": "spectrum"}
 """Command -> its module in `mora_ds.research`."""
@@ -57,11 +54,9 @@ def main() -> None:
 
 
 def take_command(argv: list[str]) -> str:
-    """Takes the command's name out of `argv`, where a launcher may have put its
-    `--local_rank` before it; "" for none.
-
-    `argv[0]` becomes what `--help` calls the program.
-    """
+    """Take the command's name out of `argv`, where a launcher may have put its
+    `--local_rank` before it; "" for none. `argv[0]` becomes what `--help` calls the
+    program."""
     index = 2 if argv[1:] and argv[1].startswith("--local_rank=") else 1
     name = argv.pop(index) if len(argv) > index else ""
     argv[0] = f"mora-ds {name}"
@@ -69,9 +64,7 @@ def take_command(argv: list[str]) -> str:
 
 
 def run(name: str) -> None:
-    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one, and
-    what the command raises.
-    """
+    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one."""
     if name in ("", "-h", "--help"):
         print("\n".join(help_lines()))
     elif name == "--version":
@@ -79,11 +72,10 @@ def run(name: str) -> None:
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:
-        if name == PLAN:  # people wait for it, and its imports take seconds
-            print(
-                "loading torch, transformers and DeepSpeed, then measuring a part of the model",
-                file=sys.stderr,
-            )
+        # People wait for a plan, and its imports take seconds.
+        if name == PLAN:
+            steps = "loading torch, transformers and DeepSpeed, then measuring a part of the model"
+            print(steps, file=sys.stderr)
         load(name)()
 
 

@@ -1,9 +1,8 @@
-"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named
-texts.
+"""Measure perplexity and bits per byte of a Hugging Face model or a checkpoint.
 
-    mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt'
-    --stride 256 mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json mora-ds
-    evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
+    mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
+    mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json
+    mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
 
 A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are
 combined in memory, the update multiplied by --delta_scale if asked to. Every document is
@@ -19,13 +18,7 @@ from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import scaled
-from mora_ds.eval.perplexity import (
-    Score,
-    Windows,
-    evaluate_sets,
-    load_target,
-    named_sets,
-)
+from mora_ds.eval.perplexity import Score, Windows, evaluate_sets, load_target, named_sets
 from mora_ds.runtime.cli import (
     check_device,
     check_writable,
@@ -59,11 +52,13 @@ def main() -> None:
     scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
     print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
     if options.json is not None:
-        content = {"window": windows.window, "stride": windows.stride}
-        by_set = {name: score.to_dict() for name, score in scores.items()}
-        write_json_atomic(
-            options.json, {"model": str(options.model), **content, "sets": by_set}
-        )
+        content = {
+            "model": str(options.model),
+            "window": windows.window,
+            "stride": windows.stride,
+            "sets": {name: score.to_dict() for name, score in scores.items()},
+        }
+        write_json_atomic(options.json, content)
 
 
 def check_scoring(options: argparse.Namespace) -> None:
@@ -86,12 +81,15 @@ TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "b
 
 def score_cells(name: str, score: Score) -> list[str]:
     """The row of a set in a table of scores, below `TITLES`."""
-    counts = (f"{count:,}" for count in (score.documents, score.tokens, score.text_bytes))
-    rates = (
-        f"{rate:.4f}"
-        for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte)
-    )
-    return [name, *counts, *rates]
+    return [
+        name,
+        f"{score.documents:,}",
+        f"{score.tokens:,}",
+        f"{score.text_bytes:,}",
+        f"{score.tokens_per_byte:.4f}",
+        f"{score.perplexity:.4f}",
+        f"{score.bits_per_byte:.4f}",
+    ]
 
 
 def scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +117,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument(
-        "--max_documents",
-        type=int,
-        help="score only the first ones of each set",
+        "--max_documents", type=int, help="score only the first ones of each set"
     )
     parser.add_argument(
         "--dtype",

@@ -1,11 +1,11 @@
-"""Add tokens of a domain to the vocabulary of a model; each new embedding starts as the
-mean of those it replaces.
+"""Add tokens of a domain to the vocabulary of a model.
 
     mora-ds extend-vocab MODEL --corpus 'domain/*.jsonl' --pieces 4000 --output extended
 
 The tokens come from a SentencePiece model trained on the corpus. Existing token ids and
-merges stay. Then train on `extended` with --train_new_embeddings, or with
---train_embeddings (and, for an untied head, --train_head).
+merges stay, and each new embedding starts as the mean of those it replaces. Then train on
+`extended` with --train_new_embeddings, or with --train_embeddings (and, for an untied head,
+--train_head).
 """
 
 import argparse

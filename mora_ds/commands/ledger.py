@@ -23,10 +23,7 @@ def main() -> None:
         lines = _cycles(find_ledger(options.path))
     else:
         lines = combine_adapters(
-            options.path,
-            options.weights,
-            options.output,
-            options.base,
+            options.path, options.weights, options.output, options.base
         )
     print("\n".join(lines))
 
@@ -38,7 +35,7 @@ def _cycles(location: LedgerLocation) -> list[str]:
     for record in ledger.records:
         layers = ledger.layers(record.cycle)
         operators = sorted({layer.operator.describe() for layer in layers.values()})
-        counts = [str(count) for count in (record.cycle, record.step, len(layers))]
+        counts = [str(record.cycle), str(record.step), str(len(layers))]
         rows.append([*counts, ", ".join(operators), f"{record.size / 2**20:.2f}"])
     head = f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."
     return [head, *table(rows)]
@@ -49,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|combine")
     show = add_action(actions, "show", "list the cycles")
     show.add_argument(
-        "path",
-        type=Path,
-        help="ledger folder, checkpoint, or a run's output folder",
+        "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"
     )
     combine = add_action(
         actions,

@@ -1,13 +1,13 @@
-"""Plan memory and traffic of a run on any cluster from the config of its model; no weights
-are read.
+"""Plan memory and traffic of a run on any cluster from the config of its model.
 
-    mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80
-    --seq_len 4096 --mora_rank 8 mora-ds plan RECIPE.yaml --model MODEL --gpus 64
+    mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096 --mora_rank 8
+    mora-ds plan RECIPE.yaml --model MODEL --gpus 64
 
-The recipe and all flags that are not named here are those of `mora-ds pretrain`. Without
---micro_batch it recommends a micro-batch size, with gradient checkpointing where nothing
-fits without; with it, it plans the given settings. Where the base does not fit it plans
---base_device host. Without --bf16 and --fp16 the run computes in bf16.
+No weights are read. The recipe and all flags that are not named here are those of `mora-ds
+pretrain`. Without --micro_batch it recommends a micro-batch size, with gradient
+checkpointing where nothing fits without; with it, it plans the given settings. Where the
+base does not fit it plans --base_device host. Without --bf16 and --fp16 the run computes in
+bf16.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from dataclasses import replace
 
 from mora_ds.common.errors import POSITIVE, UserError, refuse, wrong_values
 from mora_ds.common.files import shipped
-from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.device import BaseDevice
@@ -27,11 +26,10 @@ from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.runtime.cli import command_parser
 from mora_ds.train.dry_run import planner_of
+from mora_ds.train.setup import deepspeed_file
 
 _OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config": "--model"}
-"""Flag of training, with underscores for its dashes -> the plan's own, which decides
-alone.
-"""
+"""Flag of training, with underscores for its dashes -> the plan's own, which decides."""
 
 
 def main() -> None:
@@ -39,9 +37,8 @@ def main() -> None:
     counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
-    planner = place_base(
-        _planner(options, arguments), BaseDevice(arguments.training.base_device)
-    )
+    base_device = BaseDevice(arguments.training.base_device)
+    planner = place_base(_planner(options, arguments), base_device)
     chosen = recommend(planner) if options.micro_batch is None else None
     plan = chosen or planner.plan()
     if options.json:
@@ -58,21 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
     )
     parser.add_argument(
-        "--model",
-        required=True,
-        help="a folder, a Hub name, or a config.json",
+        "--model", required=True, help="a folder, a Hub name, or a config.json"
     )
     parser.add_argument(
-        "--gpus",
-        type=int,
-        required=True,
-        help="number of processes, one per GPU",
+        "--gpus", type=int, required=True, help="number of processes, one per GPU"
     )
     parser.add_argument(
-        "--gpu_memory",
-        type=float,
-        default=80.0,
-        help="memory of a GPU in GB (10^9 bytes)",
+        "--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)"
     )
     parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
     parser.add_argument(
@@ -81,26 +70,22 @@ def _parser() -> argparse.ArgumentParser:
         help="sequences per micro-batch and process; default: recommended",
     )
     parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON in place of the tables, in bytes",
+        "--json", action="store_true", help="print JSON in place of the tables, in bytes"
     )
     return parser
 
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`.
-    Raises `UserError`.
-    """
+    Raises `UserError`."""
     for word in settings:
-        if planned_flag := _OF_PLANS.get(word.split("=")[0].replace("-", "_")):
-            raise UserError(
-                f"{word.split('=')[0]} is for training: a plan takes {planned_flag}"
-            )
+        flag = word.split("=")[0]
+        if planned_flag := _OF_PLANS.get(flag.replace("-", "_")):
+            raise UserError(f"{flag} is for training: a plan takes {planned_flag}")
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
     flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
     arguments = parse([*settings, *flags])
-    # --model stands in the place of the recipe's
+    # The recipe may name a config, whose place --model takes.
     model = replace(arguments.model, model_config=None)
     training = arguments.training
     if not arguments.set_by_user & {"bf16", "fp16"}:
@@ -116,18 +101,11 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     training = arguments.training
     config = named_config(str(model.model_name_or_path), model.trust_remote_code, "--model")
     set_rope(config, model.rope, model.trust_remote_code)
-    file = (
-        None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
-    )
-    replicas = options.gpus // training.ranks_per_replica
-    ds_config = resolve_ds_config(file, training.engine_settings(), max(1, replicas))
+    replicas = max(1, options.gpus // training.ranks_per_replica)
+    settings = training.engine_settings()
+    ds_config = resolve_ds_config(deepspeed_file(training), settings, replicas)
     planner = planner_of(arguments, config, ds_config, options.gpus)
-    return replace(
-        planner,
-        work=replace(
-            planner.work,
-            checkpointing=training.gradient_checkpointing or options.micro_batch is None,
-        ),
-        cluster=Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9),
-        on_cpu=False,
-    )
+    checkpointing = training.gradient_checkpointing or options.micro_batch is None
+    work = replace(planner.work, checkpointing=checkpointing)
+    cluster = Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9)
+    return replace(planner, work=work, cluster=cluster, on_cpu=False)

@@ -1,7 +1,6 @@
 """Tokenise the text of a training run ahead of it, on a machine without GPUs for example.
 
-    mora-ds prepare-corpus [RECIPE.yaml] --cache_dir /shared/tokens --preprocessing_workers
-    32 [the flags of the run]
+    mora-ds prepare-corpus [RECIPE.yaml] --cache_dir /shared/tokens --preprocessing_workers 32 [the flags of the run]
 
 Takes the settings of `mora-ds pretrain` and fills the token cache that --cache_dir names. A
 run with the same tokenizer, text and --cache_dir finds the tokens there, however many
@@ -23,9 +22,7 @@ def main() -> None:
             "there is no text to tokenise: name it with --train_files, --dataset_name or --mixture"
         )
     validate(arguments)
-    for name, cache in fill_token_cache(
-        arguments.model, arguments.data, progress=sys.stderr.isatty()
-    ):
-        print(
-            f"{name}: {cache.n_documents:,} documents, {cache.n_tokens:,} tokens in {cache.folder}"
-        )
+    shows_progress = sys.stderr.isatty()
+    for name, cache in fill_token_cache(arguments.model, arguments.data, shows_progress):
+        counts = f"{cache.n_documents:,} documents, {cache.n_tokens:,} tokens"
+        print(f"{name}: {counts} in {cache.folder}")

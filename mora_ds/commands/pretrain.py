@@ -42,7 +42,8 @@ def start() -> None:
         if for_launcher or accelerators() > 1:
             words = command(for_launcher, flags)
             os.execv(words[0], words)  # signals reach the launcher itself
-        # Each would train a run of its own; `start_distributed` tells what is missing
+        # Of several that do not know each other, each would train a run of its own:
+        # `start_distributed` tells what is missing.
         elif not is_one_of_several():
             become_the_only_rank()
     main()
@@ -50,7 +51,7 @@ def start() -> None:
 
 def main() -> None:
     """Train in this process: one rank of the job, or a job of its own."""
-    # not above: it takes seconds, and signals must be watched before
+    # Not above: these imports take seconds, and signals must be watched before.
     from mora_ds.config.arguments import parse
     from mora_ds.config.validate import validate
     from mora_ds.train.setup import start_processes, start_up
@@ -59,13 +60,16 @@ def main() -> None:
         arguments = parse(sys.argv[1:])
         set_up_logging(arguments.training.log_level)
         if arguments.left_out:
+            names = ", ".join(arguments.left_out)
             logger.info(
-                f"left out of the recipe, as the flags leave them no effect: {', '.join(arguments.left_out)}"
+                f"left out of the recipe, as the flags leave them no effect: {names}"
             )
-        if not arguments.is_demo:  # the demo's settings depend on the number of ranks
+        # The demo's settings depend on the number of ranks: it validates them itself.
+        if not arguments.is_demo:
             validate(arguments)
+        # Before anything that is slow to import.
         if not arguments.training.dry_run:
-            start_processes(arguments)  # before anything that is slow to import
+            start_processes(arguments)
         run = _job(arguments)
     started = time.monotonic()
     summary = run(arguments)
@@ -77,9 +81,8 @@ def main() -> None:
 
 
 def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
-    """The function that runs the job; it returns the summary, but for the demo, which ends
-    with a table of its own. What it needs takes seconds to import: ranks whose settings
-    differ are told so before."""
+    """The function that runs the job and returns its summary; the demo ends with a table of
+    its own. Its imports take seconds: ranks whose settings differ are told so before."""
     if arguments.is_demo and not arguments.training.dry_run:
         from mora_ds.train.demo import run_demo
 

@@ -1,5 +1,4 @@
-"""Verify one checkpoint, or all of a run: every file, and that the files agree with each
-other.
+"""Verify one checkpoint, or all of a run: every file, and that they agree with each other.
 
     mora-ds verify out                           all checkpoints of a run, oldest first
     mora-ds verify out/checkpoints/latest --base MODEL
@@ -31,13 +30,9 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "path",
-        type=Path,
-        help="a checkpoint, a link to one, or a run's output folder",
+        "path", type=Path, help="a checkpoint, a link to one, or a run's output folder"
     )
     parser.add_argument(
-        "--base",
-        type=Path,
-        help="the base's folder, to check that it is the right one",
+        "--base", type=Path, help="the base's folder, to check that it is the right one"
     )
     return parser

@@ -115,9 +115,7 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
         names = settings.keys() & {entry.name for entry in dataclasses.fields(group)}
         groups[name] = group(**{key: settings[key] for key in names})
     return Arguments(
-        **groups,
-        research=settings.get(RESEARCH, {}),
-        set_by_user=frozenset(settings),
+        **groups, research=settings.get(RESEARCH, {}), set_by_user=frozenset(settings)
     )
 
 

@@ -40,9 +40,8 @@ def _curve(arguments: Arguments) -> ScheduleKind:
 def _trains_others(arguments: Arguments) -> bool:
     """Whether parameters are trained that --embedding_learning_rate is for."""
     adapter = arguments.adapter
-    return not adapter.is_control and (
-        adapter.trains_others or bool(arguments.research.get("domain_adapters"))
-    )
+    has_domains = bool(arguments.research.get("domain_adapters"))
+    return not adapter.is_control and (adapter.trains_others or has_domains)
 
 
 EFFECTS = (

@@ -53,12 +53,11 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """Sources in order, and (first step, a weight for each source) of every phase: [(0,
-    (0.7, 0.3)), (1000, ...)].
-    """
+    """The sources of a run, and their weights."""
 
     sources: tuple[SourcePlan, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
+    """(first step, a weight for each source) of every phase: ((0, (0.7, 0.3)), ...)."""
     is_plain: bool = False
     """Whether it is one source that no flag names, in a cache."""
 

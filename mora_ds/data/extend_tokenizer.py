@@ -66,10 +66,7 @@ def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
-    candidates: Sequence[str],
-    wanted: int,
-    folder: Path,
+    tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str], wanted: int, folder: Path
 ) -> Extension:
     """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which must
     exist. Raises `UserError`, which names --pieces, where the candidates are too few, and

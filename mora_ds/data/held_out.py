@@ -19,9 +19,7 @@ HASHED_CHARACTERS = 1 << 16
 
 
 def document_hash(text: str) -> int:
-    """Return a 64-bit hash of the document that begins with `text`, white space and case
-    ignored.
-    """
+    """A 64-bit hash of the document that begins with `text`, without case and white space."""
     words = unicodedata.normalize("NFC", text[:HASHED_CHARACTERS]).lower().split()
     digest = hashlib.sha256(" ".join(words).encode()).digest()
     return int.from_bytes(digest[:8], "big")

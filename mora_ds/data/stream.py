@@ -76,9 +76,8 @@ class DocumentStream:
     def _windows(
         self, opening: StreamPosition
     ) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
-        """The position at which each window begins, and its documents. Consume a window
-        before asking for the next.
-        """
+        """The position at which each window begins, and its documents, to be read before the
+        next window is asked for."""
         documents = self._documents(opening)
         end = opening
         window: list[Document] = []

@@ -112,9 +112,7 @@ def load_tokenizer(
 
 
 def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` as transformers loads it beside a model of that type;
-    `flag` as in `load_tokenizer`.
-    """
+    """The tokenizer in `folder` as transformers loads it beside a model of that type."""
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     try:
@@ -124,9 +122,7 @@ def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedToke
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    flag: str = "--tokenizer_name",
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name"
 ) -> None:
     """Raise `UserError` for a tokenizer with ids beyond the model's `vocab_size` rows."""
     token, largest = largest_id(tokenizer)

@@ -1,5 +1,4 @@
-"""An adapter without its run: exported from a checkpoint, and put onto the base by one
-call.
+"""An adapter without its run: exported from a checkpoint, and put onto the base again.
 
     export_adapter(checkpoint, folder)      adapter.json, adapter.safetensors, base.json, ledger/, manifest.json, and
                                             tokenizer/ where the checkpoint has one
@@ -44,26 +43,21 @@ from mora_ds.models.load import load_model
 
 
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
-    """Writes the adapter of a checkpoint (or of a run's latest one) to the new folder
-    `output`: no optimizer state, no random states, no base.
-
-    Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that
-    holds something.
-    """
+    """Write the adapter of a checkpoint (or of a run's latest one) to the new folder
+    `output`: no optimizer state, no random states, no base. Returns lines to print. Raises
+    `UserError` for a damaged checkpoint or a folder that holds something."""
     output = as_path(output, "export_adapter: `output`")
     require_new(output)
-    adapter = Adapter.open(
-        find_adapter(as_path(checkpoint, "export_adapter: `checkpoint`"))
-    )
+    checkpoint = as_path(checkpoint, "export_adapter: `checkpoint`")
+    adapter = Adapter.open(find_adapter(checkpoint))
     source = adapter.folder
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
             shutil.copyfile(source / name, folder / name)
         adapter.ledger.copy_to(folder / LEDGER_FOLDER)
         complete(folder, source, adapter.reference.absolute(source))
-    return [
-        f"wrote {output}: {len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
-    ]
+    contents = f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
+    return [f"wrote {output}: {contents}"]
 
 
 def complete(folder: Path, source: Path, reference: BaseReference) -> None:
@@ -87,8 +81,7 @@ def load_adapter(
     domain: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The base with the adapter on it, in the dtype that the run computed in, on the CPU,
-    in evaluation mode.
+    """The base with the adapter, in the run's dtype, on the CPU, in evaluation mode.
 
     `base` is the model's folder, whose fingerprint must be the recorded one. Of an adapter
     with domains the model has the MoRA matrices of all, and computes as `domain`, by
@@ -106,7 +99,7 @@ def load_adapter(
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "`domain`")
     config = facts.config
     if any(pattern.startswith("re:") for pattern in config.target_modules):
-        # The layers are known: a regular expression, which may run for years, is not tried.
+        # The layers are known: no regular expression is tried, which might run for years.
         config = replace(config, target_modules=tuple(facts.layers))
     files = opened.reference.open_base(folder, Path(base), "`base`")
     model = load_model(

@@ -1,5 +1,4 @@
-"""Exact arithmetic of updates: the weighted sum of adapters of one base is an adapter of
-that base.
+"""The weighted sum of adapters of one base, which is an adapter of that base, exactly.
 
     W = W0 + sum_i w_i delta_i             delta(M) is linear in M: sum_i w_i delta(M_i) = delta(sum_i w_i M_i)
 
@@ -67,8 +66,8 @@ def scaled(
         raise UserError(
             f"`delta_scale` belongs to a checkpoint or an adapter, which {path} is not"
         )
-    with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
-        output = Path(folder) / "adapter"
+    with tempfile.TemporaryDirectory(prefix="mora_ds-") as scratch:
+        output = Path(scratch) / "adapter"
         combine_adapters([path], [delta_scale], output, base_folder)
         yield output
 
@@ -79,7 +78,7 @@ def combine_adapters(
     output: Path | str,
     base_folder: Path | str | None = None,
 ) -> list[str]:
-    """Writes the adapter whose update is the sum of those of `sources`, each times its
+    """Write the adapter whose update is the sum of those of `sources`, each times its
     weight, to a new folder.
 
     `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base
@@ -104,44 +103,40 @@ def combine_adapters(
     reference = last.reference.absolute(last.folder)
     if base_folder is not None:
         reference = replace(reference, folder=str(Path(base_folder).resolve()))
-    base = (
-        reference.open_base(last.folder, flag="`base_folder`")
-        if last.file.trainables
-        else None
-    )
+    base = None
+    if last.file.trainables:
+        base = reference.open_base(last.folder, flag="`base_folder`")
     trained = _Trained(adapters, weights, base)
-    terms = _terms(adapters, weights)
-    facts = [
-        {"adapter": str(adapter.folder), "step": adapter.file.step, "weight": weight}
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
-    # Products of low rank lie side by side
+    *merged, live = _terms(adapters, weights)
+    facts = []
+    summands = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        name = str(adapter.folder)
+        facts.append({"adapter": name, "step": adapter.file.step, "weight": weight})
+        summands.append(f"{weight:g} x {name}")
+    # Products of low rank lie side by side.
     rank = sum(adapter.file.config.embedding_rank for adapter in adapters)
     combined = replace(
         last.file,
-        cycle=len(terms) - 1,
+        cycle=len(merged),
         config=replace(last.file.config, embedding_rank=rank),
         facts={**last.file.facts, COMBINED: facts},
     )
-    shapes = {
-        **combined.expected(),
-        **{name: trained.shape(name) for name in combined.trainables},
-    }
+    shapes = combined.expected()
+    for name in combined.trainables:
+        shapes[name] = trained.shape(name)
     layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
     with atomic_folder(output.absolute()) as folder:
         ledger = Ledger.create(folder / LEDGER_FOLDER, reference.fingerprint)
-        for term in terms[:-1]:
-            ledger.append(
-                term.step,
-                term.layers,
-                ((module, term.value(module)) for module in term.layers),
-            )
+        for term in merged:
+            values = ((module, term.value(module)) for module in term.layers)
+            ledger.append(term.step, term.layers, values)
         with (
-            atomic_path(folder / ADAPTER_TENSORS) as beside,
-            SafetensorsWriter(beside, layout, {"step": str(combined.step)}) as writer,
+            atomic_path(folder / ADAPTER_TENSORS) as partial_file,
+            SafetensorsWriter(partial_file, layout, {"step": str(combined.step)}) as writer,
         ):
             for module, entry in combined.layers.items():
-                writer.write(entry.square, terms[-1].value(module))
+                writer.write(entry.square, live.value(module))
                 if combined.domains is not None:
                     name = combined.domains.tensor(module)
                     writer.write(name, _rounded_sum(trained.weighted(name), name))
@@ -149,18 +144,14 @@ def combine_adapters(
                 writer.write(name, trained.value(name))
         write_json_atomic(folder / ADAPTER_JSON, combined.to_dict())
         complete(folder, last.folder, reference)
-    formula = ", ".join(
-        f"{weight:g} x {adapter.folder}"
-        for adapter, weight in zip(adapters, weights, strict=True)
-    )
     return [
-        f"wrote {output}: {formula}",
-        f"{len(terms)} term(s), {len(terms) - 1} of them in its ledger",
+        f"wrote {output}: {', '.join(summands)}",
+        f"{len(merged) + 1} term(s), {len(merged)} of them in its ledger",
     ]
 
 
 def _check_pair(adapter: Adapter, last: Adapter) -> None:
-    """Raises `UserError` unless two updates can be summed."""
+    """Raise `UserError` unless two updates can be summed."""
     pair = f"{adapter.folder} and {last.folder}"
     if adapter.reference.fingerprint != last.reference.fingerprint:
         raise UserError(
@@ -197,11 +188,9 @@ class _Term:
 
     def value(self, module: str) -> Tensor:
         """The sum in fp32. Raises `RunError` where it is not finite."""
-        scaled_value = self.layers[module].operator.scaled
-        return _rounded_sum(
-            (scaled_value(value(module).double(), weight) for weight, value in self.values),
-            module,
-        )
+        times = self.layers[module].operator.scaled
+        summands = (times(value(module).double(), weight) for weight, value in self.values)
+        return _rounded_sum(summands, module)
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
@@ -209,35 +198,28 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
     terms: list[_Term] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         ledger = adapter.ledger
-        cycles = [
-            _Term(
-                record.step,
-                ledger.layers(record.cycle),
-                [(weight, partial(ledger.square, record.cycle))],
-            )
-            for record in ledger.records
-        ]
-        live = _Term(
-            adapter.file.step, adapter.file.layers, [(weight, adapter.tensors.square)]
-        )
-        for cycle in [*cycles, live]:
-            same = [
-                term for term in terms if term.layers == cycle.layers and term.is_linear
-            ]
-            term = same[0] if same else cycle
-            if same:
+        cycles = []
+        for record in ledger.records:
+            square = partial(ledger.square, record.cycle)
+            layers = ledger.layers(record.cycle)
+            cycles.append(_Term(record.step, layers, [(weight, square)]))
+        live = adapter.tensors.square
+        cycles.append(_Term(adapter.file.step, adapter.file.layers, [(weight, live)]))
+        for cycle in cycles:
+            equal = [term for term in terms if term.layers == cycle.layers]
+            if equal and cycle.is_linear:
+                term = equal[0]
                 term.values += cycle.values
                 term.step = max(term.step, cycle.step)
             else:
+                term = cycle
                 terms.append(term)
     terms.remove(term)
     return [*terms, term]
 
 
 def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
-    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` where it is not
-    finite.
-    """
+    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` unless it is finite."""
     total = reduce(torch.add, summands).float()
     if not torch.isfinite(total).all():
         raise RunError(
@@ -248,9 +230,7 @@ def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Trained:
-    """Sums of the tensors that were trained beside the matrices: embeddings, norms,
-    heads.
-    """
+    """Sums of what was trained beside the matrices: embeddings, norms, heads."""
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
@@ -266,16 +246,14 @@ class _Trained:
 
     def value(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products
-        of low rank side by side.
-        """
+        of low rank side by side."""
         assert self.base is not None
         key = self.adapters[-1].original_key(self.base, stands_for(name))
         if is_low_rank(name):
             tensors = [adapter.tensors.trained(name) for adapter in self.adapters]
             tokens = self.base.shape_dtype(key)[0][0]
-            return _rounded_sum(
-                [sum_of_products(zip(tensors, self.weights, strict=True), tokens)], name
-            )
+            pairs = zip(tensors, self.weights, strict=True)
+            return _rounded_sum([sum_of_products(pairs, tokens)], name)
         original = self.base.read(key)
         if is_new_rows(name):
             original = original[len(original) - self.shape(name)[0] :]
@@ -285,8 +263,6 @@ class _Trained:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of `value`."""
         shapes = [adapter.tensors.trained_shape(name) for adapter in self.adapters]
-        return (
-            (shapes[-1][0], sum(rank for _, rank in shapes))
-            if is_low_rank(name)
-            else shapes[-1]
-        )
+        if is_low_rank(name):
+            return shapes[-1][0], sum(rank for _, rank in shapes)
+        return shapes[-1]

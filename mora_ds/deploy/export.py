@@ -12,7 +12,7 @@ One tensor is in memory at a time, whatever the size of the model; neither a GPU
 DeepSpeed is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
 from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
@@ -78,9 +79,7 @@ class OpenedRun(Adapter):
 
     base: BaseCheckpoint
     domain: str | None
-    """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones
-    alone.
-    """
+    """The domain whose MoRA matrices come on top of the shared ones, if any."""
     target: BaseCheckpoint
     """The model that gets the update: the base, or another one of its shapes."""
 
@@ -90,25 +89,18 @@ class OpenedRun(Adapter):
         return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
-        """(operator, value) of everything that is added to a layer's original weight,
-        merged cycles first.
-        """
-        updates = [
-            *self.ledger.squares_of(entry.module),
-            (entry.operator, self.tensors.square(entry.module)),
-        ]
+        """(operator, value) of all that is added to a layer's original weight, in order."""
+        updates = list(self.ledger.squares_of(entry.module))
+        updates.append((entry.operator, self.tensors.square(entry.module)))
         domains = self.file.domains
         if self.domain is not None and domains is not None:
-            operator = domains.operators[entry.module]
-            updates.append(
-                (operator, self.tensors.domain_square(entry.module, self.domain))
-            )
+            square = self.tensors.domain_square(entry.module, self.domain)
+            updates.append((domains.operators[entry.module], square))
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
         """What a trained tensor's parameter becomes; trained rows among the frozen ones, a
-        product added to them.
-        """
+        product added to them."""
         tensor = self.tensors.trained(name)
         if not (is_new_rows(name) or is_low_rank(name)):
             return tensor.to(dtype)
@@ -130,27 +122,26 @@ def export_merged(
     trust_remote_code: bool = False,
     onto: Path | str | None = None,
 ) -> ExportReport:
-    """Writes the merged model of `checkpoint` to `output`, completely or not at all.
+    """Write the merged model of `checkpoint` to `output`, completely or not at all.
 
-    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is taken). `base_folder`: the
-    base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype, and with `onto` that of
-    each tensor there. `verify`: load the result and compare its logits with those recorded at save time (`logits_check`
-    has the tolerances). `domain`: of a run with domains, the one to merge with the shared MoRA matrices; "shared":
-    those alone. `delta_scale`: multiplies the update. `trust_remote_code`: `verify` may run code that comes with the
-    base, and `onto` that of tokenizers. `onto`: a model of the base's shapes to which the update is added instead.
-    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full
-    disk.
+    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is
+    taken). `base_folder`: the base, if it was moved. `dtype`: of all floating tensors;
+    "auto" is the run's compute dtype, and with `onto` that of each tensor there. `verify`:
+    load the result and compare its logits with those recorded at save time (`logits_check`
+    has the tolerances). `domain`: of a run with domains, the one to merge with the shared
+    MoRA matrices; "shared": those alone. `delta_scale`: multiplies the update.
+    `trust_remote_code`: `verify` may run code that comes with the base, and `onto` that of
+    tokenizers. `onto`: a model of the base's shapes to which the update is added instead.
+    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
+    logits that differ, or a full disk.
     """
     output = as_path(output, "export_merged: `output`")
-    checkpoint = find_adapter(
-        as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`"
-    )
-    base_folder = (
-        None
-        if base_folder is None
-        else as_path(base_folder, "export_merged: `base_folder`")
-    )
-    onto = None if onto is None else as_path(onto, "export_merged: `onto`")
+    checkpoint = as_path(checkpoint, "export_merged: `checkpoint`")
+    checkpoint = find_adapter(checkpoint, "`checkpoint`")
+    if base_folder is not None:
+        base_folder = as_path(base_folder, "export_merged: `base_folder`")
+    if onto is not None:
+        onto = as_path(onto, "export_merged: `onto`")
     if dtype != "auto":
         compute_dtype(dtype)
     if verify and (onto is not None or delta_scale != 1):
@@ -168,68 +159,58 @@ def export_merged(
         run = open_run(opened, base_folder, domain, onto, trust_remote_code)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "`verify`: base")
-            if run.file.config.base_bits == 4:
+            if adapter.config.base_bits == 4:
                 nf4.check_installed()
-        _check_output(
-            output,
-            overwrite,
-            (checkpoint, run.base.folder.resolve(), run.target.folder.resolve()),
-        )
-        as_stored = run.is_onto and dtype == "auto"
-        written = (
-            None
-            if as_stored
-            else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
-        )
-        keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
-        layout = layout_of(run.target, keys, written)
-        facts: dict[str, Any] = {}
+        read = (checkpoint, run.base.folder.resolve(), run.target.folder.resolve())
+        _check_output(output, overwrite, read)
         if run.is_onto:
-            facts = {
+            keys: Iterable[str] = run.target.keys()
+            tokenizer = None
+            measured = None
+            facts: dict[str, Any] = {
                 "put onto": str(run.target.folder),
                 "its fingerprint": run.target.fingerprint(),
+                "scale": delta_scale,
             }
-            facts["scale"] = delta_scale
+        else:
+            keys = exported_keys(run.base, run.reference)
+            tokenizer = tokenizer_of(run.folder)
+            measured = run.folder
+            facts = {}
         if adapter.domains is not None:
             facts["domain"] = run.domain or SHARED
+        # None: each tensor has the dtype of the model that gets the update.
+        written = None
+        written_text = "its own dtypes"
+        if dtype != "auto" or not run.is_onto:
+            written = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
+            written_text = dtype_name(written)
+        layout = layout_of(run.target, keys, written)
         comparison = None
         with atomic_folder(output.absolute()) as folder:
             names = write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
-            tokenizer = None if run.is_onto else tokenizer_of(run.folder)
-            write_companions(
-                run.target, folder, written, tokenizer, run.reference.config_changes
-            )
+            changes = run.reference.config_changes
+            write_companions(run.target, folder, written, tokenizer, changes)
             if verify and written is not None:
                 rounding = _rounding(run) if adapter.config.base_bits in (8, 4) else None
                 probe = run.folder / PROBE_FILE
+                logits = logits_name(run.domain)
                 comparison = compare_logits(
-                    folder,
-                    probe,
-                    written,
-                    logits_name(run.domain),
-                    rounding,
-                    trust_remote_code,
+                    folder, probe, written, logits, rounding, trust_remote_code
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
-            measured = None if run.is_onto else run.folder
-            card = model_card(
-                measured, described, run.reference, _dtype_text(written), comparison
-            )
+            card = model_card(measured, described, run.reference, written_text, comparison)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
         files=names,
         nbytes=sum(tensor_nbytes(*entry) for entry in layout.values()),
-        dtype=_dtype_text(written),
+        dtype=written_text,
         merged=len(adapter.layers),
         replaced=len(adapter.trainables),
         cycles=opened.ledger.cycles,
         comparison=comparison,
     )
-
-
-def _dtype_text(dtype: torch.dtype | None) -> str:
-    return "its own dtypes" if dtype is None else dtype_name(dtype)
 
 
 def open_run(
@@ -239,7 +220,7 @@ def open_run(
     onto: Path | None = None,
     trust_remote_code: bool = False,
 ) -> OpenedRun:
-    """Opens the base of an adapter, and the model in the folder `onto`, which gets the
+    """Open the base of an adapter, and the model in the folder `onto`, which gets the
     update. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
     base = adapter.reference.open_base(adapter.folder, base_folder, flag="`base_folder`")
@@ -250,9 +231,8 @@ def open_run(
 
 
 def _check_layers(run: OpenedRun) -> None:
-    """Raises `UserError` unless every layer and trained tensor has one tensor of the right
-    shape in the base.
-    """
+    """Raise `UserError` unless every layer and trained tensor has a tensor of its shape in
+    the base, and no tied weight is adapted at one of its places alone."""
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
@@ -265,7 +245,8 @@ def _check_layers(run: OpenedRun) -> None:
             )
     for name in run.file.trainables:
         shape: tuple[int | None, ...] = run.tensors.trained_shape(name)
-        if is_low_rank(name):  # (V + d, rank); `with_product` compares its rows
+        # (V + d, rank), which `with_product` compares with the base's rows.
+        if is_low_rank(name):
             shape = (None, None)
         elif is_new_rows(name):
             shape = (None, *shape[1:])
@@ -275,14 +256,15 @@ def _check_layers(run: OpenedRun) -> None:
 def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
     """`shape`: None stands for any length."""
     actual = run.base.shape_dtype(run.original_key(run.base, name))[0]
-    if len(actual) != len(shape) or any(
-        side not in (None, real) for side, real in zip(shape, actual, strict=True)
-    ):
+    fits = len(actual) == len(shape) and all(
+        side in (None, real) for side, real in zip(shape, actual, strict=True)
+    )
+    if not fits:
         raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuses to overwrite anything but a model, and the folders that the export reads, of
+    """Refuse to overwrite anything but a model, and the folders that the export reads, of
     which the first is the checkpoint; and to write into the checkpoint."""
     require_place(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -306,6 +288,8 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
+
+
 def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
     """What each tensor of the target becomes, by its key, in a given dtype: replaced,
     merged, or unchanged.
@@ -319,23 +303,23 @@ def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
         stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        # A target may store twice what is tied in the base
+        # A weight that is tied in the base may be stored twice in the target.
         key_in_base = run.reference.keys.get(key, key)
         if key_in_base not in trained and key_in_base not in stored:
             return run.target.read(key).to(dtype)
         rows = run.base.shape_dtype(key_in_base)[0][0]
-        # With the current cycle merged too, as the next merge would form it
+
+        def original(name: str) -> Tensor:
+            return run.target.read(name)[:rows]
+
         if key_in_base in stored:
+            # The current cycle is merged too, as the next merge would do it.
             weight = stored[key_in_base]
-            updated = weight.live(
-                lambda name: run.target.read(name)[:rows], run.updates(weight.entry), dtype
-            )
+            updated = weight.live(original, run.updates(weight.entry), dtype)
         elif run.is_onto:
-            change = (
-                run.trained(trained[key_in_base], torch.float32)
-                - run.base.read(key_in_base).float()
-            )
-            updated = (run.target.read(key)[:rows].float() + change).to(dtype)
+            new = run.trained(trained[key_in_base], torch.float32)
+            change = new - run.base.read(key_in_base).float()
+            updated = (original(key).float() + change).to(dtype)
         else:
             updated = run.trained(trained[key_in_base], dtype)
         if run.target.shape_dtype(key)[0][0] == rows:
@@ -360,26 +344,27 @@ def load_onto(
     run = open_run(Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code)
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     changes = run.reference.config_changes
-    model: Any = load_model(
-        run.target.folder, wanted, None, trust_remote_code, ONTO, changes
-    )
+    folder = run.target.folder
+    model: Any = load_model(folder, wanted, None, trust_remote_code, ONTO, changes)
     tensor_of = updated_tensors(run)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = name if name in run.target else run.reference.keys.get(name)
-        if key is not None and is_stack(key):
+        if key is None:  # what the base does not have stays as it was loaded
+            continue
+        if is_stack(key):
             experts = [
                 torch.cat([tensor_of(row, parameter.dtype) for row in rows])
                 for rows in run.target.members(key)
             ]
             parameter.copy_(torch.stack(experts))
-        elif key is not None:  # what the base does not have stays as it was loaded
+        else:
             parameter.copy_(tensor_of(key, parameter.dtype))
     return model.eval()
 
 
 def _rounding(run: OpenedRun) -> Callable[[Any], None]:
-    """Gives a loaded export the rounding of --base_bits: it then is the live model, up to
-    rounding of sums.
+    """A function that gives a loaded export the rounding of --base_bits, with which it is
+    the live model up to rounding of sums.
 
     In 8 bits a run holds the weights with all merged cycles, in 4 bits the original ones,
     beside which it keeps the matrices of merged cycles.
@@ -392,15 +377,14 @@ def _rounding(run: OpenedRun) -> Callable[[Any], None]:
             original = run.base.read(run.reference.keys[entry.weight])
             merged = run.ledger.squares_of(entry.module) if bits == 8 else ()
             exact = live_weight(original, merged, entry.transposed, torch.float32)
-            # (d_out, d_in), or a stack of such
+            # (d_out, d_in), or a stack of such.
             exact = exact.mT if entry.transposed else exact
+            frozen: QuantizedWeight
             if bits == 8:
-                rounded = Int8Weight(*quantize(exact)).dense(torch.float32)
+                frozen = Int8Weight(*quantize(exact))
             else:
-                rounded = nf4.NF4Weight(*nf4.quantize(exact), tuple(exact.shape)).dense(
-                    torch.float32
-                )
-            error = rounded - exact
+                frozen = nf4.NF4Weight(*nf4.quantize(exact), tuple(exact.shape))
+            error = frozen.dense(torch.float32) - exact
             weight = model.get_parameter(entry.weight)
             weight.copy_(weight.float().add_(error.mT if entry.transposed else error))
 

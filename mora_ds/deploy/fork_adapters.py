@@ -1,5 +1,4 @@
-"""MoRA adapters of kongds's fork of PEFT, which axolotl's `adapter: mora` writes too, as
-adapters of mora_ds.
+"""MoRA adapters of kongds's fork of PEFT, and of axolotl, read as adapters of mora_ds.
 
     adapter_config.json            use_mora, mora_type, r, base_model_name_or_path
     adapter_model.safetensors      "base_model.model.<module>.lora_A.weight" (r_hat, r_hat); lora_B is the same module
@@ -49,19 +48,15 @@ TYPES = {
 """`mora_type` -> the operator that computes the same. 5 does not exist."""
 
 _LEFT_OUT = ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication")
-"""Settings that add to the matrices, or for which the fork merges something else than it
-computes.
-"""
+"""Settings that add to the matrices, or by which the fork merges not what it computes."""
 
 
 def convert_fork(
     path: Path | str, output: Path | str, base_folder: Path | str | None = None
 ) -> list[str]:
-    """Writes the fork's adapter in the folder `path` to the new folder `output` as an
-    adapter of mora_ds.
-
-    `base_folder`: the base, if it is not the folder that the adapter names. Returns lines
-    to print. Raises `UserError` naming the file and what is not read.
+    """Write the fork's adapter in the folder `path` to the new folder `output` as an
+    adapter of mora_ds. `base_folder`: the base, if it is not the folder that the adapter
+    names. Returns lines to print. Raises `UserError` naming the file and what is not read.
     """
     path = as_path(path, "convert_fork: `path`")
     output = as_path(output, "convert_fork: `output`")
@@ -70,16 +65,12 @@ def convert_fork(
     settings = read_json(source)
     kind, grouping = _operator(settings, source)
     squares = _matrices(path / WEIGHTS_FILE)
-    folder = (
-        entry(settings, "base_model_name_or_path", str, source)
-        if base_folder is None
-        else base_folder
-    )
-    base = BaseCheckpoint.open(folder, "`base_folder`")
+    flag = "`base_folder`"
+    if base_folder is None:
+        base_folder = entry(settings, "base_model_name_or_path", str, source)
+    base = BaseCheckpoint.open(base_folder, flag)
     with torch.device("meta"):
-        model = make_model(
-            folder_config(base.folder, flag="`base_folder`"), "`base_folder`"
-        )
+        model = make_model(folder_config(base.folder, flag=flag), flag)
     keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
     layers: dict[str, LayerEntry] = {}
     for module, square in squares.items():
@@ -117,9 +108,8 @@ def convert_fork(
         write_adapter(partial, adapter, squares, {})
         BaseReference(str(base.folder), base.fingerprint(), keys, dtype).write(partial)
         write_manifest(partial)
-    return [
-        f"wrote {output}: {len(layers)} layers, {kind.value}/{grouping.value}, of the base {base.folder}"
-    ]
+    contents = f"{len(layers)} layers, {kind.value}/{grouping.value}"
+    return [f"wrote {output}: {contents}, of the base {base.folder}"]
 
 
 def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Grouping]:
@@ -139,25 +129,19 @@ def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Gro
 
 
 def _matrices(path: Path) -> dict[str, Tensor]:
-    """Module name -> M (r_hat, r_hat). Raises `UserError` for any tensor that is not such a
-    matrix.
-    """
+    """Module name -> M (r_hat, r_hat). Raises `UserError` for any other tensor."""
     file = open_safetensors(path)
     squares: dict[str, Tensor] = {}
-    for name in sorted(file.keys()):  # lora_A before lora_B
+    # Sorted, lora_A comes before lora_B, which is the same matrix once more.
+    for name in sorted(file.keys()):
         module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
         tensor = file.get_tensor(name).float()
-        if (
-            ending == "A.weight"
-            and tensor.dim() == 2
-            and tensor.shape[0] == tensor.shape[1]
-        ):
+        is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+        if ending == "A.weight" and is_square:
             squares[module] = tensor
-        elif (
-            ending != "B.weight"
-            or module not in squares
-            or not torch.equal(tensor, squares[module])
-        ):
+            continue
+        is_repeated = module in squares and torch.equal(tensor, squares[module])
+        if ending != "B.weight" or not is_repeated:
             raise UserError(
                 f"{path}: {name} {tuple(tensor.shape)} is no matrix of MoRA, and is not read"
             )
@@ -173,7 +157,7 @@ def read_fork(path: Path, base_folder: Path | None = None) -> Iterator[Path]:
     if not (path / CONFIG_FILE).is_file():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
-        output = Path(folder) / "adapter"
+    with tempfile.TemporaryDirectory(prefix="mora_ds-") as scratch:
+        output = Path(scratch) / "adapter"
         convert_fork(path, output, base_folder)
         yield output

@@ -33,7 +33,7 @@ def push_folder(folder: Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi, get_token
 
-    # Of the client that it uses: httpx, or httpx2 from 2.4 on
+    # The error of the client that it uses: of httpx, or of httpx2 from 2.4 on.
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -44,28 +44,26 @@ def push_folder(folder: Path, repository: str) -> str:
             folder_path=folder,
             commit_message=f"Upload {folder.name} by mora_ds",
         )
-    # OSError: also huggingface_hub's own errors, and its offline mode
+    # OSErrors are also huggingface_hub's own errors, and its offline mode.
     except (HTTPError, OSError) as error:
-        text = reason(error)
-        token = get_token()
-        text = text.replace(token, "***") if token else text
+        why = reason(error)
+        if token := get_token():
+            why = why.replace(token, "***")
         raise RunError(
-            f"{FLAG} {repository}: not uploaded ({text}); hf upload {repository} FOLDER tries again"
+            f"{FLAG} {repository}: not uploaded ({why}); hf upload {repository} FOLDER tries again"
         ) from None
     return f"uploaded {folder} to {url}"
 
 
 def push_adapter(checkpoint: Path, repository: str) -> str:
-    """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as
-    `push_folder`.
-    """
+    """Upload the adapter of a checkpoint alone, with a model card. Returns and raises as
+    `push_folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         facts = export_adapter(checkpoint, folder)[0].partition(": ")[2]
         text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
         name = repository.rpartition("/")[2]
         code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
-        (folder / "README.md").write_text(
-            card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8"
-        )
+        readme = card("mora_ds", "mora", name, [text, "", *code])
+        (folder / "README.md").write_text(readme, encoding="utf-8")
         return push_folder(folder, repository)

@@ -1,5 +1,4 @@
-"""Compares an exported model with the live one, by logits on fixed tokens that were
-recorded at save time.
+"""An exported model compared with the live one, by logits recorded at save time.
 
     float32            max |difference| <= 1e-5 * max(1, max |live logit|)
     bfloat16, float16  ||difference|| / ||live logits|| <= 2 * eps * sqrt(1 + number of layers)
@@ -59,21 +58,18 @@ def compare_logits(
     change: Callable[[Any], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Loads the export in `folder` on the CPU and computes the logits of the tokens in
-    `probe`.
+    """Load the export in `folder` on the CPU, and compare its logits with those in `probe`.
 
-    `probe`, `name`: as of `read_probe`. `change`: makes a loaded export what the live model was. `trust_remote_code`:
-    run code that comes with it. Raises `RunError` when the difference exceeds the tolerance or the export lacks
-    weights; `UserError` for a damaged probe.
+    `probe`, `name`: as of `read_probe`. `change`: makes a loaded export what the live model
+    was. `trust_remote_code`: run code that comes with it. Raises `RunError` when the
+    difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged
+    probe.
     """
     from transformers import AutoModelForCausalLM
 
     tokens, live, recorded = read_probe(probe, name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -91,10 +87,7 @@ def compare_logits(
         )
     coarser = max((dtype, recorded), key=lambda candidate: torch.finfo(candidate).eps)
     comparison = _compare(
-        live,
-        logits,
-        coarser,
-        model.config.get_text_config().num_hidden_layers,
+        live, logits, coarser, model.config.get_text_config().num_hidden_layers
     )
     if not comparison.error <= comparison.tolerance:  # NaN must fail
         raise RunError(f"the export does not match: {comparison.line()}")
@@ -122,9 +115,7 @@ def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int) -> C
     largest = difference.abs().max().item()
     if dtype is torch.float32:
         return Comparison(
-            largest,
-            largest,
-            FP32_TOLERANCE * max(1.0, live.abs().max().item()),
+            largest, largest, FP32_TOLERANCE * max(1.0, live.abs().max().item())
         )
     relative = (difference.norm() / live.norm()).item()
     return Comparison(largest, relative, 2 * torch.finfo(dtype).eps * math.sqrt(1 + layers))

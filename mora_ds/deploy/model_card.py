@@ -39,21 +39,17 @@ def model_card(
     if comparison is not None:
         facts["verified"] = comparison.line()
     text = [
-        "Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."
-    ]
-    text += [
+        "Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()),
     ]
+    text += [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()]
     return card("transformers", "mora", "Merged model", text)
 
 
 def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
-    """A README.md as the Hub reads it: the library that loads the folder, tags, a title,
-    and Markdown below it.
-    """
+    """A README.md as the Hub reads it: library, tags, a title, and Markdown below it."""
     head = [
         "---",
         f"library_name: {library}",
@@ -67,23 +63,20 @@ def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
 
 
 def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
-    """Of each evaluation set before and after a run that ended at this step, from its
-    summary.
-    """
+    """Of each evaluation set before and after a run, from its summary; none if it ended at
+    another step."""
     path = checkpoint.parent.parent / SUMMARY_FILE
     summary = read_json(path) if path.is_file() else {}
     if summary.get("steps") != step:
         return {}
     before = summary.get("perplexity_before") or {}
     after = summary.get("perplexity_after") or {}
-    # A perplexity that is not finite is null there.
-    known = [
-        name for name in before if before[name] is not None and after.get(name) is not None
-    ]
-    return {
-        f"perplexity on {name}": f"{before[name]:.3f} -> {after[name]:.3f}"
-        for name in known
-    }
+    facts = {}
+    for name in before:
+        # A perplexity that is not finite is null there.
+        if before[name] is not None and after.get(name) is not None:
+            facts[f"perplexity on {name}"] = f"{before[name]:.3f} -> {after[name]:.3f}"
+    return facts
 
 
 def _cell(value: Any) -> str:

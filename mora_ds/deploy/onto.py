@@ -1,5 +1,5 @@
-"""Which models the update of a run may be put onto: ones of the base's shapes, such as an
-instruct model of the base.
+"""Which models get the update of a run: those of the base's shapes, such as its instruct
+model.
 
     base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
     base's tokens        each is in the target's tokenizer, with the same id
@@ -39,22 +39,20 @@ def open_target(
     """The model in `folder`, which is to get the update of `adapter`, of the base `base`.
     Raises `UserError` naming what does not fit, and where it is the base itself."""
     target = BaseCheckpoint.open(folder, ONTO)
-    if missing := [
-        key for key in exported_keys(base, adapter.reference) if key not in target
-    ]:
+    reference = adapter.reference
+    missing = [key for key in exported_keys(base, reference) if key not in target]
+    if missing:
         raise UserError(
             f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}"
         )
-    if different := list(
-        _different_shapes(target, base, adapter.reference, trust_remote_code)
-    ):
+    different = list(_different_shapes(target, base, reference, trust_remote_code))
+    if different:
         raise UserError(
             f"{ONTO} {folder} has {len(different)} tensor(s) of another shape than {base.folder}: "
             + "; ".join(different[:3])
         )
-    check_same_tokens(
-        tokenizer_of(adapter.folder) or base.folder, folder, ONTO, trust_remote_code
-    )
+    tokens = tokenizer_of(adapter.folder) or base.folder
+    check_same_tokens(tokens, folder, ONTO, trust_remote_code)
     if target.fingerprint() == adapter.reference.fingerprint:
         raise UserError(
             f"{ONTO} {folder} holds the weights of the base itself: leave {ONTO} out"
@@ -70,20 +68,21 @@ def _different_shapes(
 ) -> Iterator[str]:
     """A line for each tensor of the target whose shape is not that of the base's. A table
     with a row for each token of the base may have one for each token of the target."""
-    base_tokens, target_tokens = (
-        folder_config(model.folder, trust_remote_code, ONTO).get_text_config().vocab_size
-        for model in (base, target)
-    )
+
+    def tokens_of(model: BaseCheckpoint) -> int:
+        config = folder_config(model.folder, trust_remote_code, ONTO)
+        return int(config.get_text_config().vocab_size)
+
+    base_tokens = tokens_of(base)
+    target_tokens = tokens_of(target)
     for key in target.keys():  # noqa: SIM118  (not a mapping)
         key_in_base = reference.keys.get(key, key)
         if key_in_base not in base:
             continue
         shape = target.shape_dtype(key)[0]
         expected = base.shape_dtype(key_in_base)[0]
-        if (
-            shape == (target_tokens, *expected[1:])
-            and expected[0] == base_tokens <= target_tokens
-        ):
+        is_table = expected[0] == base_tokens and base_tokens <= target_tokens
+        if is_table and shape == (target_tokens, *expected[1:]):
             continue
         if shape != expected:
             yield f"{key} {shape}, not {expected}"

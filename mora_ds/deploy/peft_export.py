@@ -1,5 +1,4 @@
-"""A checkpoint as a LoRA adapter in PEFT's format, for PEFT itself and for servers such as
-vLLM.
+"""A checkpoint as a LoRA adapter of PEFT, which servers such as vLLM load too.
 
     update of a layer = delta of every merged cycle + delta of the live value = B A      A (k, d_in), B (d_out, k)
 
@@ -51,9 +50,7 @@ class _Plan:
     entry: LayerEntry
     rank: int
     is_exact: bool
-    """Whether the factors of all cycles are concatenated; otherwise the sum of deltas is
-    decomposed.
-    """
+    """Whether factors of all cycles are concatenated, not the sum of deltas decomposed."""
 
 
 @torch.no_grad()
@@ -64,7 +61,7 @@ def export_peft(
     base_folder: Path | str | None = None,
     domain: str | None = None,
 ) -> list[str]:
-    """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA
+    """Write `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA
     adapter of PEFT.
 
     `rank`: the largest rank of a layer; None: as large as it takes to be exact.
@@ -79,13 +76,12 @@ def export_peft(
         raise UserError(f"`rank` must be at least 1, got {rank}")
     require_new(output)
     opened = Adapter.open(source)
-    if experts := [
-        name for name, entry in opened.file.layers.items() if entry.operator.is_stack
-    ]:
-        raise UserError(
-            f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
-            "which merges them, or an adapter without experts in `target_modules`"
-        )
+    for name, entry in opened.file.layers.items():
+        if entry.operator.is_stack:
+            raise UserError(
+                f"{source}: {name} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
+                "which merges them, or an adapter without experts in `target_modules`"
+            )
     run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
     plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
     with atomic_folder(output.absolute()) as folder:
@@ -97,14 +93,15 @@ def export_peft(
             text += (
                 f" The run changed the base's config: load it with {json.dumps(changes)}."
             )
-        readme = card(
-            "peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"]
-        )
+        content = [text, "", "```", *lines, "```"]
+        readme = card("peft", "lora, mora", "LoRA adapter", content)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
 
 # -- factors -----------------------------------------------------------------------------------------------------------
+
+
 def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
     side = min(entry.operator.d_in, entry.operator.d_out)
     ranks = [_bound(spec) for spec, _ in run.updates(entry)]
@@ -128,21 +125,18 @@ def _bound(spec: UpdateSpec) -> float:
 
 def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared
-    norm) that they lack.
-    """
+    norm) that they lack."""
     spec = plan.entry.operator
     updates = run.updates(plan.entry)
     if plan.is_exact:
-        pairs = [
-            factors
-            for update, value in updates
-            if (factors := update.low_rank(value.float())) is not None
-        ]
-        return (
-            torch.cat([down for down, _ in pairs]),
-            torch.cat([up for _, up in pairs], dim=1),
-            0.0,
-        )
+        downs = []
+        ups = []
+        for update, value in updates:
+            factors = update.low_rank(value.float())
+            assert factors is not None, "an exact plan has factors of every update"
+            downs.append(factors[0])
+            ups.append(factors[1])
+        return torch.cat(downs), torch.cat(ups, dim=1), 0.0
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
     delta = delta.double()
@@ -151,25 +145,20 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()
-    return (
-        down.float(),
-        up.float(),
-        max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0,
-    )
+    lost = 1 - up.square().sum().item() / energy if energy else 0.0
+    return down.float(), up.float(), max(0.0, lost)
 
 
 def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str, float]:
-    """Writes the weights' file, one layer in memory at a time. Returns the share that each
-    layer lacks.
-    """
+    """Write the weights' file, one layer in memory at a time. Returns the share that each
+    layer lacks."""
     saved = dict(_saved(run))
     shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}
     for plan in plans:
-        shapes[f"{plan.entry.module}.lora_A.weight"] = (plan.rank, plan.entry.operator.d_in)
-        shapes[f"{plan.entry.module}.lora_B.weight"] = (
-            plan.entry.operator.d_out,
-            plan.rank,
-        )
+        module = plan.entry.module
+        operator = plan.entry.operator
+        shapes[f"{module}.lora_A.weight"] = (plan.rank, operator.d_in)
+        shapes[f"{module}.lora_B.weight"] = (operator.d_out, plan.rank)
     lost: dict[str, float] = {}
     layout = {f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()}
     with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {}) as writer:
@@ -179,11 +168,10 @@ def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str
             writer.write(f"{PREFIX}{module}.lora_A.weight", down)
             writer.write(f"{PREFIX}{module}.lora_B.weight", up)
         for name, (key, trained) in saved.items():
-            tensor = (
-                run.base.read(key).float()
-                if trained is None
-                else run.trained(trained, torch.float32)
-            )
+            if trained is None:
+                tensor = run.base.read(key).float()
+            else:
+                tensor = run.trained(trained, torch.float32)
             writer.write(f"{PREFIX}{name}", tensor)
     return lost
 
@@ -205,6 +193,7 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
     ranks = {plan.entry.module: plan.rank for plan in plans}
     largest = max(ranks.values())
     rank_pattern = {module: rank for module, rank in ranks.items() if rank != largest}
+    saved = sorted({name.rpartition(".")[0] for name, _ in _saved(run)})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -214,8 +203,7 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
         "rank_pattern": rank_pattern,
         "alpha_pattern": rank_pattern,
         "target_modules": list(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name, _ in _saved(run)})
-        or None,
+        "modules_to_save": saved or None,
         "fan_in_fan_out": any(plan.entry.transposed for plan in plans),
         "bias": "none",
         "lora_dropout": 0.0,

@@ -3,12 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mora_ds.common.errors import UserError, whole_number
 from mora_ds.remora.schedule import Schedule, ScheduleKind, rewarmed
@@ -36,7 +31,7 @@ class MoRACallback(TrainerCallback):
         """Set by the trainer, before its first step."""
 
     def plan(self, args: TrainingArguments, total_steps: int) -> None:
-        """Fixes the steps of merges in a run of `total_steps`."""
+        """Fix the steps of merges in a run of `total_steps`."""
         self.schedule = Schedule(
             kind=ScheduleKind.CONSTANT,
             peak=args.learning_rate,
@@ -48,8 +43,7 @@ class MoRACallback(TrainerCallback):
 
     def rewarmed(self, curve: Callable[[int], float]) -> Callable[[int], float]:
         """`curve` (0-based optimizer step -> factor of the learning rate) with a re-warmup
-        after every past merge.
-        """
+        after every merge so far."""
 
         def factor(step: int) -> float:
             run = None if self.trainer is None else self.trainer.run

@@ -1,6 +1,4 @@
-"""What of `TrainingArguments` and of the Trainer's own arguments cannot be honoured, and
-what is filled in.
-"""
+"""What of a Trainer's options cannot be honoured, and what is filled in."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,17 +25,14 @@ REFUSED_ARGUMENTS = {
 """Argument of the Trainer -> why it cannot be given."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""Values of `optim` that mean AdamW: the others name optimizers whose state merges do not
-know.
-"""
-
+"""Values of `optim` that mean AdamW. The state of other optimizers no merge knows."""
 
 WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` whose learning rate is no function of the step."""
 
 
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises one `UserError` that names everything which contradicts an adapter under
+    """Raise one `UserError` that names everything which contradicts an adapter under
     DeepSpeed. `args`: of `TrainingArguments`; `arguments`: further ones of the Trainer, by
     name."""
     refuse(_problems(args, arguments))
@@ -70,22 +65,20 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:
-    """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto"
+    """Set, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto"
     sizes: those that the adapter's parameters need, where transformers would take the
     model's hidden size. Raises `UserError` for a section that is no JSON object."""
     config = args.hf_deepspeed_config.config
     refuse(clean_sections(config))
-    optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")
-    config["optimizer"]["type"] = "AdamW" if optimizer_type == AUTO else optimizer_type
-    defaults = {
+    optimizer: DsConfig = config.setdefault("optimizer", {})
+    if optimizer.get("type", AUTO) == AUTO:
+        optimizer["type"] = "AdamW"
+    optimizer["params"] = {
         "lr": args.learning_rate,
         "betas": [args.adam_beta1, args.adam_beta2],
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
-    }
-    config["optimizer"]["params"] = {
-        **defaults,
-        **config["optimizer"].get("params", {}),
+        **optimizer.get("params", {}),
     }
     zero: DsConfig = config.setdefault("zero_optimization", {})
     zero.update(fill_bucket_sizes(config, trainable_numels)["zero_optimization"])

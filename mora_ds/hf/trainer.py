@@ -1,5 +1,4 @@
-"""`MoRATrainer`: a mixin that lets a Hugging Face Trainer train MoRA matrices under
-DeepSpeed, with the base unsharded.
+"""`MoRATrainer`: a mixin for Hugging Face's Trainer, with the base unsharded.
 
     __init__                    options are checked, the adapter is injected
     _prepare_for_training       accelerate makes the engine of `mora_ds.initialize`; a `Run` is opened around it, or
@@ -15,7 +14,6 @@ tests/hf/test_options.py fails where an upgrade renames one.
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from mora_ds.engine.accelerate import (
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.hf.callback import MoRACallback
 from mora_ds.hf.options import check_options, fill_config
+from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import resolve_folder
 from mora_ds.remora.merge import MergeReport
 from mora_ds.runtime.ranks import Ranks
@@ -50,22 +49,15 @@ _Base: Any = object
 allow_cpu()  # before `TrainingArguments` starts the process group
 
 MERGE_EVERY = "merge_every"
-"""The fact of a checkpoint by which a Trainer without `MoRACallback` knows that it would
-end the merges.
-"""
+"""The fact of a checkpoint that tells a Trainer without `MoRACallback` of earlier merges."""
 
 _SAVING = ".mora-saving"
-"""Folder in a model's folder where it is written, before its files are moved to their
-places.
-"""
+"""Folder in a model's folder where its files are written, before they are moved there."""
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)`, unsharded.
-
-    Once `TrainingArguments(deepspeed=...)` exist, transformers would shard the model at
-    stage 3 while it is loaded.
-    """
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)`, unsharded: transformers
+    itself shards a model that is loaded after `TrainingArguments(deepspeed=...)`."""
     with unsharded_loading():
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
@@ -121,20 +113,15 @@ class MoRATrainer(_Base):
         super().__init__(model, args, *arguments, **kwargs)
 
     def merge(self) -> MergeReport:
-        """Merges the MoRA matrices of all layers now, between two optimizer steps, and logs
+        """Merge the MoRA matrices of all layers now, between two optimizer steps, and log
         it. `MoRACallback` calls it. Collective."""
         report = self._open_run.merge(self.state.global_step)
         self._set_learning_rate()
-        due = self.control.should_log
-        self.log(
-            {
-                f"merge_{name}": value
-                for name, value in report.row().items()
-                if value is not None
-            }
-        )
-        # `log` takes it back, and this step's loss is still to be logged
-        self.control.should_log = due
+        facts = report.row().items()
+        should_log = self.control.should_log
+        self.log({f"merge_{name}": value for name, value in facts if value is not None})
+        # `log` takes that back, and this step's loss is still to be logged.
+        self.control.should_log = should_log
         return report
 
     # -- engine, run, learning rate ------------------------------------------------------------------------------------
@@ -156,22 +143,21 @@ class MoRATrainer(_Base):
         return prepared
 
     def _restore(self, checkpoint: str | None) -> None:
-        """Opens the run; with a folder checkpoint-N as it was then, base and learning rate
-        included.
-        """
-        resume = (
-            None if checkpoint is None else str(Path(checkpoint) / CHECKPOINTS / LATEST)
-        )
-        # The arguments', not the checkpoint's
-        base_rates = None if resume is None else self._schedule.base_lrs
-        again = self.run
-        # The live base may hold merges: it is formed anew below
-        keys = None if again is None else again.remora.keys
-        base = (
-            resolve_folder(self._base_name, Ranks.current())
-            if again is None
-            else again.remora.base
-        )
+        """Open the run; with a folder checkpoint-N as it was then, with the base of that step
+        and the learning rates of the arguments."""
+        resume = None
+        if checkpoint is not None:
+            resume = str(Path(checkpoint) / CHECKPOINTS / LATEST)
+            base_rates = self._schedule.base_lrs
+        earlier = self.run
+        base: Path | BaseCheckpoint
+        if earlier is None:
+            base = resolve_folder(self._base_name, Ranks.current())
+            keys = None
+        else:
+            # The live base may hold merges, so it is not compared: it is formed anew below.
+            base = earlier.remora.base
+            keys = earlier.remora.keys
         self.run = Run(
             self.deepspeed,
             base=base,
@@ -182,7 +168,7 @@ class MoRATrainer(_Base):
             identity={"seed": self.args.seed},
             facts={MERGE_EVERY: sum(callback.merge_every for callback in self._merging)},
         )
-        if again is not None:
+        if earlier is not None:
             self.run.remora.form_base()
         if resume is not None:
             merged_every = read_adapter(Path(resume)).facts.get(MERGE_EVERY, 0)
@@ -195,16 +181,12 @@ class MoRATrainer(_Base):
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer
-        step.
-        """
+        """Set the `LambdaLR`, and its optimizer's learning rates, to the next step."""
         step = optimizer_steps(self.deepspeed)
         schedule = self._schedule
-        factors: list[Callable[[int], float]] = schedule.lr_lambdas
-        rates = [
-            base * factor(step)
-            for base, factor in zip(schedule.base_lrs, factors, strict=True)
-        ]
+        factors = [curve(step) for curve in schedule.lr_lambdas]
+        pairs = zip(schedule.base_lrs, factors, strict=True)
+        rates = [base * factor for base, factor in pairs]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule.last_epoch = step
@@ -216,18 +198,17 @@ class MoRATrainer(_Base):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_new:
             for callback in self._merging:
-                scheduler.lr_lambdas = [
-                    callback.rewarmed(curve) for curve in scheduler.lr_lambdas
-                ]
+                curves = scheduler.lr_lambdas
+                scheduler.lr_lambdas = [callback.rewarmed(curve) for curve in curves]
         return scheduler
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> Any:
-        """Before training there is no engine, and each process evaluates its share with a
-        model of its own.
-        """
+        """As transformers' own. Before training there is no engine, and each process
+        evaluates its share with a model of its own."""
         if self.deepspeed is not None:
             return super().evaluation_loop(*arguments, **kwargs)
-        # Else transformers drops the optimizer from the DeepSpeed config
+        # Where there is none, transformers makes an engine, and drops the optimizer from the
+        # DeepSpeed config for it.
         self.deepspeed = self.model
         try:
             with bare_model(self.args.hf_deepspeed_config.dtype()):
@@ -235,25 +216,24 @@ class MoRATrainer(_Base):
         finally:
             self.deepspeed = None
             self.model_wrapped = self.model
-            # There is no engine to be destroyed
+            # It would be destroyed as an engine otherwise.
             self.accelerator.deepspeed_engine_wrapped = None
             self.accelerator._models.clear()
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """As transformers counts them, with the frozen base, which are no parameters."""
+        """As transformers counts them, and those of the base, whose weights are no
+        parameters."""
         ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        return (
-            6 * count_parameters(self.model) * ids.numel()
-            if isinstance(ids, torch.Tensor)
-            else 0
-        )
+        if not isinstance(ids, torch.Tensor):
+            return 0
+        return 6 * count_parameters(self.model) * ids.numel()
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def save_model(
         self, output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
-        """Writes the merged model, with its tokenizer, for `from_pretrained`.
+        """Write the merged model, with its tokenizer, for `from_pretrained`.
 
         A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that waits
         for the end; others hold the MoRA matrices alone. Raises `UserError` before
@@ -278,7 +258,6 @@ class MoRATrainer(_Base):
             "folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True)
         )
         run.save(self.state.global_step, folder=saving)
-
         run.export(saving, saving / "merged")
 
         def move() -> None:
@@ -292,14 +271,12 @@ class MoRATrainer(_Base):
         self._open_run.save(self.state.global_step, folder=output_dir)
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's matrices, ledger and base: merges that came after it are
-        undone.
-        """
+        """Restore the best checkpoint's matrices, ledger and base, without later merges."""
         self._restore(self.state.best_model_checkpoint)
 
     @property
     def _schedule(self) -> Any:
-        # accelerate's wrapper
+        # Within accelerate's wrapper, once there is one.
         return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
 
     @property
@@ -310,8 +287,5 @@ class MoRATrainer(_Base):
 
     @property
     def _merging(self) -> list[MoRACallback]:
-        return [
-            callback
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, MoRACallback)
-        ]
+        callbacks = self.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, MoRACallback)]

@@ -1,8 +1,6 @@
-"""`MoraConfig`: the settings of an adapter in PEFT's form, which adapter_config.json
-holds.
-"""
+"""`MoraConfig`: the settings of an adapter as PEFT has them, in adapter_config.json."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import PeftConfig
 
@@ -20,58 +18,39 @@ _TYPES = {
     "seed": int,
     "cycle": Count,
 }
-"""Of the settings that decide which matrix a layer gets: PEFT takes any value that
-adapter_config.json has.
-"""
+"""Types of the settings that decide which matrix a layer gets. PEFT itself takes any value
+that adapter_config.json has."""
 
 
 @dataclass
 class MoraConfig(PeftConfig):
     """As `mora_ds.MoRAConfig`, with PEFT's names and way to choose modules. Raises
-    `UserError` for wrong values.
-    """
+    `UserError` for wrong values."""
 
-    r: int = field(
-        default=8,
-        metadata={"help": "LoRA rank that has as many parameters as a layer's matrix."},
-    )
-    r_hat_multiple: int = field(
-        default=R_HAT_MULTIPLE, metadata={"help": "A matrix's side is a multiple of this."}
-    )
-    operator: str = field(
-        default="auto", metadata={"help": "truncate, share, decouple, rotate, or auto."}
-    )
-    grouping: str = field(
-        default="permuted",
-        metadata={"help": "permuted, plain, or a fixed grouping of share."},
-    )
-    mora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."}
-    )
-    seed: int = field(
-        default=42,
-        metadata={"help": "Seed of the permutations, hashed with the layer's name."},
-    )
-    cycle: int = field(
-        default=0,
-        metadata={"help": "Number of merges before: each cycle has other permutations."},
-    )
-    target_modules: list[str] | str | None = field(
-        default="all-linear",
-        metadata={"help": "Names or a regular expression of modules, or all-linear."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Numbers of layers."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained themselves."}
-    )
+    r: int = 8
+    """LoRA rank that has as many parameters as a layer's matrix."""
+    r_hat_multiple: int = R_HAT_MULTIPLE
+    """A matrix's side is a multiple of this."""
+    operator: str = "auto"
+    """truncate, share, decouple, rotate, or auto."""
+    grouping: str = "permuted"
+    """permuted, plain, or a fixed grouping of share."""
+    mora_dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    seed: int = 42
+    """Seed of the permutations, hashed with the layer's name."""
+    cycle: int = 0
+    """Number of merges before: each cycle has other permutations."""
+    target_modules: list[str] | str | None = "all-linear"
+    """Names or a regular expression of modules, or all-linear."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave out."""
+    layers_to_transform: list[int] | int | None = None
+    """Numbers of layers."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained themselves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,4 @@
-"""PEFT's model and layer of MoRA: a linear layer, and a square matrix for each named
-adapter.
+"""PEFT's model and layer of MoRA: a linear layer with a square matrix for each adapter.
 
 Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade
 moves what is overridden.
@@ -28,8 +27,8 @@ class MoraLinear(nn.Module, BaseTunerLayer):
     whose weight `merge` changes.
     """
 
-    # PEFT's all-linear finds a layer that has adapters already by the word Linear in its
-    # class's name.
+    # The name of this class must have the word Linear: by it PEFT's all-linear finds a
+    # layer that has adapters already.
     adapter_layer_names = ("mora_square",)
     other_param_names = ("mora_spec", "mora_dropout")
 
@@ -44,12 +43,9 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
-        """Gives the layer, called `name` in its model, an adapter whose M is zero."""
+        """Give the layer, called `name` in its model, an adapter whose M is zero."""
         spec = config.adapter().operator_for(
-            name,
-            self.in_features,
-            self.out_features,
-            config.cycle,
+            name, self.in_features, self.out_features, config.cycle
         )
         self.mora_spec[adapter] = spec
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
@@ -66,51 +62,36 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.mora_square:
                 square = self.mora_square[name].to(x.dtype)
-                result = result + mora_update(
-                    self.mora_spec[name], square, self.mora_dropout[name](x)
-                )
+                dropped = self.mora_dropout[name](x)
+                result = result + mora_update(self.mora_spec[name], square, dropped)
         return result
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        """Adds the deltas of `adapter_names`, by default the active ones, to the weight:
-        summed in fp32, rounded once.
-
-        Raises `UserError`, with `safe_merge`, for a sum that is not finite; the weight is
-        then as it was.
-        """
-        names = [
-            name
-            for name in check_adapters_to_merge(self, adapter_names)
-            if name in self.mora_square
-        ]
+        """Add the deltas of `adapter_names`, by default the active ones, to the weight:
+        summed in fp32, rounded once. Raises `UserError`, with `safe_merge`, for a sum that
+        is not finite; the weight is then as it was."""
+        chosen = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in chosen if name in self.mora_square]
         self._add_to_weight(names, 1, safe_merge)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Subtracts what `merge` has added; in low precision the weight comes back but for
-        its rounding.
-        """
+        """Subtract what `merge` has added. In low precision the weight comes back but for
+        its rounding."""
         self._add_to_weight(self.merged_adapters, -1, False)
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the weight in its layout, fp32: (d_out, d_in), or (d_in, d_out) of
-        a `Conv1D`.
-        """
-        delta = delta_weight(
-            self.mora_spec[adapter], self.mora_square[adapter].detach().float()
-        )
+        """The update of the weight in its layout, in fp32: (d_out, d_in), of a `Conv1D`
+        (d_in, d_out)."""
+        square = self.mora_square[adapter].detach().float()
+        delta = delta_weight(self.mora_spec[adapter], square)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     @torch.no_grad()
-    def _add_to_weight(
-        self,
-        names: list[str],
-        sign: int,
-        check: bool,
-    ) -> None:
+    def _add_to_weight(self, names: list[str], sign: int, check: bool) -> None:
         if not names:
             return
         weight: Any = self.get_base_layer().weight
@@ -132,9 +113,8 @@ class MoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters it around `forward` and `generate`, which never see `adapter_names`,
-        an adapter for each row.
-        """
+        """Entered by PEFT around `forward` and `generate`, which never see `adapter_names`,
+        an adapter for each row."""
         if kwargs.get("adapter_names") is not None:
             raise UserError(
                 "adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter"
@@ -148,11 +128,8 @@ class MoraModel(BaseTuner):
         if isinstance(target, MoraLinear):
             target.add(adapter_name, peft_config, current_key)
             return
-        if (
-            isinstance(target, BaseTunerLayer)
-            or not is_linear(target)
-            or not target.weight.is_floating_point()
-        ):
+        is_layer = is_linear(target) and not isinstance(target, BaseTunerLayer)
+        if not is_layer or not target.weight.is_floating_point():
             raise UserError(
                 f"target_modules includes {current_key!r}, a {type(target).__name__}: MoRA adapts nn.Linear and Conv1D "
                 "with floating-point weights"
@@ -160,7 +137,7 @@ class MoraModel(BaseTuner):
         layer = MoraLinear(target)
         layer._active_adapter = adapter_name
         layer.add(adapter_name, peft_config, current_key)
-        # A further adapter is not trained until `set_adapter`
+        # A further adapter is not trained before `set_adapter` names it.
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -17,12 +17,11 @@ PREFIX = "mora_"
 
 
 def register(config: Any, model: Any) -> None:
-    """Makes the method known to `get_peft_model` and `PeftModel.from_pretrained`, once a
-    process.
-    """
+    """Make the method known to `get_peft_model` and `PeftModel.from_pretrained`."""
     if PEFT_TYPE in PeftType.__members__:
         return
-    # Of an enum whose members are their own names: Python has no public way
+    # Python has no public way to add a member to an enum. Those of this one are texts,
+    # which are their own names.
     member = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = member._value_ = PEFT_TYPE
     setattr(PeftType, PEFT_TYPE, member)
@@ -30,8 +29,5 @@ def register(config: Any, model: Any) -> None:
     PeftType._member_map_[PEFT_TYPE] = member
     PeftType._value2member_map_[PEFT_TYPE] = member
     register_peft_method(
-        name=PEFT_TYPE.lower(),
-        config_cls=config,
-        model_cls=model,
-        prefix=PREFIX,
+        name=PEFT_TYPE.lower(), config_cls=config, model_cls=model, prefix=PREFIX
     )

@@ -21,12 +21,7 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.data import (
-    load_corpus,
-    load_tokenizer,
-    train_sentencepiece,
-    write_demo_corpus,
-)
+from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.models.load import create_base
 from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain

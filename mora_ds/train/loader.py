@@ -57,11 +57,7 @@ class BatchLoader:
     """This process's batches of the steps up to `last_step`."""
 
     def __init__(
-        self,
-        data: Mixture,
-        replica: Replica,
-        training: TrainingArguments,
-        last_step: int,
+        self, data: Mixture, replica: Replica, training: TrainingArguments, last_step: int
     ) -> None:
         self.data = data
         self.replica = replica
@@ -76,9 +72,8 @@ class BatchLoader:
         """The batch that `take` returns next, if reading it has begun."""
 
     def take(self, step: int) -> StepBatch:
-        """The micro-batches of `step`, the number of steps done before it; raises what
-        reading them has raised.
-        """
+        """The micro-batches of `step`, before which as many steps are done. Raises what
+        reading them has raised."""
         if self._ahead is None:  # the first step of this process
             self._begin(step)
         assert self._ahead is not None, "there is a batch for every step of the run"

@@ -70,9 +70,7 @@ def source_facts(sums: Sequence[float], tokens: Mapping[str, int]) -> dict[str, 
 
 
 def step_line(row: Facts, total_steps: int) -> str:
-    """What is printed of a step's row. The time left is that of the other steps, if each
-    takes as long.
-    """
+    """What is printed of a step's row; the time left if every step takes as long."""
     step = row["step"]
     cells = [
         f"step {step:>{len(str(total_steps))}}/{total_steps}",

@@ -98,9 +98,7 @@ def pretrain(arguments: Arguments) -> JsonObject:
 
 
 def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
-    """Everything before the first step, with all checks. Collective; an error of one rank
-    is one of all ranks.
-    """
+    """Everything before the first step. Collective: an error of one rank is one of all."""
     model = arguments.model
     adapter = arguments.adapter
     training = arguments.training
@@ -238,7 +236,7 @@ def _reserve(
             checkpoint = resume_checkpoint(str(parent), root, DECAY)
             assert checkpoint is not None, "only auto may find none"
             state = _branch(checkpoint, root)
-            # What the branch's own checkpoints have, and the parent's not
+            # The branch's own checkpoints have it in their identity; the parent's have not.
             state.identity.update(branch)
     continues = wanted == AUTO
     if checkpoint is not None and state is not None:
@@ -294,7 +292,7 @@ def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: i
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
         return steps
-    # Read as a decimal: 1.1 times 10 rows are 11
+    # The number is read as a decimal: 1.1 times 10 rows are 11, and not 11.000000000000002.
     rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks
     steps = max(1, math.ceil(rows / training.rows_per_step(world)))
     return steps if limit is None else min(steps, limit)

@@ -45,7 +45,7 @@ NODE_SETTINGS = frozenset(
     {
         "output_dir",  # one folder may be mounted in different places
         "cache_dir", "preprocessing_workers",
-        # The model's config and the tokenizer are compared
+        # The model's config and the tokenizer are compared themselves.
         "model_name_or_path", "model_config", "tokenizer_name",
         "train_files", "eval_files", "dataset_name",  # the tokens are compared
         "deepspeed", "mixture",  # the content is compared
@@ -129,7 +129,7 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
         replace(source, files=(), dataset=None) for source in plan.sources
     ]
     settings["weights of the mixture"] = plan.phases
-    ds_config = load_ds_config(_deepspeed_file(arguments.training))
+    ds_config = load_ds_config(deepspeed_file(arguments.training))
     settings |= flattened(ds_config, "--deepspeed: ")
     for package in PACKAGES:
         settings[f"version of {package}"] = version(package)
@@ -137,7 +137,8 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     return settings
 
 
-def _deepspeed_file(training: TrainingArguments) -> Path | None:
+def deepspeed_file(training: TrainingArguments) -> Path | None:
+    """The file of --deepspeed, where it is given."""
     if training.deepspeed is None:
         return None
     return expanded(training.deepspeed, "--deepspeed")
@@ -150,7 +151,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
     replicas = world // training.ranks_per_replica
-    config = resolve_ds_config(_deepspeed_file(training), settings, replicas)
+    config = resolve_ds_config(deepspeed_file(training), settings, replicas)
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
