@@ -33,9 +33,7 @@ class Trained:
     layer: int
     """Elements of the parameters of the largest decoder layer."""
     squares: int
-    """How many of the parameters are MoRA matrices, which have one moment where the
-    optimizer is Muon.
-    """
+    """How many of the parameters are MoRA matrices, of which Muon has one moment."""
     ranks: int
     """Number of ranks over which ZeRO shards."""
     bytes_each: int
@@ -44,9 +42,7 @@ class Trained:
     """The complete DeepSpeed config."""
     muon: bool = False
     on_cpu: bool = False
-    """Whether ranks compute on CPUs: torch's Adam then makes two temporary tensors instead
-    of one.
-    """
+    """Whether ranks compute on CPUs, where torch's Adam makes one more temporary tensor."""
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -65,23 +61,18 @@ class Trained:
     @property
     def shard(self) -> int:
         """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the
-        ranks, 1 and 2 the sum.
-        """
+        ranks, stages 1 and 2 the sum."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
         return -(-self.total // self.ranks)
 
     @property
     def persistent(self) -> tuple[int, ...]:
-        """Sizes of the parameters that ZeRO-3 gathers once a step and keeps (its
-        persistence threshold).
-        """
-        most = (
-            self.zero["stage3_param_persistence_threshold"]
-            if self.stage == 3 and self.ranks > 1
-            else -1
-        )
-        return tuple(numel for numel in self.numels if numel <= most)
+        """Sizes of the parameters that ZeRO-3 gathers once a step and keeps."""
+        if self.stage < 3 or self.ranks == 1:
+            return ()
+        threshold = self.zero["stage3_param_persistence_threshold"]
+        return tuple(numel for numel in self.numels if numel <= threshold)
 
     @property
     def offloads(self) -> bool:
@@ -90,9 +81,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Gathers:
-    """What ZeRO-3 gathers on one rank in one micro-batch, in elements of unsharded
-    parameters.
-    """
+    """What ZeRO-3 gathers on a rank in a micro-batch, in elements of whole parameters."""
 
     elements: int = 0
     """Each parameter counted as often as it is gathered."""
@@ -130,14 +119,10 @@ def gathers(trained: Trained) -> Gathers:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, on the device except for `host_optimizer`, `host_save` and
-    `host_base`.
-    """
+    """Bytes of one rank, on its device but for `host_optimizer`, `host_save`, `host_base`."""
 
     base: int
-    """The frozen base, or the part of it that is on the device, and the model's other
-    buffers.
-    """
+    """The frozen base, or its part on the device, and the model's other buffers."""
     tables: int
     """Index tables of the operators."""
     squares: int
@@ -169,15 +154,8 @@ class RankMemory:
     @property
     def static(self) -> int:
         """What is allocated all the time."""
-        return (
-            self.base
-            + self.tables
-            + self.squares
-            + self.masters
-            + self.moments
-            + self.gradients
-            + self.bucket
-        )
+        of_optimizer = self.masters + self.moments + self.gradients + self.bucket
+        return self.base + self.tables + self.squares + of_optimizer
 
     @property
     def _on_top(self) -> dict[str, int]:
@@ -225,6 +203,7 @@ def rank_memory(
     largest = max(trained.numels, default=0) * FP32
     host_base = 0 if streamed is None else streamed.total
     buffers = 0 if streamed is None else streamed.on_device
+    step_peak = max(step.peak, _reduction_bytes(trained))
     return RankMemory(
         base=base_bytes - host_base + buffers,
         tables=step.tables,
@@ -233,9 +212,7 @@ def rank_memory(
         bucket=trained.zero["reduce_bucket_size"] * itemsize,
         gathered=unsharded,
         activations=step.saved,
-        forward_backward=unsharded
-        + output_buffer
-        + max(step.peak, _reduction_bytes(trained)),
+        forward_backward=unsharded + output_buffer + step_peak,
         optimizer_step=max(persistent, temporary),
         merge=merge + 2 * largest + persistent if merge else 0,
         save=2 * largest + persistent,
@@ -261,17 +238,15 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
 
 
 def _muon_bytes(trained: Trained) -> int:
-    """The gradients and momentums that Muon gathers at a time (stage3.py,
-    `_muon_update_sub_group`).
-    """
+    """What Muon gathers at a time (stage3.py, `_muon_update_sub_group`): gradients and
+    momentums."""
     matrices = trained.numels[: trained.squares]
     return 2 * FP32 * min(trained.zero["reduce_bucket_size"], sum(matrices))
 
 
 def _reduction_bytes(trained: Trained) -> int:
     """What reducing a full gradient bucket takes: the shards in order, and under ZeRO-3
-    this rank's in fp32.
-    """
+    those of this rank in fp32."""
     filled = min(trained.zero["reduce_bucket_size"], trained.total)
     if trained.stage != 3:
         return filled * trained.bytes_each
@@ -281,9 +256,8 @@ def _reduction_bytes(trained: Trained) -> int:
 
 
 def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:
-    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to
-    its ranks.
-    """
+    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to a
+    multiple of the ranks."""
     if trained.ranks == 1:
         return 0
     if trained.stage < 3:

@@ -1,5 +1,4 @@
-"""Counts the bytes that torch code allocates, by storages: on real tensors, or on meta
-tensors, which have no memory.
+"""The bytes that torch code allocates, counted by storages, on real or on meta tensors.
 
     with MemoryMeter(known=model tensors) as meter: ...      meter.live, meter.peak in bytes
 
@@ -24,8 +23,7 @@ from mora_ds.common.errors import UserError
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of the storages that operators create while it is entered, until they are
-    freed, even after it is left.
+    """Bytes of the storages that operators create while it is entered, until each is freed.
 
     `known`: tensors that existed before, which are not counted. Inputs of operators that
     were not created within count as known too, so that in-place operators need no list of
@@ -65,7 +63,7 @@ class MemoryMeter(TorchDispatchMode):
         key = storage._cdata
         if key not in self._known and key not in self._sizes:
             self._known.add(key)
-            # Another storage may get its address
+            # Once it is freed, another storage may get its address.
             weakref.finalize(storage, self._known.discard, key)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -93,11 +91,8 @@ def fused_attention() -> Iterator[None]:
     sdpa = F.scaled_dot_product_attention
 
     def fused(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (
-            _attend(query, *args, **kwargs)
-            if query.is_meta
-            else sdpa(query, *args, **kwargs)
-        )
+        attend = _attend if query.is_meta else sdpa
+        return attend(query, *args, **kwargs)
 
     F.scaled_dot_product_attention = fused
     try:
@@ -110,9 +105,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of (B, H, T, D) queries, allocating as a fused kernel does; returns (B, H,
-    T, D).
-    """
+    """Attention of queries (B, H, T, D), which allocates as a fused kernel does."""
     del is_causal, enable_gqa
     if attn_mask is not None:
         attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])

@@ -1,5 +1,4 @@
-"""Whether a run fits and what it sends: one plan of a run on a cluster, from a model's
-config alone.
+"""Whether a run fits and what it sends: its plan, from a model's config alone.
 
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch and checkpointing chosen
@@ -72,9 +71,7 @@ class Plan:
     trained: Trained
     memory: RankMemory
     gathered: int
-    """All-gather volume of trained parameters in a step: bytes of complete outputs, as a
-    rank's counter sees them.
-    """
+    """All-gather volume of a step: bytes of complete outputs, as a rank's counter has it."""
     reduced: int
     """Bytes of their gradients that are reduced in a step, counted likewise."""
     base_elements: int
@@ -83,20 +80,15 @@ class Plan:
     copied: int
     """Bytes of the base that are copied from host memory to a device in a step."""
     a_merge_adds: int
-    """Bytes on every rank (`merge_bytes`); not in `memory`, as the number of merges is not
-    known.
-    """
+    """Bytes on every rank (`merge_bytes`), not in `memory`: nobody knows how many merges."""
 
     @property
     def sent(self) -> float:
         """Bytes that a rank of a ring sends in a step for ZeRO's collectives."""
         # An all-reduce also gathers what it has reduced.
         reductions = 1 if self.trained.zero.get("reduce_scatter", True) else 2
-        return (
-            (self.gathered + reductions * self.reduced)
-            * (self.trained.ranks - 1)
-            / self.trained.ranks
-        )
+        volume = self.gathered + reductions * self.reduced
+        return volume * (self.trained.ranks - 1) / self.trained.ranks
 
     @property
     def fits(self) -> bool:
@@ -108,9 +100,8 @@ class Plan:
         offloaded optimizer states, and what rank 0 collects to save. Merged weights are in
         memory that the ranks share, in place of the files."""
         ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)
-        return (
-            self.files + ranks_of_node * self.memory.host_optimizer + self.memory.host_save
-        )
+        offloaded = ranks_of_node * self.memory.host_optimizer
+        return self.files + offloaded + self.memory.host_save
 
     @property
     def files(self) -> int:
@@ -124,9 +115,7 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Makes plans of one model and cluster that differ in micro-batch and checkpointing;
-    measures each once.
-    """
+    """Plans of one model and cluster that differ in micro-batch and checkpointing."""
 
     work: Work
     cluster: Cluster
@@ -137,7 +126,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._steps: dict[tuple[int, bool], StepMemory] = {}
-        """By micro-batch size and checkpointing."""
+        """Measured once, by micro-batch size and checkpointing."""
 
     def plan(self, **changes: Any) -> Plan:
         """The plan, with `changes` of the work's micro-batch or checkpointing. Raises
@@ -149,12 +138,7 @@ class Planner:
         gathered = gathers(trained)
         streamed = self.streamed() if work.base_on_host else None
         memory = rank_memory(
-            model.base_bytes,
-            model.merge,
-            self._step(work),
-            trained,
-            gathered,
-            streamed,
+            model.base_bytes, model.merge, self._step(work), trained, gathered, streamed
         )
         return Plan(
             work=work,
@@ -218,16 +202,13 @@ class _MeasuredModel:
 
     def __init__(self, work: Work) -> None:
         model = planned_model(work)
-        self.unsplit = (
-            model
-            if work.tensor_parallel == 1
-            else planned_model(replace(work, tensor_parallel=1))
-        )
+        self.unsplit = model
+        if work.tensor_parallel > 1:
+            self.unsplit = planned_model(replace(work, tensor_parallel=1))
         self.numels = tuple(trainable_numels(self.unsplit, work.tensor_parallel))
         layers = find_decoder_layers(model).values()
-        self.layer = max(
-            (sum(map(Tensor.numel, layer.parameters())) for layer in layers), default=0
-        )
+        layer_numels = [sum(map(Tensor.numel, layer.parameters())) for layer in layers]
+        self.layer = max(layer_numels, default=0)
         self.squares = len(mora_layers(model))
         self.base_elements = 0 if work.adapter is None else base_elements(model)
         self.base_bytes = base_bytes(model)
@@ -248,8 +229,10 @@ def place_base(planner: Planner, device: BaseDevice) -> Planner:
     if device is BaseDevice.HOST:
         return on_host
     can_be_there = work.adapter is not None and work.tensor_parallel == 1
-    stays = device is BaseDevice.DEVICE or not can_be_there
-    return planner if stays or (planner.base_fits and planner.plan().fits) else on_host
+    if device is BaseDevice.DEVICE or not can_be_there:
+        return planner
+    fits = planner.base_fits and planner.plan().fits
+    return planner if fits else on_host
 
 
 def recommend(planner: Planner) -> Plan | None:
@@ -275,7 +258,8 @@ def _largest(planner: Planner, checkpointing: bool) -> Plan | None:
     # Activations grow by about the same bytes with each row: two measurements say where to
     # begin.
     row = plan_of(2).memory.forward_backward - one.memory.forward_backward
-    free = USABLE * planner.cluster.memory - one.memory.static - one.memory.forward_backward
+    free = USABLE * planner.cluster.memory - one.memory.static
+    free -= one.memory.forward_backward
     micro_batch = 2 ** int(math.log2(min(LARGEST_MICRO_BATCH, 1 + free // max(row, 1))))
     while not (plan := plan_of(micro_batch)).fits:
         micro_batch //= 2

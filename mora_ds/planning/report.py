@@ -28,13 +28,14 @@ def verdict(plan: Plan) -> str:
         return f"it fits: {peak} of {capacity} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base <= USABLE * plan.cluster.memory:
         return f"it does not fit: {peak} at the peak, in {plan.memory.peaks_in}; a device has {capacity}"
-    bits = (
-        "" if plan.work.adapter is None else FEWER_BITS.get(plan.work.adapter.base_bits, "")
-    )
-    host = "" if plan.work.base_on_host else ", or --base_device host"
+    advice = "use devices with more memory, a smaller base"
+    if plan.work.adapter is not None:
+        advice += FEWER_BITS.get(plan.work.adapter.base_bits, "")
+    if not plan.work.base_on_host:
+        advice += ", or --base_device host"
     return (
         f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has {capacity}. "
-        f"The base is never sharded: use devices with more memory, a smaller base{bits}{host}"
+        f"The base is never sharded: {advice}"
     )
 
 
@@ -54,6 +55,7 @@ def _head(plan: Plan) -> list[str]:
 def _settings(plan: Plan) -> dict[str, Any]:
     """The flags of training that decide what a micro-batch takes."""
     work = plan.work
+    base_device = BaseDevice.HOST if work.base_on_host else BaseDevice.DEVICE
     return {
         "per_device_train_batch_size": work.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
@@ -61,9 +63,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "tensor_parallel_size": work.tensor_parallel,
         "sequence_parallel_size": work.sequence_parallel,
         "gradient_checkpointing": work.checkpointing,
-        "base_device": BaseDevice.HOST.value
-        if work.base_on_host
-        else BaseDevice.DEVICE.value,
+        "base_device": base_device.value,
     }
 
 
@@ -71,6 +71,10 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     """(name, bytes, note) of each line."""
     memory = plan.memory
     in_host_memory = "in host memory" if plan.trained.offloads else ""
+    share = f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""
+    activations = f"activations {size_text(memory.activations)}"
+    gathered = f"gathered MoRA matrices {size_text(memory.gathered)}"
+    collected = f"rank 0 collects {size_text(memory.host_save)} in host memory"
     base = "never sharded"
     if memory.host_base:
         base = f"{size_text(memory.host_base)} more in host memory, unsharded, of which two layers are here"
@@ -79,41 +83,24 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     rows: list[tuple[str, float, str]] = [
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
-        (
-            "MoRA matrices, this shard",
-            memory.squares,
-            f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else "",
-        ),
+        ("MoRA matrices, this shard", memory.squares, share),
         ("fp32 masters", memory.masters, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
         ("gradients", memory.gradients, ""),
         ("gradient bucket", memory.bucket, ""),
         ("= static memory", memory.static, ""),
-        (
-            "+ forward and backward",
-            memory.forward_backward,
-            f"activations {size_text(memory.activations)}; gathered MoRA matrices {size_text(memory.gathered)}",
-        ),
+        ("+ forward and backward", memory.forward_backward, f"{activations}; {gathered}"),
         ("+ or: optimizer's step", memory.optimizer_step, ""),
         ("+ or: a merge", memory.merge, ""),
-        (
-            "+ or: a save",
-            memory.save,
-            f"rank 0 collects {size_text(memory.host_save)} in host memory",
-        ),
+        ("+ or: a save", memory.save, collected),
         ("= peak", memory.peak, memory.peaks_in),
         ("host memory of a node", plan.host_memory, "the base once"),
         ("all-gather volume", plan.gathered, "what is trained; base 0"),
         ("sent a step and GPU", plan.sent, "by ZeRO"),
     ]
     if plan.a_merge_adds:
-        rows.append(
-            (
-                "each merge adds",
-                plan.a_merge_adds,
-                "its matrices, unsharded, and index tables",
-            )
-        )
+        kinds = "its matrices, unsharded, and index tables"
+        rows.append(("each merge adds", plan.a_merge_adds, kinds))
     if plan.copied:
         rows.append(("copied from host memory", plan.copied, "the base, a step and GPU"))
     return rows

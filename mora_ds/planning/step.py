@@ -1,7 +1,6 @@
 """Memory of one micro-batch, counted on the meta device.
 
-    config -> model on the meta device, injected, split over t ranks -> forward and backward
-    under a `MemoryMeter`
+    config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
 
 Nothing is estimated: the run's own code allocates and its storages are counted, without
 memory behind them. So the figures hold for any model that trains, and follow every change
@@ -55,14 +54,10 @@ class Work:
     """Whether rows hold several documents, so that attention reads a mask."""
     attn_implementation: str | None = None
     by_documents: bool = False
-    """Whether attention is document by document; planned with documents as long as the
-    rows.
-    """
+    """Whether attention is document by document, planned for one document a row."""
     trust_remote_code: bool = False
     base_on_host: bool = False
-    """Whether the decoder layers' frozen weights are in host memory (--base_device
-    host).
-    """
+    """Whether the decoder layers' frozen weights are in host memory."""
 
     @property
     def tokens(self) -> int:
@@ -76,9 +71,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one micro-batch on one rank, in addition to weights and the engine's
-    state.
-    """
+    """Bytes of one micro-batch on one rank, beside weights and the engine's state."""
 
     saved: int
     """Saved activations at the end of forward, logits and loss included."""
@@ -88,9 +81,7 @@ class StepMemory:
 
 
 class _SingleRank(Topology):
-    """A rank of a tensor-parallel group without the other ranks: collectives return tensors
-    of the right shapes.
-    """
+    """A rank of a tensor-parallel group alone: collectives return tensors of the shapes."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -108,11 +99,11 @@ def step_memory(work: Work) -> StepMemory:
     constant plus a multiple of the number of layers."""
     layers = work.layers
     period = layer_period(work.config)
-    # Every layer may then be different
-    planned = work.adapter is not None and work.adapter.planned_layers
-    if layers <= 3 * period or planned:
+    # By a plan of targets every layer may be different.
+    is_planned = work.adapter is not None and work.adapter.planned_layers
+    if layers <= 3 * period or is_planned:
         return measure_step(planned_model(work), work)
-    # As many layers beyond complete periods as the model has
+    # Both have as many layers beyond complete periods as the model has.
     short = layers % period + 2 * period
     shallow = with_layers(work, short)
     deeper = with_layers(work, short + period)
@@ -120,18 +111,16 @@ def step_memory(work: Work) -> StepMemory:
     second = measure_step(planned_model(deeper), deeper)
     times = (layers - short) // period
     return StepMemory(
-        **{
-            name: value + times * (getattr(second, name) - value)
-            for name, value in vars(first).items()
-        }
+        saved=first.saved + times * (second.saved - first.saved),
+        peak=first.peak + times * (second.peak - first.peak),
+        tables=first.tables + times * (second.tables - first.tables),
     )
 
 
 @named_as_flags(**FLAGS)
 def planned_model(work: Work) -> Any:
     """The model on the meta device, injected, as rank 0 of its group has it. Raises
-    `UserError` as `inject` does.
-    """
+    `UserError` as `inject` does."""
     with torch.device("meta"):
         model = make_model(
             work.config,
@@ -148,12 +137,13 @@ def planned_model(work: Work) -> Any:
         )
     if work.adapter is not None:
         inject(model, work.adapter)
-        # As after the first merge, when a row uses two matrices
-        if (domains := domains_of(model)).names:
+        domains = domains_of(model)
+        if domains.names:
+            # From the first merge on a row uses two matrices of other operators.
             set_cycle(model, work.adapter, 1)
             domains.set([domains.names[0]] * work.micro_batch)
         for layer in quantized_layers(model).values():
-            # As after a merge, when it is added to the weight of the moment
+            # From the first merge on a layer in 4 bits keeps what was merged.
             if layer.is_packed:
                 layer.keep_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
@@ -168,8 +158,8 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     that the meta device cannot run."""
     _clear_tables()
     batch = _batch(work)
+    # ZeRO moves each gradient into its bucket at once.
     handles = [
-        # ZeRO moves each into its bucket at once
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
         for parameter in model.parameters()
     ]
@@ -178,17 +168,18 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
         with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention():
+            # The first pass makes the tables; the peak is that of the second one alone.
             with torch.no_grad():
-                token_nll(model, batch)  # the first pass makes the tables
+                token_nll(model, batch)
             lasting = meter.live
-            meter.peak = lasting  # of the second pass alone
+            meter.peak = lasting
             loss = token_nll(model, batch)
             saved = meter.live
             loss.backward()
             del loss
     except UserError:
         raise
-    # A kernel that torch has for devices only
+    # Some kernels torch has for real devices alone.
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"this model cannot be planned (--dry_run, mora-ds plan) in {work.dtype}, --bf16 may help: {reason(error)}"
@@ -207,7 +198,7 @@ def measure_merge(model: nn.Module) -> int:
     if not layers:
         return 0
     layer = max(layers, key=lambda candidate: math.prod(candidate.shape))
-    # memory-mapped from a file
+    # It is memory-mapped from a file, and takes no memory of its own.
     original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
         value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
@@ -217,17 +208,13 @@ def measure_merge(model: nn.Module) -> int:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the frozen base and of the model's other buffers, such as rotary
-    frequencies.
-    """
+    """Bytes of the frozen base and of other buffers, such as rotary frequencies."""
     return sum({id(tensor): tensor.nbytes for tensor in model.buffers()}.values())
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """The frozen weights that stay in host memory, and what a device holds of them
-    (`engine.base_ring`).
-    """
+    """The frozen weights in host memory, and what a device has of them (`base_ring`)."""
 
     layers: tuple[int, ...]
     """Bytes of each decoder layer's."""
@@ -237,17 +224,14 @@ class Streamed:
 
     @classmethod
     def of(cls, model: nn.Module) -> Streamed:
-        """Raises `UserError` for a model whose decoder layers are not found."""
-        weights = [list(tensors.values()) for tensors in weights_of_layers(model).values()]
-        sizes = tuple(
-            sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-            for tensors in weights
-        )
-        return cls(
-            sizes,
-            min(BUFFERS, len(sizes)),
-            max(stored_bytes(tensors) for tensors in weights),
-        )
+        """Raise `UserError` for a model whose decoder layers are not found."""
+        sizes = []
+        slots = []
+        for tensors in weights_of_layers(model).values():
+            by_id = {id(tensor): tensor.nbytes for tensor in tensors.values()}
+            sizes.append(sum(by_id.values()))
+            slots.append(stored_bytes(list(tensors.values())))
+        return cls(tuple(sizes), min(BUFFERS, len(sizes)), max(slots))
 
     @property
     def total(self) -> int:
@@ -265,9 +249,7 @@ class Streamed:
 
 
 def with_layers(work: Work, layers: int) -> Work:
-    """The same work for a model with another number of layers; lists with an entry a layer
-    are cut.
-    """
+    """The same work for a model of fewer layers. Lists with an entry a layer are cut."""
     config = copy.deepcopy(work.config)
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
@@ -278,26 +260,18 @@ def with_layers(work: Work, layers: int) -> Work:
 
 
 def layer_period(config: Any) -> int:
-    """After how many layers the kinds of layers repeat; the number of layers where they do
-    not.
-    """
+    """After how many layers the kinds of layers repeat; if they do not, the number of all."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    # By these settings some layers have experts, and others have none.
+    names = ("mlp_only_layers", "first_k_dense_replace")
     sparse_step = getattr(text, "decoder_sparse_step", None) or 1
-    if (
-        getattr(text, "mlp_only_layers", None)
-        or getattr(text, "first_k_dense_replace", None)
-        or sparse_step > 1
-    ):
-        return len(kinds)  # some layers have experts, others do not
-    return next(
-        (
-            size
-            for size in range(1, len(kinds))
-            if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))
-        ),
-        len(kinds),
-    )
+    if sparse_step > 1 or any(getattr(text, name, None) for name in names):
+        return len(kinds)
+    for size in range(1, len(kinds)):
+        if kinds[size:] == kinds[:-size]:
+            return size
+    return len(kinds)
 
 
 def _batch(work: Work) -> dict[str, Any]:

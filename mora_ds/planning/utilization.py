@@ -1,5 +1,4 @@
-"""What share of a GPU's arithmetic a run uses (MFU): model FLOPs a token, counted from
-shapes, and the peaks of cards.
+"""What share of a GPU's arithmetic a run uses (MFU): FLOPs a token, and peaks of cards.
 
 Counted is what the model's definition asks for, forward and backward, without what is computed again or gathered:
 
@@ -25,13 +24,12 @@ the first that fits. From NVIDIA's data sheets, whose figures with sparsity are 
 
 
 def peak_flops(card: str) -> float | None:
-    """The dense operations a second of a card, in bf16 or fp16; None for one that the table
-    does not have.
-    """
+    """The dense operations a second of a card in bf16 or fp16, where the table has it."""
     words = f" {card.replace('-', ' ')} "
-    return next(
-        (1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None
-    )
+    for name, peak in PEAK_TFLOPS.items():
+        if f" {name} " in words:
+            return 1e12 * peak
+    return None
 
 
 def token_flops(model: Any, length: int) -> float:
@@ -39,30 +37,28 @@ def token_flops(model: Any, length: int) -> float:
     that is trained whole; before the engine shards anything."""
     frozen = 0
     trained = 0
-    stacks = [
-        stack for stack in find_stacks(model).values() if isinstance(stack, ExpertStack)
-    ]
-    plain = [
-        module
-        for module in model.modules()
-        if is_linear(module) and not isinstance(module, AdaptedLinear)
-    ]
-    for layer in (*stacks, *mora_layers(model).values(), *plain):
+    stacks = find_stacks(model).values()
+    layers: list[Any] = [stack for stack in stacks if isinstance(stack, ExpertStack)]
+    layers += mora_layers(model).values()
+    for module in model.modules():
+        if is_linear(module) and not isinstance(module, AdaptedLinear):
+            layers.append(module)
+    for layer in layers:
         experts = getattr(layer, "experts_per_token", 1) or 1
         weight = math.prod(linear_shape(layer)) * experts
         if isinstance(layer, AdaptedLinear):
-            operator = layer.spec.operator if layer.spec.is_stack else layer.spec  # type: ignore[attr-defined]
+            operator: Any = layer.spec
+            if operator.is_stack:
+                operator = operator.operator
+            blocks = getattr(operator, "blocks", 1)
             frozen += weight
-            trained += (
-                math.prod(operator.value_shape) * getattr(operator, "blocks", 1) * experts
-            )
+            trained += math.prod(operator.value_shape) * blocks * experts
         elif isinstance(layer.weight, nn.Parameter):
             trained += weight
         else:
             frozen += weight
-    return 4.0 * frozen + 6.0 * (
-        trained + _attention(model.config.get_text_config(), length)
-    )
+    attention = _attention(model.config.get_text_config(), length)
+    return 4.0 * frozen + 6.0 * (trained + attention)
 
 
 def _attention(config: Any, length: int) -> int:
@@ -73,7 +69,7 @@ def _attention(config: Any, length: int) -> int:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = config.num_hidden_layers
-    # The last from transformers, where layers differ (Gemma 4)
+    # RuntimeError is transformers' own, for layers that differ (Gemma 4).
     except (AttributeError, TypeError, RuntimeError):
         return 0
     return layers * heads * size * length if isinstance(heads, int) else 0

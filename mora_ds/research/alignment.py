@@ -37,9 +37,7 @@ FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Leading:
-    """The leading directions of a frozen weight W0 (d_out, d_in), in fp32 on the device
-    that computes.
-    """
+    """The leading directions of a frozen weight W0 (d_out, d_in), in fp32."""
 
     left: Tensor
     """(q, d_out): left singular vectors, one a row, the leading ones first."""
@@ -48,13 +46,14 @@ class Leading:
     norm: float
     """Frobenius norm of W0."""
 
+    def to(self, device: torch.device | str) -> Leading:
+        """The same on a device."""
+        return Leading(self.left.to(device), self.right.to(device), self.norm)
+
     def share(self, spec: UpdateSpec, square: Tensor) -> Tensor:
-        """The share of M (r_hat, r_hat), a number from 0 to 1, computed in fp32 or
-        float64.
-        """
-        delta = spec.delta_weight(
-            square.to(torch.promote_types(square.dtype, torch.float32))
-        )
+        """The share of M (r_hat, r_hat), from 0 to 1, computed in fp32 or float64."""
+        dtype = torch.promote_types(square.dtype, torch.float32)
+        delta = spec.delta_weight(square.to(dtype))
         inside = self.left.to(delta) @ delta @ self.right.to(delta).T
         return inside.square().sum() / (delta.square().sum() + (FLOOR * self.norm) ** 2)
 
@@ -91,33 +90,23 @@ def leading_of_base(
                 )
             weight = weight.T if isinstance(module, Conv1D) else weight
             left, right = leading_vectors(weight, rank, name)
-            directions[name] = Leading(
-                left.float().cpu(), right.float().cpu(), weight.norm().item()
-            )
+            leading = Leading(left.float(), right.float(), weight.norm().item())
+            directions[name] = leading.to("cpu")
         return directions
 
     on_cpu = ranks.on_first("singular vectors of the base", decompose, long=True)
-    return {
-        name: Leading(
-            directions.left.to(device), directions.right.to(device), directions.norm
-        )
-        for name, directions in on_cpu.items()
-    }
+    return {name: leading.to(device) for name, leading in on_cpu.items()}
 
 
 class Alignment:
-    """The alignment loss of a model with MoRA matrices. Construct it after `inject` and
-    before `initialize`.
-    """
+    """The alignment loss of a model, made after `inject` and before `initialize`."""
 
     name = "alignment"
 
     def __init__(
         self, model: nn.Module, leading: Mapping[str, Leading], weight: float
     ) -> None:
-        """`leading`: of `leading_of_base`, the directions that span the leading
-        subspaces.
-        """
+        """`leading`: the directions that span the leading subspaces (`leading_of_base`)."""
         layers = mora_layers(model)
         self.weight = weight
         self.layers = len(layers)
@@ -176,11 +165,7 @@ class _WithShare(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        square: Tensor,
-        spec: UpdateSpec,
-        leading: Leading,
+        ctx: Any, output: Tensor, square: Tensor, spec: UpdateSpec, leading: Leading
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.spec = spec
@@ -196,7 +181,6 @@ class _WithShare(torch.autograd.Function):
         (square,) = ctx.saved_tensors
         with torch.enable_grad():
             leaf = square.detach().requires_grad_()
-            (g_square,) = torch.autograd.grad(
-                ctx.leading.share(ctx.spec, leaf), leaf, g_share
-            )
+            share = ctx.leading.share(ctx.spec, leaf)
+            (g_square,) = torch.autograd.grad(share, leaf, g_share)
         return g_output, g_square, None, None

@@ -54,29 +54,23 @@ def main() -> None:
         )
     base = BaseCheckpoint.open(options.model, "MODEL")
     keys, parameters = layers_of(base, options.target_modules, options.trust_remote_code)
-    budget = (
-        None
-        if options.write is None
-        else parse_budget(options.trainable_budget, parameters)
-    )
+    budget = None
+    if options.write is not None:
+        budget = parse_budget(options.trainable_budget, parameters)
     weights = [measure(name, base.read(key)) for name, key in keys.items()]
     print("\n".join(report_lines(weights)))
     if budget is not None:
         plan = TargetPlan(base.fingerprint(), spend(weights, budget))
         plan.write(options.write)
         trained = sum(side**2 for side in plan.layers.values())
-        print(
-            f"wrote {options.write}: {trained:,} parameters; research.targets of a recipe takes it"
-        )
+        contents = f"{trained:,} parameters; research.targets of a recipe takes it"
+        print(f"wrote {options.write}: {contents}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="a Hugging Face folder with safetensors",
+        "model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors"
     )
     parser.add_argument(
         "--target_modules",
@@ -99,17 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def layers_of(
-    base: BaseCheckpoint,
-    patterns: Sequence[str],
-    trust_remote_code: bool = False,
+    base: BaseCheckpoint, patterns: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[dict[str, str], int]:
     """({layer: key of its weight}, parameters of the complete model) of a Hugging Face
     folder; no weight is read. `patterns`: --target_modules. Raises `UserError` where the
     files do not hold the model's weights one to one."""
     config = folder_config(base.folder, trust_remote_code, "MODEL")
-    model = planned_model(
-        Work(config, None, seq_len=1, trust_remote_code=trust_remote_code)
-    )
+    work = Work(config, None, seq_len=1, trust_remote_code=trust_remote_code)
+    model = planned_model(work)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     keys = map_model(base, model, names)
     layers = match_targets(model, tuple(patterns))
@@ -138,15 +129,11 @@ class WeightMeasures:
 
     @property
     def score(self) -> float:
-        """Effective rank / shorter side, 0 to 1: the share of its directions that the layer
-        uses.
-        """
+        """Effective rank / shorter side: the share of its directions that the layer uses."""
         return self.effective_rank / min(self.shape)
 
     def side(self, factor: float) -> int:
-        """The side of the layer's matrix by the rule with this factor, rounded down; 0 for
-        a rank below 1.
-        """
+        """The side of the layer's matrix by the rule with this factor; 0 for a rank below 1."""
         rank = factor * self.score
         if rank < 1:
             return 0
@@ -184,12 +171,16 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     rows = [["layer", "shape", "norm", "stable", "effective", "of full"]]
     for measures in weights:
         shape = " x ".join(map(str, measures.shape))
-        ranks = [
-            f"{measures.stable_rank:.1f}",
-            f"{measures.effective_rank:.1f}",
-            f"{measures.score:.1%}",
-        ]
-        rows.append([measures.layer, shape, f"{measures.norm:.3e}", *ranks])
+        rows.append(
+            [
+                measures.layer,
+                shape,
+                f"{measures.norm:.3e}",
+                f"{measures.stable_rank:.1f}",
+                f"{measures.effective_rank:.1f}",
+                f"{measures.score:.1%}",
+            ]
+        )
     legend = "stable: |W|^2 / s_1^2; effective: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
     return [*table(rows), legend]
 

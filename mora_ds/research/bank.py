@@ -1,5 +1,4 @@
-"""Score many adapters of one base in one process, and serve them side by side: each row of
-a batch with its own.
+"""Score many adapters of one base, and serve them side by side: each row has its own.
 
     mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl
 
@@ -13,8 +12,7 @@ runs. In memory are the base once, the adapters used last, and the MoRA matrices
 current batch. Nothing is merged and the base is never written to. In fp32 a row's result is
 that of its adapter merged alone, up to rounding.
 
-    y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M
-    compress(x_b))
+    y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M compress(x_b))
 
 Rows whose adapters have the same operator in a cycle, as runs of one seed have, share one
 product.
@@ -61,9 +59,7 @@ Adapters = str | Sequence[str | None]
 """One name for all rows, or one (None: the base alone) for each."""
 
 Squares = dict[str, dict[OperatorSpec, Tensor]]
-"""Of one adapter: layer -> operator of each cycle -> M. Cycles with one operator are
-summed.
-"""
+"""Of one adapter: layer -> operator -> M, the sum over the cycles with that operator."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,13 @@ class Term:
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, O) plus the updates for x (B, T, D)."""
-        update = update_rows(
-            self.spec, self.squares.to(x.dtype), x.index_select(0, self.rows)
-        )
+        rows = x.index_select(0, self.rows)
+        update = update_rows(self.spec, self.squares.to(x.dtype), rows)
         return y.index_add(0, self.rows, update)
 
 
 class AdapterBank:
-    """A model with a folder of adapters. Create it with `AdapterBank.open`; one thread at a
-    time may use it.
-    """
+    """A model with a folder of adapters, made by `open`. One thread at a time may use it."""
 
     def __init__(
         self,
@@ -107,12 +100,11 @@ class AdapterBank:
         """What the current batch adds to each layer."""
         self._rows: int | None = None
         """How many rows the terms are for; None: one adapter for any number of rows."""
-        for layer in {
-            layer for adapter in adapters.values() for layer in adapter.file.layers
-        }:
-            model.get_submodule(layer).register_forward_hook(
-                partial(self._add_terms, layer)
-            )
+        layers: set[str] = set()
+        layers.update(*(adapter.file.layers for adapter in adapters.values()))
+        for layer in layers:
+            hook = partial(self._add_terms, layer)
+            model.get_submodule(layer).register_forward_hook(hook)
 
     @classmethod
     def open(
@@ -185,16 +177,15 @@ class AdapterBank:
         adapter = self.adapters[name]
         layers: Squares = {}
         for layer, entry in adapter.file.layers.items():
-            squares = layers[layer] = {}
-            for spec, square in [
-                *adapter.ledger.squares_of(layer),
-                (entry.operator, adapter.tensors.square(layer)),
-            ]:
+            live = (entry.operator, adapter.tensors.square(layer))
+            sums: dict[OperatorSpec, Tensor] = {}
+            for spec, square in [*adapter.ledger.squares_of(layer), live]:
                 operator = operator_of(spec, layer)
-                before = squares.get(operator)
-                squares[operator] = square if before is None else before + square
-            for operator, square in squares.items():
-                squares[operator] = square.to(self.model.device, self.dtype)
+                sums[operator] = sums[operator] + square if operator in sums else square
+            layers[layer] = {
+                operator: square.to(self.model.device, self.dtype)
+                for operator, square in sums.items()
+            }
         return layers
 
     def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Term]]:
@@ -205,21 +196,19 @@ class AdapterBank:
                 if name not in self.adapters:
                     raise UserError(unknown("adapter", name, self.adapters))
                 chosen[name] = self.squares_of(name)
-        users: defaultdict[tuple[str, OperatorSpec], list[tuple[int, Tensor]]] = (
-            defaultdict(list)
+        squares_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]] = defaultdict(
+            dict
         )
         for row, name in enumerate(names):
             for layer, squares in chosen.get(name or "", {}).items():
                 for spec, square in squares.items():
-                    users[layer, spec].append((row, square))
+                    squares_by_row[layer, spec][row] = square
         device = self.model.device
-        terms: dict[str, list[Term]] = {}
-        for (layer, spec), rows_and_squares in users.items():
-            rows = torch.tensor([row for row, _ in rows_and_squares], device=device)
-            stack = torch.stack([square for _, square in rows_and_squares])
-            terms.setdefault(layer, []).append(
-                Term(spec, tables_of(spec, device), rows, stack)
-            )
+        terms: dict[str, list[Term]] = defaultdict(list)
+        for (layer, spec), by_row in squares_by_row.items():
+            rows = torch.tensor(list(by_row), device=device)
+            stack = torch.stack(list(by_row.values()))
+            terms[layer].append(Term(spec, tables_of(spec, device), rows, stack))
         return terms
 
     def _add_terms(
@@ -243,15 +232,16 @@ class AdapterBank:
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Name -> folder with adapter.json, sorted by name. Raises `UserError` where there is
-    none.
-    """
+    """Name -> folder with adapter.json, sorted. Raises `UserError` where there is none."""
     if not folder.is_dir():
         raise UserError(f"DIR: no such folder: {folder}")
-    # What begins with a dot is being written.
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    folders = {path.name: adapter_folder(path) for path in paths}
-    adapters = {name: path for name, path in folders.items() if path is not None}
+    adapters = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):  # it is being written
+            continue
+        checkpoint = adapter_folder(path)
+        if checkpoint is not None:
+            adapters[path.name] = checkpoint
     if not adapters:
         raise UserError(f"DIR: no folder in {folder} holds an adapter ({ADAPTER_JSON})")
     return adapters
@@ -296,54 +286,43 @@ def main() -> None:
         options.trust_remote_code,
     )
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
+    sizes = {"window": windows.window, "stride": windows.stride}
     print(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
     )
-    tokenizer = load_tokenizer(
+    base_tokenizer = load_tokenizer(
         options.model, trust_remote_code=options.trust_remote_code, flag="MODEL"
     )
     model = prefer_documents(bank.model)
-    scores = {}
+    rows = [["adapter", *TITLES]]
+    results: dict[str, dict[str, Any]] = {}
     for name in (BASE, *bank.adapters):
-        # That of the adapter's own run
+        tokenizer = base_tokenizer
+        # An adapter whose run had a tokenizer of its own is scored with that.
         folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)
-        target = Target(
-            model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder))
-        )
+        if folder is not None:
+            tokenizer = load_tokenizer(folder, flag=str(folder))
+        target = Target(model, tokenizer)
         with bank.use([] if name == BASE else name):
-            scores[name] = evaluate_sets(
+            scores = evaluate_sets(
                 target, sets, windows, options.batch_size, options.max_documents
             )
-    rows = [
-        [adapter, *score_cells(*named)]
-        for adapter, by_set in scores.items()
-        for named in by_set.items()
-    ]
-    print("\n".join(table([["adapter", *TITLES], *rows])))
+        rows += [
+            [name, *score_cells(set_name, score)] for set_name, score in scores.items()
+        ]
+        results[name] = {set_name: score.to_dict() for set_name, score in scores.items()}
+    print("\n".join(table(rows)))
     if options.json is not None:
-        adapters = {
-            adapter: {name: score.to_dict() for name, score in by_set.items()}
-            for adapter, by_set in scores.items()
-        }
-        write_json_atomic(
-            options.json,
-            {"window": windows.window, "stride": windows.stride, "adapters": adapters},
-        )
+        write_json_atomic(options.json, {**sizes, "adapters": results})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="the base of all adapters",
+        "model", type=Path, metavar="MODEL", help="the base of all adapters"
     )
     parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="DIR",
-        help="a folder of adapters, checkpoints or runs",
+        "folder", type=Path, metavar="DIR", help="a folder of adapters, checkpoints or runs"
     )
     scoring_flags(parser)
     return parser

@@ -46,9 +46,8 @@ class ResearchHooks(Hooks):
         self._plan = ranks.on_first(SETTING, self._read_plan)
 
     def _read_plan(self) -> TargetPlan | None:
-        """The plan of targets, None without one. Raises `UserError` for sides that the
-        operator cannot have.
-        """
+        """The plan of targets, if there is one. Raises `UserError` for sides that the
+        operator cannot have."""
         if self.settings.targets is None:
             return None
         plan = read_plan(expanded(self.settings.targets, SETTING))
@@ -66,20 +65,15 @@ class ResearchHooks(Hooks):
             self._plan.check_base(loaded.base, loaded.base.fingerprint(ranks=ranks))
         config = self._planned(config, self._plan)
         if self.settings.alignment_weight:
-            self._leading = leading_of_base(
-                config, loaded, self.settings.alignment_rank, ranks
-            )
+            rank = self.settings.alignment_rank
+            self._leading = leading_of_base(config, loaded, rank, ranks)
         return config
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
-        """The fingerprint of a plan's file is not compared, which would read every
-        weight.
-        """
-        return (
-            self._planned(config, self._read_plan())
-            if isinstance(config, MoRAConfig)
-            else config
-        )
+        """Fingerprints are not compared, since that would read every weight."""
+        if not isinstance(config, MoRAConfig):
+            return config
+        return self._planned(config, self._read_plan())
 
     def _planned(self, config: MoRAConfig, plan: TargetPlan | None) -> MoRAConfig:
         if self.settings.domain_adapters:
@@ -94,9 +88,8 @@ class ResearchHooks(Hooks):
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)
         if names := self.domains.names:
-            logger.info(
-                f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}"
-            )
+            each = "each with its own MoRA matrix in every layer"
+            logger.info(f"{len(names)} domains, {each}: {', '.join(names)}")
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
             self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 
@@ -107,12 +100,11 @@ class ResearchHooks(Hooks):
         if not self.domains.names:
             return
         positions = torch.arange(ids.shape[1]).expand_as(ids).to(ids)
+        batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
         first, second = self.domains.names[:2]
         try:
             with beside_training(engine), self.rows([first, second, first]):
-                token_nll(
-                    engine, {"input_ids": ids, "position_ids": positions, "labels": ids}
-                )
+                token_nll(engine, batch)
         except RunError as error:
             raise UserError(f"{NAME}domain_adapters: {error}") from error
 
@@ -122,9 +114,7 @@ class ResearchHooks(Hooks):
 
     @contextmanager
     def rows(self, sources: Sequence[str]) -> Iterator[None]:
-        """Until backward has ended: gradient checkpointing reads the rows' domains there
-        again.
-        """
+        """Until backward has ended, in which gradient checkpointing reads them again."""
         if not self.domains.names:
             yield
             return
@@ -141,5 +131,7 @@ class ResearchHooks(Hooks):
 
     def domain_of(self, name: str) -> str | None:
         """The domain with the set's name, or that the set was held out of."""
-        names = (name, name.removeprefix(f"{HELD_OUT}_"))
-        return next((domain for domain in names if domain in self.domains.names), None)
+        for domain in (name, name.removeprefix(f"{HELD_OUT}_")):
+            if domain in self.domains.names:
+                return domain
+        return None

@@ -1,6 +1,4 @@
-"""The block `research:` of a recipe: its settings, and every check of them that needs no
-file.
-"""
+"""The block `research:` of a recipe: its settings, and their checks without files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.flags import documented, typed_values
 from mora_ds.config.mixture import mixture_plan
-from mora_ds.engine.ds_optimizer import OptimizerKind
 
 NAME = "research."
 
@@ -40,8 +37,7 @@ class ResearchSettings:
 
 def read(block: Any, path: str) -> dict[str, Any]:
     """The settings that a block of the recipe `path` sets. Raises `UserError` for unknown
-    keys and wrong types.
-    """
+    keys and wrong types."""
     return typed_values(block, get_type_hints(ResearchSettings), path, NAME)
 
 
@@ -50,16 +46,12 @@ def problems(arguments: Arguments) -> Iterator[str]:
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
     training = arguments.training
-    for problem in wrong_values(
-        settings, {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
-    ):
+    limits = {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
+    for problem in wrong_values(settings, limits):
         yield problem.replace("--", NAME, 1)
-    used = {
-        "targets": settings.targets is not None,
-        "alignment_weight": settings.alignment_weight != 0,
-        "domain_adapters": settings.domain_adapters,
-    }
-    for name in (name for name, is_used in used.items() if is_used):
+    for name in ("targets", "alignment_weight", "domain_adapters"):
+        if not getattr(settings, name):
+            continue
         if adapter.adapter != AdapterKind.MORA.value:
             yield f"{NAME}{name} is for MoRA matrices, and --adapter is {adapter.adapter}"
         if adapter.adapts_experts:
@@ -79,20 +71,23 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
     if len(names) < 2:
         yield f"{flag} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
     yield from refusal(lambda: MoRAConfig(domains=names))
-    is_muon = training.optimizer == OptimizerKind.MUON.value
     contradictions = {
         "--compute weight forms one weight for all rows; leave it at auto": (
             arguments.adapter.compute == Compute.WEIGHT.value
         ),
-        f"{NAME}alignment_weight aligns one update a layer, and rows have several": settings.alignment_weight
-        != 0,
-        "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
-            training.embedding_learning_rate is not None and not is_muon
+        f"{NAME}alignment_weight aligns one update a layer, and rows have several": (
+            settings.alignment_weight != 0
         ),
-        "--dry_run cannot plan Muon's state with domains: plan it with --optimizer adamw": training.dry_run
-        and is_muon,
+        "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
+            training.embedding_learning_rate is not None and not training.has_muon
+        ),
+        "--dry_run cannot plan Muon's state with domains: plan it with --optimizer adamw": (
+            training.dry_run and training.has_muon
+        ),
     }
-    yield from (f"{flag}: {message}" for message, holds in contradictions.items() if holds)
+    for message, is_broken in contradictions.items():
+        if is_broken:
+            yield f"{flag}: {message}"
 
 
 def domain_names(arguments: Arguments) -> tuple[str, ...]:

@@ -1,5 +1,4 @@
-"""Measure the singular values and ranks of the merged update of a run, for each layer and
-cycle.
+"""Measure singular values and ranks of a run's merged update, for each layer and cycle.
 
     mora-ds spectrum out/checkpoints/latest --layers '*.q_proj' --json spectrum.json
 
@@ -43,14 +42,10 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "path",
-        type=Path,
-        help="ledger folder, checkpoint, or a run's output folder",
+        "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"
     )
     parser.add_argument(
-        "--layers",
-        default="*",
-        help="pattern over module names, such as '*.q_proj'",
+        "--layers", default="*", help="pattern over module names, such as '*.q_proj'"
     )
     shared_flags(parser, "--json")
     return parser
@@ -59,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 @dataclass(frozen=True)
 class Spectrum:
     """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >= ...,
-    and what the cycle added.
-    """
+    and what the cycle has added."""
 
     rank: int
     """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is
@@ -96,13 +90,11 @@ class Row:
 
 
 def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
-    """The spectrum after each of a layer's `updates`, in their order, computed in
-    float64.
-    """
+    """The spectrum after each of a layer's `updates`, in their order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
-    # Orthonormal bases of the column and row space of the sum so far: (d_out, rank), (rank,
-    # d_in).
+    # Orthonormal bases of the sum so far: (d_out, rank) of its column space, (rank, d_in) of
+    # its row space.
     left = total[:, :0]
     right = total[:0]
     for spec, value in updates:
@@ -129,9 +121,7 @@ def _effective_rank(values: Tensor) -> float:
 
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
-    """(name, its updates) of every matrix that the updates of a layer change: of experts
-    one after the other.
-    """
+    """(name, its updates) of every matrix of a layer: of experts one after the other."""
     members = [list(spec.members(module, value)) for spec, value in updates]
     return [
         (history[0][0], [(spec, square) for _, spec, square in history])
@@ -160,59 +150,43 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
         cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
         origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
         updates = list(ledger.squares_of(module))
-        if (
-            adapter is not None
-            and location.checkpoint is not None
-            and module in adapter.layers
-        ):
+        if adapter is not None and module in adapter.layers:
+            assert location.checkpoint is not None, "a live adapter is in a checkpoint"
             origins.append((ledger.cycles, adapter.step, True))
             live = AdapterTensors(location.checkpoint, adapter).square(module)
             updates.append((adapter.layers[module].operator, live))
         for spec, _ in updates:
-            # Only its file states the size of a delta.
-            require_memory(
-                8 * spec.d_in * spec.d_out,
-                f"{module}: a delta of {spec.d_out} x {spec.d_in}",
-            )
+            # Only the file says how large a delta is, and may say anything.
+            what = f"{module}: a delta of {spec.d_out} x {spec.d_in}"
+            require_memory(8 * spec.d_in * spec.d_out, what)
         for name, history in histories(module, updates):
             spec, _ = history[0]
             side = min(spec.d_in, spec.d_out)
-            for (cycle, step, is_live), spectrum in zip(
-                origins, layer_spectra(history), strict=True
-            ):
+            after_cycles = zip(origins, layer_spectra(history), strict=True)
+            for (cycle, step, is_live), spectrum in after_cycles:
                 yield Row(name, cycle, step, is_live, side, spectrum)
 
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:
     """A table with a line for each layer and cycle."""
-    titles = [
-        "layer",
-        "cycle",
-        "step",
-        "rank",
-        "of",
-        "stable",
-        "effective",
-        "|delta|",
-        "|sum|",
-        "new span",
-    ]
-    cells = [titles]
+    titles = "layer,cycle,step,rank,of,stable,effective,|delta|,|sum|,new span"
+    cells = [titles.split(",")]
     for row in rows:
         spectrum = row.spectrum
-        cycle = f"{row.cycle}{'*' if row.is_live else ''}"
-        ranks = [
-            str(spectrum.rank),
-            str(row.side),
-            f"{spectrum.stable_rank:.1f}",
-            f"{spectrum.effective_rank:.1f}",
-        ]
-        norms = [
-            f"{spectrum.delta_norm:.3e}",
-            f"{spectrum.norm:.3e}",
-            f"{spectrum.new_span:.3f}",
-        ]
-        cells.append([row.layer, cycle, str(row.step), *ranks, *norms])
+        cells.append(
+            [
+                row.layer,
+                f"{row.cycle}{'*' if row.is_live else ''}",
+                str(row.step),
+                str(spectrum.rank),
+                str(row.side),
+                f"{spectrum.stable_rank:.1f}",
+                f"{spectrum.effective_rank:.1f}",
+                f"{spectrum.delta_norm:.3e}",
+                f"{spectrum.norm:.3e}",
+                f"{spectrum.new_span:.3f}",
+            ]
+        )
     return [
         *table(cells),
         "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), stable and effective rank; |delta|: "

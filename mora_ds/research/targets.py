@@ -47,15 +47,11 @@ class TargetPlan:
     def put_into(self, config: MoRAConfig) -> MoRAConfig:
         """`config` with MoRA matrices of these sides on these layers and no others. Raises
         `UserError` for a side that the operator does not take."""
-        return replace(
-            config,
-            layer_sizes=tuple((name, side) for name, side in self.layers.items() if side),
-        )
+        sizes = tuple((name, side) for name, side in self.layers.items() if side)
+        return replace(config, layer_sizes=sizes)
 
     def check_base(self, base: BaseCheckpoint, fingerprint: str) -> None:
-        """Raise `UserError` where `base`, which has this `fingerprint`, is another model
-        than the plan's.
-        """
+        """Raise `UserError` where `base`, of this `fingerprint`, is not the plan's model."""
         if fingerprint != self.fingerprint:
             raise UserError(
                 f"{SETTING}: the plan is for a model with the fingerprint {shown(self.fingerprint)}; {base.folder} has "
@@ -65,8 +61,7 @@ class TargetPlan:
 
 def read_plan(path: Path) -> TargetPlan:
     """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a key
-    or a side is wrong.
-    """
+    or a side is wrong."""
     where = f"{SETTING} {path}"
     plan: TargetPlan = typed(TargetPlan, load_yaml(str(path), SETTING), where)
     if plan.format != 1:
