@@ -130,7 +130,13 @@ def test_a_leak_at_one_batch_size_is_found(rows):
 
 
 @pytest.mark.parametrize(
-    "kind, flags", [("opt", {"attn_implementation": "eager"}), ("bloom", {}), ("mamba", {})]
+    "kind, flags",
+    [
+        ("opt", {"attn_implementation": "eager"}),
+        ("bloom", {}),
+        ("mamba", {}),
+        ("lfm2", {}),
+    ],
 )
 def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind, flags):
     config = AutoConfig.for_model(kind, **MASKLESS[kind])
