@@ -256,8 +256,8 @@ def _cached(
     if data.cache_dir is not None:
         folder = expanded(data.cache_dir, "--cache_dir")
     else:
-        users = expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME")
-        folder = users / "mora_ds" / "tokens"
+        users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = expanded(users, "--cache_dir") / "mora_ds" / "tokens"
     return build_cache(
         corpus,
         tokenizer,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mora_ds.common.files import at_work
+from mora_ds.config.data import DataArguments
 from mora_ds.data import (
     build_cache,
     cache,
@@ -22,6 +23,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.data.cache import damage
+from mora_ds.train.data import _cached
 from tests.helpers.errors import user_error
 from tests.helpers.tools import called
 
@@ -252,3 +254,14 @@ def test_nothing_to_tokenise(build, tmp_path):
 def test_a_cache_folder_that_cannot_be(files, tokenizer):
     with user_error(r"--cache_dir .* cannot be written to"):
         build_cache(load_corpus(files), tokenizer, Path(files[0]))
+
+
+def test_an_empty_variable_names_no_cache_folder(files, tokenizer, tmp_path, monkeypatch):
+    data = DataArguments()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    built = _cached(load_corpus(files), tokenizer, data, progress=False)
+    assert built.folder.parent == tmp_path / ".cache/mora_ds/tokens"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody5/cache")
+    with user_error("--cache_dir"):
+        _cached(load_corpus(files), tokenizer, data, progress=False)
