@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -55,10 +56,20 @@ the package in a wheel.
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_WRITE_REFUSED = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EFBIG,
+)
 """Errors of a file system that was remounted read-only after a fault, or whose server has
-gone.
+gone, and of a limit on the size of files.
 """
+
+_IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
+"""Where tokenizers and safetensors, which raise errors of their own, name the system's."""
 
 
 def shipped(path: str) -> str:
@@ -79,12 +90,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
     into a `RunError` that names `folder`; other errors pass unchanged."""
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
+    except (RunError, UserError):
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if named := _IN_MESSAGE.search(str(error)):
+            number = int(named[1])
+        if number in DISK_FULL:
             raise RunError(
-                f"the disk that holds {folder} is full: {error.strerror}"
+                f"the disk that holds {folder} is full: {os.strerror(number)}"
             ) from error
-        if error.errno in _WRITE_REFUSED:
+        if number in _WRITE_REFUSED:
             raise RunError(f"writing to {folder} failed: {error}") from error
         raise
 

@@ -351,16 +351,12 @@ def write_own_base(
     """
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
-        try:
-            model.save_pretrained(
-                partial,
-                max_shard_size="5GB",
-                save_original_format=False,
-                **weights,
-            )
-        # The library reports a full disk in the message only
-        except SafetensorError as error:
-            raise RunError(f"cannot write the base to {folder}: {error}") from error
+        model.save_pretrained(
+            partial,
+            max_shard_size="5GB",
+            save_original_format=False,
+            **weights,
+        )
         # The library makes them private, whatever the umask is
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
@@ -150,7 +151,7 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monke
         ),
         *(
             (getattr(errno, name), "writing to .* failed")
-            for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")
+            for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EFBIG")
         ),
     ],
 )
@@ -158,6 +159,23 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, code, words):
     with pytest.raises(RunError, match=words) as caught, files.disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Exception, SafetensorError])
+def test_libraries_that_name_the_full_disk_in_words(tmp_path, kind):
+    """What tokenizers and safetensors raise."""
+    full = "the disk that holds .* is full: No space left on device$"
+    with pytest.raises(RunError, match=full), files.disk_errors(tmp_path):
+        raise kind("I/O error: No space left on device (os error 28)")
+
+
+def test_a_disk_is_named_once(tmp_path):
+    with (
+        pytest.raises(RunError, match=r"^writing to .*/inner failed: [^/]*$"),
+        files.disk_errors(tmp_path),
+        files.disk_errors(tmp_path / "inner"),
+    ):
+        raise Exception("Read-only file system (os error 30)")
 
 
 def test_errors_that_say_nothing_of_the_disk_pass(tmp_path):
