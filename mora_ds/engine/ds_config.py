@@ -5,7 +5,7 @@
     resolve_ds_config(...)        fills "auto" from the flags, adds our defaults, lists every contradiction at once
     compute_dtype(ds_config)      the dtype in which the base is to be loaded
     fill_bucket_sizes(...)        once the model is injected: buffers and thresholds of ZeRO from its parameters' sizes
-    avoid_slices(...)             on many ranks: collectives of ZeRO-3 whose Python does not grow with their number
+    avoid_slices(...)             on many ranks: collectives of ZeRO whose Python does not grow with their number
 
 Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py,
 runtime/engine.py.
@@ -65,6 +65,11 @@ at 36 ranks.
 WORTH_A_SLICE = 300_000
 """Bytes that a GPU sends at 50 GB/s while Python goes through a slice (6 us, by
 tools/bench/scale.py).
+"""
+
+MANY_RANKS = 256
+"""Ranks from which on the loops of ZeRO-1 and ZeRO-2 take longer than 2 ms a bucket, a sixth
+of a step of 7B.
 """
 
 _BUCKET_KEYS = (
@@ -246,8 +251,18 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
 
 
 def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> str:
-    """Choose the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and
-    what it costs, or "". What the config says itself stays.
+    """Choose the collectives of ZeRO for `ranks` ranks, in place; what was chosen, and what
+    it costs, or "". What the config says itself stays.
+    """
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return _avoid_slices_of_parameters(ds_config, trainable_numels, ranks)
+    return _avoid_slices_of_buckets(ds_config, ranks)
+
+
+def _avoid_slices_of_parameters(
+    ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int
+) -> str:
+    """`avoid_slices` of ZeRO-3.
 
     DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each
     reduce-scatter (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and
@@ -261,12 +276,7 @@ def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: in
     added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
     flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
     chosen = {key: value for key, value in flat.items() if key not in zero}
-    if (
-        zero["stage"] != 3
-        or slices <= FEW_SLICES
-        or added_bytes > slices * WORTH_A_SLICE
-        or not chosen
-    ):
+    if slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
         return ""
     zero.update(chosen)
     sends_more = (
@@ -277,6 +287,38 @@ def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: in
     return (
         f"ZeRO-3 on {ranks:,} ranks: {slices:,} slices of gradients would each cost the host time, so that "
         f"{json.dumps(chosen)} is set{sends_more}"
+    )
+
+
+def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
+    """`avoid_slices` of ZeRO-1 and ZeRO-2.
+
+    DeepSpeed 0.19.8 all-reduces each full bucket of gradients, whatever `reduce_scatter`
+    says, and where that is true, cuts the bucket before and after into the slices that the
+    ranks own (runtime/zero/stage_1_and_2.py, `average_tensor`). Where it is false, a rank
+    takes its own slice from the reduced bucket. The same elements are summed in the same
+    collective, and `prescale_gradients` divides them before it, as is done with slices: the
+    gradients are equal to the bit, and no byte more is sent.
+    """
+    zero = ds_config["zero_optimization"]
+    # Else gradients are divided in fp32 and then sent in 16 bits, by slices, and the other
+    # way round in whole buckets. In bf16 another class reduces them, which has no slices
+    # (runtime/bf16_optimizer.py).
+    in_one_dtype = zero["stage"] == 2 or compute_dtype(ds_config) == "float32"
+    # `use_multi_rank_bucket_allreduce: false` reduces each slice to its owner alone.
+    written = {*zero, *ds_config} & {
+        "reduce_scatter",
+        "use_multi_rank_bucket_allreduce",
+        "prescale_gradients",
+        "communication_data_type",
+    }
+    if ranks < MANY_RANKS or not in_one_dtype or written:
+        return ""
+    zero["reduce_scatter"] = False
+    ds_config["prescale_gradients"] = True
+    return (
+        f"ZeRO-{zero['stage']} on {ranks:,} ranks: a slice of each bucket for every rank would cost the host time, so "
+        'that {"reduce_scatter": false} and {"prescale_gradients": true} are set; a rank sends as many bytes as before'
     )
 
 

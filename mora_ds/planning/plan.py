@@ -85,8 +85,10 @@ class Plan:
     @property
     def sent(self) -> float:
         """Bytes that a rank of a ring sends in a step for ZeRO's collectives."""
-        # An all-reduce also gathers what it has reduced.
-        reductions = 1 if self.trained.zero.get("reduce_scatter", True) else 2
+        # An all-reduce also gathers what it has reduced. ZeRO-1 and ZeRO-2 always do
+        # (stage_1_and_2.py, `average_tensor`).
+        scatters = self.trained.stage == 3 and self.trained.zero.get("reduce_scatter", True)
+        reductions = 1 if scatters else 2
         volume = self.gathered + reductions * self.reduced
         return volume * (self.trained.ranks - 1) / self.trained.ranks
 

@@ -2,6 +2,7 @@
 accepts what comes out.
 """
 
+import copy
 import importlib.util
 import json
 from dataclasses import replace
@@ -185,7 +186,6 @@ CHOSEN = """
 # one of the two is written, then both
 4096 | {reduce_scatter: true} | {stage3_allgather_sequential: true}
 4096 | {reduce_scatter: true, stage3_allgather_sequential: false} | {}
-4096 | {stage: 1} | {}
 """
 """Ranks | what the config says itself | what is chosen."""
 
@@ -207,6 +207,40 @@ def test_many_ranks_take_collectives_without_loops(row):
 def test_large_gradients_keep_the_collectives_that_send_less():
     config = resolve_ds_config({}, replace(SETTINGS, bf16=True), 2)
     assert avoid_slices(config, [10**8] * 224, 64) == ""
+
+
+WHOLE_BUCKETS = """
+2 | bf16 | 255  | {} | no
+2 | bf16 | 256  | {} | yes
+2 | fp32 | 4096 | {} | yes
+1 | fp32 | 4096 | {} | yes
+# fp32 gradients are sent in 16 bits
+1 | bf16 | 4096 | {} | no
+# what the file says itself stays
+2 | bf16 | 4096 | {zero_optimization: {reduce_scatter: true}} | no
+2 | bf16 | 4096 | {zero_optimization: {use_multi_rank_bucket_allreduce: false}} | no
+2 | bf16 | 4096 | {prescale_gradients: false} | no
+2 | bf16 | 4096 | {communication_data_type: fp32} | no
+"""
+
+
+@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(WHOLE_BUCKETS))
+def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
+    stage, dtype, ranks, written, chosen
+):
+    settings = parsed(written)
+    settings["zero_optimization"] = {
+        "stage": int(stage),
+        **settings.get("zero_optimization", {}),
+    }
+    config = resolve_ds_config(settings, replace(SETTINGS, bf16=dtype == "bf16"), 2)
+    expected = copy.deepcopy(config)
+    if chosen == "yes":
+        expected["prescale_gradients"] = True
+        expected["zero_optimization"]["reduce_scatter"] = False
+    text = avoid_slices(config, MATRICES_7B, int(ranks))
+    assert config == expected
+    assert ("as many bytes as before" in text) == (chosen == "yes")
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------

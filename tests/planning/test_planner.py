@@ -16,20 +16,20 @@ from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
 
 
-def planner_of(work, cluster):
-    zero3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
-    return Planner(work, cluster, complete_ds_config(zero3, [1]))
+def planner_of(work, cluster, stage=3):
+    settings = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    return Planner(work, cluster, complete_ds_config(settings, [1]))
 
 
 # -- figures: a tiny model, in no time ---------------------------------------------------------------------------------
 
 
-def tiny_planner(cluster):
+def tiny_planner(cluster, stage=3):
     shape = {**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1}
     config = AutoConfig.for_model("llama", **shape)
     adapter = MoRAConfig(rank=4, operator="share")
     work = Work(config, adapter, seq_len=32, micro_batch=2, by_documents=True)
-    return planner_of(work, cluster)
+    return planner_of(work, cluster, stage)
 
 
 def test_many_ranks_send_gradients_twice_in_place_of_loops():
@@ -38,6 +38,15 @@ def test_many_ranks_send_gradients_twice_in_place_of_loops():
     assert few.trained.zero.get("reduce_scatter", True)
     assert not many.trained.zero["reduce_scatter"]
     assert few.sent == (few.gathered + few.reduced) * 1023 / 1024
+    assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
+
+
+def test_zero_2_sends_gradients_twice_on_any_number_of_ranks():
+    """DeepSpeed all-reduces them whether or not `reduce_scatter` is true."""
+    few, many = (tiny_planner(Cluster(ranks), stage=2).plan() for ranks in (8, 2048))
+    assert few.trained.zero.get("reduce_scatter", True)
+    assert not many.trained.zero["reduce_scatter"]
+    assert few.sent == (few.gathered + 2 * few.reduced) * 7 / 8
     assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
 
 

@@ -157,21 +157,23 @@ def _one(
     one = OneRank(rank, world, folder)
     spent_in: dict[str, Spent] = {}
     sides = _sides(config, lora_rank)
-    zero = _zero(
+    completed = _completed(
         ds_config,
         [side**2 for side in sides] * config.num_hidden_layers,
         one.world,
     )
+    zero = completed["zero_optimization"]
     persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
     small = [BOOKKEEPING_SIDE] * len(sides)
+    threshold = BOOKKEEPING_SIDE**2 if persists else 0
     as_the_real_ones = {
-        **zero,
-        "stage3_param_persistence_threshold": BOOKKEEPING_SIDE**2 if persists else 0,
+        **completed,
+        "zero_optimization": {**zero, "stage3_param_persistence_threshold": threshold},
     }
     spent_in["step"] = _step(
         one, _engine(_Squares(config, small, config.num_hidden_layers), as_the_real_ones)
     )
-    engine = _engine(_Squares(config, sides, saved_layers), zero)
+    engine = _engine(_Squares(config, sides, saved_layers), completed)
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as spent_in["resume"]:
@@ -213,14 +215,16 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
     return [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
 
 
-def _zero(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
+def _completed(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
     """What a shipped config says of ZeRO, as `initialize` completes it for matrices of
-    these sizes.
+    these sizes, in bf16.
     """
-    completed = complete_ds_config(_settings(ds_config["zero_optimization"]), numels)
+    settings = zero3_config(
+        1, zero_optimization=ds_config["zero_optimization"], bf16={"enabled": True}
+    )
+    completed = complete_ds_config(settings, numels)
     avoid_slices(completed, numels, ranks)
-    zero: dict[str, Any] = completed["zero_optimization"]
-    return zero
+    return completed
 
 
 class _Squares(nn.Module):
@@ -242,15 +246,11 @@ class _Squares(nn.Module):
         return x.float().sum()
 
 
-def _engine(model: nn.Module, zero: dict[str, Any]) -> Any:
-    engine = initialize_full(model=model, config=_settings(zero))[0]
-    if zero["stage"] == 3:
+def _engine(model: nn.Module, completed: dict[str, Any]) -> Any:
+    engine = initialize_full(model=model, config=completed)[0]
+    if completed["zero_optimization"]["stage"] == 3:
         drop_idle_hooks(engine)
     return engine
-
-
-def _settings(zero: dict[str, Any]) -> dict[str, Any]:
-    return zero3_config(1, zero_optimization=dict(zero), bf16={"enabled": True})
 
 
 def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
