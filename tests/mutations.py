@@ -470,17 +470,13 @@ data/tokenizer.py | config/test_bad_launches.py
 
 # a config that makes no model is a raw error
 models/load.py | config/test_bad_launches.py
--        raise UserError(
--            f"{flag} {folder}: its config.json cannot be used: {reason(error)}"
--        ) from error
+-        raise UserError(f"{flag} {folder}: {why}") from error
 +        raise
 
 # an index may name its shards by lists
 models/base.py | config/test_bad_launches.py
--    weight_map = typed(
--        dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map"
--    )
-+    pass
+-"weight_map", dict[str, FileName]
++"weight_map", dict[str, Any]
 
 # an empty folder of text is no match
 data/corpus.py | config/test_bad_launches.py
@@ -545,8 +541,8 @@ data/tokenizer.py | config/test_bad_tool_calls.py
 
 # layers that no file has are made
 models/load.py | config/test_bad_tool_calls.py
--"num_hidden_layers", 0)) > count:
-+"num_hidden_layers", 0)) > MAX_LAYERS:
+-    if layers > count:
++    if layers > MAX_LAYERS:
 
 # tools take a model that lacks weights
 models/load.py | config/test_bad_tool_calls.py

@@ -38,18 +38,17 @@ def why_dense(config: Any, implementation: str | None) -> str | None:
     text = config.get_text_config()
     if strange := sorted(set(getattr(text, "layer_types", None) or ()) - _KINDS):
         return f"the model has layers of the kind {strange[0]}"
-    if getattr(text, "is_causal", True) is False or getattr(
-        text, "use_bidirectional_attention", None
-    ):
+    is_bidirectional = getattr(text, "use_bidirectional_attention", None)
+    if is_bidirectional or getattr(text, "is_causal", True) is False:
         return "the model's attention is not causal"
-    # A private table (models/auto/auto_factory.py, `_BaseAutoModelClass`), as code of a Hub
-    # model is not in it.
+    # The private table (models/auto/auto_factory.py, `_BaseAutoModelClass`) lists what is
+    # transformers' own, and no code that comes with a model of the Hub
     models: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in models:
         return "the code of the model is not transformers' own"
     kind = models[type(config)]
-    # modeling_utils.py, `PreTrainedModel`: whether attention is called through
-    # `ALL_ATTENTION_FUNCTIONS`
+    # By both, transformers says that a model calls its attention through
+    # `ALL_ATTENTION_FUNCTIONS` (modeling_utils.py, `PreTrainedModel`)
     if not (kind._supports_attention_backend and kind._can_set_attn_implementation()):
         return f"transformers calls the attention of {kind.__name__} directly"
     return None

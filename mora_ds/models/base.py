@@ -34,7 +34,7 @@ from mora_ds.common.tensor_files import (
     shape_dtype,
     tensor_nbytes,
 )
-from mora_ds.common.untrusted import FileName, expanded, typed
+from mora_ds.common.untrusted import FileName, entry, expanded
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.runtime.ranks import Ranks, balanced
 
@@ -224,11 +224,8 @@ class BaseCheckpoint:
                     key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of
                 }
                 slices = balanced(sizes, ranks.world)
-                lines = [
-                    line
-                    for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices))
-                    for line in of_rank
-                ]
+                of_ranks = ranks(lambda rank: self._lines(slices[rank]), len(slices))
+                lines = [line for of_rank in of_ranks for line in of_rank]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
 
@@ -260,26 +257,17 @@ class BaseCheckpoint:
         ties = ties or {}
         keys = {**(renamed or {}), **{key: key for key in self._file_of}}
         prefix = f"{base_model_prefix}."
+
+        def key_of(name: str) -> str | None:
+            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            return keys.get(name, keys.get(other))
+
         mapping: dict[str, str] = {}
         lost = []
         for name in names:
             source = ties.get(name, name)
-            twins = [
-                source,
-                name,
-                *(target for target, twin in ties.items() if twin == source),
-            ]
-            candidates = [
-                candidate
-                for twin in twins
-                for candidate in (
-                    twin,
-                    twin.removeprefix(prefix) if twin.startswith(prefix) else prefix + twin,
-                )
-            ]
-            key = next(
-                (keys[candidate] for candidate in candidates if candidate in keys), None
-            )
+            twins = [target for target, twin in ties.items() if twin == source]
+            key = next(filter(None, map(key_of, (source, name, *twins))), None)
             if key is None:
                 lost.append(name)
             else:
@@ -294,34 +282,25 @@ class BaseCheckpoint:
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     """Key -> file. Opens every file, so that a missing or truncated one is reported now."""
-    if (folder / SINGLE_FILE).is_file():
-        return dict.fromkeys(
-            open_safetensors(folder / SINGLE_FILE).keys(), folder / SINGLE_FILE
-        )
-    if not (folder / INDEX_FILE).is_file():
-        pickled = sorted(
-            path.name
-            for pattern in ("*.bin", "*.pt", "*.pth")
-            for path in folder.glob(pattern)
-        )
+    single = folder / SINGLE_FILE
+    index = folder / INDEX_FILE
+    if single.is_file():
+        return dict.fromkeys(open_safetensors(single).keys(), single)
+    if not index.is_file():
+        names = sorted(path.name for path in folder.iterdir())
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         if pickled:
             raise NotOneToOne(
                 f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"
             )
         raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
-    weight_map = typed(
-        dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map"
-    )
-    keys_of: dict[Path, set[str]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard} is missing, but {INDEX_FILE} names it")
-        keys_of[folder / shard] = set(open_safetensors(folder / shard).keys())
+    weight_map = entry(read_json(index), "weight_map", dict[str, FileName], index)
+    keys_of = {
+        shard: set(open_safetensors(folder / shard).keys())
+        for shard in sorted(set(weight_map.values()))
+    }
     for key, shard in weight_map.items():
-        if key not in keys_of[folder / shard]:
+        if key not in keys_of[shard]:
             raise UserError(
                 f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists"
             )
@@ -352,12 +331,9 @@ def write_own_base(
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
         model.save_pretrained(
-            partial,
-            max_shard_size="5GB",
-            save_original_format=False,
-            **weights,
+            partial, max_shard_size="5GB", save_original_format=False, **weights
         )
-        # The library makes them private, whatever the umask is
+        # The library makes weights readable for this user alone, whatever the umask is
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)
         if tokenizer is not None:
@@ -379,8 +355,8 @@ def verify_against_model(
     for name in names:
         live = tensors[name].detach()
         key = mapping[name]
-        if base.shape_dtype(key)[0] != tuple(live.shape):
-            stored = base.shape_dtype(key)[0]
+        stored, _ = base.shape_dtype(key)
+        if stored != tuple(live.shape):
             raise NotOneToOne(
                 f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}"
             )
@@ -423,7 +399,7 @@ def tensor_checksum(tensor: Tensor) -> int:
     for piece in raw.split(chunks * _CHUNK * 8):
         padding = -piece.numel() % (_CHUNK * 8)
         words = F.pad(piece, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _ODD
-        # The shift copies the sign bit
+        # Masked, as the shift of a signed word copies its sign bit
         high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)
         sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)

@@ -36,18 +36,13 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
     frozen = frozen_buffers(model)
 
     def elements(name: str) -> int:
-        return sum(
-            tensor.numel()
-            for buffer, tensor in frozen.items()
-            if buffer.startswith(f"{name}.")
-        )
+        inside = [buffer for buffer in frozen if buffer.startswith(f"{name}.")]
+        return sum(frozen[buffer].numel() for buffer in inside)
 
     chosen = max(lists, key=elements, default=None)
-    return (
-        {}
-        if chosen is None
-        else {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
-    )
+    if chosen is None:
+        return {}
+    return {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
 
 
 def _count(model: Any) -> int:
@@ -87,11 +82,9 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
 
 def within_line(tensor: Tensor) -> int:
     """Bytes from the start of a cache line to the tensor, in whole elements."""
-    return (
-        0
-        if tensor.is_meta
-        else tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
-    )
+    if tensor.is_meta:
+        return 0
+    return tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
 
 
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
@@ -116,7 +109,5 @@ def extent(tensor: Tensor) -> int:
     """Elements of memory from a tensor's first to its last one, in its own strides."""
     if not tensor.numel():
         return 0
-    return 1 + sum(
-        (size - 1) * stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in sides)

@@ -33,15 +33,15 @@ def is_quantized(config: Any) -> bool:
     """Whether the weights of a model with this config are to be dequantized. Raises
     `UserError` naming how they are quantized where that is not known here."""
     settings = getattr(config, "quantization_config", None)
-    if settings is not None and (method := settings.get("quant_method")) not in (
-        "fp8",
-        "mxfp4",
-    ):
+    if settings is None:
+        return False
+    method = settings.get("quant_method")
+    if method not in ("fp8", "mxfp4"):
         raise UserError(
             f"{MODEL_FLAG}: the model holds quantized weights ({method}), of which only fp8 and mxfp4 are read: give "
             "the unquantized model"
         )
-    return settings is not None
+    return True
 
 
 def dequantized_base(
@@ -69,27 +69,18 @@ def dequantized_base(
 
 
 def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
-    block = read_json(source.folder / "config.json")["quantization_config"].get(
-        "weight_block_size"
-    )
+    settings = read_json(source.folder / "config.json")["quantization_config"]
+    block = settings.get("weight_block_size")
     layout: Layout = {}
     for key in source.keys():  # noqa: SIM118  (not a mapping)
         shape, stored = source.shape_dtype(key)
         if key.endswith(_BLOCKS):
-            _require_scales(
-                source,
-                key.removesuffix(_BLOCKS) + _EXPONENTS,
-                shape[:-1],
-                is_floating=False,
-            )
-            layout[key.removesuffix(_BLOCKS)] = (
-                (shape[0], shape[-2] * shape[-1] * 2, shape[1]),
-                dtype,
-            )
+            name = key.removesuffix(_BLOCKS)
+            _require_scales(source, name + _EXPONENTS, shape[:-1], is_floating=False)
+            layout[name] = ((shape[0], shape[-2] * shape[-1] * 2, shape[1]), dtype)
         elif stored is torch.float8_e4m3fn and block is not None:
-            blocks = tuple(
-                -(-side // size) for side, size in zip(shape, block, strict=False)
-            )
+            sides = zip(shape, block, strict=False)
+            blocks = tuple(-(-side // size) for side, size in sides)
             _require_scales(source, key + _SCALES, blocks, is_floating=True)
             layout[key] = (shape, dtype)
         elif not key.endswith((_SCALES, _EXPONENTS)):
@@ -101,20 +92,13 @@ def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
 
     def tensor_of(name: str, written: torch.dtype) -> Tensor:
         if name + _BLOCKS in source:
+            blocks = source.read(name + _BLOCKS)
             exponents = source.read(name + _EXPONENTS)
-            return convert_moe_packed_tensors(
-                source.read(name + _BLOCKS),
-                exponents,
-                dtype=written,
-            )
+            return convert_moe_packed_tensors(blocks, exponents, dtype=written)
+        weight = source.read(name)
         if name + _SCALES in source:
-            return dequantize_fp8(
-                source.read(name),
-                source.read(name + _SCALES),
-                block,
-                written,
-            )
-        return source.read(name)
+            return dequantize_fp8(weight, source.read(name + _SCALES), block, written)
+        return weight
 
     write_shards(target, layout, SHARD_BYTES, tensor_of)
     write_companions(source, target, dtype)
@@ -149,6 +133,5 @@ def dequantize_fp8(
     smaller than `block`, which transformers 5.24 does not allow."""
     rows, columns = weight.shape
     of_rows = scales.float().repeat_interleave(block[0], dim=0)[:rows]
-    return (weight.float() * of_rows.repeat_interleave(block[1], dim=1)[:, :columns]).to(
-        dtype
-    )
+    of_numbers = of_rows.repeat_interleave(block[1], dim=1)[:, :columns]
+    return (weight.float() * of_numbers).to(dtype)

@@ -56,7 +56,7 @@ backward keeps no mask.
 
 def register() -> None:
     """Make the attention known to transformers, once."""
-    # Else keep what `ulysses` has wrapped around it
+    # What `ulysses` has wrapped around a registered one stays
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(NAME, document_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
@@ -96,15 +96,12 @@ def document_attention(
             f"documents of {documents.tokens} tokens came with {rows} rows of {length}"
         )
     documents.windows.add(sliding_window)
-    window = (
-        None
-        if sliding_window is None or sliding_window >= documents.longest
-        else sliding_window
-    )
+    window = sliding_window
+    if window is not None and window >= documents.longest:
+        window = None
     fits = fits_varlen(query, value, scores)
-    query, key, value = (
-        tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)
-    )
+    tensors = (query, key, value)
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors)
     if fits:
         out = _varlen(query, key, value, documents, window, scores)
     else:
@@ -133,12 +130,7 @@ def _mask(
 
 def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
     rows, _, length, _ = query.shape
-    if (
-        positions is None
-        or positions.dim() != 2
-        or positions.shape[1] != length
-        or positions.is_meta
-    ):
+    if positions is None or positions.is_meta or positions.shape[1:] != (length,):
         return Documents.whole_rows(rows, length, query.device)
     return Documents.of(positions.expand(rows, -1).cpu()).to(query.device)
 
@@ -212,9 +204,8 @@ def _varlen(
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
-    return (
-        tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
-    )
+    missing = size - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
 
 
 # -- document by document ----------------------------------------------------------------------------------------------
@@ -239,39 +230,32 @@ def _by_documents(
     scores: Scores,
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
-    if len(set(lengths)) == 1:  # nothing to pad, nothing to copy
+    tensors = (query, key, value)
+    if len(set(lengths)) == 1:
+        # Nothing to pad, nothing to copy
         shape = (len(lengths), lengths[0])
         query, key, value = (
-            tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value)
+            tensor.unflatten(0, shape).transpose(1, 2) for tensor in tensors
         )
         return _rows(query, key, value, window, scores).transpose(1, 2).flatten(0, 1)
     by_size: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         by_size.setdefault(_rounded(length), []).append(document)
-    documents = [tensor.split(lengths) for tensor in (query, key, value)]
+    documents = [tensor.split(lengths) for tensor in tensors]
     outs: dict[int, Tensor] = {}
     for members in by_size.values():
-        query, key, value = (
-            _stacked([of_tensor[member] for member in members]) for of_tensor in documents
-        )
+        query, key, value = (_stacked([split[i] for i in members]) for split in documents)
         out = _rows(query, key, value, window, scores).transpose(1, 2)
-        outs.update(
-            {
-                member: row[: lengths[member]]
-                for member, row in zip(members, out, strict=True)
-            }
-        )
+        for member, row in zip(members, out, strict=True):
+            outs[member] = row[: lengths[member]]
     return torch.cat([outs[document] for document in range(len(lengths))])
 
 
 def _stacked(documents: list[Tensor]) -> Tensor:
     """(L, H, D) each -> (n, H, longest L, D), padded at the right."""
-    rows = (
-        pad_sequence(documents, batch_first=True)
-        if len(documents) > 1
-        else documents[0].unsqueeze(0)
-    )
-    return rows.transpose(1, 2)
+    if len(documents) == 1:
+        return documents[0].unsqueeze(0).transpose(1, 2)
+    return pad_sequence(documents, batch_first=True).transpose(1, 2)
 
 
 def _rows(
@@ -285,29 +269,23 @@ def _rows(
     scores are computed, or a window is shorter than a document, in blocks of queries with
     the keys that they see."""
     length = query.shape[2]
-    attend = _fused if scores.suit_kernels else _scored
-    window = None if window is None or window >= length else window
-    if window is None and scores.suit_kernels:
-        return _fused(scores, query, key, value, None)
-    step = (
-        min(max(window, 128), 512)
-        if window is not None and scores.suit_kernels
-        else QUERIES
-    )
+    if window is not None and window >= length:
+        window = None
+    attend: Callable[..., Tensor] = _scored
+    step = QUERIES
+    if scores.suit_kernels:
+        attend = _fused
+        if window is None:
+            return _fused(scores, query, key, value, None)
+        step = min(max(window, 128), 512)
     outs = []
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
         seen = partial(_seen, begin - first, end - begin, end - first, window, query.device)
-        outs.append(
-            attend(
-                scores,
-                query[:, :, begin:end],
-                key[:, :, first:end],
-                value[:, :, first:end],
-                seen,
-            )
-        )
+        queries = query[:, :, begin:end]
+        keys = key[:, :, first:end]
+        outs.append(attend(scores, queries, keys, value[:, :, first:end], seen))
     return torch.cat(outs, dim=2)
 
 
@@ -321,9 +299,8 @@ def _seen(
     """(queries, keys): true where a query, the first of which stands at `offset` of the
     keys, sees a key.
     """
-    distance = torch.arange(offset, offset + queries, device=device)[
-        :, None
-    ] - torch.arange(keys, device=device)
+    query_at = torch.arange(offset, offset + queries, device=device)
+    distance = query_at[:, None] - torch.arange(keys, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -386,14 +363,12 @@ def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -
     count = query.shape[2]
     groups = query.shape[1] // shared
     wide = torch.promote_types(query.dtype, torch.float32)
-    if how.softcap is None:  # no bound: in bf16 large scores would be off by an eighth
+    if how.softcap is None:
+        # Without a bound: in bf16 large scores would be off by an eighth
         query = query.to(wide)
         key = key.to(wide)
-    scores = (
-        query.unflatten(1, (shared, groups)).flatten(2, 3)
-        @ key.transpose(-1, -2)
-        * how.scale
-    )
+    grouped = query.unflatten(1, (shared, groups)).flatten(2, 3)
+    scores = grouped @ key.transpose(-1, -2) * how.scale
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
@@ -401,12 +376,8 @@ def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -
     mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if how.sinks is not None:
-        one_more = (
-            how.sinks.to(scores.dtype)
-            .view(shared, groups, 1, 1)
-            .expand(*scores.shape[:4], 1)
-        )
-        scores = torch.cat([scores, one_more], dim=-1)
+        sinks = how.sinks.to(scores.dtype).view(shared, groups, 1, 1)
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:4], 1)], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
     weights = F.dropout(weights if how.sinks is None else weights[..., :-1], how.dropout)
     return (weights.flatten(2, 3) @ value).unflatten(2, (groups, count)).flatten(1, 2)
@@ -423,13 +394,7 @@ def _masked(
     """Attention with a mask (B, 1, T, S), or of the last T of S tokens: (B, T, H, D_v)."""
     if scores.suit_kernels:
         out, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            mask,
-            scores.dropout,
-            scores.scale,
+            module, query, key, value, mask, scores.dropout, scores.scale
         )
         return out
     length = query.shape[2]

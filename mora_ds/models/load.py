@@ -73,9 +73,8 @@ def _local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = expanded(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
-    if not is_model and (
-        (folder.suffix == ".gguf" and folder.exists()) or any(folder.glob("*.gguf"))
-    ):
+    is_gguf = folder.suffix == ".gguf" and folder.exists()
+    if not is_model and (is_gguf or any(folder.glob("*.gguf"))):
         raise UserError(
             f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of"
         )
@@ -96,11 +95,10 @@ def _download(name: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
-        # An older model, such as facebook/opt-125m
         if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"])
-            )
+            # An older model, such as facebook/opt-125m, has pickled weights alone
+            wanted.append("pytorch_model*.bin")
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
         return folder
     except (OSError, HFValidationError, ValueError) as error:
         raise UserError(
@@ -124,25 +122,21 @@ def load_base(
     writes the base to `own_base`, in the precision of its files, if these are not one to
     one. Raises `UserError` where weights are missing or do not fit the config.
     """
-
-    def load(stored: torch.dtype) -> Any:
-        return load_model(
-            folder,
-            stored,
-            attn_implementation,
-            trust_remote_code,
-            changes=changes,
-        )
-
+    load = partial(
+        load_model,
+        folder,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        changes=changes,
+    )
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
     is_own = False
     keys = _one_to_one(model, folder, ranks)
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
-    base = ranks.agree(
-        "files of the model", lambda: BaseCheckpoint.open(own_base if is_own else folder)
-    )
+    originals_at = own_base if is_own else folder
+    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(originals_at))
     return LoadedBase(model, base, keys)
 
 
@@ -157,11 +151,8 @@ def create_base(
     rank calls it.
     """
     torch.manual_seed(seed)
-    model = make_model(
-        read_model_config(config_file, vocab_size),
-        f"--model_config {config_file}",
-        dtype=torch.float32,
-    )
+    config = read_model_config(config_file, vocab_size)
+    model = make_model(config, f"--model_config {config_file}", dtype=torch.float32)
     write_own_base(model, folder, tokenizer)
     return folder
 
@@ -184,8 +175,8 @@ def read_model_config(
         values["vocab_size"] = vocab_size
     try:
         config = AutoConfig.for_model(**values)
-    # Each class of config has checks of its own, which raise many kinds
     except Exception as error:
+        # Classes of configs have checks of their own, which raise errors of many kinds
         raise UserError(f"{flag} {config_file}: {reason(error)}") from error
     return _with_sizes(config, f"{flag} {config_file}")
 
@@ -198,21 +189,17 @@ def folder_config(
     """The config of a model folder. Raises `UserError` naming `flag`."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Each class of config has checks of its own, which raise many kinds
     except Exception as error:
-        # Words for Python's callers, in a line that `reason` leaves out
+        # Classes of configs have checks of their own, which raise errors of many kinds
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{flag} {folder}: its own code must be run: allow that with --trust_remote_code"
-            ) from error
-        # Of a path, as which transformers did not find it
-        if isinstance(error.__cause__, HFValidationError):
-            raise UserError(
-                f"{flag} {folder}: no such folder, and no name that a model of the Hub can have"
-            ) from error
-        raise UserError(
-            f"{flag} {folder}: its config.json cannot be used: {reason(error)}"
-        ) from error
+            # The library's advice is for callers in Python
+            why = "its own code must be run: allow that with --trust_remote_code"
+        elif isinstance(error.__cause__, HFValidationError):
+            # Transformers has found no such folder, and taken it for a name on the Hub
+            why = "no such folder, and no name that a model of the Hub can have"
+        else:
+            why = f"its config.json cannot be used: {reason(error)}"
+        raise UserError(f"{flag} {folder}: {why}") from error
     return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 
 
@@ -256,14 +243,11 @@ def config_digest(config: Any) -> str:
     """16 hex digits that identify the model's function as its config describes it, such as
     rope_theta and the number of heads, which the fingerprint of the weights does not
     contain."""
-    values = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in _NOT_THE_FUNCTION
-    }
-    return hashlib.sha256(
-        json.dumps(values, sort_keys=True, default=str).encode()
-    ).hexdigest()[:16]
+    values = config.to_dict()
+    for name in _NOT_THE_FUNCTION & values.keys():
+        del values[name]
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_of_attention(error: Exception) -> bool:
@@ -276,11 +260,11 @@ def make_model(config: Any, where: str, **options: Any) -> Any:
     the words `where`.
     """
     try:
-        # Which it may change
+        # A copy, as the class of the model may change it
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-    # As at `folder_config`: each model's class has checks of its own
     except Exception as error:
-        attention = options.get("attn_implementation")  # a config may name one, too
+        # Classes of models have checks of their own, which raise errors of many kinds
+        attention = options.get("attn_implementation")
         if attention is not None and _is_of_attention(error):
             where = f"--attn_implementation {attention}"
         raise UserError(
@@ -314,16 +298,19 @@ def load_model(
     Raises `UserError` naming `flag` where it cannot be loaded, and where weights are
     missing or do not fit the config."""
     config = changed(folder_config(folder, trust_remote_code, flag), changes or {})
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    count = layers
     damage = ""
     try:
         count = len(BaseCheckpoint.open(folder).keys())
-    except NotOneToOne:  # pickled weights
-        count = MAX_LAYERS
-    except UserError as error:  # for the message below: transformers may not name the file
-        count = MAX_LAYERS
+    except NotOneToOne:
+        # Pickled weights, whose number is not known
+        pass
+    except UserError as error:
+        # Told below, where transformers may not name the file
         damage = str(error).removeprefix(f"{MODEL_FLAG}: ")
-    # Before they are made
-    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:
+    # Refused before so many layers are made
+    if layers > count:
         raise UserError(
             f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files"
         )
@@ -335,10 +322,11 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with their names
+            # These are refused below, with their names
+            ignore_mismatched_sizes=True,
         )
-    # Transformers and safetensors raise many kinds, all for an unusable folder
     except Exception as error:
+        # Of an unusable folder transformers and safetensors raise errors of many kinds
         why = reason(error)
         if _is_of_attention(error):
             raise UserError(
@@ -367,9 +355,8 @@ def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None
 
     def compare() -> tuple[dict[str, str] | None, bool]:
         try:
-            return _map_and_verify(
-                model, BaseCheckpoint.open(folder), ranks.rank, ranks.world
-            ), True
+            base = BaseCheckpoint.open(folder)
+            return _map_and_verify(model, base, ranks.rank, ranks.world), True
         except NotOneToOne:
             return None, False
 
@@ -390,7 +377,8 @@ def _originals(
     `load` loads the model again in another dtype: `own_base` keeps the precision of the
     files, not that of the run.
     """
-    with suppress(UserError):  # a resumed run has written it
+    # A run that is resumed has written it
+    with suppress(UserError):
         if own_base.is_dir() and not own_base.samefile(folder):
             return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
     try:
@@ -422,13 +410,10 @@ def _stored_dtype(folder: Path) -> torch.dtype:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
             # Dtypes and shapes, without the numbers
-            content = torch.load(path, map_location="meta", weights_only=True)
-            dtypes |= {
-                value.dtype for value in content.values() if isinstance(value, Tensor)
-            }
-    return reduce(
-        torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32}
-    )
+            values = torch.load(path, map_location="meta", weights_only=True).values()
+            dtypes |= {value.dtype for value in values if isinstance(value, Tensor)}
+    floating = dtypes & set(COMPUTE_DTYPES.values())
+    return reduce(torch.promote_types, floating or {torch.float32})
 
 
 def _map_and_verify(

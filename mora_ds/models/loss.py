@@ -22,6 +22,7 @@ gathered, and does not support capped or scaled logits.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,13 +79,9 @@ def _cross_entropy(
     reduction: str,
 ) -> Tensor:
     logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
+    rows = logits.flatten(0, -2).float()
     labels = batch["labels"].flatten()
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels,
-        ignore_index=IGNORED,
-        reduction=reduction,
-    )
+    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction=reduction)
 
 
 class ChunkedHead:
@@ -108,7 +105,7 @@ class ChunkedHead:
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
-        # after DeepSpeed's hooks, which make the output all-gather the weight in backward
+        # Comes after DeepSpeed's hooks, which make the output all-gather the weight in backward
         self._hook = head.register_forward_hook(self._record)
 
     def remove(self) -> None:
@@ -148,45 +145,33 @@ class ChunkedHead:
         is_trained = not is_frozen(self._head)
         if torch.is_grad_enabled() and hidden.requires_grad and not is_trained:
             losses = _FrozenHeadLosses.apply(flat, labels, self)
-        elif torch.is_grad_enabled() and is_trained:
-            by_chunk = (
-                checkpoint(self._losses_of, *chunk, use_reentrant=False)
-                for chunk in self._chunks(flat, labels)
-            )
-            losses = torch.cat(list(by_chunk))
         else:
-            losses = torch.cat(
-                [self._losses_of(*chunk) for chunk in self._chunks(flat, labels)]
-            )
+            losses_of: Callable[..., Tensor] = self._losses_of
+            if torch.is_grad_enabled() and is_trained:
+                losses_of = partial(checkpoint, self._losses_of, use_reentrant=False)
+            losses = torch.cat([losses_of(*chunk) for chunk in self._chunks(flat, labels)])
         return losses.view(*hidden.shape[:-1], 1)
 
     def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(
-            hidden.split(self.chunk_tokens),
-            labels.split(self.chunk_tokens),
-            strict=True,
-        )
+        count = self.chunk_tokens
+        return zip(hidden.split(count), labels.split(count), strict=True)
 
     def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(
-            self._logits(hidden).float(),
-            labels,
-            ignore_index=IGNORED,
-            reduction="none",
-        )
+        logits = self._logits(hidden).float()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
 
     @torch.enable_grad()
     def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
-        logits = self._logits(hidden := hidden.detach().requires_grad_())
+        hidden = hidden.detach().requires_grad_()
+        logits = self._logits(hidden)
         values = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
         counts = (labels != IGNORED).unsqueeze(-1)
         label = labels.clamp(min=0).unsqueeze(-1)
         losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
-        # of a loss by its logits: the probabilities, less 1 at the label
-        values.exp_().scatter_add_(-1, label, values.new_full(label.shape, -1.0)).mul_(
-            counts
-        )
+        # A loss's gradient with respect to its logits: the probabilities, less 1 at the label
+        minus_1 = values.new_full(label.shape, -1.0)
+        values.exp_().scatter_add_(-1, label, minus_1).mul_(counts)
         (gradient,) = torch.autograd.grad(logits, hidden, values.to(logits.dtype))
         return losses, gradient
 
@@ -210,16 +195,17 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
-        results = []
+        results: list[tuple[Tensor, Tensor]] = []
         for inputs, targets in head._chunks(hidden, labels):
-            # in parts of one size: products with a few tokens round otherwise than those
+            # Parts of one size, as products with a few tokens round otherwise than those
             # with many
             on_cpu = inputs.device.type == "cpu"
             count = max(1, math.ceil(len(inputs) / _CPU_TOKENS)) if on_cpu else 1
-            parts = zip(
-                inputs.tensor_split(count), targets.tensor_split(count), strict=True
+            results += map(
+                head._loss_and_gradient,
+                inputs.tensor_split(count),
+                targets.tensor_split(count),
             )
-            results += [head._loss_and_gradient(*part) for part in parts]
         losses, gradients = zip(*results, strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -256,16 +242,11 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     config = model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
-    device = next(
-        (tensor.device for tensor in (*head.parameters(), *head.buffers())),
-        torch.device("cpu"),
-    )
-    numbers = CHUNK_NUMBERS if device.type == "cpu" else GPU_CHUNK_NUMBERS
-    chunked = ChunkedHead(
-        head,
-        finish_of(config),
-        chunk_tokens or max(1, numbers // config.vocab_size),
-    )
+    tensors = (*head.parameters(), *head.buffers())
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    numbers = CHUNK_NUMBERS if on_cpu else GPU_CHUNK_NUMBERS
+    chunk_tokens = chunk_tokens or max(1, numbers // config.vocab_size)
+    chunked = ChunkedHead(head, finish_of(config), chunk_tokens)
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.models.decoder_layers import LINE, within_line
-from mora_ds.runtime.node_memory import Offer, check_room, node_members, trim
+from mora_ds.runtime.node_memory import Offer, node_members, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,10 @@ class NodeBase:
         """Names of the adapted layers whose frozen weights this process writes: its part of
         those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
-        written_here = set(
-            self._owned(
-                {
-                    name: layers[name].weight.numel()
-                    for name in layers
-                    if self._is_shared(name)
-                }
-            )
-        )
+        sizes = {
+            name: layers[name].weight.numel() for name in layers if self._is_shared(name)
+        }
+        written_here = set(self._owned(sizes))
         return [
             name for name in layers if name in written_here or not self._is_shared(name)
         ]
@@ -109,11 +104,11 @@ class NodeBase:
         has those of this process's `layers`. Collective as `form` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
-            # Other nodes have the same rows, and so have the other processes of this one
-            # where nothing is shared.
-            counts = self.ranks is None or (
-                0 in self.members if self._is_shared(name) else self.ranks.is_first
-            )
+            # A row is added once: other nodes have the same, and so have the processes of
+            # this one where nothing is shared
+            counts = self.ranks is None or self.ranks.is_first
+            if self._is_shared(name):
+                counts = 0 in self.members
             if name in rows and counts:
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
@@ -172,22 +167,15 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
 
 def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     members = node_members(ranks)
-    is_shared = len(members) > 1
     layout = _Layout.of(frozen)
-    is_first = is_shared and ranks.rank == members[0]
-    ranks.agree(
-        "room for the base of the node",
-        lambda: check_room(layout.size) if is_first else None,
-    )
-    storage, problem = _map(ranks, members, layout if is_shared else None)
+    storage, problem = _map(ranks, members, layout if len(members) > 1 else None)
     if problem:
         logger.warning("warning: each process has a frozen base of its own: %s", problem)
     meets = any(ranks.gather("processes that share a base", storage is not None))
     if storage is None:
         return NodeBase(ranks if meets else None, (ranks.rank,))
-    return NodeBase(
-        ranks, members, {name: layout.view(storage, name, frozen[name]) for name in frozen}
-    )
+    slots = {name: layout.view(storage, name, frozen[name]) for name in frozen}
+    return NodeBase(ranks, members, slots)
 
 
 @dataclass(frozen=True)
@@ -215,14 +203,10 @@ class _Layout:
         """The buffer's place in the memory of the node, with the shape, strides and
         attributes of `like`.
         """
-        # Those of `like`, unless its elements overlap
+        # The strides of `like`, unless its elements overlap
         strides = torch.empty_like(like, device="meta").stride()
-        slot = torch.empty(0, dtype=like.dtype).set_(
-            storage,
-            self.offsets[name] // like.itemsize,
-            like.shape,
-            strides,
-        )
+        slot = torch.empty(0, dtype=like.dtype)
+        slot.set_(storage, self.offsets[name] // like.itemsize, like.shape, strides)
         vars(slot).update(vars(like))
         return slot
 

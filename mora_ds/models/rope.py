@@ -37,11 +37,11 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
         raise UserError(
             f"{FLAG}: a {config.model_type} model has no rotary embeddings that are one for all layers"
         )
-    scaled = {
-        key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own
-    } | dict(settings)
+    scaled = {"rope_theta": own["rope_theta"], **settings}
+    if "partial_rotary_factor" in own:
+        scaled["partial_rotary_factor"] = own["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
-        # In which transformers reads max_position_embeddings as the original number
+        # Of which transformers reads max_position_embeddings as the original number
         return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}
@@ -59,8 +59,8 @@ def check_used(model: Any, rope_type: str) -> None:
     text = model.config.get_text_config()
     try:
         text.validate_rope()
-    # Each class of config has checks of its own, which raise many kinds
     except Exception as error:
+        # Classes of configs have checks of their own, which raise errors of many kinds
         raise UserError(
             f"{FLAG}: a {text.model_type} model cannot have these: {reason(error)}"
         ) from error
@@ -77,11 +77,10 @@ def longest_row(config: Any) -> int | None:
     text = config.get_text_config()
     longest: int | None = getattr(text, _LONGEST, None)
     parameters = getattr(text, _PARAMETERS, None) or {}
-    is_without = longest is not None and parameters.get("rope_type") in (
-        "linear",
-        "dynamic",
-    )
-    return int(longest * parameters["factor"]) if is_without else longest
+    is_without = parameters.get("rope_type") in ("linear", "dynamic")
+    if longest is None or not is_without:
+        return longest
+    return int(longest * parameters["factor"])
 
 
 def changes_of(config: Any, folder: Path) -> dict[str, Any]:
@@ -90,11 +89,8 @@ def changes_of(config: Any, folder: Path) -> dict[str, Any]:
     """
     live = config.get_text_config().to_dict()
     stored = type(config).from_pretrained(folder).get_text_config().to_dict()
-    return {
-        name: live[name]
-        for name in (_PARAMETERS, _LONGEST)
-        if live.get(name) != stored.get(name)
-    }
+    names = (_PARAMETERS, _LONGEST)
+    return {name: live[name] for name in names if live.get(name) != stored.get(name)}
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -115,7 +111,7 @@ def change_file(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Make the `changes` in the `content` of a base's config.json."""
     text = content.get("text_config", content)
     text.update(changes)
-    # Under the names of transformers 4 too, which servers read
+    # Servers read the names of transformers 4
     if parameters := changes.get(_PARAMETERS):
         text["rope_scaling"] = parameters
         text["rope_theta"] = parameters["rope_theta"]

@@ -56,10 +56,9 @@ def layout_of(
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
-        layout[key] = (
-            shape,
-            dtype if dtype is not None and stored.is_floating_point else stored,
-        )
+        if dtype is not None and stored.is_floating_point:
+            stored = dtype
+        layout[key] = (shape, stored)
     return layout
 
 
@@ -86,16 +85,14 @@ def write_shards(
         max_shard_size=limit,
     )
     for name, keys in split.filename_to_tensors.items():
-        with SafetensorsWriter(
-            folder / name, {key: layout[key] for key in keys}, {}
-        ) as writer:
+        shard = {key: layout[key] for key in keys}
+        with SafetensorsWriter(folder / name, shard, {}) as writer:
             for key in keys:
                 writer.write(key, tensor_of(key, layout[key][1]))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
-        write_json_atomic(
-            folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": weight_map}
-        )
+        index = {"metadata": split.metadata, "weight_map": weight_map}
+        write_json_atomic(folder / INDEX_FILE, index)
     return tuple(split.filename_to_tensors)
 
 
@@ -150,10 +147,8 @@ def _require_own(path: Path, folder: Path) -> None:
     if path.is_symlink():
         resolved = path.resolve()
         home = folder.resolve()
-        if not any(
-            resolved.is_relative_to(allowed)
-            for allowed in (home, home.parent.parent / "blobs")
-        ):
+        allowed = (home, home.parent.parent / "blobs")
+        if not any(resolved.is_relative_to(parent) for parent in allowed):
             raise UserError(
                 f"{path} is a link to {resolved}, which is not copied: put the file itself in its place"
             )

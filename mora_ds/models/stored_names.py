@@ -74,13 +74,11 @@ def _only_stacks(converter: Any) -> bool:
     tensors, and does nothing else but to put the rows of several below each other."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    wanted = [(MergeModulelist, 0), (Concatenate, 1)][
-        : 1 if len(converter.source_patterns) == 1 else 2
-    ]
-    return [
-        (type(operation), getattr(operation, "dim", None))
-        for operation in converter.operations
-    ] == wanted
+    wanted: list[tuple[type, int]] = [(MergeModulelist, 0)]
+    if len(converter.source_patterns) > 1:
+        wanted.append((Concatenate, 1))
+    operations = converter.operations
+    return wanted == [(type(item), getattr(item, "dim", None)) for item in operations]
 
 
 def _as_loaded(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, Any, str]]:
@@ -95,17 +93,11 @@ def _as_loaded(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, Any,
     )
 
     transforms = get_model_conversion_mapping(model)
-    renamings = [
-        transform for transform in transforms if isinstance(transform, WeightRenaming)
-    ]
-    converters = [
-        transform for transform in transforms if isinstance(transform, WeightConverter)
-    ]
-    by_pattern = {
-        pattern: converter
-        for converter in converters
-        for pattern in converter.source_patterns
-    }
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    by_pattern: dict[str | None, Any] = {}
+    for converter in converters:
+        by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters)
-        yield key, name, None if pattern is None else by_pattern[pattern], pattern or ""
+        yield key, name, by_pattern.get(pattern), pattern or ""

@@ -26,20 +26,16 @@ def leading_vectors(matrix: Tensor, count: int, name: str) -> tuple[Tensor, Tens
     """(left (count, d_out), right (count, d_in)) of a float64 matrix (d_out, d_in) that is
     called `name`.
     """
-    if matrix.numel() <= EXACT_NUMBERS or 2 * (count + OVERSAMPLED) >= min(matrix.shape):
+    wanted = count + OVERSAMPLED
+    if matrix.numel() <= EXACT_NUMBERS or 2 * wanted >= min(matrix.shape):
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         right = right.T
     else:
         devices = [] if matrix.device.type == "cpu" else [matrix.device]
         with torch.random.fork_rng(devices, device_type=matrix.device.type):
-            torch.manual_seed(
-                int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-            )
-            left, _, right = torch.svd_lowrank(
-                matrix.float(),
-                count + OVERSAMPLED,
-                niter=_ITERATIONS,
-            )
+            digest = hashlib.sha256(name.encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:4], "little"))
+            left, _, right = torch.svd_lowrank(matrix.float(), wanted, niter=_ITERATIONS)
     left = left[:, :count].T
     right = right[:, :count].T
     largest = right.abs().argmax(dim=1, keepdim=True)

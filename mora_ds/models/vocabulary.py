@@ -11,6 +11,7 @@ a token, up to a multiple of 64, are the mean of all old rows.
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def extend_vocabulary(
         before, after, compared = _compare(tokenizer, extended, corpus.texts())
         rows = max(extension.first_id + len(extension.tokens), old_rows)
         rows += -rows % ROW_MULTIPLE
-        with atomic_folder(output.absolute()) as partial:
-            _write(base, partial, keys, extension, rows)
+        with atomic_folder(output.absolute()) as unfinished:
+            _write(base, unfinished, keys, extension, rows)
     return VocabularyReport(output, new_tokens, (old_rows, rows), (before, after), compared)
 
 
@@ -133,10 +134,9 @@ def check_same_tokens(
     tokenizer there is nothing to compare."""
     if not holds_tokenizer(known):
         return
-    ids = load_tokenizer(known, trust_remote_code=trust_remote_code, flag=flag).get_vocab()
-    ids_here = load_tokenizer(
-        folder, trust_remote_code=trust_remote_code, flag=flag
-    ).get_vocab()
+    load = partial(load_tokenizer, trust_remote_code=trust_remote_code, flag=flag)
+    ids = load(known).get_vocab()
+    ids_here = load(folder).get_vocab()
     different = sorted(
         (index, token) for token, index in ids.items() if ids_here.get(token) != index
     )
@@ -165,34 +165,23 @@ def _vocabulary_keys(
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
     embedding, head = _tables(model)
     rows = embedding.num_embeddings
-    tables = {
-        name: table
-        for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding)
-    }
     further = [
         name
-        for name, table in tables.items()
-        if table.num_embeddings == rows and table is not embedding
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding)
+        and table.num_embeddings == rows
+        and table is not embedding
     ]
     if further or head.out_features != rows:
         raise UserError(
             f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})"
         )
-    wanted = {
-        id(embedding.weight),
-        *(id(parameter) for parameter in head.parameters(recurse=False)),
-    }
+    wanted = {id(embedding.weight), *map(id, head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mapping = map_model(base, model, parameters)
-    keys = {
-        mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted
-    }
-    keys |= {
-        name
-        for name, parameter in parameters.items()
-        if id(parameter) in wanted and name in base
-    }
+    names = [name for name, parameter in parameters.items() if id(parameter) in wanted]
+    # A file may hold a tied table under each of its names
+    keys = {mapping[name] for name in names} | {name for name in names if name in base}
     return keys, rows
 
 
@@ -255,12 +244,8 @@ def _write(
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
     write_shards(folder, layout, SHARD_BYTES, tensor_of)
-    write_companions(
-        base,
-        folder,
-        base.shape_dtype(next(iter(sorted(keys))))[1],
-        extension.folder,
-    )
+    _, dtype = base.shape_dtype(min(keys))
+    write_companions(base, folder, dtype, extension.folder)
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     text["vocab_size"] = rows

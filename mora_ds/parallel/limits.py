@@ -19,11 +19,11 @@ def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
     """
     for flag, size in ((TENSOR, tensor), (SEQUENCE, sequence)):
         if size < 1 or world % size:
-            able = ", ".join(
+            divisors = [
                 str(number) for number in range(1, world + 1) if world % number == 0
-            )
+            ]
             raise UserError(
-                f"{flag} {size} does not divide the {world} ranks of this run: {able} would"
+                f"{flag} {size} does not divide the {world} ranks of this run: {', '.join(divisors)} would"
             )
 
 
@@ -48,22 +48,18 @@ def tensor_parallel_problems(
     if degree < 2:
         return
     drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
-    limits = {
-        f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter
-        != "mora",
-        " splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
-        " splits linear layers, and --target_modules names experts: leave it at 1": experts,
-        f" and {SEQUENCE} {sequence}: use one of them": sequence > 1,
-        " needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
-        f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(
-            drops
-        ),
-        ": --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
-        f": --base_bits {base_bits} holds unsplit weights: use one of them": base_bits
-        in (8, 4),
-        ": --base_device host copies unsplit layers: use one of them": streams_base,
-    }
-    yield from (f"{TENSOR} {degree}{limit}" for limit, holds in limits.items() if holds)
+    limits = [
+        (adapter != "mora", f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1"),
+        (domains, " splits one MoRA matrix a layer, not those of research.domain_adapters"),
+        (experts, " splits linear layers, and --target_modules names experts: leave it at 1"),
+        (sequence > 1, f" and {SEQUENCE} {sequence}: use one of them"),
+        (zero_stage != 3, " needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)"),
+        (drops, f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}"),
+        (muon, ": --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw"),
+        (base_bits in (8, 4), f": --base_bits {base_bits} holds unsplit weights: use one of them"),
+        (streams_base, ": --base_device host copies unsplit layers: use one of them"),
+    ]  # fmt: skip
+    yield from (f"{TENSOR} {degree}{limit}" for holds, limit in limits if holds)
 
 
 def check_tensor_parallel(degree: int, **settings: object) -> None:

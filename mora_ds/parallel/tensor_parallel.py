@@ -118,11 +118,8 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
     for path, module in model.named_modules():
         values = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
         for name, value in values.items():
-            if (
-                ("drop" in name or name == "p")
-                and type(value) in (int, float)
-                and value > 0
-            ):
+            is_dropout = "drop" in name or name == "p"
+            if is_dropout and type(value) in (int, float) and value > 0:
                 dropouts[f"{path}.{name}"] = float(value)
     return dropouts
 
@@ -154,9 +151,8 @@ class LayerSplit:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's
         output are this process's slices. `square_shard`: this process's share of M."""
         if self.style is Style.WHOLE:
-            return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(
-                layer.spec, square_shard, x
-            )
+            y = F.linear(x, layer.stored_weight, layer.bias)
+            return y + self._unsplit_update(layer.spec, square_shard, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
         products = WindowProducts(self._window(layer.spec), self)
         y = linear_by(products, x, weight, bias, square_shard, path)

@@ -88,13 +88,11 @@ class Topology:
     def sum_scatter(self, whole: Tensor) -> Tensor:
         """(size, ...) -> this process's share of the sum over the group."""
         size = len(whole)
-        longest = -(-len(whole) // self.degree)
+        longest = -(-size // self.degree)
         start, stop = self.share(size)
         if longest * self.degree != size:
-            pieces = [
-                whole[slice(*share(size, self.degree, index))]
-                for index in range(self.degree)
-            ]
+            bounds = [share(size, self.degree, index) for index in range(self.degree)]
+            pieces = [whole[first:end] for first, end in bounds]
             whole = torch.cat([_padded(piece, longest) for piece in pieces])
         shard = whole.new_empty(longest, *whole.shape[1:])
         comm.reduce_scatter_tensor(shard, whole.contiguous(), group=self.group)

@@ -125,12 +125,11 @@ class SequenceParallel:
         """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have
         been shifted, so that the last token of a part still predicts the first of the next
         one. `documents` stay those of the complete rows, which attention sees."""
-        return {
-            name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
-            if isinstance(rows, Tensor)
-            else rows
-            for name, rows in batch.items()
-        }
+        split = dict(batch)
+        for name, rows in batch.items():
+            if isinstance(rows, Tensor):
+                split[name] = rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
+        return split
 
     def attend(
         self,
@@ -144,7 +143,7 @@ class SequenceParallel:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) ->
         (B, T/s, H, D). `core` runs over complete rows."""
         _check_call(key, value, kwargs)
-        # Attention sinks: those of this process's heads
+        # There is an attention sink for each head, and this process has some of the heads
         if kwargs.get("s_aux") is not None:
             kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
@@ -154,7 +153,8 @@ class SequenceParallel:
         try:
             out, weights = ulysses(module, query, key, value, None, **kwargs)
         finally:
-            if groups is not None:  # Ulysses changes it where it repeats key-value heads
+            if groups is not None:
+                # Ulysses changes it where it repeats key-value heads
                 module.num_key_value_groups = groups
         return out.unflatten(-1, (query.shape[1], -1)), weights
 
@@ -230,7 +230,7 @@ def _group(size: int, timeout_s: float | None) -> Any:
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):
             members = list(range(first, first + size))
-            # deepspeed.comm's takes none
+            # Not by deepspeed.comm, whose function takes no timeout
             group = torch.distributed.new_group(members, timeout=timeout)
             if dist.get_rank() in members:
                 _groups[size] = group

@@ -31,7 +31,7 @@ def check_config(config: Any, size: int, attn_implementation: str | None) -> Non
             f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
         )
     parameters = getattr(text, "rope_parameters", None) or {}
-    # Some models have them for each kind of layer
+    # In some models each kind of layer has settings of its own
     for settings in (parameters, *parameters.values()):
         kind = settings.get("rope_type") if isinstance(settings, dict) else None
         if kind in _LENGTH_DEPENDENT:

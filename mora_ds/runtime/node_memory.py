@@ -22,23 +22,11 @@ from typing import Any
 import psutil
 import torch
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.runtime.ranks import Ranks
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def check_room(nbytes: int) -> None:
-    """Raises `UserError` where this node has less than `nbytes` for what its processes
-    share.
-    """
-    free, limit = free_bytes()
-    if nbytes > free:
-        raise UserError(
-            f"the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
-            f"{free / 1e9:,.3f} GB are {limit}: --base_bits 8 takes less"
-        )
 
 
 def node_members(ranks: Ranks) -> tuple[int, ...]:
@@ -97,10 +85,6 @@ class Offer:
             )
         path = f"/proc/{self.process}/fd/{self.descriptor}"
         try:
-            if os.stat(path).st_size != self.size:
-                raise RunError(
-                    f"{path} is another file than the first process of the node means"
-                )
             storage: Any = torch.UntypedStorage.from_file(
                 path, shared=True, nbytes=self.size
             )
@@ -125,33 +109,24 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def free_bytes() -> tuple[int, str]:
-    """(bytes that shared memory can take on this node; what limits them)."""
-    # Available is what can be used without swapping, page cache included.
-    return min(
-        [(psutil.virtual_memory().available, "available in memory"), *_cgroup_limits()]
-    )
+def free_bytes() -> int:
+    """Bytes that the memory of this node and the limits of its control groups leave."""
+    return min([psutil.virtual_memory().available, *_cgroup_limits()])
 
 
-def _cgroup_limits() -> list[tuple[int, str]]:
-    """What the memory limits of this process's control groups (a container, a Slurm job)
-    leave.
-    """
+def _cgroup_limits() -> list[int]:
+    """What the limits of this process's control groups (a container, a Slurm job) leave."""
     limits = []
     for folder in _cgroup_folders():
-        with suppress(OSError, ValueError):  # "max": no limit; the root has no such files
-            limit, used = (
-                int((folder / name).read_text())
-                for name in ("memory.max", "memory.current")
-            )
-            stat = dict(
-                line.split() for line in (folder / "memory.stat").read_text().splitlines()
-            )
-            # Given up when needed
-            cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))
-            limits.append(
-                (max(0, limit - used + cached), f"left by the memory limit of {folder}")
-            )
+        # A group without a limit has the text "max", the outermost one has no such files
+        with suppress(OSError, ValueError):
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            facts = dict(line.split() for line in lines)
+            # The page cache is given up when memory is needed
+            cached = int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
+            limits.append(max(0, limit - used + cached))
     return limits
 
 
@@ -162,9 +137,6 @@ def _cgroup_folders() -> list[Path]:
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 group = _CGROUP / path.lstrip("/")
-                return [
-                    folder
-                    for folder in (group, *group.parents)
-                    if folder == _CGROUP or _CGROUP in folder.parents
-                ]
+                folders = (group, *group.parents)
+                return [folder for folder in folders if folder.is_relative_to(_CGROUP)]
     return []

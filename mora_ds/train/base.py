@@ -121,7 +121,7 @@ def settle_base_device(
     if device is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", layer_bytes, long=True)
         ranks.agree(
-            "host memory for the base", lambda: check_host_memory(needed, free_bytes()[0])
+            "host memory for the base", lambda: check_host_memory(needed, free_bytes())
         )
         size = size_text(needed)
         logger.info(

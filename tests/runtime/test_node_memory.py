@@ -32,7 +32,7 @@ def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
     memory = mock.Mock(total=900, free=20, available=50)
     monkeypatch.setattr(node_memory, "_cgroup_folders", list)
     monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
-    assert free_bytes() == (50, "available in memory")
+    assert free_bytes() == 50
 
 
 def test_processes_of_a_node_are_those_that_see_each_other():

@@ -104,7 +104,7 @@ def test_domains_work(user):
 
 
 def without_memory(argv):
-    with patch.object(base, "free_bytes", lambda: (10_000, "free")):
+    with patch.object(base, "free_bytes", lambda: 10_000):
         return refused(argv)
 
 
