@@ -185,12 +185,12 @@ class AdapterFile:
             facts=read("facts", JsonObject),
             domains=None if domains is None else DomainSquares.from_dict(domains),
         )
-        if adapter.domains is not None and (
-            missing := set(adapter.layers) ^ set(adapter.domains.operators)
-        ):
-            raise UserError(
-                f"domains: {min(missing)} has no matrix, or none that is shared"
-            )
+        if adapter.domains is not None:
+            lonely = set(adapter.layers) ^ set(adapter.domains.operators)
+            if lonely:
+                raise UserError(
+                    f"domains: {min(lonely)} has no matrix, or none that is shared"
+                )
         return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -201,21 +201,17 @@ class AdapterFile:
             layer.square: layer.operator.value_shape for layer in self.layers.values()
         }
         if self.domains is not None:
+            count = len(self.domains.names)
             for module, spec in self.domains.operators.items():
-                shapes[self.domains.tensor(module)] = (
-                    len(self.domains.names),
-                    *spec.value_shape,
-                )
+                shapes[self.domains.tensor(module)] = (count, *spec.value_shape)
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:
         """Raises `UserError` unless the layers are those of the ledger's cycles, and follow
         the last of them. The ledger lies in the adapter's folder."""
         known: dict[str, LayerEntry] = dict(self.layers)
-        for cycle in range(ledger.cycles):
-            agree_on_layers(
-                known, ledger.layers(cycle), ledger.folder / ledger.records[cycle].file
-            )
+        for cycle, record in enumerate(ledger.records):
+            agree_on_layers(known, ledger.layers(cycle), ledger.folder / record.file)
         if ledger.cycles != self.cycle:
             path = ledger.folder.parent / ADAPTER_JSON
             raise UserError(
@@ -239,12 +235,8 @@ def write_adapter(
     """
     tensors = {adapter.layers[name].square: square for name, square in squares.items()}
     tensors.update(trained)
-    tensors.update(
-        {
-            DomainSquares.tensor(name): stack
-            for name, stack in (domain_squares or {}).items()
-        }
-    )
+    for name, stack in (domain_squares or {}).items():
+        tensors[DomainSquares.tensor(name)] = stack
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
     stored = {name: tensor.detach().float() for name, tensor in tensors.items()}
@@ -381,9 +373,8 @@ class BaseReference:
 
         Raises `UserError` naming `flag` when it is missing or another one.
         """
-        base = BaseCheckpoint.open(
-            checkpoint.resolve() / self.folder if override is None else override, flag
-        )
+        folder = checkpoint.resolve() / self.folder if override is None else override
+        base = BaseCheckpoint.open(folder, flag)
         self.require_base(base, checkpoint, flag)
         return base
 
@@ -426,7 +417,7 @@ class Adapter:
         ledger = Ledger.open(
             folder / LEDGER_FOLDER, reference.fingerprint, hashes=not has_manifest
         )
-        # Of the same bytes: no file is read twice
+        # The manifest has hashed the cycles: only its hashes are compared with the ledger's
         if has_manifest and (differing := ledger_problems(folder)):
             raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)

@@ -25,8 +25,8 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
     MANIFEST,
     disk_errors,
+    listed_files,
     read_json,
-    recorded_hashes,
     replace_symlink,
     verify_manifest,
 )
@@ -70,6 +70,10 @@ _GONE = ".gone"
 step, being deleted.
 """
 
+_NOT_DELETED = (
+    "warning: %s cannot be deleted and takes up space: %s; the next save tries again"
+)
+
 _STEP = "step-"
 _STEP_NAME = re.compile(rf"{_STEP}(?:[0-9]{{6}}|[1-9][0-9]{{6,11}})")
 """The names that `step_folder` gives, and no other: step-000040.bak, a copy made by hand,
@@ -100,23 +104,15 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """Step folders that have their final name, oldest first; those that are being written
     have another.
     """
-    return sorted(
-        (
-            path
-            for path in root.glob(f"{_STEP}*")
-            if is_step_name(path.name) and path.is_dir()
-        ),
-        key=step_of,
-    )
+    named = [path for path in root.glob(f"{_STEP}*") if is_step_name(path.name)]
+    return sorted(filter(Path.is_dir, named), key=step_of)
 
 
 def tokenizer_of(folder: Path | None) -> Path | None:
     """The tokenizer's folder in a checkpoint, where it has one."""
-    return (
-        folder / TOKENIZER_FOLDER
-        if folder is not None and (folder / TOKENIZER_FOLDER).is_dir()
-        else None
-    )
+    if folder is None or not (folder / TOKENIZER_FOLDER).is_dir():
+        return None
+    return folder / TOKENIZER_FOLDER
 
 
 # -- what a path means -------------------------------------------------------------------------------------------------
@@ -165,11 +161,9 @@ def refuse_full_training(path: Path) -> None:
     folder = _candidate(path, (STATE_FILE,))
     if folder is not None and is_full_training(folder):
         merged = folder.parent.parent / MERGED_FOLDER
-        model = (
-            f"{merged} is"
-            if merged.is_dir()
-            else "resume the run with --export_merged, which writes"
-        )
+        model = "resume the run with --export_merged, which writes"
+        if merged.is_dir():
+            model = f"{merged} is"
         raise UserError(
             f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model"
         )
@@ -256,7 +250,7 @@ def ledger_problems(folder: Path) -> list[str]:
     path = folder / LEDGER_FOLDER / LEDGER_FILE
     if not path.exists():
         return []
-    listed = recorded_hashes(folder)
+    listed = {name: facts.sha256 for name, facts in listed_files(folder).items()}
     return [
         f"{path.parent / cycle.file} is not the cycle that {path.name} has on record"
         for cycle in read_records(path.parent)
@@ -282,16 +276,13 @@ def delete(folder: Path) -> None:
     if not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        if folder.is_symlink():  # a checkpoint that the user keeps elsewhere
+        if folder.is_symlink():
+            # To a checkpoint that the user keeps elsewhere
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
     except OSError as error:
-        logger.warning(
-            "warning: %s cannot be deleted and takes up space: %s; the next save tries again",
-            folder,
-            error,
-        )
+        logger.warning(_NOT_DELETED, folder, error)
 
 
 def retire(folder: Path) -> None:
@@ -301,11 +292,7 @@ def retire(folder: Path) -> None:
     try:
         os.rename(folder, gone)
     except OSError as error:
-        logger.warning(
-            "warning: %s cannot be deleted and takes up space: %s; the next save tries again",
-            folder,
-            error,
-        )
+        logger.warning(_NOT_DELETED, folder, error)
     else:
         delete(gone)
 

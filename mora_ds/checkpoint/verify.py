@@ -149,15 +149,12 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
     try:
         verdict.facts.extend(check(verdict.folder))
     except UserError as error:
-        verdict.problems.extend(str(error).split("\n"))  # of `refuse`: one a line
+        # `refuse` raises all problems at once, one a line
+        verdict.problems.extend(str(error).split("\n"))
     except (RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # of values that no check has foreseen
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        # Of values that no check has foreseen
         verdict.problems.append(f"{verdict.folder} is damaged: {shown(error)}")
 
 

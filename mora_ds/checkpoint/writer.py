@@ -139,9 +139,8 @@ class CheckpointWriter:
             write_extras(beside)
 
         def together(what: str, task: Callable[[], Result]) -> Result:
-            return ranks.agree(
-                f"checkpoint {final.name}, {what}", files.disk_errors(self.root)(task)
-            )
+            named = files.disk_errors(self.root)(task)
+            return ranks.agree(f"checkpoint {final.name}, {what}", named)
 
         def work() -> None:
             with _removed_on_failure(beside):
@@ -187,9 +186,10 @@ class CheckpointWriter:
         for share in shares:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
-        # Each rank has flushed its own files: rank 0 does not open a thousand of them.
+        # Each rank has flushed its files, so that rank 0 does not open a thousand of them
         files.fsync_tree(beside, with_files=False)
-        # Its cycles are older than the other files, and merges read them
+        # Cycles are older than this checkpoint and may be damaged since, which the manifest
+        # would record as right
         if damage := ledger_problems(beside):
             raise RunError(
                 f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint"
@@ -214,10 +214,8 @@ class _Share(NamedTuple):
     def of(cls, beside: Path, shard: RankShard, rng: dict[str, np.ndarray]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        written = [
-            beside / ENGINE_TAG / shard.file,
-            *ledger[dist.get_rank() :: dist.get_world_size()],
-        ]
+        in_slice = ledger[dist.get_rank() :: dist.get_world_size()]
+        written = [beside / ENGINE_TAG / shard.file, *in_slice]
         return cls(files.record(beside, written), shard, rng)
 
 
@@ -331,7 +329,8 @@ class Background:
             try:
                 work()
             except BaseException as error:
-                self.error = error  # raised by the next `wait`
+                # Raised by the next `wait`
+                self.error = error
                 if dist.get_rank() == 0:
                     logger.warning(
                         "warning: %s: %s; the next save will stop the run", name, error

@@ -74,9 +74,9 @@ def whole_number(value: object, least: int, argument: str, otherwise: str = "") 
     Raises `UserError` that begins with the words `argument` for another value, a bool among
     them; `otherwise`: what else it may be.
     """
-    number = (
-        int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-    )
+    number = None
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
     if number is None or not least <= number < _TOO_LARGE:
         raise UserError(
             f"{argument} must be a whole number from {least} on{otherwise}, got {value!r}"
@@ -93,9 +93,8 @@ def named_as_flags(*names: str, **others: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (
-            re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error)),
-        )
+        text = re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error))
+        error.args = (text,)
         raise
 
 
@@ -103,12 +102,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing
     else is close.
     """
-    close = difflib.get_close_matches(
-        word,
-        [candidate for candidate in known if candidate != word],
-        n=1,
-        cutoff=0.6,
-    )
+    candidates = [candidate for candidate in known if candidate != word]
+    close = difflib.get_close_matches(word, candidates)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -116,12 +111,12 @@ def reason(error: BaseException) -> str:
     """The message of another library's error in one line, for use in our own; a line that
     ends with a colon is followed by the next one. A message without words, such as that of
     a KeyError, follows the name of the error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    count = next(
-        (number for number, line in enumerate(lines, 1) if not line.endswith(":")),
-        len(lines),
-    )
-    text = " ".join(lines[:count])
+    lines = []
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        lines.append(line)
+        if not line.endswith(":"):
+            break
+    text = " ".join(lines)
     return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 

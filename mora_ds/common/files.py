@@ -77,11 +77,9 @@ def shipped(path: str) -> str:
     working directory has none.
     """
     packaged = CONFIGS.parent / path
-    return (
-        str(packaged)
-        if path.startswith("configs/") and not Path(path).exists() and packaged.is_file()
-        else path
-    )
+    if path.startswith("configs/") and packaged.is_file() and not Path(path).exists():
+        return str(packaged)
+    return path
 
 
 @contextmanager
@@ -270,11 +268,9 @@ def named_path(entry: str) -> tuple[str, str]:
     endings.
     """
     name, mark, path = entry.partition("=")
-    return (
-        (name, path)
-        if mark and "/" not in name
-        else (Path(entry).name.split(".")[0], entry)
-    )
+    if mark and "/" not in name:
+        return name, path
+    return Path(entry).name.split(".")[0], entry
 
 
 def require_place(output: Path) -> None:
@@ -296,9 +292,8 @@ def require_new(output: Path) -> None:
     `atomic_folder` then fills.
     """
     require_place(output)
-    if output.is_symlink() or (
-        output.exists() and (not output.is_dir() or any(output.iterdir()))
-    ):
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if output.is_symlink() or (output.exists() and not is_empty):
         raise UserError(f"`output` {output} exists already; name a new folder")
 
 
@@ -312,7 +307,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder.parent):
-        if old.exists() and not folder.exists():  # killed between the two renames
+        if old.exists() and not folder.exists():
+            # Killed between the two renames
             os.rename(old, folder)
         for leftover in (old, partial):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -358,16 +354,11 @@ def write_manifest(
     known = dict(recorded or {})
     for name, facts in known.items():
         await_file(folder / name, facts["size"])
-    listed = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
-    )
-    unrecorded = [
-        path for path in listed if path.relative_to(folder).as_posix() not in known
-    ]
+    recorded_paths = {folder / name for name in (*known, MANIFEST)}
+    unrecorded = set(filter(Path.is_file, folder.rglob("*"))) - recorded_paths
     files = dict(sorted({**known, **record(folder, unrecorded)}.items()))
-    write_json_atomic(
-        folder / MANIFEST, {"format": FORMAT, "files": files, "seal": _seal(files)}
-    )
+    content = {"format": FORMAT, "files": files, "seal": _seal(files)}
+    write_json_atomic(folder / MANIFEST, content)
 
 
 VISIBLE_WITHIN_S = 20.0
@@ -397,14 +388,11 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
     compared; None: all. Of the others only existence and size are. Raises `UserError` for a
     missing or damaged manifest.
     """
-    content = read_json(folder / MANIFEST)
-    require_format(folder / MANIFEST, content)
-    if content.get("seal") != _seal(
-        entry(content, "files", dict[str, Any], folder / MANIFEST)
-    ):
-        return [
-            f"{folder / MANIFEST} is damaged: it does not list what it was written with"
-        ]
+    path = folder / MANIFEST
+    content = read_json(path)
+    require_format(path, content)
+    if content.get("seal") != _seal(entry(content, "files", dict[str, Any], path)):
+        return [f"{path} is damaged: it does not list what it was written with"]
     if problems := links(folder):
         return problems
 
@@ -413,13 +401,9 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
         return file_problem(folder / name, facts.size, facts.sha256 if is_read else None)
 
     listed = listed_files(folder)
-    # Hashing and reading release the GIL
+    # In threads, as hashing and reading release the GIL
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [
-            message
-            for message in pool.map(problem, listed.keys(), listed.values())
-            if message
-        ]
+        return list(filter(None, pool.map(problem, listed.keys(), listed.values())))
 
 
 @dataclass(frozen=True)
@@ -439,11 +423,6 @@ def listed_files(folder: Path) -> dict[str, FileFacts]:
         read_json(path), "files", dict[RelativePath, FileFacts], path
     )
     return facts_of
-
-
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of `listed_files`."""
-    return {name: facts.sha256 for name, facts in listed_files(folder).items()}
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
@@ -546,8 +525,8 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:
         raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
-    # Of a date, a number, a key that is a list
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        # Of a date or a number that there is not, or of a key that is a list
         raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(

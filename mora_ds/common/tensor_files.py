@@ -91,14 +91,16 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self._offsets: dict[str, int] = {}
         end = 0
-        # A stable sort
+        # `sorted` leaves tensors of equal width in their order
         for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):
             shape, dtype = layout[name]
-            self._offsets[name], end = end, end + tensor_nbytes(shape, dtype)
+            start = end
+            end += tensor_nbytes(shape, dtype)
+            self._offsets[name] = start
             header[name] = {
                 "dtype": CODES[dtype],
                 "shape": list(shape),
-                "data_offsets": [self._offsets[name], end],
+                "data_offsets": [start, end],
             }
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

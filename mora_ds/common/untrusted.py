@@ -60,12 +60,10 @@ def shown(value: Any) -> str:
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for
     one that is no text, OSError where it cannot be read."""
-    if (
-        not stat.S_ISREG(mode := path.stat().st_mode)
-        and not stat.S_ISDIR(mode)
-        and not _is_of_shell(path)
-    ):
-        raise UserError(f"{path} is no file")  # a pipe would wait for ever
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_of_shell(path)):
+        # A pipe would wait for ever
+        raise UserError(f"{path} is no file")
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -156,12 +154,8 @@ def relative_path(text: str) -> str:
 def any_path(text: str) -> str:
     """`text`, if it can be a path at all, in any script, wherever it leads: it is only
     read, and what is there is compared."""
-    if (
-        not text
-        or _UNSHOWN.search(text)
-        or len(text.encode()) > 4000
-        or max(map(len, text.split("/"))) > 255
-    ):
+    is_long = len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 255
+    if not text or is_long or _UNSHOWN.search(text):
         raise UserError(f"{shown(text)} cannot be a path")
     return text
 
@@ -196,26 +190,23 @@ def typed(hint: Any, value: Any, where: object) -> Any:
     try:
         text = json.dumps(value)
         return _adapter(hint).validate_json(text, strict=True, extra="forbid")
-    except TypeError as error:  # of Python's own objects, as of a date in YAML
+    except TypeError as error:
+        # Of what JSON does not have, such as a date in YAML
         raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
-        # A key that is misspelt is missing, too.
-        first = min(
-            error.errors(),
-            key=lambda detail: detail["type"] != "unexpected_keyword_argument",
-        )
+        unknown_key = "unexpected_keyword_argument"
+        # An unknown key first: where it is misspelt, another one is missing
+        first = min(error.errors(), key=lambda detail: detail["type"] != unknown_key)
     steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]]
     place = f"{where}{''.join(steps)}"
     if not place.isprintable():
         place = f"{where}: {shown(first['loc'])}"
-    if first["type"] == "value_error":  # of a function, or of a class that is made
+    if first["type"] == "value_error":
+        # Of a function that checks a value, or of a class that is made of it
         raise UserError(f"{place}: {first['ctx']['error']}")
-    message = first["msg"]
-    problem = (
-        message
-        if first["type"] == "bounds"
-        else _PROBLEMS.get(first["type"], f"is refused: {message}")
-    )
+    problem = _PROBLEMS.get(first["type"], f"is refused: {first['msg']}")
+    if first["type"] == "bounds":
+        problem = first["msg"]
     found = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
     raise UserError(f"{place} {problem}{found}")
 
@@ -230,10 +221,9 @@ def typed_fully(cls: Any, value: Any, where: object) -> Any:
     be there.
     """
     instance = typed(cls, value, where)
-    if missing := [
-        field.name for field in fields(cls) if field.init and field.name not in value
-    ]:
-        raise UserError(f"{where}: {missing[0]} is missing")
+    for field in fields(cls):
+        if field.init and field.name not in value:
+            raise UserError(f"{where}: {field.name} is missing")
     return instance
 
 
@@ -243,9 +233,8 @@ def wrong_types(settings: Any) -> Iterator[str]:
     """
     hints = get_type_hints(settings.__class__, include_extras=True)
     for field in fields(settings):
-        yield from refusal(
-            typed, hints[field.name], getattr(settings, field.name), field.name
-        )
+        name = field.name
+        yield from refusal(typed, hints[name], getattr(settings, name), name)
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
@@ -298,8 +287,8 @@ def expanded(path: str | Path, flag: str = "") -> Path:
         with suppress(FileNotFoundError, NotADirectoryError):
             place.stat()
         return place
-    # A name that is too long, a loop of links, a folder that may not be entered
     except OSError as error:
+        # A name that is too long, a loop of links, a folder that may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
     except ValueError as error:  # a byte of zero
         raise UserError(f"{flag} {path!r}: {error}".lstrip()) from error

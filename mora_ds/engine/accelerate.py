@@ -68,13 +68,11 @@ def our_engine() -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         del model_parameters
-        # accelerate sets infinity, which is no number of JSON (utils/dataclasses.py,
+        config = dict(config_params)
+        # accelerate sets it to infinity, which is no number of JSON (utils/dataclasses.py,
         # DeepSpeedPlugin)
-        config = {
-            key: value for key, value in config_params.items() if key != "steps_per_print"
-        }
-        # Another train() of a Trainer goes on from a checkpoint, which fills its new
-        # engine.
+        config.pop("steps_per_print", None)
+        # A Trainer may train again, from a checkpoint, which fills its new engine
         vars(model).pop(STARTED, None)
         with _in_place_of_deepspeed(original):
             returned = initialize(model=model, config=config, **kwargs)

@@ -58,9 +58,8 @@ class _Layer:
                 flat = slot[start : start + size].view(tensor.dtype)
                 views[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride())
             owner, _, key = name.rpartition(".")
-            self.entries.append(
-                (model.get_submodule(owner)._buffers, key, views[id(tensor)])
-            )
+            buffers = model.get_submodule(owner)._buffers
+            self.entries.append((buffers, key, views[id(tensor)]))
         self._hosts: list[Tensor | None] = []
         """What the modules held before `show`."""
 
@@ -79,9 +78,7 @@ class _Layer:
 
     def hide(self) -> None:
         """Undo `show`."""
-        for (buffers, key, _), host in zip(
-            self.entries, self._hosts, strict=bool(self._hosts)
-        ):
+        for (buffers, key, _), host in zip(self.entries, self._hosts, strict=False):
             buffers[key] = host
         self._hosts = []
 
@@ -102,12 +99,8 @@ class BaseRing:
         self.copied = 0
         """Bytes copied so far."""
         self._copies = copies
-        self._layers = [
-            _Layer(model, layer_weights, slot)
-            for layer_weights, slot in zip(
-                weights.values(), cycle(self.slots), strict=False
-            )
-        ]
+        in_turn = zip(weights.values(), cycle(self.slots), strict=False)
+        self._layers = [_Layer(model, tensors, slot) for tensors, slot in in_turn]
         self._slot_at = {
             slot.untyped_storage().data_ptr(): number
             for number, slot in enumerate(self.slots)
@@ -122,11 +115,7 @@ class BaseRing:
         """The layer whose forward is running, once for each of its modules that is."""
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
-        copies.pin(
-            tensor
-            for layer_weights in weights.values()
-            for tensor in layer_weights.values()
-        )
+        copies.pin(tensor for tensors in weights.values() for tensor in tensors.values())
         for module, index in self._index.items():
             module.register_forward_pre_hook(partial(self._enter, index))
             module.register_forward_hook(self._leave, always_call=True)
@@ -158,7 +147,7 @@ class BaseRing:
         """Order the device's work after the copy of a layer, and begin to copy those that
         come next.
         """
-        # As torch/autograd/graph.py tells that backward runs
+        # torch/autograd/graph.py tells by this that backward runs
         is_backward = torch._C._current_graph_task_id() != -1
         now = (index, is_backward)
         if self._now == now:
@@ -182,9 +171,8 @@ class BaseRing:
         downwards = range(len(self._layers) - 1, -1, -1)
         if backward:
             return chain(downwards[len(self._layers) - index :], upwards)
-        return chain(
-            upwards[index + 1 :], downwards if torch.is_grad_enabled() else upwards
-        )
+        afterwards = downwards if torch.is_grad_enabled() else upwards
+        return chain(upwards[index + 1 :], afterwards)
 
     def _copy(self, index: int) -> None:
         number = index % self.buffers
@@ -212,8 +200,8 @@ class BaseRing:
             return
         self._use(index)
         self._layers[index].show()
-        # Hooks that are there already are checkpointing's, which save no tensor of the
-        # layer.
+        # Hooks that are there already are those of checkpointing, which saves no tensor of
+        # the layer
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             self._hooks.__enter__()
@@ -249,11 +237,7 @@ def stream_base(model: Any, device: torch.device) -> BaseRing:
 
 def names_on_host(model: Any) -> set[str]:
     """Names of the frozen tensors that `stream_base` takes from host memory."""
-    return {
-        name
-        for layer_weights in weights_of_layers(model).values()
-        for name in layer_weights
-    }
+    return set(chain.from_iterable(weights_of_layers(model).values()))
 
 
 def ring_of(model: nn.Module) -> BaseRing | None:

@@ -67,8 +67,9 @@ def check_kernels() -> None:
 def check_compiler() -> None:
     """Raise `UserError` where triton could not compile."""
     scheme = sysconfig.get_default_scheme()
-    # Debian's, for what pip installs; headers are the system's (triton/runtime/build.py)
     if scheme == "posix_local":
+        # Debian's scheme for what pip installs; triton takes the headers of the system
+        # (triton/runtime/build.py)
         scheme = "posix_prefix"
     header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
@@ -94,11 +95,8 @@ def warn_of_slow_precision(dtype: str) -> None:
     """Log a warning where a GPU is to compute in fp32 without TF32, about ten times slower
     than in bf16.
     """
-    if (
-        dtype == "float32"
-        and not is_cpu()
-        and torch.get_float32_matmul_precision() == "highest"
-    ):
+    has_tf32 = torch.get_float32_matmul_precision() != "highest"
+    if dtype == "float32" and not has_tf32 and not is_cpu():
         logger.warning(
             "the run computes in fp32, on a GPU about ten times slower than with --bf16, "
             "which keeps the master copies in fp32, too"

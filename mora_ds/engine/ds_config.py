@@ -194,7 +194,7 @@ def _refused_by_deepspeed(config: DsConfig) -> list[str]:
     model is loaded.
     """
     trial = copy.deepcopy(config)
-    # `_match_flags` checks it, and knows the number of processes
+    # DeepSpeed would compare it with this one process; `_match_flags` knows how many there are
     trial.pop("train_batch_size", None)
     trial.setdefault("train_micro_batch_size_per_gpu", 1)
     zero = trial["zero_optimization"]
@@ -206,7 +206,8 @@ def _refused_by_deepspeed(config: DsConfig) -> list[str]:
             f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {json.dumps(detail['input'], default=str)}"
             for detail in error.errors()
         ]
-    except Exception as error:  # assertions, and whatever a value of another type leads to
+    except Exception as error:
+        # Assertions, and whatever a value of another type leads to
         return [f"DeepSpeed cannot use it: {reason(error)}"]
     return []
 
@@ -236,15 +237,14 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
     total = sum(numels)
     largest = numels[-1] if numels else 0
     bucket = max(min(total, REDUCE_BUCKET_NUMEL), largest, 1)
-    # stage_1_and_2.py refuses an odd one (`nccl_start_alignment_factor`)
+    # Even, as stage_1_and_2.py wants it (`nccl_start_alignment_factor`)
     bucket += bucket % 2
+    threshold = _persistence_threshold(numels, _BYTES[compute_dtype(ds_config)])
     sizes = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": min(total, PREFETCH_PARAMETERS * largest),
-        "stage3_param_persistence_threshold": _persistence_threshold(
-            numels, _BYTES[compute_dtype(ds_config)]
-        ),
+        "stage3_param_persistence_threshold": threshold,
     }
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
     return filled
@@ -279,11 +279,9 @@ def _avoid_slices_of_parameters(
     if slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
         return ""
     zero.update(chosen)
-    sends_more = (
-        f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch"
-        if "reduce_scatter" in chosen
-        else ""
-    )
+    sends_more = ""
+    if "reduce_scatter" in chosen:
+        sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch"
     return (
         f"ZeRO-3 on {ranks:,} ranks: {slices:,} slices of gradients would each cost the host time, so that "
         f"{json.dumps(chosen)} is set{sends_more}"
@@ -375,11 +373,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
         path = prefix + key
         if isinstance(value, dict):
             problems += _left_auto(value, f"{path}.")
-        elif (
-            value == AUTO
-            and key not in _BUCKET_KEYS
-            and path != "data_types.keep_in_fp32_modules"
-        ):
+        elif value == AUTO and key not in (*_BUCKET_KEYS, "keep_in_fp32_modules"):
             problems.append(
                 f'{path} = "auto": there is no flag to take it from; give a value or drop the key'
             )
@@ -429,8 +423,8 @@ def _zero(config: DsConfig) -> list[str]:
             f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"
         ]
     problems = []
-    # The default replaces torch's F.linear everywhere and saves the inputs of frozen
-    # layers.
+    # DeepSpeed's default replaces torch's F.linear everywhere, and saves the inputs of
+    # frozen layers
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
     if at(zero, "offload_optimizer.device") == "nvme":
@@ -442,8 +436,8 @@ def _zero(config: DsConfig) -> list[str]:
         if at(config, path) not in (None, value):
             problems.append(f"{path} must stay {json.dumps(value)}: {why}")
     types = config.setdefault("data_types", {})
-    if types.get("grad_accum_dtype", AUTO) is None:  # DeepSpeed's default
+    if types.get("grad_accum_dtype", AUTO) is None:
+        # DeepSpeed's default, which is as good as absent
         del types["grad_accum_dtype"]
-    return problems + fill(
-        config, ("data_types.grad_accum_dtype", "fp32", "gradients are summed in fp32")
-    )
+    why = "gradients are summed in fp32"
+    return problems + fill(config, ("data_types.grad_accum_dtype", "fp32", why))

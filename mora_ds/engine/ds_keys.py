@@ -162,11 +162,9 @@ def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
-        if (
-            holder
-            and key in holder
-            and holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path))
-        ):
+        if not holder or key not in holder:
+            continue
+        if holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path)):
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems
 
@@ -178,12 +176,11 @@ _MASK = "***"
 def masked(content: Any, is_secret: bool = False) -> Any:
     """`content` with every text masked that lies under a name such as comet's api_key."""
     if isinstance(content, dict):
-        return {
-            name: masked(
-                value, is_secret or any(word in str(name).lower() for word in _SECRETS)
-            )
-            for name, value in content.items()
-        }
+        copy = {}
+        for name, value in content.items():
+            names_secret = any(word in str(name).lower() for word in _SECRETS)
+            copy[name] = masked(value, is_secret or names_secret)
+        return copy
     if isinstance(content, list):
         return [masked(value, is_secret) for value in content]
     return _MASK if is_secret and isinstance(content, str) and content else content

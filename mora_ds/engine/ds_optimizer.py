@@ -11,6 +11,7 @@ Facts about DeepSpeed are those of 0.19.8: runtime/engine.py, `_configure_basic_
 
 import json
 from enum import Enum
+from typing import Any
 
 from mora_ds.engine.ds_keys import (
     ONLY_FOR_ADAM,
@@ -49,20 +50,20 @@ def match_optimizer(
     other_learning_rate: float,
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
-    problems = fill(config, ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}"))
-    rates = {"optimizer.params.lr": ("--learning_rate", learning_rate)}
+    main_rate = f"--learning_rate = {learning_rate}"
+    wanted: list[tuple[str, Any, str]] = [
+        ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}")
+    ]
     if kind is OptimizerKind.MUON:
-        rates = {
-            "optimizer.params.muon_lr": ("--learning_rate", learning_rate),
-            "optimizer.params.lr": ("--embedding_learning_rate", other_learning_rate),
-        }
-        problems += fill(
-            config,
+        rest_rate = f"--embedding_learning_rate = {other_learning_rate}"
+        wanted += [
             ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
-        )
-    return problems + fill(
-        config, *((path, rate, f"{flag} = {rate}") for path, (flag, rate) in rates.items())
-    )
+            ("optimizer.params.muon_lr", learning_rate, main_rate),
+            ("optimizer.params.lr", other_learning_rate, rest_rate),
+        ]
+    else:
+        wanted.append(("optimizer.params.lr", learning_rate, main_rate))
+    return fill(config, *wanted)
 
 
 def uses_muon(ds_config: DsConfig) -> bool:
@@ -76,29 +77,19 @@ def optimizer_problems(config: DsConfig) -> list[str]:
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
     params = optimizer.setdefault("params", {})
-    own_adam = fill(
-        config,
-        (
-            "optimizer.params.torch_adam",
-            True,
-            "DeepSpeed's own Adam keeps its steps elsewhere",
-        ),
-    )
+    why = "DeepSpeed's own Adam keeps its steps elsewhere"
+    problems = fill(config, ("optimizer.params.torch_adam", True, why))
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if kind not in _NAMES.values():
         return [
             f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
         ]
-    if params.get("fused") and params.get("foreach"):
-        return [
-            "optimizer.params.fused and foreach are two ways to the same step: take one"
-        ]
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
-    problems = own_adam + [
-        f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)
-    ]
-    return [*problems, *_muon(config)] if uses_muon(config) else problems
+    problems += [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
+    if uses_muon(config):
+        problems += _muon(config)
+    return problems
 
 
 def _muon(config: DsConfig) -> list[str]:
@@ -108,21 +99,12 @@ def _muon(config: DsConfig) -> list[str]:
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
     if zero.get("stage") == 3:
-        problems += fill(
-            config,
-            (
-                "zero_optimization.reduce_scatter",
-                False,
-                "Muon needs unsharded gradients at stage 3",
-            ),
-            # Else gradients and Muon's momentum would be gathered, and the momentum stored,
-            # in low precision.
-            (
-                "communication_data_type",
-                "fp32",
-                "Muon's momentum is kept in that dtype at stage 3",
-            ),
-        )
+        unsharded = "Muon needs unsharded gradients at stage 3"
+        problems += fill(config, ("zero_optimization.reduce_scatter", False, unsharded))
+        # In low precision gradients and Muon's momentum would be gathered, and the momentum
+        # stored
+        precise = "Muon's momentum is kept in that dtype at stage 3"
+        problems += fill(config, ("communication_data_type", "fp32", precise))
     if at(zero, "offload_optimizer.device") not in (None, "none"):
         problems.append(
             "zero_optimization.offload_optimizer is for AdamW: Muon keeps a single momentum"

@@ -8,7 +8,6 @@ matrices in parameter group 0, other trained parameters in group 1 -> deepspeed.
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -69,7 +68,7 @@ def start_distributed(timeout_s: float | None = None) -> None:
         _require_launcher()
     zero.prepare_backend()
     _share_cores()
-    # DeepSpeed's engine picks the same device, but too late for the base and for NCCL.
+    # DeepSpeed's engine picks the same device, but too late for the base and for NCCL
     take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
@@ -82,7 +81,7 @@ def start_distributed(timeout_s: float | None = None) -> None:
                 f"port {os.environ['MASTER_PORT']} of this machine, by which ranks find each other, is in use, perhaps "
                 "by another run: give this one another with --master_port"
             ) from error
-    # Not before: a rank that lacks a compiler must be there to tell the others so
+    # Last, as a rank that lacks a compiler must be there to tell the others so
     check_kernels()
 
 
@@ -105,7 +104,8 @@ def initialize(
     holds those of two layers at a time (`engine/base_ring.py`). Raises `UserError` for a
     model without adapter, and `RunError` when the processes hold different bases.
     """
-    config_of(model)  # refuses a model without an adapter
+    # Refuses a model without an adapter
+    config_of(model)
     if is_compiled(model):
         raise UserError(
             "initialize: `model` is compiled: merges change what was compiled; give the model itself"
@@ -147,20 +147,17 @@ def initialize(
     if is_cpu() or base_on_host:
         share_base(model, Ranks.current())
     parameters = parameter_groups(model)
-    # DeepSpeed moves the module to the device, buffers too (engine.py,
-    # `_configure_distributed_model`).
+    is_muon = uses_muon(settings)
+    # DeepSpeed moves the module to the device, with its buffers (engine.py,
+    # `_configure_distributed_model`)
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
-    with (
-        aside,
-        muon.preparing(mora_layers(model).values())
-        if uses_muon(settings)
-        else nullcontext(),
-    ):
+    tagged = muon.preparing(mora_layers(model).values()) if is_muon else nullcontext()
+    with aside, tagged:
         returned = _deepspeed_engine(
             model=model, config=settings, model_parameters=parameters, **kwargs
         )
     setattr(model, STARTED, True)
-    if uses_muon(settings):
+    if is_muon:
         muon.repair_clipping(returned[0])
     if zero.is_stage3(returned[0]):
         drop_idle_hooks(returned[0])
@@ -170,14 +167,11 @@ def initialize(
 def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
     """Full training by AdamW, as a control: every parameter is trained under plain
     DeepSpeed, sharded like any model."""
-    settings = complete_ds_config(
-        config, [parameter.numel() for parameter in model.parameters()]
-    )
+    parameters = list(model.parameters())
+    settings = complete_ds_config(config, [parameter.numel() for parameter in parameters])
     start_distributed()
     model.to(current_device(), getattr(torch, compute_dtype(settings)))
-    return _deepspeed_engine(
-        model=model, config=settings, model_parameters=list(model.parameters())
-    )
+    return _deepspeed_engine(model=model, config=settings, model_parameters=parameters)
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
@@ -219,15 +213,14 @@ def _check_muon(model: nn.Module, config: DsConfig) -> None:
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
     """Elements of every trainable parameter; of a MoRA matrix those of the largest share in
     a tensor-parallel group, so that all processes choose the same bucket sizes."""
-    squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
+    values = {id(layer.value) for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
-        rows, *inner_shape = squares.get(id(parameter), (0,))
-        numels.append(
-            -(-rows // tensor_parallel_size) * math.prod(inner_shape)
-            if rows
-            else parameter.numel()
-        )
+        numel = parameter.numel()
+        if id(parameter) in values and numel:
+            rows = len(parameter)
+            numel = numel // rows * -(-rows // tensor_parallel_size)
+        numels.append(numel)
     return numels
 
 
@@ -258,10 +251,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     all MoRA matrices get Muon and all others AdamW, so neither group is split.
     """
     squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
-    other_parameters = [
-        parameter for parameter in model.parameters() if id(parameter) not in squares
-    ]
-    groups = [{"params": list(squares.values())}, {"params": other_parameters}]
+    remaining = [weight for weight in model.parameters() if id(weight) not in squares]
+    groups = [{"params": list(squares.values())}, {"params": remaining}]
     return [group for group in groups if group["params"]]
 
 
@@ -285,11 +276,8 @@ def _require_launcher() -> None:
     """DeepSpeed assumes that MPI has started a process without RANK, and then needs
     mpi4py.
     """
-    missing = [
-        name
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if name not in os.environ
-    ]
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if missing and find_spec("mpi4py") is None:
         raise UserError(
             f"no launcher has started this process ({', '.join(missing)} not set): "
@@ -306,7 +294,6 @@ def _share_cores() -> None:
     """
     if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return
-    local_ranks = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-    )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // int(local_ranks)))

@@ -43,16 +43,13 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parsed, remaining = parser.parse_known_args(list(argv))
-    words = [
-        word
-        for name in VALUES
-        if (value := getattr(parsed, name)) is not None
-        for word in (f"--{name}", value)
-    ]
-    return [
-        *words,
-        *(f"--{name}" for name in SWITCHES if getattr(parsed, name)),
-    ], remaining
+    words = []
+    for name in VALUES:
+        value = getattr(parsed, name)
+        if value is not None:
+            words += [f"--{name}", value]
+    words += [f"--{name}" for name in SWITCHES if getattr(parsed, name)]
+    return words, remaining
 
 
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -65,18 +62,8 @@ def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     for flag, value in pairwise(flags):
         if flag == "--log_level" and value in ("debug", "info"):
             level = value
-    return [
-        sys.executable,
-        "-m",
-        RUNNER,
-        "--log_level",
-        level,
-        *launcher,
-        "--module",
-        "mora_ds",
-        "pretrain",
-        *flags,
-    ]
+    runner = [sys.executable, "-m", RUNNER, "--log_level", level, *launcher]
+    return [*runner, "--module", "mora_ds", "pretrain", *flags]
 
 
 def is_one_of_several() -> bool:

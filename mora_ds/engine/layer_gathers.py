@@ -88,9 +88,8 @@ def marked(value: Any, in_backward: Callable[[], None]) -> Any:
     if not tensors or not torch.is_grad_enabled():
         return value
     passed = iter(_Mark.apply(in_backward, *tensors))
-    return tree_unflatten(
-        [next(passed) if _needs_gradient(leaf) else leaf for leaf in leaves], structure
-    )
+    leaves = [next(passed) if _needs_gradient(leaf) else leaf for leaf in leaves]
+    return tree_unflatten(leaves, structure)
 
 
 def _needs_gradient(leaf: Any) -> bool:

@@ -26,18 +26,15 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     keep theirs."""
     offload = engine.optimizer.parameter_offload
     root = engine.module
-    handles = {
-        handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)
-    }
+    deepspeeds = (*offload.forward_hooks, *offload.backward_hooks)
+    handles = {handle.id: handle for handle in deepspeeds}
     layers = _gather_by_layer(root, offload)
     gathered = {module for layer in layers for module in layer.modules()}
     hooked = []
     for name, module in root.named_modules():
-        # The root's start and end a pass (`setup_zero_stage3_hooks`).
-        needed = any(
-            not parameter.ds_persist
-            for parameter in iter_params(module, z3_leaf_module(module))
-        )
+        parameters = iter_params(module, z3_leaf_module(module))
+        needed = any(not parameter.ds_persist for parameter in parameters)
+        # The root's hooks start and end a pass (`setup_zero_stage3_hooks`)
         if module is root or (needed and module not in gathered):
             hooked.append(name)
             continue
@@ -58,11 +55,7 @@ def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
     """
     layers = []
     for layer in find_decoder_layers(root).values():
-        sharded = [
-            parameter
-            for parameter in layer.parameters()
-            if not parameter.ds_persist  # type: ignore[attr-defined]
-        ]
+        sharded = [weight for weight in layer.parameters() if not weight.ds_persist]  # type: ignore[attr-defined]
         if sharded:
             LayerGathers(offload.param_coordinator, layer, sharded)
             layers.append(layer)

@@ -50,8 +50,9 @@ def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
         for parameter in model.parameters():
             spec = ours.get(id(parameter))
             parameter.use_muon = spec is not None  # type: ignore[attr-defined]
-            # Handed through to `_per_head_orthogonalize`, which is ours (`load_kernels`).
-            columns = Columns(spec.d_in) if spec and spec.has_factors else None
+            # DeepSpeed hands it on to `_per_head_orthogonalize`, which is ours
+            # (`load_kernels`)
+            columns = spec.d_in if spec and spec.has_factors else None
             parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
     deepspeed.set_optimizer_flags = tag
@@ -77,7 +78,7 @@ def load_kernels() -> None:
     finally:
         compiler.compile = decorator
     original_muon._per_head_orthogonalize = _orthogonalise_factors
-    # Somebody else may have imported them before
+    # The decorator has run already where an engine that is not ours was made before
     for module in (original_muon, muon_optimizer):
         for name in (
             "muon_update",
@@ -88,22 +89,12 @@ def load_kernels() -> None:
                 setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
-class Columns(int):
-    """D, the columns of A, in the place where DeepSpeed has the number of an attention's
-    heads.
-    """
-
-
 def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -> Tensor:
     """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T] (r, D
     + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that Muon has
     for tall ones."""
     from deepspeed.runtime.zero.muon import original_muon
 
-    if not isinstance(d_in, Columns):
-        raise RuntimeError(
-            "Muon by attention heads, in an engine beside one of mora_ds in the same process"
-        )
     kernels = {
         "gram": original_muon.zeropower_via_gram_newtonschulz,
         "standard": original_muon.zeropower_via_newtonschulz5,
@@ -162,8 +153,9 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
     norms: list[Any] = []
 
     def clip_and_orthogonalise() -> None:
-        optimizer.clip_grad = 0.0  # `unscale_and_clip_grads` is left with the unscaling
-        # The last step's: these gradients are scaled
+        # Leaves `unscale_and_clip_grads` the unscaling alone
+        optimizer.clip_grad = 0.0
+        # Filled by the step before; the gradients of this one are scaled
         optimizer.sub_groups_lacking_loss_scale.clear()
         norms[:] = find_norms()
         factor = _factor(norms, optimizer.loss_scale, limit)
@@ -188,15 +180,11 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
     def postpone(
         tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any
     ) -> list[Tensor]:
-        flatten_these = partial(
-            flatten, tensors, *args, param_group_idx=param_group_idx, **kwargs
-        )
+        group = param_group_idx
+        flatten_these = partial(flatten, tensors, *args, param_group_idx=group, **kwargs)
         if not (tensors and optimizer._is_muon_group(tensors)):
             return flatten_these()
-        postponed[param_group_idx] = (
-            list(optimizer.all_grad_tensors[param_group_idx]),
-            flatten_these,
-        )
+        postponed[group] = (list(optimizer.all_grad_tensors[group]), flatten_these)
         for parameter in tensors:
             parameter.use_muon = False  # type: ignore[attr-defined]
         try:
@@ -215,9 +203,8 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
                 if index in postponed:
                     gradients, orthogonalise = postponed[index]
                     scale = factor / optimizer.loss_scale
-                    optimizer.all_grad_tensors[index] = [
-                        gradient.float() * scale for gradient in gradients
-                    ]
+                    scaled = [gradient.float() * scale for gradient in gradients]
+                    optimizer.all_grad_tensors[index] = scaled
                     optimizer.averaged_gradients[index] = orthogonalise()
                     optimizer.all_grad_tensors[index] = None
                 else:
@@ -241,6 +228,8 @@ def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float |
 
 @torch.no_grad()
 def _scale(gradients: Iterable[Tensor | None], factor: float) -> None:
-    for gradient in gradients if factor != 1.0 else ():
+    if factor == 1.0:
+        return
+    for gradient in gradients:
         if gradient is not None:
             gradient.mul_(factor)

@@ -232,17 +232,12 @@ class EngineShards:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU,
         assembled from all shards. Raises `UserError` where the shards do not hold them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
+        rows = self._holding(name, start, numel).tolist()
         pieces = []
-        for _, begin, size, rank, flat, offset in self._holding(
-            name, start, numel
-        ).tolist():
-            first = max(start, begin)
-            stop = min(end, begin + size)
-            pieces.append(
-                self._shard(rank).read(
-                    flat, key, offset + first - begin, offset + stop - begin
-                )
-            )
+        for _, begin, size, rank, flat, offset in rows:
+            first = offset + max(start - begin, 0)
+            stop = offset + min(end - begin, size)
+            pieces.append(self._shard(rank).read(flat, key, first, stop))
         return torch.cat(pieces)
 
     def whole(self, name: str, key: str) -> Tensor:
@@ -259,9 +254,9 @@ class EngineShards:
         that hold the first one.
         """
         rows = self._rows[name]
-        end = (
-            math.prod(self.layout.shapes[name]) if numel is None else start + max(numel, 1)
-        )
+        if numel is None:
+            return rows
+        end = start + max(numel, 1)
         return rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
 
     @cached_property
@@ -298,16 +293,12 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
     """
     name = rows[:, NAME]
     numel = rows[:, NUMEL]
-    wrong = (numel < 1) | (numel > sizes[name])  # else the sums below might overflow
+    # Sizes first, as the sums below might overflow
+    wrong = (numel < 1) | (numel > sizes[name])
     start = rows[:, START]
-    # Else an extent would reach into the next parameter
+    # An extent must not reach into the next parameter
     wrong |= (start < 0) | (start > sizes[name] - numel)
-    wrong |= (
-        (rows[:, RANK] < 0)
-        | (rows[:, RANK] >= ranks)
-        | (rows[:, FLAT] < 0)
-        | (rows[:, OFFSET] < 0)
-    )
+    wrong |= (rows[:, RANK] >= ranks) | (rows[:, [RANK, FLAT, OFFSET]] < 0).any(axis=1)
     if wrong.any():
         return int(name[wrong.argmax()])
     # All parameters one after the other are one range, which the rows, in order, must tile.
@@ -318,7 +309,8 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
     if np.array_equal(begins, wanted):
         return None
     faulty = (begins != wanted).argmax()
-    element = min(begins[faulty], wanted[faulty])  # that is missing, or held twice
+    # The element that is missing, or held twice
+    element = min(begins[faulty], wanted[faulty])
     return min(int(np.searchsorted(ends, element, side="right")), len(sizes) - 1)
 
 
@@ -334,9 +326,8 @@ class _Shard:
             with malformed(path):
                 number, _, key = name.partition(".")
                 typed(FileName, key, "a key of the optimizer's state")
-                self._shapes.setdefault(int(number), {})[key] = self._handle.get_slice(
-                    name
-                ).get_shape()
+                shape = self._handle.get_slice(name).get_shape()
+                self._shapes.setdefault(int(number), {})[key] = shape
 
     def state(self, flat: int) -> State:
         """As `EngineShards.state`, of a flat tensor."""
@@ -344,7 +335,7 @@ class _Shard:
         counts = {}
         for key, shape in self._shapes.get(flat, {}).items():
             if not shape:
-                # The file is mapped once
+                # A copy: an optimizer counts on in it, and must not in the mapped file
                 counts[key] = self._handle.get_tensor(_tensor_name(flat, key)).clone()
             elif key != MASTER:
                 moments.append(key)
@@ -411,35 +402,26 @@ def _extents(spans: list[Span], parameters: dict[int, _Parameter]) -> list[Exten
     for span in spans:
         parameter = parameters.get(id(span.parameter))
         if parameter is not None and span.numel:
-            extents.append(
-                Extent(
-                    parameter.name,
-                    parameter.first + span.start,
-                    span.numel,
-                    span.offset,
-                )
-            )
+            start = parameter.first + span.start
+            extents.append(Extent(parameter.name, start, span.numel, span.offset))
     return extents
 
 
 def _layout(engine: zero.Engine) -> Layout:
     view = view_of(engine)
+    scaler = view.loss_scaler
     parameters = _parameters(engine)
-    groups = [[parameters[id(parameter)] for parameter in group] for group in view.groups()]
+    groups = []
+    for group in view.groups():
+        members = [parameters[id(parameter)] for parameter in group]
+        groups.append({member.name: list(member.shape) for member in members})
     return Layout(
         world_size=dist.get_world_size(),
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        groups=[
-            {parameter.name: list(parameter.shape) for parameter in group}
-            for group in groups
-        ],
+        groups=groups,
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={
-            name: getattr(view.loss_scaler, name)
-            for name in SCALER
-            if hasattr(view.loss_scaler, name)
-        },
+        scaler={name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
     )
 
 
@@ -454,14 +436,11 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     tensors: Tensors = {}
     for number, flat in enumerate(flats):
         tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
-        # Whatever order they were set in: the same state is the same file
+        # Sorted, so that the same state is the same file, whatever order it was set in
         for key in sorted(flat.state):
             tensors[_tensor_name(number, key)] = _as_saved(flat, flat.state[key])
-    saved = {
-        key: parameter
-        for key, parameter in _parameters(engine).items()
-        if parameter.is_saved
-    }
+    parameters = _parameters(engine).items()
+    saved = {key: parameter for key, parameter in parameters if parameter.is_saved}
     extents = [_extents(flat.spans, saved) for flat in flats]
     rank = dist.get_rank()
     file = f"rank-{rank:05d}.safetensors"
@@ -471,11 +450,8 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
 
 def _plain(group: JsonObject) -> JsonObject:
     """The settings of a parameter group that JSON can hold: not its parameters."""
-    return {
-        key: value
-        for key, value in group.items()
-        if isinstance(value, (int, float, str, tuple))
-    }
+    plain = (int, float, str, tuple)
+    return {key: value for key, value in group.items() if isinstance(value, plain)}
 
 
 def _as_saved(flat: Flat, value: Tensor) -> Tensor:
@@ -567,8 +543,8 @@ def _restore_flat(
             values.narrow(0, extent.offset, extent.numel).copy_(stored)
 
     fill(flat.master, MASTER, extents)
-    # A tensor of padding alone steps as often as the others of its group: it gets the
-    # counts of the group's first one.
+    # A tensor of padding alone steps as often as the others of its group, so that it gets
+    # the counts of the group's first parameter
     sources = extents
     if not sources:
         with malformed(shards.folder / INDEX_FILE):
@@ -589,11 +565,8 @@ def _restore_flat(
     for key in keys:
         if key not in flat.state:
             dtype = shards.read(first.name, key, first.start, 0).dtype
-            flat.state[key] = torch.zeros_like(
-                flat.master, dtype=dtype, requires_grad=False
-            )
+            moments = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_extents != extents:
-                flat.state[key] = flat.state[key].new_zeros(
-                    sum(extent.numel for extent in state_extents)
-                )
+                moments = moments.new_zeros(sum(extent.numel for extent in state_extents))
+            flat.state[key] = moments
         fill(flat.state[key], key, state_extents)

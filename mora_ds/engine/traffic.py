@@ -69,12 +69,9 @@ class CollectiveCounter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(nbytes_of(value) for value in values)
-            base = [
-                t
-                for t in tensors_of(values)
-                if t.untyped_storage().data_ptr() in self._base_storages
-            ]
-            self.base_bytes += nbytes_of(base)
+            for tensor in tensors_of(values):
+                if tensor.untyped_storage().data_ptr() in self._base_storages:
+                    self.base_bytes += nbytes_of(tensor)
             return call(*args, **kwargs)
 
         return counted

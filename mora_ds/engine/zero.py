@@ -70,12 +70,10 @@ def at_accumulation_boundary(engine: Engine) -> bool:
     boundary, as accelerate does, `step()` is called once for all micro-batches, and what
     was set for the last one holds (engine.py, `set_gradient_accumulation_boundary`).
     """
-    boundary = engine._is_gradient_accumulation_boundary
-    return (
-        engine.micro_steps % engine.gradient_accumulation_steps() == 0
-        if boundary is None
-        else boundary
-    )
+    boundary: bool | None = engine._is_gradient_accumulation_boundary
+    if boundary is not None:
+        return boundary
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
@@ -93,9 +91,9 @@ def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
     for flat in view.flats():
         for span in flat.spans:
             if span.parameter in values:
-                elements = values[span.parameter].flatten()[
-                    span.start : span.start + span.numel
-                ]
+                elements = (
+                    values[span.parameter].flatten().narrow(0, span.start, span.numel)
+                )
                 flat.master.narrow(0, span.offset, span.numel).copy_(elements)
     view.write_copies()
 
@@ -244,14 +242,13 @@ class Stage3View(OptimizerView):
 
     def _span(self, parameter: Any, offset: int) -> Span:
         size = parameter.ds_tensor.ds_numel
-        start = min(
-            self.optimizer._get_param_partition_rank(parameter) * size,
-            parameter.ds_numel,
-        )
+        rank = self.optimizer._get_param_partition_rank(parameter)
+        start = min(rank * size, parameter.ds_numel)
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
 
     def write_copies(self) -> None:
-        self.optimizer.checkpoint_event_prologue()  # shards what is still gathered
+        # Shards what is still gathered
+        self.optimizer.checkpoint_event_prologue()
         for flat in self.flats():
             for span in flat.spans:
                 shard = span.parameter.ds_tensor.data.view(-1)
@@ -296,22 +293,14 @@ class _MappedView(OptimizerView):
 
     def _masters(self) -> Masters:
         masters = getattr(self.optimizer, self.masters_name)
-        for index, (parameters, master) in enumerate(
-            zip(self.groups(), masters, strict=True)
-        ):
+        groups = zip(self.groups(), masters, strict=True)
+        for index, (parameters, master) in enumerate(groups):
             spans = []
             for parameter in parameters:
                 if mapping := getattr(parameter, "_hp_mapping", None):
-                    in_parameter = mapping.lp_fragment_address
-                    in_master = mapping.hp_fragment_address
-                    spans.append(
-                        Span(
-                            parameter,
-                            in_parameter.start,
-                            in_parameter.numel,
-                            in_master.start,
-                        )
-                    )
+                    source = mapping.lp_fragment_address
+                    start = mapping.hp_fragment_address.start
+                    spans.append(Span(parameter, source.start, source.numel, start))
             yield index, master, spans
 
     def write_copies(self) -> None:
@@ -358,6 +347,5 @@ _VIEWS: dict[type, type[OptimizerView]] = {
 
 def view_of(engine: DeepSpeedEngine) -> OptimizerView:
     """The view of an engine's optimizer."""
-    return next(
-        view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind)
-    )(engine)
+    views = (view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))
+    return next(views)(engine)

@@ -225,9 +225,8 @@ class Ledger:
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
             with malformed(path):
-                self._layers[cycle] = layers_from_dict(
-                    plain_json(self._handle(cycle).metadata()["layers"], "layers")
-                )
+                text = self._handle(cycle).metadata()["layers"]
+                self._layers[cycle] = layers_from_dict(plain_json(text, "layers"))
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
@@ -260,9 +259,8 @@ class Ledger:
             _write_cycle(beside, cycle, step, layers, squares)
             sha256 = sha256_file(beside)
             size = beside.stat().st_size
-        record = CycleRecord(
-            cycle, step, path.name, sha256, size, _link(self._head(), sha256)
-        )
+        chain = _link(self._head(), sha256)
+        record = CycleRecord(cycle, step, path.name, sha256, size, chain)
         self._write([*self._records, record])
         self._records.append(record)
         return cycle
@@ -287,9 +285,8 @@ class Ledger:
 
     def _remove_strays(self) -> None:
         """Delete files of cycles that nothing refers to any more."""
-        for path in set(self.folder.glob("cycle-*.safetensors")) - {
-            self.folder / row.file for row in self._records
-        }:
+        known = {self.folder / record.file for record in self._records}
+        for path in set(self.folder.glob("cycle-*.safetensors")) - known:
             with suppress(OSError):
                 path.unlink()
 
@@ -299,43 +296,33 @@ class Ledger:
         """
         known: dict[str, LayerEntry] = {}
         for record in self._records:
-            problem = file_problem(
-                self.folder / record.file,
-                record.size,
-                record.sha256 if hashes else None,
-            )
+            path = self.folder / record.file
+            problem = file_problem(path, record.size, record.sha256 if hashes else None)
             if problem:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
-            agree_on_layers(known, self.layers(record.cycle), self.folder / record.file)
-            expected = {
-                layer.square: layer.operator.value_shape
-                for layer in self.layers(record.cycle).values()
-            }
-            if set(handle.keys()) != set(expected):
-                raise UserError(
-                    f"{self.folder / record.file} does not hold the matrices that its header lists"
-                )
-            for name, shape in expected.items():
+            layers = self.layers(record.cycle)
+            agree_on_layers(known, layers, path)
+            shapes = {layer.square: layer.operator.value_shape for layer in layers.values()}
+            if set(handle.keys()) != shapes.keys():
+                raise UserError(f"{path} does not hold the matrices that its header lists")
+            for name, shape in shapes.items():
                 if shape_dtype(handle, name) != (shape, torch.float32):
-                    raise UserError(
-                        f"{self.folder / record.file}: {name} is not fp32 {shape}"
-                    )
+                    raise UserError(f"{path}: {name} is not fp32 {shape}")
 
     def _check_records(self) -> None:
+        path = self.folder / LEDGER_FILE
         chain = self.base_fingerprint
         for expected, record in enumerate(self._records):
-            if (
-                record.cycle != expected
-                or record.file != f"cycle-{expected:05d}.safetensors"
-            ):
+            file = f"cycle-{expected:05d}.safetensors"
+            if record.cycle != expected or record.file != file:
                 raise UserError(
-                    f"{self.folder / LEDGER_FILE} has a hole: cycle {expected} is missing, {record.file} comes next"
+                    f"{path} has a hole: cycle {expected} is missing, {record.file} comes next"
                 )
             chain = _link(chain, record.sha256)
             if record.chain != chain:
                 raise UserError(
-                    f"{self.folder / LEDGER_FILE}: the chain of hashes is broken at cycle {expected} ({record.file})"
+                    f"{path}: the chain of hashes is broken at cycle {expected} ({record.file})"
                 )
 
     def _head(self) -> str:

@@ -159,7 +159,7 @@ class ReMoRA:
         its original, the ledger and the M that `squares` has for it, if any. Returns
         {module name: norms} of the M that this process has added."""
         if ring := ring_of(self.engine.module):
-            # The device's copies of streamed weights that are about to change
+            # Streamed weights are about to change, of which the device has copies
             ring.forget()
         model = self.engine.module
         layers = mora_layers(model)
@@ -174,13 +174,12 @@ class ReMoRA:
         def items() -> Iterator[tuple[str, Tensor | None]]:
             for name, square in squares:
                 if name in written_here:
-                    # Where the base is shared, all matrices wait for the other processes:
-                    # not on the device.
-                    yield (
-                        name,
-                        square if square is None or node.ranks is None else square.cpu(),
-                    )
-                elif layers[name].is_packed:  # every process keeps the matrices
+                    if square is not None and node.ranks is not None:
+                        # All matrices wait for the other processes, off the device
+                        square = square.cpu()
+                    yield name, square
+                elif layers[name].is_packed:
+                    # Matrices beside packed weights stay in every process
                     layers[name].keep_merged(updates(name, square))
 
         def form(name: str, square: Tensor | None) -> MergeNorms | None:
@@ -201,9 +200,9 @@ class ReMoRA:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))
         dtype = layer.dtype if layer.is_packed else layer.weight.dtype
-        if not abs(after - before) <= PROBE_TOLERANCE.get(dtype, 1e-4) * max(
-            1.0, abs(before)
-        ):
+        tolerance = PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before))
+        # Not `>`, which is false where a loss is not a number
+        if not abs(after - before) <= tolerance:
             raise RunError(
                 f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
                 f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
@@ -236,11 +235,8 @@ class ReMoRA:
         if dist.get_rank() == 0:
             self.ledger.append(step, entries, squares.items())
         dist.barrier()
-        self.ledger = Ledger.open(
-            self.ledger.folder,
-            self.ledger.base_fingerprint,
-            hashes=False,
-        )
+        before = self.ledger
+        self.ledger = Ledger.open(before.folder, before.base_fingerprint, hashes=False)
         if self.cycle != cycle + 1:
             raise RunError(
                 f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it"

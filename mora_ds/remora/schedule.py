@@ -133,9 +133,8 @@ class Schedule:
         """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
-        progress = min(
-            1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        )
+        curve_steps = self.total_steps - self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / curve_steps)
         height = {
             ScheduleKind.CONSTANT: 1.0,
             ScheduleKind.LINEAR: 1.0 - progress,

@@ -42,11 +42,8 @@ class StoredWeight:
         """The tensor with the updates of its layer, summed as `live_weight` sums them.
         `read`: an original by key.
         """
-        original = (
-            torch.cat([read(key) for key in self.keys])
-            if len(self.keys) > 1
-            else read(*self.keys)
-        )
+        originals = [read(key) for key in self.keys]
+        original = torch.cat(originals) if len(originals) > 1 else originals[0]
         if self.expert is not None:
             updates = (spec.single(value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
@@ -67,9 +64,8 @@ def stored_weights(
         start = 0
         for member_key in keys:
             stop = start + base.shape_dtype(member_key)[0][0]
-            weights[member_key] = StoredWeight(
-                entry, tuple(keys), slice(start, stop), expert
-            )
+            rows = slice(start, stop)
+            weights[member_key] = StoredWeight(entry, tuple(keys), rows, expert)
             start = stop
     return weights
 

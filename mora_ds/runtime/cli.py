@@ -65,7 +65,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     set_up_logging()
-    if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
+    if sys.__stderr__ is not None:
+        # Prints the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)
     try:
         try:
@@ -76,8 +77,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         except (Stopped, SystemExit):
             raise
         except BaseException as error:
-            # Of a signal that came during a collective, which failed as another rank left
-            # at its own, this rank may learn only here: `Stopped` is raised within `_fail`.
+            # The error may be that of a collective in which a signal has come, as another
+            # rank left at its own: `Stopped` is then raised within `_fail`
             _fail(error)
     except Stopped as stopped:
         signals.settle()
@@ -97,18 +98,16 @@ def _can_be_acted_on(record: logging.LogRecord) -> bool:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    # The launcher's SIGTERM ends a rank that only waits to repeat rank 0's message
+    # From here on the launcher's SIGTERM ends a rank, which only waits to repeat rank 0's
+    # message
     signals.uninstall()
     expected = isinstance(error, (UserError, RunError))
     if not expected and isinstance(error, RuntimeError) and _is_lost_contact(error):
         _lose_contact(error)
-    # An error of all ranks, as `Ranks` raises it, comes on rank 0 at the same time
+    # Rank 0 has the error of all ranks, as `Ranks` raises it, at the same time
     if rank() != 0:
-        time.sleep(
-            _WAIT_FOR_FAILED_RANK_S
-            if getattr(error, "is_shared", False)
-            else _WAIT_FOR_RANK_0_S
-        )
+        is_shared = getattr(error, "is_shared", False)
+        time.sleep(_WAIT_FOR_FAILED_RANK_S if is_shared else _WAIT_FOR_RANK_0_S)
     if expected:
         print(f"{rank_prefix()}error: {error}", file=sys.stderr)
     else:

@@ -5,12 +5,11 @@ base.
 """
 
 import platform
-import time
 from pathlib import Path
 from uuid import uuid4
 
-from mora_ds.common.errors import UserError
-from mora_ds.common.files import VISIBLE_WITHIN_S, disk_errors
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import await_file, disk_errors
 from mora_ds.runtime.ranks import Ranks
 
 
@@ -21,7 +20,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     Rank 0 creates a file, and the others look for it. Its name is new in every run: clients
     of network file systems remember names that they did not find.
     """
-    name = f".seen-by-all-{uuid4().hex}"  # rank 0's counts
+    # That of rank 0 counts
+    name = f".seen-by-all-{uuid4().hex}"
 
     def create() -> str:
         with disk_errors(folder):
@@ -51,9 +51,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
 
 
 def _becomes_visible(path: Path) -> bool:
-    deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
+    try:
+        await_file(path, size=0)
+    except RunError:
+        return False
     return True

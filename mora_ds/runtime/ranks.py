@@ -80,9 +80,8 @@ class Ranks:
         """
         if timeout_s is not None:
             cls._last_timeout_s = timeout_s
-        seconds = cls._last_timeout_s or 60 * float(
-            os.environ.get("DEEPSPEED_TIMEOUT", "30")
-        )
+        minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
+        seconds = cls._last_timeout_s or 60 * minutes
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
 
@@ -154,18 +153,11 @@ class Ranks:
             for rank, rank_values in enumerate(everyone):
                 holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
-                lines.append(
-                    f"  {name}: "
-                    + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items())
-                )
+                values_at = [f"{value} on {_named(at)}" for value, at in holders.items()]
+                lines.append(f"\n  {name}: {'; '.join(values_at)}")
         if lines:
             raise UserError(
-                "\n".join(
-                    [
-                        f"{check}: not the same on all ranks; give every rank the same",
-                        *lines,
-                    ]
-                )
+                f"{check}: not the same on all ranks; give every rank the same{''.join(lines)}"
             )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -181,9 +173,7 @@ class Ranks:
         name = "work shared by all ranks"
         numbers = range(self.rank, count, self.world)
         mine = self.agree(
-            name,
-            lambda: {number: work(number) for number in numbers},
-            long=True,
+            name, lambda: {number: work(number) for number in numbers}, long=True
         )
         everyone = [mine]
         if self.world > 1:
@@ -220,17 +210,16 @@ class Ranks:
         is_well = self._arrive(check, error, gathers, _LONG_S if long else self.timeout_s)
         if is_well is None or (is_well and not gathers):
             return []
-        sent = (
-            error
-            if error is None or _is_expected(error)
-            else RunError(f"{type(error).__name__}: {error}")
-        )
+        sent = error
+        if error is not None and not _is_expected(error):
+            sent = RunError(f"{type(error).__name__}: {error}")
         outcomes: list[_Outcome] = gather_to_all(_Outcome(check, value, sent), self.group)
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
             return [outcome.value for outcome in outcomes]
         if error is not None and not _is_expected(error):
-            failure = error  # with its traceback
+            # Here it has its traceback
+            failure = error
         failure.is_shared = True  # type: ignore[attr-defined]
         raise failure from error if failure is not error else None
 
@@ -259,7 +248,8 @@ class Ranks:
             if check is None:
                 return None
             if time.monotonic() - since < limit:
-                raise  # a rank has ended
+                # A rank has ended
+                raise
             raise RunError(
                 f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "
                 "still do something else, wait for a disk or a network, or cannot be reached"
@@ -300,15 +290,12 @@ def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
     names a rank other than 0.
     """
     failed = [
-        (rank, outcome.error)
-        for rank, outcome in enumerate(outcomes)
-        if outcome.error is not None
+        (rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error
     ]
     if not failed:
         return None
-    rank, error = next(
-        (failure for failure in failed if isinstance(failure[1], UserError)), failed[0]
-    )
+    by_user = [failure for failure in failed if isinstance(failure[1], UserError)]
+    rank, error = (by_user or failed)[0]
     return error if rank == 0 else type(error)(f"rank {rank}: {error}")
 
 

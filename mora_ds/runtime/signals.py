@@ -112,8 +112,7 @@ class _Watch:
         self.settled = False
         self._raised = False
         self._last_interrupt: float | None = None
-        # Without a launcher the parent is a shell, which a run in the background may
-        # outlive.
+        # Without a launcher the parent is a shell, which a run in the background may outlive
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -137,12 +136,8 @@ class _Watch:
 
     def _run(self) -> None:
         while True:
-            ready, _, _ = select.select(
-                [self._reader],
-                [],
-                [],
-                _TICK_S if self.since is None else _TICK_S / 5,
-            )
+            tick = _TICK_S if self.since is None else _TICK_S / 5
+            ready, _, _ = select.select([self._reader], [], [], tick)
             for number in os.read(self._reader, 64) if ready else b"":
                 self._note(number)
             if not self.settled:
@@ -151,22 +146,19 @@ class _Watch:
     def _note(self, number: int) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
-            if (
-                self._last_interrupt is not None
-                and now - self._last_interrupt > _SAME_CTRL_C_S
-            ):
+            first = self._last_interrupt or now
+            if now - first > _SAME_CTRL_C_S:
                 _print("SIGINT again: leaving at once")
                 leave(EXIT_INTERRUPTED)
-            self._last_interrupt = self._last_interrupt or now
+            self._last_interrupt = first
         self._request(signal.Signals(number).name, now)
 
     def _request(self, reason: str, now: float) -> None:
         if self.since is None and not self.settled:
             self.since = now
             _replace_broken_pipes()
-            _print(
-                f"{reason}: {'saving at the end of this step, then leaving' if self.defers else 'leaving'}"
-            )
+            saves = "saving at the end of this step, then " if self.defers else ""
+            _print(f"{reason}: {saves}leaving")
 
     def _check(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -174,13 +166,14 @@ class _Watch:
                 f"the launcher (process {self._launcher}) has ended", time.monotonic()
             )
             self._launcher = None
-            # Raises `Stopped` in the main thread unless that is deferred
+            # The main thread raises `Stopped`, unless that is deferred
             os.kill(os.getpid(), signal.SIGTERM)
         if self.since is None:
             return
         _replace_broken_pipes()
         if not self.defers and time.monotonic() - self.since > _PATIENCE_S:
-            leave(EXIT_STOPPED)  # the main thread waits for others, with nothing to save
+            # The main thread waits for others, with nothing to save
+            leave(EXIT_STOPPED)
 
 
 _watch: _Watch | None = None

@@ -273,7 +273,6 @@ def test_contradictions_are_listed_at_once(tmp_path):
 
 
 WRONG = """
-{optimizer: {params: {fused: true, foreach: true}}} | fused and foreach are two ways
 {zero_optimization: {stag: 3}} | unknown key 'zero_optimization.stag'. Did you mean 'stage'?
 {optimizer: {params: {learning_rate: 1}}} | unknown key 'optimizer.params.learning_rate'
 {zero_optimization: {offload_optimizer: {devise: cpu}}} | Did you mean 'device'?

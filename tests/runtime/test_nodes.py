@@ -8,7 +8,7 @@ import platform
 import pytest
 import torch.distributed as dist
 
-from mora_ds.runtime import nodes
+from mora_ds.common import files
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import output_of, refused
 
@@ -17,7 +17,7 @@ def refused_on_two_nodes(argv, second_folder):
     """A run in which rank 2 is another node, on whose disk the output folder is `other`.
     For `run_ranks`.
     """
-    nodes.VISIBLE_WITHIN_S = 0.5
+    files.VISIBLE_WITHIN_S = 0.5
     if dist.get_rank() == 2:
         os.environ["LOCAL_RANK"] = "0"
         platform.node = lambda: "node-b"
