@@ -30,9 +30,7 @@ from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
-"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones
-(share only).
-"""
+"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones."""
 
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer except the output head."""
@@ -68,21 +66,13 @@ class AdapterConfig:
     train_norms: bool = False
     train_head: bool = False
     new_rows_from: int = 0
-    """Train the rows of embeddings and head from this index on, and keep the earlier ones
-    frozen; 0 turns this off.
-    """
+    """Train the rows of embeddings and head from this index on alone; 0 trains none."""
     embedding_rank: int = 0
-    """Train a product of this rank that is added to embeddings and head, which stay frozen;
-    0 turns this off.
-    """
+    """Rank of a product that is trained and added to embeddings and head; 0 for none."""
     base_bits: int = AS_LOADED
-    """Frozen weights of adapted layers are held in int8 (8, `ops.int8`), NF4 (4, `nf4`) or
-    as they are loaded (16).
-    """
+    """Bits of the frozen weights: 8 (`ops.int8`), 4 (`nf4`), or 16, as they are loaded."""
     seed: int = 42
-    """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's
-    name and the cycle.
-    """
+    """Seed of permutations and LoRA's A, hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, set | frozenset):  # as in PEFT's configs
@@ -110,9 +100,7 @@ class AdapterConfig:
         raise NotImplementedError
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
-        """The spec of a layer's update in a cycle (0 until the first merge): a pure
-        function of its arguments.
-        """
+        """The spec of a layer's update in a cycle (0 first), from these arguments alone."""
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
@@ -125,9 +113,7 @@ class AdapterConfig:
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
-        """Names of the layers that a plan has chosen; empty where `target_modules` chooses
-        them.
-        """
+        """Names of the layers that a plan has chosen; empty without a plan."""
         return ()
 
     def first_seed(self, layer: str, cycle: int) -> int:
@@ -187,9 +173,7 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple or rotate; auto: rotate for ranks below 64, share from
-    there on.
-    """
+    """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, else share."""
 
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of
@@ -209,9 +193,7 @@ class MoRAConfig(AdapterConfig):
     mapping or pairs, kept sorted by name. Empty: no plan."""
 
     domains: tuple[str, ...] = ()
-    """Names of the domains; in every layer each has its own MoRA matrix, added to the
-    shared one.
-    """
+    """Names of the domains, each with its own MoRA matrix in every layer."""
 
     def __post_init__(self) -> None:
         sizes: Any = self.layer_sizes
@@ -310,9 +292,7 @@ class MoRAConfig(AdapterConfig):
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down
-        to `step`.
-        """
+        """r_hat beyond which a matrix adds nothing: the longer side, rounded to `step`."""
         longest = max(d_in, d_out)
         return longest - longest % self.step
 

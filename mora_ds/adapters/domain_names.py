@@ -6,9 +6,7 @@ from mora_ds.common.errors import refusal
 from mora_ds.common.untrusted import file_name
 
 SHARED = "shared"
-"""Names the MoRA matrix that all domains share where a domain is asked for, so that no
-domain may have this name.
-"""
+"""Name of the MoRA matrix that all domains share; no domain may have it."""
 
 
 def domain_complaints(domains: Sequence[str]) -> Iterator[str]:

@@ -25,21 +25,15 @@ from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, unknown
 
 OWN = "domain_squares"
-"""Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and
-in files.
-"""
+"""Name of the parameter (K, r_hat, r_hat) of the domains' matrices, in files too."""
 
 
 class DomainLinear(MoRALinear):
-    """`MoRALinear` with a second tensor, `domain_squares` (K, r_hat, r_hat): a matrix for
-    each domain.
-    """
+    """`MoRALinear` with another tensor, `domain_squares` (K, r_hat, r_hat)."""
 
     domain_squares: nn.Parameter
     own_spec: OperatorSpec
-    """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with
-    every merge.
-    """
+    """The spec of `domain_squares`; `spec`, of the shared matrix, changes with merges."""
 
     def __init__(
         self,
@@ -84,15 +78,12 @@ def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
 
 
 def domains_of(model: nn.Module) -> Domains:
-    """The object that all layers of a model ask for the domains of rows; without names
-    where it has no domains.
-    """
+    """The object that the layers of a model ask for domains; no names where it has none."""
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 
 class Domains:
-    """The domains of a model, and the domain of each row of the current batch: one object
-    for all of its layers.
+    """The domains of a model and of each row of its batch: one object for all layers.
 
     Not a context variable, as with gradient checkpointing layers ask again in backward,
     maybe on another thread. It is set before a forward, and must not change until the
@@ -154,9 +145,7 @@ class Domains:
 
 
 def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
-    """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, zero for a row without a
-    domain.
-    """
+    """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, or zeros."""
     return (choice @ squares.flatten(1)).unflatten(1, squares.shape[1:])
 
 

@@ -40,9 +40,7 @@ IMPLEMENTATION = "mora_ds"
 """Name of `experts_forward` among transformers' implementations."""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters of a module of experts; gate and up are one projection where they are one
-tensor.
-"""
+"""Parameters of a module of experts; gate and up may be one tensor."""
 
 _EXPERTS_A_TOKEN = (
     "num_experts_per_tok",
@@ -55,9 +53,7 @@ _EXPERTS_A_TOKEN = (
 
 
 class MoRAExperts(AdaptedLinear):
-    """One projection of all experts: y_s = W[e] x_s + decompress(M[e]
-    compress(dropout(x_s))) for row s of expert e.
-    """
+    """One projection of all experts: `MoRALinear` for each row, by the row's expert."""
 
     spec: StackSpec
     square: nn.Parameter
@@ -68,9 +64,7 @@ class MoRAExperts(AdaptedLinear):
         self._held: object = None
 
     def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
-        """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a
-        token takes.
-        """
+        """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O), K rows a token."""
         expert_spec = self.spec.operator
         self._held = tables_of(expert_spec, x.device)
         z = compress(expert_spec, F.dropout(x, self.dropout, self.training))
@@ -85,9 +79,7 @@ class MoRAExperts(AdaptedLinear):
 
 @dataclass(frozen=True)
 class Rows:
-    """Which token each row is, where every token has a row for each of its experts and rows
-    are sorted by expert.
-    """
+    """Which token each row is: one row for each of its experts, sorted by expert."""
 
     order: Tensor
     """(S,): row -> its place among the pairs (token, k), token by token."""
@@ -155,9 +147,7 @@ def _stack_of(experts: Any, name: str) -> Any:
 
 
 def compute_sorted(experts: Any) -> None:
-    """Makes a module of experts compute by `experts_forward`, whatever implementation the
-    other ones have.
-    """
+    """Makes a module of experts compute by `experts_forward`."""
     # Imported here, as it takes a second, and most models have no experts
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -201,9 +191,7 @@ def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
 
 
 def _experts_a_token(config: Any) -> int:
-    """K; 0 where the config does not say, or has a list with different numbers for
-    different layers.
-    """
+    """K; 0 where the config does not say, or has several numbers."""
     values = (getattr(config, key, None) for key in _EXPERTS_A_TOKEN)
     value = next(filter(None, values), 0)
     # HunYuan has a list with a number for each layer
@@ -212,9 +200,7 @@ def _experts_a_token(config: Any) -> int:
 
 
 def _odd_shapes(module: Any) -> str:
-    """Why the shapes of a module's projections are not those that its marks say; "" where
-    they are.
-    """
+    """What in the shapes of a module's projections contradicts its marks, or ""."""
     kind = type(module).__name__
     first = _stack_of(module, "gate_up_proj" if module.has_gate else "up_proj")
     last = _stack_of(module, "down_proj")
@@ -232,9 +218,7 @@ def _odd_shapes(module: Any) -> str:
 
 
 def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
-    """Raises `UserError` naming the first of the projections that a pattern asks for whose
-    layout is not known.
-    """
+    """Raises `UserError` naming the first projection whose layout is not known."""
     for name, stack_or_reason in stacks.items():
         if isinstance(stack_or_reason, str):
             raise UserError(

@@ -213,9 +213,7 @@ def config_of(model: nn.Module) -> AdapterConfig:
 
 
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
-    """Gives every layer its operator of a cycle (fresh permutations, or the next
-    grouping).
-    """
+    """Gives every layer its operator of a cycle."""
     for name, layer in mora_layers(model).items():
         layer.spec = spec_of(config, name, layer, cycle)
 
@@ -240,9 +238,7 @@ def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`frozen_buffers` without the scales, by the names that the parameters had before
-    injection.
-    """
+    """`frozen_buffers` without scales, by the parameters' names before injection."""
     scales = scale_names(model)
     names = {
         f"{name}.weight": layer.spec.weight_name(name)
@@ -266,9 +262,7 @@ def base_elements(model: nn.Module) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters and frozen base tensors, each tied tensor once; without
-    scales.
-    """
+    """Elements of parameters and frozen base, each tied tensor once; without scales."""
     return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
 
 
@@ -295,9 +289,7 @@ def move_base(
 
 
 def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors` in place of frozen ones, by name; a tied one under all of its
-    names.
-    """
+    """Puts `tensors` in place of frozen ones, by name; a tied one under all its names."""
     frozen = frozen_buffers(model)
     new = {id(frozen[name]): tensor for name, tensor in tensors.items()}
     for name, old in frozen.items():
@@ -306,9 +298,7 @@ def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """A weight that two modules use, or a module with two names, cannot have one
-    adapter.
-    """
+    """A weight of two modules, or a module of two names, cannot have one adapter."""
     owners: Counter[int] = Counter()
     occurrences: Counter[int] = Counter()
     for module in model.modules():
@@ -340,9 +330,7 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
 
 
 def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
-    """Makes all parameters but those of adapters and `trained` non-persistent buffers; a
-    tied tensor stays one.
-    """
+    """Makes all parameters but the adapters' and `trained` ones buffers, tied ones once."""
     frozen: dict[int, Tensor] = {}
     names: set[str] = set()
     for path, module in model.named_modules():
@@ -368,9 +356,7 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _matrices_left_out(model: nn.Module) -> dict[str, int]:
-    """Elements of the frozen tensors of two dimensions or more that are neither adapted nor
-    embedding nor head.
-    """
+    """Elements of frozen matrices that are neither adapted nor embedding nor head."""
     head = output_head(model)
     numels: Counter[str] = Counter()
     for path, module in model.named_modules():

@@ -35,9 +35,7 @@ from mora_ds.adapters.ops.terms import Term, join
 
 
 class Split(Protocol):
-    """How the ranks of a tensor-parallel group compute a layer
-    (`parallel.tensor_parallel.LayerSplit`).
-    """
+    """How the ranks of a group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that a rank computes."""
@@ -81,9 +79,7 @@ class ExpertStack(nn.Module):
     bias = None
 
     def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
-        """`experts_per_token`: how many experts compute each token; 0 where the config does
-        not say.
-        """
+        """`experts_per_token`: how many compute a token; 0 where that is not known."""
         super().__init__()
         self.weight = weight
         self.transposed = transposed
@@ -130,9 +126,7 @@ class AdaptedLinear(nn.Module):
         self.spec = spec
         self.dropout = dropout
         self.split: Split | None = None
-        """Set under tensor parallelism: the parameter is then this rank's shard of the
-        value.
-        """
+        """Under tensor parallelism, where the parameter is this rank's shard of a value."""
         self.merged: tuple[Term, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them up."""
         self._merged_tables: tuple[object, ...] = ()
@@ -154,9 +148,7 @@ class AdaptedLinear(nn.Module):
         return value
 
     def unshard(self, value_shard: Tensor) -> Tensor:
-        """The unsharded value, of which this rank's parameter is `value_shard`. Collective
-        under tensor parallelism.
-        """
+        """The unsharded value of which this rank's parameter is a shard. Collective."""
         return value_shard if self.split is None else self.split.unshard(value_shard)
 
     def shard(self, value: Tensor) -> Tensor:
@@ -201,9 +193,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes. The frozen weight may wait in host memory
-        (`engine.base_ring`).
-        """
+        """Where the layer computes; the weight may wait elsewhere (`engine.base_ring`)."""
         return self.value.device
 
     @property
@@ -223,8 +213,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def form(self, original: Tensor, updates: Iterable[Term]) -> None:
-        """Forms the frozen weight anew: `original` plus the deltas of `updates`, summed in
-        fp32 in their order.
+        """Forms the frozen weight anew: `original` plus all deltas, summed in fp32.
 
         The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         original weight, rounding errors do not accumulate over merges. In 4 bits the
@@ -256,9 +245,7 @@ class AdaptedLinear(nn.Module):
         updates: Iterable[Term],
         square: Tensor,
     ) -> MergeNorms:
-        """`form` with the unsharded fp32 value `square` as the last of `updates`; returns
-        its norms.
-        """
+        """`form`, with the unsharded fp32 `square` last; returns its norms."""
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             # The original's 4 bits stay as they are
@@ -285,15 +272,11 @@ class AdaptedLinear(nn.Module):
         self._hold_merged_tables()
 
     def _hold_merged_tables(self) -> None:
-        """Keeps the tables of merged cycles, which every step reads and which are too many
-        for a cache.
-        """
+        """Keeps the tables of merged cycles, which are too many for a cache."""
         self._merged_tables = tuple(spec.tables(self.device) for spec, _ in self.merged)
 
     def read(self) -> Tensor:
-        """The frozen weight in its layout, in its dtype or, where it is quantized, in fp32.
-        May be `weight` itself.
-        """
+        """The frozen weight in its layout, maybe itself; in fp32 if it is quantized."""
         weight = dense(self.frozen, torch.float32)
         return weight.mT if self.transposed else weight
 
@@ -315,9 +298,7 @@ class AdaptedLinear(nn.Module):
 
 
 class MoRALinear(AdaptedLinear):
-    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only
-    parameter.
-    """
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) trained."""
 
     spec: OperatorSpec
     square: nn.Parameter
@@ -335,9 +316,7 @@ class MoRALinear(AdaptedLinear):
         self._held: tuple[IndexTables, ...] = ()
 
     def path(self, tokens: int) -> Compute:
-        """How the layer is computed when it is called with so many tokens: as it was told,
-        or the cheaper way.
-        """
+        """How the layer is computed for so many tokens: as told, or the cheaper way."""
         if self.compute is not Compute.AUTO:
             return self.compute
         sizes = self.in_features, self.out_features
@@ -352,9 +331,7 @@ class MoRALinear(AdaptedLinear):
         return self.product(x, self.square.to(x.dtype), self.path(tokens))
 
     def product(self, x: Tensor, square: Tensor, path: Compute) -> Tensor:
-        """The layer's output with `square` in place of its own M (this rank's shard of it,
-        where it is split).
-        """
+        """The layer's output with `square` (this rank's shard of it) in place of M."""
         if self.split is not None:
             return self.split(self, x, square, path)
         frozen = self.frozen
@@ -370,15 +347,11 @@ class MoRALinear(AdaptedLinear):
         return (self.spec,)
 
     def hold_tables(self, device: torch.device) -> None:
-        """Keeps the tables of the layer's operators as long as it uses them, however many
-        other layers there are.
-        """
+        """Keeps the tables of the layer's operators as long as it uses them."""
         self._held = tuple(tables_of(spec, device) for spec in self.operators())
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
-        """The index tables of the layer's operator on a device, made anew when a cycle
-        brings another operator.
-        """
+        """The operator's index tables on a device, made anew for another operator."""
         tables = self.tables
         if tables is None or tables.spec != self.spec or tables.fold.device != device:
             self.tables = tables = KernelTables(self.spec, device)
@@ -389,9 +362,7 @@ class MoRALinear(AdaptedLinear):
 
 
 class LoRALinear(AdaptedLinear):
-    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the
-    only parameter.
-    """
+    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out)."""
 
     spec: LoRASpec
     factors: nn.Parameter
@@ -401,9 +372,7 @@ class LoRALinear(AdaptedLinear):
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Module name -> adapted layer, in the model's order, which is the same on every
-    rank.
-    """
+    """Module name -> adapted layer, in the model's order, the same on every rank."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -420,9 +389,7 @@ def value_names(model: nn.Module) -> set[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that
-    computes the same.
-    """
+    """Whether a module computes as `nn.Linear` or `Conv1D`, and can take an adapter."""
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
@@ -461,9 +428,7 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(d_in, d_out) of an `nn.Linear`, a `Conv1D`, an adapted layer or each expert of a
-    stack.
-    """
+    """(d_in, d_out) of a linear or adapted layer, or of each expert of a stack."""
     if isinstance(module, (AdaptedLinear, ExpertStack)):
         return module.in_features, module.out_features
     rows, columns = module.weight.shape

@@ -55,8 +55,7 @@ class LowRankHead(FrozenHead):
 
 
 def train_low_rank(model: Any, rank: int, seed: int) -> None:
-    """Replaces the model's embeddings and its head, whose frozen weights are buffers
-    already. `seed`: for B.
+    """Replaces the model's embeddings and head, with frozen weights. `seed`: for B.
 
     Raises `UserError` where either is not a plain look-up or linear layer or is trained
     itself.
@@ -75,9 +74,7 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
 
 
 def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:
-    """A of zeros, B uniform from -1 / sqrt(d) to 1 / sqrt(d), as LoRA's A: the same on
-    every process.
-    """
+    """A of zeros, B uniform within 1 / sqrt(d) of 0, as LoRA's A, on every process."""
     tokens, width = table.shape
     wide = torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])

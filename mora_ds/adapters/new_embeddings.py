@@ -53,9 +53,7 @@ class FrozenHead(nn.Linear):
 
 
 class NewRowEmbedding(FrozenEmbedding):
-    """ids (...) -> (..., d): row `id` of the frozen weight, or of `new_rows` where it is
-    one of the last K.
-    """
+    """ids (...) -> (..., d): rows of the frozen weight, the last K of `new_rows`."""
 
     def __init__(self, base: nn.Embedding, new_rows: nn.Parameter) -> None:
         super().__init__(base)
@@ -127,9 +125,7 @@ def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
 
 
 def stands_for(name: str) -> str:
-    """The parameter of the base that a trained tensor replaces, of which it replaces rows,
-    or to which it adds.
-    """
+    """The base's parameter that a trained tensor replaces or changes."""
     module, dot, ending = name.rpartition(".")
     return f"{module}{dot}weight" if ending in (NEW_ROWS, LOW_RANK) else name
 

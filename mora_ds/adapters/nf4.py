@@ -36,9 +36,7 @@ BLOCK = 64
 _TYPE = "nf4"
 
 _WIDEST_GAP = 0.304
-"""Between two neighbouring levels of NF4, as a share of a block's largest number: -1 and
--0.696.
-"""
+"""Between the levels -1 and -0.696, as a share of a block's largest number."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that bitsandbytes gives."""
@@ -54,9 +52,7 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class NF4Weight(QuantizedWeight):
-    """`packed` and `scales` of `quantize`, for a weight (O, D) of `shape`, and the `terms`
-    that are added to it.
-    """
+    """`packed` and `scales` of `quantize`, of a weight (O, D), and `terms` to add."""
 
     bits: ClassVar[int] = 4
     packed: Tensor

@@ -22,9 +22,7 @@ def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def base_bits_of(model: nn.Module) -> int:
-    """In how many bits the frozen weights of adapted layers are held; `AS_LOADED` where
-    they are dense.
-    """
+    """In how many bits adapted weights are held; `AS_LOADED` where they are dense."""
     for layer in quantized_layers(model).values():
         return NF4Weight.bits if layer.is_packed else Int8Weight.bits
     return AS_LOADED

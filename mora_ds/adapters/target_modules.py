@@ -70,9 +70,7 @@ def _chosen(
     known: dict[str, Any],
     names: set[str],
 ) -> dict[str, nn.Module]:
-    """In the model's order, which is that of its parameters: a stack has no module of its
-    own yet.
-    """
+    """In the order of the model's parameters, as a stack has no module yet."""
     parameters = model.named_parameters(remove_duplicate=False)
     order = [name.removesuffix(".weight") for name, _ in parameters]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}

@@ -9,9 +9,7 @@ _EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
 
 
 def names_experts(pattern: str) -> bool:
-    """Whether a pattern contains the word experts; shared_experts, which are linear layers,
-    is another word.
-    """
+    """Whether a pattern contains the word experts, which shared_experts is not."""
     return _EXPERTS.search(pattern) is not None
 
 
@@ -32,7 +30,5 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def matches_experts(pattern: str, name: str) -> bool:
-    """Whether a pattern is for a projection of experts, or for the module of all of
-    them.
-    """
+    """Whether a pattern is for a projection of experts, or for all of them."""
     return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])

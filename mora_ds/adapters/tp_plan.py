@@ -23,9 +23,7 @@ from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
 
 SUMMED = "replicated_with_grad_allreduce"
-"""Transformers' style of a norm that sees its rank's heads only: its gradients are summed
-over the group.
-"""
+"""Transformers' style of a norm that sees some heads: its gradients are to be summed."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,7 @@ class TensorPlan:
     styles: dict[str, Style]
     """Of every linear layer."""
     blocks: tuple[str, ...]
-    """The modules that are split; the gradients of their inputs are summed over the
-    group.
-    """
+    """The modules that are split, whose inputs' gradients are to be summed."""
     summed: tuple[str, ...]
     """Modules within them whose parameters' gradients are summed over the group."""
     reasons: dict[str, str]
@@ -60,9 +56,7 @@ class TensorPlan:
 
 
 def plan_of(model: nn.Module, degree: int) -> TensorPlan:
-    """The plan at `degree`, before or after injection; at 1, everything that the model's
-    own plan would split.
-    """
+    """The plan at `degree`, before or after injection; 1: all that could be split."""
     names = [
         name
         for name, module in model.named_modules()
@@ -129,9 +123,7 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
 
 
 def _holders(model: nn.Module, block: str) -> list[str]:
-    """Names of the modules of a block that hold weights, including those that injection has
-    frozen to buffers.
-    """
+    """Names of the modules of a block that hold weights, frozen or not."""
     frozen: set[str] = getattr(model, "_mora_frozen", set())
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)} | frozen
     inside = sorted(name for name in tensors if name.startswith(f"{block}."))

@@ -69,16 +69,12 @@ from mora_ds.remora.ledger import (
 
 @dataclass(frozen=True)
 class DomainSquares:
-    """The entry "domains" of adapter.json: MoRA matrices of domains, which come on top of
-    the shared ones.
-    """
+    """The entry "domains" of adapter.json: matrices on top of the shared ones."""
 
     names: tuple[str, ...]
     """The domains, in the order of their matrices."""
     operators: Mapping[str, OperatorSpec]
-    """Module name -> operator of its matrices. They are not merged during a run and keep
-    the operator of cycle 0.
-    """
+    """Module name -> operator of its matrices, that of cycle 0."""
 
     def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
@@ -124,9 +120,7 @@ def chosen_domain(
 
 
 def logits_name(domain: str | None) -> str:
-    """The name of a domain's recorded logits in probe.safetensors; None: of the shared
-    matrices alone.
-    """
+    """The name of recorded logits in probe.safetensors; None: without a domain."""
     return "logits" if domain is None else f"logits.{domain}"
 
 
@@ -140,15 +134,11 @@ class AdapterFile:
     dtype: str
     """Compute dtype of the live model: "float32", "bfloat16" or "float16"."""
     cycle: int
-    """Number of the current, unmerged cycle, which is the number of cycles in the
-    ledger.
-    """
+    """Number of the current, unmerged cycle: the number of cycles in the ledger."""
     step: int
     """Optimizer steps done."""
     trainables: tuple[str, ...] = ()
-    """Parameter names of other trained tensors (modules_to_save): embeddings, norms,
-    head.
-    """
+    """Names of other trained parameters (modules_to_save): embeddings, norms, head."""
     facts: JsonObject = field(default_factory=dict)
     """Anything else worth recording."""
     domains: DomainSquares | None = None
@@ -194,9 +184,7 @@ class AdapterFile:
         return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains
-        included.
-        """
+        """Name -> shape of every MoRA matrix in the file, those of domains included."""
         shapes: dict[str, tuple[int, ...]] = {
             layer.square: layer.operator.value_shape for layer in self.layers.values()
         }
@@ -226,8 +214,7 @@ def write_adapter(
     trained: Tensors,
     domain_squares: Tensors | None = None,
 ) -> None:
-    """Writes adapter.safetensors, then adapter.json, each atomically; tensors are stored in
-    fp32.
+    """Writes adapter.safetensors in fp32, then adapter.json, each atomically.
 
     `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
     parameter name -> tensor, for exactly `adapter.trainables`. `domain_squares`: module
@@ -289,9 +276,7 @@ class AdapterTensors:
         self._adapter = adapter
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything in the file; names are those of the model's
-        parameters.
-        """
+        """(name, tensor) of everything in the file, by the names of parameters."""
         for name in self._handle.keys():  # noqa: SIM118
             yield name, self._handle.get_tensor(name)
 
@@ -317,23 +302,17 @@ class AdapterTensors:
 
 @dataclass(frozen=True)
 class BaseReference:
-    """base.json: which base a checkpoint belongs to, and what the live parameters are
-    called in its files.
-    """
+    """base.json: a checkpoint's base, and what parameters are called in its files."""
 
     folder: AnyPath
-    """Absolute, or relative to the folder of base.json (for a base that moves together with
-    its run).
-    """
+    """Absolute, or relative to base.json, for a base that moves with its run."""
     fingerprint: str
     keys: dict[FileName, str]
     """Parameter name -> safetensors key."""
     dtype: str
     """Compute dtype that the base is cast to when it is loaded."""
     config_changes: JsonObject = field(default_factory=dict)
-    """Settings of the text config that the live model has, and not the base's config.json
-    (`models.rope`).
-    """
+    """Settings in which the live model differs from the base's config.json."""
 
     def __post_init__(self) -> None:
         """Raises `UserError` as `check_changes` does: what is refused when it is read is
@@ -360,16 +339,13 @@ class BaseReference:
         return reference
 
     def absolute(self, checkpoint: Path) -> BaseReference:
-        """The same reference for a copy of base.json in another folder than
-        `checkpoint`.
-        """
+        """The same reference for a copy of base.json in another folder."""
         return replace(self, folder=str((checkpoint / self.folder).resolve()))
 
     def open_base(
         self, checkpoint: Path, override: Path | None = None, flag: str = MODEL_FLAG
     ) -> BaseCheckpoint:
-        """Opens the base, in `override` if it was moved, and compares its fingerprint,
-        which reads every byte.
+        """Opens the base, or `override`, and compares its fingerprint over all bytes.
 
         Raises `UserError` naming `flag` when it is missing or another one.
         """
@@ -393,9 +369,7 @@ class BaseReference:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was opened: alone, or that of a checkpoint. Make it with
-    `Adapter.open`.
-    """
+    """An opened adapter: alone, or that of a checkpoint. Make it with `Adapter.open`."""
 
     folder: Path
     file: AdapterFile

@@ -66,9 +66,7 @@ AUTO = "auto"
 WRITING = ".writing"
 OLD = ".old"
 _GONE = ".gone"
-"""Ends of the hidden names of folders: being written, replaced by a new one of the same
-step, being deleted.
-"""
+"""Ends of the hidden names of folders that are written, replaced or deleted."""
 
 _NOT_DELETED = (
     "warning: %s cannot be deleted and takes up space: %s; the next save tries again"
@@ -76,15 +74,11 @@ _NOT_DELETED = (
 
 _STEP = "step-"
 _STEP_NAME = re.compile(rf"{_STEP}(?:[0-9]{{6}}|[1-9][0-9]{{6,11}})")
-"""The names that `step_folder` gives, and no other: step-000040.bak, a copy made by hand,
-is not one.
-"""
+"""The names that `step_folder` gives; a copy step-000040.bak is no checkpoint."""
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """The folder of the checkpoint after optimizer step `step`, in the folder `root` of all
-    checkpoints.
-    """
+    """The folder of the checkpoint after a step, in the folder `root` of all."""
     return root / f"{_STEP}{step:06d}"
 
 
@@ -101,9 +95,7 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Step folders that have their final name, oldest first; those that are being written
-    have another.
-    """
+    """Step folders with their final name, oldest first."""
     named = [path for path in root.glob(f"{_STEP}*") if is_step_name(path.name)]
     return sorted(filter(Path.is_dir, named), key=step_of)
 
@@ -145,9 +137,7 @@ def find_adapter(path: Path, flag: str = "") -> Path:
 
 
 def is_full_training(folder: Path) -> bool:
-    """Whether it is a checkpoint of --adapter full, which has neither adapter nor
-    ledger.
-    """
+    """Whether it is a checkpoint of --adapter full, without adapter and ledger."""
     try:
         return bool(read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full")
     except (UserError, LookupError, TypeError):
@@ -155,9 +145,7 @@ def is_full_training(folder: Path) -> bool:
 
 
 def refuse_full_training(path: Path) -> None:
-    """Raises `UserError`, which says where the model is, where `path` means a checkpoint of
-    --adapter full.
-    """
+    """Raises `UserError` that says where the model is, for one of --adapter full."""
     folder = _candidate(path, (STATE_FILE,))
     if folder is not None and is_full_training(folder):
         merged = folder.parent.parent / MERGED_FOLDER
@@ -182,9 +170,7 @@ class LedgerLocation:
 
     ledger: Path
     checkpoint: Path | None
-    """The checkpoint that the path named, links resolved; None where it named a ledger or a
-    run.
-    """
+    """The checkpoint that was named, links resolved; None if it was a ledger or a run."""
 
     def open(self, hashes: bool = True) -> Ledger:
         """Raises `UserError` as `Ledger.open` does."""
@@ -241,8 +227,7 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
 
 
 def ledger_problems(folder: Path) -> list[str]:
-    """Where a checkpoint's manifest and its merge ledger record different hashes. Reads no
-    cycle.
+    """Where a checkpoint's manifest and its ledger record different hashes.
 
     A cycle that was damaged while the run went on is in the manifest in its damaged state;
     the ledger has its hash from the time of the merge.
@@ -259,9 +244,7 @@ def ledger_problems(folder: Path) -> list[str]:
 
 
 def _hidden(root: Path, ending: str) -> list[tuple[Path, Path]]:
-    """(hidden folder, the checkpoint that its name speaks of) for every name
-    .step-NNNNNN`ending` in `root`.
-    """
+    """(hidden folder, its checkpoint) for every name .step-NNNNNN`ending` in `root`."""
     names = [
         (path, path.name.removeprefix(".").removesuffix(ending))
         for path in root.glob(f".step-*{ending}")
@@ -315,8 +298,7 @@ RESUME = "--resume_from_checkpoint"
 
 
 def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | None:
-    """The checkpoint that the value `wanted` of `flag` means, its files verified; `root`
-    holds the run's own.
+    """The verified checkpoint that `wanted`, the value of `flag`, means in `root`.
 
     latest: what the link names. auto: the newest intact one, from the latest backwards, or
     None where none was ever completed. Otherwise a path. Raises `UserError` when the one
@@ -342,9 +324,7 @@ def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | Non
 
 
 def _newest_intact(root: Path, flag: str) -> Path | None:
-    """Passes over checkpoints after the one that `latest` names: a resume from an earlier
-    one has left them behind.
-    """
+    """Passes over those after `latest`, which an earlier resume has left behind."""
     latest = (root / LATEST).resolve()
     folders = complete_checkpoints(root)
     named = [

@@ -38,45 +38,31 @@ class TrainerState:
     task_costs_last: dict[str, float] = field(default_factory=dict)
     """Task -> its cost at the newest evaluation of tasks."""
     best_step: Count = 0
-    """The evaluated step with the lowest weighted loss so far (`forgetting.Watch.score`); 0
-    before the first one.
-    """
+    """The evaluated step with the best score (`forgetting.Watch.score`); 0 for none."""
     best_score: float | None = None
     """That weighted loss."""
     total_steps: Count = 0
-    """Optimizer steps that the run was planned for, from which the learning-rate schedule
-    follows.
-    """
+    """Planned optimizer steps, from which the learning-rate schedule follows."""
     at_peak: bool = False
-    """Whether the schedule is at its highest learning rate, from which another run may
-    decay (--decay_from).
-    """
+    """Whether the learning rate is at its peak, so that --decay_from may begin here."""
     finished: bool = False
     """Whether all steps are done, with the evaluation after the last one."""
     evaluation_pending: bool = False
-    """Whether the evaluation after this step is still to be made: every checkpoint is
-    written before it.
-    """
+    """Whether the evaluation after this step, which comes after saving, is to be made."""
     merge_pending: bool = False
     """Whether the merge after this step is still to be made."""
     failures: list[str] = field(default_factory=list)
-    """What has failed beside training, one line each: the run that ends says so, however
-    often it was resumed.
-    """
+    """What has failed beside training, a line each, for the end of the run."""
     scheduler: JsonObject | None = None
     """State of the scheduler that `initialize` was given; None without one."""
     stream: JsonObject | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
     chunked_loss: bool = False
-    """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps
-    when it resumes.
-    """
+    """Whether losses are computed in chunks (`chunk_loss`), as in the resumed run."""
     world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
     identity: JsonObject = field(default_factory=dict)
-    """What a run that resumes the checkpoint must have in common with it
-    (`run_identity`).
-    """
+    """What a resumed run must have in common with this one (`run_identity`)."""
 
     @classmethod
     def read(cls, folder: Path) -> TrainerState:
@@ -92,9 +78,7 @@ class TrainerState:
 def run_identity(
     base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None = None
 ) -> JsonObject:
-    """The identity of a run with an adapter; `more` holds what its trainer adds (text,
-    seed, batch size ...).
-    """
+    """The identity of a run with an adapter, and `more` that its trainer adds."""
     return {
         "base": base_fingerprint,
         "adapter": adapter.to_dict(),
@@ -103,9 +87,7 @@ def run_identity(
 
 
 def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
-    """Raises `UserError` when `world` ranks cannot resume the checkpoint: its global batch
-    must divide by them.
-    """
+    """Raises `UserError` when `world` does not divide the checkpoint's global batch."""
     rows = state.identity.get("global_batch_size")
     if isinstance(rows, int) and rows % world:
         raise UserError(
@@ -115,9 +97,7 @@ def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
 
 
 def check_identity(folder: Path, saved: JsonObject, now: JsonObject) -> None:
-    """Raises one `UserError` that names everything in which the checkpoint's run differs
-    from this one.
-    """
+    """Raises a `UserError` that names all in which the checkpoint's run differs."""
     there, here = (flattened(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
         f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
@@ -156,9 +136,7 @@ _LABELS = {
     "decay_from": "step of --decay_from",
     "decay_parent": "manifest of the checkpoint of --decay_from",
 }
-"""Key of a flat identity -> what the user calls it, and what a missing value (None)
-means.
-"""
+"""Key of a flat identity -> what the user calls it, and what None means there."""
 _FLAGS = {
     "operator", "grouping", "compute", "target_modules", "train_embeddings", "train_norms", "train_head", "seed",
     "seq_len", "document_mask", "merge_every",
@@ -167,9 +145,7 @@ _FLAGS = {
 
 
 def _label(key: str) -> str:
-    """`key` as the user calls it; parts of a mixture with the name of the source or the
-    phase.
-    """
+    """`key` as the user calls it, with the name of a mixture's source or phase."""
     setting, _, name = key.partition("mixture.")[2].partition(".")
     if name:
         return f"{_LABELS[f'mixture.{setting}']}, {name}"

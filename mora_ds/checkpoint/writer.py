@@ -63,8 +63,7 @@ the result to a folder without further communication."""
 
 
 class CheckpointWriter:
-    """Writes checkpoints `root/step-N` and deletes old ones. Create it, and call it, on all
-    ranks together.
+    """Writes checkpoints `root/step-N` and deletes old ones, on all ranks together.
 
     In the background, training waits only for the copy into host memory: each rank's thread
     writes its files, and when all have, rank 0's hashes, renames, links `latest` and
@@ -163,9 +162,7 @@ class CheckpointWriter:
         state: JsonObject,
         keep: int | None,
     ) -> None:
-        """Rank 0, which has the `shares` of all, finishes the checkpoint that they have
-        written.
-        """
+        """Rank 0, which has all `shares`, finishes the checkpoint."""
         if shares is None:
             return
         rank_shards = [share.shard for share in shares]
@@ -220,8 +217,7 @@ class _Share(NamedTuple):
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
-    """Restores engine and random states from a verified folder, saved by any number of
-    ranks under any ZeRO stage.
+    """Restores engine and random states, saved by any number of ranks at any ZeRO stage.
 
     `state`: the folder's, of this run (`check_identity`); it gets the number of ranks. With
     the number of ranks that saved it the run continues bit for bit. With another one
@@ -257,9 +253,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
 
 @contextmanager
 def _removed_on_failure(beside: Path) -> Iterator[None]:
-    """Deletes the incomplete checkpoint `beside` where writing it fails: it would keep a
-    full disk full.
-    """
+    """Deletes an incomplete checkpoint, which would keep a full disk full."""
     try:
         yield
     except Exception:
@@ -313,16 +307,12 @@ class Background:
     """The thread behind --async_save, for one task at a time, and its outcome."""
 
     limit_s: float
-    """Seconds that `wait` waits for a task at most: on a disk that hangs, a write never
-    returns.
-    """
+    """Seconds that `wait` waits at most, as a disk that hangs never returns."""
     thread: threading.Thread | None = None
     error: BaseException | None = None
 
     def start(self, work: Callable[[], None], name: str) -> None:
-        """Starts `work`; the task before must have been waited for. `name` is used in
-        warnings.
-        """
+        """Starts `work`, once the task before has ended. `name`: for warnings."""
         assert self.thread is None, "one at a time"
 
         def run() -> None:

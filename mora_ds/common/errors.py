@@ -24,9 +24,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure while running (NaN loss, full disk, a checkpoint that turns out to be
-    damaged during the run).
-    """
+    """A failure while running: NaN loss, full disk, damaged checkpoint."""
 
 
 class FailedBeside(RunError):
@@ -37,9 +35,7 @@ class FailedBeside(RunError):
 
 
 BESIDE = (Exception, SystemExit)
-"""What is caught of what stands beside training: a package of others may even call
-sys.exit.
-"""
+"""What is caught of what stands beside training: packages may even call sys.exit."""
 
 
 class Stopped(BaseException):
@@ -50,17 +46,13 @@ class Stopped(BaseException):
 
 
 def refuse(problems: Iterable[str]) -> None:
-    """Raises one `UserError` with all `problems`, one a line, each once; returns where
-    there are none.
-    """
+    """Raises one `UserError` with all `problems`, a line each, if there are any."""
     if lines := list(dict.fromkeys(problems)):
         raise UserError("\n".join(lines))
 
 
 def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
-    """The lines of the `UserError` that `check(*arguments)` raises; empty where it raises
-    none.
-    """
+    """The lines of the `UserError` that `check(*arguments)` raises, if it does."""
     try:
         check(*arguments)
     except UserError as error:
@@ -99,9 +91,7 @@ def named_as_flags(*names: str, **others: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing
-    else is close.
-    """
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or ""."""
     candidates = [candidate for candidate in known if candidate != word]
     close = difflib.get_close_matches(word, candidates)
     return f" Did you mean {close[0]!r}?" if close else ""
@@ -121,9 +111,7 @@ def reason(error: BaseException) -> str:
 
 
 def empty_words(argv: Sequence[str]) -> list[str]:
-    """One message for each empty word of a command line, as an unset variable of a shell
-    leaves it, with its flag.
-    """
+    """One message for each empty word of a command line, as an unset variable leaves."""
     problems = []
     for before, word in pairwise(["", *argv]):
         if word == "":
@@ -149,9 +137,7 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may have; never NaN or infinite. `above` and `below` are
-    excluded themselves.
-    """
+    """The numbers that a setting may have, `above` and `below` excluded; no NaN."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -196,9 +182,7 @@ BELOW_1 = Bounds(least=0, below=1)
 AT_MOST_1 = Bounds(least=0, most=1)
 ABOVE_0_AT_MOST_1 = Bounds(above=0, most=1)
 SECONDS = Bounds(least=0, most=1e9)
-"""A waiting time; the longest is 31 years. Python's clocks refuse times beyond 292
-years.
-"""
+"""A waiting time of at most 31 years; Python's clocks refuse more than 292."""
 
 _TOO_LARGE = 2**63
 """Whole numbers from here on do not fit in the integers of torch and numpy."""
@@ -217,9 +201,7 @@ def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterat
 def wrong_values(
     settings: object, allowed: Mapping[str, Bounds | type[Enum]]
 ) -> Iterator[str]:
-    """One message for each attribute of `settings` that its bounds or its enum do not
-    allow, named as a flag.
-    """
+    """One message for each attribute that its bounds or enum forbid, named as a flag."""
     for name, values in allowed.items():
         value = getattr(settings, name)
         if isinstance(values, Bounds):

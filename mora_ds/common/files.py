@@ -39,9 +39,7 @@ from mora_ds.common.untrusted import (
 from mora_ds.common.version import __version__
 
 FORMAT = 5
-"""Version of everything that mora_ds writes to be read again: checkpoints, ledgers,
-adapters, caches.
-"""
+"""Version of what mora_ds writes to be read again: checkpoints, adapters, caches."""
 
 JsonObject: TypeAlias = dict[str, Any]
 """What a JSON file holds, by key."""
@@ -50,9 +48,7 @@ MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Recipes, DeepSpeed files and model configs: a link to configs/ in a checkout, a folder of
-the package in a wheel.
-"""
+"""Recipes and configs: a link to configs/ in a checkout, a folder in a wheel."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,18 +60,14 @@ _WRITE_REFUSED = (
     errno.ESTALE,
     errno.EFBIG,
 )
-"""Errors of a file system that was remounted read-only after a fault, or whose server has
-gone, and of a limit on the size of files.
-"""
+"""Errors of a file system that turned read-only or lost its server, and of `ulimit -f`."""
 
 _IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
 """Where tokenizers and safetensors, which raise errors of their own, name the system's."""
 
 
 def shipped(path: str) -> str:
-    """`path`, or that of the package's own file where it begins with configs/ and the
-    working directory has none.
-    """
+    """`path`, or the package's file where configs/ is not in the working directory."""
     packaged = CONFIGS.parent / path
     if path.startswith("configs/") and packaged.is_file() and not Path(path).exists():
         return str(packaged)
@@ -104,9 +96,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file to disk, or makes the renames inside a folder survive a power
-    failure.
-    """
+    """Flushes a file, or the renames inside a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,9 +114,7 @@ def fsync_tree(folder: Path, with_files: bool = True) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields the path of a temporary file. It replaces `path` if the block succeeds, and is
-    deleted otherwise.
-    """
+    """Yields a temporary file, which replaces `path` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
         # Left by a killed process, it may be a hard link: never write into it
@@ -181,9 +169,7 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def replace_symlink(link: Path, target: str) -> None:
-    """Makes `link` point to `target` (relative to the folder of the link) by one atomic
-    rename.
-    """
+    """Makes `link` point to `target`, relative to its folder, by one atomic rename."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     with disk_errors(link.parent):
@@ -207,9 +193,7 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether no process is `at_work` in `folder` any more. Not an empty one, which may be
-    about to be locked.
-    """
+    """Whether no process is `at_work` in `folder`, which is not empty."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,9 +205,7 @@ def is_abandoned(folder: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Atomically makes `target` a hard link of `source`, or a copy where the file system
-    has no hard links.
-    """
+    """Atomically makes `target` a hard link of `source`, or a copy."""
     # rename(2) between two links of one file does nothing
     if target.exists() and os.path.samefile(source, target):
         return
@@ -264,9 +246,7 @@ def as_path(value: Any, argument: str) -> Path:
 
 
 def named_path(entry: str) -> tuple[str, str]:
-    """(name, path or pattern) of NAME=PATH, or of PATH, which is named by its file without
-    endings.
-    """
+    """(name, path or pattern) of NAME=PATH, or of PATH with its own name."""
     name, mark, path = entry.partition("=")
     if mark and "/" not in name:
         return name, path
@@ -288,9 +268,7 @@ def require_place(output: Path) -> None:
 
 
 def require_new(output: Path) -> None:
-    """Raises `UserError` unless `output` can be made or is an empty folder, which
-    `atomic_folder` then fills.
-    """
+    """Raises `UserError` unless `output` can be made, or is an empty folder."""
     require_place(output)
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.is_symlink() or (output.exists() and not is_empty):
@@ -299,8 +277,7 @@ def require_new(output: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder. It replaces `folder` if the block succeeds, and is
-    deleted otherwise.
+    """Yields an empty temporary folder, which replaces `folder` if the block succeeds.
 
     An existing `folder` is moved away first, and deleted when the new one is in place.
     """
@@ -327,9 +304,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
-    """{relative path: size and sha256} of files under `folder`, each flushed to disk
-    before.
-    """
+    """{relative path: size and sha256} of files under `folder`, flushed to disk."""
     files = {}
     with disk_errors(folder):
         for path in paths:
@@ -426,9 +401,7 @@ def listed_files(folder: Path) -> dict[str, FileFacts]:
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
-    """A message if the file is missing or has another size or hash, else "". `sha256` None:
-    the file is not read.
-    """
+    """A message if the file is missing or differs, else "". `sha256` None: sizes alone."""
     if path.is_symlink() or not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -440,9 +413,7 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Turns the errors of reading fields of an unexpected form into a `UserError` that
-    names the file.
-    """
+    """Turns errors of reading unexpected fields into a `UserError` that names the file."""
     try:
         yield
     except UserError as error:
@@ -461,9 +432,7 @@ def malformed(path: Path) -> Iterator[None]:
 
 
 def require_format(path: Path, content: JsonObject) -> None:
-    """Raises `UserError` for a file that another version of mora_ds has written in another
-    format.
-    """
+    """Raises `UserError` for a file in the format of another version."""
     if (file_format := content.get("format")) != FORMAT:
         raise UserError(
             f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}"

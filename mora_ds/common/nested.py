@@ -18,7 +18,5 @@ def flattened(
 
 
 def different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys, sorted, that have another value in each; one that is missing has the value
-    None.
-    """
+    """The keys, sorted, of different values; a missing key has the value None."""
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))

@@ -19,9 +19,7 @@ _KEYS = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-"""rope_type -> its keys in transformers 5.24 (`modeling_rope_utils.py`); all have
-rope_theta.
-"""
+"""rope_type -> its keys beside rope_theta (transformers 5.24, modeling_rope_utils.py)."""
 
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 """Keys that a rope_type cannot be without, if it has them."""
@@ -35,9 +33,7 @@ _HINTS: dict[str, Any] = {
 
 
 def rope_settings(text: str) -> dict[str, Any]:
-    """The keys in the JSON `text` of --rope_scaling. Raises `UserError` as `check_settings`
-    does.
-    """
+    """The keys in the JSON of --rope_scaling. Raises `UserError`."""
     settings = plain_json(text, FLAG)
     check_settings(settings, FLAG)
     return dict(settings)

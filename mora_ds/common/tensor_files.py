@@ -58,9 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises `UserError` for one that is not in
-    `COMPUTE_DTYPES`.
-    """
+    """The dtype called `name`. Raises `UserError` for another one."""
     if name not in COMPUTE_DTYPES:
         raise UserError(unknown("dtype", name, COMPUTE_DTYPES))
     return COMPUTE_DTYPES[name]
@@ -72,8 +70,7 @@ def tensor_nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file: the header with all shapes, then the tensors one by one,
-    in any order.
+    """Writes a safetensors file: the header with all shapes, then tensors in any order.
 
     `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every
     tensor starts at a multiple of its element size. At the end of the `with` block, raises
@@ -110,9 +107,7 @@ class SafetensorsWriter:
         self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor of the layout. Raises `ValueError` for a tensor that the layout
-        does not hold.
-        """
+        """Writes one tensor. Raises `ValueError` for one that is not in the layout."""
         if name not in self._missing:
             raise ValueError(f"{name!r} is not in the layout, or was written before")
         if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:

@@ -41,9 +41,7 @@ MAX_SIDE = 1 << 24
 """Longest side of a layer: far above any vocabulary."""
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Control characters, breaks of lines, and what turns the direction of writing: they would
-change a whole message.
-"""
+"""Control characters, line breaks and turns of direction: they would change a message."""
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -77,9 +75,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 
 def _is_of_shell(path: Path) -> bool:
-    """Whether it is a name such as /dev/fd/63, by which a shell gives a pipe. Below
-    /dev/shm lie files as elsewhere.
-    """
+    """Whether a shell gives a pipe by such a name: /dev/stdin, /dev/fd/63."""
     return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")
 
 
@@ -134,9 +130,7 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
 
 
 def file_name(text: str) -> str:
-    """`text`, if it can be the name of one file or folder: nothing that leads elsewhere or
-    cannot be printed.
-    """
+    """`text`, if it can be the name of one file or folder and be printed."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
         raise UserError(f"{shown(text)} cannot be the name of a file, nor a part of one")
     if len(text.encode()) > 240:
@@ -217,9 +211,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def typed_fully(cls: Any, value: Any, where: object) -> Any:
-    """As `typed`, of a dataclass that mora_ds has written: also a field with a default must
-    be there.
-    """
+    """As `typed`, of a dataclass that mora_ds has written with all of its fields."""
     instance = typed(cls, value, where)
     for field in fields(cls):
         if field.init and field.name not in value:
@@ -228,9 +220,7 @@ def typed_fully(cls: Any, value: Any, where: object) -> Any:
 
 
 def wrong_types(settings: Any) -> Iterator[str]:
-    """One message for each field of a dataclass whose value is not of its type, named as
-    the field.
-    """
+    """One message for each field of a dataclass with a value of another type."""
     hints = get_type_hints(settings.__class__, include_extras=True)
     for field in fields(settings):
         name = field.name
@@ -248,9 +238,7 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
 
 
 def links(folder: Path) -> list[str]:
-    """A message for every link, pipe, socket and device under `folder`, by its own path;
-    links are not followed.
-    """
+    """A message for every link, pipe, socket and device under `folder`, not followed."""
     problems = []
 
     def note(error: OSError) -> None:
@@ -269,9 +257,7 @@ def links(folder: Path) -> list[str]:
 
 
 def require_plain(folder: Path) -> None:
-    """Raises `UserError` where `folder`, a checkpoint or an adapter, has anything in it but
-    files and folders.
-    """
+    """Raises `UserError` where `folder` has anything in it but files and folders."""
     if problems := links(folder):
         raise UserError(
             f"{problems[0]}: make a copy that holds the files themselves (cp -rL)"
@@ -300,9 +286,7 @@ def expanded(path: str | Path, flag: str = "") -> Path:
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """Raises `UserError` where this machine, or this process by its limit, has fewer bytes
-    left than `what` takes.
-    """
+    """Raises `UserError` where fewer bytes are free than `what` takes."""
     free = psutil.virtual_memory().available
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:

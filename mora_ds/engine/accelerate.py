@@ -27,8 +27,7 @@ _OURS = "_mora_ds_cpu"
 
 
 def allow_cpu() -> None:
-    """Lets accelerate use DeepSpeed without a GPU, over gloo; on a machine with one it does
-    nothing.
+    """Lets accelerate use DeepSpeed on CPUs, over gloo; does nothing beside a GPU.
 
     accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left out
     (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments` are made,
@@ -52,8 +51,7 @@ def allow_cpu() -> None:
 
 @contextmanager
 def our_engine() -> Iterator[None]:
-    """Within the context `deepspeed.initialize` makes the engine of `mora_ds.initialize`,
-    whose base is unsharded.
+    """Within, `deepspeed.initialize` makes the engine of `mora_ds.initialize`.
 
     accelerate looks the function up when a model is prepared (accelerator.py,
     `_prepare_deepspeed`) and passes `model`, `config_params`, `model_parameters` (dropped:
@@ -136,14 +134,10 @@ def unsharded_loading() -> Iterator[None]:
 
 
 def optimizer_steps(engine: zero.Engine) -> int:
-    """Optimizer steps that the learning-rate schedule has seen: all but those that fp16
-    loss scaling dropped.
-    """
+    """Optimizer steps without those that fp16's loss scaling dropped."""
     return int(engine.global_steps - engine.skipped_steps)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has sharded parameters of the model while it was loaded
-    (zero/partition_parameters.py).
-    """
+    """Whether ZeRO-3 has sharded the model at load (zero/partition_parameters.py)."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

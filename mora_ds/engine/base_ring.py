@@ -41,9 +41,7 @@ _RING = "_mora_ring"
 
 
 class _Layer:
-    """The frozen tensors of a decoder layer: where its modules hold them, and where they
-    lie in its buffer.
-    """
+    """A decoder layer's frozen tensors: in its modules, and in its buffer."""
 
     def __init__(
         self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor
@@ -87,9 +85,7 @@ class BaseRing:
     """The buffers of one model, and which layer each of them holds."""
 
     def __init__(self, model: Any, device: torch.device, copies: Copies) -> None:
-        """Raises `UserError` for a model whose layers are not found, and host memory that
-        cannot be locked.
-        """
+        """Raises `UserError` without decoder layers, and if memory cannot be locked."""
         weights = weights_of_layers(model)
         self.buffers = min(BUFFERS, len(weights))
         size = max(stored_bytes(tensors.values()) for tensors in weights.values())
@@ -122,9 +118,7 @@ class BaseRing:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it, all modules hold views: `nn.Module.to` would move what is in host
-        memory to the device.
-        """
+        """Within, modules hold views, so that `nn.Module.to` moves no host memory."""
         for layer in self._layers:
             layer.show()
         try:
@@ -144,9 +138,7 @@ class BaseRing:
     # -- which layer is where ------------------------------------------------------------------------------------------
 
     def _use(self, index: int) -> None:
-        """Order the device's work after the copy of a layer, and begin to copy those that
-        come next.
-        """
+        """Order the device after the copy of a layer, and copy those that come next."""
         # torch/autograd/graph.py tells by this that backward runs
         is_backward = torch._C._current_graph_task_id() != -1
         now = (index, is_backward)
@@ -192,9 +184,7 @@ class BaseRing:
     # -- forward and backward ------------------------------------------------------------------------------------------
 
     def _enter(self, index: int, *_: Any) -> None:
-        """Before the forward of a module of layer `index`, in a forward pass or where
-        checkpointing repeats it.
-        """
+        """Before a module of layer `index` runs, the first time or for checkpointing."""
         self._running.append(index)
         if len(self._running) > 1:
             return
@@ -241,9 +231,7 @@ def names_on_host(model: Any) -> set[str]:
 
 
 def ring_of(model: nn.Module) -> BaseRing | None:
-    """The ring of a model whose base is streamed; None for one whose base is on the
-    device.
-    """
+    """The ring of a model whose base is streamed, else None."""
     ring: BaseRing | None = getattr(model, _RING, None)
     return ring
 
@@ -251,8 +239,7 @@ def ring_of(model: nn.Module) -> BaseRing | None:
 def _modules_of_layers(
     model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[nn.Module, int]:
-    """Module that has weights of a decoder layer, or contains one that has -> index of the
-    layer.
+    """Module with weights of a decoder layer in it -> index of the layer.
 
     transformers' checkpointing runs a layer's forward again without the hooks of the layer
     itself (modeling_layers.py, `GradientCheckpointingLayer`), but with those of the modules

@@ -29,9 +29,7 @@ up, whatever the size of a tensor."""
 
 
 BUFFERS = 2
-"""Decoder layers whose weights are on the device: one computes while another one is
-copied.
-"""
+"""Decoder layers on the device: one computes while another one is copied."""
 
 
 class BaseDevice(str, Enum):
@@ -92,9 +90,7 @@ def make_deterministic() -> None:
 
 
 def warn_of_slow_precision(dtype: str) -> None:
-    """Log a warning where a GPU is to compute in fp32 without TF32, about ten times slower
-    than in bf16.
-    """
+    """Log a warning where a GPU is to compute in fp32 without TF32."""
     has_tf32 = torch.get_float32_matmul_precision() != "highest"
     if dtype == "float32" and not has_tf32 and not is_cpu():
         logger.warning(

@@ -43,29 +43,19 @@ from mora_ds.engine.ds_optimizer import (
 )
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
-"""Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see
-`fill_bucket_sizes`.
-"""
+"""Memory for parameters that ZeRO-3 keeps unsharded (`fill_bucket_sizes`)."""
 
 REDUCE_BUCKET_NUMEL = 2**25
-"""Most elements of the gradient bucket, all of which ZeRO allocates (DeepSpeed's default is
-5e8).
-"""
+"""Most elements of the gradient bucket, which ZeRO allocates (DeepSpeed's default: 5e8)."""
 
 PREFETCH_PARAMETERS = 8
-"""Parameters to prefetch: about those of one transformer block, which has seven linear
-layers.
-"""
+"""Parameters to prefetch: about a transformer block, with its seven linear layers."""
 
 FEW_SLICES = 1 << 13
-"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices
-at 36 ranks.
-"""
+"""Slices (parameters times ranks) that take ZeRO-3 little time against a step."""
 
 WORTH_A_SLICE = 300_000
-"""Bytes that a GPU sends at 50 GB/s while Python goes through a slice (6 us, by
-tools/bench/scale.py).
-"""
+"""Bytes that a GPU sends (50 GB/s) while Python goes through a slice (6 us)."""
 
 MANY_RANKS = 256
 """Ranks from which on the loops of ZeRO-1 and ZeRO-2 take longer than 2 ms a bucket, a sixth
@@ -112,8 +102,7 @@ class EngineSettings:
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
-    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with every value
-    "auto".
+    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with its defaults.
 
     Raises `UserError` for a file that is missing, no JSON (with line and column), or has a
     key twice.
@@ -148,8 +137,7 @@ def resolve_ds_config(
     settings: EngineSettings | None = None,
     world_size: int = 1,
 ) -> DsConfig:
-    """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path
-    of a JSON file.
+    """A new dictionary for `deepspeed.initialize`, of a dictionary or a JSON file's path.
 
     Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes stay
     "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded.
@@ -183,16 +171,12 @@ def resolve_ds_config(
 def complete_ds_config(
     config: DsConfig | str | Path, trainable_numels: Sequence[int]
 ) -> DsConfig:
-    """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or
-    absent.
-    """
+    """The config of a user's own loop, checked, with the sizes of ZeRO filled in."""
     return fill_bucket_sizes(resolve_ds_config(config), trainable_numels)
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
-    """What DeepSpeed's own classes say of the values, which they would say only once the
-    model is loaded.
-    """
+    """What DeepSpeed's classes say of the values, before a model is loaded."""
     trial = copy.deepcopy(config)
     # DeepSpeed would compare it with this one process; `_match_flags` knows how many there are
     trial.pop("train_batch_size", None)
@@ -221,8 +205,7 @@ def compute_dtype(ds_config: DsConfig) -> str:
 
 
 def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> DsConfig:
-    """A new config with ZeRO's "auto" sizes set from the numbers of elements of the
-    trainable parameters.
+    """A new config with ZeRO's "auto" sizes set from those of the trainable parameters.
 
     - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are refreshed by
       one all-gather a step; the others are gathered one by one, in forward and again in backward. As many as fit in
@@ -321,9 +304,7 @@ def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
 
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
-    """The largest threshold at which all parameters of at most that many elements fit in
-    the budget together.
-    """
+    """The largest threshold at which all parameters below it fit in the budget."""
     threshold = 0
     used = 0
     for numel, equals in groupby(numels):
@@ -413,9 +394,7 @@ def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:
 
 
 def _zero(config: DsConfig) -> list[str]:
-    """Set our defaults for ZeRO, and the dtype of gradient accumulation. Returns what is
-    refused.
-    """
+    """Set our defaults for ZeRO and gradient accumulation. Returns what is refused."""
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 3)
     if isinstance(stage, bool) or stage not in (1, 2, 3):

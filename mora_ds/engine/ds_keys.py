@@ -155,9 +155,7 @@ DEFAULTS = {"zero_optimization.zero_hpz_partition_size": 1}
 
 
 def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
-    """Remove every key of `table` (dotted path -> reason). Returns a problem for each that
-    was set.
-    """
+    """Remove every key of `table`. Returns a problem for each that was set."""
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")

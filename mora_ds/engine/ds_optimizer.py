@@ -31,9 +31,7 @@ MUON_MOMENTUM = 0.95
 
 
 class OptimizerKind(str, Enum):
-    """The optimizer of the MoRA matrices; the other trained parameters always have
-    AdamW.
-    """
+    """The optimizer of the MoRA matrices; other parameters always have AdamW."""
 
     ADAMW = "adamw"
     MUON = "muon"
@@ -93,9 +91,7 @@ def optimizer_problems(config: DsConfig) -> list[str]:
 
 
 def _muon(config: DsConfig) -> list[str]:
-    """Set what Muon needs. Returns what it does not run with (`engine/muon.py` has what is
-    repaired instead).
-    """
+    """Set what Muon needs. Returns what it does not run with, and `muon` cannot mend."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
     if zero.get("stage") == 3:

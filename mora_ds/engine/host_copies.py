@@ -27,14 +27,10 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 class Copies:
-    """What the ring of buffers needs of a device. Here, as on a CPU: each copy is made when
-    it starts.
-    """
+    """What the ring needs of a device. Here, as on a CPU, a copy is made at its start."""
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
-        """Lock the memory of these tensors. Raises `UserError` where the system does not
-        permit it.
-        """
+        """Lock the memory of these tensors. Raises `UserError` where it may not be."""
 
     def start(self, pairs: Pairs) -> Any:
         """Begin to copy. Returns a ticket."""
@@ -95,9 +91,7 @@ def copies_for(device: torch.device) -> Copies:
 
 
 def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a
-    page is locked once.
-    """
+    """(start, stop) of the tensors' memory in whole pages, in order and disjoint."""
     page = mmap.PAGESIZE
     ranges = []
     for tensor in tensors:

@@ -57,8 +57,7 @@ STARTED = "_mora_started"
 
 
 def start_distributed(timeout_s: float | None = None) -> None:
-    """Start `torch.distributed` the way the engine needs it; does nothing when it runs
-    already.
+    """Start `torch.distributed` the way the engine needs it, unless it runs already.
 
     `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has
     started, where the port by which ranks find each other is in use, and as `take_device`
@@ -93,8 +92,7 @@ def initialize(
     base_on_host: bool = False,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
-    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments,
-    same four return values.
+    """`deepspeed.initialize` for a model that `mora_ds.inject` prepared.
 
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto".
     The base is moved to this process's device in the config's dtype and compared between
@@ -198,9 +196,7 @@ def check_compute_dtype(config: DsConfig) -> None:
 
 
 def _check_muon(model: nn.Module, config: DsConfig) -> None:
-    """Raises `UserError` for what Muon would have to train, and cannot: it orthogonalises
-    single matrices.
-    """
+    """Raises `UserError` for what Muon cannot train: it is for single matrices."""
     stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
         raise UserError(
@@ -230,9 +226,7 @@ def check_splittable(
     base_bits: int | None = None,
     base_on_host: bool = False,
 ) -> None:
-    """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not
-    go with.
-    """
+    """Raises `UserError` for a config that tensor parallelism does not go with."""
     stage = config["zero_optimization"]["stage"]
     check_tensor_parallel(
         degree,
@@ -257,9 +251,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_base_equal(tensors: Iterable[Tensor]) -> None:
-    """Raises `RunError` where the base differs between processes, by a digest of shapes and
-    checksums. Collective.
-    """
+    """Raises `RunError` where the base differs between processes. Collective."""
     facts = [
         (tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors
     ]
@@ -273,9 +265,7 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
 
 
 def _require_launcher() -> None:
-    """DeepSpeed assumes that MPI has started a process without RANK, and then needs
-    mpi4py.
-    """
+    """DeepSpeed takes a process without RANK for one of MPI, and needs mpi4py."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if missing and find_spec("mpi4py") is None:
@@ -286,8 +276,7 @@ def _require_launcher() -> None:
 
 
 def _share_cores() -> None:
-    """On a CPU, give each process of the node its share of the cores, unless
-    OMP_NUM_THREADS is set.
+    """On a CPU, give each process its share of the cores, unless OMP_NUM_THREADS is set.
 
     By default every process starts a thread a core, and they compete (measured: with 2 processes on 2 cores, a step of
     0.2 s took 4 s).

@@ -51,9 +51,7 @@ class LayerGathers:
         return ()
 
     def fetch(self, forward: bool) -> None:
-        """parameter_offload.py, `pre_sub_module_forward_function` and
-        `pre_sub_module_backward_function`.
-        """
+        """`pre_sub_module_forward_function` and its twin (parameter_offload.py)."""
         self.coordinator.trace_prologue(self)
         if self.coordinator.is_record_trace():
             self.coordinator.record_module(self)

@@ -50,9 +50,7 @@ def drop_idle_hooks(engine: Any) -> list[str]:
 
 
 def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
-    """Has each decoder layer with a sharded parameter gather all of its own; returns these
-    layers.
-    """
+    """Let decoder layers with sharded parameters gather all of theirs; returns these."""
     layers = []
     for layer in find_decoder_layers(root).values():
         sharded = [weight for weight in layer.parameters() if not weight.ds_persist]  # type: ignore[attr-defined]

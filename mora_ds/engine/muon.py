@@ -34,8 +34,7 @@ from mora_ds.engine.zero import Engine, Stage3View, ZeroView, view_of
 
 @contextmanager
 def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
-    """A context for `deepspeed.initialize` with a config that names Muon: values of
-    `layers` get it, all others AdamW.
+    """Within, `deepspeed.initialize` gives Muon to the values of `layers`, else AdamW.
 
     DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix
     without "embed" or "lm_head" in its name gets Muon. So would GPT-2's embedding `wte`,
@@ -63,8 +62,7 @@ def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
 
 
 def load_kernels() -> None:
-    """Import runtime/zero/muon/original_muon.py, whose functions are decorated with
-    `compiler.compile()`, uncompiled.
+    """Import runtime/zero/muon/original_muon.py with its functions uncompiled.
 
     DeepSpeed imports it for every engine (stage3.py, `__init__`), and to decorate a
     function takes a second: torch loads its compiler. With Muon, compiling takes 19 s at
@@ -145,9 +143,7 @@ def repair_clipping(engine: Engine) -> None:
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then
-    `_get_norm_groups`.
-    """
+    """Wrap what `step` calls: `_apply_muon_to_accumulated_grads`, `_get_norm_groups`."""
     orthogonalise = optimizer._apply_muon_to_accumulated_grads
     find_norms = optimizer._get_norm_groups
     norms: list[Any] = []

@@ -54,13 +54,9 @@ from mora_ds.parallel.topology import share_of
 INDEX_FILE = "layouts.safetensors"
 
 MASTER = "master"
-"""The key of a parameter's fp32 master; all other keys are those of the optimizer's
-state.
-"""
+"""The key of a parameter's fp32 master; the optimizer's state has all others."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""Attributes of the engine that its own checkpoints restore (engine.py,
-`_load_checkpoint`).
-"""
+"""Attributes that the engine's own checkpoints restore (engine.py, `_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler (fp16/loss_scaler.py)."""
 
@@ -73,9 +69,7 @@ Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
 
 @dataclass(frozen=True)
 class Extent:
-    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on
-    in a flat tensor.
-    """
+    """Elements [start, start + numel) of a parameter, at `offset` in a flat tensor."""
 
     name: str
     start: int
@@ -99,9 +93,7 @@ class Layout:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> complete shape, in the order in which the table counts the
-        parameters.
-        """
+        """Parameter name -> complete shape, in the order of the table."""
         return {
             name: tuple(shape) for group in self.groups for name, shape in group.items()
         }
@@ -121,9 +113,7 @@ class RankShard(NamedTuple):
     extents: np.ndarray
     """(P, 6) int64"""
     layout: str
-    """A digest of the rank's `Layout` and of its optimizer's settings, which must be those
-    of all.
-    """
+    """A digest of what must be the same on all ranks."""
 
     @classmethod
     def of(
@@ -157,8 +147,7 @@ their keys, such as step)
 
 @dataclass(eq=False)
 class EngineShards:
-    """All shards of a checkpoint as one. Make it with `open`, or with `of` to write its
-    table.
+    """All shards of a checkpoint as one. Make it with `open`, or `of` to write its table.
 
     It can be pickled until the first shard is read: rank 0 reads the table for all.
     """
@@ -250,9 +239,7 @@ class EngineShards:
         return self._shards[rank]
 
     def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
-        """The rows of the table that hold any of `numel` elements from `start` on; of none:
-        that hold the first one.
-        """
+        """The rows that hold any of `numel` elements from `start` on (of 0, the first)."""
         rows = self._rows[name]
         if numel is None:
             return rows
@@ -288,9 +275,7 @@ def _sorted(rows: np.ndarray) -> np.ndarray:
 
 
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
-    """The index of the first parameter with an extent missing, out of bounds or held twice;
-    None for none.
-    """
+    """The index of the first parameter that has a hole or an element twice, or None."""
     name = rows[:, NAME]
     numel = rows[:, NUMEL]
     # Sizes first, as the sums below might overflow
@@ -355,9 +340,7 @@ class _Shard:
 
 
 def _tensor_name(flat: int, key: str) -> str:
-    """What the master of flat tensor number `flat`, or its optimizer state `key`, is called
-    in a rank's file.
-    """
+    """The name in a rank's file of a flat tensor's master or state `key`."""
     return f"{flat}.{key}"
 
 
@@ -365,18 +348,14 @@ def _tensor_name(flat: int, key: str) -> str:
 
 
 class _Parameter(NamedTuple):
-    """A parameter of the model, complete, whatever ZeRO-3 and tensor parallelism leave of
-    it on this process.
-    """
+    """A complete parameter of the model, whatever this process holds of it."""
 
     name: str
     shape: tuple[int, ...]
     first: int = 0
     """The element with which this process's tensor-parallel share begins."""
     is_saved: bool = True
-    """Whether this process saves what it holds; False where another one of its
-    tensor-parallel group does.
-    """
+    """Whether this process saves it, and not another one of its group."""
 
 
 def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
@@ -395,9 +374,7 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
 
 
 def _extents(spans: list[Span], parameters: dict[int, _Parameter]) -> list[Extent]:
-    """The spans of these `parameters`, by their names and counted in the complete
-    parameter.
-    """
+    """The spans of these `parameters`, counted in the complete ones."""
     extents = []
     for span in spans:
         parameter = parameters.get(id(span.parameter))

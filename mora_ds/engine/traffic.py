@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class CollectiveCounter:
-    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind, since the
-    last `reset`.
+    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind.
 
     A call counts as its largest tensor: the complete output of a gather, the complete input
     of a reduction. DeepSpeed's own comms logger synchronises the device for every call;
@@ -34,9 +33,7 @@ class CollectiveCounter:
     )  # fmt: skip
 
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
-        """`base`: the frozen tensors. A collective on the memory of one of them counts into
-        `base_bytes`.
-        """
+        """`base`: the frozen tensors, on whose memory `base_bytes` are counted."""
         self.bytes: Counter[str] = Counter()
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
@@ -52,9 +49,7 @@ class CollectiveCounter:
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
-        """Count while the block runs, by wrapping the methods of `cdb`, the backend of
-        deepspeed/comm/comm.py.
-        """
+        """Count in the block, by wrapping `cdb`, the backend of deepspeed/comm/comm.py."""
         backend = deepspeed.comm.comm.cdb
         kinds = [kind for kind in self._KINDS if hasattr(backend, kind)]
         for kind in kinds:

@@ -38,8 +38,7 @@ Engine: TypeAlias = DeepSpeedEngine
 
 
 def prepare_backend() -> None:
-    """Call before `deepspeed.init_distributed`: starts gloo without compiling, and quietens
-    DeepSpeed's logger.
+    """Let gloo start without compiling, and DeepSpeed log little; to be called first.
 
     On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++,
     and waits for ever on the lock of a killed build): deepspeed/comm/torch.py,
@@ -52,9 +51,7 @@ def prepare_backend() -> None:
 def whole_parameter(
     engine: Engine, parameter: nn.Parameter
 ) -> AbstractContextManager[None]:
-    """A context in which a trained parameter that ZeRO-3 has sharded is unsharded on every
-    process. Collective.
-    """
+    """A trained parameter is unsharded inside, on every process. Collective."""
     return deepspeed.zero.GatheredParameters([parameter], enabled=is_stage3(engine))
 
 
@@ -100,8 +97,7 @@ def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
 
 @torch.no_grad()
 def reset_group(engine: Engine, group: int) -> None:
-    """Zero the fp32 masters of a parameter group with every low-precision copy, and its
-    optimizer state. Collective.
+    """Zero a group's fp32 masters, low-precision copies and optimizer state. Collective.
 
     All copies must go: a master that is left brings the old value back at the next step, a
     low-precision copy that is left acts for one step more. So must the step counts: with
@@ -124,9 +120,7 @@ def set_learning_rate(engine: Engine, learning_rate: float, factor: float = 1.0)
 
 
 def gradient_norm(engine: Engine) -> float:
-    """Global norm of the last step's gradients before clipping (engine.py,
-    `get_global_grad_norm`); NaN before one.
-    """
+    """Global norm of the last step's gradients before clipping; NaN before one."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
@@ -135,9 +129,7 @@ def gradient_norm(engine: Engine) -> float:
 
 
 class Span(NamedTuple):
-    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on
-    in a flat tensor.
-    """
+    """Elements [start, start + numel) of a parameter, at `offset` in a flat tensor."""
 
     parameter: Any
     start: int
@@ -162,9 +154,7 @@ class Flat(NamedTuple):
     spans: list[Span]
     """What the master holds."""
     state_spans: list[Span]
-    """What the tensors of `state` hold: the same, but for Muon's momentum under ZeRO-1 and
-    ZeRO-2.
-    """
+    """What `state` holds: the same, but for Muon's momentum under ZeRO-1 and ZeRO-2."""
 
 
 class OptimizerView:
@@ -194,9 +184,7 @@ class OptimizerView:
         return spans
 
     def write_copies(self) -> None:
-        """Set what forward reads of all parameters from the masters, rounded as a step
-        rounds them. Collective.
-        """
+        """Set what forward reads from the masters, rounded as by a step. Collective."""
         raise NotImplementedError
 
     @property
@@ -205,9 +193,7 @@ class OptimizerView:
         return getattr(self.optimizer, "loss_scaler", None)
 
     def repair(self) -> None:
-        """Make up for faults of DeepSpeed 0.19.8, once, right after
-        `deepspeed.initialize`.
-        """
+        """Make up for faults of DeepSpeed 0.19.8, once, after its `initialize`."""
 
 
 class Stage3View(OptimizerView):
@@ -285,9 +271,7 @@ class Stage3View(OptimizerView):
 
 
 class _MappedView(OptimizerView):
-    """Optimizers that note on each parameter which fragment of it this process holds
-    (utils/tensor_fragment.py).
-    """
+    """Optimizers that note their fragments on parameters (utils/tensor_fragment.py)."""
 
     masters_name: ClassVar[str]
 
@@ -316,9 +300,7 @@ class ZeroView(_MappedView):
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix whole of which any
-        part is this process's.
-        """
+        """Muon's momentum holds matrices whole of which a part is this process's."""
         matrices = self.optimizer.params_in_partition[group]
         if not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans

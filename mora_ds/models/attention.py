@@ -18,17 +18,14 @@ NAME = document_attention.NAME
 
 _FLASH = "flash_attention"
 _KINDS = {"full_attention", "sliding_attention"}
-"""Kinds of layers, by transformers' names, that see a document's earlier tokens: all of
-them, or those in a window.
-"""
+"""Transformers' names of layers that see earlier tokens, all or those in a window."""
 
 _BY_DOCUMENTS = "_mora_ds_attends_by_documents"
 """Attribute of a model that attends by documents."""
 
 
 def why_dense(config: Any, implementation: str | None) -> str | None:
-    """Why a model of this config cannot attend by documents, to be read after "because";
-    None where it can.
+    """Why a model cannot attend by documents, to be read after "because"; None: it can.
 
     `implementation`: transformers' attn_implementation that was asked for, None for its
     default.
@@ -55,9 +52,7 @@ def why_dense(config: Any, implementation: str | None) -> str | None:
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether this is one of transformers' FlashAttention implementations, which take the
-    bounds of documents.
-    """
+    """Whether this is FlashAttention in transformers, which takes bounds of documents."""
     return _FLASH in implementation
 
 

@@ -50,15 +50,11 @@ class NotOneToOne(UserError):
 
 
 class BaseChanged(RunError):
-    """The base's files are no longer those that were opened, from which mapped weights are
-    read.
-    """
+    """The base's files are not those that were opened and mapped."""
 
 
 class BaseCheckpoint:
-    """Read-only view of a model folder's safetensors. Make one with
-    `BaseCheckpoint.open`.
-    """
+    """A model folder's safetensors, read only. Make one with `BaseCheckpoint.open`."""
 
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
@@ -67,9 +63,7 @@ class BaseCheckpoint:
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stamps = {path: stamp(path) for path in self.files()}
-        """Of each file as it was opened, or as it was when `require_unchanged` last
-        accepted it.
-        """
+        """As each file was when it was opened, or last accepted as the same."""
 
     @classmethod
     def open(
@@ -115,9 +109,7 @@ class BaseCheckpoint:
         return list(dict.fromkeys(self._file_of.values()))
 
     def changed_files(self) -> list[Path]:
-        """Files that are no longer those that were opened, by size, time of change and
-        inode. Reads none of them.
-        """
+        """Files that changed since, by size, time and inode; none is read."""
         return [path for path, before in self.stamps.items() if stamp(path) != before]
 
     def require_unchanged(self, fingerprint: str) -> None:
@@ -159,8 +151,7 @@ class BaseCheckpoint:
         return (len(members), rows, *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to
-        it.
+        """The tensor as stored, on the CPU; do not write to it, as it is the mapped file.
 
         A stack is put together from its files. Raises `RunError` when the file has been
         damaged since it was opened.
@@ -206,8 +197,7 @@ class BaseCheckpoint:
         self._handles.clear()
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
-        """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of
-        shards and path.
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums, but not shards.
 
         The first call reads every byte, at about memory speed; with `ranks` it is
         collective, and each rank reads a slice of the tensors.
@@ -247,8 +237,7 @@ class BaseCheckpoint:
         ties: Mapping[str, str] | None = None,
         renamed: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Parameter name -> key: the same name, also without or with `base_model_prefix`,
-        or that of a tied parameter.
+        """Parameter name -> key: its own name, without or with the prefix, or a tied one's.
 
         `ties`: tied parameter -> the parameter whose storage it shares (transformers'
         `all_tied_weights_keys`). `renamed`: from `renamed_keys`. Raises `NotOneToOne` with
@@ -308,9 +297,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
 
 
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
-    """`base.map_parameters` for the parameters `names` of a transformers model, with its
-    ties and renamings.
-    """
+    """`base.map_parameters` for `names` of a transformers model."""
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     renamed = {**stacked_files(model, base.keys()), **renamed_keys(model, base.keys())}
     return base.map_parameters(names, model.base_model_prefix, ties, renamed)
@@ -322,8 +309,7 @@ def write_own_base(
     tokenizer: Any = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> BaseCheckpoint:
-    """Saves a live transformers model (before injection) as a base: safetensors with the
-    live names and dtypes.
+    """Saves a live transformers model (before injection) as a base, by its live names.
 
     Atomically replaces `folder`. `state_dict` is given where the model itself holds its
     weights sharded. Raises `RunError` on a full disk.
@@ -347,8 +333,7 @@ def verify_against_model(
     tensors: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> None:
-    """Checks that every named live tensor equals, bit for bit, its base tensor cast to the
-    live dtype.
+    """Checks that every named tensor equals its base tensor, cast, bit for bit.
 
     Raises `NotOneToOne` naming the first that does not.
     """
@@ -370,22 +355,17 @@ def verify_against_model(
 # -- checksum --------------------------------------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
-"""Number of 64-bit words that are hashed at a time: 256 KiB, which fit into a core's
-cache.
-"""
+"""Number of 64-bit words that are hashed at a time: 256 KiB, as fit into a core's cache."""
 
 _CHUNKS_AT_ONCE = 256
 """The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel launches."""
 
 _ODD = -7046029254386353131
-"""2**64 divided by the golden ratio, as a signed odd number: multiplying by it is a
-bijection of 64-bit words.
-"""
+"""2**64 divided by the golden ratio, odd, so that multiplying by it is a bijection."""
 
 
 def tensor_checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bytes in order; the same on every device and for
-    every view of the bytes.
+    """A 64-bit checksum of a tensor's bytes in order, the same on every device.
 
     Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and
     the odd factors are pseudo-random: a change of one word always changes the sum,
@@ -409,18 +389,14 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
-    """Compares two tensors of one dtype as whole numbers, so that NaN equals itself, and 0
-    not -0.
-    """
+    """Compares tensors of one dtype as bits: NaN equals itself, and 0 not -0."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.view(words), another.view(words))
 
 
 @lru_cache(maxsize=8)
 def _factors(device: torch.device) -> Tensor:
-    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014),
-    independent of library releases.
-    """
+    """(_CHUNK,) odd numbers: splitmix64 of the position (Steele, Lea & Flood 2014)."""
     z = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

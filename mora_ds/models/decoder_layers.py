@@ -88,9 +88,7 @@ def within_line(tensor: Tensor) -> int:
 
 
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
-    """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the
-    buffer).
-    """
+    """(id of a tensor -> its first byte in a buffer for all, bytes of the buffer)."""
     starts: dict[int, int] = {}
     size = 0
     for tensor in tensors:

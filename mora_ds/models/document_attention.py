@@ -41,17 +41,13 @@ QUERIES = 256
 """Queries in a block whose scores are computed: (n, H, QUERIES, keys) exist at a time."""
 
 _SHORT = 512
-"""Documents of more tokens are not padded to be computed together: there is nothing to
-save.
-"""
+"""Documents of more tokens are computed one by one, as padding would save nothing."""
 
 _FLASH_HEAD = 256
 """The largest head size of torch's flash attention on CUDA."""
 
 Seen = Callable[[], Tensor]
-"""Makes (C, K), or (n, 1, C, K), true where a query sees a key: a function, so that
-backward keeps no mask.
-"""
+"""Makes (C, K), or (n, 1, C, K), true where a query sees a key; backward keeps no mask."""
 
 
 def register() -> None:
@@ -115,9 +111,7 @@ def _mask(
     attention_mask: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: none, but for padding, a cache or a model's own
-    rules.
-    """
+    """Transformers' mask interface: none, but for padding, a cache or other rules."""
     if attention_mask is None and q_length == kv_length and not arguments.get("use_vmap"):
         return None
     return sdpa_mask(
@@ -154,9 +148,7 @@ class Scores:
 
 
 def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
-    """Whether torch's varlen kernel computes this; the meta device, for plans, is taken for
-    a GPU.
-    """
+    """Whether torch's varlen kernel computes this; a meta device stands for a GPU."""
     return (
         (query.is_meta or (query.is_cuda and _has_flash(query.device)))
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -212,9 +204,7 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
 
 
 def _rounded(length: int) -> int:
-    """Documents of the same rounded length are padded to the longest of them: at most a
-    quarter of short ones.
-    """
+    """The length by which documents are put together: a quarter of padding at most."""
     if length > _SHORT:
         return length
     step = max(16, 1 << max(0, length.bit_length() - 3))
@@ -296,9 +286,7 @@ def _seen(
     window: int | None,
     device: torch.device,
 ) -> Tensor:
-    """(queries, keys): true where a query, the first of which stands at `offset` of the
-    keys, sees a key.
-    """
+    """(queries, keys): true where a query sees a key; the first stands at `offset`."""
     query_at = torch.arange(offset, offset + queries, device=device)
     distance = query_at[:, None] - torch.arange(keys, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -356,9 +344,7 @@ def _scored(
 
 
 def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
-    """The queries of the heads that share a key-value head are laid one after the other, so
-    that no key is repeated.
-    """
+    """Queries that share a key-value head lie one after the other: no key is repeated."""
     shared = key.shape[1]
     count = query.shape[2]
     groups = query.shape[1] // shared

@@ -115,8 +115,7 @@ def load_base(
     trust_remote_code: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> LoadedBase:
-    """The live model in `dtype` on the CPU, and the original of each of its parameters.
-    Collective.
+    """The live model in `dtype` on the CPU, and its parameters' originals. Collective.
 
     `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0
     writes the base to `own_base`, in the precision of its files, if these are not one to
@@ -147,9 +146,7 @@ def create_base(
     tokenizer: Any = None,
     vocab_size: int | None = None,
 ) -> Path:
-    """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One
-    rank calls it.
-    """
+    """Writes a base with random weights from a config JSON, in fp32, on one rank."""
     torch.manual_seed(seed)
     config = read_model_config(config_file, vocab_size)
     model = make_model(config, f"--model_config {config_file}", dtype=torch.float32)
@@ -204,9 +201,7 @@ def folder_config(
 
 
 def _with_sizes(config: Any, where: str) -> Any:
-    """`config`. Raises `UserError`, after the words `where`, for a size that no model
-    has.
-    """
+    """`config`, or `UserError`, after `where`, for a size that no model has."""
     text = config.get_text_config()
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         size = getattr(text, name, 1)
@@ -256,9 +251,7 @@ def _is_of_attention(error: Exception) -> bool:
 
 
 def make_model(config: Any, where: str, **options: Any) -> Any:
-    """A model with random weights, on the device of the context. Raises `UserError`, after
-    the words `where`.
-    """
+    """A model with random weights. Raises `UserError`, after the words `where`."""
     try:
         # A copy, as the class of the model may change it
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
@@ -371,8 +364,7 @@ def _originals(
     dtype: torch.dtype,
     load: Callable[[torch.dtype], Any],
 ) -> tuple[bool, dict[str, str]]:
-    """(whether the originals are in `own_base`, their keys); writes that folder where the
-    files are not one to one.
+    """(whether the originals are in `own_base`, which is written if needed, their keys).
 
     `load` loads the model again in another dtype: `own_base` keeps the precision of the
     files, not that of the run.
@@ -401,9 +393,7 @@ def _originals(
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The smallest dtype that holds every floating-point weight of the folder's files
-    without rounding.
-    """
+    """The smallest dtype that holds the files' floating-point weights unrounded."""
     try:
         dtypes = BaseCheckpoint.open(folder).dtypes()
     except NotOneToOne:
@@ -422,9 +412,7 @@ def _map_and_verify(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, str]:
-    """Parameter name -> key of all tensors; every `world`-th of them, from number `rank`
-    on, is compared.
-    """
+    """Parameter name -> key of all tensors; of which every `world`-th is compared."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)
     verify_against_model(base, keys, tensors, list(tensors)[rank::world])

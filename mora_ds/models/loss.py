@@ -85,9 +85,7 @@ def _cross_entropy(
 
 
 class ChunkedHead:
-    """A model's output head that computes losses inside `token_losses`, and logits
-    otherwise.
-    """
+    """A model's output head that computes losses inside `token_losses`, else logits."""
 
     def __init__(
         self,
@@ -95,9 +93,7 @@ class ChunkedHead:
         finish: Callable[[Tensor], Tensor],
         chunk_tokens: int,
     ) -> None:
-        """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens
-        of a chunk.
-        """
+        """`finish`: what the model makes of the head's output."""
         self.chunk_tokens = chunk_tokens
         self.finish = finish
         self._head = head
@@ -135,9 +131,7 @@ class ChunkedHead:
             self._outputs = None
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) inside
-        `token_losses`.
-        """
+        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) if labels are set."""
         if self._labels is None:
             return self._project(hidden)
         flat = hidden.flatten(0, -2)
@@ -186,8 +180,7 @@ class ChunkedHead:
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
-    """Losses of tokens through a head that trains nothing, their gradients computed in
-    forward.
+    """Losses of tokens through a frozen head, their gradients computed in forward.
 
     A token's loss depends on its own row of the head's input alone, so that backward
     multiplies rows with numbers, whatever the loss is scaled with.
@@ -224,9 +217,7 @@ def is_frozen(head: Any) -> bool:
 
 
 def bound(model: Any) -> ChunkedHead | None:
-    """The `ChunkedHead` of a model, or of the model in an engine; None without
-    `chunk_loss`.
-    """
+    """The `ChunkedHead` of a model, also in its engine; None without `chunk_loss`."""
     return vars(getattr(model, "module", model)).get(_ATTRIBUTE)
 
 

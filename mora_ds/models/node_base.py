@@ -36,16 +36,12 @@ Result = TypeVar("Result")
 
 @dataclass
 class NodeBase:
-    """What the processes of this node share of a model's frozen base, and which part of it
-    this process writes.
-    """
+    """What the processes of a node share of a base, and what this one writes of it."""
 
     ranks: Ranks | None = None
     """None where no process of the run shares anything."""
     members: tuple[int, ...] = (0,)
-    """Ranks of the processes that share it: this one alone, where it has a base of its
-    own.
-    """
+    """Ranks of the processes that share it; this one alone if none do."""
     slots: dict[str, Tensor] = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
 
@@ -70,8 +66,7 @@ class NodeBase:
         items: Iterable[tuple[str, Item]],
         work: Callable[[str, Item], Result],
     ) -> dict[str, Result]:
-        """{name: work(name, item)} for an item of each of this process's `layers`, whose
-        frozen weight `work` writes.
+        """{name: work(name, item)} for this process's `layers`; `work` writes a weight.
 
         Collective, if `items` are, or if any processes share a base: all then have their
         items before the first weight is written, and an error of one process is one of all.
@@ -119,9 +114,7 @@ class NodeBase:
             self.slots[name].copy_(frozen[name])
 
     def _owned(self, sizes: Mapping[str, int]) -> list[str]:
-        """Those of the names that this process writes, in their order: about an equal part
-        of the sizes' sum.
-        """
+        """The names that this process writes: about an equal part of the sum of sizes."""
         if self.ranks is None:
             return list(sizes)
         mine = set(balanced(sizes, len(self.members))[self.members.index(self.ranks.rank)])
@@ -132,9 +125,7 @@ _NODE_BASES: WeakKeyDictionary[nn.Module, NodeBase] = WeakKeyDictionary()
 
 
 def node_base_of(model: nn.Module) -> NodeBase:
-    """What `share_base` made of the model's base; for another model, a base of this process
-    alone.
-    """
+    """What `share_base` made of the model's base, or a base of this process alone."""
     return _NODE_BASES.get(model) or NodeBase()
 
 
@@ -142,8 +133,7 @@ def node_base_of(model: nn.Module) -> NodeBase:
 
 
 def share_base(model: nn.Module, ranks: Ranks) -> None:
-    """Let the processes of each node share what lies in host memory of an injected model's
-    frozen base.
+    """Let the processes of a node share what lies in host memory of a frozen base.
 
     Collective; the base must be the same on all processes. Raises `UserError` where memory
     does not suffice.
@@ -200,9 +190,7 @@ class _Layout:
         return cls(offsets, end, hashlib.sha256(repr(facts).encode()).hexdigest())
 
     def view(self, storage: torch.UntypedStorage, name: str, like: Tensor) -> Tensor:
-        """The buffer's place in the memory of the node, with the shape, strides and
-        attributes of `like`.
-        """
+        """The buffer's place in the memory of the node, shaped as `like`."""
         # The strides of `like`, unless its elements overlap
         strides = torch.empty_like(like, device="meta").stride()
         slot = torch.empty(0, dtype=like.dtype)

@@ -23,8 +23,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """{name: value} of the text config of a model that is to compute with `settings`
-    (`common.rope.rope_settings`).
+    """{name: value} of the text config of a model with `settings` (`rope_settings`).
 
     Raises `UserError` for a model without rotary embeddings, and for one whose kinds of
     layers have their own.
@@ -84,9 +83,7 @@ def longest_row(config: Any) -> int | None:
 
 
 def changes_of(config: Any, folder: Path) -> dict[str, Any]:
-    """In what a live model's config differs from the one in its base's folder, of what
-    `rope_changes` changes.
-    """
+    """What `rope_changes` has changed in a live config, against the base's folder."""
     live = config.get_text_config().to_dict()
     stored = type(config).from_pretrained(folder).get_text_config().to_dict()
     names = (_PARAMETERS, _LONGEST)

@@ -50,9 +50,7 @@ def layout_of(
     keys: Iterable[str],
     dtype: torch.dtype | None,
 ) -> Layout:
-    """The tensors `keys` of a base: floating-point ones in `dtype`, others as they are;
-    None: all as they are.
-    """
+    """The tensors `keys` of a base: floating-point ones in `dtype`, unless that is None."""
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
@@ -118,9 +116,7 @@ def write_companions(
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Sets the dtype wherever the config, or a config inside it, has one (`torch_dtype`:
-    transformers 4).
-    """
+    """Sets the dtype wherever the config has one (`torch_dtype`: transformers 4)."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):

@@ -34,8 +34,7 @@ def members_of(key: str, known: Container[str]) -> list[list[str]]:
 
 
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key, for tensors that transformers only renames when it
-    loads `model`.
+    """Name in the live model -> key, for tensors that are only renamed at load.
 
     For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused
     or split at load.
@@ -82,9 +81,7 @@ def _only_stacks(converter: Any) -> bool:
 
 
 def _as_loaded(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, Any, str]]:
-    """(key, name in the live model, the converter that takes it or None, the pattern by
-    which it does).
-    """
+    """(key, live name, the converter that takes it or None, the pattern by which)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

@@ -23,9 +23,7 @@ _ITERATIONS = 4
 
 @torch.no_grad()
 def leading_vectors(matrix: Tensor, count: int, name: str) -> tuple[Tensor, Tensor]:
-    """(left (count, d_out), right (count, d_in)) of a float64 matrix (d_out, d_in) that is
-    called `name`.
-    """
+    """(left (count, d_out), right (count, d_in)) of a float64 matrix called `name`."""
     wanted = count + OVERSAMPLED
     if matrix.numel() <= EXACT_NUMBERS or 2 * wanted >= min(matrix.shape):
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -80,8 +80,7 @@ def extend_vocabulary(
     *,
     trust_remote_code: bool = False,
 ) -> VocabularyReport:
-    """Writes the model in `folder` with `new_tokens` more tokens, learned from `corpus`, to
-    the new folder `output`.
+    """Writes a model with `new_tokens` more tokens, learned from `corpus`, to `output`.
 
     One tensor is in memory at a time. Raises `UserError` for a head that is neither tied
     nor linear, a corpus that yields fewer tokens, and a tokenizer that cannot be extended;
@@ -203,8 +202,7 @@ def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
 
 
 def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
-    """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first
-    texts.
+    """(tokens per byte before and after, bytes), of the first texts.
 
     Raises `RunError` for a text that only the old one decodes to itself.
     """

@@ -14,9 +14,7 @@ SEQUENCE = "--sequence_parallel_size"
 
 
 def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
-    """Raises `UserError` unless groups of `tensor` or `sequence` processes fill the
-    `world`.
-    """
+    """Raises `UserError` unless groups of these sizes fill the `world`."""
     for flag, size in ((TENSOR, tensor), (SEQUENCE, sequence)):
         if size < 1 or world % size:
             divisors = [
@@ -40,8 +38,7 @@ def tensor_parallel_problems(
     zero_stage: int = 3,
     streams_base: bool = False,
 ) -> Iterator[str]:
-    """One message for each setting that --tensor_parallel_size `degree` does not go with;
-    none at a degree of 1.
+    """One message for each setting that tensor parallelism does not go with.
 
     `dropout`: probabilities by name.
     """
@@ -72,9 +69,7 @@ def sequence_parallel_problems(
     seq_len: int,
     attention: str | None = None,
 ) -> Iterator[str]:
-    """One message for each setting that --sequence_parallel_size `size` does not go with;
-    none at a size of 1.
-    """
+    """One message for each setting that sequence parallelism does not go with."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
     if size > 1 and attention not in (None, "auto") and "flash_attention" not in attention:

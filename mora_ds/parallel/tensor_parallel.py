@@ -94,9 +94,7 @@ _UNSPLIT: dict[type, dict[str, Any]] = {
     MoRAExperts: {"experts": True},
     DomainLinear: {"domains": True},
 }
-"""Kind of layer that no group splits -> the setting of `check_tensor_parallel` that says
-so.
-"""
+"""Kind of layer that no group splits -> what `check_tensor_parallel` says of it."""
 
 
 def _check(model: nn.Module, degree: int) -> None:
@@ -129,9 +127,7 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """How this process computes one layer with a MoRA matrix, and which rows of the matrix
-    it stores.
-    """
+    """How this process computes a layer, and which rows of its matrix it stores."""
 
     topology: Topology
     style: Style
@@ -189,9 +185,7 @@ class LayerSplit:
 
 
 def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:
-    """The forward of a frozen linear layer without a MoRA matrix, within a block that is
-    split.
-    """
+    """The forward of a frozen layer without a MoRA matrix, in a block that is split."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     weight, bias = _slices(topology, style, weight, module.bias)
     y = F.linear(x, weight, bias)
@@ -204,9 +198,7 @@ def _sum_gradient(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A forward pre-hook of a split block, whose input's gradient on each process is a part
-    of a sum.
-    """
+    """Before a split block: its input's gradient is summed over the processes."""
     del module
     x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
@@ -218,9 +210,7 @@ def _slices(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Views of W0 (d_out, d_in) and of the bias that is added before the sum: none for a
-    rowwise layer.
-    """
+    """Views of W0 and of the bias that is added before a sum, none if rowwise."""
     if style is Style.COLWISE:
         start, stop = topology.share(weight.shape[0])
         return weight[start:stop], None if bias is None else bias[start:stop]

@@ -59,9 +59,7 @@ class Topology:
         return groups
 
     def share(self, size: int) -> tuple[int, int]:
-        """[start, stop) of this process's share of `size` items; shares differ by at most
-        one.
-        """
+        """[start, stop) of this process's share; shares differ by at most one."""
         return share(size, self.degree, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -157,9 +155,7 @@ def _slice(topology: Topology, z: Tensor) -> Tensor:
 
 
 class Sum(torch.autograd.Function):
-    """y -> its sum over the group, in place; the gradient of every process is that of the
-    sum.
-    """
+    """y -> its sum over the group, in place; the gradient is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, topology: Topology) -> Tensor:

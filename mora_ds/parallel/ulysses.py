@@ -50,8 +50,7 @@ def share_rows(
     size: int,
     timeout_s: float | None = None,
 ) -> SequenceParallel | None:
-    """Let every `size` consecutive processes share each row of `model`; None for a size of
-    1. Collective.
+    """Let every `size` consecutive processes share each row; None for 1. Collective.
 
     `timeout_s`: of the collectives in a group (torch's default for None). Raises
     `UserError` for a model that does not attend by documents: masks of complete rows are
@@ -88,9 +87,7 @@ def check_heads(size: int, heads: int, kv_heads: int) -> None:
 
 @contextmanager
 def whole_rows(model: nn.Module) -> Iterator[None]:
-    """A context in which a bound model takes complete rows on every process; for passes
-    without gradients.
-    """
+    """A bound model takes complete rows inside; for passes without gradients."""
     sequence = bound(model)
     if sequence is None:
         yield
@@ -177,9 +174,7 @@ class SequenceParallel:
 
 
 def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or
-    not at all.
-    """
+    """Raises `UserError` for attention that Ulysses would compute wrongly."""
     if key.shape != value.shape:
         raise UserError(
             f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support"
@@ -198,9 +193,7 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
 
 
 def _dispatch(name: str) -> None:
-    """Wrap transformers' attention `name`, under the same name: bound modules take Ulysses,
-    all others the original.
-    """
+    """Wrap transformers' attention `name`: bound modules take Ulysses, all others not."""
     if name in _dispatched:
         return
     core = ALL_ATTENTION_FUNCTIONS[name]
@@ -223,9 +216,7 @@ def _dispatch(name: str) -> None:
 
 
 def _group(size: int, timeout_s: float | None) -> Any:
-    """This process's group of `size` consecutive ranks, made once. Collective over all
-    processes.
-    """
+    """This process's group of `size` consecutive ranks, made once. Collective."""
     if size not in _groups:
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):

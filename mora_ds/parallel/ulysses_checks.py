@@ -12,9 +12,7 @@ from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_heads
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest position in the batch
-(modeling_rope_utils.py).
-"""
+"""Rotary embeddings that depend on the longest position (modeling_rope_utils.py)."""
 
 
 def check_config(config: Any, size: int, attn_implementation: str | None) -> None:

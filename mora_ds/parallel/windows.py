@@ -63,9 +63,7 @@ class Window:
 
 @lru_cache(maxsize=1024)
 def tables_of_window(window: Window, device: torch.device) -> IndexTables:
-    """The window's maps on a device. Their sums have no more terms than the window has in
-    one result.
-    """
+    """The window's maps on a device, of as few terms as the window has."""
     with torch.inference_mode(False), torch.no_grad():
         tables = make_tables(window.spec, torch.device("cpu"))
         fold = _within(tables.fold.table, window.inputs)

@@ -62,9 +62,7 @@ class LayerEntry:
 
     @property
     def weight(self) -> str:
-        """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the
-        module's own name.
-        """
+        """Name of its weight, such as model.layers.0.self_attn.q_proj.weight."""
         return self.operator.weight_name(self.module)
 
     @property
@@ -141,15 +139,11 @@ class CycleRecord:
     sha256: str
     size: Count
     chain: str
-    """sha256 of the previous entry's chain (first: the base's fingerprint) followed by this
-    file's sha256, in hex.
-    """
+    """sha256, in hex, of the chain before (first: the base's fingerprint) and `sha256`."""
 
 
 class Ledger:
-    """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a
-    time may change it.
-    """
+    """A ledger's folder, changed by one process at a time. See `create` and `open`."""
 
     def __init__(
         self,
@@ -184,8 +178,7 @@ class Ledger:
         base_fingerprint: str | None = None,
         hashes: bool = True,
     ) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every
-        byte.
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and `hashes`.
 
         Raises `UserError` naming the file and the problem, or that it belongs to another
         base.
@@ -206,9 +199,7 @@ class Ledger:
         return ledger
 
     def snapshot(self) -> Ledger:
-        """A ledger with the present cycles, which later appends to this one do not
-        change.
-        """
+        """A ledger of the present cycles, which later appends do not change."""
         return Ledger(self.folder, self.base_fingerprint, self._records)
 
     @property
@@ -230,9 +221,7 @@ class Ledger:
         return self._layers[cycle]
 
     def square(self, cycle: int, module: str) -> Tensor:
-        """The layer's matrix (r_hat, r_hat) fp32, or LoRA's factors, on the CPU; do not
-        write to it.
-        """
+        """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
 
     def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
@@ -266,8 +255,7 @@ class Ledger:
         return cycle
 
     def copy_to(self, folder: Path) -> Ledger:
-        """Copies the ledger to another folder, by hard links where possible; a ledger in
-        that folder is replaced.
+        """Copies the ledger over another folder's, by hard links where possible.
 
         The folder holds a valid ledger at any time: an empty one until all files are in
         place.
@@ -343,9 +331,7 @@ class Ledger:
 
 
 def read_records(folder: Path) -> list[CycleRecord]:
-    """What the ledger in `folder` records of its files, none of which is read. Raises
-    `UserError`.
-    """
+    """What a ledger records of its files, without reading them. Raises `UserError`."""
     path = folder / LEDGER_FILE
     return entry(read_json(path), "cycles", list[CycleRecord], path)
 

@@ -112,8 +112,7 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step`, with no
-        gradient of the next. Collective.
+        """Merge all MoRA matrices after a step, with no gradient of the next. Collective.
 
         `probe`: the loss on a fixed batch, the same on every rank; measured before and
         after. Raises `RunError` when it moves by more than rounding explains.
@@ -145,9 +144,7 @@ class ReMoRA:
         )
 
     def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Module name and unsharded fp32 M of each layer, which rank 0 also puts in
-        `recorded`. Collective.
-        """
+        """Module name and fp32 M of each layer, which rank 0 also records. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
             square = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
@@ -211,17 +208,13 @@ class ReMoRA:
             )
 
     def replay(self) -> None:
-        """Bring the live base to the ledger's state (after a resume) and set the current
-        cycle's operators.
-        """
+        """Bring the live base and the operators to the ledger's state."""
         if self.cycle:
             self.form_base()
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def form_base(self) -> None:
-        """Form every live weight from its original and the ledger. Collective, as a
-        merge.
-        """
+        """Form every live weight from its original and the ledger. Collective."""
         self._form((name, None) for name in mora_layers(self.engine.module))
 
     def _record(
@@ -243,9 +236,7 @@ class ReMoRA:
             )
 
     def _start_cycle(self, cycle: int) -> None:
-        """Zero the matrices with their masters and optimizer state, and set the operators
-        of the cycle.
-        """
+        """Zero matrices, masters and optimizer state, and set the cycle's operators."""
         layers = mora_layers(self.engine.module)
         zero.reset_group(self.engine, 0)
         set_cycle(self.engine.module, self.config, cycle)

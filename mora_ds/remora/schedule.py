@@ -80,9 +80,7 @@ def rewarmed(
     merges: Sequence[int],
     restart_warmup_steps: int,
 ) -> float:
-    """`curve` at a step (0-based), or below it on the straight line that leads back to it
-    after the last merge.
-    """
+    """`curve` at a step, or the straight line back to it after the last merge."""
     before = bisect_right(merges, step)
     if before == 0 or step - merges[before - 1] >= restart_warmup_steps:
         return curve(step)
@@ -107,9 +105,7 @@ class Schedule:
     warmup_steps: int = 0
     """Steps of the first warm-up, all below the peak."""
     min_ratio: float = 0.0
-    """The curve decays towards min_ratio * peak, which it would reach at step
-    `total_steps`.
-    """
+    """The curve decays towards min_ratio * peak, at step `total_steps`."""
     merge_every: int = 0
     """Optimizer steps from one merge to the next; 0 for no merges."""
     restart_warmup_steps: int = 10
@@ -128,9 +124,7 @@ class Schedule:
         )
 
     def curve(self, step: int) -> float:
-        """The learning rate at `step` of a run without merges: first warm-up, then the
-        global curve.
-        """
+        """The learning rate at `step` without merges: first warm-up, then the curve."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
         curve_steps = self.total_steps - self.warmup_steps
@@ -148,14 +142,11 @@ class Schedule:
         return self.curve(step) >= self.peak * (1 - 1e-9)
 
     def learning_rate(self, step: int, merges: Sequence[int] = ()) -> float:
-        """The learning rate of optimizer step `step` (0-based, the next one) after past
-        `merges`.
-        """
+        """The learning rate of the next step, `step` from 0, after past `merges`."""
         return rewarmed(self.curve, step, merges, self.restart_warmup_steps)
 
     def merges_after(self, steps_done: int) -> bool:
-        """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1
-        after the first step).
+        """Whether a merge follows once `steps_done` optimizer steps are done.
 
         Never during the first warm-up. Nor where so few steps are left that the run would
         end during the next re-warmup: those steps would run at low learning rates to no

@@ -29,9 +29,7 @@ class StoredWeight:
     rows: slice
     """The rows of this one."""
     expert: int | None = None
-    """The number of the expert that they belong to; None where the tensor is the layer's
-    weight itself.
-    """
+    """The number of their expert; None where the tensor is a layer's weight itself."""
 
     def live(
         self,
@@ -54,9 +52,7 @@ def stored_weights(
     key: str,
     base: BaseCheckpoint,
 ) -> dict[str, StoredWeight]:
-    """Key -> tensor, for all tensors of the layer's weight, whose key in the base is
-    `key`.
-    """
+    """Key -> tensor, for all tensors of the layer's weight, the base's `key`."""
     if not is_stack(key):
         return {key: StoredWeight(entry, (key,), slice(None))}
     weights = {}

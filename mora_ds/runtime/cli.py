@@ -35,23 +35,17 @@ from mora_ds.runtime.signals import (
 )
 
 _WAIT_FOR_RANK_0_S = 8.0
-"""How long the other ranks hold back their error message: the launcher ends them as soon as
-rank 0 has failed.
-"""
+"""How long other ranks hold an error back: the launcher ends them after rank 0."""
 
 _WAIT_FOR_FAILED_RANK_S = 3.0
 """Launchers poll for ended ranks every second or more often."""
 
 _OF_GLOO = "gloo/transport/"
-"""Begins, with a file and a line, every message of gloo about a connection to another rank
-(gloo/common/logging.h).
-"""
+"""In every message of gloo about another rank (gloo/common/logging.h)."""
 _OF_GLOO_DEVICE = "/device.cc"
 """The file of those that are about this rank's own network interface."""
 _OF_STORE = ("DistNetworkError", "DistStoreError")
-"""Errors of the store by which ranks find each other; by name, as some programs start
-without torch.
-"""
+"""Errors by which ranks find each other; by name, as some programs have no torch."""
 
 
 def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
@@ -127,9 +121,7 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 
 def _lose_contact(error: RuntimeError) -> NoReturn:
-    """Another rank failed first: report it, and let the launcher see that rank's exit code
-    before this one.
-    """
+    """Report that another rank failed first, and let the launcher see its exit code."""
     print(
         f"{rank_prefix()}error: lost contact with another rank, which has ended (see its own message), was killed or "
         f"cannot be reached: {str(error).splitlines()[0]}",
@@ -141,9 +133,7 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
 
 
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
-    """A parser that takes no abbreviated flags, described by the first line of a module's
-    documentation.
-    """
+    """A parser without abbreviated flags, described by a module's first line."""
     return argparse.ArgumentParser(
         description=(documentation or "").splitlines()[0], allow_abbrev=False
     )
@@ -185,9 +175,7 @@ def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a text table, columns aligned to the right; the first row holds the
-    titles.
-    """
+    """Lines of a text table, aligned to the right; the first row has titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -196,9 +184,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raise `UserError`, which names `flag`, where its file could not be written. To be
-    called before the work.
-    """
+    """Raise `UserError`, which names `flag`, where a file could not be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"{flag} {path}: name a file in a folder that exists")
 

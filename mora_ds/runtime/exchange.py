@@ -18,8 +18,7 @@ _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def new_group(timeout_s: float) -> Any:
-    """A gloo group of all ranks that connects two of them when they first exchange
-    something. Collective.
+    """A gloo group of all ranks, which connect when they first talk. Collective.
 
     By default gloo connects all with all when a group is made: 1,023 sockets on each of
     1,024 ranks, for each group. `_LAZY` is read by torch, ProcessGroupGloo.cpp,

@@ -27,8 +27,7 @@ class LogLevel(str, Enum):
 
 
 def set_up_logging(level: str = LogLevel.INFO.value) -> None:
-    """Send this process's messages to stdout and stderr, from the level that `level` and
-    its rank give.
+    """Send this process's messages to stdout and stderr, from a level on.
 
     `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on where
     `level` is debug. A name that is no `LogLevel` counts as info: `validate` reports it
@@ -54,9 +53,7 @@ def rank_prefix() -> str:
 
 
 class _Console(logging.Handler):
-    """Writes to the streams that `sys` has at that moment, above a progress bar where there
-    is one.
-    """
+    """Writes to the streams that `sys` has, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)

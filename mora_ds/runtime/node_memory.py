@@ -30,8 +30,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def node_members(ranks: Ranks) -> tuple[int, ...]:
-    """Ranks of the processes of this node which see each other's memory, in order.
-    Collective.
+    """Ranks of this node's processes that see each other's memory. Collective.
 
     A node begins at each process with local rank 0; processes in containers of their own,
     which do not see each other, count as several nodes.
@@ -66,9 +65,7 @@ class Offer:
 
     @classmethod
     def make(cls, size: int, layout: str) -> Offer:
-        """New memory of `size` bytes, all zeros, of which none is used yet. Raises
-        `OSError`.
-        """
+        """New memory of `size` bytes, all zeros, not used yet. Raises `OSError`."""
         descriptor = os.memfd_create("mora_ds-base")
         try:
             os.ftruncate(descriptor, size)
@@ -85,6 +82,10 @@ class Offer:
             )
         path = f"/proc/{self.process}/fd/{self.descriptor}"
         try:
+            if os.stat(path).st_size != self.size:
+                raise RunError(
+                    f"{path} is another file than the first process of the node means"
+                )
             storage: Any = torch.UntypedStorage.from_file(
                 path, shared=True, nbytes=self.size
             )
@@ -95,16 +96,12 @@ class Offer:
         return storage
 
     def close(self) -> None:
-        """Let go of the file, once all have mapped it. On the process that made the
-        offer.
-        """
+        """Let go of the file, on the process that made the offer."""
         os.close(self.descriptor)
 
 
 def trim() -> None:
-    """Return to the system what freed tensors have left in the heap, which glibc keeps for
-    later ones.
-    """
+    """Return freed memory to the system, which glibc would keep in the heap."""
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

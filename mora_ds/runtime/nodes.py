@@ -14,8 +14,7 @@ from mora_ds.runtime.ranks import Ranks
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raise `UserError` on all ranks where one of them does not see the `folder` that rank
-    0 sees. Collective.
+    """Raise `UserError` on all ranks unless they see one `folder`. Collective.
 
     Rank 0 creates a file, and the others look for it. Its name is new in every run: clients
     of network file systems remember names that they did not find.

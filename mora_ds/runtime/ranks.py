@@ -33,9 +33,7 @@ from mora_ds.runtime.exchange import gather_to_all, new_group
 Result = TypeVar("Result")
 
 _LONG_S = 7 * 24 * 3600.0
-"""Tokenising, downloading, hashing of a model: a rank that has ended is noticed by its
-closed connection.
-"""
+"""For long work: a rank that has ended is noticed by its closed connection."""
 _LEAVING_S = 15.0
 """How long a rank that has failed waits for the others to come to a check and see why."""
 _ABSENT = "(none)"
@@ -72,8 +70,7 @@ class Ranks:
 
     @classmethod
     def current(cls, timeout_s: float | None = None) -> Ranks:
-        """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun
-        and launch/slurm.sbatch.
+        """Those of the running process group, and LOCAL_RANK of the launcher.
 
         `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT (minutes),
         or 30 minutes, where it never was.
@@ -86,9 +83,7 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
 
     def separate(self) -> Ranks:
-        """The same ranks in a group of their own, for a thread that meets while the main
-        thread communicates.
-        """
+        """The same ranks in another group, for a thread beside the main one."""
         return replace(self, group=new_group(_LONG_S))
 
     @property
@@ -97,9 +92,7 @@ class Ranks:
 
     @property
     def is_local_first(self) -> bool:
-        """Whether it is the first rank of its node, which downloads, tokenises and writes
-        for the others.
-        """
+        """Whether it is the first of its node, which works for the others."""
         return self.local_rank == 0
 
     def barrier(self, check: str, long: bool = False) -> None:
@@ -111,9 +104,7 @@ class Ranks:
         return self._meet(check, value, gathers=True)
 
     def agree(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
-        """Call `work` on every rank and return this rank's result; where it fails on any,
-        all ranks fail.
-        """
+        """Call `work` on every rank and return this one's result, or fail on all."""
         result: Result | None = None
         error: Exception | None = None
         try:
@@ -128,17 +119,14 @@ class Ranks:
     def on_first(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
-        """Call `work` on rank 0 and return its result, or raise its error, on every
-        rank.
-        """
+        """Call `work` on rank 0; return its result, or raise its error, on all ranks."""
         result = [self.agree(check, work if self.is_first else lambda: None, long)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]  # type: ignore[return-value]
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
-        """Raise `UserError` that lists each name whose value differs between ranks, with
-        the values and their ranks.
+        """Raise `UserError` that lists what differs between ranks, and on which ranks.
 
         The values are compared as JSON.
         """
@@ -161,9 +149,7 @@ class Ranks:
             )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor on the CPU, the same on every rank. Not a check: all ranks
-        must come to it.
-        """
+        """The sum of a tensor on the CPU. Not a check: all ranks must come to it."""
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -259,9 +245,7 @@ class Ranks:
 
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The names in `count` parts of about the same size in sum, the largest ones dealt out
-    first.
-    """
+    """The names in `count` parts of about equal sizes, the largest ones first."""
     names_in: list[list[str]] = [[] for _ in range(count)]
     sums = [0] * count
     for name in sorted(sizes, key=lambda name: -sizes[name]):
@@ -318,9 +302,7 @@ def _named(ranks: list[int]) -> str:
 
 
 _groups: dict[Any, Any] = {}
-"""The default group -> the gloo group of its ranks. One only: ranks in two groups would not
-meet.
-"""
+"""The default group -> the one gloo group of its ranks, where they all meet."""
 
 
 def _group() -> Any:

@@ -32,18 +32,14 @@ EXIT_USER_ERROR = 2
 EXIT_FAILED_BESIDE = 3
 """The run is done and saved; an evaluation, a task, a tracker or an upload has failed."""
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started
-again.
-"""
+"""EX_TEMPFAIL of sysexits.h: neither done nor failed, to be started again."""
 EXIT_INTERRUPTED = 130
 """The exit code that shells give a process that SIGINT ended."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
 _SAME_CTRL_C_S = 1.0
-"""A terminal sends SIGINT to all processes, and torchrun forwards it: within this time they
-are one request.
-"""
+"""A terminal and torchrun both send SIGINT: within this time they are one request."""
 _PATIENCE_S = 10.0
 """How long the main thread may take to raise `Stopped` where there is nothing to save."""
 
@@ -58,9 +54,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give the signals their default effect again: this process is about to end with an
-    error, or is a forked one.
-    """
+    """Give signals their default effect again: in a forked process, after an error."""
     if _watch is not None:
         _watch.stop()
 
@@ -85,9 +79,7 @@ def requested() -> bool:
 
 
 def settle() -> None:
-    """Everything is saved: from now on this rank ignores signals and the end of other
-    processes.
-    """
+    """Everything is saved: ignore signals and the end of other processes."""
     if _watch is not None:
         _watch.settled = True
 
@@ -180,9 +172,7 @@ _watch: _Watch | None = None
 
 
 def _replace_broken_pipes() -> None:
-    """Ctrl-C also ends the reader of `... | tee log`; writing a log line must not make the
-    checkpoint fail.
-    """
+    """Ctrl-C also ends the reader of `... | tee log`: writing a line must not fail."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
@@ -193,7 +183,5 @@ def _replace_broken_pipes() -> None:
 
 
 def _print(text: str) -> None:
-    """To stderr, without the locks of Python's streams and loggers, which the main thread
-    may hold.
-    """
+    """To stderr, without locks of Python, which the main thread may hold."""
     os.write(2, f"{rank_prefix()}{text}\n".encode())

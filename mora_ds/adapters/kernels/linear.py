@@ -38,9 +38,7 @@ def kernel_linear(
 
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
-    """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round
-    otherwise.
-    """
+    """W0 + delta (O, D), contiguous, in the dtype of M; merges round otherwise."""
     if isinstance(weight, Int8Weight):
         values = weight.values
         scales = weight.scales

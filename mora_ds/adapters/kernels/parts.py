@@ -20,9 +20,7 @@ eight times their bytes.
 
 
 def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums c^T z, so that about `programs` programs have
-    work.
-    """
+    """In how many parts `product` sums c^T z, to give about `programs` programs work."""
     tokens, blocks, r_hat = z.shape
     tiles = math.ceil(r_hat / TILE) ** 2
     worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
@@ -30,9 +28,7 @@ def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
 
 
 def empty_product(c: Tensor, z: Tensor, programs: int) -> Tensor:
-    """(parts, R, R) for `product`: one part is rounded at once, several are added up
-    first.
-    """
+    """(parts, R, R) for `product`: in fp32 where several parts are added up later."""
     part_count = parts_of(c, z, programs)
     dtype = c.dtype if part_count == 1 else torch.promote_types(c.dtype, torch.float32)
     return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)

@@ -31,9 +31,7 @@ class KernelTables(nn.Module):
     reads; one, of every operator here."""
 
     blocks_read: Tensor | None
-    """(N,), the block of collected outputs that each input block reads: where they are
-    repeated, to be rotated.
-    """
+    """(N,), the block of collected outputs that each input block reads, if repeated."""
 
     def __init__(self, spec: OperatorSpec, device: torch.device) -> None:
         super().__init__()

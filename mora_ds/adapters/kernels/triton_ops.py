@@ -28,9 +28,7 @@ from torch import Tensor
 from mora_ds.adapters.kernels.parts import TILE, empty_product
 
 _SHARED = 1 << 16
-"""Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB
-of it for a program.
-"""
+"""Bytes of a row that is copied to shared memory; a program has 99 KiB at least."""
 
 _PART = 2048
 _FORM_PART = 512
@@ -193,9 +191,7 @@ def plan_form(
 
 
 def product(c: Tensor, z: Tensor) -> Tensor:
-    """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by
-    torch.
-    """
+    """See `ops.product`. In fp32 and fp64 by torch, as tensor cores would round."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
         return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(0)
@@ -205,9 +201,7 @@ def product(c: Tensor, z: Tensor) -> Tensor:
 
 
 def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
-    """`product` into out (parts, R, R). The order of the sums depends on the number of
-    parts alone.
-    """
+    """`product` into out (parts, R, R), of which each is summed in a fixed order."""
     part_count, r_hat, _ = out.shape
     tokens, blocks, _ = z.shape
     terms = tokens * blocks
@@ -282,9 +276,7 @@ def _rotation(cos, sin, position, half, inside):
 
 @triton.jit
 def _numbers_at(position, row, source, SHARED: tl.constexpr, SUM: tl.constexpr):
-    """Of a row, in shared memory as `row` or at the address `source`: its numbers at
-    positions, 0 for position -1.
-    """
+    """Numbers of a row at positions (0 at -1): in shared memory `row`, or at `source`."""
     if SHARED:
         value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
         value = tl.where(position >= 0, value, 0)

@@ -18,8 +18,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 
 
 def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
-    """total += spec.delta_weight(value) for each (spec, value) of `updates` in turn, in
-    place.
+    """total += spec.delta_weight(value) for each (spec, value) in turn, in place.
 
     `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved to
     its device and dtype.
@@ -41,8 +40,7 @@ def live_weight(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The original weight plus the deltas of `updates`, summed in fp32 in their order,
-    rounded to `dtype` once.
+    """The original weight plus the deltas of `updates`, summed in fp32, rounded once.
 
     `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such; it is
     not written to. The result has its layout, lies on `device` (by default that of

@@ -84,9 +84,7 @@ def weight_of(make: Maker | None, values: Tensor, scales: Tensor | None) -> Weig
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) to multiply by: a dense one itself, else a new tensor of
-    `dtype`.
-    """
+    """The weight (O, D) to multiply by: a dense one itself, or a new tensor."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
 
 
@@ -121,9 +119,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def check_floating(x: Tensor, weight: Weight) -> None:
-    """Raises `UserError` where a model has cast activations to the dtype of a layer's
-    weight, an integer's.
-    """
+    """Raises `UserError` where a model has cast activations to integers."""
     if isinstance(weight, QuantizedWeight) and not x.is_floating_point():
         raise UserError(
             f"--base_bits {weight.bits}: this model casts activations to the dtype of a layer's weight, here {x.dtype}"

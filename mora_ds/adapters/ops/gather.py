@@ -36,9 +36,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
 
 def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """total (..., R) + `rotate` of x, in place, each product rounded with its sum or before
-    it, as the CPU likes.
-    """
+    """total (..., R) + `rotate` of x, in place, rounded as the CPU likes."""
     summed = total.unflatten(-1, (2, -1))
     halves = x.unflatten(-1, (2, -1))
     summed.addcmul_(halves, cos)

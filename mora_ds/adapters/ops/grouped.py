@@ -68,9 +68,7 @@ def _factors(
     dtype: torch.dtype,
     back: bool,
 ) -> Tensor:
-    """What rows are multiplied by: the transpose of a matrix (or of several), with `back`
-    the matrix itself.
-    """
+    """What rows are multiplied by: transposed matrices, with `back` as they are."""
     formed = dense(stack[which], dtype)
     return formed if back else formed.mT
 

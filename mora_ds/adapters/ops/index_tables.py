@@ -45,8 +45,7 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
 
 @dataclass(frozen=True)
 class IndexMap:
-    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1
-    stands for zero.
+    """A linear map: result q is the sum over k of the numbers at `table[k, q]`; -1: zero.
 
     All that is summed is gathered at once: the first term of every result, after it the
     other terms of those results that have them, which are then added to the first.
@@ -59,8 +58,7 @@ class IndexMap:
     missing: Tensor | None
     """Indices of the results whose first term is zero; None for none."""
     additions: tuple[tuple[Tensor, slice], ...]
-    """For each other term the indices of the results that have it, and where it was
-    gathered to."""
+    """For each other term the results that have it, and where it is among the gathered."""
 
     @classmethod
     def of(cls, table: Tensor, device: torch.device) -> IndexMap:
@@ -118,9 +116,7 @@ class IndexTables:
     collect: IndexMap
     """(K, P R)"""
     overlap: bool = False
-    """Of operators with several blocks: whether an output reads some input in two of
-    them.
-    """
+    """Whether an output reads some input in two blocks."""
 
 
 _tables_in_use = WeakValueDictionary[tuple["OperatorSpec", torch.device], IndexTables]()
@@ -158,9 +154,7 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
 
 
 def _overlap(inputs: Tensor, spread: Tensor) -> bool:
-    """Whether an output reads, by `spread` (K, O), some input of `inputs` (N, R) in two
-    blocks.
-    """
+    """Whether an output reads an input of `inputs` (N, R) twice, by `spread` (K, O)."""
     blocks = torch.where(spread < 0, -1, spread // inputs.shape[1])
     read_together = [inputs[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
     return any(len(numbers.unique()) < len(numbers) for numbers in read_together)
@@ -174,9 +168,7 @@ def of_all_blocks(collect: Tensor, blocks: int, r_hat: int) -> Tensor:
 
 
 def transposed(table: Tensor, size: int) -> Tensor:
-    """(K, Q) -> (K', size): the results that read each of `size` numbers, in the order of
-    the table's rows.
-    """
+    """(K, Q) -> (K', size): the results that read each of `size` numbers, in order."""
     reads = table >= 0
     results = torch.arange(table.shape[1]).expand_as(table)
     return lists(table[reads], results[reads], size)
@@ -232,9 +224,7 @@ class Operator:
     """What tells one operator from another."""
 
     maps: Callable[[OperatorSpec], tuple[Tensor, Tensor]]
-    """Makes `fold` and `collect`. With more than one block, every position of `fold` has
-    one input.
-    """
+    """Makes `fold` and `collect`; of several blocks, each position folds one input."""
     in_blocks: bool = False
     """Whether M is applied to each block of R inputs, instead of once."""
     rotates: bool = False
@@ -249,9 +239,7 @@ class Operator:
 
     @property
     def smallest_side(self) -> int:
-        """The smallest side of a MoRA matrix, of which all sides are multiples: a rotation
-        pairs dimensions.
-        """
+        """The number of which all sides are multiples: a rotation pairs dimensions."""
         return 2 if self.rotates else 1
 
 
@@ -270,8 +258,7 @@ def square_size(
     kind: OperatorKind,
     multiple: int = R_HAT_MULTIPLE,
 ) -> int:
-    """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
-    3).
+    """r_hat = floor(sqrt((d_in + d_out) rank)), of LoRA's parameters (paper, section 3).
 
     Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank
     below 1.
@@ -283,9 +270,7 @@ def square_size(
 
 
 def _filled(size: int, r_hat: int) -> Tensor:
-    """(ceil(size / R), R): the indices in rows of R; the last row is filled up with the
-    first ones.
-    """
+    """(ceil(size / R), R): the indices in rows, of which the last is filled up from 0."""
     return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
 
 
@@ -344,8 +329,7 @@ def rope_table(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (blocks, R / 2) of the paper's rotation: block i, pair j turn by i
-    * 10000^(-2j / R).
+    """Cosines and sines (blocks, R / 2): block i, pair j turn by i * 10000^(-2j / R).
 
     Rounded to fp32 once, whatever the dtype, and the same bits on every machine, because a
     merge ledger that is replayed elsewhere must give the same weights. The vectorised `cos`
@@ -370,9 +354,7 @@ def rope_table(
 
 
 def _turn(pair: int, pairs: int) -> tuple[float, float]:
-    """Cosine and sine of 10000^(-pair / pairs), an angle from 0 to 1, correctly rounded to
-    fp64 (but for ties).
-    """
+    """Cosine and sine of 10000^(-pair / pairs), correctly rounded to fp64 but for ties."""
     with localcontext(prec=34):
         angle = (-pair * Decimal(10000).ln() / pairs).exp()
         sums = [Decimal(0), Decimal(0)]

@@ -35,9 +35,7 @@ _DEVICE_CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Int8Weight(QuantizedWeight):
-    """values (O, D) int8, which may be a transposed view, and scales (O,) fp32; or a stack
-    of both.
-    """
+    """values (O, D) int8, maybe transposed, and scales (O,) fp32; or a stack of both."""
 
     bits: ClassVar[int] = 8
     values: Tensor

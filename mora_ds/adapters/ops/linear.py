@@ -144,9 +144,7 @@ class _MoRALinear(torch.autograd.Function):
 
 
 class LayerProducts:
-    """The steps that both paths are made of, for one operator, in plain torch.
-    `kernels.linear` has them by kernels.
-    """
+    """The steps of both paths for one operator, in plain torch (on GPUs `kernels`)."""
 
     def __init__(self, spec: Maps) -> None:
         self.spec = spec
@@ -171,9 +169,7 @@ class LayerProducts:
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
-        """What both gradients of the activation path read of g (..., O), where they read
-        the same.
-        """
+        """What both gradients of the activation path read of g (..., O), if the same."""
         if self.spec.blocks > 1 or sums_by_product(g):
             return None
         return decompress_transpose(self.spec, g)
@@ -185,9 +181,7 @@ class LayerProducts:
         square: Tensor,
         collected: Tensor | None,
     ) -> Tensor:
-        """g W0 + the transpose of the update's linear map, applied to g (..., O): (...,
-        D).
-        """
+        """g W0 + the update's transpose of g: (..., O) -> (..., D)."""
         g_x = input_gradient(g, weight)
         return add_input_gradient_(g_x, self.spec, square, g, collected)
 
@@ -198,9 +192,7 @@ class LayerProducts:
         collected: Tensor | None,
         by_weight: bool,
     ) -> Tensor:
-        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g
-        before.
-        """
+        """dL/dM (R, R). `by_weight`: on the weight path, without `collected`."""
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
         form_dense = by_weight and sums_by_product(g)

@@ -97,8 +97,6 @@ class LoRASpec(UpdateSpec):
 
 
 def lora_update(spec: LoRASpec, value: Tensor, x: Tensor) -> Tensor:
-    """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds to the frozen layer's
-    output.
-    """
+    """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds."""
     down, up = spec.factors(value)
     return F.linear(x, down) @ up

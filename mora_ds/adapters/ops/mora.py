@@ -102,9 +102,7 @@ class OperatorSpec(UpdateSpec):
 
     @property
     def table_bytes(self) -> int:
-        """About three int32 for each input and output, where every cycle draws other
-        permutations.
-        """
+        """About three int32 for each input and output, if cycles draw permutations."""
         if self.grouping is not Grouping.PERMUTED:
             return 0
         return 3 * torch.int32.itemsize * (self.d_in + self.d_out)
@@ -124,9 +122,7 @@ class OperatorSpec(UpdateSpec):
 
     @property
     def rotates(self) -> bool:
-        """Whether blocks are rotated before M: those after the first, as block 0 turns by
-        no angle.
-        """
+        """Whether blocks after the first, which turns by no angle, are rotated."""
         return OPERATORS[self.kind].rotates and self.blocks > 1
 
     def delta_weight(self, value: Tensor) -> Tensor:
@@ -147,9 +143,7 @@ class OperatorSpec(UpdateSpec):
         return tables_of(self, device)
 
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where M is applied once: A says which inputs are summed (zeros and ones), B holds
-        the rows of M.
-        """
+        """A sums inputs, B holds rows of M; None where M is applied to several blocks."""
         if self.blocks > 1:
             return None
         return fold_matrix(self, value).T, rows_of_outputs(self, value)
@@ -225,9 +219,7 @@ def spread_out(spec: Maps, z: Tensor) -> Tensor:
 
 
 def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
-    """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output
-    to one of M compress(x).
-    """
+    """The transpose of `decompress`, (..., O) -> (..., N, R)."""
     collected = collect(spec, g)
     repeats = math.ceil(spec.blocks / collected.shape[-2])
     if repeats == 1:
@@ -236,8 +228,7 @@ def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
 
 
 def collect(spec: Maps, g: Tensor) -> Tensor:
-    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b
-    mod P of these."""
+    """(..., O) -> (..., P, R): block b of `decompress_transpose` is block b mod P of it."""
     tables = spec.tables(g.device)
     collected = _sums(spec, g, tables.collect, tables.spread)
     return collected.unflatten(-1, (-1, spec.r_hat))
@@ -295,8 +286,7 @@ def square_gradient(
     g: Tensor,
     form_dense: bool = False,
 ) -> Tensor:
-    """dL/dM (R, R) from the gradient g (..., O) of the layer's output; equal to adjoint(g^T
-    x), which is not formed.
+    """dL/dM (R, R), from the output's gradient g (..., O); equal to adjoint(g^T x).
 
     `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks
     do form g^T x (O, D), which in low precision may take less time. Else some tokens at a
@@ -322,8 +312,7 @@ def square_gradient(
 
 
 def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
-    """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... of the folded input, each
-    rotated, summed.
+    """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... rotated and summed.
 
     The same block of the output's gradient belongs to all of them: they are multiplied with
     it at once, which is N / P times less work.
@@ -342,23 +331,17 @@ def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
 
 
 def sums_by_product(x: Tensor) -> bool:
-    """Whether groups of x are summed, and copied to outputs, by products with matrices of
-    ones and zeros.
-    """
+    """Whether x is summed and spread by products with matrices of ones and zeros."""
     return on_cpu(x) and x.dtype in LOW_PRECISION
 
 
 def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
-    """(D, R) for share and truncate, in the dtype of `like`: compress(x) == x @
-    fold_matrix.
-    """
+    """(D, R) for share and truncate: compress(x) == x @ fold_matrix."""
     return _matrix(spec.tables(like.device).unfold, spec.r_hat, like.dtype)
 
 
 def rows_of_outputs(spec: Maps, square: Tensor) -> Tensor:
-    """(O, R) for share and truncate: the row of M that each output reads, so that
-    decompress(M z) == z @ rows^T.
-    """
+    """(O, R) for share and truncate: decompress(M z) == z @ rows^T."""
     rows, slots = rows_and_slots(spec, square)
     return rows.index_select(0, slots)
 
@@ -386,9 +369,7 @@ def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_squares(spec: Maps, square: Tensor) -> Tensor:
-    """(N, R, R): M R_b for every input block b, since (M R_b) x = M (R_b x). Contiguous
-    where blocks are rotated.
-    """
+    """(N, R, R): M R_b for every input block b; contiguous where blocks are rotated."""
     if not spec.rotates:
         return square.expand(spec.blocks, -1, -1)
     cos, sin = rotation_of(spec, square)
@@ -436,9 +417,7 @@ def add_input_gradient_(
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
-    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen
-    layer's output.
-    """
+    """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds."""
     _check_square(spec, square, "mora_update")
     # Without the check a shorter input would be taken, and give other numbers
     if x.shape[-1:] != (spec.d_in,):
@@ -456,8 +435,7 @@ def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
 
 
 def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """The (O, D) change of the weight that M stands for, in its dtype and on its device,
-    sharing no memory.
+    """The (O, D) change of the weight that M stands for, a new tensor in M's dtype.
 
     Made of separate elementwise operations and copies only, so that every device rounds it
     alike.
@@ -526,8 +504,7 @@ def input_columns(spec: Maps, square: Tensor) -> Tensor:
 
 
 def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
-    """The adjoint of `delta_weight`: the gradient with respect to M, from G = dL/dW of
-    shape (O, D).
+    """The adjoint of `delta_weight`: dL/dM from G = dL/dW (O, D).
 
     <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """

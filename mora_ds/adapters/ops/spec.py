@@ -21,9 +21,7 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 
 ROTATE_BELOW_RANK = 64
-"""Below this LoRA rank `default_kind` is rotate, from it on share (the paper rotates at
-rank 8 and shares at 256).
-"""
+"""Below this LoRA rank `default_kind` is rotate, as at rank 8 in the paper, else share."""
 
 
 R_HAT_MULTIPLE = 16
@@ -32,9 +30,7 @@ are no multiple of 16 bytes cuBLAS takes kernels for unaligned rows, which are s
 
 
 class OperatorKind(str, Enum):
-    """The four pairs of compression and decompression of the paper (arXiv 2405.12130,
-    section 3).
-    """
+    """The paper's four pairs of compression and decompression (arXiv 2405.12130)."""
 
     TRUNCATE = "truncate"
     SHARE = "share"
@@ -65,8 +61,7 @@ class Style(str, Enum):
 
 
 class UpdateSpec(ABC):
-    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for.
-    Immutable and hashable.
+    """Says which (d_out, d_in) change of a weight a value stands for. Immutable, hashable.
 
     Everything that only one kind of update does is a method or a property here, so that no
     caller asks for the kind.
@@ -83,18 +78,14 @@ class UpdateSpec(ABC):
     is_stack: ClassVar[bool] = False
     """Whether a layer has a value for each matrix of a stack."""
     has_factors: ClassVar[bool] = False
-    """Whether the value is two matrices beside each other, the first of `d_in` columns, the
-    second transposed.
-    """
+    """Whether the value is two matrices side by side, the second one transposed."""
     d_in: int
     d_out: int
 
     @property
     @abstractmethod
     def value_shape(self) -> tuple[int, ...]:
-        """(r_hat, r_hat) of a MoRA matrix, (E, r_hat, r_hat) of a stack, (rank, d_in +
-        d_out) of LoRA's factors.
-        """
+        """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of LoRA."""
 
     @property
     def table_bytes(self) -> int:
@@ -102,16 +93,12 @@ class UpdateSpec(ABC):
         return 0
 
     def first_value(self, seed: int) -> Tensor:
-        """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA
-        draws with `seed`.
-        """
+        """The value that a cycle starts from, fp32 on the CPU, without a delta."""
         return torch.zeros(self.value_shape)
 
     @abstractmethod
     def delta_weight(self, value: Tensor) -> Tensor:
-        """The (d_out, d_in) change of the weight, in the value's dtype and on its device,
-        sharing no memory with it.
-        """
+        """The (d_out, d_in) change of the weight, a new tensor in the value's dtype."""
 
     def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
         """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
@@ -123,21 +110,15 @@ class UpdateSpec(ABC):
         raise NotImplementedError
 
     def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
-        """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (...,
-        d_out); in place.
-        """
+        """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in place."""
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> object:
-        """What these products read on a device besides the value: they are cached as long
-        as a caller holds them.
-        """
+        """What these products read besides the value: cached while a caller has it."""
         return None
 
     def joined(self, values: Sequence[Tensor]) -> tuple[UpdateSpec, Tensor]:
-        """One spec and value whose delta is the sum of those of `values`, fp32, added in
-        their order.
-        """
+        """One spec and value whose delta is the sum of those of `values`, in fp32."""
         total = values[0]
         for value in values[1:]:
             total = total + value
@@ -153,17 +134,13 @@ class UpdateSpec(ABC):
         return None
 
     def weight_name(self, module: str) -> str:
-        """The name of the frozen weight, before injection and in the base's files, of the
-        layer `module`.
-        """
+        """The name of the frozen weight of the layer `module` in the base's files."""
         return f"{module}.weight"
 
     def members(
         self, module: str, value: Tensor
     ) -> Iterator[tuple[str, UpdateSpec, Tensor]]:
-        """(name, operator, value) of everything that changes one matrix (d_out, d_in): a
-        stack's experts one by one.
-        """
+        """(name, operator, value) of each matrix that it changes: of experts, all."""
         yield module, self, value
 
     def single(self, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
@@ -182,9 +159,7 @@ class UpdateSpec(ABC):
 
 
 def default_kind(rank: int) -> OperatorKind:
-    """The operator for a LoRA rank when none is named: rotate for small ranks, share for
-    large ones.
-    """
+    """The operator for a LoRA rank when none is named."""
     return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
 
 
@@ -197,8 +172,6 @@ def round_side(side: int, multiple: int, smallest: int) -> int:
 
 
 def permutation_seed(run_seed: int, layer: str, cycle: int) -> int:
-    """The seed of a layer's permutations in a cycle: a hash, which does not depend on the
-    order of the layers.
-    """
+    """The seed of a layer's permutations in a cycle, whatever the order of layers."""
     digest = hashlib.sha256(f"{run_seed}/{layer}/{cycle}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

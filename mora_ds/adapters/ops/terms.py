@@ -20,9 +20,7 @@ Term = tuple[UpdateSpec, Tensor]
 
 
 def join(updates: Iterable[Term]) -> tuple[Term, ...]:
-    """As few terms as have the same sum: values of equal specs become one
-    (`UpdateSpec.joined`), in fp32.
-    """
+    """As few terms as have the same sum, in fp32 (`UpdateSpec.joined`)."""
     values: dict[UpdateSpec, list[Tensor]] = {}
     for spec, value in updates:
         values.setdefault(spec, []).append(value.float())
@@ -37,9 +35,7 @@ def add_terms_(y: Tensor, terms: Iterable[Term], x: Tensor) -> Tensor:
 
 
 def add_terms_gradient_(g_x: Tensor, terms: Iterable[Term], g: Tensor) -> Tensor:
-    """g_x (..., D) + the transpose of `add_terms_`'s linear map, applied to g (..., O); in
-    place.
-    """
+    """g_x (..., D) + the transpose of `add_terms_` of g (..., O), in place."""
     for spec, value in terms:
         spec.add_input_gradient_(g_x, value.to(g.dtype), g)
     return g_x
