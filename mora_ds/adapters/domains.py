@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, unknown
@@ -46,11 +47,9 @@ class DomainLinear(MoRALinear):
         super().__init__(base, spec, dropout, Compute.ACTIVATION)
         self.domains = domains
         self.own_spec = spec
+        self._own_held: object = None
         squares = self.square.data.new_zeros(len(domains.names), *self.square.shape)
         self.register_parameter(OWN, nn.Parameter(squares))
-
-    def operators(self) -> tuple[OperatorSpec, ...]:
-        return self.spec, self.own_spec
 
     def forward(self, x: Tensor) -> Tensor:
         choice = self.domains.choice(x)
@@ -60,7 +59,7 @@ class DomainLinear(MoRALinear):
                     "training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first"
                 )
             return super().forward(x)
-        self.hold_tables(x.device)
+        self._own_held = tables_of(self.own_spec, x.device)
         row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         rows = nn.functional.dropout(rows, self.dropout, self.training)

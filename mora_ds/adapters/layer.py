@@ -25,7 +25,7 @@ from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops import int8
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
-from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
+from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
@@ -313,7 +313,7 @@ class MoRALinear(AdaptedLinear):
         super().__init__(base, spec, dropout)
         self.compute = compute
         self.tables: KernelTables | None = None
-        self._held: tuple[IndexTables, ...] = ()
+        self._held: object = None
 
     def path(self, tokens: int) -> Compute:
         """How the layer is computed for so many tokens: as told, or the cheaper way."""
@@ -339,16 +339,9 @@ class MoRALinear(AdaptedLinear):
         if runs_kernels(x.device):
             tables = self.kernel_tables(x.device)
             return kernel_linear(x, frozen, self.bias, square, tables, path)
-        self.hold_tables(x.device)
+        # Kept as long as the layer uses them, however many other layers there are
+        self._held = tables_of(self.spec, x.device)
         return mora_linear(x, frozen, self.bias, square, self.spec, path)
-
-    def operators(self) -> tuple[OperatorSpec, ...]:
-        """All operators that the layer computes with."""
-        return (self.spec,)
-
-    def hold_tables(self, device: torch.device) -> None:
-        """Keeps the tables of the layer's operators as long as it uses them."""
-        self._held = tuple(tables_of(spec, device) for spec in self.operators())
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
         """The operator's index tables on a device, made anew for another operator."""

@@ -24,7 +24,6 @@ from mora_ds.adapters.domains import DomainLinear
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
-from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
 from mora_ds.adapters.ops.mora import (
@@ -235,34 +234,8 @@ class WindowProducts(LayerProducts):
         super().__init__(window)
         self.split = split
 
-    def form(self, weight: Weight, square: Tensor) -> Tensor:
-        return super().form(weight, self.split.unshard(square))
+    def whole(self, square: Tensor) -> Tensor:
+        return self.split.unshard(square)
 
-    def output(
-        self,
-        x: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        square: Tensor,
-        saved: Tensor,
-    ) -> Tensor:
-        return super().output(x, weight, bias, self.split.unshard(square), saved)
-
-    def input_gradient(
-        self,
-        g: Tensor,
-        weight: Weight,
-        square: Tensor,
-        collected: Tensor | None,
-    ) -> Tensor:
-        return super().input_gradient(g, weight, self.split.unshard(square), collected)
-
-    def square_gradient(
-        self,
-        saved: Tensor,
-        g: Tensor,
-        collected: Tensor | None,
-        by_weight: bool,
-    ) -> Tensor:
-        gradient = super().square_gradient(saved, g, collected, by_weight)
+    def share_of_gradient(self, gradient: Tensor) -> Tensor:
         return self.split.topology.sum_scatter(gradient)

@@ -120,9 +120,10 @@ class _MoRALinear(torch.autograd.Function):
         ctx.make = maker_of(weight)
         saved = products.saved_input(x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
+        whole = products.whole(square)
         if by_weight:
-            return linear(x, products.form(weight, square), bias)
-        return products.output(x, weight, bias, square, saved)
+            return linear(x, products.form(weight, whole), bias)
+        return products.output(x, weight, bias, whole, saved)
 
     @staticmethod
     @once_differentiable
@@ -134,12 +135,14 @@ class _MoRALinear(torch.autograd.Function):
         collected = None if ctx.by_weight else products.collect_once(g)
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
+            whole = products.whole(square)
             if ctx.by_weight:
-                g_x = g @ products.form(weight, square)
+                g_x = g @ products.form(weight, whole)
             else:
-                g_x = products.input_gradient(g, weight, square, collected)
+                g_x = products.input_gradient(g, weight, whole, collected)
         if ctx.needs_input_grad[3]:
-            g_square = products.square_gradient(saved, g, collected, ctx.by_weight)
+            g_whole = products.square_gradient(saved, g, collected, ctx.by_weight)
+            g_square = products.share_of_gradient(g_whole)
         return g_x, None, None, g_square, None, None
 
 
@@ -148,6 +151,14 @@ class LayerProducts:
 
     def __init__(self, spec: Maps) -> None:
         self.spec = spec
+
+    def whole(self, square: Tensor) -> Tensor:
+        """M (R, R), from the parameter, which may be a share of it."""
+        return square
+
+    def share_of_gradient(self, gradient: Tensor) -> Tensor:
+        """The parameter's gradient, from this process's dL/dM (R, R)."""
+        return gradient
 
     def saved_input(self, x: Tensor) -> Tensor:
         """What is kept of x (..., D) for M's gradient."""
