@@ -55,8 +55,6 @@ class NF4Weight(QuantizedWeight):
     """`packed` and `scales` of `quantize`, of a weight (O, D), and `terms` to add."""
 
     bits: ClassVar[int] = 4
-    packed: Tensor
-    scales: Tensor
     shape: tuple[int, ...]
     terms: tuple[Term, ...] = ()
 
@@ -72,10 +70,6 @@ class NF4Weight(QuantizedWeight):
         return self.scales.max().item() * _WIDEST_GAP / 2
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        return self.packed, self.scales
-
-    @property
     def maker(self) -> Maker:
         return partial(NF4Weight, shape=self.shape, terms=self.terms)
 
@@ -87,11 +81,11 @@ class NF4Weight(QuantizedWeight):
 
     def _original(self, dtype: torch.dtype) -> Tensor:
         """(O, D) without the terms."""
-        if self.packed.is_meta:
+        if self.values.is_meta:
             return torch.empty(self.shape, dtype=dtype, device="meta")
         known = dtype if dtype in _DTYPES else torch.float32
         library = _library()
-        row = torch.Size((1, 2 * len(self.packed)))
+        row = torch.Size((1, 2 * len(self.values)))
         state = library.QuantState(
             absmax=self.scales,
             shape=row,
@@ -99,7 +93,7 @@ class NF4Weight(QuantizedWeight):
             blocksize=BLOCK,
             quant_type=_TYPE,
         )
-        numbers: Tensor = library.dequantize_4bit(self.packed, state).reshape(-1)
+        numbers: Tensor = library.dequantize_4bit(self.values, state).reshape(-1)
         return numbers[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
 
 

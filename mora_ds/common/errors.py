@@ -188,14 +188,13 @@ _TOO_LARGE = 2**63
 """Whole numbers from here on do not fit in the integers of torch and numpy."""
 
 
-def out_of_bounds(numbers: Iterable[tuple[str, float | None, Bounds]]) -> Iterator[str]:
-    """One message for each (flag, value, bounds) with a value outside of the bounds, or a
-    whole number of more than 63 bits; None is always allowed."""
-    for flag, value, bounds in numbers:
-        if isinstance(value, int) and value >= _TOO_LARGE:
-            yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
-        elif value is not None and not bounds.allow(value):
-            yield f"--{flag} must be {bounds}, got {value}"
+def out_of_bounds(flag: str, value: float | None, bounds: Bounds) -> Iterator[str]:
+    """A message for a value outside of its bounds, or a whole number of more than 63 bits;
+    None is always allowed."""
+    if isinstance(value, int) and value >= _TOO_LARGE:
+        yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
+    elif value is not None and not bounds.allow(value):
+        yield f"--{flag} must be {bounds}, got {value}"
 
 
 def wrong_values(
@@ -205,6 +204,6 @@ def wrong_values(
     for name, values in allowed.items():
         value = getattr(settings, name)
         if isinstance(values, Bounds):
-            yield from out_of_bounds([(name, value, values)])
+            yield from out_of_bounds(name, value, values)
         elif value not in (known := [member.value for member in values]):
             yield unknown(f"--{name}", value, known)

@@ -249,7 +249,7 @@ class TrainingArguments:
                 yield unknown("--report_to", name, TRACKERS)
         if self.max_steps != -1 and self.max_steps < 1:
             yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
-        yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])
+        yield from out_of_bounds("max_steps", self.max_steps, Bounds())
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
         if self.decay_from is not None:

@@ -101,8 +101,8 @@ def write_companions(
     tokenizer: Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json with the new dtype (None: its own) and the `changes` of
-    `models.rope`, the base's other files, and a tokenizer (by default the base's)."""
+    """Writes config.json with the new dtype (None: its own) and `changes` of the text
+    config, the base's other files, and a tokenizer (by default the base's)."""
     config = read_json(base.folder / "config.json")
     if dtype is not None:
         config = _with_dtype(config, dtype_name(dtype))

@@ -243,11 +243,7 @@ def _write(
 
     write_shards(folder, layout, SHARD_BYTES, tensor_of)
     _, dtype = base.shape_dtype(min(keys))
-    write_companions(base, folder, dtype, extension.folder)
-    config = read_json(folder / "config.json")
-    text = config.get("text_config", config)
-    text["vocab_size"] = rows
-    write_json_atomic(folder / "config.json", config)
+    write_companions(base, folder, dtype, extension.folder, {"vocab_size": rows})
     content = {
         "format": FORMAT,
         "first_row": extension.first_id,

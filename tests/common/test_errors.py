@@ -111,7 +111,7 @@ def test_a_value_out_of_bounds_is_told_with_its_flag():
         ("d", large, COUNT),
         ("e", 2e9, SECONDS),
     ]
-    assert list(out_of_bounds(values)) == [
+    assert [line for value in values for line in out_of_bounds(*value)] == [
         "--b must be at least 1, got 0",
         f"--d must be below {large}, got {large}",
         "--e must be at least 0 and at most 1,000,000,000, got 2000000000.0",

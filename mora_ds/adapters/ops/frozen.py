@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -27,11 +28,14 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 
 
+@dataclass(frozen=True)
 class QuantizedWeight(ABC):
     """A frozen weight that is held in fewer bits."""
 
     bits: ClassVar[int]
     """Value of --base_bits."""
+    values: Tensor
+    scales: Tensor
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -44,13 +48,8 @@ class QuantizedWeight(ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """Numbers and scales."""
-
-    @property
-    @abstractmethod
     def maker(self) -> Maker:
-        """Makes this weight of its parts; holds none of them."""
+        """Makes this weight of its values and scales; holds none of them."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """W x + b: (..., D) -> (..., O), without a backward."""
@@ -70,7 +69,7 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
     """What an autograd function saves of a weight, by `save_for_backward`: where the base
     is streamed, hooks on saved tensors bring it to the device."""
-    return (weight, None) if isinstance(weight, Tensor) else weight.parts
+    return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
 
 
 def maker_of(weight: Weight) -> Maker | None:
@@ -135,7 +134,7 @@ class _FrozenLinear(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         ctx.make = weight.maker
-        ctx.save_for_backward(*weight.parts)
+        ctx.save_for_backward(weight.values, weight.scales)
         return weight.product(x, bias)
 
     @staticmethod

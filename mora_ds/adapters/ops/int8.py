@@ -38,8 +38,6 @@ class Int8Weight(QuantizedWeight):
     """values (O, D) int8, maybe transposed, and scales (O,) fp32; or a stack of both."""
 
     bits: ClassVar[int] = 8
-    values: Tensor
-    scales: Tensor
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """values * scales, rounded to `dtype`."""
@@ -62,10 +60,6 @@ class Int8Weight(QuantizedWeight):
     @property
     def largest_error(self) -> float:
         return self.scales.max().item() / 2
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        return self.values, self.scales
 
     @property
     def maker(self) -> Maker:
