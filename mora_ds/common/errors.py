@@ -115,13 +115,12 @@ def empty_words(argv: Sequence[str]) -> list[str]:
     problems = []
     for before, word in pairwise(["", *argv]):
         if word == "":
-            problems.append(
-                f"{before or 'the first argument'} must not be empty: is a variable of the shell unset?"
-            )
+            name = before or "the first argument"
         elif word.startswith("--") and word.endswith("="):
-            problems.append(
-                f"{word[:-1]} must not be empty: is a variable of the shell unset?"
-            )
+            name = word[:-1]
+        else:
+            continue
+        problems.append(f"{name} must not be empty: is a variable of the shell unset?")
     return problems
 
 

@@ -105,7 +105,7 @@ def write_companions(
     config, the base's other files, and a tokenizer (by default the base's)."""
     config = read_json(base.folder / "config.json")
     if dtype is not None:
-        config = _with_dtype(config, dtype_name(dtype))
+        _set_dtype(config, dtype_name(dtype))
         config.setdefault("dtype", dtype_name(dtype))
     change_file(config, changes or {})
     (folder / "config.json").write_text(
@@ -115,17 +115,13 @@ def write_companions(
     _copy(tokenizer or base.folder, folder, ("*",) if tokenizer else TOKENIZER_FILES)
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Sets the dtype wherever the config has one (`torch_dtype`: transformers 4)."""
-    changed: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):
-            changed[name] = dtype
+            config[name] = dtype
         elif name.endswith("_config") and isinstance(value, dict):
-            changed[name] = _with_dtype(value, dtype)
-        else:
-            changed[name] = value
-    return changed
+            _set_dtype(value, dtype)
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
