@@ -75,7 +75,8 @@ class AdapterConfig:
     """Seed of permutations and LoRA's A, hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, set | frozenset):  # as in PEFT's configs
+        # PEFT's configs give a set
+        if isinstance(self.target_modules, set | frozenset):
             object.__setattr__(self, "target_modules", sorted(self.target_modules))
         refuse(wrong_types(self))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))

@@ -319,12 +319,10 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
         raise UserError("`train_head`: this model has no output head")
     trained: set[int] = set()
     for module in model.modules():
-        is_norm = "norm" in type(module).__name__.lower()
-        if (
-            (config.train_embeddings and isinstance(module, nn.Embedding))
-            or (config.train_norms and is_norm)
-            or (config.train_head and module is head)
-        ):
+        trains = config.train_embeddings and isinstance(module, nn.Embedding)
+        trains |= config.train_norms and "norm" in type(module).__name__.lower()
+        trains |= config.train_head and module is head
+        if trains:
             trained.update(map(id, module.parameters(recurse=False)))
     return trained
 

@@ -105,7 +105,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     missing.
     """
     if weight.is_meta:
-        # Of a plan: sizes alone
+        # The weight of a plan has sizes alone
         numel = weight.numel()
         packed = torch.empty(-(-numel // 2), 1, dtype=torch.uint8, device="meta")
         return packed, torch.empty(-(-numel // BLOCK), dtype=torch.float32, device="meta")

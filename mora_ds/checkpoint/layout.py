@@ -222,7 +222,8 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
     `hashes` its files need only exist, in their sizes: cheap, as none is read."""
     try:
         return verify_manifest(folder, None if hashes else ()) or ledger_problems(folder)
-    except UserError as error:  # no manifest, or a damaged one
+    except UserError as error:
+        # There is no manifest, or a damaged one
         return [str(error)]
 
 
@@ -260,7 +261,7 @@ def delete(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         if folder.is_symlink():
-            # To a checkpoint that the user keeps elsewhere
+            # The checkpoint itself, which the user keeps elsewhere, stays
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)

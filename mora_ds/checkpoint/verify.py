@@ -154,7 +154,7 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
     except (RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
-        # Of values that no check has foreseen
+        # The file has values that no check has foreseen
         verdict.problems.append(f"{verdict.folder} is damaged: {shown(error)}")
 
 
@@ -205,7 +205,8 @@ def _shards(folder: Path) -> Iterator[str]:
     problems = []
     keys: set[str] = set()
     for name in shards.layout.shapes:
-        moments, _ = shards.state(name)  # raises where the ranks do not agree
+        # Raises where the ranks do not agree
+        moments, _ = shards.state(name)
         for key in (MASTER, *moments):
             keys.add(key)
             if not torch.isfinite(shards.read(name, key)).all():

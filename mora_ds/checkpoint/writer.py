@@ -166,9 +166,9 @@ class CheckpointWriter:
         if shares is None:
             return
         rank_shards = [share.shard for share in shares]
-        if different := [
-            shard.rank for shard in rank_shards if shard.layout != rank_shards[0].layout
-        ]:
+        common = rank_shards[0].layout
+        different = [shard.rank for shard in rank_shards if shard.layout != common]
+        if different:
             raise RunError(
                 f"ranks {different} trained other parameters or with other settings than rank 0"
             )
@@ -319,7 +319,7 @@ class Background:
             try:
                 work()
             except BaseException as error:
-                # Raised by the next `wait`
+                # The next `wait` raises it
                 self.error = error
                 if dist.get_rank() == 0:
                     logger.warning(

@@ -198,7 +198,8 @@ def is_abandoned(folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return any(folder.iterdir())
-    except OSError:  # locked, or the file system has no locks
+    except OSError:
+        # It is locked, or the file system has no locks
         return False
     finally:
         os.close(descriptor)
@@ -285,7 +286,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder.parent):
         if old.exists() and not folder.exists():
-            # Killed between the two renames
+            # A process was killed between the two renames
             os.rename(old, folder)
         for leftover in (old, partial):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -495,7 +496,7 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
     except RecursionError:
         raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-        # Of a date or a number that there is not, or of a key that is a list
+        # There is no such date or number, or a key is a list
         raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(

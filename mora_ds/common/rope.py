@@ -49,7 +49,8 @@ def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> 
     known = {"rope_type", "rope_theta", *_KEYS[kind]}
     needed = known & _NEEDED or {"rope_theta"}
     if is_of_config:
-        known.add("partial_rotary_factor")  # which --rope_scaling leaves as it is
+        # --rope_scaling leaves it as it is
+        known.add("partial_rotary_factor")
         needed.add("rope_theta")
     if missing := sorted(needed - settings.keys()):
         raise UserError(f"{where}: rope_type {kind} needs the key {missing[0]}")

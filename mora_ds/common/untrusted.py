@@ -185,7 +185,7 @@ def typed(hint: Any, value: Any, where: object) -> Any:
         text = json.dumps(value)
         return _adapter(hint).validate_json(text, strict=True, extra="forbid")
     except TypeError as error:
-        # Of what JSON does not have, such as a date in YAML
+        # JSON has no form for the value, such as for a date of YAML
         raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
         unknown_key = "unexpected_keyword_argument"
@@ -196,7 +196,7 @@ def typed(hint: Any, value: Any, where: object) -> Any:
     if not place.isprintable():
         place = f"{where}: {shown(first['loc'])}"
     if first["type"] == "value_error":
-        # Of a function that checks a value, or of a class that is made of it
+        # Raised by a function that checks the value, or by the class that is made of it
         raise UserError(f"{place}: {first['ctx']['error']}")
     problem = _PROBLEMS.get(first["type"], f"is refused: {first['msg']}")
     if first["type"] == "bounds":
@@ -274,9 +274,10 @@ def expanded(path: str | Path, flag: str = "") -> Path:
             place.stat()
         return place
     except OSError as error:
-        # A name that is too long, a loop of links, a folder that may not be entered
+        # The name is too long, links form a loop, or a folder may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
-    except ValueError as error:  # a byte of zero
+    except ValueError as error:
+        # There is a byte of zero in it
         raise UserError(f"{flag} {path!r}: {error}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]

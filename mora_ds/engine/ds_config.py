@@ -178,7 +178,7 @@ def complete_ds_config(
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
     """What DeepSpeed's classes say of the values, before a model is loaded."""
     trial = copy.deepcopy(config)
-    # DeepSpeed would compare it with this one process; `_match_flags` knows how many there are
+    # `_match_flags` checks it, as DeepSpeed would take this process for the only one
     trial.pop("train_batch_size", None)
     trial.setdefault("train_micro_batch_size_per_gpu", 1)
     zero = trial["zero_optimization"]

@@ -88,6 +88,7 @@ def become_the_only_rank() -> None:
 
 def accelerators() -> int:
     """Number of GPUs of this machine that are visible; 0 without one."""
-    import torch  # not above: a list of flags needs no torch
+    # Imported here, as a list of flags needs no torch
+    import torch
 
     return torch.cuda.device_count()

@@ -149,7 +149,7 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
     norms: list[Any] = []
 
     def clip_and_orthogonalise() -> None:
-        # Leaves `unscale_and_clip_grads` the unscaling alone
+        # With it `unscale_and_clip_grads` only unscales
         optimizer.clip_grad = 0.0
         # Filled by the step before; the gradients of this one are scaled
         optimizer.sub_groups_lacking_loss_scale.clear()

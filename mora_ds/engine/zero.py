@@ -263,7 +263,8 @@ class Stage3View(OptimizerView):
         All that reads the reduced gradients afterwards is queued on the current stream,
         which therefore waits; their memory is not reused before (`partition_grads`,
         `record_stream`). Offloaded gradients are read by the host."""
-        stream = self.optimizer.reduce_and_partition_stream  # None on a CPU
+        # None on a CPU
+        stream = self.optimizer.reduce_and_partition_stream
         if stream is not None and not self.optimizer.offload_optimizer:
             stream.synchronize = lambda: (
                 get_accelerator().current_stream().wait_stream(stream)

@@ -297,7 +297,7 @@ def load_model(
     try:
         count = len(BaseCheckpoint.open(folder).keys())
     except NotOneToOne:
-        # Pickled weights, whose number is not known
+        # How many pickled weights there are is not known
         pass
     except UserError as error:
         # Told below, where transformers may not name the file
@@ -369,7 +369,7 @@ def _originals(
     `load` loads the model again in another dtype: `own_base` keeps the precision of the
     files, not that of the run.
     """
-    # A run that is resumed has written it
+    # A run that is resumed has written it before; one that does not fit is written anew
     with suppress(UserError):
         if own_base.is_dir() and not own_base.samefile(folder):
             return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
@@ -399,7 +399,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     except NotOneToOne:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
-            # Dtypes and shapes, without the numbers
+            # The meta device loads dtypes and shapes, without the numbers
             values = torch.load(path, map_location="meta", weights_only=True).values()
             dtypes |= {value.dtype for value in values if isinstance(value, Tensor)}
     floating = dtypes & set(COMPUTE_DTYPES.values())

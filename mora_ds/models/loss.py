@@ -101,7 +101,7 @@ class ChunkedHead:
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
-        # Comes after DeepSpeed's hooks, which make the output all-gather the weight in backward
+        # Called after DeepSpeed's hooks, which let the output gather the weight in backward
         self._hook = head.register_forward_hook(self._record)
 
     def remove(self) -> None:
@@ -163,7 +163,7 @@ class ChunkedHead:
         counts = (labels != IGNORED).unsqueeze(-1)
         label = labels.clamp(min=0).unsqueeze(-1)
         losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
-        # A loss's gradient with respect to its logits: the probabilities, less 1 at the label
+        # The gradient of a loss by its logits: the probabilities, less 1 at the label
         minus_1 = values.new_full(label.shape, -1.0)
         values.exp_().scatter_add_(-1, label, minus_1).mul_(counts)
         (gradient,) = torch.autograd.grad(logits, hidden, values.to(logits.dtype))

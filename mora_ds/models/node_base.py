@@ -135,8 +135,7 @@ def node_base_of(model: nn.Module) -> NodeBase:
 def share_base(model: nn.Module, ranks: Ranks) -> None:
     """Let the processes of a node share what lies in host memory of a frozen base.
 
-    Collective; the base must be the same on all processes. Raises `UserError` where memory
-    does not suffice.
+    Collective; the base must be the same on all processes.
     """
     frozen = {
         name: tensor
@@ -145,7 +144,8 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
     }
     before = node_base_of(model).slots
     if before and all(frozen.get(name) is slot for name, slot in before.items()):
-        return  # another engine for the same model
+        # Another engine for the same model
+        return
     base = _NODE_BASES[model] = _shared(frozen, ranks)
     ranks.agree(
         "copy of the base to the memory of the node", partial(base.copy, frozen), long=True
@@ -219,7 +219,7 @@ def _map(
     if layout is not None and ranks.rank == members[0]:
         try:
             mine = Offer.make(layout.size, layout.digest)
-        # AttributeError: no memfd_create, which is Linux's
+        # AttributeError where there is no memfd_create, which only Linux has
         except (OSError, AttributeError) as error:
             problem = f"no memory can be shared: {error}"
     offer, problem = ranks.gather("memory of the node", (mine, problem))[members[0]]

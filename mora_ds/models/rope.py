@@ -40,7 +40,7 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
     if "partial_rotary_factor" in own:
         scaled["partial_rotary_factor"] = own["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
-        # Of which transformers reads max_position_embeddings as the original number
+        # For these transformers takes max_position_embeddings as the original number
         return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}

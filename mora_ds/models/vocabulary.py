@@ -94,7 +94,8 @@ def extend_vocabulary(
     keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)
-    bpe_backend(tokenizer)  # refuses what cannot be extended before the corpus is read
+    # Refuses what cannot be extended before the corpus is read
+    bpe_backend(tokenizer)
     candidates = candidate_tokens(corpus.texts(), new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))
@@ -164,13 +165,11 @@ def _vocabulary_keys(
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
     embedding, head = _tables(model)
     rows = embedding.num_embeddings
-    further = [
-        name
-        for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding)
-        and table.num_embeddings == rows
-        and table is not embedding
-    ]
+    further = []
+    for name, table in model.named_modules():
+        is_another = isinstance(table, nn.Embedding) and table is not embedding
+        if is_another and table.num_embeddings == rows:
+            further.append(name)
     if further or head.out_features != rows:
         raise UserError(
             f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})"
@@ -238,7 +237,8 @@ def _write(
         layout[key] = ((rows, *shape[1:]), dtype)
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        del dtype  # each keeps its own
+        # Each keeps its own
+        del dtype
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
     write_shards(folder, layout, SHARD_BYTES, tensor_of)

@@ -42,7 +42,7 @@ class Topology:
         does not divide the world, or differs from that of an engine that this process has
         made before."""
         check_world(comm.get_world_size(), tensor=degree)
-        # utils/groups.py: (dp, t), t innermost
+        # DeepSpeed's mesh is (dp, t), with t innermost (utils/groups.py)
         groups._init_tp_mesh_device(tensor_model_parallel_size=degree)
         group = groups.get_tensor_model_parallel_group()
         if comm.get_world_size(group) != degree:

@@ -166,7 +166,8 @@ class SequenceParallel:
                 attn_head_count=heads,
                 attn_head_size=head_size,
                 kv_head_count=kv_heads,
-                num_hidden_layers=1,  # used in a debugging mode only
+                # Read in a debugging mode only
+                num_hidden_layers=1,
                 process_group=self.group,
                 seq_length_is_variable=True,
             )

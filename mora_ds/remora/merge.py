@@ -243,7 +243,8 @@ class ReMoRA:
         first_values = {}
         for name, layer in layers.items():
             first = layer.spec.first_value(self.config.first_seed(name, cycle))
-            if first.any():  # LoRA's A
+            # LoRA's A; MoRA matrices are zero, as `reset_group` leaves them
+            if first.any():
                 first_values[layer.value] = layer.shard(first)
         if first_values:
             zero.set_fp32(self.engine, first_values)

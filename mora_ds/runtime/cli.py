@@ -53,8 +53,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
     `restartable`: signals make the run save and stop (`runtime/signals.py`).
     """
-    # What DeepSpeed calls of torch, and this program of transformers, on every rank: the
-    # user cannot change that.
+    # DeepSpeed calls the one, this program the other, on every rank: the user cannot change
+    # that
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
@@ -191,7 +191,8 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 def check_device(name: str) -> None:
     """Raise `UserError`, which names --device, where torch has no device of that name."""
-    import torch  # the other programs of this module start without it
+    # Imported here, as the other programs of this module start without it
+    import torch
 
     try:
         torch.zeros(1, device=name)

@@ -102,7 +102,8 @@ class Offer:
 
 def trim() -> None:
     """Return freed memory to the system, which glibc would keep in the heap."""
-    with suppress(AttributeError):  # another C library
+    # Another C library has no such function
+    with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

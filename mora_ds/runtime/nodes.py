@@ -19,7 +19,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     Rank 0 creates a file, and the others look for it. Its name is new in every run: clients
     of network file systems remember names that they did not find.
     """
-    # That of rank 0 counts
+    # All ranks take the name that rank 0 has drawn
     name = f".seen-by-all-{uuid4().hex}"
 
     def create() -> str:

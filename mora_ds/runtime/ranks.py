@@ -110,7 +110,8 @@ class Ranks:
         try:
             result = work()
         except Exception as raised:
-            if _is_shared(raised):  # by a check inside of `work`
+            if _is_shared(raised):
+                # All ranks have it, by a check inside of `work`
                 raise
             error = raised
         self._meet(check, None, error, long)
@@ -175,7 +176,8 @@ class Ranks:
         """
         if self.world == 1 or _is_shared(error):
             return
-        error.is_shared = True  # type: ignore[attr-defined]  # it is reported once
+        # So that it is reported once
+        error.is_shared = True  # type: ignore[attr-defined]
         self._meet(None, None, error)
 
     def _meet(
@@ -204,7 +206,7 @@ class Ranks:
         if failure is None:
             return [outcome.value for outcome in outcomes]
         if error is not None and not _is_expected(error):
-            # Here it has its traceback
+            # On the rank that has raised it, it keeps its traceback
             failure = error
         failure.is_shared = True  # type: ignore[attr-defined]
         raise failure from error if failure is not error else None
@@ -234,7 +236,7 @@ class Ranks:
             if check is None:
                 return None
             if time.monotonic() - since < limit:
-                # A rank has ended
+                # A rank has ended: the connection to it was closed before the limit
                 raise
             raise RunError(
                 f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "

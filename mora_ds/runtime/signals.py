@@ -89,7 +89,8 @@ def leave(code: int) -> NoReturn:
     correct results (2.13).
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # the reader has ended; the exit code still counts
+        # Where the reader has ended, the exit code still counts
+        with suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)
 

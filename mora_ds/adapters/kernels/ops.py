@@ -68,7 +68,8 @@ _ON_META: dict[str, Any] = {
 
 def _in_triton(name: str) -> Any:
     def call(*arguments: Any) -> Any:
-        from mora_ds.adapters.kernels import triton_ops  # triton is an optional dependency
+        # Imported at the first call, as triton is an optional dependency
+        from mora_ds.adapters.kernels import triton_ops
 
         return getattr(triton_ops, name)(*arguments)
 

@@ -109,7 +109,7 @@ def plan_gather_sum(
     shared = row * number_bytes <= _SHARED
     width = max(row if shared else 0, chunk)
     half = 0 if cos is None else cos.shape[1]
-    # `half` is given in units of 8: Triton sees that 16 divides an argument, not that 8 does
+    # In units of 8, as Triton sees that 16 divides an argument, not that 8 does
     unit = 8 if half % 8 == 0 else 1
     return Launch(
         _gather_sum,
@@ -246,7 +246,8 @@ def _accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # triton's interpreter
+    if device.type != "cuda":
+        # In triton's interpreter
         return 2
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count

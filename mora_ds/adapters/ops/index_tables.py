@@ -94,7 +94,7 @@ class IndexMap:
         if self.missing is not None:
             total.index_fill_(-1, self.missing, 0)
         for results, terms in self.additions:
-            # A copy, which autograd keeps: `total` shares memory with the terms, and changes
+            # A copy for autograd, as `total` shares memory with the terms, and changes
             total.index_add_(-1, results, gathered[..., terms].clone())
         # A copy without the other terms, which a layer that saves the result would keep too
         return total.contiguous()
