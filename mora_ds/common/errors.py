@@ -77,11 +77,11 @@ def whole_number(value: object, least: int, argument: str, otherwise: str = "") 
 
 
 @contextmanager
-def named_as_flags(*names: str, **others: str) -> Iterator[None]:
+def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
     """Within, a `UserError` names the flags of a program. The functions of Python's users
     name their arguments, `rank`, which here becomes --rank, where it is one of `names`, or
-    what `others` has for it."""
-    flags = {**{name: f"--{name}" for name in names}, **others}
+    what `renamed` has for it."""
+    flags = {**{name: f"--{name}" for name in names}, **renamed}
     try:
         yield
     except UserError as error:

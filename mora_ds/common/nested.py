@@ -17,6 +17,6 @@ def flattened(
     return flat
 
 
-def different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def different_keys(one: Mapping[str, Any], another: Mapping[str, Any]) -> list[str]:
     """The keys, sorted, of different values; a missing key has the value None."""
-    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    return sorted(key for key in {*one, *another} if one.get(key) != another.get(key))

@@ -192,17 +192,17 @@ def typed(hint: Any, value: Any, where: object) -> Any:
         # An unknown key first: where it is misspelt, another one is missing
         first = min(error.errors(), key=lambda detail: detail["type"] != unknown_key)
     steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]]
-    place = f"{where}{''.join(steps)}"
-    if not place.isprintable():
-        place = f"{where}: {shown(first['loc'])}"
+    entry_name = f"{where}{''.join(steps)}"
+    if not entry_name.isprintable():
+        entry_name = f"{where}: {shown(first['loc'])}"
     if first["type"] == "value_error":
         # Raised by a function that checks the value, or by the class that is made of it
-        raise UserError(f"{place}: {first['ctx']['error']}")
+        raise UserError(f"{entry_name}: {first['ctx']['error']}")
     problem = _PROBLEMS.get(first["type"], f"is refused: {first['msg']}")
     if first["type"] == "bounds":
         problem = first["msg"]
-    found = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-    raise UserError(f"{place} {problem}{found}")
+    got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+    raise UserError(f"{entry_name} {problem}{got}")
 
 
 @cache
@@ -269,10 +269,10 @@ def expanded(path: str | Path, flag: str = "") -> Path:
     where that is not known, and where the disk does not let one look whether anything is
     there."""
     try:
-        place = Path(path).expanduser()
+        full_path = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
-            place.stat()
-        return place
+            full_path.stat()
+        return full_path
     except OSError as error:
         # The name is too long, links form a loop, or a folder may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error

@@ -248,8 +248,8 @@ class BaseCheckpoint:
         prefix = f"{base_model_prefix}."
 
         def key_of(name: str) -> str | None:
-            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-            return keys.get(name, keys.get(other))
+            alias = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            return keys.get(name, keys.get(alias))
 
         mapping: dict[str, str] = {}
         lost = []

@@ -31,14 +31,14 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
     if settings is None:
         return {}
     text = config.get_text_config()
-    own = getattr(text, _PARAMETERS, None) or {}
-    if "rope_theta" not in own:
+    before = getattr(text, _PARAMETERS, None) or {}
+    if "rope_theta" not in before:
         raise UserError(
             f"{FLAG}: a {config.model_type} model has no rotary embeddings that are one for all layers"
         )
-    scaled = {"rope_theta": own["rope_theta"], **settings}
-    if "partial_rotary_factor" in own:
-        scaled["partial_rotary_factor"] = own["partial_rotary_factor"]
+    scaled = {"rope_theta": before["rope_theta"], **settings}
+    if "partial_rotary_factor" in before:
+        scaled["partial_rotary_factor"] = before["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
         # For these transformers takes max_position_embeddings as the original number
         return {_PARAMETERS: scaled}

@@ -67,8 +67,8 @@ def some_terms(spec, cycles=3):
 def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
     weight = random(*shape).float()
     quantized = held(weight)
-    assert quantized.packed.dtype is torch.uint8
-    assert quantized.packed.numel() == -(-weight.numel() // 2)
+    assert quantized.values.dtype is torch.uint8
+    assert quantized.values.numel() == -(-weight.numel() // 2)
     assert quantized.scales.dtype is torch.float32
     assert quantized.scales.numel() == -(-weight.numel() // BLOCK)
     error = (quantized.dense(torch.float32) - weight).abs()

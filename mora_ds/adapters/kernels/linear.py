@@ -121,10 +121,10 @@ class KernelProducts(LayerProducts):
         c = self.collect_once(g) if collected is None else collected
         z = self._folded(saved).unflatten(1, (-1, self.spec.r_hat))
         c = c.view(len(z), self.tables.blocks_out, self.spec.r_hat)
-        parts: Tensor = ops.product(c, z)
-        if len(parts) == 1:
-            return parts[0]
-        gradient: Tensor = ops.sum_parts(parts, g.dtype)
+        partial_sums: Tensor = ops.product(c, z)
+        if len(partial_sums) == 1:
+            return partial_sums[0]
+        gradient: Tensor = ops.sum_parts(partial_sums, g.dtype)
         return gradient
 
     def _fold(self, x: Tensor) -> Tensor:
