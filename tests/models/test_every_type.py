@@ -68,11 +68,8 @@ def check_merged(model):
     assert layers, "no matrix gets a gradient"
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.value.data = (
-                0.05 * torch.randn(layer.value.shape)
-                if layer.value.grad.any()
-                else layer.value.data
-            )
+            if layer.value.grad.any():
+                layer.value.data = 0.05 * torch.randn(layer.value.shape)
             module = model.get_submodule(name)
             delta = delta_weight(layer.spec, layer.value.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta

@@ -195,9 +195,8 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):
         assert read[name].dtype == tensor.dtype, name
         assert torch.equal(read[name].double(), tensor.double()), name
         assert shape_dtype(handle, name) == (tuple(tensor.shape), tensor.dtype)
-        assert (
-            8 + length + header[name]["data_offsets"][0]
-        ) % tensor.dtype.itemsize == 0, name
+        begin = 8 + length + header[name]["data_offsets"][0]
+        assert begin % tensor.dtype.itemsize == 0, name
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
 

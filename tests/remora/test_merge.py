@@ -39,11 +39,8 @@ def test_after_many_merges_every_rank_holds_the_replayed_ledger(
     assert ledger.cycles == merges
     assert_replayed(ranks, tmp_path)
     for cycle, report in enumerate(ranks[0]["reports"]):
-        assert (report["cycle"], report["step"], report["layers"]) == (
-            cycle,
-            cycle + 1,
-            len(ranks[0]["weights"]),
-        )
+        assert (report["cycle"], report["step"]) == (cycle, cycle + 1)
+        assert report["layers"] == len(ranks[0]["weights"])
         tolerance = 1e-6 if dtype == "float32" else 2e-2
         assert report["loss_after"] == pytest.approx(report["loss_before"], abs=tolerance)
         assert (report["rounding_loss"] == 0.0) == (dtype == "float32")
@@ -61,13 +58,12 @@ def check_norms(report, base, ledger):
         entry.operator.delta_weight(ledger.square(0, name))
         for name, entry in entries.items()
     ]
-    assert report["square_norm"] == pytest.approx(
-        norm(ledger.square(0, name) for name in entries), rel=1e-5
-    )
-    assert report["delta_norm"] == pytest.approx(norm(deltas), rel=1e-5)
-    assert report["weight_norm"] == pytest.approx(
-        norm(base.read(f"{name}.weight") for name in entries), rel=1e-5
-    )
+    norms = {
+        "square_norm": norm(ledger.square(0, name) for name in entries),
+        "delta_norm": norm(deltas),
+        "weight_norm": norm(base.read(f"{name}.weight") for name in entries),
+    }
+    assert {name: report[name] for name in norms} == pytest.approx(norms, rel=1e-5)
     return deltas
 
 
@@ -80,11 +76,9 @@ def one_merge_each(folder):
 
 def check_rounding(results, folder):
     """What bf16 does not take up of a merge."""
-    (report,), base, ledger = (
-        results["reports"],
-        BaseCheckpoint.open(folder / "base"),
-        Ledger.open(folder / "out/ledger"),
-    )
+    (report,) = results["reports"]
+    base = BaseCheckpoint.open(folder / "base")
+    ledger = Ledger.open(folder / "out/ledger")
     deltas = check_norms(report, base, ledger)
     lost = [
         results["weights"][name].double()

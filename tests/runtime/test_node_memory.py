@@ -77,9 +77,8 @@ def test_places_are_told_by_file_and_offset(tmp_path):
         for _ in range(2)
     )
     mappings = Mappings.read()
-    assert (
-        mappings.place_of(one) == mappings.place_of(another) != mappings.place_of(one[1:])
-    )
+    assert mappings.place_of(one) == mappings.place_of(another)
+    assert mappings.place_of(one) != mappings.place_of(one[1:])
     assert mappings.place_of(one[page + 7 :]).endswith(f" @{page + 7}")
     assert str(path.stat().st_ino) in mappings.place_of(one)
     assert mappings.place_of(one[:0]) is None

@@ -18,22 +18,14 @@ def mean_shares(user, folder, rank):
 
 def test_a_span_as_large_as_the_weight_holds_everything(user, tmp_path):
     shares = mean_shares(user, tmp_path, rank=10_000)
-    assert (
-        shares["MoRA, rotate"]
-        == shares["LoRA at its start"]
-        == shares["best of LoRA's rank"]
-        == 100.0
-    )
+    for span in ("MoRA, rotate", "LoRA at its start", "best of LoRA's rank"):
+        assert shares[span] == 100.0
 
 
 def test_a_smaller_span_holds_less_and_the_best_one_most(user, tmp_path):
     shares = mean_shares(user, tmp_path, rank=2)
-    assert (
-        shares["LoRA at its start"]
-        < shares["LoRA, A turned to the gradient"]
-        <= shares["best of LoRA's rank"]
-        < 100
-    )
+    turned = shares["LoRA, A turned to the gradient"]
+    assert shares["LoRA at its start"] < turned <= shares["best of LoRA's rank"] < 100
 
 
 def test_a_text_that_is_too_short_is_told(user, tmp_path):

@@ -46,12 +46,8 @@ def test_two_pairs_are_known_by_heart(tmp_path, user):
     named = {result["method"]: result for result in results}
     assert set(named) == {"full", "lora", "mora", "remora"}
     assert len(results) == 4
-    assert (
-        named["mora"]["trained"]
-        == named["remora"]["trained"]
-        <= named["lora"]["trained"]
-        < named["full"]["trained"]
-    )
+    trained = {method: result["trained"] for method, result in named.items()}
+    assert trained["mora"] == trained["remora"] <= trained["lora"] < trained["full"]
     assert named["full"]["accuracy"][-1] >= 0.9
     assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in told

@@ -15,7 +15,6 @@ import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import read_json
 from mora_ds.models.base import write_own_base
 from mora_ds.train.run import _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
@@ -158,9 +157,7 @@ def wrong_calls(folder):
         assert_refused(CALLS_OF_A_RUN, scope, ENGINE=engine, MODEL=engine.module)
     run.save(2)
     run.merge(3)
-    assert [
-        cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]
-    ] == [2, 3]
+    assert [record.step for record in run.remora.ledger.records] == [2, 3]
     run.save(5)
     for call in (run.merge, run.save):
         with user_error("`step` must be a whole number from 5 on, got 4"):
@@ -271,6 +268,5 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
     }
     assert_refused(CALLS, mora_ds, **objects)
     assert not (tmp_path / "new").exists()
-    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == (
-        "q_proj",
-    )
+    config = MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"])
+    assert config.target_modules == ("q_proj",)

@@ -33,10 +33,10 @@ def test_the_next_commands_have_the_paths_of_the_run():
     arguments = parse(["--output_dir", "runs/law"])
     lines = closing(arguments, SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
-    assert (
-        lines[-2]
-        == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+    command = (
+        "mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
     )
+    assert lines[-2] == f"export      {command}"
     with_domains = replace(arguments, research={"domain_adapters": True})
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
 
