@@ -32,8 +32,6 @@ from mora_ds.runtime.cli import (
 def main() -> None:
     options = _parser().parse_args()
     check_scoring(options)
-    if not options.sets:
-        raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     sets = read_sets(options)
     with scaled(options.model, options.delta_scale, options.base) as path:
         target = load_target(
@@ -63,6 +61,8 @@ def main() -> None:
 
 def check_scoring(options: argparse.Namespace) -> None:
     """Raise `UserError` for wrong values of `scoring_flags`."""
+    if not options.sets:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     check_writable("--json", options.json)
     check_device(options.device)
     refuse(wrong_values(options, {"batch_size": COUNT, "max_documents": COUNT}))

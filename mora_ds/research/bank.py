@@ -274,8 +274,6 @@ def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
 def main() -> None:
     options = _parser().parse_args()
     check_scoring(options)
-    if not options.sets:
-        raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     sets = read_sets(options)
     bank = AdapterBank.open(
         options.model,

@@ -24,7 +24,6 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
@@ -93,8 +92,6 @@ class Job:
         self.state = TrainerState()
         self.trainable_parameters = 0
         self.total_parameters = count_parameters(self.engine)
-        parameters = f"all {self.total_parameters:,} parameters"
-        logger.info(f"nothing is trained: {parameters} stay as they are")
         self.engine.to(current_device()).requires_grad_(False)
 
     def _start_full_training(self) -> None:
@@ -177,7 +174,7 @@ class Job:
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if by_documents else "dense",
         }
-        if training.optimizer != OptimizerKind.ADAMW.value:
+        if training.has_muon:
             identity["optimizer"] = training.optimizer
         if training.decay_from is not None:
             identity |= self.start.branch

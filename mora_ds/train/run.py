@@ -109,16 +109,17 @@ class Run:
         verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
-            what = f"got a {type(engine).__name__}"
             raise UserError(
-                f"Run: `engine` must be what mora_ds.initialize returns first, {what}"
+                f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
             )
         if not isinstance(base, BaseCheckpoint):
             base = as_path(base, "Run: `base`")
         if resume is not None:
             as_path(resume, "Run: `resume`")
         config = config_of(engine.module)
-        _scheduler_state(engine.lr_scheduler)  # refuses one before anything is trained
+        # One that no checkpoint can hold is refused here, before anything is trained.
+        _scheduler_state(engine.lr_scheduler)
+
         self.engine = engine
         self._gradient_of: int | None = None
         """The micro-batch of the newest backward pass; `engine.step` goes on to the next."""
@@ -126,18 +127,22 @@ class Run:
         # Not of `value`: beside domains that one may be frozen, and has no gradient.
         trained = next(first_layer.parameters(recurse=False))
         trained.register_hook(self._note_gradient)
+
         self.folder = as_path(folder, "Run: `folder`")
-        self.ranks = Ranks.current() if ranks is None else ranks
         if ranks is None:
-            self.ranks.on_first(
+            ranks = Ranks.current()
+            ranks.on_first(
                 "output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True)
             )
-            check_shared(self.folder, self.ranks)
+            check_shared(self.folder, ranks)
+        self.ranks = ranks
+
         if not isinstance(base, BaseCheckpoint):
             base = BaseCheckpoint.open(base, "base")
         is_mapped = keys is not None
         keys = self._map(base) if keys is None else dict(keys)
-        fingerprint = base.fingerprint(ranks=self.ranks)
+        fingerprint = base.fingerprint(ranks=ranks)
+
         self.identity = run_identity(fingerprint, config, identity)
         # With its state comes a checkpoint that is verified, and compared with this run.
         if isinstance(resume, Path) and state is not None:
@@ -147,8 +152,9 @@ class Run:
         if checkpoint is not None and state is None:
             state = TrainerState.read(checkpoint)
             check_identity(checkpoint, state.identity, self.identity)
-        new_state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        new_state = TrainerState(world_size=ranks.world, identity=self.identity)
         self.state = state or new_state
+
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, base, keys)
         dtype = dtype_name(first_layer.dtype)
@@ -158,7 +164,7 @@ class Run:
         self._tokenizer_folder = tokenizer_folder
         self._facts = {"operator": config.title, **(facts or {})}
         self.checkpoints = CheckpointWriter(
-            self.folder / CHECKPOINTS, engine, self._gather, async_save, self.ranks
+            self.folder / CHECKPOINTS, engine, self._gather, async_save, ranks
         )
         if checkpoint is not None:
             self._restore(checkpoint)
