@@ -81,11 +81,6 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
     return TensorPlan(degree, styles, tuple(blocks), tuple(summed), reasons)
 
 
-def is_attention(block: nn.Module) -> bool:
-    """Whether a block is computed in attention heads."""
-    return hasattr(block, "head_dim") or hasattr(block, "head_size")
-
-
 def _planned(model: nn.Module, name: str) -> str:
     """The style that the model's plan has for a module; "" for none."""
     plan = getattr(text_config(model), "base_model_tp_plan", None) or {}
@@ -107,7 +102,9 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
     styles = list(wanted.values())
     if SUMMED in styles or styles.count(Style.ROWWISE.value) != 1 or len(styles) < 2:
         return "the model's plan has no pair of colwise and rowwise here"
-    if is_attention(model.get_submodule(block)):
+    module = model.get_submodule(block)
+    if hasattr(module, "head_dim") or hasattr(module, "head_size"):
+        # Attention is split by heads
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
         if heads % degree or shared % degree:

@@ -24,14 +24,8 @@ from mora_ds.adapters.domains import DomainLinear
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
-from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
-from mora_ds.adapters.ops.mora import (
-    OperatorSpec,
-    compress,
-    decompress_transpose,
-    spread_out,
-)
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 from mora_ds.common.errors import UserError
@@ -180,7 +174,7 @@ class LayerSplit:
         fixed order too, so that it is the same to the bit on all processes."""
         z = sum_gradient(compress(spec, x), self.topology)
         u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
-        return linear_map(u, partial(spread_out, spec), partial(decompress_transpose, spec))
+        return decompress(spec, u)
 
 
 def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ symbol that an upgrade has moved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import deepspeed.comm as comm
@@ -142,16 +141,15 @@ def sum_gradient(x: Tensor, topology: Topology) -> Tensor:
 
 def all_gather(shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
     """(..., share of R) -> (..., R); the gradient is this process's slice."""
-    return linear_map(shard, partial(_whole, topology, r_hat), partial(_slice, topology))
 
+    def whole(shard: Tensor) -> Tensor:
+        return topology.gather(shard.movedim(-1, 0), r_hat).movedim(0, -1)
 
-def _whole(topology: Topology, r_hat: int, shard: Tensor) -> Tensor:
-    return topology.gather(shard.movedim(-1, 0), r_hat).movedim(0, -1)
+    def in_share(gradient: Tensor) -> Tensor:
+        start, stop = topology.share(r_hat)
+        return gradient[..., start:stop]
 
-
-def _slice(topology: Topology, z: Tensor) -> Tensor:
-    start, stop = topology.share(z.shape[-1])
-    return z[..., start:stop]
+    return linear_map(shard, whole, in_share)
 
 
 class Sum(torch.autograd.Function):

@@ -72,16 +72,6 @@ def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
     return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
 
 
-def maker_of(weight: Weight) -> Maker | None:
-    """What it keeps beside the parts: how they make a weight; None for a dense one."""
-    return None if isinstance(weight, Tensor) else weight.maker
-
-
-def weight_of(make: Maker | None, values: Tensor, scales: Tensor | None) -> Weight:
-    """The weight of these parts."""
-    return values if make is None or scales is None else make(values, scales)
-
-
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight (O, D) to multiply by: a dense one itself, or a new tensor."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)

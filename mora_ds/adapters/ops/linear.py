@@ -27,10 +27,8 @@ from mora_ds.adapters.ops.frozen import (
     dense,
     input_gradient,
     linear,
-    maker_of,
     parts_of,
     product,
-    weight_of,
 )
 from mora_ds.adapters.ops.mora import (
     Maps,
@@ -117,7 +115,7 @@ class _MoRALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.products = products
         ctx.by_weight = by_weight
-        ctx.make = maker_of(weight)
+        ctx.make = None if isinstance(weight, Tensor) else weight.maker
         saved = products.saved_input(x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
         whole = products.whole(square)
@@ -130,8 +128,8 @@ class _MoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products
-        saved, square, *weight_tensors = ctx.saved_tensors
-        weight = weight_of(ctx.make, *weight_tensors)
+        saved, square, values, scales = ctx.saved_tensors
+        weight = values if ctx.make is None else ctx.make(values, scales)
         collected = None if ctx.by_weight else products.collect_once(g)
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
