@@ -60,10 +60,10 @@ class Encoder:
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )["input_ids"]
+        )
         start = [] if self.start_id is None else [self.start_id]
         rows = []
-        for document, ids in zip(batch, encoded, strict=True):
+        for document, ids in zip(batch, encoded["input_ids"], strict=True):
             before = start if document.begins else []
             after = [self.eos_id] if document.ends else []
             rows.append(np.asarray([*before, *ids, *after], self.dtype))

@@ -88,8 +88,9 @@ class ResearchHooks(Hooks):
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)
         if names := self.domains.names:
-            each = "each with its own MoRA matrix in every layer"
-            logger.info(f"{len(names)} domains, {each}: {', '.join(names)}")
+            logger.info(
+                f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}"
+            )
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
             self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 

@@ -122,11 +122,12 @@ def _effective_rank(values: Tensor) -> float:
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
     """(name, its updates) of every matrix of a layer: of experts one after the other."""
-    members = [list(spec.members(module, value)) for spec, value in updates]
-    return [
-        (history[0][0], [(spec, square) for _, spec, square in history])
-        for history in zip(*members, strict=True)
-    ]
+    by_update = [list(spec.members(module, value)) for spec, value in updates]
+    by_matrix = []
+    for history in zip(*by_update, strict=True):
+        name = history[0][0]
+        by_matrix.append((name, [(spec, square) for _, spec, square in history]))
+    return by_matrix
 
 
 def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:

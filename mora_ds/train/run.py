@@ -380,10 +380,8 @@ class Run:
 
         if resume is not None:
             return self.ranks.on_first("checkpoint to resume from", find, long=True)
-        if (
-            self.ranks.on_first("another run in the output folder", holds_run)
-            and not overwrite
-        ):
+        is_another = self.ranks.on_first("another run in the output folder", holds_run)
+        if is_another and not overwrite:
             raise UserError(
                 f'{self.folder} holds another run: choose another folder, or resume="auto"'
             )

@@ -137,10 +137,8 @@ class Trainer:
         state = self.state
         evaluator = self.evaluator
         if self.is_finished:
-            logger.info(
-                evaluator.forgotten
-                or f"all {state.step} steps of this run are done: nothing left to train"
-            )
+            done = f"all {state.step} steps of this run are done: nothing left to train"
+            logger.info(evaluator.forgotten or done)
             return
         state.finished = False
         self.memory.end("start")
