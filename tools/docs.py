@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -37,31 +38,18 @@ SCRIPTS = {
 
 # -- command line ------------------------------------------------------------------------------------------------------
 class _Parsed(Exception):
-    """Raised in place of parsing: carries the parser that a program has built."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        super().__init__()
-        self.parser = parser
+    """Raised in place of parsing."""
 
 
 def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
-    """The parser that `main` builds, without running the program. Raises AssertionError if
-    it builds none.
-    """
-
-    def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        raise _Parsed(self)
-
-    with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
-        mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
-        mock.patch.object(sys, "argv", ["program"]),
-    ):
-        try:
+    """The parser that `main` builds, without running the program."""
+    with mock.patch.object(
+        argparse.ArgumentParser, "parse_known_args", autospec=True, side_effect=_Parsed
+    ) as parse:
+        with suppress(_Parsed):
             main()
-        except _Parsed as parsed:
-            return parsed.parser
-    raise AssertionError(f"{main} parses no command line")
+        parser: argparse.ArgumentParser = parse.call_args.args[0]
+        return parser
 
 
 def cli_page() -> str:

@@ -33,12 +33,12 @@ OPTIONS = {
     "`--streaming`": "--streaming",
     "`--async_save`": "--async_save",
 }
-STAGES = {
-    "ZeRO 1": "zero1.json", "ZeRO 2": "zero2.json", "ZeRO-3": "zero3.json", "offload": "zero3_offload_optimizer.json",
-}  # fmt: skip
 COLUMNS = {
     "ReMoRA merges": OPTIONS["ReMoRA (`--merge_every`)"],
-    **{name: f"--deepspeed configs/{file}" for name, file in STAGES.items()},
+    "ZeRO 1": "--deepspeed configs/zero1.json",
+    "ZeRO 2": "--deepspeed configs/zero2.json",
+    "ZeRO-3": "--deepspeed configs/zero3.json",
+    "offload": "--deepspeed configs/zero3_offload_optimizer.json",
     "Muon": OPTIONS["`--optimizer muon`"],
     "LoRA": OPTIONS["`--adapter lora`"],
     "tensor parallel": OPTIONS["`--tensor_parallel_size`"],

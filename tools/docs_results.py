@@ -64,12 +64,12 @@ def memory() -> list[str]:
     for model, (gpus, _) in plans.MEMORY.items():
         for method in plans.METHODS:
             nbytes = known[model, method, gpus]["bytes"]
-            base, held, peak = (
+            base, static, peak = (
                 f"{nbytes[name] / 1e9:,.2f} GB" for name in ("base", "held", "peak")
             )
             if "full" in method:
                 base = "sharded"
-            body.append(table_row(f"{model}, {method}", base, held, peak))
+            body.append(table_row(f"{model}, {method}", base, static, peak))
     return body
 
 
@@ -106,10 +106,10 @@ def traffic() -> list[str]:
 
 
 # -- benchmarks --------------------------------------------------------------------------------------------------------
-def benchmark(file: str, part: str) -> list[str]:
-    """The table `part` of a benchmark's JSON, below the command and the machine."""
+def benchmark(file: str, table: str) -> list[str]:
+    """The table `table` of a benchmark's JSON, below the command and the machine."""
     result = read_json(plans.DATA / file)
-    titles, *rows = result["tables"][part]
+    titles, *rows = result["tables"][table]
     return ["", f"{_origin(file, result)}:", "", *number_table(titles, rows), ""]
 
 

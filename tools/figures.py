@@ -1,8 +1,7 @@
 """Draw the figures of the documentation as SVG, from the JSON of `tools/bench/learning.py`
 alone.
 
-    python tools/figures.py                                     draws docs/assets/*.svg (needs matplotlib)
-    python tools/figures.py --learning FILE --output FOLDER     draws one file of tools/bench/learning.py --json FILE
+    python tools/figures.py         draws docs/assets/*.svg (needs matplotlib)
 
 A figure has the name of its JSON. Text stays text, and colours follow the reader's light or
 dark scheme.
@@ -18,7 +17,6 @@ from typing import Any
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mora_ds.runtime.cli import command_parser
 from tools.plans import DATA, ROOT
 from tools.runs import Row, best_rows
 
@@ -70,13 +68,11 @@ DRAWN_RANK = 2
 """Of the ranks that one JSON compares."""
 
 
-def draw(path: Path, folder: Path) -> None:
-    """Draw the curves of both texts into `folder`, at one rank."""
-    methods = DRAWN.get(path.stem, tuple(STYLES))
-    rows = [row for row in best_rows(path) if row.method in methods]
-    ranks = {row.rank for row in rows if row.rank}
-    rank = DRAWN_RANK if DRAWN_RANK in ranks else min(ranks, default=0)
-    rows = [row for row in rows if row.rank in (0, rank)]
+def draw(name: str, folder: Path) -> None:
+    """Draw the curves of both texts of data/NAME.json into `folder`, at one rank."""
+    rows = [row for row in best_rows(DATA / f"{name}.json") if row.method in DRAWN[name]]
+    if len({row.rank for row in rows if row.rank}) > 1:
+        rows = [row for row in rows if row.rank in (0, DRAWN_RANK)]
     start = next((row for row in rows if row.method == "none"), None)
     figure, panels = _panels()
     for axis, text in zip(panels, ("new", "old"), strict=True):
@@ -94,7 +90,7 @@ def draw(path: Path, folder: Path) -> None:
         labelcolor=INK,
         fontsize=10,
     )
-    target = folder / f"{path.stem.replace('_', '-')}.svg"
+    target = folder / f"{name.replace('_', '-')}.svg"
     _save(figure, target, "Perplexity of the new and the old text during training")
 
 
@@ -178,24 +174,8 @@ def _save(figure: Any, path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "--learning",
-        type=Path,
-        metavar="FILE",
-        help="draw only this JSON of tools/bench/learning.py",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS,
-        metavar="FOLDER",
-        help="where it is drawn",
-    )
-    options = parser.parse_args()
-    shipped = [DATA / f"{name}.json" for name in DRAWN]
-    for path in [options.learning] if options.learning else shipped:
-        draw(path, options.output)
+    for name in DRAWN:
+        draw(name, ASSETS)
 
 
 if __name__ == "__main__":

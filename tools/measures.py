@@ -1,23 +1,24 @@
 """How large the code is and how easy to read, counted from its syntax trees: names and line
 breaks cost nothing there.
 
-    python tools/measures.py                                        mora_ds, tools and tests, as one table
-    python tools/measures.py --root ANOTHER_CHECKOUT
+    python tools/measures.py            mora_ds, tools and tests, as one table
 
 Nodes leave out docstrings and the contexts Load, Store and Del. A line of code is one that
 is neither empty nor only a comment or a docstring.
 """
 
-import argparse
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mora_ds.runtime.cli import table
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mora_ds", "tools", "tests")
 VAGUE_NAMES = frozenset(
     (
@@ -30,23 +31,12 @@ OPERATOR_KINDS = "OperatorKind"
 """The enumeration whose members tell one operator from another, as the classes whose names
 end in Spec do.
 """
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 Measures = dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path(__file__).parents[1],
-        help="the checkout to measure",
-    )
-    root = parser.parse_args().root
-    measured = {package: measure(root / package) for package in PACKAGES}
-    measured["mora_ds"]["flags of training"] = count_flags(root / "mora_ds" / "config")
+    measured = {package: measure(ROOT / package) for package in PACKAGES}
+    measured["mora_ds"]["flags of training"] = count_flags(ROOT / "mora_ds" / "config")
     print("\n".join(table(as_table(measured))))
 
 
@@ -64,27 +54,23 @@ def measure(folder: Path) -> Measures:
     """{name of a measure: its value} over all modules under `folder`."""
     sources = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
-    code_lines = [line for source in sources for line in lines_of_code(source)]
+    lines = [line for source in sources for line in lines_of_code(source)]
     comments = sum(count_comment_lines(source) for source in sources)
-    functions = [node for node in nodes if isinstance(node, Function)]
-    assignments = [node for node in nodes if isinstance(node, ast.Assign)]
-    packed = [assignment for assignment in assignments if is_packed(assignment)]
+    kinds = sum(asks_for_kind(node) for node in nodes)
     vague = [name for name in bound_names(nodes) if name.lstrip("_") in VAGUE_NAMES]
-    thousand_lines = max(len(code_lines), 1) / 1000
+    assignments = [node for node in nodes if isinstance(node, ast.Assign)]
+    packed = sum(is_packed(assignment) for assignment in assignments)
+    thousand_lines = len(lines) / 1000
     return {
         "nodes of the syntax tree": count_nodes(nodes),
-        "lines of code": len(code_lines),
-        "functions": len(functions),
-        "places that ask for an operator's kind": sum(
-            asks_for_kind(node) for node in nodes
-        ),
+        "lines of code": len(lines),
+        "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
+        "places that ask for an operator's kind": kinds,
         "names that say nothing, in 1,000 lines": round(len(vague) / thousand_lines, 1),
         "assignments of several packed values, %": round(
-            100 * len(packed) / max(len(assignments), 1), 1
+            100 * packed / len(assignments), 1
         ),
-        "characters a line, without indentation": round(
-            sum(map(len, code_lines)) / max(len(code_lines), 1), 1
-        ),
+        "characters a line, without indentation": round(fmean(map(len, lines)), 1),
         "comment lines in 1,000 lines": round(comments / thousand_lines, 1),
     }
 
@@ -93,18 +79,13 @@ def count_flags(config: Path) -> int:
     """Flags of training: the fields of the classes of settings, which the decorator
     `documented` marks.
     """
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in config.glob("*.py")]
-    classes = [
-        node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-    ]
-    settings = [
-        node
-        for node in classes
-        if any(ast.unparse(mark) == "documented" for mark in node.decorator_list)
-    ]
-    return sum(
-        isinstance(statement, ast.AnnAssign) for node in settings for statement in node.body
-    )
+    flags = 0
+    for path in config.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            marks = map(ast.unparse, getattr(node, "decorator_list", []))
+            if isinstance(node, ast.ClassDef) and "documented" in marks:
+                flags += sum(isinstance(field, ast.AnnAssign) for field in node.body)
+    return flags
 
 
 def count_nodes(nodes: list[ast.AST]) -> int:
@@ -115,18 +96,20 @@ def count_nodes(nodes: list[ast.AST]) -> int:
     return counted - 2 * sum(docstring(node) is not None for node in nodes)
 
 
-def docstring(node: ast.AST) -> ast.expr | None:
-    """The constant that documents a module, class or function."""
-    if not isinstance(node, ast.Module | ast.ClassDef | Function) or not node.body:
+def docstring(node: ast.AST) -> ast.stmt | None:
+    """The statement that documents a module, class or function."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not node.body:
         return None
-    first = node.body[0]
-    if (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    ):
-        return first.value
-    return None
+    return node.body[0] if is_text(node.body[0]) else None
+
+
+def is_text(node: ast.AST) -> bool:
+    """Whether it is a string that stands alone: a docstring, or what documents a field."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def lines_of_code(source: str) -> list[str]:
@@ -135,11 +118,7 @@ def lines_of_code(source: str) -> list[str]:
     """
     texts: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
+        if isinstance(node, ast.Expr) and is_text(node):
             texts.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = [
         line.strip()
@@ -151,10 +130,8 @@ def lines_of_code(source: str) -> list[str]:
 
 def count_comment_lines(source: str) -> int:
     """Lines that are a comment and nothing else; not the marks that other tools read."""
-    comments = [
-        line.strip() for line in source.splitlines() if line.strip().startswith("#")
-    ]
-    return sum(not comment.startswith(("# fmt:", "#!")) for comment in comments)
+    comment = re.compile(r"^\s*#(?!!| fmt:)", re.MULTILINE)
+    return len(comment.findall(source))
 
 
 def bound_names(nodes: list[ast.AST]) -> Iterator[str]:

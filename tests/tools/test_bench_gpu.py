@@ -19,9 +19,9 @@ from tests.helpers.tools import call, tool
 QUESTIONS = ("ceilings", "operators", "layer", "attention", "step", "resume")
 
 
-def answers(folder, questions, *flags):
+def answers(folder, questions):
     for question in questions:
-        call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
+        call("bench/gpu", question, "--toy", "--json", f"{folder}/{question}.json")
     contents = {
         question: read_json(Path(folder, f"{question}.json")) for question in questions
     }
@@ -54,15 +54,14 @@ def test_it_names_every_question():
 
 
 def test_every_question_runs_at_toy_size(tmp_path):
-    tables = run_alone(answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
+    tables = run_alone(answers, str(tmp_path), QUESTIONS)
     check(tables, "only a GPU can say")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_question_runs_on_a_gpu(tmp_path):
-    tables = run_alone(answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
-    check(tables, "0")
+    check(run_alone(answers, str(tmp_path), QUESTIONS), "0")
 
 
 def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):

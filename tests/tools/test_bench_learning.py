@@ -217,5 +217,11 @@ def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     assert [(row.method, row.rank, len(row.runs)) for row in best] == [
         ("full", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
     ]  # fmt: skip
-    figures.draw(tmp_path / "all.json", tmp_path)
-    assert (tmp_path / "all.svg").is_file()
+
+
+def test_the_figures_have_a_curve_for_every_method(tmp_path):
+    for name, methods in figures.DRAWN.items():
+        figures.draw(name, tmp_path)
+        text = (tmp_path / f"{name.replace('_', '-')}.svg").read_text()
+        labels = {figures.STYLES[method][0] for method in methods if method != "none"}
+        assert {label for label in labels if f">{label}<" in text} == labels

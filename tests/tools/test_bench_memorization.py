@@ -17,7 +17,7 @@ TOOL = REPOSITORY / "tools/bench/memorization.py"
 
 def test_bad_flags_are_named_before_anything_runs(tmp_path):
     for flags, message in (
-        ("--methods loar", "Did you mean 'lora'"),
+        ("--steps 20", "--steps must be above 20"),
         ("--batch 7 --micro_batch 2", "--batch 7 is no multiple"),
     ):
         with user_error(message):

@@ -16,29 +16,20 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     out = tmp_path / "found.json"
     call(
         "bench/scale",
-        "--models tiny --ranks 4 16 --json",
+        "--ranks 4 16 --json",
         out,
         "--folder",
         tmp_path / "work",
     )
     tables = read_json(out)["tables"]
-    titles, *rows = tables["phases"]
-    records = [dict(zip(titles, row, strict=True)) for row in rows]
-    for phase in scale.PHASES:
-        ranks = {row["ranks"] for row in records if row["phase"] == phase}
-        assert ranks == {"4", "16"}, phase
-    assert {row["setting"] for row in records} == {path.name for path in scale.CONFIGS}
-    titles, *lines = tables["CPU seconds"]
+    titles, *seconds = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
-    assert all(float(cell) >= 0 for cell in lines[0][1:])
-    for row in records:
-        if row["phase"] == "resume":
-            assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"
-    files = {
-        (row["ranks"], row["rank"], row["setting"]): row["files"]
-        for row in records
-        if row["phase"] == "save"
-    }
-    for (ranks, rank, setting), count in files.items():
-        # A save opens no more files where there are more ranks
-        assert count == files["4", rank, setting], ranks
+    assert all(float(cell) >= 0 for _, *cells in seconds for cell in cells)
+    lines = [name.split(", ") for name, *_ in seconds]
+    assert {phase for phase, _, _ in lines} == set(scale.PHASES)
+    assert {setting for _, setting, _ in lines} == {path.name for path in scale.CONFIGS}
+    for name, of_4, of_16 in tables["files"][1:]:
+        if name.startswith("resume"):
+            assert max(int(of_4), int(of_16)) <= 2, "its own shard, and the table on rank 0"
+        if name.startswith("save"):
+            assert of_4 == of_16, "a save opens more files where there are more ranks"

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,15 +95,6 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
             sources[name] = StreamSource(reader, encoder, SEQ_LEN, True, None)
         return mixture(sources, states)
 
-    built = _seconds_of(cached)
-    tokens = sum(
-        build_cache(corpus, tokenizer, folder / "cache").n_tokens
-        for corpus in corpora.values()
-    )
-    report.say(
-        f"{tokens:,} tokens; cached in {built:.1f} s ({tokens / built:,.0f} tokens/s in one process)"
-    )
-
     ways = {"cached": cached(), "streaming": streamed()}
     train = _training()
     train()
@@ -148,21 +139,20 @@ def _far(stream: Mixture) -> dict[str, Any]:
 
 
 def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
-    """Three sources of four shards each, by their share of the text."""
+    """The sources, by their share of the text."""
     texts = [document.text for document in domain_documents()]
     corpora = {}
     for name, weight in WEIGHTS.items():
-        lines: list[str] = []
+        path = folder / f"{name}.jsonl"
         size = 0
-        while size < megabytes * 1e6 * weight:
-            text = f"# {name} {len(lines)}\n{texts[len(lines) % len(texts)]}"
-            lines.append(json.dumps({"text": text}) + "\n")
-            size += len(text)
-        (folder / name).mkdir()
-        for shard in range(4):
-            text = "".join(lines[shard::4])
-            (folder / name / f"{shard}.jsonl").write_text(text, encoding="utf-8")
-        corpora[name] = load_corpus([str(folder / name / "*.jsonl")])
+        with path.open("w", encoding="utf-8") as file:
+            for number, text in enumerate(cycle(texts)):
+                # With its number no document is that of another source
+                document = {"text": f"# {name} {number}\n{text}"}
+                size += file.write(json.dumps(document) + "\n")
+                if size > megabytes * 1e6 * weight:
+                    break
+        corpora[name] = load_corpus([str(path)])
     return corpora
 
 

@@ -13,8 +13,7 @@ the energy, and Adam evens them out.
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,74 +31,53 @@ from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.models.decoder_layers import find_decoder_layers
 from mora_ds.models.load import load_model
 from mora_ds.runtime import cli
-from tools.bench.report import Numbers, Report, bench_parser
+from tools.bench.report import Report, bench_parser
 
 CONJUGATE_STEPS = 8
 
 
-@dataclass
-class Sums:
-    """What one linear layer has seen of some documents."""
-
-    gradient: Tensor
-    """Of the summed loss by the weight, (d_out, d_in) fp64."""
-    inputs: Tensor
-    """Summed over tokens, (d_in,) fp64."""
-
-    def add_inputs(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """A hook before the layer's forward pass."""
-        self.inputs += arguments[0].detach().flatten(0, -2).sum(0)
-
-
-NUMBERS: Numbers = {
-    "documents": (24, "that choose, and as many others that judge"),
-    "tokens": (160, "of each, from its start; shorter ones are left out"),
-    "rank": (8, "LoRA's; MoRA matrices have about as many parameters"),
-    "every": (10, "every how many decoder layers one is measured"),
-}
-
-
 def main() -> None:
-    parser = bench_parser(__doc__, NUMBERS)
+    defaults = {
+        "documents": (24, "that choose, and as many others that judge"),
+        "tokens": (160, "of each, from its start; shorter ones are left out"),
+        "rank": (8, "LoRA's; MoRA matrices have about as many parameters"),
+        "every": (10, "every how many decoder layers one is measured"),
+    }
+    parser = bench_parser(__doc__, defaults)
     parser.add_argument("--base", type=Path, nargs="+", required=True, help="model folders")
     parser.add_argument(
         "--new", type=Path, required=True, help="text that they are to learn, JSON lines"
     )
     options = parser.parse_args()
-    result = Report(options)
-    columns = [_shares_of(base, options) for base in options.base]
-    result.say(
+    report = Report(options)
+    columns = [_mean_shares(base, options) for base in options.base]
+    report.say(
         f"share of the gradient's energy in each span, over the weights measured, rank {options.rank}: "
         f"{options.documents} documents chose the spans, as many others judge"
     )
-    rows = [
-        [span, *(f"{100 * fmean(shares[span]):.1f}%" for shares in columns)]
-        for span in columns[0]
-    ]
-    result.show("mean", [["span, mean", *(base.name for base in options.base)], *rows])
-    result.write()
+    rows = [["span, mean", *(base.name for base in options.base)]]
+    for span in columns[0]:
+        rows.append([span, *(f"{100 * shares[span]:.1f}%" for shares in columns)])
+    report.show("mean", rows)
+    report.write()
 
 
-def _shares_of(base: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """{span: the share that it holds in each measured weight of `base`}."""
+def _mean_shares(base: Path, options: argparse.Namespace) -> dict[str, float]:
+    """{span: the share that it holds, as mean over the measured weights of `base`}."""
     model = load_model(base, torch.float32, flag="--base").eval()
     layers = _measured_layers(model, options.every)
     rows = _rows(base, options)
-    chosen = _sums(model, layers, rows[::2])
-    judged = _sums(model, layers, rows[1::2])
+    chosen, inputs = _sums(model, layers, rows[::2])
+    judged, _ = _sums(model, layers, rows[1::2])
     config = MoRAConfig(options.rank, operator="rotate", r_hat_multiple=1)
-    shares: dict[str, list[float]] = {}
+    of_layers = []
     for name, layer in layers.items():
         spec = operator_of(spec_of(config, name, layer, 0), name)
-        for span, share in _shares(
-            spec,
-            layer.weight.detach().double(),
-            chosen[name],
-            judged[name].gradient,
-            options.rank,
-        ):
-            shares.setdefault(span, []).append(share)
-    return shares
+        weight = layer.weight.detach().double()
+        of_layers.append(
+            _shares(spec, weight, chosen[name], inputs[name], judged[name], options.rank)
+        )
+    return {span: fmean(shares[span] for shares in of_layers) for span in of_layers[0]}
 
 
 def _measured_layers(model: Any, every: int) -> dict[str, nn.Linear]:
@@ -127,63 +105,68 @@ def _rows(base: Path, options: argparse.Namespace) -> list[Tensor]:
     )
 
 
-def _sums(model: Any, layers: dict[str, nn.Linear], rows: list[Tensor]) -> dict[str, Sums]:
-    sums = {
-        name: Sums(
-            torch.zeros(layer.weight.shape).double(),
-            torch.zeros(layer.in_features).double(),
-        )
-        for name, layer in layers.items()
+def _sums(
+    model: Any, layers: dict[str, Any], rows: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of each layer, in fp64: the gradient of the loss by its weight (d_out, d_in), and its
+    inputs (d_in,), both summed over the tokens of `rows`.
+    """
+    inputs = {
+        name: torch.zeros(layer.in_features).double() for name, layer in layers.items()
     }
 
-    hooks = [
-        layer.register_forward_pre_hook(sums[name].add_inputs)
-        for name, layer in layers.items()
-    ]
-    weights = {name: layer.weight for name, layer in layers.items()}
+    def add_inputs(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[name] += arguments[0].detach().flatten(0, -2).sum(0)
+
+    model.requires_grad_(False)
+    hooks = []
+    for name, layer in layers.items():
+        layer.weight.requires_grad_()
+        hooks.append(layer.register_forward_pre_hook(partial(add_inputs, name)))
     for ids in rows:
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        loss = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
-        for name, gradient in zip(
-            weights, torch.autograd.grad(loss, list(weights.values())), strict=True
-        ):
-            sums[name].gradient += gradient
+        nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
-    return sums
+    gradients = {name: layer.weight.grad.double() for name, layer in layers.items()}
+    model.zero_grad()
+    return gradients, inputs
 
 
 def _shares(
-    spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, rank: int
-) -> Iterator[tuple[str, float]]:
-    """(span, share of `judged` in it) for one weight."""
+    spec: OperatorSpec,
+    weight: Tensor,
+    chosen: Tensor,
+    inputs: Tensor,
+    judged: Tensor,
+    rank: int,
+) -> dict[str, float]:
+    """{span: share of the gradient `judged` in it} for one weight. `chosen` and `inputs`:
+    the gradient and the inputs of the documents that choose the spans."""
     side = spec.r_hat
-    total = judged.square().sum()
 
-    def between(left: Tensor, right: Tensor) -> float:
-        return float((left.T @ judged @ right).square().sum() / total)
+    def share_of(inside: Tensor) -> float:
+        return float(inside.square().sum() / judged.square().sum())
 
-    def of_inputs(right: Tensor) -> float:
-        return float((judged @ right).square().sum() / total)
-
-    yield "MoRA, rotate", float(_nearest_update(spec, judged).square().sum() / total)
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
-    yield "M between the weight's leading sides", between(left[:, :side], right[:side].T)
-    left, _, right = torch.linalg.svd(chosen.gradient, full_matrices=False)
-    yield "M between the gradient's sides", between(left[:, :side], right[:side].T)
-    drawn = torch.randn(
-        len(judged.T), rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    yield "LoRA at its start", of_inputs(torch.linalg.qr(drawn)[0])
-    yield "LoRA, A turned to the gradient", of_inputs(right[:rank].T)
-    yield (
-        "the mean input alone, as a bias",
-        of_inputs(chosen.inputs[:, None] / chosen.inputs.norm()),
-    )
-    yield (
-        "best of LoRA's rank",
-        float(torch.linalg.svdvals(judged)[:rank].square().sum() / total),
-    )
+    of_weight, _, to_weight = torch.linalg.svd(weight, full_matrices=False)
+    left, _, right = torch.linalg.svd(chosen, full_matrices=False)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(len(judged.T), rank, generator=generator, dtype=torch.float64)
+    mean_input = inputs / inputs.norm()
+    best = torch.linalg.svdvals(judged)[:rank]
+    return {
+        "MoRA, rotate": share_of(_nearest_update(spec, judged)),
+        "M between the weight's leading sides": share_of(
+            of_weight[:, :side].T @ judged @ to_weight[:side].T
+        ),
+        "M between the gradient's sides": share_of(
+            left[:, :side].T @ judged @ right[:side].T
+        ),
+        "LoRA at its start": share_of(judged @ torch.linalg.qr(drawn)[0]),
+        "LoRA, A turned to the gradient": share_of(judged @ right[:rank].T),
+        "the mean input alone, as a bias": share_of(judged @ mean_input),
+        "best of LoRA's rank": share_of(best),
+    }
 
 
 def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 within minutes.
 
     python tools/bench/gpu.py ceilings|operators|layer|attention|step|resume [--json FILE]
-    python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
+    python tools/bench/gpu.py ... --toy        the same code at toy sizes, without a GPU too: a test runs it
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
     operators   the kernels of every operator, grouping, dtype and path against plain torch in fp64 on the CPU; merges:
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
@@ -62,12 +62,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def main() -> None:
     options = _options()
-    options.device = torch.device(options.device)
-    options.on_gpu = options.device.type == "cuda"
-    if options.on_gpu and not torch.cuda.is_available():
-        print(
-            "no GPU here: nothing is measured (--device cpu --toy runs the same code at toy sizes)"
-        )
+    options.on_gpu = torch.cuda.is_available()
+    options.device = torch.device("cuda" if options.on_gpu else "cpu")
+    if not (options.on_gpu or options.toy):
+        print("no GPU here: nothing is measured (--toy runs the same code at toy sizes)")
         return
     report = Report(options)
     where = torch.cuda.get_device_name() if options.on_gpu else "a CPU"
@@ -79,7 +77,6 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = bench_parser(__doc__)
     parser.add_argument("question", choices=list(QUESTIONS), help="what to measure")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where")
     parser.add_argument(
         "--toy", action="store_true", help="toy sizes, which say nothing about speed"
     )
@@ -214,7 +211,7 @@ def step(options: argparse.Namespace) -> list[list[str]]:
     rows = [["ZeRO", "tokens/s", "peak, GiB", "waits inside a micro-batch"]]
     ids = _ids(options)
     for stage in (1, 2, 3):
-        engine = _engine(_model(options), stage, options)
+        engine = _engine(stage, options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
         with _counted_waits(options.device) as waits:
             engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
@@ -237,13 +234,13 @@ def resume(options: argparse.Namespace) -> list[list[str]]:
         base = Path(folder) / "base"
         out = Path(folder) / "out"
         write_own_base(_model(options), base)
-        whole = _engine(_model(options), 3, options)
+        whole = _engine(3, options)
         run = Run(whole, base=base, folder=out)
         _train(whole, ids, 2)
         run.merge(2)
         run.save(2)
         losses = _train(whole, ids, 3)
-        again = _engine(_model(options), 3, options)
+        again = _engine(3, options)
         Run(again, base=base, folder=out, resume="auto")
         same = _train(again, ids, 3) == losses and all(
             torch.equal(one, another)
@@ -275,22 +272,28 @@ def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
     return median(times[1:])
 
 
+def _config(options: argparse.Namespace) -> LlamaConfig:
+    shape = (32, 2, 64, 32) if options.toy else (4096, 8, 32000, 4096)
+    return llama_config(*shape)
+
+
 def _model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    shape = (32, 2, 64, 32) if options.toy else (4096, 8, 32000, 4096)
-    return AutoModelForCausalLM.from_config(llama_config(*shape))
+    return AutoModelForCausalLM.from_config(_config(options))
 
 
 def _ids(options: argparse.Namespace) -> Tensor:
-    length, vocabulary = (32, 64) if options.toy else (4096, 32000)
     torch.manual_seed(0)
-    return torch.randint(vocabulary, (1, length)).to(options.device)
+    config = _config(options)
+    ids = torch.randint(config.vocab_size, (1, config.max_position_embeddings))
+    return ids.to(options.device)
 
 
-def _engine(model: Any, stage: int, options: argparse.Namespace) -> Any:
+def _engine(stage: int, options: argparse.Namespace) -> Any:
     """An engine of one process."""
     os.environ.update(only_rank())
     start_distributed()
+    model = _model(options)
     inject(model, MoRAConfig(rank=8))
     # One process gathers nothing: DeepSpeed would make the host wait for what it does in
     # place of it.

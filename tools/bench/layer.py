@@ -12,12 +12,12 @@ parameters as M. `saved` is what autograd keeps from a forward, every storage on
 weights: PEFT's LoRA, then MoRA's.
 """
 
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -115,13 +115,13 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     lora = LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank)
     ours = LoRALinear(layer.base, lora)
     fused = FusedLoRA(layer.base, layer.rank)
-    peft = _peft_lora(layer)
+    config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
+    peft = inject_adapter_in_model(config, nn.Sequential(layer.base)).to(x.dtype)
 
     def reference() -> Tensor:
         return F.linear(x, weight) + reference_update(spec, square, x)
 
     cases: dict[str, Case] = {
-        "frozen": (lambda: F.linear(x, weight), []),
         "full": (lambda: F.linear(x, trained), [trained]),
         "our LoRA": (lambda: ours(x), [ours.value]),
         "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
@@ -132,13 +132,6 @@ def cases_of(layer: Layer) -> dict[str, Case]:
         mora = MoRALinear(layer.base, spec, 0.0, path)
         cases[path.value] = (lambda mora=mora: mora(x)), [mora.value]  # type: ignore[misc]
     return cases
-
-
-def _peft_lora(layer: Layer) -> nn.Module:
-    """PEFT's LoRA on the same frozen weight."""
-    config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
-    model = inject_adapter_in_model(config, nn.Sequential(layer.base))
-    return model.to(layer.x.dtype)
 
 
 def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -184,21 +177,25 @@ def row(layer: Layer, seconds: float) -> list[str]:
 
 
 def ratios(layer: Layer, cases: dict[str, Case], seconds: float) -> dict[str, float]:
-    """Medians over interleaved pairs; under "frozen" its own median in seconds."""
+    """Of each case the median over interleaved pairs with the frozen layer; under "frozen"
+    that layer's own median in seconds.
+    """
     now = clock(layer.x.device)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    frozen = cases["frozen"][0]
+    frozen_s: list[float] = []
+    measured = {}
     for name, (step, trained) in cases.items():
         layer.backward(step, *trained)  # not counted
+        case_s: list[float] = []
         started = now()
-        while len(times[name]) < 3 or now() - started < seconds:
+        while len(case_s) < 3 or now() - started < seconds:
             first = now()
-            layer.backward(frozen)
+            layer.backward(lambda: F.linear(layer.x, layer.base.weight))
             second = now()
             layer.backward(step, *trained)
-            base = second - first
-            times[name].append(base if name == "frozen" else (now() - second) / base)
-    return {name: statistics.median(measured) for name, measured in times.items()}
+            case_s.append((now() - second) / (second - first))
+            frozen_s.append(second - first)
+        measured[name] = median(case_s)
+    return {"frozen": median(frozen_s), **measured}
 
 
 def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:

@@ -20,8 +20,7 @@ of another base, other texts or other flags.
 
 Prints, at each method's best learning rate, both perplexities, mean and largest deviation
 over seeds, and the part of LoRA's distance to full training that is closed. `--json FILE`
-keeps all runs with their curves, which `tools/figures.py --learning FILE --output FOLDER`
-draws.
+keeps all runs with their curves, which `tools/figures.py` draws for the pages.
 """
 
 import argparse
@@ -181,27 +180,25 @@ def main() -> None:
     run_all(repeated, _run, options.jobs)
 
     order = list(methods.methods)
+
+    def place(trial: Trial) -> tuple[float, ...]:
+        rank = trial.rank if len(options.rank) > 1 else 0
+        return rank, order.index(trial.method), trial.rate, trial.seed
+
     all_trials = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
-    _report(
-        options,
-        sorted(
-            all_trials,
-            key=lambda trial: (
-                len(options.rank) > 1 and trial.rank,
-                order.index(trial.method),
-                trial.rate,
-                trial.seed,
-            ),
-        ),
-        best,
-    )
+    _report(options, sorted(all_trials, key=place), best)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def _options() -> argparse.Namespace:
-    numbers = {
+    defaults = {
+        "work": (Path("out/bench_learning"), "folder for everything"),
+        "base_config": (
+            MODEL_CONFIG,
+            "config of the model that is warm-started where there is no --base",
+        ),
         "base_steps": (
             WARM_START["max_steps"],
             "steps of its warm start; 0 leaves the model untrained",
@@ -211,26 +208,14 @@ def _options() -> argparse.Namespace:
         "seeds": (3, "runs of each method at its best learning rate"),
         "sweep_seeds": (2, "of them at every learning rate of the sweep"),
         "jobs": (os.cpu_count() or 1, "runs side by side, one thread each"),
+        "methods_file": (METHODS_FILE, "YAML file that defines the methods"),
     }
-    parser = bench_parser(__doc__, numbers)
+    parser = bench_parser(__doc__, defaults)
     add = parser.add_argument
-    add(
-        "--work",
-        type=Path,
-        default=Path("out/bench_learning"),
-        help="folder for everything",
-    )
     add(
         "--base",
         type=Path,
         help="model folder. Default: a small Llama, warm-started on prose",
-    )
-    add(
-        "--base_config",
-        type=Path,
-        default=MODEL_CONFIG,
-        metavar="FILE",
-        help="config of the model that is warm-started where there is no --base",
     )
     add("--bf16", action="store_true", help="the warm start and all runs in bf16")
     pair: dict[str, Any] = {"type": Path, "nargs": 2, "metavar": ("TRAIN", "HELD")}
@@ -265,12 +250,6 @@ def _options() -> argparse.Namespace:
         "--replay",
         type=float,
         help="share of the old text in every batch. Default: each method's own",
-    )
-    add(
-        "--methods_file",
-        type=Path,
-        default=METHODS_FILE,
-        help="YAML file that defines the methods",
     )
     add(
         "--methods",
@@ -319,9 +298,9 @@ def _shared_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _texts(options: argparse.Namespace) -> Texts:
     if options.base is not None:
-        given = (options.base, *options.new, *options.old)
-        return Texts(*(path.resolve() for path in given))
-    paths = warm_base(
+        paths = (options.base, *options.new, *options.old)
+        return Texts(*(path.resolve() for path in paths))
+    demo = warm_base(
         options.work / "base",
         options.base_config,
         bf16=options.bf16,
@@ -329,9 +308,9 @@ def _texts(options: argparse.Namespace) -> Texts:
         learning_rate=options.base_rate,
     )
     # No steps: the runs train from scratch
-    base = paths.warm if options.base_steps else paths.start
+    base = demo.warm if options.base_steps else demo.start
     names = ("domain_train", "domain_eval", "general_train", "general_eval")
-    return Texts(base, *(paths.corpus / f"{name}.jsonl" for name in names))
+    return Texts(base, *(demo.corpus / f"{name}.jsonl" for name in names))
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -391,10 +370,6 @@ def _take(
             raise UserError(f"--with {path}: {problem}")
         # One for each rank
         candidates = list(trials({method: [run["learning_rate"]]}, [run["seed"]]))
-        if not candidates:
-            raise UserError(
-                f"--with {path}: {method} with seed {run['seed']} is none of the runs here"
-            )
         same = [trial for trial in candidates if trial.marks == run["marks"]]
         if not same:
             marks = candidates[0].marks.items()
@@ -484,8 +459,7 @@ def _report(
         for run in _found(trials)
     ]
     report.show("learning", _table(rows_of(runs), best, len(options.rank) > 1))
-    report.points["runs"] = runs
-    report.write()
+    report.write(runs=runs)
 
 
 def _table(

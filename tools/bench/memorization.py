@@ -16,8 +16,8 @@ Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --rank 8 (and 256)
 
-A small base, frozen, would spend its adapter on learning that digits follow digits:
---digit_steps 300 teaches it that first, on pairs that are asked for nowhere.
+The small one, frozen, would spend its adapter on learning that digits follow digits: it is
+taught that first, on pairs that are asked for nowhere.
 """
 
 import argparse
@@ -44,7 +44,6 @@ from mora_ds.common.errors import (
     Bounds,
     UserError,
     refuse,
-    unknown,
     wrong_values,
 )
 from mora_ds.common.files import atomic_folder
@@ -71,6 +70,8 @@ PROBED = 32
 KNOWN = 0.9
 """The share of the digits that is waited for."""
 
+DIGIT_STEPS = 300
+"""In which the small base learns what digits look like."""
 DIGITS = 32
 HEX = "0123456789abcdef"
 
@@ -97,7 +98,7 @@ def main() -> None:
     options = _options()
     _check(options)
     os.environ.update(only_rank())
-    base = _prepared_base(options)
+    base = options.base or _small_base(options.work)
     start_distributed()
     runs = []
     for name in options.methods:
@@ -111,8 +112,8 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    numbers = {
-        "digit_steps": (0, "teach the base first what digits look like"),
+    defaults = {
+        "work": (Path("out/bench_memorization"), "folder for the base"),
         "rank": (8, "LoRA's rank; MoRA matrices have about as many"),
         "pairs": (64, "pairs to memorise"),
         "batch": (32, "pairs an optimizer step"),
@@ -120,24 +121,18 @@ def _options() -> argparse.Namespace:
         "steps": (400, "optimizer steps"),
         "seeds": (3, "runs of each method at every learning rate"),
     }
-    parser = bench_parser(__doc__, numbers)
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("out/bench_memorization"),
-        help="folder for the base",
-    )
+    parser = bench_parser(__doc__, defaults)
     parser.add_argument(
         "--base",
         type=Path,
-        help="model folder. Default: a small Llama, warm-started on prose",
+        help="model folder. Default: a small Llama, made here",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         default=list(METHODS),
-        metavar="METHOD",
-        help=", ".join(METHODS),
+        choices=list(METHODS),
+        help="what is trained",
     )
     parser.add_argument(
         "--rates", nargs="+", type=float, help="instead of each method's own sweep"
@@ -146,15 +141,10 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    named = [
-        unknown("--methods", name, METHODS)
-        for name in options.methods
-        if name not in METHODS
-    ]
     counts = dict.fromkeys(("rank", "pairs", "batch", "micro_batch", "seeds"), COUNT)
     # Longer cycles than the warm-up after a merge
     steps = Bounds(above=CYCLES * RAMP)
-    refuse([*named, *wrong_values(options, {**counts, "steps": steps})])
+    refuse(wrong_values(options, {**counts, "steps": steps}))
     if options.batch % options.micro_batch:
         raise UserError(
             f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}"
@@ -213,29 +203,26 @@ def _accuracy(engine: Any, rows: Tensor) -> float:
     return right / (len(rows) * DIGITS)
 
 
-def _prepared_base(options: argparse.Namespace) -> Path:
-    """The model that adapters are put on: `--base`, or a small one made here; with
-    `--digit_steps` after training on pairs that never come again. It knows then that digits
-    follow, and none of them: a large pretrained model does by itself.
+def _small_base(work: Path) -> Path:
+    """The demo's small Llama, warm-started on prose and then trained on pairs that never
+    come again. It knows then that digits follow, and none of them, as a large pretrained
+    model does by itself.
     """
-    base: Path = options.base or warm_base(options.work / "base").warm
-    if not options.digit_steps:
-        return base
-    folder: Path = options.work / f"base-{options.digit_steps}"
+    folder = work / "base-of-digits"
     if folder.is_dir():
         return folder
+    warm = warm_base(work / "base").warm
     print("training on pairs that nobody is asked for", flush=True)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for ids in _pairs(base, 16 * options.digit_steps, "never again").split(16):
+    for ids in _pairs(warm, 16 * DIGIT_STEPS, "never again").split(16):
         model(input_ids=ids, labels=_labels(ids), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    options.work.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder.absolute()) as partial:
         model.save_pretrained(partial)
-        load_tokenizer(base).save_pretrained(partial)
+        load_tokenizer(warm).save_pretrained(partial)
     return folder
 
 
@@ -270,7 +257,9 @@ def _train(
         merge_every=options.steps // CYCLES if method.merges else 0,
         restart_warmup_steps=RAMP,
     )
-    measured = [options.steps * part // MEASUREMENTS for part in range(1, MEASUREMENTS + 1)]
+    measured = [
+        options.steps * (number + 1) // MEASUREMENTS for number in range(MEASUREMENTS)
+    ]
     shares: list[float] = []
     losses: list[float] = []
     merges: list[int] = []
@@ -321,8 +310,7 @@ def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
         f"sweep's edge); first measured step with {KNOWN:.0%} of each seed."
     )
     report.show("memorization", lines)
-    report.points["runs"] = runs
-    report.write()
+    report.write(runs=runs)
 
 
 def _line(row: Row, swept: list[float]) -> list[str]:

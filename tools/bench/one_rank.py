@@ -52,6 +52,8 @@ class OneRank:
     folder: Path
     relabel: Callable[[Any, int], Any] = lambda value, rank: value
     """What another rank would have given in place of this rank's value."""
+    gathered: Any = None
+    """What this rank has last handed to rank 0."""
     _files: set[str] = field(default_factory=set)
     _paused: float = 0.0
 
@@ -60,8 +62,9 @@ class OneRank:
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world),
             LOCAL_RANK=str(self.rank % 8),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT="1",
         )
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
         dist.init_process_group(
             "fake",
             rank=self.rank,
@@ -80,8 +83,8 @@ class OneRank:
         ranks.Ranks.on_first = self._on_first  # type: ignore[method-assign, assignment]
         # Compared with what rank 0 broadcasts
         lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]
-        lengths.get_lst_from_rank0 = lambda own: own
-        lengths.assert_lst_len_same_as_other_ranks = lambda own: None
+        lengths.get_lst_from_rank0 = lambda value: value
+        lengths.assert_lst_len_same_as_other_ranks = lambda value: None
         sys.addaudithook(self._audit)
 
     @contextmanager
@@ -135,6 +138,7 @@ class OneRank:
             return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
     def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
+        self.gathered = value
         return self._everyone(value) if self.rank == 0 else None
 
     def _gather_to_all(self, value: Any, group: Any) -> list[Any]:

@@ -89,10 +89,10 @@ def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, int]])
     memory = plan.memory
     first = by_rank[0]
     persistent = sum(plan.trained.persistent) * plan.trained.bytes_each if ranks > 1 else 0
-    held = memory.static + persistent
-    together = plan.files + ranks * (held - memory.base)
+    between_steps = memory.static + persistent
+    together = plan.files + ranks * (between_steps - memory.base)
     rows = [
-        ("held between steps", held, first["held"]),
+        ("held between steps", between_steps, first["held"]),
         ("kept at the end of forward", memory.activations, first["kept"]),
         ("forward and backward, peak", memory.forward_backward - memory.gathered, first["peak"]),
         ("optimizer's step, peak", memory.optimizer_step, first["step"]),

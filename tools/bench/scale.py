@@ -1,8 +1,7 @@
 """What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other
 ranks are not there.
 
-    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --models 7B-r8 70B-r256
-    --json FILE]
+    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --json FILE]
 
 Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the
 ranks of a tensor-parallel group share the work of one, so that ZeRO has as many fewer.
@@ -23,7 +22,8 @@ import os
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,7 +76,8 @@ MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
 """Name -> (config, rank of the adapter, decoder layers whose matrices are saved)."""
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 WITH_RANK_0 = "zero3.json"
-TITLES = ("phase", "model", "ranks", "rank", "setting", "CPU s", "files")
+Table = dict[tuple[str, str, int], dict[str, Spent]]
+"""Phase, setting and rank -> model with number of ranks -> what was spent."""
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
 """Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the
@@ -91,38 +92,36 @@ def main() -> None:
     options = _options()
     options.folder.mkdir(parents=True, exist_ok=True)
     report = Report(options)
-    rows: list[list[str]] = [list(TITLES)]
-    for model in options.models:
-        _write_base(options.folder / f"{model}-base", MODELS[model][0])
-    for world, model in itertools.product(options.ranks, options.models):
-        for rank in (0, 1):
-            for setting in [path.name for path in CONFIGS] if rank else [WITH_RANK_0]:
-                measured = _measured(options.folder, model, setting, world, rank)
-                print("\n".join(" ".join(row) for row in measured), flush=True)
-                rows += measured
-    rows[1:] = sorted(rows[1:], key=lambda row: PHASES.index(row[0]))
-    report.show("phases", rows)
-    report.show("CPU seconds", by_world(rows))
+    settings = [(0, WITH_RANK_0), *((1, path.name) for path in CONFIGS)]
+    table: Table = {}
+    for model in MODELS:
+        base = options.folder / f"{model}-base"
+        _write_base(base, MODELS[model][0])
+        for world, (rank, setting) in itertools.product(options.ranks, settings):
+            spent_in = _measured(options.folder, base, model, setting, world, rank)
+            print(
+                f"{model}, {world:,} ranks, {setting}, rank {rank}: {spent_in}", flush=True
+            )
+            for phase, spent in spent_in.items():
+                line = (phase, setting, rank)
+                table.setdefault(line, {})[f"{model}, {world:,} ranks"] = spent
+        shutil.rmtree(base)
+    report.show("CPU seconds", _rows(table, lambda spent: f"{spent.cpu_s:.3f}"))
+    report.show("files", _rows(table, lambda spent: str(spent.files)))
     report.write()
-    for model in options.models:
-        shutil.rmtree(options.folder / f"{model}-base")
 
 
-def by_world(rows: list[list[str]]) -> list[list[str]]:
-    """The CPU seconds of the table `phases`, with a column for each model and number of
+def _rows(table: Table, cell: Callable[[Spent], str]) -> list[list[str]]:
+    """A row for each phase, setting and rank, and a column for each model and number of
     ranks.
     """
-    columns: list[str] = []
-    lines: dict[str, dict[str, str]] = {}
-    for phase, model, ranks, rank, setting, seconds, _ in rows[1:]:
-        column = f"{model}, {ranks} ranks"
-        columns.append(column)
-        lines.setdefault(f"{phase}, {setting}, rank {rank}", {})[column] = seconds
-    titles = list(dict.fromkeys(columns))
-    body = [
-        [name, *(line.get(title, "") for title in titles)] for name, line in lines.items()
-    ]
-    return [["phase", *titles], *body]
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(table.values())))
+    rows = [["phase", *columns]]
+    for phase, setting, rank in sorted(table, key=lambda line: PHASES.index(line[0])):
+        spent = table[phase, setting, rank]
+        cells = (cell(spent[column]) if column in spent else "" for column in columns)
+        rows.append([f"{phase}, {setting}, rank {rank}", *cells])
+    return rows
 
 
 def _write_base(folder: Path, config: LlamaConfig) -> None:
@@ -132,17 +131,14 @@ def _write_base(folder: Path, config: LlamaConfig) -> None:
 
 
 def _measured(
-    folder: Path, model: str, setting: str, world: int, rank: int
-) -> list[list[str]]:
-    """The rows of one rank, from a fork of this process: there is one process group a
-    process.
+    folder: Path, base: Path, model: str, setting: str, world: int, rank: int
+) -> dict[str, Spent]:
+    """What one rank spends in each phase, from a fork of this process: there is one process
+    group a process.
     """
-    base = folder / f"{model}-base"
-    with (
-        tempfile.TemporaryDirectory(dir=folder) as scratch,
-        ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as alone,
-    ):
-        return alone.submit(_one, Path(scratch), base, model, setting, world, rank).result()
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, fork.Pool(1) as alone:
+        return alone.apply(_one, (Path(scratch), base, model, setting, world, rank))
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
@@ -150,29 +146,23 @@ def _measured(
 
 def _one(
     folder: Path, base: Path, model: str, setting: str, world: int, rank: int
-) -> list[list[str]]:
+) -> dict[str, Spent]:
     torch.set_num_threads(1)
     config, lora_rank, saved_layers = MODELS[model]
-    ds_config = load_ds_config(ROOT / "configs" / setting)
     one = OneRank(rank, world, folder)
-    spent_in: dict[str, Spent] = {}
     sides = _sides(config, lora_rank)
-    completed = _completed(
-        ds_config,
-        [side**2 for side in sides] * config.num_hidden_layers,
-        one.world,
-    )
+    numels = [side**2 for side in sides] * config.num_hidden_layers
+    completed = _completed(load_ds_config(ROOT / "configs" / setting), numels, world)
     zero = completed["zero_optimization"]
     persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
-    small = [BOOKKEEPING_SIDE] * len(sides)
     threshold = BOOKKEEPING_SIDE**2 if persists else 0
     as_the_real_ones = {
         **completed,
         "zero_optimization": {**zero, "stage3_param_persistence_threshold": threshold},
     }
-    spent_in["step"] = _step(
-        one, _engine(_Squares(config, small, config.num_hidden_layers), as_the_real_ones)
-    )
+    small = [BOOKKEEPING_SIDE] * len(sides)
+    small_model = _Squares(config, small, config.num_hidden_layers)
+    spent_in = {"step": _step(one, _engine(small_model, as_the_real_ones))}
     engine = _engine(_Squares(config, sides, saved_layers), completed)
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
@@ -180,18 +170,7 @@ def _one(
         load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
     if rank == 0:
         spent_in |= _start_and_merge(one, folder, base, lora_rank)
-    return [
-        [
-            phase,
-            model,
-            f"{world:,}",
-            str(rank),
-            setting,
-            f"{spent.cpu_s:.3f}",
-            str(spent.files),
-        ]
-        for phase, spent in spent_in.items()
-    ]
+    return spent_in
 
 
 class _Square(nn.Module):
@@ -205,14 +184,9 @@ class _Square(nn.Module):
 
 def _sides(config: LlamaConfig, rank: int) -> list[int]:
     """Of the MoRA matrices of one decoder layer."""
-    one = planned_model(
-        Work(
-            LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}),
-            MoRAConfig(rank=rank),
-            8,
-        )
-    )
-    return [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
+    one_layer = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
+    model = planned_model(Work(one_layer, MoRAConfig(rank=rank), 8))
+    return [layer.spec.value_shape[0] for layer in mora_layers(model).values()]
 
 
 def _completed(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
@@ -270,55 +244,43 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     have been added)
     """
     beside = root / ".step-000001.writing"
-    shares: list[_Share] = []
-    sizes = np.array(
-        [
-            parameter.ds_numel if stage == 3 else parameter.numel()
-            for parameter in engine.module.parameters()
-        ]
-    )
+    # Under ZeRO-3 a parameter is empty but for its partition
+    size_of = attrgetter("ds_numel") if stage == 3 else nn.Parameter.numel
+    sizes = np.array([size_of(parameter) for parameter in engine.module.parameters()])
 
-    def other(value: Any, rank: int) -> Any:
-        if not isinstance(value, _Share):
-            return value
-        files = {
-            _renamed(name, one.rank, rank): facts for name, facts in value.files.items()
-        }
-        for name, source in zip(files, value.files, strict=True):
+    def share_of(share: Any, rank: int) -> Any:
+        """What another rank would have given, whose files are links to this one's."""
+        if not isinstance(share, _Share):
+            return share
+        files = {}
+        for source, facts in share.files.items():
+            name = _renamed(source, one.rank, rank)
+            files[name] = facts
             if name != source:
                 os.link(beside / source, beside / name)
-        return value._replace(
-            files=files, shard=_shard_of(value.shard, one, rank, sizes, stage)
-        )
+        shard = _shard_of(share.shard, one, rank, sizes, stage)
+        return share._replace(files=files, shard=shard)
 
-    one.relabel = other
-    make = _Share.of
-
-    def kept(*arguments: Any) -> _Share:
-        shares.append(make(*arguments))
-        return shares[-1]
-
-    _Share.of = kept  # type: ignore[method-assign, assignment]
+    one.relabel = share_of
+    state = TrainerState(step=1, world_size=one.world)
     if one.rank:
         beside.mkdir(parents=True)
     writer = CheckpointWriter(root, engine, lambda step: lambda folder: None)
     with one.phase() as spent:
-        final = writer.save(TrainerState(step=1, world_size=one.world))
+        final = writer.save(state)
     if one.rank:  # what rank 0 would have added
-        everyone = [other(shares[0], rank) for rank in range(one.world)]
+        everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
         beside.rename(final)
         shards = [share.shard for share in everyone]
         EngineShards.of(final / ENGINE_TAG, _layout(engine), shards).write_table()
         rng = torch.from_numpy(np.stack([share.rng["cpu"] for share in everyone]))
         write_safetensors_atomic(final / RNG_FILE, {"cpu": rng}, {})
-        (final / "trainer_state.json").write_text(
-            json.dumps(vars(TrainerState(step=1, world_size=one.world)))
-        )
+        (final / "trainer_state.json").write_text(json.dumps(vars(state)))
     return spent, final
 
 
-def _renamed(name: str, own_rank: int, rank: int) -> str:
-    return name.replace(f"rank-{own_rank:05d}", f"rank-{rank:05d}")
+def _renamed(name: str, rank: int, other_rank: int) -> str:
+    return name.replace(f"rank-{rank:05d}", f"rank-{other_rank:05d}")
 
 
 def _shard_of(
@@ -327,26 +289,26 @@ def _shard_of(
     """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all
     in a row.
     """
-    share_size = -(-sizes // one.world)
+    if stage == 3:
+        share = -(-sizes // one.world)
+        start = np.minimum(rank * share, sizes)
+        end = np.minimum(start + share, sizes)
+        offset = np.cumsum(share) - share
+    else:
+        begins = np.cumsum(sizes) - sizes
+        length = -(-int(sizes.sum()) // one.world)
+        first = rank * length
+        start = np.clip(first - begins, 0, sizes)
+        end = np.clip(first + length - begins, 0, sizes)
+        offset = begins + start - first
     rows = np.zeros((len(sizes), 6), np.int64)
     rows[:, NAME] = np.arange(len(sizes))
     rows[:, RANK] = rank
-    if stage == 3:
-        start = np.minimum(rank * share_size, sizes)
-        rows[:, START] = start
-        rows[:, NUMEL] = np.minimum(share_size, sizes - start)
-        rows[:, OFFSET] = np.cumsum(share_size) - share_size
-    else:
-        begins = np.cumsum(sizes) - sizes
-        share = -(-int(sizes.sum()) // one.world)
-        start = np.maximum(begins, rank * share)
-        rows[:, START] = start - begins
-        rows[:, NUMEL] = np.minimum(begins + sizes, (rank + 1) * share) - start
-        rows[:, OFFSET] = start - rank * share
-    rows = rows[rows[:, NUMEL] > 0]
-    return template._replace(
-        rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows
-    )
+    rows[:, START] = start
+    rows[:, NUMEL] = end - start
+    rows[:, OFFSET] = offset
+    file = _renamed(template.file, one.rank, rank)
+    return template._replace(rank=rank, file=file, extents=rows[end > start])
 
 
 def _start_and_merge(
@@ -367,7 +329,7 @@ def _start_and_merge(
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     keys = {name: name for name, _ in model.named_parameters()}
     adapter = MoRAConfig(rank=rank)
-    spent_in = {"start": Spent(), "merge": Spent()}
+    spent_in: dict[str, Spent] = {}
     with one.phase() as spent_in["start"]:
         ranks = Ranks.current()
         ranks.same("settings", {f"--flag_{number}": number for number in range(150)})
@@ -389,7 +351,6 @@ def _options() -> argparse.Namespace:
         help="for checkpoints; left as it was",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     return parser.parse_args()
 
 

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
-from mora_ds.adapters.config import LoRAConfig
+from mora_ds.adapters.config import AdapterConfig, LoRAConfig
 from mora_ds.data.documents import Documents
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
@@ -50,10 +50,8 @@ from tools.bench.measuring import count_trained, llama_config, zero3_config
 from tools.bench.report import Report, bench_parser
 
 VOCABULARY = 8192
-PEER = "PEFT LoRA, ZeRO-3"
-RIVAL = "PEFT LoRA, ZeRO-2"
-
-BASELINES = ("base alone", PEER, RIVAL)
+BASELINES = ("base alone", "PEFT LoRA, ZeRO-3", "PEFT LoRA, ZeRO-2")
+"""What all others are compared with."""
 
 Step = Callable[[], None]
 Contender = tuple[int, Step]
@@ -63,11 +61,8 @@ Contender = tuple[int, Step]
 def main() -> None:
     options = _options()
     start_distributed()
-    ids = torch.randint(
-        VOCABULARY,
-        (options.rows, options.seq_len),
-        generator=torch.Generator().manual_seed(dist.get_rank()),
-    )
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(VOCABULARY, (options.rows, options.seq_len))
     contenders = _contenders(options, ids)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gathered = {}
@@ -78,37 +73,56 @@ def main() -> None:
         gathered[name] = counter.gathered_bytes
     for _ in range(options.repeat):
         for name, (_, step) in contenders.items():
-            times[name].append(_together(step))
-    if dist.get_rank() == 0:
-        report = Report(options)
-        report.say(_head(options))
-        sizes = {name: trained for name, (trained, _) in contenders.items()}
-        report.show("step", _rows(options, sizes, times, gathered))
-        report.write()
+            times[name].append(_seconds_together(step))
+    if dist.get_rank() > 0:
+        return
+    report = Report(options)
+    ranks = dist.get_world_size()
+    report.say(
+        f"Llama, {options.layers} layers of {options.width}, {options.rows} x {options.seq_len} tokens a rank, rank "
+        f"{options.rank}, fp32, {ranks} ranks with {torch.get_num_threads()} thread(s) each"
+    )
+    against = (f"x {name}" for name in BASELINES)
+    lines = [["", "trained", "tokens/s", *against, "gathered a step, rank"]]
+    for name, (trained, _) in contenders.items():
+        rate = ids.numel() * ranks / median(times[name])
+        ratios = (_speedup(times[name], times[baseline]) for baseline in BASELINES)
+        sent = f"{gathered[name] / 1e6:.2f} MB"
+        lines.append([name, f"{trained:,}", f"{rate:,.0f}", *ratios, sent])
+    report.show("step", lines)
+    report.write()
+
+
+def _options() -> argparse.Namespace:
+    defaults = {
+        "width": (512, "of the model"),
+        "layers": (8, "how many"),
+        "rank": (8, "of LoRA; MoRA matrices have about as many parameters"),
+        "rows": (2, "sequences a rank and step"),
+        "seq_len": (512, "tokens of each"),
+        "repeat": (7, "turns"),
+        "local_rank": (0, "set by the launcher"),
+    }
+    return bench_parser(__doc__, defaults).parse_args()
+
+
+# -- contenders --------------------------------------------------------------------------------------------------------
 
 
 def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender]:
     config = zero3_config(options.rows)
-    contenders = {"base alone": (0, _frozen_step(prefer_documents(_model(options)), ids))}
-    ours = {
-        "mora_ds": MoRAConfig(rank=options.rank),
-        "mora_ds, share": MoRAConfig(rank=options.rank, operator="share"),
-        "mora_ds, LoRA": LoRAConfig(rank=options.rank),
+    zero2 = {**config, "zero_optimization": {"stage": 2}}
+    return {
+        "base alone": (0, _frozen_step(_model(options), ids)),
+        "mora_ds": _ours(options, MoRAConfig(rank=options.rank), ids),
+        "mora_ds, share": _ours(options, MoRAConfig(options.rank, operator="share"), ids),
+        "mora_ds, LoRA": _ours(options, LoRAConfig(rank=options.rank), ids),
+        "PEFT LoRA, ZeRO-3": _under_zero(_peft(options), config, ids),
+        "PEFT LoRA, ZeRO-2": _under_zero(_peft(options), zero2, ids),
+        "PEFT LoRA, DDP": _under_ddp(_peft(options), ids),
+        "fused LoRA, DDP": _under_ddp(_fused(_model(options), options.rank), ids),
+        "full training": _under_zero(_model(options), config, ids),
     }
-    for name, adapter in ours.items():
-        model = prefer_documents(_model(options))
-        trained = inject(model, adapter).trainable_params
-        chunk_loss(model)
-        engine = initialize(model=model, config=config)[0]
-        contenders[name] = (trained, _engine_step(engine, _own_loss(engine, ids)))
-    for name, stage in ((PEER, 3), (RIVAL, 2)):
-        contenders[name] = _under_zero(
-            _peft(options), {**config, "zero_optimization": {"stage": stage}}, ids
-        )
-    contenders["PEFT LoRA, DDP"] = _under_ddp(_peft(options), ids)
-    contenders["fused LoRA, DDP"] = _under_ddp(_fused(_model(options), options.rank), ids)
-    contenders["full training"] = _under_zero(_model(options), config, ids)
-    return contenders
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -116,6 +130,14 @@ def _model(options: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_config(
         llama_config(options.width, options.layers, VOCABULARY, options.seq_len)
     )
+
+
+def _ours(options: argparse.Namespace, adapter: AdapterConfig, ids: Tensor) -> Contender:
+    model = prefer_documents(_model(options))
+    trained = inject(model, adapter).trainable_params
+    chunk_loss(model)
+    engine = initialize(model=model, config=zero3_config(options.rows))[0]
+    return trained, _engine_step(engine, _own_loss(engine, ids))
 
 
 def _peft(options: argparse.Namespace) -> Any:
@@ -140,9 +162,8 @@ def _fused(model: Any, rank: int) -> Any:
 
 def _under_ddp(model: Any, ids: Tensor) -> Contender:
     loss = _plain_loss(DistributedDataParallel(model), ids)
-    optimizer = torch.optim.AdamW(
-        [value for value in model.parameters() if value.requires_grad], lr=1e-4
-    )
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def step() -> None:
         loss().backward()
@@ -153,12 +174,13 @@ def _under_ddp(model: Any, ids: Tensor) -> Contender:
 
 
 def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:
-    trained = count_trained(model)  # before ZeRO-3 takes the parameters apart
+    trained = count_trained(model)
     engine = initialize_full(model=model, config=config)[0]
     return trained, _engine_step(engine, _plain_loss(engine, ids))
 
 
 def _frozen_step(model: Any, ids: Tensor) -> Step:
+    prefer_documents(model)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     chunk_loss(model)
@@ -191,7 +213,10 @@ def _plain_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def _together(step: Step) -> float:
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def _seconds_together(step: Step) -> float:
     """Seconds until all ranks have done it."""
     dist.barrier()
     started = time.perf_counter()
@@ -200,55 +225,9 @@ def _together(step: Step) -> float:
     return time.perf_counter() - started
 
 
-def _rows(
-    options: argparse.Namespace,
-    trained: dict[str, int],
-    times: dict[str, list[float]],
-    gathered: dict[str, int],
-) -> list[list[str]]:
-    tokens = options.rows * options.seq_len * dist.get_world_size()
-    lines = [
-        [
-            "",
-            "trained",
-            "tokens/s",
-            *(f"x {name}" for name in BASELINES),
-            "gathered a step, rank",
-        ]
-    ]
-    for name, seconds in times.items():
-        against = [_speedup(seconds, times[baseline]) for baseline in BASELINES]
-        rate = f"{tokens / median(seconds):,.0f}"
-        lines.append(
-            [name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"]
-        )
-    return lines
-
-
-def _head(options: argparse.Namespace) -> str:
-    shape = f"Llama, {options.layers} layers of {options.width}, {options.rows} x {options.seq_len} tokens a rank"
-    where = "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
-    ranks = f"{dist.get_world_size()} ranks with {torch.get_num_threads()} thread(s) each"
-    return f"{shape}, rank {options.rank}, fp32, {where}, {ranks}"
-
-
-def _speedup(seconds: list[float], others: list[float]) -> str:
-    return (
-        f"{median(theirs / mine for mine, theirs in zip(seconds, others, strict=True)):.2f}"
-    )
-
-
-def _options() -> argparse.Namespace:
-    numbers = {
-        "width": (512, "of the model"),
-        "layers": (8, "how many"),
-        "rank": (8, "of LoRA; MoRA matrices have about as many parameters"),
-        "rows": (2, "sequences a rank and step"),
-        "seq_len": (512, "tokens of each"),
-        "repeat": (7, "turns"),
-        "local_rank": (0, "set by the launcher"),
-    }
-    return bench_parser(__doc__, numbers).parse_args()
+def _speedup(seconds: list[float], of_baseline: list[float]) -> str:
+    ratios = (base / mine for mine, base in zip(seconds, of_baseline, strict=True))
+    return f"{median(ratios):.2f}"
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def warm_base(folder: Path, config: Path = MODEL_CONFIG, **settings: Any) -> Dem
         write_inputs(paths, SEED, config)
     if not paths.warm.is_dir() and settings.get("max_steps") != 0:
         print("warm start on prose", flush=True)
-        own = warm_start_settings(paths, ROWS, SEED)
-        pretrain_alone({**own, **settings}, paths.root / "warm.log")
+        of_demo = warm_start_settings(paths, ROWS, SEED)
+        pretrain_alone({**of_demo, **settings}, paths.root / "warm.log")
     return paths
 
 
