@@ -64,6 +64,7 @@ DRAWN = {
 }
 """JSON of the documentation -> the methods whose curves are drawn, as far as they were run.
 "none" is where they start, which a model from scratch leaves out: it knows nothing."""
+TITLE = "Perplexity of the new and the old text during training"
 DRAWN_RANK = 2
 """Of the ranks that one JSON compares."""
 
@@ -90,8 +91,7 @@ def draw(name: str, folder: Path) -> None:
         labelcolor=INK,
         fontsize=10,
     )
-    target = folder / f"{name.replace('_', '-')}.svg"
-    _save(figure, target, "Perplexity of the new and the old text during training")
+    _save(figure, folder / f"{name.replace('_', '-')}.svg")
 
 
 def _panels() -> tuple[Any, Any]:
@@ -150,14 +150,14 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
+def _save(figure: Any, path: Path) -> None:
     """Write a figure as SVG whose text can be selected."""
     text = StringIO()
     figure.savefig(
         text,
         format="svg",
         transparent=True,
-        metadata={"Date": None, "Title": title, "Creator": "mora_ds"},
+        metadata={"Date": None, "Title": TITLE, "Creator": "mora_ds"},
     )
     svg = text.getvalue()
     # The placeholders become CSS variables, which follow the reader's scheme.

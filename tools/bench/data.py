@@ -159,7 +159,7 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
 def _training() -> Callable[[], None]:
     """A training step."""
     config = AutoConfig.from_pretrained(str(MODEL_CONFIG))
-    config.vocab_size = max(config.vocab_size, VOCABULARY)
+    config.vocab_size = VOCABULARY
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=8))
     trained = [value for value in model.parameters() if value.requires_grad]

@@ -145,8 +145,10 @@ class Trial:
         """What the run has found; None where it has not been run with this base, these
         texts and these flags.
         """
-        result = read_json(self.result) if self.result.is_file() else None
-        return result if result is not None and result["marks"] == self.marks else None
+        if not self.result.is_file():
+            return None
+        result = read_json(self.result)
+        return result if result["marks"] == self.marks else None
 
     def write(self, result: Mapping[str, Any]) -> None:
         """Put `result` where `read` finds it."""
@@ -185,8 +187,7 @@ def main() -> None:
         rank = trial.rank if len(options.rank) > 1 else 0
         return rank, order.index(trial.method), trial.rate, trial.seed
 
-    all_trials = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
-    _report(options, sorted(all_trials, key=place), best)
+    _report(options, sorted([*earlier, *swept, *repeated], key=place), best)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -421,8 +422,9 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """What runs that have ended have found, with their rank."""
-    return [{**(trial.read() or {}), "rank": trial.rank} for trial in trials]
+    """What runs that have ended have found, each once, with their rank."""
+    by_name = {trial.name: trial for trial in trials}
+    return [{**(trial.read() or {}), "rank": trial.rank} for trial in by_name.values()]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
