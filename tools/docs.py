@@ -108,9 +108,9 @@ def _type(hint: Any) -> str:
     words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
         return "list"
-    return next(
-        words[option] for option in get_args(hint) or (hint,) if option is not type(None)
-    )
+    # Of `int | None` the first
+    kind, *_ = get_args(hint) or (hint,)
+    return words[kind]
 
 
 def _program(title: str, about: str, parser: argparse.ArgumentParser) -> list[str]:

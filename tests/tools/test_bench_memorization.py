@@ -3,6 +3,7 @@ what it prints is right.
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from mora_ds.common.files import read_json
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tables import words
-from tests.helpers.tools import call, called
+from tests.helpers.tools import call, called, tool
 
 TOOL = REPOSITORY / "tools/bench/memorization.py"
 
@@ -23,6 +24,19 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path):
         with user_error(message):
             call("bench/memorization", "--work", tmp_path / "work", flags)
     assert not (tmp_path / "work").exists()
+
+
+def test_the_small_base_learns_what_digits_are_and_is_made_once(
+    tmp_path, user, monkeypatch
+):
+    bench = tool("bench/memorization")
+    monkeypatch.setattr(bench, "DIGIT_STEPS", 1)
+    warm = SimpleNamespace(warm=user.model)
+    monkeypatch.setattr(bench, "warm_base", lambda folder: warm)
+    folder = bench._small_base(tmp_path)
+    assert bench._pairs(folder, 3, seed=1).shape == (3, 66)
+    monkeypatch.delattr(bench, "warm_base")
+    assert bench._small_base(tmp_path) == folder
 
 
 def learned_by_heart(folder, user, *flags):

@@ -105,9 +105,7 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
         seconds["training"].append(_seconds_of(train))
     size = ROWS * SEQ_LEN
     step_s = median(seconds["training"])
-    report.say(
-        f"training: {size / step_s:,.0f} tokens/s ({ROWS} x {SEQ_LEN} tokens a step)"
-    )
+    report.say(f"{ROWS} x {SEQ_LEN} tokens a step, {options.megabytes:g} MB of text")
 
     far = _far(ways["streaming"])
     resumed = {

@@ -233,8 +233,8 @@ def main() -> None:
 
 
 def _shape(text: str) -> Shape:
-    d_in, d_out = text.split("x")
-    return int(d_in), int(d_out)
+    d_in, d_out = map(int, text.split("x"))
+    return d_in, d_out
 
 
 if __name__ == "__main__":

@@ -75,9 +75,6 @@ FILE_FLAGS = (
 )
 """Flags of a run that only say where its files lie, and which."""
 
-RatesOf = Mapping[str, Sequence[float]]
-"""Method -> learning rates."""
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -321,7 +318,7 @@ def _trials(
     options: argparse.Namespace,
     methods: Methods,
     texts: Texts,
-    rates_of: RatesOf,
+    rates_of: Mapping[str, Sequence[float]],
     seeds: Iterable[int],
 ) -> Iterator[Trial]:
     """The runs of these methods with these seeds, at every rank. What learns nothing runs

@@ -132,9 +132,9 @@ def _be_a_rank(folder: Path) -> None:
     gc.collect()
     before = {"held": _alive(), "resident": _memory("VmRSS"), "pss": _memory("Pss")}
     measured = _train(folder / "model", VOCABULARY, STEPS)
-    more = {name: value - before.get(name, 0) for name, value in measured.items()}
+    added = {name: value - before.get(name, 0) for name, value in measured.items()}
     by_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(by_rank, more)
+    dist.all_gather_object(by_rank, added)
     if dist.get_rank() == 0:
         write_json_atomic(folder / "measured.json", {"ranks": by_rank})
 
