@@ -271,7 +271,8 @@ def _options() -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     counts = dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT)
     refuse(wrong_values(options, {**counts, "replay": BELOW_1}))
-    refuse(out_of_bounds(("rank", rank, COUNT) for rank in options.rank))
+    for rank in options.rank:
+        refuse(out_of_bounds("rank", rank, COUNT))
     if len({paths is None for paths in (options.base, options.new, options.old)}) > 1:
         raise UserError(
             "--base, --new and --old belong together: give all three, or none for the "
