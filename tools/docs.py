@@ -36,7 +36,7 @@ SCRIPTS = {
 """Commands of `mora-ds` -> their programs in a checkout that is not installed."""
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line --------------------------------------------------------------------------
 class _Parsed(Exception):
     """Raised in place of parsing."""
 
@@ -102,9 +102,7 @@ def cli_page() -> str:
 
 
 def _type(hint: Any) -> str:
-    """What a key takes, in words: nothing for a string; that it may be left out goes
-    without saying.
-    """
+    """What a key takes, in words; nothing for a string."""
     words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
         return "list"
@@ -158,11 +156,9 @@ def _flag(action: argparse.Action, kind: str = "") -> str:
     return f"- {label}{f' ({details})' if details else ''}: {text.strip()}"
 
 
-# -- Python ------------------------------------------------------------------------------------------------------------
+# -- Python --------------------------------------------------------------------------------
 def api_page() -> str:
-    """reference/api.md: how each public name is called, and mkdocstrings' directive for
-    it.
-    """
+    """reference/api.md: how to call each public name, and its mkdocstrings directive."""
     import mora_ds
 
     lines = [
@@ -183,9 +179,7 @@ def api_page() -> str:
 
 
 def _signature(name: str, public: Any) -> list[str]:
-    """How it is called, as a block of code; nothing for enums and exceptions. The types are
-    in what stands below.
-    """
+    """How it is called, without types, as code; nothing for enums and exceptions."""
     if isinstance(public, type) and issubclass(public, (Enum, BaseException)):
         return []
     parameters = inspect.signature(public).parameters.values()
@@ -199,7 +193,7 @@ def _signature(name: str, public: Any) -> list[str]:
     return ["```python", line, "```", ""]
 
 
-# -- Markdown ----------------------------------------------------------------------------------------------------------
+# -- Markdown ------------------------------------------------------------------------------
 def _first_line(doc: str | None) -> str:
     """The first paragraph of a docstring, as one line."""
     return cell(inspect.cleandoc(doc or "").split("\n\n")[0].replace("\n", " "))

@@ -55,7 +55,7 @@ def with_tables(text: str) -> str:
     return text
 
 
-# -- planned figures ---------------------------------------------------------------------------------------------------
+# -- planned figures -----------------------------------------------------------------------
 def memory() -> list[str]:
     """Of results/memory.md, from data/plans.json."""
     known = plans.plans()
@@ -105,7 +105,7 @@ def traffic() -> list[str]:
     return number_table([what, *map(str, plans.GPUS)], rows)
 
 
-# -- benchmarks --------------------------------------------------------------------------------------------------------
+# -- benchmarks ----------------------------------------------------------------------------
 def benchmark(file: str, table: str) -> list[str]:
     """The table `table` of a benchmark's JSON, below the command and the machine."""
     result = read_json(plans.DATA / file)
@@ -134,7 +134,7 @@ LONGEST_COMMAND = 9
 """Words of a command that stands above its table."""
 
 
-# -- learning ----------------------------------------------------------------------------------------------------------
+# -- learning ------------------------------------------------------------------------------
 def learning() -> list[str]:
     """Of the README: what each method learned and kept on the pretrained model."""
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
@@ -147,9 +147,7 @@ def learning() -> list[str]:
 
 
 def energy() -> list[str]:
-    """Of results/learning-tables.md: the shares of every base, from data/energy_*.json, a
-    column each.
-    """
+    """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a column."""
     tables = [_energies(size) for size in SIZES]
     titles, *rows = (
         [span, *(share for table in tables for share in table[span])] for span in tables[0]
@@ -164,9 +162,7 @@ def _energies(size: str) -> dict[str, list[str]]:
 
 
 def prediction() -> list[str]:
-    """Of results/learning.md: the energy that each span holds at the start, and what its
-    method has learned.
-    """
+    """Of results/learning.md: each span's energy at the start, and what was learned."""
     lines = []
     for base, outcomes in OUTCOMES.items():
         energies = _energies(base.lower())
@@ -187,11 +183,9 @@ def _against_mora(method: str, outcomes: dict[str, str]) -> str:
     return f"{learned[method].mean('new') / learned['mora-rotate'].mean('new') - 1:+.1%}"
 
 
-# -- packages ----------------------------------------------------------------------------------------------------------
+# -- packages ------------------------------------------------------------------------------
 def packages() -> list[str]:
-    """Of contributing.md: what each package is, by its documentation, and what it may
-    import, by its test.
-    """
+    """Of contributing.md: what each package is, and what its test lets it import."""
     from tests.test_imports import MAY_IMPORT
 
     body = ["| Package | What it is | May import |", ruler(3)]

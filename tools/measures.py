@@ -76,9 +76,7 @@ def measure(folder: Path) -> Measures:
 
 
 def count_flags(config: Path) -> int:
-    """Flags of training: the fields of the classes of settings, which the decorator
-    `documented` marks.
-    """
+    """Flags of training: the fields of classes that the decorator `documented` marks."""
     flags = 0
     for path in config.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -89,9 +87,7 @@ def count_flags(config: Path) -> int:
 
 
 def count_nodes(nodes: list[ast.AST]) -> int:
-    """Nodes without contexts and without docstrings, each of which is two: an expression
-    and its constant.
-    """
+    """Nodes but for contexts, and docstrings with the expression that each one is."""
     counted = sum(not isinstance(node, ast.expr_context) for node in nodes)
     return counted - 2 * sum(docstring(node) is not None for node in nodes)
 
@@ -113,9 +109,7 @@ def is_text(node: ast.AST) -> bool:
 
 
 def lines_of_code(source: str) -> list[str]:
-    """The lines without indentation; not empty ones, comments, docstrings, nor the strings
-    under fields.
-    """
+    """The lines, stripped, but for empty ones, comments and strings that stand alone."""
     texts: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and is_text(node):

@@ -45,9 +45,7 @@ FACTS = ("bytes", "bytes_gathered", "bytes_reduced", "bytes_sent", "trained_elem
 
 
 def main() -> None:
-    """Write data/plans.json: what `mora-ds plan --json` says of every method, and the
-    command.
-    """
+    """Write data/plans.json: what `mora-ds plan --json` says of every method."""
     clusters = [(model, gpus, memory) for model, (gpus, memory) in MEMORY.items()]
     clusters += [("7B", gpus, 80) for gpus in GPUS if gpus != MEMORY["7B"][0]]
     answers = [_plan(method, *cluster) for cluster in clusters for method in METHODS]

@@ -7,9 +7,7 @@ _BAR = r"\|"
 
 
 def cell(text: str) -> str:
-    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars
-    escaped.
-    """
+    """Text for a table's cell: one line, in which <file>, pipes and stars are escaped."""
     return (
         " ".join(text.split()).replace("|", _BAR).replace("<", "&lt;").replace("*", "\\*")
     )
@@ -21,9 +19,7 @@ def table_row(*cells: str) -> str:
 
 
 def ruler(columns: int, alignment: str = "---") -> str:
-    """The line below the titles, whose columns but the first are aligned as Markdown has
-    it.
-    """
+    """The line below the titles. `alignment`: Markdown's, of all columns but the first."""
     return f"|---|{f'{alignment}|' * (columns - 1)}"
 
 
@@ -34,9 +30,7 @@ def number_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has
-    no spread.
-    """
+    """The mean over seeds, and the largest distance from it; one seed has no spread."""
     mean = fmean(values)
     if len(values) == 1:
         return f"{mean:.1f}"

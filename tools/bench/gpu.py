@@ -2,16 +2,20 @@
 within minutes.
 
     python tools/bench/gpu.py ceilings|operators|layer|attention|step|resume [--json FILE]
-    python tools/bench/gpu.py ... --toy        the same code at toy sizes, without a GPU too: a test runs it
+    python tools/bench/gpu.py QUESTION --toy        at toy sizes, without a GPU too, as a test does
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
-    operators   the kernels of every operator, grouping, dtype and path against plain torch in fp64 on the CPU; merges:
-                the bits of the CPU
-    layer       a layer, forward and backward, against the frozen layer: both paths, and LoRA by PEFT and fused (addmm_)
-    attention   by documents against a dense mask: time, and what leaks from one document to another (0)
-    step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and how often the host waits inside a
-                micro-batch (torch.cuda.set_sync_debug_mode); by phase a run's summary.json has the peaks
-    resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
+    operators   the kernels of every operator, grouping, dtype and path against plain torch
+                in fp64 on the CPU; merges: the bits of the CPU
+    layer       a layer, forward and backward, against the frozen layer: both paths, and
+                LoRA by PEFT and fused (addmm_)
+    attention   by documents against a dense mask: time, and what leaks from one document to
+                another (0)
+    step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and how often
+                the host waits inside a micro-batch (torch.cuda.set_sync_debug_mode); by
+                phase a run's summary.json has the peaks
+    resume      a run that is saved and resumed, against the uninterrupted one, to the bit,
+                as --deterministic has it
 
 Without a GPU, a line says so.
 """
@@ -83,7 +87,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# -- questions: each answers with a table ------------------------------------------------------------------------------
+# -- questions: each answers with a table --------------------------------------------------
 
 
 def ceilings(options: argparse.Namespace) -> list[list[str]]:
@@ -116,9 +120,7 @@ def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
 
 
 def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list[str]]:
-    """The kernels in every dtype and by every path, against plain torch in fp64 on the
-    CPU.
-    """
+    """The kernels, in every dtype and by every path, against torch in fp64 on the CPU."""
     x = torch.randn(8 if options.toy else 512, spec.d_in).double()
     weight = torch.randn(spec.d_out, spec.d_in).double()
     square = torch.randn(spec.r_hat, spec.r_hat).double()
@@ -258,7 +260,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], list[list[str]]]] = {
 }
 
 
-# -- what they share ---------------------------------------------------------------------------------------------------
+# -- what they share -----------------------------------------------------------------------
 
 
 def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:

@@ -155,7 +155,7 @@ def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     return y[:, : spec.d_out]
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
+# -- measuring -----------------------------------------------------------------------------
 
 
 def row(layer: Layer, seconds: float) -> list[str]:

@@ -107,9 +107,7 @@ class Trial:
     """Flags of the training program; output_dir names the run."""
     texts: Texts
     rank: int
-    """Of those that `--rank` names; 0 where the method's own flags decide how much it
-    trains.
-    """
+    """Of those that `--rank` names; 0 where the method's own flags decide."""
 
     @property
     def folder(self) -> Path:
@@ -125,9 +123,7 @@ class Trial:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What the run is known by: digests of the base, the texts and the flags, wherever
-        their files lie.
-        """
+        """Digests of base, texts and flags: the same wherever their files lie."""
         flags = {
             name: value for name, value in self.settings.items() if name not in FILE_FLAGS
         }
@@ -139,9 +135,7 @@ class Trial:
         return {**self.texts.marks, "flags": _digest(text)}
 
     def read(self) -> dict[str, Any] | None:
-        """What the run has found; None where it has not been run with this base, these
-        texts and these flags.
-        """
+        """What the run has found; None where it was not run with these marks."""
         if not self.result.is_file():
             return None
         result = read_json(self.result)
@@ -187,7 +181,7 @@ def main() -> None:
     _report(options, sorted([*earlier, *swept, *repeated], key=place), best)
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------
 
 
 def _options() -> argparse.Namespace:
@@ -312,7 +306,7 @@ def _texts(options: argparse.Namespace) -> Texts:
     return Texts(base, *(demo.corpus / f"{name}.jsonl" for name in names))
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------
 
 
 def _trials(
@@ -322,9 +316,7 @@ def _trials(
     rates_of: Mapping[str, Sequence[float]],
     seeds: Iterable[int],
 ) -> Iterator[Trial]:
-    """The runs of these methods with these seeds, at every rank. What learns nothing runs
-    with seed 1 alone.
-    """
+    """The runs at every rank, rate and seed. What learns nothing has seed 1 alone."""
     batch = "" if options.batch is None else f"x{options.batch}"
     shared = {
         "model_name_or_path": texts.base,
@@ -358,9 +350,7 @@ def _trials(
 def _take(
     path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]
 ) -> list[Trial]:
-    """Put the runs of an earlier report among the finished ones. Raises `UserError` for one
-    that is unlike these.
-    """
+    """Take over the runs of an earlier report. Raises `UserError` for one unlike these."""
     taken = []
     for run in read_json(path)["runs"]:
         method = run["method"]
@@ -409,9 +399,7 @@ def _run(trial: Trial) -> None:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first
-    metric.
-    """
+    """Task -> its last score in metrics.jsonl: the accuracy, or else its first metric."""
     scored = [row["tasks"] for row in rows if "tasks" in row]
     return {
         name: scores.get("acc", next(iter(scores.values())))
@@ -425,13 +413,11 @@ def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
     return [{**(trial.read() or {}), "rank": trial.rank} for trial in by_name.values()]
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------
 
 
 def _best(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """The best learning rate of each method and rank, judged by the seeds that all of its
-    learning rates have.
-    """
+    """Method and rank -> its best learning rate, by the seeds that all its rates have."""
     best = {}
     for kind in dict.fromkeys(row.kind for row in rows):
         candidates = [row for row in rows if row.kind == kind]

@@ -22,9 +22,7 @@ def llama_config(
     heads: int = 0,
     kv_heads: int = 0,
 ) -> LlamaConfig:
-    """`mlp`: width of the MLP, 11/4 of `width` by default. `heads`: of 64 numbers each by
-    default.
-    """
+    """By default the MLP is 11/4 as wide, and heads have 64 numbers each."""
     heads = heads or max(1, width // 64)
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp or 11 * width // 4, num_hidden_layers=layers,
@@ -33,9 +31,7 @@ def llama_config(
 
 
 def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
-    """DeepSpeed's settings: ZeRO-3 and AdamW, `rows` sequences per process and
-    micro-batch.
-    """
+    """DeepSpeed's settings: ZeRO-3, AdamW, `rows` sequences a process and micro-batch."""
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": {"stage": 3},
@@ -52,9 +48,7 @@ def count_trained(model: nn.Module) -> int:
 
 
 def only_rank() -> dict[str, str]:
-    """The environment variables that a launcher sets for a job of one process; port 0 is
-    any that is free.
-    """
+    """The environment of a job of one process; port 0 is any that is free."""
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -65,9 +59,7 @@ def only_rank() -> dict[str, str]:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, after all work so far: for one thread of a CPU its own time, of which other
-    processes take none.
-    """
+    """A clock in seconds that waits for the GPU; one CPU thread's own time, if it is one."""
     if device.type != "cuda":
         return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 

@@ -151,7 +151,7 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-# -- the task ----------------------------------------------------------------------------------------------------------
+# -- the task ------------------------------------------------------------------------------
 
 
 def _pairs(base: Path, number: int, seed: int | str) -> Tensor:
@@ -226,15 +226,13 @@ def _small_base(work: Path) -> Path:
     return folder
 
 
-# -- one run -----------------------------------------------------------------------------------------------------------
+# -- one run -------------------------------------------------------------------------------
 
 
 def _train(
     method: Method, base: Path, rate: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train once. The result has the number of trained parameters and, of each measurement,
-    step, accuracy and loss.
-    """
+    """Train once: trained parameters; step, accuracy and loss of each measurement."""
     torch.manual_seed(seed)
     rows = _pairs(base, options.pairs, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -291,7 +289,7 @@ def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
     return fmean(losses)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------
 
 
 def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:

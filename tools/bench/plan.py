@@ -6,11 +6,14 @@ A Llama of random weights is written to disk, mapped by every rank, adapted and 
 a few steps under ZeRO-3. Measured on rank 0, next to what a `Planner` says from the config
 alone:
 
-    held                 bytes of all tensors that are alive between steps, less those that were there before
+    held                 bytes of all tensors that are alive between steps, less those that
+                         were there before
     kept, peak           of tensors made in forward and backward (`MemoryMeter`)
     gathered             of all-gathers in a step (`CollectiveCounter`)
-    resident             the process's highest resident memory in a step, less that before the model was loaded
-    Pss, all ranks       proportional memory of all ranks together between steps: the base's pages count once
+    resident             the process's highest resident memory in a step, less that before
+                         the model was loaded
+    Pss, all ranks       proportional memory of all ranks together between steps: the base's
+                         pages count once
 """
 
 import gc
@@ -120,7 +123,7 @@ def _measured(ranks: int, folder: Path) -> list[dict[str, int]]:
     return by_rank
 
 
-# -- one rank ----------------------------------------------------------------------------------------------------------
+# -- one rank ------------------------------------------------------------------------------
 
 
 def _be_a_rank(folder: Path) -> None:

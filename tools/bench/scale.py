@@ -112,9 +112,7 @@ def main() -> None:
 
 
 def _rows(table: Table, cell: Callable[[Spent], str]) -> list[list[str]]:
-    """A row for each phase, setting and rank, and a column for each model and number of
-    ranks.
-    """
+    """A row a phase, setting and rank; a column a model and number of ranks."""
     columns = list(dict.fromkeys(itertools.chain.from_iterable(table.values())))
     rows = [["phase", *columns]]
     for phase, setting, rank in sorted(table, key=lambda line: PHASES.index(line[0])):
@@ -133,15 +131,13 @@ def _write_base(folder: Path, config: LlamaConfig) -> None:
 def _measured(
     folder: Path, base: Path, model: str, setting: str, world: int, rank: int
 ) -> dict[str, Spent]:
-    """What one rank spends in each phase, from a fork of this process: there is one process
-    group a process.
-    """
+    """What one rank spends in each phase; a fork, since a process has one group."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(dir=folder) as scratch, fork.Pool(1) as alone:
         return alone.apply(_one, (Path(scratch), base, model, setting, world, rank))
 
 
-# -- one rank ----------------------------------------------------------------------------------------------------------
+# -- one rank ------------------------------------------------------------------------------
 
 
 def _one(
@@ -190,9 +186,7 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
 
 
 def _completed(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
-    """What a shipped config says of ZeRO, as `initialize` completes it for matrices of
-    these sizes, in bf16.
-    """
+    """A shipped config's ZeRO, as `initialize` completes it for these sizes, in bf16."""
     settings = zero3_config(
         1, zero_optimization=ds_config["zero_optimization"], bf16={"enabled": True}
     )
@@ -202,9 +196,7 @@ def _completed(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict
 
 
 class _Squares(nn.Module):
-    """MoRA matrices in decoder layers, as ZeRO sees those of a model, without
-    arithmetic.
-    """
+    """MoRA matrices in decoder layers, as ZeRO sees them, without arithmetic."""
 
     def __init__(self, config: LlamaConfig, sides: list[int], layers: int) -> None:
         """`sides`: of the matrices of a layer."""
@@ -240,9 +232,7 @@ def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
 
 
 def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Path]:
-    """(what it took, the checkpoint, to which the other ranks' files and the table of all
-    have been added)
-    """
+    """(what it took, the checkpoint with the other ranks' files and the table added)"""
     beside = root / ".step-000001.writing"
     # Under ZeRO-3 a parameter is empty but for its partition
     size_of = attrgetter("ds_numel") if stage == 3 else nn.Parameter.numel
@@ -286,9 +276,7 @@ def _renamed(name: str, rank: int, other_rank: int) -> str:
 def _shard_of(
     template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int
 ) -> RankShard:
-    """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all
-    in a row.
-    """
+    """Another rank's shard: under ZeRO-3 a part of each matrix, else of all in a row."""
     if stage == 3:
         share = -(-sizes // one.world)
         start = np.minimum(rank * share, sizes)

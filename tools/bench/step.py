@@ -6,12 +6,15 @@ gathered, in one launch.
 
 A Llama of random weights on random tokens, in turns:
 
-    base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
-    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the operator share, and our LoRA
-    PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest;
-                      and under ZeRO-2, where every rank has the complete base as here: the rival; and under torch's
-                      DDP, as most people run it
-    fused LoRA        of the same rank, under DDP, its products added up in place (`addmm_`), as Unsloth has them
+    base alone        the frozen model, forward and the gradient of its input: the limit of
+                      any adapter
+    mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the
+                      operator share, and our LoRA
+    PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base
+                      sharded too; and under ZeRO-2, where every rank has the complete base
+                      as here: the rival; and under torch's DDP, as most people run it
+    fused LoRA        of the same rank, under DDP, its products added up in place
+                      (`addmm_`), as Unsloth has them
     full training     under ZeRO-3
 
 The first two compute attention and loss as the training program does, the others as
@@ -106,7 +109,7 @@ def _options() -> argparse.Namespace:
     return bench_parser(__doc__, defaults).parse_args()
 
 
-# -- contenders --------------------------------------------------------------------------------------------------------
+# -- contenders ----------------------------------------------------------------------------
 
 
 def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender]:
@@ -213,7 +216,7 @@ def _plain_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-# -- time --------------------------------------------------------------------------------------------------------------
+# -- time ----------------------------------------------------------------------------------
 
 
 def _seconds_together(step: Step) -> float:

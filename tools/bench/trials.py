@@ -48,9 +48,7 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> None:
-    """`run` every trial, which has a `name`, `jobs` side by side, and print a line for each
-    that has ended.
-    """
+    """`run` the trials, `jobs` side by side, and print the name of each that has ended."""
     with ThreadPoolExecutor(jobs) as pool:
         for index, _ in enumerate(pool.map(run, trials)):
             print(f"{index + 1}/{len(trials)}  {trials[index].name}", flush=True)
