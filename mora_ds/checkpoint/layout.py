@@ -129,9 +129,7 @@ def find_adapter(path: Path, flag: str = "") -> Path:
     if folder is None:
         text = f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one"
         if (path / "adapter_config.json").is_file():
-            text += (
-                "; mora-ds convert mora reads MoRA adapters of kongds's PEFT and of axolotl"
-            )
+            text += "; mora-ds convert mora reads adapters of kongds's PEFT and of axolotl"
         raise UserError(f"{flag}: {text}" if flag else text)
     return folder
 

@@ -129,9 +129,8 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
     dashes, or a noun.
     """
     known = list(known)
-    return (
-        f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}"
-    )
+    hint = nearest(str(value), known)
+    return f"unknown {what} {value!r}; known: {', '.join(known)}.{hint}"
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,8 @@ class LayerGathers:
         # Activation checkpointing runs a forward within a backward pass, for which the
         # layer is gathered already.
         in_backward_pass = torch._C._current_graph_task_id() != -1
-        self._runs_again = (
-            in_backward_pass and self.ds_id in self._named[0][1].ds_active_sub_modules
-        )
+        active = self._named[0][1].ds_active_sub_modules
+        self._runs_again = in_backward_pass and self.ds_id in active
         if not self._runs_again:
             self.fetch(forward=True)
         return marked((args, kwargs), partial(self.release, forward=False))

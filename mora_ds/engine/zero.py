@@ -88,9 +88,7 @@ def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
     for flat in view.flats():
         for span in flat.spans:
             if span.parameter in values:
-                elements = (
-                    values[span.parameter].flatten().narrow(0, span.start, span.numel)
-                )
+                elements = values[span.parameter].flatten()[span.start :][: span.numel]
                 flat.master.narrow(0, span.offset, span.numel).copy_(elements)
     view.write_copies()
 
