@@ -43,8 +43,7 @@ from mora_ds.common.files import (
     MANIFEST,
     JsonObject,
     malformed,
-    read_json,
-    require_format,
+    read_formatted,
     verify_manifest,
     write_json_atomic,
 )
@@ -236,8 +235,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     an unknown format.
     """
     path = folder / ADAPTER_JSON
-    content = read_json(path)
-    require_format(path, content)
+    content = read_formatted(path)
     with malformed(path):
         return AdapterFile.from_dict(content)
 
@@ -330,8 +328,7 @@ class BaseReference:
         format.
         """
         path = folder / BASE_JSON
-        content = read_json(path)
-        require_format(path, content)
+        content = read_formatted(path)
         content.pop("format")
         reference: BaseReference = typed(cls, content, f"{path} is damaged")
         with malformed(path):

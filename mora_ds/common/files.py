@@ -365,8 +365,7 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
     missing or damaged manifest.
     """
     path = folder / MANIFEST
-    content = read_json(path)
-    require_format(path, content)
+    content = read_formatted(path)
     if content.get("seal") != _seal(entry(content, "files", dict[str, Any], path)):
         return [f"{path} is damaged: it does not list what it was written with"]
     if problems := links(folder):
@@ -430,6 +429,13 @@ def malformed(path: Path) -> Iterator[None]:
         RuntimeError,
     ) as error:
         raise UserError(f"{path} is damaged: {shown(error)}") from error
+
+
+def read_formatted(path: Path) -> JsonObject:
+    """`read_json` of what mora_ds has written. Raises `UserError` for another format."""
+    content = read_json(path)
+    require_format(path, content)
+    return content
 
 
 def require_format(path: Path, content: JsonObject) -> None:

@@ -23,8 +23,7 @@ from mora_ds.common.files import (
     FORMAT,
     atomic_folder,
     malformed,
-    read_json,
-    require_format,
+    read_formatted,
     write_json_atomic,
 )
 from mora_ds.data import (
@@ -117,8 +116,7 @@ def first_new_row(folder: Path) -> int:
         raise UserError(
             f"--train_new_embeddings: {folder} has no {EXTENSION_JSON}, so it was not written by mora-ds extend-vocab"
         )
-    content = read_json(path)
-    require_format(path, content)
+    content = read_formatted(path)
     with malformed(path):
         return int(content["first_row"])
 

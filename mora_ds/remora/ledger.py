@@ -39,8 +39,8 @@ from mora_ds.common.files import (
     file_problem,
     link_or_copy,
     malformed,
+    read_formatted,
     read_json,
-    require_format,
     sha256_file,
     write_json_atomic,
 )
@@ -185,8 +185,7 @@ class Ledger:
         """
         folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
-        content = read_json(path)
-        require_format(path, content)
+        content = read_formatted(path)
         fingerprint = entry(content, "base_fingerprint", str, path)
         records = entry(content, "cycles", list[CycleRecord], path)
         if base_fingerprint is not None and fingerprint != base_fingerprint:
