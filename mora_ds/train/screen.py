@@ -1,11 +1,12 @@
 """What a person reads of a run before its first step and after its last one."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from shlex import quote
 
 import torch
 
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, MERGED_FOLDER
+from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
@@ -63,16 +64,17 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, what comes next."""
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
-    folder = Path(arguments.training.output_dir)
-    latest = folder / CHECKPOINTS / LATEST
-    merged = folder / MERGED_FOLDER
+    folder = expanded(arguments.training.output_dir)
+    checkpoint = folder / CHECKPOINTS / LATEST
+    latest = quote(str(checkpoint))
+    merged = quote(str(folder / MERGED_FOLDER))
     done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
     rows = {
         "done": f"{done} in {duration(seconds)}",
-        "checkpoint": str(latest.with_name(latest.resolve().name)),
+        "checkpoint": str(checkpoint.with_name(checkpoint.resolve().name)),
     }
     if TENSORBOARD in arguments.training.report_to:
-        rows["curves"] = f"tensorboard --logdir {folder / TENSORBOARD}"
+        rows["curves"] = f"tensorboard --logdir {quote(str(folder / TENSORBOARD))}"
     is_full = arguments.adapter.adapter == AdapterKind.FULL.value
     is_one_adapter = not is_full and not arguments.research
     if is_one_adapter:

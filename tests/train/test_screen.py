@@ -2,6 +2,7 @@
 are in test_pretrain.py.
 """
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,18 @@ def test_the_next_commands_have_the_paths_of_the_run():
     assert lines[-2] == f"export      {command}"
     with_domains = replace(arguments, research={"domain_adapters": True})
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
+
+
+def test_the_next_commands_can_be_copied_into_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = closing(parse(["--output_dir", "~/a run"]), SUMMARY, 1)
+    checkpoint = f"{tmp_path}/a run/checkpoints/latest"
+    merged = f"{tmp_path}/a run/merged"
+    assert [shlex.split(line)[1:] for line in lines[-3:]] == [
+        ["mora-ds", "evaluate", checkpoint, "--sets", "NAME=FILE"],
+        ["mora-ds", "export", "--checkpoint", checkpoint, "--output", merged],
+        ["vllm", "serve", merged],
+    ]
 
 
 def test_everything_that_is_trained_is_named():
