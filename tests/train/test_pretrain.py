@@ -264,7 +264,7 @@ steps       4 \(.*
 memory      """
 LAST_LINES = r"""
 done        4 steps, 256 tokens in 0:0.*
-checkpoint  my run/checkpoints/step-000004(.*\n)+serve       vllm serve my run/merged"""
+checkpoint  my run/checkpoints/step-000004(.*\n)+serve       vllm serve 'my run/merged'"""
 
 
 def assert_fit_for_reading(done):
