@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.errors import RunError, UserError
@@ -55,8 +56,25 @@ class Subject:
     tools: tuple[Tool, ...]
 
 
-_CHECKPOINT = "{case}/out/checkpoints/step-000007"
-_EXPORT = ("export_hf", "--checkpoint", _CHECKPOINT, "--output", "{out}")
+_STEP = "out/checkpoints/step-000007"
+_EXPORT = f"export_hf --checkpoint {{case}}/{_STEP} --output {{out}}"
+_VERIFY_LEDGER = f"verify_checkpoint {{case}}/{_STEP}/ledger --base {{case}}/base"
+_FAST = f"""
+verify_checkpoint {{case}}/{_STEP}
+verify_checkpoint {{case}}/{_STEP} --base {{case}}/base
+convert_checkpoint adapter {{case}}/{_STEP} --output {{out}}
+ledger show {{case}}/{_STEP}
+{_VERIFY_LEDGER}
+{_EXPORT}
+convert_checkpoint peft {{case}}/{_STEP} --output {{out}} --rank 4
+ledger combine {{case}}/{_STEP} {{case}}/{_STEP} --weights 0.5 0.5 --output {{out}}
+"""
+_OF_A_MODEL = """
+evaluate {case}/base --sets a={case}/held.txt
+extend_vocab {case}/base --corpus {case}/held.txt --pieces 2 --output {out}
+plan --model {case}/base --gpus 8 --seq_len 8 --micro_batch 1
+"""
+"""Calls of tools."""
 
 
 def subjects(folder):
@@ -64,63 +82,32 @@ def subjects(folder):
     seldom.
     """
     run = folder / "run"
-    base = "{case}/base"
     fake = whole_checkpoint(run)
     shutil.copytree(fake.checkpoint / "ledger", fake.output / "ledger")
     user = playground(folder / "user")
     model = folder / "model"
     shutil.copytree(user.model, model / "base")
     (model / "held.txt").write_text("a b c")
-    from transformers import AutoModelForCausalLM
-
     maker = Maker(AutoModelForCausalLM.from_pretrained(model / "base"), model / "base")
     maker.write(model / "adapter", MoRAConfig(rank=3), cycles=1)
     change_json(
         model / "adapter/base.json", lambda content: content.update(folder="../base")
     )
     reseal(model / "adapter")
-    sets = ("--sets", "a={case}/held.txt")
-    fast = (
-        ("verify_checkpoint", _CHECKPOINT),
-        ("verify_checkpoint", _CHECKPOINT, "--base", base),
-        ("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
-        ("ledger", "show", _CHECKPOINT),
-        ("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base),
-        _EXPORT,
-        ("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
-        (
-            "ledger",
-            "combine",
-            _CHECKPOINT,
-            _CHECKPOINT,
-            "--weights",
-            "0.5",
-            "0.5",
-            "--output",
-            "{out}",
-        ),
-    )
-    of_model = (
-        ("evaluate", base, *sets),
-        (
-            "extend_vocab",
-            base,
-            "--corpus",
-            "{case}/held.txt",
-            "--pieces",
-            "2",
-            "--output",
-            "{out}",
-        ),
-        ("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
-    )
     return [
-        Subject(run, "out/checkpoints/step-000007", fast),
-        Subject(run, "base", (("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _EXPORT)),
-        Subject(model, "adapter", (("evaluate", "{case}/adapter", *sets),)),
-        Subject(run, "out/checkpoints/step-000007", ((*_EXPORT, "--verify"),)),
-        Subject(model, "base", of_model),
-    ]  # fmt: skip
+        Subject(run, _STEP, _calls(_FAST)),
+        Subject(run, "base", _calls(f"{_VERIFY_LEDGER}\n{_EXPORT}")),
+        Subject(
+            model, "adapter", _calls("evaluate {case}/adapter --sets a={case}/held.txt")
+        ),
+        Subject(run, _STEP, _calls(f"{_EXPORT} --verify")),
+        Subject(model, "base", _calls(_OF_A_MODEL)),
+    ]
+
+
+def _calls(text):
+    """The words of each line."""
+    return tuple(tuple(line.split()) for line in text.strip().splitlines())
 
 
 WEIGHTS = (60, 8, 3, 2, 8)
@@ -139,23 +126,30 @@ SEEDS_OF_A_PROCESS = 100
 """What a call leaves in memory is at most so many later ones' too."""
 
 
+def judged_in_processes(judge, subject, seeds, scratch, seeds_of_a_process, died):
+    """The findings of `judge(subject, seeds, scratch)`, in processes that may die: then
+    `died(seed, message)` is one. The judge writes the seed that it tries to scratch/seed.
+    """
+    findings = []
+    for first in range(0, len(seeds), seeds_of_a_process):
+        some = seeds[first : first + seeds_of_a_process]
+        try:
+            findings += run_alone(judge, subject, some, scratch, timeout_s=3600)
+        except RankFailed as error:
+            findings.append(died(int((scratch / "seed").read_text()), str(error)))
+    return findings
+
+
 def fuzz(made, seeds, scratch):
     """What one call for each seed has done wrong: its seed, tool, changes and error."""
-    findings = []
-    for first in range(0, len(seeds), SEEDS_OF_A_PROCESS):
-        try:
-            findings += run_alone(
-                _judged,
-                made,
-                seeds[first : first + SEEDS_OF_A_PROCESS],
-                scratch,
-                timeout_s=1200,
-            )
-        except RankFailed as error:
-            findings.append(
-                {"seed": int((scratch / "seed").read_text()), "error": str(error)}
-            )
-    return findings
+    return judged_in_processes(
+        _judged,
+        made,
+        seeds,
+        scratch,
+        SEEDS_OF_A_PROCESS,
+        lambda seed, message: {"seed": seed, "error": message},
+    )
 
 
 def _judged(made, seeds, scratch):

@@ -24,7 +24,7 @@ from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
 from mora_ds.train.loader import NotFinite
 from mora_ds.train.pretrain import pretrain
-from tests.helpers.gloo import RankFailed, run_alone
+from tests.helpers.fuzz import judged_in_processes
 from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model
 from tests.helpers.outcome import assert_same_outcome
@@ -134,10 +134,6 @@ SECONDS = 60
 """What one run may take, on a machine that others use too."""
 
 CASES_OF_A_PROCESS = 20
-
-Settings = dict[str, str]
-Finding = tuple[int, str, str, Settings]
-"""Seed; ok, diverged, refused, resumed, told or fault; what was said; the settings."""
 
 
 def values_of_settings():
@@ -305,17 +301,14 @@ def _judged(user, seeds, scratch):
 
 
 def fuzz(user, seeds, scratch):
-    """Every attempt of the cases with these seeds, in processes that may die."""
-    findings = []
-    for start in range(0, len(seeds), CASES_OF_A_PROCESS):
-        try:
-            findings += run_alone(
-                _judged,
-                user,
-                seeds[start : start + CASES_OF_A_PROCESS],
-                scratch,
-                timeout_s=3600,
-            )
-        except RankFailed as error:
-            findings.append((int((scratch / "seed").read_text()), "fault", str(error), {}))
-    return findings
+    """Every attempt of the cases with these seeds: seed; ok, diverged, refused, resumed,
+    told or fault; what was said; the settings.
+    """
+    return judged_in_processes(
+        _judged,
+        user,
+        seeds,
+        scratch,
+        CASES_OF_A_PROCESS,
+        lambda seed, message: (seed, "fault", message, {}),
+    )

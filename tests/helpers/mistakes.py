@@ -58,8 +58,12 @@ def flags_of(case, defaults, paths):
 
 
 def write(folder, name, content):
+    """Text may hold DEEP and NUMBER_5000 by their names."""
+    if isinstance(content, str):
+        text = content.replace("DEEP", DEEP).replace("NUMBER_5000", NUMBER_5000)
+        content = text.encode()
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / name).write_bytes(content)
 
 
 DEEPSPEED_FILES = """
@@ -92,17 +96,14 @@ section | {"zero_optimization": 3}
 list | [{"zero_optimization": {"stage": 3}}]
 twice | {"bf16": {}, "bf16": {}}
 comma | {"zero_optimization": {"stage": 3},}
+number | {"zero_optimization": {"reduce_bucket_size": NUMBER_5000}}
+deep | {"zero_optimization": DEEP}
 """
 
 
 def deepspeed_files(folder):
     """ds/NAME.json, each with one wrong value."""
-    unusual = {
-        "empty": "",
-        "number": f'{{"zero_optimization": {{"reduce_bucket_size": {NUMBER_5000}}}}}',
-        "deep": f'{{"zero_optimization": {DEEP}}}',
-        "binary": b"\x80\x02}q\x00.",
-    }
+    unusual = {"empty": "", "binary": b"\x80\x02}q\x00."}
     for name, content in {**dict(rows(DEEPSPEED_FILES)), **unusual}.items():
         write(folder, f"ds/{name}.json", content)
 
@@ -132,6 +133,9 @@ mix/gone | sources: {web: {files: gone.txt}}
 targets/list | [q_proj]
 targets/other | seed: 1
 targets/format | format: 99
+recipes/number | seed: NUMBER_5000
+recipes/deep | target_modules: DEEP
+recipes/key | {[seed, bf16]: 1}
 """
 
 
@@ -139,9 +143,6 @@ def yaml_files(folder):
     """recipes/NAME.yaml, mix/NAME.yaml and targets/NAME.yaml, each with one mistake."""
     unusual = {
         "recipes/tab": "seed:\t1\n\tbf16: true\n",
-        "recipes/number": f"seed: {NUMBER_5000}\n",
-        "recipes/deep": f"target_modules: {DEEP}\n",
-        "recipes/key": "? [seed, bf16]\n: 1\n",
         "recipes/binary": b"\x80\x02}q\x00.",
         "targets/empty": "",
         "targets/binary": b"\x80\x02}q\x00.",
@@ -174,6 +175,21 @@ code | {auto_map: {AutoModelForCausalLM: modeling.Model}, model_type: own}
 """Changes of a good config."""
 
 
+REPLACED = """
+config_deep | config.json | {"a": DEEP}
+config_number | config.json | {"model_type": "llama", "hidden_size": NUMBER_5000}
+config_list | config.json | [1, 2]
+weights_html | model.safetensors | <!doctype html><title>404 Not Found</title>
+tokenizer_list | tokenizer_config.json | []
+tokenizer_number | tokenizer_config.json | {"model_max_length": NUMBER_5000}
+tokenizer_deep | tokenizer_config.json | {"a": DEEP}
+tokenizer_class | tokenizer_config.json | {"tokenizer_class": "NoTokenizer"}
+index_deep | model.safetensors.index.json | {"weight_map": DEEP}
+index_number | model.safetensors.index.json | {"metadata": NUMBER_5000, "weight_map": {"a": "b"}}
+"""
+"""Files in place of the good ones."""
+
+
 def model_folders(folder, user):
     """models/NAME, each a copy of the user's model with one mistake."""
     config = json.loads((user.model / "config.json").read_text())
@@ -201,15 +217,12 @@ def model_folders(folder, user):
             "part.safetensors": weights,
         }
 
+    files |= {name: {file: text} for name, file, text in rows(REPLACED)}
     files |= {
-        "config_deep": {"config.json": f'{{"a": {DEEP}}}'},
-        "config_number": {"config.json": f'{{"model_type": "llama", "hidden_size": {NUMBER_5000}}}'},
-        "config_list": {"config.json": "[1, 2]"},
         "config_empty": {"config.json": ""},
         "config_binary": {"config.json": b"\xff\xfe\x00"},
         "weights_empty": {"model.safetensors": b""},
         "weights_torn": {"model.safetensors": weights[:-100]},
-        "weights_html": {"model.safetensors": b"<!doctype html><title>404 Not Found</title>"},
         "weights_length": {"model.safetensors": b"\xff" * 8 + weights[8:]},
         "header_json": {"model.safetensors": with_header("{" + "x" * 100)},
         "header_dtype": {"model.safetensors": with_header(changed(dtype="F31"))},
@@ -218,10 +231,6 @@ def model_folders(folder, user):
         "merges": {"tokenizer.json": broken_tokenizer(user, merges=[["a", "nowhere"], "b"])},
         "tokenizer_length": {"tokenizer_config.json": json.dumps({**tokens, "model_max_length": [1]})},
         "tokenizer_torn": {"tokenizer.json": (user.model / "tokenizer.json").read_bytes()[:200]},
-        "tokenizer_list": {"tokenizer_config.json": "[]"},
-        "tokenizer_number": {"tokenizer_config.json": f'{{"model_max_length": {NUMBER_5000}}}'},
-        "tokenizer_deep": {"tokenizer_config.json": f'{{"a": {DEEP}}}'},
-        "tokenizer_class": {"tokenizer_config.json": '{"tokenizer_class": "NoTokenizer"}'},
     }  # fmt: skip
     sharded = {
         "index_lists": {name: ["part.safetensors"] for name in names},
@@ -235,10 +244,6 @@ def model_folders(folder, user):
         },
     }
     files |= {name: index(weight_map) for name, weight_map in sharded.items()}
-    files["index_deep"] = {"model.safetensors.index.json": f'{{"weight_map": {DEEP}}}'}
-    files["index_number"] = {
-        "model.safetensors.index.json": f'{{"metadata": {NUMBER_5000}, "weight_map": {{"a": "b"}}}}'
-    }
     for name, contents in files.items():
         shutil.copytree(user.model, folder / "models" / name)
         if name.startswith("index"):
@@ -281,8 +286,8 @@ def text_files(folder):
         "model.json": '{"hidden_size": 32}',
         "heads.json": '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}',
         "types.json": '{"model_type": "llama", "hidden_size": "32", "num_hidden_layers": 1}',
-        "deep.json": f'{{"model_type": {DEEP}}}',
-        "digits.json": f'{{"model_type": "llama", "hidden_size": {NUMBER_5000}}}',
+        "deep.json": '{"model_type": DEEP}',
+        "digits.json": '{"model_type": "llama", "hidden_size": NUMBER_5000}',
     }
     for name, content in contents.items():
         write(folder, f"text/{name}", content)
