@@ -7,22 +7,76 @@ Complete runs: `test_elastic_runs`.
 from itertools import permutations
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine import zero
 from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.engine.zero import view_of
-from tests.helpers.engines import COMBINATIONS, new_engine, one_step
+from mora_ds.runtime.exchange import gather_to_first
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors
-from tests.helpers.shards import save_engine
 from tests.helpers.tables import heavy
 
+COMBINATIONS = [
+    (stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")
+]
+"""(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 MOMENTS = ["exp_avg", "exp_avg_sq"]
+
+
+class Small(nn.Module):
+    """Two parameters of sizes that two ranks cannot share evenly, and one buffer."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
+        self.second = nn.Parameter(torch.randn(7).to(dtype))
+        self.register_buffer("base", torch.randn(5, 7), persistent=False)
+
+    def forward(self, x):
+        y = (x @ self.first) @ self.base.to(x.dtype) * self.second + 1
+        return y.float().square().mean()
+
+
+def new_engine(stage, dtype):
+    """Plain `deepspeed.initialize`: what DeepSpeed does by itself. Small parameters
+    persist, as by default.
+    """
+    model = Small(getattr(torch, dtype))
+    config = ds_config(stage, 2, 1, data_types={"grad_accum_dtype": "fp32"})
+    del config["zero_optimization"]["stage3_param_persistence_threshold"]
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    if dtype == "float16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    groups = [{"params": [model.first]}, {"params": [model.second]}]
+    return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
+
+
+def one_step(engine):
+    engine.backward(engine(torch.ones(2, 5, dtype=engine.module.first.dtype)))
+    engine.step()
+
+
+def save_engine(engine, folder):
+    """The shards of all ranks and their table in `folder/engine`. Collective."""
+    layout, shard, tensors = shard_module.take(engine)
+    folder.mkdir(parents=True, exist_ok=True)
+    shard_module.write_shard(folder / "engine" / shard.file, tensors)
+    of_all = gather_to_first(shard, Ranks.current().group)
+    if of_all is not None:
+        EngineShards.of(folder / "engine", layout, of_all).write_table()
+    dist.barrier()
 
 
 def trained(combination):

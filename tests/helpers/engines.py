@@ -4,10 +4,9 @@ adapters, a run with merges.
 
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mora_ds.adapters.inject import inject, mora_layers
@@ -31,10 +30,6 @@ CLIP = 0.5
 EPSILON = 1e-4
 """Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is
 small, and a sign of noise says nothing about equality."""
-COMBINATIONS = [
-    (stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")
-]
-"""(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 
 
 def ds_config(stage, micro, accumulation=ACCUMULATION, **changes):
@@ -153,57 +148,6 @@ class CountedBelow(TorchDispatchMode):
                 nbytes_of(value) for value in args
             )
         return func(*args, **(kwargs or {}))
-
-
-class Small(nn.Module):
-    """Two parameters of sizes that two ranks cannot share evenly, and one buffer."""
-
-    base: Tensor
-
-    def __init__(self, dtype):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
-        self.second = nn.Parameter(torch.randn(7).to(dtype))
-        self.register_buffer("base", torch.randn(5, 7), persistent=False)
-
-    def forward(self, x):
-        return (
-            ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1)
-            .float()
-            .square()
-            .mean()
-        )
-
-
-def new_engine(stage, dtype, accumulation=1, **changes):
-    """Plain `deepspeed.initialize`: what DeepSpeed does by itself."""
-    model = Small(getattr(torch, dtype))
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True},
-        },
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 10**9,
-    }
-    if dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-    if dtype == "float16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
-    groups = [{"params": [model.first]}, {"params": [model.second]}]
-    return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
-
-
-def one_step(engine):
-    x = torch.ones(2, 5, dtype=engine.module.first.dtype)
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(x))
-        engine.step()
 
 
 def merging_run(folder, config, stage, dtype, merges):
