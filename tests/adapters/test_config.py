@@ -2,9 +2,11 @@
 follows from them.
 """
 
+import json
+
 import pytest
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.common.errors import refusal
 from tests.helpers.errors import user_error
@@ -60,6 +62,13 @@ def test_first_values_are_those_that_every_run_began_with():
 def test_unknown_settings_are_refused():
     with user_error("droput is unknown"):
         MoRAConfig.from_dict({"droput": 0.1})
-    config = MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True)
-    assert MoRAConfig.from_dict(config.to_dict()) == config
     assert MoRAConfig(target_modules={"b", "a"}).target_modules == ("a", "b")
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_config_survives_json(bits):
+    for config in (
+        MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True, base_bits=bits),
+        LoRAConfig(base_bits=bits),
+    ):
+        assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -32,7 +32,7 @@ from tests.helpers.jobs import losses, refusal, run
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_good
 from tests.helpers.pool import run_pooled
-from tests.helpers.tables import heavy
+from tests.helpers.tables import heavy, parsed, rows
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
 
@@ -57,6 +57,13 @@ def low_rank_model(tied):
     return model
 
 
+def assert_alone_trained(model, kind, tied):
+    """Beside the MoRA matrices, once where the tables are one."""
+    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
+    tables = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
+    assert names == {f"{table}.{kind}" for table in tables}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
@@ -78,10 +85,7 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied):
         wanted = torch.cat([table.weight.grad @ wide, table.weight.grad.T @ tall])
         assert torch.allclose(module.low_rank.grad, wanted, atol=1e-5)
         assert wanted.abs().max() > 1e-3
-    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
-    assert names == {"model.embed_tokens.low_rank"} | (
-        set() if tied else {"lm_head.low_rank"}
-    )
+    assert_alone_trained(model, "low_rank", tied)
 
 
 def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
@@ -101,33 +105,31 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
-def test_a_run_resumes_combines_and_exports_products(user, tmp_path, out):
+def merged_and_resumed(user, folder, *more):
+    """The output folder of a run on two ranks with a merge, and its checkpoint of step 4,
+    from which a second run has gone on alike.
+    """
+    merging = "--merge_every 3 --restart_warmup_steps 1 --save_steps 4 --eval_files"
+    flags = (*more, merging, user.held)
+    out = folder / "out"
+    earlier = out / "checkpoints/step-000004"
+    run(2, user.flags(out, *flags))
+    run(2, user.flags(folder / "again", *flags, "--resume_from_checkpoint", earlier))
+    assert losses(out)[4:].tolist() == losses(folder / "again").tolist()
+    assert_good(out, user.model)
+    return out, earlier
+
+
+def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half
     of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
-    more = (
-        "--train_embedding_rank",
-        RANK,
-        "--embedding_learning_rate",
-        0.01,
-        "--merge_every",
-        3,
-    )
-    more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
-    run(2, user.flags(out, *more))
-    earlier = out / "checkpoints/step-000004"
-    run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
-    assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
-    wider = user.flags(
-        tmp_path / "no",
-        *more,
-        "--resume_from_checkpoint",
-        str(earlier),
-        "--train_embedding_rank 5",
-    )
-    assert "--train_embedding_rank: 3 there, 5 here" in refusal(wider)
+    more = f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01"
+    out, earlier = merged_and_resumed(user, tmp_path, more)
+    wider = "--train_embedding_rank 5 --resume_from_checkpoint"
+    message = refusal(user.flags(tmp_path / "no", wider, earlier))
+    assert "--train_embedding_rank: 3 there, 5 here" in message
 
-    assert_good(out, user.model)
     assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
     export_merged(earlier, tmp_path / "earlier")
     export_merged(out, tmp_path / "half", delta_scale=0.5)
@@ -200,10 +202,7 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
     assert torch.allclose(
         head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
     )
-    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
-    assert names == {"model.embed_tokens.new_rows"} | (
-        set() if tied else {"lm_head.new_rows"}
-    )
+    assert_alone_trained(model, "new_rows", tied)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -226,25 +225,13 @@ def extended(user):
     return replace(user, model=user.root / "extended")
 
 
-def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path, out):
+def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old
     rows keep their bits.
     """
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
-    flags = extended.flags(
-        out,
-        "--train_new_embeddings --merge_every 3 --restart_warmup_steps 1 --save_steps 4 --eval_files",
-        extended.held,
-    )
-    run(2, flags)
-    again = extended.flags(
-        tmp_path / "again", *flags[flags.index("--train_new_embeddings") :]
-    )
-    run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints/step-000004")])
-    assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
-
-    assert_good(out, extended.model)
+    out, _ = merged_and_resumed(extended, tmp_path, "--train_new_embeddings")
     report = export_merged(out, tmp_path / "merged", verify=True)
     assert report.replaced == 2
     assert report.cycles == 1
@@ -273,9 +260,9 @@ def test_a_head_keeps_its_bias():
 def test_every_trained_row_is_looked_up_among_the_trained():
     table = torch.nn.Embedding(128, 4)
     embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
-    rows = embedding(torch.arange(128))
-    assert not rows[FIRST:].any()
-    assert torch.equal(rows[:FIRST], table.weight[:FIRST])
+    read = embedding(torch.arange(128))
+    assert not read[FIRST:].any()
+    assert torch.equal(read[:FIRST], table.weight[:FIRST])
 
 
 # -- plans and refusals ------------------------------------------------------------------------------------------------
@@ -311,30 +298,23 @@ class Softmax(torch.nn.Linear):
         return super().forward(x).softmax(-1)
 
 
+UNFIT = """
+{embedding_rank: 2, train_embeddings: true} | `embedding_rank` keeps embeddings and head frozen
+{embedding_rank: 2, train_head: true} | `embedding_rank` keeps embeddings and head frozen
+{embedding_rank: 2, new_rows_from: 9} | `embedding_rank`: the embeddings are a NewRowEmbedding
+{new_rows_from: 128} | none from 128 on is new
+"""
+
+
+@pytest.mark.parametrize("config, message", rows(UNFIT))
+def test_configs_that_do_not_fit_are_refused(config, message):
+    with user_error(message):
+        inject(tiny_model("llama"), MoRAConfig(rank=2, **parsed(config)))
+
+
 def test_models_that_they_do_not_fit_are_refused():
-    for config, message in (
-        (
-            {"embedding_rank": 2, "train_embeddings": True},
-            "`embedding_rank` keeps embeddings and head frozen",
-        ),
-        (
-            {"embedding_rank": 2, "train_head": True},
-            "`embedding_rank` keeps embeddings and head frozen",
-        ),
-        (
-            {"embedding_rank": 2, "new_rows_from": 9},
-            "`embedding_rank`: the embeddings are a NewRowEmbedding",
-        ),
-        ({"new_rows_from": 128}, "none from 128 on is new"),
-    ):
-        with user_error(message):
-            inject(tiny_model("llama"), MoRAConfig(rank=2, **config))
-    assert (
-        inject(
-            tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)
-        ).other_trainable_params
-        == 2 * 32
-    )
+    last_row = MoRAConfig(rank=2, new_rows_from=127)
+    assert inject(tiny_model("llama"), last_row).other_trainable_params == 2 * 32
     for change, message in (
         ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
         ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
@@ -374,8 +354,8 @@ def trained_on_ranks(kind, tied):
     make, elements = MODELS[kind]
     engine, *_ = initialize(model=make(tied), config=config)
     for step in range(3):
-        rows = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
-        engine.backward(causal_loss(engine, rows))
+        batch = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
+        engine.backward(causal_loss(engine, batch))
         engine.step()
     parameters = dict(engine.module.named_parameters())
     shards = [

@@ -30,9 +30,9 @@ from mora_ds.research.spectrum import histories
 from tests.helpers.errors import user_error
 from tests.helpers.models import (
     MIXTURES,
+    adapted_model,
     alone,
     causal_loss,
-    enable_checkpointing,
     tiny_model,
     tokens,
 )
@@ -42,22 +42,10 @@ OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), stri
 STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 
 
-def adapted(family="mixtral", model=None, **settings):
-    """With matrices that are not zero."""
-    model = tiny_model(family) if model is None else model
-    values = {
-        "rank": 4,
-        "operator": OPERATORS[family],
-        "target_modules": EVERYWHERE,
-        **settings,
-    }
-    inject(model, MoRAConfig(**values))
-    for index, layer in enumerate(mora_layers(model).values()):
-        drawn = torch.randn(
-            layer.square.shape, generator=torch.Generator().manual_seed(index)
-        )
-        layer.square.data = (0.05 * drawn).to(layer.dtype)
-    return model
+def adapted(family="mixtral", **settings):
+    """With matrices that are not zero, everywhere unless `settings` say otherwise."""
+    everywhere = {"operator": OPERATORS[family], "target_modules": EVERYWHERE}
+    return adapted_model(family, **{**everywhere, **settings})
 
 
 def live_of(model, family):
@@ -129,9 +117,8 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation():
     dropping.train()
     assert causal_loss(dropping, ids).item() != causal_loss(dropping.eval(), ids).item()
     plain = adapted()
-    checkpointed = tiny_model("mixtral")
-    enable_checkpointing(checkpointed)
-    for variant in (plain, adapted(model=checkpointed)):
+    checkpointed = adapted(checkpointing=True)
+    for variant in (plain, checkpointed):
         causal_loss(variant.train(), ids).backward()
     for one, another in zip(
         mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True
@@ -140,7 +127,7 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation():
 
 
 def test_bf16_and_8_bits_compute_what_their_weights_say():
-    half = adapted(model=tiny_model("mixtral", dtype=torch.bfloat16))
+    half = adapted(model={"dtype": torch.bfloat16})
     assert torch.isfinite(causal_loss(half, tokens(2)))
     assert half.dtype == torch.bfloat16
     for family in ("mixtral", "gpt_oss"):  # weights (out, in), and (in, out)

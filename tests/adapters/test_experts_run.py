@@ -22,9 +22,10 @@ from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
 from tests.helpers.tables import rows as rows_of
 
-TARGETS = ("--target_modules", "all-linear", "experts")
-MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6, "--save_steps", 3,
-           "--mora_rank", 4, "--operator", "share", "--eval_steps", 100)  # fmt: skip
+MERGING = (
+    "--target_modules all-linear experts --mora_rank 4 --operator share --max_steps 6 --eval_steps 100",
+    "--merge_every 2 --restart_warmup_steps 1 --save_steps 3",
+)
 
 
 def mixture(user, folder, family):
@@ -132,12 +133,8 @@ gpt_oss | --base_bits 8 --gradient_checkpointing
 @pytest.mark.heavy
 @pytest.mark.parametrize("family, more", rows_of(OTHERS))
 def test_other_families_and_settings(user, tmp_path, family, more):
-    flags = (
-        "--model_name_or_path",
-        mixture(user, tmp_path / "model", family),
-        *MERGING,
-        *more.split(),
-    )
+    folder = mixture(user, tmp_path / "model", family)
+    flags = ("--model_name_or_path", folder, *MERGING, more)
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
     run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size 4"))
     if "--bf16" in more:
@@ -152,11 +149,8 @@ def test_other_families_and_settings(user, tmp_path, family, more):
 
 @pytest.mark.heavy
 def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user, tmp_path):
-    settings = (
-        "--model_name_or_path",
-        mixture(user, tmp_path / "model", "mixtral"),
-        *MERGING,
-    )
+    folder = mixture(user, tmp_path / "model", "mixtral")
+    settings = ("--model_name_or_path", folder, *MERGING)
     run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size 2"))
     run(1, user.flags(tmp_path / "one", *settings))
     assert_close_losses(tmp_path / "split", tmp_path / "one", rtol=1e-4)
@@ -167,13 +161,8 @@ def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
     """As exact as the losses of other ranks are; what was saved is what is resumed, to the
     bit.
     """
-    settings = (
-        "--model_name_or_path",
-        model_folder,
-        *MERGING,
-        "--resume_from_checkpoint",
-        "auto",
-    )
+    auto = "--resume_from_checkpoint auto"
+    settings = ("--model_name_or_path", model_folder, *MERGING, auto)
     run(2, user.flags(tmp_path / "whole", *settings))
     for world in (1, 4):
         out = tmp_path / str(world)

@@ -19,6 +19,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.tables import rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -151,15 +152,15 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
 
 def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     model = tiny_model("qwen2")  # biases and a tied head
-    before = {
-        name: tensor.clone()
-        for name, tensor in model.named_parameters(remove_duplicate=False)
-    }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: tensor.clone() for name, tensor in parameters.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in parameters.items()}
     inject(model, MoRAConfig(rank=2))
     squares = [f"{name}.square" for name in mora_layers(model)]
     assert [name for name, _ in model.named_parameters()] == squares
     assert list(model.state_dict()) == squares
     frozen = frozen_buffers(model)
+    assert {name: tensor.data_ptr() for name, tensor in frozen.items()} == addresses
     assert set(frozen) == set(before)
     assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
     assert not any(tensor.requires_grad for tensor in frozen.values())
@@ -199,49 +200,35 @@ def trained(model):
     }
 
 
-def train(what):
-    return {f"train_{name}": True for name in what}
-
-
-LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight") | {
-    "model.norm.weight"
-}
-
-
-@pytest.mark.parametrize(
-    "family, settings, expected",
-    [
-        ("llama", ["norms"], LLAMA_NORMS),
-        ("llama", ["embeddings"], {"model.embed_tokens.weight"}),
-        ("llama", ["head"], {"lm_head.weight"}),
-        (
-            "llama",
-            ["embeddings", "norms", "head"],
-            LLAMA_NORMS | {"model.embed_tokens.weight", "lm_head.weight"},
-        ),
-        # tied: the head follows
-        ("qwen2", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
-        ("qwen2", ["head"], {"model.embed_tokens.weight", "lm_head.weight"}),
-        (
-            "gpt2",
-            ["embeddings"],
-            {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"},
-        ),
-        ("gpt_neox", ["head"], {"lm_head.weight"}),
-        ("gemma3_text", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
-    ],
-)
-def test_other_trainables(family, settings, expected):
-    model = model_with_mora(family, **train(settings))
-    assert trained(model) == expected
+def assert_gradients_everywhere(model):
     causal_loss(model, tokens(2)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
+TRAINABLES = """
+llama | embeddings | model.embed_tokens.weight
+llama | head | lm_head.weight
+llama | embeddings head | model.embed_tokens.weight lm_head.weight
+# tied: the head follows
+qwen2 | embeddings | model.embed_tokens.weight lm_head.weight
+qwen2 | head | model.embed_tokens.weight lm_head.weight
+gpt2 | embeddings | transformer.wte.weight transformer.wpe.weight lm_head.weight
+gpt_neox | head | lm_head.weight
+gemma3_text | embeddings | model.embed_tokens.weight lm_head.weight
+"""
+
+
+@pytest.mark.parametrize("family, settings, expected", rows(TRAINABLES))
+def test_other_trainables(family, settings, expected):
+    model = model_with_mora(family, **{f"train_{name}": True for name in settings.split()})
+    assert trained(model) == set(expected.split())
+    assert_gradients_everywhere(model)
+
+
 @pytest.mark.parametrize(
-    "family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"]
+    "family", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"]
 )
 def test_norms_of_every_kind(family):
     model = tiny_model(family)
@@ -251,6 +238,7 @@ def test_norms_of_every_kind(family):
     inject(model, MoRAConfig(rank=4, train_norms=True))
     assert trained(model) == norms
     assert norms
+    assert_gradients_everywhere(model)
 
 
 def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so():
@@ -280,11 +268,13 @@ def test_the_report_counts_exactly():
     )
     assert report.total_params == base + squares == count_parameters(model)
     lines = str(report).splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
-    assert rows["q_proj"] == ["2", "32", "32", "16", "512"]
-    assert rows["k_proj"] == ["2", "32", "16", "12", "288"]
-    assert rows["down_proj"] == ["2", "56", "32", "18", "648"]
-    assert len(rows) == 7
+    assert len(lines[2:-1]) == 7
+    for row in (
+        "q_proj 2 32 32 16 512",
+        "k_proj 2 32 16 12 288",
+        "down_proj 2 56 32 18 648",
+    ):
+        assert row.split() in [line.split() for line in lines]
     share = 100 * report.trainable_params / report.total_params
     assert f"share/permuted: trainable {report.trainable_params:,}" in lines[-1]
     assert lines[-1].endswith(f"of {report.total_params:,} parameters = {share:.3f}%")
@@ -292,9 +282,8 @@ def test_the_report_counts_exactly():
 
 def test_a_size_larger_than_the_layer_is_reduced():
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
-    rows = {row.name: row for row in report.rows}
-    assert rows["q_proj"].size == 32
-    assert rows["down_proj"].size == 48
+    sizes = {row.name: row.size for row in report.rows}
+    assert (sizes["q_proj"], sizes["down_proj"]) == (32, 48)
     assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
     assert MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
 

@@ -56,25 +56,6 @@ def test_output_is_base_plus_delta_merged_or_not(kind, operator):
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_only_the_square_trains_and_is_saved(kind):
-    base = base_layer(kind)
-    weight = base.weight
-    layer = MoRALinear(base, spec())
-    assert [name for name, _ in layer.named_parameters()] == ["square"]
-    assert list(layer.state_dict()) == ["square"]
-    assert layer.weight.data_ptr() == weight.data_ptr()  # taken over, not copied
-    layer.square.data.normal_()
-    x = inputs().requires_grad_()
-    layer(x).square().sum().backward()
-    assert layer.square.grad is not None
-    assert layer.square.grad.abs().sum() > 0
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
-    assert not layer.weight.requires_grad
-    assert weight.grad is None
-
-
 def test_dropout_is_on_the_squares_input_and_only_while_training():
     base = base_layer("linear")
     x = inputs()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters import nf4
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops.delta import live_weight
@@ -205,11 +205,6 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert base_bits_of(model) == 4
-    adds = sum(
-        4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features)
-        for layer in layers.values()
-    )
-    assert merge_bytes(model) == adds
     plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
     squares = sum(layer.value.numel() for layer in layers.values())
     assert merge_bytes(plain) == 4 * squares, "all layers of one shape have the same tables"
@@ -247,9 +242,7 @@ def test_no_kernel_is_fetched_while_the_package_is_imported():
         assert sys.modules.pop("kernels", None) is before
 
 
-def test_what_needs_the_dense_weight_is_refused():
-    for config in (MoRAConfig(base_bits=4), LoRAConfig(base_bits=4)):
-        assert config_from_dict(config.to_dict()) == config
+def test_weights_that_are_not_finite():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.full((4, 4), float("nan")))
     with user_error(r"`base_bits` 4: 0.weight: .* not finite"):

@@ -95,9 +95,9 @@ def adapted_model(family="llama", checkpointing=False, model=None, **adapter):
         enable_checkpointing(adapted)
     inject(adapted, MoRAConfig(**{"rank": 4, "operator": "share", **adapter}))
     for index, layer in enumerate(mora_layers(adapted).values()):
-        layer.square.data = 0.02 * torch.randn(
-            layer.square.shape, generator=torch.Generator().manual_seed(index)
-        )
+        generator = torch.Generator().manual_seed(index)
+        drawn = torch.randn(layer.square.shape, generator=generator)
+        layer.square.data = (0.02 * drawn).to(layer.square.dtype)
     return adapted
 
 

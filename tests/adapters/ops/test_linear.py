@@ -12,7 +12,7 @@ from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
-from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import (
     by_definition,
@@ -52,16 +52,6 @@ def test_all_paths_in_bf16(spec, path):
         strict=True,
     ):
         assert (result - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
-
-
-@all_paths
-def test_a_transposed_weight_will_do(path):
-    spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
-    x = random(5, 12)
-    weight = random(12, 8, seed=1)
-    square = random(6, 6, seed=2)
-    output = mora_linear(x, weight.T, None, square, spec, path)
-    assert_close(output, x @ (weight.T + delta_weight(spec, square)).T)
 
 
 @all_paths
