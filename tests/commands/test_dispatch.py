@@ -20,7 +20,7 @@ from tests.helpers.mistakes import answer
 def test_a_launcher_may_put_its_local_rank_first():
     argv = ["/bin/mora-ds", "--local_rank=1", "pretrain", "recipe.yaml", "--seed", "3"]
     assert dispatch.take_command(argv) == "pretrain"
-    assert argv == ["mora-ds pretrain", "--local_rank=1", "recipe.yaml", "--seed", "3"]
+    assert argv == ["mora-ds pretrain", *["--local_rank=1", "recipe.yaml", "--seed", "3"]]
     assert dispatch.take_command(["mora-ds"]) == ""
 
 
@@ -61,14 +61,12 @@ def test_the_recipes_of_the_package_are_those_of_the_checkout():
 
 def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = [
-        "--mixture",
-        "configs/mixtures/two_domains.yaml",
-        "--model_config",
-        "configs/models/tiny_llama.json",
-    ]
-    # It names configs/zero3.json
-    arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])
+    # The recipe names configs/zero3.json
+    words = (
+        "configs/recipes/continual.yaml --seed 3 --mixture configs/mixtures/two_domains.yaml "
+        "--model_config configs/models/tiny_llama.json"
+    )
+    arguments = parse(words.split())
     assert arguments.training.deepspeed == str(CONFIGS / "zero3.json")
     assert arguments.training.seed == 3
     assert arguments.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
@@ -97,22 +95,11 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
 
 
 # -- who starts the processes ------------------------------------------------------------------------------------------
-FLAGS = [
-    "recipe.yaml",
-    "--num_gpus",
-    "2",
-    "--eval_files",
-    "a",
-    "b",
-    "--no_ssh",
-    "--master_port=29501",
-    "--seed",
-    "3",
-]
-
-
 def test_the_launchers_flags_are_told_from_the_others():
-    launch_flags, remaining = launcher.launcher_flags(FLAGS)
+    words = (
+        "recipe.yaml --num_gpus 2 --eval_files a b --no_ssh --master_port=29501 --seed 3"
+    )
+    launch_flags, remaining = launcher.launcher_flags(words.split())
     assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
     assert remaining == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
     with user_error("--num_gpus"):
@@ -120,16 +107,8 @@ def test_the_launchers_flags_are_told_from_the_others():
 
 
 def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
-    values = {
-        "num_nodes": "1",
-        "num_gpus": "2",
-        "master_port": "1",
-        "node_rank": "0",
-        "ssh_port": "22",
-    }
-    words = [
-        word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))
-    ]
+    # One is a number, a name and a path
+    words = [f"--{name}=2" for name in launcher.VALUES]
     words += [f"--{name}" for name in launcher.SWITCHES]
     parsed = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
     assert parsed.module
@@ -141,17 +120,17 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
 @pytest.mark.parametrize(
     "flags, gpus, rank, launched",
     [
-        (["--num_gpus", "2", "--seed", "3"], 0, None, ["--num_gpus", "2"]),
-        (["--seed", "3"], 8, None, []),
-        (["--seed", "3"], 1, None, None),
-        (["--seed", "3"], 8, "0", None),  # torchrun and srun have started it
-        (["--local_rank=0", "--seed", "3"], 8, None, None),
-        (["--num_gpus", "2", "--help"], 8, None, None),
+        ("--num_gpus 2 --seed 3", 0, None, ["--num_gpus", "2"]),
+        ("--seed 3", 8, None, []),
+        ("--seed 3", 1, None, None),
+        ("--seed 3", 8, "0", None),  # torchrun and srun have started it
+        ("--local_rank=0 --seed 3", 8, None, None),
+        ("--num_gpus 2 --help", 8, None, None),
     ],
 )
 def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     calls = []
-    monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags])
+    monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags.split()])
     monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
     monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
     monkeypatch.setattr(pretrain, "main", lambda: None)
@@ -161,7 +140,7 @@ def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     assert calls == (
         [] if launched is None else [launcher.command(launched, ["--seed", "3"])]
     )
-    is_alone = launched is None and rank is None and flags == ["--seed", "3"]
+    is_alone = launched is None and rank is None and flags == "--seed 3"
     assert ("MASTER_PORT" in environment) == is_alone
 
 
@@ -183,11 +162,12 @@ def test_one_of_several_tasks_is_not_the_only_rank(variable, monkeypatch):
 @pytest.mark.parametrize(
     "for_launcher, flags, level",
     [
-        ([], [], "error"),
-        (["--hostfile", "nodes"], [], "warning"),
-        ([], ["--seed", "1", "--log_level", "debug"], "debug"),
-        ([], ["--log_level", "chatty"], "error"),
+        ("", "", "error"),
+        ("--hostfile nodes", "", "warning"),
+        ("", "--seed 1 --log_level debug", "debug"),
+        ("", "--log_level chatty", "error"),
     ],
 )
 def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher, flags, level):
-    assert runner.parse_args(launcher.command(for_launcher, flags)[3:]).log_level == level
+    command = launcher.command(for_launcher.split(), flags.split())
+    assert runner.parse_args(command[3:]).log_level == level

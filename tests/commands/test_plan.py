@@ -14,6 +14,11 @@ from tests.helpers.tools import call
 TINY = REPOSITORY / "configs/models/tiny_llama.json"
 
 
+def planner_of(flags):
+    options, settings = tool._parser().parse_known_args(flags.split())
+    return tool._planner(options, tool._arguments(options, settings))
+
+
 def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
     """The flags win, as in training; a recipe's micro-batches a step are kept."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -25,8 +30,7 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
         f"{tmp_path}/recipe.yaml --model {TINY} --gpus 16 --gpus_per_node 4 --gpu_memory 40 --seq_len 256 "
         "--micro_batch 2 --sequence_parallel_size 2 --fp16 --no_document_mask --mora_rank 4 --deepspeed=~/ds.json"
     )
-    options, settings = tool._parser().parse_known_args(flags.split())
-    planner = tool._planner(options, tool._arguments(options, settings))
+    planner = planner_of(flags)
     work = planner.work
     config = planner.ds_config
     assert (work.seq_len, work.micro_batch, work.dtype, work.sequence_parallel) == (
@@ -63,9 +67,7 @@ def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     tmp_path, recipe, flags, dtype
 ):
     (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
-    words = f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}"
-    options, settings = tool._parser().parse_known_args(words.split())
-    planner = tool._planner(options, tool._arguments(options, settings))
+    planner = planner_of(f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}")
     assert planner.work.dtype == dtype
 
 

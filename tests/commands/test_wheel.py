@@ -132,39 +132,14 @@ def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path):
     """In two processes, that DeepSpeed's launcher starts from the package; the recipe is
     the package's own.
     """
-    flags = [
-        "--num_gpus",
-        2,
-        "--master_port",
-        free_port(),
-        "--deepspeed",
-        "configs/zero3.json",
-        "--max_steps",
-        6,
-    ]
-    flags += [
-        "--merge_every",
-        3,
-        "--restart_warmup_steps",
-        1,
-        "--warmup_steps",
-        1,
-        "--eval_steps",
-        6,
-    ]
-    call(programs, tmp_path, "mora-ds", "pretrain", *flags)
+    flags = (
+        f"--num_gpus 2 --master_port {free_port()} --deepspeed configs/zero3.json --max_steps 6 "
+        "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --eval_steps 6"
+    )
+    call(programs, tmp_path, "mora-ds", "pretrain", *flags.split())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert rows(tmp_path / "out")[-1]["step"] == 6
     call(programs, tmp_path, "mora-ds", "verify", "out")
-    call(
-        programs,
-        tmp_path,
-        "mora-ds",
-        "export",
-        "--checkpoint",
-        "out",
-        "--output",
-        "merged",
-        "--verify",
-    )
+    export = "export --checkpoint out --output merged --verify"
+    call(programs, tmp_path, "mora-ds", *export.split())
     assert (tmp_path / "merged/model.safetensors").is_file()

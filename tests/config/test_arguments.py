@@ -36,33 +36,20 @@ def test_no_flag_at_all_is_the_is_demo_and_valid():
 
 
 def test_booleans_and_lists_as_hugging_face_writes_them():
-    arguments = parse(
-        [
-            "--fp16",
-            "true",
-            "--bf16",
-            "false",
-            "--no_document_mask",
-            "--target_modules",
-            "q_proj",
-            "re:.*mlp.*",
-        ]
-    )
+    words = "--fp16 true --bf16 false --no_document_mask --target_modules q_proj re:.*mlp.*"
+    arguments = parse(words.split())
     assert (arguments.training.fp16, arguments.training.bf16) == (True, False)
     assert arguments.data.document_mask is False
     assert arguments.adapter.target_modules == ["q_proj", "re:.*mlp.*"]
 
 
-@pytest.mark.parametrize(
-    "rank", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]]
-)
+@pytest.mark.parametrize("rank", ["--local_rank=3", "--local-rank=3", "--local_rank 3"])
 def test_launchers_put_the_local_rank_before_the_recipe(tmp_path, rank):
-    arguments = parse([*rank, recipe(tmp_path, "mora_rank: 16"), "--seed", "1"])
-    assert (
-        arguments.training.local_rank,
-        arguments.adapter.mora_rank,
-        arguments.training.seed,
-    ) == (3, 16, 1)
+    path = recipe(tmp_path, "mora_rank: 16")
+    arguments = parse([*rank.split(), path, "--seed", "1"])
+    training = arguments.training
+    assert (training.local_rank, training.seed) == (3, 1)
+    assert arguments.adapter.mora_rank == 16
 
 
 def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys):
@@ -123,18 +110,8 @@ def test_an_empty_recipe_sets_nothing(tmp_path):
 
 
 def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
-    first = parse(
-        [
-            *RUN,
-            "--learning_rate",
-            "1e-5",
-            "--eval_files",
-            "x=a.txt",
-            "--no_eval_on_start",
-            "--local_rank",
-            "1",
-        ]
-    )
+    more = "--learning_rate 1e-5 --eval_files x=a.txt --no_eval_on_start --local_rank 1"
+    first = parse([*RUN, *more.split()])
     path = tmp_path / "run.yaml"
     path.write_text(
         yaml.safe_dump({**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}})
@@ -166,17 +143,10 @@ def test_no_number_is_without_bounds(name):
 
 
 def test_everything_wrong_is_listed_at_once():
-    changes = {
-        "mora_rank": 0,
-        "operator": "x",
-        "lr_scheduler_type": "x",
-        "learning_rate": -1.0,
-        "seq_len": 0,
-    }
+    words = (
+        "--mora_rank 0 --operator x --lr_scheduler_type x --learning_rate -1 --seq_len 0 "
+        "--max_steps 0 --bf16 --fp16 --mora_dropout 2"
+    )
     with pytest.raises(UserError) as caught:
-        validate(
-            from_flat(
-                {**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}
-            )
-        )
+        validate(parse(words.split()))
     assert len(str(caught.value).splitlines()) == 8

@@ -129,16 +129,8 @@ def test_the_message_says_what_a_setting_is_for(flags, message):
 
 
 def test_flags_may_leave_keys_of_a_recipe_without_effect():
-    arguments = parse(
-        [
-            str(RECIPES / "continual_7b_r8.yaml"),
-            *RUN,
-            "--adapter",
-            "full",
-            "--max_steps",
-            "500",
-        ]
-    )
+    recipe = str(RECIPES / "continual_7b_r8.yaml")
+    arguments = parse([recipe, *RUN, *["--adapter", "full", "--max_steps", "500"]])
     assert set(arguments.left_out) == {"operator", "num_train_epochs"}
     assert not arguments.set_by_user & set(arguments.left_out)
     validate(arguments)
@@ -148,20 +140,11 @@ def test_flags_may_leave_keys_of_a_recipe_without_effect():
 
 
 def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("operator: share\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("operator: share\n")
+    arguments = parse([str(recipe), *RUN, *["--adapter", "lora", "--operator", "share"]])
     with user_error("--operator is for MoRA"):
-        validate(
-            parse(
-                [
-                    str(tmp_path / "recipe.yaml"),
-                    *RUN,
-                    "--adapter",
-                    "lora",
-                    "--operator",
-                    "share",
-                ]
-            )
-        )
+        validate(arguments)
 
 
 def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path):

@@ -53,9 +53,8 @@ def forgetting(user, out, *more):
 
 
 def test_a_run_stops_when_a_set_is_forgotten(user, out):
-    argv = forgetting(
-        user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto"
-    )
+    auto = "--resume_from_checkpoint auto"
+    argv = forgetting(user, out, "--stop_when_forgotten held:1.2", auto)
     run_alone(interrupted_job, argv, 1)
     told = run_alone(printed, argv)
     summary = read_json(out / "summary.json")
@@ -89,9 +88,9 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
     """Best at step 2, before the rest is forgotten; named at once, kept beyond
     --save_total_limit, resumed alike.
     """
-    more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
+    more = "--save_total_limit 1 --best_by held:1 short:0.5"
     whole = tmp_path / "whole"
-    summary = run(1, forgetting(user, whole, *more))
+    summary = run(1, forgetting(user, whole, more))
     scores = {
         row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])
         for row in rows(whole)
@@ -107,7 +106,7 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
         "step-000012",
     ]
     assert TrainerState.read(root / "best").step == best
-    argv = forgetting(user, out, *more, "--resume_from_checkpoint", "auto", "--async_save")
+    argv = forgetting(user, out, more, "--resume_from_checkpoint auto --async_save")
     for step in (5, 8):
         run_alone(interrupted_job, argv, step)
     (out / "checkpoints/best").unlink()  # as a kill between two renames would leave it
