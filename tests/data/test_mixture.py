@@ -13,12 +13,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mora_ds.common.errors import UserError
+from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
-from mora_ds.data import Mixture, PackedDataset, TokenCache
+from mora_ds.data import (
+    Corpus,
+    DocumentFilter,
+    Mixture,
+    PackedDataset,
+    TokenCache,
+    document_hash,
+    load_corpus,
+)
 from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
 from tests.helpers.errors import user_error
-from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import curve, job, losses, refusal, rows, run
+from tests.helpers.jobs import curve, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
@@ -134,8 +142,9 @@ def source(first, blocks, name):
     return PackedDataset(cache, 4, f"7/{name}")
 
 
-def mixture(rows=12, phases=((0, (0.6, 0.4)),), epochs=(None, None)):
-    sources = {"a": source(10_000, 31, "a"), "b": source(20_000, 9, "b")}
+def mixture(rows=12, phases=((0, (0.6, 0.4)),), epochs=(None, None), cache="b"):
+    """`cache`: the name of the second source's."""
+    sources = {"a": source(10_000, 31, "a"), "b": source(20_000, 9, cache)}
     return Mixture(sources, phases, epochs, 4, rows)
 
 
@@ -163,25 +172,15 @@ def test_sources_keep_their_own_order_and_epochs():
 
 
 def test_its_identity_tells_sources_weights_and_epochs():
-    changed = [
-        mixture(phases=phases)
-        for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))
-    ]
-    changed.append(mixture(epochs=(2, None)))
-    changed.append(
-        Mixture(
-            {"a": source(0, 3, "a"), "b": source(0, 3, "c")},
-            ((0, (0.6, 0.4)),),
-            (None, None),
-            4,
-            12,
-        )
-    )
-    assert (
-        mixture().identity
-        == mixture().identity
-        not in [variant.identity for variant in changed]
-    )
+    identity = mixture().identity
+    assert mixture().identity == identity
+    for changes in (
+        {"phases": ((0, (1, 1)),)},
+        {"phases": ((0, (0.6, 0.4)), (9, (1, 0)))},
+        {"epochs": (2, None)},
+        {"cache": "c"},
+    ):
+        assert mixture(**changes).identity != identity, changes
 
 
 def test_the_end_of_capped_sources_is_known_beforehand():
@@ -198,8 +197,6 @@ def test_the_end_of_capped_sources_is_known_beforehand():
 
 
 def plan_of(tmp_path, text="", **flags):
-    from mora_ds.config.data import DataArguments
-
     if text:
         (tmp_path / "mix.yaml").write_text(text)
         flags["mixture"] = str(tmp_path / "mix.yaml")
@@ -220,13 +217,11 @@ def test_plain_files_are_no_mixture(tmp_path):
 
 
 def test_flags_and_file_say_the_same(tmp_path):
-    by_flags = plan_of(
-        tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"]
-    )
-    text = (
-        "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
-    )
-    by_file = plan_of(tmp_path, text, replay=["old=o.txt:0.1"])
+    replay = ["old=o.txt:0.1"]
+    files = ["web=w/*.txt:0.7", "code=c.py:0.3"]
+    by_flags = plan_of(tmp_path, train_files=files, replay=replay)
+    text = "{sources: {web: {files: w/*.txt, weight: 7}, code: {files: [c.py], weight: 3}}}"
+    by_file = plan_of(tmp_path, text, replay=replay)
     for flags, file in zip(by_flags.sources, by_file.sources, strict=True):
         assert replace(file, flag=flags.flag) == flags
     assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
@@ -280,10 +275,10 @@ PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
 def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
-    more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+    more = "--save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
     def flags(folder, *batch):
-        return mixture_flags(user, folder, mix, *more, *batch)
+        return mixture_flags(user, folder, mix, more, *batch)
 
     assert_one_run(flags, tmp_path)
     whole = tmp_path / "whole"
@@ -302,9 +297,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
-    resumed = flags(
-        out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto"
-    )
+    resumed = flags(out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto")
     assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(
         resumed
     )
@@ -314,33 +307,17 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
     """In the first step, the loss that a run reports of one source is the loss of a run on
     that source alone.
     """
-    more = (
-        "--max_steps",
-        1,
-        "--warmup_steps",
-        0,
-        "--seq_len",
-        16,
-        "--per_device_train_batch_size",
-        8,
-    )
+    more = "--max_steps 1 --warmup_steps 0 --seq_len 16 --per_device_train_batch_size"
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    run(1, mixture_flags(user, tmp_path / "mixed", mix, *more))
+    run(1, mixture_flags(user, tmp_path / "mixed", mix, more, 8))
     (facts,) = source_rows(tmp_path / "mixed")
-    weighted = []
     for name, files in (("new", user.train), ("old", user.held)):
         alone = tmp_path / f"{name}.yaml"
         alone.write_text(f"sources:\n  {name}: {{files: '{files}'}}\n")
-        run(
-            1,
-            mixture_flags(
-                user, tmp_path / name, alone, *more, "--per_device_train_batch_size", 4
-            ),
-        )
+        run(1, mixture_flags(user, tmp_path / name, alone, more, 4))
         assert facts[name]["loss"] == pytest.approx(
             float(losses(tmp_path / name)[0]), rel=1e-6
         )
-        weighted.append(facts[name]["loss"])
     assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
 
 
@@ -351,18 +328,8 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     )
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
     assert "--max_steps 10000: all sources are used up after" in refusal(too_many)
-    summary = run(
-        1,
-        mixture_flags(
-            user,
-            tmp_path / "out",
-            mix,
-            "--max_steps",
-            -1,
-            "--per_device_train_batch_size",
-            128,
-        ),
-    )
+    all_of_it = "--max_steps -1 --per_device_train_batch_size 128"
+    summary = run(1, mixture_flags(user, tmp_path / "out", mix, all_of_it))
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
     assert curve(tmp_path / "out")
 
@@ -372,44 +339,28 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
 
 def test_no_held_out_document_is_trained_on(user, tmp_path):
     """By hash, in every source: also where a document lies in two of them."""
-    from mora_ds.data import Corpus, DocumentFilter, document_hash, load_corpus
-
     texts = user.texts()
     again = tmp_path / "again.jsonl"
     again.write_text(
         "".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2])
     )
     share = 0.3
-    held_out = {
-        document_hash(text) for text in texts if document_hash(text) < share * 2**64
-    }
+    hashes = map(document_hash, texts)
+    held_out = {document for document in hashes if document < share * 2**64}
     assert 5 < len(held_out) < 40
     for path in (user.train, again):
         members = load_corpus([str(path)]).members
-        trained = {
-            document_hash(text)
-            for text in Corpus(members, keep=DocumentFilter(share)).texts()
-        }
-        evaluated = {
-            document_hash(text)
-            for text in Corpus(members, keep=DocumentFilter(share, True)).texts()
-        }
+        trained, evaluated = (
+            {*map(document_hash, Corpus(members, keep=kept_documents).texts())}
+            for kept_documents in (DocumentFilter(share), DocumentFilter(share, True))
+        )
         assert trained
         assert evaluated
         assert not trained & held_out
         assert evaluated <= held_out
-    argv = mixture_flags(
-        user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share
-    )
-    at = argv.index("--mixture")
-    argv[at : at + 2] = [
-        "--train_files",
-        f"a={user.train}:0.5",
-        f"b={again}:0.5",
-        "--eval_files",
-        f"mine={user.held}",
-    ]
-    run(1, argv)
+    sources = ("--train_files", f"a={user.train}:0.5", f"b={again}:0.5")
+    more = ("--held_out_share", share, "--eval_files", f"mine={user.held}")
+    run(1, user.flags(tmp_path / "out", *sources, *more))
     (after,) = [
         row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6
     ]
@@ -417,14 +368,10 @@ def test_no_held_out_document_is_trained_on(user, tmp_path):
 
 
 def test_a_plain_run_may_hold_out_too(user, tmp_path):
-    summary = job_alone(user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
+    summary = run(1, user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share 1e-09")
     assert (
         "every document is empty, or on the other side of --held_out_share 1e-09"
         in refusal(nothing)
     )
-
-
-def job_alone(argv):
-    return run_alone(job, argv)

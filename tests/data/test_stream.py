@@ -71,32 +71,28 @@ def test_a_stream_is_resumed_at_any_sample(tokenizer, tmp_path, kind, buffer, mo
         state = fresh.state()
 
 
+def read(corpus, buffer, epoch=0, seed=3):
+    """The documents of an epoch, which are numbers."""
+    reader = DocumentStream("a", corpus, buffer=buffer, seed=seed)
+    position = StreamPosition(epoch=epoch)
+    return [int(document.text) for document, _ in reader.epoch(position)]
+
+
 def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path):
-    texts = [f"{n}" for n in range(50)]
-    corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
-    reader = DocumentStream("a", corpus, buffer=8, seed=3)
-    epochs = [
-        [document.text for document, _ in reader.epoch(StreamPosition(epoch=number))]
-        for number in range(3)
-    ]
-    assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    reseeded = DocumentStream("a", corpus, buffer=8, seed=4)
-    assert [document.text for document, _ in reseeded.epoch(StreamPosition())] != epochs[0]
-    alone = DocumentStream("a", Corpus(corpus.members[:1]), buffer=4, seed=3)
-    read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
-    windows = [read[start : start + 4] for start in range(0, 16, 4)]
+    corpus = load_corpus(write(tmp_path / "shards", "jsonl", [f"{n}" for n in range(50)]))
+    first, *others = (read(corpus, 8, epoch) for epoch in range(3))
+    for another in (*others, read(corpus, 8, seed=4)):
+        assert sorted(another) == sorted(first) == list(range(50))
+        assert another != first
+    of_one_file = read(Corpus(corpus.members[:1]), buffer=4)
+    windows = [of_one_file[start : start + 4] for start in range(0, 16, 4)]
     assert [sorted(window) for window in windows] == [
-        list(range(start, start + 4)) for start in range(0, 16, 4)
+        list(range(start, start + 12, 3)) for start in range(0, 48, 12)
     ]
-    assert len({tuple(index % 4 for index in window) for window in windows}) > 1, (
-        "each window has its own order"
-    )
-    unshuffled = DocumentStream("a", corpus, buffer=1, seed=3)
-    firsts = [
-        next(unshuffled.epoch(StreamPosition(epoch=number)))[0].text for number in range(8)
-    ]
-    assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
+    orders = {tuple(number // 3 % 4 for number in window) for window in windows}
+    assert len(orders) > 1, "each window has its own order"
+    firsts = {read(corpus, 1, epoch)[0] for epoch in range(8)}
+    assert firsts == {0, 1, 2}, "each epoch has its own order of files"
 
 
 def test_a_window_of_much_text_is_complete(tmp_path, monkeypatch):
@@ -146,19 +142,15 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
         for corpus in (left, right)
     ]
 
-    def made(states=None):
-        sources = {"left": source(left, tokenizer), "right": packed[1]}
-        return Mixture(
-            sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states
-        )
+    def mixture(left_source, states=None):
+        phases = [(0, (0.7, 0.3)), (9, (0.2, 0.8))]
+        sources = {"left": left_source, "right": packed[1]}
+        return Mixture(sources, phases, [None, None], T, 12, states)
 
-    cached = Mixture(
-        {"left": packed[0], "right": packed[1]},
-        [(0, (0.7, 0.3)), (9, (0.2, 0.8))],
-        [None, None],
-        T,
-        12,
-    )
+    def made(states=None):
+        return mixture(source(left, tokenizer), states)
+
+    cached = mixture(packed[0])
     whole = made()
     state = None
     for step in range(20):
@@ -183,24 +175,14 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
 
 
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user, tmp_path, out):
-    more = (
-        "--streaming",
-        "--shuffle_buffer",
-        7,
-        "--save_steps",
-        2,
-        "--replay",
-        f"old={user.held}:0.25",
-    )
+    more = f"--streaming --shuffle_buffer 7 --save_steps 2 --replay old={user.held}:0.25"
 
     def flags(folder, *batch):
-        return user.flags(folder, *more, *batch)
+        return user.flags(folder, more, *batch)
 
     assert_one_run(flags, tmp_path, job_in_small_batches)
     assert source_rows(tmp_path / "wide")[-1]["old"]["tokens"] == 6 * 32
-    resumed = flags(
-        out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto"
-    )
+    resumed = flags(out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto")
     message = refusal([*resumed, "--shuffle_buffer", "8"])
     assert "--shuffle_buffer" in message
     assert "train.shuffle_buffer: 7 there, 8 here" in message
