@@ -12,9 +12,10 @@ from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from tests.helpers.adapters import Maker, merge, originals
 from tests.helpers.crafted import reseal
-from tests.helpers.damage import change_json
+from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.tables import rows
 
 NORM = "model.norm.weight"
 
@@ -50,66 +51,57 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker, tmp
         assert domains_of(model).names == ("law", "code")
 
 
-def rewritten(folder, **changes):
-    """adapter.json, and with `shape` also the shape of the norm, say something else."""
-    opened = Adapter.open(folder)
-    squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
-    trained = {
-        name: opened.tensors.trained(name).clone() for name in opened.file.trainables
-    }
-    trained[NORM] = torch.ones(changes.pop("shape", 32))
-    write_adapter(folder, replace(opened.file, **changes), squares, trained)
-
-
-def configured(**changes):
-    return lambda folder: change_json(
-        folder / "adapter.json", lambda content: content["config"].update(changes)
-    )
-
-
-def other_sides(content):
-    """Half of the inputs, at the same side of M."""
-    name = next(name for name in content["layers"] if name.endswith("q_proj"))
-    content["layers"][name]["operator"]["d_in"] //= 2
-
-
-UNFIT = {
-    "another size": (configured(rank=5), "the shape of .*up_proj.square is"),
-    "fewer layers": (
-        configured(target_modules=["q_proj"]),
-        "the shape of .*up_proj.square is .* there, None here",
-    ),
-    "another shape": (
-        lambda folder: rewritten(folder, shape=31),
-        r"the shape of model\.norm\.weight is \(31,\) there, \(32,\) here",
-    ),
-    "not trained": (
-        configured(train_norms=False),
-        r"the shape of model\.layers\.0\.input_layernorm\.weight is \(32,\) there, None here",
-    ),
-    "other sides": (
-        lambda folder: change_json(folder / "adapter.json", other_sides),
-        "its operator of .*q_proj is of another shape",
-    ),
-    "no tensor": (
-        lambda folder: change_json(
-            folder / "base.json", lambda content: content.update(keys={})
-        ),
-        "names no tensor of",
-    ),
-}
-
-
-@pytest.mark.parametrize("change, words", UNFIT.values(), ids=UNFIT)
-def test_an_adapter_that_does_not_fit_its_model_is_refused(maker, tmp_path, change, words):
+@pytest.fixture
+def adapter(maker, tmp_path):
+    """Matrices of two kinds of layers, and trained norms."""
     config = MoRAConfig(rank=3, target_modules=("q_proj", "up_proj"), train_norms=True)
     norms = {name: weight for name, weight in maker.weights.items() if "norm" in name}
     maker.write(tmp_path / "adapter", config, trained=norms)
     load_adapter(maker.folder, tmp_path / "adapter")
-    change(tmp_path / "adapter")
-    reseal(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+UNFIT = r"""
+adapter.json | config.rank = 5 | the shape of .*up_proj.square is
+adapter.json | config.target_modules = [q_proj] | the shape of .*up_proj.square is .* there, None here
+adapter.json | config.train_norms = false | the shape of .*0.input_layernorm.weight is \(32,\) there, None here
+base.json | keys = {} | names no tensor of
+"""
+
+
+@pytest.mark.parametrize("file, change, words", rows(UNFIT))
+def test_an_adapter_that_does_not_fit_its_model_is_refused(
+    maker, adapter, file, change, words
+):
+    change_json(adapter / file, lambda content: set_value(content, change))
+    reseal(adapter)
     with user_error(words):
-        load_adapter(maker.folder, tmp_path / "adapter")
+        load_adapter(maker.folder, adapter)
+
+
+def test_a_trained_tensor_of_another_shape_is_refused(maker, adapter):
+    opened = Adapter.open(adapter)
+    squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
+    trained = {
+        name: opened.tensors.trained(name).clone() for name in opened.file.trainables
+    }
+    write_adapter(adapter, opened.file, squares, {**trained, NORM: torch.ones(31)})
+    reseal(adapter)
+    with user_error(r"the shape of model\.norm\.weight is \(31,\) there, \(32,\) here"):
+        load_adapter(maker.folder, adapter)
+
+
+def test_an_operator_of_other_sides_is_refused(maker, adapter):
+    """Half of the inputs, at the same side of M."""
+
+    def change(content):
+        name = next(name for name in content["layers"] if name.endswith("q_proj"))
+        content["layers"][name]["operator"]["d_in"] //= 2
+
+    change_json(adapter / "adapter.json", change)
+    reseal(adapter)
+    with user_error("its operator of .*q_proj is of another shape"):
+        load_adapter(maker.folder, adapter)
 
 
 def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker, tmp_path):

@@ -24,6 +24,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run, layers_of
 from tests.helpers.ledgers import shortened, squares_for
 from tests.helpers.models import tiny_model
+from tests.helpers.resume import assert_same_tensors
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 
@@ -58,6 +59,11 @@ def run(tmp_path_factory):
 def content(folder):
     base = BaseCheckpoint.open(folder)
     return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def assert_same_model(one, another):
+    """To the bit."""
+    assert_same_tensors(content(one), content(another))
 
 
 def by_hand(terms):
@@ -97,11 +103,7 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
     assert lines[1] == "3 term(s), 2 of them in its ledger"
     export_merged(tmp_path / "same", tmp_path / "merged")
     export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
-    plain = content(tmp_path / "plain")
-    assert all(
-        torch.equal(tensor, plain[key])
-        for key, tensor in content(tmp_path / "merged").items()
-    )
+    assert_same_model(tmp_path / "plain", tmp_path / "merged")
     assert verify(tmp_path / "same")[0].is_good
     assert (tmp_path / "same/tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
 
@@ -109,11 +111,9 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
 def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
     report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
-    merged = content(tmp_path / "merged")
-    check(merged, by_hand([(scale, run.checkpoint)]))
-    assert scale or all(
-        torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items()
-    )
+    check(content(tmp_path / "merged"), by_hand([(scale, run.checkpoint)]))
+    if scale == 0:
+        assert_same_model(run.base, tmp_path / "merged")
     card = (tmp_path / "merged/README.md").read_text()
     assert report.cycles == 2
     assert COMBINED in card
@@ -215,11 +215,7 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker, tmp_path):
     combine_adapters(folders, [1, 1, 1], tmp_path / "sum")
     for name in ("all", "sum"):
         export_merged(tmp_path / name, tmp_path / f"{name}-merged")
-    whole = content(tmp_path / "all-merged")
-    assert all(
-        torch.equal(tensor, whole[key])
-        for key, tensor in content(tmp_path / "sum-merged").items()
-    )
+    assert_same_model(tmp_path / "all-merged", tmp_path / "sum-merged")
 
 
 def test_domains_are_summed_too(maker, tmp_path):

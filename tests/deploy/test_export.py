@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.adapters.ops.spec import OperatorKind
+from mora_ds.checkpoint.adapter_files import BaseReference, write_adapter
 from mora_ds.common import files
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
+from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.adapters import summed
-from tests.helpers.damage import cut, flip, gone
+from tests.helpers.adapters import Maker, summed
+from tests.helpers.damage import cut, gone
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.ledgers import shortened
@@ -178,14 +178,12 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
-    files.write_json_atomic(
-        run.output / "summary.json", {**summary, "perplexity_before": {"code": None}}
-    )
-    export_merged(run.output, tmp_path / "not finite")
-    assert "perplexity" not in (tmp_path / "not finite/README.md").read_text()
-    files.write_json_atomic(run.output / "summary.json", {**summary, "steps": 8})
-    export_merged(run.output, tmp_path / "earlier")
-    assert "perplexity" not in (tmp_path / "earlier/README.md").read_text()
+    of_another_model = {"steps": 8}
+    not_finite = {"perplexity_before": {"code": None}}
+    for changes in (of_another_model, not_finite):
+        files.write_json_atomic(run.output / "summary.json", {**summary, **changes})
+        export_merged(run.output, tmp_path / "merged", overwrite=True)
+        assert "perplexity" not in (tmp_path / "merged/README.md").read_text()
 
 
 def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path):
@@ -219,27 +217,20 @@ def test_base_that_moved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, damage",
+    "name, damage, words",
     [
-        ("adapter.safetensors", cut),
-        ("adapter.json", gone),
-        ("ledger/cycle-00001.safetensors", flip),
-        ("ledger/ledger.json", cut),
-        ("base.json", gone),
+        ("adapter.safetensors", cut, "adapter.safetensors"),
+        ("adapter.json", gone, "missing|neither"),
+        ("ledger/ledger.json", cut, "ledger.json"),
+        ("base.json", gone, "missing"),
     ],
 )
-def test_damaged_checkpoint_is_named(tmp_path, name, damage):
+def test_damage_shows_without_a_manifest_too(tmp_path, name, damage, words):
+    """With one: tests/checkpoint/test_damage.py."""
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
-    assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}")
     (run.checkpoint / "manifest.json").unlink()
-    # Without a manifest, hashes cover the ledger only; holes show everywhere
-    if damage is not flip:
-        assert_refused(
-            run,
-            tmp_path / "merged",
-            name if (run.checkpoint / name).exists() else "missing|neither",
-        )
+    assert_refused(run, tmp_path / "merged", words)
 
 
 def test_ledger_of_another_length_is_refused(tmp_path):
@@ -310,24 +301,18 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     """How it ends where it cannot: tests/runtime/test_cli.py,
     tests/config/test_bad_tool_calls.py.
     """
     run = fake_run(tmp_path)
-    checkpoint = run.output / "checkpoints/latest"
-    command = [
-        sys.executable,
-        TOOL,
-        "--checkpoint",
-        checkpoint,
-        "--output",
-        tmp_path / "merged",
-        "--verify",
-    ]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-    }
+    flags = (
+        f"--checkpoint {run.output}/checkpoints/latest --output {tmp_path}/merged --verify"
+    )
+    environment = {**os.environ}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, TOOL, *flags.split()]
     done = called(command, cwd="/", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
@@ -368,32 +353,11 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never
     the model.
     """
-    side = 1024
-    count = 56
-    base = tmp_path / "base"
-    checkpoint = tmp_path / "step"
-    base.mkdir()
-    checkpoint.mkdir()
-    (base / "config.json").write_text("{}")
-    weights = {
-        f"layer.{i}.weight": torch.full((side, side), float(i)) for i in range(count)
-    }
-    write_safetensors_atomic(base / "model.safetensors", weights, {})
-    spec = OperatorSpec(OperatorKind.ROTATE, side, side, 128, Grouping.PERMUTED, 1)
-    layers = {f"layer.{i}": LayerEntry(f"layer.{i}", False, spec) for i in range(count)}
-    fingerprint = BaseCheckpoint.open(base).fingerprint()
-    ledger = Ledger.create(checkpoint / "ledger", fingerprint)
-    squares = {name: torch.ones(128, 128) for name in layers}
-    ledger.append(1, layers, squares.items())
-    write_adapter(
-        checkpoint, AdapterFile(layers, MoRAConfig(), "float32", 1, 1), squares, {}
-    )
-    BaseReference(
-        str(base), fingerprint, {name: name for name in weights}, "float32"
-    ).write(checkpoint)
-    repository = str(TOOL.parent.parent)
-    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "merged")]
-    done = called(command, cwd=repository, timeout=120)
+    wide = {"hidden_size": 1024, "intermediate_size": 1024, "num_key_value_heads": 4}
+    maker = Maker(tiny_model(num_hidden_layers=8, **wide), tmp_path / "base")
+    maker.write(tmp_path / "step", MoRAConfig(rank=8, operator="rotate"), cycles=1)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "step", tmp_path / "merged"]
+    done = called(command, cwd=TOOL.parent.parent, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 90, done.stdout  # about 37
-    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(weights)
+    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(maker.weights)

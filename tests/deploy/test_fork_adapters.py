@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.fork_adapters import TYPES, convert_fork
+from tests.helpers.damage import cut
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.tables import parsed, rows
 from tests.helpers.tools import call
 
 RANK = 3
@@ -61,6 +63,7 @@ class Fork:
         self.model = tiny_model().eval()
         self.base = folder / "base"
         self.model.save_pretrained(self.base)
+        self.config = {"peft_type": "LORA", "fan_in_fan_out": False}
         tensors = {}
         generator = torch.Generator().manual_seed(1)
         for name, layer in self.model.named_modules():
@@ -91,13 +94,8 @@ class Fork:
         return add
 
     def write(self, **changes):
-        path = self.path / "adapter_config.json"
-        known = (
-            json.loads(path.read_text())
-            if path.exists()
-            else {"peft_type": "LORA", "fan_in_fan_out": False}
-        )
-        path.write_text(json.dumps({**known, **changes}))
+        self.config |= changes
+        (self.path / "adapter_config.json").write_text(json.dumps(self.config))
 
     def logits(self):
         with torch.no_grad():
@@ -111,15 +109,8 @@ def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path, kind):
     expected = fork.logits()
     bare = AutoModelForCausalLM.from_pretrained(fork.base).eval()
     fork.base.rename(moved := tmp_path / "moved")
-    call(
-        "export",
-        "--checkpoint",
-        fork.path,
-        "--base",
-        moved,
-        "--output",
-        tmp_path / "merged",
-    )
+    places = f"--checkpoint {fork.path} --base {moved} --output {tmp_path / 'merged'}"
+    call("export", *places.split())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         live = load_adapter(moved, tmp_path / "adapter")(tokens(2)).logits
@@ -144,66 +135,52 @@ def test_inputs_that_the_fork_drops_are_refused(tmp_path, target):
     )
 
 
-def test_what_is_more_than_matrices_is_refused(tmp_path):
+SETTINGS = r"""
+{mora_type: 5} | unknown mora_type '5'; known: 1, 2, 3, 4, 6
+{mora_type: rope} | mora_type
+{use_dora: true} | use_dora is not read
+{fan_in_fan_out: true} | fan_in_fan_out is not read
+{modules_to_save: [lm_head]} | modules_to_save is not read
+{base_model_name_or_path: /gone} | no such folder: /gone
+{use_mora: false} | is not of MoRA \(use_mora\)
+"""
+
+
+@pytest.mark.parametrize("changes, words", rows(SETTINGS))
+def test_settings_that_are_not_read_are_refused(tmp_path, changes, words):
     fork = Fork(tmp_path, 1, SQUARE)
-    for changes, words in (
-        ({"mora_type": 5}, "unknown mora_type '5'; known: 1, 2, 3, 4, 6"),
-        ({"mora_type": "rope"}, "mora_type"),
-        ({"mora_type": 1, "use_dora": True}, "use_dora is not read"),
-        ({"use_dora": False, "fan_in_fan_out": True}, "fan_in_fan_out is not read"),
-        (
-            {"fan_in_fan_out": False, "modules_to_save": ["lm_head"]},
-            "modules_to_save is not read",
-        ),
-        (
-            {"modules_to_save": None, "base_model_name_or_path": str(tmp_path / "gone")},
-            "no such folder: .*gone",
-        ),
-        (
-            {"base_model_name_or_path": str(fork.base), "use_mora": False},
-            r"is not of MoRA \(use_mora\)",
-        ),
-    ):
-        fork.write(**changes)
-        assert_refused(fork, words)
-    fork.write(use_mora=True)
+    fork.write(**parsed(changes))
+    assert_refused(fork, words)
+
+
+TENSORS = r"""
+# beside the others, and alone
+model.layers.0.self_attn.q_proj.lora_B | [14, 14] | true | is no matrix of MoRA
+model.layers.0.self_attn.q_proj.lora_A | [3, 32] | true | is no matrix of MoRA
+model.layers.0.self_attn.q_proj.lora_C | [14, 14] | true | is no matrix of MoRA
+lm_head | [14, 14] | true | is no matrix of MoRA
+model.layers.7.mlp.up_proj.lora_A | [14, 14] | false | has no linear layer model\.layers\.7\.mlp\.up_proj
+model.norm.lora_A | [14, 14] | false | has no linear layer model\.norm
+model.layers.0.self_attn.q_proj.lora_A | [64, 64] | false | a matrix of side 64 is too large for model.layers.0
+"""
+
+
+@pytest.mark.parametrize("name, shape, beside_others, words", rows(TENSORS))
+def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, beside_others, words):
+    fork = Fork(tmp_path, 1, SQUARE)
     path = fork.path / "adapter_model.safetensors"
-    good = load_file(path)
-    for name, tensor in (
-        (
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
-            torch.zeros(14, 14),
-        ),
-        (
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-            torch.zeros(3, 32),
-        ),
-        (
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight",
-            torch.zeros(14, 14),
-        ),
-        ("base_model.model.lm_head.weight", torch.zeros(14, 14)),
-    ):
-        save_file({**good, name: tensor}, path)
-        assert_refused(fork, "is no matrix of MoRA")
-    for module in (r"model\.layers\.7\.mlp\.up_proj", r"model\.norm"):
-        name = module.replace("\\", "")
-        save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(14, 14)}, path)
-        assert_refused(fork, f"has no linear layer {module}")
-    save_file(
-        {
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(
-                64, 64
-            )
-        },
-        path,
-    )
-    assert_refused(
-        fork, "a matrix of side 64 is too large for model.layers.0.self_attn.q_proj"
-    )
+    others = load_file(path) if parsed(beside_others) else {}
+    tensor = torch.zeros(parsed(shape))
+    save_file({**others, f"base_model.model.{name}.weight": tensor}, path)
+    assert_refused(fork, words)
+
+
+def test_an_adapter_without_matrices_and_a_file_that_is_cut_off_are_refused(tmp_path):
+    fork = Fork(tmp_path, 1, SQUARE)
+    path = fork.path / "adapter_model.safetensors"
     save_file({}, path)
     assert_refused(fork, "holds no matrix")
-    path.write_bytes(path.read_bytes()[:-1])
+    cut(path)
     assert_refused(fork, "truncated or damaged")
 
 

@@ -12,15 +12,14 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from mora_ds.commands import export
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job
-from tests.helpers.mistakes import answer
 from tests.helpers.snapshot import snapshot
+from tests.helpers.tools import call
 
 TOKEN = "hf_SecretOfTheTest"
 REPOSITORY = "someone/model"
@@ -57,41 +56,28 @@ def uploads_to(folder, error=None):
         yield
 
 
+def export_flags(run, merged):
+    flags = f"--checkpoint {run.output} --output {merged} --push_to_hub {REPOSITORY}"
+    return flags.split()
+
+
 def test_an_export_is_uploaded_as_it_was_written(tmp_path):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
-    flags = [
-        "--checkpoint",
-        str(run.output),
-        "--output",
-        str(merged),
-        "--push_to_hub",
-        REPOSITORY,
-    ]
     with uploads_to(tmp_path / "hub"):
-        assert answer(export.main, "mora-ds export", flags) == (0, "")
+        call("export", *export_flags(run, merged))
     assert snapshot(tmp_path / "hub" / REPOSITORY) == snapshot(merged)
 
 
 @pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
-def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error, monkeypatch):
+def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
-    words = [
-        "mora-ds export",
-        "--checkpoint",
-        str(run.output),
-        "--output",
-        str(merged),
-        "--push_to_hub",
-        REPOSITORY,
-    ]
-    monkeypatch.setattr("sys.argv", words)
     with (
         uploads_to(tmp_path / "hub", error),
         pytest.raises(RunError, match="not uploaded") as failed,
     ):
-        export.main()
+        call("export", *export_flags(run, merged))
     assert f"hf upload {REPOSITORY} FOLDER" in str(failed.value)
     assert TOKEN not in str(failed.value)
     assert (merged / "model.safetensors").is_file()

@@ -85,6 +85,12 @@ class Update:
             config_changes=rope or {},
         )
 
+    def merge_onto_target(self, **settings):
+        """The export onto the model in "target", a folder beside it."""
+        merged = self.folder / "merged"
+        export_merged(self.checkpoint, merged, onto=self.folder / "target", **settings)
+        return merged
+
     def change(self, name):
         """merged - base of a parameter of the base, in fp64."""
         module = name.removesuffix(".weight")
@@ -184,8 +190,7 @@ def test_it_is_the_target_and_the_difference_by_hand(
     )
     target.save_pretrained(tmp_path / "target")
     monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
-    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
-    merged = loaded(tmp_path / "merged")
+    merged = loaded(update.merge_onto_target())
     check(merged, expected(update, target), dtype)
     assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
     (tmp_path / "target/tokenizer.json").symlink_to(
@@ -203,10 +208,8 @@ def test_the_update_is_scaled(tmp_path, scale):
     update = Update(tmp_path, "llama", True)
     target = tiny_model("llama", seed=7)
     target.save_pretrained(tmp_path / "target")
-    export_merged(
-        update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", delta_scale=scale
-    )
-    check(loaded(tmp_path / "merged"), expected(update, target, scale), torch.float32)
+    merged = loaded(update.merge_onto_target(delta_scale=scale))
+    check(merged, expected(update, target, scale), torch.float32)
     card = (tmp_path / "merged/README.md").read_text()
     fingerprints = [
         BaseCheckpoint.open(folder).fingerprint()
@@ -231,7 +234,7 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
     target.save_pretrained(tmp_path / "target")
     tokenizer(tmp_path / "target", "ab")
     tokenizer(update.base, "ab")
-    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
+    merged = loaded(update.merge_onto_target()).eval()
     by_hand = AutoModelForCausalLM.from_config(
         changed(copy.deepcopy(target.config), changes)
     )
@@ -239,7 +242,6 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
         {name: tensor.float() for name, tensor in expected(update, target).items()}
     )
     ids = tokens(1, 300)
-    merged = loaded(tmp_path / "merged").eval()
     with torch.no_grad():
         logits = merged(ids).logits
         torch.testing.assert_close(logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5)
@@ -293,51 +295,33 @@ def pair(tmp_path):
 
 
 def test_tokens_template_and_settings_stay_the_target_s(pair):
-    export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
-    known = AutoTokenizer.from_pretrained(pair.folder / "merged")
+    merged = pair.merge_onto_target()
+    known = AutoTokenizer.from_pretrained(merged)
     assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
     assert (
         known.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
         == "hi"
     )
-    assert read_json(pair.folder / "merged/generation_config.json")["temperature"] == 0.25
-    assert read_json(pair.folder / "merged/config.json") == read_json(
-        pair.folder / "target/config.json"
-    )
-    card = (pair.folder / "merged/README.md").read_text()
+    assert read_json(merged / "generation_config.json")["temperature"] == 0.25
+    of_target = read_json(pair.folder / "target/config.json")
+    assert read_json(merged / "config.json") == of_target
+    card = (merged / "README.md").read_text()
     assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
 
 def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
     target = pair.folder / "target"
-    call(
-        "export",
-        "--checkpoint",
-        pair.checkpoint,
-        "--onto",
-        target,
-        "--output",
-        tmp_path / "out",
-        "--delta_scale",
-        0.5,
-    )
+    onto = ("--onto", target, "--delta_scale", 0.5)
+    call("export", "--checkpoint", pair.checkpoint, "--output", tmp_path / "out", *onto)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
-    flags = (
-        "--sets",
-        f"a={text}",
-        "--document_start",
-        "b",
-        "--window",
-        8,
-        "--json",
-        tmp_path / "scores.json",
-    )
+    scores = tmp_path / "scores.json"
+    flags = f"--sets a={text} --document_start b --window 8 --json {scores}".split()
     with untouched(target):
-        call("evaluate", pair.checkpoint, "--onto", target, "--delta_scale", 0.5, *flags)
+        call("evaluate", pair.checkpoint, *onto, *flags)
     merged = load_target(tmp_path / "out")
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
-    assert read_json(tmp_path / "scores.json")["sets"]["a"]["nats"] == score.nats
+    assert read_json(scores)["sets"]["a"]["nats"] == score.nats
     with user_error("--onto belongs to a checkpoint"):
         call("evaluate", target, "--onto", target, *flags)
 
@@ -431,4 +415,4 @@ def test_an_export_that_ends_halfway_leaves_nothing(pair, monkeypatch):
 
     monkeypatch.setattr(SafetensorsWriter, "write", full)
     with untouched(pair.folder), pytest.raises(RunError, match="No space left"):
-        export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
+        pair.merge_onto_target()
