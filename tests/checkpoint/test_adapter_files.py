@@ -52,20 +52,25 @@ def test_adapter_round_trip(adapter, tmp_path):
 
 
 WRONG = """
-format = 9 | format 9
-dtype = int4 | unknown dtype 'int4'
-layers = {a.q: {}} | adapter.json: a.q: weight is missing
-cycle = two | adapter.json is damaged: cycle must be a whole number
-config = {kind: dora} | unknown kind of adapter 'dora'
-config = {kind: mora, rank: 8} | the adapter's settings: target_modules is missing
+adapter.json | format = 9 | format 9
+adapter.json | dtype = int4 | unknown dtype 'int4'
+adapter.json | layers = {a.q: {}} | adapter.json: a.q: weight is missing
+adapter.json | cycle = two | adapter.json is damaged: cycle must be a whole number
+adapter.json | config = {kind: dora} | unknown kind of adapter 'dora'
+adapter.json | config = {kind: mora, rank: 8} | the adapter's settings: target_modules is missing
+base.json | format = 2 | base.json has format 2
+base.json | dtype = int4 | base.json: unknown dtype 'int4'
+base.json | keys = null | base.json is damaged
 """
 
 
-@pytest.mark.parametrize("change, words", rows(WRONG))
-def test_adapter_damage_is_named(adapter, tmp_path, change, words):
-    change_json(tmp_path / "adapter.json", lambda content: set_value(content, change))
+@pytest.mark.parametrize("file, change, words", rows(WRONG))
+def test_damage_is_named(adapter, tmp_path, file, change, words):
+    BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
+    change_json(tmp_path / file, lambda content: set_value(content, change))
+    read = {"adapter.json": read_adapter, "base.json": BaseReference.read}[file]
     with user_error(words):
-        read_adapter(tmp_path)
+        read(tmp_path)
 
 
 def test_a_missing_adapter_file_is_named(tmp_path):
@@ -132,21 +137,6 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path):
     assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
     with user_error(r"--base: .*base-1 is not the base of .*step-1"):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ("format = 2", " has format 2"),
-        ("dtype = int4", ": unknown dtype 'int4'"),
-        ("keys = null", " is damaged"),
-    ],
-)
-def test_a_damaged_base_reference_is_named(tmp_path, change, words):
-    BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
-    change_json(tmp_path / "base.json", lambda content: set_value(content, change))
-    with user_error(rf"base\.json{words}"):
-        BaseReference.read(tmp_path)
 
 
 def test_an_entry_has_the_weight_of_its_module():

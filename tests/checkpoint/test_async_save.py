@@ -21,9 +21,9 @@ from tests.helpers.outcome import assert_good, assert_same_outcome
 
 LAST_STEP = 7
 MORE = (
-    "--max_steps", LAST_STEP, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
-    "--train_norms", "true", "--mora_dropout", 0.1,
-)  # fmt: skip
+    f"--max_steps {LAST_STEP} --merge_every 3 --restart_warmup_steps 1 --save_steps 2",
+    "--train_norms true --mora_dropout 0.1",
+)
 
 
 @pytest.fixture(scope="module")

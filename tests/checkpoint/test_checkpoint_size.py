@@ -58,7 +58,6 @@ def sizes(folder):
 def test_bytes_a_parameter(tmp_path):
     for combination, (nbytes, parameters) in run_pooled(2, sizes, str(tmp_path))[0].items():
         assert parameters > 27_000, "large against the constant"
-        print(f"{combination}: {nbytes:,} bytes, {nbytes / parameters:.2f} a parameter")
         assert nbytes <= 16 * parameters + CONSTANT, combination
         assert nbytes >= 15 * parameters, f"{combination}: something is not saved"
 

@@ -13,6 +13,7 @@ from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng
+from mora_ds.common.files import _seal
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
 from tests.helpers.crafted import (
@@ -86,8 +87,6 @@ def test_names_in_shards_are_those_of_files(checkpoint, rename, name):
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_a_manifest_lists_files_of_its_own_folder(checkpoint, name):
-    from mora_ds.common.files import _seal
-
     def change(content):
         content["files"][name] = {"size": 1, "sha256": "a"}
         content["seal"] = _seal(content["files"])
@@ -226,10 +225,8 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, tmp_path):
 def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint, tmp_path):
     """Also where no base is read that would show it."""
 
-    def change(content):
-        next(iter(content["layers"].values()))["operator"]["d_in"] = 2**24
-
-    change_json(checkpoint / "adapter.json", change)
+    wider = partial(change_first_operator, {"d_in": 2**24})
+    change_json(checkpoint / "adapter.json", wider)
     reseal(checkpoint)
     assert_refused(
         export_adapter,

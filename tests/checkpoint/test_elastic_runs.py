@@ -30,12 +30,8 @@ def flags(user, out, world, *more):
 def changed_to(out, stage):
     """Flags of a run that goes on from step 4 under another ZeRO stage."""
     checkpoint = out / "checkpoints/step-000004"
-    return (
-        "--resume_from_checkpoint",
-        checkpoint,
-        "--deepspeed",
-        REPOSITORY / "configs" / f"zero{stage}.json",
-    )
+    config = REPOSITORY / "configs" / f"zero{stage}.json"
+    return ("--resume_from_checkpoint", checkpoint, "--deepspeed", config)
 
 
 def watched(argv, last=None):
@@ -112,7 +108,7 @@ def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stag
         assert_good(out / "checkpoints" / f"step-{step:06d}", user.model)
 
 
-MUON = ("--optimizer", "muon", "--learning_rate", 0.02)
+MUON = ("--optimizer muon --learning_rate 0.02",)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed
+from tests.helpers.tables import rows as rows_of
 
 
 def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path, monkeypatch):
@@ -73,28 +75,20 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path):
     ):
         assert phrase in str(error.value)
     assert "target_modules" not in str(error.value)
-    labels = {
-        "global_batch_size": (
-            "--per_device_train_batch_size",
-            "--gradient_accumulation_steps",
-        ),
-        "mixture": (
-            "--document_start",
-            "--replay",
-            "--mixture",
-            "--train_files",
-            "--text_column",
-            "--held_out_share",
-        ),
-    }
-    for key, flags in labels.items():
-        values = (
-            {key: {"sources": {"law": number}} if key == "mixture" else number}
-            for number in (1, 2)
-        )
-        with pytest.raises(UserError) as error:
-            check_identity(tmp_path, *values)
-        assert [flag for flag in flags if flag not in str(error.value)] == []
+
+
+DIFFERENT = """
+{global_batch_size: 1} | {global_batch_size: 2} | --per_device_train_batch_size --gradient_accumulation_steps
+{mixture: {sources: {law: 1}}} | {mixture: {sources: {law: 2}}} | --document_start --replay --mixture \
+--train_files --text_column --held_out_share
+"""
+
+
+@pytest.mark.parametrize("saved, here, flags", rows_of(DIFFERENT))
+def test_a_difference_is_told_with_all_flags_that_may_make_it(tmp_path, saved, here, flags):
+    with pytest.raises(UserError) as error:
+        check_identity(tmp_path, parsed(saved), parsed(here))
+    assert [flag for flag in flags.split() if flag not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("rows", [12, 2, 1])
