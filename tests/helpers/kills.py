@@ -188,7 +188,7 @@ class Moment:
     """Patches a process so that it dies then."""
     passes: Passes
     start: Start
-    more: tuple[str | int, ...] = ()
+    more: tuple[str, ...] = ()
     """Flags in addition to `STEPS`."""
     only_heavy: bool = False
     """Whether only the heavy tests try this moment."""

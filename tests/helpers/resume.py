@@ -69,11 +69,8 @@ def assert_one_run(flags, folder, wide_job=job):
     run(1, flags(whole, "--per_device_train_batch_size", 4))
     stop_and_resume(1, flags(folder / "out", "--per_device_train_batch_size", 4), 3, 5)
     assert_same_run(folder / "out", whole)
-    run_ranks(
-        2,
-        wide_job,
-        flags(wide, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
-    )
+    rows = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
+    run_ranks(2, wide_job, flags(wide, rows))
     assert_close_losses(wide, whole)
 
 
