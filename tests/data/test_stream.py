@@ -80,8 +80,8 @@ def read(corpus, buffer, epoch=0, seed=3):
 
 def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path):
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", [f"{n}" for n in range(50)]))
-    first, *others = (read(corpus, 8, epoch) for epoch in range(3))
-    for another in (*others, read(corpus, 8, seed=4)):
+    first, *later = (read(corpus, 8, epoch) for epoch in range(3))
+    for another in (*later, read(corpus, 8, seed=4)):
         assert sorted(another) == sorted(first) == list(range(50))
         assert another != first
     of_one_file = read(Corpus(corpus.members[:1]), buffer=4)

@@ -154,7 +154,7 @@ def test_settings_that_are_not_read_are_refused(tmp_path, changes, words):
 
 
 TENSORS = r"""
-# beside the others, and alone
+# beside good ones, and alone
 model.layers.0.self_attn.q_proj.lora_B | [14, 14] | true | is no matrix of MoRA
 model.layers.0.self_attn.q_proj.lora_A | [3, 32] | true | is no matrix of MoRA
 model.layers.0.self_attn.q_proj.lora_C | [14, 14] | true | is no matrix of MoRA
@@ -165,13 +165,13 @@ model.layers.0.self_attn.q_proj.lora_A | [64, 64] | false | a matrix of side 64 
 """
 
 
-@pytest.mark.parametrize("name, shape, beside_others, words", rows(TENSORS))
-def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, beside_others, words):
+@pytest.mark.parametrize("name, shape, beside_good, words", rows(TENSORS))
+def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, beside_good, words):
     fork = Fork(tmp_path, 1, SQUARE)
     path = fork.path / "adapter_model.safetensors"
-    others = load_file(path) if parsed(beside_others) else {}
+    good = load_file(path) if parsed(beside_good) else {}
     tensor = torch.zeros(parsed(shape))
-    save_file({**others, f"base_model.model.{name}.weight": tensor}, path)
+    save_file({**good, f"base_model.model.{name}.weight": tensor}, path)
     assert_refused(fork, words)
 
 
