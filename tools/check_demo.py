@@ -28,7 +28,8 @@ def broken_promises(folder: Path) -> list[str]:
 
 def main() -> None:
     broken = broken_promises(Path(sys.argv[1]))
-    print("\n".join(broken) or "as promised")
+    for promise in broken:
+        print(f"not as promised: {promise}")
     sys.exit(len(broken) > 0)
 
 
