@@ -56,10 +56,14 @@ class _Console(logging.Handler):
     """Writes to the streams that `sys` has, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        is_news = record.levelno < logging.WARNING
+        stream = sys.stdout if is_news else sys.stderr
+        if stream is None:  # as `>&-` leaves it
+            return
         text = self.format(record)
-        if record.levelno < logging.WARNING:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            tqdm.write(rank_prefix() + text, file=sys.stderr)
-            sys.stderr.flush()
+        # A run of weeks does not end with its log, on a full disk or before a dead reader
+        try:
+            tqdm.write(text if is_news else rank_prefix() + text, file=stream)
+            stream.flush()
+        except OSError:
+            self.handleError(record)

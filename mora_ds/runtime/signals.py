@@ -91,7 +91,8 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # Where the reader has ended, the exit code still counts
         with suppress(BrokenPipeError):
-            stream.flush()
+            if stream is not None:
+                stream.flush()
     os._exit(code)
 
 

@@ -2,6 +2,8 @@
 only imports mora_ds.
 """
 
+import errno
+import io
 import logging
 import subprocess
 import sys
@@ -40,6 +42,32 @@ def test_rank_and_level_decide(
     told = capsys.readouterr()
     assert told.out.split() == out.replace("-", "").split()
     assert told.err.splitlines() == [line for line in (err,) if line != "-"]
+
+
+class _Full(io.StringIO):
+    """A stream to a file on a full disk."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_outlives_its_log(monkeypatch, capsys, unchanged_logger):
+    set_up_logging()
+    monkeypatch.setattr(sys, "stdout", _Full())
+    log.info("lost")
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", _Full())
+    log.warning("lost")
+
+
+def test_a_program_without_streams_ends_as_with_them():
+    program = """
+import logging, sys
+from mora_ds.runtime import cli
+sys.stdout = sys.stderr = None
+cli.run(lambda: logging.getLogger("mora_ds").info("said to nobody"))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_library_user_gets_silence():
