@@ -165,7 +165,8 @@ class EngineShards:
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
         rows = np.concatenate([shard.extents for shard in shards])
-        return cls(folder, layout, [shard.file for shard in shards], _sorted(rows))
+        in_order = rows[np.lexsort((rows[:, START], rows[:, NAME]))]
+        return cls(folder, layout, [shard.file for shard in shards], in_order)
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
@@ -188,7 +189,7 @@ class EngineShards:
             raise UserError(
                 f"{path}: it lists {len(files)} files of {layout.world_size} ranks"
             )
-        shards = cls(folder, layout, files, _sorted(table.numpy()))
+        shards = cls(folder, layout, files, table.numpy())
         with malformed(path):
             shards._check_whole()
         return shards
@@ -241,10 +242,11 @@ class EngineShards:
     def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
         """The rows that hold any of `numel` elements from `start` on (of 0, the first)."""
         rows = self._rows[name]
+        # They follow one another without a hole
+        first = np.searchsorted(rows[:, START], start, side="right") - 1
         if numel is None:
-            return rows
-        end = start + max(numel, 1)
-        return rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
+            return rows[first:]
+        return rows[first : np.searchsorted(rows[:, START], start + max(numel, 1))]
 
     @cached_property
     def _rows(self) -> dict[str, np.ndarray]:
@@ -254,7 +256,9 @@ class EngineShards:
         return dict(zip(names, np.split(self.extents, first_rows), strict=True))
 
     def _check_whole(self) -> None:
-        """Raises `UserError` unless the shards hold every element of each parameter."""
+        """Raises `UserError` unless the shards hold every element of each parameter, in
+        order.
+        """
         shapes = self.layout.shapes
         sizes = [math.prod(shape) for shape in shapes.values()]
         names = self.extents[:, NAME]
@@ -267,11 +271,6 @@ class EngineShards:
             raise UserError(
                 f"{self.folder}: the shards do not hold all of {list(shapes)[faulty]}, and each element once"
             )
-
-
-def _sorted(rows: np.ndarray) -> np.ndarray:
-    """By name, then by start, then by rank."""
-    return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
 
 
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:

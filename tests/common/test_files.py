@@ -136,7 +136,7 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monke
     with files.atomic_folder(folder / "model") as partial:
         (partial / "deep").mkdir()
         (partial / "deep/file").write_text("")
-    assert events == ["deep", "file", ".model.partial", "-> model", "folder"]
+    assert events == ["file", "deep", ".model.partial", "-> model", "folder"]
     events.clear()
     files.record(folder, [folder / "a.json"])
     assert events == ["a.json"]

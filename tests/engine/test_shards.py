@@ -99,6 +99,15 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
 
 
+def test_a_table_out_of_order_is_damaged(tmp_path):
+    write(tmp_path)
+    shards = EngineShards.open(tmp_path)
+    shards.extents = shards.extents[::-1].copy()
+    shards.write_table()
+    with user_error("the shards do not hold all of a, and each element once"):
+        EngineShards.open(tmp_path)
+
+
 def one_flat_each(folder):
     """One rank's file with a flat tensor for each parameter; the first has stepped once,
     the others four times.
