@@ -93,6 +93,7 @@ QUOTED = {
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
         "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient", "full"),
+        "learning_135m_renewed.json": ("lora", "mora-rotate", "remora-gradient"),
         "learning_13m_sides.json": (
             "mora-rotate",
             "mora-gradient",
@@ -119,6 +120,16 @@ def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
     text = " ".join((ROOT / "docs" / page).read_text().split())
     (row,) = (row for row in best_rows(plans.DATA / file) if row.method == method)
     assert f"{row.mean('new'):.1f} and {row.mean('old'):.1f}" in text
+
+
+def test_lora_at_half_its_learning_rate_is_that_of_the_json():
+    (half,) = (
+        run["perplexity"]
+        for run in read_json(plans.DATA / "learning_135m_renewed.json")["runs"]
+        if (run["method"], run["learning_rate"]) == ("lora", 0.001)
+    )
+    text = " ".join((ROOT / "docs/results/learning.md").read_text().split())
+    assert f"half the learning rate at {half['new']:.1f} and {half['old']:.1f}" in text
 
 
 def test_every_json_is_shown_somewhere():
