@@ -43,6 +43,10 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
     from mora_ds.adapters.ops.mora import OperatorSpec
 
 
+Results = slice | Tensor
+"""Some results of a map: a run of neighbours, which is a view, or their indices."""
+
+
 @dataclass(frozen=True)
 class IndexMap:
     """A linear map: result q is the sum over k of the numbers at `table[k, q]`; -1: zero.
@@ -55,9 +59,9 @@ class IndexMap:
     """(K, Q) int32, which takes less time to read than int64."""
     index: Tensor
     """What is gathered, with 0 in place of -1 in the first Q numbers."""
-    missing: Tensor | None
-    """Indices of the results whose first term is zero; None for none."""
-    additions: tuple[tuple[Tensor, slice], ...]
+    missing: Results | None
+    """The results whose first term is zero; None for none."""
+    additions: tuple[tuple[Results, slice], ...]
     """For each other term the results that have it, and where it is among the gathered."""
 
     @classmethod
@@ -67,7 +71,7 @@ class IndexMap:
         first = table[0]
         missing = (first < 0).nonzero().flatten()
         gathered = [first.clamp(min=0)]
-        additions = []
+        additions: list[tuple[Results, slice]] = []
         stop = len(first)
         for term in table[1:]:
             results = (term >= 0).nonzero().flatten()
@@ -75,12 +79,12 @@ class IndexMap:
                 gathered.append(term[results])
                 start = stop
                 stop += len(results)
-                additions.append((results.to(device), slice(start, stop)))
+                additions.append((_run_or_indices(results, device), slice(start, stop)))
         table = table.to(device)
         index = table[0]
         if len(missing) or additions:
             index = torch.cat(gathered).to(device)
-        unread = missing.to(device) if len(missing) else None
+        unread = _run_or_indices(missing, device) if len(missing) else None
         return cls(table, index, unread, tuple(additions))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,11 +95,16 @@ class IndexMap:
         if not self.additions and self.missing is None:
             return gathered
         total = gathered[..., : self.table.shape[1]]
-        if self.missing is not None:
+        if isinstance(self.missing, slice):
+            total[..., self.missing] = 0
+        elif self.missing is not None:
             total.index_fill_(-1, self.missing, 0)
         for results, terms in self.additions:
-            # A copy for autograd, as `total` shares memory with the terms, and changes
-            total.index_add_(-1, results, gathered[..., terms].clone())
+            if isinstance(results, slice):
+                total[..., results] += gathered[..., terms]
+            else:
+                # A copy for autograd, as `total` shares memory with the terms, and changes
+                total.index_add_(-1, results, gathered[..., terms].clone())
         # A copy without the other terms, which a layer that saves the result would keep too
         return total.contiguous()
 
@@ -104,6 +113,13 @@ class IndexMap:
         indices = self.table.flatten()
         terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
         return terms.unflatten(-1, self.table.shape).sum(dim=-2)
+
+
+def _run_or_indices(results: Tensor, device: torch.device) -> Results:
+    """Sorted indices, at least one, on a device; as a slice where they are neighbours."""
+    start = int(results[0])
+    stop = int(results[-1]) + 1
+    return slice(start, stop) if len(results) == stop - start else results.to(device)
 
 
 @dataclass(frozen=True)
