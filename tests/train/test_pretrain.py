@@ -5,8 +5,6 @@ setting, the export.
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +35,6 @@ from tests.helpers.jobs import (
     REPOSITORY,
     ZERO3,
     assert_close_losses,
-    environment,
     finished_run,
     job,
     launch,
@@ -45,7 +42,6 @@ from tests.helpers.jobs import (
     rows,
     run,
 )
-from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed
 from tests.helpers.tables import rows as rows_of
 
@@ -231,28 +227,6 @@ def test_how_it_is_computed_changes_nothing(user, plain, out, config, checkpoint
     assert_close_evals(out, plain)
 
 
-def test_bf16(user, plain, tmp_path, out):
-    """Of every ZeRO stage: tests/engine/test_precision.py."""
-    run(2, user.flags(out, MERGING, "--bf16 true"))
-    assert_close_losses(out, plain, rtol=0, atol=0.02)
-    report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
-    assert report.dtype == "bfloat16"
-
-
-def test_tied_embeddings_are_trained_and_exported(user, tmp_path, out):
-    model = tiny_model(vocab_size=400, tie_word_embeddings=True)
-    shutil.copytree(user.model, tmp_path / "model")
-    model.save_pretrained(tmp_path / "model")
-    trained = "--train_embeddings true --train_norms true --save_steps 5"
-    argv = user.flags(out, MERGING, trained, "--model_name_or_path", tmp_path / "model")
-    summary = run(2, [*argv, "--export_merged", "true"])
-    assert summary["trainable_params"] > 400 * 32
-    exported = AutoModelForCausalLM.from_pretrained(out / "merged")
-    assert exported.lm_head.weight is exported.model.embed_tokens.weight
-    assert not torch.equal(exported.lm_head.weight, model.lm_head.weight)
-    export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
-
-
 # -- as users call it ----------------------------------------------------------------------------------------------
 
 
@@ -335,23 +309,6 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
     resume = ["--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
     run_alone(job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()
-
-
-def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user, tmp_path):
-    """Two runs start together on an empty cache; both end with the same losses."""
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1"
-    command = [sys.executable, *torchrun.split(), str(REPOSITORY / "launch/pretrain.py")]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    started = []
-    for name in ("one", "two"):
-        argv = user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache")
-        started.append(
-            subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes)
-        )
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
 
 
 def test_summary_and_files_of_a_run(plain):
