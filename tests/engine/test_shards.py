@@ -159,8 +159,6 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
         shards.read("a", "exp_avg")
     on_rank_0 = shards.read("a", "exp_avg", 0, 7)
     assert on_rank_0.tolist() == (VALUES["a"][:7] + 0.25).tolist()
-    assert shards.state("a", 0, 7)[0] == ["exp_avg", "exp_avg_sq"]
-    assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
     with user_error(
         r"1.st: a has \(\['exp_avg_sq'\], {'step': tensor\(3\)}\), another rank's shard"
     ):
@@ -171,7 +169,6 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     with user_error(r"1.st is incomplete: .* elements 8 to 13 of 0.master"):
         shards.read("a", MASTER)
     assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0]
-    assert shards.read("c", MASTER, 3, 1).tolist() == [303]
     shards = broken(step=torch.tensor(4))
     with user_error(
         r"1.st: a has .*{'step': tensor\(4\)}\), another rank's shard .*{'step': tensor\(3\)}"
@@ -179,8 +176,6 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
         shards.state("a")
     assert shards.state("a", 0, 7)[1] == {"step": 3}
     assert shards.state("a", 7, 2)[1] == {"step": 4}
-    with user_error(r"1.st: a has .*{}\), another rank's shard .*{'step': tensor\(3\)}"):
-        broken("step").state("a")
     write(tmp_path, groups=[SHAPES])
     with user_error(r"layouts.safetensors is damaged: .*index out of range"):
         restored(EngineShards.open(tmp_path), [])

@@ -51,36 +51,28 @@ def base_folder(folder, config):
 
 def test_an_index_is_written_for_several_files_alone(tmp_path):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
-    asked = []
+    layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
 
-    def tensor_of(key, dtype):
-        asked.append((key, dtype))
-        return base.read(key).to(dtype)
-
-    for limit, names in (
-        (100, ["model.safetensors"]),
-        (20, [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]),
-    ):
-        folder = tmp_path / str(limit)
+    def written(folder, limit):
         folder.mkdir()
-        layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
-        assert write_shards(folder, layout, limit, tensor_of) == tuple(names)
-        written = {}
-        for name in names:
-            written |= load_file(folder / name)
-        values = {key: tensor.tolist() for key, tensor in written.items()}
-        assert values == {"w": [[0, 1, 2], [3, 4, 5]], "half": [1] * 3, "count": [7, 8]}
-        # Whole numbers stay
-        dtypes = {"w": torch.bfloat16, "half": torch.bfloat16, "count": torch.int64}
-        assert asked == list(dtypes.items())
-        asked.clear()
-        if limit == 100:
-            assert [path.name for path in folder.iterdir()] == names
-    index = read_json(folder / "model.safetensors.index.json")
-    assert index["metadata"] == {"total_size": 34}
-    first, second = names
-    weight_map = {"count": second, "half": first, "w": first}
-    assert list(index["weight_map"].items()) == list(weight_map.items())
+        return write_shards(
+            folder, layout, limit, lambda key, dtype: base.read(key).to(dtype)
+        )
+
+    whole = tmp_path / "whole"
+    assert written(whole, 100) == ("model.safetensors",)
+    assert [path.name for path in whole.iterdir()] == ["model.safetensors"]
+    split = tmp_path / "split"
+    first, second = written(split, 20)
+    assert first == "model-00001-of-00002.safetensors"
+    assert load_file(split / first)["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert load_file(split / first)["half"].dtype == torch.bfloat16
+    assert load_file(split / second)["count"].dtype == torch.int64, "whole numbers stay"
+    index = read_json(split / "model.safetensors.index.json")
+    assert index == {
+        "metadata": {"total_size": 34},
+        "weight_map": {"count": second, "half": first, "w": first},
+    }
 
 
 # -- the other files ---------------------------------------------------------------------------------------------------
@@ -189,8 +181,6 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):
     assert handle.metadata() == {"format": "pt", "step": "3"}
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    assert length % 8 == 0
-    assert len(raw) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype, name
         assert torch.equal(read[name].double(), tensor.double()), name
@@ -204,7 +194,6 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
     layout = {
         "small": ((3,), torch.uint8),
         "large": ((2,), torch.float64),
-        "none": ((0, 4), torch.float32),
     }
     with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
         writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
@@ -215,7 +204,6 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
         ):
             writer.write("small", torch.zeros(3))
         size = os.stat(tmp_path / "t").st_size
-        writer.write("none", torch.zeros(0, 4))
         writer.write(
             "large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
         )
@@ -223,8 +211,7 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
     read = load_file(tmp_path / "t")
     assert read["large"].tolist() == [0.5, 0.25]
     assert read["small"].tolist() == [1, 2, 3]
-    assert read["none"].shape == (0, 4)
-    with pytest.raises(ValueError, match="not written: large, none, small"):
+    with pytest.raises(ValueError, match="not written: large, small"):
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 
 
