@@ -160,11 +160,11 @@ def compute_sorted(experts: Any) -> None:
 # -- which layouts are known -------------------------------------------------------------------------------------------
 
 
-def find_stacks(model: nn.Module) -> dict[str, ExpertStack | str]:
+def find_stacks(model: nn.Module) -> dict[str, ExpertStack | None]:
     """Name -> projection, for every tensor of three dimensions that is a projection of
-    experts without MoRA matrices, before and after injection; or, where the layout is not
-    known, what is odd about it."""
-    stacks: dict[str, ExpertStack | str] = {}
+    experts without MoRA matrices, before and after injection; None where the layout is not
+    known."""
+    stacks: dict[str, ExpertStack | None] = {}
     for path, module in model.named_modules():
         of_experts = "experts" in f"{path} {type(module).__name__}".lower()
         if isinstance(module, AdaptedLinear) or not of_experts:
@@ -176,17 +176,13 @@ def find_stacks(model: nn.Module) -> dict[str, ExpertStack | str]:
     return stacks
 
 
-def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | str:
+def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | None:
+    """The projection `name` of a module that transformers has marked; None for another."""
     marks = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config")
-    if not all(hasattr(module, mark) for mark in marks):
-        return f"{type(module).__name__} is computed by code of its own"
-    if name not in PROJECTIONS:
-        return f"{type(module).__name__} has a projection of another name"
-    if getattr(module, "_is_expert_parallel", False):
-        return f"{type(module).__name__} is split over processes"
-    problem = _odd_shapes(module)
-    if problem:
-        return problem
+    is_marked = all(hasattr(module, mark) for mark in marks)
+    is_split = getattr(module, "_is_expert_parallel", False)
+    if not is_marked or is_split or name not in PROJECTIONS:
+        return None
     return ExpertStack(tensor, module.is_transposed, _experts_a_token(module.config))
 
 
@@ -199,29 +195,11 @@ def _experts_a_token(config: Any) -> int:
     return numbers.pop() if len(numbers) == 1 else 0
 
 
-def _odd_shapes(module: Any) -> str:
-    """What in the shapes of a module's projections contradicts its marks, or ""."""
-    kind = type(module).__name__
-    first = _stack_of(module, "gate_up_proj" if module.has_gate else "up_proj")
-    last = _stack_of(module, "down_proj")
-    if not all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in (first, last)):
-        return f"{kind} does not have the projections up and down"
-    if module.is_transposed:
-        first = first.mT
-        last = last.mT
-    count, outputs, inputs = last.shape
-    hidden = outputs if module.has_gate else getattr(module.config, "hidden_size", outputs)
-    rows = 2 * inputs if module.has_gate else inputs
-    if outputs != hidden or first.shape != (count, rows, hidden):
-        return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
-    return ""
-
-
-def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
+def require_known(stacks: dict[str, ExpertStack | None], pattern: str) -> None:
     """Raises `UserError` naming the first projection whose layout is not known."""
-    for name, stack_or_reason in stacks.items():
-        if isinstance(stack_or_reason, str):
+    for name, stack in stacks.items():
+        if stack is None:
             raise UserError(
-                f"`target_modules` {pattern!r} includes {name}, experts of a layout that mora_ds does not know: "
-                f"{stack_or_reason}. Leave them out, and they stay frozen"
+                f"`target_modules` {pattern!r} includes {name}, experts of a layout that mora_ds does not know: their "
+                "code is their own, or splits them over processes. Leave them out, and they stay frozen"
             )
