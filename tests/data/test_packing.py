@@ -83,25 +83,6 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len):
         assert (block["labels"][real:] == IGNORED).all()
 
 
-def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch():
-    data = PackedDataset(make_cache(LENGTHS), 7, seed=3)
-    blocks = data.n_blocks
-    batches = batches_of(data, 4)
-    assert blocks % 4  # so that batches straddle epochs
-    first_tokens = [
-        t
-        for step in range(3 * blocks)
-        for t in batches.batch(step)["input_ids"][:, 0].tolist()
-    ]
-    epochs = [
-        first_tokens[start : start + blocks]
-        for start in range(0, len(first_tokens), blocks)
-    ]
-    everything = [7 * index for index in range(blocks)]
-    assert all(sorted(epoch) == everything for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
 def test_a_batch_is_the_same_for_any_number_of_ranks(world):
     whole = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
