@@ -55,7 +55,6 @@ def test_shares_of_three_sources_are_exact_at_every_prefix(weights):
     wanted = np.array(weights) / sum(weights)
     counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
     n = np.arange(1, 10_001)[:, None]
-    assert np.abs(counts / n - wanted)[1000:].max() <= 0.001
     assert np.abs(counts - n * wanted).max() < 1, (
         "no prefix, however short, is off by a whole sample"
     )
@@ -291,11 +290,6 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
     assert len(board.Scalars("8_sources/old/perplexity")) == 6
-    for row, facts in zip(
-        [row for row in rows(whole) if "loss" in row], shown, strict=True
-    ):
-        losses_of = [facts[name]["loss"] for name in ("new", "old")]
-        assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
     resumed = flags(out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto")
     assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(
