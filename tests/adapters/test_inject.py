@@ -47,8 +47,6 @@ EVERY_LINEAR = in_layers(
         (["self_attn.q_proj"], in_layers("self_attn.q_proj")),
         (["model.layers.1.mlp.up_proj"], in_layers("mlp.up_proj", layers=(1,))),
         (["*.mlp.*"], in_layers(*(f"mlp.{name}" for name in MLP))),
-        (["*[qk]_proj"], in_layers("self_attn.q_proj", "self_attn.k_proj")),
-        (["model.layers.?.mlp.up_proj"], in_layers("mlp.up_proj")),
         (["[m]odel.layers.0.mlp.up_proj"], in_layers("mlp.up_proj", layers=(0,))),
         (
             [r"re:.*layers\.0\..*(up|down)_proj"],

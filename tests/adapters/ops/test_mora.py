@@ -21,7 +21,6 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     adjoint,
-    compress,
     delta_weight,
     effective_weight,
     mora_update,
@@ -281,9 +280,6 @@ def test_permutations_are_those_that_every_ledger_was_written_with():
         3.0,
         3.0,
     ]
-    assert torch.equal(
-        compress(spec, torch.arange(10.0))[0], torch.tensor([11.0, 13.0, 4.0, 24.0])
-    )
 
 
 def test_permutation_seeds_are_those_that_every_ledger_was_written_with():
@@ -328,10 +324,6 @@ def test_square_size():
     assert square_size(1, 1, 1, OperatorKind.SHARE) == 1
     # Too small for a pair: the config refuses it
     assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0
-    for d_in, d_out, rank in ((100, 37, 3), (4096, 11008, 256), (10**6 + 3, 7, 64)):
-        assert (
-            square_size(d_in, d_out, rank, OperatorKind.SHARE) ** 2 <= (d_in + d_out) * rank
-        )
 
 
 @pytest.mark.parametrize("smallest", [1, 2])
