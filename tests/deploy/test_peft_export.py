@@ -70,9 +70,13 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path, config, cycles, family):
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
 def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
+    """Nothing bounds the rank of such an update, so that one must be named."""
     config = MoRAConfig(rank=2, operator=operator)
     rank = 5
     _, updates = adapter(tmp_path, config, cycles=1)
+    with user_error("`rank` is missing"):
+        export_peft(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     shares = {}
@@ -91,18 +95,6 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
     assert f"{sum(shares.values()) / len(shares):.2%} on average" in "\n".join(lines)
 
 
-def test_every_rank_is_the_merged_model_too(tmp_path):
-    """rotate has no bound on its rank, so that one must be named; the layer's shorter side
-    loses nothing.
-    """
-    merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
-    with user_error("`rank` is missing"):
-        export_peft(tmp_path / "adapter", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-    export_peft(tmp_path / "adapter", tmp_path / "lora", 10_000)
-    close(logits_of(loaded(tmp_path / "base", tmp_path / "lora")), logits_of(merged))
-
-
 @pytest.mark.parametrize(
     "family, trained, saved",
     [
@@ -113,6 +105,7 @@ def test_every_rank_is_the_merged_model_too(tmp_path):
     ],
 )
 def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, saved):
+    """Beside matrices of every rank, of which the shorter side of a layer loses nothing."""
     run = fake_run(tmp_path, family, trained=trained)
     lines = export_peft(run.output, tmp_path / "lora", 10_000)
     assert any("modules_to_save" in line for line in lines)
