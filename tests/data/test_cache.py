@@ -125,12 +125,13 @@ def test_any_number_of_processes_gives_the_same(files, tokenizer, tmp_path, monk
     assert one.ends.tobytes() == two.ends.tobytes()
 
 
-def test_errors_of_worker_processes_arrive(build, tmp_path, monkeypatch):
+def test_errors_of_worker_processes_arrive_and_leave_nothing(build, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     with user_error(r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
         build([str(tmp_path / "*.jsonl")], num_proc=2)
+    assert folders(tmp_path / "cache") == []
 
 
 @pytest.mark.heavy
@@ -217,13 +218,6 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     assert folders(cache_dir) == sorted([built.folder.name, leftover])
     build(files[:1])
     assert leftover not in folders(cache_dir)
-
-
-def test_a_failing_build_leaves_nothing(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with user_error("line 2"):
-        build_cache(load_corpus([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "c")
-    assert folders(tmp_path / "c") == []
 
 
 def test_of_two_builders_at_once_the_first_wins(files, build, tmp_path, monkeypatch):

@@ -192,19 +192,3 @@ def job_in_small_batches(argv):
     """So that each rank tokenises some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)
-
-
-def test_a_record_without_text_ends_a_streamed_run(user, tmp_path):
-    late = tmp_path / "late.jsonl"
-    late.write_text(
-        user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n'
-    )
-    argv = user.flags(
-        tmp_path / "out",
-        "--streaming --train_files",
-        late,
-        "--shuffle_buffer 3 --max_steps 300",
-    )
-    message = refusal(argv)
-    assert "late.jsonl, line" in message
-    assert "no field 'text'; there are: body" in message
