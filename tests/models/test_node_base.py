@@ -263,17 +263,6 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
         offer.map("layout")
 
 
-def test_a_file_that_was_written_to_is_no_place(tmp_path):
-    path = tmp_path / "numbers"
-    path.write_bytes(bytes(range(256)) * 64)
-    mapped = torch.from_file(str(path), shared=False, size=256 * 64, dtype=torch.uint8)
-    assert Mappings.read().place_of(mapped[4096:]).endswith("@4096")
-    assert Mappings.read().place_of(mapped.view(128, 128).T) is None
-    mapped[5000] = 0
-    assert Mappings.read().place_of(mapped[:4096]) is None
-    assert Mappings.read().place_of(torch.zeros(10)) is None
-
-
 def test_limits_of_a_container_are_read(tmp_path, monkeypatch):
     group = tmp_path / "job"
     group.mkdir()

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_TENSORS
 from mora_ds.common.files import read_json, write_manifest
-from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.eval.perplexity import Target, Windows, evaluate
 from mora_ds.research.bank import AdapterBank
 from tests.helpers.adapters import Maker, Updates, merge, originals
@@ -279,15 +278,10 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         )
         for cycles, name in enumerate(("a", "b"))
     }
-    # Of a run with --tokenizer_name: words in place of letters
+    # Of a run with --tokenizer_name: fewer pieces
     own_tokenizer = tmp_path / "bank/b/tokenizer"
-    words = Tokenizer(
-        models.WordLevel({"<unk>": 0, "the": 1, "</s>": 2}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(own_tokenizer)
+    trained = train_sentencepiece(user.texts(), 360, tmp_path)
+    load_tokenizer(trained).save_pretrained(own_tokenizer)
     write_manifest(tmp_path / "bank/b")
     flags = (
         f"{user.model} {tmp_path}/bank --sets held={user.held} --window 64 --stride 32 "

@@ -83,3 +83,5 @@ def test_places_are_told_by_file_and_offset(tmp_path):
     assert str(path.stat().st_ino) in mappings.place_of(one)
     assert mappings.place_of(one[:0]) is None
     assert mappings.place_of(torch.zeros(1, device="meta")) is None
+    another[page] = 1
+    assert Mappings.read().place_of(another) is None, "it has pages of its own"

@@ -26,7 +26,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.plan import Cluster, Planner, recommend
-from mora_ds.planning.report import as_json, report, verdict
+from mora_ds.planning.report import report, verdict
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.engines import ds_config, half_precision
@@ -251,14 +251,14 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
 SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 
 
-def work_of(bits, compute="auto"):
+def work_of(bits):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
-    adapter = replace(SHARE, rank=8, compute=compute, base_bits=bits)
+    adapter = replace(SHARE, rank=8, base_bits=bits)
     return Work(config, adapter, 64, 2, torch.bfloat16)
 
 
-def plan_of(bits, compute):
-    work = work_of(bits, compute)
+def plan_of(bits):
+    work = work_of(bits)
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
     zero3 = {
         "zero_optimization": {"stage": 3},
@@ -271,34 +271,25 @@ def plan_of(bits, compute):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bits):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
-    # Nothing but index tables then outlives a layer's call
-    compute = "activation" if bits == 4 else "auto"
-    small = plan_of(bits, compute)
-    whole = plan_of(16, compute)
-    model = planned_model(work_of(bits, compute))
-    frozen = frozen_buffers(model).values()
+    small = plan_of(bits)
+    whole = plan_of(16)
+    model = planned_model(work_of(bits))
     layers = mora_layers(model).values()
-    rotary = small.memory.base - sum(tensor.nbytes for tensor in frozen)
-    assert 0 <= rotary < 1000
     in_few_bits = sum(
         weight.nbytes + scales.nbytes for weight, scales in quantized(model).values()
     )
     assert small.quantized == in_few_bits
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
     assert whole.memory.base - small.memory.base == in_bf16 - in_few_bits
-    assert small.base_elements == whole.base_elements
     assert small.memory.activations == whole.memory.activations
-    assert small.files == 2 * small.base_elements, "the files have all of their bits"
+    assert small.files == 2 * whole.base_elements, "the files have all of their bits"
     assert "of it quantized" in report(small)
     assert "quantized" not in report(whole)
     assert ("each merge adds" in report(small)) == (bits == 4)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
     squares = sum(2 * layer.value.numel() for layer in layers)
     assert small.a_merge_adds == (squares + tables if bits == 4 else 0)
-    assert as_json(small)["bytes_a_merge_adds"] == small.a_merge_adds
     assert whole.a_merge_adds == whole.quantized == 0
-    if bits == 4:
-        assert tables == pytest.approx(small.memory.tables, rel=0.3)
 
 
 def test_a_plan_counts_the_dense_weight():
