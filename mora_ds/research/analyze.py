@@ -5,7 +5,6 @@
 
 Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|^2 = sum of s_i^2:
 
-    stable rank      |W|^2 / s_1^2
     effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2: the entropy of the shares of energy
 
 A plan divides the budget in proportion to how much of its rank a weight uses:
@@ -117,14 +116,11 @@ def layers_of(
 
 @dataclass(frozen=True)
 class WeightMeasures:
-    """The singular values of a layer's weight in a few numbers."""
+    """How many directions a layer's weight uses."""
 
     layer: str
     shape: tuple[int, ...]
     """Its sides, (d_out, d_in) or transposed."""
-    norm: float
-    """Frobenius norm."""
-    stable_rank: float
     effective_rank: float
 
     @property
@@ -156,32 +152,26 @@ def measure(layer: str, weight: Tensor) -> WeightMeasures:
     # decomposition.
     energies = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
     energy = energies.sum().item()
-    stable_rank = 0.0
     effective_rank = 0.0
     if energy:
-        stable_rank = energy / energies[-1].item()
         effective_rank = torch.special.entr(energies / energy).sum().exp().item()
-    return WeightMeasures(
-        layer, tuple(weight.shape), math.sqrt(energy), stable_rank, effective_rank
-    )
+    return WeightMeasures(layer, tuple(weight.shape), effective_rank)
 
 
 def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     """A table of every layer."""
-    rows = [["layer", "shape", "norm", "stable", "effective", "of full"]]
+    rows = [["layer", "shape", "effective rank", "of full"]]
     for measures in weights:
         shape = " x ".join(map(str, measures.shape))
         rows.append(
             [
                 measures.layer,
                 shape,
-                f"{measures.norm:.3e}",
-                f"{measures.stable_rank:.1f}",
                 f"{measures.effective_rank:.1f}",
                 f"{measures.score:.1%}",
             ]
         )
-    legend = "stable: |W|^2 / s_1^2; effective: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
+    legend = "effective rank: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
     return [*table(rows), legend]
 
 

@@ -64,10 +64,6 @@ class Spectrum:
     """sum of s_i^2 / s_1^2; 0 for zeros."""
     effective_rank: float
     """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007); 0 for zeros."""
-    norm: float
-    """Frobenius norm of the sum."""
-    delta_norm: float
-    """Frobenius norm of the newest delta."""
     new_span: float
     """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span of
     the earlier ones: what does not both read from the row space and write to the column
@@ -110,8 +106,6 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
             rank=rank,
             stable_rank=(values / values[0]).square().sum().item() if rank else 0.0,
             effective_rank=_effective_rank(values) if rank else 0.0,
-            norm=values.norm().item(),
-            delta_norm=energy**0.5,
             new_span=max(0.0, 1.0 - inside / energy) if energy else 0.0,
         )
 
@@ -170,7 +164,7 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:
     """A table with a line for each layer and cycle."""
-    titles = "layer,cycle,step,rank,of,stable,effective,|delta|,|sum|,new span"
+    titles = "layer,cycle,step,rank,of,stable,effective,new span"
     cells = [titles.split(",")]
     for row in rows:
         spectrum = row.spectrum
@@ -183,14 +177,11 @@ def spectrum_lines(rows: Sequence[Row]) -> list[str]:
                 str(row.side),
                 f"{spectrum.stable_rank:.1f}",
                 f"{spectrum.effective_rank:.1f}",
-                f"{spectrum.delta_norm:.3e}",
-                f"{spectrum.norm:.3e}",
                 f"{spectrum.new_span:.3f}",
             ]
         )
     return [
         *table(cells),
-        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), stable and effective rank; |delta|: "
-        "norm of the cycle's delta; new span: share of its energy outside the span of the earlier sum; *: the running "
-        "cycle, not merged yet",
+        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), stable and effective rank; new "
+        "span: share of the cycle's energy outside the span of the earlier sum; *: the running cycle, not merged yet",
     ]
