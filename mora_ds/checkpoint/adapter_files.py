@@ -13,19 +13,20 @@ own (`remora.ledger`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import PlainValidator
 from torch import Tensor
 
 from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
-from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
-from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.update import operator_from_dict
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_PARTS,
@@ -54,7 +55,7 @@ from mora_ds.common.tensor_files import (
     shape_dtype,
     write_safetensors_atomic,
 )
-from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
+from mora_ds.common.untrusted import AnyPath, Count, FileName, typed, typed_fully
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.rope import check_changes
 from mora_ds.remora.ledger import (
@@ -70,37 +71,19 @@ from mora_ds.remora.ledger import (
 class DomainSquares:
     """The entry "domains" of adapter.json: matrices on top of the shared ones."""
 
-    names: tuple[str, ...]
+    names: tuple[FileName, ...]
     """The domains, in the order of their matrices."""
-    operators: Mapping[str, OperatorSpec]
+    operators: dict[FileName, Annotated[OperatorSpec, PlainValidator(operator_from_dict)]]
     """Module name -> operator of its matrices, that of cycle 0."""
 
     def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
         return {"names": list(self.names), "operators": operators}
 
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> DomainSquares:
-        """Inverse of `to_dict`. Raises `UserError`."""
-        known = typed(_Domains, values, "domains")
-        operators = {
-            name: operator_of(spec_from_dict(spec), name)
-            for name, spec in known.operators.items()
-        }
-        return cls(known.names, operators)
-
     @staticmethod
     def tensor(module: str) -> str:
         """The name of a layer's matrices in safetensors files."""
         return f"{module}.{OWN}"
-
-
-@dataclass(frozen=True)
-class _Domains:
-    """The JSON of `DomainSquares`."""
-
-    names: tuple[FileName, ...]
-    operators: dict[FileName, JsonObject]
 
 
 def chosen_domain(
@@ -127,16 +110,16 @@ def logits_name(domain: str | None) -> str:
 class AdapterFile:
     """adapter.json: everything about an adapter except its tensors."""
 
-    layers: dict[str, LayerEntry]
+    layers: Annotated[dict[str, LayerEntry], PlainValidator(layers_from_dict)]
     """Module name -> entry, with the operators of the current cycle."""
-    config: AdapterConfig
+    config: Annotated[AdapterConfig, PlainValidator(config_from_dict)]
     dtype: str
     """Compute dtype of the live model: "float32", "bfloat16" or "float16"."""
-    cycle: int
+    cycle: Count
     """Number of the current, unmerged cycle: the number of cycles in the ledger."""
-    step: int
+    step: Count
     """Optimizer steps done."""
-    trainables: tuple[str, ...] = ()
+    trainables: tuple[FileName, ...] = ()
     """Names of other trained parameters (modules_to_save): embeddings, norms, head."""
     facts: JsonObject = field(default_factory=dict)
     """Anything else worth recording."""
@@ -154,33 +137,6 @@ class AdapterFile:
             "domains": None if self.domains is None else self.domains.to_dict(),
             "facts": self.facts,
         }
-
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> AdapterFile:
-        """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an
-        unknown operator or dtype.
-        """
-        read = partial(entry, dict(values), where=ADAPTER_JSON)
-        domains = read("domains", JsonObject | None)
-        dtype = read("dtype", str)
-        compute_dtype(dtype)
-        adapter = cls(
-            layers=layers_from_dict(read("layers", JsonObject)),
-            config=config_from_dict(read("config", JsonObject)),
-            dtype=dtype,
-            cycle=read("cycle", Count),
-            step=read("step", Count),
-            trainables=read("trainables", tuple[FileName, ...]),
-            facts=read("facts", JsonObject),
-            domains=None if domains is None else DomainSquares.from_dict(domains),
-        )
-        if adapter.domains is not None:
-            lonely = set(adapter.layers) ^ set(adapter.domains.operators)
-            if lonely:
-                raise UserError(
-                    f"domains: {min(lonely)} has no matrix, or none that is shared"
-                )
-        return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every MoRA matrix in the file, those of domains included."""
@@ -236,8 +192,19 @@ def read_adapter(folder: Path) -> AdapterFile:
     """
     path = folder / ADAPTER_JSON
     content = read_formatted(path)
+    content.pop("format")
     with malformed(path):
-        return AdapterFile.from_dict(content)
+        adapter: AdapterFile = typed_fully(
+            AdapterFile, content, f"{ADAPTER_JSON} is damaged"
+        )
+        compute_dtype(adapter.dtype)
+        if adapter.domains is not None:
+            lonely = adapter.layers.keys() ^ adapter.domains.operators.keys()
+            if lonely:
+                raise UserError(
+                    f"domains: {min(lonely)} has no matrix, or none that is shared"
+                )
+    return adapter
 
 
 def live_adapter(location: LedgerLocation) -> AdapterFile | None:

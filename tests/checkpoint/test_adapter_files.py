@@ -54,7 +54,7 @@ def test_adapter_round_trip(adapter, tmp_path):
 WRONG = """
 adapter.json | format = 9 | format 9
 adapter.json | dtype = int4 | unknown dtype 'int4'
-adapter.json | layers = {a.q: {}} | adapter.json: a.q: weight is missing
+adapter.json | layers = {a.q: {}} | adapter.json is damaged: layers: a.q: weight is missing
 adapter.json | cycle = two | adapter.json is damaged: cycle must be a whole number
 adapter.json | config = {kind: dora} | unknown kind of adapter 'dora'
 adapter.json | config = {kind: mora, rank: 8} | the adapter's settings: target_modules is missing

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.common.untrusted import typed_fully
@@ -35,3 +35,8 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
         case _:
             spec = typed_fully(OperatorSpec, dict(values), "operator")
     return spec
+
+
+def operator_from_dict(values: Mapping[str, Any]) -> OperatorSpec:
+    """As `spec_from_dict`, of MoRA's operators alone."""
+    return operator_of(spec_from_dict(values), "a domain")
