@@ -11,7 +11,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import sha256_file
 from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import launch, losses, playground, printed, rows, run
+from tests.helpers.jobs import losses, playground, printed, rows, run
 from tests.helpers.outcome import assert_good
 from tests.helpers.tables import heavy
 
@@ -67,15 +67,6 @@ def test_it_is_the_run_of_one_rank(saved, ground):
         here = EngineShards.open(out / folder / "engine")
         there = EngineShards.open(alone / folder / "engine")
         assert here.layout.shapes == there.layout.shapes
-        sizes = [
-            {
-                path.name: path.stat().st_size
-                for path in (root / folder).glob("**/*.safetensors")
-                if not path.name.startswith(("rng", "layouts", "rank-"))  # of each rank
-            }
-            for root in (out, alone)
-        ]
-        assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -149,12 +140,3 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     assert "step 1" not in text
     left = {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"}
     assert left == {"run.yaml": "seed: 1", "metrics.jsonl": ""}
-
-
-@pytest.mark.heavy
-def test_the_launcher_runs_it(ground, tmp_path):
-    more = "--tensor_parallel_size 2 --max_steps 2 --log_level debug"
-    done = launch(2, ground.flags(tmp_path / "out", more), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "tensor parallel, 2 ranks a group" in done.stdout
-    assert "step 2/2" in done.stdout
