@@ -93,7 +93,12 @@ QUOTED = {
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
         "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient", "full"),
-        "learning_135m_renewed.json": ("lora", "mora-rotate", "remora-gradient"),
+        "learning_135m_renewed.json": (
+            "lora",
+            "mora-rotate",
+            "remora-rotate",
+            "remora-gradient",
+        ),
         "learning_13m_sides.json": (
             "mora-rotate",
             "mora-gradient",
@@ -122,14 +127,28 @@ def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
     assert f"{row.mean('new'):.1f} and {row.mean('old'):.1f}" in text
 
 
-def test_lora_at_half_its_learning_rate_is_that_of_the_json():
-    (half,) = (
+@pytest.mark.parametrize(
+    ("page", "method", "learning_rate", "words"),
+    [
+        ("learning.md", "lora", 0.001, "half the learning rate at {new:.1f} and {old:.1f}"),
+        (
+            "learning-tables.md",
+            "remora-gradient",
+            0.003,
+            "`remora-gradient` ({new:.1f} and {old:.1f} at 0.003)",
+        ),
+    ],
+)
+def test_perplexities_at_another_learning_rate_are_those_of_the_json(
+    page, method, learning_rate, words
+):
+    (perplexity,) = (
         run["perplexity"]
         for run in read_json(plans.DATA / "learning_135m_renewed.json")["runs"]
-        if (run["method"], run["learning_rate"]) == ("lora", 0.001)
+        if (run["method"], run["learning_rate"]) == (method, learning_rate)
     )
-    text = " ".join((ROOT / "docs/results/learning.md").read_text().split())
-    assert f"half the learning rate at {half['new']:.1f} and {half['old']:.1f}" in text
+    text = " ".join((ROOT / "docs/results" / page).read_text().split())
+    assert words.format(**perplexity) in text
 
 
 def test_every_json_is_shown_somewhere():
