@@ -8,14 +8,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers, move_base
+from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.terms import join
@@ -32,6 +30,7 @@ from tests.helpers.operators import (
 from tests.helpers.quantized import (
     LORA,
     adapt,
+    assert_casts_leave_scales,
     assert_computes_as_over_dense,
     base_of,
     in_bits,
@@ -118,20 +117,8 @@ def test_updates_of_equal_operators_are_one_term():
     assert [spec for spec, _ in terms] == turn
     assert torch.equal(terms[0][1], updates[0][1] + updates[2][1] + updates[4][1])
     assert len(join(some_terms(SHARE, 5))) == 5
+    assert len(join(some_terms(LORA[0], 5))) == 1, "factors are lined up"
     assert join([]) == ()
-
-
-def test_factors_are_lined_up():
-    spec = LoRASpec(12, 9, 3, 6.0)
-    updates = some_terms(spec, 3)
-    ((wide, value),) = join(updates)
-    assert value.shape == wide.value_shape == (9, 21)
-    assert_close(
-        wide.delta_weight(value.double()),
-        sum(spec.delta_weight(term) for _, term in updates),
-        rtol=1e-6,
-        atol=1e-6,
-    )
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -210,15 +197,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     assert merge_bytes(plain) == 4 * squares, "all layers of one shape have the same tables"
     for layer in layers.values():
         layer.keep_merged(some_terms(layer.spec))
-    scales = {
-        name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()
-    }
-    move_base(model, "cpu", torch.bfloat16)
-    model.to(torch.bfloat16)
-    assert all(
-        torch.equal(layer.get_buffer("weight_scales"), scales[name])
-        for name, layer in layers.items()
-    )
+    assert_casts_leave_scales(model)
     assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {
         torch.bfloat16
     }

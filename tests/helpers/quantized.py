@@ -7,7 +7,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
+from mora_ds.adapters.inject import (
+    count_parameters,
+    frozen_buffers,
+    inject,
+    mora_layers,
+    move_base,
+)
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute
@@ -96,3 +102,16 @@ def model_in_few_bits(config):
         layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes
         for layer in layers.values()
     )
+
+
+def assert_casts_leave_scales(model):
+    """Neither our cast of the base to 16 bits nor one of torch changes the scales of the
+    adapted weights."""
+    layers = mora_layers(model)
+    scales = {
+        name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()
+    }
+    move_base(model, "cpu", torch.bfloat16)
+    model.to(torch.bfloat16)
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_buffer("weight_scales"), scales[name]), name

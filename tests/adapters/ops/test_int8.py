@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers, move_base
+from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
@@ -32,6 +32,7 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.quantized import (
     LORA,
     adapt,
+    assert_casts_leave_scales,
     assert_computes_as_over_dense,
     base_of,
     in_bits,
@@ -178,13 +179,7 @@ def test_nothing_of_a_weights_size_is_kept(config, checkpointing, bits):
 def test_only_adapted_weights_are_int8():
     model, small = model_in_few_bits(MoRAConfig(rank=4, base_bits=8))
     assert quantized_bytes(model) == small
-    move_base(model, "cpu", torch.bfloat16)
-    layers = mora_layers(model)
-    scales = {name: layer.weight_scales.clone() for name, layer in layers.items()}
-    model.to(torch.bfloat16)
-    assert all(
-        torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items()
-    )
+    assert_casts_leave_scales(model)
     assert model.lm_head.weight.dtype is torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
