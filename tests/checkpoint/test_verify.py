@@ -182,17 +182,7 @@ def not_finite(ledger):
     reseal(ledger)
 
 
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        (
-            lambda ledger: flip(ledger / "cycle-00001.safetensors"),
-            "cycle-00001.safetensors is damaged",
-        ),
-        (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),
-    ],
-)
-def test_a_ledger_alone(tmp_path, change, told):
+def test_a_ledger_alone(tmp_path):
     fake = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
     ledger = fake.checkpoint / "ledger"
     (verdict,) = verify(ledger, fake.base)
@@ -203,8 +193,12 @@ def test_a_ledger_alone(tmp_path, change, told):
     ).base
     with user_error(r"--base: .* is not the base of"):
         verify(ledger, other)
-    change(ledger)
-    assert told in wrong(ledger)
+    not_finite(ledger)
+    assert "the MoRA matrix of model.layers.0.self_attn.q_proj is not finite" in wrong(
+        ledger
+    )
+    flip(ledger / "cycle-00001.safetensors")
+    assert "cycle-00001.safetensors is damaged" in wrong(ledger)
 
 
 def test_another_base(golden, checkpoint, user, tmp_path):
