@@ -71,6 +71,7 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     assert score.nats == pytest.approx(nats, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert score.to_dict()["tokens_per_byte"] == tokens / text_bytes
     one = evaluate(target, corpus, windows, batch_size=1, max_documents=1)
     assert one.documents == 1
     assert one.text_bytes == len(texts[0].encode())
@@ -104,14 +105,6 @@ def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
     batches = list(perplexity._batches(iter(windows), 2))
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [[2, 3], [5, 9], [1]]
-
-
-def test_figures_of_a_score():
-    score = Score(documents=2, tokens=8, text_bytes=32, nats=16 * math.log(2))
-    assert score.to_dict() == {
-        "documents": 2, "tokens": 8, "text_bytes": 32, "nats": score.nats, "perplexity": pytest.approx(4),
-        "bits_per_byte": pytest.approx(0.5), "tokens_per_byte": 0.25,
-    }  # fmt: skip
 
 
 def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
