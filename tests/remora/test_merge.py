@@ -67,13 +67,6 @@ def check_norms(report, base, ledger):
     return deltas
 
 
-def one_merge_each(folder):
-    return {
-        dtype: merging_run(f"{folder}/{dtype}", CONFIG, 3, dtype, 1)
-        for dtype in ("float32", "bfloat16")
-    }
-
-
 def check_rounding(results, folder):
     """What bf16 does not take up of a merge."""
     (report,) = results["reports"]
@@ -91,11 +84,10 @@ def check_rounding(results, folder):
 
 
 def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
-    for results in run_pooled(2, one_merge_each, str(tmp_path)):
-        check_rounding(results["bfloat16"], tmp_path / "bfloat16")
-        for result in results.values():
-            assert set(result["moments"]) == {"step", "exp_avg", "exp_avg_sq"}
-            assert not any(value.any() for value in result["moments"].values())
+    for results in run_pooled(2, merging_run, str(tmp_path), CONFIG, 3, "bfloat16", 1):
+        check_rounding(results, tmp_path)
+        assert set(results["moments"]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert not any(value.any() for value in results["moments"].values())
 
 
 def moved_probe(folder):
