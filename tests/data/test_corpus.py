@@ -58,9 +58,6 @@ def test_the_column_of_a_table_is_named(tmp_path):
         "a.parquet: no field 'text'; there are: other, body. Name it with --text_column"
         in message
     )
-    assert "'other' holds int64, not strings" in error(
-        tmp_path / "a.parquet", text_column="other"
-    )
 
 
 def test_a_saved_dataset(tmp_path):
@@ -82,12 +79,10 @@ def test_a_saved_dataset(tmp_path):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
 
-def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path):
+def test_a_dataset_name_may_be_a_folder_of_files(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files/train.jsonl").write_bytes(lines(records()))
     assert list(load_corpus(dataset_name=str(tmp_path / "files")).texts()) == TEXTS
-    with user_error(r"--dataset_name: '/no/such/set'.*cannot be loaded"):
-        load_corpus(dataset_name="/no/such/set")
 
 
 def test_patterns_keep_their_order_and_name_each_file_once(tmp_path):
