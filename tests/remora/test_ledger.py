@@ -194,29 +194,10 @@ class Killed(BaseException):
     pass
 
 
-def test_append_killed_before_the_ledger_names_it(folder, monkeypatch):
-    """The stray file is overwritten by the next append, not appended to the ledger."""
-    ledger = Ledger.open(folder)
-    before = state(Ledger.open(folder))
-
-    def kill(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger_room, "write_json_atomic", kill)
-        stray = layers_of(3, ("stray",))
-        with pytest.raises(Killed):
-            ledger.append(400, stray, squares_for(stray, 9).items())
-    assert (folder / "cycle-00003.safetensors").exists()
-    again = Ledger.open(folder)
-    assert again.cycles == 3
-    assert state(again) == before
-    append(again)
-    assert set(Ledger.open(folder).layers(3)) == {"a.q", "a.v"}
-
-
 def test_process_killed_while_writing(folder):
-    """A real one: nothing is cleaned up, and the half-written file is in nobody's way."""
+    """A real one: nothing is cleaned up, and the half-written file is in nobody's way. One
+    that dies with a complete file which no ledger names: tests/train/test_kill.py.
+    """
     child = os.fork()
     if child == 0:
 
