@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import (
@@ -66,9 +66,6 @@ class InjectionReport:
     """Parameters of all of them."""
     other_trainable_params: int
     total_params: int
-    left_out: dict[str, int]
-    """With all-linear: parameters of frozen matrices that are no linear layer's (experts in
-    one tensor, convolutions), by the end of their name."""
 
     @property
     def trainable_params(self) -> int:
@@ -88,11 +85,6 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
-        if self.left_out:
-            names = ", ".join(
-                f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items()
-            )
-            lines.append(f"not adapted, as these weights are not in linear layers: {names}")
         return "\n".join(lines)
 
 
@@ -169,7 +161,6 @@ def inject(
         value.numel() for layer in layers for value in layer.parameters(recurse=False)
     )
     other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
-    all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
         rows=_shape_rows(specs),
         operator=config.title,
@@ -177,7 +168,6 @@ def inject(
         square_params=values,
         other_trainable_params=other_trainable,
         total_params=total + values,
-        left_out=_matrices_left_out(model) if all_linear else {},
     )
 
 
@@ -351,18 +341,6 @@ def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
 def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._buffers[child] = tensor
-
-
-def _matrices_left_out(model: nn.Module) -> dict[str, int]:
-    """Elements of frozen matrices that are neither adapted nor embedding nor head."""
-    head = output_head(model)
-    numels: Counter[str] = Counter()
-    for path, module in model.named_modules():
-        if not isinstance(module, (AdaptedLinear, nn.Embedding)) and module is not head:
-            for name, tensor in module.named_buffers(recurse=False):
-                if f"{path}.{name}" in model._mora_frozen and tensor.dim() > 1:  # type: ignore[operator]
-                    numels[f"{ending_of(path)}.{name}"] += tensor.numel()
-    return dict(numels)
 
 
 def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
