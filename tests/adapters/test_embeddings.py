@@ -184,10 +184,8 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
     """
     model = model_with_new_rows(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
-    ids = tokens(3)
-    is_new = ids >= FIRST
-    assert is_new.any()
-    assert not is_new.all()
+    ids = tokens(9)
+    assert {FIRST - 1, FIRST, 127} <= set(ids.flatten().tolist())
     for variant in (model, whole):
         causal_loss(variant, ids).backward()
     assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
@@ -255,14 +253,6 @@ def test_a_head_keeps_its_bias():
     x = torch.randn(3, 4)
     head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
     assert_close(head(x), table(x))
-
-
-def test_every_trained_row_is_looked_up_among_the_trained():
-    table = torch.nn.Embedding(128, 4)
-    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
-    read = embedding(torch.arange(128))
-    assert not read[FIRST:].any()
-    assert torch.equal(read[:FIRST], table.weight[:FIRST])
 
 
 # -- plans and refusals ------------------------------------------------------------------------------------------------
