@@ -318,12 +318,10 @@ def test_the_job_learns_merges_and_resumes_bit_for_bit(user, tmp_path, out):
     assert "--optimizer" in refusal(flags, ranks=2)
 
 
-def carried(persistent):
+def carried():
     """Bytes that one optimizer step at stage 3 gathers, and those of the MoRA matrices."""
     model = adapted_model()
     config = muon_config(3, 3, 1)
-    threshold = 10**6 if persistent else 0
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     engine, *_ = initialize(model=model, config=config)
     counter = CollectiveCounter()
     with counter.counting():
@@ -339,12 +337,11 @@ def carried(persistent):
     }
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-def test_a_step_gathers_the_squares_five_times(persistent):
+def test_a_step_gathers_the_squares_five_times():
     """Once for forward and backward, as ever; then gradients and momentum before
     Newton-Schulz, both again after.
     """
-    for traffic in run_pooled(2, carried, persistent):
+    for traffic in run_pooled(2, carried):
         assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart
         # The gradients' reduction
         assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024

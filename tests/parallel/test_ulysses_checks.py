@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mora_ds.common.errors import UserError
 from mora_ds.models.attention import prefer_documents, use_documents
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
-from mora_ds.parallel.ulysses_checks import check_config, describe
+from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.train.preflight import check_split
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
@@ -161,12 +161,6 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
         attend(position_ids=None)
     with user_error("has a position bias"):
         attend(position_bias=sinks)
-
-
-def test_what_a_rank_computes_is_told():
-    told = {size: describe(config_of("llama"), size, LENGTH) for size in (2, 4)}
-    assert "each computes 12 of its 24 tokens, and in attention 2 of 4 heads" in told[2]
-    assert "1 of 4 heads" in told[4]
 
 
 # -- what cannot be split ----------------------------------------------------------------------------------------------

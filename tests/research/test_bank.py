@@ -37,8 +37,8 @@ class Bench:
     maker: Maker
     updates: dict[str, Updates]
 
-    def open(self, **settings):
-        return AdapterBank.open(self.folder / "base", self.folder / "bank", **settings)
+    def open(self):
+        return AdapterBank.open(self.folder / "base", self.folder / "bank")
 
     def add(self, name, config, cycles=0, **more):
         self.updates[name] = self.maker.write(
@@ -60,8 +60,8 @@ def bench_of(folder, **changes):
 
 
 @torch.no_grad()
-def logits(model, ids, **more):
-    return model(input_ids=ids, use_cache=False, **more).logits
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def check_rows(bench, bank, names, ids):

@@ -253,7 +253,7 @@ def assert_fit_for_reading(done):
     assert not [line for line in own_lines if len(line) > 120]
 
 
-def test_recipe_flags_and_run_yaml(user, tmp_path):
+def test_recipe_flags_and_run_yaml(user, tmp_path, monkeypatch):
     """A recipe with relative paths, flags over it, in a folder with a space in its name;
     then run.yaml as a recipe.
     """
@@ -276,16 +276,9 @@ def test_recipe_flags_and_run_yaml(user, tmp_path):
     assert written["versions"]["deepspeed"]
     assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
     again = folder / "again"
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     run(1, [str(first / "run.yaml"), "--output_dir", str(again)])
     assert torch.equal(losses(again), losses(first))
-
-
-@pytest.fixture(autouse=True)
-def _stay_here():
-    here = Path.cwd()
-    yield
-    os.chdir(here)
 
 
 def job_with_home(home, argv):
