@@ -11,8 +11,6 @@ wait for each other in collectives.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +39,15 @@ class TensorPlan:
     """Why a layer is not split."""
 
     def __str__(self) -> str:
-        split = [name for name, style in self.styles.items() if style is not Style.WHOLE]
         lines = [
             f"tensor parallel, {self.degree} ranks a group; every rank has the complete base"
         ]
-        if split:
-            lines.append(f"  split: {_counted(split)}")
         for reason in dict.fromkeys(self.reasons.values()):
-            names = [name for name, why in self.reasons.items() if why == reason]
-            lines.append(
-                f"  computed completely on every rank: {_counted(names)} ({reason})"
-            )
+            unsplit = [
+                ending_of(name) for name in self.reasons if self.reasons[name] == reason
+            ]
+            names = ", ".join(dict.fromkeys(unsplit))
+            lines.append(f"  computed completely on every rank: {names} ({reason})")
         return "\n".join(lines)
 
 
@@ -131,9 +127,3 @@ def text_config(model: nn.Module) -> Any:
     """The config of a model, or of its language model; None where it has none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _counted(names: Iterable[str]) -> str:
-    """Such as "32 q_proj, 32 k_proj, lm_head"."""
-    counts = Counter(map(ending_of, names)).items()
-    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts)

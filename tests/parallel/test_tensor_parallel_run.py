@@ -131,7 +131,6 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     text = run_ranks(2, printed, argv)[0]
     for words in (
         "tensor parallel, 2 ranks a group; every rank has the complete base",
-        "split: 2 q_proj",
         "computed completely on every rank: lm_head",
         "base, unsharded",
         "dry run: nothing trained",
