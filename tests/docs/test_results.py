@@ -97,6 +97,7 @@ QUOTED = {
             "lora",
             "mora-rotate",
             "remora-rotate",
+            "mora-gradient",
             "remora-gradient",
         ),
         "learning_13m_sides.json": (
