@@ -260,7 +260,6 @@ stray | 'stray'
 {bad}/recipes/alias.yaml | alias.yaml is no valid YAML
 {bad}/recipes/tag.yaml | tag.yaml is no valid YAML
 {bad}/recipes/binary.yaml | cannot read the recipe | binary.yaml
-{bad}/recipes/retired.yaml | retired.yaml: merge_precision
 # -- mixtures
 -train_files --mixture /nowhere.yaml | cannot read --mixture /nowhere.yaml
 -train_files --mixture {bad}/mix/no_sources.yaml | no_sources.yaml: `sources` must map

@@ -117,7 +117,6 @@ recipes/twice | {seed: 1, seed: 2}
 recipes/date | seed: 2024-13-45
 recipes/alias | seed: *other
 recipes/tag | seed: !!python/object:os.system 1
-recipes/retired | merge_precision: incremental
 mix/no_sources | phases: []
 mix/no_files | sources: {web: {weight: 1}}
 mix/list | sources: [web, code]
