@@ -22,14 +22,14 @@ from mora_ds.runtime.cli import command_parser, shared_flags
 def main() -> None:
     flags = _parser().parse_args()
     require_new(flags.output)
-    report = extend_vocabulary(
+    lines = extend_vocabulary(
         flags.model,
         load_corpus(flags.corpus, text_column=flags.text_column, flag="--corpus"),
         flags.pieces,
         flags.output,
         trust_remote_code=flags.trust_remote_code,
     )
-    print("\n".join(report.lines()))
+    print("\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -169,7 +169,7 @@ def export_merged(
                     folder, probe, written, logits, rounding, trust_remote_code
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
-            card = model_card(described, run.reference, written_text, comparison)
+            card = model_card(described, run.reference, written_text)
             (folder / "README.md").write_text(card, encoding="utf-8")
     contents = f"{len(adapter.layers)} layers, {opened.ledger.cycles} merged cycle(s)"
     if adapter.trainables:

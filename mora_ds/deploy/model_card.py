@@ -6,14 +6,12 @@ from typing import Any
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
 from mora_ds.common.version import __version__
-from mora_ds.deploy.logits_check import Comparison
 
 
 def model_card(
     adapter: AdapterFile,
     reference: BaseReference,
     dtype: str,
-    comparison: Comparison | None,
 ) -> str:
     """Markdown with the facts of the run."""
     operators = sorted({entry.operator.describe() for entry in adapter.layers.values()})
@@ -29,8 +27,6 @@ def model_card(
         "mora_ds": __version__,
         **adapter.facts,
     }
-    if comparison is not None:
-        facts["verified"] = comparison.line()
     text = [
         "Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model.",
         "",

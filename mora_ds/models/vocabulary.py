@@ -10,7 +10,6 @@ a token, up to a multiple of 64, are the mean of all old rows.
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,28 +48,6 @@ _COMPARED_BYTES = 4_000_000
 FLAG = "MODEL"
 
 
-@dataclass(frozen=True)
-class VocabularyReport:
-    """Result of an extension of the vocabulary."""
-
-    output: Path
-    new_tokens: int
-    vocabulary: tuple[int, int]
-    """Rows of the embeddings, before and after."""
-    tokens_per_byte: tuple[float, float]
-    measured_bytes: int
-
-    def lines(self) -> list[str]:
-        """The report as text."""
-        old, new = self.vocabulary
-        before, after = self.tokens_per_byte
-        return [
-            f"{self.output}: {self.new_tokens:,} new tokens, {old:,} -> {new:,} rows",
-            f"tokens per byte, on {self.measured_bytes:,} bytes of the corpus: {before:.4f} -> {after:.4f} "
-            f"({after / before - 1:+.1%})",
-        ]
-
-
 def extend_vocabulary(
     folder: Path,
     corpus: Corpus,
@@ -78,10 +55,10 @@ def extend_vocabulary(
     output: Path,
     *,
     trust_remote_code: bool = False,
-) -> VocabularyReport:
+) -> list[str]:
     """Writes a model with `new_tokens` more tokens, learned from `corpus`, to `output`.
 
-    One tensor is in memory at a time. Raises `UserError` for a head that is neither tied
+    One tensor is in memory at a time. Returns lines to print. Raises `UserError` for a head that is neither tied
     nor linear, a corpus that yields fewer tokens, and a tokenizer that cannot be extended;
     `RunError` if the extended tokenizer does not decode a text to itself, but the old one
     did.
@@ -104,7 +81,11 @@ def extend_vocabulary(
         rows += -rows % ROW_MULTIPLE
         with atomic_folder(output.absolute()) as unfinished:
             _write(base, unfinished, keys, extension, rows)
-    return VocabularyReport(output, new_tokens, (old_rows, rows), (before, after), compared)
+    return [
+        f"wrote {output}: {new_tokens:,} new tokens, {old_rows:,} -> {rows:,} rows",
+        f"tokens per byte, on {compared:,} bytes of the corpus: {before:.4f} -> {after:.4f} "
+        f"({after / before - 1:+.1%})",
+    ]
 
 
 def first_new_row(folder: Path) -> int:

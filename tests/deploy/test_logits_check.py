@@ -28,7 +28,7 @@ def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
         )
 
     monkeypatch.setattr(stored_weights, "live_weight", wrong)
-    with pytest.raises(RunError, match=r"does not match: logits .* largest difference"):
+    with pytest.raises(RunError, match=r"does not match: logits .* error"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -71,7 +71,6 @@ def test_tolerance(dtype, layers, largest, tolerance):
     live = torch.tensor([largest, -0.1, 0.2])
     comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
     assert comparison.tolerance == pytest.approx(tolerance, rel=1e-6)
-    assert comparison.max_difference == pytest.approx(4e-3, rel=1e-3)
     relative = 5e-3 / live.norm().item()
     assert comparison.error == pytest.approx(
         4e-3 if dtype is torch.float32 else relative, rel=1e-3
