@@ -23,6 +23,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
 
 from mora_ds.common.errors import UserError
 
@@ -147,18 +148,11 @@ def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
 def _bpe_model(proto: Any) -> models.BPE:
     """A BPE model with the same merges: SentencePiece joins the two neighbours whose union
     scores best, however the union is split. Only normal tokens merge."""
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    merges = []
-    for piece, score in normal.items():
-        for cut in range(1, len(piece)):
-            left = piece[:cut]
-            right = piece[cut:]
-            if left in normal and right in normal:
-                merges.append((-score, left, right))
-    merges.sort(key=lambda merge: (merge[0], merge[1] + merge[2]))
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     return models.BPE(
-        vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},
-        merges=[(left, right) for _, left, right in merges],
+        vocab=ids,
+        merges=generate_merges({token: ids[token] for token in scores}, scores),
         unk_token=proto.pieces[0].piece,
         fuse_unk=True,
         byte_fallback=True,
