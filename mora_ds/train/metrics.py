@@ -141,15 +141,18 @@ class MetricsLog:
     ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last
         checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops all rows.
-        `pending`: kinds of rows of `start_step` that come again; the trackers get the same
-        points twice."""
+        `pending`: kinds of rows of `start_step` that come again. The trackers have then no
+        points of that step, and get those of its other rows once more."""
         self.total_steps = total_steps
         self.enabled = enabled
         self.trackers = trackers
         if enabled:
             self._path = folder / METRICS_FILE
-            _keep_rows(self._path, start_step, pending)
+            rows = _keep_rows(self._path, start_step, pending)
             self._file = self._path.open("a", encoding="utf-8")
+            if pending:
+                for row in rows:
+                    self._track(_curves(row), row["step"])
 
     def step(self, row: JsonObject) -> None:
         """A logged optimizer step, whose row has "step" and the keys of `STEP_TAGS`."""
@@ -221,21 +224,26 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
-    """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones."""
+def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[JsonObject]:
+    """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones.
+    Return the rows of that step which stay."""
     if last_step == 0 or not path.exists():
         path.unlink(missing_ok=True)
-        return
+        return []
     lines = []
+    rows_of_last_step = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
         if row is None or row["step"] > last_step:
             continue
-        comes_again = row["step"] == last_step and not row.keys().isdisjoint(pending)
-        if not comes_again:
-            lines.append(line + "\n")
+        if row["step"] == last_step:
+            if not row.keys().isdisjoint(pending):
+                continue
+            rows_of_last_step.append(row)
+        lines.append(line + "\n")
     with atomic_path(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
+    return rows_of_last_step
 
 
 def _row_of(line: str) -> JsonObject | None:

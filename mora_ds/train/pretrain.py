@@ -311,7 +311,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
         pending += ["eval", "tasks"]
-    first_step = state.step + 1 if state.step else 0
+    # What was pending is logged again, so that its first point goes with those after it.
+    first_step = state.step + 1 if state.step and not pending else state.step
     trackers = []
     if ranks.is_first:
         for name in dict.fromkeys(arguments.training.report_to):

@@ -38,7 +38,7 @@ def metrics(step, loss=2.0, **more):
 
 def board_log(folder, start_step=0, pending=()):
     """The log of a run with TensorBoard."""
-    first_step = start_step + 1 if start_step else 0
+    first_step = start_step + 1 if start_step and not pending else start_step
     board = Tracker("tensorboard", folder, {}, first_step, [])
     return MetricsLog(folder, 9, True, start_step, [board], pending)
 
@@ -171,11 +171,8 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for tag in board.Tags()["scalars"]:
-        # TensorBoard has the same point twice, which looks like one.
-        steps = [2, 2] if tag.startswith(("2_", "4_")) else [1, 2]
-        points = board.Scalars(tag)
-        assert [point.step for point in points] == steps, tag
-        assert len({(point.step, point.value) for point in points}) == len(set(steps)), tag
+        steps = [2] if tag.startswith(("2_", "4_")) else [1, 2]
+        assert [event.step for event in board.Scalars(tag)] == steps, tag
     assert len(board.Tags()["scalars"]) == 12
 
 
