@@ -60,6 +60,52 @@ RECORDED_KEYS = ("versions", "resolved")
 RESEARCH = "research"
 """The key of a recipe that holds the settings of `mora_ds.research`."""
 
+_REMOVED = """
+alignment_rank, alignment_weight, domain_adapters, targets: moved to the block `research:` of a recipe
+attention: was removed: attention stays inside documents wherever the model can, or take --attn_implementation sdpa
+base_buffers: was removed: two decoder layers are on the device at a time
+base_cache_dir: was removed: set HF_HOME to a folder on the node's own disk, or copy the model there first
+compile: was removed: on GPUs the operators have kernels of their own
+eval_domains: was removed: an evaluation set with a domain's name is read as that domain's
+eval_tasks_limit: was removed: a FILE.yaml of --eval_tasks may name a smaller split
+exclude_eval_documents: was removed: --held_out_share keeps documents apart, datatrove removes others
+expert_rank: was removed: --mora_rank is divided by the number of experts that compute a token
+freeze: was removed: a run with domains trains all of its MoRA matrices
+full_rank_learning_rate, full_rank_steps: was removed: run --adapter full first, then adapt its merged model
+gradient_checkpointing_reentrant: was removed: --gradient_checkpointing uses PyTorch's other kind
+heartbeat_timeout_s: was removed: schedulers watch processes, --collective_timeout_s ends a rank that waits in vain
+hold_weights: was removed: --compute chooses between activation and weight
+init_adapter: was removed: a LoRA of PEFT is merged into its base with PEFT, and that model adapted
+liger: was removed, since nobody has measured it here
+lora_rank: was removed: --mora_rank is the rank of --adapter lora too
+merge_at_end: was removed: exports add the MoRA matrices that are not merged yet
+merge_at_latest, merge_when, stall_signal, stall_tolerance, stall_window: was removed: merge at intervals, --merge_every
+merge_precision: was removed: every merge is summed in fp32 and rounded once
+muon_learning_rate: was removed: --learning_rate is the adapter's, --embedding_learning_rate that of all else
+muon_momentum: was removed: it is 0.95
+node_base: was removed: processes of a node share the base where they can see each other's memory
+peer_silence_s: was removed: --collective_timeout_s ends a rank that waits for one that is gone
+project: was removed: set WANDB_PROJECT
+run_name: was removed: the run is named after --output_dir, in W&B after WANDB_NAME
+run_tags: was removed: set WANDB_TAGS
+optimizer_reset: was removed, since no run gained by keeping it: a merge zeroes moments and step count
+stream_retry_s: was removed: `datasets` repeats reads that fail, and a run that ends is resumed
+subspace_cycles: was removed with --operator subspace: take rotate
+tp_inputs: was removed: every rank saves a block's complete input, which --gradient_checkpointing avoids
+tp_grouping, tp_segments: was removed: MoRA matrices are gathered where they are used
+train_embedding_rows: was removed: --train_embedding_rank learns more with fewer parameters
+train_tokenizer_type: was removed: the tokenizer is trained as BPE
+trainable_budget: was removed: mora-ds analyze --trainable_budget writes a plan of targets
+warmup_ratio: was removed: --warmup_steps below 1 is a share of the run
+"""
+"""Settings of versions before 0.3.0, and what to do instead, to be read after a name."""
+
+REMOVED = {
+    name: instead
+    for names, instead in (line.split(": ", 1) for line in _REMOVED.strip().splitlines())
+    for name in names.split(", ")
+}
+
 
 class StrictParser(HfArgumentParser):
     """HfArgumentParser that raises `UserError` where it would end the process, but for `-h`."""
@@ -110,6 +156,9 @@ def _pop_recipe(arguments: list[str]) -> str | None:
 def _unknown_flag(word: str, known: Iterable[str]) -> str:
     """The message for a flag that is none of the `known` settings."""
     flag = word.split("=")[0]
+    name = flag.removeprefix("--").removeprefix("no_")
+    if name in REMOVED:
+        return f"{flag} {REMOVED[name]}"
     return f"unknown flag {flag}.{nearest(flag, [f'--{setting}' for setting in known])}"
 
 
@@ -150,6 +199,8 @@ def typed_values(
                 problems.append(str(error))
             if value == "":
                 problems.append(f"{where} must not be empty")
+        elif key in REMOVED and not prefix:
+            problems.append(f"{path}: {key} {REMOVED[key]}")
         else:
             suggestion = nearest(str(key), hints)
             problems.append(f"{path}: unknown key '{prefix}{key}'.{suggestion}")
