@@ -35,7 +35,7 @@ def main() -> None:
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
     with read_fork(options.checkpoint, options.base) as checkpoint:
-        lines = export_merged(
+        report = export_merged(
             checkpoint,
             options.output,
             base_folder=options.base,
@@ -47,7 +47,7 @@ def main() -> None:
             trust_remote_code=options.trust_remote_code,
             onto=options.onto,
         )
-    print("\n".join(lines))
+    print("\n".join(report.lines()))
     if options.push_to_hub is not None:
         print(push_folder(options.output, options.push_to_hub))
 

@@ -32,9 +32,9 @@ from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import as_path, atomic_folder, require_place
-from mora_ds.common.tensor_files import compute_dtype, dtype_name
+from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import scaled
-from mora_ds.deploy.logits_check import compare_logits
+from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
@@ -43,6 +43,34 @@ from mora_ds.models.save import SHARD_BYTES, layout_of, write_companions, write_
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    output: Path
+    files: tuple[str, ...]
+    """Names of the weight files."""
+    nbytes: int
+    dtype: str
+    merged: int
+    """Number of layers whose weight contains an update."""
+    replaced: int
+    """Number of trained embeddings, norms and heads."""
+    cycles: int
+    """Merged cycles in the ledger; the live MoRA matrices come on top."""
+    comparison: Comparison | None
+    """Logits compared with the live model's, with `verify`."""
+
+    def lines(self) -> list[str]:
+        """The report as text, for printing."""
+        text = [
+            f"{self.output}: {self.nbytes / 2**30:.3f} GiB in {self.dtype}, in {len(self.files)} file(s)",
+            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
+            f" replaced {self.replaced} trained tensor(s)",
+        ]
+        return text + ([self.comparison.line()] if self.comparison else [])
 
 
 @dataclass(frozen=True)
@@ -93,7 +121,7 @@ def export_merged(
     delta_scale: float = 1.0,
     trust_remote_code: bool = False,
     onto: Path | str | None = None,
-) -> list[str]:
+) -> ExportReport:
     """Write the merged model of `checkpoint` to `output`, completely or not at all.
 
     `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is
@@ -104,7 +132,7 @@ def export_merged(
     MoRA matrices; "shared": those alone. `delta_scale`: multiplies the update.
     `trust_remote_code`: `verify` may run code that comes with the base, and `onto` that of
     tokenizers. `onto`: a model of the base's shapes to which the update is added instead.
-    Returns lines to print. Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
+    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
     logits that differ, or a full disk.
     """
     output = as_path(output, "export_merged: `output`")
@@ -138,6 +166,7 @@ def export_merged(
         if run.is_onto:
             keys: Iterable[str] = run.target.keys()
             tokenizer = None
+            measured = None
             facts: dict[str, Any] = {
                 "put onto": str(run.target.folder),
                 "its fingerprint": run.target.fingerprint(),
@@ -146,6 +175,7 @@ def export_merged(
         else:
             keys = exported_keys(run.base, run.reference)
             tokenizer = tokenizer_of(run.folder)
+            measured = run.folder
             facts = {}
         if adapter.domains is not None:
             facts["domain"] = run.domain or SHARED
@@ -158,7 +188,7 @@ def export_merged(
         layout = layout_of(run.target, keys, written)
         comparison = None
         with atomic_folder(output.absolute()) as folder:
-            write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
+            names = write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
             changes = run.reference.config_changes
             write_companions(run.target, folder, written, tokenizer, changes)
             if verify and written is not None:
@@ -169,13 +199,18 @@ def export_merged(
                     folder, probe, written, logits, rounding, trust_remote_code
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
-            card = model_card(described, run.reference, written_text)
+            card = model_card(measured, described, run.reference, written_text, comparison)
             (folder / "README.md").write_text(card, encoding="utf-8")
-    contents = f"{len(adapter.layers)} layers, {opened.ledger.cycles} merged cycle(s)"
-    if adapter.trainables:
-        contents += f", {len(adapter.trainables)} other trained tensor(s)"
-    lines = [f"wrote {output} in {written_text}: {contents}"]
-    return lines if comparison is None else [*lines, comparison.line()]
+    return ExportReport(
+        output=output,
+        files=names,
+        nbytes=sum(tensor_nbytes(*entry) for entry in layout.values()),
+        dtype=written_text,
+        merged=len(adapter.layers),
+        replaced=len(adapter.trainables),
+        cycles=opened.ledger.cycles,
+        comparison=comparison,
+    )
 
 
 def open_run(

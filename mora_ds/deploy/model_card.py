@@ -2,18 +2,25 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
+from mora_ds.checkpoint.layout import SUMMARY_FILE
+from mora_ds.common.files import read_json
 from mora_ds.common.version import __version__
+from mora_ds.deploy.logits_check import Comparison
 
 
 def model_card(
+    checkpoint: Path | None,
     adapter: AdapterFile,
     reference: BaseReference,
     dtype: str,
+    comparison: Comparison | None,
 ) -> str:
-    """Markdown with the facts of the run."""
+    """Markdown with the run's facts, and with its perplexities if it ended at this
+    checkpoint. `checkpoint` None: they are of another model."""
     operators = sorted({entry.operator.describe() for entry in adapter.layers.values()})
     facts: dict[str, Any] = {
         "base": f"`{reference.folder}`",
@@ -27,6 +34,10 @@ def model_card(
         "mora_ds": __version__,
         **adapter.facts,
     }
+    if checkpoint is not None:
+        facts.update(_perplexities(checkpoint, adapter.step))
+    if comparison is not None:
+        facts["verified"] = comparison.line()
     text = [
         "Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model.",
         "",
@@ -49,6 +60,23 @@ def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
         "",
     ]
     return "\n".join([*head, *lines, ""])
+
+
+def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
+    """Of each evaluation set before and after a run, from its summary; none if it ended at
+    another step."""
+    path = checkpoint.parent.parent / SUMMARY_FILE
+    summary = read_json(path) if path.is_file() else {}
+    if summary.get("steps") != step:
+        return {}
+    before = summary.get("perplexity_before") or {}
+    after = summary.get("perplexity_after") or {}
+    facts = {}
+    for name in before:
+        # A perplexity that is not finite is null there.
+        if before[name] is not None and after.get(name) is not None:
+            facts[f"perplexity on {name}"] = f"{before[name]:.3f} -> {after[name]:.3f}"
+    return facts
 
 
 def _cell(value: Any) -> str:

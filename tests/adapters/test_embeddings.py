@@ -130,8 +130,7 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     message = refusal(user.flags(tmp_path / "no", wider, earlier))
     assert "--train_embedding_rank: 3 there, 5 here" in message
 
-    lines = export_merged(out, tmp_path / "merged", verify=True)
-    assert ", 2 other trained tensor(s)" in lines[0]
+    assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
     export_merged(earlier, tmp_path / "earlier")
     export_merged(out, tmp_path / "half", delta_scale=0.5)
     combine_adapters([out, earlier], [2.0, -0.5], tmp_path / "sum", user.model)
@@ -231,8 +230,9 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path):
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
     out, _ = merged_and_resumed(extended, tmp_path, "--train_new_embeddings")
-    lines = export_merged(out, tmp_path / "merged", verify=True)
-    assert ", 1 merged cycle(s), 2 other trained tensor(s)" in lines[0]
+    report = export_merged(out, tmp_path / "merged", verify=True)
+    assert report.replaced == 2
+    assert report.cycles == 1
     live = load_adapter(extended.model, out)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     text = json.loads(extended.train.read_text().splitlines()[0])["text"]

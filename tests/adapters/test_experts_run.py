@@ -91,7 +91,8 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
 def test_exports_are_the_live_model_in_the_files_of_the_original(
     user, model_folder, whole, tmp_path
 ):
-    export_merged(whole, tmp_path / "merged", verify=True)
+    report = export_merged(whole, tmp_path / "merged", verify=True)
+    assert report.comparison is not None
     assert_good(whole)
     assert_good(whole / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()

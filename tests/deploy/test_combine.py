@@ -110,12 +110,12 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
 def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
-    lines = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
+    report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
     check(content(tmp_path / "merged"), by_hand([(scale, run.checkpoint)]))
     if scale == 0:
         assert_same_model(run.base, tmp_path / "merged")
     card = (tmp_path / "merged/README.md").read_text()
-    assert ", 2 merged cycle(s)" in lines[0]
+    assert report.cycles == 2
     assert COMBINED in card
     assert f'"weight": {scale}' in card
 

@@ -91,15 +91,14 @@ SETTINGS = {
 @pytest.mark.parametrize("dtype, settings", SETTINGS.values(), ids=SETTINGS)
 def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **settings)
-    lines = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
-    contents = (
-        f"in {dtype}: {len(run.adapter.layers)} layers, {run.adapter.cycle} merged cycle(s)"
+    assert report.comparison is not None
+    assert report.comparison.error <= report.comparison.tolerance
+    assert (report.merged, report.replaced) == (
+        len(run.adapter.layers),
+        len(run.adapter.trainables),
     )
-    assert contents in lines[0]
-    trained = len(run.adapter.trainables)
-    assert not trained or lines[0].endswith(f", {trained} other trained tensor(s)")
-    assert lines[1].startswith("logits against the live model's")
 
 
 def test_dtype_can_be_chosen(tmp_path):
@@ -120,13 +119,15 @@ def test_dtype_can_be_chosen(tmp_path):
 
 def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     run = fake_run(tmp_path)
-    export_merged(run.checkpoint, tmp_path / "whole")
+    whole = export_merged(run.checkpoint, tmp_path / "whole")
     monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
-    export_merged(run.checkpoint, tmp_path / "parts")
-    assert (tmp_path / "whole/model.safetensors").is_file()
-    sizes = [path.stat().st_size for path in (tmp_path / "parts").glob("*.safetensors")]
-    assert len(sizes) > 2
-    assert max(sizes) < 24_000
+    sharded = export_merged(run.checkpoint, tmp_path / "parts")
+    assert whole.files == ("model.safetensors",)
+    assert len(sharded.files) > 2
+    assert whole.nbytes == sharded.nbytes
+    assert all(
+        (tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files
+    )
     check(run, tmp_path / "parts", torch.float32)
     prints = {
         BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")
@@ -160,15 +161,28 @@ def test_companions(tmp_path):
         assert words in card
 
 
-def test_the_card_has_the_facts_of_the_run(tmp_path):
+def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     run = fake_run(tmp_path, probe=False)
+    summary = {
+        "steps": 7,
+        "perplexity_before": {"code": 9.5},
+        "perplexity_after": {"code": 8.25},
+    }
+    files.write_json_atomic(run.output / "summary.json", summary)
     adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
     write_adapter(run.checkpoint, adapter, run.squares, {})
     files.write_manifest(run.checkpoint)
     export_merged(run.output, tmp_path / "merged")
     card = (tmp_path / "merged/README.md").read_text()
+    assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
+    of_another_model = {"steps": 8}
+    not_finite = {"perplexity_before": {"code": None}}
+    for changes in (of_another_model, not_finite):
+        files.write_json_atomic(run.output / "summary.json", {**summary, **changes})
+        export_merged(run.output, tmp_path / "merged", overwrite=True)
+        assert "perplexity" not in (tmp_path / "merged/README.md").read_text()
 
 
 def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path):
@@ -295,7 +309,7 @@ def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     command = [sys.executable, TOOL, *flags.split()]
     done = called(command, cwd="/", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "14 layers, 2 merged cycle(s)" in done.stdout
+    assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
     assert "tolerance" in done.stdout
     check(run, tmp_path / "merged", torch.float32)
 

@@ -302,6 +302,8 @@ def test_tokens_template_and_settings_stay_the_target_s(pair):
     assert read_json(merged / "generation_config.json")["temperature"] == 0.25
     of_target = read_json(pair.folder / "target/config.json")
     assert read_json(merged / "config.json") == of_target
+    card = (merged / "README.md").read_text()
+    assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
 
 def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
