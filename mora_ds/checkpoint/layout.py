@@ -120,15 +120,14 @@ def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path |
     return folder
 
 
-NO_ADAPTER = "full training (--adapter full) has no adapter, and its model is what --export_merged writes"
-
-
 def find_adapter(path: Path, flag: str = "") -> Path:
     """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its
     manifest then shows. Raises `UserError` that begins with `flag` where there is none."""
     folder = adapter_folder(path, (ADAPTER_JSON, MANIFEST))
-    if folder is None or is_full_training(folder):
-        text = f"{path} is neither an adapter, nor a checkpoint, nor the folder of a run that has one; {NO_ADAPTER}"
+    if folder is None or not (folder / ADAPTER_JSON).is_file():
+        refuse_full_training(path)
+    if folder is None:
+        text = f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one"
         if (path / "adapter_config.json").is_file():
             text += "; mora-ds convert mora reads adapters of kongds's PEFT and of axolotl"
         raise UserError(f"{flag}: {text}" if flag else text)
@@ -141,6 +140,19 @@ def is_full_training(folder: Path) -> bool:
         return bool(read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full")
     except (UserError, LookupError, TypeError):
         return False
+
+
+def refuse_full_training(path: Path) -> None:
+    """Raises `UserError` that says where the model is, for one of --adapter full."""
+    folder = _candidate(path, (STATE_FILE,))
+    if folder is not None and is_full_training(folder):
+        merged = folder.parent.parent / MERGED_FOLDER
+        model = "resume the run with --export_merged, which writes"
+        if merged.is_dir():
+            model = f"{merged} is"
+        raise UserError(
+            f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model"
+        )
 
 
 def _candidate(path: Path, marks: Sequence[str]) -> Path | None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
-from mora_ds.checkpoint.layout import NO_ADAPTER, adapter_folder, tokenizer_of
+from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import named_path
 from mora_ds.common.tensor_files import compute_dtype
@@ -158,9 +158,9 @@ def load_target(
     if folder is not None:
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
+        refuse_full_training(path)
         raise UserError(
-            f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint with an adapter, nor has it one; "
-            + NO_ADAPTER
+            f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one"
         )
     for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
         if value is not None:

@@ -72,10 +72,16 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 def _local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = expanded(name, MODEL_FLAG)
+    is_model = (folder / "config.json").is_file()
+    is_gguf = folder.suffix == ".gguf" and folder.exists()
+    if not is_model and (is_gguf or any(folder.glob("*.gguf"))):
+        raise UserError(
+            f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of"
+        )
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not is_model:
             raise UserError(
-                f"{MODEL_FLAG} {name}: no config.json is there, so it is not a Hugging Face model; GGUF is not read"
+                f"{MODEL_FLAG} {name}: the folder has no config.json, so it is not a Hugging Face model"
             )
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -320,7 +320,7 @@ stray | 'stray'
 --model_name_or_path {bad}/models/index_key | --model_name_or_path | has no tensor 'other.weight'
 --model_name_or_path {bad}/models/index_deep | --model_name_or_path | index.json | brackets are nested too deeply
 --model_name_or_path {bad}/models/index_number | --model_name_or_path | index.json | a number has more than 4300 digits
---model_name_or_path {bad}/models/no_config | --model_name_or_path | no config.json is there
+--model_name_or_path {bad}/models/no_config | --model_name_or_path | the folder has no config.json
 --model_name_or_path {bad}/models/no_weights | --model_name_or_path | has no weights
 --model_name_or_path {bad}/models/no_tokenizer | --model_name_or_path | holds no tokenizer
 -model_name_or_path --model_config /nowhere.json --tokenizer_name {tok} | --model_config /nowhere.json

@@ -182,7 +182,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     with user_error(r"--json .*nowhere/scores.json: name a file in a folder that exists"):
         report = tmp_path / "nowhere/scores.json"
         call("evaluate", user.model, "--sets", user.held, "--json", report)
-    with user_error("neither a Hugging Face folder nor a checkpoint with an adapter"):
+    with user_error("neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
     with user_error("--base belongs to a checkpoint"):
         load_target(user.model, base=user.model)

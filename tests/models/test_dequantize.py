@@ -16,7 +16,7 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
-from mora_ds.models.load import resolve_folder
+from mora_ds.models.load import _local_folder, resolve_folder
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
@@ -192,7 +192,8 @@ def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
 
 def test_gguf_is_named(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
-    with user_error("no config.json is there.* GGUF is not read"):
-        resolve_folder(str(tmp_path), alone())
-    with user_error("no such folder"):
-        resolve_folder(str(tmp_path / "model-Q4_K_M.gguf"), alone())
+    for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
+        with user_error("GGUF is not read: give the unquantized model"):
+            resolve_folder(str(name), alone())
+    (tmp_path / "config.json").write_text("{}")
+    assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"
