@@ -195,7 +195,7 @@ def _build(
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
-        # It is there only after a failure: else it has been renamed.
+        # It is still there after a failure, and where another builder was first.
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -279,7 +279,9 @@ def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
     ranks own (runtime/zero/stage_1_and_2.py, `average_tensor`). Where it is false, a rank
     takes its own slice from the reduced bucket. The same elements are summed in the same
     collective, and `prescale_gradients` divides them before it, as is done with slices: the
-    gradients are equal to the bit, and no byte more is sent.
+    gradients are equal to the bit, and no byte more is sent. With sequence parallelism,
+    under which DeepSpeed sends gradients in fp32, they are equal to rounding: slices are
+    divided before they are cast.
     """
     zero = ds_config["zero_optimization"]
     # Else gradients are divided in fp32 and then sent in 16 bits, by slices, and the other
@@ -291,6 +293,7 @@ def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
         "reduce_scatter",
         "use_multi_rank_bucket_allreduce",
         "prescale_gradients",
+        "gradient_predivide_factor",
         "communication_data_type",
     }
     if ranks < MANY_RANKS or not in_one_dtype or written:

@@ -51,7 +51,7 @@ def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
             parameter.use_muon = spec is not None  # type: ignore[attr-defined]
             # DeepSpeed hands it on to `_per_head_orthogonalize`, which is ours
             # (`load_kernels`)
-            columns = spec.d_in if spec and spec.has_factors else None
+            columns = Columns(spec.d_in) if spec and spec.has_factors else None
             parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
     deepspeed.set_optimizer_flags = tag
@@ -87,12 +87,20 @@ def load_kernels() -> None:
                 setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
+class Columns(int):
+    """D, the columns of A, in the place where DeepSpeed has an attention's heads."""
+
+
 def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -> Tensor:
     """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T] (r, D
     + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that Muon has
     for tall ones."""
     from deepspeed.runtime.zero.muon import original_muon
 
+    if not isinstance(d_in, Columns):
+        raise RuntimeError(
+            "Muon by attention heads, in an engine beside one of mora_ds in the same process"
+        )
     kernels = {
         "gram": original_muon.zeropower_via_gram_newtonschulz,
         "standard": original_muon.zeropower_via_newtonschulz5,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.models.decoder_layers import LINE, within_line
-from mora_ds.runtime.node_memory import Offer, node_members, trim
+from mora_ds.runtime.node_memory import Offer, check_room, node_members, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,13 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
 def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     members = node_members(ranks)
     layout = _Layout.of(frozen)
-    storage, problem = _map(ranks, members, layout if len(members) > 1 else None)
+    is_shared = len(members) > 1
+    looks = is_shared and ranks.rank == members[0]
+    ranks.agree(
+        "room for the base of the node",
+        lambda: check_room(layout.size) if looks else None,
+    )
+    storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
         logger.warning("warning: each process has a frozen base of its own: %s", problem)
     meets = any(ranks.gather("processes that share a base", storage is not None))

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.ranks import Ranks
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -50,6 +50,17 @@ def machine() -> tuple[str, str]:
         return _BOOT_ID.read_text().strip(), os.readlink("/proc/self/ns/pid")
     except OSError:
         return platform.node(), f"process {os.getpid()}"
+
+
+def check_room(nbytes: int) -> None:
+    """Raise `UserError` where this node has less than `nbytes` for what its processes
+    share: memory is taken when it is written to, and the kernel would end a process."""
+    free = free_bytes()
+    if nbytes > free:
+        raise UserError(
+            f"the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and its memory and limits "
+            f"leave {free / 1e9:,.3f} GB: --base_bits 8 takes less"
+        )
 
 
 @dataclass(frozen=True)

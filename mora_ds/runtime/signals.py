@@ -89,8 +89,8 @@ def leave(code: int) -> NoReturn:
     correct results (2.13).
     """
     for stream in (sys.stdout, sys.stderr):
-        # Where the reader has ended, the exit code still counts
-        with suppress(BrokenPipeError):
+        # Where the reader has ended, or the disk is full, the exit code still counts
+        with suppress(OSError):
             if stream is not None:
                 stream.flush()
     os._exit(code)
@@ -186,4 +186,6 @@ def _replace_broken_pipes() -> None:
 
 def _print(text: str) -> None:
     """To stderr, without locks of Python, which the main thread may hold."""
-    os.write(2, f"{rank_prefix()}{text}\n".encode())
+    # A text that cannot be written must not end the thread that watches
+    with suppress(OSError):
+        os.write(2, f"{rank_prefix()}{text}\n".encode())

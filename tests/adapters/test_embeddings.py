@@ -124,7 +124,8 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half
     of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
-    more = f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01"
+    # Muon, as in the default recipe
+    more = f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01 --optimizer muon"
     out, earlier = merged_and_resumed(user, tmp_path, more)
     wider = "--train_embedding_rank 5 --resume_from_checkpoint"
     message = refusal(user.flags(tmp_path / "no", wider, earlier))

@@ -8,6 +8,7 @@ import re
 from importlib import import_module
 
 import deepspeed
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +37,14 @@ def test_the_number_of_heads_reaches_the_function_that_is_replaced():
     assert "num_heads" not in inspect.getsource(zero.BF16_Optimizer), (
         "see muon.check_factors: is it passed on now?"
     )
+
+
+def test_heads_of_an_attention_are_not_taken_for_columns():
+    """`load_kernels` replaces the function for every engine of the process."""
+    muon.load_kernels()
+    per_head = import_module(KERNELS)._per_head_orthogonalize
+    with pytest.raises(RuntimeError, match="Muon by attention heads"):
+        per_head(torch.randn(8, 4), 4, 5, "standard")
 
 
 # -- behaviour, on two ranks -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ and nothing else.
     results = run_pooled(2, function, *arguments)     # as `run_ranks`, but for the start
 
 What a call may leave behind is put back: environment, working directory, random states,
-torch's settings, and the groups that DeepSpeed remembers. A function that patches something
+torch's settings, the groups that DeepSpeed remembers, and how long ranks wait. A function that patches something
 for good, starts a run of the main job (which holds its output folder until the process
 ends), or ends its process, takes `run_ranks`.
 """
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mora_ds.runtime.ranks import Ranks
 from tests.helpers import gloo
 
 _pools = {}
@@ -90,7 +91,9 @@ def _as_before():
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     dtype = torch.get_default_dtype()
     groups = dict(vars(deepspeed.utils.groups))
+    timeout_s = Ranks._last_timeout_s
     yield
+    Ranks._last_timeout_s = timeout_s
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -24,7 +24,7 @@ from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config, half_precision
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import run
+from tests.helpers.jobs import refused, run
 from tests.helpers.kills import STEPS
 from tests.helpers.mappings import Mappings
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
@@ -261,6 +261,20 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
     assert named_memory() <= before
     with pytest.raises(RunError, match="cannot be mapped"):
         offer.map("layout")
+
+
+def without_memory(argv):
+    """The refusal of a run on a node that is nearly full."""
+    node_memory.free_bytes = lambda: 1000
+    return refused(argv)
+
+
+def test_too_little_memory_is_told_at_the_start(user, tmp_path):
+    flags = user.flags(tmp_path / "out", STEPS)
+    ((kind, message),) = set(run_ranks(2, without_memory, flags))
+    assert kind == "UserError"
+    assert "the base that the processes of this node share takes 0.000 GB" in message
+    assert "--base_bits 8" in message
 
 
 def test_limits_of_a_container_are_read(tmp_path, monkeypatch):

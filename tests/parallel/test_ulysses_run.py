@@ -11,7 +11,7 @@ import torch
 from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import assert_close_losses, curve, job, printed, run
+from tests.helpers.jobs import assert_close_losses, curve, job, printed, rows, run
 from tests.helpers.tables import rows as rows_of
 
 ROWS = 4
@@ -137,3 +137,4 @@ def test_bf16(user, tmp_path):
     run(1, flags(user, one, 1, 1, "--bf16 true"))
     run(2, flags(user, two, 2, 2, "--bf16 true"))
     assert_close_losses(two, one, rtol=2e-3)
+    assert [row["step"] for row in rows(two) if "merge" in row] == [2, 4]

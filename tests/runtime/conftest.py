@@ -1,6 +1,4 @@
-"""What the tests of this folder share: the project's logger, put back, and the end of a
-process, which here is an exception.
-"""
+"""What the tests of this folder share: the project's logger, put back."""
 
 import logging
 

@@ -7,6 +7,7 @@ import io
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,19 @@ sys.stdout = sys.stderr = None
 cli.run(lambda: logging.getLogger("mora_ds").info("said to nobody"))
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_program_whose_output_has_no_room_ends_as_with_it():
+    """What Python could not write stays in its buffer, and fails again at the end."""
+    program = """
+import logging
+from mora_ds.runtime import cli
+cli.run(lambda: logging.getLogger("mora_ds").info("lost"))
+"""
+    with Path("/dev/full").open("w") as full:
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, stdout=full, stderr=full
+        )
 
 
 def test_a_library_user_gets_silence():

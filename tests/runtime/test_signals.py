@@ -256,7 +256,6 @@ def gone_within(ranks, seconds):
     return True
 
 
-@pytest.mark.heavy
 def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)

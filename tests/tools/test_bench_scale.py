@@ -14,13 +14,7 @@ from tools.bench.measuring import llama_config
 def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
     out = tmp_path / "found.json"
-    call(
-        "bench/scale",
-        "--ranks 4 16 --json",
-        out,
-        "--folder",
-        tmp_path / "work",
-    )
+    call("bench/scale", "--ranks 4 16 --json", out, "--folder", tmp_path)
     tables = read_json(out)["tables"]
     titles, *seconds = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]

@@ -1,7 +1,7 @@
 """What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other
 ranks are not there.
 
-    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --json FILE]
+    python tools/bench/scale.py [--folder DIR --ranks 8 64 1024 4096 --json FILE]
 
 Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the
 ranks of a tensor-parallel group share the work of one, so that ZeRO has as many fewer.
@@ -90,15 +90,19 @@ STEPS = 3
 
 def main() -> None:
     options = _options()
-    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        _measure(options, Path(folder))
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
     report = Report(options)
     settings = [(0, WITH_RANK_0), *((1, path.name) for path in CONFIGS)]
     table: Table = {}
     for model in MODELS:
-        base = options.folder / f"{model}-base"
+        base = folder / f"{model}-base"
         _write_base(base, MODELS[model][0])
         for world, (rank, setting) in itertools.product(options.ranks, settings):
-            spent_in = _measured(options.folder, base, model, setting, world, rank)
+            spent_in = _measured(folder, base, model, setting, world, rank)
             print(
                 f"{model}, {world:,} ranks, {setting}, rank {rank}: {spent_in}", flush=True
             )
@@ -335,8 +339,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--folder",
         type=Path,
-        required=True,
-        help="for checkpoints; left as it was",
+        help="where there is room for checkpoints; left as it was",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
     return parser.parse_args()
