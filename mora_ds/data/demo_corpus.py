@@ -76,14 +76,16 @@ def domain_documents() -> list[DemoDocument]:
 
 def write_demo_corpus(
     folder: Path, general_bytes: int, domain_bytes: int, eval_bytes: int
-) -> None:
+) -> dict[str, int]:
     """Write the four corpora into `folder` as JSON lines ("text", "source"):
-    general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl.
+    general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl. Returns
+    the UTF-8 bytes of text in each, by the name without its suffix.
 
     The limits are UTF-8 bytes of text: of each training file, and of either evaluation
     file. Raises `UserError` where this Python has come without its library's sources.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sizes = {}
     for name, documents, limit in (
         ("general", general_documents(), general_bytes),
         ("domain", domain_documents(), domain_bytes),
@@ -91,12 +93,13 @@ def write_demo_corpus(
         for side, most in (("train", limit), ("eval", eval_bytes)):
             is_eval = side == "eval"
             chosen = [document for document in documents if document.held_out == is_eval]
-            _write(folder / f"{name}_{side}.jsonl", chosen, most)
+            sizes[f"{name}_{side}"] = _write(folder / f"{name}_{side}.jsonl", chosen, most)
+    return sizes
 
 
-def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> None:
+def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
     """Write the documents, in the order of a hash of their names, so that a limit takes an
-    even sample; those that would exceed it are left out."""
+    even sample; those that would exceed it are left out. Returns the bytes of text."""
 
     def order(document: DemoDocument) -> tuple[int, str]:
         return _hash(document.source), document.source
@@ -114,6 +117,7 @@ def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> None:
             "the demo needs the sources of the standard library, which this Python lacks"
         )
         raise UserError(f"{problem}: --train_files")
+    return total
 
 
 def _hash(name: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -187,8 +187,7 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
 
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user gave.
-    With an --optimizer of the user's it trains MoRA matrices alone. Raises `UserError` for
-    flags that do not go with the recipe."""
+    Raises `UserError`."""
     user_settings = {
         name: value
         for name, value in dump(arguments).items()
@@ -208,11 +207,21 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
     chooses_optimizer = "optimizer" in arguments.set_by_user
     if is_mora and not chooses_optimizer and not arguments.research:
         (text,) = paths.train_files("general")
-        settings |= {**RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+        recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+        job = with_flags(recipe, user_settings)
+        if not (reasons := refusal(_check, job, world)):
+            return job
+        logger.info(
+            f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}"
+        )
     job = with_flags(settings, user_settings)
+    _check(job, world)
+    return job
+
+
+def _check(job: Arguments, world: int) -> None:
     validate(job)
     engine_config(job.training, job.adapter.adapter, world)
-    return job
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
