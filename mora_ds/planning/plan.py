@@ -240,6 +240,8 @@ def place_base(planner: Planner, device: BaseDevice) -> Planner:
 def recommend(planner: Planner) -> Plan | None:
     """The plan that fits with the largest micro-batch, without gradient checkpointing where
     there is one, else with it; None where none fits."""
+    if not planner.base_fits:
+        return None
     for checkpointing in (False, True):
         if plan := _largest(planner, checkpointing):
             return plan

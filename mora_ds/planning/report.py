@@ -3,8 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
+from mora_ds.adapters.config import AS_LOADED
 from mora_ds.engine.device import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
+
+FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
+"""What else there is where the base of so many bits is too large."""
 
 
 def report(plan: Plan) -> str:
@@ -24,10 +28,14 @@ def verdict(plan: Plan) -> str:
         return f"it fits: {peak} of {capacity} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base <= USABLE * plan.cluster.memory:
         return f"it does not fit: {peak} at the peak, in {plan.memory.peaks_in}; a device has {capacity}"
+    advice = "use devices with more memory, a smaller base"
+    if plan.work.adapter is not None:
+        advice += FEWER_BITS.get(plan.work.adapter.base_bits, "")
+    if not plan.work.base_on_host:
+        advice += ", or --base_device host"
     return (
         f"it does not fit: the base alone is {size_text(plan.memory.base)} on every GPU, and a device has {capacity}. "
-        "The base is never sharded: use devices with more memory, a smaller base, --base_bits 8 or 4, or --base_device "
-        "host"
+        f"The base is never sharded: {advice}"
     )
 
 
