@@ -9,6 +9,18 @@ from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.common.untrusted import Count, typed
 from mora_ds.peft.register import PEFT_TYPE
 
+_TYPES = {
+    "r": int,
+    "r_hat_multiple": int,
+    "operator": str,
+    "grouping": str,
+    "mora_dropout": float,
+    "seed": int,
+    "cycle": Count,
+}
+"""Types of the settings that decide which matrix a layer gets. PEFT itself takes any value
+that adapter_config.json has."""
+
 
 @dataclass
 class MoraConfig(PeftConfig):
@@ -47,8 +59,8 @@ class MoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        # PEFT itself takes any value that adapter_config.json has.
-        typed(Count, self.cycle, "cycle")
+        for name, hint in _TYPES.items():
+            typed(hint, getattr(self, name), name)
         self.adapter()
 
     def adapter(self) -> MoRAConfig:

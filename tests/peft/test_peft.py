@@ -209,9 +209,9 @@ def test_a_further_adapter_is_trained_once_it_is_chosen():
 
 
 TYPES = """
-{r: "8"} | rank must be a whole number, got '8'
-{r: 2.5} | rank must be a whole number, got 2.5
-{mora_dropout: null} | dropout must be a number, got None
+{r: "8"} | r must be a whole number, got '8'
+{r: 2.5} | r must be a whole number, got 2.5
+{mora_dropout: null} | mora_dropout must be a number, got None
 {seed: null} | seed must be a whole number, got None
 {cycle: "1"} | cycle must be a whole number, got '1'
 {cycle: -1} | cycle must be at least 0
