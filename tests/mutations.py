@@ -615,7 +615,7 @@ deploy/fork_adapters.py | deploy/test_fork_adapters.py
 
 # Muon takes LoRA's two factors for one matrix
 engine/muon.py | engine/test_muon.py
--spec.d_in if spec and spec.has_factors else None
+-Columns(spec.d_in) if spec and spec.has_factors else None
 +None
 """
 """A name; the file below mora_ds/ and the tests that should notice it first; what stands

@@ -218,6 +218,7 @@ class MoRAConfig(AdapterConfig):
             if size < 1 or size % self.step:
                 even = ", and even for rotate" if self.step == 2 else ""
                 yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
+                break
         yield from domain_complaints(self.domains)
         choices = {
             "operator": ["auto", *(kind.value for kind in OPERATORS)],

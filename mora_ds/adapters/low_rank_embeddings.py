@@ -23,6 +23,7 @@ from mora_ds.adapters.new_embeddings import (
     FrozenHead,
     is_tied,
     plain_tables,
+    replace,
 )
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
@@ -69,8 +70,8 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
     head_values = values
     if not is_tied(embedding, head):
         head_values = _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
-    model.set_input_embeddings(LowRankEmbedding(embedding, values))
-    model.set_output_embeddings(LowRankHead(head, head_values))
+    replace(model, embedding, LowRankEmbedding(embedding, values))
+    replace(model, head, LowRankHead(head, head_values))
 
 
 def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:

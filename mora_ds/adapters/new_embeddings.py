@@ -96,8 +96,8 @@ def train_new_rows(model: Any, first: int) -> None:
     head_values = values
     if not is_tied(embedding, head):
         head_values = nn.Parameter(head.weight.data[first:].clone())
-    model.set_input_embeddings(NewRowEmbedding(embedding, values))
-    model.set_output_embeddings(NewRowHead(head, head_values))
+    replace(model, embedding, NewRowEmbedding(embedding, values))
+    replace(model, head, NewRowHead(head, head_values))
 
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
@@ -122,6 +122,13 @@ def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
     """Whether both have one weight."""
     # Not by address: the tensors of a planned model have none
     return head.weight is embedding.weight
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another one, wherever in the model that is: a model's
+    own setters may be missing."""
+    (name,) = (name for name, module in model.named_modules() if module is old)
+    model.set_submodule(name, new.train(old.training))
 
 
 def stands_for(name: str) -> str:

@@ -146,7 +146,9 @@ def _contradictions(
     muon = training.has_muon
     is_full = adapter.adapter == AdapterKind.FULL.value
     uploads_adapter = training.push_to_hub and not training.export_merged
-    names_tokenizer = model.tokenizer_name or model.train_tokenizer_vocab
+    names_tokenizer = (
+        model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
+    )
     wrong_sources = refusal(mixture_plan, data)
     streams = not wrong_sources and mixture_plan(data).streams
     rules = {

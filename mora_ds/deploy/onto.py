@@ -81,7 +81,8 @@ def _different_shapes(
             continue
         shape = target.shape_dtype(key)[0]
         expected = base.shape_dtype(key_in_base)[0]
-        is_table = expected[0] == base_tokens and base_tokens <= target_tokens
+        # A scalar has no rows
+        is_table = expected[:1] == (base_tokens,) and base_tokens <= target_tokens
         if is_table and shape == (target_tokens, *expected[1:]):
             continue
         if shape != expected:

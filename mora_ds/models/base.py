@@ -284,6 +284,8 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
             )
         raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = entry(read_json(index), "weight_map", dict[str, FileName], index)
+    if not weight_map:
+        raise UserError(f"{index} is damaged: its weight_map is empty")
     keys_of = {
         shard: set(open_safetensors(folder / shard).keys())
         for shard in sorted(set(weight_map.values()))

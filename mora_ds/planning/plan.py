@@ -85,9 +85,13 @@ class Plan:
     @property
     def sent(self) -> float:
         """Bytes that a rank of a ring sends in a step for ZeRO's collectives."""
-        # An all-reduce also gathers what it has reduced. ZeRO-1 and ZeRO-2 always do
-        # (stage_1_and_2.py, `average_tensor`).
-        scatters = self.trained.stage == 3 and self.trained.zero.get("reduce_scatter", True)
+        zero = self.trained.zero
+        scatters = zero.get("reduce_scatter", True)
+        if self.trained.stage < 3:
+            # What DeepSpeed calls so all-reduces whole buckets, unless each slice goes to its
+            # owner alone (stage_1_and_2.py, `average_tensor`)
+            scatters = scatters and not zero.get("use_multi_rank_bucket_allreduce", True)
+        # An all-reduce also gathers what it has reduced
         reductions = 1 if scatters else 2
         volume = self.gathered + reductions * self.reduced
         return volume * (self.trained.ranks - 1) / self.trained.ranks

@@ -141,8 +141,8 @@ class MetricsLog:
     ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last
         checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops all rows.
-        `pending`: kinds of rows of `start_step` that come again. The trackers have then no
-        points of that step, and get those of its other rows once more."""
+        `pending`: kinds of rows of `start_step` that come again. TensorBoard has then no
+        points of that step, and gets those of its other rows once more."""
         self.total_steps = total_steps
         self.enabled = enabled
         self.trackers = trackers

@@ -314,7 +314,7 @@ stray | 'stray'
 --model_name_or_path {bad}/models/tokenizer_class | no end-of-text token | tokenizer_config.json
 --model_name_or_path {bad}/models/index_lists | --model_name_or_path | index.json | must be a text
 --model_name_or_path {bad}/models/index_numbers | --model_name_or_path | index.json | must be a text
---model_name_or_path {bad}/models/index_none | --model_name_or_path | weights are missing: 2 layers, and 0 tensors
+--model_name_or_path {bad}/models/index_none | --model_name_or_path | index.json is damaged: its weight_map is empty
 --model_name_or_path {bad}/models/index_array | --model_name_or_path | index.json is damaged: weight_map must be a
 --model_name_or_path {bad}/models/index_gone | --model_name_or_path | gone.safetensors is missing
 --model_name_or_path {bad}/models/index_key | --model_name_or_path | has no tensor 'other.weight'

@@ -5,17 +5,19 @@ formed by hand in fp64.
 import copy
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.common import files
 from mora_ds.common.files import read_json
 from mora_ds.data import load_corpus
+from mora_ds.deploy import onto
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from mora_ds.models.base import BaseCheckpoint
@@ -395,3 +397,14 @@ def test_the_base_itself_other_scales_and_logits_are_refused(pair, tmp_path):
             onto=pair.folder / "target",
             overwrite=True,
         )
+
+
+def test_a_scalar_has_the_same_shape_everywhere(tmp_path):
+    """Apertus keeps those of its activation."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    config = AutoConfig.for_model("apertus", **shape, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base = BaseCheckpoint.open(tmp_path)
+    assert () in {base.shape_dtype(key)[0] for key in base.keys()}  # noqa: SIM118
+    assert not list(onto._different_shapes(base, base, mock.Mock(keys={}), False))

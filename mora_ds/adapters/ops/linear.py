@@ -145,7 +145,7 @@ class _MoRALinear(torch.autograd.Function):
 
 
 class LayerProducts:
-    """The steps of both paths for one operator, in plain torch (on GPUs `kernels`)."""
+    """The steps of both paths for one operator, in plain torch (`kernels.linear` has them by kernels)."""
 
     def __init__(self, spec: Maps) -> None:
         self.spec = spec
