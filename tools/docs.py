@@ -106,7 +106,7 @@ def _type(hint: Any) -> str:
     words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
         return "list"
-    # Of `int | None` the first
+    # `int | None` is described by its first type
     kind, *_ = get_args(hint) or (hint,)
     return words[kind]
 
@@ -135,7 +135,7 @@ def _flag(action: argparse.Action, kind: str = "") -> str:
     """The line of a flag: its name, what it takes and its default, its help. Of a yes/no
     setting that is on by default it is the flag that switches it off.
     """
-    # Of --max_steps and --max-steps, which are the same, the first
+    # --max_steps and --max-steps are the same: the first is shown
     names = [name for name in action.option_strings if re.fullmatch(r"--\w+", name)]
     label = ", ".join(f"`{name}`" for name in names or [str(action.metavar or action.dest)])
     empty = action.default in (None, [], "", argparse.SUPPRESS)

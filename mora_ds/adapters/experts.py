@@ -157,7 +157,7 @@ def compute_sorted(experts: Any) -> None:
     experts.config = config
 
 
-# -- which layouts are known -------------------------------------------------------------------------------------------
+# -- which layouts are known ---------------------------------------------------------------
 
 
 def find_stacks(model: nn.Module) -> dict[str, ExpertStack | None]:

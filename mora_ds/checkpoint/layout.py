@@ -107,7 +107,7 @@ def tokenizer_of(folder: Path | None) -> Path | None:
     return folder / TOKENIZER_FOLDER
 
 
-# -- what a path means -------------------------------------------------------------------------------------------------
+# -- what a path means ---------------------------------------------------------------------
 
 
 def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path | None:
@@ -194,7 +194,7 @@ def find_ledger(path: Path) -> LedgerLocation:
     return LedgerLocation(ledger, checkpoint)
 
 
-# -- the folder of all checkpoints -------------------------------------------------------------------------------------
+# -- the folder of all checkpoints ---------------------------------------------------------
 
 
 def settle(root: Path) -> None:

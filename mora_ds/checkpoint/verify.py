@@ -166,7 +166,7 @@ def _is_adapter_alone(folder: Path) -> bool:
         return False
 
 
-# -- checks: each yields what is right, and raises what is wrong ---------------------------------------------------
+# -- checks: each yields what is right, and raises what is wrong ---------------------------
 
 
 def _files(folder: Path) -> Iterator[str]:

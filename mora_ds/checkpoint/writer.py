@@ -248,7 +248,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
             retire(folder)
 
 
-# -- the disk --------------------------------------------------------------------------------------------------------
+# -- the disk ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def _replace_folder(beside: Path, final: Path) -> None:
     delete(old)
 
 
-# -- random states ---------------------------------------------------------------------------------------------------
+# -- random states -------------------------------------------------------------------------
 
 
 def _rng_states() -> dict[str, np.ndarray]:
@@ -299,7 +299,7 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# -- in the background -------------------------------------------------------------------------------------------------
+# -- in the background ---------------------------------------------------------------------
 
 
 @dataclass

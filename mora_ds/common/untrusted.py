@@ -52,7 +52,7 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
-# -- text and JSON -----------------------------------------------------------------------------------------------------
+# -- text and JSON -------------------------------------------------------------------------
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
@@ -126,7 +126,7 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
         _check_depth(child, where, depth + 1)
 
 
-# -- typed values ------------------------------------------------------------------------------------------------------
+# -- typed values --------------------------------------------------------------------------
 
 
 def file_name(text: str) -> str:
@@ -234,7 +234,7 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
     return typed(hint, content[key], f"{where} is damaged: {key}")
 
 
-# -- folders and memory ------------------------------------------------------------------------------------------------
+# -- folders and memory --------------------------------------------------------------------
 
 
 def links(folder: Path) -> list[str]:

@@ -166,7 +166,7 @@ def _key(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
-# -- building ------------------------------------------------------------------------------------------------------
+# -- building ------------------------------------------------------------------------------
 
 
 def _build(

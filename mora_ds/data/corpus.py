@@ -92,7 +92,7 @@ def load_corpus(
     return corpus
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------
 
 
 def resolve_files(patterns: Sequence[str]) -> list[Path]:
@@ -161,7 +161,7 @@ def _file_member(path: Path, text_column: str) -> Member:
     return FileMember(path, text_column)
 
 
-# -- datasets ------------------------------------------------------------------------------------------------------
+# -- datasets ------------------------------------------------------------------------------
 
 
 def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:

@@ -124,7 +124,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-# -- where the text comes from -------------------------------------------------------------------------------------
+# -- where the text comes from -------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _open(path: Path) -> IO[bytes]:
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
 
-# -- text ----------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------
 
 
 def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
@@ -259,7 +259,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     )
 
 
-# -- JSON ----------------------------------------------------------------------------------------------------------
+# -- JSON ----------------------------------------------------------------------------------
 
 
 _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
@@ -318,7 +318,7 @@ def _parse(where: str, line: bytes) -> Any:
         ) from None
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:

@@ -120,7 +120,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-# -- the model as a transformers tokenizer -----------------------------------------------------------------------------
+# -- the model as a transformers tokenizer -------------------------------------------------
 
 
 def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:

@@ -287,7 +287,7 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
         )
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------
 
 
 def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:

@@ -99,7 +99,7 @@ def export_peft(
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
 
-# -- factors -----------------------------------------------------------------------------------------------------------
+# -- factors -------------------------------------------------------------------------------
 
 
 def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:

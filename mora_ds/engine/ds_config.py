@@ -318,7 +318,7 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
     return threshold
 
 
-# -- keys --------------------------------------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------
 
 
 def clean_sections(config: DsConfig) -> list[str]:
@@ -364,7 +364,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
     return problems
 
 
-# -- values ------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------
 
 
 def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) -> list[str]:

@@ -64,7 +64,7 @@ Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
 """Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
 
 
-# -- what lies where ---------------------------------------------------------------------------------------------------
+# -- what lies where -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ State = tuple[list[str], dict[str, Tensor]]
 their keys, such as step)
 """
 
-# -- the shards of all ranks -------------------------------------------------------------------------------------------
+# -- the shards of all ranks ---------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -343,7 +343,7 @@ def _tensor_name(flat: int, key: str) -> str:
     return f"{flat}.{key}"
 
 
-# -- the parameters of an engine ---------------------------------------------------------------------------------------
+# -- the parameters of an engine -----------------------------------------------------------
 
 
 class _Parameter(NamedTuple):
@@ -401,7 +401,7 @@ def _layout(engine: zero.Engine) -> Layout:
     )
 
 
-# -- saving ------------------------------------------------------------------------------------------------------------
+# -- saving --------------------------------------------------------------------------------
 
 
 def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
@@ -452,7 +452,7 @@ def write_shard(path: Path, tensors: Tensors) -> None:
     write_safetensors_atomic(path, tensors, {})
 
 
-# -- restoring ---------------------------------------------------------------------------------------------------------
+# -- restoring -----------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def gradient_norm(engine: Engine) -> float:
     return float("nan") if norm is None else float(norm)
 
 
-# -- where each optimizer keeps its fp32 masters, their state and the loss scale ---------------------------------------
+# -- where each optimizer keeps its fp32 masters, their state and the loss scale -----------
 
 
 class Span(NamedTuple):

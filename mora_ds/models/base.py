@@ -354,7 +354,7 @@ def verify_against_model(
             )
 
 
-# -- checksum --------------------------------------------------------------------------------------------------------
+# -- checksum ------------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
 """Number of 64-bit words that are hashed at a time: 256 KiB, as fit into a core's cache."""

@@ -144,7 +144,7 @@ class Scores:
         return self.softcap is None and self.sinks is None
 
 
-# -- one kernel over all documents -------------------------------------------------------------------------------------
+# -- one kernel over all documents ---------------------------------------------------------
 
 
 def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
@@ -200,7 +200,7 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-# -- document by document ----------------------------------------------------------------------------------------------
+# -- document by document ------------------------------------------------------------------
 
 
 def _rounded(length: int) -> int:
@@ -325,7 +325,7 @@ def _fused(
     return out[..., :head]
 
 
-# -- scores in blocks --------------------------------------------------------------------------------------------------
+# -- scores in blocks ----------------------------------------------------------------------
 
 
 def _scored(

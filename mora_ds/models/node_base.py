@@ -129,7 +129,7 @@ def node_base_of(model: nn.Module) -> NodeBase:
     return _NODE_BASES.get(model) or NodeBase()
 
 
-# -- the start ---------------------------------------------------------------------------------------------------------
+# -- the start -----------------------------------------------------------------------------
 
 
 def share_base(model: nn.Module, ranks: Ranks) -> None:

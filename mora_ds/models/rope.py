@@ -40,7 +40,7 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
     if "partial_rotary_factor" in before:
         scaled["partial_rotary_factor"] = before["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
-        # For these transformers takes max_position_embeddings as the original number
+        # Of other kinds transformers reads the original number from max_position_embeddings
         return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}

@@ -129,7 +129,7 @@ def check_same_tokens(
         )
 
 
-# -- which tensors -----------------------------------------------------------------------------------------------------
+# -- which tensors -------------------------------------------------------------------------
 
 
 def _vocabulary_keys(
@@ -176,7 +176,7 @@ def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     return embedding, head
 
 
-# -- text --------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------
 
 
 def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
@@ -200,7 +200,7 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
     return before / nbytes, after / nbytes, nbytes
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------
 
 
 def _write(

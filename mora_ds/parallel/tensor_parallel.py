@@ -115,7 +115,7 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
     return dropouts
 
 
-# -- layers -----------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-# -- a window's steps --------------------------------------------------------------------------------------------------
+# -- a window's steps ----------------------------------------------------------------------
 
 
 class WindowProducts(LayerProducts):

@@ -127,7 +127,7 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])))
 
 
-# -- collectives with a gradient --------------------------------------------------------------------------------------
+# -- collectives with a gradient -----------------------------------------------------------
 
 
 def sum_gradient(x: Tensor, topology: Topology) -> Tensor:

@@ -190,7 +190,7 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
         )
 
 
-# -- changes to models and to transformers ---------------------------------------------------------------------------
+# -- changes to models and to transformers -------------------------------------------------
 
 
 def _dispatch(name: str) -> None:

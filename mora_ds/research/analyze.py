@@ -111,7 +111,7 @@ def layers_of(
     return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
 
 
-# -- a weight ----------------------------------------------------------------------------------------------------------
+# -- a weight ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     return [*table(rows), legend]
 
 
-# -- the budget --------------------------------------------------------------------------------------------------------
+# -- the budget ----------------------------------------------------------------------------
 
 
 def parse_budget(text: str, parameters: int) -> int:

@@ -126,7 +126,7 @@ def fill_token_cache(
     ]
 
 
-# -- sources and evaluation sets ---------------------------------------------------------------------------------------
+# -- sources and evaluation sets -----------------------------------------------------------
 
 
 def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
@@ -175,7 +175,7 @@ def _check_positions(model_config: Any, seq_len: int) -> None:
         )
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+# -- tokens --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

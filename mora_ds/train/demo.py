@@ -224,7 +224,7 @@ def _check(job: Arguments, world: int) -> None:
     engine_config(job.training, job.adapter.adapter, world)
 
 
-# -- the report ----------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------
 
 
 def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:

@@ -126,7 +126,7 @@ def labels_in(batch: StepBatch) -> int:
     return sum(sum(micro_batch.labels) for micro_batch in batch)
 
 
-# -- who computes what -------------------------------------------------------------------------------------------------
+# -- who computes what ---------------------------------------------------------------------
 
 
 class NotFinite(RunError):

@@ -206,7 +206,7 @@ def check_merged(folder: Path) -> None:
         )
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------
 
 
 def _check_owned(folder: Path) -> None:
@@ -231,7 +231,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-# -- the lock ----------------------------------------------------------------------------------------------------------
+# -- the lock ------------------------------------------------------------------------------
 
 _open: dict[Path, Reservation] = {}
 """Folder -> the reservation of this process that is neither begun nor given up."""
@@ -293,7 +293,7 @@ def _takes(file: int, kind: int, byte: int) -> bool:
     return True
 
 
-# -- what is set aside -------------------------------------------------------------------------------------------------
+# -- what is set aside ---------------------------------------------------------------------
 
 
 def _starting(folder: Path) -> list[str]:

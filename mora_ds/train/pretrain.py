@@ -164,7 +164,7 @@ def _steps(job: Job, schedule: Schedule) -> int:
     return schedule.total_steps if job.is_trained else 0
 
 
-# -- the output folder -------------------------------------------------------------------------------------------------
+# -- the output folder ---------------------------------------------------------------------
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
     return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
-# -- evaluation sets and steps -----------------------------------------------------------------------------------------
+# -- evaluation sets and steps -------------------------------------------------------------
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
@@ -298,7 +298,7 @@ def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: i
     return steps if limit is None else min(steps, limit)
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
+# -- the run -------------------------------------------------------------------------------
 
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:

@@ -128,7 +128,7 @@ ROUNDED_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(RO
 OVERFLOW_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(OVERFLOW)}
 
 
-# -- one process, no DeepSpeed ----------------------------------------------------------------------------------------
+# -- one process, no DeepSpeed -------------------------------------------------------------
 
 
 def plain_run(case):
@@ -184,7 +184,7 @@ def detached(parameters):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-# -- several ranks ----------------------------------------------------------------------------------------------------
+# -- several ranks -------------------------------------------------------------------------
 
 
 def sharded_run(case, folder):
@@ -296,7 +296,7 @@ def runs(tmp_path_factory):
     )
 
 
-# -- fp32 -------------------------------------------------------------------------------------------------------------
+# -- fp32 ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXACT_CASES)
@@ -315,7 +315,7 @@ def test_fp32_follows_one_process_across_a_merge(name, runs):
                 assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
 
 
-# -- bf16 and fp16 ----------------------------------------------------------------------------------------------------
+# -- bf16 and fp16 -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ROUNDED_CASES)
@@ -349,7 +349,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name, runs):
     assert any(rank[name]["others_moved"] for rank in runs)
 
 
-# -- overflow ---------------------------------------------------------------------------------------------------------
+# -- overflow ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)

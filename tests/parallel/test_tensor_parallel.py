@@ -45,7 +45,7 @@ def compare(world, degree, cases):
             assert_same_tensors(results[index]["values"], ranks[0][index]["values"], case)
 
 
-# -- engines -----------------------------------------------------------------------------------------------------------
+# -- engines -------------------------------------------------------------------------------
 
 
 SETTINGS = [
@@ -66,7 +66,7 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
             assert_same_run(result, expected, settings)
 
 
-# -- everything --------------------------------------------------------------------------------------------------------
+# -- everything ----------------------------------------------------------------------------
 
 FAMILIES = [
     "llama",

@@ -102,7 +102,7 @@ def test_mistakes_in_flags_are_named(user, flags, named):
     assert named in message
 
 
-# -- budgets -----------------------------------------------------------------------------------------------------------
+# -- budgets -------------------------------------------------------------------------------
 
 
 def weights_of(*shapes_and_scores):
@@ -144,7 +144,7 @@ def test_a_small_budget_goes_to_the_best_layers_and_a_large_one_to_all():
         spend(weights, 63)
 
 
-# -- the file ----------------------------------------------------------------------------------------------------------
+# -- the file ------------------------------------------------------------------------------
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
@@ -192,7 +192,7 @@ def test_sides_that_do_not_fit_are_named(layer, side, message):
         inject(tiny_model(), TargetPlan("f", {layer: side}).put_into(MoRAConfig(rank=8)))
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------
 
 
 def trained_sides(out):

@@ -145,7 +145,7 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
         size = 0
         with path.open("w", encoding="utf-8") as file:
             for number, text in enumerate(cycle(texts)):
-                # With its number no document is that of another source
+                # The number keeps documents of different sources apart
                 document = {"text": f"# {name} {number}\n{text}"}
                 size += file.write(json.dumps(document) + "\n")
                 if size > megabytes * 1e6 * weight:

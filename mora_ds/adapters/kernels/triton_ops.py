@@ -258,7 +258,7 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-# -- kernels ----------------------------------------------------------------------------------------------------------
+# -- kernels -------------------------------------------------------------------------------
 
 
 @triton.jit

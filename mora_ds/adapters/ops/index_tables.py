@@ -204,7 +204,7 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
     return table
 
 
-# -- fold (K, N R) and collect (K, P R) of each operator, without permutations ---------------------------------------
+# -- fold (K, N R) and collect (K, P R) of each operator, without permutations -------------
 
 
 def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
