@@ -39,7 +39,9 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):
         return
     option = config.option
-    one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
+    one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(
+        ".py"
+    )
     if (
         config.pluginmanager.has_plugin("xdist")
         and option.numprocesses is None

@@ -663,7 +663,12 @@ def is_noticed(fault: Mutation, root: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, check=False
+            command,
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     finally:
         path.write_text(sound)

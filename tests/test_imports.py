@@ -177,11 +177,13 @@ def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used():
 
 
 def test_an_upward_import_is_noticed():
-    source = "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
+    source = (
+        "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
+    )
     assert imports(ast.parse(source)) == {"mora_ds.train.trainer.Trainer"}
-    assert forbidden("adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}) == {
-        "mora_ds.train.trainer"
-    }
+    assert forbidden(
+        "adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}
+    ) == {"mora_ds.train.trainer"}
 
 
 def test_no_two_modules_import_each_other():
@@ -199,7 +201,9 @@ def test_packages_hand_on_from_their_own_modules_only():
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != "mora_ds":
             imported = {
-                module for module in modules_imported(name) if package_of(module) != COMMON
+                module
+                for module in modules_imported(name)
+                if package_of(module) != COMMON
             }
             assert all(module.startswith(f"{name}.") for module in imported), name
             assert name not in COSTLY or not (imported or libraries(name)), name
@@ -214,7 +218,9 @@ def test_deepspeed_is_imported_by_two_packages():
 def test_deepspeed_is_needed_by_few(package):
     for module in MODULES:
         if package_of(module) == package:
-            needs = {name for name in reachable(module) if "deepspeed" in libraries(name)}
+            needs = {
+                name for name in reachable(module) if "deepspeed" in libraries(name)
+            }
             assert not needs, f"{module} needs DeepSpeed through {needs}"
 
 
@@ -236,7 +242,9 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
         for name in MODULES
         if any(".kernels" in module for module in modules_imported(name))
     }
-    assert {name for name in users if ".kernels" not in name} == {"mora_ds.adapters.layer"}
+    assert {name for name in users if ".kernels" not in name} == {
+        "mora_ds.adapters.layer"
+    }
     for name in ("delta", "mora", "int8", "update"):
         modules = reachable(f"mora_ds.adapters.ops.{name}")
         assert not [module for module in modules if ".kernels" in module]

@@ -104,7 +104,10 @@ def check(options, arguments):
 
 def test_kubernetes_starts_a_process_a_gpu():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert (jobset["apiVersion"], jobset["kind"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+    )
     (job,) = jobset["spec"]["replicatedJobs"]
     nodes = job["template"]["spec"]
     assert nodes["parallelism"] == nodes["completions"] == NODES
@@ -141,7 +144,10 @@ def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
     )
     assert launcher.stdout.readline() == b"ready\n"
     subprocess.run(
-        [*shell, hook.replace("/proc/1/", f"/proc/{launcher.pid}/").replace(waited[0], "")],
+        [
+            *shell,
+            hook.replace("/proc/1/", f"/proc/{launcher.pid}/").replace(waited[0], ""),
+        ],
         check=True,
     )
     assert launcher.wait(10) == 75

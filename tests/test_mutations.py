@@ -6,7 +6,9 @@ from tests.mutations import MUTATIONS, ROOT
 
 
 def test_every_fault_still_fits_the_code():
-    assert [problem for mutation in MUTATIONS if (problem := mutation.problem(ROOT))] == []
+    assert [
+        problem for mutation in MUTATIONS if (problem := mutation.problem(ROOT))
+    ] == []
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
     for mutation in MUTATIONS:
         assert all((ROOT / "tests" / tests).exists() for tests in mutation.tests), (

@@ -17,7 +17,8 @@ def broken_promises(folder: Path) -> list[str]:
     sent = summary["base_bytes_gathered"]
     merges = summary["merges"]
     promises = {
-        f"perplexity on code falls to 40% of what it was, or less: {code:.0%}": code <= 0.4,
+        f"perplexity on code falls to 40% of what it was, or less: {code:.0%}": code
+        <= 0.4,
         f"perplexity on prose rises to 110% at most: {prose:.0%}": prose <= 1.1,
         f"no byte of the base is communicated: {sent}": sent == 0,
         f"there are two merges or more: {merges}": merges >= 2,

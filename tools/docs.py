@@ -128,7 +128,9 @@ def _program(title: str, about: str, parser: argparse.ArgumentParser) -> list[st
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
     """A line for each flag."""
     left_out = (argparse._HelpAction, argparse._SubParsersAction)
-    return [_flag(action) for action in parser._actions if not isinstance(action, left_out)]
+    return [
+        _flag(action) for action in parser._actions if not isinstance(action, left_out)
+    ]
 
 
 def _flag(action: argparse.Action, kind: str = "") -> str:
@@ -137,7 +139,9 @@ def _flag(action: argparse.Action, kind: str = "") -> str:
     """
     # --max_steps and --max-steps are the same: the first is shown
     names = [name for name in action.option_strings if re.fullmatch(r"--\w+", name)]
-    label = ", ".join(f"`{name}`" for name in names or [str(action.metavar or action.dest)])
+    label = ", ".join(
+        f"`{name}`" for name in names or [str(action.metavar or action.dest)]
+    )
     empty = action.default in (None, [], "", argparse.SUPPRESS)
     if action.required:
         default = "required"
@@ -186,7 +190,9 @@ def _signature(name: str, public: Any) -> list[str]:
     bare = inspect.Signature(
         [parameter.replace(annotation=parameter.empty) for parameter in parameters]
     )
-    words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
+    words = (
+        str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
+    )
     line = f"{name}({', '.join(words)})"
     if len(line) > 100:
         line = "\n".join([f"{name}(", *(f"    {word}," for word in words), ")"])

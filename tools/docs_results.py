@@ -150,7 +150,8 @@ def energy() -> list[str]:
     """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a column."""
     tables = [_energies(size) for size in SIZES]
     titles, *rows = (
-        [span, *(share for table in tables for share in table[span])] for span in tables[0]
+        [span, *(share for table in tables for share in table[span])]
+        for span in tables[0]
     )
     return number_table(titles, rows)
 
@@ -167,7 +168,9 @@ def prediction() -> list[str]:
     for base, outcomes in OUTCOMES.items():
         energies = _energies(base.lower())
         shares = [energies[span][0] for span in ENERGY.values()]
-        learned = [_against_mora(method, outcomes) for method in ("lora", "mora-gradient")]
+        learned = [
+            _against_mora(method, outcomes) for method in ("lora", "mora-gradient")
+        ]
         lines.append([base, *shares, *learned])
     titles = ["", *ENERGY, "perplexity: LoRA", "sides from the gradient"]
     return number_table(titles, lines)
@@ -180,7 +183,9 @@ def _against_mora(method: str, outcomes: dict[str, str]) -> str:
     if method not in outcomes:
         return "-"
     learned = {row.method: row for row in best_rows(plans.DATA / outcomes[method])}
-    return f"{learned[method].mean('new') / learned['mora-rotate'].mean('new') - 1:+.1%}"
+    return (
+        f"{learned[method].mean('new') / learned['mora-rotate'].mean('new') - 1:+.1%}"
+    )
 
 
 # -- packages ------------------------------------------------------------------------------
@@ -192,7 +197,9 @@ def packages() -> list[str]:
     for name, may_import in MAY_IMPORT.items():
         package = plans.ROOT / "mora_ds" / name / "__init__.py"
         if package.is_file():
-            doc = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+            doc = (
+                ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+            )
             sentence = re.split(r"(?<=\.)\s", doc)[0]
             imported = ", ".join(sorted(may_import)) or "nothing of `mora_ds`"
             body.append(table_row(f"`{name}/`", cell(sentence), imported))

@@ -48,7 +48,15 @@ STYLES = {
 """Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style of
 its line.
 """
-LONG_RUN = ("none", "lora", "relora", "mora-rotate", "remora-rotate", "remora-30", "full")
+LONG_RUN = (
+    "none",
+    "lora",
+    "relora",
+    "mora-rotate",
+    "remora-rotate",
+    "remora-30",
+    "full",
+)
 DRAWN = {
     "learning": ("none", "lora", "mora-rotate", "mora-muon", "recipe", "full"),
     "learning_long": LONG_RUN,
@@ -71,7 +79,9 @@ DRAWN_RANK = 2
 
 def draw(name: str, folder: Path) -> None:
     """Draw the curves of both texts of data/NAME.json into `folder`, at one rank."""
-    rows = [row for row in best_rows(DATA / f"{name}.json") if row.method in DRAWN[name]]
+    rows = [
+        row for row in best_rows(DATA / f"{name}.json") if row.method in DRAWN[name]
+    ]
     if len({row.rank for row in rows if row.rank}) > 1:
         rows = [row for row in rows if row.rank in (0, DRAWN_RANK)]
     start = next((row for row in rows if row.method == "none"), None)
@@ -144,7 +154,9 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.set_ylim(low, high)
     steps = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
     step = next(size for size in steps if (high - low) / size < 9)
-    ticks = [step * number for number in range(int(low / step) + 1, int(high / step) + 1)]
+    ticks = [
+        step * number for number in range(int(low / step) + 1, int(high / step) + 1)
+    ]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
@@ -163,7 +175,9 @@ def _save(figure: Any, path: Path) -> None:
     # The placeholders become CSS variables, which follow the reader's scheme.
     for placeholder, (variable, light, _) in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{variable}, {light})")
-    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())
+    light_scheme = " ".join(
+        f"--{name}: {light};" for name, light, _ in COLOURS.values()
+    )
     dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
     dark_rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}"
     style = f"<style>:root {{ {light_scheme} }} {dark_rule}</style>"

@@ -46,13 +46,17 @@ def as_table(measured: dict[str, Measures]) -> list[list[str]]:
     rows = [["", *measured]]
     for name in names:
         values = [measures.get(name) for measures in measured.values()]
-        rows.append([name, *("" if value is None else f"{value:,}" for value in values)])
+        rows.append(
+            [name, *("" if value is None else f"{value:,}" for value in values)]
+        )
     return rows
 
 
 def measure(folder: Path) -> Measures:
     """{name of a measure: its value} over all modules under `folder`."""
-    sources = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
+    sources = [
+        path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))
+    ]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     lines = [line for source in sources for line in lines_of_code(source)]
     comments = sum(count_comment_lines(source) for source in sources)
@@ -94,7 +98,10 @@ def count_nodes(nodes: list[ast.AST]) -> int:
 
 def docstring(node: ast.AST) -> ast.stmt | None:
     """The statement that documents a module, class or function."""
-    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not node.body:
+    if (
+        not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        or not node.body
+    ):
         return None
     return node.body[0] if is_text(node.body[0]) else None
 
@@ -150,7 +157,9 @@ def asks_for_kind(node: ast.AST) -> bool:
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
         return ast.unparse(node.args[1]).endswith("Spec")
     if isinstance(node, ast.Compare):
-        return any(OPERATOR_KINDS in ast.unparse(compared) for compared in node.comparators)
+        return any(
+            OPERATOR_KINDS in ast.unparse(compared) for compared in node.comparators
+        )
     return False
 
 

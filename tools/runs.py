@@ -33,7 +33,9 @@ class Row:
     def seeds(self) -> set[int]:
         return {run["seed"] for run in self.runs}
 
-    def perplexities(self, text: str, seeds: Collection[int] | None = None) -> list[float]:
+    def perplexities(
+        self, text: str, seeds: Collection[int] | None = None
+    ) -> list[float]:
         """Of every seed on the text "new" or "old" at the end of its run; or only of
         `seeds`.
         """

@@ -9,7 +9,10 @@ _BAR = r"\|"
 def cell(text: str) -> str:
     """Text for a table's cell: one line, in which <file>, pipes and stars are escaped."""
     return (
-        " ".join(text.split()).replace("|", _BAR).replace("<", "&lt;").replace("*", "\\*")
+        " ".join(text.split())
+        .replace("|", _BAR)
+        .replace("<", "&lt;")
+        .replace("*", "\\*")
     )
 
 

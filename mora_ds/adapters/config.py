@@ -225,7 +225,9 @@ class MoRAConfig(AdapterConfig):
             "grouping": [ALTERNATE, *(grouping.value for grouping in Grouping)],
             "compute": [path.value for path in Compute],
         }
-        misspelt = [name for name in choices if getattr(self, name) not in choices[name]]
+        misspelt = [
+            name for name in choices if getattr(self, name) not in choices[name]
+        ]
         for name in misspelt:
             yield unknown(f"`{name}`", getattr(self, name), choices[name])
         multiple = self.r_hat_multiple
@@ -248,7 +250,9 @@ class MoRAConfig(AdapterConfig):
     @property
     def operator_name(self) -> str:
         """`operator`, with auto replaced by the operator that it stands for."""
-        return default_kind(self.rank).value if self.operator == "auto" else self.operator
+        return (
+            default_kind(self.rank).value if self.operator == "auto" else self.operator
+        )
 
     @property
     def kind(self) -> OperatorKind:
@@ -284,7 +288,9 @@ class MoRAConfig(AdapterConfig):
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
-        largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
+        largest = round_side(
+            self.largest_size(d_in, d_out), self.r_hat_multiple, self.step
+        )
         of_paper = square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple)
         r_hat = min(of_paper, largest)
         if r_hat < 1:
@@ -314,7 +320,9 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> OperatorSpec:
+    def operator_for(
+        self, layer: str, d_in: int, d_out: int, cycle: int
+    ) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         if self.grouping == ALTERNATE:
             grouping = Grouping.CONTIGUOUS if cycle % 2 else Grouping.STRIDED

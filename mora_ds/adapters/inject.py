@@ -106,7 +106,9 @@ def inject(
     module (a merge would change both) or is trained itself.
     """
     if not isinstance(model, nn.Module):
-        raise UserError(f"inject: `model` must be of the type Module, got {shown(model)}")
+        raise UserError(
+            f"inject: `model` must be of the type Module, got {shown(model)}"
+        )
     if not isinstance(config, AdapterConfig):
         raise UserError(
             f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
@@ -124,7 +126,9 @@ def inject(
         )
     _refuse_shared(model, targets)
     trained = _trained_parameters(model, config)
-    if both := [name for name, module in targets.items() if id(module.weight) in trained]:
+    if both := [
+        name for name, module in targets.items() if id(module.weight) in trained
+    ]:
         raise UserError(
             f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one"
         )
@@ -160,7 +164,9 @@ def inject(
     values = sum(
         value.numel() for layer in layers for value in layer.parameters(recurse=False)
     )
-    other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
+    other_trainable = (
+        sum(parameter.numel() for parameter in model.parameters()) - values
+    )
     return InjectionReport(
         rows=_shape_rows(specs),
         operator=config.title,
@@ -208,7 +214,9 @@ def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
         layer.spec = spec_of(config, name, layer, cycle)
 
 
-def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int) -> UpdateSpec:
+def spec_of(
+    config: AdapterConfig, name: str, module: nn.Module, cycle: int
+) -> UpdateSpec:
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
@@ -235,7 +243,9 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, layer in mora_layers(model).items()
     }
     frozen = frozen_buffers(model).items()
-    return {names.get(name, name): tensor for name, tensor in frozen if name not in scales}
+    return {
+        names.get(name, name): tensor for name, tensor in frozen if name not in scales
+    }
 
 
 def scale_names(model: nn.Module) -> set[str]:
@@ -253,7 +263,9 @@ def base_elements(model: nn.Module) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     """Elements of parameters and frozen base, each tied tensor once; without scales."""
-    return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
+    return sum(parameter.numel() for parameter in model.parameters()) + base_elements(
+        model
+    )
 
 
 def move_base(

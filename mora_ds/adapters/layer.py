@@ -78,7 +78,9 @@ class ExpertStack(nn.Module):
 
     bias = None
 
-    def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
+    def __init__(
+        self, weight: Tensor, transposed: bool, experts_per_token: int
+    ) -> None:
         """`experts_per_token`: how many compute a token; 0 where that is not known."""
         super().__init__()
         self.weight = weight
@@ -180,7 +182,9 @@ class AdaptedLinear(nn.Module):
         if scales is not None and self.is_packed:
             # No copy, as merges do not write to packed weights
             shape = self.out_features, self.in_features
-            return NF4Weight(self.weight.to(device), scales.to(device), shape, self.merged)
+            return NF4Weight(
+                self.weight.to(device), scales.to(device), shape, self.merged
+            )
         stored = self.stored_weight.to(device, copy=copy)
         if scales is None:
             return stored
@@ -280,7 +284,9 @@ class AdaptedLinear(nn.Module):
         weight = dense(self.frozen, torch.float32)
         return weight.mT if self.transposed else weight
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> AdaptedLinear:
         """Moves but does not cast scales: `module.to(bf16)` would round them, and with them
         every weight. Casts the terms of merged cycles, as it casts the matrix."""
         scales = self.weight_scales
@@ -377,7 +383,9 @@ def value_names(model: nn.Module) -> set[str]:
     """Names of the parameters of all adapters, those of domains included."""
     names = set()
     for name, layer in mora_layers(model).items():
-        names |= {f"{name}.{value}" for value, _ in layer.named_parameters(recurse=False)}
+        names |= {
+            f"{name}.{value}" for value, _ in layer.named_parameters(recurse=False)
+        }
     return names
 
 

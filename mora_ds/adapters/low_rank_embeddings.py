@@ -62,14 +62,20 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
     itself.
     """
     embedding, head = plain_tables(model, SETTING)
-    if isinstance(embedding.weight, nn.Parameter) or isinstance(head.weight, nn.Parameter):
+    if isinstance(embedding.weight, nn.Parameter) or isinstance(
+        head.weight, nn.Parameter
+    ):
         raise UserError(
             f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
         )
-    values = _first_values(embedding.weight, rank, permutation_seed(seed, "embeddings", 0))
+    values = _first_values(
+        embedding.weight, rank, permutation_seed(seed, "embeddings", 0)
+    )
     head_values = values
     if not is_tied(embedding, head):
-        head_values = _first_values(head.weight, rank, permutation_seed(seed, "head", 0))
+        head_values = _first_values(
+            head.weight, rank, permutation_seed(seed, "head", 0)
+        )
     replace(model, embedding, LowRankEmbedding(embedding, values))
     replace(model, head, LowRankHead(head, head_values))
 
@@ -77,7 +83,9 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
 def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:
     """A of zeros, B uniform within 1 / sqrt(d) of 0, as LoRA's A, on every process."""
     tokens, width = table.shape
-    wide = torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    wide = (
+        torch.rand(width, rank, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    )
     values = torch.cat([torch.zeros(tokens, rank), wide / width**0.5])
     return nn.Parameter(values.to(table.device, table.dtype))
 

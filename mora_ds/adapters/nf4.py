@@ -108,7 +108,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         # The weight of a plan has sizes alone
         numel = weight.numel()
         packed = torch.empty(-(-numel // 2), 1, dtype=torch.uint8, device="meta")
-        return packed, torch.empty(-(-numel // BLOCK), dtype=torch.float32, device="meta")
+        return packed, torch.empty(
+            -(-numel // BLOCK), dtype=torch.float32, device="meta"
+        )
     if not torch.isfinite(weight).all():
         raise RunError("a weight that is not finite cannot be held in 4 bits")
     numbers = weight.float().flatten()

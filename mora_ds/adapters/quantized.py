@@ -32,7 +32,8 @@ def quantized_bytes(model: nn.Module) -> int:
     """Bytes of the weights in 8 or 4 bits, with their scales."""
     layers = quantized_layers(model).values()
     return sum(
-        layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers
+        layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes
+        for layer in layers
     )
 
 

@@ -73,13 +73,19 @@ def _chosen(
     """In the order of the model's parameters, as a stack has no module yet."""
     parameters = model.named_parameters(remove_duplicate=False)
     order = [name.removesuffix(".weight") for name, _ in parameters]
-    return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
+    return {
+        name: known[name] for name in dict.fromkeys([*order, *known]) if name in names
+    }
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {
+        name: module for name, module in model.named_modules() if is_linear(module)
+    }
     if not linear:
-        raise UserError("the model has no nn.Linear or Conv1D layer that could be adapted")
+        raise UserError(
+            "the model has no nn.Linear or Conv1D layer that could be adapted"
+        )
     return linear
 
 

@@ -104,7 +104,9 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads
         if heads % degree or shared % degree:
-            return f"{degree} does not divide {heads} heads and {shared} key-value heads"
+            return (
+                f"{degree} does not divide {heads} heads and {shared} key-value heads"
+            )
     for name, style in wanted.items():
         d_in, d_out = linear_shape(model.get_submodule(name))
         is_colwise = style == Style.COLWISE.value
@@ -118,7 +120,9 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
 def _holders(model: nn.Module, block: str) -> list[str]:
     """Names of the modules of a block that hold weights, frozen or not."""
     frozen: set[str] = getattr(model, "_mora_frozen", set())
-    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)} | frozen
+    tensors = {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    } | frozen
     inside = sorted(name for name in tensors if name.startswith(f"{block}."))
     return list(dict.fromkeys(name.rpartition(".")[0] for name in inside))
 

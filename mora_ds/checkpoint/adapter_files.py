@@ -73,7 +73,9 @@ class DomainSquares:
 
     names: tuple[FileName, ...]
     """The domains, in the order of their matrices."""
-    operators: dict[FileName, Annotated[OperatorSpec, PlainValidator(operator_from_dict)]]
+    operators: dict[
+        FileName, Annotated[OperatorSpec, PlainValidator(operator_from_dict)]
+    ]
     """Module name -> operator of its matrices, that of cycle 0."""
 
     def to_dict(self) -> JsonObject:
@@ -182,7 +184,9 @@ def write_adapter(
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
     stored = {name: tensor.detach().float() for name, tensor in tensors.items()}
-    write_safetensors_atomic(folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)})
+    write_safetensors_atomic(
+        folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)}
+    )
     write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
 
 
@@ -254,7 +258,9 @@ class AdapterTensors:
         domains = self._adapter.domains
         assert domains is not None
         index = domains.names.index(domain)
-        return self._handle.get_slice(domains.tensor(module))[index : index + 1].squeeze(0)
+        return self._handle.get_slice(domains.tensor(module))[
+            index : index + 1
+        ].squeeze(0)
 
     def trained(self, name: str) -> Tensor:
         """Another trained tensor."""

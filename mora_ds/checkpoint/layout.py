@@ -129,7 +129,9 @@ def find_adapter(path: Path, flag: str = "") -> Path:
     if folder is None:
         text = f"{path} is neither an adapter, nor a checkpoint, nor the output folder of a run that has one"
         if (path / "adapter_config.json").is_file():
-            text += "; mora-ds convert mora reads adapters of kongds's PEFT and of axolotl"
+            text += (
+                "; mora-ds convert mora reads adapters of kongds's PEFT and of axolotl"
+            )
         raise UserError(f"{flag}: {text}" if flag else text)
     return folder
 
@@ -137,7 +139,9 @@ def find_adapter(path: Path, flag: str = "") -> Path:
 def is_full_training(folder: Path) -> bool:
     """Whether it is a checkpoint of --adapter full, without adapter and ledger."""
     try:
-        return bool(read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full")
+        return bool(
+            read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full"
+        )
     except (UserError, LookupError, TypeError):
         return False
 
@@ -219,7 +223,9 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty when it is intact. Without
     `hashes` its files need only exist, in their sizes: cheap, as none is read."""
     try:
-        return verify_manifest(folder, None if hashes else ()) or ledger_problems(folder)
+        return verify_manifest(folder, None if hashes else ()) or ledger_problems(
+            folder
+        )
     except UserError as error:
         # There is no manifest, or a damaged one
         return [str(error)]

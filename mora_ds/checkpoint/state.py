@@ -98,13 +98,17 @@ def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
 
 def check_identity(folder: Path, saved: JsonObject, now: JsonObject) -> None:
     """Raises a `UserError` that names all in which the checkpoint's run differs."""
-    there, here = (flattened(json.loads(json.dumps(identity))) for identity in (saved, now))
+    there, here = (
+        flattened(json.loads(json.dumps(identity))) for identity in (saved, now)
+    )
     differences = [
         f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in different_keys(there, here)
     ]
     if differences:
-        raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
+        raise UserError(
+            f"{folder} belongs to another run:\n  " + "\n  ".join(differences)
+        )
 
 
 _OF_TEXT = (

@@ -116,7 +116,9 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
         _agreement: has_run and has_adapter,
     }
     applying = [check for check, applies in checks.items() if applies]
-    return _verdict(folder, applying, folder / LEDGER_FOLDER, base if has_adapter else None)
+    return _verdict(
+        folder, applying, folder / LEDGER_FOLDER, base if has_adapter else None
+    )
 
 
 def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
@@ -161,7 +163,9 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
 def _is_adapter_alone(folder: Path) -> bool:
     """Whether it was made out of a checkpoint, without a run's state and shards."""
     try:
-        return (folder / ADAPTER_JSON).is_file() and STATE_FILE not in listed_files(folder)
+        return (folder / ADAPTER_JSON).is_file() and STATE_FILE not in listed_files(
+            folder
+        )
     except (UserError, RunError):
         return False
 
@@ -232,7 +236,9 @@ def _adapter(folder: Path) -> Iterator[str]:
 def _ledger(folder: Path) -> Iterator[str]:
     ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
     cycle = read_adapter(folder).cycle
-    merges = cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
+    merges = (
+        cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
+    )
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "

@@ -49,7 +49,11 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
-from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
+from mora_ds.common.tensor_files import (
+    Tensors,
+    open_safetensors,
+    write_safetensors_atomic,
+)
 from mora_ds.engine import shards, zero
 from mora_ds.engine.shards import EngineShards, Layout, RankShard
 from mora_ds.runtime.exchange import gather_to_first
@@ -148,7 +152,9 @@ class CheckpointWriter:
                 everyone = gather_to_first(share, ranks.group)
                 together(
                     "manifest",
-                    lambda: self._complete(beside, final, everyone, layout, facts, keep),
+                    lambda: self._complete(
+                        beside, final, everyone, layout, facts, keep
+                    ),
                 )
 
         return work

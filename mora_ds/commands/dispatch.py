@@ -30,7 +30,11 @@ COMMANDS = {
 }
 """Command -> what it does. Its module has its name, but for those of research."""
 
-OF_RESEARCH = {"analyze": "analyze", "evaluate-adapters": "bank", "spectrum": "spectrum"}
+OF_RESEARCH = {
+    "analyze": "analyze",
+    "evaluate-adapters": "bank",
+    "spectrum": "spectrum",
+}
 """Command -> its module in `mora_ds.research`."""
 
 PRETRAIN = "pretrain"

@@ -18,7 +18,13 @@ from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import scaled
-from mora_ds.eval.perplexity import Score, Windows, evaluate_sets, load_target, named_sets
+from mora_ds.eval.perplexity import (
+    Score,
+    Windows,
+    evaluate_sets,
+    load_target,
+    named_sets,
+)
 from mora_ds.runtime.cli import (
     check_device,
     check_writable,
@@ -46,9 +52,15 @@ def main() -> None:
     windows = Windows.of(
         target.model, options.window, options.stride, options.document_start
     )
-    print(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
-    print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
+    print(
+        f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}"
+    )
+    scores = evaluate_sets(
+        target, sets, windows, options.batch_size, options.max_documents
+    )
+    print(
+        "\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())]))
+    )
     if options.json is not None:
         content = {
             "model": str(options.model),
@@ -71,12 +83,22 @@ def check_scoring(options: argparse.Namespace) -> None:
 def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
     """The texts of --sets by their names."""
     return {
-        name: load_corpus([path], text_column=options.text_column, flag=f"--sets {name}")
+        name: load_corpus(
+            [path], text_column=options.text_column, flag=f"--sets {name}"
+        )
         for name, path in named_sets(options.sets).items()
     }
 
 
-TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
+TITLES = [
+    "set",
+    "documents",
+    "tokens",
+    "bytes",
+    "tokens/byte",
+    "perplexity",
+    "bits/byte",
+]
 
 
 def score_cells(name: str, score: Score) -> list[str]:

@@ -61,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; must be new or empty"
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write; must be new or empty",
     )
     shared_flags(parser, "--base", "--domain", "--trust_remote_code")
     parser.add_argument(
@@ -84,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         help="load the result and compare its logits with those recorded in training",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that stands at --output"
+        "--overwrite",
+        action="store_true",
+        help="replace a model that stands at --output",
     )
     parser.add_argument(
         "--push_to_hub",

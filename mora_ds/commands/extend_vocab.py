@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="files, patterns or folders of the domain's text",
     )
-    parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
+    parser.add_argument(
+        "--pieces", type=int, required=True, help="number of tokens to add"
+    )
     shared_flags(parser, "--output", "--text_column", "--trust_remote_code")
     return parser

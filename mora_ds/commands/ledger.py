@@ -43,7 +43,9 @@ def _cycles(location: LedgerLocation) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="show|combine")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="show|combine"
+    )
     show = add_action(actions, "show", "list the cycles")
     show.add_argument(
         "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"

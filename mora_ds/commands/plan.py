@@ -28,7 +28,10 @@ from mora_ds.runtime.cli import command_parser
 from mora_ds.train.dry_run import planner_of
 from mora_ds.train.setup import deepspeed_file
 
-_OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config": "--model"}
+_OF_PLANS = {
+    "__per_device_train_batch_size": "--micro_batch",
+    "__model_config": "--model",
+}
 """Flag of training, with underscores for its dashes -> the plan's own, which decides."""
 
 
@@ -42,7 +45,9 @@ def main() -> None:
     chosen = recommend(planner) if options.micro_batch is None else None
     plan = chosen or planner.plan()
     if options.json:
-        print(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
+        print(
+            json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2)
+        )
         return
     if options.micro_batch is None:
         print("recommended:" if chosen else "nothing fits; the smallest there is:")
@@ -51,9 +56,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.epilog = (
-        "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
-    )
+    parser.epilog = "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
     parser.add_argument(
         "--model", required=True, help="a folder, a Hub name, or a config.json"
     )
@@ -61,16 +64,23 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus", type=int, required=True, help="number of processes, one per GPU"
     )
     parser.add_argument(
-        "--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)"
+        "--gpu_memory",
+        type=float,
+        default=80.0,
+        help="memory of a GPU in GB (10^9 bytes)",
     )
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
+    parser.add_argument(
+        "--gpus_per_node", type=int, default=8, help="processes of a node"
+    )
     parser.add_argument(
         "--micro_batch",
         type=int,
         help="sequences per micro-batch and process; default: recommended",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON in place of the tables, in bytes"
+        "--json",
+        action="store_true",
+        help="print JSON in place of the tables, in bytes",
     )
     return parser
 
@@ -99,7 +109,9 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     """Plans of that run on the cluster that is named, in place of this machine."""
     model = arguments.model
     training = arguments.training
-    config = named_config(str(model.model_name_or_path), model.trust_remote_code, "--model")
+    config = named_config(
+        str(model.model_name_or_path), model.trust_remote_code, "--model"
+    )
     set_rope(config, model.rope, model.trust_remote_code)
     replicas = max(1, options.gpus // training.ranks_per_replica)
     settings = training.engine_settings()

@@ -23,6 +23,8 @@ def main() -> None:
         )
     validate(arguments)
     shows_progress = sys.stderr.isatty()
-    for name, cache in fill_token_cache(arguments.model, arguments.data, shows_progress):
+    for name, cache in fill_token_cache(
+        arguments.model, arguments.data, shows_progress
+    ):
         counts = f"{cache.n_documents:,} documents, {cache.n_tokens:,} tokens"
         print(f"{name}: {counts} in {cache.folder}")

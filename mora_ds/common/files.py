@@ -236,7 +236,8 @@ def copy_folder(source: Path, target: Path) -> None:
             else:
                 shutil.copyfile(path, target / relative)
                 os.utime(
-                    target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns)
+                    target / relative,
+                    ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns),
                 )
 
 
@@ -264,7 +265,9 @@ def require_place(output: Path) -> None:
         output.exists()
         parent = next(folder for folder in output.absolute().parents if folder.exists())
     except OSError as error:
-        raise UserError(f"`output` {output} cannot be made: {error.strerror}") from error
+        raise UserError(
+            f"`output` {output} cannot be made: {error.strerror}"
+        ) from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
             f"`output` {output} cannot be made: {parent} is no folder that you can write to"
@@ -377,7 +380,9 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
 
     def problem(name: str, facts: FileFacts) -> str:
         is_read = read is None or name.split("/")[0] in read
-        return file_problem(folder / name, facts.size, facts.sha256 if is_read else None)
+        return file_problem(
+            folder / name, facts.size, facts.sha256 if is_read else None
+        )
 
     listed = listed_files(folder)
     # In threads, as hashing and reading release the GIL

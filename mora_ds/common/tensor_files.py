@@ -139,7 +139,9 @@ def write_safetensors_atomic(
     metadata: Mapping[str, str],
 ) -> None:
     """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
-    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    layout = {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+    }
     with (
         atomic_path(path) as temporary,
         SafetensorsWriter(temporary, layout, metadata) as writer,

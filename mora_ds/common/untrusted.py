@@ -132,7 +132,9 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
 def file_name(text: str) -> str:
     """`text`, if it can be the name of one file or folder and be printed."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
-        raise UserError(f"{shown(text)} cannot be the name of a file, nor a part of one")
+        raise UserError(
+            f"{shown(text)} cannot be the name of a file, nor a part of one"
+        )
     if len(text.encode()) > 240:
         raise UserError(f"a name of {len(text)} characters, {shown(text)}, is too long")
     return text
@@ -191,7 +193,9 @@ def typed(hint: Any, value: Any, where: object) -> Any:
         unknown_key = "unexpected_keyword_argument"
         # An unknown key first: where it is misspelt, another one is missing
         first = min(error.errors(), key=lambda detail: detail["type"] != unknown_key)
-    steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]]
+    steps = [
+        f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]
+    ]
     entry_name = f"{where}{''.join(steps)}"
     if not entry_name.isprintable():
         entry_name = f"{where}: {shown(first['loc'])}"

@@ -102,7 +102,9 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
     leave keys of it without effect."""
     # What the recipe itself leaves without effect, `validate` refuses.
     mistakes = idle_settings(from_flat(recipe)).keys()
-    idle = idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
+    idle = (
+        idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
+    )
     effective = {name: value for name, value in recipe.items() if name not in idle}
     left_out = tuple(name for name in recipe if name in idle)
     return dataclasses.replace(from_flat({**effective, **flags}), left_out=left_out)

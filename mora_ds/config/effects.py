@@ -115,19 +115,30 @@ EFFECTS = (
         lambda run: run.training.eval_steps > 0,
         "stop_when_forgotten best_by",
     ),
-    Effect("--eval_tasks", lambda run: bool(run.training.eval_tasks), "eval_tasks_steps"),
+    Effect(
+        "--eval_tasks", lambda run: bool(run.training.eval_tasks), "eval_tasks_steps"
+    ),
 )
 
 
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no effect."""
-    has_known_adapter = arguments.adapter.adapter in [kind.value for kind in AdapterKind]
+    has_known_adapter = arguments.adapter.adapter in [
+        kind.value for kind in AdapterKind
+    ]
     if not has_known_adapter or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()
-    for group in (arguments.model, arguments.adapter, arguments.data, arguments.training):
+    for group in (
+        arguments.model,
+        arguments.adapter,
+        arguments.data,
+        arguments.training,
+    ):
         defaults = vars(type(group)())
-        changed |= {name for name, value in vars(group).items() if value != defaults[name]}
+        changed |= {
+            name for name, value in vars(group).items() if value != defaults[name]
+        }
     messages = {}
     for effect in EFFECTS:
         if not effect.present(arguments):

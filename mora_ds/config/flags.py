@@ -102,7 +102,9 @@ warmup_ratio: was removed: --warmup_steps below 1 is a share of the run
 
 REMOVED = {
     name: instead
-    for names, instead in (line.split(": ", 1) for line in _REMOVED.strip().splitlines())
+    for names, instead in (
+        line.split(": ", 1) for line in _REMOVED.strip().splitlines()
+    )
     for name in names.split(", ")
 }
 
@@ -140,7 +142,9 @@ def parse_flat(
             f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
         )
     settings = vars(parsed).items()
-    return of_recipe, {name: value for name, value in settings if value is not _NOT_GIVEN}
+    return of_recipe, {
+        name: value for name, value in settings if value is not _NOT_GIVEN
+    }
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
@@ -170,7 +174,9 @@ def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
         settings.pop(key, None)
     has_research = RESEARCH in settings
     block = settings.pop(RESEARCH, None)
-    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    hints = {
+        name: hint for group in groups for name, hint in get_type_hints(group).items()
+    }
     values = typed_values(settings, hints, path)
     if has_research:
         values[RESEARCH] = research.load("settings").read(block, path)
@@ -214,7 +220,11 @@ def _as_written(value: Any, hint: Any) -> Any:
     if get_origin(hint) is list and not isinstance(value, list):
         return [value]
     is_bool = isinstance(value, bool)
-    if float in (hint, *get_args(hint)) and isinstance(value, (int, str)) and not is_bool:
+    if (
+        float in (hint, *get_args(hint))
+        and isinstance(value, (int, str))
+        and not is_bool
+    ):
         with suppress(ValueError):
             return float(value)
     return value

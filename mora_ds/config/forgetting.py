@@ -65,7 +65,9 @@ class Watch:
         weighted value is missing."""
         if not self.weights or not self.weights.keys() <= now.keys():
             return None
-        return sum(weight * math.log(now[name]) for name, weight in self.weights.items())
+        return sum(
+            weight * math.log(now[name]) for name, weight in self.weights.items()
+        )
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
@@ -95,5 +97,7 @@ def _named(flag: str, entries: Sequence[str], bounds: Bounds) -> dict[str, float
         except ValueError:
             numbers[name] = math.nan
         if not name or not bounds.allow(numbers[name]):
-            raise UserError(f"{flag} {entry}: must be NAME:NUMBER, with a number {bounds}")
+            raise UserError(
+                f"{flag} {entry}: must be NAME:NUMBER, with a number {bounds}"
+            )
     return numbers

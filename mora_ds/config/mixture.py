@@ -75,7 +75,9 @@ def mixture_plan(data: DataArguments) -> MixturePlan:
         plan = _of_flags(data.train_files)
     else:
         flag = "--dataset_name" if data.dataset_name else "--train_files"
-        source = SourcePlan(PLAIN, tuple(data.train_files), data.dataset_name, flag=flag)
+        source = SourcePlan(
+            PLAIN, tuple(data.train_files), data.dataset_name, flag=flag
+        )
         is_plain = not (data.replay or data.streaming)
         plan = MixturePlan((source,), ((0, (1.0,)),), is_plain)
     where = data.mixture or "--train_files"
@@ -171,7 +173,9 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
 def _read(path: str) -> MixturePlan:
     """The mixture of a YAML file."""
     content = typed_values(
-        load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path
+        load_yaml(path, "--mixture"),
+        {"sources": dict, "phases": list[dict] | None},
+        path,
     )
     if not content.get("sources"):
         raise UserError(
@@ -186,7 +190,9 @@ def _read(path: str) -> MixturePlan:
     phases = [(0, tuple(weights.values()))]
     for number, entry in enumerate(content.get("phases") or []):
         where = f"phases[{number}]"
-        phase = typed_values(entry, {"from_step": int, "weights": dict}, path, f"{where}.")
+        phase = typed_values(
+            entry, {"from_step": int, "weights": dict}, path, f"{where}."
+        )
         if len(phase) < 2:
             raise UserError(f"{path}: {where} must have `from_step` and `weights`")
         step = phase["from_step"]

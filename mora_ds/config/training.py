@@ -261,7 +261,9 @@ class TrainingArguments:
         is_number = NOT_NEGATIVE.allow(self.warmup_steps)
         if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
             yield f"--warmup_steps must be whole, or a share of the run below 1, got {self.warmup_steps}"
-        is_multiple = self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
+        is_multiple = (
+            self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
+        )
         if self.eval_tasks_steps and not is_multiple:
             yield (
                 f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "

@@ -112,7 +112,9 @@ def build_cache(
     folder = cache_dir / _key(settings)
     if problem := damage(folder):
         if folder.exists():
-            log.warning(f"the token cache {folder} is damaged: {problem}; it is rebuilt")
+            log.warning(
+                f"the token cache {folder} is damaged: {problem}; it is rebuilt"
+            )
         _build(corpus, encoder, folder, settings, num_proc, progress)
     return TokenCache.open(folder)
 
@@ -163,7 +165,9 @@ def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, 
 
 def _key(settings: dict[str, Any]) -> str:
     """The name of the cache with these settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[
+        :32
+    ]
 
 
 # -- building ------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
 
 def _content_hash(cache_dir: Path, member: Member) -> str:
     stamp = json.dumps({"format": _FORMAT, **member.stamp()}, sort_keys=True)
-    entry = cache_dir / "index" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+    entry = (
+        cache_dir / "index" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+    )
     content_hash = _recall(entry)
     if content_hash is None:
         content_hash = member.content_hash()
@@ -70,4 +72,6 @@ def writable(cache_dir: Path) -> Iterator[None]:
         why = error.strerror or error
         if error.errno in DISK_FULL:
             raise RunError(f"the disk that holds {cache_dir} is full: {why}") from error
-        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {why}") from error
+        raise UserError(
+            f"--cache_dir {cache_dir} cannot be written to: {why}"
+        ) from error

@@ -16,8 +16,19 @@ from pathlib import Path
 
 from mora_ds.common.errors import UserError, nearest, reason
 from mora_ds.data.held_out import DocumentFilter
-from mora_ds.data.members import DatasetMember, FileMember, Member, StreamedDatasetMember
-from mora_ds.data.readers import START, Document, check_column, file_kind, has_known_suffix
+from mora_ds.data.members import (
+    DatasetMember,
+    FileMember,
+    Member,
+    StreamedDatasetMember,
+)
+from mora_ds.data.readers import (
+    START,
+    Document,
+    check_column,
+    file_kind,
+    has_known_suffix,
+)
 
 SPLIT = "train"
 """The split of a data set that is read."""
@@ -83,7 +94,9 @@ def load_corpus(
         flag = "--dataset_name"
     with _naming(flag):
         if dataset_name is None:
-            members = [_file_member(path, text_column) for path in resolve_files(patterns)]
+            members = [
+                _file_member(path, text_column) for path in resolve_files(patterns)
+            ]
         else:
             members = [_dataset_member(dataset_name, text_column, streaming)]
     corpus = Corpus(tuple(members), text_column, flag)
@@ -131,7 +144,9 @@ def _expand(path: Path) -> list[Path]:
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        inside = (
+            Path(folder) / name for name in sorted(names) if not name.startswith(".")
+        )
         files += [file for file in inside if has_known_suffix(file)]
     return files
 

@@ -92,8 +92,12 @@ def write_demo_corpus(
     ):
         for side, most in (("train", limit), ("eval", eval_bytes)):
             is_eval = side == "eval"
-            chosen = [document for document in documents if document.held_out == is_eval]
-            sizes[f"{name}_{side}"] = _write(folder / f"{name}_{side}.jsonl", chosen, most)
+            chosen = [
+                document for document in documents if document.held_out == is_eval
+            ]
+            sizes[f"{name}_{side}"] = _write(
+                folder / f"{name}_{side}.jsonl", chosen, most
+            )
     return sizes
 
 
@@ -113,9 +117,7 @@ def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 total += size
     if not total:
-        problem = (
-            "the demo needs the sources of the standard library, which this Python lacks"
-        )
+        problem = "the demo needs the sources of the standard library, which this Python lacks"
         raise UserError(f"{problem}: --train_files")
     return total
 
@@ -153,7 +155,9 @@ def _modules() -> tuple[_Module, ...]:
         if text.strip():
             name = ".".join(path.relative_to(root).with_suffix("").parts)
             name = name.removesuffix(".__init__")
-            modules.append(_Module(name, text, tuple(filter(_is_prose, _docstrings(tree)))))
+            modules.append(
+                _Module(name, text, tuple(filter(_is_prose, _docstrings(tree))))
+            )
     return tuple(modules)
 
 
@@ -183,7 +187,11 @@ def _docstrings(tree: ast.Module) -> list[str]:
 def _is_prose(text: str) -> bool:
     """Whether a docstring is long enough, mostly letters, and no doctest session."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
-    return len(text) >= _SHORTEST_PROSE and letters >= 0.8 * len(text) and ">>>" not in text
+    return (
+        len(text) >= _SHORTEST_PROSE
+        and letters >= 0.8 * len(text)
+        and ">>>" not in text
+    )
 
 
 def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocument]:
@@ -210,7 +218,9 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
 
 def _paragraphs(text: str) -> list[str]:
     normalised = map(_normalised, text.split("\n\n"))
-    return [paragraph for paragraph in normalised if len(paragraph) >= _SHORTEST_PARAGRAPH]
+    return [
+        paragraph for paragraph in normalised if len(paragraph) >= _SHORTEST_PARAGRAPH
+    ]
 
 
 def _normalised(paragraph: str) -> str:

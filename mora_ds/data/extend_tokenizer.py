@@ -66,7 +66,10 @@ def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str], wanted: int, folder: Path
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Sequence[str],
+    wanted: int,
+    folder: Path,
 ) -> Extension:
     """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which must
     exist. Raises `UserError`, which names --pieces, where the candidates are too few, and
@@ -111,7 +114,9 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
     return tokenizer
 
 
-def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str | None]:
+def _speller(
+    content: dict[str, Any], backend: Tokenizer
+) -> Callable[[str], str | None]:
     """A function from SentencePiece's spelling of a token to the vocabulary's; None for
     white space, and for what the tokenizer never treats as one word."""
 
@@ -123,7 +128,9 @@ def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str
         words = backend.pre_tokenizer.pre_tokenize_str(text) if text.strip() else []
         return words[0][0] if len(words) == 1 else None
 
-    return byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else unchanged
+    return (
+        byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else unchanged
+    )
 
 
 def _grow(

@@ -37,7 +37,9 @@ class DocumentFilter:
         passes = True
         for document in documents:
             if document.begins:  # its hash decides for all of its chunks
-                is_held_out = document_hash(document.text) < self.held_out_share * 2.0**64
+                is_held_out = (
+                    document_hash(document.text) < self.held_out_share * 2.0**64
+                )
                 passes = is_held_out == self.takes_held_out
             if passes:
                 yield document

@@ -69,7 +69,9 @@ class SampleSchedule:
             while end is None or first < end:
                 weights = [
                     weight if cap is None or count < cap else 0.0
-                    for weight, cap, count in zip(phase_weights, caps, before, strict=True)
+                    for weight, cap, count in zip(
+                        phase_weights, caps, before, strict=True
+                    )
                 ]
                 if not any(weights):
                     return first
@@ -114,7 +116,9 @@ class _Segment:
     def sample_after(self, source: int, count: int) -> int:
         """The sample after the one with which `source` has given `count` samples."""
         order, _ = _period(self.weights)
-        periods, number = divmod(count - int(self.before[source]) - 1, self.weights[source])
+        periods, number = divmod(
+            count - int(self.before[source]) - 1, self.weights[source]
+        )
         index = int(np.flatnonzero(order == source)[number])
         return self.first + periods * len(order) + index + 1
 
@@ -135,7 +139,9 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     rounded = [max(int(weight), 1) if weight else 0 for weight in scaled]
     while (missing := LONGEST_PERIOD - sum(rounded)) != 0:
         sign = 1 if missing > 0 else -1
-        able = [k for k, count in enumerate(rounded) if count > (0 if missing > 0 else 1)]
+        able = [
+            k for k, count in enumerate(rounded) if count > (0 if missing > 0 else 1)
+        ]
         rounded[max(able, key=lambda k: sign * (scaled[k] - rounded[k]))] += sign
     return tuple(rounded)
 
@@ -206,7 +212,9 @@ class Mixture:
         }
         self.identity: dict[str, Any] = {
             "mixture": {
-                "sources": {name: source.content_id for name, source in sources.items()},
+                "sources": {
+                    name: source.content_id for name, source in sources.items()
+                },
                 "weights": weights_from,
                 "epochs": dict(zip(sources, epochs, strict=True)),
             }
@@ -243,7 +251,9 @@ class Mixture:
 
     def check_batch_size(self) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
-        sequences = self.n_blocks if self.schedule.limit is None else self.schedule.limit
+        sequences = (
+            self.n_blocks if self.schedule.limit is None else self.schedule.limit
+        )
         if sequences < self.rows_per_step and not self._streams:
             raise UserError(
                 f"the training text is shorter than one batch: it makes {sequences} sequences of --seq_len "
@@ -262,7 +272,9 @@ class Mixture:
         while self._streams and self._next_step <= step:
             self._draw()
         samples = self._samples(step)[rows]
-        return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
+        return stack(
+            [self._drawn.get(sample) or self.sample(sample) for sample in samples]
+        )
 
     def states_at(self, step: int) -> dict[str, Any] | None:
         """What a run with streams needs that goes on with batch `step`, which is the last

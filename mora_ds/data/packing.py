@@ -128,7 +128,9 @@ class PackedDataset:
 
 def stack(rows: Sequence[Block]) -> dict[str, Any]:
     """A batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
-    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+    batch = {
+        key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]
+    }
     return {**batch, "documents": Documents.of(batch["position_ids"])}
 
 

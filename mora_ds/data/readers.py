@@ -95,7 +95,8 @@ JSON = "json"
 PARQUET = "parquet"
 _KINDS = {
     **dict.fromkeys(
-        (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"), TEXT
+        (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"),
+        TEXT,
     ),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), JSON),
     ".parquet": PARQUET,
@@ -134,7 +135,9 @@ def _inner_suffix(path: Path) -> str:
     return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
 
 
-def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+def read_file(
+    path: Path, text_column: str, mark: Mark
+) -> Iterator[tuple[Document, Mark]]:
     """The documents of a file after `mark`, each with the position after it (for a chunk:
     before its document).
 
@@ -175,7 +178,9 @@ def text_field(row: Any, text_column: str, source: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{field} holds half a surrogate pair, at {error.start}") from None
+        raise UserError(
+            f"{field} holds half a surrogate pair, at {error.start}"
+        ) from None
     return text
 
 
@@ -265,7 +270,9 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
 _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
 
 
-def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+def _read_json(
+    path: Path, text_column: str, mark: Mark
+) -> Iterator[tuple[Document, Mark]]:
     """The records of JSON lines, without blank lines. A byte order mark may come first."""
     offset = mark.offset
     is_empty = mark == START
@@ -284,7 +291,10 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docum
                 is_empty = False
                 where = f"{path}, line {number}"
                 row = _parse(where, line.rstrip(b"\r\n"))
-                yield Document(text_field(row, text_column, where)), Mark(number, offset)
+                yield (
+                    Document(text_field(row, text_column, where)),
+                    Mark(number, offset),
+                )
     if is_empty:
         raise UserError(f"{path} is empty: it holds no JSON record")
 

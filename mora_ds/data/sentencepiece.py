@@ -65,7 +65,9 @@ def vocabulary_by_score(
     return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
 
 
-def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) -> bytes:
+def _trained(
+    texts: Iterable[str], vocab_size: int, flag: str, **settings: Any
+) -> bytes:
     """The trained model. Nothing is normalised (indentation, tabs and line ends are tokens
     like any other), and characters that are not in the vocabulary fall back to bytes, so
     decoding gives back every text."""
@@ -149,7 +151,9 @@ def _bpe_model(proto: Any) -> models.BPE:
     """A BPE model with the same merges: SentencePiece joins the two neighbours whose union
     scores best, however the union is split. Only normal tokens merge."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    scores = {
+        piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL
+    }
     return models.BPE(
         vocab=ids,
         merges=generate_merges({token: ids[token] for token in scores}, scores),

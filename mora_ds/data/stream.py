@@ -62,7 +62,9 @@ class DocumentStream:
     """Documents that are shuffled together; 0 keeps the order of the files."""
     seed: int | str = 0
 
-    def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
+    def epoch(
+        self, position: StreamPosition
+    ) -> Iterator[tuple[Document, StreamPosition]]:
         """The documents from `position` to the end of its epoch, each with its position.
         Empty ones are left out. Raises `UserError` for a record that is no document,
         `RunError` for a member that cannot be read any more."""

@@ -100,7 +100,9 @@ def load_tokenizer(
         raise UserError(f"{flag}: the folder {path} holds no tokenizer ({files})")
     name = str(path if path.is_dir() else name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
         # Some of its settings are first read when it encodes.
         tokenizer("a")
         return tokenizer
@@ -111,7 +113,9 @@ def load_tokenizer(
         ) from error
 
 
-def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedTokenizerBase:
+def load_as_of_model(
+    folder: Path, model_type: str, flag: str
+) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder` as transformers loads it beside a model of that type."""
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")

@@ -33,7 +33,10 @@ def ordered_map(
         yield from map(work, items)
         return
     pool = ProcessPoolExecutor(
-        num_proc, mp_context=get_context("spawn"), initializer=_install, initargs=(work,)
+        num_proc,
+        mp_context=get_context("spawn"),
+        initializer=_install,
+        initargs=(work,),
     )
     waiting: deque[Future[Result]] = deque()
     try:

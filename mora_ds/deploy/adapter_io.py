@@ -56,7 +56,9 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
             shutil.copyfile(source / name, folder / name)
         adapter.ledger.copy_to(folder / LEDGER_FOLDER)
         complete(folder, source, adapter.reference.absolute(source))
-    contents = f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
+    contents = (
+        f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
+    )
     return [f"wrote {output}: {contents}"]
 
 
@@ -96,7 +98,9 @@ def load_adapter(
     opened = Adapter.open(folder)
     facts = opened.file
     dtype = compute_dtype(facts.dtype)
-    chosen = None if domain is None else chosen_domain(facts.domains, domain, "`domain`")
+    chosen = (
+        None if domain is None else chosen_domain(facts.domains, domain, "`domain`")
+    )
     config = facts.config
     if any(pattern.startswith("re:") for pattern in config.target_modules):
         # The layers are known: no regular expression is tried, which might run for years.
@@ -117,7 +121,9 @@ def load_adapter(
     tensors = dict(opened.tensors.items())
     parameters = dict(model.named_parameters())
     shapes_there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    shapes_here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes_here = {
+        name: tuple(parameter.shape) for name, parameter in parameters.items()
+    }
     for name in different_keys(shapes_there, shapes_here):
         raise UserError(
             f"{folder} does not fit this model: the shape of {name} is {shapes_there.get(name)} there, "

@@ -133,7 +133,9 @@ def combine_adapters(
             ledger.append(term.step, term.layers, values)
         with (
             atomic_path(folder / ADAPTER_TENSORS) as partial_file,
-            SafetensorsWriter(partial_file, layout, {"step": str(combined.step)}) as writer,
+            SafetensorsWriter(
+                partial_file, layout, {"step": str(combined.step)}
+            ) as writer,
         ):
             for module, entry in combined.layers.items():
                 writer.write(entry.square, live.value(module))
@@ -189,7 +191,9 @@ class _Term:
     def value(self, module: str) -> Tensor:
         """The sum in fp32. Raises `RunError` where it is not finite."""
         times = self.layers[module].operator.scaled
-        summands = (times(value(module).double(), weight) for weight, value in self.values)
+        summands = (
+            times(value(module).double(), weight) for weight, value in self.values
+        )
         return _rounded_sum(summands, module)
 
 

@@ -192,14 +192,18 @@ def export_merged(
             changes = run.reference.config_changes
             write_companions(run.target, folder, written, tokenizer, changes)
             if verify and written is not None:
-                rounding = _rounding(run) if adapter.config.base_bits in (8, 4) else None
+                rounding = (
+                    _rounding(run) if adapter.config.base_bits in (8, 4) else None
+                )
                 probe = run.folder / PROBE_FILE
                 logits = logits_name(run.domain)
                 comparison = compare_logits(
                     folder, probe, written, logits, rounding, trust_remote_code
                 )
             described = replace(adapter, facts={**facts, **adapter.facts})
-            card = model_card(measured, described, run.reference, written_text, comparison)
+            card = model_card(
+                measured, described, run.reference, written_text, comparison
+            )
             (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
@@ -223,8 +227,12 @@ def open_run(
     """Open the base of an adapter, and the model in the folder `onto`, which gets the
     update. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
-    base = adapter.reference.open_base(adapter.folder, base_folder, flag="`base_folder`")
-    target = base if onto is None else open_target(onto, adapter, base, trust_remote_code)
+    base = adapter.reference.open_base(
+        adapter.folder, base_folder, flag="`base_folder`"
+    )
+    target = (
+        base if onto is None else open_target(onto, adapter, base, trust_remote_code)
+    )
     run = OpenedRun(**vars(adapter), base=base, domain=domain, target=target)
     _check_layers(run)
     return run
@@ -260,7 +268,9 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
         side in (None, real) for side, real in zip(shape, actual, strict=True)
     )
     if not fits:
-        raise UserError(f"{name} has shape {shape} in the checkpoint, {actual} in the base")
+        raise UserError(
+            f"{name} has shape {shape} in the checkpoint, {actual} in the base"
+        )
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
@@ -270,7 +280,9 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
     if read[0] in output.resolve().parents:
-        raise UserError(f"`output` {output} lies in the checkpoint; give another folder")
+        raise UserError(
+            f"`output` {output} lies in the checkpoint; give another folder"
+        )
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -297,7 +309,9 @@ def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
     On another model than the base, a trained tensor is not replaced: the difference from
     the base's is added in fp32. Rows of tokens that only the target has stay as they are.
     """
-    trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
+    trained = {
+        run.reference.keys[stands_for(name)]: name for name in run.file.trainables
+    }
     stored: dict[str, StoredWeight] = {}
     for entry in run.file.layers.values():
         stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
@@ -341,7 +355,9 @@ def load_onto(
     """The model that `export_merged` with `onto` writes of the adapter in the folder
     `checkpoint`, in memory: on the CPU, in evaluation mode. `dtype` "auto": that of the
     folder `onto`. Raises `UserError` as `export_merged` does."""
-    run = open_run(Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code)
+    run = open_run(
+        Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code
+    )
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     changes = run.reference.config_changes
     folder = run.target.folder

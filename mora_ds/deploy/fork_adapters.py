@@ -101,7 +101,12 @@ def convert_fork(
     )
     dtype = dtype_name(base.shape_dtype(keys[next(iter(layers.values())).weight])[1])
     adapter = AdapterFile(
-        layers, adapter_config, dtype, cycle=0, step=0, facts={"converted from": str(path)}
+        layers,
+        adapter_config,
+        dtype,
+        cycle=0,
+        step=0,
+        facts={"converted from": str(path)},
     )
     with atomic_folder(output.absolute()) as partial:
         Ledger.create(partial / LEDGER_FOLDER, base.fingerprint())

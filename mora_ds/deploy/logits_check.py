@@ -65,7 +65,10 @@ def compare_logits(
 
     tokens, live, recorded = read_probe(probe, name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
     )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -99,14 +102,24 @@ def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.
         raise UserError(f"{path} holds no {min(missing)}")
     live = handle.get_tensor(name).float()
     tokens = handle.get_tensor("input_ids")
-    if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
+    if (
+        tokens.dim() != 2
+        or tokens.dtype != torch.int64
+        or live.shape[:-1] != tokens.shape
+    ):
         raise UserError(
             f"{path} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}"
         )
-    return tokens, live, compute_dtype((handle.metadata() or {}).get("dtype", "float32"))
+    return (
+        tokens,
+        live,
+        compute_dtype((handle.metadata() or {}).get("dtype", "float32")),
+    )
 
 
-def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int) -> Comparison:
+def _compare(
+    live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int
+) -> Comparison:
     difference = logits - live
     if dtype is torch.float32:
         largest = difference.abs().max().item()

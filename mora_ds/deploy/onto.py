@@ -34,7 +34,10 @@ def exported_keys(base: BaseCheckpoint, reference: BaseReference) -> Iterator[st
 
 
 def open_target(
-    folder: Path, adapter: Adapter, base: BaseCheckpoint, trust_remote_code: bool = False
+    folder: Path,
+    adapter: Adapter,
+    base: BaseCheckpoint,
+    trust_remote_code: bool = False,
 ) -> BaseCheckpoint:
     """The model in `folder`, which is to get the update of `adapter`, of the base `base`.
     Raises `UserError` naming what does not fit, and where it is the base itself."""

@@ -90,9 +90,7 @@ def export_peft(
         lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
         if changes := run.reference.config_changes:
-            text += (
-                f" The run changed the base's config: load it with {json.dumps(changes)}."
-            )
+            text += f" The run changed the base's config: load it with {json.dumps(changes)}."
         content = [text, "", "```", *lines, "```"]
         readme = card("peft", "lora, mora", "LoRA adapter", content)
         (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -149,7 +147,9 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     return down.float(), up.float(), max(0.0, lost)
 
 
-def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str, float]:
+def _write_tensors(
+    run: OpenedRun, plans: list[_Plan], folder: Path
+) -> dict[str, float]:
     """Write the weights' file, one layer in memory at a time. Returns the share that each
     layer lacks."""
     saved = dict(_saved(run))
@@ -160,7 +160,9 @@ def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str
         shapes[f"{module}.lora_A.weight"] = (plan.rank, operator.d_in)
         shapes[f"{module}.lora_B.weight"] = (operator.d_out, plan.rank)
     lost: dict[str, float] = {}
-    layout = {f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()}
+    layout = {
+        f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()
+    }
     with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {}) as writer:
         for plan in plans:
             module = plan.entry.module
@@ -213,7 +215,9 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
 
 def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[str]:
     ranks = sorted({plan.rank for plan in plans})
-    lines = [f"ranks {', '.join(map(str, ranks))}; servers need to allow rank {ranks[-1]}"]
+    lines = [
+        f"ranks {', '.join(map(str, ranks))}; servers need to allow rank {ranks[-1]}"
+    ]
     if all(share <= _NOTICEABLE for share in lost.values()):
         lines.append("exact: the factors are the complete update")
     else:

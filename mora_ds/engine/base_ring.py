@@ -90,7 +90,8 @@ class BaseRing:
         self.buffers = min(BUFFERS, len(weights))
         size = max(stored_bytes(tensors.values()) for tensors in weights.values())
         self.slots = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.buffers)
+            torch.empty(size, dtype=torch.uint8, device=device)
+            for _ in range(self.buffers)
         ]
         self.copied = 0
         """Bytes copied so far."""
@@ -111,7 +112,9 @@ class BaseRing:
         """The layer whose forward is running, once for each of its modules that is."""
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
-        copies.pin(tensor for tensors in weights.values() for tensor in tensors.values())
+        copies.pin(
+            tensor for tensors in weights.values() for tensor in tensors.values()
+        )
         for module, index in self._index.items():
             module.register_forward_pre_hook(partial(self._enter, index))
             module.register_forward_hook(self._leave, always_call=True)
@@ -193,7 +196,9 @@ class BaseRing:
         # Hooks that are there already are those of checkpointing, which saves no tensor of
         # the layer
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(
+                self._pack, self._unpack
+            )
             self._hooks.__enter__()
 
     def _leave(self, *_: Any) -> None:

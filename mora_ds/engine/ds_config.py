@@ -128,7 +128,9 @@ def _read(path: Path) -> DsConfig:
     except ValueError as error:
         raise UserError(f"{path}: no valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+        raise UserError(
+            f"{path} must hold a JSON object, not a {type(config).__name__}"
+        )
     return config
 
 
@@ -233,7 +235,9 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
     return filled
 
 
-def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> str:
+def avoid_slices(
+    ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int
+) -> str:
     """Choose the collectives of ZeRO for `ranks` ranks, in place; what was chosen, and what
     it costs, or "". What the config says itself stays.
     """
@@ -367,13 +371,13 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
 # -- values --------------------------------------------------------------------------------
 
 
-def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) -> list[str]:
+def _match_flags(
+    config: DsConfig, settings: EngineSettings, world_size: int
+) -> list[str]:
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
-    formula = (
-        f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
-    )
+    formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
     betas = list(settings.betas)
     flags = {
         "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", micro),
@@ -383,7 +387,9 @@ def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) ->
         "optimizer.params.eps": ("--adam_epsilon", settings.epsilon),
         "optimizer.params.weight_decay": ("--weight_decay", settings.weight_decay),
     }
-    wanted = [(path, value, f"{flag} = {value}") for path, (flag, value) in flags.items()]
+    wanted = [
+        (path, value, f"{flag} = {value}") for path, (flag, value) in flags.items()
+    ]
     return fill(config, *wanted, ("train_batch_size", rows, formula))
 
 

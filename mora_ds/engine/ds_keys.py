@@ -43,7 +43,9 @@ SECTIONS: dict[str, frozenset[str]] = {
     "zero_optimization.offload_optimizer": _fields(DeepSpeedZeroOffloadOptimizerConfig),
     "bf16": _fields(DeepSpeedBF16Config),
     "fp16": _fields(DeepSpeedFP16Config),
-    "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "data_types": _words(
+        "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"
+    ),
     "optimizer": _words("type params legacy_fusion"),
     "optimizer.params": _words(
         """

@@ -84,7 +84,9 @@ def optimizer_problems(config: DsConfig) -> list[str]:
             f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
         ]
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
-    problems += [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
+    problems += [
+        f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)
+    ]
     if params.get("fused") and params.get("foreach"):
         problems.append(
             "optimizer.params.fused and foreach are two ways to the same step: take one"

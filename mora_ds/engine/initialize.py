@@ -166,7 +166,9 @@ def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
     """Full training by AdamW, as a control: every parameter is trained under plain
     DeepSpeed, sharded like any model."""
     parameters = list(model.parameters())
-    settings = complete_ds_config(config, [parameter.numel() for parameter in parameters])
+    settings = complete_ds_config(
+        config, [parameter.numel() for parameter in parameters]
+    )
     start_distributed()
     model.to(current_device(), getattr(torch, compute_dtype(settings)))
     return _deepspeed_engine(model=model, config=settings, model_parameters=parameters)
@@ -253,11 +255,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def check_base_equal(tensors: Iterable[Tensor]) -> None:
     """Raises `RunError` where the base differs between processes. Collective."""
     facts = [
-        (tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors
+        (tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor))
+        for tensor in tensors
     ]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     digests = Ranks.current().gather("the frozen base of every rank", digest)
-    if different := [rank for rank, of_rank in enumerate(digests) if of_rank != digests[0]]:
+    if different := [
+        rank for rank, of_rank in enumerate(digests) if of_rank != digests[0]
+    ]:
         raise RunError(
             f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
             "Do all nodes read the same files at --model_name_or_path?"
@@ -283,6 +288,8 @@ def _share_cores() -> None:
     """
     if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return
-    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    local_ranks = (
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    )
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // int(local_ranks)))

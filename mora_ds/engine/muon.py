@@ -91,7 +91,9 @@ class Columns(int):
     """D, the columns of A, in the place where DeepSpeed has an attention's heads."""
 
 
-def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -> Tensor:
+def _orthogonalise_factors(
+    update: Tensor, d_in: int, steps: int, method: str
+) -> Tensor:
     """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T] (r, D
     + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that Muon has
     for tall ones."""
@@ -107,7 +109,8 @@ def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -
     }
     factors = (update[:, :d_in], update[:, d_in:].mT)
     down, up = (
-        kernels[method](factor, steps) * original_muon._aspect_ratio_scale(*factor.shape)
+        kernels[method](factor, steps)
+        * original_muon._aspect_ratio_scale(*factor.shape)
         for factor in factors
     )
     return torch.cat([down, up.mT], dim=1)
@@ -185,7 +188,9 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any
     ) -> list[Tensor]:
         group = param_group_idx
-        flatten_these = partial(flatten, tensors, *args, param_group_idx=group, **kwargs)
+        flatten_these = partial(
+            flatten, tensors, *args, param_group_idx=group, **kwargs
+        )
         if not (tensors and optimizer._is_muon_group(tensors)):
             return flatten_these()
         postponed[group] = (list(optimizer.all_grad_tensors[group]), flatten_these)

@@ -45,8 +45,19 @@ from torch import Tensor
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
 from mora_ds.common.nested import different_keys
-from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
-from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
+from mora_ds.common.tensor_files import (
+    Tensors,
+    open_safetensors,
+    write_safetensors_atomic,
+)
+from mora_ds.common.untrusted import (
+    MAX_SIDE,
+    FileName,
+    Processes,
+    plain_json,
+    shown,
+    typed,
+)
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.parallel.topology import share_of
@@ -128,7 +139,14 @@ class RankShard(NamedTuple):
         its learning rates among them."""
         number_of = {name: number for number, name in enumerate(layout.shapes)}
         rows = [
-            (number_of[extent.name], extent.start, extent.numel, rank, flat, extent.offset)
+            (
+                number_of[extent.name],
+                extent.start,
+                extent.numel,
+                rank,
+                flat,
+                extent.offset,
+            )
             for flat, extents in enumerate(flats)
             for extent in extents
         ]
@@ -218,7 +236,9 @@ class EngineShards:
         assert first is not None, "every parameter has an extent"
         return first
 
-    def read(self, name: str, key: str, start: int = 0, numel: int | None = None) -> Tensor:
+    def read(
+        self, name: str, key: str, start: int = 0, numel: int | None = None
+    ) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU,
         assembled from all shards. Raises `UserError` where the shards do not hold them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
@@ -368,7 +388,9 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
             parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_first)
         else:
             shape = (share.r_hat, share.r_hat)
-            parameters[id(parameter)] = _Parameter(name, shape, share.start * share.r_hat)
+            parameters[id(parameter)] = _Parameter(
+                name, shape, share.start * share.r_hat
+            )
     return parameters
 
 
@@ -397,7 +419,9 @@ def _layout(engine: zero.Engine) -> Layout:
         optimizer=type(engine.basic_optimizer).__name__,
         groups=groups,
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
-        scaler={name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
+        scaler={
+            name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)
+        },
     )
 
 
@@ -442,7 +466,9 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
     moments = value.new_zeros(flat.master.numel())
     for whole, span in zip(flat.state_spans, flat.spans, strict=True):
         first = whole.offset + span.start
-        moments[span.offset : span.offset + span.numel] = value[first : first + span.numel]
+        moments[span.offset : span.offset + span.numel] = value[
+            first : first + span.numel
+        ]
     return moments
 
 
@@ -469,7 +495,9 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     groups = engine.basic_optimizer.param_groups
     for flat in view.flats():
         is_fused = groups[flat.group].get("fused")
-        _restore_flat(flat, parameters, shards, flat.master.device if is_fused else "cpu")
+        _restore_flat(
+            flat, parameters, shards, flat.master.device if is_fused else "cpu"
+        )
     view.write_copies()
     with malformed(shards.folder / INDEX_FILE):
         for name in COUNTERS:
@@ -527,7 +555,9 @@ def _restore_flat(
             of_group = list(shards.layout.groups[flat.group])
             sources = [Extent(of_group[0], 0, 0, 0)]
     first = sources[0]
-    states = [shards.state(extent.name, extent.start, extent.numel) for extent in sources]
+    states = [
+        shards.state(extent.name, extent.start, extent.numel) for extent in sources
+    ]
     keys, counts = states[0]
     for extent, state in zip(sources, states, strict=True):
         if state != states[0]:
@@ -543,6 +573,8 @@ def _restore_flat(
             dtype = shards.read(first.name, key, first.start, 0).dtype
             moments = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_extents != extents:
-                moments = moments.new_zeros(sum(extent.numel for extent in state_extents))
+                moments = moments.new_zeros(
+                    sum(extent.numel for extent in state_extents)
+                )
             flat.state[key] = moments
         fill(flat.state[key], key, state_extents)

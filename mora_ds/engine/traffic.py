@@ -44,7 +44,9 @@ class CollectiveCounter:
     @property
     def gathered_bytes(self) -> int:
         return sum(
-            nbytes for kind, nbytes in self.bytes.items() if kind.startswith("all_gather")
+            nbytes
+            for kind, nbytes in self.bytes.items()
+            if kind.startswith("all_gather")
         )
 
     @contextmanager

@@ -109,12 +109,16 @@ def reset_group(engine: Engine, group: int) -> None:
     view.write_copies()
 
 
-def set_learning_rate(engine: Engine, learning_rate: float, factor: float = 1.0) -> None:
+def set_learning_rate(
+    engine: Engine, learning_rate: float, factor: float = 1.0
+) -> None:
     """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the
     MoRA matrices, and `factor` times it for the other trained parameters. With Muon,
     DeepSpeed marks the groups by the key `use_muon`."""
     for index, group in enumerate(engine.optimizer.param_groups):
-        group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else factor)
+        group["lr"] = learning_rate * (
+            1.0 if group.get("use_muon", index == 0) else factor
+        )
 
 
 def gradient_norm(engine: Engine) -> float:
@@ -236,7 +240,9 @@ class Stage3View(OptimizerView):
         for flat in self.flats():
             for span in flat.spans:
                 shard = span.parameter.ds_tensor.data.view(-1)
-                shard[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
+                shard[: span.numel].copy_(
+                    flat.master.narrow(0, span.offset, span.numel)
+                )
         # Gathers the persistent parameters again
         self.optimizer.checkpoint_event_epilogue()
 
@@ -328,5 +334,7 @@ _VIEWS: dict[type, type[OptimizerView]] = {
 
 def view_of(engine: DeepSpeedEngine) -> OptimizerView:
     """The view of an engine's optimizer."""
-    views = (view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))
+    views = (
+        view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind)
+    )
     return next(views)(engine)

@@ -104,7 +104,11 @@ class Windows:
 
     @classmethod
     def of(
-        cls, model: Any, window: int | None, stride: int | None, document_start: str = AUTO
+        cls,
+        model: Any,
+        window: int | None,
+        stride: int | None,
+        document_start: str = AUTO,
     ) -> Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of
         that. Raises `UserError` for a window that is longer than that number, and for a
@@ -153,7 +157,9 @@ def load_target(
     folder = adapter_folder(path)
     if folder is not None and onto is not None:
         model = load_onto(folder, onto, base, dtype, domain, trust_remote_code)
-        tokenizer = load_tokenizer(onto, trust_remote_code=trust_remote_code, flag="--onto")
+        tokenizer = load_tokenizer(
+            onto, trust_remote_code=trust_remote_code, flag="--onto"
+        )
         return Target(prefer_documents(model.to(device)), tokenizer)
     if folder is not None:
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
@@ -164,7 +170,9 @@ def load_target(
         )
     for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
         if value is not None:
-            raise UserError(f"{flag} belongs to a checkpoint, {path} is a complete model")
+            raise UserError(
+                f"{flag} belongs to a checkpoint, {path} is a complete model"
+            )
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
@@ -242,7 +250,9 @@ def _windows(
                 return
             seen = [start]
             score.documents += 1
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         score.tokens += len(ids)
         score.text_bytes += len(document.text.encode())
         sequence = [*seen, *ids]

@@ -95,7 +95,9 @@ class MoRATrainer(_Base):
             raise UserError("MoRATrainer needs TrainingArguments, with deepspeed=...")
         check_options(args, kwargs)
         if isinstance(model, (str, Path)):
-            model = load_model(model, **(getattr(args, "model_init_kwargs", None) or {}))
+            model = load_model(
+                model, **(getattr(args, "model_init_kwargs", None) or {})
+            )
         self.mora = mora
         named = getattr(getattr(model, "config", None), "_name_or_path", None)
         self._base_name = str(base or named or "")
@@ -166,7 +168,9 @@ class MoRATrainer(_Base):
             overwrite=True,
             keys=keys,
             identity={"seed": self.args.seed},
-            facts={MERGE_EVERY: sum(callback.merge_every for callback in self._merging)},
+            facts={
+                MERGE_EVERY: sum(callback.merge_every for callback in self._merging)
+            },
         )
         if earlier is not None:
             self.run.remora.form_base()
@@ -249,7 +253,9 @@ class MoRATrainer(_Base):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(
+                commit_message="Model save", revision=self.args.hub_revision
+            )
 
     def _write_merged(self, folder: Path) -> None:
         run = self._open_run
@@ -288,4 +294,6 @@ class MoRATrainer(_Base):
     @property
     def _merging(self) -> list[MoRACallback]:
         callbacks = self.callback_handler.callbacks
-        return [callback for callback in callbacks if isinstance(callback, MoRACallback)]
+        return [
+            callback for callback in callbacks if isinstance(callback, MoRACallback)
+        ]

@@ -81,21 +81,27 @@ def prefer_documents(model: Any) -> Any:
     return model
 
 
-def model_inputs(model: Callable[..., object], batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    model: Callable[..., object], batch: Mapping[str, Any]
+) -> dict[str, Any]:
     """The keyword arguments of a forward pass of `model` (or of its engine) over a batch.
 
     `document_attention` finds the documents in the positions where the batch does not name
     them; FlashAttention does not where there is more than one row, and raises KeyError
     here.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    inputs = {
+        name: batch[name] for name in ("input_ids", "position_ids") if name in batch
+    }
     inputs["use_cache"] = False
     owner: Any = getattr(model, "module", model)
     if not attends_by_documents(owner):
         return inputs
     if is_flash(attention_of(owner)):
         return {**inputs, **_flash_arguments(batch["documents"])}
-    return {**inputs, "documents": batch["documents"]} if "documents" in batch else inputs
+    return (
+        {**inputs, "documents": batch["documents"]} if "documents" in batch else inputs
+    )
 
 
 def _flash_arguments(documents: Documents) -> dict[str, Any]:

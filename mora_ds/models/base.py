@@ -35,7 +35,12 @@ from mora_ds.common.tensor_files import (
     tensor_nbytes,
 )
 from mora_ds.common.untrusted import FileName, entry, expanded
-from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
+from mora_ds.models.stored_names import (
+    is_stack,
+    members_of,
+    renamed_keys,
+    stacked_files,
+)
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -160,12 +165,16 @@ class BaseCheckpoint:
             shape, dtype = self.shape_dtype(key)
             stack = torch.empty(shape, dtype=dtype)
             for index, rows_of_expert in enumerate(self.members(key)):
-                torch.cat([self.read(name) for name in rows_of_expert], out=stack[index])
+                torch.cat(
+                    [self.read(name) for name in rows_of_expert], out=stack[index]
+                )
             return stack
         try:
             return self._handle(key).get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{self._file_of[key]}: cannot read {key!r}: {error}") from error
+            raise RunError(
+                f"{self._file_of[key]}: cannot read {key!r}: {error}"
+            ) from error
 
     def members(self, key: str) -> list[list[str]]:
         """The keys of the files' tensors that a stack consists of: for each expert those
@@ -216,7 +225,9 @@ class BaseCheckpoint:
                 slices = balanced(sizes, ranks.world)
                 of_ranks = ranks(lambda rank: self._lines(slices[rank]), len(slices))
                 lines = [line for of_rank in of_ranks for line in of_rank]
-            self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+            self._fingerprint = hashlib.sha256(
+                "".join(sorted(lines)).encode()
+            ).hexdigest()
         return self._fingerprint
 
     def _lines(self, keys: Iterable[str]) -> list[str]:
@@ -248,7 +259,9 @@ class BaseCheckpoint:
         prefix = f"{base_model_prefix}."
 
         def key_of(name: str) -> str | None:
-            alias = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            alias = (
+                name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            )
             return keys.get(name, keys.get(alias))
 
         mapping: dict[str, str] = {}
@@ -282,7 +295,9 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
             raise NotOneToOne(
                 f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"
             )
-        raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise UserError(
+            f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+        )
     weight_map = entry(read_json(index), "weight_map", dict[str, FileName], index)
     if not weight_map:
         raise UserError(f"{index} is damaged: its weight_map is empty")
@@ -392,7 +407,9 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
     """Compares tensors of one dtype as bits: NaN equals itself, and 0 not -0."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        one.itemsize
+    ]
     return torch.equal(one.view(words), another.view(words))
 
 

@@ -66,7 +66,9 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
     owners: dict[str, str] = {}
     for layer in layers:
         owners.update({name: layer for name in frozen if name.startswith(f"{layer}.")})
-    uses = Counter((id(tensor), owners.get(name, "")) for name, tensor in frozen.items())
+    uses = Counter(
+        (id(tensor), owners.get(name, "")) for name, tensor in frozen.items()
+    )
     users = Counter(tensor for tensor, _ in uses)
     weights: dict[str, dict[str, Tensor]] = {}
     for name, layer in owners.items():
@@ -94,7 +96,9 @@ def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
     for tensor in tensors:
         if id(tensor) not in starts:
             starts[id(tensor)] = size + within_line(tensor)
-            size += -(-(extent(tensor) * tensor.itemsize + LINE) // _ALIGNMENT) * _ALIGNMENT
+            size += (
+                -(-(extent(tensor) * tensor.itemsize + LINE) // _ALIGNMENT) * _ALIGNMENT
+            )
     return starts, size
 
 

@@ -112,7 +112,11 @@ def _mask(
     **arguments: Any,
 ) -> Tensor | None:
     """Transformers' mask interface: none, but for padding, a cache or other rules."""
-    if attention_mask is None and q_length == kv_length and not arguments.get("use_vmap"):
+    if (
+        attention_mask is None
+        and q_length == kv_length
+        and not arguments.get("use_vmap")
+    ):
         return None
     return sdpa_mask(
         q_length=q_length,
@@ -234,7 +238,9 @@ def _by_documents(
     documents = [tensor.split(lengths) for tensor in tensors]
     outs: dict[int, Tensor] = {}
     for members in by_size.values():
-        query, key, value = (_stacked([split[i] for i in members]) for split in documents)
+        query, key, value = (
+            _stacked([split[i] for i in members]) for split in documents
+        )
         out = _rows(query, key, value, window, scores).transpose(1, 2)
         for member, row in zip(members, out, strict=True):
             outs[member] = row[: lengths[member]]
@@ -272,7 +278,9 @@ def _rows(
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        seen = partial(_seen, begin - first, end - begin, end - first, window, query.device)
+        seen = partial(
+            _seen, begin - first, end - begin, end - first, window, query.device
+        )
         queries = query[:, :, begin:end]
         keys = key[:, :, first:end]
         outs.append(attend(scores, queries, keys, value[:, :, first:end], seen))
@@ -343,7 +351,9 @@ def _scored(
     return out
 
 
-def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -> Tensor:
+def _weigh(
+    how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen
+) -> Tensor:
     """Queries that share a key-value head lie one after the other: no key is repeated."""
     shared = key.shape[1]
     count = query.shape[2]
@@ -365,7 +375,9 @@ def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen) -
         sinks = how.sinks.to(scores.dtype).view(shared, groups, 1, 1)
         scores = torch.cat([scores, sinks.expand(*scores.shape[:4], 1)], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
-    weights = F.dropout(weights if how.sinks is None else weights[..., :-1], how.dropout)
+    weights = F.dropout(
+        weights if how.sinks is None else weights[..., :-1], how.dropout
+    )
     return (weights.flatten(2, 3) @ value).unflatten(2, (groups, count)).flatten(1, 2)
 
 

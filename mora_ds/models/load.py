@@ -203,10 +203,17 @@ def folder_config(
 def _with_sizes(config: Any, where: str) -> Any:
     """`config`, or `UserError`, after `where`, for a size that no model has."""
     text = config.get_text_config()
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         size = getattr(text, name, 1)
         if not isinstance(size, int) or size < 1:
-            raise UserError(f"{where}: {name} must be a whole number above 0, got {size!r}")
+            raise UserError(
+                f"{where}: {name} must be a whole number above 0, got {size!r}"
+            )
     if getattr(text, "num_hidden_layers", 1) > MAX_LAYERS:
         raise UserError(
             f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {text.num_hidden_layers:,}"
@@ -218,7 +225,9 @@ MAX_LAYERS = 2048
 """Most layers of a model: each takes milliseconds to make, even without weights."""
 
 
-def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
+def named_config(
+    name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG
+) -> Any:
     """The config of a model folder, a Hub name or a config JSON, without any weights.
     Raises `UserError` naming `flag`."""
     path = expanded(name, flag)

@@ -143,10 +143,14 @@ class ChunkedHead:
             losses_of: Callable[..., Tensor] = self._losses_of
             if torch.is_grad_enabled() and is_trained:
                 losses_of = partial(checkpoint, self._losses_of, use_reentrant=False)
-            losses = torch.cat([losses_of(*chunk) for chunk in self._chunks(flat, labels)])
+            losses = torch.cat(
+                [losses_of(*chunk) for chunk in self._chunks(flat, labels)]
+            )
         return losses.view(*hidden.shape[:-1], 1)
 
-    def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(
+        self, hidden: Tensor, labels: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         count = self.chunk_tokens
         return zip(hidden.split(count), labels.split(count), strict=True)
 
@@ -155,7 +159,9 @@ class ChunkedHead:
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
 
     @torch.enable_grad()
-    def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_gradient(
+        self, hidden: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
         hidden = hidden.detach().requires_grad_()
         logits = self._logits(hidden)
@@ -232,7 +238,9 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     if not isinstance(head, nn.Module):
-        raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
+        raise UserError(
+            f"{FLAG}: this model names no output head ({type(model).__name__})"
+        )
     tensors = (*head.parameters(), *head.buffers())
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     numbers = CHUNK_NUMBERS if on_cpu else GPU_CHUNK_NUMBERS

@@ -50,7 +50,9 @@ class NodeBase:
         those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
         sizes = {
-            name: layers[name].weight.numel() for name in layers if self._is_shared(name)
+            name: layers[name].weight.numel()
+            for name in layers
+            if self._is_shared(name)
         }
         written_here = set(self._owned(sizes))
         return [
@@ -110,14 +112,18 @@ class NodeBase:
 
     def copy(self, frozen: Mapping[str, Tensor]) -> None:
         """Copy this process's part of the buffers into the memory of the node."""
-        for name in self._owned({name: slot.nbytes for name, slot in self.slots.items()}):
+        for name in self._owned(
+            {name: slot.nbytes for name, slot in self.slots.items()}
+        ):
             self.slots[name].copy_(frozen[name])
 
     def _owned(self, sizes: Mapping[str, int]) -> list[str]:
         """The names that this process writes: about an equal part of the sum of sizes."""
         if self.ranks is None:
             return list(sizes)
-        mine = set(balanced(sizes, len(self.members))[self.members.index(self.ranks.rank)])
+        mine = set(
+            balanced(sizes, len(self.members))[self.members.index(self.ranks.rank)]
+        )
         return [name for name in sizes if name in mine]
 
 
@@ -148,7 +154,9 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
         return
     base = _NODE_BASES[model] = _shared(frozen, ranks)
     ranks.agree(
-        "copy of the base to the memory of the node", partial(base.copy, frozen), long=True
+        "copy of the base to the memory of the node",
+        partial(base.copy, frozen),
+        long=True,
     )
     put_frozen(model, base.slots)
     del frozen
@@ -166,7 +174,9 @@ def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     )
     storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
-        logger.warning("warning: each process has a frozen base of its own: %s", problem)
+        logger.warning(
+            "warning: each process has a frozen base of its own: %s", problem
+        )
     meets = any(ranks.gather("processes that share a base", storage is not None))
     if storage is None:
         return NodeBase(ranks if meets else None, (ranks.rank,))

@@ -63,8 +63,12 @@ def check_used(model: Any, rope_type: str) -> None:
         raise UserError(
             f"{FLAG}: a {text.model_type} model cannot have these: {reason(error)}"
         ) from error
-    if rope_type not in [getattr(module, "rope_type", None) for module in model.modules()]:
-        raise UserError(f"{FLAG}: a {text.model_type} model ignores rope_type {rope_type}")
+    if rope_type not in [
+        getattr(module, "rope_type", None) for module in model.modules()
+    ]:
+        raise UserError(
+            f"{FLAG}: a {text.model_type} model ignores rope_type {rope_type}"
+        )
 
 
 def longest_row(config: Any) -> int | None:

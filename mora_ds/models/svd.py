@@ -33,7 +33,9 @@ def leading_vectors(matrix: Tensor, count: int, name: str) -> tuple[Tensor, Tens
         with torch.random.fork_rng(devices, device_type=matrix.device.type):
             digest = hashlib.sha256(name.encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:4], "little"))
-            left, _, right = torch.svd_lowrank(matrix.float(), wanted, niter=_ITERATIONS)
+            left, _, right = torch.svd_lowrank(
+                matrix.float(), wanted, niter=_ITERATIONS
+            )
     left = left[:, :count].T
     right = right[:, :count].T
     largest = right.abs().argmax(dim=1, keepdim=True)

@@ -44,7 +44,9 @@ def tensor_parallel_problems(
     """
     if degree < 2:
         return
-    drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
+    drops = [
+        f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0
+    ]
     limits = [
         (adapter != "mora", f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1"),
         (domains, " splits one MoRA matrix a layer, not those of research.domain_adapters"),
@@ -72,5 +74,9 @@ def sequence_parallel_problems(
     """One message for each setting that sequence parallelism does not go with."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
-    if size > 1 and attention not in (None, "auto") and "flash_attention" not in attention:
+    if (
+        size > 1
+        and attention not in (None, "auto")
+        and "flash_attention" not in attention
+    ):
         yield f"{SEQUENCE}: --attn_implementation {attention} reads masks, which are not split over ranks: leave it out"

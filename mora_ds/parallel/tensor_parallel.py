@@ -73,7 +73,9 @@ def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
     process's. The processes compute the latter alike, but not to the bit where a device's
     kernels add in any order (attention's backward on GPUs), and parameters that have
     drifted apart stay apart."""
-    summed = {id(p) for name in plan.summed for p in model.get_submodule(name).parameters()}
+    summed = {
+        id(p) for name in plan.summed for p in model.get_submodule(name).parameters()
+    }
     for parameter in model.parameters():
         if parameter.requires_grad and share_of(parameter) is None:
             agree = topology.sum_ if id(parameter) in summed else topology.first_
@@ -142,10 +144,14 @@ class LayerSplit:
         if self.style is Style.WHOLE:
             y = F.linear(x, layer.stored_weight, layer.bias)
             return y + self._unsplit_update(layer.spec, square_shard, x)
-        weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
+        weight, bias = _slices(
+            self.topology, self.style, layer.stored_weight, layer.bias
+        )
         products = WindowProducts(self._window(layer.spec), self)
         y = linear_by(products, x, weight, bias, square_shard, path)
-        return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
+        return (
+            y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
+        )
 
     def shard(self, matrix: Tensor) -> Tensor:
         """This process's share of M (r_hat, r_hat)."""

@@ -68,7 +68,9 @@ class Topology:
 
     def first_(self, tensor: Tensor) -> Tensor:
         """The tensor of the group's first process, in place."""
-        comm.broadcast(tensor, src=comm.get_global_rank(self.group, 0), group=self.group)
+        comm.broadcast(
+            tensor, src=comm.get_global_rank(self.group, 0), group=self.group
+        )
         return tensor
 
     def gather(self, shard: Tensor, size: int) -> Tensor:
@@ -124,7 +126,9 @@ def share_of(parameter: Tensor) -> Share | None:
 def _padded(tensor: Tensor, length: int) -> Tensor:
     if len(tensor) == length:
         return tensor.contiguous()
-    return torch.cat((tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])))
+    return torch.cat(
+        (tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:]))
+    )
 
 
 # -- collectives with a gradient -----------------------------------------------------------

@@ -125,7 +125,9 @@ class SequenceParallel:
         split = dict(batch)
         for name, rows in batch.items():
             if isinstance(rows, Tensor):
-                split[name] = rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous()
+                split[name] = rows.unflatten(1, (self.size, -1))[
+                    :, self.rank
+                ].contiguous()
         return split
 
     def attend(

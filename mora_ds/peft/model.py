@@ -99,7 +99,9 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         for name in names:
             total = total + sign * self.get_delta_weight(name)
         if check and not total.isfinite().all():
-            raise UserError(f"merging {', '.join(names)} gives a weight that is not finite")
+            raise UserError(
+                f"merging {', '.join(names)} gives a weight that is not finite"
+            )
         weight.copy_(total)
 
 
@@ -112,7 +114,9 @@ class MoraModel(BaseTuner):
     """Empty: `target_modules` has a default that suits every architecture."""
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(
+        self, *arguments: Any, **kwargs: Any
+    ) -> Iterator[None]:
         """Entered by PEFT around `forward` and `generate`, which never see `adapter_names`,
         an adapter for each row."""
         if kwargs.get("adapter_names") is not None:

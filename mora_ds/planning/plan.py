@@ -90,7 +90,9 @@ class Plan:
         if self.trained.stage < 3:
             # What DeepSpeed calls so all-reduces whole buckets, unless each slice goes to its
             # owner alone (stage_1_and_2.py, `average_tensor`)
-            scatters = scatters and not zero.get("use_multi_rank_bucket_allreduce", True)
+            scatters = scatters and not zero.get(
+                "use_multi_rank_bucket_allreduce", True
+            )
         # An all-reduce also gathers what it has reduced
         reductions = 1 if scatters else 2
         volume = self.gathered + reductions * self.reduced

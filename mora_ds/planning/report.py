@@ -89,7 +89,11 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("gradients", memory.gradients, ""),
         ("gradient bucket", memory.bucket, ""),
         ("= static memory", memory.static, ""),
-        ("+ forward and backward", memory.forward_backward, f"{activations}; {gathered}"),
+        (
+            "+ forward and backward",
+            memory.forward_backward,
+            f"{activations}; {gathered}",
+        ),
         ("+ or: optimizer's step", memory.optimizer_step, ""),
         ("+ or: a merge", memory.merge, ""),
         ("+ or: a save", memory.save, collected),
@@ -102,7 +106,9 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         kinds = "its matrices, unsharded, and index tables"
         rows.append(("each merge adds", plan.a_merge_adds, kinds))
     if plan.copied:
-        rows.append(("copied from host memory", plan.copied, "the base, a step and GPU"))
+        rows.append(
+            ("copied from host memory", plan.copied, "the base, a step and GPU")
+        )
     return rows
 
 

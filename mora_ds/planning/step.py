@@ -163,11 +163,16 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
         for parameter in model.parameters()
     ]
-    merged = [value for layer in mora_layers(model).values() for _, value in layer.merged]
+    merged = [
+        value for layer in mora_layers(model).values() for _, value in layer.merged
+    ]
     rows = [tensor for tensor in batch.values() if isinstance(tensor, Tensor)]
     known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
-        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention():
+        with (
+            MemoryMeter(known, answer=not work.document_mask) as meter,
+            fused_attention(),
+        ):
             # The first pass makes the tables; the peak is that of the second one alone.
             with torch.no_grad():
                 token_nll(model, batch)

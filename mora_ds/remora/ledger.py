@@ -96,7 +96,9 @@ def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]
 def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
     """Inverse of `layers_to_dict`. Raises `UserError`."""
     entries = typed(dict[FileName, Any], values, "layers")
-    return {name: LayerEntry.from_dict(name, content) for name, content in entries.items()}
+    return {
+        name: LayerEntry.from_dict(name, content) for name, content in entries.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -286,13 +288,19 @@ class Ledger:
             path = self.folder / record.file
             problem = file_problem(path, record.size, record.sha256 if hashes else None)
             if problem:
-                raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
+                raise UserError(
+                    f"the ledger is damaged at cycle {record.cycle}: {problem}"
+                )
             handle = self._handle(record.cycle)
             layers = self.layers(record.cycle)
             agree_on_layers(known, layers, path)
-            shapes = {layer.square: layer.operator.value_shape for layer in layers.values()}
+            shapes = {
+                layer.square: layer.operator.value_shape for layer in layers.values()
+            }
             if set(handle.keys()) != shapes.keys():
-                raise UserError(f"{path} does not hold the matrices that its header lists")
+                raise UserError(
+                    f"{path} does not hold the matrices that its header lists"
+                )
             for name, shape in shapes.items():
                 if shape_dtype(handle, name) != (shape, torch.float32):
                     raise UserError(f"{path}: {name} is not fp32 {shape}")
@@ -317,7 +325,9 @@ class Ledger:
 
     def _handle(self, cycle: int) -> Any:
         if cycle not in self._handles:
-            self._handles[cycle] = open_safetensors(self.folder / self._records[cycle].file)
+            self._handles[cycle] = open_safetensors(
+                self.folder / self._records[cycle].file
+            )
         return self._handles[cycle]
 
     def _write(self, records: Sequence[CycleRecord]) -> None:

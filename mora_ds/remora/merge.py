@@ -151,7 +151,9 @@ class ReMoRA:
                 recorded[name] = square.cpu()
             yield name, square
 
-    def _form(self, squares: Iterable[tuple[str, Tensor | None]]) -> dict[str, MergeNorms]:
+    def _form(
+        self, squares: Iterable[tuple[str, Tensor | None]]
+    ) -> dict[str, MergeNorms]:
         """Form every live weight anew, each once on a node whose processes share it, from
         its original, the ledger and the M that `squares` has for it, if any. Returns
         {module name: norms} of the M that this process has added."""
@@ -192,7 +194,9 @@ class ReMoRA:
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
-    def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
+    def _check_probe(
+        self, step: int, before: float | None, after: float | None
+    ) -> None:
         if before is None or after is None:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))

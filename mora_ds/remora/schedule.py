@@ -133,7 +133,9 @@ class Schedule:
             ScheduleKind.CONSTANT: 1.0,
             ScheduleKind.LINEAR: 1.0 - progress,
             ScheduleKind.COSINE: 0.5 * (1.0 + math.cos(math.pi * progress)),
-            ScheduleKind.WARMUP_STABLE_DECAY: min(1.0, (1.0 - progress) / self.decay_ratio),
+            ScheduleKind.WARMUP_STABLE_DECAY: min(
+                1.0, (1.0 - progress) / self.decay_ratio
+            ),
         }[self.kind]
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * height)
 
@@ -160,5 +162,7 @@ class Schedule:
     def merges_left(self, done: int) -> list[int]:
         """The steps after which merges follow in a run that has `done` steps."""
         return [
-            step for step in range(done + 1, self.total_steps) if self.merges_after(step)
+            step
+            for step in range(done + 1, self.total_steps)
+            if self.merges_after(step)
         ]

@@ -70,4 +70,7 @@ def weight_shape(entry: LayerEntry) -> tuple[int, ...]:
     """The shape that the layer's weight has in the base: (d_out, d_in), reversed where it
     is stored transposed, and the number of experts before it."""
     sides = (entry.operator.d_out, entry.operator.d_in)
-    return (*entry.operator.value_shape[:-2], *(sides[::-1] if entry.transposed else sides))
+    return (
+        *entry.operator.value_shape[:-2],
+        *(sides[::-1] if entry.transposed else sides),
+    )

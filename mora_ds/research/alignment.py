@@ -115,7 +115,9 @@ class Alignment:
         self._shares: dict[str, Tensor] = {}
         self._recording = False
         for name, layer in layers.items():
-            layer.register_forward_hook(partial(self._after_forward, name, leading[name]))
+            layer.register_forward_hook(
+                partial(self._after_forward, name, leading[name])
+            )
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -52,7 +52,9 @@ def main() -> None:
             "--trainable_budget and --write belong together: a plan is made under a budget, and written"
         )
     base = BaseCheckpoint.open(options.model, "MODEL")
-    keys, parameters = layers_of(base, options.target_modules, options.trust_remote_code)
+    keys, parameters = layers_of(
+        base, options.target_modules, options.trust_remote_code
+    )
     budget = None
     if options.write is not None:
         budget = parse_budget(options.trainable_budget, parameters)
@@ -69,7 +71,10 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a Hugging Face folder with safetensors",
     )
     parser.add_argument(
         "--target_modules",

@@ -134,7 +134,9 @@ class AdapterBank:
         common = dtypes.pop() if len(dtypes) == 1 else "float32"
         chosen = compute_dtype(common if dtype == "auto" else dtype)
         model = load_model(opened.folder, chosen, None, trust_remote_code, "MODEL")
-        return cls(model.requires_grad_(False).eval().to(device), adapters, chosen, cache)
+        return cls(
+            model.requires_grad_(False).eval().to(device), adapters, chosen, cache
+        )
 
     @contextmanager
     def use(self, adapters: Adapters) -> Iterator[None]:
@@ -262,7 +264,9 @@ def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
         }
         for what, holds in unserved.items():
             if holds:
-                raise UserError(f"it has {what}: evaluate it alone, with mora-ds evaluate")
+                raise UserError(
+                    f"it has {what}: evaluate it alone, with mora-ds evaluate"
+                )
     except UserError as error:
         raise UserError(f"adapter {name!r} cannot be used: {error}") from error
     return adapter
@@ -283,7 +287,9 @@ def main() -> None:
         options.device,
         options.trust_remote_code,
     )
-    windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
+    windows = Windows.of(
+        bank.model, options.window, options.stride, options.document_start
+    )
     sizes = {"window": windows.window, "stride": windows.stride}
     print(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
@@ -308,7 +314,9 @@ def main() -> None:
         rows += [
             [name, *score_cells(set_name, score)] for set_name, score in scores.items()
         ]
-        results[name] = {set_name: score.to_dict() for set_name, score in scores.items()}
+        results[name] = {
+            set_name: score.to_dict() for set_name, score in scores.items()
+        }
     print("\n".join(table(rows)))
     if options.json is not None:
         write_json_atomic(options.json, {**sizes, "adapters": results})
@@ -320,7 +328,10 @@ def _parser() -> argparse.ArgumentParser:
         "model", type=Path, metavar="MODEL", help="the base of all adapters"
     )
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="a folder of adapters, checkpoints or runs"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder of adapters, checkpoints or runs",
     )
     scoring_flags(parser)
     return parser

@@ -83,7 +83,9 @@ class ResearchHooks(Hooks):
     def identity(self) -> dict[str, Any]:
         if not self.settings.alignment_weight:
             return {}
-        return {"alignment": [self.settings.alignment_weight, self.settings.alignment_rank]}
+        return {
+            "alignment": [self.settings.alignment_weight, self.settings.alignment_rank]
+        }
 
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)

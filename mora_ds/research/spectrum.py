@@ -130,7 +130,9 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
     layer in memory at a time. Raises `UserError` when it matches no layer (`--layers`)."""
     ledger = location.open()
     adapter = live_adapter(location)
-    merged = [module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)]
+    merged = [
+        module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)
+    ]
     known = list(dict.fromkeys([*merged, *(adapter.layers if adapter else ())]))
     if not known:
         raise UserError(
@@ -142,7 +144,9 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
             f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}"
         )
     for module in modules:
-        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
+        cycles = [
+            cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)
+        ]
         origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
         updates = list(ledger.squares_of(module))
         if adapter is not None and module in adapter.layers:

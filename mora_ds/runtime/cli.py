@@ -56,7 +56,9 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     # DeepSpeed calls the one, this program the other, on every rank: the user cannot change
     # that
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
-        warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", f"`{deprecated}` is deprecated", FutureWarning
+        )
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     set_up_logging()
     if sys.__stderr__ is not None:
@@ -80,7 +82,13 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
             print(stopped, file=sys.stderr)
         leave(EXIT_STOPPED)
     except SystemExit as left:
-        leave(left.code if isinstance(left.code, int) else EXIT_FAILURE if left.code else 0)
+        leave(
+            left.code
+            if isinstance(left.code, int)
+            else EXIT_FAILURE
+            if left.code
+            else 0
+        )
     leave(0)
 
 
@@ -147,8 +155,15 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "help": "of a run with domain adapters: the domain, or 'shared' for none",
     },
     "--json": {"type": Path, "metavar": "FILE", "help": "write all figures there too"},
-    "--output": {"type": Path, "required": True, "help": "folder to write; must be new"},
-    "--text_column": {"default": "text", "help": "column or JSON key that holds the text"},
+    "--output": {
+        "type": Path,
+        "required": True,
+        "help": "folder to write; must be new",
+    },
+    "--text_column": {
+        "default": "text",
+        "help": "column or JSON key that holds the text",
+    },
     "--trust_remote_code": {
         "action": "store_true",
         "help": "run code that comes with the model",

@@ -33,7 +33,9 @@ def set_up_logging(level: str = LogLevel.INFO.value) -> None:
     `level` is debug. A name that is no `LogLevel` counts as info: `validate` reports it
     together with the other mistakes. Call it again to change the level.
     """
-    threshold = getattr(logging, level.upper()) if level in list(LogLevel) else logging.INFO
+    threshold = (
+        getattr(logging, level.upper()) if level in list(LogLevel) else logging.INFO
+    )
     if rank() != 0 and threshold != logging.DEBUG:
         threshold = max(threshold, logging.WARNING)
     logger = logging.getLogger(LOGGER)

@@ -80,7 +80,9 @@ class Ranks:
         minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
         seconds = cls._last_timeout_s or 60 * minutes
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
+        return cls(
+            dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds
+        )
 
     def separate(self) -> Ranks:
         """The same ranks in another group, for a thread beside the main one."""
@@ -103,7 +105,9 @@ class Ranks:
         """The `value` of every rank, in the order of ranks."""
         return self._meet(check, value, gathers=True)
 
-    def agree(self, check: str, work: Callable[[], Result], long: bool = False) -> Result:
+    def agree(
+        self, check: str, work: Callable[[], Result], long: bool = False
+    ) -> Result:
         """Call `work` on every rank and return this one's result, or fail on all."""
         result: Result | None = None
         error: Exception | None = None
@@ -147,7 +151,9 @@ class Ranks:
             for rank, rank_values in enumerate(everyone):
                 holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
-                values_at = [f"{value} on {_named(at)}" for value, at in holders.items()]
+                values_at = [
+                    f"{value} on {_named(at)}" for value, at in holders.items()
+                ]
                 lines.append(f"\n  {name}: {'; '.join(values_at)}")
         if lines:
             raise UserError(
@@ -200,13 +206,17 @@ class Ranks:
             if error is not None:
                 raise error
             return [value]
-        is_well = self._arrive(check, error, gathers, _LONG_S if long else self.timeout_s)
+        is_well = self._arrive(
+            check, error, gathers, _LONG_S if long else self.timeout_s
+        )
         if is_well is None or (is_well and not gathers):
             return []
         sent = error
         if error is not None and not _is_expected(error):
             sent = RunError(f"{type(error).__name__}: {error}")
-        outcomes: list[_Outcome] = gather_to_all(_Outcome(check, value, sent), self.group)
+        outcomes: list[_Outcome] = gather_to_all(
+            _Outcome(check, value, sent), self.group
+        )
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
             return [outcome.value for outcome in outcomes]
@@ -296,7 +306,9 @@ def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
         ranks_at.setdefault(str(outcome.check), []).append(rank)
     if len(ranks_at) == 1:
         return None
-    where = "; ".join(f"{_named(ranks)} at {check!r}" for check, ranks in ranks_at.items())
+    where = "; ".join(
+        f"{_named(ranks)} at {check!r}" for check, ranks in ranks_at.items()
+    )
     return UserError(
         f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?"
     )

@@ -76,7 +76,9 @@ def prepare_base(
 
         def create() -> None:
             if start.checkpoint is None or not (base_folder / "config.json").exists():
-                create_base(config_file, base_folder, training.seed, tokenizer, vocabulary)
+                create_base(
+                    config_file, base_folder, training.seed, tokenizer, vocabulary
+                )
 
         start.ranks.on_first("creation of the base", create, long=True)
         folder = base_folder
@@ -117,7 +119,9 @@ def settle_base_device(
     if device is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         device = BaseDevice.DEVICE
     if device is BaseDevice.AUTO:
-        device = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
+        device = ranks.on_first(
+            "where the base is", lambda: _by_plan(planner), long=True
+        )
     if device is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", layer_bytes, long=True)
         ranks.agree(
@@ -151,7 +155,9 @@ def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
     # A plan is advice: a model that cannot be planned may well run.
     except Exception as error:
         why = reason(error)
-        logger.warning(f"--base_device auto: device, as this run cannot be planned: {why}")
+        logger.warning(
+            f"--base_device auto: device, as this run cannot be planned: {why}"
+        )
         return BaseDevice.DEVICE
     logger.info("--base_device auto: host, as the run does not fit otherwise")
     return BaseDevice.HOST

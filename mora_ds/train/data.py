@@ -12,7 +12,13 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
+from mora_ds.config.mixture import (
+    HELD_OUT,
+    PLAIN,
+    MixturePlan,
+    SourcePlan,
+    mixture_plan,
+)
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
     AUTO,
@@ -94,7 +100,9 @@ def load_data(
     facts = {
         "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
         "training text": train.identity,
-        "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
+        "evaluation sets": [
+            (name, dataset.content_id) for name, dataset in packed.items()
+        ],
     }
     ranks.same("tokenizer and text", facts)
     return RunData(tokenizer, train, packed)
@@ -118,7 +126,9 @@ def fill_token_cache(
     corpora, evaluation = _text(data, plan)
     tokenizer = load_named_tokenizer(model, model.model_name_or_path)
     corpora = {
-        source.name: corpora[source.name] for source in plan.sources if not source.streaming
+        source.name: corpora[source.name]
+        for source in plan.sources
+        if not source.streaming
     }
     return [
         (name, _cached(corpus, tokenizer, data, progress))
@@ -206,7 +216,9 @@ class _Tokenization:
             self.cache(corpus), self.data.seq_len, seed, self.data.document_mask
         )
 
-    def stream(self, source: SourcePlan, corpus: Corpus, seed: int | str) -> StreamSource:
+    def stream(
+        self, source: SourcePlan, corpus: Corpus, seed: int | str
+    ) -> StreamSource:
         """A training source that is tokenized while training."""
         data = self.data
         encoder = Encoder.of(self.tokenizer, data.document_start)
@@ -242,11 +254,15 @@ def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
     if plan.is_plain:
         return
     for index, source in enumerate(mixture.sources):
-        phases = [f"{weights[index]:g} from step {step}" for step, weights in plan.phases]
+        phases = [
+            f"{weights[index]:g} from step {step}" for step, weights in plan.phases
+        ]
         size = "a stream"
         if source.n_blocks is not None:
             size = f"{source.n_blocks:,} sequences an epoch"
-        logger.info(f"source {mixture.names[index]}: weight {', '.join(phases)}; {size}")
+        logger.info(
+            f"source {mixture.names[index]}: weight {', '.join(phases)}; {size}"
+        )
 
 
 def _cached(

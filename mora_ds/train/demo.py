@@ -21,7 +21,12 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
+from mora_ds.data import (
+    load_corpus,
+    load_tokenizer,
+    train_sentencepiece,
+    write_demo_corpus,
+)
 from mora_ds.models.load import create_base
 from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain
@@ -95,7 +100,9 @@ def run_demo(arguments: Arguments) -> None:
     sharded = None
     try:
         ranks.on_first(
-            "files of the demo", lambda: _prepare(job.training, folder, paths), long=True
+            "files of the demo",
+            lambda: _prepare(job.training, folder, paths),
+            long=True,
         )
         if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
             replicas = ranks.world // training.sequence_parallel_size
@@ -162,7 +169,9 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
     """Reserve the folder, and write corpora, tokenizer and untrained model, which a resumed
     run has already."""
     resumes = training.resume_from_checkpoint is not None
-    reserve(folder).prepare(training.overwrite_output_dir, resumes, training.export_merged)
+    reserve(folder).prepare(
+        training.overwrite_output_dir, resumes, training.export_merged
+    )
     logger.info(
         "No --model_name_or_path and no --train_files: running the demo.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"
@@ -180,12 +189,16 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
     """Write corpora, a tokenizer and an untrained model of this config into a new folder."""
     write_demo_corpus(paths.corpus, PROSE_BYTES, CODE_BYTES, EVAL_BYTES)
     corpus = load_corpus([*paths.train_files("general"), *paths.train_files("domain")])
-    folder = train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER)
+    folder = train_sentencepiece(
+        corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER
+    )
     tokenizer = load_tokenizer(folder)
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
-def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
+def _continue_arguments(
+    arguments: Arguments, paths: DemoPaths, world: int
+) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user gave.
     Raises `UserError`."""
     user_settings = {

@@ -109,7 +109,9 @@ def planner_of(
         by_documents=implementation_of(model, config) == NAME,
         trust_remote_code=model.trust_remote_code,
     )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    local = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
+    )
     cluster = Cluster(world, local, device.memory_bytes())
     micro_batches = training.gradient_accumulation_steps
     return Planner(work, cluster, ds_config, micro_batches, device.is_cpu())

@@ -35,7 +35,9 @@ class Evaluator:
             batch_size = training.per_device_eval_batch_size
             self.tasks = TaskSuite(training.eval_tasks, replica, tokenizer, batch_size)
 
-    def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def evaluate(
+        self, before_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective;
         `before_batch` is called too."""
         step = self.state.step
@@ -43,7 +45,9 @@ class Evaluator:
         for name, data in self.sets.items():
             batches = self._batches(data, before_batch)
             nll = self.replica.mean_nll(batches, self.hooks.domain_of(name))
-            require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
+            require_finite(
+                nll, f"the loss on {name!r} is {nll} after step {step}", step
+            )
             perplexities[name] = perplexity(nll)
         tasks = self.tasks if self._tasks_are_due else None
         if tasks is not None:
@@ -103,7 +107,9 @@ class Evaluator:
         index = self.replica.index
         count = self.replica.count
         limit = self.training.max_eval_batches or sys.maxsize
-        batches = data.eval_batches(index, count, self.training.per_device_eval_batch_size)
+        batches = data.eval_batches(
+            index, count, self.training.per_device_eval_batch_size
+        )
         for round_, batch in enumerate(batches):
             if round_ * count >= limit:
                 break

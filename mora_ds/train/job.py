@@ -210,7 +210,9 @@ class Job:
         """The share of its GPUs' peak that so many tokens a second use, if that is known."""
         if self._peak_flops is None:
             return None
-        return tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
+        return (
+            tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
+        )
 
     def _count_flops(self) -> None:
         """Count and log the model's FLOPs, where there is a GPU."""
@@ -232,7 +234,9 @@ class Job:
         base = self.loaded.base
         keys = self.loaded.keys
         device = torch.device("cpu") if self._streams else current_device()
-        report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
+        report = inject(
+            model, self.config, lambda name: base.read(keys[name]).to(device)
+        )
         self.trainable_parameters = report.trainable_params
         self.total_parameters = report.total_params
         logger.debug(report)

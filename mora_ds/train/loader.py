@@ -57,7 +57,11 @@ class BatchLoader:
     """This process's batches of the steps up to `last_step`."""
 
     def __init__(
-        self, data: Mixture, replica: Replica, training: TrainingArguments, last_step: int
+        self,
+        data: Mixture,
+        replica: Replica,
+        training: TrainingArguments,
+        last_step: int,
     ) -> None:
         self.data = data
         self.replica = replica
@@ -115,7 +119,9 @@ class BatchLoader:
         rows = self.replica.rows(self.data.batch(step, position))
         # By numpy, since torch would start threads beside those that compute the step.
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()
-        sources = self.data.sources_of(step, position) if len(self.data.names) > 1 else []
+        sources = (
+            self.data.sources_of(step, position) if len(self.data.names) > 1 else []
+        )
         if self._device.type == "cuda":
             rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
         return MicroBatch(rows, labels, sources)
@@ -169,7 +175,9 @@ class Replica:
     def on_device(self, batch: Rows) -> Rows:
         """The batch on the engine's device. The host does not wait for a pinned one."""
         device = self.engine.device
-        return {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
+        return {
+            name: rows.to(device, non_blocking=True) for name, rows in batch.items()
+        }
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""

@@ -50,7 +50,9 @@ FORGETTING = "2_forgetting/change_percent"
 """The TensorBoard group of what each evaluation set has lost since the start."""
 
 
-def source_facts(sums: Sequence[float], tokens: Mapping[str, int]) -> dict[str, JsonObject]:
+def source_facts(
+    sums: Sequence[float], tokens: Mapping[str, int]
+) -> dict[str, JsonObject]:
     """{source: loss, perplexity, tokens} of a step. `sums`: over all processes, the
     sources' losses, then their labels. `tokens`: of each source since the first step.
 
@@ -169,7 +171,9 @@ class MetricsLog:
         changes = change(before or {}, perplexities)
         curves = {f"{FORGETTING}/{name}": value for name, value in changes.items()}
         self._track(curves, step)
-        values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+        values = "  ".join(
+            f"{name} {value:.3f}" for name, value in perplexities.items()
+        )
         logger.info(f"step {step}  perplexity {values}")
 
     def record(self, kind: str, step: int, facts: Facts | float) -> None:
@@ -224,7 +228,9 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[JsonObject]:
+def _keep_rows(
+    path: Path, last_step: int, pending: Collection[str]
+) -> list[JsonObject]:
     """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones.
     Return the rows of that step which stay."""
     if last_step == 0 or not path.exists():

@@ -96,7 +96,9 @@ class Reservation:
                 (self.folder / ASIDE).mkdir()
                 if resume:
                     changed = (*_AT_START, LEDGER_FOLDER, RUN_FILE)
-                    _copy_aside(self.folder, [name for name in changed if name in owned])
+                    _copy_aside(
+                        self.folder, [name for name in changed if name in owned]
+                    )
                 else:
                     _set_aside(self.folder, owned)
             # What is there now is the earlier run's or the user's: the start-up makes none
@@ -141,7 +143,9 @@ def reserve(folder: Path) -> Reservation:
     except UserError:
         _remove_empty(new_folders)
         raise
-    reservation = _open[folder.resolve()] = Reservation(folder, new_folders, had_lock_file)
+    reservation = _open[folder.resolve()] = Reservation(
+        folder, new_folders, had_lock_file
+    )
     return reservation
 
 
@@ -337,7 +341,9 @@ def _copy_aside(folder: Path, names: Iterable[str]) -> None:
         partial = folder / ASIDE / f".{name}.partial"
         with disk_errors(folder):
             if (folder / name).is_dir():
-                shutil.copytree(folder / name, partial, symlinks=True, copy_function=copy)
+                shutil.copytree(
+                    folder / name, partial, symlinks=True, copy_function=copy
+                )
             else:
                 link_or_copy(folder / name, partial)
         partial.rename(folder / ASIDE / name)

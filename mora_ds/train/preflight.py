@@ -57,9 +57,7 @@ def preflight(job: Job, arguments: Arguments) -> None:
     document_mask = arguments.data.document_mask
     with beside_training(job.engine, whole=True):
         if job.state.chunked_loss and not logits_are_known(job.engine):
-            problem = (
-                "this model does more to its logits than its head and a known scale or cap"
-            )
+            problem = "this model does more to its logits than its head and a known scale or cap"
             if training.chunked_loss:
                 raise UserError(f"{loss.FLAG}: {problem}: leave it out")
             logger.info(f"loss: from the logits of complete batches, because {problem}")
@@ -144,7 +142,9 @@ def check_window(engine: Any) -> None:
 
 def _has_window(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
+    return (
+        bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
+    )
 
 
 def logits_are_known(engine: Any) -> bool:

@@ -243,7 +243,9 @@ def _reserve(
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
         if checkpoint.parent == root.resolve() and not branches:
             continues = True
-    reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
+    reservation.prepare(
+        training.overwrite_output_dir, continues, training.export_merged
+    )
     return checkpoint, state, branch
 
 
@@ -280,7 +282,9 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     watch.check_names([*sets, *tasks])
 
 
-def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: int) -> int:
+def _total_steps(
+    training: TrainingArguments, data: Mixture, world: int, done: int
+) -> int:
     """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at
     most as many as there is data for."""
     limit = data.max_steps
@@ -324,8 +328,12 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     if job.start.checkpoint is not None:
         logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
         if state.total_steps != steps:
-            lengths = f"it was on its way to {state.total_steps} steps and has {steps} now"
-            logger.info(f"{lengths}: the learning rate follows the new length from here on")
+            lengths = (
+                f"it was on its way to {state.total_steps} steps and has {steps} now"
+            )
+            logger.info(
+                f"{lengths}: the learning rate follows the new length from here on"
+            )
     state.total_steps = steps
     trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
@@ -379,7 +387,9 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "merges": len(state.merges),
         "perplexity_before": state.perplexity_before,
         "perplexity_after": state.perplexity_last,
-        "perplexity_change_percent": change(state.perplexity_before, state.perplexity_last),
+        "perplexity_change_percent": change(
+            state.perplexity_before, state.perplexity_last
+        ),
         "best_step": state.best_step,
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": trainer.counter.base_bytes,

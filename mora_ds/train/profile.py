@@ -27,7 +27,9 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
             write(profiler)
 
     profiler = profile(
-        schedule=schedule(skip_first=done + 1, wait=1, warmup=1, active=steps, repeat=1),
+        schedule=schedule(
+            skip_first=done + 1, wait=1, warmup=1, active=steps, repeat=1
+        ),
         on_trace_ready=write_or_tell,
         record_shapes=True,
         profile_memory=True,

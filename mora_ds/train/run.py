@@ -237,7 +237,9 @@ class Run:
         changed."""
         base = self.remora.base
         fingerprint = self.remora.ledger.base_fingerprint
-        self.ranks.agree("files of the base", lambda: base.require_unchanged(fingerprint))
+        self.ranks.agree(
+            "files of the base", lambda: base.require_unchanged(fingerprint)
+        )
 
     def changed_base_files(self) -> list[Path]:
         """The files that `check_base` would read again on this process. Not collective."""
@@ -247,7 +249,9 @@ class Run:
         """Wait until the last checkpoint is written; with `async_save`, before the end."""
         self.checkpoints.wait(timeout_s)
 
-    def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
+    def export(
+        self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
+    ) -> None:
         """Write the merged model of a checkpoint into the folder `target`; of each of the
         `domains`, into a folder of its name there. Collective."""
 
@@ -291,7 +295,8 @@ class Run:
             if name not in adapted
         )
         domain_squares = self._on_first(
-            (name, zero.full_fp32(layer.domain_squares)) for name, layer in domains.items()
+            (name, zero.full_fp32(layer.domain_squares))
+            for name, layer in domains.items()
         )
         probe = self._probe()
         of_domains = None
@@ -477,7 +482,9 @@ class FullRun(Run):
     def _gather(self, step: int) -> Callable[[Path], None]:
         return lambda folder: None
 
-    def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
+    def export(
+        self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
+    ) -> None:
         """Write the live model, which is that of the last checkpoint, as a Hugging Face
         folder; gathered one parameter at a time onto rank 0. Collective."""
         model = self.engine.module

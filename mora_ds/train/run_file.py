@@ -28,7 +28,9 @@ _PACKAGES = (
 _OWNS = "owns"
 
 
-def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[str]) -> None:
+def write_run_file(
+    folder: Path, settings: Facts, resolved: Facts, owns: list[str]
+) -> None:
     """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and
     versions and facts of the run.
 
@@ -52,7 +54,12 @@ def versions() -> dict[str, str]:
     }
 
 
-_OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
+_OF_A_START = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "cache_dir",
+)
 """Settings that say where a run is and whether it goes on, not what it computes."""
 
 
@@ -86,4 +93,8 @@ def _read(folder: Path) -> dict[Any, Any] | None:
     except UserError:
         return None
     is_runs = all(isinstance(content.get(key), dict) for key in RECORDED_KEYS)
-    return content if is_runs and isinstance(content["resolved"].get(_OWNS), list) else None
+    return (
+        content
+        if is_runs and isinstance(content["resolved"].get(_OWNS), list)
+        else None
+    )

@@ -25,7 +25,9 @@ def opening(job: Job, total_steps: int) -> list[str]:
     world = job.start.ranks.world
     model_type = job.loaded.model.config.model_type
     origin = arguments.model.model_name_or_path or arguments.model.model_config
-    rows = {"model": f"{model_type}, {job.total_parameters:,} parameters, from {origin}"}
+    rows = {
+        "model": f"{model_type}, {job.total_parameters:,} parameters, from {origin}"
+    }
     if job.is_trained:
         share = job.trainable_parameters / job.total_parameters
         sequences = training.rows_per_step(world)

@@ -65,7 +65,11 @@ def task_names(names: Sequence[str]) -> list[str]:
     Raises `UserError`."""
     called = []
     for name in names:
-        task = load_yaml(name, f"{FLAG} {name}").get("task") if is_task_file(name) else name
+        task = (
+            load_yaml(name, f"{FLAG} {name}").get("task")
+            if is_task_file(name)
+            else name
+        )
         if not isinstance(task, str):
             raise UserError(f"{FLAG} {name}: the file names no task (key: task)")
         called.append(task)
@@ -204,7 +208,9 @@ class _InStep:
 
     def __enter__(self) -> _InStep:
         # First of the hooks: DeepSpeed's own may gather already.
-        self._hook = self._module.register_forward_pre_hook(self._before_pass, prepend=True)
+        self._hook = self._module.register_forward_pre_hook(
+            self._before_pass, prepend=True
+        )
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -52,7 +52,9 @@ def settle_tokenizer(
 
         def train_once() -> None:
             if not holds_tokenizer(target):
-                texts = chain.from_iterable(corpus.texts() for corpus in corpora.values())
+                texts = chain.from_iterable(
+                    corpus.texts() for corpus in corpora.values()
+                )
                 with disk_errors(target):
                     train_sentencepiece(texts, model.train_tokenizer_vocab, target)
 
@@ -77,7 +79,9 @@ def settle_tokenizer(
 def load_named_tokenizer(model: ModelArguments, model_folder: str | Path | None) -> Any:
     """Load the tokenizer of --tokenizer_name, or else that of the model."""
     source = model_folder if model.tokenizer_name is None else model.tokenizer_name
-    assert source is not None, "a model without a folder has a tokenizer named or trained"
+    assert source is not None, (
+        "a model without a folder has a tokenizer named or trained"
+    )
     flag = tokenizer_flag(model)
     return load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=flag)
 
@@ -86,4 +90,6 @@ def tokenizer_flag(model: ModelArguments) -> str:
     """The flag that says which tokenizer a run has."""
     if model.train_tokenizer_vocab:
         return "--train_tokenizer_vocab"
-    return "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
+    return (
+        "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
+    )

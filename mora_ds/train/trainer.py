@@ -73,7 +73,9 @@ class Trainer:
         self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
         self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
         self.evaluator = Evaluator(job, self.replica, log)
-        self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
+        self.loader = BatchLoader(
+            self.train_data, self.replica, training, self.total_steps
+        )
         self.rows_per_step = self.train_data.rows_per_step
         self._next_labels: float | None = None
         """Labels of the next global batch; None before the first step of this process."""
@@ -174,7 +176,9 @@ class Trainer:
         self.memory.end(BETWEEN)
         self.counter.reset()
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
-        other_rates = self.training.other_learning_rate / self.training.peak_learning_rate
+        other_rates = (
+            self.training.other_learning_rate / self.training.peak_learning_rate
+        )
         zero.set_learning_rate(self.engine, learning_rate, other_rates)
 
         # The labels of a batch are counted in the all-reduce of the step before it, so that
@@ -260,7 +264,9 @@ class Trainer:
         *totals, news = sums.tolist()
         if news > 0:
             self.job.run.check_base()
-            requests = torch.tensor(float(signals.requested()), device=self.engine.device)
+            requests = torch.tensor(
+                float(signals.requested()), device=self.engine.device
+            )
             dist.all_reduce(requests)
             self._stop_asked |= requests.item() > 0
         return totals
@@ -434,7 +440,9 @@ class Trainer:
         # evaluation, whose sums would be wrong from there on: it waits for them at this
         # check, which has a group of its own.
         what = f"evaluation after step {step}"
-        failures = [line for line in self.ranks.gather(what, failure) if line is not None]
+        failures = [
+            line for line in self.ranks.gather(what, failure) if line is not None
+        ]
         if failures:
             # Rank 0 alone writes: where that has failed, the others have the results in
             # their states, and would save a best checkpoint, or end the run, without it.

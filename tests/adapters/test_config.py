@@ -68,7 +68,9 @@ def test_unknown_settings_are_refused():
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_config_survives_json(bits):
     for config in (
-        MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True, base_bits=bits),
+        MoRAConfig(
+            rank=128, target_modules=("q_proj",), train_norms=True, base_bits=bits
+        ),
         LoRAConfig(base_bits=bits),
     ):
         assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -14,7 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject, load_adapter
 from mora_ds.adapters.inject import count_parameters, move_base
-from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, with_product
+from mora_ds.adapters.low_rank_embeddings import (
+    LowRankEmbedding,
+    LowRankHead,
+    with_product,
+)
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
@@ -59,7 +63,9 @@ def low_rank_model(tied):
 
 def assert_alone_trained(model, kind, tied):
     """Beside the MoRA matrices, once where the tables are one."""
-    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
+    names = {
+        name for name, _ in model.named_parameters() if not name.endswith("square")
+    }
     tables = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
     assert names == {f"{table}.{kind}" for table in tables}
 
@@ -102,7 +108,9 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
     table = torch.nn.Linear(4, 9)
     x = torch.randn(3, 4)
-    assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
+    assert_close(
+        LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x)
+    )
 
 
 def merged_and_resumed(user, folder, *more):
@@ -125,7 +133,9 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
     # Muon, as in the default recipe
-    more = f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01 --optimizer muon"
+    more = (
+        f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01 --optimizer muon"
+    )
     out, earlier = merged_and_resumed(user, tmp_path, more)
     wider = "--train_embedding_rank 5 --resume_from_checkpoint"
     message = refusal(user.flags(tmp_path / "no", wider, earlier))
@@ -148,9 +158,9 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     with torch.no_grad():
         for folder, name in ((out, "merged"), (tmp_path / "sum", "summed")):
             live = load_adapter(user.model, folder)
-            assert torch.allclose(live(ids).logits, models[name](ids).logits, atol=1e-4), (
-                name
-            )
+            assert torch.allclose(
+                live(ids).logits, models[name](ids).logits, atol=1e-4
+            ), name
     for key in TABLES:
         was, now, then = (
             base.read(key),
@@ -163,7 +173,9 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
             ("half", (was + now) / 2),
             ("summed", was + 2 * (now - was) - 0.5 * (then - was)),
         ):
-            assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), name
+            assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), (
+                name
+            )
 
 
 # -- new rows ------------------------------------------------------------------------------
@@ -309,7 +321,10 @@ def test_models_that_they_do_not_fit_are_refused():
     for change, message in (
         ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
         ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
-        ({"set_output_embeddings": None}, "the output head is a NoneType, no linear layer"),
+        (
+            {"set_output_embeddings": None},
+            "the output head is a NoneType, no linear layer",
+        ),
     ):
         model = tiny_model("llama")
         for setter, module in change.items():
@@ -356,7 +371,8 @@ def trained_on_ranks(kind, tied):
     ]
     assert shards == [elements // world] * (1 if tied else 2)
     return {
-        name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()
+        name: zero.full_fp32(parameter).clone()
+        for name, parameter in parameters.items()
     }
 
 

@@ -38,7 +38,9 @@ from tests.helpers.models import (
 )
 
 EVERYWHERE = ("all-linear", "experts")
-OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
+OPERATORS = dict(
+    zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True)
+)
 STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 
 
@@ -75,7 +77,9 @@ def stacks_in(model):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family):
+def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(
+    family,
+):
     """Also a contract: each class of transformers computes, by its own code, what its marks
     say.
     """
@@ -156,7 +160,8 @@ def one_by_one(x, weights, ends):
 
 
 with_kernel = pytest.param(
-    True, marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
+    True,
+    marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10"),
 )
 
 
@@ -241,7 +246,8 @@ def test_the_rank_of_an_expert_and_fresh_permutations():
     def sides(**settings):
         model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
         return {
-            name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()
+            name.rpartition(".")[2]: layer.spec
+            for name, layer in stacks_in(model).items()
         }
 
     by_rule = sides()
@@ -260,7 +266,8 @@ def test_the_rank_of_an_expert_and_fresh_permutations():
     seeds = {layer.spec.operator.seed for layer in stacks_in(model).values()}
     set_cycle(model, config, 1)
     assert (
-        len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()}) == 8
+        len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()})
+        == 8
     )
 
 
@@ -273,9 +280,9 @@ def test_the_report_and_the_names_of_frozen_weights():
     assert rows["down_proj"].params == 2 * 4 * rows["down_proj"].size ** 2
     frozen = base_weights(model)
     assert frozen.keys() == parameters.keys()
-    assert all(frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen), (
-        "not copied"
-    )
+    assert all(
+        frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen
+    ), "not copied"
 
 
 # -- which tensors are targets -------------------------------------------------------------
@@ -290,7 +297,12 @@ def names(pattern, family="mixtral"):
 
 def test_only_patterns_with_the_word_reach_experts():
     both = {f"{layer}.mlp.experts.{name}" for layer in (0, 1) for name in STACKS}
-    assert names("experts") == names("re:.*\\.experts\\..*") == names("*.experts.*") == both
+    assert (
+        names("experts")
+        == names("re:.*\\.experts\\..*")
+        == names("*.experts.*")
+        == both
+    )
     assert names("experts.down_proj") == {
         name for name in both if name.endswith("down_proj")
     }
@@ -340,7 +352,9 @@ def test_how_many_experts_a_token_has():
         model = tiny_model("mixtral")
         for layer in model.model.layers:
             layer.mlp.experts.config = SimpleNamespace(hidden_size=32, moe_topk=value)
-        assert {stack.experts_per_token for stack in find_stacks(model).values()} == {count}
+        assert {stack.experts_per_token for stack in find_stacks(model).values()} == {
+            count
+        }
 
 
 def test_adapters_that_experts_cannot_have_are_refused():

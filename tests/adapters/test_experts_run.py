@@ -61,7 +61,9 @@ def logits(model):
         return model(input_ids=tokens(2, vocab=VOCABULARY)).logits
 
 
-def test_one_rank_has_the_losses_and_matrices_of_two(user, model_folder, whole, tmp_path):
+def test_one_rank_has_the_losses_and_matrices_of_two(
+    user, model_folder, whole, tmp_path
+):
     """Of which each holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
     run(
@@ -84,7 +86,9 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
     user, model_folder, whole, tmp_path
 ):
     out = tmp_path / "killed"
-    stop_and_resume(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4)
+    stop_and_resume(
+        2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4
+    )
     assert_same_run(out, whole)
 
 
@@ -95,7 +99,9 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
     assert report.comparison is not None
     assert_good(whole)
     assert_good(whole / "ledger")
-    names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()
+    names = read_json(model_folder / "model.safetensors.index.json")[
+        "weight_map"
+    ].keys()
     assert load_file(tmp_path / "merged/model.safetensors").keys() == names, (
         "each expert under its own name"
     )
@@ -108,7 +114,10 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
         if layer.spec.weight_name(name) == name:
             delta = layer.spec.delta_weight(layer.square.data)
             assert_close(
-                plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6
+                plain.get_parameter(name).data,
+                layer.weight + delta,
+                rtol=1e-5,
+                atol=1e-6,
             )
 
 
@@ -168,7 +177,10 @@ def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
         out = tmp_path / str(world)
         shutil.copytree(tmp_path / "whole", out, symlinks=True)
         shutil.rmtree(out / "checkpoints/step-000006")
-        run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
+        run(
+            world,
+            user.flags(out, *settings, "--per_device_train_batch_size", 4 // world),
+        )
         assert_close_losses(out, tmp_path / "whole")
         one, two = (
             load_file(folder / "ledger/cycle-00000.safetensors")

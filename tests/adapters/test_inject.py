@@ -54,7 +54,10 @@ EVERY_LINEAR = in_layers(
         ),
         (["all-linear"], EVERY_LINEAR),
         (["all-linear", "lm_head"], EVERY_LINEAR | {"lm_head"}),
-        (["q_proj", "v_proj", "q_proj"], in_layers("self_attn.q_proj", "self_attn.v_proj")),
+        (
+            ["q_proj", "v_proj", "q_proj"],
+            in_layers("self_attn.q_proj", "self_attn.v_proj"),
+        ),
     ],
 )
 def test_patterns(patterns, expected):
@@ -130,7 +133,9 @@ def with_one_weight_twice(module):
 def test_a_layer_that_shares_its_weight_is_refused(module, target):
     """An adapter of one would change or miss the other."""
     model = with_one_weight_twice(module)
-    with user_error("matches no linear layer" if module and ".1." in target else "tied"):
+    with user_error(
+        "matches no linear layer" if module and ".1." in target else "tied"
+    ):
         inject(model, MoRAConfig(target_modules=(target,)))
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
@@ -165,7 +170,9 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     assert "model.rotary_emb.inv_freq" not in frozen
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_norms": True}, {"train_embeddings": True}]
+)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_ties_stay_one_tensor(family, changes):
     model = model_with_mora(family, **changes)
@@ -181,8 +188,12 @@ def test_ties_stay_one_tensor(family, changes):
 def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
     model = model_with_mora()
     move_base(model, "cpu", torch.bfloat16)
-    assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {torch.bfloat16}
-    assert {layer.square.dtype for layer in mora_layers(model).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {
+        torch.bfloat16
+    }
+    assert {layer.square.dtype for layer in mora_layers(model).values()} == {
+        torch.float32
+    }
     # bf16 would ruin the positions
     assert model.model.rotary_emb.inv_freq.dtype is torch.float32
 
@@ -220,7 +231,9 @@ gemma3_text | embeddings | model.embed_tokens.weight lm_head.weight
 
 @pytest.mark.parametrize("family, settings, expected", rows(TRAINABLES))
 def test_other_trainables(family, settings, expected):
-    model = model_with_mora(family, **{f"train_{name}": True for name in settings.split()})
+    model = model_with_mora(
+        family, **{f"train_{name}": True for name in settings.split()}
+    )
     assert trained(model) == set(expected.split())
     assert_gradients_everywhere(model)
 
@@ -251,7 +264,9 @@ def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so():
 
 def test_the_report_counts_exactly():
     model = tiny_model("qwen2")
-    base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
+    base = sum(
+        parameter.numel() for parameter in model.parameters()
+    )  # the tied head once
     assert count_parameters(model) == base
     report = inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
     # Two layers, rank 4: sqrt((d_in + d_out) * 4), made even, squared; key and value heads
@@ -283,7 +298,9 @@ def test_a_size_larger_than_the_layer_is_reduced():
     sizes = {row.name: row.size for row in report.rows}
     assert (sizes["q_proj"], sizes["down_proj"]) == (32, 48)
     assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
-    assert MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
+    assert (
+        MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
+    )
 
 
 # -- cycles --------------------------------------------------------------------------------

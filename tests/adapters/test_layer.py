@@ -70,7 +70,9 @@ def test_dropout_is_on_the_squares_input_and_only_while_training():
     assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
     layer.train()
     assert not torch.equal(layer(x), layer(x))
-    update = torch.stack([layer(x).detach() - base_output for _ in range(4000)]).mean(dim=0)
+    update = torch.stack([layer(x).detach() - base_output for _ in range(4000)]).mean(
+        dim=0
+    )
     # Dropout rescales: right on average
     expected = x @ delta_weight(layer.spec, layer.square.data).T
     assert (update - expected).norm() <= 0.1 * expected.norm()

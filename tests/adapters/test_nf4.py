@@ -62,7 +62,9 @@ def some_terms(spec, cycles=3):
 # -- numbers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)])
+@pytest.mark.parametrize(
+    "shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)]
+)
 def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
     weight = random(*shape).float()
     quantized = held(weight)
@@ -88,14 +90,18 @@ def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_f
     weight = random(300, 500).to(torch.bfloat16)
     quantized = held(weight)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(quantized.dense(dtype), quantized.dense(torch.float32).to(dtype))
+        assert torch.equal(
+            quantized.dense(dtype), quantized.dense(torch.float32).to(dtype)
+        )
     for variant in (weight.float(), weight.T.contiguous().T, weight.double()):
         assert all(map(torch.equal, quantize(variant), quantize(weight)))
     for part in (0, 1):
         assert_same_bits_for_every_number_of_threads(
             lambda part=part: quantize(weight)[part]
         )
-    assert_same_bits_for_every_number_of_threads(lambda: quantized.dense(torch.bfloat16))
+    assert_same_bits_for_every_number_of_threads(
+        lambda: quantized.dense(torch.bfloat16)
+    )
 
 
 def test_numbers_that_cannot_be_held():
@@ -112,7 +118,9 @@ def test_updates_of_equal_operators_are_one_term():
     plain = replace(SHARE, grouping=Grouping.STRIDED, seed=0)
     turn = [plain, replace(plain, grouping=Grouping.CONTIGUOUS)]
     # As --grouping alternate
-    updates = [(turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)]
+    updates = [
+        (turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)
+    ]
     terms = join(updates)
     assert [spec for spec, _ in terms] == turn
     assert torch.equal(terms[0][1], updates[0][1] + updates[2][1] + updates[4][1])
@@ -194,7 +202,9 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     assert base_bits_of(model) == 4
     plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
     squares = sum(layer.value.numel() for layer in layers.values())
-    assert merge_bytes(plain) == 4 * squares, "all layers of one shape have the same tables"
+    assert merge_bytes(plain) == 4 * squares, (
+        "all layers of one shape have the same tables"
+    )
     for layer in layers.values():
         layer.keep_merged(some_terms(layer.spec))
     assert_casts_leave_scales(model)
@@ -208,7 +218,9 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    with user_error(r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
+    with user_error(
+        r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"
+    ):
         nf4.check_installed()
 
 

@@ -15,7 +15,16 @@ from mora_ds.parallel.topology import Topology, share
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
 
-SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
+SPLIT = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+}
 ATTENTION = {"mixtral", "qwen3_moe"}
 MLP = {"olmo2"}
 
@@ -27,7 +36,9 @@ def test_what_of_each_family_is_split(family):
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
     has_attention = family in SPLIT | ATTENTION
     has_mlp = family in SPLIT | MLP
-    assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), plan.reasons
+    assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), (
+        plan.reasons
+    )
     assert len(plan.blocks) == 2 * len(kinds)
     assert set(plan.reasons) == {
         name for name, style in plan.styles.items() if style is Style.WHOLE

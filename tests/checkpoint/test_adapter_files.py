@@ -37,7 +37,10 @@ def adapter(tmp_path):
         layers, CONFIG, "bfloat16", 2, 250, trainables=("n.weight",), facts={"seed": 3}
     )
     write_adapter(
-        tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()}
+        tmp_path,
+        adapter,
+        squares_for(layers, 0),
+        {"n.weight": torch.ones(5).bfloat16()},
     )
     return adapter
 
@@ -101,7 +104,12 @@ def test_adapter_tensors_must_fit(adapter, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"],
+    [
+        "adapter.json",
+        "adapter.safetensors",
+        "base.json",
+        "ledger/cycle-00000.safetensors",
+    ],
 )
 def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     adapter, tmp_path, name

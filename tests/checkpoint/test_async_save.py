@@ -104,8 +104,12 @@ def give_no_answer():
     threading.Event().wait()
 
 
-def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user, out):
-    told = run_ranks(2, faulty_job, user.flags(out, *MORE, "--async_save true"), be_full)
+def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(
+    user, out
+):
+    told = run_ranks(
+        2, faulty_job, user.flags(out, *MORE, "--async_save true"), be_full
+    )
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
     assert told[0][1].startswith("rank 1: ")

@@ -38,7 +38,9 @@ def sizes(folder):
             engine, *_ = mora_ds.initialize(
                 model=model, config=ds_config(stage, 2, 1, **more)
             )
-            run = mora_ds.Run(engine, base=root / "model", folder=root / f"{stage}-{dtype}")
+            run = mora_ds.Run(
+                engine, base=root / "model", folder=root / f"{stage}-{dtype}"
+            )
             engine.backward(causal_loss(engine, tokens(2)))
             engine.step()
             checkpoint = run.save(1)
@@ -56,7 +58,9 @@ def sizes(folder):
 
 
 def test_bytes_a_parameter(tmp_path):
-    for combination, (nbytes, parameters) in run_pooled(2, sizes, str(tmp_path))[0].items():
+    for combination, (nbytes, parameters) in run_pooled(2, sizes, str(tmp_path))[
+        0
+    ].items():
         assert parameters > 27_000, "large against the constant"
         assert nbytes <= 16 * parameters + CONSTANT, combination
         assert nbytes >= 15 * parameters, f"{combination}: something is not saved"
@@ -66,7 +70,9 @@ def test_bytes_a_parameter(tmp_path):
 
 
 def names(root):
-    return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(root)]
+    return [
+        int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(root)
+    ]
 
 
 def test_only_whole_ones_count_and_go(tmp_path):

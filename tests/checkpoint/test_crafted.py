@@ -77,7 +77,8 @@ def rename_key(checkpoint, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300]
+    "name",
+    ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300],
 )
 @pytest.mark.parametrize("rename", [rename_parameter, rename_key])
 def test_names_in_shards_are_those_of_files(checkpoint, rename, name):
@@ -119,14 +120,17 @@ def test_no_tool_follows_a_link(checkpoint, tmp_path, tool, link):
     reseal(checkpoint)
     assert_refused(LINKS[tool], checkpoint, tmp_path / "made", "links are not followed")
     assert any(
-        "links are not followed" in problem for problem in verify(checkpoint)[0].problems
+        "links are not followed" in problem
+        for problem in verify(checkpoint)[0].problems
     )
 
 
 def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path):
     (tmp_path / "secret").write_text("of the user")
     (tmp_path / "base/LICENSE").symlink_to(tmp_path / "secret")
-    assert_refused(export_merged, checkpoint, tmp_path / "merged", "which is not copied")
+    assert_refused(
+        export_merged, checkpoint, tmp_path / "merged", "which is not copied"
+    )
 
 
 def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, tmp_path):
@@ -175,7 +179,9 @@ def test_wrong_types_and_numbers_are_named(checkpoint, file, change, words):
     else:
         change_layout(checkpoint, lambda content: set_value(content, change))
     reseal(checkpoint)
-    problems = [problem for problem in verify(checkpoint)[0].problems if words in problem]
+    problems = [
+        problem for problem in verify(checkpoint)[0].problems if words in problem
+    ]
     assert problems
     assert file.split("/")[-1] in problems[0]
 
@@ -202,7 +208,9 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint):
         change_operator = partial(change_first_operator, change)
         change_json(checkpoint / "adapter.json", change_operator)
         reseal(checkpoint)
-        assert_refused(export_adapter, checkpoint, checkpoint.parent / "made", "operator")
+        assert_refused(
+            export_adapter, checkpoint, checkpoint.parent / "made", "operator"
+        )
         (checkpoint / "adapter.json").write_text(before)
 
 

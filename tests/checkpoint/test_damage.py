@@ -162,7 +162,10 @@ def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
     flip(out / "ledger/cycle-00001.safetensors", 0.9)
     make_own(out / "ledger/ledger.json")
     cut(out / "ledger/ledger.json")
-    assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints/step-000002"
+    assert (
+        resume_checkpoint("auto", out / "checkpoints")
+        == out / "checkpoints/step-000002"
+    )
     assert len(caplog.messages) == 2
     run(2, golden_flags(user, out, "--resume_from_checkpoint", "auto"))
     assert_same_outcome(out, golden)
@@ -226,7 +229,9 @@ def test_a_damaged_row_of_metrics_costs_that_row_alone(user, golden, out):
 
 def another_rope(path):
     """Valid JSON, the same weights, another model."""
-    change_json(path, lambda content: content["rope_parameters"].update(rope_theta=12345.0))
+    change_json(
+        path, lambda content: content["rope_parameters"].update(rope_theta=12345.0)
+    )
 
 
 BASES = [
@@ -256,7 +261,8 @@ def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
     assert tree(out) == before
     same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
     change_json(
-        same / "config.json", lambda content: content.update(transformers_version="5.99.0")
+        same / "config.json",
+        lambda content: content.update(transformers_version="5.99.0"),
     )
     latest = (
         "--resume_from_checkpoint",
@@ -265,7 +271,9 @@ def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
         same,
     )
     run(2, golden_flags(user, out, *latest))
-    assert BaseReference.read(out / "checkpoints/step-000006").folder == str(same.resolve())
+    assert BaseReference.read(out / "checkpoints/step-000006").folder == str(
+        same.resolve()
+    )
 
 
 # -- disks ---------------------------------------------------------------------------------
@@ -342,7 +350,9 @@ def frozen_job(argv, folder):
 @pytest.mark.parametrize(
     "name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")]
 )
-def test_a_folder_that_becomes_read_only(user, golden, tmp_path, read_only, name, newest):
+def test_a_folder_that_becomes_read_only(
+    user, golden, tmp_path, read_only, name, newest
+):
     """The checkpoint of step 4 is written before the merge of step 4, which the ledger
     cannot take.
     """
@@ -356,7 +366,9 @@ def test_a_folder_that_becomes_read_only(user, golden, tmp_path, read_only, name
     assert kind == "RunError"
     assert f"writing to {out / name} failed" in message
     assert "Read-only" in message
-    assert resume_checkpoint("latest", out / "checkpoints") == out / "checkpoints" / newest
+    assert (
+        resume_checkpoint("latest", out / "checkpoints") == out / "checkpoints" / newest
+    )
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
@@ -366,6 +378,8 @@ def test_a_shared_cache_may_be_read_only(user, tmp_path, read_only):
     run(1, golden_flags(user, tmp_path / "first", *more))
     read_only(cache)
     run(1, golden_flags(user, tmp_path / "second", *more))
-    other_text = golden_flags(user, tmp_path / "third", *more, "--train_files", user.held)
+    other_text = golden_flags(
+        user, tmp_path / "third", *more, "--train_files", user.held
+    )
     words = f"--cache_dir {cache} cannot be written to: Read-only file system"
     assert words in refusal(other_text)

@@ -27,7 +27,9 @@ from tests.helpers.resume import assert_same_tensors
 from tests.helpers.tables import heavy
 
 COMBINATIONS = [
-    (stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")
+    (stage, dtype)
+    for stage in (1, 2, 3)
+    for dtype in ("float32", "bfloat16", "float16")
 ]
 """(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 MOMENTS = ["exp_avg", "exp_avg_sq"]
@@ -189,7 +191,9 @@ CROSS = [
     [(1, SAME), (2, SAME), (4, SAME), heavy(3, [*SAME, *CROSS])],
     ids=["1", "2", "4", "3 and any stage"],
 )
-def test_masters_moments_and_counts_are_the_same_to_the_bit(saved, tmp_path, world, pairs):
+def test_masters_moments_and_counts_are_the_same_to_the_bit(
+    saved, tmp_path, world, pairs
+):
     root, expected = saved
     for rank in run_pooled(world, restore_all, root, str(tmp_path), pairs):
         for (before, after), result in zip(pairs, rank, strict=True):

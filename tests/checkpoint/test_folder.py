@@ -79,7 +79,9 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
     assert resume_checkpoint("auto", root) == root / "step-000006"
     writer._retain(root, 6, keep=1)
-    gone = {name for name in before if name.split("/")[0] in ("step-000002", "step-000004")}
+    gone = {
+        name for name in before if name.split("/")[0] in ("step-000002", "step-000004")
+    }
     assert contents(root) == before - gone
     assert (root / "step-000001/file").read_text() == "1", (
         "a link and what it leads to are the user's"
@@ -112,7 +114,8 @@ def test_a_copy_can_be_resumed_from_and_verified(root):
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
     assert not any(
-        "not the name of a checkpoint" in problem for problem in verify(copy)[0].problems
+        "not the name of a checkpoint" in problem
+        for problem in verify(copy)[0].problems
     )
 
 

@@ -45,9 +45,11 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
     old, new, abandoned = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
     (tmp_path / "linked").symlink_to("own")
     monkeypatch.chdir(tmp_path / "own")
-    folder = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[
-        root
-    ]
+    folder = {
+        ".": Path("."),
+        "linked": tmp_path / "linked",
+        "absolute": tmp_path / "own",
+    }[root]
     replace_symlink(folder / "latest", new.name)
     assert resume_checkpoint("auto", folder) == folder / new.name
     (new / "file").unlink()
@@ -56,15 +58,25 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
 
 
 def test_differences_are_told_by_flag_and_all_at_once(tmp_path):
-    saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
+    saved = {
+        "base": "a",
+        "adapter": {"rank": 8, "target_modules": ["q_proj"]},
+        "seed": 1,
+    }
     check_identity(
-        tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}}
+        tmp_path,
+        saved,
+        {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}},
     )
     with pytest.raises(UserError) as error:
         check_identity(
             tmp_path,
             saved,
-            {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1},
+            {
+                "base": "b",
+                "adapter": {"rank": 4, "target_modules": ["q_proj"]},
+                "more": 1,
+            },
         )
     rank = "--mora_rank: 8 there, 4 here"
     for phrase in (
@@ -85,7 +97,9 @@ DIFFERENT = """
 
 
 @pytest.mark.parametrize("saved, here, flags", rows_of(DIFFERENT))
-def test_a_difference_is_told_with_all_flags_that_may_make_it(tmp_path, saved, here, flags):
+def test_a_difference_is_told_with_all_flags_that_may_make_it(
+    tmp_path, saved, here, flags
+):
     with pytest.raises(UserError) as error:
         check_identity(tmp_path, parsed(saved), parsed(here))
     assert [flag for flag in flags.split() if flag not in str(error.value)] == []
@@ -122,7 +136,9 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
     rng_state = torch.get_rng_state()
     try:
         for rank, seed in enumerate((3, 4)):
-            expected = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
+            expected = torch.rand(
+                1, generator=torch.Generator().manual_seed(seed)
+            ).item()
             assert drawn(rank) == expected
         draws = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
         assert len(set(draws)) == 4
@@ -164,15 +180,20 @@ def refused_operator(root):
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
     where = {"base": folder / "model", "folder": folder / "out"}
     checkpoint = mora_ds.Run(engine, **where).save(1)
-    change_json(checkpoint / "adapter.json", lambda adapter: other_seed(adapter["layers"]))
+    change_json(
+        checkpoint / "adapter.json", lambda adapter: other_seed(adapter["layers"])
+    )
     with user_error(r"^Run: `resume` .* is damaged: .*adapter.json"):
         mora_ds.Run(engine, **where, resume=checkpoint)
     reseal(checkpoint)
-    before = torch.cat([parameter.flatten() for parameter in engine.module.parameters()])
+    before = torch.cat(
+        [parameter.flatten() for parameter in engine.module.parameters()]
+    )
     with pytest.raises(UserError) as caught:
         mora_ds.Run(engine, **where, resume="latest")
     assert torch.equal(
-        torch.cat([parameter.flatten() for parameter in engine.module.parameters()]), before
+        torch.cat([parameter.flatten() for parameter in engine.module.parameters()]),
+        before,
     )
     return str(caught.value)
 

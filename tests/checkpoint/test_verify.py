@@ -26,7 +26,9 @@ from tests.helpers.tools import call
 def checkpoint(golden, tmp_path):
     """A copy to damage."""
     return Path(
-        shutil.copytree((golden / "checkpoints/latest").resolve(), tmp_path / "step-000006")
+        shutil.copytree(
+            (golden / "checkpoints/latest").resolve(), tmp_path / "step-000006"
+        )
     )
 
 
@@ -53,7 +55,9 @@ def test_a_good_run(user, golden):
     assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [
         verdict.folder for verdict in verdicts
     ]
-    assert verify(golden / "checkpoints/latest")[0].folder == verdicts[-1].folder.resolve()
+    assert (
+        verify(golden / "checkpoints/latest")[0].folder == verdicts[-1].folder.resolve()
+    )
 
 
 def test_what_the_command_prints_and_how_it_ends(golden, checkpoint, tmp_path, capsys):

@@ -80,7 +80,9 @@ def flushed_job(argv):
     ]
 
 
-def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, tmp_path):
+def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(
+    user, tmp_path
+):
     """Without it a power cut may leave the name of a checkpoint without its files, or a
     link to no checkpoint.
     """
@@ -104,9 +106,9 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, t
         "once more, when all their files are there"
     )
     assert str(tmp_path / "out/checkpoints") in events[renamed:linked]
-    assert [path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")] == [
-        "step-000002"
-    ]
+    assert [
+        path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")
+    ] == ["step-000002"]
 
 
 # -- the disk ------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ from tests.helpers.mistakes import answer
 def test_a_launcher_may_put_its_local_rank_first():
     argv = ["/bin/mora-ds", "--local_rank=1", "pretrain", "recipe.yaml", "--seed", "3"]
     assert dispatch.take_command(argv) == "pretrain"
-    assert argv == ["mora-ds pretrain", *["--local_rank=1", "recipe.yaml", "--seed", "3"]]
+    assert argv == [
+        "mora-ds pretrain",
+        *["--local_rank=1", "recipe.yaml", "--seed", "3"],
+    ]
     assert dispatch.take_command(["mora-ds"]) == ""
 
 
@@ -32,7 +35,9 @@ def test_every_command_has_its_function_and_the_list_names_it():
 
 
 def test_a_command_reads_the_flags_after_its_name(capsys):
-    assert answer(lambda: dispatch.run("verify"), "mora-ds verify", ["/nowhere"])[0] == 2
+    assert (
+        answer(lambda: dispatch.run("verify"), "mora-ds verify", ["/nowhere"])[0] == 2
+    )
     assert answer(lambda: dispatch.run("export"), "mora-ds export", ["--help"])[0] == 0
     assert capsys.readouterr().out.startswith("usage: mora-ds export ")
     code, message = answer(lambda: dispatch.run("exprot"), "mora-ds", [])
@@ -96,9 +101,7 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
 
 # -- who starts the processes --------------------------------------------------------------
 def test_the_launchers_flags_are_told_from_the_others():
-    words = (
-        "recipe.yaml --num_gpus 2 --eval_files a b --no_ssh --master_port=29501 --seed 3"
-    )
+    words = "recipe.yaml --num_gpus 2 --eval_files a b --no_ssh --master_port=29501 --seed 3"
     launch_flags, remaining = launcher.launcher_flags(words.split())
     assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
     assert remaining == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]

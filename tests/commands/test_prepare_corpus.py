@@ -44,7 +44,9 @@ def test_a_run_finds_what_was_prepared(
 
 
 def test_streams_are_left_to_the_run(user, tmp_path, prepare, capsys):
-    prepare(*user.flags(tmp_path / "out", "--streaming --cache_dir", tmp_path / "cache"))
+    prepare(
+        *user.flags(tmp_path / "out", "--streaming --cache_dir", tmp_path / "cache")
+    )
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["held", "short"]
 

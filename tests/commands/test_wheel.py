@@ -59,11 +59,22 @@ def programs(tmp_path_factory):
     ]
     subprocess.run(build, check=True)
     environment = folder / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment], check=True
+    )
     (wheel,) = folder.glob("*.whl")
     python = environment / "bin/python"
     subprocess.run(
-        [*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel],
+        [
+            *pip,
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        ],
         check=True,
     )
     (site,) = (environment / "lib").glob("python*/site-packages")
@@ -93,7 +104,9 @@ def call(programs, folder, *words):
     done = called(
         [str(program), *map(str, words[1:])], cwd=folder, env=environment, timeout=500
     )
-    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
@@ -114,7 +127,9 @@ def test_the_wheel_is_what_runs(programs, tmp_path):
     )
     assert Path(told.strip()).is_relative_to(programs.parent)
     assert (Path(told.strip()).parent / "py.typed").is_file()
-    assert call(programs, tmp_path, "mora-ds", "--version") == f"mora_ds {__version__}\n"
+    assert (
+        call(programs, tmp_path, "mora-ds", "--version") == f"mora_ds {__version__}\n"
+    )
     assert call(programs, tmp_path, "python", "-m", "mora_ds") == call(
         programs, tmp_path, "mora-ds", "--help"
     )

@@ -61,7 +61,9 @@ def test_an_unknown_name_is_told_with_the_known_ones():
 
 def test_settings_that_are_not_allowed_are_told_as_flags():
     settings = SimpleNamespace(a=0, b=2, kind="two", other="tow")
-    wrong = wrong_values(settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind})
+    wrong = wrong_values(
+        settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind}
+    )
     assert list(wrong) == [
         "--a must be at least 1, got 0",
         unknown("--other", "tow", ["one", "two"]),

@@ -39,12 +39,21 @@ def test_manifest_names_each_damage(tmp_path):
         "gone is missing",
     ):
         assert words in problems
-    (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "files": {{}}}}')
-    assert "it does not list what it was written with" in files.verify_manifest(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text(
+        f'{{"format": {files.FORMAT}, "files": {{}}}}'
+    )
+    assert (
+        "it does not list what it was written with"
+        in files.verify_manifest(tmp_path)[0]
+    )
     (tmp_path / "manifest.json").write_text('{"format": 1, "files": {}}')
-    with user_error(f"manifest.json has format 1; mora_ds .* reads format {files.FORMAT}"):
+    with user_error(
+        f"manifest.json has format 1; mora_ds .* reads format {files.FORMAT}"
+    ):
         files.verify_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "seal": "a"}}')
+    (tmp_path / "manifest.json").write_text(
+        f'{{"format": {files.FORMAT}, "seal": "a"}}'
+    )
     with user_error(r"manifest\.json is damaged"):
         files.verify_manifest(tmp_path)
 
@@ -262,13 +271,16 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path, monkeypatch):
     assert hashes == ["of another node", hashlib.sha256(b"mine").hexdigest()]
     assert files.verify_manifest(tmp_path, ()) == []
     assert [
-        "deep/theirs is damaged" in problem for problem in files.verify_manifest(tmp_path)
+        "deep/theirs is damaged" in problem
+        for problem in files.verify_manifest(tmp_path)
     ] == [True]
     for size, words in (
         (12, "has 11 bytes instead of 12"),
         (10, "has 11 bytes instead of 10"),
     ):
-        with pytest.raises(RunError, match=f"theirs {words} on rank 0's node, 0 s after"):
+        with pytest.raises(
+            RunError, match=f"theirs {words} on rank 0's node, 0 s after"
+        ):
             files.write_manifest(tmp_path, {"deep/theirs": {**theirs, "size": size}})
     with pytest.raises(RunError, match="gone is missing on rank 0's node"):
         files.write_manifest(tmp_path, {"gone": theirs})
@@ -375,9 +387,9 @@ class InCloud:
 
 
 def test_whatever_names_a_path_is_one():
-    assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [
-        Path("a/b")
-    ] * 3
+    assert [
+        files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))
+    ] == [Path("a/b")] * 3
     for value in ("", None, 3, b"a", InCloud(b"a"), InCloud("")):
         with user_error(r"^f: `x` must be a path, got "):
             files.as_path(value, "f: `x`")

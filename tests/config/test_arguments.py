@@ -36,7 +36,9 @@ def test_no_flag_at_all_is_the_is_demo_and_valid():
 
 
 def test_booleans_and_lists_as_hugging_face_writes_them():
-    words = "--fp16 true --bf16 false --no_document_mask --target_modules q_proj re:.*mlp.*"
+    words = (
+        "--fp16 true --bf16 false --no_document_mask --target_modules q_proj re:.*mlp.*"
+    )
     arguments = parse(words.split())
     assert (arguments.training.fp16, arguments.training.bf16) == (True, False)
     assert arguments.data.document_mask is False
@@ -114,7 +116,9 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
     first = parse([*RUN, *more.split()])
     path = tmp_path / "run.yaml"
     path.write_text(
-        yaml.safe_dump({**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}})
+        yaml.safe_dump(
+            {**dump(first), "versions": {"torch": "2"}, "resolved": {"x": 1}}
+        )
     )
     again = parse([str(path)])
     assert dump(again) == dump(first)
@@ -127,9 +131,13 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
 def numbers():
     """The settings that are numbers."""
     groups = [
-        type(group) for group in vars(parse([])).values() if dataclasses.is_dataclass(group)
+        type(group)
+        for group in vars(parse([])).values()
+        if dataclasses.is_dataclass(group)
     ]
-    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    hints = {
+        name: hint for group in groups for name, hint in get_type_hints(group).items()
+    }
     numeric = [
         name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}
     ]
@@ -139,7 +147,9 @@ def numbers():
 @pytest.mark.parametrize("name", numbers())
 def test_no_number_is_without_bounds(name):
     with user_error(f"--{name} must be "):
-        validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], name: -7}))
+        validate(
+            from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], name: -7})
+        )
 
 
 def test_everything_wrong_is_listed_at_once():

@@ -71,7 +71,10 @@ def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path):
     ]
     assert_user_errors(
         cases,
-        [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]],
+        [
+            ["--tokenizer_name", "449", "0 to 399"],
+            ["--tokenizer_name", str(user.train)],
+        ],
     )
 
 
@@ -104,7 +107,9 @@ def test_another_run_is_not_touched(user, other_run, tmp_path):
     mistaken = ["--overwrite_output_dir", "true"]
     checkpoint = other_run / "checkpoints/latest"
     elsewhere = (
-        shutil.copytree(other_run / "checkpoints", tmp_path / "elsewhere", symlinks=True)
+        shutil.copytree(
+            other_run / "checkpoints", tmp_path / "elsewhere", symlinks=True
+        )
         / "latest"
     )
     cases = {
@@ -149,7 +154,9 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user, tmp_path, out)
     named.
     """
     argv = user.flags(
-        out, "--learning_rate 1e25 --warmup_steps 0 --save_steps 1 --eval_files", user.held
+        out,
+        "--learning_rate 1e25 --warmup_steps 0 --save_steps 1 --eval_files",
+        user.held,
     )
     for kind, message in run_ranks(2, refused, argv):
         assert kind == "RunError"

@@ -386,9 +386,9 @@ def answered(user, tmp_path_factory):
 def test_a_launch_with_a_mistake(line, answered):
     code, message, wrote, loaded = answered[line]
     assert code == 2, message
-    assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], (
-        message
-    )
+    assert [
+        phrase for phrase in line.split(" | ")[1:] if phrase not in message
+    ] == [], message
     assert not wrote
     assert not loaded or line.startswith(NEED_WEIGHTS), (
         "found only after the weights were loaded"

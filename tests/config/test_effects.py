@@ -142,7 +142,9 @@ def test_flags_may_leave_keys_of_a_recipe_without_effect():
 def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("operator: share\n")
-    arguments = parse([str(recipe), *RUN, *["--adapter", "lora", "--operator", "share"]])
+    arguments = parse(
+        [str(recipe), *RUN, *["--adapter", "lora", "--operator", "share"]]
+    )
     with user_error("--operator is for MoRA"):
         validate(arguments)
 

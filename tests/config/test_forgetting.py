@@ -24,7 +24,9 @@ def test_bounds_and_scores():
     assert Watch.of([], []).score(start) is None
     assert watch.score({"old": 1.0}) is None, "a set that was left out"
     assert (
-        watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
+        watch.forgotten({"new": 1.0}, start)
+        is None
+        is watch.forgotten(start, {"new": 1e9})
     )
     assert Watch.of(["a:b:1.5"], []).bounds == {"a:b": 1.5}
     lines = report(start, {"old": 110.0, "new": 40.0, "late": 1.0})
@@ -92,7 +94,8 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
     whole = tmp_path / "whole"
     summary = run(1, forgetting(user, whole, more))
     scores = {
-        row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])
+        row["step"]: math.log(row["eval"]["held"])
+        + 0.5 * math.log(row["eval"]["short"])
         for row in rows(whole)
         if "eval" in row and row["step"] > 0
     }

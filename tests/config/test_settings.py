@@ -26,7 +26,9 @@ def test_evaluation_sets_have_names():
 
 def test_a_warmup_below_1_is_a_share_of_the_run():
     assert parse(["--warmup_steps", "0.03"]).schedule(1000).warmup_steps == 30
-    assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
+    assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, (
+        "rounded up"
+    )
     assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
     flags = "--warmup_steps 7 --lr_scheduler_type constant_with_warmup"
     schedule = parse(flags.split()).schedule(1000)
@@ -35,9 +37,9 @@ def test_a_warmup_below_1_is_a_share_of_the_run():
 
 def test_a_branch_decays_from_the_peak_whatever_its_warmup():
     for warmup in ("15", "20", "0.9"):
-        schedule = parse(["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]).schedule(
-            15, 10
-        )
+        schedule = parse(
+            ["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]
+        ).schedule(15, 10)
         assert schedule.curve(14) == pytest.approx(schedule.peak / 5)
     with user_error("raise --max_steps"):
         parse([]).schedule(10, 10)
@@ -79,9 +81,7 @@ def test_adapter_settings_become_the_adapters_config():
         rank=16, operator="decouple", r_hat_multiple=2, dropout=0.1, train_head=True,
         train_norms=True, base_bits=8, target_modules=("q_proj",), seed=5,
     )  # fmt: skip
-    flags = (
-        "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
-    )
+    flags = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
     wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)
     assert parse(flags.split()).adapter.config(seed=5) == wanted
 
@@ -101,4 +101,7 @@ def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(
     flags, adapter, others
 ):
     training = parse(flags.split()).training
-    assert (training.peak_learning_rate, training.other_learning_rate) == (adapter, others)
+    assert (training.peak_learning_rate, training.other_learning_rate) == (
+        adapter,
+        others,
+    )

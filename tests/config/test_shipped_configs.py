@@ -38,7 +38,9 @@ def test_deepspeed_configs_follow_the_flags(path, flags, dtype):
         ["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]
     ).training
     settings = training.engine_settings()
-    resolved = fill_bucket_sizes(resolve_ds_config(path, settings, world_size=2), [64, 128])
+    resolved = fill_bucket_sizes(
+        resolve_ds_config(path, settings, world_size=2), [64, 128]
+    )
     assert compute_dtype(resolved) == dtype
     assert resolved["train_batch_size"] == 6
     assert '"auto"' not in json.dumps(resolved)
@@ -75,7 +77,11 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, rates):
         training.per_device_train_batch_size * training.gradient_accumulation_steps * 8
         == 128
     )
-    assert (arguments.data.seq_len, training.warmup_steps, training.num_train_epochs) == (
+    assert (
+        arguments.data.seq_len,
+        training.warmup_steps,
+        training.num_train_epochs,
+    ) == (
         2048,
         150,
         3.0,

@@ -44,7 +44,9 @@ def tokenizer(tmp_path_factory):
 def files(tmp_path):
     for name, texts in (("a.jsonl", TEXTS[:25]), ("b.jsonl", [*TEXTS[25:], ""])):
         (tmp_path / name).write_text(
-            "".join(json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts)
+            "".join(
+                json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts
+            )
         )
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
 
@@ -76,9 +78,14 @@ def test_documents_between_bos_and_eos(
 ):
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 300)
     built = build(files)
-    wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
+    wanted = [
+        [1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS
+    ]
     assert built.tokens.tolist() == [token for document in wanted for token in document]
-    assert built.ends.tolist() == np.cumsum([len(document) for document in wanted]).tolist()
+    assert (
+        built.ends.tolist()
+        == np.cumsum([len(document) for document in wanted]).tolist()
+    )
     assert built.tokens.dtype == np.uint16
     assert built.ends.dtype == np.int64
     assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
@@ -92,7 +99,9 @@ def test_large_vocabularies_take_four_bytes(files, tmp_path):
     wide = load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path))
     wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
     (tmp_path / "c.txt").write_text("hello <extra_65535>")
-    built = build_cache(load_corpus([str(tmp_path / "c.txt")]), wide, tmp_path / "cache")
+    built = build_cache(
+        load_corpus([str(tmp_path / "c.txt")]), wide, tmp_path / "cache"
+    )
     assert built.tokens.dtype == np.uint32
     assert built.tokens[-2] == 300 + 65535
 
@@ -112,7 +121,9 @@ def test_a_long_file_is_one_document(
     assert built.tokens.tolist().count(1) == built.tokens.tolist().count(2) == 1
 
 
-def test_any_number_of_processes_gives_the_same(files, tokenizer, tmp_path, monkeypatch):
+def test_any_number_of_processes_gives_the_same(
+    files, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
     one, two = (
@@ -125,7 +136,9 @@ def test_any_number_of_processes_gives_the_same(files, tokenizer, tmp_path, monk
     assert one.ends.tobytes() == two.ends.tobytes()
 
 
-def test_errors_of_worker_processes_arrive_and_leave_nothing(build, tmp_path, monkeypatch):
+def test_errors_of_worker_processes_arrive_and_leave_nothing(
+    build, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
@@ -167,18 +180,27 @@ def test_the_second_call_only_opens(
     )
     assert again.folder == built.folder
     os.utime(files[0])  # touched, not changed: read again, but not tokenised
-    copied = [shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files]
+    copied = [
+        shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files
+    ]
     for same in (files, copied):
         assert build([str(path) for path in same]).folder == built.folder
 
 
-def test_contents_order_and_settings_each_make_a_new_key(files, build, tokenizer, tmp_path):
+def test_contents_order_and_settings_each_make_a_new_key(
+    files, build, tokenizer, tmp_path
+):
     def key(patterns, tokens=tokenizer, **settings):
         return build_cache(
             load_corpus(patterns, **settings), tokens, tmp_path / "cache"
         ).folder.name
 
-    keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
+    keys = [
+        key(files),
+        key(files[::-1]),
+        key(files[:1]),
+        key(files, text_column="body"),
+    ]
     keys.append(build(files, document_start="none").folder.name)
     another_tokenizer = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
     keys.append(key(files, another_tokenizer))
@@ -250,7 +272,9 @@ def test_a_cache_folder_that_cannot_be(files, tokenizer):
         build_cache(load_corpus(files), tokenizer, Path(files[0]))
 
 
-def test_an_empty_variable_names_no_cache_folder(files, tokenizer, tmp_path, monkeypatch):
+def test_an_empty_variable_names_no_cache_folder(
+    files, tokenizer, tmp_path, monkeypatch
+):
     data = DataArguments()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")

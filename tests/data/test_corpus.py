@@ -97,7 +97,9 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path):
     for pattern, names in patterns.items():
         assert [
             path.name
-            for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])
+            for path in resolve_files(
+                [f"{tmp_path}/{name}" for name in pattern.split()]
+            )
         ] == names
 
 
@@ -163,9 +165,13 @@ def test_no_file_matches(tmp_path):
         error(pattern)
         == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
     )
-    assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
+    assert "--eval_files: no file matches" in error(
+        tmp_path / "*.txt", flag="--eval_files"
+    )
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
-    assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
+    assert error(named).endswith(
+        f"A source that has a name needs a weight, too: {named}:1"
+    )
 
 
 FIRST = lines(records())
@@ -198,7 +204,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    "name, content, message", WRONG, ids=lambda value: value if type(value) is str else ""
+    "name, content, message",
+    WRONG,
+    ids=lambda value: value if type(value) is str else "",
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -299,7 +307,9 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):
 
 def test_where_files_come_from_is_said_in_one_way(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    assert error(tmp_path / "n*/a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
+    assert error(tmp_path / "n*/a.txt").endswith(
+        f"no file matches '{tmp_path}/n*/a.txt'."
+    )
     (tmp_path / "void").mkdir()
     assert (
         f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read"
@@ -312,6 +322,8 @@ def test_where_files_come_from_is_said_in_one_way(tmp_path):
 def test_the_training_split_of_a_name_is_streamed(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
     (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}]))
-    assert list(load_corpus(dataset_name=str(tmp_path), streaming=True).texts()) == ["a"]
+    assert list(load_corpus(dataset_name=str(tmp_path), streaming=True).texts()) == [
+        "a"
+    ]
     with user_error("no field 'body'"):
         load_corpus(dataset_name=str(tmp_path), streaming=True, text_column="body")

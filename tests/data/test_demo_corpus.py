@@ -55,7 +55,8 @@ def test_code_is_the_library_as_it_stands():
     documents = {document.source: document.text for document in domain_documents()}
     for module in (json, ast):
         assert (
-            documents[module.__name__] == Path(module.__file__ or "").read_bytes().decode()
+            documents[module.__name__]
+            == Path(module.__file__ or "").read_bytes().decode()
         )
     names = {name for source in documents for name in source.split(".")}
     assert not names & {

@@ -96,9 +96,9 @@ def llama_folder(folder):
 
 
 def folder_trained_here(folder):
-    load_tokenizer(train_sentencepiece(GENERAL, 700, folder / "trained")).save_pretrained(
-        folder
-    )
+    load_tokenizer(
+        train_sentencepiece(GENERAL, 700, folder / "trained")
+    ).save_pretrained(folder)
     tiny_model("llama", vocab_size=700).save_pretrained(folder)
     return folder
 
@@ -117,9 +117,9 @@ def byte_level_folder(folder, **model):
         show_progress=False,
     )
     backend.train_from_iterator(GENERAL, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>"
+    ).save_pretrained(folder)
     tiny_model(
         "llama", **{"vocab_size": 640, "tie_word_embeddings": True, **model}
     ).save_pretrained(folder)
@@ -155,7 +155,9 @@ def test_an_extended_model(tmp_path, make_folder):
     pieces = extension["pieces"]
     assert len(pieces) == 150
     assert new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
-    assert {token: new.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
+    assert {
+        token: new.get_vocab()[token] for token in old.get_vocab()
+    } == old.get_vocab()
     used = set()
     for text in [
         *(PLAIN if make_folder is llama_folder else PROBES),
@@ -168,7 +170,9 @@ def test_an_extended_model(tmp_path, make_folder):
     assert len(used & set(range(first, first + 150))) > 75
     assert not list(out.glob("*.model")), "that is the old vocabulary"
 
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (folder, out)
+    )
     rows = after.get_input_embeddings().num_embeddings
     assert written.endswith(
         f"150 new tokens, {before.get_input_embeddings().num_embeddings:,} -> {rows:,} rows"
@@ -183,9 +187,9 @@ def test_an_extended_model(tmp_path, make_folder):
     )
     for name, weight in after.state_dict().items():
         was = before.state_dict()[name]
-        assert torch.equal(weight[: min(first, len(was))], was[: min(first, len(was))]), (
-            name
-        )
+        assert torch.equal(
+            weight[: min(first, len(was))], was[: min(first, len(was))]
+        ), name
         if len(weight) == rows:
             old_ids = [
                 token.id for token in old.backend_tokenizer.model.tokenize(pieces[40])
@@ -207,7 +211,9 @@ def test_what_cannot_be_extended_is_refused(tmp_path, out):
     )
     unigram.save_pretrained(folder)
     texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
-    with user_error("the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
+    with user_error(
+        "the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"
+    ):
         extend_vocabulary(folder, cast(Any, texts), 1, out)
     assert not out.exists()
 
@@ -220,7 +226,9 @@ class Letters:
 
     def __call__(self, text, add_special_tokens):
         assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text if letter not in self.lost]}
+        return {
+            "input_ids": [ord(letter) for letter in text if letter not in self.lost]
+        }
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -268,9 +276,9 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
     assert result.dtype == torch.bfloat16
     assert torch.equal(result[:6], table[:6])
     for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
-        assert torch.equal(result[row], table[list(old)].float().mean(dim=0).bfloat16()), (
-            row
-        )
+        assert torch.equal(
+            result[row], table[list(old)].float().mean(dim=0).bfloat16()
+        ), row
     bias = torch.arange(8.0)
     assert grown(bias, extension_of(tmp_path), 9).tolist() == [
         0,
@@ -299,7 +307,9 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out
     config = AutoConfig.for_model(
         "phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        folder
+    )
     base = BaseCheckpoint.open(folder)
     keys, rows = vocabulary._vocabulary_keys(base, config, False)
     assert (keys, rows) == (

@@ -105,7 +105,9 @@ def test_a_place_far_out_is_found_without_a_walk():
 
 def test_weights_become_whole_numbers():
     assert integer_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
-    assert integer_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
+    assert integer_weights((0.1, 0.2)) == (1, 2), (
+        "decimals, not what a float makes of them"
+    )
     crooked = integer_weights((math.pi, math.e, 1e-9))
     assert sum(crooked) == LONGEST_PERIOD
     assert crooked[2] == 1
@@ -122,7 +124,8 @@ def test_weights_become_whole_numbers():
 def test_the_order_never_changes():
     """Recorded: a run of today must resume tomorrow."""
     assert (
-        order(SampleSchedule([(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+        order(SampleSchedule([(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist()
+        == RECORDED
     )
 
 
@@ -163,7 +166,9 @@ def test_sources_keep_their_own_order_and_epochs():
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
     alone = PackedDataset(data.sources[1].cache, 4, "7/b")
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
-    assert drawn[marks == 1][:9].tolist() == wanted, "another source does not reorder it"
+    assert drawn[marks == 1][:9].tolist() == wanted, (
+        "another source does not reorder it"
+    )
     measured = data.first_rows(33)["input_ids"][:, 0].tolist()
     assert measured == [10_000 + 4 * (index % 31) for index in range(33)], (
         "of the first source, from its start"
@@ -291,9 +296,12 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
     assert len(board.Scalars("8_sources/old/perplexity")) == 6
     write_mixture(user, mix)  # without the phase
-    resumed = flags(out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto")
-    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(
-        resumed
+    resumed = flags(
+        out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto"
+    )
+    assert (
+        "weights of --mixture, --train_files or --replay, from step 4.old"
+        in refusal(resumed)
     )
 
 
@@ -312,7 +320,9 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
         assert facts[name]["loss"] == pytest.approx(
             float(losses(tmp_path / name)[0]), rel=1e-6
         )
-    assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
+    assert not source_rows(tmp_path / "new"), (
+        "one source has its loss in the step's row"
+    )
 
 
 def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
@@ -356,7 +366,9 @@ def test_no_held_out_document_is_trained_on(user, tmp_path):
     more = ("--held_out_share", share, "--eval_files", f"mine={user.held}")
     run(1, user.flags(tmp_path / "out", *sources, *more))
     (after,) = [
-        row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6
+        row["eval"]
+        for row in rows(tmp_path / "out")
+        if "eval" in row and row["step"] == 6
     ]
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 

@@ -53,7 +53,9 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
             "positions run through"
         )
     starts = {0, *cache.ends.tolist()} if mask else {0}
-    assert predicted == [token for token in range(cache.n_tokens) if token not in starts]
+    assert predicted == [
+        token for token in range(cache.n_tokens) if token not in starts
+    ]
     # The very last predicts nothing
     assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))
 
@@ -71,7 +73,9 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len):
         tokens = block["input_ids"]
         real = int((tokens != EOS).sum())
         documents = np.concatenate([owner[tokens[:real]], np.full(seq_len - real, -1)])
-        packed = find_packed_sequence_indices(torch.from_numpy(block["position_ids"])[None])
+        packed = find_packed_sequence_indices(
+            torch.from_numpy(block["position_ids"])[None]
+        )
         sequences = np.zeros(seq_len) if packed is None else packed[0].numpy()
         assert (
             (sequences[:, None] == sequences) == (documents[:, None] == documents)
@@ -130,12 +134,17 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world, batch_size):
         for row in zip(*map(batch.get, KEYS), strict=True)
     ]
     assert all(
-        batch["labels"].shape == (batch_size, 7) for batches in ranks for batch in batches
+        batch["labels"].shape == (batch_size, 7)
+        for batches in ranks
+        for batch in batches
     )
     real = sorted(
-        (row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0])
+        (row for row in rows if (row[1] != IGNORED).any()),
+        key=lambda row: int(row[0][0]),
     )
-    assert [int(row[0][0]) for row in real] == [7 * index for index in range(data.n_blocks)]
+    assert [int(row[0][0]) for row in real] == [
+        7 * index for index in range(data.n_blocks)
+    ]
     for index, row in enumerate(real):
         assert all(
             np.array_equal(mine, right)
@@ -147,14 +156,18 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world, batch_size):
 def test_a_corpus_shorter_than_one_batch():
     data = PackedDataset(make_cache([50]), 8)
     batches_of(data, 7).check_batch_size()
-    with user_error("it makes 7 sequences of --seq_len 8, one global batch takes 8; give"):
+    with user_error(
+        "it makes 7 sequences of --seq_len 8, one global batch takes 8; give"
+    ):
         batches_of(data, 8).check_batch_size()
     with user_error("too short"):
         PackedDataset(make_cache([1]), 8)
 
 
 def test_documents_begin_with_rows_and_where_positions_restart():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9], [0, 1, 0, 0, 1, 2]])
+    positions = torch.tensor(
+        [[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9], [0, 1, 0, 0, 1, 2]]
+    )
     documents = Documents.of(positions)
     assert documents.lengths == (3, 2, 1, 6, 2, 1, 3)
     assert documents.longest == 6

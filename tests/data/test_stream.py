@@ -56,7 +56,9 @@ def test_a_stream_is_the_cache_token_by_token(user, tokenizer, tmp_path, kind):
 
 @pytest.mark.parametrize("buffer", [0, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_resumed_at_any_sample(tokenizer, tmp_path, kind, buffer, monkeypatch):
+def test_a_stream_is_resumed_at_any_sample(
+    tokenizer, tmp_path, kind, buffer, monkeypatch
+):
     """Through JSON, as in a checkpoint, again and again with a new source."""
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
@@ -79,7 +81,9 @@ def read(corpus, buffer, epoch=0, seed=3):
 
 
 def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path):
-    corpus = load_corpus(write(tmp_path / "shards", "jsonl", [f"{n}" for n in range(50)]))
+    corpus = load_corpus(
+        write(tmp_path / "shards", "jsonl", [f"{n}" for n in range(50)])
+    )
     first, *later = (read(corpus, 8, epoch) for epoch in range(3))
     for another in (*later, read(corpus, 8, seed=4)):
         assert sorted(another) == sorted(first) == list(range(50))
@@ -106,7 +110,9 @@ def test_a_window_of_much_text_is_complete(tmp_path, monkeypatch):
     ]
 
 
-def test_a_document_longer_than_memory_passes_in_chunks(tokenizer, tmp_path, monkeypatch):
+def test_a_document_longer_than_memory_passes_in_chunks(
+    tokenizer, tmp_path, monkeypatch
+):
     """At most a chunk and a batch of it are in memory."""
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
@@ -174,15 +180,21 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
 # -- complete runs -------------------------------------------------------------------------
 
 
-def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user, tmp_path, out):
-    more = f"--streaming --shuffle_buffer 7 --save_steps 2 --replay old={user.held}:0.25"
+def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
+    user, tmp_path, out
+):
+    more = (
+        f"--streaming --shuffle_buffer 7 --save_steps 2 --replay old={user.held}:0.25"
+    )
 
     def flags(folder, *batch):
         return user.flags(folder, more, *batch)
 
     assert_one_run(flags, tmp_path, job_in_small_batches)
     assert source_rows(tmp_path / "wide")[-1]["old"]["tokens"] == 6 * 32
-    resumed = flags(out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto")
+    resumed = flags(
+        out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto"
+    )
     message = refusal([*resumed, "--shuffle_buffer", "8"])
     assert "--shuffle_buffer" in message
     assert "train.shuffle_buffer: 7 there, 8 here" in message

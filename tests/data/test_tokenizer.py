@@ -13,12 +13,19 @@ import sentencepiece
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
+from mora_ds.data import (
+    check_vocabulary,
+    load_tokenizer,
+    train_sentencepiece,
+    wants_bos,
+)
 from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 from tests.helpers.errors import user_error
 from tests.helpers.outcome import tree
 
-SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
+SOURCES = [
+    Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)
+]
 AWKWARD = [
     "",
     " ",
@@ -46,7 +53,15 @@ def fuzz(count):
     byte fallback.
     """
     generator = random.Random(0)
-    alphabet = [*"  \n\t.,()aaaeeesstt_=<>/sx0", "é", "漢", "😀", "self", "    ", "\n\n"]
+    alphabet = [
+        *"  \n\t.,()aaaeeesstt_=<>/sx0",
+        "é",
+        "漢",
+        "😀",
+        "self",
+        "    ",
+        "\n\n",
+    ]
     strings = [
         "".join(generator.choices(alphabet, k=generator.randrange(1, 80)))
         for _ in range(count)
@@ -161,5 +176,7 @@ def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path):
 def test_no_end_of_text_token(trained):
     wrapped = load_tokenizer(trained)
     wrapped.eos_token = None
-    with user_error(r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):
+    with user_error(
+        r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"
+    ):
         end_of_text_id(wrapped)

@@ -44,7 +44,8 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker, tmp
         model = load_adapter(maker.folder, tmp_path / "adapter", domain=domain)
         expected = tiny_model("llama", num_hidden_layers=1)
         domain_updates = {
-            name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()
+            name: [*cycles, *cycles[-1:] * (times - 1)]
+            for name, cycles in updates.items()
         }
         merge(expected, originals(maker.model), domain_updates)
         torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
@@ -104,7 +105,9 @@ def test_an_operator_of_other_sides_is_refused(maker, adapter):
         load_adapter(maker.folder, adapter)
 
 
-def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker, tmp_path):
+def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(
+    maker, tmp_path
+):
     """A relative folder in base.json is relative to where it lies: a copy elsewhere names
     the same base.
     """

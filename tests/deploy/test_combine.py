@@ -105,7 +105,9 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
     export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
     assert_same_model(tmp_path / "plain", tmp_path / "merged")
     assert verify(tmp_path / "same")[0].is_good
-    assert (tmp_path / "same/tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
+    assert (tmp_path / "same/tokenizer").is_dir() == (
+        run.checkpoint / "tokenizer"
+    ).is_dir()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
@@ -128,7 +130,9 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path):
     combine_adapters([earlier, run.checkpoint], [0.45, 0.45], tmp_path / "mean")
     export_merged(tmp_path / "mean", tmp_path / "merged")
     opened = Adapter.open(tmp_path / "mean")
-    check(content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
+    check(
+        content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)])
+    )
     assert opened.ledger.cycles == opened.file.cycle == 2, (
         "checkpoints of a run share operators: no term is added"
     )
@@ -163,7 +167,8 @@ def test_a_sum_stands_alone(run, tmp_path):
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory):
     return Maker(
-        tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("maker") / "base"
+        tiny_model("llama", num_hidden_layers=1),
+        tmp_path_factory.mktemp("maker") / "base",
     )
 
 
@@ -194,7 +199,10 @@ def test_sum_of_two_runs(maker, tmp_path, first, second, terms):
     ids = torch.arange(8).unsqueeze(0)
     live = load_adapter(maker.folder, tmp_path / "sum")(input_ids=ids).logits
     merged = (
-        type(maker.model).from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+        type(maker.model)
+        .from_pretrained(tmp_path / "merged")
+        .eval()(input_ids=ids)
+        .logits
     )
     assert_close(live, merged, rtol=0, atol=1e-5)
 
@@ -254,7 +262,9 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
         ("other", "have different bases"),
     ):  # fmt: skip
         with user_error(message):
-            combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")
+            combine_adapters(
+                [tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum"
+            )
     assert not (tmp_path / "sum").exists()
 
 

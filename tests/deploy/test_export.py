@@ -79,7 +79,10 @@ SETTINGS = {
     ),
     "gpt2": (
         "bfloat16",
-        {"family": "gpt2", "trained": ("transformer.wte.weight", "transformer.ln_f.bias")},
+        {
+            "family": "gpt2",
+            "trained": ("transformer.wte.weight", "transformer.ln_f.bias"),
+        },
     ),
     "neox": ("float32", {"family": "gpt_neox", "trained": ("lm_head.weight",)}),
     "no-cycles": ("float16", {"family": "phi3", "cycles": 0}),
@@ -130,7 +133,8 @@ def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     )
     check(run, tmp_path / "parts", torch.float32)
     prints = {
-        BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")
+        BaseCheckpoint.open(tmp_path / name).fingerprint()
+        for name in ("whole", "parts")
     }
     assert len(prints) == 1
 
@@ -203,7 +207,9 @@ def test_base_that_moved(tmp_path):
     check(run, tmp_path / "merged", torch.float32)
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
     with user_error(r"`base_folder`: .*other is not the base of"):
-        export_merged(run.checkpoint, tmp_path / "merged-2", base_folder=tmp_path / "other")
+        export_merged(
+            run.checkpoint, tmp_path / "merged-2", base_folder=tmp_path / "other"
+        )
     assert not (tmp_path / "merged-2").exists()
 
 
@@ -242,7 +248,9 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
     write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
     files.write_manifest(run.checkpoint)
     assert_refused(
-        run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight"
+        run,
+        tmp_path / "merged",
+        r"lm_head\.weight is tied to model\.embed_tokens\.weight",
     )
 
 
@@ -301,9 +309,7 @@ def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     tests/config/test_bad_tool_calls.py.
     """
     run = fake_run(tmp_path)
-    flags = (
-        f"--checkpoint {run.output}/checkpoints/latest --output {tmp_path}/merged --verify"
-    )
+    flags = f"--checkpoint {run.output}/checkpoints/latest --output {tmp_path}/merged --verify"
     environment = {**os.environ}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, TOOL, *flags.split()]

@@ -31,17 +31,22 @@ def compress(kind, x, side):
     """
     d_in = x.shape[-1]
     if kind in (2, 3):
-        return torch.stack([part.sum(-1) for part in x.tensor_split(side, dim=-1)], dim=-1)
+        return torch.stack(
+            [part.sum(-1) for part in x.tensor_split(side, dim=-1)], dim=-1
+        )
     blocks = x[..., torch.arange(math.ceil(d_in / side) * side) % d_in].unflatten(
         -1, (-1, side)
     )
     if kind in (1, 4):
         return blocks.sum(-2)
     frequencies = 10000.0 ** (-torch.arange(0, side, 2).double() / side)
-    angles = torch.outer(torch.arange(blocks.shape[-2]).double(), frequencies).repeat(1, 2)
+    angles = torch.outer(torch.arange(blocks.shape[-2]).double(), frequencies).repeat(
+        1, 2
+    )
     halves = blocks.tensor_split(2, dim=-1)
     return (
-        blocks * angles.cos() + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()
+        blocks * angles.cos()
+        + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()
     ).to(x.dtype)
 
 
@@ -166,7 +171,9 @@ model.layers.0.self_attn.q_proj.lora_A | [64, 64] | false | a matrix of side 64 
 
 
 @pytest.mark.parametrize("name, shape, beside_good, words", rows(TENSORS))
-def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, beside_good, words):
+def test_what_is_more_than_matrices_is_refused(
+    tmp_path, name, shape, beside_good, words
+):
     fork = Fork(tmp_path, 1, SQUARE)
     path = fork.path / "adapter_model.safetensors"
     good = load_file(path) if parsed(beside_good) else {}

@@ -24,7 +24,9 @@ def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
     def wrong(original, updates, *rest):
         updates = list(updates)
         return live_weight(
-            original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest
+            original,
+            updates[:-1] if fault == "square forgotten" else updates[1:],
+            *rest,
         )
 
     monkeypatch.setattr(stored_weights, "live_weight", wrong)
@@ -41,9 +43,13 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     with_own_code(run.base, run.base)
     export_merged(run.checkpoint, tmp_path / "plain")
     assert (tmp_path / "plain/modeling_own.py").is_file()
-    with user_error(r"base.*its own code must be run: allow that with --trust_remote_code"):
+    with user_error(
+        r"base.*its own code must be run: allow that with --trust_remote_code"
+    ):
         export_merged(run.checkpoint, tmp_path / "refused", verify=True)
-    export_merged(run.checkpoint, tmp_path / "merged", verify=True, trust_remote_code=True)
+    export_merged(
+        run.checkpoint, tmp_path / "merged", verify=True, trust_remote_code=True
+    )
     assert not (tmp_path / "refused").exists()
     assert (tmp_path / "merged/modeling_own.py").is_file()
 

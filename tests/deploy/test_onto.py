@@ -95,14 +95,17 @@ class Update:
         module = name.removesuffix(".weight")
         if module in self.updates:
             delta = sum(
-                spec.delta_weight(value.double()) for spec, value in self.updates[module]
+                spec.delta_weight(value.double())
+                for spec, value in self.updates[module]
             )
             return delta if isinstance(delta, Tensor) else 0
         if (low_rank := self.trained.get(f"{module}.low_rank")) is not None:
             tall, wide = low_rank.double().split(self.weights[name].shape)
             return tall @ wide.T
         return (
-            self.trained[name].double() - self.weights[name] if name in self.trained else 0
+            self.trained[name].double() - self.weights[name]
+            if name in self.trained
+            else 0
         )
 
 
@@ -135,9 +138,9 @@ def check(model, exact, dtype):
         half_step = (
             torch.exp2(exact[name].abs().log2().floor()) * torch.finfo(dtype).eps / 2
         )
-        assert ((tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7).all(), (
-            name
-        )
+        assert (
+            (tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7
+        ).all(), name
 
 
 def loaded(folder):
@@ -198,7 +201,9 @@ def test_it_is_the_target_and_the_difference_by_hand(
     in_memory = load_target(update.checkpoint, onto=tmp_path / "target").model
     for name, tensor in merged.named_parameters():
         assert torch.equal(in_memory.get_parameter(name), tensor), name
-    changed = [name for name in update.weights if isinstance(update.change(name), Tensor)]
+    changed = [
+        name for name in update.weights if isinstance(update.change(name), Tensor)
+    ]
     assert len(changed) == len(update.updates) + len(update.trained)
 
 
@@ -243,7 +248,9 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
     ids = tokens(1, 300)
     with torch.no_grad():
         logits = merged(ids).logits
-        torch.testing.assert_close(logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5
+        )
         assert torch.equal(
             load_target(update.checkpoint, onto=tmp_path / "target").model(ids).logits,
             logits,
@@ -251,7 +258,8 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
         target.load_state_dict(merged.state_dict())
         assert (target.eval()(ids).logits - logits).abs().max() > 1e-3
     assert (
-        merged.config.max_position_embeddings == 4 * target.config.max_position_embeddings
+        merged.config.max_position_embeddings
+        == 4 * target.config.max_position_embeddings
     )
 
 
@@ -331,7 +339,9 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
 def assert_refused(update, words, target=None, **settings):
     target = target or update.folder / "target"
     with untouched(update.folder), user_error(words):
-        export_merged(update.checkpoint, update.folder / "merged", onto=target, **settings)
+        export_merged(
+            update.checkpoint, update.folder / "merged", onto=target, **settings
+        )
 
 
 def test_tokens_with_other_ids_are_named(pair):

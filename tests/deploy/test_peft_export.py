@@ -23,7 +23,9 @@ def logits_of(model):
 
 def loaded(base, adapter):
     """PEFT's model, all of whose tensors came from the files."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), adapter
+    )
     assert any("lora_A" in name for name, _ in model.named_parameters())
     return model
 
@@ -82,7 +84,10 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
     shares = {}
     for name, terms in updates.items():
         delta = summed(
-            torch.zeros(terms[0][0].d_out, terms[0][0].d_in), terms, False, torch.float32
+            torch.zeros(terms[0][0].d_out, terms[0][0].d_in),
+            terms,
+            False,
+            torch.float32,
         )
         left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
         leading = (left[:, :rank] * values[:rank]) @ right[:rank]
@@ -98,7 +103,11 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
 @pytest.mark.parametrize(
     "family, trained, saved",
     [
-        ("llama", ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), 3),
+        (
+            "llama",
+            ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+            3,
+        ),
         ("llama", ("model.layers.1.input_layernorm.weight",), 1),
         # The head is tied; ln_f has a bias
         ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),
@@ -117,7 +126,9 @@ def test_the_domain_that_is_named_is_written(tmp_path):
     """Each has the shared matrices once more, so that its update is twice theirs."""
     maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
     maker.write(
-        tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code")
+        tmp_path / "adapter",
+        MoRAConfig(rank=1, operator="share"),
+        domains=("law", "code"),
     )
     updates = {}
     for domain in ("shared", "code"):
@@ -126,7 +137,9 @@ def test_the_domain_that_is_named_is_written(tmp_path):
         name = "model.layers.0.mlp.up_proj.weight"
         updates[domain] = model.get_parameter(name).data - maker.weights[name]
     assert updates["shared"].abs().max() > 1e-3
-    torch.testing.assert_close(updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6
+    )
     assert read_json(tmp_path / "code" / CONFIG_FILE)["base_model_name_or_path"] == str(
         tmp_path / "base"
     )

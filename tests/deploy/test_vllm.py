@@ -77,7 +77,9 @@ def python():
         try:
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
             subprocess.run([*pip, "install", "--quiet", VLLM], check=True)
-            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
+            subprocess.run(
+                [*pip, "uninstall", "--quiet", "--yes", *UNUSABLE], check=True
+            )
         except subprocess.CalledProcessError as error:
             pytest.skip(f"{VLLM} cannot be installed into {folder}: {error}")
         done.touch()
@@ -112,7 +114,9 @@ def served(python, model, prompts, tokens, adapters):
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment.pop("PYTHONPATH", None)
-    done = called([str(python), "-c", SERVER, request], cwd=model.parent, env=environment)
+    done = called(
+        [str(python), "-c", SERVER, request], cwd=model.parent, env=environment
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("SERVED "))
     return json.loads(line.removeprefix("SERVED "))
@@ -145,7 +149,10 @@ def test_three_adapters_are_served_side_by_side(tmp_path, python):
     assert len({tuple(row) for row in expected}) == len(expected), (
         "each model says something else"
     )
-    assert served(python, tmp_path / "base", prompts, tokens, adapters) == [expected, 64]
+    assert served(python, tmp_path / "base", prompts, tokens, adapters) == [
+        expected,
+        64,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,14 +160,20 @@ def test_three_adapters_are_served_side_by_side(tmp_path, python):
     [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)],
     ids=["llama", "qwen3"],
 )
-def test_a_merged_model_of_four_times_the_positions_is_served(tmp_path, python, classes):
+def test_a_merged_model_of_four_times_the_positions_is_served(
+    tmp_path, python, classes
+):
     model = base(*classes)
     maker = Maker(model, tmp_path / "base")
     changes = rope_changes(
         model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}')
     )
     maker.write(
-        tmp_path / "run", MoRAConfig(rank=2, seed=1), 1, scale=0.1, config_changes=changes
+        tmp_path / "run",
+        MoRAConfig(rank=2, seed=1),
+        1,
+        scale=0.1,
+        config_changes=changes,
     )
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -43,10 +43,14 @@ def run(folder, script, language="bash"):
         "HF_HUB_OFFLINE": "1",
     }
     command = (
-        ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
+        ["bash", "-euc", script]
+        if language == "bash"
+        else [sys.executable, "-c", script]
     )
     done = called(command, cwd=folder, env=environment)
-    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
@@ -82,7 +86,9 @@ def test_a_run_prints_what_the_page_shows(checkout):
 def words_and_numbers(text):
     """A text without its decimals, and these, which other processors round differently."""
     steady = VARIES.sub("#", text)
-    return DECIMAL.sub("#", steady), [float(number) for number in DECIMAL.findall(steady)]
+    return DECIMAL.sub("#", steady), [
+        float(number) for number in DECIMAL.findall(steady)
+    ]
 
 
 @pytest.mark.heavy(seconds=1)
@@ -94,7 +100,8 @@ def test_the_notebook_has_the_commands_of_its_page():
         re.DOTALL,
     )
     commands = [
-        f"%%bash\n{script}" if language == "bash" else script for language, script in blocks
+        f"%%bash\n{script}" if language == "bash" else script
+        for language, script in blocks
     ]
     cells = read_json(page.with_suffix(".ipynb"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -50,6 +50,8 @@ def test_every_quoted_message_is_in_the_code():
     messages = quoted(ROOT / "docs/help/troubleshooting.md")
     assert len(messages) >= 15
     gone = [
-        message for message in messages if not any(matches(message, text) for text in known)
+        message
+        for message in messages
+        if not any(matches(message, text) for text in known)
     ]
     assert not gone

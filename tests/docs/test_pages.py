@@ -63,7 +63,9 @@ def written():
 def test_the_support_matrix_asks_the_checks_of_a_run():
     lora = OPTIONS["`--adapter lora`"]
     full = OPTIONS["`--adapter full`"]
-    assert "--tensor_parallel_size 2" in (refusal(lora, COLUMNS["tensor parallel"]) or "")
+    assert "--tensor_parallel_size 2" in (
+        refusal(lora, COLUMNS["tensor parallel"]) or ""
+    )
     assert "--merge_every" in (refusal(full, COLUMNS["ReMoRA merges"]) or "")
     assert refusal(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"]) is None
     assert refusal(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"]) is not None
@@ -125,7 +127,9 @@ def test_what_the_check_of_a_landing_runs_is_what_the_pages_say():
 
 def test_the_pages_of_the_site_are_all_in_its_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    pages = {
+        str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")
+    }
     assert pages == set(re.findall(r": (\S+\.md)$", navigation, flags=re.MULTILINE))
 
 
@@ -147,7 +151,9 @@ def test_every_flag_that_a_page_names_exists():
         ROOT / "docs/reference/cli.md",
         *(path for folder in folders for path in folder.rglob("*.py")),
     ]
-    known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text())}
+    known = {
+        flag for path in programs for flag in re.findall(r"--\w+", path.read_text())
+    }
     unknown = {}
     for page in PAGES:
         text = page.read_text()

@@ -49,7 +49,9 @@ def test_no_table_of_results_is_typed_by_hand(page):
 
 def test_a_table_that_is_typed_by_hand_is_found():
     table = "| method | perplexity |\n| --- | ---: |\n| MoRA | 1.0 |\n"
-    drawn = f"<!-- a.json b, by tools/docs.py -->\n\n{table}\n<!-- end of a.json b -->\n"
+    drawn = (
+        f"<!-- a.json b, by tools/docs.py -->\n\n{table}\n<!-- end of a.json b -->\n"
+    )
     assert typed(f"{drawn}text\n\n{table}") == ["| method | perplexity |"]
     assert typed(drawn) == []
 
@@ -61,7 +63,8 @@ def test_a_drawn_table_is_what_its_json_says(page):
 
 
 CURVE = re.compile(
-    r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| ([\d., ]+) \|", re.MULTILINE
+    r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| ([\d., ]+) \|",
+    re.MULTILINE,
 )
 """A row of the guide to a healthy run: file, method, learning rate, seeds, perplexities
 against the start.
@@ -131,7 +134,12 @@ def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
 @pytest.mark.parametrize(
     ("page", "method", "learning_rate", "words"),
     [
-        ("learning.md", "lora", 0.001, "half the learning rate at {new:.1f} and {old:.1f}"),
+        (
+            "learning.md",
+            "lora",
+            0.001,
+            "half the learning rate at {new:.1f} and {old:.1f}",
+        ),
         (
             "learning-tables.md",
             "remora-gradient",

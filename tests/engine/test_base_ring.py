@@ -61,7 +61,9 @@ class Late(Copies):
 
     def wait(self, ticket):
         known = [queued for queued, _ in self.waiting]
-        for _, pairs in self.waiting[: known.index(ticket) + 1]:  # a stream copies in order
+        for _, pairs in self.waiting[
+            : known.index(ticket) + 1
+        ]:  # a stream copies in order
             super().start(pairs)
         del self.waiting[: known.index(ticket) + 1]
 
@@ -123,7 +125,9 @@ def trained(case, streamed):
     return {
         "losses": losses,
         "values": trained_values(engine),
-        "frozen": {name: tensor.clone() for name, tensor in frozen_buffers(model).items()},
+        "frozen": {
+            name: tensor.clone() for name, tensor in frozen_buffers(model).items()
+        },
         "sent": counter.base_bytes,
         "used": len(storages),
     }
@@ -199,7 +203,9 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
     for _ in range(3):
         before = ring.copied
         causal_loss(model.train(), tokens(2)).backward()
-    assert ring.copied - before == plan.copied == 2 * (LAYERS - BUFFERS) * plan.layers[0]
+    assert (
+        ring.copied - before == plan.copied == 2 * (LAYERS - BUFFERS) * plan.layers[0]
+    )
     assert sum(slot.nbytes for slot in ring.slots) == plan.on_device
     config = AutoConfig.for_model(
         "llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}
@@ -280,7 +286,9 @@ def test_tied_tensors_stay_on_the_device():
     assert list(layers) == [f"model.layers.{index}" for index in range(3)]
     assert "model.layers.1.input_layernorm.weight" in names
     assert "model.layers.1.mlp.up_proj.weight" in names
-    assert not names & {f"model.layers.{index}.input_layernorm.weight" for index in (0, 2)}
+    assert not names & {
+        f"model.layers.{index}.input_layernorm.weight" for index in (0, 2)
+    }
     assert not [name for name in names if "embed" in name or "lm_head" in name]
 
 
@@ -321,5 +329,7 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
         else:
             model.to(device)
             causal_loss(model.train(), tokens(2).to(device)).backward()
-        all_gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        all_gradients.append(
+            [parameter.grad.clone() for parameter in model.parameters()]
+        )
     assert all(torch.equal(*pair) for pair in zip(*all_gradients, strict=True))

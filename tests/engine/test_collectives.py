@@ -44,7 +44,10 @@ def trained(case):
     with (
         CollectiveCounter().counting() as counter,
         patch.object(
-            DeepSpeedZeroOptimizer, "allreduce_and_scatter", autospec=True, side_effect=cut
+            DeepSpeedZeroOptimizer,
+            "allreduce_and_scatter",
+            autospec=True,
+            side_effect=cut,
         ) as cuts,
     ):
         for step in range(6):
@@ -73,7 +76,9 @@ def with_the_collectives_for_few_and_for_many(cases):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_whole_buckets_give_the_same_bits_for_the_same_bytes(ranks):
     """A third of a gradient is rounded: it is divided before the sum in both."""
-    for counts in run_pooled(ranks, with_the_collectives_for_few_and_for_many, list(CASES)):
+    for counts in run_pooled(
+        ranks, with_the_collectives_for_few_and_for_many, list(CASES)
+    ):
         for case, (sliced, whole) in zip(CASES, counts, strict=True):
             assert sliced[0] == whole[0] > 0, case
             assert sliced[1] > 0, case

@@ -124,7 +124,8 @@ def test_what_is_written_down_as_off_is_off():
     "flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")]
 )
 @pytest.mark.parametrize(
-    "written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}]
+    "written",
+    [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}],
 )
 def test_compute_dtype_follows_the_flag(flag, dtype, written):
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
@@ -170,7 +171,10 @@ def test_a_bucket_is_even_and_holds_the_largest_parameter():
         ([largest, 10], largest),
     ):
         zero = zero_sizes(numels)
-        assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, size)
+        assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (
+            size,
+            size,
+        )
         assert zero["stage3_prefetch_bucket_size"] == sum(numels)
     assert zero_sizes([])[PERSISTENT] == 0
 
@@ -254,7 +258,12 @@ def test_contradictions_are_listed_at_once(tmp_path):
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
         "optimizer": {
-            "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}
+            "params": {
+                "lr": 1e-3,
+                "betas": [0.9, 0.999],
+                "eps": 1e-6,
+                "weight_decay": 0.0,
+            }
         },
     }
     path = tmp_path / "ds.json"

@@ -58,7 +58,9 @@ def test_a_cpu_copies_at_once():
     copies.wait(copies.start([(target, source)]))
     copies.finish()
     assert target.tolist() == [0, 1, 2]
-    with user_error("is for CUDA devices and CPUs, not for meta: use --base_device device"):
+    with user_error(
+        "is for CUDA devices and CPUs, not for meta: use --base_device device"
+    ):
         copies_for(torch.device("meta"))
 
 
@@ -109,7 +111,9 @@ class Cuda:
         return False
 
 
-def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch):
+def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(
+    monkeypatch,
+):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     copies = copies_for(torch.device("cuda"))
@@ -135,11 +139,15 @@ def test_pages_are_locked_where_the_system_permits_it(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     monkeypatch.setattr(
-        host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)]
+        host_copies,
+        "page_ranges",
+        lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)],
     )
     copies = copies_for(torch.device("cuda"))
     copies.pin([])
     assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
     cuda.answer = 2
-    with user_error(r"0\.00 GB of host memory .*\(error 2\): raise the limits .*ulimit -l"):
+    with user_error(
+        r"0\.00 GB of host memory .*\(error 2\): raise the limits .*ulimit -l"
+    ):
         copies.pin([])

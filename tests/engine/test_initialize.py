@@ -208,7 +208,9 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, thread
 def test_bucket_sizes_are_those_of_the_largest_share():
     model = model_with_mora(operator="share", train_norms=True)
     sides = [layer.value.shape[0] for layer in mora_layers(model).values()]
-    norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
+    norms = [
+        parameter.numel() for parameter in model.parameters() if parameter.dim() == 1
+    ]
     assert any(side % 3 for side in sides)
     for degree in (1, 2, 3):
         shares = [-(-side // degree) * side for side in sides]

@@ -68,7 +68,9 @@ AVAILABLE | {free_data: false} | by DeepSpeed
 
 
 @pytest.mark.parametrize("status, options, how", rows(FREED))
-def test_what_is_gathered_and_unchanged_is_freed_at_once(status, options, how, monkeypatch):
+def test_what_is_gathered_and_unchanged_is_freed_at_once(
+    status, options, how, monkeypatch
+):
     kwargs = parsed(options)
     is_quick = how == "quickly"
     freed = []

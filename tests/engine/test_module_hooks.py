@@ -98,7 +98,9 @@ def test_the_collectives_for_many_ranks_give_the_same_bits():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting):
     for everywhere, hooked in run_pooled(2, with_and_without, setting):
-        layers = len(mora_layers(model_with_mora("gpt2" if setting == "some" else "llama")))
+        layers = len(
+            mora_layers(model_with_mora("gpt2" if setting == "some" else "llama"))
+        )
         assert everywhere > 2 * layers
         assert hooked == (3 if setting == "embeddings" else 1)
 

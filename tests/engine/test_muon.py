@@ -58,7 +58,8 @@ def small_model(lora=False):
         return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
     model = tiny_model()
     inject(
-        model, LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True)
+        model,
+        LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True),
     )
     for index, layer in enumerate(mora_layers(model).values()):
         layer.value.data = 0.1 * random(*layer.value.shape, seed=index).float()
@@ -71,7 +72,9 @@ def squares_of(model):
 
 def others_of(model):
     squares = {id(square) for square in squares_of(model)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in squares]
+    return [
+        parameter for parameter in model.parameters() if id(parameter) not in squares
+    ]
 
 
 # -- one process ---------------------------------------------------------------------------
@@ -134,7 +137,9 @@ def plain_run(merge_at=None, lora=False):
                     update = orthogonal(blended)
                 square.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
         if step + 1 == merge_at:
-            for layer, moving in zip(mora_layers(model).values(), momentum, strict=True):
+            for layer, moving in zip(
+                mora_layers(model).values(), momentum, strict=True
+            ):
                 layer.weight += delta_weight(layer.spec, layer.square.data)
                 layer.square.data.zero_()
                 moving.zero_()
@@ -182,7 +187,9 @@ def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
     model = small_model(lora)
     engine, *_ = initialize(model=model, config=config)
     norms = train(engine, merge_at)
-    state = [(key, value.dtype, value.float()) for key, value in state_tensors(engine, 0)]
+    state = [
+        (key, value.dtype, value.float()) for key, value in state_tensors(engine, 0)
+    ]
     return {
         "optimizer": type(engine.optimizer).__name__,
         "muon": [group["use_muon"] for group in engine.optimizer.param_groups],
@@ -190,7 +197,9 @@ def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
         "others": [zero.full_fp32(parameter) for parameter in others_of(model)],
         "norms": norms,
         "state": {(key, dtype) for key, dtype, _ in state},
-        "momentum": _norm([value for key, _, value in state if key == "momentum_buffer"]),
+        "momentum": _norm(
+            [value for key, _, value in state if key == "momentum_buffer"]
+        ),
         "frames": sum(torch._dynamo.utils.counters["frames"].values()),
     }
 
@@ -267,7 +276,9 @@ def learning_rates(names):
 
 
 def test_the_schedule_keeps_the_two_rates_in_proportion():
-    (settings,) = run_pooled(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
+    (settings,) = run_pooled(
+        1, learning_rates, ("lr", "momentum", "eps", "weight_decay")
+    )
     assert settings == [
         pytest.approx([RATE / 4, OTHERS_RATE / 4]),
         [BETA],

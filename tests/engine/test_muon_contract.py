@@ -111,7 +111,9 @@ def everything(folder):
     resumed.load_checkpoint(folder)
     for one in (engine, resumed):
         one_step(one)
-    same = torch.equal(*(zero.full_fp32(one.module.square) for one in (engine, resumed)))
+    same = torch.equal(
+        *(zero.full_fp32(one.module.square) for one in (engine, resumed))
+    )
     return {
         "clipped": clipped,
         "buffer resumed": same,

@@ -66,7 +66,11 @@ class Case:
             },
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True},
+                "params": {
+                    "lr": LEARNING_RATE,
+                    "weight_decay": 0.0,
+                    "torch_adam": True,
+                },
             },
         }
         if self.dtype == "bfloat16":
@@ -125,7 +129,9 @@ def case_of(tied=False, **settings):
 
 EXACT_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(EXACT)}
 ROUNDED_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(ROUNDED)}
-OVERFLOW_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(OVERFLOW)}
+OVERFLOW_CASES = {
+    name: case_of(**parsed(settings)) for name, settings in rows(OVERFLOW)
+}
 
 
 # -- one process, no DeepSpeed -------------------------------------------------------------
@@ -206,9 +212,12 @@ def sharded_run(case, folder):
             merger.merge(step + 1)
             result["left"] = largest(masters(engine, squares))
             result["state"] = {
-                key: tensor.abs().max().item() for key, tensor in state_tensors(engine, 0)
+                key: tensor.abs().max().item()
+                for key, tensor in state_tensors(engine, 0)
             }
-            result["others_kept"] = same(masters_before, masters(engine, other_parameters))
+            result["others_kept"] = same(
+                masters_before, masters(engine, other_parameters)
+            )
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))
         if step == MERGE_AFTER:
@@ -256,7 +265,8 @@ def probe(engine):
 
 def masters(engine, parameters):
     return {
-        name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()
+        name: zero.full_fp32(parameter).clone()
+        for name, parameter in parameters.items()
     }
 
 
@@ -362,4 +372,6 @@ def test_a_skipped_step_can_be_followed_by_a_merge(name, runs):
         before, after = result["probes"]
         assert after == before
         assert result["left"] == 0.0
-        assert all(torch.isfinite(square).all() for square in result["squares"].values())
+        assert all(
+            torch.isfinite(square).all() for square in result["squares"].values()
+        )

@@ -78,7 +78,9 @@ def write(folder, *files, **more):
 def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
-    assert shards.layout.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
+    assert shards.layout.shapes == {
+        name: tuple(shape) for name, shape in SHAPES.items()
+    }
     assert shards.files == ["0.st", "1.st"]
     assert str(shards.layout.scaler) == "{'cur_scale': 4.0, 'cur_iter': 3}", (
         "saved again it is the same file"
@@ -92,7 +94,10 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
                 for numel in range(len(values) - start + 1):
                     piece = shards.read(name, key, start, numel)
                     assert piece.dtype == dtype
-                    assert piece.tolist() == (values[start : start + numel] + plus).tolist()
+                    assert (
+                        piece.tolist()
+                        == (values[start : start + numel] + plus).tolist()
+                    )
                 tail = shards.read(name, key, start)
                 assert tail.tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
@@ -149,7 +154,10 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
         """The second rank's file without the first flat tensor's `remove`, or with other
         values of it.
         """
-        content = {**contents(1), **{f"0.{key}": value for key, value in changes.items()}}
+        content = {
+            **contents(1),
+            **{f"0.{key}": value for key, value in changes.items()},
+        }
         content.pop(f"0.{remove}", None)
         write(tmp_path, contents(0), content)
         return EngineShards.open(tmp_path)
@@ -249,13 +257,17 @@ def test_a_count_keeps_its_kind(tmp_path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
     spans = [("b", 0, 5, 0)]
-    assert isinstance(restored(shards, spans, step=torch.tensor(0.0)).state["step"], Tensor)
+    assert isinstance(
+        restored(shards, spans, step=torch.tensor(0.0)).state["step"], Tensor
+    )
     for device in ("cpu", "meta"):
         assert restored(shards, spans, device).state["step"].device.type == device
 
 
 def test_parameters_with_different_states_are_not_one_tensor(tmp_path):
-    write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
+    write(
+        tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2))
+    )
     spans = [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)]
     with user_error("a and c are one tensor here, with different state there"):
         restored(EngineShards.open(tmp_path), spans)

@@ -82,7 +82,9 @@ def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap):
         assert all(f"the host waits for {stream}" in calls for calls in unrepaired)
     results = run_ranks(2, micro_batches, True, True, settings)
     without_streams = run_ranks(2, micro_batches, False, True, settings)
-    for (repaired, matrices), (_, expected) in zip(results, without_streams, strict=True):
+    for (repaired, matrices), (_, expected) in zip(
+        results, without_streams, strict=True
+    ):
         assert not [call for calls in repaired for call in calls if "host" in call]
         assert all(calls[-1] == f"arithmetic wait for {stream}" for calls in repaired)
         for matrix, wanted in zip(matrices, expected, strict=True):

@@ -38,7 +38,9 @@ def count_bytes(accumulation, zero_settings):
     padded = sum(
         -(-layer.square.ds_numel // 2) * 2 for layer in mora_layers(model).values()
     )
-    base = sum({t.data_ptr(): t.numel() for t in frozen_buffers(model).values()}.values())
+    base = sum(
+        {t.data_ptr(): t.numel() for t in frozen_buffers(model).values()}.values()
+    )
     return {
         "gathered": gathered, "seen": dict(seen), "trainable": trainable, "padded": padded, "base": base,
         "base_bytes": counter.base_bytes,
@@ -61,11 +63,15 @@ PASSES = """
 def test_collectives_carry_the_squares_and_nothing_else(row):
     passes, accumulation, settings = map(parsed, row)
     for result in run_pooled(2, count_bytes, accumulation, settings):
-        gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
+        gathers = sum(
+            count for name, count in result["seen"].items() if "gather" in name
+        )
         assert result["gathered"] == gathers == passes * 4 * result["padded"]
         everything = sum(result["seen"].values())
         reductions = accumulation * 4 * result["padded"]
-        assert everything <= gathers + reductions + 512 * accumulation  # + norms and flags
+        assert (
+            everything <= gathers + reductions + 512 * accumulation
+        )  # + norms and flags
         assert result["base_bytes"] == 0
 
 

@@ -48,7 +48,9 @@ def naive(folder, texts, window, stride):
             while position >= begin + window:
                 begin += stride
             with torch.no_grad():
-                logits = model(torch.tensor([ids[begin:position]])).logits[0, -1].double()
+                logits = (
+                    model(torch.tensor([ids[begin:position]])).logits[0, -1].double()
+                )
             nats -= torch.log_softmax(logits, -1)[ids[position]].item()
             tokens += 1
     return nats, tokens
@@ -70,7 +72,9 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     assert score.documents == 5
     assert score.nats == pytest.approx(nats, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(
+        nats / math.log(2) / text_bytes, rel=1e-6
+    )
     assert score.to_dict()["tokens_per_byte"] == tokens / text_bytes
     one = evaluate(target, corpus, windows, batch_size=1, max_documents=1)
     assert one.documents == 1
@@ -82,7 +86,11 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     is no BOS.
     """
     tokenizer = Letters()
-    chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
+    chunks = [
+        Document("abcde", ends=False),
+        Document("fgh", begins=False),
+        Document("i"),
+    ]
     corpus = [*chunks, Document("ü")]
     count = Score()
     assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
@@ -104,7 +112,11 @@ def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
     monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
     batches = list(perplexity._batches(iter(windows), 2))
-    assert [[len(ids) for ids, _ in batch] for batch in batches] == [[2, 3], [5, 9], [1]]
+    assert [[len(ids) for ids, _ in batch] for batch in batches] == [
+        [2, 3],
+        [5, 9],
+        [1],
+    ]
 
 
 def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
@@ -178,8 +190,12 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
     assert Windows.of(unlimited, 4096, None).stride == 2048
-    assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
-    with user_error(r"--json .*nowhere/scores.json: name a file in a folder that exists"):
+    assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, (
+        "of a model that has diverged"
+    )
+    with user_error(
+        r"--json .*nowhere/scores.json: name a file in a folder that exists"
+    ):
         report = tmp_path / "nowhere/scores.json"
         call("evaluate", user.model, "--sets", user.held, "--json", report)
     with user_error("neither a Hugging Face folder nor a checkpoint"):

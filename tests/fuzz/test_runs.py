@@ -44,7 +44,9 @@ def test_every_setting_is_tried():
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(1200)
 def test_settings_run_or_are_refused_by_name(user, tmp_path):
-    first, count = map(int, os.environ.get("FUZZ", f"{seed_of_commit()} {CASES}").split())
+    first, count = map(
+        int, os.environ.get("FUZZ", f"{seed_of_commit()} {CASES}").split()
+    )
     prepare(user)
     findings = fuzz(user, range(first, first + count), tmp_path)
     print(f"seeds from {first} on:", Counter(kind for _, kind, _, _ in findings))

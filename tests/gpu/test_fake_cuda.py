@@ -25,7 +25,9 @@ pytestmark = [
 ]
 
 NAMED = [
-    name for name in configurations() if not name.startswith(("{", "grouping", "recipe"))
+    name
+    for name in configurations()
+    if not name.startswith(("{", "grouping", "recipe"))
 ]
 
 
@@ -60,7 +62,10 @@ def test_a_step_places_every_tensor_and_waits_for_nothing(faults, name):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("misplaced table", r"a tensor \(\d+,\) on the host is among those on the device"),
+        (
+            "misplaced table",
+            r"a tensor \(\d+,\) on the host is among those on the device",
+        ),
         ("item", "the host waits for the device: aten._local_scalar_dense"),
         ("blocking copy", r"\(1,\) is copied to the device and waited for"),
         (
@@ -77,5 +82,7 @@ def test_planted_faults_are_noticed(faults, name, message):
 def test_every_combination_of_an_operator_every_grouping_and_every_recipe(tmp_path):
     names = configurations().keys() - {*PAIRS, *NAMED}
     assert not {
-        name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault
+        name: fault
+        for name, fault in faults_of(sorted(names), tmp_path).items()
+        if fault
     }

@@ -76,7 +76,9 @@ class Maker:
         ledger = Ledger.create(folder / LEDGER_FOLDER, about.fingerprint)
         updates = {}
         for cycle in range(cycles + 1):
-            layers = self.layers(config, cycle) if layers_of is None else layers_of(cycle)
+            layers = (
+                self.layers(config, cycle) if layers_of is None else layers_of(cycle)
+            )
             squares = {}
             for name, entry in layers.items():
                 squares[name] = scale * torch.randn(

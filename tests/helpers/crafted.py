@@ -21,13 +21,17 @@ def whole_checkpoint(folder):
     """As `fake_run`, with the shards of one process, random states, and a tokenizer's
     folder.
     """
-    run = fake_run(folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",))
+    run = fake_run(
+        folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",)
+    )
     checkpoint = run.checkpoint
     state = TrainerState(
         step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2}
     )
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
-    save_file({"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors")
+    save_file(
+        {"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors"
+    )
     (checkpoint / "tokenizer").mkdir()
     (checkpoint / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     _write_engine(checkpoint)

@@ -87,7 +87,9 @@ def fake_run(
     base = BaseCheckpoint.open(base_folder)
     for name, entry in adapter.layers.items():
         original = base.read(maker.keys[entry.weight])
-        expected[entry.weight] = summed(original, updates[name], entry.transposed, compute)
+        expected[entry.weight] = summed(
+            original, updates[name], entry.transposed, compute
+        )
         *merged, (spec, square) = updates[name]
         module = model.get_submodule(name)
         module.weight.data.copy_(summed(original, merged, entry.transposed, compute))
@@ -116,7 +118,9 @@ def layers_of(model, cycle):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name:
             transposed = isinstance(module, Conv1D)
-            d_out, d_in = module.weight.shape[::-1] if transposed else module.weight.shape
+            d_out, d_in = (
+                module.weight.shape[::-1] if transposed else module.weight.shape
+            )
             kind = KINDS[len(layers) % len(KINDS)]
             seed = permutation_seed(0, name, cycle)
             spec = OperatorSpec(

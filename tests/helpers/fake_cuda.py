@@ -57,16 +57,16 @@ class Permits(Enum):
 
     NOTHING = "wait for nothing: a step"
     COPIES = "wait for copies to the device: a first step, which makes tables"
-    READS = "ask for numbers, and be told yes and zero: a merge, a checkpoint, an export"
+    READS = (
+        "ask for numbers, and be told yes and zero: a merge, a checkpoint, an export"
+    )
 
 
 def build_shim(folder):
     """Compile the shim against this torch; takes seconds."""
     library = folder / "fake_cuda.so"
     installed = Path(torch.__file__).parent
-    libraries = (
-        f"-L{installed}/lib -Wl,-rpath,{installed}/lib -Wl,--no-as-needed -lc10 -ltorch_cpu"
-    )
+    libraries = f"-L{installed}/lib -Wl,-rpath,{installed}/lib -Wl,--no-as-needed -lc10 -ltorch_cpu"
     command = f"g++ -std=c++20 -shared -fPIC -I{installed}/include {SHIM} -o {library} {libraries}"
     subprocess.run(command.split(), check=True)
     return library
@@ -112,7 +112,9 @@ class FakeCuda(TorchDispatchMode):
             self._check_copy(args[0], device, kwargs.get("non_blocking", False))
             with _FAKE if device.type == "cuda" else nullcontext():
                 return torch.zeros(
-                    args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device
+                    args[0].shape,
+                    dtype=kwargs.get("dtype") or args[0].dtype,
+                    device=device,
                 )
         if (
             func is torch.ops.aten.copy_.default

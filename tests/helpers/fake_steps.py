@@ -103,7 +103,9 @@ def run(settings):
                 patch.object(layer_module, "runs_kernels", lambda device: False)
             )
         # Its layers are all alike, and one is placed as two are, unless they take turns
-        is_one = settings["family"] == "llama" and arguments.training.base_device != "host"
+        is_one = (
+            settings["family"] == "llama" and arguments.training.base_device != "host"
+        )
         model = tiny_model(
             settings["family"], **({"num_hidden_layers": 1} if is_one else {})
         )
@@ -154,7 +156,9 @@ def prepare(model, arguments, dense):
                 module._buffers[name] = None if buffer is None else buffer.to(CUDA)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.data.to(CUDA, dtype))
+                    module._parameters[name] = nn.Parameter(
+                        parameter.data.to(CUDA, dtype)
+                    )
                     vars(module._parameters[name]).update(vars(parameter))
     if training.chunked_loss:
         chunk_loss(model, 16)
@@ -178,9 +182,12 @@ def step(model, settings, first):
     }
     rows["documents"] = Documents.of(positions)
     rows = {
-        name: part.pin_memory().to(CUDA, non_blocking=True) for name, part in rows.items()
+        name: part.pin_memory().to(CUDA, non_blocking=True)
+        for name, part in rows.items()
     }
-    loss = row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
+    loss = (
+        row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
+    )
     loss.backward()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -192,7 +199,9 @@ def step(model, settings, first):
 
 def merge(layer):
     square = layer.unshard(layer.value.detach()).float()
-    norms = layer.merge(torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square)
+    norms = layer.merge(
+        torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square
+    )
     assert {norm.device for norm in norms} == {CUDA}
 
 

@@ -180,7 +180,9 @@ def argv_of(settings, user):
 
 
 def named_in(message, settings):
-    names = {flag or key for flag, key in re.findall(r"--(\w+)|(research\.\w+)", message)}
+    names = {
+        flag or key for flag, key in re.findall(r"--(\w+)|(research\.\w+)", message)
+    }
     return [name for name in settings if name in names]
 
 
@@ -238,7 +240,9 @@ def attempts(seed, user):
         kind, said = attempt(settings, user)
         yield kind, said, dict(settings)
         removable = [
-            name for name in named_in(said, settings) if settings[name] != base.get(name)
+            name
+            for name in named_in(said, settings)
+            if settings[name] != base.get(name)
         ]
         if kind != "refused" or not removable:
             break
@@ -255,7 +259,9 @@ def attempts(seed, user):
         settings["resume_from_checkpoint"] = "latest"
         yield *_resumed(settings, user), dict(settings)
         name = draw.choice(
-            sorted({*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"})
+            sorted(
+                {*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
+            )
         )
         changed = {**settings, name: draw.choice(table[name])}
         yield *_resumed(changed, user, name), changed

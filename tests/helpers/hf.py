@@ -100,7 +100,9 @@ def trainer_in(
 def matrices(engine):
     """The unsharded MoRA matrices and the live weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
-    squares = {name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()}
+    squares = {
+        name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()
+    }
     return {
         **squares,
         **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()},
@@ -158,7 +160,9 @@ def own_loop(root, rates):
 def run_merges():
     """The steps after which the runs above merge."""
     return [
-        step for step in range(MERGE_EVERY, STEPS, MERGE_EVERY) if STEPS - step > REWARMUP
+        step
+        for step in range(MERGE_EVERY, STEPS, MERGE_EVERY)
+        if STEPS - step > REWARMUP
     ]
 
 

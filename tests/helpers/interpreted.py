@@ -98,7 +98,9 @@ def check_rows(spec, tables, dtype):
     same(launched(triton_ops.gather_sum, x, tables.fold, *rotation, False), z, "fold")
     c = plain.gather_sum(g, tables.collect, None, None, False)
     same(
-        launched(triton_ops.gather_sum, g, tables.collect, None, None, False), c, "collect"
+        launched(triton_ops.gather_sum, g, tables.collect, None, None, False),
+        c,
+        "collect",
     )
     repeated = (
         c
@@ -198,7 +200,9 @@ def check_pieces(spec):
         )
         return load(pointers, mask, *options)
 
-    for name, launch in traffic.launches(spec, torch.float32, tokens=9, device=CPU).items():
+    for name, launch in traffic.launches(
+        spec, torch.float32, tokens=9, device=CPU
+    ).items():
         addresses.clear()
         with patch.object(builder, "create_masked_load", noted):
             launch()
@@ -207,7 +211,9 @@ def check_pieces(spec):
             start = tensor.data_ptr()
             read = {}
             for program, loads in addresses.items():
-                piece = int(pieces[argument][program]) if argument in pieces else program
+                piece = (
+                    int(pieces[argument][program]) if argument in pieces else program
+                )
                 read.setdefault(piece, set()).update(
                     np.concatenate(loads, axis=None).tolist()
                 )
@@ -242,7 +248,9 @@ def check_layer(spec):
                 tensor.to(DEVICE) for tensor in (x, weight, bias, square)
             )
             with_bias = linear.kernel_linear(x, weight, bias, square, tables, path)
-            bias_after = linear.kernel_linear(x, weight, None, square, tables, path) + bias
+            bias_after = (
+                linear.kernel_linear(x, weight, None, square, tables, path) + bias
+            )
             return ((with_bias + bias_after) / 2).to(CPU)
 
         expected = outputs_and_gradients(spec, torch.float64, layer)
@@ -283,7 +291,9 @@ def main():
     with variant(VARIANTS["parts"]):  # the interpreter alone tells what is read
         for kind in (OperatorKind.ROTATE, OperatorKind.SHARE) if DEVICE == CPU else ():
             for d_in, d_out in ((80, 36), (36, 80)):
-                check_pieces(OperatorSpec(kind, d_in, d_out, 18, Grouping.PERMUTED, seed=1))
+                check_pieces(
+                    OperatorSpec(kind, d_in, d_out, 18, Grouping.PERMUTED, seed=1)
+                )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     names = list(VARIANTS)
     start, step = map(int, sys.argv[1:])

@@ -50,7 +50,9 @@ class Playground:
 
     def texts(self):
         """The documents of `train`."""
-        return [json.loads(line)["text"] for line in self.train.read_text().splitlines()]
+        return [
+            json.loads(line)["text"] for line in self.train.read_text().splitlines()
+        ]
 
     def flags(self, out, *more):
         """A small run; later flags win. `more`: for `words`."""
@@ -82,10 +84,13 @@ def golden_flags(user, out, *more):
 def playground(root):
     """Model, tokenizer and texts under `root`."""
     sources = [
-        Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random)
+        Path(module.__file__ or "").read_text()
+        for module in (argparse, subprocess, random)
     ]
     texts = [
-        source[start : start + 700] for source in sources for start in range(0, 14_000, 700)
+        source[start : start + 700]
+        for source in sources
+        for start in range(0, 14_000, 700)
     ]
     trained = train_sentencepiece(texts, VOCABULARY, root / "trained")
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
@@ -250,7 +255,9 @@ def is_rank(process):
     """
     try:
         running = psutil.Process(process)
-        has_rank = "RANK" in running.environ() and "RANK" not in running.parent().environ()
+        has_rank = (
+            "RANK" in running.environ() and "RANK" not in running.parent().environ()
+        )
         return has_rank and running.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, AttributeError):  # it has ended, or its parent has
         return False

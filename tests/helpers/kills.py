@@ -328,7 +328,9 @@ def killed_run(world, argv, moment, victims):
     try:
         first = _first_death([processes[rank] for rank in victims], 120)
         if first.exitcode != -signal.SIGKILL:
-            raise AssertionError(f"the run did not reach {moment}:\n{_last_words(pipes)}")
+            raise AssertionError(
+                f"the run did not reach {moment}:\n{_last_words(pipes)}"
+            )
         if len(victims) == world:
             return
         deadline = time.monotonic() + 30

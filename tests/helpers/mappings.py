@@ -64,7 +64,11 @@ class Mappings:
     def place_of(self, tensor):
         """Where the tensor's bytes come from; None for one on another device, in memory of
         its own, or in a mapped file some of which this process has written to."""
-        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        if (
+            tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+            or not tensor.numel()
+        ):
             return None
         address = tensor.data_ptr()
         index = (

@@ -205,7 +205,11 @@ def model_folders(folder, user):
     first = next(iter(tensors))
 
     def with_header(content):
-        return len(content).to_bytes(8, "little") + content.encode() + weights[8 + length :]
+        return (
+            len(content).to_bytes(8, "little")
+            + content.encode()
+            + weights[8 + length :]
+        )
 
     def changed(**facts):
         return json.dumps({**tensors, first: {**tensors[first], **facts}})

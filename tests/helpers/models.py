@@ -29,7 +29,9 @@ NO_SDPA = ("gemma2", "gpt_oss")
 def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
     """A randomly initialised causal LM; the same on every call with the same arguments."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**{**FAMILIES, **MIXTURES}[family], **changes})
+    config = AutoConfig.for_model(
+        family, **{**{**FAMILIES, **MIXTURES}[family], **changes}
+    )
     attention = "eager" if family in NO_SDPA else "sdpa"
     return AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=attention

@@ -44,7 +44,9 @@ class Mutator:
         report.
         """
         files = sorted(
-            path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not path.is_symlink()
         )
         if not files:
             return "nothing left to change"
@@ -89,7 +91,9 @@ class Mutator:
         if path.suffix == ".json":
             path.write_text(json.dumps(self._changed(json.loads(path.read_text()))))
         elif path.suffix == ".yaml":
-            path.write_text(yaml.safe_dump(self._changed(yaml.safe_load(path.read_text()))))
+            path.write_text(
+                yaml.safe_dump(self._changed(yaml.safe_load(path.read_text())))
+            )
         elif path.suffix == ".safetensors":
             change_header(path, self._change_header)
         else:
@@ -98,7 +102,9 @@ class Mutator:
     def _change_header(self, header):
         metadata = header.get("__metadata__", {})
         if "layers" in metadata and self._random.random() < 0.7:
-            metadata["layers"] = json.dumps(self._changed(json.loads(metadata["layers"])))
+            metadata["layers"] = json.dumps(
+                self._changed(json.loads(metadata["layers"]))
+            )
         else:
             self._changed(header)
 
@@ -113,7 +119,9 @@ class Mutator:
             if isinstance(container, dict):
                 keys = list(container)
             else:
-                keys = list(range(len(container))) if isinstance(container, list) else []
+                keys = (
+                    list(range(len(container))) if isinstance(container, list) else []
+                )
             entries += [(container, key) for key in keys]
             waiting += [container[key] for key in keys]
         if not entries or self._random.random() < 0.01:
@@ -132,4 +140,8 @@ class Mutator:
 
     def _value(self):
         value = self._random.choice(VALUES)
-        return value.replace("{case}", str(self._case)) if isinstance(value, str) else value
+        return (
+            value.replace("{case}", str(self._case))
+            if isinstance(value, str)
+            else value
+        )

@@ -40,7 +40,12 @@ class Node:
         env = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
         with log.open("w") as file:
             return subprocess.Popen(
-                self.command(words), stdout=file, stderr=file, env=env, text=True, **more
+                self.command(words),
+                stdout=file,
+                stderr=file,
+                env=env,
+                text=True,
+                **more,
             )
 
     def run(self, *words):

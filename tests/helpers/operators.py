@@ -63,7 +63,9 @@ def specs():
 
 
 def spec_id(spec):
-    return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
+    return (
+        f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
+    )
 
 
 def blocks_onto_wrapped_outputs(spec):
@@ -121,7 +123,8 @@ def outputs_and_gradients(spec, dtype, layer):
     square = square.to(dtype).requires_grad_()
     y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
     return tuple(
-        tensor.double() for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype)))
+        tensor.double()
+        for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype)))
     )
 
 
@@ -132,4 +135,6 @@ def by_definition(spec):
 
 
 def by_path(spec, path):
-    return lambda x, weight, bias, square: mora_linear(x, weight, bias, square, spec, path)
+    return lambda x, weight, bias, square: mora_linear(
+        x, weight, bias, square, spec, path
+    )

@@ -55,7 +55,9 @@ def _pairs(case, parameters):
 
     Positions, as a value need not be hashable.
     """
-    settings = [(name, list(parameters[name]).index(value)) for name, value in case.items()]
+    settings = [
+        (name, list(parameters[name]).index(value)) for name, value in case.items()
+    ]
     return set(itertools.combinations(settings, min(2, len(settings))))
 
 

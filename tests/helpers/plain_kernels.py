@@ -43,13 +43,16 @@ def form(
     del members
     r_hat = len(square)
     turned_blocks = blocks if cos is None else len(cos)
-    padded = F.pad(_wide(square), (0, 0, 0, 1))  # one more row of zeros, which index -1 is
+    padded = F.pad(
+        _wide(square), (0, 0, 0, 1)
+    )  # one more row of zeros, which index -1 is
     read = [
         padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots
     ]
     # (O, N * R + 1) each
     read = [
-        F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1)) for rows in read
+        F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1))
+        for rows in read
     ]
     delta = torch.zeros(weight.shape, dtype=padded.dtype, device=padded.device)
     for positions in unfold:

@@ -93,7 +93,9 @@ def model_in_few_bits(config):
     before = count_parameters(model)
     report = inject(model, config)
     layers = mora_layers(model)
-    assert report.total_params == before + report.square_params == count_parameters(model)
+    assert (
+        report.total_params == before + report.square_params == count_parameters(model)
+    )
     few_bits = torch.int8 if config.base_bits == 8 else torch.uint8
     for name, tensor in frozen_buffers(model).items():
         is_adapted = name.removesuffix(".weight") in layers
@@ -109,7 +111,8 @@ def assert_casts_leave_scales(model):
     adapted weights."""
     layers = mora_layers(model)
     scales = {
-        name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()
+        name: layer.get_buffer("weight_scales").clone()
+        for name, layer in layers.items()
     }
     move_base(model, "cpu", torch.bfloat16)
     model.to(torch.bfloat16)

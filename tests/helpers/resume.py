@@ -8,9 +8,7 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import assert_close_losses, curve, job, losses, run
 
-MERGING = (
-    "--max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --eval_steps 4"
-)
+MERGING = "--max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --eval_steps 4"
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
 
 

@@ -9,7 +9,9 @@ import yaml
 def rows(text):
     """The cells of every row."""
     lines = [line.strip() for line in text.splitlines()]
-    return [tuple(line.split(" | ")) for line in lines if line and not line.startswith("#")]
+    return [
+        tuple(line.split(" | ")) for line in lines if line and not line.startswith("#")
+    ]
 
 
 def words(*texts):

@@ -71,7 +71,9 @@ def loss_of(case, model, ids):
         return causal_loss(model, ids)
     positions = (torch.arange(ids.shape[1]) % 7).expand(len(ids), -1).contiguous()
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions}
-    return token_nll(model, {**batch, "documents": Documents.of(positions)}) / ids.numel()
+    return (
+        token_nll(model, {**batch, "documents": Documents.of(positions)}) / ids.numel()
+    )
 
 
 def plain_run(case):
@@ -123,7 +125,9 @@ def split_run(case, degree, steps=STEPS, **zero_settings):
 
 
 def whole(engine, get):
-    layers = {f"{name}.square": layer for name, layer in mora_layers(engine.module).items()}
+    layers = {
+        f"{name}.square": layer for name, layer in mora_layers(engine.module).items()
+    }
     tensors = {}
     for name, parameter in engine.module.named_parameters():
         value = get(parameter).clone()
@@ -142,7 +146,9 @@ def logits(model):
 
 def assert_same_run(results, expected, where=""):
     def assert_same(mine, theirs, rtol, atol=0.0):
-        assert_close(mine, theirs, rtol=rtol, atol=atol, msg=lambda text: f"{where} {text}")
+        assert_close(
+            mine, theirs, rtol=rtol, atol=atol, msg=lambda text: f"{where} {text}"
+        )
 
     assert_same(results["losses"], expected["losses"], rtol=1e-6)
     assert_same(results["logits"], expected["logits"], rtol=0, atol=2e-6)

@@ -47,7 +47,13 @@ STEPS = {
 def main():
     report = Report(bench_parser(__doc__).parse_args())
     by_shape = [
-        ["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]
+        [
+            "operator",
+            "d_in x d_out",
+            "tokens",
+            *(f"{step}, MB" for step in STEPS),
+            *STEPS,
+        ]
     ]
     most = [["bytes / least, at most", *STEPS]]
     for kind, rank in OPERATORS:
@@ -57,7 +63,11 @@ def main():
                 counted = step_bytes(layer_spec(kind, rank, shape), tokens)
                 ratios.append([actual / least for actual, least in counted.values()])
                 megabytes = [f"{actual / 1e6:,.0f}" for actual, _ in counted.values()]
-                name = f"{kind.value} r={rank}", f"{shape[0]} x {shape[1]}", f"{tokens:,}"
+                name = (
+                    f"{kind.value} r={rank}",
+                    f"{shape[0]} x {shape[1]}",
+                    f"{tokens:,}",
+                )
                 by_shape.append(
                     [*name, *megabytes, *(f"{ratio:.2f}" for ratio in ratios[-1])]
                 )
@@ -154,7 +164,9 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
 def operands(launch):
     """The tensors of a launch, by the names of the kernel's arguments."""
     return {
-        name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)
+        name: value
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor)
     }
 
 
@@ -176,7 +188,12 @@ def pieces(launch):
             chunks = -(-arguments["columns"] // constants["PART"])
             return {"x": program // chunks, "table": whole, "cos": whole, "sin": whole}
         case "_form_groups":
-            return {"square": second, "unfold": whole, "members": whole, "scales": whole}
+            return {
+                "square": second,
+                "unfold": whole,
+                "members": whole,
+                "scales": whole,
+            }
         case "_form_blocks":
             return dict.fromkeys(
                 ("square", "unfold", "slots", "cos", "sin", "scales"), whole
@@ -194,7 +211,9 @@ def launch_bytes(launch):
     """Bytes from and to memory."""
     shared = pieces(launch)
     tensors = operands(launch)
-    streamed = sum(tensor.nbytes for name, tensor in tensors.items() if name not in shared)
+    streamed = sum(
+        tensor.nbytes for name, tensor in tensors.items() if name not in shared
+    )
     programs = math.prod(launch.grid)
     wave = np.arange(programs) // (
         PROCESSORS * (THREADS // (32 * launch.options["num_warps"]))
@@ -203,7 +222,9 @@ def launch_bytes(launch):
     touched = {
         name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors
     }
-    sizes = {name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched}
+    sizes = {
+        name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched
+    }
     passed = np.full(waves, streamed / waves)
     for name, (_, of_wave) in touched.items():
         passed += sizes[name] * np.bincount(of_wave, minlength=waves)

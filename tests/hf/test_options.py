@@ -169,7 +169,10 @@ def test_the_callback_needs_the_mixin(tmp_path):
         output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1
     )
     trainer = transformers.Trainer(
-        tiny_model(), plain, train_dataset=rows, callbacks=[MoRACallback(merge_every=10)]
+        tiny_model(),
+        plain,
+        train_dataset=rows,
+        callbacks=[MoRACallback(merge_every=10)],
     )
     with user_error("MoRATrainer"):
         trainer.train()
@@ -199,7 +202,9 @@ def test_an_optimizer_of_the_config_stays(tmp_path):
     assert optimizer["params"]["eps"] == 1e-8
 
 
-@pytest.mark.parametrize("sections", [{"optimizer": None}, {"optimizer": {"params": None}}])
+@pytest.mark.parametrize(
+    "sections", [{"optimizer": None}, {"optimizer": {"params": None}}]
+)
 def test_a_section_that_is_null_is_one_that_is_absent(tmp_path, sections):
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})

@@ -46,7 +46,9 @@ def losses_and_gradients(model, batch):
     }
 
 
-@pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
+@pairwise(
+    {"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]}
+)
 def test_documents_are_dense_attention(family, rows, checkpointing):
     model = model_of(family, checkpointing)
     use_documents(model)
@@ -87,7 +89,9 @@ def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
     config = AutoConfig.for_model(kind, **parsed(settings))
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
-    assert why_dense(OwnConfig(), None) == "the code of the model is not transformers' own"
+    assert (
+        why_dense(OwnConfig(), None) == "the code of the model is not transformers' own"
+    )
 
 
 def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():

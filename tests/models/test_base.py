@@ -78,7 +78,9 @@ def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
     """A shell leaves the ~ of `--base=~/model` as it is."""
     monkeypatch.setenv("HOME", str(llama.parent))
     content = read_json(llama / "config.json")
-    (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
+    (llama / "config.json").write_text(
+        json.dumps({**content, "quantization_config": None})
+    )
     assert BaseCheckpoint.open(f"~/{llama.name}").keys()
     (llama / "config.json").unlink()
     with user_error(r"--base: .*/llama is not a model folder: it has no config.json"):
@@ -90,9 +92,13 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path):
     model = tiny_model()
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"):
+    with pytest.raises(
+        NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"
+    ):
         BaseCheckpoint.open(folder)
-    base = write_own_base(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "own")
+    base = write_own_base(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "own"
+    )
     verify_against_model(
         base, mapping_of(model, base), parameters(model), parameters(model)
     )
@@ -170,7 +176,9 @@ def test_hub_files_without_the_prefix(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     mapping = mapping_of(model, BaseCheckpoint.open(tmp_path))
     assert mapping["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
-    assert mapping["lm_head.weight"] == mapping["transformer.wte.weight"] == "wte.weight"
+    assert (
+        mapping["lm_head.weight"] == mapping["transformer.wte.weight"] == "wte.weight"
+    )
 
 
 def test_tie_is_symmetric_and_prefers_the_twin(llama):
@@ -270,16 +278,26 @@ def test_checksum_never_changes():
     """Ledgers name their base by it. The number was found by its definition in Python's
     whole numbers.
     """
-    assert tensor_checksum(torch.arange(100_000, dtype=torch.int32)) == 12129217317626389513
+    assert (
+        tensor_checksum(torch.arange(100_000, dtype=torch.int32))
+        == 12129217317626389513
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 262_143, 262_144, 262_145, 600_001])
 def test_checksum_sees_every_kind_of_change(size):
     data = torch.randint(
-        0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+        0,
+        256,
+        (size,),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(size),
     )
     original = tensor_checksum(data)
-    assert tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8)))) != original
+    assert (
+        tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8))))
+        != original
+    )
     positions = {0, size // 2, size - 1, min(size, 262_144) - 1} if size else set()
     for position in positions:
         for bit in (0, 7):

@@ -22,7 +22,11 @@ from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
 from tests.helpers.resume import MERGING, assert_same_tensors
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [16, 16],
+    "activation_scheme": "dynamic",
+}
 MXFP4 = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
@@ -37,7 +41,9 @@ def to_fp8(name, weight):
         quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16))
     )
     return (
-        Fp8Quantize(quantizer).convert({name: weight}) if "proj" in name else {name: weight}
+        Fp8Quantize(quantizer).convert({name: weight})
+        if "proj" in name
+        else {name: weight}
     )
 
 
@@ -48,10 +54,18 @@ def to_mxfp4(name, weight):
     experts, inputs, outputs = weight.shape
     generator = torch.Generator().manual_seed(len(name))
     blocks = torch.randint(
-        0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator
+        0,
+        256,
+        (experts, outputs, inputs // 32, 16),
+        dtype=torch.uint8,
+        generator=generator,
     )
     scales = torch.randint(
-        116, 122, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator
+        116,
+        122,
+        (experts, outputs, inputs // 32),
+        dtype=torch.uint8,
+        generator=generator,
     )
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
@@ -77,7 +91,9 @@ def dequantized_by_transformers(kind, folder, target, dtype):
     """A plain model folder with the weights that transformers makes of those in
     `folder`.
     """
-    settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[kind](dequantize=True)
+    settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[kind](
+        dequantize=True
+    )
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=settings
     )
@@ -138,7 +154,10 @@ def test_blocks_at_the_edge_may_be_smaller():
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2, generator=generator)
     expected = [
-        [weight[row, column].float() * scales[row // 2, column // 4] for column in range(7)]
+        [
+            weight[row, column].float() * scales[row // 2, column // 4]
+            for column in range(7)
+        ]
         for row in range(5)
     ]
     assert torch.equal(
@@ -168,7 +187,8 @@ def with_another_float8(tensors):
 
 
 @pytest.mark.parametrize(
-    "damage", [without_scales, with_short_scales, with_scales_in_bytes, with_another_float8]
+    "damage",
+    [without_scales, with_short_scales, with_scales_in_bytes, with_another_float8],
 )
 def test_scales_that_do_not_fit_are_named(user, tmp_path, out, damage):
     tensors = quantized_model("fp8", tmp_path / "model")
@@ -187,7 +207,9 @@ def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
     settings = {"quant_method": method, "bits": 4}
     write(model, load_file(model / "model.safetensors"), settings)
     message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", model))
-    assert f"--model_name_or_path: the model holds quantized weights ({method})" in message
+    assert (
+        f"--model_name_or_path: the model holds quantized weights ({method})" in message
+    )
 
 
 def test_gguf_is_named(tmp_path):

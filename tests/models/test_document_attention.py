@@ -44,7 +44,9 @@ def attend(query, key, value, mask=None, module=None, **more):
     return document_attention(module, query, key, value, mask, **more)[0]
 
 
-@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": KINDS})
+@pairwise(
+    {"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": KINDS}
+)
 def test_it_is_dense_attention(layout, window, kind, monkeypatch):
     # Blocks that end within documents
     monkeypatch.setattr(module_under_test, "QUERIES", 20)
@@ -90,7 +92,9 @@ def test_documents_are_read_from_the_positions_of_all_rows():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_output_has_the_precision_of_the_query(kind):
-    half = [tensor.detach().bfloat16().requires_grad_() for tensor in parts(1, LENGTH, 2)]
+    half = [
+        tensor.detach().bfloat16().requires_grad_() for tensor in parts(1, LENGTH, 2)
+    ]
     *inputs, sinks = half
     out = attend(*inputs, **of_kind(kind, sinks))
     *exact, exact_sinks = (tensor.detach().double() for tensor in half)
@@ -159,7 +163,9 @@ def test_what_the_varlen_kernel_can_compute():
 )
 def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
+    assert (
+        module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
+    )
 
 
 def test_capped_scores_are_not_kept_for_backward():
@@ -202,7 +208,9 @@ def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     def shapes_of(*lengths):
         shapes.clear()
         tokens = torch.zeros(sum(lengths), 1, 4)
-        module_under_test._by_documents(tokens, tokens, tokens, lengths, None, Scores(1.0))
+        module_under_test._by_documents(
+            tokens, tokens, tokens, lengths, None, Scores(1.0)
+        )
         return sorted(shapes)
 
     monkeypatch.setattr(module_under_test, "_rows", noted)

@@ -73,7 +73,9 @@ def check_merged(model):
             module = model.get_submodule(name)
             delta = delta_weight(layer.spec, layer.value.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta
-        live, merged = (network(input_ids=tokens(2)).logits for network in (adapted, model))
+        live, merged = (
+            network(input_ids=tokens(2)).logits for network in (adapted, model)
+        )
     apart = ((live - merged).norm() / merged.norm()).item()
     assert apart < 1e-4, f"merged is {apart:.1e} from live"
 

@@ -24,7 +24,10 @@ from tests.helpers.tables import rows
             "config.json model.safetensors pytorch_model.bin",
             "config.json model.safetensors",
         ),
-        ("config.json pytorch_model.bin rust_model.ot", "config.json pytorch_model.bin"),
+        (
+            "config.json pytorch_model.bin rust_model.ot",
+            "config.json pytorch_model.bin",
+        ),
     ],
 )
 def test_pickled_weights_are_downloaded_where_there_are_no_others(
@@ -78,7 +81,9 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
 
 def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read():
     """As by a plan of the model."""
-    with user_error(r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
+    with user_error(
+        r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"
+    ):
         load.make_model(
             tiny_model("gemma2").config, "the model", attn_implementation="sdpa"
         )
@@ -91,7 +96,9 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub():
-    with user_error(r"--model_name_or_path \./no/such/model: no such folder, and no name"):
+    with user_error(
+        r"--model_name_or_path \./no/such/model: no such folder, and no name"
+    ):
         load.named_config("./no/such/model")
 
 
@@ -157,7 +164,9 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
 def test_a_resumed_run_reads_the_base_that_it_has(tmp_path):
     """Whatever its precision, as its fingerprint is in every checkpoint."""
     pickled(tmp_path / "model", torch.float32)
-    write_own_base(load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own")
+    write_own_base(
+        load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own"
+    )
     before = (tmp_path / "own/model.safetensors").stat()
     _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
     after = (tmp_path / "own/model.safetensors").stat()
@@ -169,7 +178,9 @@ def test_the_base_of_another_model_is_replaced(tmp_path):
     weights = pickled(tmp_path / "model", torch.float32)
     write_own_base(tiny_model(seed=5), tmp_path / "own")
     _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items()
+    )
 
 
 def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):

@@ -74,7 +74,9 @@ def gradients(model, batch):
     nll = token_nll(model, batch)
     nll.backward()
     return nll.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
     }
 
 
@@ -83,7 +85,10 @@ def assert_same(results, expected):
     assert results[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
         assert_close(
-            results[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item())
+            results[1][name],
+            right,
+            rtol=0,
+            atol=1e-5 * max(1.0, right.abs().max().item()),
         )
 
 
@@ -304,12 +309,16 @@ def test_a_trained_head_that_zero_3_shards(family):
 # -- whole runs ----------------------------------------------------------------------------
 
 
-def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user, tmp_path):
+def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(
+    user, tmp_path
+):
     whole = tmp_path / "whole"
     expected = run(1, user.flags(whole))
     for split in ("sequence", "tensor"):
         chunked = tmp_path / split
-        summary = run(2, user.flags(chunked, f"--chunked_loss --{split}_parallel_size 2"))
+        summary = run(
+            2, user.flags(chunked, f"--chunked_loss --{split}_parallel_size 2")
+        )
         assert_close_losses(chunked, whole)
         after = expected["perplexity_after"]
         assert summary["perplexity_after"] == pytest.approx(after, rel=1e-5)
@@ -349,7 +358,9 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     assert not chunks_in(gone_on)
 
 
-def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user, tmp_path):
+def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(
+    user, tmp_path
+):
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
     told, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)

@@ -33,7 +33,9 @@ from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors, interrupted_job
 from tests.helpers.tables import heavy
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="needs /proc"
+)
 
 MERGES = 2
 INT8 = {"base_bits": 8}
@@ -75,7 +77,9 @@ def merged(folder, choice, case):
     alone = mock.patch.object(Offer, "make", side_effect=OSError("no memory to share"))
     with alone if choice == "private" else nullcontext():
         engine, *_ = initialize(model=loaded.model, config=zero3)
-    run = Run(engine, base=base, folder=folder / case / f"{choice}-{world}", overwrite=True)
+    run = Run(
+        engine, base=base, folder=folder / case / f"{choice}-{world}", overwrite=True
+    )
     node = node_base_of(loaded.model)
     below = {}
     counter = CollectiveCounter(
@@ -109,7 +113,9 @@ def merged(folder, choice, case):
 
 def private_and_shared(folder, cases):
     return {
-        case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")}
+        case: {
+            choice: merged(Path(folder), choice, case) for choice in ("private", "auto")
+        }
         for case in cases
     }
 
@@ -146,7 +152,9 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
 def on_two_nodes(folder):
     """Rank 0 is a node, ranks 1 and 2 are another one."""
     os.environ["LOCAL_RANK"] = str(max(0, dist.get_rank() - 1))
-    return {choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")}
+    return {
+        choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")
+    }
 
 
 @pytest.mark.heavy

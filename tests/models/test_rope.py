@@ -49,7 +49,9 @@ def asked(family, folder, text):
 def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_path):
     model, changes = asked(family, tmp_path, text)
     rope.check_used(model, changes["rope_parameters"]["rope_type"])
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **copy.deepcopy(changes)})
+    config = AutoConfig.for_model(
+        family, **{**FAMILIES[family], **copy.deepcopy(changes)}
+    )
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     plain = tiny_model(family)
     theirs.load_state_dict(plain.state_dict())
@@ -99,7 +101,9 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
     content = read_json(tmp_path / "config.json")
     if form == "of transformers 4":
         del content["rope_parameters"]
-        content.update(rope_theta=5.0, rope_scaling={"rope_type": "linear", "factor": 3.0})
+        content.update(
+            rope_theta=5.0, rope_scaling={"rope_type": "linear", "factor": 3.0}
+        )
     rope.change_file(content, changes)
     write_json_atomic(tmp_path / "config.json", content)
     assert folder_config(tmp_path).rope_parameters == model.config.rope_parameters
@@ -116,7 +120,9 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path,
     """To the bit, with merges, resumed; and what is exported of it is that model, whose
     config is the run's.
     """
-    longer = f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
+    longer = (
+        f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
+    )
     message = refusal(user.flags(tmp_path / "short", longer))
     assert "--rope_scaling makes more of them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))

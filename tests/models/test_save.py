@@ -207,7 +207,9 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
         writer.write(
             "large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
         )
-    assert os.stat(tmp_path / "t").st_size == size, "the file has its size from the start"
+    assert os.stat(tmp_path / "t").st_size == size, (
+        "the file has its size from the start"
+    )
     read = load_file(tmp_path / "t")
     assert read["large"].tolist() == [0.5, 0.25]
     assert read["small"].tolist() == [1, 2, 3]

@@ -39,7 +39,9 @@ def as_varlen(q, k, v, bounds, left, scale):
     keys, values = (
         tensor.repeat_interleave(groups, 1).transpose(0, 1) for tensor in (k, v)
     )
-    return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
+    return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(
+        ~seen, float("-inf")
+    ), values
 
 
 def forward_stand_in(q, k, v, *lengths, return_debug_mask, **told):

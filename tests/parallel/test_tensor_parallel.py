@@ -37,12 +37,16 @@ def test_the_core(degree, cases):
 
 
 def compare(world, degree, cases):
-    ranks = run_ranks(world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases)))
+    ranks = run_ranks(
+        world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases))
+    )
     for index, case in enumerate(cases):
         expected = plain_run(case)
         for results in ranks:
             assert_same_run(results[index], expected, case)
-            assert_same_tensors(results[index]["values"], ranks[0][index]["values"], case)
+            assert_same_tensors(
+                results[index]["values"], ranks[0][index]["values"], case
+            )
 
 
 # -- engines -------------------------------------------------------------------------------
@@ -120,7 +124,9 @@ def test_every_two_of_family_operator_and_form(ranks):
     cases = [
         {
             "family": case["family"],
-            "model": {"num_key_value_heads": case["kv_heads"]} if case["kv_heads"] else {},
+            "model": {"num_key_value_heads": case["kv_heads"]}
+            if case["kv_heads"]
+            else {},
             **OPERATORS[case["operator"]],
             **FORMS[case["form"]],
         }

@@ -91,8 +91,12 @@ def replicated(engine):
     parameters = {
         name: p for name, p in engine.module.named_parameters() if share_of(p) is None
     }
-    masters = {name: zero.full_fp32(parameter) for name, parameter in parameters.items()}
-    return {name: tensor_checksum(master.contiguous()) for name, master in masters.items()}
+    masters = {
+        name: zero.full_fp32(parameter) for name, parameter in parameters.items()
+    }
+    return {
+        name: tensor_checksum(master.contiguous()) for name, master in masters.items()
+    }
 
 
 def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path):

@@ -77,9 +77,7 @@ def test_it_resumes_at_another_size(saved, ground, degree, replicas):
     copy = ground.root / f"{name}-{degree}-{replicas}"
     shutil.copytree(out, copy, symlinks=True)
     shutil.rmtree(copy / f"checkpoints/step-{STEPS:06d}")
-    at_once = (
-        f"--gradient_accumulation_steps 1 --per_device_train_batch_size {ROWS // replicas}"
-    )
+    at_once = f"--gradient_accumulation_steps 1 --per_device_train_batch_size {ROWS // replicas}"
     resume = ("--resume_from_checkpoint", copy / f"checkpoints/step-{HALF:06d}")
     run(
         degree * replicas,
@@ -106,7 +104,9 @@ def test_the_same_bytes_at_every_size(saved, ground):
         copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
         shutil.copytree(out, copy, symlinks=True)
         step = copy / f"checkpoints/step-{HALF:06d}"
-        more = f"{RUNS[name]} --export_merged --max_steps {HALF} --resume_from_checkpoint"
+        more = (
+            f"{RUNS[name]} --export_merged --max_steps {HALF} --resume_from_checkpoint"
+        )
         run(degree * replicas, flags(ground, copy, degree, replicas, more, step))
         assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
         hashed.append(
@@ -127,7 +127,9 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
-    argv = ground.flags(out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir")
+    argv = ground.flags(
+        out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir"
+    )
     text = run_ranks(2, printed, argv)[0]
     for words in (
         "tensor parallel, 2 ranks a group; every rank has the complete base",
@@ -137,5 +139,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     ):
         assert words in text
     assert "step 1" not in text
-    left = {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"}
+    left = {
+        path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"
+    }
     assert left == {"run.yaml": "seed: 1", "metrics.jsonl": ""}

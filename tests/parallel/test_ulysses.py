@@ -51,7 +51,11 @@ class Case:
 
 def model_of(case):
     return adapted_model(
-        case.family, case.checkpointing, case.model, operator=case.operator, **case.adapter
+        case.family,
+        case.checkpointing,
+        case.model,
+        operator=case.operator,
+        **case.adapter,
     )
 
 
@@ -108,7 +112,9 @@ def split_run(case, size):
         predicted = int((batch["labels"] != IGNORED).sum())
         for index in range(ACCUMULATION):
             first = (index * replicas + replica) * micro
-            rows = {name: tensor[first : first + micro] for name, tensor in batch.items()}
+            rows = {
+                name: tensor[first : first + micro] for name, tensor in batch.items()
+            }
             if index == 0:  # else attention reads them from the positions
                 rows["documents"] = Documents.of(rows["position_ids"])
             local_batch = sequence.split(rows)
@@ -128,7 +134,9 @@ def split_run(case, size):
     results["values"] = trained_values(engine)
     add_deltas(model, lambda square: zero.full_fp32(square))
     base = frozen_buffers(model)
-    results["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
+    results["checksums"] = {
+        name: tensor_checksum(tensor) for name, tensor in base.items()
+    }
     results["base"] = {}
     if dist.get_rank() == 0:
         results["base"] = {name: tensor.clone() for name, tensor in base.items()}
@@ -147,7 +155,9 @@ def split_runs(cases, size):
 
 
 def assert_equal_runs(cases, ranks, size):
-    results = run_ranks(ranks, split_runs, cases, size, timeout_s=max(240, 40 * len(cases)))
+    results = run_ranks(
+        ranks, split_runs, cases, size, timeout_s=max(240, 40 * len(cases))
+    )
     for index, case in enumerate(cases):
         expected = plain_run(case)
         for actual in (result[index] for result in results):

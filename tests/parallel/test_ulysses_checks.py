@@ -77,10 +77,14 @@ def handed_to_flash_attention():
         assert query.shape[1:3] == (2, LENGTH)
         assert key.shape[1:3] == (1, LENGTH)
         index = torch.arange(LENGTH)
-        document = (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
+        document = (
+            told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1
+        ).cumsum(1)
         distance = index[:, None] - index
         seen = (
-            (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
+            (distance >= 0)
+            & (distance < told["sliding_window"])
+            & (document == document.T)
         )
         return sdpa(module, query, key, value, seen[None, None], **told)
 
@@ -131,7 +135,9 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
     module.num_key_value_groups = 2
 
     def split_attention(module, query, key, value, mask, **kwargs):
-        module.num_key_value_groups = 1  # as Ulysses does where it repeats key-value heads
+        module.num_key_value_groups = (
+            1  # as Ulysses does where it repeats key-value heads
+        )
         told.append(kwargs["s_aux"])
         if kwargs.get("fails"):
             raise ValueError

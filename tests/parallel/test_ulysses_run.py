@@ -24,9 +24,7 @@ RUN = (
 
 def flags(user, out, ranks, size, *more):
     rows_of_a_rank = ROWS * size // ranks
-    shared = (
-        f"--sequence_parallel_size {size} --per_device_train_batch_size {rows_of_a_rank}"
-    )
+    shared = f"--sequence_parallel_size {size} --per_device_train_batch_size {rows_of_a_rank}"
     return user.flags(out, RUN, shared, *more)
 
 
@@ -52,7 +50,9 @@ def assert_close(results, wanted, rel):
         if isinstance(value, dict):
             assert_close(results[key], value, rel)
         elif isinstance(value, float):
-            small = 10 * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
+            small = (
+                10 * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
+            )
             assert results[key] == pytest.approx(value, rel=small, abs=0.0), key
         else:
             assert results[key] == value, key
@@ -123,7 +123,8 @@ def test_variants(user, tmp_path, variant, more):
         assert summary["perplexity_before"]
     if variant == "none":
         one, two = (
-            read_json(out / "summary.json")["perplexity_before"] for out in (theirs, ours)
+            read_json(out / "summary.json")["perplexity_before"]
+            for out in (theirs, ours)
         )
         assert two == pytest.approx(one, rel=1e-6)
     else:

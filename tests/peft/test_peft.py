@@ -60,7 +60,9 @@ def test_logits_and_gradients_are_those_of_our_layers(family, operator):
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
     theirs = get_peft_model(theirs, MoraConfig(r=4, operator=operator))
     fill(theirs)
-    squares = {name: layer.mora_square["default"] for name, layer in layers(theirs).items()}
+    squares = {
+        name: layer.mora_square["default"] for name, layer in layers(theirs).items()
+    }
     assert squares.keys() == mora_layers(ours).keys()
     for name, layer in mora_layers(ours).items():
         layer.square.data = squares[name].detach().clone()
@@ -134,7 +136,12 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused():
 
 
 def test_a_config_means_what_it_does_in_a_run():
-    settings = {"r_hat_multiple": 2, "operator": "share", "grouping": "strided", "seed": 7}
+    settings = {
+        "r_hat_multiple": 2,
+        "operator": "share",
+        "grouping": "strided",
+        "seed": 7,
+    }
     ours = mora_ds.MoRAConfig(rank=4, dropout=0.25, **settings)
     assert MoraConfig(r=4, mora_dropout=0.25, **settings).adapter() == ours
     model = get_peft_model(tiny_model(), MoraConfig(r=4, cycle=2, mora_dropout=0.5))
@@ -175,7 +182,9 @@ def test_several_adapters_are_chosen_by_name(tmp_path):
         assert torch.equal(logits(model), base)
     model.set_adapter("physics")
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "law", adapter_name="law")
+    loaded = PeftModel.from_pretrained(
+        tiny_model(), tmp_path / "law", adapter_name="law"
+    )
     loaded.load_adapter(str(tmp_path / "physics"), "physics")
     assert torch.equal(logits(loaded), law)
     loaded.set_adapter("physics")

@@ -69,7 +69,10 @@ def test_activations_are_those_that_autograd_saves(family, packed):
 
 @pytest.mark.parametrize(
     "family, by_documents",
-    [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)],
+    [
+        *product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]),
+        ("mixtral", False),
+    ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
@@ -223,7 +226,9 @@ def measured(case):
         "masters": sum(masters.values()),
         "moments": sum(tensor.nbytes for tensor in moments),
         "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
-        "bucket": sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values()),
+        "bucket": sum(
+            bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values()
+        ),
     }
 
 
@@ -262,7 +267,9 @@ def assert_as_planned(plan, measured_bytes, case):
     exact_to = plan.gathered * 1e-3  # padding of what is gathered twice
     if REUSE in case.zero:
         exact_to += 2 * plan.trained.layer * plan.trained.bytes_each
-    assert measured_bytes["gathered"] == pytest.approx(plan.gathered, abs=exact_to), case
+    assert measured_bytes["gathered"] == pytest.approx(plan.gathered, abs=exact_to), (
+        case
+    )
     assert measured_bytes["base_sent"] == 0
     for name in ("reduced", "copied"):
         assert getattr(plan, name) == measured_bytes[name], (case, name)

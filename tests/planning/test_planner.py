@@ -116,5 +116,7 @@ def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it():
     assert as_json(plan)["settings"]["base_device"] == "host"
     assert as_json(plan)["base_bytes_copied"] == plan.copied > 0
     with user_error("--base_device host"):
-        place_base(replace(small, work=replace(small.work, adapter=None)), BaseDevice.HOST)
+        place_base(
+            replace(small, work=replace(small.work, adapter=None)), BaseDevice.HOST
+        )
     assert not place_base(planner_of_7b(Cluster(8)), BaseDevice.AUTO).work.base_on_host

@@ -30,7 +30,11 @@ def test_layers_that_are_there_are_not_copied(buffers, on_device, copied):
     forward.
     """
     streamed = Streamed((10, 20, 30, 40), buffers, 40)
-    assert (streamed.total, streamed.on_device, streamed.copied) == (100, on_device, copied)
+    assert (streamed.total, streamed.on_device, streamed.copied) == (
+        100,
+        on_device,
+        copied,
+    )
 
 
 PERIODS = {1: "aaaaa a", 2: "abab ababa", 3: "abbabb abba abc aab"}

@@ -26,7 +26,10 @@ def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     all_scores = 12 * config.num_hidden_layers * heads * size * LENGTH
     # torch counts attention without its mask: twice what a causal kernel computes
-    assert token_flops(model, LENGTH) == counter.get_total_flops() / LENGTH - all_scores / 2
+    assert (
+        token_flops(model, LENGTH)
+        == counter.get_total_flops() / LENGTH - all_scores / 2
+    )
 
 
 @pytest.mark.parametrize("operator", ["share", "rotate"])

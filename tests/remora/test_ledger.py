@@ -64,7 +64,14 @@ def test_file_format(folder):
     """As the plan's readers expect it."""
     content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
-    assert set(content["cycles"][0]) == {"cycle", "step", "file", "sha256", "size", "chain"}
+    assert set(content["cycles"][0]) == {
+        "cycle",
+        "step",
+        "file",
+        "sha256",
+        "size",
+        "chain",
+    }
     chain = BASE
     for record in content["cycles"]:
         chain = hashlib.sha256((chain + record["sha256"]).encode()).hexdigest()
@@ -169,7 +176,9 @@ def test_operator_unknown_to_this_version_is_named(folder):
     ledger = Ledger.open(folder)
     layers = {"a.q": entry("a.q")}
     text = json.dumps(ledger_room.layers_to_dict(layers)).replace("rotate", "swirl")
-    ledger._handles[0] = type("Handle", (), {"metadata": lambda self: {"layers": text}})()
+    ledger._handles[0] = type(
+        "Handle", (), {"metadata": lambda self: {"layers": text}}
+    )()
     ledger._layers.clear()
     with user_error(r"cycle-00000\.safetensors: .*'swirl'"):
         ledger.layers(0)
@@ -260,7 +269,9 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_as_fp32", [False, True])
-def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_as_fp32):
+def test_live_weight_is_the_sum_in_order_rounded_once(
+    transposed, dtype, stored_as_fp32
+):
     """An original that is stored in fp32 is not rounded to the run's dtype before the
     deltas are added.
     """
@@ -282,7 +293,9 @@ def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_
     assert torch.equal(live, expected.to(dtype))
     assert torch.equal(original, before)
     assert torch.equal(live_weight(original, [], transposed, dtype), original.to(dtype))
-    assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
+    assert (
+        live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
+    )
 
 
 def test_live_weight_has_the_same_bits_for_any_number_of_threads():

@@ -42,7 +42,9 @@ def test_after_many_merges_every_rank_holds_the_replayed_ledger(
         assert (report["cycle"], report["step"]) == (cycle, cycle + 1)
         assert report["layers"] == len(ranks[0]["weights"])
         tolerance = 1e-6 if dtype == "float32" else 2e-2
-        assert report["loss_after"] == pytest.approx(report["loss_before"], abs=tolerance)
+        assert report["loss_after"] == pytest.approx(
+            report["loss_before"], abs=tolerance
+        )
         assert (report["rounding_loss"] == 0.0) == (dtype == "float32")
     check_norms(ranks[0]["reports"][0], base, ledger)
 

@@ -25,7 +25,9 @@ JAGGED = Schedule(
 
 def merge_steps(schedule):
     """All step counts after which a merge is planned, in order."""
-    return [done for done in range(1, schedule.total_steps) if schedule.merges_after(done)]
+    return [
+        done for done in range(1, schedule.total_steps) if schedule.merges_after(done)
+    ]
 
 
 def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero():
@@ -43,14 +45,18 @@ def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero():
     ],
 )
 def test_global_curve_at_its_corners(kind, middle, end):
-    schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
+    schedule = Schedule(
+        kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2
+    )
     at = [schedule.learning_rate(step) / 2e-3 for step in (10, 60, 110, 500)]
     assert at == pytest.approx([1.0, middle, end, end])
 
 
 def test_cosine_is_a_cosine():
     schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100)
-    assert schedule.learning_rate(25) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.learning_rate(25) == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4))
+    )
 
 
 def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
@@ -128,7 +134,9 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line():
         decay_ratio=0.25,
     )
     assert [schedule.learning_rate(step) for step in (10, 50, 85)] == [1.0, 1.0, 1.0]
-    assert schedule.learning_rate(97) == pytest.approx(0.1 + 0.9 * (1 - 87 / 100) / 0.25)
+    assert schedule.learning_rate(97) == pytest.approx(
+        0.1 + 0.9 * (1 - 87 / 100) / 0.25
+    )
     assert schedule.learning_rate(109) == pytest.approx(0.1 + 0.9 * 0.01 / 0.25)
 
 

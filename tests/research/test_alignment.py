@@ -88,7 +88,8 @@ def mean_share(model, leading):
 
 
 @pytest.mark.parametrize(
-    "operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)]
+    "operator, checkpointing",
+    [*((operator, False) for operator in EVERY), ("share", True)],
 )
 def test_the_loss_of_a_model_and_its_gradients(operator, checkpointing, tmp_path):
     """Two micro-batches before a step; then the same with the operators of the next
@@ -102,7 +103,9 @@ def test_the_loss_of_a_model_and_its_gradients(operator, checkpointing, tmp_path
     squares = [layer.value for layer in mora_layers(model).values()]
     for cycle in (0, 1):
         set_cycle(model, config, cycle)
-        plain = [torch.autograd.grad(causal_loss(model, ids), squares) for ids in batches]
+        plain = [
+            torch.autograd.grad(causal_loss(model, ids), squares) for ids in batches
+        ]
         share = mean_share(model, leading)
         of_share = torch.autograd.grad(share, squares)
         if cycle == 0:
@@ -113,7 +116,9 @@ def test_the_loss_of_a_model_and_its_gradients(operator, checkpointing, tmp_path
                 loss = causal_loss(model, ids)
             ((loss + alignment.loss()) / 2).backward()
             assert_close(alignment.value, share.detach(), rtol=1e-8, atol=0)
-        for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
+        for square, first, second, aligned in zip(
+            squares, *plain, of_share, strict=True
+        ):
             expected = (first + second) / 2 - 0.7 * aligned
             assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
 

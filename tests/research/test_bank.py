@@ -93,7 +93,9 @@ def rotating(tmp_path_factory):
         ("qwen2", "rotate", 2),
     ],
 )
-def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path, family, operator, rank):
+def test_every_row_of_a_mixed_batch_is_its_merged_model(
+    tmp_path, family, operator, rank
+):
     """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values,
     and the bare base.
     """
@@ -104,7 +106,10 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path, family, operat
     bench = Bench(tmp_path, Maker(model, tmp_path / "base"), {})
     for seed, (name, cycles) in enumerate(CYCLES.items()):
         bench.add(
-            name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05
+            name,
+            MoRAConfig(rank=rank, operator=operator, seed=seed),
+            cycles,
+            scale=0.05,
         )
     bank = bench.open()
     check_rows(bench, bank, ["three", "none", None, "one", "none"], tokens(5))
@@ -177,7 +182,9 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating):
     with user_error(r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
         bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
     with user_error(r"named for 12 row\(s\), but the batch has 4"):
-        bank.generate(ids, adapters=3 * names, attention_mask=mask, num_beams=3, **settings)
+        bank.generate(
+            ids, adapters=3 * names, attention_mask=mask, num_beams=3, **settings
+        )
 
 
 def test_the_lines_of_the_guide_run(rotating, tmp_path, monkeypatch):
@@ -294,7 +301,11 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
     assert "2 adapter(s); windows of 64" in printed
     corpus = load_corpus([str(user.held)])
     nats = {name: adapter["held"]["nats"] for name, adapter in scores.items()}
-    for name, folder in (("(base)", user.model), ("a", user.model), ("b", own_tokenizer)):
+    for name, folder in (
+        ("(base)", user.model),
+        ("a", user.model),
+        ("b", own_tokenizer),
+    ):
         merge(maker.model, maker.weights, updates.get(name, {}))
         merged = Target(maker.model.eval(), load_tokenizer(folder))
         expected = evaluate(merged, corpus, Windows(64, 32), max_documents=4)

@@ -12,7 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.domains import domain_layers, domains_of, squares_of_rows, update_rows
+from mora_ds.adapters.domains import (
+    domain_layers,
+    domains_of,
+    squares_of_rows,
+    update_rows,
+)
 from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -91,7 +96,9 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
     model = domain_model(operator, family, cycle)
     ids = tokens(len(ROWS), 12)
     layers = domain_layers(model)
-    assert all((layer.spec == layer.own_spec) == (cycle == 0) for layer in layers.values())
+    assert all(
+        (layer.spec == layer.own_spec) == (cycle == 0) for layer in layers.values()
+    )
     domains_of(model).set(ROWS)
     mixed = row_losses(model, ids)
     mixed.sum().backward()
@@ -119,7 +126,9 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
 
 def assert_close(gradient, expected):
     """To within a few millionths of the largest element."""
-    assert (gradient - expected).abs().max() <= 5e-6 * max(1.0, expected.abs().max().item())
+    assert (gradient - expected).abs().max() <= 5e-6 * max(
+        1.0, expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
@@ -184,7 +193,9 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
     hooks.injected(model, MoRAConfig())
-    with user_error(r"domains are set for 3 rows, but a layer reads .*--target_modules"):
+    with user_error(
+        r"domains are set for 3 rows, but a layer reads .*--target_modules"
+    ):
         hooks.check(Wrapped(model), tokens(3, 8))
 
 
@@ -312,7 +323,12 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path, block, message):
 def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
     hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
     hooks.injected(domain_model("rotate"), MoRAConfig())
-    expected = {"law": "law", "held_out_code": "code", "held_out": None, "general": None}
+    expected = {
+        "law": "law",
+        "held_out_code": "code",
+        "held_out": None,
+        "general": None,
+    }
     assert {name: hooks.domain_of(name) for name in expected} == expected
 
 
@@ -334,7 +350,11 @@ def test_domains_with_other_options(user, tmp_path, out, world, more):
     argv = domain_flags(user, out, mix, MERGES, "--export_merged", more)
     assert run(int(world), argv)["merges"] == 1
     assert_good(out)
-    assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
+    assert {path.name for path in (out / "merged").iterdir()} == {
+        "shared",
+        "new",
+        "old",
+    }
     for domain in ("shared", "old"):
         export_merged(out, tmp_path / domain, verify=True, domain=domain)
 

@@ -146,7 +146,10 @@ def test_command(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, named",
-    [("--layers nothing", "--layers"), ("--json /nowhere/new.json", "folder that exists")],
+    [
+        ("--layers nothing", "--layers"),
+        ("--json /nowhere/new.json", "folder that exists"),
+    ],
 )
 def test_mistakes_in_flags_are_named(checkpoint, flags, named):
     code, message = command("spectrum", [str(checkpoint), *flags.split()])

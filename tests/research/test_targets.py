@@ -15,7 +15,13 @@ from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.research.analyze import WeightMeasures, layers_of, measure, parse_budget, spend
+from mora_ds.research.analyze import (
+    WeightMeasures,
+    layers_of,
+    measure,
+    parse_budget,
+    spend,
+)
 from mora_ds.research.targets import TargetPlan, read_plan
 from mora_ds.train.dry_run import planned
 from tests.helpers.errors import user_error
@@ -113,7 +119,12 @@ def weights_of(*shapes_and_scores):
 
 
 def test_budgets_are_read_or_refused():
-    for text, parameters in {"0.5%": 50, "10%": 1_000, "250": 250, "1e3": 1_000}.items():
+    for text, parameters in {
+        "0.5%": 50,
+        "10%": 1_000,
+        "250": 250,
+        "1e3": 1_000,
+    }.items():
         assert parse_budget(text, 10_000) == parameters
     for text in ("much", "0", "-1%", "nan", "1e999999"):
         with user_error("--trainable_budget must be like"):
@@ -130,7 +141,9 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up():
         budget = chance.randint(2_000, sum(max(layer.shape) ** 2 for layer in weights))
         sides = spend(weights, budget)
         one_step_each = sum((side + 16) ** 2 - side**2 for side in sides.values())
-        assert budget - one_step_each <= sum(side**2 for side in sides.values()) <= budget
+        assert (
+            budget - one_step_each <= sum(side**2 for side in sides.values()) <= budget
+        )
         for layer in weights:
             assert sides[layer.layer] % 2 == 0
             assert sides[layer.layer] <= max(layer.shape)
@@ -140,7 +153,9 @@ def test_a_small_budget_goes_to_the_best_layers_and_a_large_one_to_all():
     weights = weights_of((32, 32, 0.2), (32, 32, 0.9), (32, 32, 0.1), (32, 32, 0.8))
     assert spend(weights, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
     assert spend(weights, 10**9) == dict.fromkeys(("l0", "l1", "l2", "l3"), 32)
-    with user_error("--trainable_budget: 63 parameters are too few for one MoRA matrix"):
+    with user_error(
+        "--trainable_budget: 63 parameters are too few for one MoRA matrix"
+    ):
         spend(weights, 63)
 
 
@@ -189,7 +204,9 @@ def test_files_that_are_no_plan(tmp_path, text, message):
 )
 def test_sides_that_do_not_fit_are_named(layer, side, message):
     with user_error(message):
-        inject(tiny_model(), TargetPlan("f", {layer: side}).put_into(MoRAConfig(rank=8)))
+        inject(
+            tiny_model(), TargetPlan("f", {layer: side}).put_into(MoRAConfig(rank=8))
+        )
 
 
 # -- runs ----------------------------------------------------------------------------------
@@ -208,7 +225,9 @@ def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user, tmp_pa
     path = tmp_path / "mine.yaml"
     fingerprint = BaseCheckpoint.open(user.model).fingerprint()
     TargetPlan(fingerprint, {QUERY: 10, DOWN: 6, "lm_head": 0}).write(path)
-    run(2, research(user.flags(out, MERGING, "--export_merged"), tmp_path, targets=path))
+    run(
+        2, research(user.flags(out, MERGING, "--export_merged"), tmp_path, targets=path)
+    )
     assert trained_sides(out) == {QUERY: 10, DOWN: 6}
     assert_good(out, user.model)
     live = mora_ds.load_adapter(user.model, out / "checkpoints/latest")

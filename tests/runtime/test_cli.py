@@ -27,7 +27,9 @@ def pauses(monkeypatch, unchanged_logger):
     waits = []
     monkeypatch.setattr(cli, "leave", leave)
     monkeypatch.setattr(cli.time, "sleep", waits.append)
-    monkeypatch.setattr(sys, "__stderr__", None)  # no handler of bus errors is left behind
+    monkeypatch.setattr(
+        sys, "__stderr__", None
+    )  # no handler of bus errors is left behind
     return waits
 
 
@@ -72,7 +74,9 @@ KeyError | name | 1 | Traceback
 
 
 @pytest.mark.parametrize("kind, message, code, told", rows(ENDS))
-def test_the_code_and_the_message_of_each_end(capsys, pauses, kind, message, code, told):
+def test_the_code_and_the_message_of_each_end(
+    capsys, pauses, kind, message, code, told
+):
     assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
     assert told in text if text else told == "nothing"

@@ -15,7 +15,9 @@ def sockets():
     """Connections of this process over TCP, listening ones included."""
     links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     return sum(
-        os.readlink(path).startswith("socket:") for path in links if os.path.lexists(path)
+        os.readlink(path).startswith("socket:")
+        for path in links
+        if os.path.lexists(path)
     )
 
 

@@ -16,7 +16,11 @@ from tests.helpers.mappings import Mappings
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("0::/jobs/17\n", ["jobs/17", "jobs", ""]), ("1:name=a:b:/\n0::/\n", [""]), ("", [])],
+    [
+        ("0::/jobs/17\n", ["jobs/17", "jobs", ""]),
+        ("1:name=a:b:/\n0::/\n", [""]),
+        ("", []),
+    ],
     ids=["a job", "in a container", "none"],
 )
 def test_limits_are_those_of_a_group_and_of_all_around_it(
@@ -39,7 +43,16 @@ def test_processes_of_a_node_are_those_that_see_each_other():
     """Nodes begin at local rank 0. The second one is the first one's machine, as in tests,
     the third has containers.
     """
-    facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
+    facts = [
+        (0, "a"),
+        (1, "a"),
+        (0, "a"),
+        (1, "a"),
+        (2, "a"),
+        (0, "b"),
+        (1, "c"),
+        (2, "b"),
+    ]
 
     def members(rank):
         ranks = mock.Mock(rank=rank, gather=lambda check, value: facts)

@@ -53,7 +53,9 @@ def meetings(rank):
         """A check in which the odd rank fails, and the others where `elsewhere` is an error
         of theirs.
         """
-        return lambda: ranks.agree("loading", lambda: fail(error if is_odd else elsewhere))
+        return lambda: ranks.agree(
+            "loading", lambda: fail(error if is_odd else elsewhere)
+        )
 
     cases = {
         "same check": loading(UserError(odd)),
@@ -88,7 +90,10 @@ def test_all_ranks_fail_alike_and_meet_again_afterwards(rank):
         for outcome in results:
             assert outcome[name] == f"UserError: {where}of rank {rank}", name
     assert results[rank]["unexpected"] == f"KeyError: 'of rank {rank}'"
-    assert results[1 - rank]["unexpected"] == f"RunError: {where}KeyError: 'of rank {rank}'"
+    assert (
+        results[1 - rank]["unexpected"]
+        == f"RunError: {where}KeyError: 'of rank {rank}'"
+    )
     for result in results:
         for word in ("UserError", "'one'", "'other'", f"rank {rank} at"):
             assert word in result["different checks"]

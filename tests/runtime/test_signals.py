@@ -36,9 +36,7 @@ from tests.helpers.resume import assert_same_run
 from tests.helpers.tables import heavy, words
 from tests.helpers.tables import rows as rows_of
 
-MERGING = (
-    "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
-)
+MERGING = "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
 AUTO = "--resume_from_checkpoint auto"
 
@@ -306,7 +304,9 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path,
     line = words(torchrun, restarts, script, *user.flags(out, MERGING, AUTO))
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(line, cwd=tmp_path, env=settings, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            line, cwd=tmp_path, env=settings, stdout=log, stderr=log
+        )
         try:
             wait_for(out / "checkpoints/step-000003", [process])
             os.kill(ranks_below(process.pid)[1], signal.SIGKILL)

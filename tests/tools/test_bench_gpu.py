@@ -26,7 +26,8 @@ def answers(folder, questions):
         question: read_json(Path(folder, f"{question}.json")) for question in questions
     }
     return {
-        question: content["tables"][question][1:] for question, content in contents.items()
+        question: content["tables"][question][1:]
+        for question, content in contents.items()
     }
 
 
@@ -40,7 +41,8 @@ def check(results, waits):
     assert len(results["operators"]) >= 4 * 3 * 2
     assert len(results["ceilings"]) == 6
     assert [row[:2] for row in results["layer"]] == [
-        ["48 x 80, 64, bfloat16", operator] for operator in ("rotate r=8", "share r=256")
+        ["48 x 80, 64, bfloat16", operator]
+        for operator in ("rotate r=8", "share r=256")
     ]
     assert [leak for *_, leak in results["attention"]] == ["0", "0", "0"]
     assert [(row[0], row[-1]) for row in results["step"]] == [

@@ -13,7 +13,9 @@ from tools.bench.layer import reference_update
 def test_every_layer_has_a_row(tmp_path):
     threads = torch.get_num_threads()
     try:
-        call("bench/layer", "--shapes 12x8 --seconds 0 --json", tmp_path / "layers.json")
+        call(
+            "bench/layer", "--shapes 12x8 --seconds 0 --json", tmp_path / "layers.json"
+        )
     finally:
         torch.set_num_threads(threads)
     titles, *rows = read_json(tmp_path / "layers.json")["tables"]["layers"]

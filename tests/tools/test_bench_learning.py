@@ -58,7 +58,9 @@ def test_bad_methods_are_named_with_their_file(tmp_path, method, message):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem
+    "path",
+    sorted(METHODS_FILE.parent.glob("learning*.yaml")),
+    ids=lambda path: path.stem,
 )
 def test_every_method_is_one_that_the_training_program_takes(user, path):
     methods = Methods.read(path)
@@ -119,7 +121,9 @@ def ran(monkeypatch):
         folder.mkdir()
         ran.append(settings)
         perplexities = {
-            "new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2),
+            "new": 100.0
+            + settings["seed"]
+            + 1e4 * abs(settings["learning_rate"] - 1e-2),
             "old": 200.0,
         }
         summary = {"trainable_params": 7, "perplexity_after": perplexities}
@@ -139,7 +143,12 @@ def bench(user, work, report, *flags):
     """A call of 40 steps and two seeds, one in the sweep, unless `flags` say otherwise."""
     texts = ("--new", user.train, user.held, "--old", user.train, user.other)
     files = ("--base", user.model, *texts, "--work", work, "--json", report)
-    call("bench/learning", *files, "--jobs 1 --steps 40 --seeds 2 --sweep_seeds 1", *flags)
+    call(
+        "bench/learning",
+        *files,
+        "--jobs 1 --steps 40 --seeds 2 --sweep_seeds 1",
+        *flags,
+    )
 
 
 def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
@@ -169,7 +178,10 @@ def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
         (run["per_device_train_batch_size"], run.get("compute"), run.get("replay"))
         for run in ran[12:]
     ]
-    assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
+    assert changed == [
+        (2, None, None),
+        *[(2, "weight", [f"old={user.train}:0.25"])] * 2,
+    ]
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
@@ -188,7 +200,9 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
     report = read_json(second)
     rows = [[row[0], row[2], row[3]] for row in report["tables"]["learning"][1:]]
     assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
-    runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
+    runs = [
+        (run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]
+    ]
     of_lora = [(3e-3, 1), (1e-2, 1), (1e-2, 2), (1e-2, 3), (3e-2, 1)]
     assert runs[:5] == [("lora", *run) for run in of_lora]
     refused = "--with .*first.json: not the same"

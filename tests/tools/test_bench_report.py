@@ -9,7 +9,9 @@ from tools import docs_results, plans
 from tools.bench.report import Report, bench_parser
 
 
-def test_a_file_holds_what_is_printed_and_a_page_shows_it(tmp_path, monkeypatch, capsys):
+def test_a_file_holds_what_is_printed_and_a_page_shows_it(
+    tmp_path, monkeypatch, capsys
+):
     flags = ["--rows", "2", "--json", str(tmp_path / "new/bench.json")]
     monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools/bench/loss.py"), *flags])
     report = Report(bench_parser("Rows.").parse_known_args()[0])
@@ -30,9 +32,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(tmp_path, monkeypatch,
     assert written["measured_on"]["versions"]["torch"]
 
     monkeypatch.setattr(plans, "DATA", tmp_path / "new")
-    old = (
-        "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
-    )
+    old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
     page = docs_results.with_tables(f"# Title\n\n{old}\n\nText.")
     assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page
     assert "old" not in page

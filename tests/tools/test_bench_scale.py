@@ -24,6 +24,8 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     assert {setting for _, setting, _ in lines} == {path.name for path in scale.CONFIGS}
     for name, of_4, of_16 in tables["files"][1:]:
         if name.startswith("resume"):
-            assert max(int(of_4), int(of_16)) <= 2, "its own shard, and the table on rank 0"
+            assert max(int(of_4), int(of_16)) <= 2, (
+                "its own shard, and the table on rank 0"
+            )
         if name.startswith("save"):
             assert of_4 == of_16, "a save opens more files where there are more ranks"

@@ -124,7 +124,9 @@ def test_texts_that_differ_under_one_name(user, tmp_path, out):
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
     argv = [
         user.flags(out),
-        user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache"),
+        user.flags(
+            out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache"
+        ),
     ]
     for message in messages_of(refused_on_its_node, argv):
         assert "training text" in message

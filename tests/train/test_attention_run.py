@@ -56,7 +56,9 @@ def test_another_attention_does_not_continue_a_run(user, dense, tmp_path):
     message = refusal(
         user.flags(tmp_path / "other", MORE, "--resume_from_checkpoint", checkpoint)
     )
-    assert "attention (--attn_implementation): 'dense' there, 'documents' here" in message
+    assert (
+        "attention (--attn_implementation): 'dense' there, 'documents' here" in message
+    )
 
 
 def test_dense_attention_is_what_it_was_to_the_bit():
@@ -65,7 +67,9 @@ def test_dense_attention_is_what_it_was_to_the_bit():
     one = tiny_model("mistral")
     another = tiny_model("mistral")
     logits = one(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
     ).logits
     loss = F.cross_entropy(
         logits.flatten(0, 1).float(),
@@ -76,7 +80,11 @@ def test_dense_attention_is_what_it_was_to_the_bit():
     nll = token_nll(another, batch)
     assert torch.equal(nll, loss)
     assert attention_of(another) == "sdpa"
-    assert model_inputs(another, batch).keys() == {"input_ids", "position_ids", "use_cache"}
+    assert model_inputs(another, batch).keys() == {
+        "input_ids",
+        "position_ids",
+        "use_cache",
+    }
     loss.backward()
     nll.backward()
     for mine, theirs in zip(one.parameters(), another.parameters(), strict=True):
@@ -138,7 +146,9 @@ def test_a_leak_at_one_batch_size_is_found(rows):
         ("lfm2", {}),
     ],
 )
-def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind, flags):
+def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(
+    kind, flags
+):
     config = AutoConfig.for_model(kind, **MASKLESS[kind])
     model = AutoModelForCausalLM.from_config(config)
     job = SimpleNamespace(
@@ -179,7 +189,10 @@ def test_attention_sinks_by_documents():
         edges = [*begins.nonzero().flatten().tolist(), len(begins)]
         documents = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
         expected = torch.cat(
-            [alone(input_ids=document, use_cache=False).logits[0] for document in documents]
+            [
+                alone(input_ids=document, use_cache=False).logits[0]
+                for document in documents
+            ]
         )
         assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 

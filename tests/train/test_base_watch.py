@@ -22,7 +22,8 @@ def disturbed_job(argv, model, change):
     For `run_ranks`.
     """
     disturb(
-        3, lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors")
+        3,
+        lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors"),
     )
     return refused(argv)
 

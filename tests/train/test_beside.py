@@ -95,7 +95,9 @@ EVALUATIONS = """
 @pytest.mark.parametrize("steps", [steps for (steps,) in rows_of(EVALUATIONS)])
 def test_a_failed_evaluation_does_not_end_the_run(user, ranks_and_whole, out, steps):
     calls = [int(step) for step in steps.split()]
-    assert_goes_on(ranks_and_whole, out, user.flags(out, FLAGS), Evaluator, calls, steps)
+    assert_goes_on(
+        ranks_and_whole, out, user.flags(out, FLAGS), Evaluator, calls, steps
+    )
 
 
 @pytest.mark.heavy
@@ -114,7 +116,9 @@ def assert_goes_on(ranks_and_whole, out, argv, target, calls, steps):
     ):
         assert kind == "FailedBeside"
         assert "step-000004 is its end" in message
-        failed = re.findall(r"after step (\d): RuntimeError: no evaluation today", message)
+        failed = re.findall(
+            r"after step (\d): RuntimeError: no evaluation today", message
+        )
         assert failed == steps.split()
     assert losses(out).equal(losses(whole)), "training is what it would have been"
     assert last_state(out).finished
@@ -146,7 +150,9 @@ def without_room_for_traces(argv):
     return failing(argv, profile, "export_chrome_trace", full, range(9))
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_whole, out):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    user, ranks_and_whole, out
+):
     ranks, whole = ranks_and_whole
     argv = user.flags(out, FLAGS, "--profile 1")
     for kind, message in run_ranks(ranks, without_room_for_traces, argv):
@@ -230,7 +236,9 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
     before.
     """
     error = NotFinite("the loss is nan")
-    argv = user.flags(tmp_path, FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto")
+    argv = user.flags(
+        tmp_path, FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto"
+    )
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
         kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, (call,))
         assert kind == "RunError"
@@ -251,7 +259,9 @@ def failing_upload(argv, error):
     "error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)]
 )
 def test_a_failed_upload_is_told_after_the_end(user, tmp_path, error, ranks):
-    argv = user.flags(tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none")
+    argv = user.flags(
+        tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none"
+    )
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
         assert kind == "FailedBeside"
         assert "the upload to the Hub: no way out" in message

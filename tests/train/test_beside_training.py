@@ -34,7 +34,9 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
     with pytest.raises(KeyError), beside_training(model, "old"):
         with beside_training(model):
             assert domains.choice(torch.ones(1, 2, 3)) is None
-        assert torch.equal(domains.choice(torch.ones(1, 2, 3)), torch.tensor([[0.0, 1.0]]))
+        assert torch.equal(
+            domains.choice(torch.ones(1, 2, 3)), torch.tensor([[0.0, 1.0]])
+        )
         first, second = (model(input_ids=tokens(2)).logits for _ in range(2))
         assert torch.equal(first, second), "no dropout"
         assert not first.requires_grad
@@ -92,7 +94,9 @@ def test_each_pass_of_a_run_sets_what_layers_read(user, tmp_path, out):
         task_files(tmp_path)["choices"],
     )
     kinds = run_alone(kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
-    assert kinds.pop((False, False, False)) == 1, "a check of rows before the first step"
+    assert kinds.pop((False, False, False)) == 1, (
+        "a check of rows before the first step"
+    )
     of_training = kinds.pop((True, True, False))
     assert {*kinds} == {(False, False, True)}, kinds
     assert kinds.total() > of_training >= 3

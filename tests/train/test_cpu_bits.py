@@ -38,7 +38,9 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 
 
 @pytest.mark.heavy(seconds=12)
-def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user, tmp_path):
+def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(
+    user, tmp_path
+):
     """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that
     was measured.
     """

@@ -12,7 +12,11 @@ from mora_ds.common.files import replace_symlink
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import finished_run, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
-from tests.helpers.resume import assert_same_tensors, checkpoint_tensors, interrupted_job
+from tests.helpers.resume import (
+    assert_same_tensors,
+    checkpoint_tensors,
+    interrupted_job,
+)
 from tests.helpers.snapshot import untouched
 from tests.helpers.tables import heavy
 
@@ -42,7 +46,10 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     """
     whole = tmp_path / "whole"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
-    run(1, user.flags(whole, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
+    run(
+        1,
+        user.flags(whole, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio),
+    )
     out = tmp_path / "branch"
     checkpoint = parent / "checkpoints/step-000004"
     latest = tmp_path / "latest"
@@ -103,8 +110,12 @@ def test_what_is_no_branch_is_refused(user, parent, tmp_path):
     checkpoints = parent / "checkpoints"
     stable = checkpoints / "step-000004"
     with untouched(parent):
-        assert "its learning rate is not at the peak" in told(checkpoints / "step-000010")
-        assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(parent)
+        assert "its learning rate is not at the peak" in told(
+            checkpoints / "step-000010"
+        )
+        assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(
+            parent
+        )
         message = told(stable, "--output_dir", parent, "--overwrite_output_dir")
         assert "lies in --output_dir: give the branch a folder of its own" in message
         assert "no checkpoint at" in told(checkpoints / "step-000005")

@@ -35,7 +35,9 @@ def test_the_demo_follows_the_recipe_with_embeddings(tmp_path):
     assert choices_of(job) == [True] * 3
     assert job.training.max_steps == 60
     assert job.training.embedding_learning_rate == 1e-3
-    recipe = load_yaml(str(ROOT / "configs/recipes/continual_embeddings.yaml"), "recipe")
+    recipe = load_yaml(
+        str(ROOT / "configs/recipes/continual_embeddings.yaml"), "recipe"
+    )
     demo = {**RECIPE, **CONTINUE}
     # Its learning rates are its own
     for name in ("optimizer", "train_embeddings", "operator", "mora_rank"):

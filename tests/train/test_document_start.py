@@ -31,7 +31,9 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user):
     tokenizer.bos_token = None
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
-        with user_error(f"--document_start '{start}' is no token .* special tokens are '"):
+        with user_error(
+            f"--document_start '{start}' is no token .* special tokens are '"
+        ):
             start_id(tokenizer, start)
 
 
@@ -47,7 +49,10 @@ def test_every_document_of_a_run_begins_with_it(user, tmp_path):
 def test_it_stands_once_before_a_document_of_several_parts(user):
     """Which is read, and tokenised, in parts."""
     encoder = Encoder.of(load_tokenizer(user.model), "<s>")
-    pieces = [Document("def f(x):\n", ends=False), Document("    return x\n", begins=False)]
+    pieces = [
+        Document("def f(x):\n", ends=False),
+        Document("    return x\n", begins=False),
+    ]
     tokens, ends = encoder(pieces)
     assert tokens.tolist().count(encoder.start_id) == 1 == len(ends)
     assert tokens[0] == encoder.start_id
@@ -56,11 +61,18 @@ def test_it_stands_once_before_a_document_of_several_parts(user):
 def test_a_run_says_where_nothing_stands_there(user, tmp_path):
     model = shutil.copytree(user.model, tmp_path / "model")
     content = read_json(model / "tokenizer.json")
-    (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    (model / "tokenizer.json").write_text(
+        json.dumps({**content, "post_processor": None})
+    )
     for number, (folder, start, says) in enumerate(
         ((user.model, "auto", False), (model, "auto", True), (model, "none", False))
     ):
-        flags = ("--max_steps 2 --document_start", start, "--model_name_or_path", folder)
+        flags = (
+            "--max_steps 2 --document_start",
+            start,
+            "--model_name_or_path",
+            folder,
+        )
         told = run_alone(printed, user.flags(tmp_path / str(number), *flags))
         assert ("nothing stands before a document" in told) == says
 

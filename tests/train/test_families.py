@@ -22,7 +22,14 @@ from mora_ds.train.preflight import check_document_mask
 from mora_ds.train.run import Run
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, NO_SDPA, alone, causal_loss, tiny_model, tokens
+from tests.helpers.models import (
+    FAMILIES,
+    NO_SDPA,
+    alone,
+    causal_loss,
+    tiny_model,
+    tokens,
+)
 
 WORLD = 2
 ROWS = 2
@@ -41,7 +48,10 @@ OPERATORS = ("share", "rotate", "decouple", "truncate")
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": ROWS,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": LEARNING_RATE, "weight_decay": 0.0},
+    },
 }
 
 
@@ -49,7 +59,10 @@ def adapter(family):
     operator = OPERATORS[list(FAMILIES).index(family) % len(OPERATORS)]
     targets = ("all-linear", "experts") if family in EXPERTS else ("all-linear",)
     return MoRAConfig(
-        rank=4, operator=operator, target_modules=targets, **ALSO_TRAINED.get(family, {})
+        rank=4,
+        operator=operator,
+        target_modules=targets,
+        **ALSO_TRAINED.get(family, {}),
     )
 
 
@@ -79,7 +92,9 @@ def end_to_end(root, family):
 
     train_step(engine, seed=1)
     train_step(engine, seed=2)
-    norms = {name: zero.full_fp32(square).norm().item() for name, square in squares.items()}
+    norms = {
+        name: zero.full_fp32(square).norm().item() for name, square in squares.items()
+    }
     before = probe(engine)
     work.merge(2)
     after = probe(engine)
@@ -158,7 +173,10 @@ def test_an_export_gives_the_logits_of_the_live_model(family, results):
     assert report.merged + report.replaced == len(stored)
     config = exported.config
     assert config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
-    tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
+    tied = (
+        exported.get_input_embeddings().weight
+        is exported.get_output_embeddings().weight
+    )
     assert tied == config.tie_word_embeddings
 
 

@@ -63,7 +63,11 @@ def home(tmp_path, monkeypatch):
 
 def settings(changes):
     return from_flat(
-        {"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes}
+        {
+            "model_name_or_path": "facebook/opt-125m",
+            "train_files": ["text.txt"],
+            **changes,
+        }
     )
 
 
@@ -101,14 +105,19 @@ def test_a_resumed_run_may_read_its_base(home):
     check_inputs(settings({"model_name_or_path": "out/base", **again}), Path("out"))
     check_inputs(settings({"train_files": ["out/demo/text.txt"], **again}), Path("out"))
     with user_error("--tokenizer_name"):
-        check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
+        check_inputs(
+            settings({"tokenizer_name": "out/tokenizer", **again}), Path("out")
+        )
 
 
 def test_every_setting_that_names_a_file_is_looked_at():
     """Whoever adds one must decide whether it is an input."""
     groups = vars(settings({})).values()
     fields = {
-        name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)
+        name
+        for group in groups
+        if dataclasses.is_dataclass(group)
+        for name in vars(group)
     }
     ends = "_(dir|files?|name|path|checkpoint|config|adapter)$|deepspeed$|mixture$"
     outputs = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}

@@ -50,11 +50,20 @@ def prepare(out, whole, start):
         shutil.rmtree(out / "merged")
         replace_symlink(out / "checkpoints/latest", "step-000005")
     if start is Start.ANOTHER:
-        folders = ("checkpoints/step-000009/one", "ledger/two", "base/three", "merged/x")
+        folders = (
+            "checkpoints/step-000009/one",
+            "ledger/two",
+            "base/three",
+            "merged/x",
+        )
         for name in ("run.yaml", "metrics.jsonl", *folders):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("of another run")
-        owns = ["run.yaml", "metrics.jsonl", *(name.partition("/")[0] for name in folders)]
+        owns = [
+            "run.yaml",
+            "metrics.jsonl",
+            *(name.partition("/")[0] for name in folders),
+        ]
         # The mark of a run
         (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")
 
@@ -65,7 +74,9 @@ def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
     start = MOMENTS[moment].start
     prepare(out, whole, start)
     how = OVERWRITE if start is Start.ANOTHER else AUTO
-    own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
+    own_cache = (
+        ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
+    )
     again = command(user, out, precision, *MOMENTS[moment].more, how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)

@@ -47,7 +47,9 @@ def watched_job(argv):
         if trainer.state.step % LOOK_EVERY == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE")
-            seen.append((trainer.state.step, resident, len(os.listdir("/proc/self/fd"))))
+            seen.append(
+                (trainer.state.step, resident, len(os.listdir("/proc/self/fd")))
+            )
 
     Trainer._after_step = look  # in this forked rank alone
     job(argv)
@@ -65,7 +67,9 @@ def assert_flat(seen, rank):
         ("resident bytes", 1, max, GROWTH),
         ("open file descriptors", 2, min, 0.0),
     ):
-        before, now = (extreme(row[column] for row in period) for period in (early, late))
+        before, now = (
+            extreme(row[column] for row in period) for period in (early, late)
+        )
         print(f"rank {rank}: {what} {before:,} -> {now:,} ({now / before - 1:+.2%})")
         assert now <= before * (1 + growth), (
             f"rank {rank}: {what} grew from {before:,} to {now:,}"
@@ -79,7 +83,9 @@ def killed_while(argv, out, until, delay_s, victims):
     pipes, processes = start_ranks(RANKS, job, argv)
     try:
         deadline = time.monotonic() + 600
-        while _last_step(out) < until and all(process.is_alive() for process in processes):
+        while _last_step(out) < until and all(
+            process.is_alive() for process in processes
+        ):
             assert time.monotonic() < deadline, f"the run did not get to step {until}"
             time.sleep(0.02)
         time.sleep(delay_s)

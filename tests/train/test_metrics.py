@@ -99,7 +99,9 @@ def test_losses_are_summed_by_source(monkeypatch):
     )
     by_source = torch.zeros(2, 3, dtype=torch.float64)
     losses = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    assert trainer._nll(MicroBatch(losses, [2, 4, 6], [0, 1, 0]), by_source).requires_grad
+    assert trainer._nll(
+        MicroBatch(losses, [2, 4, 6], [0, 1, 0]), by_source
+    ).requires_grad
     trainer._nll(MicroBatch(torch.tensor([4.0]), [2], [1]), by_source)
     assert not by_source.requires_grad
     assert by_source.tolist() == [[4.0, 6.0, 0.0], [8.0, 6.0, 0.0]]

@@ -33,7 +33,9 @@ def a_run(folder, *more):
     reservation.prepare(False, False, True)
     for name in more:
         put(folder, name, "a run's")
-    write_run_file(folder, {"seed": 1}, {"steps": 6}, names_of_run(folder, exports=True))
+    write_run_file(
+        folder, {"seed": 1}, {"steps": 6}, names_of_run(folder, exports=True)
+    )
     reservation.commit()
     for name in ("metrics.jsonl", "checkpoints", "ledger"):
         put(folder, name, "a run's")
@@ -114,7 +116,9 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path):
 
 @pytest.mark.parametrize("name", ["base", "tokenizer"])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path, name, overwrite):
+def test_what_the_run_in_the_folder_has_not_made_is_the_users(
+    tmp_path, name, overwrite
+):
     out = a_run(tmp_path / "out")
     put(out, name, "mine")
     with untouched(out), user_error(f"{name}, which the run there has not made"):
@@ -132,7 +136,11 @@ def killed(folder, work):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path, overwrite):
     out = a_run(tmp_path / "out", "tokenizer")
-    put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
+    put(
+        out,
+        "merged",
+        "the user's, made from a checkpoint of a run that exports nothing",
+    )
     before = snapshot(out)
 
     def start():
@@ -169,7 +177,9 @@ def orphan(folder, seconds):
     os._exit(0)
 
 
-def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(tmp_path, monkeypatch):
+def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
+    tmp_path, monkeypatch
+):
     """Rank 0's lock has gone with it; another one may still be writing its shard."""
     out = a_run(tmp_path / "out")
     child = orphan(out, 2)

@@ -84,7 +84,13 @@ def test_all_files_have_the_mode_that_the_umask_asks_for(user, pickled, tmp_path
     cache = tmp_path / "cache"
     secret = {**read_json(ZERO3), "comet": {"enabled": False, "api_key": "s3cret"}}
     (tmp_path / "ds.json").write_text(json.dumps(secret))
-    more = ("--export_merged", "--cache_dir", cache, "--deepspeed", tmp_path / "ds.json")
+    more = (
+        "--export_merged",
+        "--cache_dir",
+        cache,
+        "--deepspeed",
+        tmp_path / "ds.json",
+    )
     argv = user.flags(out, "--model_name_or_path", pickled, *more)
     run_alone(run_privately, argv)
     assert (out / "base/model.safetensors").is_file()
@@ -164,7 +170,11 @@ def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path):
         str(tmp_path / "run"): "no file",
     }
     argvs = [
-        ["--output_dir", out, *(["--overwrite_output_dir"] if out.endswith("run") else [])]
+        [
+            "--output_dir",
+            out,
+            *(["--overwrite_output_dir"] if out.endswith("run") else []),
+        ]
         for out in cases
     ]
     with untouched(tmp_path):

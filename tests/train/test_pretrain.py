@@ -122,7 +122,9 @@ def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
     batch = next(data.eval_batches(0, 1, data.n_blocks))
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
-        perplexity = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
+        perplexity = (
+            torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
+        )
     assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
     checkpoint = two / "checkpoints/step-000003"
@@ -137,7 +139,9 @@ def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
     """Other formats give the same documents: tests/data/test_readers.py."""
     folder = tmp_path / "a folder"
     folder.mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"body": user.texts()}), folder / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"body": user.texts()}), folder / "a.parquet"
+    )
     run(1, user.flags(tmp_path / "jsonl"))
     files = ("--text_column body --train_files", folder / "*.parquet")
     run(1, user.flags(tmp_path / "parquet", *files))
@@ -249,7 +253,9 @@ def assert_fit_for_reading(done):
     assert re.search(LAST_LINES, after), after
     assert "tokenising" not in done.stderr
     # Others are the launcher's
-    own_lines = [line for line in done.stdout.splitlines() if not line.startswith("[20")]
+    own_lines = [
+        line for line in done.stdout.splitlines() if not line.startswith("[20")
+    ]
     assert not [line for line in own_lines if len(line) > 120]
 
 
@@ -266,7 +272,9 @@ def test_recipe_flags_and_run_yaml(user, tmp_path, monkeypatch):
         "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = launch(1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], folder)
+    done = launch(
+        1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], folder
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_fit_for_reading(done)
     first = folder / "my run"
@@ -274,7 +282,9 @@ def test_recipe_flags_and_run_yaml(user, tmp_path, monkeypatch):
     assert {"mora_rank": 2, "max_steps": 4}.items() <= written.items()
     assert written["resolved"]["world_size"] == 1
     assert written["versions"]["deepspeed"]
-    assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
+    assert (
+        AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
+    )
     again = folder / "again"
     monkeypatch.chdir(folder)
     run(1, [str(first / "run.yaml"), "--output_dir", str(again)])
@@ -310,10 +320,16 @@ def test_summary_and_files_of_a_run(plain):
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
         "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
     } <= summary.keys()  # fmt: skip
-    assert (summary["steps"], summary["tokens"], summary["merges"]) == (8, 8 * 4 * 32, 2)
+    assert (summary["steps"], summary["tokens"], summary["merges"]) == (
+        8,
+        8 * 4 * 32,
+        2,
+    )
     for when in ("before", "after"):
         assert summary[f"perplexity_{when}"].keys() == {"held", "short"}
-    written = "run.yaml metrics.jsonl summary.json tensorboard checkpoints ledger tokenizer"
+    written = (
+        "run.yaml metrics.jsonl summary.json tensorboard checkpoints ledger tokenizer"
+    )
     assert {path.name for path in plain.iterdir()} == {*written.split(), ".lock"}
     assert len(losses(plain)) == 8
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]

@@ -18,7 +18,9 @@ def traces(out):
     assert all(file.name.endswith(".pt.trace.json.gz") for file in files), (
         "as TensorBoard looks for them"
     )
-    return [json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] for file in files]
+    return [
+        json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] for file in files
+    ]
 
 
 def steps_in(trace):

@@ -50,7 +50,9 @@ def step_of(engine, step):
     """Train on this rank's rows of a step. Returns the mean loss over all ranks."""
     world = dist.get_world_size()
     rank = dist.get_rank()
-    loss = causal_loss(engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank])
+    loss = causal_loss(
+        engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank]
+    )
     engine.backward(loss)
     engine.step()
     mean = loss.detach().clone()
@@ -118,7 +120,9 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
     """In bf16, on a base whose files are in the same dtype or another: the same numbers,
     rounded.
     """
-    write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base")
+    write_own_base(
+        tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base"
+    )
     results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
     base = BaseCheckpoint.open(tmp_path / "base")
     ledger = Ledger.open(tmp_path / "out-2/ledger")
@@ -158,7 +162,10 @@ def config_of(settings, bits):
 
 @pytest.mark.parametrize(
     "adapter, stage",
-    [("{operator: share, compute: weight}", 3), *(heavy(*row) for row in rows(IN_8_BITS))],
+    [
+        ("{operator: share, compute: weight}", 3),
+        *(heavy(*row) for row in rows(IN_8_BITS)),
+    ],
 )
 def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, adapter, stage):
     write_own_base(tiny_model("llama"), tmp_path / "base")
@@ -171,9 +178,12 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, adapter, stage):
 
 @packed
 @pytest.mark.parametrize(
-    "adapter, stage", [("{operator: share}", 3), *(heavy(*row) for row in rows(IN_4_BITS))]
+    "adapter, stage",
+    [("{operator: share}", 3), *(heavy(*row) for row in rows(IN_4_BITS))],
 )
-def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, adapter, stage):
+def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
+    tmp_path, adapter, stage
+):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what
     the run had.
     """
@@ -265,7 +275,9 @@ def plan_of(bits):
         "train_micro_batch_size_per_gpu": 2,
         "bf16": {"enabled": True},
     }
-    return Planner(work, Cluster(2), complete_ds_config(zero3, numels), on_cpu=False).plan()
+    return Planner(
+        work, Cluster(2), complete_ds_config(zero3, numels), on_cpu=False
+    ).plan()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -295,9 +307,12 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
 def test_a_plan_counts_the_dense_weight():
     """Of the largest layer, in 8 bits; few tokens, so that weights outweigh activations."""
     few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}
-    steps = {bits: measure_step(planned_model(work), work) for bits, work in few.items()}
+    steps = {
+        bits: measure_step(planned_model(work), work) for bits, work in few.items()
+    }
     largest = max(
-        2 * layer.weight.numel() for layer in mora_layers(planned_model(few[8])).values()
+        2 * layer.weight.numel()
+        for layer in mora_layers(planned_model(few[8])).values()
     )
     assert 0.7 * largest < steps[8].peak - steps[16].peak <= largest
     assert steps[8].saved == steps[16].saved
@@ -308,7 +323,8 @@ def test_a_recommendation_knows_of_few_bits():
         {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10]
     )
     planners = {
-        bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)
+        bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3)
+        for bits in (16, 8, 4)
     }
     assert [planners[bits].base_fits for bits in (16, 8)] == [False, True]
     assert recommend(planners[16]) is None

@@ -80,7 +80,9 @@ def model_config(size, folder):
         return shipped
     config_file = folder / "config.json"
     config_file.write_text(
-        json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]})
+        json.dumps(
+            {"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]}
+        )
     )
     return config_file
 
@@ -106,7 +108,9 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     """
     size = size_of(path)
     text = path.read_text().replace("\n# ", " ")
-    asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", path.read_text())
+    asked = re.search(
+        r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", path.read_text()
+    )
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.chdir(CONFIGS.parent)
@@ -115,7 +119,9 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert not out.exists()
     assert f"plan: {ranks} ranks" in told
-    if not arguments.adapter.train_embeddings:  # what is trained comes on top of the model
+    if (
+        not arguments.adapter.train_embeddings
+    ):  # what is trained comes on top of the model
         elements = planned(arguments, ranks)[0].base_elements
         assert elements == pytest.approx(PARAMETERS[size], rel=0.01)
     (highest,) = numbers(r"= peak +([\d.]+) GB", told)
@@ -141,7 +147,9 @@ def tier_rows():
     page = (CONFIGS.parent / "docs/recipes/tiers.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| (?:`([^`]+)` )?\|$", page, re.MULTILINE)
     return [
-        pytest.param(flags.split(), id=name, marks=pytest.mark.heavy if index % 3 else ())
+        pytest.param(
+            flags.split(), id=name, marks=pytest.mark.heavy if index % 3 else ()
+        )
         for index, (name, flags) in enumerate(rows)
     ]
 
@@ -172,6 +180,8 @@ def test_batches_are_what_the_comments_say(path):
     product, gpus, sequences = BATCH.search(path.read_text()).groups(default=1)
     factors = [int(number) for number in product.split(" x ")]
     assert math.prod(factors) * int(gpus) == int(sequences)
-    rank_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    rank_batch = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps
+    )
     assert int(sequences) % rank_batch == 0
     assert factors[0] == training.per_device_train_batch_size

@@ -68,7 +68,9 @@ def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
     argv = user.flags(copied, MERGING, "--resume_from_checkpoint", checkpoint)
     run_alone(interrupted_job, argv, step + 1)
     ledger = read_json(copied / "ledger/ledger.json")
-    assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
+    assert [cycle["step"] for cycle in ledger["cycles"]] == (
+        [3] if step == 2 else [3, 6]
+    )
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(copied)) == step + 1
     run(1, argv)

@@ -14,7 +14,9 @@ from tests.helpers.resume import stop_and_resume
 
 pytestmark = pytest.mark.heavy
 
-LOOP = "--max_steps 7 --save_steps 2 --gradient_accumulation_steps 2 --max_grad_norm 0.5"
+LOOP = (
+    "--max_steps 7 --save_steps 2 --gradient_accumulation_steps 2 --max_grad_norm 0.5"
+)
 MERGES = "--merge_every 3 --restart_warmup_steps 1 --train_norms true"
 
 

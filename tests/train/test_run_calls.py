@@ -116,7 +116,8 @@ def assert_refused(calls, scope, **objects):
     An argument that is the name of one of `objects` is that one."""
     for function, settings, message in rows(calls):
         arguments = {
-            name: objects.get(str(value), value) for name, value in parsed(settings).items()
+            name: objects.get(str(value), value)
+            for name, value in parsed(settings).items()
         }
         with pytest.raises(UserError) as refused:
             attrgetter(function)(scope)(**arguments)
@@ -152,7 +153,10 @@ def wrong_calls(folder):
     engine, run = started(folder, 3)
     with untouched(Path("out")):
         scope = SimpleNamespace(
-            merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize
+            merge=run.merge,
+            save=run.save,
+            Run=mora_ds.Run,
+            initialize=mora_ds.initialize,
         )
         assert_refused(CALLS_OF_A_RUN, scope, ENGINE=engine, MODEL=engine.module)
     run.save(2)
@@ -243,7 +247,9 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
     tmp_path_factory,
     monkeypatch,
 ):
-    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))  # no run has written an `out` there
+    monkeypatch.chdir(
+        tmp_path_factory.mktemp("empty")
+    )  # no run has written an `out` there
     model = tiny_model("llama")
     adapted = tiny_model("llama")
     mora_ds.inject(adapted, CONFIG)

@@ -9,7 +9,9 @@ DEEPSPEED = {
     "comet": {"enabled": True, "api_key": "s3cret", "project": "mine"},
     "wandb": {"Password": "s3cret", "team": "us"},
     "tracker": {
-        "auth": [{"access_token": "s3cret", "secrets": {"a": "s3cret", "b": ["s3cret", 7]}}]
+        "auth": [
+            {"access_token": "s3cret", "secrets": {"a": "s3cret", "b": ["s3cret", 7]}}
+        ]
     },
     "max_tokens": 100,
 }

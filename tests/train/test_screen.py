@@ -25,7 +25,9 @@ LAST = """
 
 @pytest.mark.parametrize("flags, labels", rows(LAST))
 def test_the_last_lines_name_the_commands_that_work_now(flags, labels):
-    lines = closing(parse(["--output_dir", "runs/law", *flags.split()]), SUMMARY, 3723.4)
+    lines = closing(
+        parse(["--output_dir", "runs/law", *flags.split()]), SUMMARY, 3723.4
+    )
     assert [line.split()[0] for line in lines] == labels.split()
     assert lines[0].endswith("in 1:02:03")
 
@@ -34,9 +36,7 @@ def test_the_next_commands_have_the_paths_of_the_run():
     arguments = parse(["--output_dir", "runs/law"])
     lines = closing(arguments, SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
-    command = (
-        "mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
-    )
+    command = "mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
     assert lines[-2] == f"export      {command}"
     with_domains = replace(arguments, research={"domain_adapters": True})
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
@@ -55,5 +55,9 @@ def test_the_next_commands_can_be_copied_into_a_shell(tmp_path, monkeypatch):
 
 
 def test_everything_that_is_trained_is_named():
-    adapter = parse(["--mora_rank", "4", "--train_new_embeddings", "--train_norms"]).adapter
-    assert screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"
+    adapter = parse(
+        ["--mora_rank", "4", "--train_new_embeddings", "--train_norms"]
+    ).adapter
+    assert (
+        screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"
+    )

@@ -93,7 +93,9 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
     assert state["task_costs_last"].keys() == files.keys()
     model = AutoModelForCausalLM.from_pretrained(exported)
     wrapped = HFLM(
-        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(exported), batch_size=2
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(exported),
+        batch_size=2,
     )
     manager = TaskManager(include_path=[str(tmp_path)])
     expected = lm_eval.simple_evaluate(
@@ -118,10 +120,14 @@ def random_states_around_tasks(files, folder):
     engine, *_ = mora_ds.initialize(
         model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1)
     )
-    suite = TaskSuite(files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2)
+    suite = TaskSuite(
+        files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2
+    )
     states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     results = suite.evaluate()
-    same = torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
+    same = (
+        torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
+    )
     return same and bool((np.random.get_state()[1] == states[1]).all()), {
         k: vars(v) for k, v in results.items()
     }

@@ -75,7 +75,8 @@ def start(how, nodes, folder, flags):
 def told(folder):
     """What both nodes have printed."""
     return "".join(
-        f"-- node {number}\n{(folder / f'log{number}').read_text()}" for number in (0, 1)
+        f"-- node {number}\n{(folder / f'log{number}').read_text()}"
+        for number in (0, 1)
     )
 
 
@@ -135,7 +136,9 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_pat
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):
-    flags = user.flags(out, MORE, "--collective_timeout_s 20 --resume_from_checkpoint auto")
+    flags = user.flags(
+        out, MORE, "--collective_timeout_s 20 --resume_from_checkpoint auto"
+    )
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
     wait_for(out / "checkpoints/step-000004", processes)
     nodes[1].unplug()

@@ -73,7 +73,9 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
         train_sentencepiece(sample, VOCABULARY, folder / "tokenizer")
     )
 
-    def mixture(sources: dict[str, Any], states: dict[str, Any] | None = None) -> Mixture:
+    def mixture(
+        sources: dict[str, Any], states: dict[str, Any] | None = None
+    ) -> Mixture:
         weights = tuple(WEIGHTS.values())
         epochs = [None] * len(WEIGHTS)
         return Mixture(sources, [(0, weights)], epochs, SEQ_LEN, ROWS, states)
@@ -131,7 +133,9 @@ def _seconds_of(work: Callable[[], object]) -> float:
 def _far(stream: Mixture) -> dict[str, Any]:
     """Where the stream stands now, as a run would have it that came there at step 10^6."""
     states = stream.states_at(stream._next_step) or {}
-    for name, count in zip(stream.names, stream.schedule.counts(FAR * ROWS), strict=True):
+    for name, count in zip(
+        stream.names, stream.schedule.counts(FAR * ROWS), strict=True
+    ):
         states["sources"][name]["samples"] = int(count)
     return {**states, "step": FAR}
 

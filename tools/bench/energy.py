@@ -44,9 +44,14 @@ def main() -> None:
         "every": (10, "every how many decoder layers one is measured"),
     }
     parser = bench_parser(__doc__, defaults)
-    parser.add_argument("--base", type=Path, nargs="+", required=True, help="model folders")
     parser.add_argument(
-        "--new", type=Path, required=True, help="text that they are to learn, JSON lines"
+        "--base", type=Path, nargs="+", required=True, help="model folders"
+    )
+    parser.add_argument(
+        "--new",
+        type=Path,
+        required=True,
+        help="text that they are to learn, JSON lines",
     )
     options = parser.parse_args()
     report = Report(options)
@@ -75,7 +80,9 @@ def _mean_shares(base: Path, options: argparse.Namespace) -> dict[str, float]:
         spec = operator_of(spec_of(config, name, layer, 0), name)
         weight = layer.weight.detach().double()
         of_layers.append(
-            _shares(spec, weight, chosen[name], inputs[name], judged[name], options.rank)
+            _shares(
+                spec, weight, chosen[name], inputs[name], judged[name], options.rank
+            )
         )
     return {span: fmean(shares[span] for shares in of_layers) for span in of_layers[0]}
 
@@ -186,7 +193,9 @@ def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:
         length = residual.square().sum() / (direction * curved).sum()
         square = square + length * direction
         smaller = residual - length * curved
-        direction = smaller + smaller.square().sum() / residual.square().sum() * direction
+        direction = (
+            smaller + smaller.square().sum() / residual.square().sum() * direction
+        )
         residual = smaller
     return delta_weight(spec, square)
 

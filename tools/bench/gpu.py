@@ -69,7 +69,9 @@ def main() -> None:
     options.on_gpu = torch.cuda.is_available()
     options.device = torch.device("cuda" if options.on_gpu else "cpu")
     if not (options.on_gpu or options.toy):
-        print("no GPU here: nothing is measured (--toy runs the same code at toy sizes)")
+        print(
+            "no GPU here: nothing is measured (--toy runs the same code at toy sizes)"
+        )
         return
     report = Report(options)
     where = torch.cuda.get_device_name() if options.on_gpu else "a CPU"
@@ -94,7 +96,9 @@ def ceilings(options: argparse.Namespace) -> list[list[str]]:
     side = 128 if options.toy else 8192
     rows = [["what", "dtype", "rate"]]
     for dtype in DTYPES:
-        a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
+        a, b = (
+            torch.randn(side, side, device=options.device).to(dtype) for _ in range(2)
+        )
         copied = 2 * a.nbytes / _seconds(partial(b.copy_, a), options)
         product = 2 * side**3 / _seconds(partial(torch.matmul, a, b), options)
         name = str(dtype).removeprefix("torch.")
@@ -182,20 +186,28 @@ def _attention_row(options: argparse.Namespace, count: int) -> list[str]:
     heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
     like = {"device": options.device, "requires_grad": True}
     dtype = torch.bfloat16 if options.on_gpu else torch.float32
-    q, k, v = (torch.randn(1, heads, length, size, dtype=dtype, **like) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, heads, length, size, dtype=dtype, **like) for _ in range(3)
+    )
     module: Any = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=1)
     positions = torch.arange(length // count).repeat(count)
     documents = Documents.of(positions[None]).to(options.device)
-    number = torch.arange(count, device=options.device).repeat_interleave(length // count)
+    number = torch.arange(count, device=options.device).repeat_interleave(
+        length // count
+    )
 
     def by_documents() -> Tensor:
         return document_attention(module, q, k, v, None, documents=documents)[0]
 
     def dense() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, (number[:, None] == number).tril())
+        return F.scaled_dot_product_attention(
+            q, k, v, (number[:, None] == number).tril()
+        )
 
     leak = 0.0
-    if count > 1:  # what the last document's output takes from the first document's keys
+    if (
+        count > 1
+    ):  # what the last document's output takes from the first document's keys
         (of_keys,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
         leak = of_keys[:, :, : length // count].abs().max().item()
     times = [
@@ -316,7 +328,9 @@ def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
 
 
 def _matrices(engine: Any) -> list[Tensor]:
-    return [zero.full_fp32(layer.value) for layer in mora_layers(engine.module).values()]
+    return [
+        zero.full_fp32(layer.value) for layer in mora_layers(engine.module).values()
+    ]
 
 
 @contextmanager

@@ -124,7 +124,10 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     cases: dict[str, Case] = {
         "full": (lambda: F.linear(x, trained), [trained]),
         "our LoRA": (lambda: ours(x), [ours.value]),
-        "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
+        "PEFT LoRA": (
+            lambda: peft(x),
+            [p for p in peft.parameters() if p.requires_grad],
+        ),
         "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
         "reference": (reference, [square]),
     }

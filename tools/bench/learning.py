@@ -125,9 +125,13 @@ class Trial:
     def marks(self) -> dict[str, str]:
         """Digests of base, texts and flags: the same wherever their files lie."""
         flags = {
-            name: value for name, value in self.settings.items() if name not in FILE_FLAGS
+            name: value
+            for name, value in self.settings.items()
+            if name not in FILE_FLAGS
         }
-        replayed = [f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])]
+        replayed = [
+            f"old={word.rpartition(':')[2]}" for word in flags.pop("replay", [])
+        ]
         if "eval_tasks" in flags:
             flags["eval_tasks"] = [Path(name).name for name in flags["eval_tasks"]]
         # The empty string stands for a setting that earlier reports had
@@ -164,7 +168,9 @@ def main() -> None:
     trials = partial(_trials, options, methods, _texts(options))
     earlier = [trial for path in options.runs for trial in _take(path, methods, trials)]
 
-    swept = list(trials(rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1)))
+    swept = list(
+        trials(rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1))
+    )
     run_all(swept, _run, options.jobs)
     best = _best(rows_of(_found([*earlier, *swept])))
 
@@ -456,7 +462,9 @@ def _table(
     """
     shown = [row for row in rows if row.rate == best[row.kind]]
     tasks = list(
-        dict.fromkeys(task for row in shown for run in row.runs for task in _of_tasks(run))
+        dict.fromkeys(
+            task for row in shown for run in row.runs for task in _of_tasks(run)
+        )
     )
     titles = ["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap"]
     lines = [[*titles, *tasks]]

@@ -83,6 +83,8 @@ class Methods:
             try:
                 rates = (float(rate),) if at else self.methods[name].rates
             except ValueError:
-                raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
+                raise UserError(
+                    f"--methods {word}: {rate!r} is no learning rate"
+                ) from None
             rates_of[name] = (*rates_of.get(name, ()), *rates)
         return rates_of

@@ -299,7 +299,9 @@ def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
     rows = rows_of(runs)
     for method in options.methods:
         swept = [row for row in rows if row.method == method]
-        best = max(swept, key=lambda row: fmean(fmean(run["accuracy"]) for run in row.runs))
+        best = max(
+            swept, key=lambda row: fmean(fmean(run["accuracy"]) for run in row.runs)
+        )
         lines.append(_line(best, [row.rate for row in swept]))
     report = Report(options)
     report.say(

@@ -88,10 +88,14 @@ def main() -> None:
     report.write()
 
 
-def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, int]]) -> None:
+def _show(
+    report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, int]]
+) -> None:
     memory = plan.memory
     first = by_rank[0]
-    persistent = sum(plan.trained.persistent) * plan.trained.bytes_each if ranks > 1 else 0
+    persistent = (
+        sum(plan.trained.persistent) * plan.trained.bytes_each if ranks > 1 else 0
+    )
     between_steps = memory.static + persistent
     together = plan.files + ranks * (between_steps - memory.base)
     rows = [
@@ -157,7 +161,9 @@ def _train(folder: Path, vocabulary: int, steps: int) -> dict[str, int]:
 
     measured: dict[str, int] = {}
     for _ in range(steps):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the high-water mark starts afresh
         with CollectiveCounter().counting() as counter:
             engine.backward(loss())
             engine.step()

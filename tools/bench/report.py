@@ -105,7 +105,9 @@ def machine() -> dict[str, Any]:
     """The device, the cores, the threads and the versions that the figures depend on."""
     cpu = Path("/proc/cpuinfo").read_text().split()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    installed = {name: version(name) for name in PACKAGES if find_spec(name) is not None}
+    installed = {
+        name: version(name) for name in PACKAGES if find_spec(name) is not None
+    }
     return {
         "device": device,
         "cores": len(os.sched_getaffinity(0)),

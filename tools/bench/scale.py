@@ -104,7 +104,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         for world, (rank, setting) in itertools.product(options.ranks, settings):
             spent_in = _measured(folder, base, model, setting, world, rank)
             print(
-                f"{model}, {world:,} ranks, {setting}, rank {rank}: {spent_in}", flush=True
+                f"{model}, {world:,} ranks, {setting}, rank {rank}: {spent_in}",
+                flush=True,
             )
             for phase, spent in spent_in.items():
                 line = (phase, setting, rank)
@@ -128,8 +129,12 @@ def _rows(table: Table, cell: Callable[[Spent], str]) -> list[list[str]]:
 
 def _write_base(folder: Path, config: LlamaConfig) -> None:
     """One decoder layer, in 16 bits."""
-    small = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 512})
-    write_own_base(AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16), folder)
+    small = LlamaConfig(
+        **{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 512}
+    )
+    write_own_base(
+        AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16), folder
+    )
 
 
 def _measured(
@@ -189,7 +194,9 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
     return [layer.spec.value_shape[0] for layer in mora_layers(model).values()]
 
 
-def _completed(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
+def _completed(
+    ds_config: dict[str, Any], numels: list[int], ranks: int
+) -> dict[str, Any]:
     """A shipped config's ZeRO, as `initialize` completes it for these sizes, in bf16."""
     settings = zero3_config(
         1, zero_optimization=ds_config["zero_optimization"], bf16={"enabled": True}
@@ -326,7 +333,9 @@ def _start_and_merge(
         ranks = Ranks.current()
         ranks.same("settings", {f"--flag_{number}": number for number in range(150)})
         mora_ds.inject(model, adapter)
-        settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
+        settings = zero3_config(
+            1, bf16={"enabled": True}, gradient_accumulation_steps=1
+        )
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(engine, base=base, folder=folder / "out", keys=keys)
     with one.phase() as spent_in["merge"]:

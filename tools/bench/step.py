@@ -118,7 +118,9 @@ def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender
     return {
         "base alone": (0, _frozen_step(_model(options), ids)),
         "mora_ds": _ours(options, MoRAConfig(rank=options.rank), ids),
-        "mora_ds, share": _ours(options, MoRAConfig(options.rank, operator="share"), ids),
+        "mora_ds, share": _ours(
+            options, MoRAConfig(options.rank, operator="share"), ids
+        ),
         "mora_ds, LoRA": _ours(options, LoRAConfig(rank=options.rank), ids),
         "PEFT LoRA, ZeRO-3": _under_zero(_peft(options), config, ids),
         "PEFT LoRA, ZeRO-2": _under_zero(_peft(options), zero2, ids),
@@ -135,7 +137,9 @@ def _model(options: argparse.Namespace) -> Any:
     )
 
 
-def _ours(options: argparse.Namespace, adapter: AdapterConfig, ids: Tensor) -> Contender:
+def _ours(
+    options: argparse.Namespace, adapter: AdapterConfig, ids: Tensor
+) -> Contender:
     model = prefer_documents(_model(options))
     trained = inject(model, adapter).trainable_params
     chunk_loss(model)

@@ -14,7 +14,12 @@ from typing import Any
 from mora_ds.common.errors import RunError
 from mora_ds.config.arguments import parse
 from mora_ds.config.effects import idle_settings
-from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
+from mora_ds.train.demo import (
+    MODEL_CONFIG,
+    DemoPaths,
+    warm_start_settings,
+    write_inputs,
+)
 from tools.bench.measuring import ROOT, only_rank
 
 ROWS = 8

@@ -47,7 +47,9 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
         scales = None
     cos, sin = tables.rotation
     maps = tables.unfold, tables.slots, tables.members
-    formed: Tensor = ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
+    formed: Tensor = ops.form(
+        values, scales, square, *maps, cos, sin, tables.blocks_out
+    )
     return formed
 
 
@@ -89,7 +91,9 @@ class KernelProducts(LayerProducts):
 
     def collect_once(self, g: Tensor) -> Tensor:
         """(..., O) -> (T * P, R)."""
-        collected: Tensor = ops.gather_sum(_flat(g), self.tables.collect, None, None, False)
+        collected: Tensor = ops.gather_sum(
+            _flat(g), self.tables.collect, None, None, False
+        )
         return collected.view(-1, self.spec.r_hat)
 
     def input_gradient(

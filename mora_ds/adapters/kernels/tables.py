@@ -57,7 +57,9 @@ class KernelTables(nn.Module):
         if spec.rotates and self.blocks_out < spec.blocks:
             blocks_read = torch.arange(spec.blocks) % self.blocks_out
             self.blocks_read = blocks_read.to(device, torch.int32)
-        self._every_output_reads_a_row = spec.blocks == 1 and tables.spread.missing is None
+        self._every_output_reads_a_row = (
+            spec.blocks == 1 and tables.spread.missing is None
+        )
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No
         buffers, as they stay in fp32 whatever dtype the layer is cast to."""

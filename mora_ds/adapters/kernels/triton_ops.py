@@ -56,7 +56,9 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
-        tensors = (value for value in self.arguments.values() if isinstance(value, Tensor))
+        tensors = (
+            value for value in self.arguments.values() if isinstance(value, Tensor)
+        )
         with _current(next(tensors).device):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
@@ -194,7 +196,9 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64 by torch, as tensor cores would round."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
-        return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(0)
+        return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(
+            0
+        )
     out = empty_product(c, z, 2 * _processors(c.device))
     plan_product(out, c.contiguous(), z.contiguous())()
     return out

@@ -69,7 +69,9 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
     """What an autograd function saves of a weight, by `save_for_backward`: where the base
     is streamed, hooks on saved tensors bring it to the device."""
-    return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+    return (
+        (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+    )
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:

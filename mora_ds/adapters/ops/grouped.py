@@ -43,7 +43,9 @@ class _GroupedLinear(torch.autograd.Function):
         scales: Tensor | None,
         ends: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, scales, ends)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, values, scales, ends
+        )
         return _rows_through(x, _stack_of(values, scales), ends)
 
     @staticmethod
@@ -123,4 +125,6 @@ def has_kernel(x: Tensor, width: int) -> bool:
 def _runs(ends: Tensor) -> list[tuple[int, slice]]:
     """Each matrix that has rows, with them. Reads `ends` on the host."""
     pairs = enumerate(pairwise([0, *ends.tolist()]))
-    return [(index, slice(start, stop)) for index, (start, stop) in pairs if stop > start]
+    return [
+        (index, slice(start, stop)) for index, (start, stop) in pairs if stop > start
+    ]

@@ -172,7 +172,9 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
 def _overlap(inputs: Tensor, spread: Tensor) -> bool:
     """Whether an output reads an input of `inputs` (N, R) twice, by `spread` (K, O)."""
     blocks = torch.where(spread < 0, -1, spread // inputs.shape[1])
-    read_together = [inputs[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
+    read_together = [
+        inputs[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T
+    ]
     return any(len(numbers.unique()) < len(numbers) for numbers in read_together)
 
 
@@ -251,7 +253,9 @@ class Operator:
     @property
     def groupings(self) -> tuple[Grouping, ...]:
         """Those that the operator takes."""
-        return tuple(Grouping) if self.has_groups else (Grouping.PLAIN, Grouping.PERMUTED)
+        return (
+            tuple(Grouping) if self.has_groups else (Grouping.PLAIN, Grouping.PERMUTED)
+        )
 
     @property
     def smallest_side(self) -> int:

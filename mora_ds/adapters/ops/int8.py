@@ -90,7 +90,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         scales[start : start + rows] = scale
         # A row of zeros stays zeros
         divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)
-        values[start : start + rows] = (chunk / divisor).round_().clamp_(-LARGEST, LARGEST)
+        values[start : start + rows] = (
+            (chunk / divisor).round_().clamp_(-LARGEST, LARGEST)
+        )
     if not (weight.is_meta or torch.isfinite(scales).all()):
         raise RunError("a weight that is not finite cannot be held in 8 bits")
     return values, scales

@@ -92,8 +92,12 @@ def linear_by(
 ) -> Tensor:
     """The layer's product on one of the paths, of these steps."""
     if x.dim() == 1:
-        return linear_by(products, x.unsqueeze(0), weight, bias, square, path).squeeze(0)
-    y: Tensor = _MoRALinear.apply(x, weight, bias, square, products, path is Compute.WEIGHT)
+        return linear_by(products, x.unsqueeze(0), weight, bias, square, path).squeeze(
+            0
+        )
+    y: Tensor = _MoRALinear.apply(
+        x, weight, bias, square, products, path is Compute.WEIGHT
+    )
     return y
 
 

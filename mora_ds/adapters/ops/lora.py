@@ -42,7 +42,9 @@ class LoRASpec(UpdateSpec):
     def __post_init__(self) -> None:
         sizes = (self.d_in, self.d_out, self.rank)
         if min(sizes) < 1 or max(sizes) > MAX_SIDE or not 0 < self.alpha < math.inf:
-            raise UserError(f"LoRA needs positive sizes and a positive alpha, got {self}")
+            raise UserError(
+                f"LoRA needs positive sizes and a positive alpha, got {self}"
+            )
 
     @property
     def value_shape(self) -> tuple[int, int]:

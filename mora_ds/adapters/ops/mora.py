@@ -76,7 +76,9 @@ class OperatorSpec(UpdateSpec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
-        object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
+        object.__setattr__(
+            self, "grouping", _member(Grouping, self.grouping, "grouping")
+        )
         sizes = (self.d_in, self.d_out, self.r_hat)
         if min(sizes) < 1 or max(sizes) > MAX_SIDE:
             raise UserError(
@@ -152,7 +154,11 @@ class OperatorSpec(UpdateSpec):
         return f"{self.kind.value}/{self.grouping.value}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
+        return {
+            **asdict(self),
+            "kind": self.kind.value,
+            "grouping": self.grouping.value,
+        }
 
 
 def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
@@ -294,7 +300,9 @@ def square_gradient(
     multiplied.
     """
     g = g.flatten(0, -2)
-    saved = saved.reshape(-1, 1, spec.r_hat) if spec.blocks == 1 else saved.flatten(0, -2)
+    saved = (
+        saved.reshape(-1, 1, spec.r_hat) if spec.blocks == 1 else saved.flatten(0, -2)
+    )
     if spec.blocks == 1 and sums_by_product(g):
         return collect(spec, saved.squeeze(1).T @ g).squeeze(-2).T
     if spec.blocks > 1 and form_dense:
@@ -390,7 +398,9 @@ def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
         u = apply_squares(block_squares(spec, square), z)
         return y.add_(decompress(spec, u).view_as(y))
     if sums_by_product(y):
-        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
+        y.view(-1, spec.d_out).addmm_(
+            saved.flatten(0, -2), rows_of_outputs(spec, square).T
+        )
         return y
     return y.add_(decompress(spec, F.linear(saved, square)))
 

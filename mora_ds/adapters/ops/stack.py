@@ -74,4 +74,8 @@ class StackSpec(UpdateSpec):
         return self.operator.describe()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.name, "count": self.count, "operator": self.operator.to_dict()}
+        return {
+            "kind": self.name,
+            "count": self.count,
+            "operator": self.operator.to_dict(),
+        }

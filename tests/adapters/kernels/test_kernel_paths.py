@@ -49,7 +49,9 @@ def by_kernels(spec, path):
 
     def layer(x, weight, bias, square):
         with_bias = kernel_linear(x, weight, bias, square, tables, path)
-        return (with_bias + kernel_linear(x, weight, None, square, tables, path) + bias) / 2
+        return (
+            with_bias + kernel_linear(x, weight, None, square, tables, path) + bias
+        ) / 2
 
     return layer
 
@@ -103,7 +105,9 @@ def test_both_paths_in_bf16(kind, path):
 @both_paths
 def test_a_model_in_fp32_computes_under_autocast(path):
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
-    x, weight, square = (random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6)))
+    x, weight, square = (
+        random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6))
+    )
     tables = KernelTables(spec, CPU)
     expected = kernel_linear(x, weight, None, square, tables, path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +170,11 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
         layer.spec = replace(spec, seed=seed)
         with Kernels() as kernels:
             y = layer(x)
-        assert kernels.started["mora_ds.form"] == kernels.started["mora_ds.gather_sum"] == 1
+        assert (
+            kernels.started["mora_ds.form"]
+            == kernels.started["mora_ds.gather_sum"]
+            == 1
+        )
         torch.testing.assert_close(
             y, F.linear(x, original + delta_weight(layer.spec, square), base.bias)
         )
@@ -181,7 +189,8 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
         layer.float().merge(original, [(layer.spec, square)], square)
     assert not [name for name in kernels.started if name.startswith("mora_ds")]
     assert torch.equal(
-        layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32)
+        layer.weight,
+        live_weight(original, [(layer.spec, square)], False, torch.float32),
     )
 
 
@@ -217,7 +226,8 @@ def meta(*shape):
 @both_paths
 @by_kind
 @pytest.mark.parametrize(
-    "shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)]
+    "shape, bias",
+    [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)],
 )
 def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     d_in, d_out = shape
@@ -228,7 +238,9 @@ def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     tables = KernelTables(spec, x.device)
     g = meta(2, 2048, d_out)
     with Kernels() as kernels:
-        y = kernel_linear(x, weight, meta(d_out) if bias else None, square, tables, path)
+        y = kernel_linear(
+            x, weight, meta(d_out) if bias else None, square, tables, path
+        )
         torch.autograd.grad(y, (x, square), g)
     assert not SYNCS & set(kernels.started)
     most = MOST_KERNELS[OperatorKind.ROTATE if spec.blocks > 1 else OperatorKind.SHARE]

@@ -30,7 +30,9 @@ def test_each_step_moves_hardly_more_than_the_least(kind, rank, tokens):
         for step, (actual, least) in traffic.step_bytes(spec, tokens).items():
             by_arithmetic = step == "dM" and spec.r_hat == 3072
             assert (
-                least <= actual <= (MOST_BY_ARITHMETIC if by_arithmetic else MOST) * least
+                least
+                <= actual
+                <= (MOST_BY_ARITHMETIC if by_arithmetic else MOST) * least
             ), (shape, step)
             if by_arithmetic:  # the product takes longer than its reads
                 assert 3 * actual / BYTES < 2 * tokens * spec.r_hat**2 / FLOPS, (

@@ -36,7 +36,11 @@ def interpret(start, step, interpreted="1"):
     """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they
     were.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpreted,
+        "OMP_NUM_THREADS": "1",
+    }
     module = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted"]
     done = called([*module, str(start), str(step)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -121,7 +125,11 @@ def test_a_spill_and_scattered_loads_are_noticed():
     """
     fold = launches(ROTATE, torch.bfloat16)["fold"]
     with pytest.raises(AssertionError, match="single numbers"):
-        check_code("fold", replace(fold, constants={**fold.constants, "SHARED": False}), 90)
+        check_code(
+            "fold", replace(fold, constants={**fold.constants, "SHARED": False}), 90
+        )
     unfold = launches(ROTATE, torch.bfloat16)["unfold"]
     with pytest.raises(AssertionError, match="spills"):
-        check_code("unfold", replace(unfold, constants={**unfold.constants, "UNIT": 1}), 90)
+        check_code(
+            "unfold", replace(unfold, constants={**unfold.constants, "UNIT": 1}), 90
+        )

@@ -56,7 +56,9 @@ def test_the_same_bits_as_forming_the_delta(kind):
     assert len(checked) >= 90
     for spec in checked:
         square = random(*spec.value_shape).float()
-        assert_same_bits(random(spec.d_out, spec.d_in, seed=1).float(), [(spec, square)])
+        assert_same_bits(
+            random(spec.d_out, spec.d_in, seed=1).float(), [(spec, square)]
+        )
 
 
 def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch):

@@ -168,7 +168,9 @@ def test_nothing_of_a_weights_size_is_kept(config, checkpointing, bits):
         ids = tokens(2)
         model = model.train()
         causal_loss(model, ids)  # makes the tables
-        with MemoryMeter((*model.parameters(), *model.buffers(), *merged, ids)) as meter:
+        with MemoryMeter(
+            (*model.parameters(), *model.buffers(), *merged, ids)
+        ) as meter:
             loss = causal_loss(model, ids)
             live_bytes[bits_of_base] = meter.live
             loss.backward()

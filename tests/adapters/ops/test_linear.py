@@ -51,7 +51,9 @@ def test_all_paths_in_bf16(spec, path):
         expected,
         strict=True,
     ):
-        assert (result - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
+        assert (result - right).norm() <= 8 * torch.finfo(
+            torch.bfloat16
+        ).eps * right.norm()
 
 
 @all_paths

@@ -78,7 +78,8 @@ def test_gradients_are_those_of_the_two_matrices():
     layer.factors.data.copy_(factors)
     x = torch.randn(4, 12)
     down, up = (
-        factor.clone().requires_grad_() for factor in (factors[:, :12], factors[:, 12:].T)
+        factor.clone().requires_grad_()
+        for factor in (factors[:, :12], factors[:, 12:].T)
     )
     (
         F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T
@@ -134,9 +135,13 @@ def set_everywhere():
                 whole = random_factors(layer.spec)
                 zero.set_fp32(engine, {layer.value: whole})
                 master = zero.full_fp32(layer.value)
-                with deepspeed.zero.GatheredParameters([layer.value], enabled=stage == 3):
+                with deepspeed.zero.GatheredParameters(
+                    [layer.value], enabled=stage == 3
+                ):
                     low = layer.value.detach().clone()
-                if not torch.equal(master, whole) or not torch.equal(low, whole.to(dtype)):
+                if not torch.equal(master, whole) or not torch.equal(
+                    low, whole.to(dtype)
+                ):
                     wrong.append(f"stage {stage} {dtype}")
     return wrong
 

@@ -86,7 +86,9 @@ def test_reference_outputs_are_reproduced(case):
     ):
         # The reference's sines and cosines are of angles in fp32, by its CPU's
         # instructions; ours are exact but for one rounding.
-        apart = 3e-7 * right.abs().max().item() if kind is OperatorKind.ROTATE else 1e-10
+        apart = (
+            3e-7 * right.abs().max().item() if kind is OperatorKind.ROTATE else 1e-10
+        )
         assert_close(result, right, rtol=0, atol=apart)
 
 
@@ -158,7 +160,9 @@ def mirrored_groups(spec):
     inputs = torch.arange(spec.d_in)
     outputs = torch.arange(spec.d_out)
     fold = index_tables.lists(spec.r_hat - 1 - inputs % spec.r_hat, inputs, spec.r_hat)
-    return fold, index_tables.lists(outputs * spec.r_hat // spec.d_out, outputs, spec.r_hat)
+    return fold, index_tables.lists(
+        outputs * spec.r_hat // spec.d_out, outputs, spec.r_hat
+    )
 
 
 def blocks_onto_few_outputs(spec):
