@@ -1,6 +1,5 @@
-"""Check the results of the demo against what the README promises: `python
-tools/check_demo.py out`.
-"""
+"""Check the results of the demo against what the README promises:
+`python tools/check_demo.py out`."""
 
 import json
 import sys

@@ -3,8 +3,8 @@
     python tools/docs.py
 
 Generated: reference/cli.md from the parsers and dataclasses, reference/api.md from the
-public names, reference/support-matrix.md from the checks of settings, and the tables within
-other pages (`docs_results`).
+public names, reference/support-matrix.md from the checks of settings, and the tables
+within other pages (`docs_results`).
 """
 
 import argparse
@@ -36,7 +36,7 @@ SCRIPTS = {
 """Commands of `mora-ds` -> their programs in a checkout that is not installed."""
 
 
-# -- command line --------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------
 class _Parsed(Exception):
     """Raised in place of parsing."""
 
@@ -134,9 +134,8 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _flag(action: argparse.Action, kind: str = "") -> str:
-    """The line of a flag: its name, what it takes and its default, its help. Of a yes/no
-    setting that is on by default it is the flag that switches it off.
-    """
+    """The line of a flag: its name, what it takes and its default, its help. Of a
+    yes/no setting that is on by default it is the flag that switches it off."""
     # --max_steps and --max-steps are the same: the first is shown
     names = [name for name in action.option_strings if re.fullmatch(r"--\w+", name)]
     label = ", ".join(
@@ -160,9 +159,10 @@ def _flag(action: argparse.Action, kind: str = "") -> str:
     return f"- {label}{f' ({details})' if details else ''}: {text.strip()}"
 
 
-# -- Python --------------------------------------------------------------------------------
+# -- Python ----------------------------------------------------------------------------
 def api_page() -> str:
-    """reference/api.md: how to call each public name, and its mkdocstrings directive."""
+    """reference/api.md: how to call each public name, and its mkdocstrings
+    directive."""
     import mora_ds
 
     lines = [
@@ -190,16 +190,18 @@ def _signature(name: str, public: Any) -> list[str]:
     bare = inspect.Signature(
         [parameter.replace(annotation=parameter.empty) for parameter in parameters]
     )
-    words = (
-        str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
-    )
-    line = f"{name}({', '.join(words)})"
-    if len(line) > 100:
-        line = "\n".join([f"{name}(", *(f"    {word}," for word in words), ")"])
-    return ["```python", line, "```", ""]
+    words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()")
+    call = f"{name}({words})"
+    # As ruff formats it: on one line, else indented on one, else an argument a line.
+    if len(call) > 88:
+        call = f"{name}(\n    {words}\n)"
+    if max(map(len, call.splitlines())) > 88:
+        lines = [f"    {word}," for word in words.split(", ")]
+        call = "\n".join([f"{name}(", *lines, ")"])
+    return ["```python", call, "```", ""]
 
 
-# -- Markdown ------------------------------------------------------------------------------
+# -- Markdown --------------------------------------------------------------------------
 def _first_line(doc: str | None) -> str:
     """The first paragraph of a docstring, as one line."""
     return cell(inspect.cleandoc(doc or "").split("\n\n")[0].replace("\n", " "))

@@ -1,7 +1,8 @@
-"""Hook of mkdocs: what the pages link to outside docs/, and what they include from there.
+"""Hook of mkdocs: what the pages link to outside docs/, and what they include from
+there.
 
-On the repository's own pages a link such as ../../configs/recipes/README.md works; on the
-site that file is not there.
+On the repository's own pages a link such as ../../configs/recipes/README.md works; on
+the site that file is not there.
 """
 
 import re
@@ -14,8 +15,9 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """mkdocs calls it for every page: links that leave docs/ become plain text on the site,
-    where those files are not, and `<!-- include: FILE -->` becomes the file's text."""
+    """mkdocs calls it for every page: links that leave docs/ become plain text on the
+    site, where those files are not, and `<!-- include: FILE -->` becomes the file's
+    text."""
     folder = (ROOT / "docs" / page.file.src_path).parent
 
     def plain(link: re.Match[str]) -> str:

@@ -1,6 +1,5 @@
 """The support matrix: which options of a run go together, asked of the program's own
-checks. Used by tools/docs.py.
-"""
+checks. Used by tools/docs.py."""
 
 from collections.abc import Iterable
 
@@ -53,8 +52,8 @@ COLUMNS = {
 def refusal(row: str, column: str) -> str | None:
     """What the program says to both options together, or None if it takes them.
 
-    The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed
-    config, and what tensor parallelism needs of it.
+    The checks are those that a run makes before it loads a model: `validate`, the
+    DeepSpeed config, and what tensor parallelism needs of it.
     """
     from mora_ds.common.errors import UserError
     from mora_ds.config.arguments import parse
@@ -80,8 +79,8 @@ def refusal(row: str, column: str) -> str | None:
 def matrix_lines() -> list[str]:
     """The lines of reference/support-matrix.md below its title.
 
-    Options that go with everything are named in a sentence; rows and columns that say the
-    same are one.
+    Options that go with everything are named in a sentence; rows and columns that say
+    the same are one.
     """
     reasons: dict[str, int] = {}
     rows = {
@@ -105,8 +104,9 @@ def matrix_lines() -> list[str]:
 
 
 def _together(row: str, column: str, reasons: dict[str, int]) -> str:
-    """Whether two options go together: "yes", or "no" with the number of the reason, which
-    is added where it is new; nothing for an option with itself, or two values of one."""
+    """Whether two options go together: "yes", or "no" with the number of the reason,
+    which is added where it is new; nothing for an option with itself, or two values of
+    one."""
     if _flags(row) & _flags(column):
         return ""
     reason = refusal(row, column)

@@ -1,8 +1,8 @@
-"""The tables within pages: benchmarks' and plans' from the JSON in docs/results/data, the
-packages' from their code.
+"""The tables within pages: benchmarks' and plans' from the JSON in docs/results/data,
+the packages' from their code.
 
-A table stands between `<!-- NAME, by tools/docs.py -->` and `<!-- end of NAME -->`. NAME is
-one of `TABLES`, or FILE.json and a table of that benchmark.
+A table stands between `<!-- NAME, by tools/docs.py -->` and `<!-- end of NAME -->`.
+NAME is one of `TABLES`, or FILE.json and a table of that benchmark.
 """
 
 import ast
@@ -55,7 +55,7 @@ def with_tables(text: str) -> str:
     return text
 
 
-# -- planned figures -----------------------------------------------------------------------
+# -- planned figures -------------------------------------------------------------------
 def memory() -> list[str]:
     """Of results/memory.md, from data/plans.json."""
     known = plans.plans()
@@ -82,8 +82,7 @@ def traffic() -> list[str]:
 
     def sent_with_base_sharded(gpus: int) -> float:
         """Of a LoRA under ZeRO-3, which gathers frozen parameters like others: the
-        all-gathers of full training, and LoRA's own reductions.
-        """
+        all-gathers of full training, and LoRA's own reductions."""
         gathered = known["7B", "full training, ZeRO-3", gpus]["bytes_gathered"]
         reduced = known["7B", "LoRA r=8, ZeRO-2", gpus]["bytes_reduced"]
         return float((gathered + reduced) * (gpus - 1) / gpus)
@@ -105,7 +104,7 @@ def traffic() -> list[str]:
     return number_table([what, *map(str, plans.GPUS)], rows)
 
 
-# -- benchmarks ----------------------------------------------------------------------------
+# -- benchmarks ------------------------------------------------------------------------
 def benchmark(file: str, table: str) -> list[str]:
     """The table `table` of a benchmark's JSON, below the command and the machine."""
     result = read_json(plans.DATA / file)
@@ -114,9 +113,9 @@ def benchmark(file: str, table: str) -> list[str]:
 
 
 def _origin(file: str, result: dict[str, Any]) -> str:
-    """The command and the machine that made a result, where a reader can give the command
-    as it stands; otherwise the JSON that holds both, since the command names files of the
-    one who measured."""
+    """The command and the machine that made a result, where a reader can give the
+    command as it stands; otherwise the JSON that holds both, since the command names
+    files of the one who measured."""
     command = result["command"]
     machine = result["measured_on"]
     versions = machine["versions"]
@@ -134,7 +133,7 @@ LONGEST_COMMAND = 9
 """Words of a command that stands above its table."""
 
 
-# -- learning ------------------------------------------------------------------------------
+# -- learning --------------------------------------------------------------------------
 def learning() -> list[str]:
     """Of the README: what each method learned and kept on the pretrained model."""
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
@@ -147,7 +146,8 @@ def learning() -> list[str]:
 
 
 def energy() -> list[str]:
-    """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a column."""
+    """Of results/learning-tables.md: the shares, from data/energy_*.json, a base a
+    column."""
     tables = [_energies(size) for size in SIZES]
     titles, *rows = (
         [span, *(share for table in tables for share in table[span])]
@@ -177,9 +177,8 @@ def prediction() -> list[str]:
 
 
 def _against_mora(method: str, outcomes: dict[str, str]) -> str:
-    """How far a method's mean perplexity on the new text is from MoRA's; "-" where it was
-    not measured.
-    """
+    """How far a method's mean perplexity on the new text is from MoRA's; "-" where it
+    was not measured."""
     if method not in outcomes:
         return "-"
     learned = {row.method: row for row in best_rows(plans.DATA / outcomes[method])}
@@ -188,7 +187,7 @@ def _against_mora(method: str, outcomes: dict[str, str]) -> str:
     )
 
 
-# -- packages ------------------------------------------------------------------------------
+# -- packages --------------------------------------------------------------------------
 def packages() -> list[str]:
     """Of contributing.md: what each package is, and what its test lets it import."""
     from tests.test_imports import MAY_IMPORT

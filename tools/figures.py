@@ -1,10 +1,10 @@
-"""Draw the figures of the documentation as SVG, from the JSON of `tools/bench/learning.py`
-alone.
+"""Draw the figures of the documentation as SVG, from the JSON of
+`tools/bench/learning.py` alone.
 
     python tools/figures.py         draws docs/assets/*.svg (needs matplotlib)
 
-A figure has the name of its JSON. Text stays text, and colours follow the reader's light or
-dark scheme.
+A figure has the name of its JSON. Text stays text, and colours follow the reader's
+light or dark scheme.
 """
 
 import sys
@@ -45,9 +45,8 @@ STYLES = {
     "recipe": ("with embeddings", GREEN, "-"),
     "full": ("full training", PURPLE, "-"),
 }
-"""Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style of
-its line.
-"""
+"""Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style
+of its line."""
 LONG_RUN = (
     "none",
     "lora",
@@ -70,8 +69,9 @@ DRAWN = {
         "full",
     ),
 }
-"""JSON of the documentation -> the methods whose curves are drawn, as far as they were run.
-"none" is where they start, which a model from scratch leaves out: it knows nothing."""
+"""JSON of the documentation -> the methods whose curves are drawn, as far as they were
+run. "none" is where they start, which a model from scratch leaves out: it knows
+nothing."""
 TITLE = "Perplexity of the new and the old text during training"
 DRAWN_RANK = 2
 """Of the ranks that one JSON compares."""
@@ -130,7 +130,8 @@ def _panels() -> tuple[Any, Any]:
 
 
 def _draw_curve(axis: Any, text: str, row: Row, start: Row | None) -> None:
-    """The mean over seeds of the perplexity on a text, and the range in which they lie."""
+    """The mean over seeds of the perplexity on a text, and the range in which they
+    lie."""
     label, colour, line = STYLES[row.method]
     values_at: dict[int, list[float]] = {}
     if start is not None:

@@ -1,10 +1,10 @@
-"""How large the code is and how easy to read, counted from its syntax trees: names and line
-breaks cost nothing there.
+"""How large the code is and how easy to read, counted from its syntax trees: names and
+line breaks cost nothing there.
 
     python tools/measures.py            mora_ds, tools and tests, as one table
 
-Nodes leave out docstrings and the contexts Load, Store and Del. A line of code is one that
-is neither empty nor only a comment or a docstring.
+Nodes leave out docstrings and the contexts Load, Store and Del. A line of code is one
+that is neither empty nor only a comment or a docstring.
 """
 
 import ast
@@ -28,9 +28,8 @@ VAGUE_NAMES = frozenset(
 )  # fmt: skip
 """Names that do not say what of the field they stand for."""
 OPERATOR_KINDS = "OperatorKind"
-"""The enumeration whose members tell one operator from another, as the classes whose names
-end in Spec do.
-"""
+"""The enumeration whose members tell one operator from another, as the classes whose
+names end in Spec do."""
 Measures = dict[str, float]
 
 
@@ -80,7 +79,8 @@ def measure(folder: Path) -> Measures:
 
 
 def count_flags(config: Path) -> int:
-    """Flags of training: the fields of classes that the decorator `documented` marks."""
+    """Flags of training: the fields of classes that the decorator `documented`
+    marks."""
     flags = 0
     for path in config.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -107,7 +107,8 @@ def docstring(node: ast.AST) -> ast.stmt | None:
 
 
 def is_text(node: ast.AST) -> bool:
-    """Whether it is a string that stands alone: a docstring, or what documents a field."""
+    """Whether it is a string that stands alone: a docstring, or what documents a
+    field."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
@@ -116,7 +117,8 @@ def is_text(node: ast.AST) -> bool:
 
 
 def lines_of_code(source: str) -> list[str]:
-    """The lines, stripped, but for empty ones, comments and strings that stand alone."""
+    """The lines, stripped, but for empty ones, comments and strings that stand
+    alone."""
     texts: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and is_text(node):
@@ -130,13 +132,15 @@ def lines_of_code(source: str) -> list[str]:
 
 
 def count_comment_lines(source: str) -> int:
-    """Lines that are a comment and nothing else; not the marks that other tools read."""
+    """Lines that are a comment and nothing else; not the marks that other tools
+    read."""
     comment = re.compile(r"^\s*#(?!!| fmt:)", re.MULTILINE)
     return len(comment.findall(source))
 
 
 def bound_names(nodes: list[ast.AST]) -> Iterator[str]:
-    """Every name that an assignment, loop or comprehension binds, and every parameter."""
+    """Every name that an assignment, loop or comprehension binds, and every
+    parameter."""
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
@@ -152,8 +156,8 @@ def is_packed(assignment: ast.Assign) -> bool:
 
 
 def asks_for_kind(node: ast.AST) -> bool:
-    """Whether it tells operators apart, by class or by member of the enumeration. To read
-    what the table of operators says of a kind is no such place."""
+    """Whether it tells operators apart, by class or by member of the enumeration. To
+    read what the table of operators says of a kind is no such place."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
         return ast.unparse(node.args[1]).endswith("Spec")
     if isinstance(node, ast.Compare):

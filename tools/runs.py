@@ -1,4 +1,5 @@
-"""The runs in a JSON of `tools/bench/learning.py`, together by what they have in common."""
+"""The runs in a JSON of `tools/bench/learning.py`, together by what they have in
+common."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -37,8 +38,7 @@ class Row:
         self, text: str, seeds: Collection[int] | None = None
     ) -> list[float]:
         """Of every seed on the text "new" or "old" at the end of its run; or only of
-        `seeds`.
-        """
+        `seeds`."""
         return [
             run["perplexity"][text]
             for run in self.runs

@@ -7,7 +7,8 @@ _BAR = r"\|"
 
 
 def cell(text: str) -> str:
-    """Text for a table's cell: one line, in which <file>, pipes and stars are escaped."""
+    """Text for a table's cell: one line, in which <file>, pipes and stars are
+    escaped."""
     return (
         " ".join(text.split())
         .replace("|", _BAR)
@@ -22,7 +23,8 @@ def table_row(*cells: str) -> str:
 
 
 def ruler(columns: int, alignment: str = "---") -> str:
-    """The line below the titles. `alignment`: Markdown's, of all columns but the first."""
+    """The line below the titles. `alignment`: Markdown's, of all columns but the
+    first."""
     return f"|---|{f'{alignment}|' * (columns - 1)}"
 
 

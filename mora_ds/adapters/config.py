@@ -30,7 +30,8 @@ from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
-"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones."""
+"""Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd
+ones."""
 
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer except the output head."""
@@ -45,8 +46,8 @@ Config = TypeVar("Config", bound="AdapterConfig")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig` or
-    `LoRAConfig`.
+    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig`
+    or `LoRAConfig`.
 
     Raises `UserError` with one line for each wrong field, which it names.
     """
@@ -55,11 +56,11 @@ class AdapterConfig:
     """Value of --adapter."""
 
     rank: int = 8
-    """LoRA rank; each layer's adapter has about as many parameters as LoRA of this rank."""
+    """LoRA rank; each layer's adapter has about as many parameters as LoRA of this
+    rank."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    """Names (`q_proj`), globs (`*.mlp.*`), regular expressions (`re:.*layers\\.[0-3]\\..*`)
-    or `all-linear`.
-    """
+    """Names (`q_proj`), globs (`*.mlp.*`), regular expressions
+    (`re:.*layers\\.[0-3]\\..*`) or `all-linear`."""
     dropout: float = 0.0
     """Dropout on the adapter's input while training, in [0, 1)."""
     train_embeddings: bool = False
@@ -68,9 +69,11 @@ class AdapterConfig:
     new_rows_from: int = 0
     """Train the rows of embeddings and head from this index on alone; 0 trains none."""
     embedding_rank: int = 0
-    """Rank of a product that is trained and added to embeddings and head; 0 for none."""
+    """Rank of a product that is trained and added to embeddings and head; 0 for
+    none."""
     base_bits: int = AS_LOADED
-    """Bits of the frozen weights: 8 (`ops.int8`), 4 (`nf4`), or 16, as they are loaded."""
+    """Bits of the frozen weights: 8 (`ops.int8`), 4 (`nf4`), or 16, as they are
+    loaded."""
     seed: int = 42
     """Seed of permutations and LoRA's A, hashed with the layer's name and the cycle."""
 
@@ -101,13 +104,13 @@ class AdapterConfig:
         raise NotImplementedError
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
-        """The spec of a layer's update in a cycle (0 first), from these arguments alone."""
+        """The spec of a layer's update in a cycle (0 first), from these arguments
+        alone."""
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """The config that gives each expert of `layer` its operator. Raises `UserError`
-        where there is none.
-        """
+        where there is none."""
         raise UserError(
             f"`target_modules` includes {layer}, experts, which take MoRA matrices, not {self.adapter}: leave them out"
         )
@@ -174,24 +177,24 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, else share."""
+    """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, else
+    share."""
 
     grouping: str = "permuted"
-    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of
-    share's fixed groupings.
-    """
+    """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one
+    of share's fixed groupings."""
 
     r_hat_multiple: int = R_HAT_MULTIPLE
-    """r_hat is rounded down to a multiple of this, and to an even number below twice this
-    (`round_side`). 1: the paper's size."""
+    """r_hat is rounded down to a multiple of this, and to an even number below twice
+    this (`round_side`). 1: the paper's size."""
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer name, r_hat) of exactly the layers that are adapted, in place of
-    `target_modules` and of the sizes that `rank` stands for (a plan of targets). Given as a
-    mapping or pairs, kept sorted by name. Empty: no plan."""
+    `target_modules` and of the sizes that `rank` stands for (a plan of targets). Given
+    as a mapping or pairs, kept sorted by name. Empty: no plan."""
 
     domains: tuple[str, ...] = ()
     """Names of the domains, each with its own MoRA matrix in every layer."""
@@ -273,8 +276,8 @@ class MoRAConfig(AdapterConfig):
         return f"{self.operator_name}/{self.grouping}"
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
-        """`rank` is divided by the number of experts that compute a token, which together
-        then have the rank of a linear layer."""
+        """`rank` is divided by the number of experts that compute a token, which
+        together then have the rank of a linear layer."""
         if not experts_per_token:
             raise UserError(
                 f"`target_modules` includes {layer}, and the model's config does not tell how many experts a token "
@@ -300,7 +303,8 @@ class MoRAConfig(AdapterConfig):
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a matrix adds nothing: the longer side, rounded to `step`."""
+        """r_hat beyond which a matrix adds nothing: the longer side, rounded to
+        `step`."""
         longest = max(d_in, d_out)
         return longest - longest % self.step
 

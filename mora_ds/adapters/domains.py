@@ -3,9 +3,9 @@ which, and their product.
 
     y_b = W0 x_b + decompress(M compress(x_b)) + decompress(M_k compress(x_b))      k: the domain of row b
 
-The matrices of the rows are selected by a product with a one-hot matrix. That is exact, and
-the gradient of M_k is the sum over its rows, zero where there is none, without atomic
-additions, so that it has the same bits every time.
+The matrices of the rows are selected by a product with a one-hot matrix. That is exact,
+and the gradient of M_k is the sum over its rows, zero where there is none, without
+atomic additions, so that it has the same bits every time.
 
 Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 """
@@ -34,7 +34,8 @@ class DomainLinear(MoRALinear):
 
     domain_squares: nn.Parameter
     own_spec: OperatorSpec
-    """The spec of `domain_squares`; `spec`, of the shared matrix, changes with merges."""
+    """The spec of `domain_squares`; `spec`, of the shared matrix, changes with
+    merges."""
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
 
 
 def domains_of(model: nn.Module) -> Domains:
-    """The object that the layers of a model ask for domains; no names where it has none."""
+    """The object that the layers of a model ask for domains; no names where it has
+    none."""
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 
@@ -95,9 +97,8 @@ class Domains:
         self._same_for_all = False
 
     def set(self, rows: Sequence[str]) -> None:
-        """Sets the domain of each of the B rows of the next batches. Raises `UserError` for
-        an unknown domain.
-        """
+        """Sets the domain of each of the B rows of the next batches. Raises `UserError`
+        for an unknown domain."""
         self._choice = self._one_hot(rows)
         self._same_for_all = False
 
@@ -118,8 +119,8 @@ class Domains:
             self._choice, self._same_for_all = before
 
     def choice(self, x: Tensor) -> Tensor | None:
-        """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all rows
-        belong to one; None for no domain.
+        """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all
+        rows belong to one; None for no domain.
 
         Raises `RunError` where x does not have the rows whose domains are set.
         """
@@ -149,8 +150,7 @@ def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
 
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
-    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B,
-    ..., D) -> (B, ..., O).
-    """
+    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x
+    (B, ..., D) -> (B, ..., O)."""
     z = compress(spec, x)
     return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))

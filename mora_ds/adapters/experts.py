@@ -1,20 +1,20 @@
-"""Experts of a mixture as targets: their frozen weights stay in one tensor a projection,
-which gets a stack of MoRA matrices, one an expert.
+"""Experts of a mixture as targets: their frozen weights stay in one tensor a
+projection, which gets a stack of MoRA matrices, one an expert.
 
     find_stacks(model)        name -> `ExpertStack` of every projection, such as model.layers.0.mlp.experts.down_proj
     MoRAExperts               the layer in place of that parameter: frozen stack (E, O, D), M (E, R, R)
     compute_sorted(module)    makes the module of the experts compute by `experts_forward`
 
 transformers gives every experts' module of known layout the same marks
-(integrations/moe.py, `use_experts_implementation`: is_transposed, has_gate, has_bias, ...),
-and lets an implementation of its forward be registered (`ExpertsInterface`); it is chosen
-for each module by its config. Here tokens are sorted by expert, and
+(integrations/moe.py, `use_experts_implementation`: is_transposed, has_gate, has_bias,
+...), and lets an implementation of its forward be registered (`ExpertsInterface`); it
+is chosen for each module by its config. Here tokens are sorted by expert, and
 
     y = W[e] x + decompress(M[e] compress(x))         over activations: no weight is formed
 
-since a formed weight W + delta would be as large as the experts themselves, in every layer
-that is not recomputed. compress is the same for all experts of a projection, so that it is
-applied to each token once.
+since a formed weight W + delta would be as large as the experts themselves, in every
+layer that is not recomputed. compress is the same for all experts of a projection, so
+that it is applied to each token once.
 
 Shape legend:  T = tokens, K = experts a token, S = T K = rows, E = experts, O = d_out, D = d_in, R = r_hat.
 """
@@ -101,9 +101,8 @@ class Rows:
         return cls(order, expert, ends, chosen.shape[1])
 
     def spread(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its
-        experts, on every device.
-        """
+        """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of
+        its experts, on every device."""
         copies = x.unsqueeze(1).expand(-1, self.per_token, *x.shape[1:]).flatten(0, 1)
         return copies.index_select(0, self.order)
 
@@ -120,8 +119,8 @@ def experts_forward(
     top_k_weights: Tensor,
 ) -> Tensor:
     """(T, D), the experts of each token (T, K) and their weights (T, K) -> (T, D).
-    `experts`: a module of transformers with one `MoRAExperts` or two; names and order of
-    the arguments are those of its own implementations."""
+    `experts`: a module of transformers with one `MoRAExperts` or two; names and order
+    of the arguments are those of its own implementations."""
     rows = Rows.of(top_k_index, _stack_of(experts, "down_proj").shape[0])
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _project(experts, first, hidden_states, rows, spread=True)
@@ -159,13 +158,13 @@ def compute_sorted(experts: Any) -> None:
     experts.config = config
 
 
-# -- which layouts are known ---------------------------------------------------------------
+# -- which layouts are known -----------------------------------------------------------
 
 
 def find_stacks(model: nn.Module) -> dict[str, ExpertStack | None]:
     """Name -> projection, for every tensor of three dimensions that is a projection of
-    experts without MoRA matrices, before and after injection; None where the layout is not
-    known."""
+    experts without MoRA matrices, before and after injection; None where the layout is
+    not known."""
     stacks: dict[str, ExpertStack | None] = {}
     for path, module in model.named_modules():
         of_experts = "experts" in f"{path} {type(module).__name__}".lower()
@@ -179,7 +178,8 @@ def find_stacks(model: nn.Module) -> dict[str, ExpertStack | None]:
 
 
 def _read(module: Any, name: str, tensor: Tensor) -> ExpertStack | None:
-    """The projection `name` of a module that transformers has marked; None for another."""
+    """The projection `name` of a module that transformers has marked; None for
+    another."""
     marks = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "config")
     is_marked = all(hasattr(module, mark) for mark in marks)
     is_split = getattr(module, "_is_expert_parallel", False)

@@ -56,7 +56,8 @@ class ShapeRow:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What `inject` did. Counts are in parameters, with each tied tensor counted once."""
+    """What `inject` did. Counts are in parameters, with each tied tensor counted
+    once."""
 
     rows: tuple[ShapeRow, ...]
     operator: str
@@ -99,11 +100,11 @@ def inject(
 ) -> InjectionReport:
     """Gives `model` its adapters and freezes the rest, in place.
 
-    With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before it
-    was loaded in the model's dtype, on the device where it is to be; that is rounded, and
-    the model's own weight is dropped. Raises `UserError` when a target matches nothing,
-    when the model already has an adapter, and when a target shares its weight with another
-    module (a merge would change both) or is trained itself.
+    With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before
+    it was loaded in the model's dtype, on the device where it is to be; that is
+    rounded, and the model's own weight is dropped. Raises `UserError` when a target
+    matches nothing, when the model already has an adapter, and when a target shares its
+    weight with another module (a merge would change both) or is trained itself.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -197,9 +198,8 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> AdapterConfig:
-    """The config that `model` was injected with. Raises `UserError` for a model without an
-    adapter.
-    """
+    """The config that `model` was injected with. Raises `UserError` for a model without
+    an adapter."""
     config: AdapterConfig | None = getattr(model, _CONFIG, None)
     if config is None:
         raise UserError(
@@ -228,8 +228,8 @@ def spec_of(
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> frozen base tensor, with every name of a tied tensor, and scales of quantized
-    weights; not the buffers that the model had before."""
+    """Name -> frozen base tensor, with every name of a tied tensor, and scales of
+    quantized weights; not the buffers that the model had before."""
     names: set[str] = getattr(model, "_mora_frozen", set())
     buffers = model.named_buffers(remove_duplicate=False)
     return {name: tensor for name, tensor in buffers if name in names}
@@ -254,7 +254,8 @@ def scale_names(model: nn.Module) -> set[str]:
 
 
 def base_elements(model: nn.Module) -> int:
-    """Elements of the frozen base, each tied tensor once, packed or not, without scales."""
+    """Elements of the frozen base, each tied tensor once, packed or not, without
+    scales."""
     quantized = quantized_layers(model).values()
     packed = {id(layer.weight): math.prod(layer.shape) for layer in quantized}
     weights = {id(weight): weight for weight in base_weights(model).values()}
@@ -274,11 +275,11 @@ def move_base(
     dtype: torch.dtype,
     on_host: Collection[str] = (),
 ) -> None:
-    """Moves and casts the frozen base, each tied tensor once; scales of quantized weights
-    stay fp32. The tensors named by `on_host` go to the CPU instead.
+    """Moves and casts the frozen base, each tied tensor once; scales of quantized
+    weights stay fp32. The tensors named by `on_host` go to the CPU instead.
 
-    `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed casts
-    parameters, not buffers (runtime/engine.py, `_cast_module_mixed_precision`).
+    `nn.Module.to` would move buffers one by one and so untie tied ones, and DeepSpeed
+    casts parameters, not buffers (runtime/engine.py, `_cast_module_mixed_precision`).
     """
     moved: dict[int, Tensor] = {}
     scales = scale_names(model)
@@ -291,7 +292,8 @@ def move_base(
 
 
 def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors` in place of frozen ones, by name; a tied one under all its names."""
+    """Puts `tensors` in place of frozen ones, by name; a tied one under all its
+    names."""
     frozen = frozen_buffers(model)
     new = {id(frozen[name]): tensor for name, tensor in tensors.items()}
     for name, old in frozen.items():
@@ -330,7 +332,8 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
 
 
 def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
-    """Makes all parameters but the adapters' and `trained` ones buffers, tied ones once."""
+    """Makes all parameters but the adapters' and `trained` ones buffers, tied ones
+    once."""
     frozen: dict[int, Tensor] = {}
     names: set[str] = set()
     for path, module in model.named_modules():

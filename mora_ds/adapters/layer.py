@@ -1,9 +1,9 @@
 """A frozen linear layer with one trainable tensor: `MoRALinear` and `LoRALinear`.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters
-only, so that every rank has them unsharded and no collective ever carries them. With 8 bits
-the weight is int8, with 4 bits it is packed in uint8 (`nf4`), and its scales are another
-buffer.
+only, so that every rank has them unsharded and no collective ever carries them. With 8
+bits the weight is int8, with 4 bits it is packed in uint8 (`nf4`), and its scales are
+another buffer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from mora_ds.adapters.ops.terms import Term, join
 
 
 class Split(Protocol):
-    """How the ranks of a group compute a layer (`parallel.tensor_parallel.LayerSplit`)."""
+    """How the ranks of a group compute a layer
+    (`parallel.tensor_parallel.LayerSplit`)."""
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that a rank computes."""
@@ -72,9 +73,9 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 class ExpertStack(nn.Module):
-    """The weights (E, d_out, d_in) of one projection of all experts, or (E, d_in, d_out)
-    when `transposed`: what stands for the parameter of transformers until a layer takes its
-    place."""
+    """The weights (E, d_out, d_in) of one projection of all experts, or
+    (E, d_in, d_out) when `transposed`: what stands for the parameter of transformers
+    until a layer takes its place."""
 
     bias = None
 
@@ -94,9 +95,9 @@ class ExpertStack(nn.Module):
 class AdaptedLinear(nn.Module):
     """y = W0 x + b + update(dropout(x)): what all adapters have in common.
 
-    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that it
-    comes from: (d_out, d_in), or (d_in, d_out) when `transposed` (GPT-2's Conv1D), unless
-    it is packed. The only parameter is `value`, named `spec.value_name`.
+    Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that
+    it comes from: (d_out, d_in), or (d_in, d_out) when `transposed` (GPT-2's Conv1D),
+    unless it is packed. The only parameter is `value`, named `spec.value_name`.
     """
 
     weight: Tensor
@@ -112,8 +113,8 @@ class AdaptedLinear(nn.Module):
         dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without
-        copying them. `seed`: for LoRA's A."""
+        """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`)
+        without copying them. `seed`: for LoRA's A."""
         super().__init__()
         # An `ExpertStack` says it itself
         self.transposed: bool = getattr(base, "transposed", isinstance(base, Conv1D))
@@ -128,9 +129,11 @@ class AdaptedLinear(nn.Module):
         self.spec = spec
         self.dropout = dropout
         self.split: Split | None = None
-        """Under tensor parallelism, where the parameter is this rank's shard of a value."""
+        """Under tensor parallelism, where the parameter is this rank's shard of a
+        value."""
         self.merged: tuple[Term, ...] = ()
-        """Updates of merged cycles, where `weight` is packed and does not take them up."""
+        """Updates of merged cycles, where `weight` is packed and does not take them
+        up."""
         self._merged_tables: tuple[object, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,8 +179,8 @@ class AdaptedLinear(nn.Module):
         return self.weight.dtype is torch.uint8
 
     def frozen_on(self, device: torch.device, copy: bool = False) -> Weight:
-        """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`, or
-        a quantized weight. With `copy` one that a merge does not change."""
+        """What the layer multiplies by, (d_out, d_in), on a device: a view of `weight`,
+        or a quantized weight. With `copy` one that a merge does not change."""
         scales = self.weight_scales
         if scales is not None and self.is_packed:
             # No copy, as merges do not write to packed weights
@@ -197,7 +200,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes; the weight may wait elsewhere (`engine.base_ring`)."""
+        """Where the layer computes; the weight may wait elsewhere
+        (`engine.base_ring`)."""
         return self.value.device
 
     @property
@@ -206,8 +210,8 @@ class AdaptedLinear(nn.Module):
         return self.value.dtype
 
     def quantize(self, original: Tensor, bits: int) -> None:
-        """Holds `original`, in the weight's layout, in 8 or 4 bits in place of `weight`; it
-        is not kept itself. Raises `RunError` where it is not finite."""
+        """Holds `original`, in the weight's layout, in 8 or 4 bits in place of
+        `weight`; it is not kept itself. Raises `RunError` where it is not finite."""
         original = original.mT if self.transposed else original
         if bits == NF4Weight.bits:
             self.weight, self.weight_scales = nf4.quantize(original)
@@ -222,8 +226,8 @@ class AdaptedLinear(nn.Module):
         The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         original weight, rounding errors do not accumulate over merges. In 4 bits the
         original alone is rounded, and the updates stay matrices beside it (`nf4`). In
-        place, so that storages and ties stay. `original`, in the layout of `weight`, is not
-        written to.
+        place, so that storages and ties stay. `original`, in the layout of `weight`, is
+        not written to.
         """
         scales = self.weight_scales
         if scales is not None and self.is_packed:
@@ -287,8 +291,8 @@ class AdaptedLinear(nn.Module):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> AdaptedLinear:
-        """Moves but does not cast scales: `module.to(bf16)` would round them, and with them
-        every weight. Casts the terms of merged cycles, as it casts the matrix."""
+        """Moves but does not cast scales: `module.to(bf16)` would round them, and with
+        them every weight. Casts the terms of merged cycles, as it casts the matrix."""
         scales = self.weight_scales
         super()._apply(fn, recurse)
         self.weight_scales = None if scales is None else scales.to(self.device)
@@ -304,7 +308,8 @@ class AdaptedLinear(nn.Module):
 
 
 class MoRALinear(AdaptedLinear):
-    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) trained."""
+    """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat)
+    trained."""
 
     spec: OperatorSpec
     square: nn.Parameter
@@ -361,7 +366,8 @@ class MoRALinear(AdaptedLinear):
 
 
 class LoRALinear(AdaptedLinear):
-    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out)."""
+    """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T]
+    (rank, d_in + d_out)."""
 
     spec: LoRASpec
     factors: nn.Parameter
@@ -398,10 +404,10 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not),
-    by trying it: in bf16, as one that returns fp32 whatever its input shows only there, and
-    weights may not be in the run's dtype yet. Tensors of the meta device are tried as
-    random numbers."""
+    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is
+    not), by trying it: in bf16, as one that returns fp32 whatever its input shows only
+    there, and weights may not be in the run's dtype yet. Tensors of the meta device are
+    tried as random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def tried(tensor: Tensor) -> Tensor:

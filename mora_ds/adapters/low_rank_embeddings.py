@@ -1,5 +1,5 @@
-"""Training of a product of low rank that is added to embeddings and head, while their own
-weights stay frozen.
+"""Training of a product of low rank that is added to embeddings and head, while their
+own weights stay frozen.
 
     frozen weight W (V, d), a buffer
     low_rank (V + d, R)                 a parameter: A (V, R), zeros at first, above B^T (d, R)
@@ -97,8 +97,7 @@ def is_low_rank(name: str) -> bool:
 
 def with_product(table: Tensor, low_rank: Tensor) -> Tensor:
     """W + A B in fp32, of the `table` W (V, d). Raises `UserError` for another table's
-    product.
-    """
+    product."""
     if len(low_rank) != sum(table.shape):
         raise UserError(
             f"{LOW_RANK} has {len(low_rank)} rows, and the base a table of {tuple(table.shape)}"

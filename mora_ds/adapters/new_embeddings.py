@@ -1,5 +1,5 @@
-"""Training of the rows of embeddings and head that an extension of the vocabulary added,
-while the others stay frozen.
+"""Training of the rows of embeddings and head that an extension of the vocabulary
+added, while the others stay frozen.
 
     frozen weight (V, d), a buffer      its last K rows are never read
     new_rows (K, d)                     a parameter: small, and sharded by ZeRO as the adapters are
@@ -35,7 +35,8 @@ class FrozenEmbedding(nn.Embedding):
         self.register_buffer("weight", base.weight, persistent=False)
 
     def extra_repr(self) -> str:
-        # DeepSpeed prints each module, and torch's text needs attributes that are not here
+        # DeepSpeed prints each module, and torch's text needs attributes that are not
+        # here
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
@@ -84,8 +85,8 @@ def train_new_rows(model: Any, first: int) -> None:
     """Replace the model's embeddings and its head, whose frozen weights are buffers
     already, by ones whose rows from `first` on are trained.
 
-    Raises `UserError` where either is not a plain look-up or linear layer, and where there
-    are no such rows.
+    Raises `UserError` where either is not a plain look-up or linear layer, and where
+    there are no such rows.
     """
     embedding, head = plain_tables(model, SETTING)
     if not 0 < first < len(embedding.weight):
@@ -101,9 +102,8 @@ def train_new_rows(model: Any, first: int) -> None:
 
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
-    """The model's embeddings and its head. Raises `UserError` where either is not a plain
-    look-up or linear layer.
-    """
+    """The model's embeddings and its head. Raises `UserError` where either is not a
+    plain look-up or linear layer."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     # A model without embeddings has None, whose type has no `forward`
@@ -125,8 +125,8 @@ def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another one, wherever in the model that is: a model's
-    own setters may be missing."""
+    """Put a module in the place of another one, wherever in the model that is: a
+    model's own setters may be missing."""
     (name,) = (name for name, module in model.named_modules() if module is old)
     model.set_submodule(name, new.train(old.training))
 

@@ -4,9 +4,10 @@
     quantize(W) -> packed, scales       in blocks of 64 numbers: the largest of them, and the nearest of 16 levels each
     NF4Weight(packed, scales, ...)      scale * level, and the terms of merged cycles
 
-The weight is rounded once, from the base's files, and never again: what a merge adds stays
-in its own matrices (`ops.terms`), as the rounding, a tenth of the weights' norm, would
-swallow it. A dense sum of them in bf16 would take four times the memory of the 4 bits.
+The weight is rounded once, from the base's files, and never again: what a merge adds
+stays in its own matrices (`ops.terms`), as the rounding, a tenth of the weights' norm,
+would swallow it. A dense sum of them in bf16 would take four times the memory of the 4
+bits.
 
     product over activations     W4 x + the terms' updates of x
     dense                        W4 + the terms' deltas, summed in fp32 and rounded once, as a merge into a dense base
@@ -98,11 +99,11 @@ class NF4Weight(QuantizedWeight):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, D) of any floating dtype -> packed uint8 (numbers / 2, 1), two in each byte, and
-    scales fp32 (blocks,).
+    """(O, D) of any floating dtype -> packed uint8 (numbers / 2, 1), two in each byte,
+    and scales fp32 (blocks,).
 
-    Raises `RunError` where an element is not finite, and `UserError` where bitsandbytes is
-    missing.
+    Raises `RunError` where an element is not finite, and `UserError` where bitsandbytes
+    is missing.
     """
     if weight.is_meta:
         # The weight of a plan has sizes alone
@@ -131,9 +132,9 @@ def _library() -> Any:
 
 @contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """While bitsandbytes is imported: backends/cpu/ops.py would load a kernel from the Hub,
-    code that nobody asked for, where the package `kernels` is installed, and warns where it
-    is not."""
+    """While bitsandbytes is imported: backends/cpu/ops.py would load a kernel from the
+    Hub, code that nobody asked for, where the package `kernels` is installed, and warns
+    where it is not."""
     name = "kernels"
     logger = getLogger("bitsandbytes.backends.cpu.ops")
     before = sys.modules.get(name)

@@ -1,6 +1,5 @@
-"""Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of them
-and of their merges.
-"""
+"""Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of
+them and of their merges."""
 
 import math
 
@@ -38,8 +37,8 @@ def quantized_bytes(model: nn.Module) -> int:
 
 
 def merge_bytes(model: nn.Module) -> int:
-    """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take
-    it up: its values, and index tables of its own permutations."""
+    """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not
+    take it up: its values, and index tables of its own permutations."""
     total = 0
     for layer in mora_layers(model).values():
         if layer.is_packed:

@@ -19,9 +19,9 @@ from mora_ds.common.errors import UserError, nearest
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """Name -> linear layer, or projection of experts, for every one that `config` adapts,
-    in the model's order. Raises `UserError` for a pattern that matches nothing, and for
-    planned layers that the model does not have."""
+    """Name -> linear layer, or projection of experts, for every one that `config`
+    adapts, in the model's order. Raises `UserError` for a pattern that matches nothing,
+    and for planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
     known: dict[str, Any] = _linear_layers(model)
@@ -39,9 +39,9 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Name -> linear layer, or projection of experts, for every one that a pattern matches,
-    in the model's order. Raises `UserError` for a pattern that matches nothing, and for
-    experts of a layout that is not known."""
+    """Name -> linear layer, or projection of experts, for every one that a pattern
+    matches, in the model's order. Raises `UserError` for a pattern that matches
+    nothing, and for experts of a layout that is not known."""
     linear = _linear_layers(model)
     stacks = find_stacks(model)
     chosen: set[str] = set()

@@ -1,4 +1,5 @@
-"""Patterns of --target_modules: names, globs and regular expressions. Imports no model."""
+"""Patterns of --target_modules: names, globs and regular expressions. Imports no
+model."""
 
 import fnmatch
 import re

@@ -5,9 +5,9 @@
     rowwise     each rank reads a slice of the inputs; results are summed      o, down
     whole       every rank computes the complete layer: the fallback, reported with its reason
 
-A block (attention, MLP) is split completely or not at all. The plan depends on the model
-and the degree only, which are the same on all ranks, as ranks with different plans would
-wait for each other in collectives.
+A block (attention, MLP) is split completely or not at all. The plan depends on the
+model and the degree only, which are the same on all ranks, as ranks with different
+plans would wait for each other in collectives.
 """
 
 import re
@@ -21,7 +21,8 @@ from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
 
 SUMMED = "replicated_with_grad_allreduce"
-"""Transformers' style of a norm that sees some heads: its gradients are to be summed."""
+"""Transformers' style of a norm that sees some heads: its gradients are to be
+summed."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The adapter's files in a checkpoint: the MoRA matrices of the current cycle, other
 trained tensors, and their base.
 
-Three files, each written atomically; merged cycles are in the merge ledger, a folder of its
-own (`remora.ledger`).
+Three files, each written atomically; merged cycles are in the merge ledger, a folder of
+its own (`remora.ledger`).
 
     adapter.json          AdapterFile: config, layers and operators of the current cycle, dtype, cycle, step, facts
     adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
@@ -91,8 +91,8 @@ class DomainSquares:
 def chosen_domain(
     domains: DomainSquares | None, wanted: str | None, flag: str
 ) -> str | None:
-    """The domain that a user names; None for `shared`, and for an adapter without domains.
-    Raises `UserError` where none is named or it is unknown."""
+    """The domain that a user names; None for `shared`, and for an adapter without
+    domains. Raises `UserError` where none is named or it is unknown."""
     if domains is None and wanted is None:
         return None
     known = () if domains is None else (*domains.names, SHARED)
@@ -152,8 +152,8 @@ class AdapterFile:
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow
-        the last of them. The ledger lies in the adapter's folder."""
+        """Raises `UserError` unless the layers are those of the ledger's cycles, and
+        follow the last of them. The ledger lies in the adapter's folder."""
         known: dict[str, LayerEntry] = dict(self.layers)
         for cycle, record in enumerate(ledger.records):
             agree_on_layers(known, ledger.layers(cycle), ledger.folder / record.file)
@@ -191,9 +191,8 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> AdapterFile:
-    """Reads adapter.json. Raises `UserError` naming it where it is missing, damaged or of
-    an unknown format.
-    """
+    """Reads adapter.json. Raises `UserError` naming it where it is missing, damaged or
+    of an unknown format."""
     path = folder / ADAPTER_JSON
     content = read_formatted(path)
     content.pop("format")
@@ -212,8 +211,8 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 def live_adapter(location: LedgerLocation) -> AdapterFile | None:
-    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when its
-    MoRA matrices do not follow the last cycle of the ledger."""
+    """adapter.json of the location's checkpoint, if it is one. Raises `UserError` when
+    its MoRA matrices do not follow the last cycle of the ledger."""
     if location.checkpoint is None:
         return None
     adapter = read_adapter(location.checkpoint)
@@ -225,9 +224,8 @@ class AdapterTensors:
     """Reads adapter.safetensors, one tensor at a time, in fp32 on the CPU."""
 
     def __init__(self, folder: Path, adapter: AdapterFile) -> None:
-        """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming the
-        file and the tensor.
-        """
+        """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming
+        the file and the tensor."""
         path = folder / ADAPTER_TENSORS
         handle = open_safetensors(path)
         shapes = adapter.expected()
@@ -286,9 +284,8 @@ class BaseReference:
     """Settings in which the live model differs from the base's config.json."""
 
     def __post_init__(self) -> None:
-        """Raises `UserError` as `check_changes` does: what is refused when it is read is
-        not written either.
-        """
+        """Raises `UserError` as `check_changes` does: what is refused when it is read
+        is not written either."""
         check_changes(self.config_changes)
 
     def write(self, folder: Path) -> None:
@@ -297,9 +294,8 @@ class BaseReference:
 
     @classmethod
     def read(cls, folder: Path) -> BaseReference:
-        """Raises `UserError` naming base.json where it is missing, damaged or of an unknown
-        format.
-        """
+        """Raises `UserError` naming base.json where it is missing, damaged or of an
+        unknown format."""
         path = folder / BASE_JSON
         content = read_formatted(path)
         content.pop("format")
@@ -327,9 +323,8 @@ class BaseReference:
     def require_base(
         self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG
     ) -> None:
-        """Raises `UserError` naming `flag` where `base` has another fingerprint, for which
-        every byte is read.
-        """
+        """Raises `UserError` naming `flag` where `base` has another fingerprint, for
+        which every byte is read."""
         if base.fingerprint() != self.fingerprint:
             raise UserError(
                 f"{flag}: {base.folder} is not the base of {checkpoint}: its weights have the fingerprint"
@@ -339,7 +334,8 @@ class BaseReference:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter: alone, or that of a checkpoint. Make it with `Adapter.open`."""
+    """An opened adapter: alone, or that of a checkpoint. Make it with
+    `Adapter.open`."""
 
     folder: Path
     file: AdapterFile
@@ -349,9 +345,9 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
-        """Read the files of an adapter and compare them with their manifest, if there is
-        one. Of what a checkpoint has besides only the sizes are compared: the engine's
-        shards are larger by far. Raises `UserError`."""
+        """Read the files of an adapter and compare them with their manifest, if there
+        is one. Of what a checkpoint has besides only the sizes are compared: the
+        engine's shards are larger by far. Raises `UserError`."""
         has_manifest = (folder / MANIFEST).exists()
         read = (*ADAPTER_PARTS, TOKENIZER_FOLDER, PROBE_FILE)
         if has_manifest and (problems := verify_manifest(folder, read)):
@@ -361,16 +357,16 @@ class Adapter:
         ledger = Ledger.open(
             folder / LEDGER_FOLDER, reference.fingerprint, hashes=not has_manifest
         )
-        # The manifest has hashed the cycles: only its hashes are compared with the ledger's
+        # The manifest has hashed the cycles: only its hashes are compared with the
+        # ledger's
         if has_manifest and (differing := ledger_problems(folder)):
             raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)
         return cls(folder, file, AdapterTensors(folder, file), ledger, reference)
 
     def original_key(self, base: BaseCheckpoint, name: str) -> str:
-        """What a parameter is called in the files of `base`. Raises `UserError` where they
-        hold no such tensor.
-        """
+        """What a parameter is called in the files of `base`. Raises `UserError` where
+        they hold no such tensor."""
         key = self.reference.keys.get(name)
         if key is None or key not in base:
             raise UserError(

@@ -1,6 +1,6 @@
-"""Names of the files and folders of a run, a checkpoint and an adapter, what a given path
-means, and the folder of all checkpoints: which of them a resume takes, whether it is
-intact, how it is deleted.
+"""Names of the files and folders of a run, a checkpoint and an adapter, what a given
+path means, and the folder of all checkpoints: which of them a resume takes, whether it
+is intact, how it is deleted.
 
     OUTPUT_DIR/         run.yaml  metrics.jsonl  summary.json  ledger/  tokenizer/  base/  merged/  checkpoints/
     checkpoints/        step-000050/  step-000100/  latest -> step-000100  best -> step-000050
@@ -8,9 +8,9 @@ intact, how it is deleted.
                         rng.safetensors  trainer_state.json  manifest.json
     exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
 
-Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in
-`engine.shards`. Needs neither DeepSpeed nor other processes. `writer` writes and loads
-checkpoints, `verify` checks them in depth.
+Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/
+in `engine.shards`. Needs neither DeepSpeed nor other processes. `writer` writes and
+loads checkpoints, `verify` checks them in depth.
 """
 
 import logging
@@ -107,13 +107,13 @@ def tokenizer_of(folder: Path | None) -> Path | None:
     return folder / TOKENIZER_FOLDER
 
 
-# -- what a path means ---------------------------------------------------------------------
+# -- what a path means -----------------------------------------------------------------
 
 
 def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path | None:
-    """The folder with adapter.json (one of the files `marks`) that `path` means: itself,
-    what it links to, or a run's latest checkpoint. Raises `UserError` for one with links in
-    it."""
+    """The folder with adapter.json (one of the files `marks`) that `path` means:
+    itself, what it links to, or a run's latest checkpoint. Raises `UserError` for one
+    with links in it."""
     folder = _candidate(path, marks)
     if folder is not None:
         require_plain(folder)
@@ -122,7 +122,8 @@ def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path |
 
 def find_adapter(path: Path, flag: str = "") -> Path:
     """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its
-    manifest then shows. Raises `UserError` that begins with `flag` where there is none."""
+    manifest then shows. Raises `UserError` that begins with `flag` where there is
+    none."""
     folder = adapter_folder(path, (ADAPTER_JSON, MANIFEST))
     if folder is None or not (folder / ADAPTER_JSON).is_file():
         refuse_full_training(path)
@@ -172,7 +173,8 @@ class LedgerLocation:
 
     ledger: Path
     checkpoint: Path | None
-    """The checkpoint that was named, links resolved; None if it was a ledger or a run."""
+    """The checkpoint that was named, links resolved; None if it was a ledger or a
+    run."""
 
     def open(self, hashes: bool = True) -> Ledger:
         """Raises `UserError` as `Ledger.open` does."""
@@ -198,13 +200,13 @@ def find_ledger(path: Path) -> LedgerLocation:
     return LedgerLocation(ledger, checkpoint)
 
 
-# -- the folder of all checkpoints ---------------------------------------------------------
+# -- the folder of all checkpoints -----------------------------------------------------
 
 
 def settle(root: Path) -> None:
-    """Repairs what a killed run has left in `root`, which need not exist, and deletes what
-    could not be deleted before. Only the one process that may write to `root` may call
-    it."""
+    """Repairs what a killed run has left in `root`, which need not exist, and deletes
+    what could not be deleted before. Only the one process that may write to `root` may
+    call it."""
     if not root.is_dir():
         return
     with disk_errors(root):
@@ -220,8 +222,9 @@ def settle(root: Path) -> None:
 
 
 def problems(folder: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty when it is intact. Without
-    `hashes` its files need only exist, in their sizes: cheap, as none is read."""
+    """What is wrong with a checkpoint, one line a file; empty when it is intact.
+    Without `hashes` its files need only exist, in their sizes: cheap, as none is
+    read."""
     try:
         return verify_manifest(folder, None if hashes else ()) or ledger_problems(
             folder
@@ -234,8 +237,8 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
 def ledger_problems(folder: Path) -> list[str]:
     """Where a checkpoint's manifest and its ledger record different hashes.
 
-    A cycle that was damaged while the run went on is in the manifest in its damaged state;
-    the ledger has its hash from the time of the merge.
+    A cycle that was damaged while the run went on is in the manifest in its damaged
+    state; the ledger has its hash from the time of the merge.
     """
     path = folder / LEDGER_FOLDER / LEDGER_FILE
     if not path.exists():
@@ -258,9 +261,9 @@ def _hidden(root: Path, ending: str) -> list[tuple[Path, Path]]:
 
 
 def delete(folder: Path) -> None:
-    """Deletes as much of a folder as can be deleted, which need not exist. What cannot be
-    (a file that is still open on an NFS server, a folder without permission) is only worth
-    a warning: the next save tries again (`settle`)."""
+    """Deletes as much of a folder as can be deleted, which need not exist. What cannot
+    be (a file that is still open on an NFS server, a folder without permission) is only
+    worth a warning: the next save tries again (`settle`)."""
     if not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -287,8 +290,8 @@ def retire(folder: Path) -> None:
 
 def name_latest(root: Path, checkpoint: Path) -> None:
     """Links `latest` to the checkpoint that a run resumes from, where there is no such
-    link: a run that was killed between renaming its only checkpoint and linking it would
-    otherwise end without one."""
+    link: a run that was killed between renaming its only checkpoint and linking it
+    would otherwise end without one."""
     if checkpoint.parent.resolve() == root.resolve() and not (root / LATEST).exists():
         replace_symlink(root / LATEST, checkpoint.name)
 
@@ -305,10 +308,10 @@ RESUME = "--resume_from_checkpoint"
 def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | None:
     """The verified checkpoint that `wanted`, the value of `flag`, means in `root`.
 
-    latest: what the link names. auto: the newest intact one, from the latest backwards, or
-    None where none was ever completed. Otherwise a path. Raises `UserError` when the one
-    asked for is missing or damaged, or when `auto` meets damaged ones only: a run does not
-    start afresh over damaged checkpoints.
+    latest: what the link names. auto: the newest intact one, from the latest backwards,
+    or None where none was ever completed. Otherwise a path. Raises `UserError` when the
+    one asked for is missing or damaged, or when `auto` meets damaged ones only: a run
+    does not start afresh over damaged checkpoints.
     """
     if wanted == AUTO:
         return _newest_intact(root, flag)

@@ -1,6 +1,5 @@
-"""The state of a run that a checkpoint stores, and what a run must have in common with the
-checkpoint it resumes.
-"""
+"""The state of a run that a checkpoint stores, and what a run must have in common with
+the checkpoint it resumes."""
 
 from __future__ import annotations
 
@@ -48,7 +47,8 @@ class TrainerState:
     finished: bool = False
     """Whether all steps are done, with the evaluation after the last one."""
     evaluation_pending: bool = False
-    """Whether the evaluation after this step, which comes after saving, is to be made."""
+    """Whether the evaluation after this step, which comes after saving, is to be
+    made."""
     merge_pending: bool = False
     """Whether the merge after this step is still to be made."""
     failures: list[str] = field(default_factory=list)
@@ -56,7 +56,8 @@ class TrainerState:
     scheduler: JsonObject | None = None
     """State of the scheduler that `initialize` was given; None without one."""
     stream: JsonObject | None = None
-    """Positions of streamed sources before the next step's batch; None without streams."""
+    """Positions of streamed sources before the next step's batch; None without
+    streams."""
     chunked_loss: bool = False
     """Whether losses are computed in chunks (`chunk_loss`), as in the resumed run."""
     world_size: Processes = 1
@@ -66,9 +67,8 @@ class TrainerState:
 
     @classmethod
     def read(cls, folder: Path) -> TrainerState:
-        """The state in a checkpoint's folder. Raises `UserError` naming the file when it is
-        missing or damaged.
-        """
+        """The state in a checkpoint's folder. Raises `UserError` naming the file when
+        it is missing or damaged."""
         path = folder / STATE_FILE
         content = files.read_json(path)
         state: TrainerState = typed_fully(cls, content, f"{path} is damaged")

@@ -10,8 +10,9 @@ DeepSpeed, no GPU and no base.
     base        (where a folder is given) the same fingerprint
 
 Every check runs, even where an earlier one has failed; the base alone is compared with
-intact checkpoints only, since another base is a mistake in the command. An adapter that was
-made out of a checkpoint, without a run's state and shards, is checked as far as it goes.
+intact checkpoints only, since another base is a mistake in the command. An adapter that
+was made out of a checkpoint, without a run's state and shards, is checked as far as it
+goes.
 """
 
 import logging
@@ -170,7 +171,7 @@ def _is_adapter_alone(folder: Path) -> bool:
         return False
 
 
-# -- checks: each yields what is right, and raises what is wrong ---------------------------
+# -- checks: each yields what is right, and raises what is wrong -----------------------
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -62,18 +62,18 @@ from mora_ds.runtime.ranks import Ranks, Result
 logger = logging.getLogger(__name__)
 
 Collect = Callable[[int], Callable[[Path], None]]
-"""Called on every rank with the step, so that it may gather; returns a function that writes
-the result to a folder without further communication."""
+"""Called on every rank with the step, so that it may gather; returns a function that
+writes the result to a folder without further communication."""
 
 
 class CheckpointWriter:
     """Writes checkpoints `root/step-N` and deletes old ones, on all ranks together.
 
-    In the background, training waits only for the copy into host memory: each rank's thread
-    writes its files, and when all have, rank 0's hashes, renames, links `latest` and
-    deletes. An error of the thread (a full disk) is raised by the next `save` or `wait`, on
-    all ranks; the incomplete checkpoint is deleted and earlier ones stay. A disk that does
-    not answer is such an error after the time of --collective_timeout_s.
+    In the background, training waits only for the copy into host memory: each rank's
+    thread writes its files, and when all have, rank 0's hashes, renames, links `latest`
+    and deletes. An error of the thread (a full disk) is raised by the next `save` or
+    `wait`, on all ranks; the incomplete checkpoint is deleted and earlier ones stay. A
+    disk that does not answer is such an error after the time of --collective_timeout_s.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class CheckpointWriter:
             self._thread_ranks = self._ranks.separate()
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
-        """Returns the final folder, which in the background does not exist yet. Keeps the
-        newest `keep` checkpoints, None: all. Raises `RunError` on a full disk, and the
-        error of the checkpoint before, if it had one."""
+        """Returns the final folder, which in the background does not exist yet. Keeps
+        the newest `keep` checkpoints, None: all. Raises `RunError` on a full disk, and
+        the error of the checkpoint before, if it had one."""
         self.wait()
         final = step_folder(self.root, state.step)
         beside = self.root / f".{final.name}{WRITING}"
@@ -125,9 +125,9 @@ class CheckpointWriter:
     def _prepared(
         self, beside: Path, final: Path, state: TrainerState, keep: int | None
     ) -> Callable[[], None]:
-        """Gathers everything, for the background into copies in host memory; returns what
-        writes it. No file is written in between, where an error of one rank would leave the
-        others waiting in collectives."""
+        """Gathers everything, for the background into copies in host memory; returns
+        what writes it. No file is written in between, where an error of one rank would
+        leave the others waiting in collectives."""
         layout, shard, tensors = shards.take(self.engine)
         ranks = self._ranks
         if self._background is not None:
@@ -189,10 +189,11 @@ class CheckpointWriter:
         for share in shares:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
-        # Each rank has flushed its files, so that rank 0 does not open a thousand of them
+        # Each rank has flushed its files, so that rank 0 does not open a thousand of
+        # them
         files.fsync_tree(beside, with_files=False)
-        # Cycles are older than this checkpoint and may be damaged since, which the manifest
-        # would record as right
+        # Cycles are older than this checkpoint and may be damaged since, which the
+        # manifest would record as right
         if damage := ledger_problems(beside):
             raise RunError(
                 f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint"
@@ -209,7 +210,8 @@ class _Share(NamedTuple):
     """What a rank brings to the completion of a checkpoint."""
 
     files: dict[str, JsonObject]
-    """Size and hash of the files that it wrote, and of its slice of the merge ledger's."""
+    """Size and hash of the files that it wrote, and of its slice of the merge
+    ledger's."""
     shard: RankShard
     rng: dict[str, np.ndarray]
 
@@ -223,12 +225,13 @@ class _Share(NamedTuple):
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
-    """Restores engine and random states, saved by any number of ranks at any ZeRO stage.
+    """Restores engine and random states, saved by any number of ranks at any ZeRO
+    stage.
 
-    `state`: the folder's, of this run (`check_identity`); it gets the number of ranks. With
-    the number of ranks that saved it the run continues bit for bit. With another one
-    masters, moments and step counts are the same to the bit, but sums over ranks round
-    differently.
+    `state`: the folder's, of this run (`check_identity`); it gets the number of ranks.
+    With the number of ranks that saved it the run continues bit for bit. With another
+    one masters, moments and step counts are the same to the bit, but sums over ranks
+    round differently.
     """
     ranks = Ranks.current()
     engine_folder = folder / ENGINE_TAG
@@ -241,10 +244,10 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
 
 
 def _retain(root: Path, step: int, keep: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a resume
-    from an earlier checkpoint has left behind, and incomplete folders are neither counted
-    nor deleted. A link to a checkpoint that the user keeps elsewhere is counted and
-    stays."""
+    """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a
+    resume from an earlier checkpoint has left behind, and incomplete folders are
+    neither counted nor deleted. A link to a checkpoint that the user keeps elsewhere is
+    counted and stays."""
     if keep is None:
         return
     known = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step]
@@ -254,7 +257,7 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
             retire(folder)
 
 
-# -- the disk ------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------
 
 
 @contextmanager
@@ -275,7 +278,7 @@ def _replace_folder(beside: Path, final: Path) -> None:
     delete(old)
 
 
-# -- random states -------------------------------------------------------------------------
+# -- random states ---------------------------------------------------------------------
 
 
 def _rng_states() -> dict[str, np.ndarray]:
@@ -300,12 +303,13 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
             if "cuda" in states and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states["cuda"])
             return
-    # Fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume.
+    # Fewer ranks saved the checkpoint: dropout draws other masks, the same at every
+    # resume.
     digest = hashlib.sha256(f"{state.identity}/{state.step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# -- in the background ---------------------------------------------------------------------
+# -- in the background -----------------------------------------------------------------
 
 
 @dataclass
@@ -338,8 +342,8 @@ class Background:
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the task, if there is one, and raises what it raised.
 
-        Returns after `timeout_s`; without it, gives the task up and raises `RunError` after
-        `limit_s`.
+        Returns after `timeout_s`; without it, gives the task up and raises `RunError`
+        after `limit_s`.
         """
         if (thread := self.thread) is None:
             return

@@ -1,7 +1,7 @@
 """`mora-ds COMMAND [flags]`: one program for training and all that stands around it.
 
-A command's module is imported when the command is called, so that the list of commands is
-there at once.
+A command's module is imported when the command is called, so that the list of commands
+is there at once.
 """
 
 import sys
@@ -68,7 +68,8 @@ def take_command(argv: list[str]) -> str:
 
 
 def run(name: str) -> None:
-    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown one."""
+    """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown
+    one."""
     if name in ("", "-h", "--help"):
         print("\n".join(help_lines()))
     elif name == "--version":

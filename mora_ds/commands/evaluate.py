@@ -5,9 +5,9 @@
     mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
 
 A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are
-combined in memory, the update multiplied by --delta_scale if asked to. Every document is
-scored completely and separately. Bits per byte are comparable between models with different
-tokenizers; perplexities are not.
+combined in memory, the update multiplied by --delta_scale if asked to. Every document
+is scored completely and separately. Bits per byte are comparable between models with
+different tokenizers; perplexities are not.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Show or sum merge ledgers, which record the MoRA matrices of every merged cycle of a run.
+"""Show or sum merge ledgers, which record the MoRA matrices of every merged cycle of a
+run.
 
     mora-ds ledger show out                                      every cycle
     mora-ds ledger combine law medicine --weights 0.5 0.5 --output both      a weighted sum of runs of one base

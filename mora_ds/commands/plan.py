@@ -3,11 +3,11 @@
     mora-ds plan --model MODEL_FOLDER_OR_NAME_OR_CONFIG.json --gpus 64 --gpu_memory 80 --seq_len 4096 --mora_rank 8
     mora-ds plan RECIPE.yaml --model MODEL --gpus 64
 
-No weights are read. The recipe and all flags that are not named here are those of `mora-ds
-pretrain`. Without --micro_batch it recommends a micro-batch size, with gradient
-checkpointing where nothing fits without; with it, it plans the given settings. Where the
-base does not fit it plans --base_device host. Without --bf16 and --fp16 the run computes in
-bf16.
+No weights are read. The recipe and all flags that are not named here are those of
+`mora-ds pretrain`. Without --micro_batch it recommends a micro-batch size, with
+gradient checkpointing where nothing fits without; with it, it plans the given settings.
+Where the base does not fit it plans --base_device host. Without --bf16 and --fp16 the
+run computes in bf16.
 """
 
 import argparse
@@ -32,7 +32,8 @@ _OF_PLANS = {
     "__per_device_train_batch_size": "--micro_batch",
     "__model_config": "--model",
 }
-"""Flag of training, with underscores for its dashes -> the plan's own, which decides."""
+"""Flag of training, with underscores for its dashes -> the plan's own, which
+decides."""
 
 
 def main() -> None:
@@ -86,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
-    """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`.
-    Raises `UserError`."""
+    """The settings of the run that is planned, from recipe and flags of
+    `mora-ds pretrain`. Raises `UserError`."""
     for word in settings:
         flag = word.split("=")[0]
         if planned_flag := _OF_PLANS.get(flag.replace("-", "_")):

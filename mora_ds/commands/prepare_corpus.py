@@ -1,10 +1,11 @@
-"""Tokenise the text of a training run ahead of it, on a machine without GPUs for example.
+"""Tokenise the text of a training run ahead of it, on a machine without GPUs for
+example.
 
     mora-ds prepare-corpus [RECIPE.yaml] --cache_dir /shared/tokens --preprocessing_workers 32 [the flags of the run]
 
-Takes the settings of `mora-ds pretrain` and fills the token cache that --cache_dir names. A
-run with the same tokenizer, text and --cache_dir finds the tokens there, however many
-processes it has.
+Takes the settings of `mora-ds pretrain` and fills the token cache that --cache_dir
+names. A run with the same tokenizer, text and --cache_dir finds the tokens there,
+however many processes it has.
 """
 
 import sys

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def start() -> None:
-    """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags
-    is given, and on a machine with several GPUs, each of which gets a process."""
+    """Train in this process, or hand over to DeepSpeed's launcher: where one of its
+    flags is given, and on a machine with several GPUs, each of which gets a process."""
     from mora_ds.engine.launcher import (
         accelerators,
         become_the_only_rank,
@@ -83,8 +83,9 @@ def main() -> None:
 
 
 def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
-    """The function that runs the job and returns its summary; the demo ends with a table of
-    its own. Its imports take seconds: ranks whose settings differ are told so before."""
+    """The function that runs the job and returns its summary; the demo ends with a
+    table of its own. Its imports take seconds: ranks whose settings differ are told so
+    before."""
     if arguments.is_demo and not arguments.training.dry_run:
         from mora_ds.train.demo import run_demo
 

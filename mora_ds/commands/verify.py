@@ -1,4 +1,5 @@
-"""Verify one checkpoint, or all of a run: every file, and that they agree with each other.
+"""Verify one checkpoint, or all of a run: every file, and that they agree with each
+other.
 
     mora-ds verify out                           all checkpoints of a run, oldest first
     mora-ds verify out/checkpoints/latest --base MODEL

@@ -1,5 +1,5 @@
-"""What every package may use: exceptions, crash-safe files, checks of what files state, the
-version.
+"""What every package may use: exceptions, crash-safe files, checks of what files state,
+the version.
 
 errors          the exceptions, and the messages that settings have in common
 files           atomic writes, manifests with hashes, JSON and YAML that is checked when read

@@ -1,8 +1,8 @@
 """The exceptions of mora_ds, and the messages that settings have in common.
 
 `runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for
-`FailedBeside`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a method
-`problems()` that lists what is wrong with their values, one message each.
+`FailedBeside`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a
+method `problems()` that lists what is wrong with their values, one message each.
 """
 
 import difflib
@@ -28,8 +28,9 @@ class RunError(RuntimeError):
 
 
 class FailedBeside(RunError):
-    """The run is trained to its end and saved, but something beside training has failed: an
-    evaluation, a task, a tracker, an upload. All processes raise it alike."""
+    """The run is trained to its end and saved, but something beside training has
+    failed: an evaluation, a task, a tracker, an upload. All processes raise it
+    alike."""
 
     is_shared = True
 
@@ -63,8 +64,8 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
 def whole_number(value: object, least: int, argument: str, otherwise: str = "") -> int:
     """An argument of a public function as an int from `least` on.
 
-    Raises `UserError` that begins with the words `argument` for another value, a bool among
-    them; `otherwise`: what else it may be.
+    Raises `UserError` that begins with the words `argument` for another value, a bool
+    among them; `otherwise`: what else it may be.
     """
     number = None
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -78,9 +79,9 @@ def whole_number(value: object, least: int, argument: str, otherwise: str = "") 
 
 @contextmanager
 def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
-    """Within, a `UserError` names the flags of a program. The functions of Python's users
-    name their arguments, `rank`, which here becomes --rank, where it is one of `names`, or
-    what `renamed` has for it."""
+    """Within, a `UserError` names the flags of a program. The functions of Python's
+    users name their arguments, `rank`, which here becomes --rank, where it is one of
+    `names`, or what `renamed` has for it."""
     flags = {**{name: f"--{name}" for name in names}, **renamed}
     try:
         yield
@@ -98,9 +99,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of another library's error in one line, for use in our own; a line that
-    ends with a colon is followed by the next one. A message without words, such as that of
-    a KeyError, follows the name of the error."""
+    """The message of another library's error in one line, for use in our own; a line
+    that ends with a colon is followed by the next one. A message without words, such as
+    that of a KeyError, follows the name of the error."""
     lines = []
     for line in filter(None, map(str.strip, str(error).splitlines())):
         lines.append(line)
@@ -111,7 +112,8 @@ def reason(error: BaseException) -> str:
 
 
 def empty_words(argv: Sequence[str]) -> list[str]:
-    """One message for each empty word of a command line, as an unset variable leaves."""
+    """One message for each empty word of a command line, as an unset variable
+    leaves."""
     problems = []
     for before, word in pairwise(["", *argv]):
         if word == "":
@@ -125,9 +127,8 @@ def empty_words(argv: Sequence[str]) -> list[str]:
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
-    """The message for a `value` that is none of the `known` ones. `what` is a flag with its
-    dashes, or a noun.
-    """
+    """The message for a `value` that is none of the `known` ones. `what` is a flag with
+    its dashes, or a noun."""
     known = list(known)
     hint = nearest(str(value), known)
     return f"unknown {what} {value!r}; known: {', '.join(known)}.{hint}"
@@ -150,7 +151,8 @@ class Bounds:
         )
 
     def require(self, value: float) -> float:
-        """The value. Raises the error that pydantic collects where it is not allowed."""
+        """The value. Raises the error that pydantic collects where it is not
+        allowed."""
         if not self.allow(value):
             raise PydanticCustomError("bounds", f"must be {self}")
         return value
@@ -187,8 +189,8 @@ _TOO_LARGE = 2**63
 
 
 def out_of_bounds(flag: str, value: float | None, bounds: Bounds) -> Iterator[str]:
-    """A message for a value outside of its bounds, or a whole number of more than 63 bits;
-    None is always allowed."""
+    """A message for a value outside of its bounds, or a whole number of more than 63
+    bits; None is always allowed."""
     if isinstance(value, int) and value >= _TOO_LARGE:
         yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
     elif value is not None and not bounds.allow(value):
@@ -198,7 +200,8 @@ def out_of_bounds(flag: str, value: float | None, bounds: Bounds) -> Iterator[st
 def wrong_values(
     settings: object, allowed: Mapping[str, Bounds | type[Enum]]
 ) -> Iterator[str]:
-    """One message for each attribute that its bounds or enum forbid, named as a flag."""
+    """One message for each attribute that its bounds or enum forbid, named as a
+    flag."""
     for name, values in allowed.items():
         value = getattr(settings, name)
         if isinstance(values, Bounds):

@@ -1,11 +1,11 @@
-"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and YAML
-that is checked when read.
+"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and
+YAML that is checked when read.
 
     write a hidden file or folder next to the target -> fsync -> rename over the target ->
     fsync the parent folder
 
-Whenever the process is killed, a reader finds the complete old content or the complete new
-one.
+Whenever the process is killed, a reader finds the complete old content or the complete
+new one.
 """
 
 import errno
@@ -60,10 +60,12 @@ _WRITE_REFUSED = (
     errno.ESTALE,
     errno.EFBIG,
 )
-"""Errors of a file system that turned read-only or lost its server, and of `ulimit -f`."""
+"""Errors of a file system that turned read-only or lost its server, and of
+`ulimit -f`."""
 
 _IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
-"""Where tokenizers and safetensors, which raise errors of their own, name the system's."""
+"""Where tokenizers and safetensors, which raise errors of their own, name the
+system's."""
 
 
 def shipped(path: str) -> str:
@@ -76,8 +78,8 @@ def shipped(path: str) -> str:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk or quota, and of a disk that cannot be written to,
-    into a `RunError` that names `folder`; other errors pass unchanged."""
+    """Turns the errors of a full disk or quota, and of a disk that cannot be written
+    to, into a `RunError` that names `folder`; other errors pass unchanged."""
     try:
         yield
     except (RunError, UserError):
@@ -105,8 +107,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path, with_files: bool = True) -> None:
-    """`fsync` for `folder` and every folder under it, so that the names in them survive,
-    and for the files, unless they are flushed already."""
+    """`fsync` for `folder` and every folder under it, so that the names in them
+    survive, and for the files, unless they are flushed already."""
     for parent, _, names in os.walk(folder, topdown=False):
         paths = [Path(parent, name) for name in names] if with_files else []
         for path in paths:
@@ -141,8 +143,7 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> JsonObject:
     """The JSON object in `path`. Raises `UserError` naming the file when it is missing,
-    damaged or not an object.
-    """
+    damaged or not an object."""
     try:
         content = plain_json(read_text(path), path)
     except FileNotFoundError:
@@ -163,7 +164,8 @@ def sha256_file(path: Path) -> str:
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:
-    """Size, time of change (nanoseconds) and inode of a file; None where there is none."""
+    """Size, time of change (nanoseconds) and inode of a file; None where there is
+    none."""
     try:
         status = path.stat()
     except OSError:
@@ -223,9 +225,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times, not their modes. Raises `UserError` for a link in
-    `source`, which is not followed, and `RunError` on a full disk (`shutil.copytree` has
-    its own error)."""
+    """Copies all files with their times, not their modes. Raises `UserError` for a link
+    in `source`, which is not followed, and `RunError` on a full disk (`shutil.copytree`
+    has its own error)."""
     require_plain(source)
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -242,8 +244,8 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def as_path(value: Any, argument: str) -> Path:
-    """An argument of a public function as a path. Raises `UserError` that begins with the
-    words `argument` for what is none, an empty string among them."""
+    """An argument of a public function as a path. Raises `UserError` that begins with
+    the words `argument` for what is none, an empty string among them."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise UserError(f"{argument} must be a path, got {value!r}")
@@ -328,16 +330,17 @@ def write_manifest(
 ) -> None:
     """Writes `manifest.json`: size and sha256 of every file under `folder`.
 
-    `recorded`: the entries that `record` has made where the files were written; all other
-    files are recorded here. Raises `RunError` for one of them that is not there, in its
-    size: a file system that is shared by several nodes may show a file late, and is waited
-    for.
+    `recorded`: the entries that `record` has made where the files were written; all
+    other files are recorded here. Raises `RunError` for one of them that is not there,
+    in its size: a file system that is shared by several nodes may show a file late, and
+    is waited for.
     """
     known = dict(recorded or {})
     for name, facts in known.items():
         await_file(folder / name, facts["size"])
     recorded_paths = {folder / name for name in (*known, MANIFEST)}
-    # A checkpoint of thousands of ranks has as many files: only the others are looked at
+    # A checkpoint of thousands of ranks has as many files: only the others are looked
+    # at
     unrecorded = filter(Path.is_file, set(folder.rglob("*")) - recorded_paths)
     files = dict(sorted({**known, **record(folder, unrecorded)}.items()))
     content = {"format": FORMAT, "files": files, "seal": _seal(files)}
@@ -361,16 +364,16 @@ def await_file(path: Path, size: int) -> None:
 
 
 def _seal(files: dict[str, Any]) -> str:
-    """sha256 of the manifest's own list of files: shows that it was truncated or edited."""
+    """sha256 of the manifest's own list of files: shows that it was truncated or
+    edited."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[str]:
-    """One message for each file of `folder` that is not as the manifest says. Those that
-    are not in the manifest are ignored. `read`: files and folders whose hashes are
-    compared; None: all. Of the others only existence and size are. Raises `UserError` for a
-    missing or damaged manifest.
-    """
+    """One message for each file of `folder` that is not as the manifest says. Those
+    that are not in the manifest are ignored. `read`: files and folders whose hashes are
+    compared; None: all. Of the others only existence and size are. Raises `UserError`
+    for a missing or damaged manifest."""
     path = folder / MANIFEST
     content = read_formatted(path)
     if content.get("seal") != _seal(entry(content, "files", dict[str, Any], path)):
@@ -399,9 +402,9 @@ class FileFacts:
 
 
 def listed_files(folder: Path) -> dict[str, FileFacts]:
-    """{relative path: facts} from the manifest of `folder`, each path one that stays in the
-    folder. Raises `UserError` for a missing or damaged manifest; only `verify_manifest`
-    compares the facts with the files."""
+    """{relative path: facts} from the manifest of `folder`, each path one that stays in
+    the folder. Raises `UserError` for a missing or damaged manifest; only
+    `verify_manifest` compares the facts with the files."""
     path = folder / MANIFEST
     facts_of: dict[str, FileFacts] = entry(
         read_json(path), "files", dict[RelativePath, FileFacts], path
@@ -410,7 +413,8 @@ def listed_files(folder: Path) -> dict[str, FileFacts]:
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
-    """A message if the file is missing or differs, else "". `sha256` None: sizes alone."""
+    """A message if the file is missing or differs, else "". `sha256` None: sizes
+    alone."""
     if path.is_symlink() or not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -422,7 +426,8 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Turns errors of reading unexpected fields into a `UserError` that names the file."""
+    """Turns errors of reading unexpected fields into a `UserError` that names the
+    file."""
     try:
         yield
     except UserError as error:
@@ -441,7 +446,8 @@ def malformed(path: Path) -> Iterator[None]:
 
 
 def read_formatted(path: Path) -> JsonObject:
-    """`read_json` of what mora_ds has written. Raises `UserError` for another format."""
+    """`read_json` of what mora_ds has written. Raises `UserError` for another
+    format."""
     content = read_json(path)
     require_format(path, content)
     return content
@@ -461,8 +467,9 @@ _MAX_DIGITS = 200
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases, by which a few lines stand for any number of values;
-    long whole numbers; and a key given twice, of which YAML silently keeps the last one."""
+    """SafeLoader that refuses aliases, by which a few lines stand for any number of
+    values; long whole numbers; and a key given twice, of which YAML silently keeps the
+    last one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -498,8 +505,8 @@ def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys. Raises
-    `UserError`, which calls the file `what`."""
+    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys.
+    Raises `UserError`, which calls the file `what`."""
     try:
         text = read_text(Path(os.path.expanduser(path)), _MAX_YAML)
     except (OSError, UserError) as error:

@@ -1,6 +1,5 @@
-"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling, and
-of a config.
-"""
+"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling,
+and of a config."""
 
 from typing import Annotated, Any
 
@@ -19,7 +18,8 @@ _KEYS = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-"""rope_type -> its keys beside rope_theta (transformers 5.24, modeling_rope_utils.py)."""
+"""rope_type -> its keys beside rope_theta (transformers 5.24,
+modeling_rope_utils.py)."""
 
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 """Keys that a rope_type cannot be without, if it has them."""
@@ -40,9 +40,9 @@ def rope_settings(text: str) -> dict[str, Any]:
 
 
 def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> None:
-    """Raise `UserError`, after the words `where`, for a rope_type that is not known, and
-    for keys that it does not have, lacks, or has other values of. `is_of_config`: they are
-    all that a model's config says, rope_theta too."""
+    """Raise `UserError`, after the words `where`, for a rope_type that is not known,
+    and for keys that it does not have, lacks, or has other values of. `is_of_config`:
+    they are all that a model's config says, rope_theta too."""
     kind = str(settings.get("rope_type") if isinstance(settings, dict) else settings)[
         :99
     ]

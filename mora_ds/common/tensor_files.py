@@ -1,9 +1,9 @@
 """Safetensors files, written tensor by tensor and read lazily.
 
 The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian
-length, a JSON header with dtype, shape and byte range of every tensor, then the bytes. As
-the header needs only the shapes, a file larger than memory can be written while its tensors
-are computed; the library itself needs all tensors at once.
+length, a JSON header with dtype, shape and byte range of every tensor, then the bytes.
+As the header needs only the shapes, a file larger than memory can be written while its
+tensors are computed; the library itself needs all tensors at once.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class SafetensorsWriter:
     """Writes a safetensors file: the header with all shapes, then tensors in any order.
 
     `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every
-    tensor starts at a multiple of its element size. At the end of the `with` block, raises
-    `ValueError` if a tensor was not written.
+    tensor starts at a multiple of its element size. At the end of the `with` block,
+    raises `ValueError` if a tensor was not written.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ def write_safetensors_atomic(
 def open_safetensors(path: Path) -> Any:
     """A lazy, memory-mapped reader (`keys`, `metadata`, `get_tensor`, `get_slice`).
 
-    Raises `UserError` naming the file when it is missing, truncated or not a safetensors
-    file.
+    Raises `UserError` naming the file when it is missing, truncated or not a
+    safetensors file.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")

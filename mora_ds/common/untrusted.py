@@ -1,5 +1,5 @@
-"""Values from a file are only data: each type, name, path, number and size is checked here
-before it is used.
+"""Values from a file are only data: each type, name, path, number and size is checked
+here before it is used.
 
     plain_json, read_text        bounded in size and depth, before memory is taken
     typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
@@ -9,8 +9,8 @@ before it is used.
     expanded(path, flag)         a path with ~ in it
     require_memory               sizes that a file states, against the memory that there is
 
-All of them raise `UserError`, whose text begins with `where`: the file, and the place in
-it.
+All of them raise `UserError`, whose text begins with `where`: the file, and the place
+in it.
 """
 
 import json
@@ -33,15 +33,16 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from mora_ds.common.errors import Bounds, UserError, refusal
 
 MAX_BYTES = 32 * 2**20
-"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of
-shards with 100,000 parameters has 10 MiB."""
+"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout
+of shards with 100,000 parameters has 10 MiB."""
 MAX_DEPTH = 64
 """Deepest nesting of JSON."""
 MAX_SIDE = 1 << 24
 """Longest side of a layer: far above any vocabulary."""
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Control characters, line breaks and turns of direction: they would change a message."""
+"""Control characters, line breaks and turns of direction: they would change a
+message."""
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -52,12 +53,12 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
-# -- text and JSON -------------------------------------------------------------------------
+# -- text and JSON ---------------------------------------------------------------------
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and for
-    one that is no text, OSError where it cannot be read."""
+    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and
+    for one that is no text, OSError where it cannot be read."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_of_shell(path)):
         # A pipe would wait for ever
@@ -80,9 +81,9 @@ def _is_of_shell(path: Path) -> bool:
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and one
-    with a message for users for a number that is too long; `json.JSONDecodeError` has the
-    line."""
+    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and
+    one with a message for users for a number that is too long; `json.JSONDecodeError`
+    has the line."""
     try:
         return json.loads(text, **options)
     except (json.JSONDecodeError, UserError):
@@ -97,8 +98,7 @@ def parse_json(text: str, **options: Any) -> Any:
 
 def plain_json(text: str, where: object) -> Any:
     """JSON of bounded size and depth, whose texts can be printed and written. Raises
-    `UserError`.
-    """
+    `UserError`."""
     if len(text) > MAX_BYTES:
         raise UserError(
             f"{where} is larger than the {MAX_BYTES:,} characters that such JSON may have"
@@ -126,7 +126,7 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
         _check_depth(child, where, depth + 1)
 
 
-# -- typed values --------------------------------------------------------------------------
+# -- typed values ----------------------------------------------------------------------
 
 
 def file_name(text: str) -> str:
@@ -141,7 +141,8 @@ def file_name(text: str) -> str:
 
 
 def relative_path(text: str) -> str:
-    """`text`, if it is a path of a file below a folder: a/b/c, each part a `file_name`."""
+    """`text`, if it is a path of a file below a folder: a/b/c, each part a
+    `file_name`."""
     for component in text.split("/"):
         file_name(component)
     return text
@@ -180,9 +181,10 @@ _PROBLEMS = {
 
 
 def typed(hint: Any, value: Any, where: object) -> Any:
-    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses, tuples
-    and enums an instance. Raises `UserError`. True and False are no numbers, and nothing is
-    converted but whole numbers where floats are wanted. `Annotated` may have `Bounds`."""
+    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses,
+    tuples and enums an instance. Raises `UserError`. True and False are no numbers, and
+    nothing is converted but whole numbers where floats are wanted. `Annotated` may have
+    `Bounds`."""
     try:
         text = json.dumps(value)
         return _adapter(hint).validate_json(text, strict=True, extra="forbid")
@@ -232,17 +234,19 @@ def wrong_types(settings: Any) -> Iterator[str]:
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
-    """`content[key]` as a `hint`. Raises `UserError`, also where there is no such key."""
+    """`content[key]` as a `hint`. Raises `UserError`, also where there is no such
+    key."""
     if key not in content:
         raise UserError(f"{where} is damaged: {key} is missing")
     return typed(hint, content[key], f"{where} is damaged: {key}")
 
 
-# -- folders and memory --------------------------------------------------------------------
+# -- folders and memory ----------------------------------------------------------------
 
 
 def links(folder: Path) -> list[str]:
-    """A message for every link, pipe, socket and device under `folder`, not followed."""
+    """A message for every link, pipe, socket and device under `folder`, not
+    followed."""
     problems = []
 
     def note(error: OSError) -> None:
@@ -269,9 +273,9 @@ def require_plain(folder: Path) -> None:
 
 
 def expanded(path: str | Path, flag: str = "") -> Path:
-    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag`
-    where that is not known, and where the disk does not let one look whether anything is
-    there."""
+    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming
+    `flag` where that is not known, and where the disk does not let one look whether
+    anything is there."""
     try:
         full_path = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -34,48 +34,48 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = AdapterKind.MORA.value
-    """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full (every
-    parameter, under plain ZeRO), none (nothing is trained, the base is evaluated)."""
+    """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full
+    (every parameter, under plain ZeRO), none (nothing is trained, the base is
+    evaluated)."""
     mora_rank: int = 8
-    """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each MoRA
-    matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank), rounded down
-    to a multiple of --r_hat_multiple."""
+    """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
+    MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
+    rounded down to a multiple of --r_hat_multiple."""
     r_hat_multiple: int = R_HAT_MULTIPLE
     """Sides of MoRA matrices are multiples of this, and even where they are below twice
     this; 1: of every size that the operator takes."""
     lora_alpha: float | None = None
-    """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the rank."""
+    """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the
+    rank."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, share from
-    there on.
-    """
+    there on."""
     grouping: str = "permuted"
-    """permuted (new permutations in every cycle), alternate (the paper's for share: strided
-    and contiguous in turn), plain, or one for share only: strided, contiguous,
+    """permuted (new permutations in every cycle), alternate (the paper's for share:
+    strided and contiguous in turn), plain, or one for share only: strided, contiguous,
     contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, all-linear
-    (all but the head), experts (all projections of a mixture's experts, which no pattern
-    without this word reaches)."""
+    (all but the head), experts (all projections of a mixture's experts, which no
+    pattern without this word reaches)."""
     compute: str = "auto"
-    """activation (the update is applied to the activations), weight (a weight W0 + update
-    is formed, rounded to the run's dtype) or auto: weight for each layer where d_in * d_out
-    <= 2 * tokens * (d_in + d_out), of the tokens of a micro-batch, which is about the
-    cheaper of the two."""
+    """activation (the update is applied to the activations), weight (a weight W0 +
+    update is formed, rounded to the run's dtype) or auto: weight for each layer where
+    d_in * d_out <= 2 * tokens * (d_in + d_out), of the tokens of a micro-batch, which
+    is about the cheaper of the two."""
     base_bits: int = AS_LOADED
-    """8: hold the frozen weights of adapted layers in int8 with a scale per output, half of
-    the memory of bf16; merges and exports read the original weights. 4: in NF4, 0.28 of the
-    memory; they are rounded once, and merged cycles act through their matrices, so that
-    every merge makes a step longer; needs the extra bits4. 16: hold them in the run's
-    dtype."""
+    """8: hold the frozen weights of adapted layers in int8 with a scale per output,
+    half of the memory of bf16; merges and exports read the original weights. 4: in NF4,
+    0.28 of the memory; they are rounded once, and merged cycles act through their
+    matrices, so that every merge makes a step longer; needs the extra bits4. 16: hold
+    them in the run's dtype."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
     """Train the input embeddings too (sharded by ZeRO like the MoRA matrices)."""
     train_new_embeddings: bool = False
-    """Train the rows that mora-ds extend-vocab added to embeddings and head, and keep the
-    others frozen.
-    """
+    """Train the rows that mora-ds extend-vocab added to embeddings and head, and keep
+    the others frozen."""
     train_embedding_rank: int = 0
     """Train a product of this rank (tokens x rank times rank x width) that is added to
     embeddings and head, and keep their own weights frozen; 0 turns this off."""
@@ -86,9 +86,8 @@ class AdapterArguments:
     merge_every: int = 0
     """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10
-    """Optimizer steps of the re-warmup: the learning rate rises again after a merge (the
-    paper: 50 of 2000).
-    """
+    """Optimizer steps of the re-warmup: the learning rate rises again after a merge
+    (the paper: 50 of 2000)."""
 
     @property
     def is_control(self) -> bool:
@@ -97,7 +96,8 @@ class AdapterArguments:
 
     @property
     def trains_others(self) -> bool:
-        """Whether parameters beside the adapter's are trained (PEFT's modules_to_save)."""
+        """Whether parameters beside the adapter's are trained (PEFT's
+        modules_to_save)."""
         rows = self.train_new_embeddings or self.train_embedding_rank > 0
         return rows or self.train_embeddings or self.train_norms or self.train_head
 

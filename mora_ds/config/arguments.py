@@ -1,4 +1,5 @@
-"""All settings of a training run: four dataclasses, parsed strictly, written to run.yaml.
+"""All settings of a training run: four dataclasses, parsed strictly, written to
+run.yaml.
 
     [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
                                          \\-> dump -> run.yaml
@@ -24,7 +25,8 @@ from mora_ds.remora.schedule import Schedule, schedule_kind
 
 @dataclass(frozen=True)
 class Arguments:
-    """All settings of a run. Functions take the groups or fields that they need of it."""
+    """All settings of a run. Functions take the groups or fields that they need of
+    it."""
 
     model: ModelArguments
     adapter: AdapterArguments
@@ -35,7 +37,8 @@ class Arguments:
     set_by_user: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; all others have their defaults."""
     left_out: tuple[str, ...] = ()
-    """Keys of the recipe that have defaults, as flags leave them no effect (`effects`)."""
+    """Keys of the recipe that have defaults, as flags leave them no effect
+    (`effects`)."""
 
     @property
     def is_demo(self) -> bool:
@@ -43,9 +46,9 @@ class Arguments:
         return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
-        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how many
-        of them come before a decay that begins at a checkpoint (--decay_from), after the
-        warm-up. Raises `UserError` for contradicting settings."""
+        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how
+        many of them come before a decay that begins at a checkpoint (--decay_from),
+        after the warm-up. Raises `UserError` for contradicting settings."""
         training = self.training
         warmup_steps = training.first_warmup(total_steps)
         decay_ratio = training.decay_ratio
@@ -83,11 +86,11 @@ _SHIPPED = ("deepspeed", "mixture", "model_config")
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Arguments from a command line (without the program's name): an optional YAML recipe
-    first, then flags.
+    """Arguments from a command line (without the program's name): an optional YAML
+    recipe first, then flags.
 
-    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises
-    SystemExit(0).
+    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and
+    raises SystemExit(0).
     """
     recipe, flags = parse_flat(list(_GROUPS.values()), argv)
     for settings in (recipe, flags):
@@ -98,8 +101,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of a recipe, and of flags, which win over it and may
-    leave keys of it without effect."""
+    """Arguments from {field: value} of a recipe, and of flags, which win over it and
+    may leave keys of it without effect."""
     # What the recipe itself leaves without effect, `validate` refuses.
     mistakes = idle_settings(from_flat(recipe)).keys()
     idle = (
@@ -111,7 +114,8 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
 
 
 def from_flat(settings: dict[str, Any]) -> Arguments:
-    """Arguments from {field: value} of the right types; the other fields have defaults."""
+    """Arguments from {field: value} of the right types; the other fields have
+    defaults."""
     groups = {}
     for name, group in _GROUPS.items():
         names = settings.keys() & {entry.name for entry in dataclasses.fields(group)}
@@ -122,8 +126,8 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:
-    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without
-    what differs by rank."""
+    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run.
+    Without what differs by rank."""
     flat: dict[str, Any] = {}
     for name in _GROUPS:
         flat |= dataclasses.asdict(getattr(arguments, name))

@@ -17,9 +17,8 @@ class ModelArguments:
     """Which model, and which tokenizer."""
 
     model_name_or_path: str | None = None
-    """Folder or Hub name of the model to continue training. Without it and without data the
-    demo runs.
-    """
+    """Folder or Hub name of the model to continue training. Without it and without data
+    the demo runs."""
     model_config: str | None = None
     """A config.json (see configs/models/) to start from random weights instead of
     --model_name_or_path.
@@ -27,9 +26,8 @@ class ModelArguments:
     tokenizer_name: str | None = None
     """Folder or Hub name of the tokenizer. Default: the model's own."""
     train_tokenizer_vocab: int = 0
-    """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training
-    files; 0 for none.
-    """
+    """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the
+    training files; 0 for none."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     rope_scaling: str | None = None
@@ -37,13 +35,14 @@ class ModelArguments:
     '{"rope_type": "yarn", "factor": 4.0}' for 4 times the positions. rope_type: yarn,
     linear, dynamic, llama3, or default, which changes rope_theta alone."""
     attn_implementation: str = "auto"
-    """auto: attention document by document, without a mask of seq_len x seq_len, wherever
-    the model can, else transformers' own. A name of transformers (sdpa, eager,
+    """auto: attention document by document, without a mask of seq_len x seq_len,
+    wherever the model can, else transformers' own. A name of transformers (sdpa, eager,
     flash_attention_2 and so on): that one."""
 
     @property
     def implementation(self) -> str | None:
-        """The value of transformers' attn_implementation; None lets transformers choose."""
+        """The value of transformers' attn_implementation; None lets transformers
+        choose."""
         return None if self.attn_implementation == "auto" else self.attn_implementation
 
     @property
@@ -71,9 +70,8 @@ class DataArguments:
     'corpus/*.jsonl'. Each as PATH, or each as NAME=PATH:WEIGHT, a source of a mixture with
     that weight."""
     mixture: str | None = None
-    """A YAML file that names several sources with their weights, epochs and phases, instead
-    of --train_files.
-    """
+    """A YAML file that names several sources with their weights, epochs and phases,
+    instead of --train_files."""
     replay: list[str] = field(default_factory=list)
     """Text of the old domain, as NAME=PATH:SHARE: this share of every batch."""
     held_out_share: float = 0.0
@@ -84,9 +82,8 @@ class DataArguments:
     --max_steps.
     """
     shuffle_buffer: int = 10000
-    """With --streaming: number of documents that are shuffled together; 0 keeps the order
-    of the files.
-    """
+    """With --streaming: number of documents that are shuffled together; 0 keeps the
+    order of the files."""
     eval_files: list[str] = field(default_factory=list)
     """Files whose perplexity is reported, each set as PATH (named by its file, without
     endings) or NAME=PATH_OR_PATTERN."""
@@ -100,9 +97,8 @@ class DataArguments:
     seq_len: int = 512
     """Tokens of one packed training sequence."""
     document_mask: bool = True
-    """Restart positions at every document and keep attention inside it; --no_document_mask
-    lets it cross.
-    """
+    """Restart positions at every document and keep attention inside it;
+    --no_document_mask lets it cross."""
     preprocessing_workers: int = 1
     """Number of processes that tokenise on each node."""
     cache_dir: str | None = None
@@ -118,8 +114,8 @@ class DataArguments:
         return [named_path(entry) for entry in self.eval_files]
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with these settings alone, one message each. `mixture_plan` checks
-        the sources."""
+        """What is wrong with these settings alone, one message each. `mixture_plan`
+        checks the sources."""
         names = [name for name, _ in self.named_eval_files()]
         for name in names:
             if glob.has_magic(name) or names.count(name) > 1:

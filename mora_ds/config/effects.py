@@ -1,9 +1,9 @@
 """When each setting has an effect. One that has none is a mistake of the user's: it is
 refused by its name.
 
-The keys of a recipe are of two kinds. What the recipe itself makes idle is refused like a
-flag; what only a flag on the command line makes idle (`RECIPE.yaml --adapter full`) is left
-out of the run, which says so once.
+The keys of a recipe are of two kinds. What the recipe itself makes idle is refused like
+a flag; what only a flag on the command line makes idle (`RECIPE.yaml --adapter full`)
+is left out of the run, which says so once.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ EFFECTS = (
 
 
 def idle_settings(arguments: Arguments) -> dict[str, str]:
-    """{setting: message} of those that differ from their defaults, and have no effect."""
+    """{setting: message} of those that differ from their defaults, and have no
+    effect."""
     has_known_adapter = arguments.adapter.adapter in [
         kind.value for kind in AdapterKind
     ]

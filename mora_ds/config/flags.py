@@ -2,10 +2,10 @@
 
     argv -> {field: value} of [recipe.yaml] and of flags -> dataclasses
 
-Each field is a flag of the same name; its docstring is its help. The first argument may be
-a YAML file with the same names as keys; flags win over it. Nothing unknown passes: an
-unknown key or flag, a value of another type, a key twice in a file are all `UserError`,
-with the nearest known name.
+Each field is a flag of the same name; its docstring is its help. The first argument may
+be a YAML file with the same names as keys; flags win over it. Nothing unknown passes:
+an unknown key or flag, a value of another type, a key twice in a file are all
+`UserError`, with the nearest known name.
 """
 
 import argparse
@@ -34,8 +34,8 @@ _NOT_GIVEN = object()
 def documented(cls: Class) -> Class:
     """Class decorator, under `@dataclass`: every field's docstring becomes its help.
 
-    One text serves the reader of the source and the reader of `--help`. A field without one
-    is a TypeError.
+    One text serves the reader of the source and the reader of `--help`. A field without
+    one is a TypeError.
     """
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
@@ -98,7 +98,8 @@ train_tokenizer_type: was removed: the tokenizer is trained as BPE
 trainable_budget: was removed: mora-ds analyze --trainable_budget writes a plan of targets
 warmup_ratio: was removed: --warmup_steps below 1 is a share of the run
 """
-"""Settings of versions before 0.3.0, and what to do instead, to be read after a name."""
+"""Settings of versions before 0.3.0, and what to do instead, to be read after a
+name."""
 
 REMOVED = {
     name: instead
@@ -110,7 +111,8 @@ REMOVED = {
 
 
 class StrictParser(HfArgumentParser):
-    """HfArgumentParser that raises `UserError` where it would end the process, but for `-h`."""
+    """HfArgumentParser that raises `UserError` where it would end the process, but for
+    `-h`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -119,9 +121,9 @@ class StrictParser(HfArgumentParser):
 def parse_flat(
     groups: Sequence[type], argv: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({field: value} of the recipe, the same of the flags), of fields of the dataclasses
-    `groups`; what is not given is absent. Raises `UserError`; `-h` prints help and raises
-    SystemExit(0)."""
+    """({field: value} of the recipe, the same of the flags), of fields of the
+    dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
+    help and raises SystemExit(0)."""
     refuse(empty_words(argv))
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
@@ -148,7 +150,8 @@ def parse_flat(
 
 
 def _pop_recipe(arguments: list[str]) -> str | None:
-    """Take the recipe out of `arguments`, where a launcher may have put --local_rank first."""
+    """Take the recipe out of `arguments`, where a launcher may have put --local_rank
+    first."""
     position = 0
     if arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
         position = 1 if "=" in arguments[0] else 2

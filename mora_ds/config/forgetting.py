@@ -1,4 +1,5 @@
-"""Forgetting: perplexities against those at the start, and the settings that act on them.
+"""Forgetting: perplexities against those at the start, and the settings that act on
+them.
 
 --stop_when_forgotten general:1.10    stop once the perplexity on `general` exceeds 1.10 of its value at the start
 --best_by general:0.3 domain:0.7      checkpoints/best: lowest 0.3 x loss on general + 0.7 x loss on domain
@@ -18,17 +19,19 @@ _BEST = "--best_by"
 
 @dataclass(frozen=True)
 class Watch:
-    """What is looked at after every evaluation. Names are those of evaluation sets, whose
-    values are perplexities, and of tasks, whose values are costs."""
+    """What is looked at after every evaluation. Names are those of evaluation sets,
+    whose values are perplexities, and of tasks, whose values are costs."""
 
     bounds: Mapping[str, float]
     """Name -> the ratio of its value to that at the start above which the run stops."""
     weights: Mapping[str, float]
-    """Name -> the weight of its loss in the sum that ranks checkpoints; empty: no ranks."""
+    """Name -> the weight of its loss in the sum that ranks checkpoints; empty: no
+    ranks."""
 
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
-        """From the values of --stop_when_forgotten and of --best_by. Raises `UserError`."""
+        """From the values of --stop_when_forgotten and of --best_by. Raises
+        `UserError`."""
         watch = cls(
             _named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE)
         )
@@ -79,7 +82,8 @@ def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """{set: change of its perplexity since the start in per cent, above 0 if forgotten}."""
+    """{set: change of its perplexity since the start in per cent, above 0 if
+    forgotten}."""
     return {
         name: 100 * (after[name] / before[name] - 1) for name in after if name in before
     }

@@ -19,7 +19,8 @@ PLAIN = "train"
 """Name of the source that plain --train_files or --dataset_name make."""
 
 HELD_OUT = "held_out"
-"""Name of the evaluation set of --held_out_share; in a mixture the source's name follows."""
+"""Name of the evaluation set of --held_out_share; in a mixture the source's name
+follows."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
 
@@ -110,7 +111,8 @@ def _check_weights(plan: MixturePlan, where: str) -> None:
 
 
 def _named_source(entry: str) -> tuple[str, str, float] | None:
-    """(name, files, number) of an entry; None for another form, and for an existing file."""
+    """(name, files, number) of an entry; None for another form, and for an existing
+    file."""
     match = _ENTRY.fullmatch(entry)
     if match is None or os.path.exists(os.path.expanduser(entry)):
         return None
@@ -141,8 +143,8 @@ def _of_flags(entries: list[str]) -> MixturePlan:
 
 
 def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
-    """`plan` with replayed sources, which take their share of every phase. The proportions
-    of the others stay."""
+    """`plan` with replayed sources, which take their share of every phase. The
+    proportions of the others stay."""
     sources = list(plan.sources)
     shares = []
     for entry in entries:

@@ -25,7 +25,8 @@ NO_TRACKER = "none"
 TRACKERS = ("tensorboard", "wandb", NO_TRACKER)
 
 ADAMW_LEARNING_RATE = 4e-4
-"""Default of --learning_rate under adamw, and under muon of --embedding_learning_rate."""
+"""Default of --learning_rate under adamw, and under muon of
+--embedding_learning_rate."""
 
 MUON_LEARNING_RATE = 0.01
 """Default of --learning_rate under muon."""
@@ -41,25 +42,22 @@ class TrainingArguments:
     overwrite_output_dir: bool = False
     """Delete the run that --output_dir holds."""
     resume_from_checkpoint: str | None = None
-    """latest (fails without one), auto (starts from the beginning without one), or the path
-    of a checkpoint.
-    """
+    """latest (fails without one), auto (starts from the beginning without one), or the
+    path of a checkpoint."""
     deepspeed: str | None = None
-    """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value
-    "auto".
-    """
+    """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every
+    value "auto"."""
     tensor_parallel_size: int = 1
-    """Ranks that split the work of one: each computes a slice of every layer and holds a
-    part of every MoRA matrix; the base stays unsharded on each. Consecutive ranks, best on
-    one node. Ranks of the run = this x data-parallel replicas."""
+    """Ranks that split the work of one: each computes a slice of every layer and holds
+    a part of every MoRA matrix; the base stays unsharded on each. Consecutive ranks,
+    best on one node. Ranks of the run = this x data-parallel replicas."""
     base_device: str = BaseDevice.AUTO.value
-    """Where the frozen weights of the decoder layers are: device, or host (in host memory;
-    a GPU holds those of two layers at a time, and copies the next one while it computes).
-    auto: device, unless the plan says that the base does not fit there."""
+    """Where the frozen weights of the decoder layers are: device, or host (in host
+    memory; a GPU holds those of two layers at a time, and copies the next one while it
+    computes). auto: device, unless the plan says that the base does not fit there."""
     dry_run: bool = False
-    """Print what each rank would hold and send, and stop: nothing is trained, the output
-    folder stays as it is.
-    """
+    """Print what each rank would hold and send, and stop: nothing is trained, the
+    output folder stays as it is."""
     max_steps: int = -1
     """Optimizer steps of the run; -1: --num_train_epochs decides."""
     num_train_epochs: float = 1.0
@@ -71,13 +69,12 @@ class TrainingArguments:
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     sequence_parallel_size: int = 1
-    """Consecutive ranks that share every row, each with its part of the tokens (DeepSpeed's
-    Ulysses), for sequences too long for one; the base stays unsharded on every rank. Batch
-    sizes then count the rows of such a group."""
+    """Consecutive ranks that share every row, each with its part of the tokens
+    (DeepSpeed's Ulysses), for sequences too long for one; the base stays unsharded on
+    every rank. Batch sizes then count the rows of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
-    """adamw, or muon: Muon for the MoRA matrices (of LoRA each factor), AdamW for all other
-    trained parameters.
-    """
+    """adamw, or muon: Muon for the MoRA matrices (of LoRA each factor), AdamW for all
+    other trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate of the adapter, or of everything with --adapter full. Default:
     4e-4 under adamw, where a rank four times as high wants half of it (the paper, 7B: 4e-4
@@ -90,19 +87,18 @@ class TrainingArguments:
     min_lr_ratio: float = 0.0
     """The learning rate decays towards this share of its peak."""
     lr_scheduler_type: str = "linear"
-    """linear, cosine, constant (constant_with_warmup is the same) or warmup_stable_decay
-    (wsd).
-    """
+    """linear, cosine, constant (constant_with_warmup is the same) or
+    warmup_stable_decay (wsd)."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
+    """Share of the steps after the first warm-up in which warmup_stable_decay
+    decays."""
     decay_from: str | None = None
     """A checkpoint at the peak learning rate, of a run with warmup_stable_decay or
     constant: this run goes on from there, its batches too, and decays over --max_steps
     steps."""
     warmup_steps: float = 0
-    """Optimizer steps of the first warm-up; below 1: its share of the run, rounded up to
-    whole steps.
-    """
+    """Optimizer steps of the first warm-up; below 1: its share of the run, rounded up
+    to whole steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay, AdamW's and Muon's."""
     adam_beta1: float = 0.9
@@ -118,22 +114,22 @@ class TrainingArguments:
     fp16: bool = False
     """Compute in float16 with loss scaling."""
     deterministic: bool = False
-    """On GPUs: use only operations, workspaces and NCCL algorithms that give the same bits
-    each time, so that a resumed run equals an uninterrupted one to the bit, as it does on
-    CPUs without this flag. Slower, most of all in attention; an operation that has no such
-    form ends the run with its name."""
+    """On GPUs: use only operations, workspaces and NCCL algorithms that give the same
+    bits each time, so that a resumed run equals an uninterrupted one to the bit, as it
+    does on CPUs without this flag. Slower, most of all in attention; an operation that
+    has no such form ends the run with its name."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     chunked_loss: bool = False
-    """Compute the loss of a few tokens at a time where the head is trained too, so that the
-    logits of a complete batch are never in memory (8 bytes x tokens x vocabulary): less
-    memory, a third more arithmetic in the head. With a frozen head, which costs nothing
-    more, it is always done."""
+    """Compute the loss of a few tokens at a time where the head is trained too, so that
+    the logits of a complete batch are never in memory (8 bytes x tokens x vocabulary):
+    less memory, a third more arithmetic in the head. With a frozen head, which costs
+    nothing more, it is always done."""
     log_level: str = LogLevel.INFO.value
-    """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks
-    print warnings and errors; with debug they print everything too. Debug adds the adapted
-    layers; `mora-ds pretrain` with debug or info given in the command also shows what
-    DeepSpeed's launcher prints."""
+    """Least severe messages that rank 0 prints: debug, info, warning or error. Other
+    ranks print warnings and errors; with debug they print everything too. Debug adds
+    the adapted layers; `mora-ds pretrain` with debug or info given in the command also
+    shows what DeepSpeed's launcher prints."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where the curves go besides metrics.jsonl: tensorboard, wandb, or none."""
     logging_steps: int = 1
@@ -148,19 +144,19 @@ class TrainingArguments:
     """Evaluate before the first step; --no_eval_on_start to skip it."""
     eval_tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness to evaluate on the live model, at start and end;
-    FILE.yaml is a task of your own.
-    """
+    FILE.yaml is a task of your own."""
     eval_tasks_steps: int = 0
     """Optimizer steps between evaluations of --eval_tasks, a multiple of --eval_steps; 0:
     at start and end only.
     """
     stop_when_forgotten: list[str] = field(default_factory=list)
-    """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of
-    one exceeds this ratio to its value at the start. A task of --eval_tasks: once its score
-    has fallen by this ratio."""
+    """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity
+    of one exceeds this ratio to its value at the start. A task of --eval_tasks: once
+    its score has fallen by this ratio."""
     best_by: list[str] = field(default_factory=list)
-    """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of losses
-    is kept as checkpoints/best. A task's loss is minus the logarithm of its score."""
+    """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of
+    losses is kept as checkpoints/best. A task's loss is minus the logarithm of its
+    score."""
     max_eval_batches: int | None = None
     """Batches per evaluation set, over all ranks. Default: the complete set."""
     save_steps: int = 500
@@ -169,20 +165,20 @@ class TrainingArguments:
     """Number of checkpoints to keep, the newest. Default: all."""
     async_save: bool = False
     """Write checkpoints in the background: training waits only for the copy into host
-    memory.
-    """
+    memory."""
     seed: int = 42
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
     push_to_hub: str | None = None
-    """Upload the merged model (with --export_merged), or else the adapter alone, to this
-    repository of the Hugging Face Hub at the end. A new repository is private; the token is
-    that of `hf auth login`, or HF_TOKEN."""
+    """Upload the merged model (with --export_merged), or else the adapter alone, to
+    this repository of the Hugging Face Hub at the end. A new repository is private; the
+    token is that of `hf auth login`, or HF_TOKEN."""
     collective_timeout_s: float | None = None
-    """Seconds that a rank waits for the others in a collective, and for their start, before
-    it fails; longer than rank 0 needs to hash a checkpoint. With --async_save also for the
-    disk. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise 30 minutes."""
+    """Seconds that a rank waits for the others in a collective, and for their start,
+    before it fails; longer than rank 0 needs to hash a checkpoint. With --async_save
+    also for the disk. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise
+    30 minutes."""
     local_rank: int = -1
     """Set by the launcher."""
 
@@ -233,8 +229,8 @@ class TrainingArguments:
         return ADAMW_LEARNING_RATE if self.has_muon else self.peak_learning_rate
 
     def first_warmup(self, total_steps: int) -> int:
-        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid number
-        counts as 0."""
+        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid
+        number counts as 0."""
         if not NOT_NEGATIVE.allow(self.warmup_steps):
             return 0
         if self.warmup_steps < 1:

@@ -1,4 +1,5 @@
-"""Checks of all settings that need no file's contents; every problem is reported at once.
+"""Checks of all settings that need no file's contents; every problem is reported at
+once.
 
     settings without effect     effects.py
     limits of single values     here, `_LIMITS`
@@ -142,7 +143,8 @@ def _contradictions(
     data: DataArguments,
     training: TrainingArguments,
 ) -> Iterator[str]:
-    """One message for each setting of a group that those of another one do not go with."""
+    """One message for each setting of a group that those of another one do not go
+    with."""
     muon = training.has_muon
     is_full = adapter.adapter == AdapterKind.FULL.value
     uploads_adapter = training.push_to_hub and not training.export_merged

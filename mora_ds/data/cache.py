@@ -5,9 +5,10 @@
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
-It is built once for the same text and settings, in a temporary folder that is then renamed,
-so that a folder with a key as its name is complete. A killed builder leaves a temporary
-folder that nobody reads, and a later build removes it. Of two builders the first one wins.
+It is built once for the same text and settings, in a temporary folder that is then
+renamed, so that a folder with a key as its name is complete. A killed builder leaves a
+temporary folder that nobody reads, and a later build removes it. Of two builders the
+first one wins.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def build_cache(
 
     `num_proc` processes tokenise; their number does not change the result.
     `document_start`: as in `tokenizer.start_id`. Every document is followed by the
-    end-of-text token. A damaged cache is rebuilt, with a warning. Raises `UserError` for a
-    file that cannot be read as text, an empty corpus or a tokenizer without end-of-text
-    token, and `RunError` for a full disk.
+    end-of-text token. A damaged cache is rebuilt, with a warning. Raises `UserError`
+    for a file that cannot be read as text, an empty corpus or a tokenizer without
+    end-of-text token, and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, document_start)
     num_proc = _processes_for(corpus, tokenizer, num_proc)
@@ -120,7 +121,8 @@ def build_cache(
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the cache in `folder`, by sizes and hashes of its files, or None."""
+    """What is wrong with the cache in `folder`, by sizes and hashes of its files, or
+    None."""
     try:
         meta = json.loads((folder / META).read_text())
         settings = meta["settings"]
@@ -143,14 +145,15 @@ def damage(folder: Path) -> str | None:
 def _processes_for(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int
 ) -> int:
-    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class came
-    with the model, which cannot be pickled."""
+    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class
+    came with the model, which cannot be pickled."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
 def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, Any]:
-    """All that decides which tokens a cache holds. `hashes`: of the corpus's members."""
+    """All that decides which tokens a cache holds. `hashes`: of the corpus's
+    members."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -170,7 +173,7 @@ def _key(settings: dict[str, Any]) -> str:
     ]
 
 
-# -- building ------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------
 
 
 def _build(
@@ -206,8 +209,8 @@ def _build(
 def _write(
     corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
 ) -> dict[str, Any]:
-    """Write the tokens of all documents into `folder`. Returns the counts and hashes for
-    meta.json."""
+    """Write the tokens of all documents into `folder`. Returns the counts and hashes
+    for meta.json."""
     with_text = (document for document in corpus if not document.is_empty)
     # None hides it where there is no terminal.
     hidden = None if progress else True
@@ -233,8 +236,8 @@ def _write(
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename the new cache. A damaged one in its place is removed; one that another builder
-    finished first stays."""
+    """Rename the new cache. A damaged one in its place is removed; one that another
+    builder finished first stays."""
     if folder.exists() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -248,7 +251,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Remove the temporary folders of killed builders, as the file system's locks tell."""
+    """Remove the temporary folders of killed builders, as the file system's locks
+    tell."""
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
         # Another builder may finish, and rename it, at the same time.
         with suppress(FileNotFoundError):

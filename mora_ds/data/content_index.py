@@ -1,4 +1,5 @@
-"""The hash of every member's contents, read once and remembered: what names a token cache.
+"""The hash of every member's contents, read once and remembered: what names a token
+cache.
 
 <cache_dir>/index/<hash of path, size and time>.json    the hash, valid as long as the file does not change
 """
@@ -21,8 +22,8 @@ _FORMAT = 3
 
 def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
     """The hash of every member's contents, in order: from the index where the member is
-    unchanged, otherwise by reading it. Raises `UserError` for a `cache_dir` that cannot be
-    written to."""
+    unchanged, otherwise by reading it. Raises `UserError` for a `cache_dir` that cannot
+    be written to."""
     with writable(cache_dir):
         (cache_dir / "index").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:  # hashing does not hold Python's lock
@@ -53,7 +54,8 @@ def _recall(entry: Path) -> str | None:
 
 
 def _remember(entry: Path, content_hash: str) -> None:
-    """Write in place: half an entry has no valid seal, and a kill leaves no temporary file."""
+    """Write in place: half an entry has no valid seal, and a kill leaves no temporary
+    file."""
     content = {"content_hash": content_hash, "seal": _seal(content_hash)}
     entry.write_text(json.dumps(content))
 

@@ -81,13 +81,13 @@ def load_corpus(
     text_column: str = "text",
     flag: str = "--train_files",
 ) -> Corpus:
-    """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder on
-    disk), as one corpus.
+    """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder
+    on disk), as one corpus.
 
-    `streaming`: a name of the hub is read over the network, whenever it is read. Looks at
-    names, sizes and the first document of every member only; the rest is checked while it
-    is read. Raises `UserError`, which names `flag` or `--dataset_name`, for anything that
-    is no corpus.
+    `streaming`: a name of the hub is read over the network, whenever it is read. Looks
+    at names, sizes and the first document of every member only; the rest is checked
+    while it is read. Raises `UserError`, which names `flag` or `--dataset_name`, for
+    anything that is no corpus.
     """
     # Another flag is the name of a source of a mixture.
     if dataset_name is not None and flag == "--train_files":
@@ -105,15 +105,15 @@ def load_corpus(
     return corpus
 
 
-# -- files ---------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------
 
 
 def resolve_files(patterns: Sequence[str]) -> list[Path]:
     """Files in the order of the patterns, sorted within each, without repeats.
 
-    A folder stands for all files within it that have a known suffix. Files of no bytes are
-    left out where a pattern or a folder has found them, but not where they are named.
-    Raises `UserError` for a pattern without a match.
+    A folder stands for all files within it that have a known suffix. Files of no bytes
+    are left out where a pattern or a folder has found them, but not where they are
+    named. Raises `UserError` for a pattern without a match.
     """
     paths: dict[str, Path] = {}
     for pattern in patterns:
@@ -176,11 +176,12 @@ def _file_member(path: Path, text_column: str) -> Member:
     return FileMember(path, text_column)
 
 
-# -- datasets ------------------------------------------------------------------------------
+# -- datasets --------------------------------------------------------------------------
 
 
 def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
-    """A folder that `datasets` has saved, which is memory-mapped, or a name it knows."""
+    """A folder that `datasets` has saved, which is memory-mapped, or a name it
+    knows."""
     # Not above: it is slow to import, and most runs read files.
     import datasets
 

@@ -5,9 +5,10 @@
 
     a module -> held out or not, by a hash of its name -> the same side of both corpora
 
-Docstrings are part of the code too, so the split is by module: the code and the docstrings
-of a held-out module are evaluated on and never trained on, and paragraphs of held-out prose
-are removed from the training prose. The same Python version gives the same bytes.
+Docstrings are part of the code too, so the split is by module: the code and the
+docstrings of a held-out module are evaluated on and never trained on, and paragraphs of
+held-out prose are removed from the training prose. The same Python version gives the
+same bytes.
 """
 
 import ast
@@ -25,8 +26,8 @@ from mora_ds.common.errors import UserError
 
 HELD_OUT_PERCENT = 5
 _SPLIT_SALT = "4/"
-"""Prefix of the hashed names. Of a few that were tried, this one holds out about 5% of the
-bytes too."""
+"""Prefix of the hashed names. Of a few that were tried, this one holds out about 5% of
+the bytes too."""
 
 _SKIPPED_FOLDERS = {
     "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3",
@@ -54,8 +55,8 @@ class DemoDocument:
 
 
 def general_documents() -> list[DemoDocument]:
-    """Prose: every topic of the language reference, and one document of docstrings for each
-    module that has some."""
+    """Prose: every topic of the language reference, and one document of docstrings for
+    each module that has some."""
     # Not above: half a megabyte that only the demo needs.
     from pydoc_data.topics import topics
 
@@ -102,8 +103,9 @@ def write_demo_corpus(
 
 
 def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
-    """Write the documents, in the order of a hash of their names, so that a limit takes an
-    even sample; those that would exceed it are left out. Returns the bytes of text."""
+    """Write the documents, in the order of a hash of their names, so that a limit takes
+    an even sample; those that would exceed it are left out. Returns the bytes of
+    text."""
 
     def order(document: DemoDocument) -> tuple[int, str]:
         return _hash(document.source), document.source
@@ -126,7 +128,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-# -- where the text comes from -------------------------------------------------------------
+# -- where the text comes from ---------------------------------------------------------
 
 
 @dataclass(frozen=True)

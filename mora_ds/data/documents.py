@@ -12,16 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents of rows (B, T), laid one row after the other. Every row begins with a
-    document, and another one begins at each position that does not follow the one before.
-    """
+    """The documents of rows (B, T), laid one row after the other. Every row begins with
+    a document, and another one begins at each position that does not follow the one
+    before."""
 
     bounds: Tensor
     """(documents + 1,) int32: the token with which each begins, then the number B T."""
     lengths: tuple[int, ...]
     """Tokens of each document, known on the host, so that no device has to be asked."""
     windows: set[int | None] = field(default_factory=set)
-    """The sliding windows with which attention has been asked for them; None for none."""
+    """The sliding windows with which attention has been asked for them; None for
+    none."""
 
     @classmethod
     def of(cls, positions: Tensor) -> Documents:

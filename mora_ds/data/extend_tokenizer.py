@@ -28,7 +28,8 @@ _CANDIDATES_A_TOKEN = 4
 """Many candidates are old tokens, or more than one word for the tokenizer."""
 
 _INTERMEDIATE_SHARE = 8
-"""One in so many of the candidates gets an intermediate token where none is within reach."""
+"""One in so many of the candidates gets an intermediate token where none is within
+reach."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Extension:
 
 
 def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
-    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained
-    on `texts`, best first. Spaces are U+2581; digits stay apart. Raises `UserError` for a
-    corpus without text."""
+    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model
+    trained on `texts`, best first. Spaces are U+2581; digits stay apart. Raises
+    `UserError` for a corpus without text."""
     size = 512 + _CANDIDATES_A_TOKEN * wanted
     return vocabulary_by_score(
         texts, size, "--pieces", hard_vocab_limit=False, split_digits=True
@@ -55,7 +56,8 @@ def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for others."""
+    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for
+    others."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.BPE):
         kind = type(tokenizer if backend is None else backend.model).__name__
@@ -71,9 +73,9 @@ def extend_tokenizer(
     wanted: int,
     folder: Path,
 ) -> Extension:
-    """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which must
-    exist. Raises `UserError`, which names --pieces, where the candidates are too few, and
-    for tokenizers that are not BPE."""
+    """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which
+    must exist. Raises `UserError`, which names --pieces, where the candidates are too
+    few, and for tokenizers that are not BPE."""
     backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
@@ -139,9 +141,9 @@ def _grow(
     """Add tokens to the vocabulary, and to the merges the pair that each is made of.
     Returns the tokens.
 
-    In each pass the best candidates still needed are segmented by the merges so far. One of
-    two parts is one merge away and is added. Where there is none, the first two parts of
-    the best candidates are joined to a token first.
+    In each pass the best candidates still needed are segmented by the merges so far.
+    One of two parts is one merge away and is added. Where there is none, the first two
+    parts of the best candidates are joined to a token first.
     """
     vocabulary = model["vocab"]
     merges = model["merges"]
@@ -178,8 +180,8 @@ def _grow(
 
 
 def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
-    """The parts that BPE makes of a token: the pair of the lowest rank is joined first, of
-    two equal ones the left."""
+    """The parts that BPE makes of a token: the pair of the lowest rank is joined first,
+    of two equal ones the left."""
     segments = list(token)
     while len(segments) > 1:
         pair_ranks = [ranks.get(pair) for pair in pairwise(segments)]

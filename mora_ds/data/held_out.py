@@ -2,8 +2,8 @@
 
     --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluated on, never trained on
 
-A hash of each decides, so that the same document is on the same side in every source, file,
-run and process.
+A hash of each decides, so that the same document is on the same side in every source,
+file, run and process.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ HASHED_CHARACTERS = 1 << 16
 
 
 def document_hash(text: str) -> int:
-    """A 64-bit hash of the document that begins with `text`, without case and white space."""
+    """A 64-bit hash of the document that begins with `text`, without case and white
+    space."""
     words = unicodedata.normalize("NFC", text[:HASHED_CHARACTERS]).lower().split()
     digest = hashlib.sha256(" ".join(words).encode()).digest()
     return int.from_bytes(digest[:8], "big")

@@ -88,7 +88,8 @@ class DatasetMember:
 
 @dataclass(frozen=True)
 class StreamedDatasetMember:
-    """A `datasets.IterableDataset`. A mark holds its state, which it has after any row."""
+    """A `datasets.IterableDataset`. A mark holds its state, which it has after any
+    row."""
 
     label: str
     dataset: Any

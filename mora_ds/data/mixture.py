@@ -1,10 +1,10 @@
-"""One or several named sources -> batches with exact shares, as a pure function of step and
-batch size.
+"""One or several named sources -> batches with exact shares, as a pure function of step
+and batch size.
 
     sample i  --SampleSchedule-->  (source, number n among its samples)  --the source's own order-->  block
 
-Each source has an order of its own, drawn from (seed, name, epoch), so that adding a source
-does not reorder another.
+Each source has an order of its own, drawn from (seed, name, epoch), so that adding a
+source does not reorder another.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ LONGEST_PERIOD = 1 << 16
 
 
 Phases = Sequence[tuple[int, Sequence[float]]]
-"""(first sample or step, weights in whose proportion sources are drawn from there on)."""
+"""(first sample or step, weights in whose proportion sources are drawn from there
+on)."""
 
 
 class SampleSchedule:
     """Which source each sample comes from, for K sources under phases and caps.
 
     `caps[k]`: how many samples source k has to give, None for any number. Where every
-    source with a weight is used up, the schedule ends: `limit` is its length in samples,
-    None for an endless one.
+    source with a weight is used up, the schedule ends: `limit` is its length in
+    samples, None for an endless one.
     """
 
     def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
@@ -60,8 +61,8 @@ class SampleSchedule:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
     def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
-        """Fill `_segments`: a new one begins with each phase, and where a source is used up.
-        Returns the limit."""
+        """Fill `_segments`: a new one begins with each phase, and where a source is
+        used up. Returns the limit."""
         first = 0
         before = np.zeros(len(caps), dtype=np.int64)
         ends = [*(next_first for next_first, _ in phases[1:]), None]
@@ -124,11 +125,11 @@ class _Segment:
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest integers in the proportion of `weights`, which are read as decimals (0.1
-    is 1/10).
+    """The smallest integers in the proportion of `weights`, which are read as decimals
+    (0.1 is 1/10).
 
-    Where they would add up to more than `LONGEST_PERIOD` they are rounded to add up to it
-    (largest remainders; at least 1 each), which moves a share by less than 1/65,536.
+    Where they would add up to more than `LONGEST_PERIOD` they are rounded to add up to
+    it (largest remainders; at least 1 each), which moves a share by less than 1/65,536.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     exact = [weight / sum(exact) for weight in exact]
@@ -149,17 +150,17 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(order, number), each (period,): every sample's source, and its number among that
-    source's samples. The source that falls due first is drawn next, so that no prefix is
-    off its share by a complete sample."""
+    source's samples. The source that falls due first is drawn next, so that no prefix
+    is off its share by a complete sample."""
     active = [source for source, weight in enumerate(weights) if weight]
     share = np.array([weights[source] for source in active], dtype=np.int64)
     period = sum(weights)
     order = np.empty(period, dtype=np.int64)
     number = np.empty(period, dtype=np.int64)
     drawn = np.zeros_like(share)
-    # Tijdeman's rule for the chairman assignment problem (1980): of the K sources that lack
-    # at least 1 / (2 K - 2) of a sample, draw the one whose lack would be the first to
-    # exceed 1 - 1 / (2 K - 2). No lack then ever exceeds that.
+    # Tijdeman's rule for the chairman assignment problem (1980): of the K sources that
+    # lack at least 1 / (2 K - 2) of a sample, draw the one whose lack would be the
+    # first to exceed 1 - 1 / (2 K - 2). No lack then ever exceeds that.
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
         lack = (sample + 1) * share - drawn * period
@@ -178,7 +179,8 @@ Source = PackedDataset | StreamSource
 
 
 class Mixture:
-    """Batches of one or several sources. Each rank draws its rows without the others."""
+    """Batches of one or several sources. Each rank draws its rows without the
+    others."""
 
     def __init__(
         self,
@@ -240,7 +242,8 @@ class Mixture:
 
     @property
     def n_blocks(self) -> int:
-        """Sequences of all sources together, each read once; streams are not counted."""
+        """Sequences of all sources together, each read once; streams are not
+        counted."""
         return sum(source.n_blocks or 0 for source in self.sources)
 
     @property
@@ -266,9 +269,9 @@ class Mixture:
         return stack([self.sources[0].probe(index) for index in range(count)])
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each
-        int64 (B, T), and their `documents`. With streams all ranks ask for the same step,
-        that of the last call or a later one."""
+        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids,
+        each int64 (B, T), and their `documents`. With streams all ranks ask for the
+        same step, that of the last call or a later one."""
         while self._streams and self._next_step <= step:
             self._draw()
         samples = self._samples(step)[rows]
@@ -277,9 +280,9 @@ class Mixture:
         )
 
     def states_at(self, step: int) -> dict[str, Any] | None:
-        """What a run with streams needs that goes on with batch `step`, which is the last
-        one drawn or the one after it. Where drawing it has failed half-way, that is the
-        position before. None without streams."""
+        """What a run with streams needs that goes on with batch `step`, which is the
+        last one drawn or the one after it. Where drawing it has failed half-way, that
+        is the position before. None without streams."""
         if not self._streams:
             return None
         states = self._before if step == self._before["step"] else self._now()
@@ -304,8 +307,8 @@ class Mixture:
         return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
 
     def _draw(self) -> None:
-        """Draw the streams' part of the next global batch, on every rank, so that all stay
-        at the same position."""
+        """Draw the streams' part of the next global batch, on every rank, so that all
+        stay at the same position."""
         self._before = self._now()
         self._drawn = {}
         for sample in self._samples(self._next_step):

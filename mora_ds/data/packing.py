@@ -1,15 +1,17 @@
-"""The token stream cut into blocks, and samples of them: a pure function of seed and number.
+"""The token stream cut into blocks, and samples of them: a pure function of seed and
+number.
 
-Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows of a
-batch.
+Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows
+of a batch.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
     epoch e     a permutation of the blocks, drawn from (seed, e)
     sample n    block n of the epochs, one after the other
 
-Every token but the very first is predicted once an epoch. (With the document mask the first
-token of each document is not predicted, as nothing before it belongs to the document.)
+Every token but the very first is predicted once an epoch. (With the document mask the
+first token of each document is not predicted, as nothing before it belongs to the
+document.)
 """
 
 import hashlib
@@ -41,10 +43,10 @@ def pack(
 ) -> Block:
     """A block from up to T + 1 consecutive tokens; the last one is a label only.
 
-    `document_starts`: offsets from 1 on at which a new document begins. Missing tokens are
-    padded: label -100 and, with the document mask, positions that start at 0 again, so that
-    the padding is a document of its own. A document that began in an earlier block starts
-    at position 0 too, as its first tokens cannot be attended to.
+    `document_starts`: offsets from 1 on at which a new document begins. Missing tokens
+    are padded: label -100 and, with the document mask, positions that start at 0 again,
+    so that the padding is a document of its own. A document that began in an earlier
+    block starts at position 0 too, as its first tokens cannot be attended to.
     """
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
@@ -101,7 +103,8 @@ class PackedDataset:
         return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the unshuffled stream, which begins again after its last."""
+        """Sequence `index` of the unshuffled stream, which begins again after its
+        last."""
         return self.block(index % self.n_blocks)
 
     @property
@@ -113,8 +116,8 @@ class PackedDataset:
         self, rank: int, world: int, batch_size: int
     ) -> Iterator[dict[str, Tensor]]:
         """This rank's share of all blocks, in order; each block is on exactly one rank.
-        Every rank yields the same number of batches of `batch_size` rows, of padding where
-        no blocks are left."""
+        Every rank yields the same number of batches of `batch_size` rows, of padding
+        where no blocks are left."""
         eos_id = self.cache.eos_id
         no_starts = np.array([], dtype=np.int64)
         padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False)

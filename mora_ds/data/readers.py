@@ -5,8 +5,8 @@
     .parquet       one document a row
     .gz .zst       compressed text and JSON lines
 
-No more than one chunk, line or record batch is in memory at a time. A line cannot be read
-in chunks and has a size limit, `LINE_BYTES`.
+No more than one chunk, line or record batch is in memory at a time. A line cannot be
+read in chunks and has a size limit, `LINE_BYTES`.
 """
 
 import codecs
@@ -30,7 +30,8 @@ CHUNK_CHARACTERS = 1 << 20
 """Longest chunk of a text file; it ends with a line if one ends in its second half."""
 
 BATCH_CHARACTERS = 1 << 18
-"""Characters of one batch of documents, the unit of work of a process that tokenises."""
+"""Characters of one batch of documents, the unit of work of a process that
+tokenises."""
 
 LINE_BYTES = 32 << 20
 """Longest JSON line: to tokenise one takes about 200 times its size in memory."""
@@ -76,7 +77,8 @@ Item = TypeVar("Item")
 def batched(
     items: Iterable[Item], characters: Callable[[Item], int]
 ) -> Iterator[list[Item]]:
-    """Consecutive items in batches of at least `BATCH_CHARACTERS`, but for the last batch."""
+    """Consecutive items in batches of at least `BATCH_CHARACTERS`, but for the last
+    batch."""
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -114,8 +116,8 @@ def has_known_suffix(path: Path) -> bool:
 
 
 def file_kind(path: Path) -> str:
-    """The format of a file by its suffix; an unknown suffix means text. Raises `UserError`
-    for formats that are not read."""
+    """The format of a file by its suffix; an unknown suffix means text. Raises
+    `UserError` for formats that are not read."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, TEXT)
     if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
@@ -141,9 +143,9 @@ def read_file(
     """The documents of a file after `mark`, each with the position after it (for a chunk:
     before its document).
 
-    JSON lines are read from the mark's byte on, Parquet from its row group; a compressed
-    file is decompressed, but not parsed, up to the mark. Raises `UserError` at the first
-    line or row that is no document.
+    JSON lines are read from the mark's byte on, Parquet from its row group; a
+    compressed file is decompressed, but not parsed, up to the mark. Raises `UserError`
+    at the first line or row that is no document.
     """
     kind = file_kind(path)
     try:
@@ -160,8 +162,8 @@ def read_file(
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
-    """The text of one JSON record. Raises `UserError` that says what is there instead of a
-    string in that field."""
+    """The text of one JSON record. Raises `UserError` that says what is there instead
+    of a string in that field."""
     if not isinstance(row, dict):
         kind = type(row).__name__
         raise UserError(
@@ -185,7 +187,8 @@ def text_field(row: Any, text_column: str, source: str) -> str:
 
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
-    """Raise `UserError` unless one column of the table has that name, and holds strings."""
+    """Raise `UserError` unless one column of the table has that name, and holds
+    strings."""
     index = schema.get_field_index(text_column)
     # -1 stands for none, and for several.
     if index < 0:
@@ -215,12 +218,12 @@ def _open(path: Path) -> IO[bytes]:
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
 
-# -- text ----------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------
 
 
 def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    """A text file in chunks, cut after the last line end in their second half, if there is
-    one, so that few words are torn."""
+    """A text file in chunks, cut after the last line end in their second half, if there
+    is one, so that few words are torn."""
     if mark != START:
         return
     pending = ""
@@ -228,8 +231,8 @@ def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     for block in _decoded(path):
         pending += block
         while len(pending) > CHUNK_CHARACTERS:
-            # Not near the start of the text: the first chunk decides whether the document
-            # is held out.
+            # Not near the start of the text: the first chunk decides whether the
+            # document is held out.
             line_end = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS)
             cut = CHUNK_CHARACTERS if line_end < 0 else line_end + 1
             yield Document(pending[:cut], begins, ends=False), START
@@ -264,7 +267,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     )
 
 
-# -- JSON ----------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------
 
 
 _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
@@ -273,7 +276,8 @@ _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, j
 def _read_json(
     path: Path, text_column: str, mark: Mark
 ) -> Iterator[tuple[Document, Mark]]:
-    """The records of JSON lines, without blank lines. A byte order mark may come first."""
+    """The records of JSON lines, without blank lines. A byte order mark may come
+    first."""
     offset = mark.offset
     is_empty = mark == START
     with _open(path) as stream:
@@ -328,7 +332,7 @@ def _parse(where: str, line: bytes) -> Any:
         ) from None
 
 
-# -- tables --------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
@@ -352,8 +356,8 @@ def read_rows(
     label: str, columns: Iterable[list[str | None]], row: int
 ) -> Iterator[tuple[Document, Mark]]:
     """A table's text column, batch by batch, as documents. `row`: how many rows were
-    skipped before the first one. Raises `UserError` for a null, for text that is not UTF-8,
-    and for a table without rows."""
+    skipped before the first one. Raises `UserError` for a null, for text that is not
+    UTF-8, and for a table without rows."""
     try:
         for column in columns:
             for text in column:

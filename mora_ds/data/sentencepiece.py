@@ -1,4 +1,5 @@
-"""SentencePiece models: trained, and turned into transformers tokenizers of the same ids.
+"""SentencePiece models: trained, and turned into transformers tokenizers of the same
+ids.
 
     texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
     the model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast -> tokenizer.json
@@ -9,9 +10,9 @@ The wrapped tokenizer repeats what SentencePiece does, stage by stage:
     merge        every pair that makes a token, ranked by the token's score
     fall back    characters that are not in the vocabulary become their UTF-8 bytes
 
-Documents are plain text: "</s>" in a document is four characters, as in SentencePiece, not
-the end-of-text token. (SentencePiece calls the entries of a vocabulary pieces; so do the
-fields of its protocol buffers.)
+Documents are plain text: "</s>" in a document is four characters, as in SentencePiece,
+not the end-of-text token. (SentencePiece calls the entries of a vocabulary pieces; so
+do the fields of its protocol buffers.)
 """
 
 import io
@@ -42,10 +43,11 @@ _NORMAL = 1
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
     """Train a SentencePiece model (BPE) on `texts`, and write it into `folder`: as
-    tokenizer.model, and as a transformers tokenizer with the same ids. Returns the folder.
+    tokenizer.model, and as a transformers tokenizer with the same ids. Returns the
+    folder.
 
-    The same texts give the same files. Raises `UserError` where the corpus does not yield
-    that many tokens.
+    The same texts give the same files. Raises `UserError` where the corpus does not
+    yield that many tokens.
     """
     model = _trained(texts, vocab_size, "--train_tokenizer_vocab")
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +70,9 @@ def vocabulary_by_score(
 def _trained(
     texts: Iterable[str], vocab_size: int, flag: str, **settings: Any
 ) -> bytes:
-    """The trained model. Nothing is normalised (indentation, tabs and line ends are tokens
-    like any other), and characters that are not in the vocabulary fall back to bytes, so
-    decoding gives back every text."""
+    """The trained model. Nothing is normalised (indentation, tabs and line ends are
+    tokens like any other), and characters that are not in the vocabulary fall back to
+    bytes, so decoding gives back every text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -109,7 +111,8 @@ def _parsed(model: bytes) -> Any:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of lines of up to about `_LINE_BYTES`: the trainer would drop far longer ones."""
+    """Runs of lines of up to about `_LINE_BYTES`: the trainer would drop far longer
+    ones."""
     for text in texts:
         start = 0
         while start < len(text):
@@ -122,11 +125,12 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-# -- the model as a transformers tokenizer -------------------------------------------------
+# -- the model as a transformers tokenizer ---------------------------------------------
 
 
 def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that stays the same when it is saved and loaded. BOS is put before texts."""
+    """A tokenizer that stays the same when it is saved and loaded. BOS is put before
+    texts."""
     tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
@@ -148,8 +152,8 @@ def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
 
 
 def _bpe_model(proto: Any) -> models.BPE:
-    """A BPE model with the same merges: SentencePiece joins the two neighbours whose union
-    scores best, however the union is split. Only normal tokens merge."""
+    """A BPE model with the same merges: SentencePiece joins the two neighbours whose
+    union scores best, however the union is split. Only normal tokens merge."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {
         piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL

@@ -2,11 +2,11 @@
 
     members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
-A stream can begin at any position. A window's order is drawn from (seed, epoch, window), so
-a few numbers say where the stream is: the file position at which the window begins, and how
-many of its documents are done. To go on from there one window is read again. A document
-that comes in chunks is too long for a window: it is a window of its own, passed on chunk by
-chunk.
+A stream can begin at any position. A window's order is drawn from
+(seed, epoch, window), so a few numbers say where the stream is: the file position at
+which the window begins, and how many of its documents are done. To go on from there one
+window is read again. A document that comes in chunks is too long for a window: it is a
+window of its own, passed on chunk by chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mora_ds.data.packing import epoch_order
 from mora_ds.data.readers import START, Document, Mark
 
 IN_ORDER_WINDOW = 1024
-"""Documents of a window that is not shuffled: at most so many are read again at a resume."""
+"""Documents of a window that is not shuffled: at most so many are read again at a
+resume."""
 
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""
@@ -37,7 +38,8 @@ class StreamPosition:
     epoch: int = 0
     window: int = 0
     member: int = 0
-    """The member in which the window begins, counted in the epoch's order of members."""
+    """The member in which the window begins, counted in the epoch's order of
+    members."""
     mark: Mark = START
     """The position in that member at which the window begins."""
     done: int = 0
@@ -65,9 +67,9 @@ class DocumentStream:
     def epoch(
         self, position: StreamPosition
     ) -> Iterator[tuple[Document, StreamPosition]]:
-        """The documents from `position` to the end of its epoch, each with its position.
-        Empty ones are left out. Raises `UserError` for a record that is no document,
-        `RunError` for a member that cannot be read any more."""
+        """The documents from `position` to the end of its epoch, each with its
+        position. Empty ones are left out. Raises `UserError` for a record that is no
+        document, `RunError` for a member that cannot be read any more."""
         done = position.done
         for opening, window in self._windows(replace(position, done=0)):
             for index, document in enumerate(window):
@@ -78,8 +80,8 @@ class DocumentStream:
     def _windows(
         self, opening: StreamPosition
     ) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
-        """The position at which each window begins, and its documents, to be read before the
-        next window is asked for."""
+        """The position at which each window begins, and its documents, to be read
+        before the next window is asked for."""
         documents = self._documents(opening)
         end = opening
         window: list[Document] = []
@@ -124,7 +126,8 @@ class DocumentStream:
     def _documents(
         self, position: StreamPosition
     ) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) from `position` on, without empty documents."""
+        """(document, the position after it) from `position` on, without empty
+        documents."""
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
@@ -142,8 +145,8 @@ class DocumentStream:
         try:
             yield from member.marked(mark)
         except UserError as error:
-            # A disk or network that fails has an errno, damage in a file has none: a run
-            # may resume after the former.
+            # A disk or network that fails has an errno, damage in a file has none: a
+            # run may resume after the former.
             cause = error.__cause__
             fails = isinstance(cause, OSError) and cause.errno is not None
             kind = RunError if fails else UserError

@@ -2,9 +2,9 @@
 
     documents  --batches, each tokenised by one of the ranks-->  tokens in a queue  --T at a time-->  block
 
-Only a few batches of documents are read ahead. The saved state is the position of the first
-document whose tokens are still needed, and how many of its tokens are not; on resuming that
-document is tokenised again.
+Only a few batches of documents are read ahead. The saved state is the position of the
+first document whose tokens are still needed, and how many of its tokens are not; on
+resuming that document is tokenised again.
 """
 
 from collections import deque
@@ -22,8 +22,8 @@ from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
 
 SharedWork = Callable[[Callable[[int], Any], int], list[Any]]
-"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one of
-them. All ranks call it at the same moments. (`runtime.ranks.Ranks` is one.)"""
+"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one
+of them. All ranks call it at the same moments. (`runtime.ranks.Ranks` is one.)"""
 
 
 def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
@@ -56,7 +56,8 @@ class StreamSource:
         share: SharedWork = in_this_process,
         ranks: int = 1,
     ) -> None:
-        """`share`: how the `ranks` tokenise together, each a batch of documents at a time."""
+        """`share`: how the `ranks` tokenise together, each a batch of documents at a
+        time."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
@@ -82,8 +83,8 @@ class StreamSource:
         self._start(StreamPosition.from_json(state["place"]), state["offset"])
 
     def sample(self, number: int) -> Block:
-        """The next block, of the next epoch where one ends. Raises `UserError` for a source
-        without text."""
+        """The next block, of the next epoch where one ends. Raises `UserError` for a
+        source without text."""
         assert number == self._samples, "a stream is read in order"
         while True:
             while self._available <= self.seq_len and self._fill():
@@ -94,8 +95,8 @@ class StreamSource:
             self._next_epoch()
 
     def probe(self, index: int) -> Block:
-        """Sequence `index` of the stream's start, read by every rank for itself. The stream
-        stays where it is."""
+        """Sequence `index` of the stream's start, read by every rank for itself. The
+        stream stays where it is."""
         if index >= len(self._probes):
             again = StreamSource(
                 self.documents, self.encoder, self.seq_len, self.document_mask, None
@@ -124,7 +125,8 @@ class StreamSource:
         self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
 
     def _fill(self) -> bool:
-        """Tokenise the next documents, a batch a rank; False at the end of the epoch."""
+        """Tokenise the next documents, a batch a rank; False at the end of the
+        epoch."""
         batches = list(islice(self._batches, self.ranks))
 
         def encode(number: int) -> list[np.ndarray]:
@@ -140,8 +142,8 @@ class StreamSource:
         return bool(batches)
 
     def _next_block(self) -> Block:
-        """The first T + 1 tokens of the queue. The last one is a label only, and stays there
-        as the first input of the next block."""
+        """The first T + 1 tokens of the queue. The last one is a label only, and stays
+        there as the first input of the next block."""
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []

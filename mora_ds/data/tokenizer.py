@@ -22,7 +22,8 @@ from mora_ds.data.readers import Document
 
 AUTO = "auto"
 NOTHING = "none"
-"""What stands before documents where no token is named: the tokenizer's BOS, or nothing."""
+"""What stands before documents where no token is named: the tokenizer's BOS, or
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> Encoder:
-        """`start`: as in `start_id`. Raises `UserError` for one that it does not have, and
-        where there is no end-of-text token."""
+        """`start`: as in `start_id`. Raises `UserError` for one that it does not have,
+        and where there is no end-of-text token."""
         eos_id = end_of_text_id(tokenizer)
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
         return cls(tokenizer, start_id(tokenizer, start), eos_id, dtype)
@@ -78,7 +79,8 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "*.model",
 )
-"""A folder with none of these has no tokenizer, where transformers might make an empty one."""
+"""A folder with none of these has no tokenizer, where transformers might make an empty
+one."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -92,8 +94,8 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     flag: str = "--tokenizer_name",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model. Raises `UserError`, which names `flag`, where
-    there is none, or where it has code that is not trusted."""
+    """The tokenizer of a folder or hub model. Raises `UserError`, which names `flag`,
+    where there is none, or where it has code that is not trusted."""
     path = expanded(name_or_path, flag)
     if path.is_dir() and not holds_tokenizer(path):
         files = ", ".join(_TOKENIZER_FILES)
@@ -106,7 +108,8 @@ def load_tokenizer(
         # Some of its settings are first read when it encodes.
         tokenizer("a")
         return tokenizer
-    # The tokenizers library raises plain ones, for merges of unknown tokens for example.
+    # The tokenizers library raises plain ones, for merges of unknown tokens for
+    # example.
     except Exception as error:
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}"
@@ -116,7 +119,8 @@ def load_tokenizer(
 def load_as_of_model(
     folder: Path, model_type: str, flag: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` as transformers loads it beside a model of that type."""
+    """The tokenizer in `folder` as transformers loads it beside a model of that
+    type."""
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     try:
@@ -128,7 +132,8 @@ def load_as_of_model(
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name"
 ) -> None:
-    """Raise `UserError` for a tokenizer with ids beyond the model's `vocab_size` rows."""
+    """Raise `UserError` for a tokenizer with ids beyond the model's `vocab_size`
+    rows."""
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
@@ -142,8 +147,8 @@ def check_reload(
     model_type: str,
     flag: str = "--train_tokenizer_vocab",
 ) -> None:
-    """Raise `UserError` where transformers would load the tokenizer, saved with a model of
-    this type, as another one.
+    """Raise `UserError` where transformers would load the tokenizer, saved with a model
+    of this type, as another one.
 
     Needed for tokenizers that are not the model's own: transformers (5.24) reads the
     tokenizer in the folder of a "qwen2" model, for example, as that model's byte-level
@@ -173,9 +178,9 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | None:
-    """The id of what stands before every document: for auto BOS, where the tokenizer puts
-    it before a text; nothing for none; else the token `start`. Raises `UserError` where the
-    tokenizer does not have it."""
+    """The id of what stands before every document: for auto BOS, where the tokenizer
+    puts it before a text; nothing for none; else the token `start`. Raises `UserError`
+    where the tokenizer does not have it."""
     if start == NOTHING:
         return None
     if start == AUTO:
@@ -190,7 +195,8 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-text token. Raises `UserError` where the tokenizer has none."""
+    """The id of the end-of-text token. Raises `UserError` where the tokenizer has
+    none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
@@ -200,8 +206,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids, the same in every process and after saving
-    and loading."""
+    """A hash of everything that decides the ids, the same in every process and after
+    saving and loading."""
     facts: dict[str, Any] = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,

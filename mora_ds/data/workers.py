@@ -25,9 +25,9 @@ def ordered_map(
     """`map(work, items)`, in `num_proc` processes where that is more than one.
 
     Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a
-    process, so `items` may be far larger than memory. Workers are spawned, not forked: the
-    caller may hold CUDA contexts and threads. Raises what `work` raises, and `RunError`
-    when a worker is killed.
+    process, so `items` may be far larger than memory. Workers are spawned, not forked:
+    the caller may hold CUDA contexts and threads. Raises what `work` raises, and
+    `RunError` when a worker is killed.
     """
     if num_proc <= 1:
         yield from map(work, items)
@@ -62,8 +62,8 @@ def _install(work: Callable[[Any], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End this process when the caller is killed: the pool's worker would wait for its next
-    item (Python 3.11)."""
+    """End this process when the caller is killed: the pool's worker would wait for its
+    next item (Python 3.11)."""
     parent = parent_process()
     assert parent is not None, "runs in worker processes only"
     wait([parent.sentinel])

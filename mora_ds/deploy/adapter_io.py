@@ -5,8 +5,8 @@
     model = load_adapter(base, folder)      a Hugging Face model whose weights are the run's live ones, bit for bit
 
 The model keeps its MoRA matrices: it can be run, trained on (`mora_ds.initialize`) or
-inspected. `export_merged` writes a plain model instead. `load_adapter` takes a checkpoint
-as well as what `export_adapter` made of it.
+inspected. `export_merged` writes a plain model instead. `load_adapter` takes a
+checkpoint as well as what `export_adapter` made of it.
 """
 
 import os
@@ -44,8 +44,8 @@ from mora_ds.models.load import load_model
 
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     """Write the adapter of a checkpoint (or of a run's latest one) to the new folder
-    `output`: no optimizer state, no random states, no base. Returns lines to print. Raises
-    `UserError` for a damaged checkpoint or a folder that holds something."""
+    `output`: no optimizer state, no random states, no base. Returns lines to print.
+    Raises `UserError` for a damaged checkpoint or a folder that holds something."""
     output = as_path(output, "export_adapter: `output`")
     require_new(output)
     checkpoint = as_path(checkpoint, "export_adapter: `checkpoint`")
@@ -63,8 +63,8 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
 
 
 def complete(folder: Path, source: Path, reference: BaseReference) -> None:
-    """Add to an adapter's tensors and ledger in `folder` what else it has: the base's name,
-    the tokenizer of the adapter `source`, and the manifest."""
+    """Add to an adapter's tensors and ledger in `folder` what else it has: the base's
+    name, the tokenizer of the adapter `source`, and the manifest."""
     reference.write(folder)
     if tokenizer := tokenizer_of(source):
         copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
@@ -85,10 +85,10 @@ def load_adapter(
 ) -> nn.Module:
     """The base with the adapter, in the run's dtype, on the CPU, in evaluation mode.
 
-    `base` is the model's folder, whose fingerprint must be the recorded one. Of an adapter
-    with domains the model has the MoRA matrices of all, and computes as `domain`, by
-    default with the shared matrices alone (`domains_of(model)` changes that at any time).
-    Raises `UserError` when something is damaged or does not fit.
+    `base` is the model's folder, whose fingerprint must be the recorded one. Of an
+    adapter with domains the model has the MoRA matrices of all, and computes as
+    `domain`, by default with the shared matrices alone (`domains_of(model)` changes
+    that at any time). Raises `UserError` when something is damaged or does not fit.
     """
     if not isinstance(base, (str, os.PathLike)):
         raise UserError(
@@ -103,7 +103,8 @@ def load_adapter(
     )
     config = facts.config
     if any(pattern.startswith("re:") for pattern in config.target_modules):
-        # The layers are known: no regular expression is tried, which might run for years.
+        # The layers are known: no regular expression is tried, which might run for
+        # years.
         config = replace(config, target_modules=tuple(facts.layers))
     files = opened.reference.open_base(folder, Path(base), "`base`")
     model = load_model(
@@ -116,8 +117,8 @@ def load_adapter(
     )
     inject(model, config)
     move_base(model, "cpu", dtype)
-    # The names in the file are those of the model's parameters: matrices, those of domains,
-    # other trained tensors.
+    # The names in the file are those of the model's parameters: matrices, those of
+    # domains, other trained tensors.
     tensors = dict(opened.tensors.items())
     parameters = dict(model.named_parameters())
     shapes_there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

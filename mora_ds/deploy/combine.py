@@ -8,8 +8,8 @@
     -> output/       ledger/ (a cycle for every term but one), adapter.safetensors: the last source's live term
 
 So a sum over checkpoints of a run is no larger than one of them. LoRA's product is not
-linear in its factors: each cycle of each source is a term of its own there, whose factor B
-is multiplied. One tensor is in memory at a time.
+linear in its factors: each cycle of each source is a term of its own there, whose
+factor B is multiplied. One tensor is in memory at a time.
 """
 
 import math
@@ -81,11 +81,12 @@ def combine_adapters(
     """Write the adapter whose update is the sum of those of `sources`, each times its
     weight, to a new folder.
 
-    `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base
-    and the same layers; ranks, operators and seeds may differ. `weights`: any finite
-    numbers. `base_folder`: the base, if it was moved; read only where embeddings, norms or
-    a head were trained. Returns lines to print. Raises `UserError` naming what does not fit
-    or is damaged, `RunError` for values that are not finite and a full disk.
+    `sources`: checkpoints, runs (their latest one) or exported adapters, all of one
+    base and the same layers; ranks, operators and seeds may differ. `weights`: any
+    finite numbers. `base_folder`: the base, if it was moved; read only where
+    embeddings, norms or a head were trained. Returns lines to print. Raises `UserError`
+    naming what does not fit or is damaged, `RunError` for values that are not finite
+    and a full disk.
     """
     output = as_path(output, "combine_adapters: `output`")
     if len(weights) != len(sources) or not sources:
@@ -223,7 +224,8 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
 
 
 def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
-    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` unless it is finite."""
+    """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` unless it is
+    finite."""
     total = reduce(torch.add, summands).float()
     if not torch.isfinite(total).all():
         raise RunError(
@@ -249,8 +251,8 @@ class _Trained:
         ]
 
     def value(self, name: str) -> Tensor:
-        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products
-        of low rank side by side."""
+        """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base;
+        products of low rank side by side."""
         assert self.base is not None
         key = self.adapters[-1].original_key(self.base, stands_for(name))
         if is_low_rank(name):

@@ -1,10 +1,12 @@
-"""Export: checkpoint -> a merged Hugging Face folder that plain `from_pretrained` loads.
+"""Export: checkpoint -> a merged Hugging Face folder that plain `from_pretrained`
+loads.
 
     checkpoint (manifest checked) -> base, merge ledger, live MoRA matrices, other trained tensors
     every tensor of the base:  replaced | base + all deltas, by `live_weight` | unchanged  -> cast -> shard
     also config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
 
-With `onto` the model is another one of the base's shapes, such as an instruct model of it (`onto`):
+With `onto` the model is another one of the base's shapes, such as an instruct model of
+it (`onto`):
 
     every tensor of it:        + (trained - base) | + all deltas | unchanged
 
@@ -89,7 +91,8 @@ class OpenedRun(Adapter):
         return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
-        """(operator, value) of all that is added to a layer's original weight, in order."""
+        """(operator, value) of all that is added to a layer's original weight, in
+        order."""
         updates = list(self.ledger.squares_of(entry.module))
         updates.append((entry.operator, self.tensors.square(entry.module)))
         domains = self.file.domains
@@ -99,8 +102,8 @@ class OpenedRun(Adapter):
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What a trained tensor's parameter becomes; trained rows among the frozen ones, a
-        product added to them."""
+        """What a trained tensor's parameter becomes; trained rows among the frozen
+        ones, a product added to them."""
         tensor = self.tensors.trained(name)
         if not (is_new_rows(name) or is_low_rank(name)):
             return tensor.to(dtype)
@@ -239,8 +242,8 @@ def open_run(
 
 
 def _check_layers(run: OpenedRun) -> None:
-    """Raise `UserError` unless every layer and trained tensor has a tensor of its shape in
-    the base, and no tied weight is adapted at one of its places alone."""
+    """Raise `UserError` unless every layer and trained tensor has a tensor of its shape
+    in the base, and no tied weight is adapted at one of its places alone."""
     users: dict[str, list[str]] = {}
     for name, key in run.reference.keys.items():
         users.setdefault(key, []).append(name)
@@ -274,8 +277,8 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuse to overwrite anything but a model, and the folders that the export reads, of
-    which the first is the checkpoint; and to write into the checkpoint."""
+    """Refuse to overwrite anything but a model, and the folders that the export reads,
+    of which the first is the checkpoint; and to write into the checkpoint."""
     require_place(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
@@ -299,15 +302,16 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
         )
 
 
-# -- weights -------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------
 
 
 def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
     """What each tensor of the target becomes, by its key, in a given dtype: replaced,
     merged, or unchanged.
 
-    On another model than the base, a trained tensor is not replaced: the difference from
-    the base's is added in fp32. Rows of tokens that only the target has stay as they are.
+    On another model than the base, a trained tensor is not replaced: the difference
+    from the base's is added in fp32. Rows of tokens that only the target has stay as
+    they are.
     """
     trained = {
         run.reference.keys[stands_for(name)]: name for name in run.file.trainables
@@ -379,11 +383,11 @@ def load_onto(
 
 
 def _rounding(run: OpenedRun) -> Callable[[Any], None]:
-    """A function that gives a loaded export the rounding of --base_bits, with which it is
-    the live model up to rounding of sums.
+    """A function that gives a loaded export the rounding of --base_bits, with which it
+    is the live model up to rounding of sums.
 
-    In 8 bits a run holds the weights with all merged cycles, in 4 bits the original ones,
-    beside which it keeps the matrices of merged cycles.
+    In 8 bits a run holds the weights with all merged cycles, in 4 bits the original
+    ones, beside which it keeps the matrices of merged cycles.
     """
     bits = run.file.config.base_bits
 

@@ -3,10 +3,11 @@
     adapter_config.json            use_mora, mora_type, r, base_model_name_or_path
     adapter_model.safetensors      "base_model.model.<module>.lora_A.weight" (r_hat, r_hat); lora_B is the same module
 
-An adapter means what its forward pass computes (peft-mora/src/peft/tuners/lora/layer.py,
-`_apply_mora`): an operator of mora_ds with a grouping that never changes, and the matrix
-lora_A without a scale. Where inputs have more blocks than outputs, type 6 computes blocks
-that no output takes; that is refused, as is all that is more than matrices.
+An adapter means what its forward pass computes
+(peft-mora/src/peft/tuners/lora/layer.py, `_apply_mora`): an operator of mora_ds with a
+grouping that never changes, and the matrix lora_A without a scale. Where inputs have
+more blocks than outputs, type 6 computes blocks that no output takes; that is refused,
+as is all that is more than matrices.
 """
 
 import tempfile
@@ -48,16 +49,17 @@ TYPES = {
 """`mora_type` -> the operator that computes the same. 5 does not exist."""
 
 _LEFT_OUT = ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication")
-"""Settings that add to the matrices, or by which the fork merges not what it computes."""
+"""Settings that add to the matrices, or by which the fork merges not what it
+computes."""
 
 
 def convert_fork(
     path: Path | str, output: Path | str, base_folder: Path | str | None = None
 ) -> list[str]:
     """Write the fork's adapter in the folder `path` to the new folder `output` as an
-    adapter of mora_ds. `base_folder`: the base, if it is not the folder that the adapter
-    names. Returns lines to print. Raises `UserError` naming the file and what is not read.
-    """
+    adapter of mora_ds. `base_folder`: the base, if it is not the folder that the
+    adapter names. Returns lines to print. Raises `UserError` naming the file and what
+    is not read."""
     path = as_path(path, "convert_fork: `path`")
     output = as_path(output, "convert_fork: `output`")
     require_new(output)
@@ -118,7 +120,8 @@ def convert_fork(
 
 
 def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Grouping]:
-    """The operator of an adapter_config.json. Raises `UserError` for what is not read."""
+    """The operator of an adapter_config.json. Raises `UserError` for what is not
+    read."""
     if not settings.get("use_mora"):
         raise UserError(
             f"{source} is not of MoRA (use_mora): merge the adapter with PEFT, and adapt that model"

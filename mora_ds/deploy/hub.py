@@ -56,8 +56,8 @@ def push_folder(folder: Path, repository: str) -> str:
 
 
 def push_adapter(checkpoint: Path, repository: str) -> str:
-    """Upload the adapter of a checkpoint alone, with a model card. Returns and raises as
-    `push_folder`."""
+    """Upload the adapter of a checkpoint alone, with a model card. Returns and raises
+    as `push_folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         facts = export_adapter(checkpoint, folder)[0].partition(": ")[2]

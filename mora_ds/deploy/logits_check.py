@@ -3,18 +3,18 @@
     float32            max |difference| <= 1e-5 * max(1, max |live logit|)
     bfloat16, float16  ||difference|| / ||live logits|| <= 2 * eps * sqrt(1 + number of layers)
 
-The live model adds the output of the current MoRA matrix to that of the merged weight; the
-export has both in one weight. In fp32 the two differ by rounding of sums only. In a 16-bit
-dtype the export's weights (and the live model's activations) are rounded once more, by up
-to eps / 2 of each number, and every layer adds independent errors of this size to the
-residual stream, hence the square root. eps is the spacing of numbers at 1: 2^-7 for
-bfloat16, 2^-10 for float16; the coarser of the live and the exported dtype counts. Tiny
-random models of 7 families, 2 to 36 layers deep, reached 0.2 to 0.6 of this tolerance;
-logits cannot distinguish a smaller update from rounding.
+The live model adds the output of the current MoRA matrix to that of the merged weight;
+the export has both in one weight. In fp32 the two differ by rounding of sums only. In a
+16-bit dtype the export's weights (and the live model's activations) are rounded once
+more, by up to eps / 2 of each number, and every layer adds independent errors of this
+size to the residual stream, hence the square root. eps is the spacing of numbers at 1:
+2^-7 for bfloat16, 2^-10 for float16; the coarser of the live and the exported dtype
+counts. Tiny random models of 7 families, 2 to 36 layers deep, reached 0.2 to 0.6 of
+this tolerance; logits cannot distinguish a smaller update from rounding.
 
-A run with --base_bits 8 or 4 (`ops.int8`, `adapters.nf4`) rounded its frozen weights, and
-the export does not: the loaded export is given the same rounding, and then has to agree as
-one of a dense base.
+A run with --base_bits 8 or 4 (`ops.int8`, `adapters.nf4`) rounded its frozen weights,
+and the export does not: the loaded export is given the same rounding, and then has to
+agree as one of a dense base.
 """
 
 import math
@@ -37,9 +37,8 @@ class Comparison:
     """Logits of an export compared with the live model's."""
 
     error: float
-    """What `tolerance` bounds: the largest difference (fp32), or the relative norm of all
-    (16-bit).
-    """
+    """What `tolerance` bounds: the largest difference (fp32), or the relative norm of
+    all (16-bit)."""
     tolerance: float
 
     def line(self) -> str:
@@ -54,12 +53,13 @@ def compare_logits(
     change: Callable[[Any], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Load the export in `folder` on the CPU, and compare its logits with those in `probe`.
+    """Load the export in `folder` on the CPU, and compare its logits with those in
+    `probe`.
 
-    `probe`, `name`: as of `read_probe`. `change`: makes a loaded export what the live model
-    was. `trust_remote_code`: run code that comes with it. Raises `RunError` when the
-    difference exceeds the tolerance or the export lacks weights; `UserError` for a damaged
-    probe.
+    `probe`, `name`: as of `read_probe`. `change`: makes a loaded export what the live
+    model was. `trust_remote_code`: run code that comes with it. Raises `RunError` when
+    the difference exceeds the tolerance or the export lacks weights; `UserError` for a
+    damaged probe.
     """
     from transformers import AutoModelForCausalLM
 
@@ -95,8 +95,8 @@ def compare_logits(
 
 def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.dtype]:
     """(tokens (B, T) int64, logits (B, T, V) in fp32, the live model's dtype) of a
-    safetensors file with "input_ids", logits called `name`, and "dtype" in its metadata.
-    Raises `UserError` for a damaged one."""
+    safetensors file with "input_ids", logits called `name`, and "dtype" in its
+    metadata. Raises `UserError` for a damaged one."""
     handle = open_safetensors(path)
     if missing := {name, "input_ids"} - set(handle.keys()):
         raise UserError(f"{path} holds no {min(missing)}")

@@ -49,7 +49,8 @@ def model_card(
 
 
 def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
-    """A README.md as the Hub reads it: library, tags, a title, and Markdown below it."""
+    """A README.md as the Hub reads it: library, tags, a title, and Markdown below
+    it."""
     head = [
         "---",
         f"library_name: {library}",
@@ -63,8 +64,8 @@ def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
 
 
 def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
-    """Of each evaluation set before and after a run, from its summary; none if it ended at
-    another step."""
+    """Of each evaluation set before and after a run, from its summary; none if it ended
+    at another step."""
     path = checkpoint.parent.parent / SUMMARY_FILE
     summary = read_json(path) if path.is_file() else {}
     if summary.get("steps") != step:

@@ -1,5 +1,5 @@
-"""Which models get the update of a run: those of the base's shapes, such as its instruct
-model.
+"""Which models get the update of a run: those of the base's shapes, such as its
+instruct model.
 
     base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
     base's tokens        each is in the target's tokenizer, with the same id
@@ -24,8 +24,8 @@ ONTO = "`onto`"
 def exported_keys(base: BaseCheckpoint, reference: BaseReference) -> Iterator[str]:
     """The base's keys without copies of a tied weight under its other name.
 
-    Some files hold lm_head.weight although it is tied. Once the embedding is trained that
-    copy is stale, and transformers unties weights that differ.
+    Some files hold lm_head.weight although it is tied. Once the embedding is trained
+    that copy is stale, and transformers unties weights that differ.
     """
     used = set(reference.keys.values())
     for key in base.keys():  # noqa: SIM118  (not a mapping)
@@ -39,8 +39,9 @@ def open_target(
     base: BaseCheckpoint,
     trust_remote_code: bool = False,
 ) -> BaseCheckpoint:
-    """The model in `folder`, which is to get the update of `adapter`, of the base `base`.
-    Raises `UserError` naming what does not fit, and where it is the base itself."""
+    """The model in `folder`, which is to get the update of `adapter`, of the base
+    `base`. Raises `UserError` naming what does not fit, and where it is the base
+    itself."""
     target = BaseCheckpoint.open(folder, ONTO)
     reference = adapter.reference
     missing = [key for key in exported_keys(base, reference) if key not in target]
@@ -69,8 +70,9 @@ def _different_shapes(
     reference: BaseReference,
     trust_remote_code: bool,
 ) -> Iterator[str]:
-    """A line for each tensor of the target whose shape is not that of the base's. A table
-    with a row for each token of the base may have one for each token of the target."""
+    """A line for each tensor of the target whose shape is not that of the base's. A
+    table with a row for each token of the base may have one for each token of the
+    target."""
 
     def tokens_of(model: BaseCheckpoint) -> int:
         config = folder_config(model.folder, trust_remote_code, ONTO)

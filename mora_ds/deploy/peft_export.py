@@ -50,7 +50,8 @@ class _Plan:
     entry: LayerEntry
     rank: int
     is_exact: bool
-    """Whether factors of all cycles are concatenated, not the sum of deltas decomposed."""
+    """Whether factors of all cycles are concatenated, not the sum of deltas
+    decomposed."""
 
 
 @torch.no_grad()
@@ -67,8 +68,8 @@ def export_peft(
     `rank`: the largest rank of a layer; None: as large as it takes to be exact.
     `base_folder`: the base, if it was moved. `domain`: as for `export_merged`. Returns
     lines to print: ranks, and the energy of the update that each layer loses. Raises
-    `UserError` for a rank below 1, a rank that is missing where an update has no bound on
-    its own, a folder that is not empty, and a damaged checkpoint.
+    `UserError` for a rank below 1, a rank that is missing where an update has no bound
+    on its own, a folder that is not empty, and a damaged checkpoint.
     """
     source = find_adapter(Path(checkpoint))
     output = Path(output)
@@ -97,7 +98,7 @@ def export_peft(
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
 
-# -- factors -------------------------------------------------------------------------------
+# -- factors ---------------------------------------------------------------------------
 
 
 def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
@@ -122,8 +123,8 @@ def _bound(spec: UpdateSpec) -> float:
 
 
 def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
-    """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared
-    norm) that they lack."""
+    """A (rank, d_in), B (d_out, rank), and the share of the update's energy
+    (its squared norm) that they lack."""
     spec = plan.entry.operator
     updates = run.updates(plan.entry)
     if plan.is_exact:
@@ -138,8 +139,8 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
     delta = delta.double()
-    # B A = delta V V^T for the leading right singular vectors V: the best approximation of
-    # this rank. As V is orthonormal, its energy is that of B.
+    # B A = delta V V^T for the leading right singular vectors V: the best approximation
+    # of this rank. As V is orthonormal, its energy is that of B.
     down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()
@@ -150,8 +151,8 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
 def _write_tensors(
     run: OpenedRun, plans: list[_Plan], folder: Path
 ) -> dict[str, float]:
-    """Write the weights' file, one layer in memory at a time. Returns the share that each
-    layer lacks."""
+    """Write the weights' file, one layer in memory at a time. Returns the share that
+    each layer lacks."""
     saved = dict(_saved(run))
     shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}
     for plan in plans:
@@ -180,8 +181,8 @@ def _write_tensors(
 
 def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
     """(parameter, (key in the base, trained tensor)) of all modules with a trained
-    parameter. A module is saved whole, and so is one whose parameter is tied to a trained
-    one: PEFT copies a module that it saves, which unties it."""
+    parameter. A module is saved whole, and so is one whose parameter is tied to a
+    trained one: PEFT copies a module that it saves, which unties it."""
     keys = run.reference.keys
     trained = {keys[stands_for(name)]: name for name in run.file.trainables}
     modules = {name.rpartition(".")[0] for name, key in keys.items() if key in trained}

@@ -29,9 +29,9 @@ _OURS = "_mora_ds_cpu"
 def allow_cpu() -> None:
     """Lets accelerate use DeepSpeed on CPUs, over gloo; does nothing beside a GPU.
 
-    accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left out
-    (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments` are made,
-    which start the process group.
+    accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left
+    out (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments`
+    are made, which start the process group.
     """
     if not is_cpu() or hasattr(PartialState, _OURS):
         return
@@ -67,8 +67,8 @@ def our_engine() -> Iterator[None]:
     ) -> tuple[Any, ...]:
         del model_parameters
         config = dict(config_params)
-        # accelerate sets it to infinity, which is no number of JSON (utils/dataclasses.py,
-        # DeepSpeedPlugin)
+        # accelerate sets it to infinity, which is no number of JSON
+        # (utils/dataclasses.py, DeepSpeedPlugin)
         config.pop("steps_per_print", None)
         # A Trainer may train again, from a checkpoint, which fills its new engine
         vars(model).pop(STARTED, None)
@@ -84,9 +84,9 @@ def our_engine() -> Iterator[None]:
 
 @contextmanager
 def bare_model(dtype: Any) -> Iterator[None]:
-    """Within the context `deepspeed.initialize` makes no engine: it moves the model to this
-    process's device in `dtype` and returns it. For an evaluation before training, which
-    needs no shards of anything."""
+    """Within the context `deepspeed.initialize` makes no engine: it moves the model to
+    this process's device in `dtype` and returns it. For an evaluation before training,
+    which needs no shards of anything."""
 
     def ours(*, model: nn.Module, **kwargs: Any) -> tuple[Any, ...]:
         del kwargs
@@ -101,8 +101,8 @@ def bare_model(dtype: Any) -> Iterator[None]:
 
 
 def mark_whole(tensors: Iterable[Any]) -> None:
-    """Marks tensors as ZeRO-3 marks parameters that are gathered at present. trl's losses
-    ask that of the head, be it frozen or not (trl/trainer/utils.py,
+    """Marks tensors as ZeRO-3 marks parameters that are gathered at present. trl's
+    losses ask that of the head, be it frozen or not (trl/trainer/utils.py,
     `maybe_gather_lm_head_ctx`)."""
     for tensor in tensors:
         tensor.ds_status = ZeroParamStatus.AVAILABLE

@@ -1,17 +1,17 @@
-"""A base that stays in host memory: the device holds the weights of a few decoder layers,
-copied there in turn.
+"""A base that stays in host memory: the device holds the weights of a few decoder
+layers, copied there in turn.
 
     forward     layer 0, 1, ..., L-1        while layer i computes, the layers i+1 ... i+N-1 are copied
     backward    L-1, ..., 0                 the same downwards; then 0 ... N-1 for the next forward
     slots       layer i is always in buffer i mod N
 
 Outside of a layer's forward its modules hold the tensors in host memory, which merges
-write, checksums read and every rank of a node may share. While a layer runs they hold views
-into its buffer instead. What autograd saves of a weight is such a view. As a layer's buffer
-is always the same, the view is right whenever the layer is there, and a hook on saved
-tensors brings it there when backward asks for it. Gradient checkpointing has such hooks of
-its own and runs the layer's modules again, which brings it there as well. Copies leave
-autograd's version counters alone (`Tensor.data`).
+write, checksums read and every rank of a node may share. While a layer runs they hold
+views into its buffer instead. What autograd saves of a weight is such a view. As a
+layer's buffer is always the same, the view is right whenever the layer is there, and a
+hook on saved tensors brings it there when backward asks for it. Gradient checkpointing
+has such hooks of its own and runs the layer's modules again, which brings it there as
+well. Copies leave autograd's version counters alone (`Tensor.data`).
 
 With N buffers a micro-batch copies L - N layers in each direction, the fewest possible:
 backward finds the last N there, and forward the first N.
@@ -62,7 +62,8 @@ class _Layer:
         """What the modules held before `show`."""
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(view, tensor in host memory) of each tensor, as the modules hold them now."""
+        """(view, tensor in host memory) of each tensor, as the modules hold them
+        now."""
         by_view = {
             id(view): (view.data, buffers[key]) for buffers, key, view in self.entries
         }
@@ -131,14 +132,14 @@ class BaseRing:
                 layer.hide()
 
     def forget(self) -> None:
-        """To be called before weights in host memory are written: waits for copies of them,
-        and makes new ones when they are needed again."""
+        """To be called before weights in host memory are written: waits for copies of
+        them, and makes new ones when they are needed again."""
         self._copies.finish()
         self._held = [None] * self.buffers
         self._tickets.clear()
         self._now = None
 
-    # -- which layer is where ------------------------------------------------------------------------------------------
+    # -- which layer is where ----------------------------------------------------------
 
     def _use(self, index: int) -> None:
         """Order the device after the copy of a layer, and copy those that come next."""
@@ -184,17 +185,18 @@ class BaseRing:
         self._held[number] = index
         self.copied += sum(view.nbytes for view, _ in pairs)
 
-    # -- forward and backward ------------------------------------------------------------------------------------------
+    # -- forward and backward ----------------------------------------------------------
 
     def _enter(self, index: int, *_: Any) -> None:
-        """Before a module of layer `index` runs, the first time or for checkpointing."""
+        """Before a module of layer `index` runs, the first time or for
+        checkpointing."""
         self._running.append(index)
         if len(self._running) > 1:
             return
         self._use(index)
         self._layers[index].show()
-        # Hooks that are there already are those of checkpointing, which saves no tensor of
-        # the layer
+        # Hooks that are there already are those of checkpointing, which saves no tensor
+        # of the layer
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             self._hooks = torch.autograd.graph.saved_tensors_hooks(
                 self._pack, self._unpack
@@ -202,7 +204,8 @@ class BaseRing:
             self._hooks.__enter__()
 
     def _leave(self, *_: Any) -> None:
-        """After it, also where it has raised: checkpointing ends a repeated forward so."""
+        """After it, also where it has raised: checkpointing ends a repeated forward
+        so."""
         index = self._running.pop()
         if not self._running:
             self._hooks.__exit__(None, None, None)
@@ -223,8 +226,8 @@ class BaseRing:
 
 
 def stream_base(model: Any, device: torch.device) -> BaseRing:
-    """Let a model whose frozen weights are in host memory run on `device`, with those of a
-    few decoder layers there. Raises `UserError` as `BaseRing` does."""
+    """Let a model whose frozen weights are in host memory run on `device`, with those
+    of a few decoder layers there. Raises `UserError` as `BaseRing` does."""
     ring = BaseRing(model, device, copies_for(device))
     setattr(model, _RING, ring)
     return ring
@@ -246,9 +249,9 @@ def _modules_of_layers(
 ) -> dict[nn.Module, int]:
     """Module with weights of a decoder layer in it -> index of the layer.
 
-    transformers' checkpointing runs a layer's forward again without the hooks of the layer
-    itself (modeling_layers.py, `GradientCheckpointingLayer`), but with those of the modules
-    in it.
+    transformers' checkpointing runs a layer's forward again without the hooks of the
+    layer itself (modeling_layers.py, `GradientCheckpointingLayer`), but with those of
+    the modules in it.
     """
     indices: dict[nn.Module, int] = {}
     for index, (layer, layer_weights) in enumerate(weights.items()):

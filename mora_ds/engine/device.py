@@ -1,6 +1,5 @@
-"""The device of this process, from DeepSpeed's accelerator, and where the base of a run is
-(--base_device).
-"""
+"""The device of this process, from DeepSpeed's accelerator, and where the base of a run
+is (--base_device)."""
 
 import logging
 import os
@@ -23,9 +22,9 @@ DETERMINISTIC = {
     "NCCL_ALGO": "Ring",
     "NCCL_PROTO": "Simple",
 }
-"""Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace
-for each stream (torch's notes on reproducibility), and one order in which NCCL adds numbers
-up, whatever the size of a tensor."""
+"""Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS
+workspace for each stream (torch's notes on reproducibility), and one order in which
+NCCL adds numbers up, whatever the size of a tensor."""
 
 
 BUFFERS = 2
@@ -81,8 +80,8 @@ def check_compiler() -> None:
 
 
 def make_deterministic() -> None:
-    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before anything
-    runs on a device; values that the environment has already stay."""
+    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before
+    anything runs on a device; values that the environment has already stay."""
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,5 @@
-"""From DeepSpeed's JSON with "auto" values to the dictionary for `deepspeed.initialize`.
+"""From DeepSpeed's JSON with "auto" values to the dictionary for
+`deepspeed.initialize`.
 
     load_ds_config(path)          reads the file; an error names the line
     complete_ds_config(...)       for a user's own loop without our flags: checks and defaults only
@@ -46,7 +47,8 @@ PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded (`fill_bucket_sizes`)."""
 
 REDUCE_BUCKET_NUMEL = 2**25
-"""Most elements of the gradient bucket, which ZeRO allocates (DeepSpeed's default: 5e8)."""
+"""Most elements of the gradient bucket, which ZeRO allocates (DeepSpeed's default:
+5e8)."""
 
 PREFETCH_PARAMETERS = 8
 """Parameters to prefetch: about a transformer block, with its seven linear layers."""
@@ -58,9 +60,8 @@ WORTH_A_SLICE = 300_000
 """Bytes that a GPU sends (50 GB/s) while Python goes through a slice (6 us)."""
 
 MANY_RANKS = 256
-"""Ranks from which on the loops of ZeRO-1 and ZeRO-2 take longer than 2 ms a bucket, a sixth
-of a step of 7B.
-"""
+"""Ranks from which on the loops of ZeRO-1 and ZeRO-2 take longer than 2 ms a bucket, a
+sixth of a step of 7B."""
 
 _BUCKET_KEYS = (
     "reduce_bucket_size",
@@ -102,10 +103,11 @@ class EngineSettings:
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
-    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with its defaults.
+    """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with its
+    defaults.
 
-    Raises `UserError` for a file that is missing, no JSON (with line and column), or has a
-    key twice.
+    Raises `UserError` for a file that is missing, no JSON (with line and column), or
+    has a key twice.
     """
     if config is None:
         return {"zero_optimization": {"stage": 3}}
@@ -139,12 +141,13 @@ def resolve_ds_config(
     settings: EngineSettings | None = None,
     world_size: int = 1,
 ) -> DsConfig:
-    """A new dictionary for `deepspeed.initialize`, of a dictionary or a JSON file's path.
+    """A new dictionary for `deepspeed.initialize`, of a dictionary or a JSON file's
+    path.
 
-    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes stay
-    "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded.
-    Raises one `UserError` that lists all unknown and refused keys, all contradictions with
-    `settings`, and every "auto" that nothing fills.
+    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes
+    stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is
+    loaded. Raises one `UserError` that lists all unknown and refused keys, all
+    contradictions with `settings`, and every "auto" that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
@@ -199,7 +202,8 @@ def _refused_by_deepspeed(config: DsConfig) -> list[str]:
 
 
 def compute_dtype(ds_config: DsConfig) -> str:
-    """The dtype in which a resolved config computes: "bfloat16", "float16" or "float32"."""
+    """The dtype in which a resolved config computes: "bfloat16", "float16" or
+    "float32"."""
     for section, dtype in _DTYPES.items():
         if at(ds_config, f"{section}.enabled") is True:
             return dtype
@@ -238,9 +242,8 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
 def avoid_slices(
     ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int
 ) -> str:
-    """Choose the collectives of ZeRO for `ranks` ranks, in place; what was chosen, and what
-    it costs, or "". What the config says itself stays.
-    """
+    """Choose the collectives of ZeRO for `ranks` ranks, in place; what was chosen, and
+    what it costs, or "". What the config says itself stays."""
     if ds_config["zero_optimization"]["stage"] == 3:
         return _avoid_slices_of_parameters(ds_config, trainable_numels, ranks)
     return _avoid_slices_of_buckets(ds_config, ranks)
@@ -251,12 +254,13 @@ def _avoid_slices_of_parameters(
 ) -> str:
     """`avoid_slices` of ZeRO-3.
 
-    DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each
-    reduce-scatter (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and
-    at each gather of several parameters (runtime/zero/partition_parameters.py,
-    `AllGatherCoalescedHandle.wait`). An all-reduce in place of the first sends twice the
-    bytes, gathers of single parameters in place of the second are more calls. Both are
-    chosen from `FEW_SLICES` on, unless the bytes take longer than the loops.
+    DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at
+    each reduce-scatter (runtime/comm/coalesced_collectives.py,
+    `reduce_scatter_coalesced`) and at each gather of several parameters
+    (runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). An
+    all-reduce in place of the first sends twice the bytes, gathers of single parameters
+    in place of the second are more calls. Both are chosen from `FEW_SLICES` on, unless
+    the bytes take longer than the loops.
     """
     zero = ds_config["zero_optimization"]
     slices = len(trainable_numels) * ranks
@@ -278,19 +282,19 @@ def _avoid_slices_of_parameters(
 def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
     """`avoid_slices` of ZeRO-1 and ZeRO-2.
 
-    DeepSpeed 0.19.8 all-reduces each full bucket of gradients, whatever `reduce_scatter`
-    says, and where that is true, cuts the bucket before and after into the slices that the
-    ranks own (runtime/zero/stage_1_and_2.py, `average_tensor`). Where it is false, a rank
-    takes its own slice from the reduced bucket. The same elements are summed in the same
-    collective, and `prescale_gradients` divides them before it, as is done with slices: the
-    gradients are equal to the bit, and no byte more is sent. With sequence parallelism,
-    under which DeepSpeed sends gradients in fp32, they are equal to rounding: slices are
-    divided before they are cast.
+    DeepSpeed 0.19.8 all-reduces each full bucket of gradients, whatever
+    `reduce_scatter` says, and where that is true, cuts the bucket before and after into
+    the slices that the ranks own (runtime/zero/stage_1_and_2.py, `average_tensor`).
+    Where it is false, a rank takes its own slice from the reduced bucket. The same
+    elements are summed in the same collective, and `prescale_gradients` divides them
+    before it, as is done with slices: the gradients are equal to the bit, and no byte
+    more is sent. With sequence parallelism, under which DeepSpeed sends gradients in
+    fp32, they are equal to rounding: slices are divided before they are cast.
     """
     zero = ds_config["zero_optimization"]
-    # Else gradients are divided in fp32 and then sent in 16 bits, by slices, and the other
-    # way round in whole buckets. In bf16 another class reduces them, which has no slices
-    # (runtime/bf16_optimizer.py).
+    # Else gradients are divided in fp32 and then sent in 16 bits, by slices, and the
+    # other way round in whole buckets. In bf16 another class reduces them, which has no
+    # slices (runtime/bf16_optimizer.py).
     in_one_dtype = zero["stage"] == 2 or compute_dtype(ds_config) == "float32"
     # `use_multi_rank_bucket_allreduce: false` reduces each slice to its owner alone.
     written = {*zero, *ds_config} & {
@@ -322,12 +326,12 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
     return threshold
 
 
-# -- keys ----------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------
 
 
 def clean_sections(config: DsConfig) -> list[str]:
-    """Remove sections that are null, which means the same as absent. Returns a problem for
-    each that is no JSON object; nothing else is checked in such a file."""
+    """Remove sections that are null, which means the same as absent. Returns a problem
+    for each that is no JSON object; nothing else is checked in such a file."""
     problems = []
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
@@ -368,7 +372,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
     return problems
 
 
-# -- values --------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------
 
 
 def _match_flags(

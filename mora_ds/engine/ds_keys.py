@@ -1,8 +1,8 @@
 """The keys of a DeepSpeed JSON: those that DeepSpeed 0.19 reads, and those that mora_ds
 refuses with the reason.
 
-DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in the
-source of the installed one.
+DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in
+the source of the installed one.
 """
 
 import json
@@ -105,8 +105,7 @@ REFUSED: dict[str, str] = {
     "fp16.fp16_master_weights_and_grads": _MASTER,
 }
 """Settings that are refused, by dotted path, with the reason. `false`, `null` and
-`{"enabled": false}` pass.
-"""
+`{"enabled": false}` pass."""
 
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
@@ -121,9 +120,8 @@ ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
 QUIETLY_OFF: tuple[Any, ...] = (
     None, False, {}, {"enabled": False}, {"device": "none"}, {"autotp_size": 0}, {"autotp_size": 1}
 )  # fmt: skip
-"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses
-some of them even so.
-"""
+"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed
+refuses some of them even so."""
 
 
 def at(config: DsConfig, path: str) -> Any:
@@ -135,8 +133,8 @@ def at(config: DsConfig, path: str) -> Any:
 
 
 def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
-    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a problem
-    for each that has another value."""
+    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a
+    problem for each that has another value."""
     problems = []
     for path, value, why in wanted:
         *sections, key = path.split(".")
@@ -174,7 +172,8 @@ _MASK = "***"
 
 
 def masked(content: Any, is_secret: bool = False) -> Any:
-    """`content` with every text masked that lies under a name such as comet's api_key."""
+    """`content` with every text masked that lies under a name such as comet's
+    api_key."""
     if isinstance(content, dict):
         copy = {}
         for name, value in content.items():

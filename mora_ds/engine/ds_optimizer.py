@@ -1,12 +1,12 @@
-"""The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the MoRA
-matrices and AdamW for the other trained parameters.
+"""The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the
+MoRA matrices and AdamW for the other trained parameters.
 
     match_optimizer       fills type, learning rates and momentum from the flags
     optimizer_problems    sets our defaults, and lists what is refused
     uses_muon             whether a resolved config trains the MoRA matrices by Muon
 
-Facts about DeepSpeed are those of 0.19.8: runtime/engine.py, `_configure_basic_optimizer`,
-`_muon_param_groups`.
+Facts about DeepSpeed are those of 0.19.8: runtime/engine.py,
+`_configure_basic_optimizer`, `_muon_param_groups`.
 """
 
 import json
@@ -24,7 +24,8 @@ from mora_ds.engine.ds_keys import (
 )
 
 NEVER = 2**31 - 1
-"""The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer logs."""
+"""The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer
+logs."""
 
 MUON_MOMENTUM = 0.95
 """Muon's decay of the momentum."""
@@ -70,8 +71,8 @@ def uses_muon(ds_config: DsConfig) -> bool:
 
 
 def optimizer_problems(config: DsConfig) -> list[str]:
-    """Set our defaults: torch's AdamW, which needs no compiler, also for states offloaded
-    to the CPU; and an engine that prints nothing. Returns what is refused."""
+    """Set our defaults: torch's AdamW, which needs no compiler, also for states
+    offloaded to the CPU; and an engine that prints nothing. Returns what is refused."""
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
     params = optimizer.setdefault("params", {})
@@ -97,14 +98,15 @@ def optimizer_problems(config: DsConfig) -> list[str]:
 
 
 def _muon(config: DsConfig) -> list[str]:
-    """Set what Muon needs. Returns what it does not run with, and `muon` cannot mend."""
+    """Set what Muon needs. Returns what it does not run with, and `muon` cannot
+    mend."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
     if zero.get("stage") == 3:
         unsharded = "Muon needs unsharded gradients at stage 3"
         problems += fill(config, ("zero_optimization.reduce_scatter", False, unsharded))
-        # In low precision gradients and Muon's momentum would be gathered, and the momentum
-        # stored
+        # In low precision gradients and Muon's momentum would be gathered, and the
+        # momentum stored
         precise = "Muon's momentum is kept in that dtype at stage 3"
         problems += fill(config, ("communication_data_type", "fp32", precise))
     if at(zero, "offload_optimizer.device") not in (None, "none"):

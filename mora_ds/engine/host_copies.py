@@ -1,5 +1,5 @@
-"""Copies of weights from host memory to buffers of the device, beside the arithmetic: on
-CUDA, and a twin for CPUs.
+"""Copies of weights from host memory to buffers of the device, beside the arithmetic:
+on CUDA, and a twin for CPUs.
 
     copies = copies_for(device)
     copies.pin(tensors)             lock their pages, so that copies need no help of the host
@@ -7,9 +7,9 @@ CUDA, and a twin for CPUs.
     copies.wait(ticket)             let the arithmetic issued from here on begin after it
     copies.finish()                 wait on the host until nothing is being copied
 
-On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on
-CUDA here: the ring's order of copies is tested with twins that copy as early and as late as
-these promises permit.
+On a CPU a copy is made when it starts: one device computes and copies in turn. Not
+tried on CUDA here: the ring's order of copies is tested with twins that copy as early
+and as late as these promises permit.
 """
 
 import mmap
@@ -27,7 +27,8 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 class Copies:
-    """What the ring needs of a device. Here, as on a CPU, a copy is made at its start."""
+    """What the ring needs of a device. Here, as on a CPU, a copy is made at its
+    start."""
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
         """Lock the memory of these tensors. Raises `UserError` where it may not be."""

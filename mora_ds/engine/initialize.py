@@ -60,8 +60,8 @@ def start_distributed(timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it, unless it runs already.
 
     `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has
-    started, where the port by which ranks find each other is in use, and as `take_device`
-    and `check_kernels` do.
+    started, where the port by which ranks find each other is in use, and as
+    `take_device` and `check_kernels` do.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -94,13 +94,14 @@ def initialize(
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared.
 
-    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto".
-    The base is moved to this process's device in the config's dtype and compared between
-    all processes by checksum. With `tensor_parallel_size` t, t consecutive ranks share the
-    work of one, and must be given the same batch (`parallel/tensor_parallel.py`). With
-    `base_on_host` the decoder layers' frozen weights stay in host memory, and the device
-    holds those of two layers at a time (`engine/base_ring.py`). Raises `UserError` for a
-    model without adapter, and `RunError` when the processes hold different bases.
+    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be
+    "auto". The base is moved to this process's device in the config's dtype and
+    compared between all processes by checksum. With `tensor_parallel_size` t, t
+    consecutive ranks share the work of one, and must be given the same batch
+    (`parallel/tensor_parallel.py`). With `base_on_host` the decoder layers' frozen
+    weights stay in host memory, and the device holds those of two layers at a time
+    (`engine/base_ring.py`). Raises `UserError` for a model without adapter, and
+    `RunError` when the processes hold different bases.
     """
     # Refuses a model without an adapter
     config_of(model)
@@ -183,8 +184,8 @@ def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
 
 
 def check_compute_dtype(config: DsConfig) -> None:
-    """Raises `UserError` if this device does not compute in the config's dtype (deepspeed
-    engine.py, `_do_sanity_check`, which comes after the base is loaded)."""
+    """Raises `UserError` if this device does not compute in the config's dtype
+    (deepspeed engine.py, `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
     device = get_accelerator()
     if dtype == "float16" and not device.is_fp16_supported():
@@ -209,8 +210,9 @@ def _check_muon(model: nn.Module, config: DsConfig) -> None:
 
 
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:
-    """Elements of every trainable parameter; of a MoRA matrix those of the largest share in
-    a tensor-parallel group, so that all processes choose the same bucket sizes."""
+    """Elements of every trainable parameter; of a MoRA matrix those of the largest
+    share in a tensor-parallel group, so that all processes choose the same bucket
+    sizes."""
     values = {id(layer.value) for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
@@ -240,8 +242,8 @@ def check_splittable(
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """MoRA matrices in group 0, the other trained parameters in group 1, with the matrices
-    of domains, which no merge resets.
+    """MoRA matrices in group 0, the other trained parameters in group 1, with the
+    matrices of domains, which no merge resets.
 
     With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW (engine.py, `_muon_param_groups`):
     all MoRA matrices get Muon and all others AdamW, so neither group is split.
@@ -281,10 +283,11 @@ def _require_launcher() -> None:
 
 
 def _share_cores() -> None:
-    """On a CPU, give each process its share of the cores, unless OMP_NUM_THREADS is set.
+    """On a CPU, give each process its share of the cores, unless OMP_NUM_THREADS is
+    set.
 
-    By default every process starts a thread a core, and they compete (measured: with 2 processes on 2 cores, a step of
-    0.2 s took 4 s).
+    By default every process starts a thread a core, and they compete (measured: with 2
+    processes on 2 cores, a step of 0.2 s took 4 s).
     """
     if not is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return

@@ -1,8 +1,8 @@
 """DeepSpeed's launcher, which starts one process for each GPU: its flags, and how it is
 called for `mora-ds pretrain`.
 
-Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args` and
-`main`.
+Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args`
+and `main`.
 """
 
 import argparse
@@ -26,7 +26,8 @@ VALUES = (
 SWITCHES = ("no_ssh", "force_multi", "bind_cores_to_rank")
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Variables by which srun and MPI launchers tell a process how many they have started."""
+"""Variables by which srun and MPI launchers tell a process how many they have
+started."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +73,8 @@ def is_one_of_several() -> bool:
 
 
 def become_the_only_rank() -> None:
-    """Set in this process's environment what a launcher would, for a run of one process.
+    """Set in this process's environment what a launcher would, for a run of one
+    process.
 
     Port 0: torch's store takes one that is free when it starts to listen, and no other
     process needs to know it.

@@ -1,9 +1,9 @@
 """The sharded parameters of a decoder layer, gathered and released together.
 
 DeepSpeed has four Python hooks on every module with a sharded parameter, and decides at
-each what to gather and what to release (partitioned_param_coordinator.py). Here a decoder
-layer has them, with the parameters of all modules in it as if they were its own: about
-seven times less work of the host for Llama's seven linear layers.
+each what to gather and what to release (partitioned_param_coordinator.py). Here a
+decoder layer has them, with the parameters of all modules in it as if they were its
+own: about seven times less work of the host for Llama's seven linear layers.
 
     forward     before the layer: fetch     after it: release
     backward    before the layer: fetch     after it: release, once the gradients of all its inputs are there
@@ -13,9 +13,9 @@ parameters are there already. A layer whose inputs need no gradient, as behind f
 embeddings, is released when the backward pass ends (stage3.py,
 `release_backward_leftovers`).
 
-Not used: decoder layers as DeepSpeed's leaf modules (deepspeed/utils/z3_leaf_module.py). A
-leaf reduces its gradients in a full backward hook, which runs too early where its input
-needs no gradient.
+Not used: decoder layers as DeepSpeed's leaf modules
+(deepspeed/utils/z3_leaf_module.py). A leaf reduces its gradients in a full backward
+hook, which runs too early where its input needs no gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class LayerGathers:
-    """What stands for a decoder layer in DeepSpeed's trace of modules. `named_parameters`,
-    `ds_*`: of those modules, as PartitionedParameterCoordinator reads them."""
+    """What stands for a decoder layer in DeepSpeed's trace of modules.
+    `named_parameters`, `ds_*`: of those modules, as PartitionedParameterCoordinator
+    reads them."""
 
     def __init__(self, coordinator: Any, layer: Any, parameters: list[Any]) -> None:
         self.coordinator = coordinator
@@ -77,9 +78,9 @@ class LayerGathers:
 
 
 def marked(value: Any, in_backward: Callable[[], None]) -> Any:
-    """The value, whose backward calls `in_backward` once the gradients of all tensors in it
-    are there: at a layer's outputs before the layer's own backward, at its inputs after
-    it."""
+    """The value, whose backward calls `in_backward` once the gradients of all tensors
+    in it are there: at a layer's outputs before the layer's own backward, at its inputs
+    after it."""
     leaves, structure = tree_flatten(value)
     tensors = [leaf for leaf in leaves if _needs_gradient(leaf)]
     if not tensors or not torch.is_grad_enabled():
@@ -94,9 +95,9 @@ def _needs_gradient(leaf: Any) -> bool:
 
 
 def free_quickly(parameter: Any) -> None:
-    """Gives a sharded parameter a `partition` that frees the gathered tensor at once, and
-    calls DeepSpeed's for all else (partition_parameters.py, `_partition_param`), which
-    formats messages that nobody reads."""
+    """Gives a sharded parameter a `partition` that frees the gathered tensor at once,
+    and calls DeepSpeed's for all else (partition_parameters.py, `_partition_param`),
+    which formats messages that nobody reads."""
     partition = parameter.partition
 
     def free(

@@ -3,9 +3,9 @@
 DeepSpeed puts four Python hooks and two autograd functions on every module
 (parameter_offload.py, `_register_deepspeed_module`). Here most modules have nothing to
 gather: frozen weights are buffers, activations have none, and persistent parameters
-(`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on every
-process between two steps. Without these hooks a step computes the same numbers with less
-work of the host.
+(`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on
+every process between two steps. Without these hooks a step computes the same numbers
+with less work of the host.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ from mora_ds.models.decoder_layers import find_decoder_layers
 
 
 def drop_idle_hooks(engine: Any) -> list[str]:
-    """Remove the hooks of modules without a parameter that is gathered when they run, and
-    of those in a decoder layer, which gathers for them all (`layer_gathers`); to be called
-    once, after `deepspeed.initialize`, at stage 3. Returns the names of the modules that
-    keep theirs."""
+    """Remove the hooks of modules without a parameter that is gathered when they run,
+    and of those in a decoder layer, which gathers for them all (`layer_gathers`); to be
+    called once, after `deepspeed.initialize`, at stage 3. Returns the names of the
+    modules that keep theirs."""
     offload = engine.optimizer.parameter_offload
     root = engine.module
     deepspeeds = (*offload.forward_hooks, *offload.backward_hooks)
@@ -50,7 +50,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
 
 
 def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
-    """Let decoder layers with sharded parameters gather all of theirs; returns these."""
+    """Let decoder layers with sharded parameters gather all of theirs; returns
+    these."""
     layers = []
     for layer in find_decoder_layers(root).values():
         sharded = [weight for weight in layer.parameters() if not weight.ds_persist]  # type: ignore[attr-defined]
@@ -64,9 +65,9 @@ def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
 
 def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Views of the inputs. DeepSpeed's hooks pass them through an autograd function, so
-    that the gradients that a module's operations return for an input are added up before
-    those of other modules: so they are added up here, too, and losses stay the same to the
-    bit."""
+    that the gradients that a module's operations return for an input are added up
+    before those of other modules: so they are added up here, too, and losses stay the
+    same to the bit."""
     del module
     return tuple(
         item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item
@@ -75,8 +76,8 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _gather(persistent: list[Any]) -> None:
-    """All-gather the persistent parameters that are sharded: before the first pass, after a
-    step that fp16 has skipped and after a context that has gathered one
+    """All-gather the persistent parameters that are sharded: before the first pass,
+    after a step that fp16 has skipped and after a context that has gathered one
     (`GatheredParameters`). Else the step has gathered them already."""
     sharded: list[nn.Parameter] = [
         parameter

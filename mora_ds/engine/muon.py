@@ -7,9 +7,9 @@ upgrade has moved.
     preparing          around deepspeed.initialize: chooses the parameters that get Muon
     repair_clipping    after it: the gradient is clipped, not the update that Muon makes of it
 
-What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogonalised as an
-unsharded matrix, once an optimizer step, from the gradient summed over micro-batches and
-processes, and is the same on every process.
+What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogonalised as
+an unsharded matrix, once an optimizer step, from the gradient summed over micro-batches
+and processes, and is the same on every process.
 """
 
 import inspect
@@ -37,9 +37,9 @@ def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
     """Within, `deepspeed.initialize` gives Muon to the values of `layers`, else AdamW.
 
     DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix
-    without "embed" or "lm_head" in its name gets Muon. So would GPT-2's embedding `wte`,
-    while a MoRA matrix in a module called `embed_in` would not, which would also split the
-    parameter group of the MoRA matrices.
+    without "embed" or "lm_head" in its name gets Muon. So would GPT-2's embedding
+    `wte`, while a MoRA matrix in a module called `embed_in` would not, which would also
+    split the parameter group of the MoRA matrices.
     """
     ours = {id(layer.value): layer.spec for layer in layers}
     tag_by_name = deepspeed.set_optimizer_flags
@@ -65,9 +65,9 @@ def load_kernels() -> None:
     """Import runtime/zero/muon/original_muon.py with its functions uncompiled.
 
     DeepSpeed imports it for every engine (stage3.py, `__init__`), and to decorate a
-    function takes a second: torch loads its compiler. With Muon, compiling takes 19 s at
-    the first step for two shapes of matrices on a CPU, and needs a C++ compiler; fifteen
-    products of small matrices gain little from it.
+    function takes a second: torch loads its compiler. With Muon, compiling takes 19 s
+    at the first step for two shapes of matrices on a CPU, and needs a C++ compiler;
+    fifteen products of small matrices gain little from it.
     """
     decorator = compiler.compile
     compiler.compile = lambda *args, **kwargs: lambda function: function
@@ -94,9 +94,9 @@ class Columns(int):
 def _orthogonalise_factors(
     update: Tensor, d_in: int, steps: int, method: str
 ) -> Tensor:
-    """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T] (r, D
-    + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that Muon has
-    for tall ones."""
+    """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T]
+    (r, D + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that
+    Muon has for tall ones."""
     from deepspeed.runtime.zero.muon import original_muon
 
     if not isinstance(d_in, Columns):
@@ -117,9 +117,10 @@ def _orthogonalise_factors(
 
 
 def check_factors(config: DsConfig) -> None:
-    """Raise `UserError` where Muon would take LoRA's factors, which are one parameter, for
-    one matrix: bf16_optimizer.py, `_prepare_muon_updates`, and stage_1_and_2.py,
-    `get_flat_partition` of aligned parameters, call it without the number of columns."""
+    """Raise `UserError` where Muon would take LoRA's factors, which are one parameter,
+    for one matrix: bf16_optimizer.py, `_prepare_muon_updates`, and stage_1_and_2.py,
+    `get_flat_partition` of aligned parameters, call it without the number of
+    columns."""
     if not ds_optimizer.uses_muon(config):
         return
     zero = config["zero_optimization"]
@@ -137,13 +138,13 @@ def repair_clipping(engine: Engine) -> None:
     """Clip the gradient before Muon.
 
     The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py,
-    `step`): the Muon update of an M has a norm of about sqrt(r_hat) whatever the gradient
-    was, so `gradient_clipping` would scale every update down, by a factor that grows with
-    the number of layers, and the norm that is logged would be the update's. In
-    BF16_Optimizer the order is right.
+    `step`): the Muon update of an M has a norm of about sqrt(r_hat) whatever the
+    gradient was, so `gradient_clipping` would scale every update down, by a factor that
+    grows with the number of layers, and the norm that is logged would be the update's.
+    In BF16_Optimizer the order is right.
 
-    fp16: the momentum would be that of gradients times the loss scale, whatever that is at
-    the time; here Muon gets them unscaled. Stages 1 and 2: the momentum follows the
+    fp16: the momentum would be that of gradients times the loss scale, whatever that is
+    at the time; here Muon gets them unscaled. Stages 1 and 2: the momentum follows the
     gradient's dtype, here always fp32.
     """
     view = view_of(engine)
@@ -154,7 +155,8 @@ def repair_clipping(engine: Engine) -> None:
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls: `_apply_muon_to_accumulated_grads`, `_get_norm_groups`."""
+    """Wrap what `step` calls: `_apply_muon_to_accumulated_grads`,
+    `_get_norm_groups`."""
     orthogonalise = optimizer._apply_muon_to_accumulated_grads
     find_norms = optimizer._get_norm_groups
     norms: list[Any] = []
@@ -226,9 +228,9 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
 
 
 def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float | None:
-    """The factor that clips gradients of these norms, which are still scaled by the loss
-    scale. None where a norm is NaN or infinite: DeepSpeed drops such a step, and Muon's
-    momentum must not take it in."""
+    """The factor that clips gradients of these norms, which are still scaled by the
+    loss scale. None where a norm is NaN or infinite: DeepSpeed drops such a step, and
+    Muon's momentum must not take it in."""
     norm = combine_grad_norm_groups(scaled_norms)
     if is_invalid_grad_norm(norm):
         return None

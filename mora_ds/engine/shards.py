@@ -1,5 +1,5 @@
-"""The shards of a checkpoint: taken from an engine, written, read, and restored into one by
-any number of processes.
+"""The shards of a checkpoint: taken from an engine, written, read, and restored into
+one by any number of processes.
 
     take            the tensors that this process writes of an engine, and what lies where in them
     write_shard     its file
@@ -10,20 +10,20 @@ any number of processes.
     engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
                                   keeps for it: moments of its length, counts without a dimension
 
-Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where
-in the tensors that the optimizer steps on. The files hold each element once. Written
-against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays
-something out in another way.
+Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies
+where in the tensors that the optimizer steps on. The files hold each element once.
+Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an
+upgrade lays something out in another way.
 
-Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same number
-of processes only; and torch.distributed.checkpoint (tried with torch 2.13). With a planner
-of its own that restores the shards of 2 ranks on 3 to the bit, but its table is a pickle
-with a Python object for each extent: for 256 ranks with 224 matrices rank 0 took 10 s to
-plan it, and every rank 16 s to read it, where the table here took 0.1 s. It records no
-hashes.
+Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same
+number of processes only; and torch.distributed.checkpoint (tried with torch 2.13). With
+a planner of its own that restores the shards of 2 ranks on 3 to the bit, but its table
+is a pickle with a Python object for each extent: for 256 ranks with 224 matrices rank 0
+took 10 s to plan it, and every rank 16 s to read it, where the table here took 0.1 s.
+It records no hashes.
 
-1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an array,
-which is sorted, checked and searched as a whole.
+1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an
+array, which is sorted, checked and searched as a whole.
 """
 
 from __future__ import annotations
@@ -67,15 +67,17 @@ INDEX_FILE = "layouts.safetensors"
 MASTER = "master"
 """The key of a parameter's fp32 master; the optimizer's state has all others."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""Attributes that the engine's own checkpoints restore (engine.py, `_load_checkpoint`)."""
+"""Attributes that the engine's own checkpoints restore (engine.py,
+`_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler (fp16/loss_scaler.py)."""
 
 Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
-"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
+"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a
+layer."""
 
 
-# -- what lies where -----------------------------------------------------------------------
+# -- what lies where -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ class RankShard(NamedTuple):
         flats: list[list[Extent]],
         settings: Sequence[JsonObject] = (),
     ) -> RankShard:
-        """`flats`: the extents in each flat tensor. `settings`: of the optimizer's groups,
-        its learning rates among them."""
+        """`flats`: the extents in each flat tensor. `settings`: of the optimizer's
+        groups, its learning rates among them."""
         number_of = {name: number for number, name in enumerate(layout.shapes)}
         rows = [
             (
@@ -156,16 +158,16 @@ class RankShard(NamedTuple):
 
 
 State = tuple[list[str], dict[str, Tensor]]
-"""(keys of what an optimizer keeps for every element, such as exp_avg; its other values by
-their keys, such as step)
-"""
+"""(keys of what an optimizer keeps for every element, such as exp_avg; its other values
+by their keys, such as step)"""
 
-# -- the shards of all ranks ---------------------------------------------------------------
+# -- the shards of all ranks -----------------------------------------------------------
 
 
 @dataclass(eq=False)
 class EngineShards:
-    """All shards of a checkpoint as one. Make it with `open`, or `of` to write its table.
+    """All shards of a checkpoint as one. Make it with `open`, or `of` to write its
+    table.
 
     It can be pickled until the first shard is read: rank 0 reads the table for all.
     """
@@ -188,8 +190,8 @@ class EngineShards:
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
-        """Read the table of an engine folder. Raises `UserError` naming the file that is
-        missing or damaged, or the parameter that has holes."""
+        """Read the table of an engine folder. Raises `UserError` naming the file that
+        is missing or damaged, or the parameter that has holes."""
         path = folder / INDEX_FILE
         handle = open_safetensors(path)
         with malformed(path):
@@ -221,9 +223,9 @@ class EngineShards:
         )
 
     def state(self, name: str, start: int = 0, numel: int | None = None) -> State:
-        """What the optimizer keeps of elements of a parameter: the keys of values for every
-        element, such as exp_avg, and the other values by their keys, such as step. Raises
-        `UserError` where shards differ."""
+        """What the optimizer keeps of elements of a parameter: the keys of values for
+        every element, such as exp_avg, and the other values by their keys, such as
+        step. Raises `UserError` where shards differ."""
         first: State | None = None
         for row in self._holding(name, start, numel):
             shard = self._shard(int(row[RANK]))
@@ -240,7 +242,8 @@ class EngineShards:
         self, name: str, key: str, start: int = 0, numel: int | None = None
     ) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU,
-        assembled from all shards. Raises `UserError` where the shards do not hold them."""
+        assembled from all shards. Raises `UserError` where the shards do not hold
+        them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
         rows = self._holding(name, start, numel).tolist()
         pieces = []
@@ -260,7 +263,8 @@ class EngineShards:
         return self._shards[rank]
 
     def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
-        """The rows that hold any of `numel` elements from `start` on (of 0, the first)."""
+        """The rows that hold any of `numel` elements from `start` on
+        (of 0, the first)."""
         rows = self._rows[name]
         # They follow one another without a hole
         first = np.searchsorted(rows[:, START], start, side="right") - 1
@@ -277,8 +281,7 @@ class EngineShards:
 
     def _check_whole(self) -> None:
         """Raises `UserError` unless the shards hold every element of each parameter, in
-        order.
-        """
+        order."""
         shapes = self.layout.shapes
         sizes = [math.prod(shape) for shape in shapes.values()]
         names = self.extents[:, NAME]
@@ -305,7 +308,8 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
     wrong |= (rows[:, RANK] >= ranks) | (rows[:, [RANK, FLAT, OFFSET]] < 0).any(axis=1)
     if wrong.any():
         return int(name[wrong.argmax()])
-    # All parameters one after the other are one range, which the rows, in order, must tile.
+    # All parameters one after the other are one range, which the rows, in order, must
+    # tile.
     ends = np.cumsum(sizes)
     first = (ends - sizes)[name] + start
     begins = np.append(first, sizes.sum())
@@ -346,9 +350,8 @@ class _Shard:
         return moments, counts
 
     def read(self, flat: int, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a master or moment. Raises `UserError` where the file
-        does not hold them.
-        """
+        """Elements [start, stop) of a master or moment. Raises `UserError` where the
+        file does not hold them."""
         name = _tensor_name(flat, key)
         shape = self._shapes.get(flat, {}).get(key, [])
         if len(shape) != 1 or shape[0] < stop:
@@ -363,7 +366,7 @@ def _tensor_name(flat: int, key: str) -> str:
     return f"{flat}.{key}"
 
 
-# -- the parameters of an engine -----------------------------------------------------------
+# -- the parameters of an engine -------------------------------------------------------
 
 
 class _Parameter(NamedTuple):
@@ -425,12 +428,12 @@ def _layout(engine: zero.Engine) -> Layout:
     )
 
 
-# -- saving --------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------
 
 
 def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
-    """(what all ranks have in common, where the extents of this rank lie in its file, that
-    file's tensors). The tensors are the engine's own, but for Muon's momentum."""
+    """(what all ranks have in common, where the extents of this rank lie in its file,
+    that file's tensors). The tensors are the engine's own, but for Muon's momentum."""
     layout = _layout(engine)
     flats = list(view_of(engine).flats())
     tensors: Tensors = {}
@@ -455,14 +458,14 @@ def _plain(group: JsonObject) -> JsonObject:
 
 
 def _as_saved(flat: Flat, value: Tensor) -> Tensor:
-    """A tensor of the optimizer's state, as the file has it: moments flat and as long as
-    the master, step counts without a dimension."""
+    """A tensor of the optimizer's state, as the file has it: moments flat and as long
+    as the master, step counts without a dimension."""
     if not value.dim():
         return value.detach()
     if flat.state_spans is flat.spans:
         return value.detach().view(-1)
-    # Muon's momentum holds its matrices whole: other ranks save what they have of them in
-    # their masters.
+    # Muon's momentum holds its matrices whole: other ranks save what they have of them
+    # in their masters.
     moments = value.new_zeros(flat.master.numel())
     for whole, span in zip(flat.state_spans, flat.spans, strict=True):
         first = whole.offset + span.start
@@ -478,7 +481,7 @@ def write_shard(path: Path, tensors: Tensors) -> None:
     write_safetensors_atomic(path, tensors, {})
 
 
-# -- restoring -----------------------------------------------------------------------------
+# -- restoring -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -533,9 +536,9 @@ def _restore_flat(
     shards: EngineShards,
     device: torch.device | str,
 ) -> None:
-    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a
-    fresh engine. `device`: where the optimizer wants its counts: torch's fused Adam beside
-    the master."""
+    """Set a master and its state. Padding, which no gradient reaches, becomes zero as
+    in a fresh engine. `device`: where the optimizer wants its counts: torch's fused
+    Adam beside the master."""
     extents = _extents(flat.spans, parameters)
     state_extents = _extents(flat.state_spans, parameters)
 
@@ -547,8 +550,8 @@ def _restore_flat(
             values.narrow(0, extent.offset, extent.numel).copy_(stored)
 
     fill(flat.master, MASTER, extents)
-    # A tensor of padding alone steps as often as the others of its group, so that it gets
-    # the counts of the group's first parameter
+    # A tensor of padding alone steps as often as the others of its group, so that it
+    # gets the counts of the group's first parameter
     sources = extents
     if not sources:
         with malformed(shards.folder / INDEX_FILE):

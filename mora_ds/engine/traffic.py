@@ -2,8 +2,8 @@
 base.
 
 Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
-tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade moves
-it.
+tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade
+moves it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 class CollectiveCounter:
     """Counts the bytes that collectives carry through `deepspeed.comm`, by kind.
 
-    A call counts as its largest tensor: the complete output of a gather, the complete input
-    of a reduction. DeepSpeed's own comms logger synchronises the device for every call;
-    this one only adds sizes up.
+    A call counts as its largest tensor: the complete output of a gather, the complete
+    input of a reduction. DeepSpeed's own comms logger synchronises the device for every
+    call; this one only adds sizes up.
     """
 
     _KINDS = (
@@ -51,7 +51,8 @@ class CollectiveCounter:
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
-        """Count in the block, by wrapping `cdb`, the backend of deepspeed/comm/comm.py."""
+        """Count in the block, by wrapping `cdb`, the backend of
+        deepspeed/comm/comm.py."""
         backend = deepspeed.comm.comm.cdb
         kinds = [kind for kind in self._KINDS if hasattr(backend, kind)]
         for kind in kinds:

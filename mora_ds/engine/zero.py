@@ -1,9 +1,9 @@
 """What the rest of mora_ds asks a DeepSpeed engine: masters, optimizer state, learning
 rate, gradient norm.
 
-`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which one
-it has. What Muon needs besides is in `muon`. The frozen base never appears here: it is made
-of buffers, which ZeRO does not see.
+`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which
+one it has. What Muon needs besides is in `muon`. The frozen base never appears here: it
+is made of buffers, which ZeRO does not see.
 
     class          DeepSpeed's optimizer           used for
     Stage3View     DeepSpeedZeroOptimizer_Stage3   ZeRO-3
@@ -40,8 +40,8 @@ Engine: TypeAlias = DeepSpeedEngine
 def prepare_backend() -> None:
     """Let gloo start without compiling, and DeepSpeed log little; to be called first.
 
-    On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++,
-    and waits for ever on the lock of a killed build): deepspeed/comm/torch.py,
+    On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs
+    g++, and waits for ever on the lock of a killed build): deepspeed/comm/torch.py,
     `build_shm_op`. gloo does the same work without it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -63,9 +63,10 @@ def at_accumulation_boundary(engine: Engine) -> bool:
     """Whether the last `step()` was an optimizer step.
 
     `engine.is_gradient_accumulation_boundary()` already speaks of the next micro-batch
-    after `step()`: engine.py counts `micro_steps` up at its end. Where the caller sets the
-    boundary, as accelerate does, `step()` is called once for all micro-batches, and what
-    was set for the last one holds (engine.py, `set_gradient_accumulation_boundary`).
+    after `step()`: engine.py counts `micro_steps` up at its end. Where the caller sets
+    the boundary, as accelerate does, `step()` is called once for all micro-batches, and
+    what was set for the last one holds (engine.py,
+    `set_gradient_accumulation_boundary`).
     """
     boundary: bool | None = engine._is_gradient_accumulation_boundary
     if boundary is not None:
@@ -82,8 +83,9 @@ def full_fp32(parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
-    """Set trained parameters to these values (unsharded, the same on every process): their
-    fp32 masters and every low-precision copy. Their optimizer state stays. Collective."""
+    """Set trained parameters to these values (unsharded, the same on every process):
+    their fp32 masters and every low-precision copy. Their optimizer state stays.
+    Collective."""
     view = view_of(engine)
     for flat in view.flats():
         for span in flat.spans:
@@ -95,11 +97,12 @@ def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
 
 @torch.no_grad()
 def reset_group(engine: Engine, group: int) -> None:
-    """Zero a group's fp32 masters, low-precision copies and optimizer state. Collective.
+    """Zero a group's fp32 masters, low-precision copies and optimizer state.
+    Collective.
 
-    All copies must go: a master that is left brings the old value back at the next step, a
-    low-precision copy that is left acts for one step more. So must the step counts: with
-    the old one Adam's first update would be 2.94 times too large.
+    All copies must go: a master that is left brings the old value back at the next
+    step, a low-precision copy that is left acts for one step more. So must the step
+    counts: with the old one Adam's first update would be 2.94 times too large.
     """
     view = view_of(engine)
     for flat in view.flats(group):
@@ -112,9 +115,9 @@ def reset_group(engine: Engine, group: int) -> None:
 def set_learning_rate(
     engine: Engine, learning_rate: float, factor: float = 1.0
 ) -> None:
-    """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the
-    MoRA matrices, and `factor` times it for the other trained parameters. With Muon,
-    DeepSpeed marks the groups by the key `use_muon`."""
+    """Set the learning rate of the next optimizer step: `learning_rate` for group 0,
+    the MoRA matrices, and `factor` times it for the other trained parameters. With
+    Muon, DeepSpeed marks the groups by the key `use_muon`."""
     for index, group in enumerate(engine.optimizer.param_groups):
         group["lr"] = learning_rate * (
             1.0 if group.get("use_muon", index == 0) else factor
@@ -127,7 +130,7 @@ def gradient_norm(engine: Engine) -> float:
     return float("nan") if norm is None else float(norm)
 
 
-# -- where each optimizer keeps its fp32 masters, their state and the loss scale -----------
+# -- where each optimizer keeps its fp32 masters, their state and the loss scale -------
 
 
 class Span(NamedTuple):
@@ -201,8 +204,8 @@ class OptimizerView:
 class Stage3View(OptimizerView):
     """ZeRO-3, deepspeed/runtime/zero/stage3.py.
 
-    A sub-group holds the shards of its parameters one after the other, every one padded to
-    the same size on all processes (`_create_fp16_partitions_with_defragmentation`;
+    A sub-group holds the shards of its parameters one after the other, every one padded
+    to the same size on all processes (`_create_fp16_partitions_with_defragmentation`;
     partition_parameters.py, `_partition_param`).
     """
 
@@ -248,10 +251,10 @@ class Stage3View(OptimizerView):
 
     @torch.no_grad()
     def repair(self) -> None:
-        """Zero what stage 3 leaves in the last master where the number of processes does
-        not divide a parameter, which is whatever was in that memory (`torch.empty`), so
-        that equal runs write equal files. Let the device wait for reductions in place of
-        the host."""
+        """Zero what stage 3 leaves in the last master where the number of processes
+        does not divide a parameter, which is whatever was in that memory
+        (`torch.empty`), so that equal runs write equal files. Let the device wait for
+        reductions in place of the host."""
         self._order_reductions()
         for flat in self.flats():
             is_padding = torch.ones_like(flat.master, dtype=torch.bool)

@@ -8,9 +8,9 @@
              -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
-Every token of a document is scored and nothing else, so the bytes scored are the bytes of
-the text: bits per byte can be compared between models with different tokenizers, perplexity
-cannot.
+Every token of a document is scored and nothing else, so the bytes scored are the bytes
+of the text: bits per byte can be compared between models with different tokenizers,
+perplexity cannot.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ class Windows:
         stride: int | None,
         document_start: str = AUTO,
     ) -> Windows:
-        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of
-        that. Raises `UserError` for a window that is longer than that number, and for a
-        stride that leaves a scored token without context."""
+        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half
+        of that. Raises `UserError` for a window that is longer than that number, and
+        for a stride that leaves a scored token without context."""
         longest = longest_row(model.config)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
@@ -146,13 +146,14 @@ def load_target(
     domain: str | None = None,
     onto: Path | None = None,
 ) -> Target:
-    """The model at `path`: a Hugging Face folder, or a checkpoint (or a run's folder, or an
-    adapter) applied to its base.
+    """The model at `path`: a Hugging Face folder, or a checkpoint (or a run's folder,
+    or an adapter) applied to its base.
 
     `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose
-    matrices are used; "shared" for those of no domain. `dtype` "auto": the folder's dtype,
-    or the run's compute dtype. `onto`: the model that gets the update in place of the base,
-    with its own tokenizer and dtype. Raises `UserError` for a path that is neither.
+    matrices are used; "shared" for those of no domain. `dtype` "auto": the folder's
+    dtype, or the run's compute dtype. `onto`: the model that gets the update in place
+    of the base, with its own tokenizer and dtype. Raises `UserError` for a path that is
+    neither.
     """
     folder = adapter_folder(path)
     if folder is not None and onto is not None:
@@ -208,8 +209,8 @@ def evaluate(
     batch_size: int = 4,
     max_documents: int | None = None,
 ) -> Score:
-    """Score every document of `corpus`, or its first `max_documents`. Raises `UserError`
-    for texts without a token."""
+    """Score every document of `corpus`, or its first `max_documents`. Raises
+    `UserError` for texts without a token."""
     score = Score()
     cut = _windows(corpus, target.tokenizer, windows, max_documents, score)
     for batch in _batches(cut, batch_size):
@@ -305,7 +306,8 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a repeated name."""
+    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a repeated
+    name."""
     sets: dict[str, str] = {}
     for entry in entries:
         name, path = named_path(entry)

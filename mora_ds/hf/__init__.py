@@ -1,5 +1,5 @@
-"""Hugging Face's Trainer: MoRA and ReMoRA within `transformers.Trainer` and trl's trainers.
-Needs the extra `hf`.
+"""Hugging Face's Trainer: MoRA and ReMoRA within `transformers.Trainer` and trl's
+trainers. Needs the extra `hf`.
 
     class Trainer(MoRATrainer, transformers.Trainer): ... Trainer(model, args,
     train_dataset=data, mora=MoRAConfig(rank=8),

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class MoRACallback(TrainerCallback):
-    """ReMoRA: a merge every `merge_every` optimizer steps, before that step's evaluation
-    and checkpoint.
+    """ReMoRA: a merge every `merge_every` optimizer steps, before that step's
+    evaluation and checkpoint.
 
     The learning rate is that of `lr_scheduler_type`; after a merge a re-warmup of
-    `restart_warmup_steps` raises it to that curve again (`remora.schedule`). As there, no
-    merge falls into a warm-up, or so close to the end that its re-warmup would not end.
-    Every merge is logged as `merge_*`. For trainers with `MoRATrainer` among their classes.
-    Raises `UserError` for numbers that contradict each other, once the length of the run is
-    known.
+    `restart_warmup_steps` raises it to that curve again (`remora.schedule`). As there,
+    no merge falls into a warm-up, or so close to the end that its re-warmup would not
+    end. Every merge is logged as `merge_*`. For trainers with `MoRATrainer` among their
+    classes. Raises `UserError` for numbers that contradict each other, once the length
+    of the run is known.
     """
 
     def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10) -> None:
@@ -47,8 +47,8 @@ class MoRACallback(TrainerCallback):
         )
 
     def rewarmed(self, curve: Callable[[int], float]) -> Callable[[int], float]:
-        """`curve` (0-based optimizer step -> factor of the learning rate) with a re-warmup
-        after every merge so far."""
+        """`curve` (0-based optimizer step -> factor of the learning rate) with a
+        re-warmup after every merge so far."""
 
         def factor(step: int) -> float:
             run = None if self.trainer is None else self.trainer.run

@@ -33,8 +33,8 @@ WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
 
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
     """Raise one `UserError` that names everything which contradicts an adapter under
-    DeepSpeed. `args`: of `TrainingArguments`; `arguments`: further ones of the Trainer, by
-    name."""
+    DeepSpeed. `args`: of `TrainingArguments`; `arguments`: further ones of the Trainer,
+    by name."""
     refuse(_problems(args, arguments))
 
 

@@ -49,10 +49,12 @@ _Base: Any = object
 allow_cpu()  # before `TrainingArguments` starts the process group
 
 MERGE_EVERY = "merge_every"
-"""The fact of a checkpoint that tells a Trainer without `MoRACallback` of earlier merges."""
+"""The fact of a checkpoint that tells a Trainer without `MoRACallback` of earlier
+merges."""
 
 _SAVING = ".mora-saving"
-"""Folder in a model's folder where its files are written, before they are moved there."""
+"""Folder in a model's folder where its files are written, before they are moved
+there."""
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
@@ -63,19 +65,20 @@ def load_model(folder: str | Path, **kwargs: Any) -> Any:
 
 
 class MoRATrainer(_Base):
-    """A mixin for `transformers.Trainer` and its subclasses, such as trl's `SFTTrainer`.
-    Put it first:
+    """A mixin for `transformers.Trainer` and its subclasses, such as trl's
+    `SFTTrainer`. Put it first:
 
         class Trainer(MoRATrainer, transformers.Trainer): ...
 
-    `mora`: the adapter; `inject` gives it to `model`. `base`: the folder or Hub name that
-    `model` was loaded from, by default the one that the model names; merges and
+    `mora`: the adapter; `inject` gives it to `model`. `base`: the folder or Hub name
+    that `model` was loaded from, by default the one that the model names; merges and
     `save_model` read the original weights there. `model` may be a path. `MoRACallback`
     among the callbacks makes it ReMoRA. Collective, as a Trainer is.
 
-    Raises `UserError` for options that contradict an adapter (`options`), for a model that
-    is sharded already, and when training starts for a model that is not its base, weight
-    for weight, or goes on from a checkpoint of a merging run without `MoRACallback`.
+    Raises `UserError` for options that contradict an adapter (`options`), for a model
+    that is sharded already, and when training starts for a model that is not its base,
+    weight for weight, or goes on from a checkpoint of a merging run without
+    `MoRACallback`.
     """
 
     deepspeed: Any
@@ -115,8 +118,8 @@ class MoRATrainer(_Base):
         super().__init__(model, args, *arguments, **kwargs)
 
     def merge(self) -> MergeReport:
-        """Merge the MoRA matrices of all layers now, between two optimizer steps, and log
-        it. `MoRACallback` calls it. Collective."""
+        """Merge the MoRA matrices of all layers now, between two optimizer steps, and
+        log it. `MoRACallback` calls it. Collective."""
         report = self._open_run.merge(self.state.global_step)
         self._set_learning_rate()
         facts = report.row().items()
@@ -126,7 +129,7 @@ class MoRATrainer(_Base):
         self.control.should_log = should_log
         return report
 
-    # -- engine, run, learning rate ------------------------------------------------------------------------------------
+    # -- engine, run, learning rate ----------------------------------------------------
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
@@ -145,8 +148,8 @@ class MoRATrainer(_Base):
         return prepared
 
     def _restore(self, checkpoint: str | None) -> None:
-        """Open the run; with a folder checkpoint-N as it was then, with the base of that step
-        and the learning rates of the arguments."""
+        """Open the run; with a folder checkpoint-N as it was then, with the base of
+        that step and the learning rates of the arguments."""
         resume = None
         if checkpoint is not None:
             resume = str(Path(checkpoint) / CHECKPOINTS / LATEST)
@@ -157,7 +160,8 @@ class MoRATrainer(_Base):
             base = resolve_folder(self._base_name, Ranks.current())
             keys = None
         else:
-            # The live base may hold merges, so it is not compared: it is formed anew below.
+            # The live base may hold merges, so it is not compared: it is formed anew
+            # below.
             base = earlier.remora.base
             keys = earlier.remora.keys
         self.run = Run(
@@ -211,8 +215,8 @@ class MoRATrainer(_Base):
         evaluates its share with a model of its own."""
         if self.deepspeed is not None:
             return super().evaluation_loop(*arguments, **kwargs)
-        # Where there is none, transformers makes an engine, and drops the optimizer from the
-        # DeepSpeed config for it.
+        # Where there is none, transformers makes an engine, and drops the optimizer
+        # from the DeepSpeed config for it.
         self.deepspeed = self.model
         try:
             with bare_model(self.args.hf_deepspeed_config.dtype()):
@@ -232,16 +236,16 @@ class MoRATrainer(_Base):
             return 0
         return 6 * count_parameters(self.model) * ids.numel()
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------
 
     def save_model(
         self, output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
         """Write the merged model, with its tokenizer, for `from_pretrained`.
 
-        A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that waits
-        for the end; others hold the MoRA matrices alone. Raises `UserError` before
-        training.
+        A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that
+        waits for the end; others hold the MoRA matrices alone. Raises `UserError`
+        before training.
         """
         in_checkpoint = _internal_call and output_dir is not None
         folder = Path(output_dir or self.args.output_dir)
@@ -277,7 +281,8 @@ class MoRATrainer(_Base):
         self._open_run.save(self.state.global_step, folder=output_dir)
 
     def _load_best_model(self) -> None:
-        """Restore the best checkpoint's matrices, ledger and base, without later merges."""
+        """Restore the best checkpoint's matrices, ledger and base, without later
+        merges."""
         self._restore(self.state.best_model_checkpoint)
 
     @property

@@ -1,4 +1,5 @@
-"""Base models: Hugging Face folders read and written, loss, vocabulary, singular vectors.
+"""Base models: Hugging Face folders read and written, loss, vocabulary, singular
+vectors.
 
 base            `BaseCheckpoint`: the original weights on disk, their fingerprint and the names of parameters
 attention       which attention a model runs: by documents, or dense

@@ -1,5 +1,5 @@
-"""Which attention a model runs: by documents (`document_attention`, or FlashAttention with
-bounds), or dense.
+"""Which attention a model runs: by documents (`document_attention`, or FlashAttention
+with bounds), or dense.
 
 why_dense(config, implementation)    why a model cannot attend by documents; None where it can
 use_documents(model)                 from here on it does; `attends_by_documents` tells
@@ -38,8 +38,8 @@ def why_dense(config: Any, implementation: str | None) -> str | None:
     is_bidirectional = getattr(text, "use_bidirectional_attention", None)
     if is_bidirectional or getattr(text, "is_causal", True) is False:
         return "the model's attention is not causal"
-    # The private table (models/auto/auto_factory.py, `_BaseAutoModelClass`) lists what is
-    # transformers' own, and no code that comes with a model of the Hub
+    # The private table (models/auto/auto_factory.py, `_BaseAutoModelClass`) lists what
+    # is transformers' own, and no code that comes with a model of the Hub
     models: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in models:
         return "the code of the model is not transformers' own"
@@ -52,7 +52,8 @@ def why_dense(config: Any, implementation: str | None) -> str | None:
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether this is FlashAttention in transformers, which takes bounds of documents."""
+    """Whether this is FlashAttention in transformers, which takes bounds of
+    documents."""
     return _FLASH in implementation
 
 
@@ -84,11 +85,12 @@ def prefer_documents(model: Any) -> Any:
 def model_inputs(
     model: Callable[..., object], batch: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of a forward pass of `model` (or of its engine) over a batch.
+    """The keyword arguments of a forward pass of `model` (or of its engine) over a
+    batch.
 
-    `document_attention` finds the documents in the positions where the batch does not name
-    them; FlashAttention does not where there is more than one row, and raises KeyError
-    here.
+    `document_attention` finds the documents in the positions where the batch does not
+    name them; FlashAttention does not where there is more than one row, and raises
+    KeyError here.
     """
     inputs = {
         name: batch[name] for name in ("input_ids", "position_ids") if name in batch

@@ -4,11 +4,11 @@
                              -> map_parameters       live parameter name -> key in the files
                              -> read(key)            one tensor, memory-mapped, in its stored dtype
 
-A run needs its base one to one on disk: each live weight is one tensor of the files, cast
-to the run's dtype, or a stack of them, the experts of a mixture (`stored_names`). Where
-that is not so (pickled files only, weights converted otherwise at load, a new model from a
-config) `NotOneToOne` is raised, and the caller can save the live model with
-`write_own_base`.
+A run needs its base one to one on disk: each live weight is one tensor of the files,
+cast to the run's dtype, or a stack of them, the experts of a mixture (`stored_names`).
+Where that is not so (pickled files only, weights converted otherwise at load, a new
+model from a config) `NotOneToOne` is raised, and the caller can save the live model
+with `write_own_base`.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class BaseCheckpoint:
         flag: str = MODEL_FLAG,
         quantized: bool = False,
     ) -> BaseCheckpoint:
-        """Opens a folder with config.json and either model.safetensors or an index and its
-        shards. `quantized`: also where config.json says that the weights are.
+        """Opens a folder with config.json and either model.safetensors or an index and
+        its shards. `quantized`: also where config.json says that the weights are.
 
-        Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne`
-        where all weights are pickled.
+        Raises `UserError` naming `flag` and the faulty file, and its subclass
+        `NotOneToOne` where all weights are pickled.
         """
         folder = expanded(folder, flag).absolute()
         if not folder.is_dir():
@@ -118,12 +118,12 @@ class BaseCheckpoint:
         return [path for path, before in self.stamps.items() if stamp(path) != before]
 
     def require_unchanged(self, fingerprint: str) -> None:
-        """Raises `BaseChanged` where `changed_files` hold other weights: files are mapped,
-        so what is written into one of them changes weights in memory, and what is cut off
-        is a bus error of the process that reads it.
+        """Raises `BaseChanged` where `changed_files` hold other weights: files are
+        mapped, so what is written into one of them changes weights in memory, and what
+        is cut off is a bus error of the process that reads it.
 
-        Files that were only touched, moved or copied are read once: with `fingerprint` they
-        are accepted.
+        Files that were only touched, moved or copied are read once: with `fingerprint`
+        they are accepted.
         """
         if not (changed := self.changed_files()):
             return
@@ -156,7 +156,8 @@ class BaseCheckpoint:
         return (len(members), rows, *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU; do not write to it, as it is the mapped file.
+        """The tensor as stored, on the CPU; do not write to it, as it is the mapped
+        file.
 
         A stack is put together from its files. Raises `RunError` when the file has been
         damaged since it was opened.
@@ -177,9 +178,9 @@ class BaseCheckpoint:
             ) from error
 
     def members(self, key: str) -> list[list[str]]:
-        """The keys of the files' tensors that a stack consists of: for each expert those
-        whose rows follow each other. Empty where the files do not have them in these
-        numbers."""
+        """The keys of the files' tensors that a stack consists of: for each expert
+        those whose rows follow each other. Empty where the files do not have them in
+        these numbers."""
         if key not in self._members:
             members = members_of(key, self._file_of)
             shapes = [[self.shape_dtype(name) for name in names] for names in members]
@@ -206,7 +207,8 @@ class BaseCheckpoint:
         self._handles.clear()
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
-        """Hex sha256 of the tensors' names, dtypes, shapes and checksums, but not shards.
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums, but not
+        shards.
 
         The first call reads every byte, at about memory speed; with `ranks` it is
         collective, and each rank reads a slice of the tensors.
@@ -248,11 +250,12 @@ class BaseCheckpoint:
         ties: Mapping[str, str] | None = None,
         renamed: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Parameter name -> key: its own name, without or with the prefix, or a tied one's.
+        """Parameter name -> key: its own name, without or with the prefix, or a tied
+        one's.
 
         `ties`: tied parameter -> the parameter whose storage it shares (transformers'
-        `all_tied_weights_keys`). `renamed`: from `renamed_keys`. Raises `NotOneToOne` with
-        all names that have no key.
+        `all_tied_weights_keys`). `renamed`: from `renamed_keys`. Raises `NotOneToOne`
+        with all names that have no key.
         """
         ties = ties or {}
         keys = {**(renamed or {}), **{key: key for key in self._file_of}}
@@ -283,7 +286,8 @@ class BaseCheckpoint:
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Key -> file. Opens every file, so that a missing or truncated one is reported now."""
+    """Key -> file. Opens every file, so that a missing or truncated one is reported
+    now."""
     single = folder / SINGLE_FILE
     index = folder / INDEX_FILE
     if single.is_file():
@@ -369,13 +373,15 @@ def verify_against_model(
             )
 
 
-# -- checksum ------------------------------------------------------------------------------
+# -- checksum --------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
-"""Number of 64-bit words that are hashed at a time: 256 KiB, as fit into a core's cache."""
+"""Number of 64-bit words that are hashed at a time: 256 KiB, as fit into a core's
+cache."""
 
 _CHUNKS_AT_ONCE = 256
-"""The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel launches."""
+"""The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel
+launches."""
 
 _ODD = -7046029254386353131
 """2**64 divided by the golden ratio, odd, so that multiplying by it is a bijection."""
@@ -384,10 +390,10 @@ _ODD = -7046029254386353131
 def tensor_checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's bytes in order, the same on every device.
 
-    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection and
-    the odd factors are pseudo-random: a change of one word always changes the sum,
-    exchanged words do except with a probability of about 2**-32. The sums of the chunks are
-    hashed in order. Not secure against an adversary.
+    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection
+    and the odd factors are pseudo-random: a change of one word always changes the sum,
+    exchanged words do except with a probability of about 2**-32. The sums of the chunks
+    are hashed in order. Not secure against an adversary.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     factors = _factors(raw.device)

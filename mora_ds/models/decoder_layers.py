@@ -1,5 +1,5 @@
-"""The decoder layers of a model, and the frozen weights that belong to each alone: what can
-be held layer by layer.
+"""The decoder layers of a model, and the frozen weights that belong to each alone: what
+can be held layer by layer.
 
 find_decoder_layers(model)  name -> layer, in the order in which they run
 weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
@@ -25,8 +25,8 @@ product may round otherwise at another one."""
 
 def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
     """The entries of the model's list of decoder layers: the `nn.ModuleList` with
-    num_hidden_layers entries; of several the one with most frozen elements. Nothing for a
-    model that has none."""
+    num_hidden_layers entries; of several the one with most frozen elements. Nothing for
+    a model that has none."""
     count = _count(model)
     lists = {
         name: module
@@ -53,8 +53,9 @@ def _count(model: Any) -> int:
 def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
     """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
 
-    Left out: tensors that something outside of the layer uses, too. Raises `UserError` for
-    a model without decoder layers, or whose layers have no frozen weights of their own.
+    Left out: tensors that something outside of the layer uses, too. Raises `UserError`
+    for a model without decoder layers, or whose layers have no frozen weights of their
+    own.
     """
     layers = find_decoder_layers(model)
     if not layers:

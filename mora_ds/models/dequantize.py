@@ -1,12 +1,12 @@
-"""Bases in FP8 and MXFP4, as they are published: dequantized, tensor by tensor, into a base
-of the run's own.
+"""Bases in FP8 and MXFP4, as they are published: dequantized, tensor by tensor, into a
+base of the run's own.
 
     FP8      NAME, NAME_scale_inv          rows x columns in e4m3; a scale for each block of weight_block_size
     MXFP4    NAME_blocks, NAME_scales      two numbers a byte, transposed; an exponent for each 32 of them
 
-What is written holds the weights in the run's dtype, each rounded once; merges and exports
-count from there. The record beside it says of which files it is, so that a resumed run
-makes it again only where they are others.
+What is written holds the weights in the run's dtype, each rounded once; merges and
+exports count from there. The record beside it says of which files it is, so that a
+resumed run makes it again only where they are others.
 """
 
 from pathlib import Path

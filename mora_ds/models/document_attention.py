@@ -1,5 +1,5 @@
-"""Causal attention inside each document of packed rows, registered with transformers: no
-mask, no (T, T) scores.
+"""Causal attention inside each document of packed rows, registered with transformers:
+no mask, no (T, T) scores.
 
     rows (B, H, T, D) -> tokens of all rows (N, H, D), N = B T, with the `Documents` in them
     -> (B, T, H, D)
@@ -12,10 +12,10 @@ mask, no (T, T) scores.
 
 Grouped key-value heads are repeated only for scaled_dot_product_attention on CUDA.
 
-The documents come with the batch, as the keyword argument `documents` that models hand down
-to their attention. Without it they are read from the positions, and where a model hands
-down neither, a row is one document. With a mask of padding or a cache, attention is
-transformers' own.
+The documents come with the batch, as the keyword argument `documents` that models hand
+down to their attention. Without it they are read from the positions, and where a model
+hands down neither, a row is one document. With a mask of padding or a cache, attention
+is transformers' own.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,8 @@ NAME = "mora_ds_documents"
 """Its name in transformers, once `register` has been called."""
 
 QUERIES = 256
-"""Queries in a block whose scores are computed: (n, H, QUERIES, keys) exist at a time."""
+"""Queries in a block whose scores are computed: (n, H, QUERIES, keys) exist at a
+time."""
 
 _SHORT = 512
 """Documents of more tokens are computed one by one, as padding would save nothing."""
@@ -47,7 +48,8 @@ _FLASH_HEAD = 256
 """The largest head size of torch's flash attention on CUDA."""
 
 Seen = Callable[[], Tensor]
-"""Makes (C, K), or (n, 1, C, K), true where a query sees a key; backward keeps no mask."""
+"""Makes (C, K), or (n, 1, C, K), true where a query sees a key; backward keeps no
+mask."""
 
 
 def register() -> None:
@@ -73,9 +75,10 @@ def document_attention(
     position_ids: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value (B,
-    H_kv, T, D_v) -> (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for
-    attention that is not causal or has a bias, and for documents of another batch."""
+    """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value
+    (B, H_kv, T, D_v) -> (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises
+    ValueError for attention that is not causal or has a bias, and for documents of
+    another batch."""
     is_causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     if arguments.get("position_bias") is not None or is_causal is False:
         raise ValueError(
@@ -148,7 +151,7 @@ class Scores:
         return self.softcap is None and self.sinks is None
 
 
-# -- one kernel over all documents ---------------------------------------------------------
+# -- one kernel over all documents -----------------------------------------------------
 
 
 def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
@@ -175,9 +178,10 @@ def _varlen(
     window: int | None,
     scores: Scores,
 ) -> Tensor:
-    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v), by torch's flash attention
-    (aten/src/ATen/native/native_functions.yaml), which `torch.nn.attention.varlen` wraps in
-    another way in every version of torch. It wants one head size, a multiple of 8."""
+    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v), by torch's flash
+    attention (aten/src/ATen/native/native_functions.yaml), which
+    `torch.nn.attention.varlen` wraps in another way in every version of torch. It wants
+    one head size, a multiple of 8."""
     head = value.shape[2]
     wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(tensor, wanted) for tensor in (query, key, value))
@@ -204,7 +208,7 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-# -- document by document ------------------------------------------------------------------
+# -- document by document --------------------------------------------------------------
 
 
 def _rounded(length: int) -> int:
@@ -261,9 +265,9 @@ def _rows(
     window: int | None,
     scores: Scores,
 ) -> Tensor:
-    """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where
-    scores are computed, or a window is shorter than a document, in blocks of queries with
-    the keys that they see."""
+    """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v).
+    Where scores are computed, or a window is shorter than a document, in blocks of
+    queries with the keys that they see."""
     length = query.shape[2]
     if window is not None and window >= length:
         window = None
@@ -307,14 +311,14 @@ def _fused(
     value: Tensor,
     seen: Seen | None,
 ) -> Tensor:
-    """Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v),
-    by a kernel of torch; without `seen` causal, with C = K."""
+    """Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value
+    (n, H_kv, K, D_v), by a kernel of torch; without `seen` causal, with C = K."""
     head = value.shape[3]
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.is_cuda:
-        # What varlen kernels do not compute (fp32, large heads, masks) torch gives to its
-        # memory-efficient kernel. That knows no grouped heads: with these, torch would
-        # silently take the kernel that keeps all (T, T) scores.
+        # What varlen kernels do not compute (fp32, large heads, masks) torch gives to
+        # its memory-efficient kernel. That knows no grouped heads: with these, torch
+        # would silently take the kernel that keeps all (T, T) scores.
         key, value = (
             tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             for tensor in (key, value)
@@ -333,7 +337,7 @@ def _fused(
     return out[..., :head]
 
 
-# -- scores in blocks ----------------------------------------------------------------------
+# -- scores in blocks ------------------------------------------------------------------
 
 
 def _scored(
@@ -354,7 +358,8 @@ def _scored(
 def _weigh(
     how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Seen
 ) -> Tensor:
-    """Queries that share a key-value head lie one after the other: no key is repeated."""
+    """Queries that share a key-value head lie one after the other: no key is
+    repeated."""
     shared = key.shape[1]
     count = query.shape[2]
     groups = query.shape[1] // shared
@@ -389,7 +394,8 @@ def _masked(
     mask: Tensor | None,
     scores: Scores,
 ) -> Tensor:
-    """Attention with a mask (B, 1, T, S), or of the last T of S tokens: (B, T, H, D_v)."""
+    """Attention with a mask (B, 1, T, S), or of the last T of S tokens:
+    (B, T, H, D_v)."""
     if scores.suit_kernels:
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, scores.dropout, scores.scale

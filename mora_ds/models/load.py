@@ -1,10 +1,10 @@
 """Loads the base: a Hugging Face folder or Hub name -> live model, original tensors on
 disk, names of both.
 
-Every rank reads the same files unsharded. Exact merging reads the original tensors again,
-so a base whose files do not hold the live tensors one to one (pickled weights, tensors
-fused at load, a model made from a config) is written once, with the live names, to a folder
-of the run.
+Every rank reads the same files unsharded. Exact merging reads the original tensors
+again, so a base whose files do not hold the live tensors one to one (pickled weights,
+tensors fused at load, a model made from a config) is written once, with the live names,
+to a folder of the run.
 """
 
 import copy
@@ -118,8 +118,8 @@ def load_base(
     """The live model in `dtype` on the CPU, and its parameters' originals. Collective.
 
     `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0
-    writes the base to `own_base`, in the precision of its files, if these are not one to
-    one. Raises `UserError` where weights are missing or do not fit the config.
+    writes the base to `own_base`, in the precision of its files, if these are not one
+    to one. Raises `UserError` where weights are missing or do not fit the config.
     """
     load = partial(
         load_model,
@@ -160,8 +160,7 @@ def read_model_config(
     flag: str = "--model_config",
 ) -> Any:
     """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError`
-    naming `flag`.
-    """
+    naming `flag`."""
     try:
         values = parse_json(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -244,8 +243,8 @@ _NOT_THE_FUNCTION = {
 
 
 def config_digest(config: Any) -> str:
-    """16 hex digits that identify the model's function as its config describes it, such as
-    rope_theta and the number of heads, which the fingerprint of the weights does not
+    """16 hex digits that identify the model's function as its config describes it, such
+    as rope_theta and the number of heads, which the fingerprint of the weights does not
     contain."""
     values = config.to_dict()
     for name in _NOT_THE_FUNCTION & values.keys():
@@ -373,7 +372,8 @@ def _originals(
     dtype: torch.dtype,
     load: Callable[[torch.dtype], Any],
 ) -> tuple[bool, dict[str, str]]:
-    """(whether the originals are in `own_base`, which is written if needed, their keys).
+    """(whether the originals are in `own_base`, which is written if needed, their
+    keys).
 
     `load` loads the model again in another dtype: `own_base` keeps the precision of the
     files, not that of the run.

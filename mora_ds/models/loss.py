@@ -1,10 +1,11 @@
-"""The loss of a batch, optionally a few tokens at a time, so that the logits of a complete
-batch are never in memory.
+"""The loss of a batch, optionally a few tokens at a time, so that the logits of a
+complete batch are never in memory.
 
     chunk_loss(model)      after the adapters are in: `token_nll` then computes the loss inside the model's head
 
-Logits in fp32 and their gradient take 8 bytes x tokens x vocabulary, more than everything else where the vocabulary is
-large. With `chunk_loss` the head itself, where the model calls it, computes the logits of a chunk and reduces them:
+Logits in fp32 and their gradient take 8 bytes x tokens x vocabulary, more than
+everything else where the vocabulary is large. With `chunk_loss` the head itself, where
+the model calls it, computes the logits of a chunk and reduces them:
 
     frozen head      to losses and to their gradients with respect to the head's input, which backward only scales:
                      no more arithmetic than with whole logits, and the head's weight is not read again
@@ -14,9 +15,9 @@ As the head remains a module that is called once, ZeRO-3 all-gathers a trained o
 forward and backward as usual, tied or not.
 
 Not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs the head's backward in
-forward, before the loss is scaled, so that a trained head gets another gradient than the
-rest; torch's `linear_cross_entropy` (2.13) takes a bare weight, which ZeRO-3 has not
-gathered, and does not support capped or scaled logits.
+forward, before the loss is scaled, so that a trained head gets another gradient than
+the rest; torch's `linear_cross_entropy` (2.13) takes a bare weight, which ZeRO-3 has
+not gathered, and does not support capped or scaled logits.
 """
 
 import math
@@ -43,8 +44,8 @@ GPU_CHUNK_NUMBERS = 2**27
 """The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
 
 _CPU_TOKENS = 256
-"""Tokens that a frozen head on a CPU computes at once, at most: enough for its products,
-and the logits stay in its cache."""
+"""Tokens that a frozen head on a CPU computes at once, at most: enough for its
+products, and the logits stay in its cache."""
 
 _ATTRIBUTE = "_mora_chunked_head"
 
@@ -101,7 +102,8 @@ class ChunkedHead:
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
-        # Called after DeepSpeed's hooks, which let the output gather the weight in backward
+        # Called after DeepSpeed's hooks, which let the output gather the weight in
+        # backward
         self._hook = head.register_forward_hook(self._record)
 
     def remove(self) -> None:
@@ -131,7 +133,8 @@ class ChunkedHead:
             self._outputs = None
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) if labels are set."""
+        """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) if labels are
+        set."""
         if self._labels is None:
             return self._project(hidden)
         flat = hidden.flatten(0, -2)
@@ -162,7 +165,8 @@ class ChunkedHead:
     def _loss_and_gradient(
         self, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
+        """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients
+        (N, d)."""
         hidden = hidden.detach().requires_grad_()
         logits = self._logits(hidden)
         values = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
@@ -196,8 +200,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
         results: list[tuple[Tensor, Tensor]] = []
         for inputs, targets in head._chunks(hidden, labels):
-            # Parts of one size, as products with a few tokens round otherwise than those
-            # with many
+            # Parts of one size, as products with a few tokens round otherwise than
+            # those with many
             on_cpu = inputs.device.type == "cpu"
             count = max(1, math.ceil(len(inputs) / _CPU_TOKENS)) if on_cpu else 1
             results += map(
@@ -228,9 +232,9 @@ def bound(model: Any) -> ChunkedHead | None:
 
 
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
-    """Makes `token_nll` and `row_nll` of this transformers model, also through its engine,
-    compute in chunks: always better where the head is frozen (`is_frozen`), less memory for
-    more arithmetic where it is trained.
+    """Makes `token_nll` and `row_nll` of this transformers model, also through its
+    engine, compute in chunks: always better where the head is frozen (`is_frozen`),
+    less memory for more arithmetic where it is trained.
 
     `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU
     `GPU_CHUNK_NUMBERS`. Raises `UserError` for a model without a head.

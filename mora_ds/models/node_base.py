@@ -4,9 +4,10 @@
     share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
     node_base_of(model).form(...)     a merge, a replay: each layer is written by one process of the node
 
-No other run ever trusts this memory: a resumed run forms its weights from the original ones
-and the merge ledger, as one that shares nothing. All processes wait for each other before
-the first weight is written, when none reads them any more, and after the last one.
+No other run ever trusts this memory: a resumed run forms its weights from the original
+ones and the merge ledger, as one that shares nothing. All processes wait for each other
+before the first weight is written, when none reads them any more, and after the last
+one.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class NodeBase:
     """Name of a buffer -> its place in the memory of the node."""
 
     def layers(self, model: nn.Module) -> list[str]:
-        """Names of the adapted layers whose frozen weights this process writes: its part of
-        those that are shared, and all others, which lie on its device."""
+        """Names of the adapted layers whose frozen weights this process writes: its
+        part of those that are shared, and all others, which lie on its device."""
         layers = mora_layers(model)
         sizes = {
             name: layers[name].weight.numel()
@@ -70,8 +71,9 @@ class NodeBase:
     ) -> dict[str, Result]:
         """{name: work(name, item)} for this process's `layers`; `work` writes a weight.
 
-        Collective, if `items` are, or if any processes share a base: all then have their
-        items before the first weight is written, and an error of one process is one of all.
+        Collective, if `items` are, or if any processes share a base: all then have
+        their items before the first weight is written, and an error of one process is
+        one of all.
         """
         if self.ranks is None:
             return {name: work(name, item) for name, item in items}
@@ -97,12 +99,12 @@ class NodeBase:
         names: Sequence[str],
         width: int,
     ) -> Tensor:
-        """(names, width) fp32 on the CPU: a row of scalars for each name, of which `rows`
-        has those of this process's `layers`. Collective as `form` is."""
+        """(names, width) fp32 on the CPU: a row of scalars for each name, of which
+        `rows` has those of this process's `layers`. Collective as `form` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
-            # A row is added once: other nodes have the same, and so have the processes of
-            # this one where nothing is shared
+            # A row is added once: other nodes have the same, and so have the processes
+            # of this one where nothing is shared
             counts = self.ranks is None or self.ranks.is_first
             if self._is_shared(name):
                 counts = 0 in self.members
@@ -118,7 +120,8 @@ class NodeBase:
             self.slots[name].copy_(frozen[name])
 
     def _owned(self, sizes: Mapping[str, int]) -> list[str]:
-        """The names that this process writes: about an equal part of the sum of sizes."""
+        """The names that this process writes: about an equal part of the sum of
+        sizes."""
         if self.ranks is None:
             return list(sizes)
         mine = set(
@@ -135,7 +138,7 @@ def node_base_of(model: nn.Module) -> NodeBase:
     return _NODE_BASES.get(model) or NodeBase()
 
 
-# -- the start -----------------------------------------------------------------------------
+# -- the start -------------------------------------------------------------------------
 
 
 def share_base(model: nn.Module, ranks: Ranks) -> None:
@@ -228,8 +231,8 @@ def _map(
     members: tuple[int, ...],
     layout: _Layout | None,
 ) -> tuple[torch.UntypedStorage | None, str]:
-    """(memory of the node, mapped into this process; what kept one of its processes from
-    it). Collective; `layout` None on a node that shares nothing."""
+    """(memory of the node, mapped into this process; what kept one of its processes
+    from it). Collective; `layout` None on a node that shares nothing."""
     mine = None
     problem = ""
     if layout is not None and ranks.rank == members[0]:

@@ -3,9 +3,9 @@
     settings -> rope_changes -> the settings of the text config that become others ->
     changed, before the model is made
 
-From transformers 5 on a model computes its frequencies when it is made, and never looks at
-its config again. The changes go into base.json, since the base's own config.json stays as
-it is: exports and `load_adapter` make them again.
+From transformers 5 on a model computes its frequencies when it is made, and never looks
+at its config again. The changes go into base.json, since the base's own config.json
+stays as it is: exports and `load_adapter` make them again.
 """
 
 import copy
@@ -40,7 +40,8 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
     if "partial_rotary_factor" in before:
         scaled["partial_rotary_factor"] = before["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
-        # Of other kinds transformers reads the original number from max_position_embeddings
+        # Of other kinds transformers reads the original number from
+        # max_position_embeddings
         return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}
@@ -74,8 +75,8 @@ def check_used(model: Any, rope_type: str) -> None:
 def longest_row(config: Any) -> int | None:
     """How many positions a model has been made for; None where its config does not say.
 
-    max_position_embeddings counts them without the factor where the scaling is linear or
-    dynamic: transformers' and vLLM's reading.
+    max_position_embeddings counts them without the factor where the scaling is linear
+    or dynamic: transformers' and vLLM's reading.
     """
     text = config.get_text_config()
     longest: int | None = getattr(text, _LONGEST, None)
@@ -95,9 +96,9 @@ def changes_of(config: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Raise `UserError` for anything that `rope_changes` cannot have returned: a base.json
-    may come from anybody, and must not set other attributes of a config, such as auto_map,
-    which names code."""
+    """Raise `UserError` for anything that `rope_changes` cannot have returned: a
+    base.json may come from anybody, and must not set other attributes of a config, such
+    as auto_map, which names code."""
     for name, value in changes.items():
         where = f"config_changes: {name}"
         if name == _PARAMETERS:

@@ -1,5 +1,5 @@
-"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor, config.json,
-tokenizer and other files.
+"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor,
+config.json, tokenizer and other files.
 
 keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) ->
 write_companions
@@ -50,7 +50,8 @@ def layout_of(
     keys: Iterable[str],
     dtype: torch.dtype | None,
 ) -> Layout:
-    """The tensors `keys` of a base: floating-point ones in `dtype`, unless that is None."""
+    """The tensors `keys` of a base: floating-point ones in `dtype`, unless that is
+    None."""
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
@@ -70,8 +71,9 @@ def write_shards(
     limit: int,
     tensor_of: Callable[[str, torch.dtype], Tensor],
 ) -> tuple[str, ...]:
-    """Writes the safetensors files, of at most `limit` bytes where a tensor is not larger
-    itself, and their index where there are several. Returns the names of the files.
+    """Writes the safetensors files, of at most `limit` bytes where a tensor is not
+    larger itself, and their index where there are several. Returns the names of the
+    files.
 
     `tensor_of(key, dtype)` returns each tensor in the dtype of the layout; it is called
     just before that is written.
@@ -133,9 +135,9 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _require_own(path: Path, folder: Path) -> None:
-    """Raises `UserError` for a link out of `folder`, which would copy a stranger's choice
-    of file into the model. The hub's cache keeps the files of snapshots/REVISION in blobs/
-    beside it."""
+    """Raises `UserError` for a link out of `folder`, which would copy a stranger's
+    choice of file into the model. The hub's cache keeps the files of snapshots/REVISION
+    in blobs/ beside it."""
     if path.is_symlink():
         resolved = path.resolve()
         home = folder.resolve()

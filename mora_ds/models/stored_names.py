@@ -4,8 +4,9 @@ changes that as it loads them.
     renamed_keys      it only renames a tensor
     stacked_files     it puts the experts of a mixture, a tensor each, into one: the key of a stack names them all
 
-A key of a stack has * for the number of the expert, and several patterns joined by + where
-their rows follow each other: "layers.0.experts.*.w1.weight + layers.0.experts.*.w3.weight".
+A key of a stack has * for the number of the expert, and several patterns joined by +
+where their rows follow each other: "layers.0.experts.*.w1.weight +
+layers.0.experts.*.w3.weight".
 """
 
 import re
@@ -36,8 +37,8 @@ def members_of(key: str, known: Container[str]) -> list[list[str]]:
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """Name in the live model -> key, for tensors that are only renamed at load.
 
-    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are fused
-    or split at load.
+    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are
+    fused or split at load.
     """
     return {
         name: key
@@ -47,12 +48,12 @@ def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key of the stack, for experts that transformers puts into
-    one tensor when it loads `model`: one after the other, and the rows of gate and up of
-    each below each other.
+    """Name in the live model -> key of the stack, for experts that transformers puts
+    into one tensor when it loads `model`: one after the other, and the rows of gate and
+    up of each below each other.
 
-    Not what it transposes or interleaves. That it did no more is for `verify_against_model`
-    to say.
+    Not what it transposes or interleaves. That it did no more is for
+    `verify_against_model` to say.
     """
     by_pattern: dict[str, dict[str, str]] = {}
     orders: dict[str, list[str]] = {}

@@ -2,10 +2,10 @@
 
 Exact (LAPACK, float64) where the matrix is small or most of its vectors are needed;
 otherwise by randomised subspace iteration (Halko, Martinsson & Tropp 2011,
-`torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of singular values
-that are close together. The sign of a pair is arbitrary: the largest entry of the right
-vector is made positive. Seeds are hashes of names, so that one machine computes the same
-bits again.
+`torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of singular
+values that are close together. The sign of a pair is arbitrary: the largest entry of
+the right vector is made positive. Seeds are hashes of names, so that one machine
+computes the same bits again.
 """
 
 import hashlib

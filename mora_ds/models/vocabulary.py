@@ -1,11 +1,11 @@
-"""Extends a model's vocabulary: new rows in the embeddings and the head, everything else
-unchanged.
+"""Extends a model's vocabulary: new rows in the embeddings and the head, everything
+else unchanged.
 
 model folder + corpus -> new tokens (`data/extend_tokenizer.py`) -> their rows
                       -> tensors copied one at a time, config.json, tokenizer, vocabulary_extension.json
 
-The row of a new token is the mean of the rows of the tokens that it replaces. Rows without
-a token, up to a multiple of 64, are the mean of all old rows.
+The row of a new token is the mean of the rows of the tokens that it replaces. Rows
+without a token, up to a multiple of 64, are the mean of all old rows.
 """
 
 import tempfile
@@ -58,10 +58,10 @@ def extend_vocabulary(
 ) -> list[str]:
     """Writes a model with `new_tokens` more tokens, learned from `corpus`, to `output`.
 
-    One tensor is in memory at a time. Returns lines to print. Raises `UserError` for a head that is neither tied
-    nor linear, a corpus that yields fewer tokens, and a tokenizer that cannot be extended;
-    `RunError` if the extended tokenizer does not decode a text to itself, but the old one
-    did.
+    One tensor is in memory at a time. Returns lines to print. Raises `UserError` for a
+    head that is neither tied nor linear, a corpus that yields fewer tokens, and a
+    tokenizer that cannot be extended; `RunError` if the extended tokenizer does not
+    decode a text to itself, but the old one did.
     """
     if new_tokens < 1:
         raise UserError(f"--pieces must be at least 1, got {new_tokens}")
@@ -90,8 +90,7 @@ def extend_vocabulary(
 
 def first_new_row(folder: Path) -> int:
     """Index of the first row that an extension added. Raises `UserError` for a folder
-    without an extended model.
-    """
+    without an extended model."""
     path = folder / EXTENSION_JSON
     if not path.is_file():
         raise UserError(
@@ -108,8 +107,8 @@ def check_same_tokens(
     flag: str,
     trust_remote_code: bool = False,
 ) -> None:
-    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder` has
-    every token of the one in `known`, each with the same id. Where `known` holds no
+    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder`
+    has every token of the one in `known`, each with the same id. Where `known` holds no
     tokenizer there is nothing to compare."""
     if not holds_tokenizer(known):
         return
@@ -129,7 +128,7 @@ def check_same_tokens(
         )
 
 
-# -- which tensors -------------------------------------------------------------------------
+# -- which tensors ---------------------------------------------------------------------
 
 
 def _vocabulary_keys(
@@ -137,9 +136,8 @@ def _vocabulary_keys(
     config: Any,
     trust_remote_code: bool,
 ) -> tuple[set[str], int]:
-    """(keys of the tensors with a row per token, number of rows). Raises `UserError` for
-    other kinds of heads.
-    """
+    """(keys of the tensors with a row per token, number of rows). Raises `UserError`
+    for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
     embedding, head = _tables(model)
@@ -164,8 +162,7 @@ def _vocabulary_keys(
 
 def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     """The input embeddings, which may scale what they read, and the head. Raises
-    `UserError` for other kinds.
-    """
+    `UserError` for other kinds."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -176,7 +173,7 @@ def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     return embedding, head
 
 
-# -- text ----------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------
 
 
 def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
@@ -200,7 +197,7 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
     return before / nbytes, after / nbytes, nbytes
 
 
-# -- weights -------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------
 
 
 def _write(
@@ -232,9 +229,9 @@ def _write(
 
 
 def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:
-    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in fp32, of
-    the rows that it replaces; rows without a token are the mean of all rows, so that the
-    head gives them no more than average probability."""
+    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in
+    fp32, of the rows that it replaces; rows without a token are the mean of all rows,
+    so that the head gives them no more than average probability."""
     result = table.new_empty((rows, *table.shape[1:]))
     known = min(len(table), extension.first_id)
     result[: len(table)] = table

@@ -1,5 +1,5 @@
-"""What tensor and sequence parallelism cannot be used with: the one definition for flags,
-plans, engines and models.
+"""What tensor and sequence parallelism cannot be used with: the one definition for
+flags, plans, engines and models.
 
 Callers give what they know; the defaults mean "nothing wrong". Limits that depend on a
 model's heads and sizes are in `adapters/tp_plan.py` and `parallel/ulysses_checks.py`.

@@ -7,9 +7,10 @@ stores a share of every M.
     rowwise   y = sum over the group of W0[:, own] x[own] + update      own columns, a view; one all-reduce
     whole     y = W0 x + decompress(gather(M[own] compress(x)))         not split, but M's rows are
 
-A process stores its share of M's rows, which ZeRO shards over the data-parallel processes.
-The split layers gather M within one autograd function, in forward and in backward, and
-scatter the sum of its gradient. No weight of the base is copied, gathered or reduced.
+A process stores its share of M's rows, which ZeRO shards over the data-parallel
+processes. The split layers gather M within one autograd function, in forward and in
+backward, and scatter the sum of its gradient. No weight of the base is copied, gathered
+or reduced.
 """
 
 from dataclasses import dataclass
@@ -42,9 +43,9 @@ from mora_ds.parallel.windows import Window
 
 
 def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
-    """Split an injected model in place, so that every layer computes its part and stores
-    its share of M. Returns the plan. Raises `UserError` for what cannot be split: dropout,
-    LoRA, matrices with fewer rows than processes."""
+    """Split an injected model in place, so that every layer computes its part and
+    stores its share of M. Returns the plan. Raises `UserError` for what cannot be
+    split: dropout, LoRA, matrices with fewer rows than processes."""
     _check(model, topology.degree)
     plan = plan_of(model, topology.degree)
     layers = mora_layers(model)
@@ -70,9 +71,9 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
 def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
     """Give the other trained parameters (norms, embeddings, head) one gradient on all
     processes of a group: the sum where each saw its own heads only, else the first
-    process's. The processes compute the latter alike, but not to the bit where a device's
-    kernels add in any order (attention's backward on GPUs), and parameters that have
-    drifted apart stay apart."""
+    process's. The processes compute the latter alike, but not to the bit where a
+    device's kernels add in any order (attention's backward on GPUs), and parameters
+    that have drifted apart stay apart."""
     summed = {
         id(p) for name in plan.summed for p in model.get_submodule(name).parameters()
     }
@@ -117,7 +118,7 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
     return dropouts
 
 
-# -- layers --------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ class LayerSplit:
         square_shard: Tensor,
         path: Compute,
     ) -> Tensor:
-        """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's
-        output are this process's slices. `square_shard`: this process's share of M."""
+        """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise
+        layer's output are this process's slices. `square_shard`: this process's share
+        of M."""
         if self.style is Style.WHOLE:
             y = F.linear(x, layer.stored_weight, layer.bias)
             return y + self._unsplit_update(layer.spec, square_shard, x)
@@ -158,7 +160,8 @@ class LayerSplit:
         return matrix[slice(*self.topology.share(len(matrix)))]
 
     def unshard(self, square_shard: Tensor) -> Tensor:
-        """M (r_hat, r_hat), from the shares of all processes of the group. Collective."""
+        """M (r_hat, r_hat), from the shares of all processes of the group.
+        Collective."""
         return self.topology.gather(square_shard, square_shard.shape[1])
 
     def _window(self, spec: OperatorSpec) -> Window:
@@ -176,8 +179,8 @@ class LayerSplit:
         square_shard: Tensor,
         x: Tensor,
     ) -> Tensor:
-        """The layer's update from all inputs to all outputs. Backward is made of sums in a
-        fixed order too, so that it is the same to the bit on all processes."""
+        """The layer's update from all inputs to all outputs. Backward is made of sums
+        in a fixed order too, so that it is the same to the bit on all processes."""
         z = sum_gradient(compress(spec, x), self.topology)
         u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
         return decompress(spec, u)
@@ -222,13 +225,13 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-# -- a window's steps ----------------------------------------------------------------------
+# -- a window's steps ------------------------------------------------------------------
 
 
 class WindowProducts(LayerProducts):
     """The steps of a window of an adapted layer: `square` is this process's share of M,
-    which is gathered wherever it is used. Neither M nor anything of the size of W0 is saved
-    for backward."""
+    which is gathered wherever it is used. Neither M nor anything of the size of W0 is
+    saved for backward."""
 
     def __init__(self, window: Window, split: LayerSplit) -> None:
         super().__init__(window)

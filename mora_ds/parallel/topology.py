@@ -1,11 +1,12 @@
-"""Which processes compute what together, and the collectives among them: world = t x dp.
+"""Which processes compute what together, and the collectives among them: world = t x
+dp.
 
     ranks 0 .. t-1      one tensor-parallel group: the same rows of the batch, each process a slice of every layer
     ranks r, r+t, ...   one data-parallel group: the same slice, other rows; ZeRO shards over it
 
-DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard the
-base. Written against DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py names each
-symbol that an upgrade has moved.
+DeepSpeed learns of it by its `mpu` argument. Its own AutoTP stays off: it would shard
+the base. Written against DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py
+names each symbol that an upgrade has moved.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mora_ds.parallel.limits import TENSOR, check_world
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place in its tensor-parallel group, and the group's collectives. All
-    of them go through `deepspeed.comm`, which counts them."""
+    """This process's place in its tensor-parallel group, and the group's collectives.
+    All of them go through `deepspeed.comm`, which counts them."""
 
     degree: int
     """t, the number of processes in a tensor-parallel group."""
@@ -37,9 +38,9 @@ class Topology:
 
     @classmethod
     def of(cls, degree: int) -> Topology:
-        """Make the groups, once a process. Collective. Raises `UserError` where `degree`
-        does not divide the world, or differs from that of an engine that this process has
-        made before."""
+        """Make the groups, once a process. Collective. Raises `UserError` where
+        `degree` does not divide the world, or differs from that of an engine that this
+        process has made before."""
         check_world(comm.get_world_size(), tensor=degree)
         # DeepSpeed's mesh is (dp, t), with t innermost (utils/groups.py)
         groups._init_tp_mesh_device(tensor_model_parallel_size=degree)
@@ -74,7 +75,8 @@ class Topology:
         return tensor
 
     def gather(self, shard: Tensor, size: int) -> Tensor:
-        """Shares of the first dimension -> (size, ...), on every process of the group."""
+        """Shares of the first dimension -> (size, ...), on every process of the
+        group."""
         padded = _padded(shard, -(-size // self.degree))
         whole = shard.new_empty(len(padded) * self.degree, *shard.shape[1:])
         comm.all_gather_into_tensor(whole, padded, group=self.group)
@@ -112,14 +114,15 @@ class Share:
 
 
 def mark_split(parameter: nn.Parameter, start: int, r_hat: int) -> None:
-    """Note that each process of a group holds another part of a matrix, so that each counts
-    in the gradient norm (runtime/utils.py, `is_model_parallel_parameter`)."""
+    """Note that each process of a group holds another part of a matrix, so that each
+    counts in the gradient norm (runtime/utils.py, `is_model_parallel_parameter`)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.mora_share = Share(start, r_hat)  # type: ignore[attr-defined]
 
 
 def share_of(parameter: Tensor) -> Share | None:
-    """What `mark_split` noted; None for a parameter that every process of a group holds."""
+    """What `mark_split` noted; None for a parameter that every process of a group
+    holds."""
     return getattr(parameter, "mora_share", None)
 
 
@@ -131,7 +134,7 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     )
 
 
-# -- collectives with a gradient -----------------------------------------------------------
+# -- collectives with a gradient -------------------------------------------------------
 
 
 def sum_gradient(x: Tensor, topology: Topology) -> Tensor:

@@ -1,5 +1,5 @@
-"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes share
-every row.
+"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes
+share every row.
 
     rows (B, T), the same on all s processes -> process i takes tokens [i T/s, (i + 1) T/s)
     -> embeddings, linear layers and adapters, head, loss: of those tokens only ->
@@ -10,7 +10,8 @@ every row.
     SequenceParallel    the group; split(batch) takes this process's part of rows
     whole_rows          a context in which the bound model takes complete rows, on each process by itself
 
-`UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the exchange. Of its surroundings:
+`UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the
+exchange. Of its surroundings:
 
 - `register_with_transformers` is not used: it needs a constant batch size and num_key_value_heads in the config, and
   drops every mask. Here an instance is made for each shape of attention, attention is by documents, which every
@@ -53,8 +54,8 @@ def share_rows(
     """Let every `size` consecutive processes share each row; None for 1. Collective.
 
     `timeout_s`: of the collectives in a group (torch's default for None). Raises
-    `UserError` for a model that does not attend by documents: masks of complete rows are
-    not made.
+    `UserError` for a model that does not attend by documents: masks of complete rows
+    are not made.
     """
     if size == 1:
         return None
@@ -72,8 +73,7 @@ def share_rows(
 
 def check_heads(size: int, heads: int, kv_heads: int) -> None:
     """Raises `UserError` unless the heads can be divided among the processes. Too few
-    key-value heads are repeated.
-    """
+    key-value heads are repeated."""
     if heads % size:
         raise UserError(
             f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each process takes some of them"
@@ -101,7 +101,8 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
 
 
 def bound(module: nn.Module) -> SequenceParallel | None:
-    """The group that `share_rows` bound a model (or a module of it) to; None for others."""
+    """The group that `share_rows` bound a model (or a module of it) to; None for
+    others."""
     return module.__dict__.get(_BOUND)
 
 
@@ -119,9 +120,10 @@ class SequenceParallel:
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
 
     def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have
-        been shifted, so that the last token of a part still predicts the first of the next
-        one. `documents` stay those of the complete rows, which attention sees."""
+        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must
+        have been shifted, so that the last token of a part still predicts the first of
+        the next one. `documents` stay those of the complete rows, which attention
+        sees."""
         split = dict(batch)
         for name, rows in batch.items():
             if isinstance(rows, Tensor):
@@ -139,10 +141,11 @@ class SequenceParallel:
         value: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) ->
-        (B, T/s, H, D). `core` runs over complete rows."""
+        """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D)
+        -> (B, T/s, H, D). `core` runs over complete rows."""
         _check_call(key, value, kwargs)
-        # There is an attention sink for each head, and this process has some of the heads
+        # There is an attention sink for each head, and this process has some of the
+        # heads
         if kwargs.get("s_aux") is not None:
             kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
@@ -192,11 +195,12 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
         )
 
 
-# -- changes to models and to transformers -------------------------------------------------
+# -- changes to models and to transformers ---------------------------------------------
 
 
 def _dispatch(name: str) -> None:
-    """Wrap transformers' attention `name`: bound modules take Ulysses, all others not."""
+    """Wrap transformers' attention `name`: bound modules take Ulysses, all others
+    not."""
     if name in _dispatched:
         return
     core = ALL_ATTENTION_FUNCTIONS[name]

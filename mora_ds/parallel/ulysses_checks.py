@@ -1,5 +1,5 @@
-"""Which models --sequence_parallel_size serves, from a model's config, before any text is
-read.
+"""Which models --sequence_parallel_size serves, from a model's config, before any text
+is read.
 
 `train/preflight.py` then compares a split row of the model itself to the complete row.
 """
@@ -16,9 +16,9 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
-    """Raises `UserError` for a model whose config shows that its rows cannot be split over
-    `size` processes. `attn_implementation`: what was asked for; None for attention by
-    documents."""
+    """Raises `UserError` for a model whose config shows that its rows cannot be split
+    over `size` processes. `attn_implementation`: what was asked for; None for attention
+    by documents."""
     if size == 1:
         return
     text = config.get_text_config()

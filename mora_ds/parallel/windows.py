@@ -2,12 +2,13 @@
 
 A window is a range of a layer's inputs and a range of its outputs. Of the update y =
 decompress(M compress(x)) it computes what its inputs contribute to its outputs. Windows
-over consecutive output ranges, concatenated, give the complete update (a colwise layer);
-windows over consecutive input ranges, summed, do too (a rowwise layer).
+over consecutive output ranges, concatenated, give the complete update
+(a colwise layer); windows over consecutive input ranges, summed, do too
+(a rowwise layer).
 
-A window's maps are those of the operator (`index_tables`) without the inputs and outputs of
-other windows, so that the functions of `adapters.ops.mora` compute a window as they compute
-an operator.
+A window's maps are those of the operator (`index_tables`) without the inputs and
+outputs of other windows, so that the functions of `adapters.ops.mora` compute a window
+as they compute an operator.
 """
 
 from dataclasses import dataclass

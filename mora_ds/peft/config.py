@@ -18,8 +18,8 @@ _TYPES = {
     "seed": int,
     "cycle": Count,
 }
-"""Types of the settings that decide which matrix a layer gets. PEFT itself takes any value
-that adapter_config.json has."""
+"""Types of the settings that decide which matrix a layer gets. PEFT itself takes any
+value that adapter_config.json has."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """PEFT's model and layer of MoRA: a linear layer with a square matrix for each adapter.
 
-Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade
-moves what is overridden.
+Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an
+upgrade moves what is overridden.
 """
 
 from collections.abc import Iterator
@@ -78,8 +78,8 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Subtract what `merge` has added. In low precision the weight comes back but for
-        its rounding."""
+        """Subtract what `merge` has added. In low precision the weight comes back but
+        for its rounding."""
         self._add_to_weight(self.merged_adapters, -1, False)
         self.merged_adapters = []
 
@@ -117,8 +117,8 @@ class MoraModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *arguments: Any, **kwargs: Any
     ) -> Iterator[None]:
-        """Entered by PEFT around `forward` and `generate`, which never see `adapter_names`,
-        an adapter for each row."""
+        """Entered by PEFT around `forward` and `generate`, which never see
+        `adapter_names`, an adapter for each row."""
         if kwargs.get("adapter_names") is not None:
             raise UserError(
                 "adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter"

@@ -1,8 +1,8 @@
 """The entry of MoRA in PEFT's list of methods.
 
-`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in PEFT's
-source. The name is therefore added first. It is no other project's: a MoRA that PEFT may
-get itself would be called MORA.
+`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in
+PEFT's source. The name is therefore added first. It is no other project's: a MoRA that
+PEFT may get itself would be called MORA.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""Memory and traffic of a run, planned from its model's config alone, without weights or
-processes.
+"""Memory and traffic of a run, planned from its model's config alone, without weights
+or processes.
 
 step            one micro-batch on the meta device: saved activations, peak memory
 memory_meter    counts the storages that torch code allocates

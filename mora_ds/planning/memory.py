@@ -10,9 +10,10 @@ and the bytes that ZeRO moves: `gathers` of one micro-batch, `all_gather_volume`
 
 What ZeRO allocates is taken from DeepSpeed 0.19.8: stage3.py
 (`_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`,
-`grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py, partition_parameters.py,
-and partitioned_param_coordinator.py (`fetch_sub_module`, `release_sub_module`), with a
-decoder layer in place of the modules in it (`engine.layer_gathers`).
+`grad_partitions_flat_buffer`, `ipg_buckets`), stage_1_and_2.py,
+partition_parameters.py, and partitioned_param_coordinator.py (`fetch_sub_module`,
+`release_sub_module`), with a decoder layer in place of the modules in it
+(`engine.layer_gathers`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ class Trained:
     """The complete DeepSpeed config."""
     muon: bool = False
     on_cpu: bool = False
-    """Whether ranks compute on CPUs, where torch's Adam makes one more temporary tensor."""
+    """Whether ranks compute on CPUs, where torch's Adam makes one more temporary
+    tensor."""
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -60,8 +62,8 @@ class Trained:
 
     @property
     def shard(self) -> int:
-        """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the
-        ranks, stages 1 and 2 the sum."""
+        """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of
+        the ranks, stages 1 and 2 the sum."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
         return -(-self.total // self.ranks)
@@ -81,7 +83,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Gathers:
-    """What ZeRO-3 gathers on a rank in a micro-batch, in elements of whole parameters."""
+    """What ZeRO-3 gathers on a rank in a micro-batch, in elements of whole
+    parameters."""
 
     elements: int = 0
     """Each parameter counted as often as it is gathered."""
@@ -95,8 +98,9 @@ def gathers(trained: Trained) -> Gathers:
     """What one micro-batch gathers: each sharded parameter for forward, and again for
     backward unless it stayed.
 
-    Parameters up to the persistence threshold are left out: they are gathered once a step.
-    Of the others stay, exact to two decoder layers of a deep model, the larger one of
+    Parameters up to the persistence threshold are left out: they are gathered once a
+    step. Of the others stay, exact to two decoder layers of a deep model, the larger
+    one of
 
     - `stage3_max_live_parameters`, where prefetching is on and its bucket holds more than a layer. It then runs ahead
       of the layers, past the end of forward, and does not release what backward uses next;
@@ -119,7 +123,8 @@ def gathers(trained: Trained) -> Gathers:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, on its device but for `host_optimizer`, `host_save`, `host_base`."""
+    """Bytes of one rank, on its device but for `host_optimizer`, `host_save`,
+    `host_base`."""
 
     base: int
     """The frozen base, or its part on the device, and the model's other buffers."""
@@ -145,7 +150,8 @@ class RankMemory:
     host_optimizer: int
     """Optimizer state of a rank in host memory, with offload_optimizer."""
     host_save: int
-    """Host memory of rank 0 while it saves or merges: all trained parameters in fp32."""
+    """Host memory of rank 0 while it saves or merges: all trained parameters in
+    fp32."""
     base_buffers: int
     """The part of `base` that is buffers for decoder layers copied from host memory."""
     host_base: int
@@ -185,8 +191,8 @@ def rank_memory(
     streamed: Streamed | None = None,
 ) -> RankMemory:
     """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one
-    micro-batch, without persistent parameters; `streamed`: the part of the base that stays
-    in host memory."""
+    micro-batch, without persistent parameters; `streamed`: the part of the base that
+    stays in host memory."""
     itemsize = trained.bytes_each
     weights = trained.shard if trained.stage == 3 else trained.total
     persistent = sum(trained.persistent) * itemsize
@@ -256,8 +262,8 @@ def _reduction_bytes(trained: Trained) -> int:
 
 
 def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:
-    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to a
-    multiple of the ranks."""
+    """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter
+    to a multiple of the ranks."""
     if trained.ranks == 1:
         return 0
     if trained.stage < 3:

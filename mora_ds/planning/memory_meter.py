@@ -23,15 +23,17 @@ from mora_ds.common.errors import UserError
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of the storages that operators create while it is entered, until each is freed.
+    """Bytes of the storages that operators create while it is entered, until each is
+    freed.
 
-    `known`: tensors that existed before, which are not counted. Inputs of operators that
-    were not created within count as known too, so that in-place operators need no list of
-    them.
+    `known`: tensors that existed before, which are not counted. Inputs of operators
+    that were not created within count as known too, so that in-place operators need no
+    list of them.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), answer: bool = False) -> None:
-        """`answer`: the value of a boolean meta tensor where the code branches on it."""
+        """`answer`: the value of a boolean meta tensor where the code branches on
+        it."""
         super().__init__()
         self.live = self.peak = 0
         self.answer = answer
@@ -81,9 +83,9 @@ class MemoryMeter(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Within it, attention on meta tensors allocates what the fused kernels of real devices
-    do: they save queries, keys, values, the output and one number a query; a boolean mask
-    is first cast to the queries' dtype, in every layer.
+    """Within it, attention on meta tensors allocates what the fused kernels of real
+    devices do: they save queries, keys, values, the output and one number a query; a
+    boolean mask is first cast to the queries' dtype, in every layer.
 
     The function is patched, as a mode would not reach what gradient checkpointing
     recomputes.

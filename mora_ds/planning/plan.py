@@ -3,8 +3,8 @@
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch and checkpointing chosen
 
-No weights are read and no process group is started: everything comes from the meta device
-and from shapes.
+No weights are read and no process group is started: everything comes from the meta
+device and from shapes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Plan:
     trained: Trained
     memory: RankMemory
     gathered: int
-    """All-gather volume of a step: bytes of complete outputs, as a rank's counter has it."""
+    """All-gather volume of a step: bytes of complete outputs, as a rank's counter has
+    it."""
     reduced: int
     """Bytes of their gradients that are reduced in a step, counted likewise."""
     base_elements: int
@@ -80,7 +81,8 @@ class Plan:
     copied: int
     """Bytes of the base that are copied from host memory to a device in a step."""
     a_merge_adds: int
-    """Bytes on every rank (`merge_bytes`), not in `memory`: nobody knows how many merges."""
+    """Bytes on every rank (`merge_bytes`), not in `memory`: nobody knows how many
+    merges."""
 
     @property
     def sent(self) -> float:
@@ -88,8 +90,8 @@ class Plan:
         zero = self.trained.zero
         scatters = zero.get("reduce_scatter", True)
         if self.trained.stage < 3:
-            # What DeepSpeed calls so all-reduces whole buckets, unless each slice goes to its
-            # owner alone (stage_1_and_2.py, `average_tensor`)
+            # What DeepSpeed calls so all-reduces whole buckets, unless each slice goes
+            # to its owner alone (stage_1_and_2.py, `average_tensor`)
             scatters = scatters and not zero.get(
                 "use_multi_rank_bucket_allreduce", True
             )
@@ -104,18 +106,18 @@ class Plan:
 
     @property
     def host_memory(self) -> int:
-        """Bytes of a node's host memory: the base's files, mapped and shared by its ranks,
-        offloaded optimizer states, and what rank 0 collects to save. Merged weights are in
-        memory that the ranks share, in place of the files."""
+        """Bytes of a node's host memory: the base's files, mapped and shared by its
+        ranks, offloaded optimizer states, and what rank 0 collects to save. Merged
+        weights are in memory that the ranks share, in place of the files."""
         ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)
         offloaded = ranks_of_node * self.memory.host_optimizer
         return self.files + offloaded + self.memory.host_save
 
     @property
     def files(self) -> int:
-        """Bytes of the base's files, which are assumed to be in the compute dtype, and of
-        the model's other buffers; or of the base in host memory from which devices copy, in
-        whose place the files need not be in memory."""
+        """Bytes of the base's files, which are assumed to be in the compute dtype, and
+        of the model's other buffers; or of the base in host memory from which devices
+        copy, in whose place the files need not be in memory."""
         if not self.quantized or self.memory.host_base:
             return self.memory.base - self.memory.base_buffers + self.memory.host_base
         return self.base_elements * self.work.dtype.itemsize
@@ -226,8 +228,9 @@ class _MeasuredModel:
 
 
 def place_base(planner: Planner, device: BaseDevice) -> Planner:
-    """The planner with its base where `device` says; auto: in host memory if its work does
-    not fit otherwise. Raises `UserError` for work that has no frozen base to be there."""
+    """The planner with its base where `device` says; auto: in host memory if its work
+    does not fit otherwise. Raises `UserError` for work that has no frozen base to be
+    there."""
     work = planner.work
     if device is BaseDevice.HOST and work.adapter is None:
         raise UserError(
@@ -244,8 +247,8 @@ def place_base(planner: Planner, device: BaseDevice) -> Planner:
 
 
 def recommend(planner: Planner) -> Plan | None:
-    """The plan that fits with the largest micro-batch, without gradient checkpointing where
-    there is one, else with it; None where none fits."""
+    """The plan that fits with the largest micro-batch, without gradient checkpointing
+    where there is one, else with it; None where none fits."""
     if not planner.base_fits:
         return None
     for checkpointing in (False, True):
@@ -263,8 +266,8 @@ def _largest(planner: Planner, checkpointing: bool) -> Plan | None:
     one = plan_of(1)
     if not one.fits:
         return None
-    # Activations grow by about the same bytes with each row: two measurements say where to
-    # begin.
+    # Activations grow by about the same bytes with each row: two measurements say where
+    # to begin.
     row = plan_of(2).memory.forward_backward - one.memory.forward_backward
     free = USABLE * planner.cluster.memory - one.memory.static
     free -= one.memory.forward_backward

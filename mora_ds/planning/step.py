@@ -3,8 +3,8 @@
     config -> model on the meta device, injected, split over t ranks -> forward and backward under a `MemoryMeter`
 
 Nothing is estimated: the run's own code allocates and its storages are counted, without
-memory behind them. So the figures hold for any model that trains, and follow every change
-of the layers, the loss and checkpointing.
+memory behind them. So the figures hold for any model that trains, and follow every
+change of the layers, the loss and checkpointing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class StepMemory:
 
 
 class _SingleRank(Topology):
-    """A rank of a tensor-parallel group alone: collectives return tensors of the shapes."""
+    """A rank of a tensor-parallel group alone: collectives return tensors of the
+    shapes."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -95,8 +96,8 @@ class _SingleRank(Topology):
 
 
 def step_memory(work: Work) -> StepMemory:
-    """The memory of a step of the complete model, from two shallow ones: every figure is a
-    constant plus a multiple of the number of layers."""
+    """The memory of a step of the complete model, from two shallow ones: every figure
+    is a constant plus a multiple of the number of layers."""
     layers = work.layers
     period = layer_period(work.config)
     # By a plan of targets every layer may be different.
@@ -154,8 +155,8 @@ def planned_model(work: Work) -> Any:
 
 
 def measure_step(model: nn.Module, work: Work) -> StepMemory:
-    """The memory of forward and backward of one micro-batch. Raises `UserError` for a model
-    that the meta device cannot run."""
+    """The memory of forward and backward of one micro-batch. Raises `UserError` for a
+    model that the meta device cannot run."""
     _clear_tables()
     batch = _batch(work)
     # ZeRO moves each gradient into its bucket at once.
@@ -219,7 +220,8 @@ def base_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Streamed:
-    """The frozen weights in host memory, and what a device has of them (`base_ring`)."""
+    """The frozen weights in host memory, and what a device has of them
+    (`base_ring`)."""
 
     layers: tuple[int, ...]
     """Bytes of each decoder layer's."""
@@ -248,13 +250,14 @@ class Streamed:
 
     @property
     def copied(self) -> int:
-        """Bytes copied in a micro-batch, forward and backward. The layers with which a pass
-        begins are there already, from the end of the other pass."""
+        """Bytes copied in a micro-batch, forward and backward. The layers with which a
+        pass begins are there already, from the end of the other pass."""
         return sum(self.layers[self.buffers :]) + sum(self.layers[: -self.buffers])
 
 
 def with_layers(work: Work, layers: int) -> Work:
-    """The same work for a model of fewer layers. Lists with an entry a layer are cut."""
+    """The same work for a model of fewer layers. Lists with an entry a layer are
+    cut."""
     config = copy.deepcopy(work.config)
     text = config.get_text_config()
     for name, value in list(vars(text).items()):
@@ -265,7 +268,8 @@ def with_layers(work: Work, layers: int) -> Work:
 
 
 def layer_period(config: Any) -> int:
-    """After how many layers the kinds of layers repeat; if they do not, the number of all."""
+    """After how many layers the kinds of layers repeat; if they do not, the number of
+    all."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     # By these settings some layers have experts, and others have none.

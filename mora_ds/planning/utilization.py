@@ -1,6 +1,7 @@
 """What share of a GPU's arithmetic a run uses (MFU): FLOPs a token, and peaks of cards.
 
-Counted is what the model's definition asks for, forward and backward, without what is computed again or gathered:
+Counted is what the model's definition asks for, forward and backward, without what is
+computed again or gathered:
 
     a frozen weight that multiplies a token     2 FLOPs for each of its numbers in forward, 2 for the input's gradient
     a trained weight, a MoRA matrix             2 more, for its own gradient
@@ -19,12 +20,14 @@ from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, is_linear, linear
 PEAK_TFLOPS = {
     "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
 }  # fmt: skip
-"""Dense products a second in bf16 and fp16, in 10^12, by words of the name that CUDA tells;
-the first that fits. From NVIDIA's data sheets, whose figures with sparsity are halved."""
+"""Dense products a second in bf16 and fp16, in 10^12, by words of the name that CUDA
+tells; the first that fits. From NVIDIA's data sheets, whose figures with sparsity are
+halved."""
 
 
 def peak_flops(card: str) -> float | None:
-    """The dense operations a second of a card in bf16 or fp16, where the table has it."""
+    """The dense operations a second of a card in bf16 or fp16, where the table has
+    it."""
     words = f" {card.replace('-', ' ')} "
     for name, peak in PEAK_TFLOPS.items():
         if f" {name} " in words:
@@ -33,8 +36,8 @@ def peak_flops(card: str) -> float | None:
 
 
 def token_flops(model: Any, length: int) -> float:
-    """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or one
-    that is trained whole; before the engine shards anything."""
+    """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or
+    one that is trained whole; before the engine shards anything."""
     frozen = 0
     trained = 0
     stacks = find_stacks(model).values()
@@ -62,9 +65,9 @@ def token_flops(model: Any, length: int) -> float:
 
 
 def _attention(config: Any, length: int) -> int:
-    """Multiplications for a token's scores and weighted values in forward, in all layers; 0
-    for a model without heads, and for one whose config does not say them for all layers
-    alike."""
+    """Multiplications for a token's scores and weighted values in forward, in all
+    layers; 0 for a model without heads, and for one whose config does not say them for
+    all layers alike."""
     try:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads

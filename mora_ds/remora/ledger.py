@@ -1,19 +1,19 @@
-"""The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and chained
-by hashes.
+"""The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and
+chained by hashes.
 
     live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
 
-The base on disk never changes; the ledger holds all that a run has merged into it. Merge,
-resume and export form live weights by one function, `live_weight`, so that they agree bit
-for bit.
+The base on disk never changes; the ledger holds all that a run has merged into it.
+Merge, resume and export form live weights by one function, `live_weight`, so that they
+agree bit for bit.
 
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
 
-A cycle exists once ledger.json names it. That file is replaced by an atomic rename after
-the cycle's file is safely on disk, so an append that is killed at any point leaves the
-ledger unchanged.
+A cycle exists once ledger.json names it. That file is replaced by an atomic rename
+after the cycle's file is safely on disk, so an append that is killed at any point
+leaves the ledger unchanged.
 """
 
 from __future__ import annotations
@@ -115,9 +115,8 @@ def agree_on_layers(
     layers: Mapping[str, LayerEntry],
     path: Path,
 ) -> None:
-    """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where
-    one has another shape now.
-    """
+    """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError`
+    where one has another shape now."""
     for name, layer in layers.items():
         shape = _shape(layer)
         if shape != _shape(known.setdefault(name, layer)):
@@ -141,7 +140,8 @@ class CycleRecord:
     sha256: str
     size: Count
     chain: str
-    """sha256, in hex, of the chain before (first: the base's fingerprint) and `sha256`."""
+    """sha256, in hex, of the chain before (first: the base's fingerprint) and
+    `sha256`."""
 
 
 class Ledger:
@@ -163,8 +163,8 @@ class Ledger:
     def create(
         cls, folder: Path, base_fingerprint: str, *, replace: bool = False
     ) -> Ledger:
-        """An empty ledger for a base. Other files in the folder stay. Raises `UserError`
-        where it has a ledger, unless that is to be replaced."""
+        """An empty ledger for a base. Other files in the folder stay. Raises
+        `UserError` where it has a ledger, unless that is to be replaced."""
         if (folder / LEDGER_FILE).exists() and not replace:
             raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +182,8 @@ class Ledger:
     ) -> Ledger:
         """Opens and checks a ledger: numbering, chain, sizes, headers, and `hashes`.
 
-        Raises `UserError` naming the file and the problem, or that it belongs to another
-        base.
+        Raises `UserError` naming the file and the problem, or that it belongs to
+        another base.
         """
         folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
@@ -239,9 +239,9 @@ class Ledger:
     ) -> int:
         """Adds a cycle and returns its number.
 
-        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys of
-        `layers`, in any order. Raises `RunError` for a full disk or a matrix that is not
-        finite; the ledger is then unchanged.
+        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys
+        of `layers`, in any order. Raises `RunError` for a full disk or a matrix that is
+        not finite; the ledger is then unchanged.
         """
         cycle = self.cycles
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
@@ -281,8 +281,7 @@ class Ledger:
 
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was
-        written.
-        """
+        written."""
         known: dict[str, LayerEntry] = {}
         for record in self._records:
             path = self.folder / record.file

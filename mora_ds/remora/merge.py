@@ -1,5 +1,5 @@
-"""ReMoRA merges: every layer's MoRA matrix M goes into the base and into the merge ledger,
-and a fresh one starts.
+"""ReMoRA merges: every layer's MoRA matrix M goes into the base and into the merge
+ledger, and a fresh one starts.
 
 At a gradient-accumulation boundary, on all ranks, layer by layer in the same order:
 
@@ -36,9 +36,9 @@ PROBE_TOLERANCE = {
     torch.bfloat16: 3e-2,
     torch.int8: 3e-2,
 }
-"""How far a merge may move the probe's loss, relative to it: what rounding the weights to
-that dtype can explain. In 8 bits a number is off by at most 1/254 of its row's largest, in
-bf16 by at most 1/256 of itself."""
+"""How far a merge may move the probe's loss, relative to it: what rounding the weights
+to that dtype can explain. In 8 bits a number is off by at most 1/254 of its row's
+largest, in bf16 by at most 1/256 of itself."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class MergeReport:
     """Norm of the live weights before the merge."""
     rounding_loss: float
     """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the
-    ledger has all of it). Above 1 where deltas are smaller than what rounding changes, as
-    they may be in 8 bits."""
+    ledger has all of it). Above 1 where deltas are smaller than what rounding changes,
+    as they may be in 8 bits."""
     loss_before: float | None = None
     loss_after: float | None = None
     """Loss on the probe batch before and after the merge, where there is a probe."""
@@ -87,9 +87,9 @@ def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
 class ReMoRA:
     """Merges and replays for one engine.
 
-    The live base is always the original of `base` plus all deltas in `ledger`, summed in
-    fp32 and rounded once. `keys` maps a layer's weight name to its key in `base`. Rank 0
-    writes the ledger, which all ranks see.
+    The live base is always the original of `base` plus all deltas in `ledger`, summed
+    in fp32 and rounded once. `keys` maps a layer's weight name to its key in `base`.
+    Rank 0 writes the ledger, which all ranks see.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge all MoRA matrices after a step, with no gradient of the next. Collective.
+        """Merge all MoRA matrices after a step, with no gradient of the next.
+        Collective.
 
         `probe`: the loss on a fixed batch, the same on every rank; measured before and
         after. Raises `RunError` when it moves by more than rounding explains.
@@ -144,7 +145,8 @@ class ReMoRA:
         )
 
     def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Module name and fp32 M of each layer, which rank 0 also records. Collective."""
+        """Module name and fp32 M of each layer, which rank 0 also records.
+        Collective."""
         for name, layer in mora_layers(self.engine.module).items():
             square = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
@@ -154,9 +156,9 @@ class ReMoRA:
     def _form(
         self, squares: Iterable[tuple[str, Tensor | None]]
     ) -> dict[str, MergeNorms]:
-        """Form every live weight anew, each once on a node whose processes share it, from
-        its original, the ledger and the M that `squares` has for it, if any. Returns
-        {module name: norms} of the M that this process has added."""
+        """Form every live weight anew, each once on a node whose processes share it,
+        from its original, the ledger and the M that `squares` has for it, if any.
+        Returns {module name: norms} of the M that this process has added."""
         if ring := ring_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
             ring.forget()

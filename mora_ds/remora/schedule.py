@@ -9,14 +9,14 @@ past merges.
          |/           |_/   |__/
          +-------------------------------> step
 
-Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step runs at the
-full learning rate between a merge and its re-warmup, and none at zero: with `warmup_steps =
-W`, step k of a warm-up runs at (k + 1) / (W + 1) of the learning rate that it leads to, so
-that exactly W steps lie below the curve and step W lies on it.
+Curve and re-warmup are those of ReLoRA (arXiv 2307.05695), except that no step runs at
+the full learning rate between a merge and its re-warmup, and none at zero: with
+`warmup_steps = W`, step k of a warm-up runs at (k + 1) / (W + 1) of the learning rate
+that it leads to, so that exactly W steps lie below the curve and step W lies on it.
 
-All merges are known in advance, but a run that resumes with another length keeps those that
-it has made: `merges` always is the list of past merges, the numbers of optimizer steps done
-at each, ascending.
+All merges are known in advance, but a run that resumes with another length keeps those
+that it has made: `merges` always is the list of past merges, the numbers of optimizer
+steps done at each, ascending.
 """
 
 import math
@@ -46,8 +46,7 @@ ALIASES = {
 
 def schedule_kind(name: str) -> ScheduleKind:
     """The kind called `name`. Raises `UserError` (it names --lr_scheduler_type) for an
-    unknown one.
-    """
+    unknown one."""
     known = {**{kind.value: kind for kind in ScheduleKind}, **ALIASES}
     if name not in known:
         raise UserError(unknown("--lr_scheduler_type", name, known))
@@ -60,7 +59,8 @@ def conflicts(
     merge_every: int,
     restart_warmup_steps: int,
 ) -> Iterator[str]:
-    """One message for each pair of settings of a `Schedule` that contradict each other."""
+    """One message for each pair of settings of a `Schedule` that contradict each
+    other."""
     if total_steps < 1:
         yield f"a run needs at least one step, got {total_steps} (--max_steps)"
     elif total_steps <= warmup_steps:
@@ -111,7 +111,8 @@ class Schedule:
     restart_warmup_steps: int = 10
     """Steps of the re-warmup after each merge, all below the curve."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
+    """Share of the steps after the first warm-up in which warmup_stable_decay
+    decays."""
 
     def __post_init__(self) -> None:
         refuse(
@@ -150,9 +151,9 @@ class Schedule:
     def merges_after(self, steps_done: int) -> bool:
         """Whether a merge follows once `steps_done` optimizer steps are done.
 
-        Never during the first warm-up. Nor where so few steps are left that the run would
-        end during the next re-warmup: those steps would run at low learning rates to no
-        effect, so the current cycle continues to the end.
+        Never during the first warm-up. Nor where so few steps are left that the run
+        would end during the next re-warmup: those steps would run at low learning rates
+        to no effect, so the current cycle continues to the end.
         """
         if self.merge_every == 0 or steps_done == 0 or steps_done % self.merge_every:
             return False

@@ -1,8 +1,8 @@
-"""Which tensors of the base's files an adapted layer changes, and what each becomes: one at
-a time, for exports and for new bases.
+"""Which tensors of the base's files an adapted layer changes, and what each becomes:
+one at a time, for exports and for new bases.
 
-A linear layer is one tensor. The experts of a layer may be a tensor each, or two, gate and
-up, whose rows follow each other: then the update of an expert belongs to its parts
+A linear layer is one tensor. The experts of a layer may be a tensor each, or two, gate
+and up, whose rows follow each other: then the update of an expert belongs to its parts
 together, and each takes its rows of the sum.
 """
 
@@ -38,8 +38,7 @@ class StoredWeight:
         dtype: torch.dtype,
     ) -> Tensor:
         """The tensor with the updates of its layer, summed as `live_weight` sums them.
-        `read`: an original by key.
-        """
+        `read`: an original by key."""
         originals = [read(key) for key in self.keys]
         original = torch.cat(originals) if len(originals) > 1 else originals[0]
         if self.expert is not None:
@@ -67,8 +66,8 @@ def stored_weights(
 
 
 def weight_shape(entry: LayerEntry) -> tuple[int, ...]:
-    """The shape that the layer's weight has in the base: (d_out, d_in), reversed where it
-    is stored transposed, and the number of experts before it."""
+    """The shape that the layer's weight has in the base: (d_out, d_in), reversed where
+    it is stored transposed, and the number of experts before it."""
     sides = (entry.operator.d_out, entry.operator.d_in)
     return (
         *entry.operator.value_shape[:-2],

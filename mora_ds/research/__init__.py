@@ -1,4 +1,5 @@
-"""What papers on MoRA and ReMoRA name and our measurements do not recommend, or few use.
+"""What papers on MoRA and ReMoRA name and our measurements do not recommend, or few
+use.
 
 settings, run     the block `research:` of a recipe, and the hooks of a run that has one (`train.hooks`)
 analyze           ranks of frozen weights, and plans under a budget (`mora-ds analyze`)

@@ -1,11 +1,12 @@
-"""The alignment loss: how much of a delta lies in the frozen weight's leading subspaces.
+"""The alignment loss: how much of a delta lies in the frozen weight's leading
+subspaces.
 
     share(M) = |Uq D Vq^T|^2 / (|D|^2 + (FLOOR |W0|)^2)     D = delta_weight(M); Uq, Vq: q leading singular vectors
 
 The floor makes the share and its gradient 0 at M = 0, where the quotient alone has no
-limit; a delta of a thousandth of the weight's norm counts half of what its direction would
-give, a larger one almost all of it. One layer's D is formed at a time, in fp32, in forward
-and again in backward.
+limit; a delta of a thousandth of the weight's norm counts half of what its direction
+would give, a larger one almost all of it. One layer's D is formed at a time, in fp32,
+in forward and again in backward.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ class Leading:
 def leading_of_base(
     config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ranks
 ) -> dict[str, Leading]:
-    """{module: its `rank` leading directions} of every linear layer that will be adapted,
-    before injection. Collective.
+    """{module: its `rank` leading directions} of every linear layer that will be
+    adapted, before injection. Collective.
 
     Rank 0 decomposes the original weights, one at a time; the others receive its bits.
-    Nothing is stored: a resumed run decomposes them again, and finds the same bits on the
-    same machine with as many threads. Raises `UserError` naming a weight that is not
-    finite, or has fewer singular vectors than `rank`.
+    Nothing is stored: a resumed run decomposes them again, and finds the same bits on
+    the same machine with as many threads. Raises `UserError` naming a weight that is
+    not finite, or has fewer singular vectors than `rank`.
     """
     device = current_device()
 
@@ -106,7 +107,8 @@ class Alignment:
     def __init__(
         self, model: nn.Module, leading: Mapping[str, Leading], weight: float
     ) -> None:
-        """`leading`: the directions that span the leading subspaces (`leading_of_base`)."""
+        """`leading`: the directions that span the leading subspaces
+        (`leading_of_base`)."""
         layers = mora_layers(model)
         self.weight = weight
         self.layers = len(layers)
@@ -131,8 +133,8 @@ class Alignment:
 
     def loss(self) -> Tensor:
         """The term that the latest forward adds to its loss; layers that it did not use
-        contribute 0. Raises `RunError` where there was no forward in training mode within
-        `recording`."""
+        contribute 0. Raises `RunError` where there was no forward in training mode
+        within `recording`."""
         if not self._shares:
             raise RunError(
                 "no layer recorded its share: run the model in training mode, within Alignment.recording()"
@@ -162,8 +164,8 @@ class Alignment:
 
 
 class _WithShare(torch.autograd.Function):
-    """(output, M) -> (output, share of M's delta). Part of the layer's graph, since ZeRO-3
-    has M whole only while the layer runs, in forward and in backward."""
+    """(output, M) -> (output, share of M's delta). Part of the layer's graph, since
+    ZeRO-3 has M whole only while the layer runs, in forward and in backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,5 @@
-"""Measure the ranks of a model's weights, and plan which layers to adapt under a budget.
+"""Measure the ranks of a model's weights, and plan which layers to adapt under a
+budget.
 
     mora-ds analyze MODEL
     mora-ds analyze MODEL --trainable_budget 0.5% --write targets.yaml
@@ -13,9 +14,9 @@ A plan divides the budget in proportion to how much of its rank a weight uses:
     r_hat^2   = factor * score * (d_in + d_out)      MoRA's own size, r_hat^2 = rank * (d_in + d_out), with a rank in
                                                      proportion to the score; the factor uses the budget up
 
-A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget goes
-to the layers of the highest scores. Exit code 2: an error that you can correct in the
-command.
+A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget
+goes to the layers of the highest scores. Exit code 2: an error that you can correct in
+the command.
 """
 
 import argparse
@@ -100,8 +101,8 @@ def layers_of(
     base: BaseCheckpoint, patterns: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[dict[str, str], int]:
     """({layer: key of its weight}, parameters of the complete model) of a Hugging Face
-    folder; no weight is read. `patterns`: --target_modules. Raises `UserError` where the
-    files do not hold the model's weights one to one."""
+    folder; no weight is read. `patterns`: --target_modules. Raises `UserError` where
+    the files do not hold the model's weights one to one."""
     config = folder_config(base.folder, trust_remote_code, "MODEL")
     work = Work(config, None, seq_len=1, trust_remote_code=trust_remote_code)
     model = planned_model(work)
@@ -116,7 +117,7 @@ def layers_of(
     return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
 
 
-# -- a weight ------------------------------------------------------------------------------
+# -- a weight --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,13 @@ class WeightMeasures:
 
     @property
     def score(self) -> float:
-        """Effective rank / shorter side: the share of its directions that the layer uses."""
+        """Effective rank / shorter side: the share of its directions that the layer
+        uses."""
         return self.effective_rank / min(self.shape)
 
     def side(self, factor: float) -> int:
-        """The side of the layer's matrix by the rule with this factor; 0 for a rank below 1."""
+        """The side of the layer's matrix by the rule with this factor; 0 for a rank
+        below 1."""
         rank = factor * self.score
         if rank < 1:
             return 0
@@ -145,16 +148,16 @@ class WeightMeasures:
 
 @torch.no_grad()
 def measure(layer: str, weight: Tensor) -> WeightMeasures:
-    """The measures of one weight, (d_out, d_in) or transposed, which has the same singular
-    values. Raises `RunError` for one that is not finite."""
+    """The measures of one weight, (d_out, d_in) or transposed, which has the same
+    singular values. Raises `RunError` for one that is not finite."""
     if not weight.isfinite().all():
         raise RunError(f"{layer}.weight is not finite")
     matrix = weight.double()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny values,
-    # which count for nothing here, and takes a fraction of the time of a singular value
-    # decomposition.
+    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny
+    # values, which count for nothing here, and takes a fraction of the time of a
+    # singular value decomposition.
     energies = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
     energy = energies.sum().item()
     effective_rank = 0.0
@@ -180,12 +183,12 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     return [*table(rows), legend]
 
 
-# -- the budget ----------------------------------------------------------------------------
+# -- the budget ------------------------------------------------------------------------
 
 
 def parse_budget(text: str, parameters: int) -> int:
-    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000" stands
-    for. Raises `UserError` where it is no budget."""
+    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000"
+    stands for. Raises `UserError` where it is no budget."""
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
@@ -197,7 +200,8 @@ def parse_budget(text: str, parameters: int) -> int:
 
 def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
     """Layer -> side (0: no matrix), in the order of `weights`; the sum of squares is at
-    most the budget. Raises `UserError` for a budget that is too small for one matrix."""
+    most the budget. Raises `UserError` for a budget that is too small for one
+    matrix."""
 
     def cost(factor: float) -> int:
         return sum(measures.side(factor) ** 2 for measures in weights)

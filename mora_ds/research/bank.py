@@ -7,15 +7,15 @@
         logits = bank.model(input_ids=ids).logits
     bank.generate(ids, adapters=["law", "code", "law"], max_new_tokens=20)
 
-DIR holds adapters by their names (`adapter_io.export_adapter`), checkpoints or folders of
-runs. In memory are the base once, the adapters used last, and the MoRA matrices of the
-current batch. Nothing is merged and the base is never written to. In fp32 a row's result is
-that of its adapter merged alone, up to rounding.
+DIR holds adapters by their names (`adapter_io.export_adapter`), checkpoints or folders
+of runs. In memory are the base once, the adapters used last, and the MoRA matrices of
+the current batch. Nothing is merged and the base is never written to. In fp32 a row's
+result is that of its adapter merged alone, up to rounding.
 
     y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M compress(x_b))
 
-Rows whose adapters have the same operator in a cycle, as runs of one seed have, share one
-product.
+Rows whose adapters have the same operator in a cycle, as runs of one seed have, share
+one product.
 """
 
 import argparse
@@ -59,7 +59,8 @@ Adapters = str | Sequence[str | None]
 """One name for all rows, or one (None: the base alone) for each."""
 
 Squares = dict[str, dict[OperatorSpec, Tensor]]
-"""Of one adapter: layer -> operator -> M, the sum over the cycles with that operator."""
+"""Of one adapter: layer -> operator -> M, the sum over the cycles with that
+operator."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Term:
 
 
 class AdapterBank:
-    """A model with a folder of adapters, made by `open`. One thread at a time may use it."""
+    """A model with a folder of adapters, made by `open`. One thread at a time may use
+    it."""
 
     def __init__(
         self,
@@ -116,14 +118,14 @@ class AdapterBank:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> "AdapterBank":
-        """Load the base, in evaluation mode, and open every adapter; MoRA matrices are read
-        when they are used.
+        """Load the base, in evaluation mode, and open every adapter; MoRA matrices are
+        read when they are used.
 
-        `base`: the model folder that all were trained on. `cache`: adapters that stay in
-        memory after use; None: all. `dtype` "auto": the compute dtype of the adapters' runs
-        if it is the same for all, else float32. Raises `UserError` naming an adapter that
-        is damaged or does not fit: of another base, of another kind of update, or with
-        other trained tensors (modules_to_save).
+        `base`: the model folder that all were trained on. `cache`: adapters that stay
+        in memory after use; None: all. `dtype` "auto": the compute dtype of the
+        adapters' runs if it is the same for all, else float32. Raises `UserError`
+        naming an adapter that is damaged or does not fit: of another base, of another
+        kind of update, or with other trained tensors (modules_to_save).
         """
         opened = BaseCheckpoint.open(base, "MODEL")
         adapters = {
@@ -143,9 +145,9 @@ class AdapterBank:
         """Within the block every forward of `model` adds to each row the update of its
         adapter.
 
-        `adapters`: a name for all rows, or a name (None: the base alone) for each row of
-        the batches to come. Raises `UserError` for an unknown name, and in a forward for a
-        batch with another number of rows.
+        `adapters`: a name for all rows, or a name (None: the base alone) for each row
+        of the batches to come. Raises `UserError` for an unknown name, and in a forward
+        for a batch with another number of rows.
         """
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         terms = self._terms_of(names)
@@ -164,9 +166,9 @@ class AdapterBank:
         """transformers' `generate` with an adapter for each row of `input_ids` (rows,
         tokens), and its return value.
 
-        Rows that differ in length are padded on the left, with `attention_mask` among the
-        settings. Raises `UserError` for another number of adapters than rows, and for
-        settings that compute several sequences of a row.
+        Rows that differ in length are padded on the left, with `attention_mask` among
+        the settings. Raises `UserError` for another number of adapters than rows, and
+        for settings that compute several sequences of a row.
         """
         if not isinstance(adapters, str) and len(adapters) != len(input_ids):
             raise UserError(
@@ -234,7 +236,8 @@ class AdapterBank:
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Name -> folder with adapter.json, sorted. Raises `UserError` where there is none."""
+    """Name -> folder with adapter.json, sorted. Raises `UserError` where there is
+    none."""
     if not folder.is_dir():
         raise UserError(f"DIR: no such folder: {folder}")
     adapters = {}
@@ -250,8 +253,8 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 
 
 def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
-    """An adapter, each byte of its files checked. Raises `UserError` unless it belongs to
-    the base and has one MoRA matrix a layer and nothing else."""
+    """An adapter, each byte of its files checked. Raises `UserError` unless it belongs
+    to the base and has one MoRA matrix a layer and nothing else."""
     try:
         adapter = Adapter.open(folder)
         adapter.reference.require_base(base, folder, "MODEL")
@@ -272,7 +275,7 @@ def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
     return adapter
 
 
-# -- scores --------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------
 
 
 def main() -> None:

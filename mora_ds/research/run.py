@@ -96,7 +96,7 @@ class ResearchHooks(Hooks):
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
             self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 
-    # -- domains -------------------------------------------------------------------------------------------------------
+    # -- domains -----------------------------------------------------------------------
 
     def check(self, engine: Any, ids: Tensor) -> None:
         """Whether every adapted layer reads complete rows, as `token_nll` runs it."""
@@ -117,7 +117,8 @@ class ResearchHooks(Hooks):
 
     @contextmanager
     def rows(self, sources: Sequence[str]) -> Iterator[None]:
-        """Until backward has ended, in which gradient checkpointing reads them again."""
+        """Until backward has ended, in which gradient checkpointing reads them
+        again."""
         if not self.domains.names:
             yield
             return

@@ -24,20 +24,20 @@ class ResearchSettings:
     """Which layers get a MoRA matrix, and its side: the file of a plan (mora-ds analyze
     --write). --mora_rank then only chooses the operator."""
     alignment_weight: float = 0.0
-    """Adds the alignment loss with this weight: minus the share of the squared norm of each
-    layer's update that lies in the leading subspaces of its frozen weight (mean over
-    layers). 0 turns it off."""
+    """Adds the alignment loss with this weight: minus the share of the squared norm of
+    each layer's update that lies in the leading subspaces of its frozen weight
+    (mean over layers). 0 turns it off."""
     alignment_rank: int = 16
     """Number of left and of right singular vectors that span these subspaces."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in
-    addition to the shared one. Each row of a batch uses the matrix of its source; a merge
-    merges the shared ones."""
+    addition to the shared one. Each row of a batch uses the matrix of its source; a
+    merge merges the shared ones."""
 
 
 def read(block: Any, path: str) -> dict[str, Any]:
-    """The settings that a block of the recipe `path` sets. Raises `UserError` for unknown
-    keys and wrong types."""
+    """The settings that a block of the recipe `path` sets. Raises `UserError` for
+    unknown keys and wrong types."""
     return typed_values(block, get_type_hints(ResearchSettings), path, NAME)
 
 

@@ -2,9 +2,10 @@
 
     mora-ds spectrum out/checkpoints/latest --layers '*.q_proj' --json spectrum.json
 
-The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the
-output folder of a run. Each delta is formed, (d_out, d_in) in float64, and decomposed: for
-wide layers, select some with --layers. Exit code 2: an error that you can correct.
+The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or
+the output folder of a run. Each delta is formed, (d_out, d_in) in float64, and
+decomposed: for wide layers, select some with --layers. Exit code 2: an error that you
+can correct.
 """
 
 import argparse
@@ -53,22 +54,21 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >= ...,
-    and what the cycle has added."""
+    """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >=
+    ..., and what the cycle has added."""
 
     rank: int
-    """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is
-    stored.
-    """
+    """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which
+    M is stored."""
     stable_rank: float
     """sum of s_i^2 / s_1^2; 0 for zeros."""
     effective_rank: float
     """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007); 0 for zeros."""
     new_span: float
-    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span of
-    the earlier ones: what does not both read from the row space and write to the column
-    space of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one
-    cycle)."""
+    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span
+    of the earlier ones: what does not both read from the row space and write to the
+    column space of their sum. 0 as soon as that sum has full rank (rotate and decouple:
+    after one cycle)."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
     """The spectrum after each of a layer's `updates`, in their order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
-    # Orthonormal bases of the sum so far: (d_out, rank) of its column space, (rank, d_in) of
-    # its row space.
+    # Orthonormal bases of the sum so far: (d_out, rank) of its column space,
+    # (rank, d_in) of its row space.
     left = total[:, :0]
     right = total[:0]
     for spec, value in updates:
@@ -115,7 +115,8 @@ def _effective_rank(values: Tensor) -> float:
 
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
-    """(name, its updates) of every matrix of a layer: of experts one after the other."""
+    """(name, its updates) of every matrix of a layer: of experts one after the
+    other."""
     by_update = [list(spec.members(module, value)) for spec, value in updates]
     by_matrix = []
     for history in zip(*by_update, strict=True):
@@ -126,8 +127,9 @@ def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Up
 
 def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
     """The rows of a ledger's or a checkpoint's layers whose names match the shell-style
-    `pattern`: one a cycle, of experts one after the other, with the MoRA matrices of one
-    layer in memory at a time. Raises `UserError` when it matches no layer (`--layers`)."""
+    `pattern`: one a cycle, of experts one after the other, with the MoRA matrices of
+    one layer in memory at a time. Raises `UserError` when it matches no layer
+    (`--layers`)."""
     ledger = location.open()
     adapter = live_adapter(location)
     merged = [

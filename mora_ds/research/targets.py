@@ -2,10 +2,10 @@
 
     targets.yaml      format, fingerprint, layers: {name: side}
 
-A layer with side 0, or without a line, gets no matrix. `mora-ds analyze` writes the file,
-people read and edit it and give it to `research.targets`. A plan reaches the core as
-`MoRAConfig.layer_sizes`, which checkpoints, portable adapters and exports carry: a resumed
-run must have the sides of its checkpoint.
+A layer with side 0, or without a line, gets no matrix. `mora-ds analyze` writes the
+file, people read and edit it and give it to `research.targets`. A plan reaches the core
+as `MoRAConfig.layer_sizes`, which checkpoints, portable adapters and exports carry: a
+resumed run must have the sides of its checkpoint.
 """
 
 from dataclasses import dataclass, replace
@@ -45,13 +45,14 @@ class TargetPlan:
             beside.write_text(_HEAD + content, encoding="utf-8")
 
     def put_into(self, config: MoRAConfig) -> MoRAConfig:
-        """`config` with MoRA matrices of these sides on these layers and no others. Raises
-        `UserError` for a side that the operator does not take."""
+        """`config` with MoRA matrices of these sides on these layers and no others.
+        Raises `UserError` for a side that the operator does not take."""
         sizes = tuple((name, side) for name, side in self.layers.items() if side)
         return replace(config, layer_sizes=sizes)
 
     def check_base(self, base: BaseCheckpoint, fingerprint: str) -> None:
-        """Raise `UserError` where `base`, of this `fingerprint`, is not the plan's model."""
+        """Raise `UserError` where `base`, of this `fingerprint`, is not the plan's
+        model."""
         if fingerprint != self.fingerprint:
             raise UserError(
                 f"{SETTING}: the plan is for a model with the fingerprint {shown(self.fingerprint)}; {base.folder} has "
@@ -60,8 +61,8 @@ class TargetPlan:
 
 
 def read_plan(path: Path) -> TargetPlan:
-    """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a key
-    or a side is wrong."""
+    """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a
+    key or a side is wrong."""
     where = f"{SETTING} {path}"
     plan: TargetPlan = typed(TargetPlan, load_yaml(str(path), SETTING), where)
     if plan.format != 1:

@@ -1,5 +1,5 @@
-"""Everything about processes: ranks, nodes, signals, logging, exit codes. Imports nothing
-here.
+"""Everything about processes: ranks, nodes, signals, logging, exit codes. Imports
+nothing here.
 
 cli          runs a program's main function and sets its exit code
 log_setup    configures the logger `mora_ds`

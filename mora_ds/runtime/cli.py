@@ -53,8 +53,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
     `restartable`: signals make the run save and stop (`runtime/signals.py`).
     """
-    # DeepSpeed calls the one, this program the other, on every rank: the user cannot change
-    # that
+    # DeepSpeed calls the one, this program the other, on every rank: the user cannot
+    # change that
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
         warnings.filterwarnings(
             "ignore", f"`{deprecated}` is deprecated", FutureWarning
@@ -73,8 +73,8 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         except (Stopped, SystemExit):
             raise
         except BaseException as error:
-            # The error may be that of a collective in which a signal has come, as another
-            # rank left at its own: `Stopped` is then raised within `_fail`
+            # The error may be that of a collective in which a signal has come, as
+            # another rank left at its own: `Stopped` is then raised within `_fail`
             _fail(error)
     except Stopped as stopped:
         signals.settle()
@@ -93,15 +93,15 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
 
 def _can_be_acted_on(record: logging.LogRecord) -> bool:
-    """False for the warning of DeepSpeed that it has found no GPU, which each process would
-    print as it is imported (deepspeed/accelerator/real_accelerator.py, `get_accelerator`).
-    A run says itself where it computes."""
+    """False for the warning of DeepSpeed that it has found no GPU, which each process
+    would print as it is imported (deepspeed/accelerator/real_accelerator.py,
+    `get_accelerator`). A run says itself where it computes."""
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _fail(error: BaseException) -> NoReturn:
-    # From here on the launcher's SIGTERM ends a rank, which only waits to repeat rank 0's
-    # message
+    # From here on the launcher's SIGTERM ends a rank, which only waits to repeat rank
+    # 0's message
     signals.uninstall()
     expected = isinstance(error, (UserError, RunError))
     if not expected and isinstance(error, RuntimeError) and _is_lost_contact(error):
@@ -205,7 +205,8 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise `UserError`, which names --device, where torch has no device of that name."""
+    """Raise `UserError`, which names --device, where torch has no device of that
+    name."""
     # Imported here, as the other programs of this module start without it
     import torch
 

@@ -1,10 +1,10 @@
-"""gloo groups of all ranks, and objects between them, along a tree: a rank talks to about
-log2(N) others, not to all.
+"""gloo groups of all ranks, and objects between them, along a tree: a rank talks to
+about log2(N) others, not to all.
 
     rank 0 <- 1      0 <- 2 <- 3      0 <- 4 <- 5 ...      each rank hands on what it has received, in one message
 
-A gather in which rank 0 receives from every rank needs N - 1 connections there, and a ring
-needs N - 1 messages one after the other (both are what gloo has).
+A gather in which rank 0 receives from every rank needs N - 1 connections there, and a
+ring needs N - 1 messages one after the other (both are what gloo has).
 """
 
 import os
@@ -37,15 +37,15 @@ def new_group(timeout_s: float) -> Any:
 
 def gather_to_first(value: Any, group: Any) -> list[Any] | None:
     """The `value` of every rank, in the order of ranks, on rank 0; None on the others.
-    Collective over `group`, a gloo group of all ranks. Each value is unpickled on rank 0
-    alone."""
+    Collective over `group`, a gloo group of all ranks. Each value is unpickled on rank
+    0 alone."""
     rank = dist.get_rank(group)
     world = dist.get_world_size(group)
     pickled_values = [pickle.dumps(value)]
     step = 1
     while step < world:
-        # A rank with this bit hands all that it has received on to the rank without it, and
-        # is done.
+        # A rank with this bit hands all that it has received on to the rank without it,
+        # and is done.
         if rank & step:
             dist.send_object_list([pickled_values], dst=rank - step, group=group)
             return None
@@ -59,8 +59,7 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
 
 def gather_to_all(value: Any, group: Any) -> list[Any]:
     """The `value` of every rank, in the order of ranks. Collective over `group`, a gloo
-    group of all ranks.
-    """
+    group of all ranks."""
     everyone = [gather_to_first(value, group)]
     dist.broadcast_object_list(everyone, src=0, group=group)
     assert everyone[0] is not None

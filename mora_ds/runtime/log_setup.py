@@ -4,7 +4,8 @@
     other ranks     WARNING and above to stderr
 
 Modules log with `logging.getLogger(__name__)`. A program that only imports mora_ds
-configures nothing and prints nothing: `mora_ds/__init__.py` gives the logger a NullHandler.
+configures nothing and prints nothing: `mora_ds/__init__.py` gives the logger a
+NullHandler.
 """
 
 import logging
@@ -29,9 +30,9 @@ class LogLevel(str, Enum):
 def set_up_logging(level: str = LogLevel.INFO.value) -> None:
     """Send this process's messages to stdout and stderr, from a level on.
 
-    `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on where
-    `level` is debug. A name that is no `LogLevel` counts as info: `validate` reports it
-    together with the other mistakes. Call it again to change the level.
+    `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on
+    where `level` is debug. A name that is no `LogLevel` counts as info: `validate`
+    reports it together with the other mistakes. Call it again to change the level.
     """
     threshold = (
         getattr(logging, level.upper()) if level in list(LogLevel) else logging.INFO
@@ -50,7 +51,8 @@ def rank() -> int:
 
 
 def rank_prefix() -> str:
-    """ "[rank 1] " before a message that any rank may print; "" in a run of one process."""
+    """ "[rank 1] " before a message that any rank may print; "" in a run of one
+    process."""
     return f"[rank {rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
@@ -63,7 +65,8 @@ class _Console(logging.Handler):
         if stream is None:  # as `>&-` leaves it
             return
         text = self.format(record)
-        # A run of weeks does not end with its log, on a full disk or before a dead reader
+        # A run of weeks does not end with its log, on a full disk or before a dead
+        # reader
         try:
             tqdm.write(text if is_news else rank_prefix() + text, file=stream)
             stream.flush()

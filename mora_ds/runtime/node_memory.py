@@ -4,9 +4,9 @@
     the others                    map /proc/PID/fd/N of the first one
     first process                 closes it: what is left are the mappings
 
-As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the processes
-have ended, however they end, and no later run can take it for its own. The size of /dev/shm
-does not limit it.
+As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the
+processes have ended, however they end, and no later run can take it for its own. The
+size of /dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 def node_members(ranks: Ranks) -> tuple[int, ...]:
     """Ranks of this node's processes that see each other's memory. Collective.
 
-    A node begins at each process with local rank 0; processes in containers of their own,
-    which do not see each other, count as several nodes.
+    A node begins at each process with local rank 0; processes in containers of their
+    own, which do not see each other, count as several nodes.
     """
     facts = ranks.gather("processes of the node", (ranks.local_rank, machine()))
     leader = 0
@@ -86,7 +86,8 @@ class Offer:
         return cls(os.getpid(), descriptor, size, layout)
 
     def map(self, layout: str) -> torch.UntypedStorage:
-        """The memory, mapped into this process. Raises `RunError` where it cannot be."""
+        """The memory, mapped into this process. Raises `RunError` where it cannot
+        be."""
         if layout != self.layout:
             raise RunError(
                 "the processes of the node hold their tensors in different layouts"
@@ -124,10 +125,12 @@ def free_bytes() -> int:
 
 
 def _cgroup_limits() -> list[int]:
-    """What the limits of this process's control groups (a container, a Slurm job) leave."""
+    """What the limits of this process's control groups (a container, a Slurm job)
+    leave."""
     limits = []
     for folder in _cgroup_folders():
-        # A group without a limit has the text "max", the outermost one has no such files
+        # A group without a limit has the text "max", the outermost one has no such
+        # files
         with suppress(OSError, ValueError):
             limit = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
@@ -142,7 +145,8 @@ def _cgroup_limits() -> list[int]:
 
 
 def _cgroup_folders() -> list[Path]:
-    """The folders of this process's control group (version 2) and of those around it."""
+    """The folders of this process's control group (version 2) and of those around
+    it."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

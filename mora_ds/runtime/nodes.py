@@ -1,7 +1,7 @@
 """The one condition on the nodes of a run: they all see the same output folder.
 
-Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer,
-base.
+Every rank writes its part of a checkpoint there, and reads what rank 0 has made:
+tokenizer, base.
 """
 
 import platform
@@ -16,8 +16,8 @@ from mora_ds.runtime.ranks import Ranks
 def check_shared(folder: Path, ranks: Ranks) -> None:
     """Raise `UserError` on all ranks unless they see one `folder`. Collective.
 
-    Rank 0 creates a file, and the others look for it. Its name is new in every run: clients
-    of network file systems remember names that they did not find.
+    Rank 0 creates a file, and the others look for it. Its name is new in every run:
+    clients of network file systems remember names that they did not find.
     """
     # All ranks take the name that rank 0 has drawn
     name = f".seen-by-all-{uuid4().hex}"

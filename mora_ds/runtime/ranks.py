@@ -1,5 +1,5 @@
-"""This process among all processes of the run: its rank, and how all ranks go through the
-checks of a start together.
+"""This process among all processes of the run: its rank, and how all ranks go through
+the checks of a start together.
 
     every check has a name, and all ranks meet at it:
 
@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 _LONG_S = 7 * 24 * 3600.0
 """For long work: a rank that has ended is noticed by its closed connection."""
 _LEAVING_S = 15.0
-"""How long a rank that has failed waits for the others to come to a check and see why."""
+"""How long a rank that has failed waits for the others to come to a check and see
+why."""
 _ABSENT = "(none)"
 
 
@@ -52,18 +53,18 @@ class _Outcome(NamedTuple):
 class Ranks:
     """Rank of this process and number of processes; all methods are collective.
 
-    Every method that takes a `check`, the name of what happens there for messages, raises
-    on all ranks alike: the error of the first rank that has one (a `UserError` before
-    others), a `UserError` when the ranks are at different checks, or a `RunError` when a
-    rank does not come in time. `long` marks work that may take hours.
+    Every method that takes a `check`, the name of what happens there for messages,
+    raises on all ranks alike: the error of the first rank that has one (a `UserError`
+    before others), a `UserError` when the ranks are at different checks, or a
+    `RunError` when a rank does not come in time. `long` marks work that may take hours.
     """
 
     rank: int
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks, the same one for the whole process. It connects two ranks
-    when they first exchange something (`exchange.new_group`)."""
+    """A gloo group of all ranks, the same one for the whole process. It connects two
+    ranks when they first exchange something (`exchange.new_group`)."""
     timeout_s: float
     """Seconds that ranks wait for each other at a check that is not `long`."""
     _last_timeout_s: ClassVar[float | None] = None
@@ -72,8 +73,8 @@ class Ranks:
     def current(cls, timeout_s: float | None = None) -> Ranks:
         """Those of the running process group, and LOCAL_RANK of the launcher.
 
-        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT (minutes),
-        or 30 minutes, where it never was.
+        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT
+        (minutes), or 30 minutes, where it never was.
         """
         if timeout_s is not None:
             cls._last_timeout_s = timeout_s
@@ -124,7 +125,8 @@ class Ranks:
     def on_first(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
-        """Call `work` on rank 0; return its result, or raise its error, on all ranks."""
+        """Call `work` on rank 0; return its result, or raise its error, on all
+        ranks."""
         result = [self.agree(check, work if self.is_first else lambda: None, long)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.group)
@@ -167,7 +169,8 @@ class Ranks:
         return tensor
 
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each computed by one of them."""
+        """[work(0), ..., work(count - 1)] on every rank, each computed by one of
+        them."""
         name = "work shared by all ranks"
         numbers = range(self.rank, count, self.world)
         mine = self.agree(
@@ -181,9 +184,9 @@ class Ranks:
     def leave(self, error: Exception) -> None:
         """Report an error that this rank alone may have, to be called before it ends.
 
-        The other ranks raise it at the check that they come to next. Returns after all have
-        seen it, or after 15 seconds, and at once for an error that all ranks have already.
-        Raises another rank's error where that one comes first.
+        The other ranks raise it at the check that they come to next. Returns after all
+        have seen it, or after 15 seconds, and at once for an error that all ranks have
+        already. Raises another rank's error where that one comes first.
         """
         if self.world == 1 or _is_shared(error):
             return
@@ -199,9 +202,8 @@ class Ranks:
         long: bool = False,
         gathers: bool = False,
     ) -> list[Any]:
-        """Come to a check. Where it `gathers`: every rank's value. An error of one rank is
-        raised on all of them.
-        """
+        """Come to a check. Where it `gathers`: every rank's value. An error of one rank
+        is raised on all of them."""
         if self.world == 1:
             if error is not None:
                 raise error
@@ -233,8 +235,8 @@ class Ranks:
         gathers: bool,
         timeout_s: float,
     ) -> bool | None:
-        """Wait for all ranks. Whether all are at this check without an error; None when a
-        rank that has failed waits in vain."""
+        """Wait for all ranks. Whether all are at this check without an error; None when
+        a rank that has failed waits in vain."""
         since = time.monotonic()
         limit = _LEAVING_S if check is None else timeout_s
         check_number = _number(f"{gathers} {check}")
@@ -287,9 +289,8 @@ def _is_shared(error: BaseException) -> bool:
 
 
 def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
-    """The error of the first rank that has a `UserError`, or else any error; its message
-    names a rank other than 0.
-    """
+    """The error of the first rank that has a `UserError`, or else any error; its
+    message names a rank other than 0."""
     failed = [
         (rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error
     ]

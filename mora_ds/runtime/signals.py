@@ -4,13 +4,13 @@
                                                          -> before and after: `Stopped` in the main thread, at once
     SIGINT again (a second later or more)                -> the process ends at once
 
-The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start
-does not correct, 3 done but for what stands beside training, 75 saved and stopped, to be
-started again.
+The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another
+start does not correct, 3 done but for what stands beside training, 75 saved and
+stopped, to be started again.
 
-A thread notices the requests: Python runs its own handlers between bytecodes only, and a
-rank that waits in a collective executes none. `signal.set_wakeup_fd` wakes the thread at
-once.
+A thread notices the requests: Python runs its own handlers between bytecodes only, and
+a rank that waits in a collective executes none. `signal.set_wakeup_fd` wakes the thread
+at once.
 """
 
 import os
@@ -30,7 +30,8 @@ from mora_ds.runtime.log_setup import rank_prefix
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_FAILED_BESIDE = 3
-"""The run is done and saved; an evaluation, a task, a tracker or an upload has failed."""
+"""The run is done and saved; an evaluation, a task, a tracker or an upload has
+failed."""
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: neither done nor failed, to be started again."""
 EXIT_INTERRUPTED = 130
@@ -41,11 +42,13 @@ _TICK_S = 0.5
 _SAME_CTRL_C_S = 1.0
 """A terminal and torchrun both send SIGINT: within this time they are one request."""
 _PATIENCE_S = 10.0
-"""How long the main thread may take to raise `Stopped` where there is nothing to save."""
+"""How long the main thread may take to raise `Stopped` where there is nothing to
+save."""
 
 
 def install() -> None:
-    """Watch from now on. To be called in the main thread; later calls have no effect."""
+    """Watch from now on. To be called in the main thread; later calls have no
+    effect."""
     global _watch
     if _watch is None:
         _watch = _Watch()
@@ -85,9 +88,8 @@ def settle() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit after
-    correct results (2.13).
-    """
+    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit
+    after correct results (2.13)."""
     for stream in (sys.stdout, sys.stderr):
         # Where the reader has ended, or the disk is full, the exit code still counts
         with suppress(OSError):
@@ -106,7 +108,8 @@ class _Watch:
         self.settled = False
         self._raised = False
         self._last_interrupt: float | None = None
-        # Without a launcher the parent is a shell, which a run in the background may outlive
+        # Without a launcher the parent is a shell, which a run in the background may
+        # outlive
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)

@@ -1,6 +1,5 @@
-"""The base model of a run: its folder, its config, its complete weights on this process,
-and whether they are on the device or in host memory.
-"""
+"""The base model of a run: its folder, its config, its complete weights on this
+process, and whether they are on the device or in host memory."""
 
 import logging
 from collections.abc import Callable
@@ -42,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
-    """(folder of the base, its config with --rope_scaling); no folder where --model_config
-    asks for random weights. Collective."""
+    """(folder of the base, its config with --rope_scaling); no folder where
+    --model_config asks for random weights. Collective."""
     folder = None
     if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
@@ -67,8 +66,8 @@ def prepare_base(
     dtype: torch.dtype,
     start: Start,
 ) -> LoadedBase:
-    """Load the complete base on this process: from `folder`, dequantized once where it is
-    quantized, or created from --model_config. Collective."""
+    """Load the complete base on this process: from `folder`, dequantized once where it
+    is quantized, or created from --model_config. Collective."""
     base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
@@ -105,8 +104,8 @@ def settle_base_device(
     arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks
 ) -> Arguments:
     """The arguments with "device" or "host" in place of "auto". Collective. Raises
-    `UserError` for --base_device host where the model's decoder layers are not found, and
-    where a node has too little memory for them."""
+    `UserError` for --base_device host where the model's decoder layers are not found,
+    and where a node has too little memory for them."""
     training = arguments.training
 
     def planner() -> Planner:
@@ -135,7 +134,8 @@ def settle_base_device(
 
 
 def check_host_memory(needed: int, free: int) -> None:
-    """Raise `UserError` where a node's `free` memory is less than the `needed` bytes."""
+    """Raise `UserError` where a node's `free` memory is less than the `needed`
+    bytes."""
     if needed > free:
         raise UserError(
             f"--base_device host: the frozen weights take {size_text(needed)} of a node's memory, and "

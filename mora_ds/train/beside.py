@@ -1,6 +1,5 @@
-"""What stands beside training: forward passes of evaluations, tasks, probes and checks, and
-failures that must not cost the run.
-"""
+"""What stands beside training: forward passes of evaluations, tasks, probes and checks,
+and failures that must not cost the run."""
 
 import logging
 from collections.abc import Iterator
@@ -31,12 +30,13 @@ def going_on(what: str, failures: list[str]) -> Iterator[None]:
 def beside_training(
     engine: Any, domain: str | None = None, whole: bool = False
 ) -> Iterator[None]:
-    """A context that sets all that layers read besides their input, so that nothing of the
-    last training batch acts on a pass: no gradients, no dropout, every row read as of
-    `domain` (None: by the shared matrices alone). Afterwards all is as it was before.
+    """A context that sets all that layers read besides their input, so that nothing of
+    the last training batch acts on a pass: no gradients, no dropout, every row read as
+    of `domain` (None: by the shared matrices alone). Afterwards all is as it was
+    before.
 
-    `engine`: or a model. `whole`: each process computes complete rows by itself, also where
-    it shares those of training with others (--sequence_parallel_size).
+    `engine`: or a model. `whole`: each process computes complete rows by itself, also
+    where it shares those of training with others (--sequence_parallel_size).
     """
     model = getattr(engine, "module", engine)
     was_training = model.training

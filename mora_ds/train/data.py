@@ -1,4 +1,5 @@
-"""The data of a run: files -> tokenizer -> token caches or streams -> packed sequences."""
+"""The data of a run: files -> tokenizer -> token caches or streams -> packed
+sequences."""
 
 import hashlib
 import json
@@ -68,9 +69,9 @@ def load_data(
 ) -> RunData:
     """Read and tokenize all text of a run. Collective.
 
-    `model_folder` has the model's own tokenizer, where there is a model; a run that resumes
-    uses the tokenizer of its checkpoint. Raises `UserError` for files, tokenizers and
-    lengths that do not fit, where possible before anything is tokenized.
+    `model_folder` has the model's own tokenizer, where there is a model; a run that
+    resumes uses the tokenizer of its checkpoint. Raises `UserError` for files,
+    tokenizers and lengths that do not fit, where possible before anything is tokenized.
     """
     plan = mixture_plan(data)
     ranks = start.ranks
@@ -111,12 +112,12 @@ def load_data(
 def fill_token_cache(
     model: ModelArguments, data: DataArguments, progress: bool
 ) -> list[tuple[str, TokenCache]]:
-    """Tokenize the text of a run ahead of it, in this process. A run with the same settings
-    finds the tokens.
+    """Tokenize the text of a run ahead of it, in this process. A run with the same
+    settings finds the tokens.
 
     Returns the token cache of every source that is not streamed and of every evaluation
-    set, with its name. Raises `UserError` for a tokenizer that only the run makes, and for
-    what `load_data` refuses.
+    set, with its name. Raises `UserError` for a tokenizer that only the run makes, and
+    for what `load_data` refuses.
     """
     if model.train_tokenizer_vocab:
         raise UserError(
@@ -136,12 +137,12 @@ def fill_token_cache(
     ]
 
 
-# -- sources and evaluation sets -----------------------------------------------------------
+# -- sources and evaluation sets -------------------------------------------------------
 
 
 def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
-    """The corpus of every source, without the documents that are held out of training, and
-    of every evaluation set, one of which each source holds out."""
+    """The corpus of every source, without the documents that are held out of training,
+    and of every evaluation set, one of which each source holds out."""
     corpora = _sources(data, plan)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
@@ -162,7 +163,8 @@ def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
 
 
 def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
-    """The corpus of every source. Raises `UserError` naming one that is missing or empty."""
+    """The corpus of every source. Raises `UserError` naming one that is missing or
+    empty."""
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     corpora = {}
     for source in plan.sources:
@@ -185,7 +187,7 @@ def _check_positions(model_config: Any, seq_len: int) -> None:
         )
 
 
-# -- tokens --------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,8 @@ class _Tokenization:
     ranks: Ranks
 
     def cache(self, corpus: Corpus) -> TokenCache:
-        """The tokens of a corpus. The first process of each node makes those that its cache
-        folder lacks."""
+        """The tokens of a corpus. The first process of each node makes those that its
+        cache folder lacks."""
         name = f"token cache of {corpus.flag}"
 
         def build() -> TokenCache:

@@ -79,7 +79,8 @@ RECIPE: Settings = {
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }
-"""What configs/recipes/continual_embeddings.yaml adds, with the rates of a small model."""
+"""What configs/recipes/continual_embeddings.yaml adds, with the rates of a small
+model."""
 REPLAY = 0.1
 """Share of every batch that is old text."""
 ROWS_PER_STEP = 8
@@ -87,9 +88,9 @@ ROWS_PER_STEP = 8
 
 
 def run_demo(arguments: Arguments) -> None:
-    """Run the demo on all processes. Flags that the user gave hold for its second part, the
-    main job. Raises `UserError` as `pretrain` does, and where this Python comes without its
-    own sources."""
+    """Run the demo on all processes. Flags that the user gave hold for its second part,
+    the main job. Raises `UserError` as `pretrain` does, and where this Python comes
+    without its own sources."""
     training = arguments.training
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
@@ -150,8 +151,8 @@ class DemoPaths:
 
 
 def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
-    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per
-    process and step."""
+    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences
+    per process and step."""
     return {
         **WARM_START,
         "per_device_train_batch_size": rows,
@@ -166,8 +167,8 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
 
 
 def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
-    """Reserve the folder, and write corpora, tokenizer and untrained model, which a resumed
-    run has already."""
+    """Reserve the folder, and write corpora, tokenizer and untrained model, which a
+    resumed run has already."""
     resumes = training.resume_from_checkpoint is not None
     reserve(folder).prepare(
         training.overwrite_output_dir, resumes, training.export_merged
@@ -186,7 +187,8 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
 
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
-    """Write corpora, a tokenizer and an untrained model of this config into a new folder."""
+    """Write corpora, a tokenizer and an untrained model of this config into a new
+    folder."""
     write_demo_corpus(paths.corpus, PROSE_BYTES, CODE_BYTES, EVAL_BYTES)
     corpus = load_corpus([*paths.train_files("general"), *paths.train_files("domain")])
     folder = train_sentencepiece(
@@ -199,8 +201,8 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
 def _continue_arguments(
     arguments: Arguments, paths: DemoPaths, world: int
 ) -> Arguments:
-    """The settings of the second part: the demo's, and over them those that the user gave.
-    Raises `UserError`."""
+    """The settings of the second part: the demo's, and over them those that the user
+    gave. Raises `UserError`."""
     user_settings = {
         name: value
         for name, value in dump(arguments).items()
@@ -237,12 +239,12 @@ def _check(job: Arguments, world: int) -> None:
     engine_config(job.training, job.adapter.adapter, world)
 
 
-# -- the report ----------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------
 
 
 def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:
-    """Log the results as a table. `sharded`: the summary of the warm start, whose base was
-    sharded."""
+    """Log the results as a table. `sharded`: the summary of the warm start, whose base
+    was sharded."""
     before = summary["perplexity_before"]
     volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is not None:

@@ -48,7 +48,8 @@ def dry_run(arguments: Arguments) -> None:
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
-    """The plan, and the lines about the adapted layers with which the run would start."""
+    """The plan, and the lines about the adapted layers with which the run would
+    start."""
     adapter = arguments.adapter
     training = arguments.training
     model = arguments.model
@@ -86,9 +87,9 @@ def implementation_of(model: ModelArguments, config: Any) -> str | None:
 def planner_of(
     arguments: Arguments, config: Any, ds_config: DsConfig, world: int
 ) -> Planner:
-    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of
-    the model. Raises `UserError` for a run that trains nothing, and for rows that cannot be
-    split."""
+    """Plans of a run on devices of this machine's kind, with its base on them.
+    `config`: of the model. Raises `UserError` for a run that trains nothing, and for
+    rows that cannot be split."""
     training = arguments.training
     model = arguments.model
     check_config(config, training.sequence_parallel_size, model.implementation)

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates a run's model on all evaluation sets, and puts the results into its state."""
+    """Evaluates a run's model on all evaluation sets, and puts the results into its
+    state."""
 
     def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
         training = job.arguments.training
@@ -55,8 +56,8 @@ class Evaluator:
             # comes before anything is logged.
             before_batch()
         if perplexities:
-            # The first evaluation is what the others are compared with: its own change of 0
-            # begins each curve.
+            # The first evaluation is what the others are compared with: its own change
+            # of 0 begins each curve.
             before = self.state.perplexity_before if step else perplexities
             self.log.evaluation(step, perplexities, before)
         costs = {} if tasks is None else self._evaluate_tasks(tasks)
@@ -72,7 +73,8 @@ class Evaluator:
 
     @property
     def forgotten(self) -> str | None:
-        """Why --stop_when_forgotten ends the run after the last evaluation, if it does."""
+        """Why --stop_when_forgotten ends the run after the last evaluation, if it
+        does."""
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
         now = {**state.perplexity_last, **state.task_costs_last}
@@ -103,7 +105,8 @@ class Evaluator:
     def _batches(
         self, data: PackedDataset, before_batch: Callable[[], None]
     ) -> Iterator[dict[str, Tensor]]:
-        """The batches of this replica; every process has equally many, as ZeRO-3 needs."""
+        """The batches of this replica; every process has equally many, as ZeRO-3
+        needs."""
         index = self.replica.index
         count = self.replica.count
         limit = self.training.max_eval_batches or sys.maxsize
@@ -114,8 +117,8 @@ class Evaluator:
             if round_ * count >= limit:
                 break
             before_batch()
-            # The limit counts the batches of all replicas: in its last round some of them
-            # compute a batch that counts for nothing.
+            # The limit counts the batches of all replicas: in its last round some of
+            # them compute a batch that counts for nothing.
             if round_ * count + index >= limit:
                 batch["labels"].fill_(IGNORED)
             yield batch

@@ -19,12 +19,13 @@ from mora_ds.runtime.ranks import Ranks
 
 
 class Hooks:
-    """The hooks of a run without a block `research:`; `mora_ds.research` derives its own."""
+    """The hooks of a run without a block `research:`; `mora_ds.research` derives its
+    own."""
 
     term: Any = None
     """A term of the loss that is not part of the reported loss, where there is one: its
-    `recording()` surrounds a forward pass, of which `loss()` gives the term, whose `value`
-    is logged under its `name`."""
+    `recording()` surrounds a forward pass, of which `loss()` gives the term, whose
+    `value` is logged under its `name`."""
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         """(setting, path) of every file and folder that is read."""
@@ -54,13 +55,13 @@ class Hooks:
 
     def rows(self, sources: Sequence[str]) -> AbstractContextManager[None]:
         """Surrounds forward and backward of a micro-batch whose rows come from these
-        sources of the mixture; without a mixture there are none. Every other forward pass
-        is one `beside_training`."""
+        sources of the mixture; without a mixture there are none. Every other forward
+        pass is one `beside_training`."""
         return nullcontext()
 
     def check(self, engine: Any, ids: Tensor) -> None:
-        """A check of the live model before the first step, by a forward pass of `ids` (3,
-        T). Collective. Raises `UserError`."""
+        """A check of the live model before the first step, by a forward pass of `ids`
+        (3, T). Collective. Raises `UserError`."""
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -69,12 +70,13 @@ class Hooks:
 
     @property
     def probe_domain(self) -> str | None:
-        """The domain as which the first training rows are read where their loss is to tell
-        whether all trained numbers are finite; None without domains."""
+        """The domain as which the first training rows are read where their loss is to
+        tell whether all trained numbers are finite; None without domains."""
         return None
 
     def domain_of(self, name: str) -> str | None:
-        """The domain as which an evaluation set is read; None: by the shared matrices."""
+        """The domain as which an evaluation set is read; None: by the shared
+        matrices."""
         return None
 
 

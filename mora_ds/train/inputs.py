@@ -24,11 +24,12 @@ _OF_TEXT = ("--train_files", "--replay", "--eval_files", "--dataset_name")
 
 
 def check_inputs(arguments: Arguments, folder: Path) -> None:
-    """Raise `UserError` for a flag that names a file which would be replaced or deleted.
+    """Raise `UserError` for a flag that names a file which would be replaced or
+    deleted.
 
-    `folder`: the one that the run writes to. Links are followed; another name of the same
-    file (a hard link) is safe, as a run replaces files and writes into none. A resumed run
-    may read what it has made and will not replace.
+    `folder`: the one that the run writes to. Links are followed; another name of the
+    same file (a hard link) is safe, as a run replaces files and writes into none. A
+    resumed run may read what it has made and will not replace.
     """
     readable: tuple[str, ...] = ()
     if arguments.training.resume_from_checkpoint is not None and holds_run(folder):
@@ -51,7 +52,8 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
 
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
-    """(flag, path) of all that validated settings name: files, folders, names on the Hub."""
+    """(flag, path) of all that validated settings name: files, folders, names on the
+    Hub."""
     model = arguments.model
     training = arguments.training
     named = [

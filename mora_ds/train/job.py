@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 class Job:
     """A model with all that belongs to its run. All processes make it together.
 
-    Making it prepares the model, starts the engine and, where `start.checkpoint` is set,
-    resumes. Raises `UserError` for settings that do not fit the model or the checkpoint.
+    Making it prepares the model, starts the engine and, where `start.checkpoint` is
+    set, resumes. Raises `UserError` for settings that do not fit the model or the
+    checkpoint.
     """
 
     engine: Any
@@ -69,8 +70,8 @@ class Job:
         self.start = start
         training = arguments.training
         size = training.sequence_parallel_size
-        # What follows has collectives of its own, in which no rank may wait for one that
-        # has failed to load.
+        # What follows has collectives of its own, in which no rank may wait for one
+        # that has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
         self.sequence = share_rows(loaded.model, size, training.collective_timeout_s)
         if self.sequence is not None:
@@ -84,7 +85,7 @@ class Job:
         else:
             self._start_adapter()
 
-    # -- the three kinds -----------------------------------------------------------------------------------------------
+    # -- the three kinds ---------------------------------------------------------------
 
     def _hold_base(self) -> None:
         """--adapter none."""
@@ -153,11 +154,11 @@ class Job:
         )
         self.state = self.run.state
 
-    # -- their steps ---------------------------------------------------------------------------------------------------
+    # -- their steps -------------------------------------------------------------------
 
     def _common_identity(self) -> JsonObject:
-        """What a resumed run must share with its checkpoint, whatever it trains, to go on
-        with the same batches and loss."""
+        """What a resumed run must share with its checkpoint, whatever it trains, to go
+        on with the same batches and loss."""
         adapter = self.arguments.adapter
         training = self.arguments.training
         data = self.data
@@ -186,8 +187,8 @@ class Job:
             check_identity(self.start.checkpoint, self.start.state.identity, identity)
 
     def _seed_dropout(self) -> None:
-        """Give every replica dropout masks that no other has. A checkpoint that is resumed
-        restores its random states afterwards."""
+        """Give every replica dropout masks that no other has. A checkpoint that is
+        resumed restores its random states afterwards."""
         training = self.arguments.training
         replica = self.start.ranks.rank // training.ranks_per_replica
         torch.manual_seed((training.seed << 16) + replica)
@@ -207,7 +208,8 @@ class Job:
         return self.start.hooks.plan(config, loaded, self.start.ranks)
 
     def utilization(self, tokens_per_s: float) -> float | None:
-        """The share of its GPUs' peak that so many tokens a second use, if that is known."""
+        """The share of its GPUs' peak that so many tokens a second use, if that is
+        known."""
         if self._peak_flops is None:
             return None
         return (

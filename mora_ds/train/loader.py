@@ -1,5 +1,5 @@
-"""The batches of a run, each prepared while the step before it computes, and who computes
-which rows.
+"""The batches of a run, each prepared while the step before it computes, and who
+computes which rows.
 
     world = replicas x processes_per_replica; the processes of a replica (`Replica`) have
     consecutive ranks and are given the same rows
@@ -7,11 +7,11 @@ which rows.
     loader.take(step)         the micro-batches of a step; a thread begins with those of the next one
     loader.labels_ahead()     waits for them; how many of their labels this process predicts
 
-Everything that needs the data on the host happens here, before anything is copied to the
-device: packing, this process's part of each row, the number of labels, pinned memory. The
-thread runs only between the two calls, so what is saved after a step is never the position
-of a batch that is still being read. An error is raised when the batch that it concerns is
-taken.
+Everything that needs the data on the host happens here, before anything is copied to
+the device: packing, this process's part of each row, the number of labels, pinned
+memory. The thread runs only between the two calls, so what is saved after a step is
+never the position of a batch that is still being read. An error is raised when the
+batch that it concerns is taken.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class BatchLoader:
         self.replica = replica
         self.training = training
         self.last_step = last_step
-        # Processes read a stream together (`Ranks.__call__`), so that each must read at the
-        # same moment as the others.
+        # Processes read a stream together (`Ranks.__call__`), so that each must read at
+        # the same moment as the others.
         self._reads_together = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
@@ -88,9 +88,9 @@ class BatchLoader:
         return batch
 
     def labels_ahead(self, step: int) -> int:
-        """Labels of this process in the batch of `step`, which `take` returns next; 0 where
-        there is none, or where `take` will raise. To be called once the work of the step
-        before is queued."""
+        """Labels of this process in the batch of `step`, which `take` returns next; 0
+        where there is none, or where `take` will raise. To be called once the work of
+        the step before is queued."""
         if self._ahead is None:
             self._begin(step)
         if self._ahead is None or self._ahead.exception() is not None:
@@ -132,7 +132,7 @@ def labels_in(batch: StepBatch) -> int:
     return sum(sum(micro_batch.labels) for micro_batch in batch)
 
 
-# -- who computes what ---------------------------------------------------------------------
+# -- who computes what -----------------------------------------------------------------
 
 
 class NotFinite(RunError):
@@ -154,7 +154,8 @@ def require_finite(value: float, what: str, step: int) -> None:
 
 @dataclass
 class Replica:
-    """The replica of this process: its number, its rows of a batch, and sums over all."""
+    """The replica of this process: its number, its rows of a batch, and sums over
+    all."""
 
     engine: zero.Engine
     processes_per_replica: int = 1
@@ -186,8 +187,8 @@ class Replica:
         return total.item()
 
     def nll(self, batch: Rows, domain: str | None) -> tuple[float, int]:
-        """(summed loss, number of predicted tokens) of this process's part of a batch, as
-        of `domain`. Collective under ZeRO-3."""
+        """(summed loss, number of predicted tokens) of this process's part of a batch,
+        as of `domain`. Collective under ZeRO-3."""
         local_batch = self.rows(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
         with beside_training(self.engine, domain):
@@ -195,8 +196,8 @@ class Replica:
         return nll, predicted
 
     def mean_nll(self, batches: Iterable[Rows], domain: str | None) -> float:
-        """Mean loss over all predicted tokens of all processes. Each brings the same number
-        of batches. Collective."""
+        """Mean loss over all predicted tokens of all processes. Each brings the same
+        number of batches. Collective."""
         total = 0.0
         predicted = 0
         for batch in batches:

@@ -1,4 +1,5 @@
-"""What a run reports: step lines (rank 0), `metrics.jsonl`, and the curves of trackers."""
+"""What a run reports: step lines (rank 0), `metrics.jsonl`, and the curves of
+trackers."""
 
 import json
 import logging
@@ -34,9 +35,9 @@ STEP_TAGS = {
     "tokens": ("6_speed/tokens_read", 1.0),
     "peak_memory_bytes": ("7_memory/peak_GiB", 2.0**-30),
 }
-"""Key of a step's row -> its TensorBoard tag and the factor to the tag's unit. TensorBoard
-sorts groups by name and opens the first ones: the digits put the curves first that a person
-looks for first."""
+"""Key of a step's row -> its TensorBoard tag and the factor to the tag's unit.
+TensorBoard sorts groups by name and opens the first ones: the digits put the curves
+first that a person looks for first."""
 
 GROUPS = {
     "eval": "2_evaluation/perplexity",
@@ -97,8 +98,8 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak memory: allocated on its GPU since a phase ended, or without one
-    resident so far."""
+    """This process's peak memory: allocated on its GPU since a phase ended, or without
+    one resident so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -130,7 +131,8 @@ class PhaseMemory:
 
 
 class MetricsLog:
-    """Writes the metrics of one run; `enabled=False`, on ranks other than 0, nothing."""
+    """Writes the metrics of one run; `enabled=False`, on ranks other than 0,
+    nothing."""
 
     def __init__(
         self,
@@ -141,10 +143,10 @@ class MetricsLog:
         trackers: Sequence[Tracker] = (),
         pending: Collection[str] = (),
     ) -> None:
-        """Drop the rows after `start_step`, of a run that was interrupted after its last
-        checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops all rows.
-        `pending`: kinds of rows of `start_step` that come again. TensorBoard has then no
-        points of that step, and gets those of its other rows once more."""
+        """Drop the rows after `start_step`, of a run that was interrupted after its
+        last checkpoint, so that a resumed curve reads as an uninterrupted one; 0 drops
+        all rows. `pending`: kinds of rows of `start_step` that come again. TensorBoard
+        has then no points of that step, and gets those of its other rows once more."""
         self.total_steps = total_steps
         self.enabled = enabled
         self.trackers = trackers
@@ -164,9 +166,9 @@ class MetricsLog:
     def evaluation(
         self, step: int, perplexities: dict[str, float], before: Numbers | None = None
     ) -> None:
-        """The perplexity of each evaluation set after `step`; `before`: before the first
-        step. Trackers also get the change since then in per cent: positive where the model
-        has forgotten."""
+        """The perplexity of each evaluation set after `step`; `before`: before the
+        first step. Trackers also get the change since then in per cent: positive where
+        the model has forgotten."""
         self.record("eval", step, perplexities)
         changes = change(before or {}, perplexities)
         curves = {f"{FORGETTING}/{name}": value for name, value in changes.items()}
@@ -177,9 +179,9 @@ class MetricsLog:
         logger.info(f"step {step}  perplexity {values}")
 
     def record(self, kind: str, step: int, facts: Facts | float) -> None:
-        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those
-        of each task or source; or the name of a hook's term of the loss, and its value at
-        the beginning of the step."""
+        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are
+        those of each task or source; or the name of a hook's term of the loss, and its
+        value at the beginning of the step."""
         self._record({"step": step, kind: facts})
 
     def close(self) -> None:
@@ -222,7 +224,8 @@ def _curves(row: Facts) -> dict[str, float]:
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON lacks: a perplexity may overflow."""
+    """`value` with null for NaN and infinity, which JSON lacks: a perplexity may
+    overflow."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -231,8 +234,8 @@ def without_nan(value: Any) -> Any:
 def _keep_rows(
     path: Path, last_step: int, pending: Collection[str]
 ) -> list[JsonObject]:
-    """Drop the rows after `last_step`, those of it that are `pending`, and damaged ones.
-    Return the rows of that step which stay."""
+    """Drop the rows after `last_step`, those of it that are `pending`, and damaged
+    ones. Return the rows of that step which stay."""
     if last_step == 0 or not path.exists():
         path.unlink(missing_ok=True)
         return []
@@ -253,7 +256,8 @@ def _keep_rows(
 
 
 def _row_of(line: str) -> JsonObject | None:
-    """The row; None for a damaged one, such as one that a killed process was writing."""
+    """The row; None for a damaged one, such as one that a killed process was
+    writing."""
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) else None

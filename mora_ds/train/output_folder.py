@@ -1,4 +1,5 @@
-"""The output folder of a run: which run may write into it, and what of it is a run's own.
+"""The output folder of a run: which run may write into it, and what of it is a run's
+own.
 
     reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written, run.yaml last)
                                       -> commit, or give_up: it is as it was
@@ -40,11 +41,11 @@ DELETING = ".deleting"
 STARTING = ".mora_ds-starting"
 """Lists the names that a run which has not begun may have made."""
 LOCK = ".lock"
-"""An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by
-the others together. A lock ends with its process, however that ends."""
+"""An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1
+by the others together. A lock ends with its process, however that ends."""
 _ORPHANS_S = 60.0
-"""How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at
-their next collective, which is at the end of a step."""
+"""How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave
+at their next collective, which is at the end of a step."""
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
@@ -52,13 +53,14 @@ NAMES = (
 )  # fmt: skip
 """Everything that a run writes."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER)
-"""What the start-up of a run writes, where its settings ask for it; what a resumed one may
-write again, with `RUN_FILE` and the merge ledger."""
+"""What the start-up of a run writes, where its settings ask for it; what a resumed one
+may write again, with `RUN_FILE` and the merge ledger."""
 
 
 @dataclass
 class Reservation:
-    """An output folder that is reserved for a run which has not begun. Held by rank 0."""
+    """An output folder that is reserved for a run which has not begun. Held by rank
+    0."""
 
     folder: Path
     new_folders: tuple[Path, ...]
@@ -66,12 +68,12 @@ class Reservation:
     had_lock_file: bool
 
     def prepare(self, overwrite: bool, resume: bool, exports: bool = False) -> None:
-        """Set aside what the run may change. `exports`: whether it writes a merged model.
-        The second call does nothing.
+        """Set aside what the run may change. `exports`: whether it writes a merged
+        model. The second call does nothing.
 
         Raises `UserError` when the folder holds another run (unless `overwrite` or
-        `resume`), something under the run's names that the run in the folder has not made,
-        or something that the run could not write to.
+        `resume`), something under the run's names that the run in the folder has not
+        made, or something that the run could not write to.
         """
         if (self.folder / STARTING).exists():
             return
@@ -101,16 +103,16 @@ class Reservation:
                     )
                 else:
                     _set_aside(self.folder, owned)
-            # What is there now is the earlier run's or the user's: the start-up makes none
-            # of it.
+            # What is there now is the earlier run's or the user's: the start-up makes
+            # none of it.
             makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
             (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
 
     def commit(self) -> None:
         """Begin the run, whose run.yaml is written: delete what was set aside.
 
-        Killed between the two steps, it leaves a resumed run as it was, and nothing of an
-        overwritten one.
+        Killed between the two steps, it leaves a resumed run as it was, and nothing of
+        an overwritten one.
         """
         if (self.folder / ASIDE).is_dir():
             (self.folder / ASIDE).rename(self.folder / DELETING)
@@ -122,9 +124,10 @@ class Reservation:
 def reserve(folder: Path) -> Reservation:
     """Lock `folder` for a run, and repair what a killed one has left. Called by rank 0.
 
-    A reservation that this process holds already is returned as it is: the demo's, whose
-    main job is a run. Raises `UserError` for a folder with any of the `NAMES` and without a
-    run, one that another run is writing to, and one that cannot be written to.
+    A reservation that this process holds already is returned as it is: the demo's,
+    whose main job is a run. Raises `UserError` for a folder with any of the `NAMES` and
+    without a run, one that another run is writing to, and one that cannot be written
+    to.
     """
     if (reservation := _open.get(folder.resolve())) is not None:
         return reservation
@@ -170,8 +173,8 @@ def give_up(folder: Path) -> None:
 
 def join(folder: Path) -> None:
     """Share the lock of `folder`, which rank 0 has reserved. Called by the other ranks,
-    which may write there for some seconds after rank 0 has ended. Has no effect on a node
-    that does not see rank 0's folder."""
+    which may write there for some seconds after rank 0 has ended. Has no effect on a
+    node that does not see rank 0's folder."""
     path = folder.resolve() / LOCK
     if path.parent not in _locks and path.is_file():
         with _writing(folder):
@@ -186,8 +189,8 @@ def leave(folder: Path) -> None:
 
 
 def names_of_run(folder: Path, exports: bool) -> list[str]:
-    """What the run that begins in `folder` makes, and what it has written already where it
-    is resumed. `exports`: whether it writes a merged model."""
+    """What the run that begins in `folder` makes, and what it has written already where
+    it is resumed. `exports`: whether it writes a merged model."""
     optional = (*_AT_START, DEMO, MERGED_FOLDER)
     written = [*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO))]
     if exports:
@@ -210,11 +213,12 @@ def check_merged(folder: Path) -> None:
         )
 
 
-# -- checks --------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------
 
 
 def _check_owned(folder: Path) -> None:
-    """Raise `UserError` for a folder with any of the names and no run that has made them."""
+    """Raise `UserError` for a folder with any of the names and no run that has made
+    them."""
     present = _present(folder, (*NAMES, ASIDE, DELETING))
     has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
     if present and not has_run:
@@ -235,13 +239,14 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-# -- the lock ------------------------------------------------------------------------------
+# -- the lock --------------------------------------------------------------------------
 
 _open: dict[Path, Reservation] = {}
 """Folder -> the reservation of this process that is neither begun nor given up."""
 
 _locks: dict[Path, int] = {}
-"""Folder -> lock file of this process, open to the end: to close it gives up the lock."""
+"""Folder -> lock file of this process, open to the end: to close it gives up the
+lock."""
 
 _FIRST = 0
 """The byte that rank 0 locks."""
@@ -251,9 +256,9 @@ _OTHERS = 1
 def _lock(folder: Path) -> None:
     """Raise `UserError` while another run writes to the folder.
 
-    The processes of a run outlive a launcher that was killed alone (deepspeed 0.19.8): a
-    run resumed meanwhile would write among their files. It is a POSIX lock, which worker
-    processes do not inherit.
+    The processes of a run outlive a launcher that was killed alone (deepspeed 0.19.8):
+    a run resumed meanwhile would write among their files. It is a POSIX lock, which
+    worker processes do not inherit.
     """
     if (resolved := folder.resolve()) in _locks:
         return
@@ -278,8 +283,8 @@ def _lock(folder: Path) -> None:
                 "has ended; end them first"
             )
         time.sleep(0.1)
-    # The other ranks of this run share that byte from here on. A file system without locks
-    # has none to give back.
+    # The other ranks of this run share that byte from here on. A file system without
+    # locks has none to give back.
     with suppress(OSError):
         fcntl.lockf(file, fcntl.LOCK_UN, 1, _OTHERS)
     _locks[resolved] = file
@@ -297,7 +302,7 @@ def _takes(file: int, kind: int, byte: int) -> bool:
     return True
 
 
-# -- what is set aside ---------------------------------------------------------------------
+# -- what is set aside -----------------------------------------------------------------
 
 
 def _starting(folder: Path) -> list[str]:
@@ -310,12 +315,12 @@ def _starting(folder: Path) -> list[str]:
 
 
 def _undo(folder: Path) -> None:
-    """Undo a start-up that was not committed: remove what it has made, bring back what it
-    had set aside."""
+    """Undo a start-up that was not committed: remove what it has made, bring back what
+    it had set aside."""
     for name in _starting(folder):
         _remove(folder / name)
-    # From here on the names are the earlier run's again, which a second attempt must not
-    # remove.
+    # From here on the names are the earlier run's again, which a second attempt must
+    # not remove.
     (folder / STARTING).unlink(missing_ok=True)
     aside = folder / ASIDE
     for name in _present(aside, NAMES):
@@ -331,8 +336,8 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _copy_aside(folder: Path, names: Iterable[str]) -> None:
-    """Set copies aside; hard links where the file system has them, as a run replaces these
-    files and writes into none of them."""
+    """Set copies aside; hard links where the file system has them, as a run replaces
+    these files and writes into none of them."""
 
     def copy(source: str, target: str) -> None:
         link_or_copy(Path(source), Path(target))

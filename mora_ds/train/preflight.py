@@ -5,8 +5,8 @@ chunked loss            are the head and a known scale or cap all of the logits?
 hooks                   what a block `research:` asks of the model
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
 
-What a model does is measured, not looked up in a list of architectures. No check draws from
-torch's global generator.
+What a model does is measured, not looked up in a list of architectures. No check draws
+from torch's global generator.
 """
 
 import logging
@@ -33,25 +33,28 @@ _DOCUMENT = 4
 """Tokens of each of the two documents that `check_document_mask` packs into a row."""
 
 _LEAK = 0.05
-"""A document counts as seen from this share of its effect without a mask on. Experts round
-differently with other tokens in the batch, far below this."""
+"""A document counts as seen from this share of its effect without a mask on. Experts
+round differently with other tokens in the batch, far below this."""
 
 _STATEFUL = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}
-"""Kinds of layers, by transformers' names, that carry a row's tokens on without a mask."""
+"""Kinds of layers, by transformers' names, that carry a row's tokens on without a
+mask."""
 
 _TOKENS = 4
 """Tokens per process in the rows of `check_split`."""
 
 _SPLIT_ERROR = 2e-4
-"""Permitted difference of `check_split`, as a share of the effect of all other tokens."""
+"""Permitted difference of `check_split`, as a share of the effect of all other
+tokens."""
 
 _SPLIT_ROUNDING = 16
-"""Further permitted difference, in units of the dtype's rounding: in bf16 the logits of a
-new model hardly differ."""
+"""Further permitted difference, in units of the dtype's rounding: in bf16 the logits of
+a new model hardly differ."""
 
 
 def preflight(job: Job, arguments: Arguments) -> None:
-    """Run all checks of this job. Collective. Raises `UserError` naming the flag to change."""
+    """Run all checks of this job. Collective. Raises `UserError` naming the flag to
+    change."""
     model = job.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
@@ -70,7 +73,8 @@ def preflight(job: Job, arguments: Arguments) -> None:
 
 
 def check_attention(engine: Any, document_mask: bool) -> None:
-    """Raise `UserError` where documents see each other, or the config's window is lost."""
+    """Raise `UserError` where documents see each other, or the config's window is
+    lost."""
     if document_mask:
         check_document_mask(engine)
     model = getattr(engine, "module", engine)
@@ -82,16 +86,17 @@ def check_document_mask(engine: Any) -> None:
     """Raise `UserError` where a document sees the one before it although its positions
     start again at 0.
 
-    Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT
-    do not), state-space layers have no mask, and FlashAttention takes rows for packed ones
-    only where there is a single row. Compared: what a changed first document does to the
-    second one's logits, with and without the restart of positions, in batches of one row
-    and of two. Collective: four forward passes of short rows.
+    Not every model of transformers takes its mask from the positions (5.24: Bloom and
+    MPT do not), state-space layers have no mask, and FlashAttention takes rows for
+    packed ones only where there is a single row. Compared: what a changed first
+    document does to the second one's logits, with and without the restart of positions,
+    in batches of one row and of two. Collective: four forward passes of short rows.
     """
     straight = torch.arange(2 * _DOCUMENT)
     config = getattr(engine, "module", engine).config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
-    # Their effect is too small at a new model's weights to stand out, and grows in training
+    # Their effect is too small at a new model's weights to stand out, and grows in
+    # training
     leak = 0.0 if _STATEFUL & set(kinds) else _LEAK
     permitted = leak * _effect(engine, 2, straight)
     for rows in (1, 2):
@@ -117,8 +122,8 @@ def _effect(engine: Any, rows: int, positions: Tensor) -> float:
 
 
 def _batch(ids: Tensor, positions: Tensor) -> Rows:
-    """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T), and
-    the documents that these make."""
+    """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T),
+    and the documents that these make."""
     every = positions.expand(len(ids), -1)
     return {
         "input_ids": ids,
@@ -128,8 +133,8 @@ def _batch(ids: Tensor, positions: Tensor) -> Rows:
 
 
 def check_window(engine: Any) -> None:
-    """Raise `UserError` where the config has a sliding window that attention by documents
-    does not receive. Collective: a forward pass of one short row."""
+    """Raise `UserError` where the config has a sliding window that attention by
+    documents does not receive. Collective: a forward pass of one short row."""
     batch = _batch(_random_ids(engine, 1, 2 * _DOCUMENT), torch.arange(2 * _DOCUMENT))
     with beside_training(engine):
         engine(**model_inputs(engine, batch))
@@ -148,8 +153,8 @@ def _has_window(config: Any) -> bool:
 
 
 def logits_are_known(engine: Any) -> bool:
-    """Whether the model's logits are what `chunk_loss` takes them for: its head's output,
-    scaled or capped. Collective: a forward pass of one short row."""
+    """Whether the model's logits are what `chunk_loss` takes them for: its head's
+    output, scaled or capped. Collective: a forward pass of one short row."""
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
     with beside_training(engine), chunked.recording() as raw:
@@ -163,18 +168,18 @@ def logits_are_known(engine: Any) -> bool:
 def check_split(
     engine: Any, model: Any, sequence: SequenceParallel, document_mask: bool
 ) -> None:
-    """Raise `UserError` when the model does not compute the same over split rows as over
-    complete ones.
+    """Raise `UserError` when the model does not compute the same over split rows as
+    over complete ones.
 
     Ulysses carries attention over the processes and nothing else: state-space layers,
-    convolutions over time or custom attention would see the tokens of one process alone.
-    The difference is compared with the one that arises when the other processes' tokens are
-    missing altogether. Collective: three forward passes of two short rows.
+    convolutions over time or custom attention would see the tokens of one process
+    alone. The difference is compared with the one that arises when the other processes'
+    tokens are missing altogether. Collective: three forward passes of two short rows.
     """
     rows = _random_ids(engine, 2, _TOKENS * sequence.size)
     positions = torch.arange(rows.shape[1]).expand(2, -1).clone()
-    # One document then crosses a boundary between processes, and another one begins between
-    # two boundaries.
+    # One document then crosses a boundary between processes, and another one begins
+    # between two boundaries.
     if document_mask:
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1

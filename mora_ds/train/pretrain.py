@@ -76,11 +76,11 @@ BRANCH_PARENT = "decay_parent"
 
 
 def pretrain(arguments: Arguments) -> JsonObject:
-    """Run the job that `arguments` describe, on this process of all. Returns the content of
-    `summary.json`; of a dry run nothing.
+    """Run the job that `arguments` describe, on this process of all. Returns the
+    content of `summary.json`; of a dry run nothing.
 
-    Raises `UserError` before anything expensive for what the user can mend, and the output
-    folder is then as it was; `RunError` for failures during the run.
+    Raises `UserError` before anything expensive for what the user can mend, and the
+    output folder is then as it was; `RunError` for failures during the run.
     """
     with start_up():
         validate(arguments)
@@ -98,7 +98,8 @@ def pretrain(arguments: Arguments) -> JsonObject:
 
 
 def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
-    """Everything before the first step. Collective: an error of one rank is one of all."""
+    """Everything before the first step. Collective: an error of one rank is one of
+    all."""
     model = arguments.model
     adapter = arguments.adapter
     training = arguments.training
@@ -164,15 +165,15 @@ def _steps(job: Job, schedule: Schedule) -> int:
     return schedule.total_steps if job.is_trained else 0
 
 
-# -- the output folder ---------------------------------------------------------------------
+# -- the output folder -----------------------------------------------------------------
 
 
 @contextmanager
 def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
-    The folder becomes the run's when the block has passed, and is as it was when the block
-    raises.
+    The folder becomes the run's when the block has passed, and is as it was when the
+    block raises.
     """
     root = expanded(arguments.training.output_dir)
     hooks = hooks_of(arguments)
@@ -200,9 +201,9 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
 def _reserve(
     arguments: Arguments, folder: Path, world: int
 ) -> tuple[Path | None, TrainerState | None, JsonObject]:
-    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its
-    state, and what identifies the checkpoint of --decay_from. On rank 0; the caller gives
-    the folder up where this raises."""
+    """Reserve the output folder. Returns the checkpoint to resume from, if any, with
+    its state, and what identifies the checkpoint of --decay_from. On rank 0; the caller
+    gives the folder up where this raises."""
     training = arguments.training
     wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
@@ -236,7 +237,8 @@ def _reserve(
             checkpoint = resume_checkpoint(str(parent), root, DECAY)
             assert checkpoint is not None, "only auto may find none"
             state = _branch(checkpoint, root)
-            # The branch's own checkpoints have it in their identity; the parent's have not.
+            # The branch's own checkpoints have it in their identity; the parent's have
+            # not.
             state.identity.update(branch)
     continues = wanted == AUTO
     if checkpoint is not None and state is not None:
@@ -265,7 +267,7 @@ def _branch(checkpoint: Path, root: Path) -> TrainerState:
     return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
-# -- evaluation sets and steps -------------------------------------------------------------
+# -- evaluation sets and steps ---------------------------------------------------------
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
@@ -285,8 +287,8 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
 def _total_steps(
     training: TrainingArguments, data: Mixture, world: int, done: int
 ) -> int:
-    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at
-    most as many as there is data for."""
+    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs,
+    at most as many as there is data for."""
     limit = data.max_steps
     if training.max_steps > 0:
         steps = done + training.max_steps
@@ -296,13 +298,14 @@ def _total_steps(
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
         return steps
-    # The number is read as a decimal: 1.1 times 10 rows are 11, and not 11.000000000000002.
+    # The number is read as a decimal: 1.1 times 10 rows are 11, and not
+    # 11.000000000000002.
     rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks
     steps = max(1, math.ceil(rows / training.rows_per_step(world)))
     return steps if limit is None else min(steps, limit)
 
 
-# -- the run -------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------
 
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
@@ -315,7 +318,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
         pending += ["eval", "tasks"]
-    # What was pending is logged again, so that its first point goes with those after it.
+    # What was pending is logged again, so that its first point goes with those after
+    # it.
     first_step = state.step + 1 if state.step and not pending else state.step
     trackers = []
     if ranks.is_first:

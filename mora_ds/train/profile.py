@@ -15,10 +15,10 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
     beginning of every other one.
 
     It leaves out two steps, since DeepSpeed looks at the model in the first one and the
-    profiler itself starts up in the second one. It records the next `steps`, with shapes
-    and memory, and writes their trace below `folder` after the last of them, or when it is
-    left before. A trace must not cost the run: where it cannot be written, the reason is
-    added to `failures`.
+    profiler itself starts up in the second one. It records the next `steps`, with
+    shapes and memory, and writes their trace below `folder` after the last of them, or
+    when it is left before. A trace must not cost the run: where it cannot be written,
+    the reason is added to `failures`.
     """
     write = tensorboard_trace_handler(str(folder / PROFILE), "rank-0", use_gzip=True)
 

@@ -4,8 +4,8 @@
     run.merge(step)        at intervals: ReMoRA
     run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 
-The main job, Hugging Face's Trainer and loops of users call the same methods. `FullRun` is
-the same for full training, which has neither base nor merges.
+The main job, Hugging Face's Trainer and loops of users call the same methods. `FullRun`
+is the same for full training, which has neither base nor merges.
 """
 
 import json
@@ -66,20 +66,21 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
 
 PROBE_IDS = torch.arange(3, 11).unsqueeze(0)
-"""(1, T): the tokens of the recorded probe, whose logits take 4 * T * vocabulary bytes."""
+"""(1, T): the tokens of the recorded probe, whose logits take 4 * T * vocabulary
+bytes."""
 
 
 class Run:
-    """The merge ledger and the checkpoints of one engine, in `folder`. All processes make
-    it, and call it, together.
+    """The merge ledger and the checkpoints of one engine, in `folder`. All processes
+    make it, and call it, together.
 
-    The adapter's config is the one that the engine's model was injected with. `base` is the
-    Hugging Face folder that the model was loaded from: it is read again at every merge and
-    never written. With `resume` ("auto", "latest", a path) engine, merge ledger and base
-    are restored from that checkpoint, and `state` holds its position; without, the folder
-    must hold no other run, unless `overwrite` is set. With `async_save`, `save` writes in
-    the background. Raises `UserError` when the model does not hold that base, weight for
-    weight, or the checkpoint is another run's.
+    The adapter's config is the one that the engine's model was injected with. `base` is
+    the Hugging Face folder that the model was loaded from: it is read again at every
+    merge and never written. With `resume` ("auto", "latest", a path) engine, merge
+    ledger and base are restored from that checkpoint, and `state` holds its position;
+    without, the folder must hold no other run, unless `overwrite` is set. With
+    `async_save`, `save` writes in the background. Raises `UserError` when the model
+    does not hold that base, weight for weight, or the checkpoint is another run's.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class Run:
 
         self.engine = engine
         self._gradient_of: int | None = None
-        """The micro-batch of the newest backward pass; `engine.step` goes on to the next."""
+        """The micro-batch of the newest backward pass; `engine.step` goes on to the
+        next."""
         first_layer = next(iter(mora_layers(engine.module).values()))
         # Not of `value`: beside domains that one may be frozen, and has no gradient.
         trained = next(first_layer.parameters(recurse=False))
@@ -144,7 +146,8 @@ class Run:
         fingerprint = base.fingerprint(ranks=ranks)
 
         self.identity = run_identity(fingerprint, config, identity)
-        # With its state comes a checkpoint that is verified, and compared with this run.
+        # With its state comes a checkpoint that is verified, and compared with this
+        # run.
         if isinstance(resume, Path) and state is not None:
             checkpoint: Path | None = resume
         else:
@@ -169,18 +172,18 @@ class Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
-            # The model may have been loaded in another dtype than its files have: fewer bits
-            # are those of the original numbers, as after a merge.
+            # The model may have been loaded in another dtype than its files have: fewer
+            # bits are those of the original numbers, as after a merge.
             self.remora.form_base()
         base.release()
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step` and start the
-        next cycle.
+        """Merge the MoRA matrices of all layers after optimizer step `step` and start
+        the next cycle.
 
-        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a `step`
-        before those of earlier calls, and while the engine has gradients of which no
-        optimizer step has been made.
+        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a
+        `step` before those of earlier calls, and while the engine has gradients of
+        which no optimizer step has been made.
         """
         earliest = self.state.merges[-1] + 1 if self.state.merges else 0
         step = self._check_call("merge", step, earliest)
@@ -196,10 +199,11 @@ class Run:
     def save(
         self, step: int, keep: int | None = None, folder: Path | str | None = None
     ) -> Path:
-        """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder.
+        """Write the checkpoint of `step` and keep the newest `keep`. Returns its
+        folder.
 
-        `folder`: another one than the run's, in it; the checkpoint is then complete when
-        the call returns. Raises `UserError`, and changes nothing, as `merge` does.
+        `folder`: another one than the run's, in it; the checkpoint is then complete
+        when the call returns. Raises `UserError`, and changes nothing, as `merge` does.
         """
         earliest = self.state.merges[-1] if self.state.merges else 0
         step = self._check_call("save", step, earliest)
@@ -218,8 +222,8 @@ class Run:
 
     def _check_call(self, method: str, step: Any, earliest: int) -> int:
         """The step as an int. Raise `UserError` for one that is no whole number from
-        `earliest` on, or before the newest one, and in the middle of an optimizer step, whose
-        gradients would be of another adapter, or lost."""
+        `earliest` on, or before the newest one, and in the middle of an optimizer step,
+        whose gradients would be of another adapter, or lost."""
         number = whole_number(step, max(earliest, self.state.step), f"{method}: `step`")
         has_gradients = self._gradient_of == self.engine.micro_steps
         if has_gradients or not zero.at_accumulation_boundary(self.engine):
@@ -242,18 +246,20 @@ class Run:
         )
 
     def changed_base_files(self) -> list[Path]:
-        """The files that `check_base` would read again on this process. Not collective."""
+        """The files that `check_base` would read again on this process. Not
+        collective."""
         return self.remora.base.changed_files()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the last checkpoint is written; with `async_save`, before the end."""
+        """Wait until the last checkpoint is written; with `async_save`, before the
+        end."""
         self.checkpoints.wait(timeout_s)
 
     def export(
         self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
     ) -> None:
-        """Write the merged model of a checkpoint into the folder `target`; of each of the
-        `domains`, into a folder of its name there. Collective."""
+        """Write the merged model of a checkpoint into the folder `target`; of each of
+        the `domains`, into a folder of its name there. Collective."""
 
         def export() -> None:
             for domain in domains or (None,):
@@ -274,7 +280,7 @@ class Run:
         tensors += node_base_of(model).slots.values()
         return tensors
 
-    # -- what a checkpoint holds besides the engine's shards -----------------------------------------------------------
+    # -- what a checkpoint holds besides the engine's shards ---------------------------
 
     def _gather(self, step: int) -> Callable[[Path], None]:
         """Gather the adapter onto rank 0, one matrix at a time. The returned function
@@ -287,7 +293,8 @@ class Run:
             (name, layer.unshard(zero.full_fp32(layer.value)))
             for name, layer in layers.items()
         )
-        # Beside the adapter: embeddings, norms and head, each tied one by its first name.
+        # Beside the adapter: embeddings, norms and head, each tied one by its first
+        # name.
         adapted = value_names(model)
         trained = self._on_first(
             (name, zero.full_fp32(value))
@@ -321,7 +328,8 @@ class Run:
             write_adapter(folder, adapter, squares, trained, domain_squares)
             self._reference.write(folder)
             ledger.copy_to(folder / LEDGER_FOLDER)
-            # Copied, not linked: a file that is damaged would be so in every checkpoint.
+            # Copied, not linked: a file that is damaged would be so in every
+            # checkpoint.
             if self._tokenizer_folder is not None:
                 copy_folder(self._tokenizer_folder, folder / TOKENIZER_FOLDER)
             dtype = {"dtype": self._reference.dtype}
@@ -330,7 +338,8 @@ class Run:
         return write
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        """Copies of the tensors in rank 0's memory; the others only help to form each."""
+        """Copies of the tensors in rank 0's memory; the others only help to form
+        each."""
         return {
             name: tensor.to("cpu", copy=True)
             for name, tensor in tensors
@@ -338,8 +347,8 @@ class Run:
         }
 
     def _probe(self) -> Tensors:
-        """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout, with
-        the shared matrices alone and for every domain, for `export --verify`."""
+        """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout,
+        with the shared matrices alone and for every domain, for `export --verify`."""
         engine = self.engine
         ids = PROBE_IDS.to(engine.device)
         probe = {"input_ids": PROBE_IDS}
@@ -354,7 +363,8 @@ class Run:
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
         live = layer_entries(model)
-        # A matrix that was trained in another operator means another update in this one.
+        # A matrix that was trained in another operator means another update in this
+        # one.
         for name in different_keys(adapter.layers, live):
             raise UserError(
                 f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
@@ -364,16 +374,16 @@ class Run:
         scheduler = self.engine.lr_scheduler
         if scheduler is not None and self.state.scheduler is not None:
             scheduler.load_state_dict(self.state.scheduler)
-            # The next step is made with these rates: the scheduler itself sets others only
-            # after it.
+            # The next step is made with these rates: the scheduler itself sets others
+            # only after it.
             groups = self.engine.optimizer.param_groups
             for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
         self.remora.replay()
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
-        """The checkpoint to resume from, if any. Raise `UserError` for a folder that holds
-        another run, unless it may be overwritten."""
+        """The checkpoint to resume from, if any. Raise `UserError` for a folder that
+        holds another run, unless it may be overwritten."""
         root = self.folder / CHECKPOINTS
 
         def holds_run() -> bool:
@@ -393,8 +403,8 @@ class Run:
         return None
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
-        """The checkpoint's merge ledger, or an empty one in place of what a run without a
-        checkpoint has left. Rank 0 writes it, and hashes what it has written."""
+        """The checkpoint's merge ledger, or an empty one in place of what a run without
+        a checkpoint has left. Rank 0 writes it, and hashes what it has written."""
         folder = self.folder / LEDGER_FOLDER
 
         def write() -> None:
@@ -440,7 +450,8 @@ class Run:
 
 
 class FullRun(Run):
-    """The checkpoints of an engine that trains every parameter, without base and merges."""
+    """The checkpoints of an engine that trains every parameter, without base and
+    merges."""
 
     def __init__(
         self,
@@ -453,8 +464,8 @@ class FullRun(Run):
         async_save: bool = False,
         tokenizer: Any = None,
     ) -> None:
-        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`: saved
-        with the model."""
+        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`:
+        saved with the model."""
         self.engine = engine
         self.folder = folder
         self.state = state
@@ -499,8 +510,8 @@ class FullRun(Run):
 
 
 def _scheduler_state(scheduler: Any) -> JsonObject | None:
-    """The state of an engine's scheduler for trainer_state.json; None without a scheduler.
-    Raises `UserError` for one that would come back from JSON as another."""
+    """The state of an engine's scheduler for trainer_state.json; None without a
+    scheduler. Raises `UserError` for one that would come back from JSON as another."""
     if scheduler is None:
         return None
     state: JsonObject = scheduler.state_dict()
@@ -519,9 +530,9 @@ def _scheduler_state(scheduler: Any) -> JsonObject | None:
 def _verify_rounded(
     base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]
 ) -> None:
-    """Raise `NotOneToOne` naming the first quantized weight that differs from its original
-    by more than rounding, the quantization's and that of the dtype in which the model was
-    loaded."""
+    """Raise `NotOneToOne` naming the first quantized weight that differs from its
+    original by more than rounding, the quantization's and that of the dtype in which
+    the model was loaded."""
     for name, layer in layers.items():
         frozen = layer.frozen
         weight = layer.spec.weight_name(name)

@@ -1,4 +1,5 @@
-"""`run.yaml`: the settings and versions of a run, and the mark that a folder is a run's."""
+"""`run.yaml`: the settings and versions of a run, and the mark that a folder is a
+run's."""
 
 import platform
 from collections.abc import Mapping
@@ -34,8 +35,8 @@ def write_run_file(
     """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and
     versions and facts of the run.
 
-    `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are
-    masked. Raises `RunError` on a full disk.
+    `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config
+    are masked. Raises `RunError` on a full disk.
     """
     facts = dict(resolved)
     if "deepspeed" in facts:

@@ -19,7 +19,8 @@ _LABEL = 12
 
 
 def opening(job: Job, total_steps: int) -> list[str]:
-    """The lines before the first step: model, trained parameters, data, steps, memory."""
+    """The lines before the first step: model, trained parameters, data, steps,
+    memory."""
     arguments = job.arguments
     training = arguments.training
     world = job.start.ranks.world

@@ -1,5 +1,5 @@
-"""What every job begins with: its processes, which start together with the same settings
-and packages or not at all, its DeepSpeed config, and what it starts from.
+"""What every job begins with: its processes, which start together with the same
+settings and packages or not at all, its DeepSpeed config, and what it starts from.
 
 `NODE_SETTINGS` lists what may differ from node to node. Every other setting is compared:
 launchers such as `deepspeed --no_ssh`, torchrun and Slurm give each node a command line of
@@ -53,11 +53,12 @@ NODE_SETTINGS = frozenset(
         "log_level",
     }
 )  # fmt: skip
-"""Settings that may differ from node to node: where files lie, and what concerns rank 0 or
-one node alone."""
+"""Settings that may differ from node to node: where files lie, and what concerns rank 0
+or one node alone."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-"""Packages whose version may change a number, a file or a collective, beside mora_ds."""
+"""Packages whose version may change a number, a file or a collective, beside
+mora_ds."""
 
 _REPORT_S = 30.0
 """How long a rank that has failed early waits for the others, to report why."""
@@ -77,7 +78,8 @@ class Start:
     hooks: Hooks
     """What the run does besides MoRA."""
     branch: JsonObject = field(default_factory=dict)
-    """What identifies the checkpoint of --decay_from, to be part of the run's identity."""
+    """What identifies the checkpoint of --decay_from, to be part of the run's
+    identity."""
 
 
 @contextmanager
@@ -118,8 +120,8 @@ def start_processes(arguments: Arguments) -> Ranks:
 
 
 def settings_in_common(arguments: Arguments) -> dict[str, Any]:
-    """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the
-    same on every rank."""
+    """Flag, key of the DeepSpeed config, or package -> its value, for all that must be
+    the same on every rank."""
     settings: dict[str, Any] = {}
     for name, value in dump(arguments).items():
         if name not in NODE_SETTINGS:
@@ -146,8 +148,8 @@ def deepspeed_file(training: TrainingArguments) -> Path | None:
 
 def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsConfig:
     """The DeepSpeed config for `world` processes, complete but for ZeRO's bucket sizes.
-    Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed
-    file that contradicts flags."""
+    Raises `UserError` for groups of processes that do not fill the world, and a
+    DeepSpeed file that contradicts flags."""
     check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
     replicas = world // training.ranks_per_replica

@@ -1,9 +1,10 @@
-"""Tasks of the lm-eval harness on the live model, during a run: all ranks share the work.
+"""Tasks of the lm-eval harness on the live model, during a run: all ranks share the
+work.
 
-Every rank runs the harness with a part of each task's requests, and all get all answers.
-Ranks need unequal numbers of forward passes, but under ZeRO-3 each pass gathers MoRA
-matrices from all ranks: before each one they agree whether any still has work, and a rank
-without computes along with a row of one token, until none has.
+Every rank runs the harness with a part of each task's requests, and all get all
+answers. Ranks need unequal numbers of forward passes, but under ZeRO-3 each pass
+gathers MoRA matrices from all ranks: before each one they agree whether any still has
+work, and a rank without computes along with a row of one token, until none has.
 
     rank 0    pass    pass    pass    done
     rank 1    pass    one token       done
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--eval_tasks"
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
-"""The metric that stands for a task: the first of these that it has, else its first one."""
+"""The metric that stands for a task: the first of these that it has, else its first
+one."""
 SMALLEST = 1e-3
 """A score counts as at least this where its reciprocal is taken."""
 
@@ -46,7 +48,8 @@ class TaskResult:
     metrics: dict[str, float]
     """Metric -> value, without errors of estimation."""
     cost: float
-    """The main metric, or its reciprocal where high is good: low is good, as of perplexity."""
+    """The main metric, or its reciprocal where high is good: low is good, as of
+    perplexity."""
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -61,8 +64,8 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """What the tasks are called in results: names as they are, files by their key "task".
-    Raises `UserError`."""
+    """What the tasks are called in results: names as they are, files by their key
+    "task". Raises `UserError`."""
     called = []
     for name in names:
         task = (
@@ -113,8 +116,8 @@ class TaskSuite:
         self._batch_size = batch_size
 
     def evaluate(self) -> dict[str, TaskResult]:
-        """Task (or group) -> its result, the same on all ranks. Collective. Random states
-        stay as they are."""
+        """Task (or group) -> its result, the same on all ranks. Collective. Random
+        states stay as they are."""
         import lm_eval
 
         engine = self._replica.engine
@@ -163,8 +166,8 @@ class TaskSuite:
                     joined[index :: replica.count] = answers_of_replica
                 return joined
 
-        # The harness ties a model's weights (lm_eval/models/huggingface.py). They are tied
-        # already, and may be sharded by now.
+        # The harness ties a model's weights (lm_eval/models/huggingface.py). They are
+        # tied already, and may be sharded by now.
         vars(module)["tie_weights"] = lambda *args, **kwargs: None
         tokenizer = self._tokenizer
         try:
@@ -199,7 +202,8 @@ def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
 
 
 class _InStep:
-    """While it is entered, a pass of the model begins on all ranks together, or on none."""
+    """While it is entered, a pass of the model begins on all ranks together, or on
+    none."""
 
     def __init__(self, module: nn.Module, replica: Replica) -> None:
         self._module = module

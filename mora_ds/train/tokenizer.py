@@ -1,4 +1,5 @@
-"""The tokenizer of a run: the model's, a named one, or one that it trains on its text."""
+"""The tokenizer of a run: the model's, a named one, or one that it trains on its
+text."""
 
 import shutil
 from collections.abc import Mapping
@@ -21,8 +22,9 @@ from mora_ds.train.setup import Start
 
 
 def _begin(target: Path, checkpoint: Path | None) -> None:
-    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty
-    `target`. Checkpoints of full training hold no tokenizer: `target` then stays."""
+    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint,
+    empty `target`. Checkpoints of full training hold no tokenizer: `target` then
+    stays."""
     saved = tokenizer_of(checkpoint)
     if checkpoint is not None and saved is None:
         return
@@ -38,9 +40,9 @@ def settle_tokenizer(
     corpora: Mapping[str, Corpus],
     start: Start,
 ) -> Any:
-    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the run's
-    folder afterwards. Collective. Raises `UserError` naming the flag where it does not fit
-    the model.
+    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the
+    run's folder afterwards. Collective. Raises `UserError` naming the flag where it
+    does not fit the model.
 
     `corpora`: the text on which --train_tokenizer_vocab trains one.
     """

@@ -1,10 +1,11 @@
 """Where a run's curves go besides metrics.jsonl: TensorBoard, and Weights & Biases.
 
-Both get the same curves under the same names. One that fails is reported once and left out,
-and the run goes on. Rank 0 alone uses this module. TensorBoard reads OUTPUT_DIR/tensorboard.
+Both get the same curves under the same names. One that fails is reported once and left
+out, and the run goes on. Rank 0 alone uses this module. TensorBoard reads
+OUTPUT_DIR/tensorboard.
 
-Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME and
-WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
+Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME
+and WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
 OUTPUT_DIR/wandb has its files.
 """
 
@@ -25,11 +26,13 @@ Numbers: TypeAlias = Mapping[str, float]
 
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
-"""The tracker, its package, the extra that has the package, and the folder of its files."""
+"""The tracker, its package, the extra that has the package, and the folder of its
+files."""
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise `UserError` that names the extra of Weights & Biases where it is missing."""
+    """Raise `UserError` that names the extra of Weights & Biases where it is
+    missing."""
     if WANDB in names and importlib.util.find_spec(WANDB) is None:
         raise UserError(
             f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'"

@@ -1,10 +1,10 @@
-"""The training loop: batch, loss, backward, optimizer step; then merge, evaluate and save
-when due.
+"""The training loop: batch, loss, backward, optimizer step; then merge, evaluate and
+save when due.
 
-A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica r
-holds the global rows [(m * replicas + r) * B, ... + B) for a micro-batch size of B. The
-loss is the mean over all predicted tokens of the global batch, so neither the number of
-processes nor that of micro-batches changes the curve.
+A batch is a pure function of (seed, step, global batch size). Micro-batch m of replica
+r holds the global rows [(m * replicas + r) * B, ... + B) for a micro-batch size of B.
+The loss is the mean over all predicted tokens of the global batch, so neither the
+number of processes nor that of micro-batches changes the curve.
 
 The host waits for the device once a step, for one small all-reduce: the loss, stop
 requests, and the number of labels of the next batch, by which its losses are divided.
@@ -44,13 +44,16 @@ from mora_ds.train.profile import step_profiler
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 2
-"""The first sequences of the corpus, whose loss is measured before and after a merge."""
+"""The first sequences of the corpus, whose loss is measured before and after a
+merge."""
 
 BETWEEN = "between_steps"
-"""The phase of memory that is neither a step nor a merge nor a save, such as evaluations."""
+"""The phase of memory that is neither a step nor a merge nor a save, such as
+evaluations."""
 
 PATIENCE_S = 60.0
-"""Seconds that a failing run waits for a checkpoint that is written in the background."""
+"""Seconds that a failing run waits for a checkpoint that is written in the
+background."""
 
 
 class Trainer:
@@ -78,12 +81,14 @@ class Trainer:
         )
         self.rows_per_step = self.train_data.rows_per_step
         self._next_labels: float | None = None
-        """Labels of the next global batch; None before the first step of this process."""
+        """Labels of the next global batch; None before the first step of this
+        process."""
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
         self._saved_step: int | None = None
-        """The step whose checkpoint, the run's `latest`, holds all that the run is now."""
+        """The step whose checkpoint, the run's `latest`, holds all that the run is
+        now."""
         checkpoint = job.start.checkpoint
         if checkpoint is not None:
             latest = job.start.folder / CHECKPOINTS / LATEST
@@ -104,9 +109,9 @@ class Trainer:
     def run(self) -> None:
         """Train from `state.step` to the end.
 
-        Raises `RunError` when the loss becomes NaN or infinite or a checkpoint could not be
-        written, and `Stopped`, on all processes at the same step and after a checkpoint,
-        when one of them was asked to stop.
+        Raises `RunError` when the loss becomes NaN or infinite or a checkpoint could
+        not be written, and `Stopped`, on all processes at the same step and after a
+        checkpoint, when one of them was asked to stop.
         """
         try:
             self._run()
@@ -119,10 +124,11 @@ class Trainer:
         self.job.run.wait()
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
-        """The message of an error of all processes, with the checkpoint to go on from."""
+        """The message of an error of all processes, with the checkpoint to go on
+        from."""
         try:
-            # Weights of the base that were overwritten may be what made a NaN: that is then
-            # the error to report.
+            # Weights of the base that were overwritten may be what made a NaN: that is
+            # then the error to report.
             self.job.run.check_base()
         except BaseChanged as changed:
             error = changed
@@ -165,7 +171,7 @@ class Trainer:
                 self.train_step()
             self._finish()
 
-    # -- one optimizer step ----------------------------------------------------------------------------------------
+    # -- one optimizer step ------------------------------------------------------------
 
     def train_step(self) -> None:
         """Train on the next batch, log the step, and do what is due after it."""
@@ -181,15 +187,15 @@ class Trainer:
         )
         zero.set_learning_rate(self.engine, learning_rate, other_rates)
 
-        # The labels of a batch are counted in the all-reduce of the step before it, so that
-        # a step has one alone.
+        # The labels of a batch are counted in the all-reduce of the step before it, so
+        # that a step has one alone.
         batch = self.loader.take(state.step)
         if self._next_labels is None:
             self._next_labels = self.replica.sum(labels_in(batch))
         total_labels = max(self._next_labels, 1.0)
-        # DeepSpeed divides a loss by the number of micro-batches, and averages gradients
-        # over ranks. Both are undone here, and the summed loss is divided by the tokens of
-        # the global batch instead.
+        # DeepSpeed divides a loss by the number of micro-batches, and averages
+        # gradients over ranks. Both are undone here, and the summed loss is divided by
+        # the tokens of the global batch instead.
         micro_batches = self.training.gradient_accumulation_steps
         scale = micro_batches * self.replica.world / total_labels
         nll = torch.zeros(1, dtype=torch.float64, device=device)
@@ -233,8 +239,8 @@ class Trainer:
         self._after_step()
 
     def _nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
-        """The summed loss of a micro-batch. Of a mixture it is added to `by_source` too,
-        (2, sources), without waiting for the device."""
+        """The summed loss of a micro-batch. Of a mixture it is added to `by_source`
+        too, (2, sources), without waiting for the device."""
         rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
             return token_nll(self.engine, rows)
@@ -251,11 +257,12 @@ class Trainer:
         on_host: Sequence[float] = (),
         base_changed: bool = False,
     ) -> list[float]:
-        """The sums over all processes of vectors on the device and of numbers on the host,
-        in that order. The host waits for the device here.
+        """The sums over all processes of vectors on the device and of numbers on the
+        host, in that order. The host waits for the device here.
 
-        A last number tells whether any process was asked to stop, or finds the base's files
-        changed. Both are rare: a second collective then tells which of them it is.
+        A last number tells whether any process was asked to stop, or finds the base's
+        files changed. Both are rare: a second collective then tells which of them it
+        is.
         """
         has_news = base_changed or signals.requested()
         host = torch.tensor([*on_host, float(has_news)], dtype=torch.float64)
@@ -308,12 +315,12 @@ class Trainer:
         if self.hooks.term is not None:
             self.log.record(self.hooks.term.name, step, self.hooks.term.value.item())
 
-    # -- what follows a step -----------------------------------------------------------------------------------------
+    # -- what follows a step -----------------------------------------------------------
 
     def _after_step(self) -> None:
-        """Merge, evaluate and save where that is due. A checkpoint that is due comes first,
-        and says what is pending: whatever happens in a merge or an evaluation, the step is
-        not lost."""
+        """Merge, evaluate and save where that is due. A checkpoint that is due comes
+        first, and says what is pending: whatever happens in a merge or an evaluation,
+        the step is not lost."""
         state = self.state
         training = self.training
         state.merge_pending = self.schedule.merges_after(state.step)
@@ -335,8 +342,8 @@ class Trainer:
             self._save()
         if self.state.evaluation_pending:
             self._evaluate()
-            # The best checkpoint so far is written at once, whatever --save_steps says: no
-            # later one has this model.
+            # The best checkpoint so far is written at once, whatever --save_steps says:
+            # no later one has this model.
             if self.state.best_step == self.state.step:
                 self._save()
         if self._save_is_due:
@@ -344,14 +351,16 @@ class Trainer:
 
     @property
     def _save_is_due(self) -> bool:
-        """Whether --save_steps asks for a checkpoint of the newest step, if not the last."""
+        """Whether --save_steps asks for a checkpoint of the newest step, if not the
+        last."""
         step = self.state.step
         every = self.training.save_steps
         return bool(every) and step % every == 0 and 0 < step < self.total_steps
 
     def _leave_if_asked(self, hear_again: bool = True) -> None:
-        """Save and raise `Stopped` once a process was asked to stop. `hear_again`: exchange
-        requests first (collective), as the step's own exchange may be long ago."""
+        """Save and raise `Stopped` once a process was asked to stop. `hear_again`:
+        exchange requests first (collective), as the step's own exchange may be long
+        ago."""
         if hear_again:
             self._sum_and_hear_requests()
         if not self._stop_asked:
@@ -371,12 +380,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, once the loss of the probe batch is finite: a step with a
-        finite loss may leave NaN in the MoRA matrices, and a checkpoint of those would pass
-        for a good one."""
+        finite loss may leave NaN in the MoRA matrices, and a checkpoint of those would
+        pass for a good one."""
         step = self.state.step
         self.memory.end(BETWEEN)
-        # Before the probe, which reads the base: to read beyond the end of a mapped file
-        # that has become shorter kills the process.
+        # Before the probe, which reads the base: to read beyond the end of a mapped
+        # file that has become shorter kills the process.
         self.job.run.check_base()
         # The mean over ranks, since one rank alone may read a damaged base.
         loss = self.replica.sum(self._probe_loss()) / self.replica.world
@@ -416,12 +425,12 @@ class Trainer:
         state.finished = True
         self._save()
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
-        """The perplexity of each evaluation set. A failure of an evaluation or a task is
-        told, and training goes on without it; before the first step, when nothing can be
-        lost, it ends the run."""
+        """The perplexity of each evaluation set. A failure of an evaluation or a task
+        is told, and training goes on without it; before the first step, when nothing
+        can be lost, it ends the run."""
         self.job.run.check_base()
         step = self.state.step
         state_before = dict(vars(self.state))
@@ -430,8 +439,8 @@ class Trainer:
         try:
             perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
         except BESIDE as error:
-            # All ranks find a broken model alike, and none can train on. Once a rank was
-            # asked to stop, the error is that of the run's last checkpoint.
+            # All ranks find a broken model alike, and none can train on. Once a rank
+            # was asked to stop, the error is that of the run's last checkpoint.
             is_of_model = isinstance(error, (NotFinite, BaseChanged))
             if step == 0 or is_of_model or self._stop_asked:
                 raise
@@ -445,7 +454,8 @@ class Trainer:
         ]
         if failures:
             # Rank 0 alone writes: where that has failed, the others have the results in
-            # their states, and would save a best checkpoint, or end the run, without it.
+            # their states, and would save a best checkpoint, or end the run, without
+            # it.
             vars(self.state).update(state_before, evaluation_pending=False)
             self.state.failures.append(f"{what}: {failures[0]}")
             logger.error(f"{self.state.failures[-1]}. Training goes on")

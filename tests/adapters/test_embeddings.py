@@ -38,7 +38,7 @@ from tests.helpers.outcome import assert_good
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import heavy, parsed, rows
 
-# -- a product of low rank -----------------------------------------------------------------
+# -- a product of low rank -------------------------------------------------------------
 
 RANK = 3
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -178,7 +178,7 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
             )
 
 
-# -- new rows ------------------------------------------------------------------------------
+# -- new rows --------------------------------------------------------------------------
 
 FIRST = 112
 
@@ -268,7 +268,7 @@ def test_a_head_keeps_its_bias():
     assert_close(head(x), table(x))
 
 
-# -- plans and refusals --------------------------------------------------------------------
+# -- plans and refusals ----------------------------------------------------------------
 
 
 def test_a_dry_run_counts_them(extended, tmp_path, monkeypatch, capsys):
@@ -340,7 +340,7 @@ def test_a_model_without_new_rows_is_refused(user, tmp_path):
     assert message.endswith("so it was not written by mora-ds extend-vocab")
 
 
-# -- ranks ---------------------------------------------------------------------------------
+# -- ranks -----------------------------------------------------------------------------
 
 MODELS = {
     "low_rank": (low_rank_model, (128 + 32) * RANK),

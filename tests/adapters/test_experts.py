@@ -73,7 +73,7 @@ def stacks_in(model):
     }
 
 
-# -- what they compute ---------------------------------------------------------------------
+# -- what they compute -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -205,7 +205,7 @@ def test_a_frozen_stack_saves_no_rows_for_backward():
     assert (2, 3, 4) in saved
 
 
-# -- operators and sizes -------------------------------------------------------------------
+# -- operators and sizes ---------------------------------------------------------------
 
 
 def test_a_stack_is_its_members():
@@ -285,7 +285,7 @@ def test_the_report_and_the_names_of_frozen_weights():
     ), "not copied"
 
 
-# -- which tensors are targets -------------------------------------------------------------
+# -- which tensors are targets ---------------------------------------------------------
 
 
 def names(pattern, family="mixtral"):
@@ -369,7 +369,7 @@ def test_adapters_that_experts_cannot_have_are_refused():
             inject(tiny_model("mixtral"), config)
 
 
-# -- files ---------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -33,7 +33,7 @@ def in_layers(*paths, layers=(0, 1)):
     return {f"model.layers.{index}.{path}" for index in layers for path in paths}
 
 
-# -- matching ------------------------------------------------------------------------------
+# -- matching --------------------------------------------------------------------------
 
 EVERY_LINEAR = in_layers(
     *(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP)
@@ -103,7 +103,7 @@ def test_all_linear_leaves_the_head_out_under_any_name():
     }
 
 
-# -- refusing ------------------------------------------------------------------------------
+# -- refusing --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -150,7 +150,7 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 
 
-# -- freezing ------------------------------------------------------------------------------
+# -- freezing --------------------------------------------------------------------------
 
 
 def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
@@ -198,7 +198,7 @@ def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
     assert model.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
-# -- what else is trained ------------------------------------------------------------------
+# -- what else is trained --------------------------------------------------------------
 
 
 def trained(model):
@@ -259,7 +259,7 @@ def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-# -- report --------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------
 
 
 def test_the_report_counts_exactly():
@@ -303,7 +303,7 @@ def test_a_size_larger_than_the_layer_is_reduced():
     )
 
 
-# -- cycles --------------------------------------------------------------------------------
+# -- cycles ----------------------------------------------------------------------------
 
 
 def test_every_cycle_has_its_own_permutations():

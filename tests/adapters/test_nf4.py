@@ -59,7 +59,7 @@ def some_terms(spec, cycles=3):
     ]
 
 
-# -- numbers -------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_numbers_that_cannot_be_held():
     assert not held(torch.zeros(3, 5)).dense(torch.float32).any()
 
 
-# -- terms ---------------------------------------------------------------------------------
+# -- terms -----------------------------------------------------------------------------
 
 
 def test_updates_of_equal_operators_are_one_term():
@@ -129,7 +129,7 @@ def test_updates_of_equal_operators_are_one_term():
     assert join([]) == ()
 
 
-# -- layers --------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------
 
 
 in_4_bits = partial(in_bits, bits=4)
@@ -147,7 +147,7 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec, monkeypatch):
     )
 
 
-# -- merging -------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------
 
 
 def test_merges_and_a_replay_never_round_a_conv1d_again():
@@ -191,7 +191,7 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
     assert (after - before).norm() < 0.01 * before.norm()
 
 
-# -- models --------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------
 
 
 def test_only_adapted_weights_are_packed_and_casts_leave_them():
@@ -213,7 +213,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     }
 
 
-# -- bad input -----------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):

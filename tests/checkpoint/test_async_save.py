@@ -130,7 +130,7 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user, out):
     assert (out / "checkpoints/latest").resolve().name == "step-000002"
 
 
-# -- the pieces ----------------------------------------------------------------------------
+# -- the pieces ------------------------------------------------------------------------
 
 
 def test_background_work_is_waited_for_and_its_error_raised_once():

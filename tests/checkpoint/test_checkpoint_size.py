@@ -66,7 +66,7 @@ def test_bytes_a_parameter(tmp_path):
         assert nbytes >= 15 * parameters, f"{combination}: something is not saved"
 
 
-# -- what is kept --------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------
 
 
 def names(root):

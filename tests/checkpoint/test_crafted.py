@@ -54,7 +54,7 @@ def assert_refused(tool, checkpoint, made, words):
     assert not made.exists()
 
 
-# -- names that become paths ---------------------------------------------------------------
+# -- names that become paths -----------------------------------------------------------
 
 
 def rename_parameter(checkpoint, name):
@@ -101,7 +101,7 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint, name):
     )
 
 
-# -- links ---------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------
 
 LINKS = {
     "merge": export_merged,
@@ -140,7 +140,7 @@ def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, tmp_path):
     )
 
 
-# -- types, numbers and sizes --------------------------------------------------------------
+# -- types, numbers and sizes ----------------------------------------------------------
 
 HUGE = r"""
 trainer_state.json | world_size = 1000000000000 | world_size must be at least 1

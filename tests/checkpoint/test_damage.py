@@ -63,7 +63,7 @@ def test_every_file_of_a_checkpoint_has_its_case(golden):
     assert not set(KINDS) - files
 
 
-# -- a checkpoint --------------------------------------------------------------------------
+# -- a checkpoint ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
     assert_same_outcome(out, golden)
 
 
-# -- latest --------------------------------------------------------------------------------
+# -- latest ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_latest_that_leads_nowhere_or_elsewhere(out, target):
         resume_checkpoint("latest", root)
 
 
-# -- the run's ledger ----------------------------------------------------------------------
+# -- the run's ledger ------------------------------------------------------------------
 
 
 def harmed_job(argv):
@@ -212,7 +212,7 @@ def test_a_ledger_that_is_damaged_while_the_run_goes_on(user, tmp_path):
     assert not list((out / "checkpoints").glob(".*"))
 
 
-# -- metrics -------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------
 
 
 def test_a_damaged_row_of_metrics_costs_that_row_alone(user, golden, out):
@@ -224,7 +224,7 @@ def test_a_damaged_row_of_metrics_costs_that_row_alone(user, golden, out):
     assert rows(out) == wanted[:2] + wanted[3:]
 
 
-# -- the base ------------------------------------------------------------------------------
+# -- the base --------------------------------------------------------------------------
 
 
 def another_rope(path):
@@ -276,7 +276,7 @@ def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
     )
 
 
-# -- disks ---------------------------------------------------------------------------------
+# -- disks -----------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def test_a_rank_opens_its_own_file_alone(saved):
         assert rank_files == [[f"rank-{rank:05d}.safetensors"]] * len(COMBINATIONS)
 
 
-# -- what is refused -----------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------
 
 
 def refused_by_model(folder):

@@ -98,7 +98,7 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint, user, tmp_path):
     assert "trainer_state.json is missing" in wrong(checkpoint)
 
 
-# -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -------------
+# -- what hashes do not tell: somebody, or a fault of ours, wrote it like that ---------
 
 
 def changed_tensor(folder, value):

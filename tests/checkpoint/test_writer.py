@@ -12,7 +12,7 @@ from mora_ds.common.files import verify_manifest
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job, refused
 
-# -- what it holds -------------------------------------------------------------------------
+# -- what it holds ---------------------------------------------------------------------
 
 
 def test_a_checkpoint_holds_no_base_weight(user, golden):
@@ -111,7 +111,7 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(
     ] == ["step-000002"]
 
 
-# -- the disk ------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user, disk):

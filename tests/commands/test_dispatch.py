@@ -59,7 +59,7 @@ def test_a_plan_says_what_it_does_before_its_imports(monkeypatch, capsys):
     assert said_before[1] == ""
 
 
-# -- the package's own recipes -------------------------------------------------------------
+# -- the package's own recipes ---------------------------------------------------------
 def test_the_recipes_of_the_package_are_those_of_the_checkout():
     assert CONFIGS.resolve() == REPOSITORY / "configs"
 
@@ -99,7 +99,7 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert str(copy) in message
 
 
-# -- who starts the processes --------------------------------------------------------------
+# -- who starts the processes ----------------------------------------------------------
 def test_the_launchers_flags_are_told_from_the_others():
     words = "recipe.yaml --num_gpus 2 --eval_files a b --no_ssh --master_port=29501 --seed 3"
     launch_flags, remaining = launcher.launcher_flags(words.split())

@@ -102,7 +102,7 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path):
                 read_text(path)
 
 
-# -- the disk ------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------
 
 
 def recorded(patch):

@@ -23,7 +23,7 @@ def recipe(folder, text):
     return str(path)
 
 
-# -- the command line ----------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------
 
 
 def test_no_flag_at_all_is_the_is_demo_and_valid():
@@ -71,7 +71,7 @@ def test_a_field_without_docstring_is_refused():
             count: int = 1
 
 
-# -- recipes -------------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
@@ -125,7 +125,7 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path):
     assert "local_rank" not in dump(first)
 
 
-# -- checks; each wrong setting is a line of test_bad_launches.py --------------------------
+# -- checks; each wrong setting is a line of test_bad_launches.py ----------------------
 
 
 def numbers():

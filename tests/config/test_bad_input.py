@@ -37,7 +37,7 @@ def assert_user_errors(cases, phrases):
         assert all(phrase in message for phrase in expected), (argv, message)
 
 
-# -- files ---------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------
 
 
 def test_all_ranks_agree_on_a_broken_file(user, tmp_path):
@@ -48,7 +48,7 @@ def test_all_ranks_agree_on_a_broken_file(user, tmp_path):
         assert "late.txt, line 400001" in message
 
 
-# -- models and tokenizers -----------------------------------------------------------------
+# -- models and tokenizers -------------------------------------------------------------
 
 
 def test_documents_that_would_see_each_other(user, tmp_path):
@@ -95,7 +95,7 @@ def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path):
     assert "qwen2" in message
 
 
-# -- output folders ------------------------------------------------------------------------
+# -- output folders --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
     assert run(1, user.flags(out, "--resume_from_checkpoint auto"))["steps"] == 6
 
 
-# -- while running -------------------------------------------------------------------------
+# -- while running ---------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_names_step_and_checkpoint(user, tmp_path, out):
@@ -195,7 +195,7 @@ def test_a_model_with_an_infinite_weight(user, tmp_path):
     assert "none was written" in at_step
 
 
-# -- the real launcher ---------------------------------------------------------------------
+# -- the real launcher -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_the_first_document_is_checked_before_anything_is_read(tmp_path):
         load_corpus([str(tmp_path / "*.jsonl")])
 
 
-# -- names ---------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------
 
 
 def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):

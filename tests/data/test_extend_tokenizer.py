@@ -247,7 +247,7 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
         compare(whole, lossy, ["b", "aé"])
 
 
-# -- rows ----------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

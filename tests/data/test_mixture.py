@@ -36,7 +36,7 @@ def order(shares, samples):
     return np.array([shares.locate(sample)[0] for sample in range(samples)])
 
 
-# -- shares --------------------------------------------------------------------------------
+# -- shares ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_order_never_changes():
 RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 
 
-# -- batches -------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------
 
 
 def source(first, blocks, name):
@@ -197,7 +197,7 @@ def test_the_end_of_capped_sources_is_known_beforehand():
         mixture(rows=100, epochs=(1, 1)).check_batch_size()
 
 
-# -- what the user writes ------------------------------------------------------------------
+# -- what the user writes --------------------------------------------------------------
 
 
 def plan_of(tmp_path, text="", **flags):
@@ -270,7 +270,7 @@ def test_a_stream_has_no_epochs(tmp_path):
         plan_of(tmp_path, "{sources: {a: {files: x, epochs: 2}}}", streaming=True)
 
 
-# -- complete runs -------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------
 
 
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
@@ -338,7 +338,7 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     assert curve(tmp_path / "out")
 
 
-# -- held out ------------------------------------------------------------------------------
+# -- held out --------------------------------------------------------------------------
 
 
 def test_no_held_out_document_is_trained_on(user, tmp_path):

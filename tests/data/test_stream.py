@@ -134,7 +134,7 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     assert block["labels"].shape == (T,)
 
 
-# -- mixtures ------------------------------------------------------------------------------
+# -- mixtures --------------------------------------------------------------------------
 
 
 def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
@@ -177,7 +177,7 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
     )
 
 
-# -- complete runs -------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------
 
 
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(

@@ -95,7 +95,7 @@ def check(tensors, expected):
         assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
 
 
-# -- scale ---------------------------------------------------------------------------------
+# -- scale -----------------------------------------------------------------------------
 
 
 def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
@@ -122,7 +122,7 @@ def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
     assert f'"weight": {scale}' in card
 
 
-# -- sums of checkpoints -------------------------------------------------------------------
+# -- sums of checkpoints ---------------------------------------------------------------
 
 
 def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path):
@@ -161,7 +161,7 @@ def test_a_sum_stands_alone(run, tmp_path):
     assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
 
 
-# -- sums of runs --------------------------------------------------------------------------
+# -- sums of runs ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_domains_are_summed_too(maker, tmp_path):
         assert_close(total, 0.5 * a + 2 * b)
 
 
-# -- refusals ------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------
 
 
 def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):

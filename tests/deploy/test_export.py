@@ -61,7 +61,7 @@ def assert_refused(run, output, words):
     assert not output.exists()
 
 
-# -- what it writes ------------------------------------------------------------------------
+# -- what it writes --------------------------------------------------------------------
 
 HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
@@ -213,7 +213,7 @@ def test_base_that_moved(tmp_path):
     assert not (tmp_path / "merged-2").exists()
 
 
-# -- damage and refusals -------------------------------------------------------------------
+# -- damage and refusals ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
 
 
-# -- the program ---------------------------------------------------------------------------
+# -- the program -----------------------------------------------------------------------
 
 
 @pytest.mark.heavy
@@ -320,7 +320,7 @@ def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     check(run, tmp_path / "merged", torch.float32)
 
 
-# -- memory --------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------
 
 MEASURE = """
 import sys, threading, time

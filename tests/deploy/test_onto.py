@@ -263,7 +263,7 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
     )
 
 
-# -- what stays the target's ---------------------------------------------------------------
+# -- what stays the target's -----------------------------------------------------------
 
 
 def tokenizer(folder, letters, **settings):
@@ -333,7 +333,7 @@ def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
         call("evaluate", target, "--onto", target, *flags)
 
 
-# -- refusals ------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------
 
 
 def assert_refused(update, words, target=None, **settings):

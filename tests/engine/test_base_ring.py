@@ -182,7 +182,7 @@ def test_a_streamed_base_is_a_resident_one_to_the_bit(cases):
             assert streamed["used"] == BUFFERS, case
 
 
-# -- the ring alone ------------------------------------------------------------------------
+# -- the ring alone --------------------------------------------------------------------
 
 
 def streamed_model(family="llama", bits=16):

@@ -45,7 +45,7 @@ def refusal(config):
     return str(caught.value)
 
 
-# -- filling -------------------------------------------------------------------------------
+# -- filling ---------------------------------------------------------------------------
 
 
 def test_an_empty_config_and_one_of_autos_resolve_alike():
@@ -247,7 +247,7 @@ def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
     assert ("as many bytes as before" in text) == (chosen == "yes")
 
 
-# -- refusing ------------------------------------------------------------------------------
+# -- refusing --------------------------------------------------------------------------
 
 
 def test_contradictions_are_listed_at_once(tmp_path):
@@ -315,7 +315,7 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path):
         assert resolve_ds_config(nested(off), SETTINGS, 1)
 
 
-# -- against the installed DeepSpeed -------------------------------------------------------
+# -- against the installed DeepSpeed ---------------------------------------------------
 
 
 def test_every_known_top_level_key_is_named_in_deepspeeds_source():

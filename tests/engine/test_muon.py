@@ -77,7 +77,7 @@ def others_of(model):
     ]
 
 
-# -- one process ---------------------------------------------------------------------------
+# -- one process -----------------------------------------------------------------------
 
 
 def orthogonal(matrix):
@@ -155,7 +155,7 @@ def _norm(tensors):
     return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
 
 
-# -- several -------------------------------------------------------------------------------
+# -- several ---------------------------------------------------------------------------
 
 
 def train(engine, merge_at=None):
@@ -307,7 +307,7 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family):
     assert numels == expected
 
 
-# -- the main job --------------------------------------------------------------------------
+# -- the main job ----------------------------------------------------------------------
 
 
 JOB = (

@@ -134,7 +134,7 @@ OVERFLOW_CASES = {
 }
 
 
-# -- one process, no DeepSpeed -------------------------------------------------------------
+# -- one process, no DeepSpeed ---------------------------------------------------------
 
 
 def plain_run(case):
@@ -190,7 +190,7 @@ def detached(parameters):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-# -- several ranks -------------------------------------------------------------------------
+# -- several ranks ---------------------------------------------------------------------
 
 
 def sharded_run(case, folder):
@@ -306,7 +306,7 @@ def runs(tmp_path_factory):
     )
 
 
-# -- fp32 ----------------------------------------------------------------------------------
+# -- fp32 ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXACT_CASES)
@@ -325,7 +325,7 @@ def test_fp32_follows_one_process_across_a_merge(name, runs):
                 assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
 
 
-# -- bf16 and fp16 -------------------------------------------------------------------------
+# -- bf16 and fp16 ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ROUNDED_CASES)
@@ -359,7 +359,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name, runs):
     assert any(rank[name]["others_moved"] for rank in runs)
 
 
-# -- overflow ------------------------------------------------------------------------------
+# -- overflow --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)

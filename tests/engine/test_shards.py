@@ -204,7 +204,7 @@ def test_ranks_with_other_learning_rates_have_another_layout():
     assert len(digests) == 2
 
 
-# -- restoring -----------------------------------------------------------------------------
+# -- restoring -------------------------------------------------------------------------
 
 
 def restored(shards, spans, device="cpu", /, **state):

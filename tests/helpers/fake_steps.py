@@ -218,7 +218,7 @@ def without_grouped_heads(*tensors, enable_gqa=False, **options):
     return attend(*tensors, **options)
 
 
-# -- planted faults ------------------------------------------------------------------------
+# -- planted faults --------------------------------------------------------------------
 
 
 def before_layers(work):

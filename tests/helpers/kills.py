@@ -41,7 +41,7 @@ def die():
     time.sleep(60)
 
 
-# -- ways to die ---------------------------------------------------------------------------
+# -- ways to die -----------------------------------------------------------------------
 
 
 def at_call(owner, name, nth, begins=None, has_ended=None):
@@ -163,7 +163,7 @@ def cycle_without_its_line():
     ledger.Ledger._write = patched
 
 
-# -- the moments ---------------------------------------------------------------------------
+# -- the moments -----------------------------------------------------------------------
 
 
 class Start(Enum):
@@ -307,7 +307,7 @@ MOMENTS["after_the_best"].more = BEST
 MOMENTS["some_layers_replayed"].only_heavy = True
 
 
-# -- killing -------------------------------------------------------------------------------
+# -- killing ---------------------------------------------------------------------------
 
 
 def doomed_job(argv, moment, victims):

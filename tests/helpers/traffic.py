@@ -158,7 +158,7 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
     }
 
 
-# -- what a launch reads -------------------------------------------------------------------
+# -- what a launch reads ---------------------------------------------------------------
 
 
 def operands(launch):

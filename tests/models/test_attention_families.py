@@ -155,7 +155,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
         assert_close(torch.cat(chunk_logits, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
-# -- FlashAttention ------------------------------------------------------------------------
+# -- FlashAttention --------------------------------------------------------------------
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **told):

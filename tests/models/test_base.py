@@ -52,7 +52,7 @@ def sharded(tmp_path):
     return tmp_path / "sharded"
 
 
-# -- opening -------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------
 
 
 def test_reads_what_is_stored(llama):
@@ -148,7 +148,7 @@ def test_a_file_that_was_only_touched_or_copied_is_read_once(sharded, how, monke
     base.require_unchanged(fingerprint)
 
 
-# -- mapping -------------------------------------------------------------------------------
+# -- mapping ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-# -- fingerprint and checksum --------------------------------------------------------------
+# -- fingerprint and checksum ----------------------------------------------------------
 
 
 def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path):

@@ -46,7 +46,7 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
     assert files == set(wanted.split())
 
 
-# -- code that comes with a model ----------------------------------------------------------
+# -- code that comes with a model ------------------------------------------------------
 
 
 def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_mistyped_path_is_no_name_of_the_hub():
         load.named_config("./no/such/model")
 
 
-# -- pickled weights -----------------------------------------------------------------------
+# -- pickled weights -------------------------------------------------------------------
 
 
 def pickled(folder, dtype, shards=1, zipped=True):

@@ -258,7 +258,7 @@ def test_a_model_without_a_head_is_refused():
         chunk_loss(tiny_model().model)
 
 
-# -- ZeRO-3 --------------------------------------------------------------------------------
+# -- ZeRO-3 ----------------------------------------------------------------------------
 
 
 def zero3_gradients(family):
@@ -306,7 +306,7 @@ def test_a_trained_head_that_zero_3_shards(family):
         assert_same((torch.tensor(loss), sharded), (nll, expected))
 
 
-# -- whole runs ----------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------
 
 
 def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(

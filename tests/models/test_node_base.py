@@ -209,7 +209,7 @@ def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, o
     assert_same_outcome(out, whole)
 
 
-# -- one process ---------------------------------------------------------------------------
+# -- one process -----------------------------------------------------------------------
 
 
 def test_a_process_alone_owns_all_layers_and_several_deal_them_out():

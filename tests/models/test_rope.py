@@ -113,7 +113,7 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
     assert rope.changes_of(model.config, tmp_path) == {}
 
 
-# -- runs ----------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------
 
 
 def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path, out):

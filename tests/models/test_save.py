@@ -23,7 +23,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import layout_of, write_companions, write_shards
 from tests.helpers.errors import user_error
 
-# -- shards --------------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------
 
 
 def test_a_file_is_filled_up_to_its_limit(tmp_path):
@@ -75,7 +75,7 @@ def test_an_index_is_written_for_several_files_alone(tmp_path):
     }
 
 
-# -- the other files -----------------------------------------------------------------------
+# -- the other files -------------------------------------------------------------------
 
 
 def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path, out):
@@ -153,7 +153,7 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, 
         assert not (out / "vocab.json").exists()
 
 
-# -- safetensors files ---------------------------------------------------------------------
+# -- safetensors files -----------------------------------------------------------------
 
 
 def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):

@@ -49,7 +49,7 @@ def compare(world, degree, cases):
             )
 
 
-# -- engines -------------------------------------------------------------------------------
+# -- engines ---------------------------------------------------------------------------
 
 
 SETTINGS = [
@@ -70,7 +70,7 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
             assert_same_run(result, expected, settings)
 
 
-# -- everything ----------------------------------------------------------------------------
+# -- everything ------------------------------------------------------------------------
 
 FAMILIES = [
     "llama",

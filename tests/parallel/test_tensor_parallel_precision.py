@@ -127,7 +127,7 @@ def compare(case, dtypes, folder):
         assert error <= TOLERANCE[dtype], (dtype, error)
 
 
-# -- by construction -----------------------------------------------------------------------
+# -- by construction -------------------------------------------------------------------
 
 
 def with_noise():

@@ -120,7 +120,7 @@ def test_the_same_bytes_at_every_size(saved, ground):
     assert hashed[0] == hashed[1] == hashed[2]
 
 
-# -- before it begins ----------------------------------------------------------------------
+# -- before it begins ------------------------------------------------------------------
 
 
 def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):

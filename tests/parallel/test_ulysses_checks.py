@@ -23,7 +23,7 @@ from tests.helpers.tables import parsed, rows
 LENGTH = 24
 """Tokens a row: twice the sliding window of the tiny models."""
 
-# -- a bound model -------------------------------------------------------------------------
+# -- a bound model ---------------------------------------------------------------------
 
 
 def in_and_out_of_the_way():
@@ -100,7 +100,7 @@ def test_a_flash_attention_is_handed_whole_rows():
     assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
 
 
-# -- one rank's part, without the others ---------------------------------------------------
+# -- one rank's part, without the others -----------------------------------------------
 
 PARTS = 2
 
@@ -169,7 +169,7 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
         attend(position_bias=sinks)
 
 
-# -- what cannot be split ------------------------------------------------------------------
+# -- what cannot be split --------------------------------------------------------------
 
 
 def config_of(kind, **values):

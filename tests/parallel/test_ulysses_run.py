@@ -71,7 +71,7 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user, one, tmp_path, out):
     assert_close_losses(out, one, rtol=0, atol=1e-5)
 
 
-# -- the rest of the matrix ----------------------------------------------------------------
+# -- the rest of the matrix ------------------------------------------------------------
 
 
 @pytest.mark.heavy

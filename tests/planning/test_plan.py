@@ -49,7 +49,7 @@ def batch(packed=True):
     return {"input_ids": ids, "position_ids": positions.contiguous(), "labels": ids}
 
 
-# -- activations ---------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
@@ -145,7 +145,7 @@ def test_ranks_that_share_work_keep_less():
         assert step_memory(replace(alone, **{degree: 2})).saved < 0.85 * saved
 
 
-# -- a rank --------------------------------------------------------------------------------
+# -- a rank ----------------------------------------------------------------------------
 
 SHAPE = {"num_hidden_layers": 8}
 P = "stage3_param_persistence_threshold"

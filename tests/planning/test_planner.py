@@ -21,7 +21,7 @@ def planner_of(work, cluster, stage=3):
     return Planner(work, cluster, complete_ds_config(settings, [1]))
 
 
-# -- figures: a tiny model, in no time -----------------------------------------------------
+# -- figures: a tiny model, in no time -------------------------------------------------
 
 
 def tiny_planner(cluster, stage=3):
@@ -64,7 +64,7 @@ def test_a_planner_remembers_nothing_of_other_settings():
         assert planner.plan(**changes) == tiny_planner(Cluster(8)).plan(**changes)
 
 
-# -- recommendations: the layers of a 7B model ---------------------------------------------
+# -- recommendations: the layers of a 7B model -----------------------------------------
 
 LAYERS_OF_7B = {
     "hidden_size": 4096,

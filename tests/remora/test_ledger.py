@@ -47,7 +47,7 @@ def state(ledger):
     return [(spec, square.flatten().tolist()) for spec, square in pairs]
 
 
-# -- contents ------------------------------------------------------------------------------
+# -- contents --------------------------------------------------------------------------
 
 
 def test_squares_come_back_in_cycle_order(folder):
@@ -98,7 +98,7 @@ def test_a_snapshot_stays_as_it_is(folder):
     assert (snapshot.cycles, ledger.cycles) == (3, 4)
 
 
-# -- what it refuses -----------------------------------------------------------------------
+# -- what it refuses -------------------------------------------------------------------
 
 
 def exchange(first):
@@ -196,7 +196,7 @@ def test_square_that_is_not_finite_is_not_merged(folder, bad):
     assert Ledger.open(folder).cycles == 3
 
 
-# -- kills ---------------------------------------------------------------------------------
+# -- kills -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -224,7 +224,7 @@ def test_process_killed_while_writing(folder):
     assert not list(folder.glob(".*partial"))
 
 
-# -- copies --------------------------------------------------------------------------------
+# -- copies ----------------------------------------------------------------------------
 
 
 def test_copy_is_made_of_links_and_lives_on_its_own(folder, tmp_path):
@@ -263,7 +263,7 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatc
     assert Ledger.open(another.folder, BASE).cycles == 0
 
 
-# -- live weights --------------------------------------------------------------------------
+# -- live weights ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])

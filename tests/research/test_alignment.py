@@ -51,7 +51,7 @@ def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
         leading_of_base(MoRAConfig(), loaded, 17, ALONE)
 
 
-# -- on a model ----------------------------------------------------------------------------
+# -- on a model ------------------------------------------------------------------------
 
 
 def loaded_base(model, folder):
@@ -138,7 +138,7 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path):
         alignment.loss()
 
 
-# -- whole runs ----------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------
 
 
 ALIGNED = {"alignment_weight": 0.5, "alignment_rank": 4}

@@ -216,7 +216,7 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path):
         assert bank.squares_of.cache_info().currsize == 1
 
 
-# -- what is refused -----------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["ledger/cycle-00000.safetensors", ADAPTER_TENSORS])

@@ -199,7 +199,7 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
         hooks.check(Wrapped(model), tokens(3, 8))
 
 
-# -- complete runs -------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------
 
 
 def domain_flags(user, out, mix, *more, **settings):

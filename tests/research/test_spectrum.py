@@ -27,7 +27,7 @@ def square(side, seed=0):
     return random(side, side, seed=seed).float()
 
 
-# -- a layer's history ---------------------------------------------------------------------
+# -- a layer's history -----------------------------------------------------------------
 
 
 OPERATORS = """
@@ -81,7 +81,7 @@ def test_factors_of_lora_have_spectra_too():
     assert [first.rank, second.rank] == [3, 6]
 
 
-# -- a ledger ------------------------------------------------------------------------------
+# -- a ledger --------------------------------------------------------------------------
 
 
 def entries(cycle, names):

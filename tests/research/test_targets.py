@@ -108,7 +108,7 @@ def test_mistakes_in_flags_are_named(user, flags, named):
     assert named in message
 
 
-# -- budgets -------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------
 
 
 def weights_of(*shapes_and_scores):
@@ -159,7 +159,7 @@ def test_a_small_budget_goes_to_the_best_layers_and_a_large_one_to_all():
         spend(weights, 63)
 
 
-# -- the file ------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
@@ -209,7 +209,7 @@ def test_sides_that_do_not_fit_are_named(layer, side, message):
         )
 
 
-# -- runs ----------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------
 
 
 def trained_sides(out):

@@ -63,7 +63,7 @@ def test_ranks_are_connected_where_they_talk_and_not_before():
         )
 
 
-# -- a rank that ends while others wait ----------------------------------------------------
+# -- a rank that ends while others wait ------------------------------------------------
 
 VICTIM = 1
 

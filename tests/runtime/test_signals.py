@@ -49,7 +49,7 @@ def whole(user, tmp_path_factory):
     return out
 
 
-# -- agreement, on forked ranks ------------------------------------------------------------
+# -- agreement, on forked ranks --------------------------------------------------------
 
 
 def signalled_job(argv, number, rank, method, step):
@@ -112,7 +112,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, ou
     assert_same_run(out, whole)
 
 
-# -- one process, no torch -----------------------------------------------------------------
+# -- one process, no torch -------------------------------------------------------------
 
 SCRIPT = """
 import multiprocessing, os, sys, threading, time
@@ -205,7 +205,7 @@ def test_the_end_of_a_pool_is_no_request_to_stop():
     assert out == "requested False\n", told
 
 
-# -- whole jobs under the launcher ---------------------------------------------------------
+# -- whole jobs under the launcher -----------------------------------------------------
 
 
 @pytest.fixture

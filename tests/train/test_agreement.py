@@ -133,7 +133,7 @@ def test_texts_that_differ_under_one_name(user, tmp_path, out):
         assert "on rank 1" in message
 
 
-# -- a failure at each check ---------------------------------------------------------------
+# -- a failure at each check -----------------------------------------------------------
 
 
 @contextmanager

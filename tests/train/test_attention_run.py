@@ -91,7 +91,7 @@ def test_dense_attention_is_what_it_was_to_the_bit():
         assert torch.equal(mine.grad, theirs.grad)
 
 
-# -- what is chosen ------------------------------------------------------------------------
+# -- what is chosen --------------------------------------------------------------------
 
 
 CHOSEN = """
@@ -113,7 +113,7 @@ def test_documents_wherever_the_model_can(kind, asked_for, runs):
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
 
-# -- documents in batches of one row and of more -------------------------------------------
+# -- documents in batches of one row and of more ---------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 2])

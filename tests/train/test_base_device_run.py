@@ -100,7 +100,7 @@ def test_domains_work(user):
     assert_same_run(user.root / "domains-streamed", user.root / "domains")
 
 
-# -- where the base is ---------------------------------------------------------------------
+# -- where the base is -----------------------------------------------------------------
 
 
 def without_memory(argv):

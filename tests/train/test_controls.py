@@ -27,7 +27,7 @@ def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(user, tm
     assert export_merged(two, tmp_path / "merged", verify=True).cycles == 2
 
 
-# -- nothing -------------------------------------------------------------------------------
+# -- nothing ---------------------------------------------------------------------------
 
 
 def test_none_reports_the_base(user, tmp_path):

@@ -75,7 +75,7 @@ def write_model(family, folder):
     model.save_pretrained(folder)
 
 
-# -- end to end ----------------------------------------------------------------------------
+# -- end to end ------------------------------------------------------------------------
 
 
 def end_to_end(root, family):
@@ -212,7 +212,7 @@ def test_an_attention_that_the_model_lacks_is_named(tmp_path):
             load_base(tmp_path, tmp_path / "own", alone(), torch.float32, wanted)
 
 
-# -- documents in one row ------------------------------------------------------------------
+# -- documents in one row --------------------------------------------------------------
 
 
 def adapted(family, attention):

@@ -128,7 +128,7 @@ def test_every_rank_holds_the_folder_while_it_may_write(user, tmp_path):
     assert run_ranks(2, shared_lock, user.flags(tmp_path / "out")) == [True, True]
 
 
-# -- the demo ------------------------------------------------------------------------------
+# -- the demo --------------------------------------------------------------------------
 
 
 def demo_refused(argv):

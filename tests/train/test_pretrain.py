@@ -60,7 +60,7 @@ def assert_close_evals(one, reference):
         assert perplexity == pytest.approx(expected, rel=1e-5)
 
 
-# -- one curve -----------------------------------------------------------------------------
+# -- one curve -------------------------------------------------------------------------
 
 
 def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tmp_path):
@@ -99,7 +99,7 @@ def test_document_mask_can_be_turned_off(user, tmp_path):
     assert not torch.equal(losses(tmp_path / "on"), losses(tmp_path / "off"))
 
 
-# -- the control ---------------------------------------------------------------------------
+# -- the control -----------------------------------------------------------------------
 
 
 def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
@@ -132,7 +132,7 @@ def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
     assert torch.equal(losses(again), losses(two)[3:])
 
 
-# -- where text and model come from --------------------------------------------------------
+# -- where text and model come from ----------------------------------------------------
 
 
 def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
@@ -209,7 +209,7 @@ def test_parts_of_an_epoch(row):
     assert _total_steps(training, data, ranks, done=0) == steps
 
 
-# -- settings ------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_how_it_is_computed_changes_nothing(user, plain, out, config, checkpoint
     assert_close_evals(out, plain)
 
 
-# -- as users call it ----------------------------------------------------------------------
+# -- as users call it ------------------------------------------------------------------
 
 
 FIRST_LINES = r"""
@@ -335,7 +335,7 @@ def test_summary_and_files_of_a_run(plain):
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
 
 
-# -- several nodes -------------------------------------------------------------------------
+# -- several nodes ---------------------------------------------------------------------
 
 
 def job_of_a_node(argv):

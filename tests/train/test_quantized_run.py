@@ -74,7 +74,7 @@ def assert_same_pair(pair, expected, name):
         assert torch.equal(tensor, wanted), name
 
 
-# -- merges in loops of a user's own -------------------------------------------------------
+# -- merges in loops of a user's own ---------------------------------------------------
 
 
 def assert_rounded_once(layers, base, ledger):
@@ -214,7 +214,7 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
                     assert torch.equal(square, expected)
 
 
-# -- runs ----------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------
 
 
 def exact_export(out, model):
@@ -256,7 +256,7 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     assert f"--base_bits: {bits} there, 16 here" in message
 
 
-# -- plans ---------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 
@@ -331,7 +331,7 @@ def test_a_recommendation_knows_of_few_bits():
     assert "--base_bits 8 or 4, or --base_device host" in verdict(planners[16].plan())
 
 
-# -- bad input -----------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------
 
 
 def refused_by_the_plugin(folder, bits):

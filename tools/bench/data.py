@@ -3,10 +3,10 @@ cached mixture and streaming.
 
     python tools/bench/data.py [--megabytes 20] [--steps 30]
 
-Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small Llama
-with MoRA matrices (forward, backward and AdamW in one process, no DeepSpeed: a real step is
-slower). Loader and training steps take turns; medians. A resume opens everything anew, as
-another process would (its imports and its tokenizer apart).
+Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's small
+Llama with MoRA matrices (forward, backward and AdamW in one process, no DeepSpeed: a
+real step is slower). Loader and training steps take turns; medians. A resume opens
+everything anew, as another process would (its imports and its tokenizer apart).
 """
 
 import argparse
@@ -131,7 +131,8 @@ def _seconds_of(work: Callable[[], object]) -> float:
 
 
 def _far(stream: Mixture) -> dict[str, Any]:
-    """Where the stream stands now, as a run would have it that came there at step 10^6."""
+    """Where the stream stands now, as a run would have it that came there at step
+    10^6."""
     states = stream.states_at(stream._next_step) or {}
     for name, count in zip(
         stream.names, stream.schedule.counts(FAR * ROWS), strict=True

@@ -4,11 +4,11 @@ bases.
     python tools/bench/energy.py --base MODEL ... --new law.jsonl [--documents 24] [--tokens
     160] [--rank 8]
 
-Spans are chosen by the gradient of some documents and judged by that of as many others: the
-share of its squared norm that lies in each span, as mean over the linear layers of every
-tenth decoder layer. A span is what an update can be, with all its trained numbers free. It
-is a hint of what is learned and no more: a few directions of large activations hold much of
-the energy, and Adam evens them out.
+Spans are chosen by the gradient of some documents and judged by that of as many others:
+the share of its squared norm that lies in each span, as mean over the linear layers of
+every tenth decoder layer. A span is what an update can be, with all its trained numbers
+free. It is a hint of what is learned and no more: a few directions of large activations
+hold much of the energy, and Adam evens them out.
 """
 
 import argparse
@@ -115,9 +115,8 @@ def _rows(base: Path, options: argparse.Namespace) -> list[Tensor]:
 def _sums(
     model: Any, layers: dict[str, Any], rows: list[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each layer, in fp64: the gradient of the loss by its weight (d_out, d_in), and its
-    inputs (d_in,), both summed over the tokens of `rows`.
-    """
+    """Of each layer, in fp64: the gradient of the loss by its weight (d_out, d_in), and
+    its inputs (d_in,), both summed over the tokens of `rows`."""
     inputs = {
         name: torch.zeros(layer.in_features).double() for name, layer in layers.items()
     }
@@ -177,11 +176,11 @@ def _shares(
 
 
 def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:
-    """The update of this operator that is nearest to `gradient` (d_out, d_in), by conjugate
-    gradients on M.
+    """The update of this operator that is nearest to `gradient` (d_out, d_in), by
+    conjugate gradients on M.
 
-    The map from M to the weight has orthogonal columns but for groups that the sizes cut
-    short, so few steps suffice.
+    The map from M to the weight has orthogonal columns but for groups that the sizes
+    cut short, so few steps suffice.
     """
     square = torch.zeros_like(adjoint(spec, gradient))
     residual = adjoint(spec, gradient)

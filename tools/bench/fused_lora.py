@@ -1,6 +1,5 @@
 """A LoRA whose products are added up in place (`addmm_`), as Unsloth has them: a rival
-without a package.
-"""
+without a package."""
 
 from typing import Any
 

@@ -89,7 +89,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# -- questions: each answers with a table --------------------------------------------------
+# -- questions: each answers with a table ----------------------------------------------
 
 
 def ceilings(options: argparse.Namespace) -> list[list[str]]:
@@ -124,7 +124,8 @@ def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
 
 
 def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list[str]]:
-    """The kernels, in every dtype and by every path, against torch in fp64 on the CPU."""
+    """The kernels, in every dtype and by every path, against torch in fp64 on the
+    CPU."""
     x = torch.randn(8 if options.toy else 512, spec.d_in).double()
     weight = torch.randn(spec.d_out, spec.d_in).double()
     square = torch.randn(spec.r_hat, spec.r_hat).double()
@@ -272,7 +273,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], list[list[str]]]] = {
 }
 
 
-# -- what they share -----------------------------------------------------------------------
+# -- what they share -------------------------------------------------------------------
 
 
 def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
@@ -309,8 +310,8 @@ def _engine(stage: int, options: argparse.Namespace) -> Any:
     start_distributed()
     model = _model(options)
     inject(model, MoRAConfig(rank=8))
-    # One process gathers nothing: DeepSpeed would make the host wait for what it does in
-    # place of it.
+    # One process gathers nothing: DeepSpeed would make the host wait for what it does
+    # in place of it.
     persistent = {"stage": stage, "stage3_param_persistence_threshold": 10**9}
     bf16 = {"enabled": options.on_gpu}
     config = zero3_config(1, zero_optimization=persistent, bf16=bf16)
@@ -335,8 +336,8 @@ def _matrices(engine: Any) -> list[Tensor]:
 
 @contextmanager
 def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
-    """A list with an entry for each wait of the host, of which torch warns. As an error, a
-    wait would leave DeepSpeed's engine in the midst of a micro-batch."""
+    """A list with an entry for each wait of the host, of which torch warns. As an
+    error, a wait would leave DeepSpeed's engine in the midst of a micro-batch."""
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message=".*synchroniz")

@@ -1,15 +1,15 @@
-"""Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full
-training.
+"""Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA,
+full training.
 
     python tools/bench/layer.py [--shapes 1024x1024] [--seconds 1]
 
-Every figure is the median of interleaved pairs (the frozen layer, then the case; output and
-input gradient of both) in one process, so 1.00 is an adapter that costs nothing; in one
-thread of a CPU, by the thread's own time, of which other processes take none. `gpu.py layer`
-measures the same on a GPU, where MoRA, the product's own layer, takes its kernels. LoRA,
-ours, PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as many
-parameters as M. `saved` is what autograd keeps from a forward, every storage once, without
-weights: PEFT's LoRA, then MoRA's.
+Every figure is the median of interleaved pairs (the frozen layer, then the case; output
+and input gradient of both) in one process, so 1.00 is an adapter that costs nothing; in
+one thread of a CPU, by the thread's own time, of which other processes take none.
+`gpu.py layer` measures the same on a GPU, where MoRA, the product's own layer, takes
+its kernels. LoRA, ours, PEFT's (`pip install -e '.[bench]'`) and one whose products are
+fused, has as many parameters as M. `saved` is what autograd keeps from a forward, every
+storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
 import sys
@@ -96,7 +96,8 @@ def layers_of(
     operators: Iterable[Operator],
     **like: Any,
 ) -> Iterator[Layer]:
-    """A layer for each shape, number of tokens and operator. `like`: dtype and device."""
+    """A layer for each shape, number of tokens and operator. `like`: dtype and
+    device."""
     for (d_in, d_out), rows, (kind, rank) in product(shapes, tokens, operators):
         r_hat = min(square_size(d_in, d_out, rank, kind), max(d_in, d_out))
         spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
@@ -138,9 +139,9 @@ def cases_of(layer: Layer) -> dict[str, Case]:
 
 
 def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
-    """The update of x (tokens, d_in) by its formulas (paper, eq. 6-11), as the reference
-    computes it: concatenations and reshapes of whole activations, one product per block. It
-    knows no permutations."""
+    """The update of x (tokens, d_in) by its formulas (paper, eq. 6-11), as the
+    reference computes it: concatenations and reshapes of whole activations, one product
+    per block. It knows no permutations."""
     missing = spec.blocks_in * spec.r_hat - spec.d_in
     blocks = torch.cat((x, x[:, :missing]), dim=-1).unflatten(-1, (-1, spec.r_hat))
     if spec.kind is OperatorKind.SHARE:
@@ -158,7 +159,7 @@ def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     return y[:, : spec.d_out]
 
 
-# -- measuring -----------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------
 
 
 def row(layer: Layer, seconds: float) -> list[str]:
@@ -180,9 +181,8 @@ def row(layer: Layer, seconds: float) -> list[str]:
 
 
 def ratios(layer: Layer, cases: dict[str, Case], seconds: float) -> dict[str, float]:
-    """Of each case the median over interleaved pairs with the frozen layer; under "frozen"
-    that layer's own median in seconds.
-    """
+    """Of each case the median over interleaved pairs with the frozen layer; under
+    "frozen" that layer's own median in seconds."""
     now = clock(layer.x.device)
     frozen_s: list[float] = []
     measured = {}

@@ -1,26 +1,27 @@
-"""Which adapter learns a new domain best, at equal trainable parameters? One table, from
-one engine.
+"""Which adapter learns a new domain best, at equal trainable parameters? One table,
+from one engine.
 
     python tools/bench/learning.py [--work FOLDER] [--rank 8] [--steps 200] [--seeds 3]
     python tools/bench/learning.py --rank 1 2 4 8 --steps 3000 --methods lora@0.01 full@0.001
     python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
-A model that knows the old text is continued on the new one by every method of a YAML file
-(learning.yaml beside this one), at every learning rate of its sweep, the best one with more
-seeds; batches, their order and the schedule are the same for all. Best is the least
-perplexity on the new text; of learning rates that are as good within 1%, the one that
-leaves least on the old one. By default the model is a small Llama, warm-started on prose
-and continued on code, both made out of the running Python. Each run is `launch/pretrain.py`
-with other flags, on one process.
+A model that knows the old text is continued on the new one by every method of a YAML
+file (learning.yaml beside this one), at every learning rate of its sweep, the best one
+with more seeds; batches, their order and the schedule are the same for all. Best is the
+least perplexity on the new text; of learning rates that are as good within 1%, the one
+that leaves least on the old one. By default the model is a small Llama, warm-started on
+prose and continued on code, both made out of the running Python. Each run is
+`launch/pretrain.py` with other flags, on one process.
 
-Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base, texts
-and flags are the same, so the command goes on where it was stopped. A table grows over days
-and machines: `--with FILE` takes over the runs of earlier `--json` files, and refuses those
-of another base, other texts or other flags.
+Every finished run leaves FOLDER/results/NAME.json and is not repeated while its base,
+texts and flags are the same, so the command goes on where it was stopped. A table grows
+over days and machines: `--with FILE` takes over the runs of earlier `--json` files, and
+refuses those of another base, other texts or other flags.
 
-Prints, at each method's best learning rate, both perplexities, mean and largest deviation
-over seeds, and the part of LoRA's distance to full training that is closed. `--json FILE`
-keeps all runs with their curves, which `tools/figures.py` draws for the pages.
+Prints, at each method's best learning rate, both perplexities, mean and largest
+deviation over seeds, and the part of LoRA's distance to full training that is closed.
+`--json FILE` keeps all runs with their curves, which `tools/figures.py` draws for the
+pages.
 """
 
 import argparse
@@ -187,7 +188,7 @@ def main() -> None:
     _report(options, sorted([*earlier, *swept, *repeated], key=place), best)
 
 
-# -- settings ------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------
 
 
 def _options() -> argparse.Namespace:
@@ -312,7 +313,7 @@ def _texts(options: argparse.Namespace) -> Texts:
     return Texts(base, *(demo.corpus / f"{name}.jsonl" for name in names))
 
 
-# -- runs ----------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------
 
 
 def _trials(
@@ -356,7 +357,8 @@ def _trials(
 def _take(
     path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]
 ) -> list[Trial]:
-    """Take over the runs of an earlier report. Raises `UserError` for one unlike these."""
+    """Take over the runs of an earlier report. Raises `UserError` for one unlike
+    these."""
     taken = []
     for run in read_json(path)["runs"]:
         method = run["method"]
@@ -405,7 +407,8 @@ def _run(trial: Trial) -> None:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Task -> its last score in metrics.jsonl: the accuracy, or else its first metric."""
+    """Task -> its last score in metrics.jsonl: the accuracy, or else its first
+    metric."""
     scored = [row["tasks"] for row in rows if "tasks" in row]
     return {
         name: scores.get("acc", next(iter(scores.values())))
@@ -419,11 +422,12 @@ def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
     return [{**(trial.read() or {}), "rank": trial.rank} for trial in by_name.values()]
 
 
-# -- the table -----------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------
 
 
 def _best(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """Method and rank -> its best learning rate, by the seeds that all its rates have."""
+    """Method and rank -> its best learning rate, by the seeds that all its rates
+    have."""
     best = {}
     for kind in dict.fromkeys(row.kind for row in rows):
         candidates = [row for row in rows if row.kind == kind]
@@ -457,9 +461,8 @@ def _report(
 def _table(
     rows: Sequence[Row], best: Mapping[tuple[str, int], float], with_ranks: bool
 ) -> list[list[str]]:
-    """The titles and a line for each method and rank at its best learning rate, without the
-    columns that are empty in all of them.
-    """
+    """The titles and a line for each method and rank at its best learning rate, without
+    the columns that are empty in all of them."""
     shown = [row for row in rows if row.rate == best[row.kind]]
     tasks = list(
         dict.fromkeys(
@@ -508,8 +511,9 @@ def _rate(row: Row, swept: Sequence[float]) -> str:
 
 
 def _gap(row: Row, peers: Mapping[str, Row]) -> str:
-    """The part of the distance from LoRA to full training that a method closes, on the new
-    text; "-" where full training is less than 5% ahead, as there is no distance then."""
+    """The part of the distance from LoRA to full training that a method closes, on the
+    new text; "-" where full training is less than 5% ahead, as there is no distance
+    then."""
     if row.method in ("lora", "full") or not {"lora", "full"} <= set(peers):
         return "-"
     seeds = row.seeds & peers["lora"].seeds & peers["full"].seeds

@@ -1,6 +1,5 @@
-"""The methods of tools/bench/learning.py: read from YAML, and turned into the flags of one
-run.
-"""
+"""The methods of tools/bench/learning.py: read from YAML, and turned into the flags of
+one run."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,9 +71,9 @@ class Methods:
                 self.methods[name] = replace(method, replay=share)
 
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of
-        some rates in place of its own sweep. Raises `UserError` for an unknown name and for
-        a rate that is no number."""
+        """The learning rates of every named method. `words`: NAME, or NAME@RATE for
+        each of some rates in place of its own sweep. Raises `UserError` for an unknown
+        name and for a rate that is no number."""
         rates_of: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")

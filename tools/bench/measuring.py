@@ -31,7 +31,8 @@ def llama_config(
 
 
 def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
-    """DeepSpeed's settings: ZeRO-3, AdamW, `rows` sequences a process and micro-batch."""
+    """DeepSpeed's settings: ZeRO-3, AdamW, `rows` sequences a process and
+    micro-batch."""
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": {"stage": 3},
@@ -59,7 +60,8 @@ def only_rank() -> dict[str, str]:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that waits for the GPU; one CPU thread's own time, if it is one."""
+    """A clock in seconds that waits for the GPU; one CPU thread's own time, if it is
+    one."""
     if device.type != "cuda":
         return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 

@@ -1,23 +1,25 @@
-"""The MoRA paper's memorisation task: how many steps until random UUID pairs are memorised?
+"""The MoRA paper's memorisation task: how many steps until random UUID pairs are
+memorised?
 
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8]
     [--seeds 3] ...
 
-Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO,
-AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex digits,
-the second from the first, at every learning rate of its sweep. Eight times in a run the
-second is generated greedily; the share of right digits is the character accuracy (1/16 is
-chance). A digit is one token here, so rows need no padding. Prints, at each method's best
-learning rate (largest mean accuracy over all measurements), the accuracy over steps, mean
-over seeds, and the steps to 90%; `--json FILE` keeps all runs.
+Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine
+(ZeRO, AdamW, a constant learning rate after a warm-up): each learns, of pairs of 32 hex
+digits, the second from the first, at every learning rate of its sweep. Eight times in a
+run the second is generated greedily; the share of right digits is the character
+accuracy (1/16 is chance). A digit is one token here, so rows need no padding. Prints,
+at each method's best learning rate (largest mean accuracy over all measurements), the
+accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all
+runs.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The paper's:
 Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --rank 8 (and 256)
 
-The small one, frozen, would spend its adapter on learning that digits follow digits: it is
-taught that first, on pairs that are asked for nowhere.
+The small one, frozen, would spend its adapter on learning that digits follow digits: it
+is taught that first, on pairs that are asked for nowhere.
 """
 
 import argparse
@@ -151,14 +153,13 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-# -- the task ------------------------------------------------------------------------------
+# -- the task --------------------------------------------------------------------------
 
 
 def _pairs(base: Path, number: int, seed: int | str) -> Tensor:
     """(number, 2 * DIGITS + 2) token ids of the tokenizer of `base`: start, 32 random
-    digits, separator, 32 random digits. Raises `UserError` where a digit has no token of
-    its own.
-    """
+    digits, separator, 32 random digits. Raises `UserError` where a digit has no token
+    of its own."""
     tokenizer = load_tokenizer(base, flag="--base")
     *digits, separator = (
         tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in f"{HEX}="
@@ -187,9 +188,8 @@ def _labels(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _accuracy(engine: Any, rows: Tensor) -> float:
-    """Share of digits that are right when the second halves are generated greedily from the
-    first. The engine is in training mode afterwards.
-    """
+    """Share of digits that are right when the second halves are generated greedily from
+    the first. The engine is in training mode afterwards."""
     engine.eval()
     ids = rows[:, :-DIGITS].to(engine.device)
     cache = None
@@ -204,10 +204,9 @@ def _accuracy(engine: Any, rows: Tensor) -> float:
 
 
 def _small_base(work: Path) -> Path:
-    """The demo's small Llama, warm-started on prose and then trained on pairs that never
-    come again. It knows then that digits follow, and none of them, as a large pretrained
-    model does by itself.
-    """
+    """The demo's small Llama, warm-started on prose and then trained on pairs that
+    never come again. It knows then that digits follow, and none of them, as a large
+    pretrained model does by itself."""
     folder = work / "base-of-digits"
     if folder.is_dir():
         return folder
@@ -226,7 +225,7 @@ def _small_base(work: Path) -> Path:
     return folder
 
 
-# -- one run -------------------------------------------------------------------------------
+# -- one run ---------------------------------------------------------------------------
 
 
 def _train(
@@ -289,7 +288,7 @@ def _step(engine: zero.Engine, batch: Tensor, micro_batch: int) -> float:
     return fmean(losses)
 
 
-# -- the table -----------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------
 
 
 def _show(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
 """One rank among N without the others: torch's fake process group, and the exchanges of
 objects answered.
 
-Everything that this rank does by itself is the real code. Collectives reach nobody (torch's
-backend "fake"), and a gather gives this rank's part as that of each other one. Objects are
-gathered likewise, by as many pickles as rank 0 would have to read. What stands for other
-ranks and for the network is outside of the clock: the collectives themselves, what other
-ranks would have given, what rank 0 would broadcast.
+Everything that this rank does by itself is the real code. Collectives reach nobody
+(torch's backend "fake"), and a gather gives this rank's part as that of each other one.
+Objects are gathered likewise, by as many pickles as rank 0 would have to read. What
+stands for other ranks and for the network is outside of the clock: the collectives
+themselves, what other ranks would have given, what rank 0 would broadcast.
 """
 
 import os
@@ -44,8 +44,7 @@ class Spent:
 @dataclass
 class OneRank:
     """Rank `rank` of `world`. Make it before anything else of DeepSpeed runs in the
-    process; there is one a process.
-    """
+    process; there is one a process."""
 
     rank: int
     world: int
@@ -118,9 +117,9 @@ class OneRank:
                     if isinstance(value, torch.Tensor)
                 ]
                 if collective.__name__.startswith("all_gather") and len(tensors) == 2:
-                    # The fake backend makes a tensor for each rank: thousands of them leave
-                    # nothing else in the caches, and what is measured next would take twice
-                    # as long.
+                    # The fake backend makes a tensor for each rank: thousands of them
+                    # leave nothing else in the caches, and what is measured next would
+                    # take twice as long.
                     if tensors[1].numel():
                         tensors[0].view(-1, tensors[1].numel()).copy_(
                             tensors[1].clone().view(1, -1)

@@ -2,9 +2,9 @@
 
     python tools/bench/plan.py
 
-A Llama of random weights is written to disk, mapped by every rank, adapted and trained for
-a few steps under ZeRO-3. Measured on rank 0, next to what a `Planner` says from the config
-alone:
+A Llama of random weights is written to disk, mapped by every rank, adapted and trained
+for a few steps under ZeRO-3. Measured on rank 0, next to what a `Planner` says from the
+config alone:
 
     held                 bytes of all tensors that are alive between steps, less those that
                          were there before
@@ -127,7 +127,7 @@ def _measured(ranks: int, folder: Path) -> list[dict[str, int]]:
     return by_rank
 
 
-# -- one rank ------------------------------------------------------------------------------
+# -- one rank --------------------------------------------------------------------------
 
 
 def _be_a_rank(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""What a benchmark finds, printed and written as JSON: the tables of docs/results are made
-from these files.
+"""What a benchmark finds, printed and written as JSON: the tables of docs/results are
+made from these files.
 
 A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one
 `Report`.
@@ -25,8 +25,7 @@ from tools.plans import ROOT
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products
-are.
-"""
+are."""
 
 
 Defaults = Mapping[str, tuple[Any, str]]
@@ -37,8 +36,7 @@ def bench_parser(
     documentation: str | None, defaults: Defaults | None = None
 ) -> argparse.ArgumentParser:
     """A parser with `--json FILE` and a flag for each of `defaults`, described by a
-    benchmark's documentation.
-    """
+    benchmark's documentation."""
     parser = command_parser(documentation)
     parser.add_argument(
         "--json",
@@ -70,9 +68,9 @@ class Report:
         print("\n".join(table(rows)), flush=True)
 
     def write(self, **points: list[dict[str, Any]]) -> None:
-        """Write the file that `--json` names, if it names one. `points`: what figures are
-        drawn from, such as the runs of a benchmark that trains, with their curves.
-        """
+        """Write the file that `--json` names, if it names one. `points`: what figures
+        are drawn from, such as the runs of a benchmark that trains, with their
+        curves."""
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             content = {
@@ -102,7 +100,8 @@ def command() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The device, the cores, the threads and the versions that the figures depend on."""
+    """The device, the cores, the threads and the versions that the figures depend
+    on."""
     cpu = Path("/proc/cpuinfo").read_text().split()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     installed = {

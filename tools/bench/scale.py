@@ -1,17 +1,17 @@
-"""What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other
-ranks are not there.
+"""What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The
+other ranks are not there.
 
     python tools/bench/scale.py [--folder DIR --ranks 8 64 1024 4096 --json FILE]
 
 Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the
 ranks of a tensor-parallel group share the work of one, so that ZeRO has as many fewer.
 
-The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of the
-shapes of Llama 7B at rank 8 and 70B at rank 256; collectives reach nobody (`one_rank`).
-Save and resume take an engine whose parameters are the MoRA matrices alone, as ZeRO sees
-them (of 70B those of 8 decoder layers); step one of as many small matrices, sharded or kept
-as the real ones are, so that it is bookkeeping alone; start and merge one real decoder
-layer on a base of 16 bits.
+The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of
+the shapes of Llama 7B at rank 8 and 70B at rank 256; collectives reach nobody
+(`one_rank`). Save and resume take an engine whose parameters are the MoRA matrices
+alone, as ZeRO sees them (of 70B those of 8 decoder layers); step one of as many small
+matrices, sharded or kept as the real ones are, so that it is bookkeeping alone; start
+and merge one real decoder layer on a base of 16 bits.
 """
 
 import argparse
@@ -81,8 +81,7 @@ Table = dict[tuple[str, str, int], dict[str, Spent]]
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
 """Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the
-arithmetic is the GPU's.
-"""
+arithmetic is the GPU's."""
 WARM_UP = 2
 STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
@@ -146,7 +145,7 @@ def _measured(
         return alone.apply(_one, (Path(scratch), base, model, setting, world, rank))
 
 
-# -- one rank ------------------------------------------------------------------------------
+# -- one rank --------------------------------------------------------------------------
 
 
 def _one(
@@ -197,7 +196,8 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
 def _completed(
     ds_config: dict[str, Any], numels: list[int], ranks: int
 ) -> dict[str, Any]:
-    """A shipped config's ZeRO, as `initialize` completes it for these sizes, in bf16."""
+    """A shipped config's ZeRO, as `initialize` completes it for these sizes, in
+    bf16."""
     settings = zero3_config(
         1, zero_optimization=ds_config["zero_optimization"], bf16={"enabled": True}
     )
@@ -287,7 +287,8 @@ def _renamed(name: str, rank: int, other_rank: int) -> str:
 def _shard_of(
     template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int
 ) -> RankShard:
-    """Another rank's shard: under ZeRO-3 a part of each matrix, else of all in a row."""
+    """Another rank's shard: under ZeRO-3 a part of each matrix, else of all in a
+    row."""
     if stage == 3:
         share = -(-sizes // one.world)
         start = np.minimum(rank * share, sizes)
@@ -314,11 +315,11 @@ def _start_and_merge(
     one: OneRank, folder: Path, base_folder: Path, rank: int
 ) -> dict[str, Spent]:
     """Rank 0 of one decoder layer of the model on a base of its own: it merges as the
-    others do, and records it.
-    """
+    others do, and records it."""
 
     def other(value: Any, rank: int) -> Any:
-        """Of the tensors that the ranks check together, each rank has its own numbers."""
+        """Of the tensors that the ranks check together, each rank has its own
+        numbers."""
         if not isinstance(value, dict):
             return value
         return {number - one.rank + rank: result for number, result in value.items()}

@@ -1,5 +1,5 @@
-"""A whole training step, ours against what else could be done: tokens a second and bytes
-gathered, in one launch.
+"""A whole training step, ours against what else could be done: tokens a second and
+bytes gathered, in one launch.
 
     deepspeed --num_gpus 2 tools/bench/step.py [--width 512 --layers 8 --rank 8 --rows 2
     --seq_len 512 --repeat 7]
@@ -18,8 +18,8 @@ A Llama of random weights on random tokens, in turns:
     full training     under ZeRO-3
 
 The first two compute attention and loss as the training program does, the others as
-transformers does. Each takes its step in turn with the others, all ranks together; a ratio
-is the median over the turns. It needs PEFT (`pip install -e '.[bench]'`).
+transformers does. Each takes its step in turn with the others, all ranks together; a
+ratio is the median over the turns. It needs PEFT (`pip install -e '.[bench]'`).
 """
 
 import argparse
@@ -109,7 +109,7 @@ def _options() -> argparse.Namespace:
     return bench_parser(__doc__, defaults).parse_args()
 
 
-# -- contenders ----------------------------------------------------------------------------
+# -- contenders ------------------------------------------------------------------------
 
 
 def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender]:
@@ -158,7 +158,8 @@ def _peft(options: argparse.Namespace) -> Any:
 
 
 def _fused(model: Any, rank: int) -> Any:
-    """The model with such a LoRA in place of each linear layer of its decoder layers."""
+    """The model with such a LoRA in place of each linear layer of its decoder
+    layers."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
@@ -220,7 +221,7 @@ def _plain_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-# -- time ----------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------
 
 
 def _seconds_together(step: Step) -> float:

@@ -1,6 +1,5 @@
 """What the benchmarks that learn share: many small runs, each a job of one process, and
-figures over seeds.
-"""
+figures over seeds."""
 
 import os
 import subprocess
@@ -40,8 +39,8 @@ def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line of a run under ZeRO-3 with these settings, but for those that have
-    no effect beside the others: all methods of a table share some."""
+    """The command line of a run under ZeRO-3 with these settings, but for those that
+    have no effect beside the others: all methods of a table share some."""
     all_settings = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
     words = {
         name: [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -53,7 +52,8 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> None:
-    """`run` the trials, `jobs` side by side, and print the name of each that has ended."""
+    """`run` the trials, `jobs` side by side, and print the name of each that has
+    ended."""
     with ThreadPoolExecutor(jobs) as pool:
         for index, _ in enumerate(pool.map(run, trials)):
             print(f"{index + 1}/{len(trials)}  {trials[index].name}", flush=True)

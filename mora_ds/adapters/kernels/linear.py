@@ -1,5 +1,5 @@
-"""An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`, in
-the fewest kernels.
+"""An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`,
+in the fewest kernels.
 
     weight        forward    fold(x) where M is applied once, W' = W0 + delta, W' x
                   backward   W', g W', collect(g), fold(x) of several blocks, dM
@@ -7,12 +7,13 @@ the fewest kernels.
                   backward   collect(g), c M, unfold(g_z), += g W0, fold(x) of several blocks, dM
 
 What is added to the base's product is there before it: the product then starts from it
-(`addmm_`), and no kernel reads the product again. Not so with a bias, a quantized weight or
-autocast, whose product is a function of its own.
+(`addmm_`), and no kernel reads the product again. Not so with a bias, a quantized
+weight or autocast, whose product is a function of its own.
 
 The folded input is rotated for rotate, so that M's gradient is one product for every
-operator, c^T z over all tokens and blocks, summed in fp32 and rounded once. g is collected
-by output blocks; where they are fewer than input blocks, each of these reads them in turn.
+operator, c^T z over all tokens and blocks, summed in fp32 and rounded once. g is
+collected by output blocks; where they are fewer than input blocks, each of these reads
+them in turn.
 """
 
 import torch

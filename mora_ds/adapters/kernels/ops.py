@@ -1,5 +1,5 @@
-"""The operations that the GPU's path of a layer is made of, as `torch.ops.mora_ds`. Each
-call starts one kernel.
+"""The operations that the GPU's path of a layer is made of, as `torch.ops.mora_ds`.
+Each call starts one kernel.
 
     gather_sum(x, table, cos, sin, back)         (T, S), (K, Q) -> (T, Q)   out[t, q] = sum over k of x[t, table[k, q]]
     gather_add_(y, x, table, cos, sin, back)     the same, added to y (T, Q) in place
@@ -13,14 +13,14 @@ Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both giv
 rotate only, `gather_sum` rotates each of the N blocks of the result (`back` False) or
 rotates each block of x back before it gathers (`back` True).
 
-`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M
-(R, R); `unfold`, `slots`, `blocks_out` and, for share, `members` of `tables`. The result is
-contiguous, in the dtype of M.
+`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8;
+M (R, R); `unfold`, `slots`, `blocks_out` and, for share, `members` of `tables`. The
+result is contiguous, in the dtype of M.
 
-Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its
-own: `linear` has it. CUDA runs `triton_ops`. Meta tensors have shapes only; a plan or a
-count sees one operation, as on CUDA. On a CPU layers do not call them, and only tests
-define them (tests/helpers/plain_kernels.py).
+Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of
+its own: `linear` has it. CUDA runs `triton_ops`. Meta tensors have shapes only; a plan
+or a count sees one operation, as on CUDA. On a CPU layers do not call them, and only
+tests define them (tests/helpers/plain_kernels.py).
 """
 
 from importlib.util import find_spec
@@ -51,7 +51,8 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether a device has kernels for these operations: CUDA where triton is installed."""
+    """Whether a device has kernels for these operations: CUDA where triton is
+    installed."""
     return device.type == "cuda" and _HAS_TRITON
 
 

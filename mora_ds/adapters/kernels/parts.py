@@ -1,6 +1,5 @@
 """In how many parts the gradient of M is summed, so that a GPU has work for all of its
-processors.
-"""
+processors."""
 
 import math
 
@@ -14,13 +13,13 @@ _TERMS = 512
 """Terms of a sum that a part of `product` has at least."""
 
 _READ_A_SUM = 16
-"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits
-eight times their bytes.
-"""
+"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16
+bits eight times their bytes."""
 
 
 def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums c^T z, to give about `programs` programs work."""
+    """In how many parts `product` sums c^T z, to give about `programs` programs
+    work."""
     tokens, blocks, r_hat = z.shape
     tiles = math.ceil(r_hat / TILE) ** 2
     worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)

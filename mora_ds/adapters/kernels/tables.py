@@ -1,5 +1,5 @@
-"""An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1 for
-zero.
+"""An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1
+for zero.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums,
 P = blocks of collected outputs, at most N: input block b reads block b mod P.
@@ -20,8 +20,7 @@ class KernelTables(nn.Module):
     """(K, N * R)"""
     unfold: Tensor
     """(K, D), of numbers in N blocks for rotate, which turns each by angles of its own,
-    else of numbers in P blocks.
-    """
+    else of numbers in P blocks."""
     spread: Tensor
     """(K, O)"""
     collect: Tensor
@@ -61,13 +60,13 @@ class KernelTables(nn.Module):
             spec.blocks == 1 and tables.spread.missing is None
         )
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
-        """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No
-        buffers, as they stay in fp32 whatever dtype the layer is cast to."""
+        """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes.
+        No buffers, as they stay in fp32 whatever dtype the layer is cast to."""
         if spec.rotates:
             self.rotation = rope_table(spec.blocks, spec.r_hat, torch.float32, device)
 
     @property
     def members(self) -> Tensor | None:
-        """(K, R), the outputs that read each row of M, where M is applied once and every
-        output reads a row: a kernel then reads a row once for all of them."""
+        """(K, R), the outputs that read each row of M, where M is applied once and
+        every output reads a row: a kernel then reads a row once for all of them."""
         return self.collect if self._every_output_reads_a_row else None

@@ -4,13 +4,13 @@ Each function has a `plan_` that says which kernel is started, with which sizes;
 needs shapes and dtypes only, so that the kernels of a 7B model are compiled, and their
 machine code inspected, without a GPU (tests/adapters/kernels).
 
-Memory is read and written in 128-bit pieces. What is gathered in a random order is one row,
-first copied to shared memory (`tl.gather`): in global memory every number would cost a
-transaction of 32 bytes. Rows of more than `_SHARED` bytes are gathered from global memory
-all the same.
+Memory is read and written in 128-bit pieces. What is gathered in a random order is one
+row, first copied to shared memory (`tl.gather`): in global memory every number would
+cost a transaction of 32 bytes. Rows of more than `_SHARED` bytes are gathered from
+global memory all the same.
 
-Products and sums are not fused into one rounding (`enable_fp_fusion`), so that fp32 has the
-bits of plain torch.
+Products and sums are not fused into one rounding (`enable_fp_fusion`), so that fp32 has
+the bits of plain torch.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
@@ -32,9 +32,8 @@ _SHARED = 1 << 16
 
 _PART = 2048
 _FORM_PART = 512
-"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for the
-other operators.
-"""
+"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for
+the other operators."""
 
 _TOKENS = 4
 """Tokens of one program of `gather_sum`, which all read the same part of the table."""
@@ -42,7 +41,8 @@ _TOKENS = 4
 _NONE = 0
 _FORTH = 1
 _BACK = 2
-"""Which rotation `_gather_sum` makes: of what it gathered, or of what it gathers from."""
+"""Which rotation `_gather_sum` makes: of what it gathered, or of what it gathers
+from."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def plan_form(
     sin: Tensor | None,
     blocks: int,
 ) -> Launch:
-    """`form` into out (O, D). For share a program gathers a row of M once, and adds it to
-    all rows of the weight that read it. For the other operators most elements of the delta
-    are zero, and of M only the others are read."""
+    """`form` into out (O, D). For share a program gathers a row of M once, and adds it
+    to all rows of the weight that read it. For the other operators most elements of the
+    delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
     r_hat = len(square)
     arguments = {
@@ -173,8 +173,8 @@ def plan_form(
             {"num_warps": 8, "enable_fp_fusion": False},
         )
     lines = 8
-    # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills with
-    # an int8 base on sm_90.
+    # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills
+    # with an int8 base on sm_90.
     warps = 4 if cos is None else 8
     return Launch(
         _form_blocks,
@@ -262,14 +262,14 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-# -- kernels -------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------
 
 
 @triton.jit
 def _rotation(cos, sin, position, half, inside):
-    """Of positions in blocks of 2 * half: the one that each is paired with, and cosine and
-    signed sine, so that the rotated x at p is x[p] * cosine + x[pair] * sine; rotated back
-    with the other sign of the sine."""
+    """Of positions in blocks of 2 * half: the one that each is paired with, and cosine
+    and signed sine, so that the rotated x at p is x[p] * cosine + x[pair] * sine;
+    rotated back with the other sign of the sine."""
     lane = position % (2 * half)
     first = lane < half
     angle = position // (2 * half) * half + tl.where(first, lane, lane - half)
@@ -281,7 +281,8 @@ def _rotation(cos, sin, position, half, inside):
 
 @triton.jit
 def _numbers_at(position, row, source, SHARED: tl.constexpr, SUM: tl.constexpr):
-    """Numbers of a row at positions (0 at -1): in shared memory `row`, or at `source`."""
+    """Numbers of a row at positions (0 at -1): in shared memory `row`, or at
+    `source`."""
     if SHARED:
         value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
         value = tl.where(position >= 0, value, 0)

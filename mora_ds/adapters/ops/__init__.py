@@ -1,5 +1,5 @@
-"""Pure tensor functions and the specs that say what an adapter's trained tensor means; no
-modules, no models.
+"""Pure tensor functions and the specs that say what an adapter's trained tensor means;
+no modules, no models.
 
 spec               `UpdateSpec`, the interface of all specs; names of operators and groupings, sizes, seeds
 mora               `OperatorSpec`: truncate, share, decouple, rotate

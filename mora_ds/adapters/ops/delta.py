@@ -1,12 +1,12 @@
-"""Updates added to a weight without forming their deltas: most of the time of a merge, a
-replay and an export.
+"""Updates added to a weight without forming their deltas: most of the time of a merge,
+a replay and an export.
 
     share, truncate      rows of the weight += the rows of `input_columns` that they read; 1 MiB of the weight at a
                          time
     decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 
-Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits are
-the same.
+Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits
+are the same.
 """
 
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
     """total += spec.delta_weight(value) for each (spec, value) in turn, in place.
 
-    `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved to
-    its device and dtype.
+    `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved
+    to its device and dtype.
     """
     if total.dim() > 2:
         for spec, value in updates:
@@ -42,16 +42,16 @@ def live_weight(
 ) -> Tensor:
     """The original weight plus the deltas of `updates`, summed in fp32, rounded once.
 
-    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such; it is
-    not written to. The result has its layout, lies on `device` (by default that of
-    `original`) and shares no memory with it. Elementwise operations only, so that every
-    number of threads gives the same bits.
+    `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such;
+    it is not written to. The result has its layout, lies on `device` (by default that
+    of `original`) and shares no memory with it. Elementwise operations only, so that
+    every number of threads gives the same bits.
     """
     device = torch.device(device) if device is not None else original.device
     original = original.mT if transposed else original
     total = torch.empty(original.shape, dtype=torch.float32, device=device)
-    # Moved before it is cast: in one call the CPU would cast, and send twice the bytes of
-    # bf16 to a GPU
+    # Moved before it is cast: in one call the CPU would cast, and send twice the bytes
+    # of bf16 to a GPU
     total.copy_(original.to(device))
     add_deltas_(total, updates)
     return (total.mT.contiguous() if transposed else total).to(dtype)

@@ -1,15 +1,15 @@
-"""A frozen weight (O, D) and its products: a dense tensor, or numbers of fewer bits that
-stand for one.
+"""A frozen weight (O, D) and its products: a dense tensor, or numbers of fewer bits
+that stand for one.
 
     dense(weight, dtype)                    the matrix to multiply by
     product(x, weight, bias)                W x + b
     input_gradient(g, weight)               g W
     frozen_linear(x, weight, bias)          W x + b with a backward, for which it saves nothing
 
-A `QuantizedWeight` forms its dense matrix for every product, in forward and in backward: to
-save it would cost the memory that the fewer bits save. Plain torch, because the libraries'
-products are made for inference, and because here the update may be added to the weight
-first.
+A `QuantizedWeight` forms its dense matrix for every product, in forward and in
+backward: to save it would cost the memory that the fewer bits save. Plain torch,
+because the libraries' products are made for inference, and because here the update may
+be added to the weight first.
 
 Shape legend:  O = d_out, D = d_in.
 """
@@ -67,8 +67,8 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 
 
 def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """What an autograd function saves of a weight, by `save_for_backward`: where the base
-    is streamed, hooks on saved tensors bring it to the device."""
+    """What an autograd function saves of a weight, by `save_for_backward`: where the
+    base is streamed, hooks on saved tensors bring it to the device."""
     return (
         (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
     )
@@ -80,17 +80,16 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` for the forward of an autograd function: with a bias torch returns a view,
-    which a model may then not change in place (transformers/models/roc_bert does), although
-    it may with `nn.Linear`."""
+    """`F.linear` for the forward of an autograd function: with a bias torch returns a
+    view, which a model may then not change in place (transformers/models/roc_bert
+    does), although it may with `nn.Linear`."""
     y = F.linear(x, weight, bias)
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight is
-    quantized.
-    """
+    """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight
+    is quantized."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
     return weight.product(x, bias)

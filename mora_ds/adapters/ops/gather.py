@@ -14,21 +14,23 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index], with x as a matrix, from which a CPU gathers up to five times faster."""
+    """x[..., index], with x as a matrix, from which a CPU gathers up to five times
+    faster."""
     flat = x.reshape(-1, x.shape[-1])
     return flat.index_select(1, index).view(*x.shape[:-1], len(index))
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether x is computed with as a CPU likes it: from memory that stays in its cache."""
+    """Whether x is computed with as a CPU likes it: from memory that stays in its
+    cache."""
     return x.device.type == "cpu"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2
-    sin, x2 cos + x1 sin); with `back` the inverse. `cos` (..., 1, R / 2) and `sin` (..., 2,
-    R / 2) of `signed`, for x (..., R). Few operations, as each of them costs more to start
-    than to compute where matrices are small."""
+    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos
+    - x2 sin, x2 cos + x1 sin); with `back` the inverse. `cos` (..., 1, R / 2) and `sin`
+    (..., 2, R / 2) of `signed`, for x (..., R). Few operations, as each of them costs
+    more to start than to compute where matrices are small."""
     halves = x.unflatten(-1, (2, -1))
     turned = halves * cos
     crossed = halves.flip(-2) * sin
@@ -54,8 +56,9 @@ def linear_map(
     apply: Callable[[Tensor], Tensor],
     transpose: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass of
-    sums with many terms would copy the gradient of all that is gathered once a term."""
+    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass
+    of sums with many terms would copy the gradient of all that is gathered once a
+    term."""
     result: Tensor = _LinearMap.apply(x, apply, transpose)
     return result
 

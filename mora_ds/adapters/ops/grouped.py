@@ -6,9 +6,9 @@ experts of a mixture compute.
 Shape legend:  S = rows, sorted by their matrix, E = matrices, O = d_out, D = d_in.
 
 On GPUs torch's grouped product in bf16, which reads `ends` on the device; elsewhere a
-product for each matrix that has rows. Only the gradients that are wanted are computed, and
-a frozen stack saves no rows for backward. A stack in 8 bits is formed for every product, in
-forward and in backward (`ops.frozen`).
+product for each matrix that has rows. Only the gradients that are wanted are computed,
+and a frozen stack saves no rows for backward. A stack in 8 bits is formed for every
+product, in forward and in backward (`ops.frozen`).
 """
 
 from itertools import pairwise
@@ -26,8 +26,8 @@ _ALIGNMENT = 16
 
 
 def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
-    """(S, D) -> (S, O). `stack`: (E, O, D), dense or in 8 bits; `ends`: (E,) int32, where
-    the rows of each matrix end.
+    """(S, D) -> (S, O). `stack`: (E, O, D), dense or in 8 bits; `ends`: (E,) int32,
+    where the rows of each matrix end.
 
     A dense stack that is a parameter gets its gradient."""
     result: Tensor = _GroupedLinear.apply(x, *parts_of(stack), ends)
@@ -98,7 +98,8 @@ def _rows_through(
 
 
 def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The sum over its rows of g_s x_s^T for every matrix: (S, N), (S, K) -> (E, N, K)."""
+    """The sum over its rows of g_s x_s^T for every matrix: (S, N), (S, K) ->
+    (E, N, K)."""
     if x.is_meta:
         return x.new_empty(len(ends), g.shape[1], x.shape[1])
     if has_kernel(x, g.shape[1]):

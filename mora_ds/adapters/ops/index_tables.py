@@ -1,16 +1,16 @@
-"""The four maps of an operator, as tables of indices that say which numbers are summed at
-each result.
+"""The four maps of an operator, as tables of indices that say which numbers are summed
+at each result.
 
     fold     x (D) -> z (N R)   the inputs that are summed at each position          unfold   its transpose
     spread   u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
 
 Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`);
-decompression is `spread`. The operator's delta and gradients (`mora`), its kernels and its
-windows for tensor parallelism follow from the maps. Another operator is one more entry of
-`OPERATORS`, with one function that makes its `fold` and `collect`.
+decompression is `spread`. The operator's delta and gradients (`mora`), its kernels and
+its windows for tensor parallelism follow from the maps. Another operator is one more
+entry of `OPERATORS`, with one function that makes its `fold` and `collect`.
 
-The tables hold indices only, no arithmetic. Permutations are folded into them, so that a
-permuted operator costs no more.
+The tables hold indices only, no arithmetic. Permutations are folded into them, so that
+a permuted operator costs no more.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to, K = terms of the longest sum,
                P = blocks of u that `collect` makes: where outputs read the sum of several blocks, the transpose gives
@@ -49,7 +49,8 @@ Results = slice | Tensor
 
 @dataclass(frozen=True)
 class IndexMap:
-    """A linear map: result q is the sum over k of the numbers at `table[k, q]`; -1: zero.
+    """A linear map: result q is the sum over k of the numbers at `table[k, q]`; -1:
+    zero.
 
     All that is summed is gathered at once: the first term of every result, after it the
     other terms of those results that have them, which are then added to the first.
@@ -62,7 +63,8 @@ class IndexMap:
     missing: Results | None
     """The results whose first term is zero; None for none."""
     additions: tuple[tuple[Results, slice], ...]
-    """For each other term the results that have it, and where it is among the gathered."""
+    """For each other term the results that have it, and where it is among the
+    gathered."""
 
     @classmethod
     def of(cls, table: Tensor, device: torch.device) -> IndexMap:
@@ -103,20 +105,24 @@ class IndexMap:
             if isinstance(results, slice):
                 total[..., results] += gathered[..., terms]
             else:
-                # A copy for autograd, as `total` shares memory with the terms, and changes
+                # A copy for autograd, as `total` shares memory with the terms, and
+                # changes
                 total.index_add_(-1, results, gathered[..., terms].clone())
-        # A copy without the other terms, which a layer that saves the result would keep too
+        # A copy without the other terms, which a layer that saves the result would keep
+        # too
         return total.contiguous()
 
     def _rounded_once(self, x: Tensor) -> Tensor:
-        """As by the kernels: torch sums a dimension in fp32, without a copy of x in it."""
+        """As by the kernels: torch sums a dimension in fp32, without a copy of x in
+        it."""
         indices = self.table.flatten()
         terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
         return terms.unflatten(-1, self.table.shape).sum(dim=-2)
 
 
 def _run_or_indices(results: Tensor, device: torch.device) -> Results:
-    """Sorted indices, at least one, on a device; as a slice where they are neighbours."""
+    """Sorted indices, at least one, on a device; as a slice where they are
+    neighbours."""
     start = int(results[0])
     stop = int(results[-1]) + 1
     return slice(start, stop) if len(results) == stop - start else results.to(device)
@@ -142,8 +148,8 @@ _tables_in_use = WeakValueDictionary[tuple["OperatorSpec", torch.device], IndexT
 @lru_cache(maxsize=1024)
 def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """The operator's tables, made on the CPU and kept on `device`: those last used, and
-    those that anyone holds. A layer holds its own, as a model of 70B with domains has 1,120
-    operators, used one after the other."""
+    those that anyone holds. A layer holds its own, as a model of 70B with domains has
+    1,120 operators, used one after the other."""
     key = spec, device
     tables = _tables_in_use.get(key)
     if tables is None:
@@ -193,8 +199,8 @@ def transposed(table: Tensor, size: int) -> Tensor:
 
 
 def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
-    """(K, size): in column k the values whose key is k, in their order, and -1 up to the
-    length K of the longest column (at least 1)."""
+    """(K, size): in column k the values whose key is k, in their order, and -1 up to
+    the length K of the longest column (at least 1)."""
     order = keys.argsort(stable=True)
     keys = keys[order]
     values = values[order]
@@ -206,7 +212,7 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
     return table
 
 
-# -- fold (K, N R) and collect (K, P R) of each operator, without permutations -------------
+# -- fold (K, N R) and collect (K, P R) of each operator, without permutations ---------
 
 
 def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
@@ -225,9 +231,9 @@ def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
-    """Output block p reads block p of M's output; where there are fewer of these, from the
-    first again; where there are more, those that are left are added from the first output
-    block on (P is then the number of output blocks)."""
+    """Output block p reads block p of M's output; where there are fewer of these, from
+    the first again; where there are more, those that are left are added from the first
+    output block on (P is then the number of output blocks)."""
     fold = _filled(spec.d_in, spec.r_hat).view(1, -1)
     outputs = torch.arange(spec.blocks_out * spec.r_hat)
     outputs = outputs.where(outputs < spec.d_out, -1).view(spec.blocks_out, spec.r_hat)
@@ -278,7 +284,8 @@ def square_size(
     kind: OperatorKind,
     multiple: int = R_HAT_MULTIPLE,
 ) -> int:
-    """r_hat = floor(sqrt((d_in + d_out) rank)), of LoRA's parameters (paper, section 3).
+    """r_hat = floor(sqrt((d_in + d_out) rank)), of LoRA's parameters
+    (paper, section 3).
 
     Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank
     below 1.
@@ -290,7 +297,8 @@ def square_size(
 
 
 def _filled(size: int, r_hat: int) -> Tensor:
-    """(ceil(size / R), R): the indices in rows, of which the last is filled up from 0."""
+    """(ceil(size / R), R): the indices in rows, of which the last is filled up from
+    0."""
     return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
 
 
@@ -351,14 +359,14 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (blocks, R / 2): block i, pair j turn by i * 10000^(-2j / R).
 
-    Rounded to fp32 once, whatever the dtype, and the same bits on every machine, because a
-    merge ledger that is replayed elsewhere must give the same weights. The vectorised `cos`
-    of torch and numpy, and libm's, round the last bit as the CPU's instructions lead them.
-    So no such function is called: the turns of block 1 come from decimal arithmetic, which
-    is software, and those of the other blocks from products and sums in fp64, which IEEE
-    754 defines to the bit. Each is an operation of its own, as a fused product and sum
-    rounds otherwise. Errors grow by about 1e-16 a block, and stay far below the rounding to
-    fp32.
+    Rounded to fp32 once, whatever the dtype, and the same bits on every machine,
+    because a merge ledger that is replayed elsewhere must give the same weights. The
+    vectorised `cos` of torch and numpy, and libm's, round the last bit as the CPU's
+    instructions lead them. So no such function is called: the turns of block 1 come
+    from decimal arithmetic, which is software, and those of the other blocks from
+    products and sums in fp64, which IEEE 754 defines to the bit. Each is an operation
+    of its own, as a fused product and sum rounds otherwise. Errors grow by about 1e-16
+    a block, and stay far below the rounding to fp32.
     """
     with torch.inference_mode(False), torch.no_grad():
         turns = [_turn(pair, r_hat // 2) for pair in range(r_hat // 2)]
@@ -374,7 +382,8 @@ def rope_table(
 
 
 def _turn(pair: int, pairs: int) -> tuple[float, float]:
-    """Cosine and sine of 10000^(-pair / pairs), correctly rounded to fp64 but for ties."""
+    """Cosine and sine of 10000^(-pair / pairs), correctly rounded to fp64 but for
+    ties."""
     with localcontext(prec=34):
         angle = (-pair * Decimal(10000).ln() / pairs).exp()
         sums = [Decimal(0), Decimal(0)]

@@ -5,12 +5,12 @@
 
 Shape legend:  O = d_out, D = d_in.
 
-Plain torch: torch's `_weight_int8pack_mm` has no backward, and torchao's tensor subclass
-has its own matrix products. The scheme is theirs (symmetric, one scale an output), so that
-another kernel could replace `dense` in a product.
+Plain torch: torch's `_weight_int8pack_mm` has no backward, and torchao's tensor
+subclass has its own matrix products. The scheme is theirs (symmetric, one scale an
+output), so that another kernel could replace `dense` in a product.
 
-All results come from separate elementwise operations, so that every device and number of
-threads gives the same bits.
+All results come from separate elementwise operations, so that every device and number
+of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mora_ds.common.errors import RunError
 LARGEST = 127
 
 _CPU_CHUNK = 1 << 18
-"""Elements that a CPU processes at a time: 1 MiB in fp32, which stays in a core's cache."""
+"""Elements that a CPU processes at a time: 1 MiB in fp32, which stays in a core's
+cache."""
 
 _DEVICE_CHUNK = 1 << 24
 """Elements that other devices process at a time: 64 MiB."""
@@ -35,7 +36,8 @@ _DEVICE_CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Int8Weight(QuantizedWeight):
-    """values (O, D) int8, maybe transposed, and scales (O,) fp32; or a stack of both."""
+    """values (O, D) int8, maybe transposed, and scales (O,) fp32; or a stack of
+    both."""
 
     bits: ClassVar[int] = 8
 
@@ -67,11 +69,11 @@ class Int8Weight(QuantizedWeight):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,) fp32.
-    `weight` is not written to.
+    """(O, D) of any floating dtype -> values (O, D) int8, contiguous, and scales (O,)
+    fp32. `weight` is not written to.
 
-    Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is not
-    finite.
+    Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is
+    not finite.
     """
     if weight.dim() > 2:
         values_of, scales_of = zip(*map(quantize, weight), strict=True)

@@ -3,14 +3,14 @@
     activation   W0 x + decompress(M compress(x))             works on the activations: cost ~ tokens
     weight       (W0 + delta_weight(M)) x                     works on the weight: cost ~ d_in * d_out in each direction
 
-The weight path forms the sum in forward and again in backward, so that nothing of the size
-of W0 is saved; the gradient of M comes from the folded input and the folded output gradient
-(`square_gradient`), not from a (d_out, d_in) product. Both are the same function of x and
-M. They differ in rounding: in bf16 or fp16 the weight path rounds W0 + delta to that dtype,
-as mixed-precision training of full weights does, so that a delta smaller than half a unit
-in the last place of W0 has no effect until it has grown; the gradient of M is that of the
-sum. A quantized weight is made dense for each product of either path, and freed after it
-(`frozen`).
+The weight path forms the sum in forward and again in backward, so that nothing of the
+size of W0 is saved; the gradient of M comes from the folded input and the folded output
+gradient (`square_gradient`), not from a (d_out, d_in) product. Both are the same
+function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0
++ delta to that dtype, as mixed-precision training of full weights does, so that a delta
+smaller than half a unit in the last place of W0 has no effect until it has grown; the
+gradient of M is that of the sum. A quantized weight is made dense for each product of
+either path, and freed after it (`frozen`).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
         weight        W0 + delta is formed: d_in * d_out numbers are read, added and written
         activation    tokens * (d_in + d_out) numbers are gathered or added, and multiplied by M: two operations each
 
-    Sizes alone decide, never a measurement, a device or a dtype, because the paths round
-    differently: the same command computes the same bits on every rank and in every resumed
-    run.
+    Sizes alone decide, never a measurement, a device or a dtype, because the paths
+    round differently: the same command computes the same bits on every rank and in
+    every resumed run.
     """
     formed = d_in * d_out
     moved = 2 * tokens * (d_in + d_out)
@@ -76,9 +76,8 @@ def mora_linear(
     spec: OperatorSpec,
     path: Compute,
 ) -> Tensor:
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will
-    do. `path`: not AUTO.
-    """
+    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view
+    will do. `path`: not AUTO."""
     return linear_by(LayerProducts(spec), x, weight, bias, square, path)
 
 
@@ -103,9 +102,9 @@ def linear_by(
 
 class _MoRALinear(torch.autograd.Function):
     """Saves the folded input where M is applied once (tokens * r_hat). That of several
-    blocks is as large as the input, which is saved in its place, as layers that read the
-    same tensor share it. The activation path adds all sums to the product with W0, without
-    another tensor of its size."""
+    blocks is as large as the input, which is saved in its place, as layers that read
+    the same tensor share it. The activation path adds all sums to the product with W0,
+    without another tensor of its size."""
 
     @staticmethod
     def forward(
@@ -149,7 +148,8 @@ class _MoRALinear(torch.autograd.Function):
 
 
 class LayerProducts:
-    """The steps of both paths for one operator, in plain torch (`kernels.linear` has them by kernels)."""
+    """The steps of both paths for one operator, in plain torch (`kernels.linear` has
+    them by kernels)."""
 
     def __init__(self, spec: Maps) -> None:
         self.spec = spec
@@ -178,11 +178,13 @@ class LayerProducts:
         square: Tensor,
         saved: Tensor,
     ) -> Tensor:
-        """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of x."""
+        """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of
+        x."""
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
-        """What both gradients of the activation path read of g (..., O), if the same."""
+        """What both gradients of the activation path read of g (..., O), if the
+        same."""
         if self.spec.blocks > 1 or sums_by_product(g):
             return None
         return decompress_transpose(self.spec, g)

@@ -2,8 +2,8 @@
 
     h = W0 x + (alpha / r) B A x            LoRA, arXiv 2106.09685, section 4.1;  A (r, D), B (O, r)
 
-Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both factors are one
-tensor, [A | B^T] of shape (r, D + O), so that a layer has one trainable parameter,
+Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both factors are
+one tensor, [A | B^T] of shape (r, D + O), so that a layer has one trainable parameter,
 whichever adapter it carries, and ZeRO gathers it at once.
 """
 
@@ -51,9 +51,9 @@ class LoRASpec(UpdateSpec):
         return self.rank, self.d_in + self.d_out
 
     def first_value(self, seed: int) -> Tensor:
-        """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its gradient
-        is not. A pure function of its arguments: the same on every rank and after every
-        resume."""
+        """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its
+        gradient is not. A pure function of its arguments: the same on every rank and
+        after every resume."""
         generator = torch.Generator().manual_seed(seed)
         down = torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
         factors = torch.zeros(self.value_shape)
@@ -84,8 +84,8 @@ class LoRASpec(UpdateSpec):
         return torch.cat((down, up * factor), dim=1)
 
     def delta_weight(self, value: Tensor) -> Tensor:
-        """Summed one rank after another by separate elementwise products and sums, which
-        every number of threads rounds alike (a matrix product does not)."""
+        """Summed one rank after another by separate elementwise products and sums,
+        which every number of threads rounds alike (a matrix product does not)."""
         down, up = self.factors(value)
         up = up.unsqueeze(2)
         total = up[0] * down[0]

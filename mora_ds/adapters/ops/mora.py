@@ -1,5 +1,5 @@
-"""MoRA's operators: compress, decompress, delta_weight and its adjoint, as pure functions
-of tensors.
+"""MoRA's operators: compress, decompress, delta_weight and its adjoint, as pure
+functions of tensors.
 
 A layer with frozen weight W0 (d_out, d_in) learns one square matrix M (r_hat, r_hat):
 
@@ -11,7 +11,8 @@ Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to (
     compress    (..., D) -> (..., N, R)        decompress    (..., N, R) -> (..., O)
     delta_weight  (R, R) -> (O, D)             adjoint            (O, D) -> (R, R)
 
-Both `delta_weight` and the forward pass are built from the same few index rules (`index_tables`):
+Both `delta_weight` and the forward pass are built from the same few index rules
+(`index_tables`):
 
     padded input     position q of the padded input holds x[q mod D], q < ceil(D / R) * R
     truncate         keep the first R inputs (zero-padded when R > D); zero-pad the output          eq. 4-5
@@ -22,7 +23,8 @@ Both `delta_weight` and the forward pass are built from the same few index rules
 
 (The reference implementation calls share type 1 and rotate type 6.) With
 `Grouping.PERMUTED`, inputs and outputs are first shuffled by permutations drawn from
-`seed`: ReMoRA changes the seed every cycle, which lets the rank of the summed update grow.
+`seed`: ReMoRA changes the seed every cycle, which lets the rank of the summed update
+grow.
 """
 
 import math
@@ -55,16 +57,14 @@ from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
 _CHUNK = 1 << 18
-"""Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32, which
-stays in a core's cache.
-"""
+"""Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32,
+which stays in a core's cache."""
 
 
 @dataclass(frozen=True)
 class OperatorSpec(UpdateSpec):
-    """An operator with its sizes. Raises `UserError` for sizes or groupings that make no
-    operator.
-    """
+    """An operator with its sizes. Raises `UserError` for sizes or groupings that make
+    no operator."""
 
     kind: OperatorKind
     d_in: int
@@ -145,7 +145,8 @@ class OperatorSpec(UpdateSpec):
         return tables_of(self, device)
 
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A sums inputs, B holds rows of M; None where M is applied to several blocks."""
+        """A sums inputs, B holds rows of M; None where M is applied to several
+        blocks."""
         if self.blocks > 1:
             return None
         return fold_matrix(self, value).T, rows_of_outputs(self, value)
@@ -163,8 +164,7 @@ class OperatorSpec(UpdateSpec):
 
 def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
     """`spec` itself, of which MoRA's operators are read. Raises `UserError` that begins
-    with `of_what` for another.
-    """
+    with `of_what` for another."""
     if not isinstance(spec, OperatorSpec):
         known = ", ".join(kind.value for kind in OPERATORS)
         raise UserError(
@@ -181,8 +181,8 @@ def _member(enum: type[Enum], value: Any, what: str) -> Any:
 
 
 class Maps(Protocol):
-    """What the functions below read of an operator: of an `OperatorSpec`, or of the part of
-    one that a process computes (`parallel.windows.Window`)."""
+    """What the functions below read of an operator: of an `OperatorSpec`, or of the
+    part of one that a process computes (`parallel.windows.Window`)."""
 
     @property
     def d_in(self) -> int: ...
@@ -234,7 +234,8 @@ def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
 
 
 def collect(spec: Maps, g: Tensor) -> Tensor:
-    """(..., O) -> (..., P, R): block b of `decompress_transpose` is block b mod P of it."""
+    """(..., O) -> (..., P, R): block b of `decompress_transpose` is block b mod P of
+    it."""
     tables = spec.tables(g.device)
     collected = _sums(spec, g, tables.collect, tables.spread)
     return collected.unflatten(-1, (-1, spec.r_hat))
@@ -248,9 +249,9 @@ def fold_input(spec: Maps, x: Tensor) -> Tensor:
 
 
 def saved_input(spec: Maps, x: Tensor) -> Tensor:
-    """What a layer saves of its input x (..., D) for M's gradient: the folded input (...,
-    1, R) where M is applied once. That of several blocks is as large as x itself, which is
-    saved in its place: layers that read one tensor share it."""
+    """What a layer saves of its input x (..., D) for M's gradient: the folded input
+    (..., 1, R) where M is applied once. That of several blocks is as large as x itself,
+    which is saved in its place: layers that read one tensor share it."""
     return fold_input(spec, x) if spec.blocks == 1 else x
 
 
@@ -261,9 +262,9 @@ def unfold_input(spec: Maps, z: Tensor) -> Tensor:
 
 def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU
-    scatters them, in low precision by a product with ones and zeros, which it multiplies
-    faster than it moves numbers one by one, and sums in fp32. (On a GPU scattered sums are
-    atomic, so that their order would vary.)"""
+    scatters them, in low precision by a product with ones and zeros, which it
+    multiplies faster than it moves numbers one by one, and sums in fp32. (On a GPU
+    scattered sums are atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
         return sums(x)
     if sums_by_product(x):
@@ -294,10 +295,10 @@ def square_gradient(
 ) -> Tensor:
     """dL/dM (R, R), from the output's gradient g (..., O); equal to adjoint(g^T x).
 
-    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks
-    do form g^T x (O, D), which in low precision may take less time. Else some tokens at a
-    time, so that what is gathered of them is still in the CPU's cache when it is
-    multiplied.
+    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several
+    blocks do form g^T x (O, D), which in low precision may take less time. Else some
+    tokens at a time, so that what is gathered of them is still in the CPU's cache when
+    it is multiplied.
     """
     g = g.flatten(0, -2)
     saved = (
@@ -322,8 +323,8 @@ def square_gradient(
 def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
     """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... rotated and summed.
 
-    The same block of the output's gradient belongs to all of them: they are multiplied with
-    it at once, which is N / P times less work.
+    The same block of the output's gradient belongs to all of them: they are multiplied
+    with it at once, which is N / P times less work.
     """
     total = z.new_zeros(len(z), count, spec.r_hat)
     for start in range(0, spec.blocks, count):
@@ -355,8 +356,8 @@ def rows_of_outputs(spec: Maps, square: Tensor) -> Tensor:
 
 
 def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has
-    outputs that read none, and for each output (O,) the row that it reads."""
+    """For share and truncate, of rows (R, ...): these, with one of zeros where truncate
+    has outputs that read none, and for each output (O,) the row that it reads."""
     spread = spec.tables(rows.device).spread
     if spread.missing is not None:
         rows = torch.cat((rows, torch.zeros_like(rows[:1])))
@@ -364,15 +365,16 @@ def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_blocks(spec: Maps, blocks: Tensor, back: bool = False) -> Tensor:
-    """The rotation of each input block (..., N, R), or its inverse; for all operators but
-    rotate, the blocks themselves."""
+    """The rotation of each input block (..., N, R), or its inverse; for all operators
+    but rotate, the blocks themselves."""
     if not spec.rotates:
         return blocks
     return rotate(blocks, *rotation_of(spec, blocks), back)
 
 
 def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate` needs for blocks (N, R), in the dtype and on the device of `like`."""
+    """What `rotate` needs for blocks (N, R), in the dtype and on the device of
+    `like`."""
     return signed_rope_table(spec.blocks, spec.r_hat, like.dtype, like.device)
 
 
@@ -412,8 +414,9 @@ def add_input_gradient_(
     g: Tensor,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in
-    place. `sums`: `decompress_transpose` of g, where it is there already."""
+    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g
+    (..., O); in place. `sums`: `decompress_transpose` of g, where it is there
+    already."""
     if spec.blocks > 1:
         c = decompress_transpose(spec, g).flatten(0, -3)
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
@@ -447,8 +450,8 @@ def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
 def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     """The (O, D) change of the weight that M stands for, a new tensor in M's dtype.
 
-    Made of separate elementwise operations and copies only, so that every device rounds it
-    alike.
+    Made of separate elementwise operations and copies only, so that every device rounds
+    it alike.
     """
     _check_square(spec, square, "delta_weight")
     if spec.blocks == 1:
@@ -459,8 +462,8 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
 
 def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
-    """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many rows
-    at a time as stay in its cache."""
+    """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many
+    rows at a time as stay in its cache."""
     rows, slots = rows_and_slots(spec, input_columns(spec, square))
     count = max(1, _CHUNK // spec.d_in) if on_cpu(total) else spec.d_out
     for start in range(0, spec.d_out, count):
@@ -471,8 +474,8 @@ def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
 
 def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only
-    where an output reads a block of inputs, as the delta is zero elsewhere. Every number is
-    changed once, so that it is rounded once."""
+    where an output reads a block of inputs, as the delta is zero elsewhere. Every
+    number is changed once, so that it is rounded once."""
     tables = spec.tables(total.device)
     squares = block_squares(spec, square)
     if tables.overlap:
@@ -481,7 +484,8 @@ def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
 
 
 def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
-    """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place."""
+    """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in
+    place."""
     r_hat = squares.shape[1]
     # `scatter_add_` takes int64 only
     columns = tables.fold.table.view(-1, r_hat).long()
@@ -507,9 +511,9 @@ def effective_weight(spec: Maps, square: Tensor, weight: Tensor) -> Tensor:
 
 
 def input_columns(spec: Maps, square: Tensor) -> Tensor:
-    """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one that
-    truncate leaves out). In general (..., N * R) -> (..., D): for each input the sum of
-    what lies at its positions."""
+    """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one
+    that truncate leaves out). In general (..., N * R) -> (..., D): for each input the
+    sum of what lies at its positions."""
     return spec.tables(square.device).unfold(square)
 
 

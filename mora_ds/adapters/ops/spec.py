@@ -1,9 +1,9 @@
-"""What every kind of update has in common: the interface of its spec, names of operators,
-sizes and seeds.
+"""What every kind of update has in common: the interface of its spec, names of
+operators, sizes and seeds.
 
 A layer has one trained tensor, its *value*, and a *spec* that says which change of the
-frozen weight the value stands for. Merges, the merge ledger, exports and spectra use specs
-through `UpdateSpec` alone.
+frozen weight the value stands for. Merges, the merge ledger, exports and spectra use
+specs through `UpdateSpec` alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 
 ROTATE_BELOW_RANK = 64
-"""Below this LoRA rank `default_kind` is rotate, as at rank 8 in the paper, else share."""
+"""Below this LoRA rank `default_kind` is rotate, as at rank 8 in the paper, else
+share."""
 
 
 R_HAT_MULTIPLE = 16
-"""Sides of new MoRA matrices are multiples of this: for rows of bf16 or fp16 numbers that
-are no multiple of 16 bytes cuBLAS takes kernels for unaligned rows, which are slower."""
+"""Sides of new MoRA matrices are multiples of this: for rows of bf16 or fp16 numbers
+that are no multiple of 16 bytes cuBLAS takes kernels for unaligned rows, which are
+slower."""
 
 
 class OperatorKind(str, Enum):
@@ -39,8 +41,8 @@ class OperatorKind(str, Enum):
 
 
 class Grouping(str, Enum):
-    """Which inputs (outputs) are summed into (copied from) one place. PLAIN and PERMUTED
-    suit every operator, the others only share."""
+    """Which inputs (outputs) are summed into (copied from) one place. PLAIN and
+    PERMUTED suit every operator, the others only share."""
 
     PLAIN = "plain"
     PERMUTED = "permuted"
@@ -61,10 +63,11 @@ class Style(str, Enum):
 
 
 class UpdateSpec(ABC):
-    """Says which (d_out, d_in) change of a weight a value stands for. Immutable, hashable.
+    """Says which (d_out, d_in) change of a weight a value stands for. Immutable,
+    hashable.
 
-    Everything that only one kind of update does is a method or a property here, so that no
-    caller asks for the kind.
+    Everything that only one kind of update does is a method or a property here, so that
+    no caller asks for the kind.
     """
 
     name: ClassVar[str]
@@ -85,7 +88,8 @@ class UpdateSpec(ABC):
     @property
     @abstractmethod
     def value_shape(self) -> tuple[int, ...]:
-        """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of LoRA."""
+        """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of
+        LoRA."""
 
     @property
     def table_bytes(self) -> int:
@@ -105,12 +109,13 @@ class UpdateSpec(ABC):
         return total.add_(self.delta_weight(value))
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta
-        and without a backward. A stack, which 4 bits do not hold, has none."""
+        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the
+        delta and without a backward. A stack, which 4 bits do not hold, has none."""
         raise NotImplementedError
 
     def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
-        """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in place."""
+        """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in
+        place."""
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> object:
@@ -144,9 +149,8 @@ class UpdateSpec(ABC):
         yield module, self, value
 
     def single(self, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
-        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec that is
-        none: a file's.
-        """
+        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec
+        that is none: a file's."""
         raise UserError(f"{self.describe()} is no operator of a stack of experts")
 
     def describe(self) -> str:
@@ -165,8 +169,8 @@ def default_kind(rank: int) -> OperatorKind:
 
 def round_side(side: int, multiple: int, smallest: int) -> int:
     """`side` rounded down to a multiple of `multiple`, or of 2 where it is below twice
-    `multiple`; always one of `smallest`, which itself stays. `multiple` 1 leaves every such
-    side as it is."""
+    `multiple`; always one of `smallest`, which itself stays. `multiple` 1 leaves every
+    such side as it is."""
     step = max(smallest, multiple if side >= 2 * multiple else min(2, multiple))
     return side if side == smallest else side - side % step
 

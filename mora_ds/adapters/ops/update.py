@@ -20,9 +20,8 @@ class _Stack:
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
-    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys and
-    wrong types.
-    """
+    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys
+    and wrong types."""
     without_kind = {key: value for key, value in values.items() if key != "kind"}
     spec: UpdateSpec
     match values.get("kind"):

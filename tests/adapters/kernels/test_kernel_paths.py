@@ -151,7 +151,7 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one():
     torch.testing.assert_close(*results)
 
 
-# -- the layer -----------------------------------------------------------------------------
+# -- the layer -------------------------------------------------------------------------
 
 
 def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch):
@@ -194,7 +194,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     )
 
 
-# -- kernels -------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------
 
 
 class Kernels(TorchDispatchMode):

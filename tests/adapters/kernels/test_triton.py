@@ -29,7 +29,7 @@ REGISTERS = 65536
 """Of a multiprocessor, sm_80 and sm_90."""
 
 
-# -- results -------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------
 
 
 def interpret(start, step, interpreted="1"):
@@ -63,7 +63,7 @@ def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu():
     assert interpret(0, 1, interpreted="0") == len(list(specs()))
 
 
-# -- machine code --------------------------------------------------------------------------
+# -- machine code ----------------------------------------------------------------------
 
 
 def check_code(name, launch, capability):

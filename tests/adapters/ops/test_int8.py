@@ -47,7 +47,7 @@ def matrix(rows, columns, dtype=torch.float32):
     return (random(rows, columns) * torch.logspace(-6, 2, rows).unsqueeze(1)).to(dtype)
 
 
-# -- numbers -------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +99,7 @@ def test_bits_do_not_depend_on_threads_or_layout():
         assert torch.equal(first[part], quantize(weight.T.contiguous().T)[part])
 
 
-# -- layers --------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------
 
 
 in_8_bits = partial(in_bits, bits=8)
@@ -136,7 +136,7 @@ def test_activations_are_not_cast_to_integers():
             model(torch.randn(2, 8))
 
 
-# -- memory --------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------
 
 
 CONFIGS = {
@@ -186,7 +186,7 @@ def test_only_adapted_weights_are_int8():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-# -- merging -------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------
 
 
 def test_many_merges_of_a_conv1d_are_one():
@@ -231,7 +231,7 @@ def test_norms_of_a_merge(bits, conv):
     assert abs(norms.weight - layer.read().double().norm()) > 1e-3 * norms.weight
 
 
-# -- bad input -----------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------
 
 
 def test_bits_that_there_are_not():

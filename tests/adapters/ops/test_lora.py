@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_two_matrices():
     assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
 
 
-# -- ReLoRA: real ranks --------------------------------------------------------------------
+# -- ReLoRA: real ranks ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ every_operator = pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
 every_grouping = pytest.mark.parametrize("kind, grouping", KINDS_AND_GROUPINGS)
 
 
-# -- the reference -------------------------------------------------------------------------
+# -- the reference ---------------------------------------------------------------------
 
 
 def golden_cases():
@@ -104,7 +104,7 @@ def test_sines_and_cosines_are_correctly_rounded(blocks, r_hat):
         assert torch.equal(table, torch.tensor(exact, dtype=torch.float32))
 
 
-# -- the contract --------------------------------------------------------------------------
+# -- the contract ----------------------------------------------------------------------
 
 
 @every_operator
@@ -152,7 +152,7 @@ def test_truncate_and_decouple_by_hand():
     assert folded.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4]]
 
 
-# -- another operator ----------------------------------------------------------------------
+# -- another operator ------------------------------------------------------------------
 
 
 def mirrored_groups(spec):
@@ -244,7 +244,7 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     tables_of_window.cache_clear()
 
 
-# -- tables --------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------
 
 
 @every_grouping
@@ -301,7 +301,7 @@ def test_permuted_is_plain_between_two_permutations(kind):
     assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
 
 
-# -- rank ----------------------------------------------------------------------------------
+# -- rank ------------------------------------------------------------------------------
 
 
 def test_fresh_permutations_let_the_rank_grow():
@@ -315,7 +315,7 @@ def test_fresh_permutations_let_the_rank_grow():
     assert ranks == [128, 255, 382, 509, 512]
 
 
-# -- sizes, defaults, errors ---------------------------------------------------------------
+# -- sizes, defaults, errors -----------------------------------------------------------
 
 
 def test_square_size():
