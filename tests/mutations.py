@@ -391,6 +391,16 @@ train/inputs.py | train/test_inputs.py
 -path in outputs for path in (real, *real.parents)
 +False for output in outputs
 
+# a run writes into the folder of its model
+train/inputs.py | train/test_inputs.py
+-if real == output_dir and flag != _CACHE:
++if False:
+
+# a run writes into the folder of its text
+train/inputs.py | train/test_inputs.py
+-is_beside = real.is_file() and real.parent == output_dir
++is_beside = False
+
 # a folder with names of a run and no run is taken
 train/output_folder.py | train/test_output_folder.py
 -if present and not has_run:

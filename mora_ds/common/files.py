@@ -284,6 +284,15 @@ def require_new(output: Path) -> None:
         raise UserError(f"`output` {output} exists already; name a new folder")
 
 
+def require_outside(output: Path, source: Path) -> None:
+    """Raises `UserError` where `output` lies in the folder `source`, a checkpoint or an
+    adapter: it would be deleted with it."""
+    if source.resolve() in output.resolve().parents:
+        raise UserError(
+            f"`output` {output} lies in the checkpoint; give another folder"
+        )
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder, which replaces `folder` if the block succeeds.

@@ -35,6 +35,7 @@ from mora_ds.common.files import (
     atomic_folder,
     copy_folder,
     require_new,
+    require_outside,
     write_manifest,
 )
 from mora_ds.common.nested import different_keys
@@ -51,6 +52,7 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     checkpoint = as_path(checkpoint, "export_adapter: `checkpoint`")
     adapter = Adapter.open(find_adapter(checkpoint))
     source = adapter.folder
+    require_outside(output, source)
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
             shutil.copyfile(source / name, folder / name)

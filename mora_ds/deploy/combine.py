@@ -39,6 +39,7 @@ from mora_ds.common.files import (
     atomic_folder,
     atomic_path,
     require_new,
+    require_outside,
     write_json_atomic,
 )
 from mora_ds.common.tensor_files import SafetensorsWriter
@@ -99,6 +100,8 @@ def combine_adapters(
     paths = [as_path(path, "combine_adapters: one of `sources`") for path in sources]
     adapters = [Adapter.open(find_adapter(path)) for path in paths]
     last = adapters[-1]
+    for adapter in adapters:
+        require_outside(output, adapter.folder)
     for adapter in adapters[:-1]:
         _check_pair(adapter, last)
     reference = last.reference.absolute(last.folder)

@@ -33,7 +33,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import as_path, atomic_folder, require_place
+from mora_ds.common.files import as_path, atomic_folder, require_outside, require_place
 from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import scaled
 from mora_ds.deploy.logits_check import Comparison, compare_logits
@@ -282,10 +282,7 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     require_place(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
-    if read[0] in output.resolve().parents:
-        raise UserError(
-            f"`output` {output} lies in the checkpoint; give another folder"
-        )
+    require_outside(output, read[0])
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:

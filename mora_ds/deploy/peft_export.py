@@ -27,7 +27,12 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
+from mora_ds.common.files import (
+    atomic_folder,
+    require_new,
+    require_outside,
+    write_json_atomic,
+)
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.model_card import card
@@ -76,6 +81,7 @@ def export_peft(
     if rank is not None and rank < 1:
         raise UserError(f"`rank` must be at least 1, got {rank}")
     require_new(output)
+    require_outside(output, source)
     opened = Adapter.open(source)
     for name, entry in opened.file.layers.items():
         if entry.operator.is_stack:

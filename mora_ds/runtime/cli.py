@@ -199,8 +199,12 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raise `UserError`, which names `flag`, where a file could not be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    """Raise `UserError`, which names `flag`, where a file could not be written, or would
+    take the place of a folder or a device."""
+    if path is None:
+        return
+    is_taken = path.exists() and not path.is_file()
+    if is_taken or not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path}: name a file in a folder that exists")
 
 

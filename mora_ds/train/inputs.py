@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import BASE_FOLDER
@@ -19,13 +19,14 @@ from mora_ds.train.tasks import is_task_file
 _READABLE = (BASE_FOLDER, DEMO)
 """What a resumed run has made and will not replace."""
 
-_OF_TEXT = ("--train_files", "--replay", "--eval_files", "--dataset_name")
-"""Flags whose folders are searched for text: the output folder must not lie in them."""
+_CACHE = "--cache_dir"
+"""Its folders have names that no run uses, so that they may lie in the output folder."""
 
 
 def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or
-    deleted.
+    deleted; for a model or text whose folder is the output folder, and for text that is
+    searched for above it: what the run writes there would be taken for a part of it.
 
     `folder`: the one that the run writes to. Links are followed; another name of the
     same file (a hard link) is safe, as a run replaces files and writes into none. A
@@ -37,51 +38,74 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     # The demo has reserved the folder of its main job, and written what that one reads.
     elif is_reserved(folder):
         readable = (DEMO,)
-    outputs = [folder.resolve() / name for name in NAMES if name not in readable]
+    output_dir = folder.resolve()
+    outputs = [output_dir / name for name in NAMES if name not in readable]
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
-    for flag, named in inputs_of(arguments):
-        # `realpath` follows a loop of links as far as it goes, where `resolve` raises.
-        real = Path(os.path.realpath(named))
-        is_output = any(path in outputs for path in (real, *real.parents))
-        holds_output = flag in _OF_TEXT and real in folder.resolve().parents
-        if is_output or holds_output:
+    texts = list(_texts(arguments.data))
+    for flag, named in _paths([*_settings(arguments), *texts]):
+        real = _real(named)
+        if any(path in outputs for path in (real, *real.parents)):
             raise UserError(
                 f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
                 "copy elsewhere, or another --output_dir"
             )
+        if real == output_dir and flag != _CACHE:
+            raise _shared_folder(flag, named, folder)
+    for flag, named in _paths(texts):
+        real = _real(named)
+        is_beside = real.is_file() and real.parent == output_dir
+        if is_beside or real in output_dir.parents:
+            raise _shared_folder(flag, named, folder)
 
 
-def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
-    """(flag, path) of all that validated settings name: files, folders, names on the
-    Hub."""
+def _real(path: Path) -> Path:
+    """The path without links. `realpath` follows a loop of links as far as it goes,
+    where `resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
+def _shared_folder(flag: str, named: Path, folder: Path) -> UserError:
+    return UserError(
+        f"{flag} {named}: the run would write into the same folder, --output_dir {folder}: name another --output_dir"
+    )
+
+
+def _settings(arguments: Arguments) -> Iterator[tuple[str, str | None]]:
+    """(flag, path or name on the Hub) of all inputs but the text."""
     model = arguments.model
-    training = arguments.training
-    named = [
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--model_config", model.model_config),
-        ("--tokenizer_name", model.tokenizer_name),
-        *hooks_of(arguments).inputs(),
-        ("--deepspeed", training.deepspeed),
-        *_texts(arguments.data),
-        ("--cache_dir", arguments.data.cache_dir),
-        *(("--eval_tasks", name) for name in training.eval_tasks if is_task_file(name)),
-    ]
-    for flag, name in named:
+    yield "--model_name_or_path", model.model_name_or_path
+    yield "--model_config", model.model_config
+    yield "--tokenizer_name", model.tokenizer_name
+    yield from hooks_of(arguments).inputs()
+    yield "--deepspeed", arguments.training.deepspeed
+    yield "--mixture", arguments.data.mixture
+    yield _CACHE, arguments.data.cache_dir
+    for name in arguments.training.eval_tasks:
+        if is_task_file(name):
+            yield "--eval_tasks", name
+
+
+def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
+    """The flags and patterns of all text."""
+    for source in mixture_plan(data).sources:
+        for pattern in (*source.files, source.dataset):
+            yield source.flag, pattern
+    for _, pattern in data.named_eval_files():
+        yield "--eval_files", pattern
+
+
+def _paths(inputs: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, Path]]:
+    """(flag, path) of the files and folders that validated settings name or match."""
+    for flag, name in inputs:
         if not name:
             continue
         path = str(expanded(name, flag))
         matches = [path]
         if glob.has_magic(path) and not os.path.exists(path):
             matches = glob.glob(path, recursive=True)
+            # The whole folder before "**" is searched, for what a run will write too.
+            searched, is_recursive, _ = path.partition("**")
+            if is_recursive:
+                matches.append(searched)
         for match in matches:
             yield flag, Path(match)
-
-
-def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
-    """The flags and patterns of all text."""
-    yield "--mixture", data.mixture
-    for source in mixture_plan(data).sources:
-        for pattern in (*source.files, source.dataset):
-            yield source.flag, pattern
-    for _, pattern in data.named_eval_files():
-        yield "--eval_files", pattern

@@ -3,7 +3,7 @@ the file. No traceback.
 
 Each line of `CALLS` is a tool with its flags, and what the message must contain, separated
 by " | ". {bad} is the folder of `tests/helpers/mistakes.py`, {user} that of a user's own
-files, {run} an output folder, {step} its checkpoint, {new} a path where nothing is, {tiny}
+files, {run} an output folder, {step} its checkpoint, {link} a link to that, {new} a path where nothing is, {tiny}
 a config. Damaged checkpoints, which end with code 1, are in tests/checkpoint/.
 """
 
@@ -71,6 +71,10 @@ convert_checkpoint peft {run} --output {new} --rank 0 | --rank must be at least 
 convert_checkpoint peft {run} --output {user} --rank 4 | {user}
 convert_checkpoint peft {run} --output {new} --rank 4 --base {bad}/gone | --base | gone
 convert_checkpoint peft {run} --output {new} --rank 4 --domain code | --domain
+convert_checkpoint adapter {run} --output {step}/new | --output {step}/new lies in the checkpoint
+convert_checkpoint peft {run} --output {step}/new --rank 4 | --output {step}/new lies in the checkpoint
+ledger combine {step} {run} --weights 1 1 --output {link}/ledger/new | --output {link}/ledger/new lies in the checkpoint
+evaluate {user}/model --sets a={user}/held.txt --json /dev/null | --json /dev/null: name a file
 convert_checkpoint melt {run} --output {new} | melt
 ledger show {bad}/gone | gone
 ledger show {bad}/ledger_deep | ledger.json
@@ -125,12 +129,14 @@ def paths(user, tmp_path_factory):
         '{"identity": {"adapter": {"kind": "full"}}}'
     )
     write_manifest(bad / "full")
+    (bad / "link").symlink_to(run.checkpoint)
     tiny = REPOSITORY / "configs/models/tiny_llama.json"
     return {
         "bad": bad,
         "user": user.root,
         "run": run.output,
         "step": run.checkpoint,
+        "link": bad / "link",
         "new": bad / "new",
         "tiny": tiny,
     }

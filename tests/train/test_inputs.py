@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ NAMED = """
 {cache_dir: out/checkpoints/tokens} | --cache_dir out/checkpoints/tokens
 {research: {targets: out/ledger/a.txt}} | research.targets out/ledger/a.txt
 {deepspeed: out/base/ds.json} | --deepspeed out/base/ds.json
+{model_name_or_path: out} | --model_name_or_path out
+{model_name_or_path: other} | --model_name_or_path other
+{tokenizer_name: other/../out} | --tokenizer_name other/../out
+{train_files: [out/corpus.txt]} | --train_files out/corpus.txt
+{train_files: ["other/c*.txt"]} | --train_files other/corpus.txt
+{train_files: ["./**/*.parquet"]} | --train_files .
+{eval_files: [held=out]} | --eval_files out
+{mixture: all.yaml, train_files: []} | --mixture .
 """
 
 MIXTURE = "sources: {a: {files: [out/ledger/a.txt]}}\n"
@@ -51,6 +60,8 @@ def home(tmp_path, monkeypatch):
         "out/metrics.jsonl": "mine",
         "out/demo/mix.yaml": MIXTURE.replace("out/ledger/a.txt", "text.txt"),
         "mix.yaml": MIXTURE,
+        "all.yaml": MIXTURE.replace("out/ledger/a.txt", "."),
+        "out/corpus.txt": "mine",
         "text.txt": "other",
     }
     for name, content in contents.items():
@@ -80,7 +91,12 @@ def test_an_input_within_the_output_is_named(home, changes, message):
 
 OTHERS = """
 {}
-{train_files: [out/corpus.txt]}
+{model_name_or_path: .}
+{train_files: [out/texts]}
+{train_files: ["out/texts/**/*.txt"]}
+{dataset_name: out/texts, train_files: []}
+{mixture: out/mix.yaml, train_files: []}
+{cache_dir: out}
 {cache_dir: out/cache}
 {research: {targets: out/plan.yaml}}
 {train_files: ["no*"]}
@@ -90,12 +106,14 @@ OTHERS = """
 
 @pytest.mark.parametrize("changes", OTHERS.strip().splitlines())
 def test_other_inputs_pass(home, changes):
-    """A file of another name than those of a run is safe in the output folder; a loop of
-    links leads nowhere.
+    """A folder of another name than those of a run is safe in the output folder, and the
+    output folder in a model's; a loop of links leads nowhere.
     """
     (home / "looped").mkdir()
     (home / "looped/a.txt").symlink_to("a.txt")
-    (home / "out/corpus.txt").write_text("text")
+    (home / "out/texts").mkdir()
+    (home / "out/texts/a.txt").write_text("text")
+    shutil.copy(home / "out/demo/mix.yaml", home / "out/mix.yaml")
     check_inputs(settings(parsed(changes)), Path("out"))
 
 
