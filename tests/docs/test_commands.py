@@ -26,7 +26,7 @@ PRINTED = re.compile(
     r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL
 )
 """A run's command, and its first and last `SHOWN` lines."""
-SHOWN = 15
+SHOWN = 10
 VARIES = re.compile(r"[\d,.]+ (tok/s|GiB)|\d+:\d\d:\d\d")
 """What the machine decides."""
 DECIMAL = re.compile(r"\d+\.\d+")
