@@ -42,7 +42,7 @@ commands: data runtime models engine planning checkpoint config deploy eval trai
 __main__: commands
 hf: adapters checkpoint engine models remora runtime train
 peft: adapters
-research: adapters checkpoint commands config data engine eval models planning runtime train
+research: adapters checkpoint commands config data eval models planning runtime train
 """
 MAY_IMPORT = {
     package: set((allowed or "").split())

@@ -127,7 +127,7 @@ _LABELS = {
     "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple",
     "adapter.dropout": "--mora_dropout",
-    "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
+    "alignment": "the alignment loss, which was removed (such a run can be exported, but not resumed)",
     "adapter.layer_sizes": "research.targets",
     "adapter.alpha": "--lora_alpha",
     "adapter.embedding_rank": "--train_embedding_rank",

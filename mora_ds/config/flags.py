@@ -61,11 +61,12 @@ RESEARCH = "research"
 """The key of a recipe that holds the settings of `mora_ds.research`."""
 
 _REMOVED = """
-alignment_rank, alignment_weight, domain_adapters, targets: moved to the block `research:` of a recipe
+alignment_rank, alignment_weight: was removed, since the alignment loss did not help: leave it out
 attention: was removed: attention stays inside documents wherever the model can, or take --attn_implementation sdpa
 base_buffers: was removed: two decoder layers are on the device at a time
 base_cache_dir: was removed: set HF_HOME to a folder on the node's own disk, or copy the model there first
 compile: was removed: on GPUs the operators have kernels of their own
+domain_adapters, targets: moved to the block `research:` of a recipe
 eval_domains: was removed: an evaluation set with a domain's name is read as that domain's
 eval_tasks_limit: was removed: a FILE.yaml of --eval_tasks may name a smaller split
 exclude_eval_documents: was removed: --held_out_share keeps documents apart, datatrove removes others
@@ -208,8 +209,8 @@ def typed_values(
                 problems.append(str(error))
             if value == "":
                 problems.append(f"{where} must not be empty")
-        elif key in REMOVED and not prefix:
-            problems.append(f"{path}: {key} {REMOVED[key]}")
+        elif key in REMOVED and prefix in ("", f"{RESEARCH}."):
+            problems.append(f"{where} {REMOVED[key]}")
         else:
             suggestion = nearest(str(key), hints)
             problems.append(f"{path}: unknown key '{prefix}{key}'.{suggestion}")

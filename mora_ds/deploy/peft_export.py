@@ -36,7 +36,7 @@ from mora_ds.common.files import (
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.model_card import card
-from mora_ds.models.svd import leading_vectors
+from mora_ds.deploy.svd import leading_vectors
 from mora_ds.remora.ledger import LayerEntry
 
 CONFIG_FILE = "adapter_config.json"
@@ -147,7 +147,7 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     delta = delta.double()
     # B A = delta V V^T for the leading right singular vectors V: the best approximation
     # of this rank. As V is orthonormal, its energy is that of B.
-    down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
+    down = leading_vectors(delta, plan.rank, plan.entry.module).double()
     up = delta @ down.T
     energy = delta.square().sum().item()
     lost = 1 - up.square().sum().item() / energy if energy else 0.0

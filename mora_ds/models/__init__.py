@@ -1,5 +1,4 @@
-"""Base models: Hugging Face folders read and written, loss, vocabulary, singular
-vectors.
+"""Base models: Hugging Face folders read and written, loss, vocabulary.
 
 base            `BaseCheckpoint`: the original weights on disk, their fingerprint and the names of parameters
 attention       which attention a model runs: by documents, or dense
@@ -13,5 +12,4 @@ stored_names    names of tensors in files and in the live model
 save            writes a model folder tensor by tensor
 loss            the loss of a batch, optionally in chunks of tokens
 vocabulary      adds rows to embeddings and head for new tokens
-svd             leading singular vectors of a matrix
 """

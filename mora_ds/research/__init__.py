@@ -4,7 +4,6 @@ use.
 settings, run     the block `research:` of a recipe, and the hooks of a run that has one (`train.hooks`)
 analyze           ranks of frozen weights, and plans under a budget (`mora-ds analyze`)
 targets           plans of which layers get a MoRA matrix, and of what side
-alignment         a term of the loss: how much of an update lies in the weight's leading subspaces
 bank              many adapters of one base, each row of a batch with its own (`mora-ds evaluate-adapters`)
 spectrum          singular values and ranks of merged updates (`mora-ds spectrum`)
 

@@ -18,7 +18,6 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.mixture import HELD_OUT
 from mora_ds.models.load import LoadedBase
 from mora_ds.models.loss import token_nll
-from mora_ds.research.alignment import Alignment, Leading, leading_of_base
 from mora_ds.research.settings import NAME, ResearchSettings, domain_names
 from mora_ds.research.targets import SETTING, TargetPlan, read_plan
 from mora_ds.runtime.ranks import Ranks
@@ -29,15 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class ResearchHooks(Hooks):
-    """Plans of targets, the alignment loss and domains."""
+    """Plans of targets and domains."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.settings = ResearchSettings(**arguments.research)
         self.domains = Domains(())
         self._plan: TargetPlan | None = None
-        self._leading: dict[str, Leading] = {}
-        """What the alignment loss aligns with."""
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         yield SETTING, self.settings.targets
@@ -63,11 +60,7 @@ class ResearchHooks(Hooks):
             return config
         if self._plan is not None:
             self._plan.check_base(loaded.base, loaded.base.fingerprint(ranks=ranks))
-        config = self._planned(config, self._plan)
-        if self.settings.alignment_weight:
-            rank = self.settings.alignment_rank
-            self._leading = leading_of_base(config, loaded, rank, ranks)
-        return config
+        return self._planned(config, self._plan)
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
         """Fingerprints are not compared, since that would read every weight."""
@@ -80,21 +73,12 @@ class ResearchHooks(Hooks):
             config = replace(config, domains=domain_names(self.arguments))
         return config if plan is None else plan.put_into(config)
 
-    def identity(self) -> dict[str, Any]:
-        if not self.settings.alignment_weight:
-            return {}
-        return {
-            "alignment": [self.settings.alignment_weight, self.settings.alignment_rank]
-        }
-
-    def injected(self, model: nn.Module, config: AdapterConfig) -> None:
+    def injected(self, model: nn.Module) -> None:
         self.domains = domains_of(model)
         if names := self.domains.names:
             logger.info(
                 f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}"
             )
-        if self.settings.alignment_weight and isinstance(config, MoRAConfig):
-            self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 
     # -- domains -----------------------------------------------------------------------
 

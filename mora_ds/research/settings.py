@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.common.errors import COUNT, NOT_NEGATIVE, refusal, wrong_values
+from mora_ds.common.errors import refusal
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.flags import documented, typed_values
@@ -23,12 +23,6 @@ class ResearchSettings:
     targets: str | None = None
     """Which layers get a MoRA matrix, and its side: the file of a plan (mora-ds analyze
     --write). --mora_rank then only chooses the operator."""
-    alignment_weight: float = 0.0
-    """Adds the alignment loss with this weight: minus the share of the squared norm of
-    each layer's update that lies in the leading subspaces of its frozen weight
-    (mean over layers). 0 turns it off."""
-    alignment_rank: int = 16
-    """Number of left and of right singular vectors that span these subspaces."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in
     addition to the shared one. Each row of a batch uses the matrix of its source; a
@@ -46,10 +40,7 @@ def problems(arguments: Arguments) -> Iterator[str]:
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
     training = arguments.training
-    limits = {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
-    for problem in wrong_values(settings, limits):
-        yield problem.replace("--", NAME, 1)
-    for name in ("targets", "alignment_weight", "domain_adapters"):
+    for name in ("targets", "domain_adapters"):
         if not getattr(settings, name):
             continue
         if adapter.adapter != AdapterKind.MORA.value:
@@ -74,9 +65,6 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
     contradictions = {
         "--compute weight forms one weight for all rows; leave it at auto": (
             arguments.adapter.compute == Compute.WEIGHT.value
-        ),
-        f"{NAME}alignment_weight aligns one update a layer, and rows have several": (
-            settings.alignment_weight != 0
         ),
         "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
             training.embedding_learning_rate is not None and not training.has_muon

@@ -1,7 +1,6 @@
 """What a run does besides MoRA: nothing, unless its recipe has a block `research:`.
 
 plan              which layers get a MoRA matrix, and of what side
-term              a term that is added to the loss
 rows, domain_of   what layers compute besides their MoRA matrix: it may depend on the source of a row
 """
 
@@ -22,11 +21,6 @@ class Hooks:
     """The hooks of a run without a block `research:`; `mora_ds.research` derives its
     own."""
 
-    term: Any = None
-    """A term of the loss that is not part of the reported loss, where there is one: its
-    `recording()` surrounds a forward pass, of which `loss()` gives the term, whose
-    `value` is logged under its `name`."""
-
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         """(setting, path) of every file and folder that is read."""
         yield from ()
@@ -46,11 +40,7 @@ class Hooks:
         """`plan` of a dry run, which reads no weights."""
         return config
 
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint, for the same loss."""
-        return {}
-
-    def injected(self, model: nn.Module, config: AdapterConfig) -> None:
+    def injected(self, model: nn.Module) -> None:
         """The model has its adapter; no engine has it yet."""
 
     def rows(self, sources: Sequence[str]) -> AbstractContextManager[None]:

@@ -171,7 +171,6 @@ class Job:
             "seed": training.seed,
             "global_batch_size": training.rows_per_step(self.start.ranks.world),
             "merge_every": adapter.merge_every,
-            **self.start.hooks.identity(),
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if by_documents else "dense",
         }
@@ -242,7 +241,7 @@ class Job:
         self.trainable_parameters = report.trainable_params
         self.total_parameters = report.total_params
         logger.debug(report)
-        self.start.hooks.injected(model, self.config)
+        self.start.hooks.injected(model)
         self._count_flops()
         degree = training.tensor_parallel_size
         if degree > 1:

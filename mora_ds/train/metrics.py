@@ -178,10 +178,9 @@ class MetricsLog:
         )
         logger.info(f"step {step}  perplexity {values}")
 
-    def record(self, kind: str, step: int, facts: Facts | float) -> None:
-        """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are
-        those of each task or source; or the name of a hook's term of the loss, and its
-        value at the beginning of the step."""
+    def record(self, kind: str, step: int, facts: Facts) -> None:
+        """A row of this kind: "eval", "merge", "tasks" or "sources". The facts of the
+        last two are those of each task or source."""
         self._record({"step": step, kind: facts})
 
     def close(self) -> None:
@@ -213,13 +212,10 @@ def _curves(row: Facts) -> dict[str, float]:
             if row.get(name) is not None
         }
     numbers: dict[str, float] = {}
-    for name, facts in row.items():
-        if name in GROUPS:
-            for curve, value in flattened(facts, f"{GROUPS[name]}/", "/").items():
-                if isinstance(value, (int, float)):
-                    numbers[curve] = value
-        elif name != "step" and facts is not None:
-            numbers[f"9_research/{name}"] = facts
+    for kind in row.keys() & GROUPS.keys():
+        for curve, value in flattened(row[kind], f"{GROUPS[kind]}/", "/").items():
+            if isinstance(value, (int, float)):
+                numbers[curve] = value
     return numbers
 
 

@@ -202,19 +202,13 @@ class Trainer:
         # Of a mixture, the losses of its sources in row 0, and their labels in row 1.
         n_sources = len(self._mixture.names) if self._mixture else 0
         by_source = torch.zeros(2, n_sources, dtype=torch.float64, device=device)
-        term = self.hooks.term
-        recording = nullcontext if term is None else term.recording
 
         self.engine.train()
         for micro_batch in batch:
             sources = [self.train_data.names[source] for source in micro_batch.sources]
             with self.hooks.rows(sources):
-                with recording():
-                    batch_nll = self._nll(micro_batch, by_source)
-                loss = batch_nll * scale
-                if term is not None:
-                    loss = loss + term.loss()
-                self.engine.backward(loss)
+                batch_nll = self._nll(micro_batch, by_source)
+                self.engine.backward(batch_nll * scale)
             self.memory.end("forward_backward")
             self.engine.step()
             self.memory.end("optimizer_step")
@@ -312,8 +306,6 @@ class Trainer:
         if self._mixture is not None:
             source_tokens = self._mixture.tokens(step)
             self.log.record("sources", step, source_facts(source_sums, source_tokens))
-        if self.hooks.term is not None:
-            self.log.record(self.hooks.term.name, step, self.hooks.term.value.item())
 
     # -- what follows a step -----------------------------------------------------------
 

@@ -93,6 +93,7 @@ DIFFERENT = """
 {global_batch_size: 1} | {global_batch_size: 2} | --per_device_train_batch_size --gradient_accumulation_steps
 {mixture: {sources: {law: 1}}} | {mixture: {sources: {law: 2}}} | --document_start --replay --mixture \
 --train_files --text_column --held_out_share
+{alignment: [0.1, 16]} | {} | alignment removed exported
 """
 
 

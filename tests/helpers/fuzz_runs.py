@@ -111,8 +111,6 @@ async_save                  | true
 seed                        | 0 | 281474976710655
 export_merged               | true
 collective_timeout_s        | 1 | 0.5
-research.alignment_weight   | 0.1
-research.alignment_rank     | 1 | 1000
 research.domain_adapters    | true
 """
 """A setting and its values, legal ones and such as lie at an edge."""

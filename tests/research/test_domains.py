@@ -183,7 +183,7 @@ class Wrapped:
 
 def test_a_layer_that_does_not_see_complete_rows_is_refused():
     hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
-    hooks.injected(good := domain_model("rotate"), MoRAConfig())
+    hooks.injected(good := domain_model("rotate"))
     hooks.check(Wrapped(good), tokens(3, 8))
     with hooks.rows(["law", "code"]):
         assert domains_of(good).choice(torch.zeros(2, 8, 32)) is not None
@@ -192,7 +192,7 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
     )
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
-    hooks.injected(model, MoRAConfig())
+    hooks.injected(model)
     with user_error(
         r"domains are set for 3 rows, but a layer reads .*--target_modules"
     ):
@@ -282,12 +282,10 @@ WRONG = """
 {adapter: lora} | research.domain_adapters is for MoRA matrices, and --adapter is lora
 {adapter: full} | research.domain_adapters is for MoRA matrices, and --adapter is full
 {compute: weight} | --compute weight forms one weight for all rows
-{alignment_weight: 0.1} | research.alignment_weight aligns one update a layer
 {tensor_parallel_size: 2} | leave --tensor_parallel_size at 1
 {train_files: ["shared=x:1", "b=y:1"]} | 'shared' stands for the shared MoRA matrix
 {train_files: ["..=x:1", "b=y:1"]} | '..' cannot be a domain's name
 """
-RESEARCH = ("domain_adapters", "alignment_weight")
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
@@ -295,19 +293,20 @@ def test_what_does_not_go_together_is_named(changes, message):
     settings = {
         "model_name_or_path": "m",
         "train_files": ["a=x:1", "b=y:1"],
-        "domain_adapters": True,
+        "research": {"domain_adapters": True},
         **parsed(changes),
     }
-    block = {name: settings.pop(name) for name in RESEARCH if name in settings}
     with user_error(re.escape(message)):
-        validate(from_flat({**settings, "research": block}))
+        validate(from_flat(settings))
 
 
 BLOCKS = """
 {domain_adaptors: true} | unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?
 {domain_adapters: 1} | research.domain_adapters must be true or false, got 1
-{alignment_rank: many} | research.alignment_rank must be a whole number
-{freeze: shared} | unknown key 'research.freeze'
+{targets: 3} | research.targets must be a text, got 3
+{alignment_weight: 0.1, targets: t} | research.alignment_weight was removed, since the alignment loss did not help
+{alignment_rank: many} | research.alignment_rank was removed, since the alignment loss did not help
+{freeze: shared} | research.freeze was removed: a run with domains trains all of its MoRA matrices
 [targets] | research must be `key: value` lines
 """
 
@@ -322,7 +321,7 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path, block, message):
 
 def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
     hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
-    hooks.injected(domain_model("rotate"), MoRAConfig())
+    hooks.injected(domain_model("rotate"))
     expected = {
         "law": "law",
         "held_out_code": "code",

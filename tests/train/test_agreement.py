@@ -208,11 +208,11 @@ def test_a_failure_at_some_checks(user, out, failing):
 
 
 def planned_start(user, out, folder, world):
-    """A run with a plan of targets and the alignment loss."""
+    """A run with a plan of targets."""
     plan = folder / "targets.yaml"
     fingerprint = BaseCheckpoint.open(user.model).fingerprint()
     TargetPlan(fingerprint, {"model.layers.0.mlp.up_proj": 8}).write(plan)
-    return research(user.flags(out, MERGES), folder, targets=plan, alignment_weight=0.1)
+    return research(user.flags(out, MERGES), folder, targets=plan)
 
 
 def resumed_start(user, out, folder, world):

@@ -63,8 +63,8 @@ def kinds_of_passes(argv):
     kinds = Counter()
     real = ResearchHooks.injected
 
-    def injected(hooks, model, config):
-        real(hooks, model, config)
+    def injected(hooks, model):
+        real(hooks, model)
         hooks.domains.set(["new"] * 7)
 
     def note(module, inputs):

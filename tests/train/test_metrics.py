@@ -47,8 +47,8 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
     """A kill loses none that was logged."""
     log = MetricsLog(tmp_path, 9, enabled=True)
     log.step(metrics(1))
-    log.record("alignment", 1, 0.25)
-    assert rows(tmp_path) == [metrics(1), {"step": 1, "alignment": 0.25}]
+    log.record("tasks", 1, {"quiz": 0.25})
+    assert rows(tmp_path) == [metrics(1), {"step": 1, "tasks": {"quiz": 0.25}}]
     log.close()
 
 
@@ -203,7 +203,6 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path, caplog):
         log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
         log.record("tasks", 3, {"quiz": {"acc": 0.5, "f1": 0.25}})
         log.record("sources", 3, {"web": {"loss": None, "tokens": 7}, "name": "text"})
-        log.record("alignment", 3, 0.25)
     log.close()
     assert calls == [
         (
@@ -220,7 +219,6 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path, caplog):
         ({"2_forgetting/change_percent/held": 50.0}, 3),
         ({"2_evaluation/tasks/quiz/acc": 0.5, "2_evaluation/tasks/quiz/f1": 0.25}, 3),
         ({"8_sources/web/tokens": 7}, 3),
-        ({"9_research/alignment": 0.25}, 3),
         "closed",
     ]  # fmt: skip
     assert "step 3  perplexity held 4.500  new 2.000" in caplog.messages
