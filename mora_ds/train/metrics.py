@@ -154,9 +154,10 @@ class MetricsLog:
             self._path = folder / METRICS_FILE
             rows = _keep_rows(self._path, start_step, pending)
             self._file = self._path.open("a", encoding="utf-8")
-            if pending:
-                for row in rows:
-                    self._track(_curves(row), row["step"])
+            for tracker in trackers:
+                if pending and tracker.drops_points:
+                    for row in rows:
+                        tracker.log(_curves(row), row["step"])
 
     def step(self, row: JsonObject) -> None:
         """A logged optimizer step, whose row has "step" and the keys of `STEP_TAGS`."""

@@ -6,7 +6,8 @@ OUTPUT_DIR/tensorboard.
 
 Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME
 and WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
-OUTPUT_DIR/wandb has its files.
+That run takes no points of steps up to the last one that it has: of what was pending
+there, metrics.jsonl has the only record. OUTPUT_DIR/wandb has its files.
 """
 
 import importlib.util
@@ -54,6 +55,8 @@ class Tracker:
         `first_step`: TensorBoard drops the points from this step on, which come again.
         `failures`: gets a line where the tracker fails."""
         self.name = name
+        # Weights & Biases has kept them.
+        self.drops_points = name == TENSORBOARD
         self._failures = failures
         self._works = False
         with going_on(f"--report_to {name} at the start", failures):

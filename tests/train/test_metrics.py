@@ -4,7 +4,9 @@ TensorBoard, and nothing twice.
 
 import json
 import math
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -176,6 +178,24 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
         steps = [2] if tag.startswith(("2_", "4_")) else [1, 2]
         assert [event.step for event in board.Scalars(tag)] == steps, tag
     assert len(board.Tags()["scalars"]) == 12
+
+
+def test_weights_and_biases_does_not_get_the_other_rows_of_a_pending_step(
+    tmp_path, monkeypatch
+):
+    """It has them."""
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(tmp_path, 9, True)
+    log.step(metrics(2))
+    log.close()
+    tracker = Tracker("wandb", tmp_path, {}, 2, [])
+    log = MetricsLog(tmp_path, 9, True, 2, [tracker], ["eval"])
+    log.evaluation(2, {"held": 3.0})
+    log.close()
+    wandb.init.return_value.log.assert_called_once_with(
+        {"2_evaluation/perplexity/held": 3.0}, step=2
+    )
 
 
 def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
