@@ -14,7 +14,7 @@ from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.fork_adapters import convert_fork
 from mora_ds.deploy.peft_export import export_peft
-from mora_ds.runtime.cli import add_action, command_parser, shared_flags
+from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags
 
 _ACTIONS = {
     "adapter": "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter",
@@ -34,7 +34,7 @@ def main() -> None:
         lines = export_peft(
             options.path, options.output, options.rank, options.base, options.domain
         )
-    print("\n".join(lines))
+    say(*lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -71,9 +71,9 @@ def run(name: str) -> None:
     """Run a command on the flags in `sys.argv`. Raises `UserError` for an unknown
     one."""
     if name in ("", "-h", "--help"):
-        print("\n".join(help_lines()))
+        cli.say(*help_lines())
     elif name == "--version":
-        print(f"mora_ds {__version__}")
+        cli.say(f"mora_ds {__version__}")
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:

@@ -29,6 +29,7 @@ from mora_ds.runtime.cli import (
     check_device,
     check_writable,
     command_parser,
+    say,
     shared_flags,
     table,
 )
@@ -52,14 +53,9 @@ def main() -> None:
     windows = Windows.of(
         target.model, options.window, options.stride, options.document_start
     )
-    print(
-        f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}"
-    )
+    say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_sets(
         target, sets, windows, options.batch_size, options.max_documents
-    )
-    print(
-        "\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())]))
     )
     if options.json is not None:
         content = {
@@ -69,6 +65,7 @@ def main() -> None:
             "sets": {name: score.to_dict() for name, score in scores.items()},
         }
         write_json_atomic(options.json, content)
+    say(*table([TITLES, *(score_cells(*named) for named in scores.items())]))
 
 
 def check_scoring(options: argparse.Namespace) -> None:

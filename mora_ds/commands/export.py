@@ -16,7 +16,7 @@ from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
-from mora_ds.runtime.cli import command_parser, shared_flags
+from mora_ds.runtime.cli import command_parser, say, shared_flags
 
 
 @named_as_flags(
@@ -47,9 +47,9 @@ def main() -> None:
             trust_remote_code=options.trust_remote_code,
             onto=options.onto,
         )
-    print("\n".join(report.lines()))
+    say(*report.lines())
     if options.push_to_hub is not None:
-        print(push_folder(options.output, options.push_to_hub))
+        say(push_folder(options.output, options.push_to_hub))
 
 
 def _parser() -> argparse.ArgumentParser:

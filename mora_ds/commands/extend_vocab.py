@@ -15,7 +15,7 @@ from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import require_new
 from mora_ds.data import load_corpus
 from mora_ds.models.vocabulary import extend_vocabulary
-from mora_ds.runtime.cli import command_parser, shared_flags
+from mora_ds.runtime.cli import command_parser, say, shared_flags
 
 
 @named_as_flags("output")
@@ -29,7 +29,7 @@ def main() -> None:
         flags.output,
         trust_remote_code=flags.trust_remote_code,
     )
-    print("\n".join(lines))
+    say(*lines)
 
 
 def _parser() -> argparse.ArgumentParser:

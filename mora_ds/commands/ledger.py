@@ -14,7 +14,7 @@ from pathlib import Path
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import combine_adapters
-from mora_ds.runtime.cli import add_action, command_parser, shared_flags, table
+from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags, table
 
 
 @named_as_flags("output", "weights", "target_modules", base_folder="--base")
@@ -26,7 +26,7 @@ def main() -> None:
         lines = combine_adapters(
             options.path, options.weights, options.output, options.base
         )
-    print("\n".join(lines))
+    say(*lines)
 
 
 def _cycles(location: LedgerLocation) -> list[str]:

@@ -24,7 +24,7 @@ from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.models.load import named_config, set_rope
 from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
-from mora_ds.runtime.cli import command_parser
+from mora_ds.runtime.cli import command_parser, say
 from mora_ds.train.dry_run import planner_of
 from mora_ds.train.setup import deepspeed_file
 
@@ -46,13 +46,11 @@ def main() -> None:
     chosen = recommend(planner) if options.micro_batch is None else None
     plan = chosen or planner.plan()
     if options.json:
-        print(
-            json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2)
-        )
+        say(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
         return
     if options.micro_batch is None:
-        print("recommended:" if chosen else "nothing fits; the smallest there is:")
-    print(report(plan))
+        say("recommended:" if chosen else "nothing fits; the smallest there is:")
+    say(report(plan))
 
 
 def _parser() -> argparse.ArgumentParser:

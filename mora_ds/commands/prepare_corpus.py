@@ -13,6 +13,7 @@ import sys
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
+from mora_ds.runtime.cli import say
 from mora_ds.train.data import fill_token_cache
 
 
@@ -28,4 +29,4 @@ def main() -> None:
         arguments.model, arguments.data, shows_progress
     ):
         counts = f"{cache.n_documents:,} documents, {cache.n_tokens:,} tokens"
-        print(f"{name}: {counts} in {cache.folder}")
+        say(f"{name}: {counts} in {cache.folder}")

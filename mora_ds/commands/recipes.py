@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import CONFIGS, copy_folder, require_new
-from mora_ds.runtime.cli import add_action, command_parser
+from mora_ds.runtime.cli import add_action, command_parser, say
 
 
 @named_as_flags(output="the folder")
@@ -21,9 +21,9 @@ def main() -> None:
     if options.action == "copy":
         require_new(options.folder)
         copy_folder(CONFIGS, options.folder)
-        print(f"wrote {options.folder}: {len(names())} files")
+        say(f"wrote {options.folder}: {len(names())} files")
     else:
-        print("\n".join(f"configs/{name}" for name in names()))
+        say(*(f"configs/{name}" for name in names()))
 
 
 def names() -> list[str]:

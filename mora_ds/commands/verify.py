@@ -13,14 +13,14 @@ from pathlib import Path
 
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError
-from mora_ds.runtime.cli import command_parser
+from mora_ds.runtime.cli import command_parser, say
 
 
 def main() -> None:
     options = _parser().parse_args()
     verdicts = verify(options.path, options.base)
     for verdict in verdicts:
-        print("\n".join(verdict.lines()))
+        say(*verdict.lines())
     damaged = [verdict.folder.name for verdict in verdicts if not verdict.is_good]
     if damaged:
         raise RunError(

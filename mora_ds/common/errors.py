@@ -111,18 +111,29 @@ def reason(error: BaseException) -> str:
     return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
-def empty_words(argv: Sequence[str]) -> list[str]:
-    """One message for each empty word of a command line, as an unset variable
-    leaves."""
+def unusable_words(argv: Sequence[str]) -> list[str]:
+    """One message for each empty word of a command line, as an unset variable leaves,
+    and for each that is not read as UTF-8."""
     problems = []
     for before, word in pairwise(["", *argv]):
+        name = None
         if word == "":
             name = before or "the first argument"
         elif word.startswith("--") and word.endswith("="):
             name = word[:-1]
-        else:
-            continue
-        problems.append(f"{name} must not be empty: is a variable of the shell unset?")
+        if name is not None:
+            problems.append(
+                f"{name} must not be empty: is a variable of the shell unset?"
+            )
+        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file can
+        # hold: every record of the run would fail.
+        as_utf8 = word.encode(errors="surrogateescape").decode(
+            errors="backslashreplace"
+        )
+        if word != as_utf8:
+            problems.append(
+                f"{as_utf8} is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"
+            )
     return problems
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -270,10 +271,12 @@ def require_place(output: Path) -> None:
         raise UserError(
             f"`output` {output} cannot be made: {error.strerror}"
         ) from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
         raise UserError(
             f"`output` {output} cannot be made: {parent} is no folder that you can write to"
-        )
+        ) from error
 
 
 def require_new(output: Path) -> None:

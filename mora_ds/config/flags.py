@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_
 from transformers import HfArgumentParser
 
 from mora_ds.common import research
-from mora_ds.common.errors import UserError, empty_words, nearest, refuse
+from mora_ds.common.errors import UserError, nearest, refuse, unusable_words
 from mora_ds.common.files import load_yaml, shipped
 from mora_ds.common.untrusted import typed
 
@@ -125,7 +125,7 @@ def parse_flat(
     """({field: value} of the recipe, the same of the flags), of fields of the
     dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
     help and raises SystemExit(0)."""
-    refuse(empty_words(argv))
+    refuse(unusable_words(argv))
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
     of_recipe = read_recipe(shipped(recipe), groups) if recipe else {}

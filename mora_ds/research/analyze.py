@@ -38,7 +38,7 @@ from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.research.targets import TargetPlan
-from mora_ds.runtime.cli import check_writable, command_parser, shared_flags, table
+from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
 
 _EVEN = 2
 """Every side is a multiple of it, as rotate needs."""
@@ -60,13 +60,13 @@ def main() -> None:
     if options.write is not None:
         budget = parse_budget(options.trainable_budget, parameters)
     weights = [measure(name, base.read(key)) for name, key in keys.items()]
-    print("\n".join(report_lines(weights)))
+    say(*report_lines(weights))
     if budget is not None:
         plan = TargetPlan(base.fingerprint(), spend(weights, budget))
         plan.write(options.write)
         trained = sum(side**2 for side in plan.layers.values())
         contents = f"{trained:,} parameters; research.targets of a recipe takes it"
-        print(f"wrote {options.write}: {contents}")
+        say(f"wrote {options.write}: {contents}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ from mora_ds.eval.perplexity import Target, Windows, evaluate_sets
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
-from mora_ds.runtime.cli import command_parser, table
+from mora_ds.runtime.cli import command_parser, say, table
 
 BASE = "(base)"
 """The name of the base model in tables of adapters."""
@@ -294,7 +294,7 @@ def main() -> None:
         bank.model, options.window, options.stride, options.document_start
     )
     sizes = {"window": windows.window, "stride": windows.stride}
-    print(
+    say(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
     )
     base_tokenizer = load_tokenizer(
@@ -320,9 +320,9 @@ def main() -> None:
         results[name] = {
             set_name: score.to_dict() for set_name, score in scores.items()
         }
-    print("\n".join(table(rows)))
     if options.json is not None:
         write_json_atomic(options.json, {**sizes, "adapters": results})
+    say(*table(rows))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import require_memory
-from mora_ds.runtime.cli import check_writable, command_parser, shared_flags, table
+from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
 
 Update = tuple[UpdateSpec, Tensor]
 """(operator, M in fp32 (R, R)), or LoRA's spec and factors."""
@@ -37,7 +37,7 @@ def main() -> None:
     rows = list(spectra(find_ledger(options.path), options.layers))
     if options.json:
         write_json_atomic(options.json, [asdict(row) for row in rows])
-    print("\n".join(spectrum_lines(rows)))
+    say(*spectrum_lines(rows))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,8 +7,10 @@ prints one line that says so.
 
 import argparse
 import faulthandler
+import io
 import logging
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -21,8 +23,8 @@ from mora_ds.common.errors import (
     RunError,
     Stopped,
     UserError,
-    empty_words,
     refuse,
+    unusable_words,
 )
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
@@ -61,6 +63,9 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         )
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     set_up_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: what is printed may hold more than the locale has
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.__stderr__ is not None:
         # Prints the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)
@@ -68,10 +73,15 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         try:
             if restartable:
                 signals.install()
-            refuse(empty_words(sys.argv[1:]))
+            refuse(unusable_words(sys.argv[1:]))
             main()
         except (Stopped, SystemExit):
             raise
+        except UnicodeEncodeError as error:
+            # Of a name that a file has, or a library was given
+            name = error.object[max(0, error.start - 60) : error.end + 60]
+            text = f"{name!r} cannot be written as {error.encoding}"
+            _fail(UserError(f"{text}: rename it, or set LC_ALL=C.UTF-8"))
         except BaseException as error:
             # The error may be that of a collective in which a signal has come, as
             # another rank left at its own: `Stopped` is then raised within `_fail`
@@ -189,6 +199,14 @@ def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def say(*lines: str) -> None:
+    """Print the result of a command. Raises `RunError` where it cannot be written."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        raise RunError(f"stdout cannot be written: {error.strerror}") from error
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a text table, aligned to the right; the first row has titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -206,6 +224,10 @@ def check_writable(flag: str, path: Path | None) -> None:
     is_taken = path.exists() and not path.is_file()
     if is_taken or not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path}: name a file in a folder that exists")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
 
 def check_device(name: str) -> None:

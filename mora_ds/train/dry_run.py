@@ -31,6 +31,7 @@ from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
+from mora_ds.runtime.cli import say
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
 
@@ -42,9 +43,9 @@ def dry_run(arguments: Arguments) -> None:
     """
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(*layers, report(plan), sep="\n")
+        say(*layers, report(plan))
         folder = Path(arguments.training.output_dir)
-        print(f"dry run: nothing trained, {folder} is as it was")
+        say(f"dry run: nothing trained, {folder} is as it was")
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:

@@ -47,6 +47,9 @@ evaluate {bad}/full --sets a={user}/held.txt | --adapter full | --export_merged
 export_hf --checkpoint {run} --output {user} | --output
 export_hf --checkpoint {run} --output {tiny}/x | --output {tiny}/x cannot be made | tiny_llama.json is no folder
 convert_checkpoint adapter {run} --output {tiny}/x/y | --output {tiny}/x/y cannot be made
+export_hf --checkpoint {run} --output /proc/x | --output /proc/x cannot be made
+convert_checkpoint adapter {run} --output /proc/x | --output /proc/x cannot be made
+evaluate {user}/model --sets a={user}/held.txt --json /proc/x.json | --json /proc/x.json cannot be written
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --domain code | --domain
 export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale

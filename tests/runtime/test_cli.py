@@ -1,6 +1,7 @@
 """How a program ends: its exit code, and what it prints, on rank 0 and on the others."""
 
 import builtins
+import errno
 import sys
 from unittest import mock
 
@@ -132,6 +133,27 @@ def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
     told = capsys.readouterr().err
     assert "--output must not be empty" in told
     assert "--device must not be empty" in told
+
+
+def test_a_name_that_is_not_read_as_utf_8_is_refused(capsys, pauses, monkeypatch):
+    """One of the command line before the program runs, another when it is used."""
+    monkeypatch.setattr(sys, "argv", ["mora-ds", "r\udcc3\udcbcn/out", "ü"])
+    assert code_of(AssertionError("the program ran")) == 2
+    message = "is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"
+    assert capsys.readouterr().err == f"error: rün/out {message}\n"
+    monkeypatch.setattr(sys, "argv", ["mora-ds"])
+    assert code_of(UnicodeEncodeError("ascii", "long/rün", 6, 7, "ordinal")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: 'long/rün' cannot be written as ascii: ")
+
+
+def test_a_result_that_cannot_be_printed_is_a_failure(monkeypatch):
+    full = mock.Mock()
+    full.flush.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(errors.RunError, match="stdout cannot be written: No space"):
+        cli.say("a", "b")
+    assert full.write.call_args_list == [mock.call(text) for text in "a\nb\n"]
 
 
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell():
