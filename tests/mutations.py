@@ -477,9 +477,9 @@ engine/ds_config.py | config/test_bad_launches.py
 
 # a tokenizer that cannot be loaded is a raw error
 data/tokenizer.py | config/test_bad_launches.py
--for merges of unknown tokens for example.
+-such as for merges of unknown tokens.
 -    except Exception as error:
-+for merges of unknown tokens for example.
++such as for merges of unknown tokens.
 +    except OSError as error:
 
 # a config that makes no model is a raw error
@@ -504,7 +504,7 @@ models/load.py | config/test_bad_tool_calls.py
 
 # ranks that are left are not waited for
 train/output_folder.py | train/test_output_folder.py
--    while not _takes(file, fcntl.LOCK_EX, _OTHERS):
+-    while not _try_lock(file, fcntl.LOCK_EX, _OTHERS):
 -
 +    while False:
 +

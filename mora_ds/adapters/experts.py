@@ -63,12 +63,12 @@ class MoRAExperts(AdaptedLinear):
     ) -> None:
         super().__init__(base, spec, dropout)
         self.experts_per_token = base.experts_per_token
-        self._held: object = None
+        self._tables_in_use: object = None
 
     def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
         """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O), K rows a token."""
         expert_spec = self.spec.operator
-        self._held = tables_of(expert_spec, x.device)
+        self._tables_in_use = tables_of(expert_spec, x.device)
         z = compress(expert_spec, F.dropout(x, self.dropout, self.training))
         if spread:
             x = rows.spread(x)

@@ -235,7 +235,7 @@ class AdaptedLinear(nn.Module):
             packed, new_scales = nf4.quantize(matrix.to(self.device))
             self.weight.copy_(packed)
             scales.copy_(new_scales)
-            self.keep_merged(updates)
+            self.set_merged(updates)
             return
         dtype = self.weight.dtype if scales is None else torch.float32
         weight = live_weight(original, updates, self.transposed, dtype, self.device)
@@ -257,7 +257,7 @@ class AdaptedLinear(nn.Module):
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             # The original's 4 bits stay as they are
-            self.keep_merged(updates)
+            self.set_merged(updates)
         else:
             self.form(original, updates)
         before = _norm(dense(old, torch.float32))
@@ -271,15 +271,15 @@ class AdaptedLinear(nn.Module):
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
         return MergeNorms(_norm(square), _norm(delta), before, lost)
 
-    def keep_merged(self, updates: Iterable[Term]) -> None:
+    def set_merged(self, updates: Iterable[Term]) -> None:
         """Adds all these to a packed weight from now on, and no others."""
         device = self.device
         dtype = self.dtype
         joined = join((spec, value.to(device)) for spec, value in updates)
         self.merged = tuple((spec, value.to(dtype)) for spec, value in joined)
-        self._hold_merged_tables()
+        self._cache_merged_tables()
 
-    def _hold_merged_tables(self) -> None:
+    def _cache_merged_tables(self) -> None:
         """Keeps the tables of merged cycles, which are too many for a cache."""
         self._merged_tables = tuple(spec.tables(self.device) for spec, _ in self.merged)
 
@@ -297,7 +297,7 @@ class AdaptedLinear(nn.Module):
         super()._apply(fn, recurse)
         self.weight_scales = None if scales is None else scales.to(self.device)
         self.merged = tuple((spec, fn(value)) for spec, value in self.merged)
-        self._hold_merged_tables()
+        self._cache_merged_tables()
         return self
 
     def extra_repr(self) -> str:
@@ -324,7 +324,7 @@ class MoRALinear(AdaptedLinear):
         super().__init__(base, spec, dropout)
         self.compute = compute
         self.tables: KernelTables | None = None
-        self._held: object = None
+        self._tables_in_use: object = None
 
     def path(self, tokens: int) -> Compute:
         """How the layer is computed for so many tokens: as told, or the cheaper way."""
@@ -351,7 +351,7 @@ class MoRALinear(AdaptedLinear):
             tables = self.kernel_tables(x.device)
             return kernel_linear(x, frozen, self.bias, square, tables, path)
         # Kept as long as the layer uses them, however many other layers there are
-        self._held = tables_of(self.spec, x.device)
+        self._tables_in_use = tables_of(self.spec, x.device)
         return mora_linear(x, frozen, self.bias, square, self.spec, path)
 
     def kernel_tables(self, device: torch.device) -> KernelTables:

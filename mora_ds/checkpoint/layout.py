@@ -203,7 +203,7 @@ def find_ledger(path: Path) -> LedgerLocation:
 # -- the folder of all checkpoints -----------------------------------------------------
 
 
-def settle(root: Path) -> None:
+def repair(root: Path) -> None:
     """Repairs what a killed run has left in `root`, which need not exist, and deletes
     what could not be deleted before. Only the one process that may write to `root` may
     call it."""
@@ -263,7 +263,7 @@ def _hidden(root: Path, ending: str) -> list[tuple[Path, Path]]:
 def delete(folder: Path) -> None:
     """Deletes as much of a folder as can be deleted, which need not exist. What cannot
     be (a file that is still open on an NFS server, a folder without permission) is only
-    worth a warning: the next save tries again (`settle`)."""
+    worth a warning: the next save tries again (`repair`)."""
     if not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -40,8 +40,8 @@ from mora_ds.checkpoint.layout import (
     ledger_problems,
     name_best,
     problems,
+    repair,
     retire,
-    settle,
     step_folder,
     step_of,
 )
@@ -103,7 +103,7 @@ class CheckpointWriter:
         beside = self.root / f".{final.name}{WRITING}"
         with _removed_on_failure(beside), files.disk_errors(self.root):
             if dist.get_rank() == 0:
-                settle(self.root)
+                repair(self.root)
                 if beside.exists():
                     raise RunError(
                         f"{beside} was left by a run that was killed and cannot be deleted: remove it"
@@ -128,7 +128,7 @@ class CheckpointWriter:
         """Gathers everything, for the background into copies in host memory; returns
         what writes it. No file is written in between, where an error of one rank would
         leave the others waiting in collectives."""
-        layout, shard, tensors = shards.take(self.engine)
+        layout, shard, tensors = shards.shard_of(self.engine)
         ranks = self._ranks
         if self._background is not None:
             tensors = on_host(tensors)

@@ -108,8 +108,7 @@ def load_tokenizer(
         # Some of its settings are first read when it encodes.
         tokenizer("a")
         return tokenizer
-    # The tokenizers library raises plain ones, for merges of unknown tokens for
-    # example.
+    # The tokenizers library raises plain ones, such as for merges of unknown tokens.
     except Exception as error:
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}"

@@ -1,7 +1,7 @@
 """The shards of a checkpoint: taken from an engine, written, read, and restored into
 one by any number of processes.
 
-    take            the tensors that this process writes of an engine, and what lies where in them
+    shard_of        the tensors that this process writes of an engine, and what lies where in them
     write_shard     its file
     EngineShards    the files of all ranks as one: any range of a complete parameter, its fp32 master or its moments
     restore         masters, low-precision copies, optimizer state and counters of this process
@@ -227,7 +227,7 @@ class EngineShards:
         every element, such as exp_avg, and the other values by their keys, such as
         step. Raises `UserError` where shards differ."""
         first: State | None = None
-        for row in self._holding(name, start, numel):
+        for row in self._rows_with(name, start, numel):
             shard = self._shard(int(row[RANK]))
             state = shard.state(int(row[FLAT]))
             if first is not None and state != first:
@@ -245,7 +245,7 @@ class EngineShards:
         assembled from all shards. Raises `UserError` where the shards do not hold
         them."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
-        rows = self._holding(name, start, numel).tolist()
+        rows = self._rows_with(name, start, numel).tolist()
         pieces = []
         for _, begin, size, rank, flat, offset in rows:
             first = offset + max(start - begin, 0)
@@ -262,7 +262,7 @@ class EngineShards:
             self._shards[rank] = _Shard(self.folder / self.files[rank])
         return self._shards[rank]
 
-    def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
+    def _rows_with(self, name: str, start: int, numel: int | None) -> np.ndarray:
         """The rows that hold any of `numel` elements from `start` on
         (of 0, the first)."""
         rows = self._rows[name]
@@ -431,7 +431,7 @@ def _layout(engine: zero.Engine) -> Layout:
 # -- saving ----------------------------------------------------------------------------
 
 
-def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
+def shard_of(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     """(what all ranks have in common, where the extents of this rank lie in its file,
     that file's tensors). The tensors are the engine's own, but for Muon's momentum."""
     layout = _layout(engine)

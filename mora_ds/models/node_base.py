@@ -55,7 +55,7 @@ class NodeBase:
             for name in layers
             if self._is_shared(name)
         }
-        written_here = set(self._owned(sizes))
+        written_here = set(self._written_here(sizes))
         return [
             name for name in layers if name in written_here or not self._is_shared(name)
         ]
@@ -93,7 +93,7 @@ class NodeBase:
             long=True,
         )
 
-    def of_all(
+    def gather_rows(
         self,
         rows: Mapping[str, Sequence[Tensor]],
         names: Sequence[str],
@@ -114,12 +114,12 @@ class NodeBase:
 
     def copy(self, frozen: Mapping[str, Tensor]) -> None:
         """Copy this process's part of the buffers into the memory of the node."""
-        for name in self._owned(
+        for name in self._written_here(
             {name: slot.nbytes for name, slot in self.slots.items()}
         ):
             self.slots[name].copy_(frozen[name])
 
-    def _owned(self, sizes: Mapping[str, int]) -> list[str]:
+    def _written_here(self, sizes: Mapping[str, int]) -> list[str]:
         """The names that this process writes: about an equal part of the sum of
         sizes."""
         if self.ranks is None:

@@ -146,7 +146,7 @@ def planned_model(work: Work) -> Any:
         for layer in quantized_layers(model).values():
             # From the first merge on a layer in 4 bits keeps what was merged.
             if layer.is_packed:
-                layer.keep_merged([(layer.spec, layer.value.detach())])
+                layer.set_merged([(layer.spec, layer.value.detach())])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     if is_frozen(model.get_output_embeddings()):

@@ -124,7 +124,9 @@ class ReMoRA:
         recorded: dict[str, Tensor] = {}
         before = probe() if probe else None
         rows = self._form(self._matrices(recorded))
-        norms = node_base_of(model).of_all(rows, list(entries), len(MergeNorms._fields))
+        norms = node_base_of(model).gather_rows(
+            rows, list(entries), len(MergeNorms._fields)
+        )
         self._record(step, entries, recorded)
         self._start_cycle(self.cycle)
         after = probe() if probe else None
@@ -181,7 +183,7 @@ class ReMoRA:
                     yield name, square
                 elif layers[name].is_packed:
                     # Matrices beside packed weights stay in every process
-                    layers[name].keep_merged(updates(name, square))
+                    layers[name].set_merged(updates(name, square))
 
         def form(name: str, square: Tensor | None) -> MergeNorms | None:
             layer = layers[name]

@@ -87,7 +87,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
             # another rank left at its own: `Stopped` is then raised within `_fail`
             _fail(error)
     except Stopped as stopped:
-        signals.settle()
+        signals.ignore_requests()
         if rank() == 0:
             print(stopped, file=sys.stderr)
         leave(EXIT_STOPPED)

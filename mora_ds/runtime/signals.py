@@ -73,18 +73,18 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _watch.defers = False
-        _watch.since = None
+        _watch.requested_at = None
 
 
 def requested() -> bool:
     """Whether this rank was asked to stop."""
-    return _watch is not None and _watch.since is not None
+    return _watch is not None and _watch.requested_at is not None
 
 
-def settle() -> None:
+def ignore_requests() -> None:
     """Everything is saved: ignore signals and the end of other processes."""
     if _watch is not None:
-        _watch.settled = True
+        _watch.ignores = True
 
 
 def leave(code: int) -> NoReturn:
@@ -102,10 +102,10 @@ class _Watch:
     """Signal handlers and watching thread of this process."""
 
     def __init__(self) -> None:
-        self.since: float | None = None
+        self.requested_at: float | None = None
         """Time of the first request (monotonic seconds), if there was one."""
         self.defers = False
-        self.settled = False
+        self.ignores = False
         self._raised = False
         self._last_interrupt: float | None = None
         # Without a launcher the parent is a shell, which a run in the background may
@@ -119,25 +119,25 @@ class _Watch:
         threading.Thread(target=self._run, name="mora_ds signals", daemon=True).start()
 
     def stop(self) -> None:
-        self.settled = True
+        self.ignores = True
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.defers or self.settled or self._raised:
+        if self.defers or self.ignores or self._raised:
             return
         self._raised = True
         raise Stopped(f"stopped by {signal.Signals(number).name} with nothing to save")
 
     def _run(self) -> None:
         while True:
-            tick = _TICK_S if self.since is None else _TICK_S / 5
+            tick = _TICK_S if self.requested_at is None else _TICK_S / 5
             ready, _, _ = select.select([self._reader], [], [], tick)
             for number in os.read(self._reader, 64) if ready else b"":
                 self._note(number)
-            if not self.settled:
+            if not self.ignores:
                 self._check()
 
     def _note(self, number: int) -> None:
@@ -151,8 +151,8 @@ class _Watch:
         self._request(signal.Signals(number).name, now)
 
     def _request(self, reason: str, now: float) -> None:
-        if self.since is None and not self.settled:
-            self.since = now
+        if self.requested_at is None and not self.ignores:
+            self.requested_at = now
             _replace_broken_pipes()
             saves = "saving at the end of this step, then " if self.defers else ""
             _print(f"{reason}: {saves}leaving")
@@ -165,10 +165,10 @@ class _Watch:
             self._launcher = None
             # The main thread raises `Stopped`, unless that is deferred
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.since is None:
+        if self.requested_at is None:
             return
         _replace_broken_pipes()
-        if not self.defers and time.monotonic() - self.since > _PATIENCE_S:
+        if not self.defers and time.monotonic() - self.requested_at > _PATIENCE_S:
             # The main thread waits for others, with nothing to save
             leave(EXIT_STOPPED)
 

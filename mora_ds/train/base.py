@@ -100,7 +100,7 @@ def prepare_base(
     return loaded
 
 
-def settle_base_device(
+def choose_base_device(
     arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks
 ) -> Arguments:
     """The arguments with "device" or "host" in place of "auto". Collective. Raises

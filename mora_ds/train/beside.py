@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def going_on(what: str, failures: list[str]) -> Iterator[None]:
+def training_goes_on(what: str, failures: list[str]) -> Iterator[None]:
     """A context in which a failure gives `failures` a line, and the run goes on."""
     try:
         yield

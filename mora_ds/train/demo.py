@@ -28,7 +28,7 @@ from mora_ds.data import (
     write_demo_corpus,
 )
 from mora_ds.models.load import create_base
-from mora_ds.train.output_folder import DEMO, give_up, reserve
+from mora_ds.train.output_folder import DEMO, abandon, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config, start_processes, start_up
 
@@ -123,7 +123,7 @@ def run_demo(arguments: Arguments) -> None:
     # What is made for the main job goes again where that does not begin.
     except BaseException:
         if ranks.is_first:
-            give_up(folder)
+            abandon(folder)
         raise
     if ranks.is_first:
         _report(folder, summary, sharded)

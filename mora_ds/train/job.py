@@ -79,7 +79,7 @@ class Job:
         kind = arguments.adapter.adapter
         self.is_trained = kind != AdapterKind.NONE.value
         if not self.is_trained:
-            self._hold_base()
+            self._start_evaluation()
         elif kind == AdapterKind.FULL.value:
             self._start_full_training()
         else:
@@ -87,7 +87,7 @@ class Job:
 
     # -- the three kinds ---------------------------------------------------------------
 
-    def _hold_base(self) -> None:
+    def _start_evaluation(self) -> None:
         """--adapter none."""
         self.engine = self.loaded.model
         self.state = TrainerState()

@@ -2,7 +2,7 @@
 own.
 
     reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written, run.yaml last)
-                                      -> commit, or give_up: it is as it was
+                                      -> commit, or abandon: it is as it was
 
 A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml. Until
 `commit`, the file `STARTING` lists what the start-up may make, and what it may change of an earlier run is set aside:
@@ -118,7 +118,7 @@ class Reservation:
             (self.folder / ASIDE).rename(self.folder / DELETING)
         (self.folder / STARTING).unlink(missing_ok=True)
         shutil.rmtree(self.folder / DELETING, ignore_errors=True)
-        _open.pop(self.folder.resolve(), None)
+        _reservations.pop(self.folder.resolve(), None)
 
 
 def reserve(folder: Path) -> Reservation:
@@ -129,7 +129,7 @@ def reserve(folder: Path) -> Reservation:
     without a run, one that another run is writing to, and one that cannot be written
     to.
     """
-    if (reservation := _open.get(folder.resolve())) is not None:
+    if (reservation := _reservations.get(folder.resolve())) is not None:
         return reservation
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
@@ -146,7 +146,7 @@ def reserve(folder: Path) -> Reservation:
     except UserError:
         _remove_empty(new_folders)
         raise
-    reservation = _open[folder.resolve()] = Reservation(
+    reservation = _reservations[folder.resolve()] = Reservation(
         folder, new_folders, had_lock_file
     )
     return reservation
@@ -154,18 +154,18 @@ def reserve(folder: Path) -> Reservation:
 
 def is_reserved(folder: Path) -> bool:
     """Whether this process holds a reservation of `folder` already."""
-    return folder.resolve() in _open
+    return folder.resolve() in _reservations
 
 
-def give_up(folder: Path) -> None:
+def abandon(folder: Path) -> None:
     """Bring a folder that this process has reserved back to how it was, and give up the
     lock, which every rank has."""
-    reservation = _open.get(folder.resolve())
+    reservation = _reservations.get(folder.resolve())
     if reservation is not None:
         _undo(folder)
         if not reservation.had_lock_file:
             (folder / LOCK).unlink(missing_ok=True)
-        del _open[folder.resolve()]
+        del _reservations[folder.resolve()]
     leave(folder)
     if reservation is not None:
         _remove_empty(reservation.new_folders)
@@ -179,7 +179,7 @@ def join(folder: Path) -> None:
     if path.parent not in _locks and path.is_file():
         with _writing(folder):
             file = _locks[path.parent] = os.open(path, os.O_RDWR)
-        _takes(file, fcntl.LOCK_SH, _OTHERS)
+        _try_lock(file, fcntl.LOCK_SH, _OTHERS)
 
 
 def leave(folder: Path) -> None:
@@ -241,7 +241,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 # -- the lock --------------------------------------------------------------------------
 
-_open: dict[Path, Reservation] = {}
+_reservations: dict[Path, Reservation] = {}
 """Folder -> the reservation of this process that is neither begun nor given up."""
 
 _locks: dict[Path, int] = {}
@@ -265,7 +265,7 @@ def _lock(folder: Path) -> None:
     path = resolved / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _takes(file, fcntl.LOCK_EX, _FIRST):
+        if not _try_lock(file, fcntl.LOCK_EX, _FIRST):
             os.close(file)
             raise UserError(
                 f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
@@ -275,7 +275,7 @@ def _lock(folder: Path) -> None:
         # A run that was given up has deleted the file since it was opened.
         os.close(file)
     deadline = time.monotonic() + _ORPHANS_S
-    while not _takes(file, fcntl.LOCK_EX, _OTHERS):
+    while not _try_lock(file, fcntl.LOCK_EX, _OTHERS):
         if time.monotonic() > deadline:
             os.close(file)
             raise UserError(
@@ -290,7 +290,7 @@ def _lock(folder: Path) -> None:
     _locks[resolved] = file
 
 
-def _takes(file: int, kind: int, byte: int) -> bool:
+def _try_lock(file: int, kind: int, byte: int) -> bool:
     """Lock a byte of a lock file. False where another process holds it. Where the file
     system has no locks, the folder is used unlocked."""
     try:

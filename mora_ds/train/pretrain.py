@@ -26,8 +26,8 @@ from mora_ds.checkpoint.layout import (
     is_step_name,
     name_best,
     name_latest,
+    repair,
     resume_checkpoint,
-    settle,
     step_folder,
     step_of,
 )
@@ -49,15 +49,15 @@ from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.base import find_model, prepare_base, settle_base_device
-from mora_ds.train.beside import going_on
+from mora_ds.train.base import choose_base_device, find_model, prepare_base
+from mora_ds.train.beside import training_goes_on
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, without_nan
-from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
+from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
@@ -114,7 +114,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             raise UserError(
                 "--attn_implementation flex_attention trains on a GPU alone: leave it at auto"
             )
-        arguments = settle_base_device(arguments, config, ds_config, ranks)
+        arguments = choose_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, start)
         _check_evaluation_sets(arguments, data)
@@ -187,7 +187,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
         check_shared(root, ranks)
         yield Start(ranks, root, checkpoint, state, hooks, branch)
     except BaseException:
-        give_up(root)
+        abandon(root)
         raise
     if ranks.is_first:
         reserve(root).commit()
@@ -209,7 +209,7 @@ def _reserve(
     root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
     reservation = reserve(folder)
-    settle(root)
+    repair(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     state = None if checkpoint is None else TrainerState.read(checkpoint)
     branch: JsonObject = {}
@@ -372,7 +372,7 @@ def _push(training: TrainingArguments, job: Job, checkpoint: Path) -> None:
     repository = str(training.push_to_hub)
 
     def push() -> None:
-        with going_on("the upload to the Hub", job.state.failures):
+        with training_goes_on("the upload to the Hub", job.state.failures):
             if training.export_merged:
                 logger.info(push_folder(job.start.folder / MERGED_FOLDER, repository))
             else:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 
-from mora_ds.train.beside import going_on
+from mora_ds.train.beside import training_goes_on
 
 PROFILE = "profile"
 """The folder of traces in an output folder."""
@@ -23,7 +23,9 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
     write = tensorboard_trace_handler(str(folder / PROFILE), "rank-0", use_gzip=True)
 
     def write_or_tell(profiler: profile) -> None:
-        with going_on(f"--profile: {folder / PROFILE} got no complete trace", failures):
+        with training_goes_on(
+            f"--profile: {folder / PROFILE} got no complete trace", failures
+        ):
             write(profiler)
 
     profiler = profile(

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.train.beside import going_on
+from mora_ds.train.beside import training_goes_on
 
 Numbers: TypeAlias = Mapping[str, float]
 """Curve -> its value at a step."""
@@ -59,7 +59,7 @@ class Tracker:
         self.drops_points = name == TENSORBOARD
         self._failures = failures
         self._works = False
-        with going_on(f"--report_to {name} at the start", failures):
+        with training_goes_on(f"--report_to {name} at the start", failures):
             if name == WANDB:
                 self._log, self._close = _start_wandb(folder, config)
             else:
@@ -69,13 +69,17 @@ class Tracker:
     def log(self, numbers: Numbers, step: int) -> None:
         if self._works:
             self._works = False
-            with going_on(f"--report_to {self.name} at step {step}", self._failures):
+            with training_goes_on(
+                f"--report_to {self.name} at step {step}", self._failures
+            ):
                 self._log(numbers, step)
                 self._works = True
 
     def close(self) -> None:
         if self._works:
-            with going_on(f"--report_to {self.name} at the end", self._failures):
+            with training_goes_on(
+                f"--report_to {self.name} at the end", self._failures
+            ):
                 self._close()
 
 

@@ -119,11 +119,11 @@ class Trainer:
             with suppress(RunError):  # `error` is the one to report
                 self.job.run.wait(PATIENCE_S)
             if isinstance(error, (NotFinite, BaseChanged)):
-                raise RunError(self._explained(error)) from error
+                raise RunError(self._message_of(error)) from error
             raise
         self.job.run.wait()
 
-    def _explained(self, error: NotFinite | BaseChanged) -> str:
+    def _message_of(self, error: NotFinite | BaseChanged) -> str:
         """The message of an error of all processes, with the checkpoint to go on
         from."""
         try:
@@ -361,7 +361,7 @@ class Trainer:
         if step > 0 and self._saved_step != step:
             self._save()
         self.job.run.wait()
-        signals.settle()
+        signals.ignore_requests()
         self.log.close()
         dist.barrier()  # no process leaves before all have settled
         if step == 0:

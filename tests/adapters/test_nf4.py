@@ -206,7 +206,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
         "all layers of one shape have the same tables"
     )
     for layer in layers.values():
-        layer.keep_merged(some_terms(layer.spec))
+        layer.set_merged(some_terms(layer.spec))
     assert_casts_leave_scales(model)
     assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {
         torch.bfloat16

@@ -72,7 +72,7 @@ def one_step(engine):
 
 def save_engine(engine, folder):
     """The shards of all ranks and their table in `folder/engine`. Collective."""
-    layout, shard, tensors = shard_module.take(engine)
+    layout, shard, tensors = shard_module.shard_of(engine)
     folder.mkdir(parents=True, exist_ok=True)
     shard_module.write_shard(folder / "engine" / shard.file, tensors)
     of_all = gather_to_first(shard, Ranks.current().group)

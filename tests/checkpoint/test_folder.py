@@ -14,8 +14,8 @@ from mora_ds.checkpoint.layout import (
     complete_checkpoints,
     name_best,
     name_latest,
+    repair,
     resume_checkpoint,
-    settle,
     step_folder,
     step_of,
 )
@@ -75,7 +75,7 @@ def test_steps_and_their_folders_are_in_order(tmp_path):
 
 def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     before = contents(root)
-    settle(root)
+    repair(root)
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
     assert resume_checkpoint("auto", root) == root / "step-000006"
     writer._retain(root, 6, keep=1)
@@ -131,14 +131,14 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
         writer._retain(root, 6, keep=1)
-        settle(root)
+        repair(root)
     assert (
         "cannot be deleted and takes up space: [Errno 16] Device or resource busy"
         in caplog.text
     )
     assert resume_checkpoint("auto", root) == root / "step-000006"
     caplog.clear()
-    settle(root)
+    repair(root)
     writer._retain(root, 6, keep=1)
     assert names(root) == ["step-000001", "step-000006"]
     assert {path.name for path in root.glob(".*")} == set(HIDDEN_FOLDERS)
@@ -154,5 +154,5 @@ def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
         writer._replace_folder(beside, root / "step-000006")
     assert "step-000006.old.writing cannot be deleted" in caplog.text
     assert folders.problems(root / "step-000006") == []
-    settle(root)
+    repair(root)
     assert not list(root.glob(".step-000006*"))

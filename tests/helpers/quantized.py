@@ -72,7 +72,7 @@ def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
             delta = update.delta_weight(value)
             base.weight.data += delta.T if conv else delta
         if merged:
-            layer.keep_merged(merged)
+            layer.set_merged(merged)
         over_dense = adapt(base, spec, path)
         value = random(*layer.value.shape, seed=1)
         layer.value.data = value

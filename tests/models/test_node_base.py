@@ -239,7 +239,7 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
             name: [torch.tensor(float(1 + list(layers).index(name)))]
             for name in base.layers(model)
         }
-        total += base.of_all(rows, list(layers), 1)
+        total += base.gather_rows(rows, list(layers), 1)
     assert sorted(written) == sorted([*layers, "lm_head"])
     assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
 

@@ -19,11 +19,11 @@ def test_a_rank_with_nothing_to_save_is_given_some_seconds(monkeypatch):
     monkeypatch.setattr(signals.os, "_exit", leave)
     monkeypatch.setattr(signals, "_replace_broken_pipes", lambda: None)
     watch = object.__new__(signals._Watch)
-    asked_now = {"since": time.monotonic(), "settled": False, "_launcher": None}
+    asked_now = {"requested_at": time.monotonic(), "ignores": False, "_launcher": None}
     vars(watch).update(asked_now, defers=False)
     monkeypatch.setattr(signals, "_watch", watch)
     watch._check()
-    watch.since -= signals._PATIENCE_S
+    watch.requested_at -= signals._PATIENCE_S
     with pytest.raises(Left, match=rf"^{EXIT_STOPPED}$"):
         watch._check()
     watch.defers = True  # a step, a merge or a checkpoint takes as long as it takes

@@ -140,7 +140,7 @@ def patient():
         for _ in range(2000):
             print("x" * 100)
         sys.stdout.flush()
-        signals.settle()
+        signals.ignore_requests()
 
 def pooled():
     with signals.deferred():

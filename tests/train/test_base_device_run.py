@@ -14,7 +14,7 @@ from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base
-from mora_ds.train.base import settle_base_device
+from mora_ds.train.base import choose_base_device
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config
@@ -115,7 +115,7 @@ def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
     assert "--base_device host" in message
 
 
-def settled(argv, memory):
+def chosen_device(argv, memory):
     """What auto becomes on a GPU with so much memory."""
     start_distributed()
     arguments = parse(argv)
@@ -125,19 +125,19 @@ def settled(argv, memory):
         patch.object(device, "memory_bytes", lambda: memory),
     ):
         ds_config = engine_config(arguments.training, arguments.adapter.adapter, 1)
-        settled = settle_base_device(arguments, config, ds_config, Ranks.current())
-        return settled.training.base_device
+        chosen = choose_base_device(arguments, config, ds_config, Ranks.current())
+        return chosen.training.base_device
 
 
 def test_auto_takes_the_host_where_the_base_does_not_fit(user):
     argv = deep(user, "auto")
-    assert run_alone(settled, argv, 80e9) == BaseDevice.DEVICE.value
-    assert run_alone(settled, argv, 1e5) == BaseDevice.HOST.value
+    assert run_alone(chosen_device, argv, 80e9) == BaseDevice.DEVICE.value
+    assert run_alone(chosen_device, argv, 1e5) == BaseDevice.HOST.value
 
 
 def unplannable(argv):
     with patch.object(base, "planner_of", side_effect=RuntimeError("no such kernel")):
-        return settled(argv, 1e5)
+        return chosen_device(argv, 1e5)
 
 
 def test_a_model_that_cannot_be_planned_stays_on_the_device(user):

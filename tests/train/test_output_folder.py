@@ -11,8 +11,8 @@ from mora_ds.common.errors import UserError
 from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
     NAMES,
+    abandon,
     check_merged,
-    give_up,
     join,
     leave,
     names_of_run,
@@ -48,7 +48,7 @@ def prepared(folder, overwrite, resume, exports=False):
     try:
         reserve(folder).prepare(overwrite, resume, exports)
     except UserError:
-        give_up(folder)
+        abandon(folder)
         raise
 
 
@@ -60,7 +60,7 @@ def put(folder, name, text):
 
 def forget(folder):
     """As if the process had ended."""
-    output_folder._open.pop(folder.resolve(), None)
+    output_folder._reservations.pop(folder.resolve(), None)
     output_folder._locks.pop(folder.resolve(), None)
 
 
@@ -80,13 +80,13 @@ def test_other_files_do_not_matter_and_stay(tmp_path):
     with untouched(tmp_path):
         reserve(tmp_path).prepare(False, False)
         put(tmp_path, "tokenizer", "new")
-        give_up(tmp_path)
+        abandon(tmp_path)
 
 
 def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path):
     with untouched(tmp_path):
         reserve(tmp_path / "a/b").prepare(False, True)
-        give_up(tmp_path / "a/b")
+        abandon(tmp_path / "a/b")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -101,7 +101,7 @@ def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path, overwrite):
             if (out / name / "file").exists():
                 (out / name / "file").unlink()
             put(out, name, "new")
-        give_up(out)
+        abandon(out)
 
 
 def test_overwriting_removes_what_the_run_has_made(tmp_path):
@@ -189,7 +189,7 @@ def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
     monkeypatch.setattr(output_folder, "_ORPHANS_S", 60)
     reserve(out)
     assert os.waitpid(child, os.WNOHANG)[0] == child, "it was waited for"
-    give_up(out)
+    abandon(out)
 
 
 def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
