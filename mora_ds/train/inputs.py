@@ -26,7 +26,8 @@ _CACHE = "--cache_dir"
 def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or
     deleted; for a model or text whose folder is the output folder, and for text that is
-    searched for above it: what the run writes there would be taken for a part of it.
+    searched for in it or above it: what the run writes there would be taken for a part
+    of it.
 
     `folder`: the one that the run writes to. Links are followed; another name of the
     same file (a hard link) is safe, as a run replaces files and writes into none. A
@@ -51,11 +52,13 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
             )
         if real == output_dir and flag != _CACHE:
             raise _shared_folder(flag, named, folder)
-    for flag, named in _paths(texts):
-        real = _real(named)
-        is_beside = real.is_file() and real.parent == output_dir
-        if is_beside or real in output_dir.parents:
-            raise _shared_folder(flag, named, folder)
+    for flag, pattern in texts:
+        for _, named in _paths([(flag, pattern)]):
+            real = _real(named)
+            # A pattern may match what the run writes; a file that is named stays itself
+            is_searched = glob.has_magic(str(pattern)) and real.parent == output_dir
+            if is_searched or real in output_dir.parents:
+                raise _shared_folder(flag, named, folder)
 
 
 def _real(path: Path) -> Path:

@@ -37,7 +37,7 @@ NAMED = """
 {model_name_or_path: out} | --model_name_or_path out
 {model_name_or_path: other} | --model_name_or_path other
 {tokenizer_name: other/../out} | --tokenizer_name other/../out
-{train_files: [out/corpus.txt]} | --train_files out/corpus.txt
+{train_files: ["out/c*.txt"]} | --train_files out/corpus.txt
 {train_files: ["other/c*.txt"]} | --train_files other/corpus.txt
 {train_files: ["./**/*.parquet"]} | --train_files .
 {eval_files: [held=out]} | --eval_files out
@@ -92,6 +92,7 @@ def test_an_input_within_the_output_is_named(home, changes, message):
 OTHERS = """
 {}
 {model_name_or_path: .}
+{train_files: [out/corpus.txt]}
 {train_files: [out/texts]}
 {train_files: ["out/texts/**/*.txt"]}
 {dataset_name: out/texts, train_files: []}
