@@ -623,6 +623,48 @@ deploy/fork_adapters.py | deploy/test_fork_adapters.py
 -if spec.blocks_in > spec.blocks_out and
 +if spec.blocks_in > 2 * spec.blocks_out and
 
+# the gradient of M is that of a micro-batch's last tokens
+adapters/ops/mora.py | adapters/ops/test_linear.py
+-products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
++products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1), beta=0)
+
+# a sum of many terms is rounded after each of them
+adapters/ops/index_tables.py | adapters/ops/test_mora.py
+-if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
++if len(self.additions) > 9 and x.dtype in LOW_PRECISION:
+
+# Muon's momentum takes in gradients that are not finite
+engine/muon.py | engine/test_muon.py
+-        if factor is None:
+-            return
++        factor = factor or 1.0
+
+# the loss scaler forgets its last overflow at a resume
+engine/shards.py | checkpoint/test_elastic.py
+-"cur_iter", "last_overflow_iter", "cur_hysteresis")
++"cur_iter", "cur_hysteresis")
+
+# the seed may change at a resume
+train/job.py | train/test_resume.py
+-            "seed": training.seed,
+-
++
+
+# text that is held out has the tokens of what is trained on
+data/cache.py | data/test_cache.py
+-"filter": None if corpus.keep is None else corpus.keep.identity,
++"filter": None,
+
+# ids wrap around in a vocabulary of one id more than two bytes hold
+data/tokenizer.py | data/test_tokenizer.py
+-[1] < 1 << 16 else
++[1] <= 1 << 16 else
+
+# merged cycles beside 4 bits are summed in the dtype of the run
+adapters/nf4.py | adapters/test_nf4.py
+-        total = self._original(torch.float32)
++        total = self._original(dtype)
+
 # Muon takes LoRA's two factors for one matrix
 engine/muon.py | engine/test_muon.py
 -Columns(spec.d_in) if spec and spec.has_factors else None

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.experts import MoRAExperts, find_stacks
 from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
-from mora_ds.adapters.ops import grouped
+from mora_ds.adapters.ops import grouped, index_tables
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.grouped import grouped_linear
@@ -36,6 +36,7 @@ from tests.helpers.models import (
     tiny_model,
     tokens,
 )
+from tests.helpers.operators import specs_of_tables
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(
@@ -193,6 +194,27 @@ def test_grouped_products_and_their_gradients(monkeypatch, kernel, bits):
         assert_close(trained.grad, reference.grad)
 
 
+def test_which_grouped_products_a_gpu_has_a_kernel_for(monkeypatch):
+    """In bf16 from Ampere on, of rows whose bytes are a multiple of 16."""
+    capability = [8, 0]
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: tuple(capability)
+    )
+
+    def has_kernel(inputs=16, width=8, dtype=torch.bfloat16, device="cuda"):
+        x = SimpleNamespace(shape=(4, inputs), dtype=dtype, device=torch.device(device))
+        return grouped.has_kernel(x, width)
+
+    assert has_kernel()
+    assert not has_kernel(inputs=12)
+    assert not has_kernel(width=12)
+    assert not has_kernel(dtype=torch.float16)
+    assert not has_kernel(device="cpu")
+    capability[:] = 7, 5
+    assert not has_kernel()
+
+
 def test_a_frozen_stack_saves_no_rows_for_backward():
     saved = []
     x = torch.randn(6, 4, requires_grad=True)
@@ -203,6 +225,15 @@ def test_a_frozen_stack_saves_no_rows_for_backward():
         grouped_linear(x, torch.randn(2, 3, 4), ends)
     assert (6, 4) not in saved
     assert (2, 3, 4) in saved
+
+
+def test_experts_keep_the_tables_of_their_operator(monkeypatch):
+    specs = specs_of_tables(monkeypatch)
+    model = adapted()
+    for _ in range(2):
+        causal_loss(model, tokens(2)).backward()
+        index_tables.tables_of.cache_clear()  # as 1,024 other operators do
+    assert len(specs) == len(mora_layers(model))
 
 
 # -- operators and sizes ---------------------------------------------------------------

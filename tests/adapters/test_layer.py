@@ -12,6 +12,7 @@ from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers.operators import specs_of_tables
 from tests.helpers.pairwise import pairwise
 
 D_IN = 14
@@ -131,14 +132,7 @@ def test_layers_keep_their_tables_however_many_there_are(monkeypatch):
     """A 70B model with domains uses 1,120 operators one after the other: more than the
     cache of tables holds.
     """
-    specs = []
-    original = index_tables.make_tables
-    monkeypatch.setattr(
-        index_tables,
-        "make_tables",
-        lambda spec, device: specs.append(spec) or original(spec, device),
-    )
-    index_tables.clear_tables()
+    specs = specs_of_tables(monkeypatch)
     layer = MoRALinear(base_layer("linear"), spec())
     x = inputs().requires_grad_()
     for _ in range(3):

@@ -13,6 +13,7 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -26,6 +27,7 @@ from tests.helpers.operators import (
     random,
     spec_id,
     specs,
+    specs_of_tables,
 )
 from tests.helpers.quantized import (
     LORA,
@@ -72,6 +74,10 @@ def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
     assert quantized.values.numel() == -(-weight.numel() // 2)
     assert quantized.scales.dtype is torch.float32
     assert quantized.scales.numel() == -(-weight.numel() // BLOCK)
+    for planned, part in zip(
+        quantize(weight.to("meta")), quantize(weight), strict=True
+    ):
+        assert (planned.shape, planned.dtype) == (part.shape, part.dtype)
     error = (quantized.dense(torch.float32) - weight).abs()
     blocks = (
         nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK))
@@ -89,10 +95,10 @@ def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
 def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_files_dtype():
     weight = random(300, 500).to(torch.bfloat16)
     quantized = held(weight)
+    with_terms = replace(held(weight[:24, :40]), terms=tuple(some_terms(SHARE)))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(
-            quantized.dense(dtype), quantized.dense(torch.float32).to(dtype)
-        )
+        for one in (quantized, with_terms):
+            assert torch.equal(one.dense(dtype), one.dense(torch.float32).to(dtype))
     for variant in (weight.float(), weight.T.contiguous().T, weight.double()):
         assert all(map(torch.equal, quantize(variant), quantize(weight)))
     for part in (0, 1):
@@ -189,6 +195,17 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
         layer.value.data.zero_()
     after = model(input_ids=ids).logits.float()
     assert (after - before).norm() < 0.01 * before.norm()
+
+
+def test_a_layer_keeps_the_tables_of_its_merged_cycles(monkeypatch):
+    """As those of its own cycle, however many other operators a model has."""
+    specs = specs_of_tables(monkeypatch)
+    layer = in_4_bits(adapt(base_of(SHARE, False, torch.float32), SHARE))
+    layer.set_merged(some_terms(SHARE))
+    for _ in range(2):
+        layer(random(2, 40).float()).sum().backward()
+        index_tables.tables_of.cache_clear()  # as 1,024 other operators do
+    assert sorted(spec.seed for spec in specs) == [1, 100, 101, 102]
 
 
 # -- models ----------------------------------------------------------------------------

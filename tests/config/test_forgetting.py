@@ -16,10 +16,10 @@ from tests.helpers.resume import assert_same_run, interrupted_job
 
 
 def test_bounds_and_scores():
-    watch = Watch.of(["old:1.10"], ["old:0.25", "new:0.75"])
+    watch = Watch.of(["old:1.5"], ["old:0.25", "new:0.75"])
     start = {"old": 100.0, "new": 50.0}
-    assert watch.forgotten(start, {"old": 110.0, "new": 500.0}) is None
-    assert watch.forgotten(start, {"old": 110.1})
+    assert watch.forgotten(start, {"old": 150.0, "new": 500.0}) is None
+    assert watch.forgotten(start, {"old": 150.1})
     assert watch.score({"old": math.e, "new": math.e**2}) == pytest.approx(0.25 + 1.5)
     assert Watch.of([], []).score(start) is None
     assert watch.score({"old": 1.0}) is None, "a set that was left out"

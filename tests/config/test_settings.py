@@ -74,12 +74,12 @@ def test_the_engine_has_every_setting_of_the_flags():
 
 def test_adapter_settings_become_the_adapters_config():
     flags = (
-        "--mora_rank 16 --operator decouple --r_hat_multiple 2 --mora_dropout 0.1 --train_head "
-        "--train_norms --base_bits 8 --target_modules q_proj"
+        "--mora_rank 16 --operator share --grouping strided --compute weight --r_hat_multiple 2 --mora_dropout 0.1 "
+        "--train_head --train_norms --train_embedding_rank 3 --base_bits 8 --target_modules q_proj"
     )
     assert parse(flags.split()).adapter.config(seed=5) == MoRAConfig(
-        rank=16, operator="decouple", r_hat_multiple=2, dropout=0.1, train_head=True,
-        train_norms=True, base_bits=8, target_modules=("q_proj",), seed=5,
+        rank=16, operator="share", grouping="strided", compute="weight", r_hat_multiple=2, dropout=0.1,
+        train_head=True, train_norms=True, embedding_rank=3, base_bits=8, target_modules=("q_proj",), seed=5,
     )  # fmt: skip
     flags = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
     wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)

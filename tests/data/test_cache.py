@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from mora_ds.common.files import at_work
 from mora_ds.config.data import DataArguments
 from mora_ds.data import (
+    DocumentFilter,
     build_cache,
     cache,
     load_corpus,
@@ -190,16 +192,17 @@ def test_the_second_call_only_opens(
 def test_contents_order_and_settings_each_make_a_new_key(
     files, build, tokenizer, tmp_path
 ):
-    def key(patterns, tokens=tokenizer, **settings):
-        return build_cache(
-            load_corpus(patterns, **settings), tokens, tmp_path / "cache"
-        ).folder.name
+    def key(patterns, tokens=tokenizer, keep=None, **settings):
+        corpus = replace(load_corpus(patterns, **settings), keep=keep)
+        return build_cache(corpus, tokens, tmp_path / "cache").folder.name
 
     keys = [
         key(files),
         key(files[::-1]),
         key(files[:1]),
         key(files, text_column="body"),
+        key(files, keep=DocumentFilter(0.5)),
+        key(files, keep=DocumentFilter(0.5, takes_held_out=True)),
     ]
     keys.append(build(files, document_start="none").folder.name)
     another_tokenizer = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))

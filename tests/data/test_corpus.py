@@ -86,8 +86,9 @@ def test_a_dataset_name_may_be_a_folder_of_files(tmp_path):
 
 
 def test_patterns_keep_their_order_and_name_each_file_once(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt"):
+    hidden = (".d.txt", ".hidden/e.txt")
+    for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt", *hidden):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "t"}\n')
     patterns = {
         "b.txt ?.txt .": ["b.txt", "a.txt", "[x].txt", "c.jsonl"],

@@ -342,8 +342,10 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
 
 
 def test_no_held_out_document_is_trained_on(user, tmp_path):
-    """By hash, in every source: also where a document lies in two of them."""
+    """By hash, in every source: also where a document lies in two of them, in other
+    letters or with other white space."""
     texts = user.texts()
+    assert document_hash("Caf\u00e9 au\nlait") == document_hash(" cafe\u0301 AU lait ")
     again = tmp_path / "again.jsonl"
     again.write_text(
         "".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2])

@@ -19,7 +19,7 @@ from mora_ds.data import (
     train_sentencepiece,
     wants_bos,
 )
-from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
+from mora_ds.data.tokenizer import Encoder, end_of_text_id, tokenizer_fingerprint
 from tests.helpers.errors import user_error
 from tests.helpers.outcome import tree
 
@@ -141,6 +141,14 @@ def test_vocabulary_must_fit_the_model(trained):
     wrapped.add_tokens(["<added>"])
     with user_error("'<added>' has id 600"):
         check_vocabulary(wrapped, 600)
+
+
+@pytest.mark.parametrize("largest, dtype", [(65_535, "<u2"), (65_536, "<u4")])
+def test_the_largest_id_decides_how_many_bytes_an_id_has(
+    trained, monkeypatch, largest, dtype
+):
+    monkeypatch.setattr("mora_ds.data.tokenizer.largest_id", lambda _: ("x", largest))
+    assert Encoder.of(load_tokenizer(trained)).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_tolerance(dtype, layers, largest, tolerance):
     )
 
 
+def test_the_coarser_dtype_of_run_and_export_counts(tmp_path):
+    run = fake_run(tmp_path, dtype="bfloat16")
+    merged = tmp_path / "merged"
+    report = export_merged(run.checkpoint, merged, dtype="float32", verify=True)
+    assert report.comparison.tolerance == pytest.approx(2 * 2**-7 * 3**0.5)
+
+
 def test_what_cannot_be_compared_is_told(tmp_path):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, tmp_path / "merged")

@@ -2,6 +2,8 @@
 merged, resumed, refused.
 """
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -264,6 +266,25 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage, precision):
     # as large
     together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5
     assert 0.9 < together / expected["momentum"] < 1.5
+
+
+def momentum_over_a_dropped_step(stage):
+    """The optimizer's state before and after a step whose gradients are not finite."""
+    model = small_model()
+    engine, *_ = initialize(model=model, config=muon_config(stage, ROWS // 2, 1))
+    states = []
+    for factor in (1.0, math.nan):
+        engine.backward(causal_loss(engine, tokens(ROWS // 2)) * factor)
+        engine.step()
+        states.append([value.clone() for _, value in state_tensors(engine, 0)])
+    return states
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_that_is_dropped_leaves_the_momentum_as_it_was(stage):
+    for before, after in run_pooled(2, momentum_over_a_dropped_step, stage):
+        assert before
+        assert all(map(torch.equal, before, after))
 
 
 def learning_rates(names):

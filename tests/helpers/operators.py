@@ -5,6 +5,7 @@ the two ways.
 import torch
 import torch.nn.functional as F
 
+from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.linear import mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
@@ -73,6 +74,19 @@ def blocks_onto_wrapped_outputs(spec):
     first again: an output reads several blocks, in each another row of M."""
     numbers = torch.arange(spec.blocks_in * spec.r_hat).unsqueeze(0)
     return numbers % spec.d_in, numbers % spec.d_out
+
+
+def specs_of_tables(monkeypatch):
+    """A list that fills with the operators whose tables are made from now on."""
+    made = index_tables.make_tables
+    specs = []
+    monkeypatch.setattr(
+        index_tables,
+        "make_tables",
+        lambda spec, device: specs.append(spec) or made(spec, device),
+    )
+    index_tables.clear_tables()
+    return specs
 
 
 def random(*shape, seed=0):

@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import HubStrategy
 
 import mora_ds
+from mora_ds.engine.accelerate import optimizer_steps
 from mora_ds.hf import MoRACallback, MoRATrainer, load_model
 from mora_ds.hf import trainer as trainer_module
 from mora_ds.hf.options import REFUSED, check_options, fill_config
@@ -71,6 +72,10 @@ def test_operations_are_counted_with_the_frozen_base():
     rows = {"input_ids": torch.zeros(2, 16)}
     trainer = SimpleNamespace(model=model)
     assert MoRATrainer.floating_point_ops(trainer, rows) == 6 * 32 * total
+
+
+def test_steps_that_loss_scaling_has_dropped_are_none():
+    assert optimizer_steps(SimpleNamespace(global_steps=7, skipped_steps=2)) == 5
 
 
 def test_what_goes_with_an_adapter_passes(tmp_path):

@@ -55,6 +55,21 @@ def sharded(tmp_path):
 # -- opening ---------------------------------------------------------------------------
 
 
+def mappings_of(folder):
+    """How many times files of a folder are mapped into this process."""
+    return Path("/proc/self/maps").read_text().count(str(folder))
+
+
+def test_files_are_mapped_until_they_are_released(llama):
+    base = BaseCheckpoint.open(llama)
+    before = mappings_of(llama)
+    base.read("lm_head.weight")
+    assert mappings_of(llama) > before
+    base.release()
+    assert mappings_of(llama) == before
+    assert base.read("lm_head.weight").shape == (128, 32)
+
+
 def test_reads_what_is_stored(llama):
     base = BaseCheckpoint.open(llama)
     stored = load_file(llama / "model.safetensors")

@@ -3,6 +3,7 @@ reset does what it says.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import Ledger
-from mora_ds.remora.merge import ReMoRA
+from mora_ds.remora.merge import MergeReport, ReMoRA
 from tests.helpers.engines import assert_replayed, ds_config, merging_run
 from tests.helpers.gloo import run_alone
 from tests.helpers.models import causal_loss, tiny_model, tokens
@@ -90,6 +91,16 @@ def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
         check_rounding(results, tmp_path)
         assert set(results["moments"]) == {"step", "exp_avg", "exp_avg_sq"}
         assert not any(value.any() for value in results["moments"].values())
+
+
+def test_the_line_for_humans():
+    report = MergeReport(
+        cycle=2, step=9, layers=14, square_norm=4.0, delta_norm=2.0, weight_norm=8.0, rounding_loss=0.125,
+    )  # fmt: skip
+    line = "merged cycle 2 at step 9: 14 layers, |M| 4, delta/weight 0.25, lost to rounding 12.5%"
+    assert str(report) == line
+    probed = replace(report, loss_before=3.0, loss_after=3.5)
+    assert str(probed) == f"{line}, probe loss 3.0000 -> 3.5000"
 
 
 def moved_probe(folder):

@@ -237,8 +237,8 @@ def test_how_it_is_computed_changes_nothing(user, plain, out, config, checkpoint
 FIRST_LINES = r"""
 model       llama, .*
 trained     .* parameters \(.* MoRA of rank 2.*
-data        2 sequences of 32 tokens.*
-steps       4 \(.*
+data        2 sequences of 32 tokens, 64 tokens a step
+steps       4 \(256 tokens\)
 memory      """
 LAST_LINES = r"""
 done        4 steps, 256 tokens in 0:0.*

@@ -155,11 +155,19 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
         return refusal(user.flags(copied, MERGING, resume, *more))
 
     with untouched(copied):
-        message = differing("--mora_rank 4 --operator share --seq_len 16 --bf16 true")
+        message = differing(
+            "--mora_rank 4 --operator share --seq_len 16 --bf16 true --seed 7 --merge_every 4",
+            "--no_document_mask --attn_implementation sdpa --gradient_accumulation_steps 2",
+        )
         assert "--mora_rank: 2 there, 4" in message
         assert "--operator: 'auto' there" in message
         assert "--seq_len: 32 there, 16 here" in message
         assert "--bf16" in message
+        assert "--seed: 42 there, 7 here" in message
+        assert "--merge_every: 3 there, 4 here" in message
+        assert "--document_mask: True there, False here" in message
+        assert "(--attn_implementation): 'documents' there, 'dense' here" in message
+        assert "--gradient_accumulation_steps, ranks): 2 there, 4 here" in message
         full = "--adapter full --merge_every 0 --restart_warmup_steps 10"
         assert "--adapter: " in differing(full)
         elsewhere = another_base(user.model, tmp_path / "other")

@@ -2,6 +2,8 @@
 shape and kind of device.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,8 @@ all_paths = pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
 def test_all_paths_are_base_plus_delta(spec, monkeypatch):
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    # The gradient of M is summed over several parts of the tokens
+    monkeypatch.setattr(mora, "tokens_in_cache", lambda x, width: 4)
     for sums in (True, False):  # as on a CPU, as on a GPU
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
         for path in PATHS:
@@ -83,8 +87,10 @@ def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
 
 
 @all_paths
-def test_a_shared_square_keeps_the_folded_input_alone(path):
-    """In plain torch, and by the operations of the kernels."""
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_shared_square_keeps_the_folded_input_alone(path, sums, monkeypatch):
+    """In plain torch, as on a CPU and as on a GPU, and by the operations of the kernels."""
+    monkeypatch.setattr(mora, "on_cpu", lambda x: sums)
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
     x = torch.randn(40, 64, requires_grad=True)
     weight = torch.randn(64, 64)
@@ -122,6 +128,13 @@ def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in, d_out, token
     """Literal numbers: another rule would change the bits of every run."""
     assert cheaper_path(tokens, d_in, d_out) is Compute.WEIGHT
     assert cheaper_path(tokens - 1, d_in, d_out) is Compute.ACTIVATION
+
+
+def test_the_rule_counts_the_part_of_a_layer_that_a_process_computes():
+    layer = MoRALinear(nn.Linear(16, 16), OperatorSpec(OperatorKind.SHARE, 16, 16, 8))
+    assert layer.path(1) is Compute.ACTIVATION
+    layer.split = SimpleNamespace(sizes=lambda spec: (16, 2))
+    assert layer.path(1) is Compute.WEIGHT
 
 
 @pytest.mark.parametrize("tokens", [2, 8])

@@ -265,6 +265,14 @@ def test_tables_made_in_inference_mode_serve_training(kind, grouping):
     assert torch.isfinite(square.grad).all()
 
 
+def test_a_sum_of_many_terms_in_low_precision_is_rounded_once():
+    """Each addition of 2^-8 to 1 would round to 1 in bf16."""
+    sums = index_tables.IndexMap.of(
+        torch.tensor([[0], [1], [1], [1], [1]]), torch.device("cpu")
+    )
+    assert sums(torch.tensor([1, 2**-8]).bfloat16()).tolist() == [1 + 2**-6]
+
+
 def test_permutations_are_those_that_every_ledger_was_written_with():
     """Literal values: a numpy that drew others would silently ruin every ledger on disk."""
     spec = OperatorSpec(OperatorKind.SHARE, 10, 6, 4, Grouping.PERMUTED, seed=12345)
