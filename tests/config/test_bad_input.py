@@ -198,16 +198,12 @@ def test_a_model_with_an_infinite_weight(user, tmp_path):
 # -- the real launcher -----------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "more, code, words",
     [
         ("--target_modules q_prj", 2, "--target_modules 'q_prj'"),
-        pytest.param(
-            "--learning_rate 1e25",
-            1,
-            "Newest checkpoint: none was written",
-            marks=pytest.mark.heavy,
-        ),
+        ("--learning_rate 1e25", 1, "Newest checkpoint: none was written"),
     ],
 )
 def test_the_launcher_says_it_once(user, tmp_path, more, code, words):

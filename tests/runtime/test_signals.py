@@ -293,15 +293,28 @@ def test_a_killed_rank_takes_the_job_down(start):
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
 
+def torchrun(more, flags):
+    """The command line of a run on two ranks. `more`: flags of torchrun."""
+    program = Path(sys.executable).with_name("torchrun")
+    start = f"--standalone --nproc_per_node 2 {more}"
+    return words(program, start, REPOSITORY / "launch/pretrain.py", *flags)
+
+
+def test_torchrun_starts_the_same_run(user, whole, tmp_path, out):
+    line = torchrun("", user.flags(out, MERGING))
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment(), capture_output=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert_same_run(out, whole)
+
+
 @pytest.mark.heavy
 def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path, out):
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
     each start. In the one that torch 2.13 shares by default, processes which are started
     again find the addresses of the dead ones."""
-    torchrun = Path(sys.executable).with_name("torchrun")
-    restarts = "--standalone --nproc_per_node 2 --max-restarts 2"
-    script = REPOSITORY / "launch/pretrain.py"
-    line = words(torchrun, restarts, script, *user.flags(out, MERGING, AUTO))
+    line = torchrun("--max-restarts 2", user.flags(out, MERGING, AUTO))
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
