@@ -398,8 +398,8 @@ train/inputs.py | train/test_inputs.py
 
 # a run writes into the folder of its text
 train/inputs.py | train/test_inputs.py
--is_searched = glob.has_magic(str(pattern)) and real.parent == output_dir
-+is_searched = False
+-is_beside = is_matched and real.parent == output_dir
++is_beside = False
 
 # a folder with names of a run and no run is taken
 train/output_folder.py | train/test_output_folder.py

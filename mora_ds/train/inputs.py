@@ -56,8 +56,9 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
         for _, named in _paths([(flag, pattern)]):
             real = _real(named)
             # A pattern may match what the run writes; a file that is named stays itself
-            is_searched = glob.has_magic(str(pattern)) and real.parent == output_dir
-            if is_searched or real in output_dir.parents:
+            is_matched = glob.has_magic(str(pattern)) and real.is_file()
+            is_beside = is_matched and real.parent == output_dir
+            if is_beside or real in output_dir.parents:
                 raise _shared_folder(flag, named, folder)
 
 
