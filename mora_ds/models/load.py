@@ -129,12 +129,12 @@ def load_base(
         changes=changes,
     )
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
-    is_own = False
-    keys = _one_to_one(model, folder, ranks)
-    if keys is None:
-        originals = partial(_originals, model, folder, own_base, dtype, load)
-        is_own, keys = ranks.on_first("originals of the model", originals, long=True)
-    originals_at = own_base if is_own else folder
+    keys, difference = _one_to_one(model, folder, ranks)
+    originals_at = folder
+    if difference:
+        write = partial(_originals, model, folder, own_base, dtype, load, difference)
+        keys = ranks.on_first("originals of the model", write, long=True)
+        originals_at = own_base
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(originals_at))
     return LoadedBase(model, base, keys)
 
@@ -350,19 +350,20 @@ def load_model(
     return model
 
 
-def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None:
-    """Parameter name -> key in the folder's files, if these are the live tensors one to
-    one; else None. Collective: each rank compares a slice of them."""
+def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> tuple[dict[str, str], str]:
+    """(parameter name -> key in the folder's files, what is not one to one there; ""
+    where the files hold the live tensors). Collective: each rank compares a slice."""
 
-    def compare() -> tuple[dict[str, str] | None, bool]:
+    def compare() -> tuple[dict[str, str], str]:
         try:
             base = BaseCheckpoint.open(folder)
-            return _map_and_verify(model, base, ranks.rank, ranks.world), True
-        except NotOneToOne:
-            return None, False
+            return _map_and_verify(model, base, ranks.rank, ranks.world), ""
+        except NotOneToOne as error:
+            return {}, str(error)
 
-    keys, is_equal = ranks.agree("weights of the model", compare, long=True)
-    return keys if all(ranks.gather("comparison of the weights", is_equal)) else None
+    keys, difference = ranks.agree("weights of the model", compare, long=True)
+    differences = ranks.gather("comparison of the weights", difference)
+    return keys, next(filter(None, differences), "")
 
 
 def _originals(
@@ -371,34 +372,30 @@ def _originals(
     own_base: Path,
     dtype: torch.dtype,
     load: Callable[[torch.dtype], Any],
-) -> tuple[bool, dict[str, str]]:
-    """(whether the originals are in `own_base`, which is written if needed, their
-    keys).
+    difference: str,
+) -> dict[str, str]:
+    """The keys of the originals in `own_base`, which is written if needed.
 
     `load` loads the model again in another dtype: `own_base` keeps the precision of the
-    files, not that of the run.
+    files, not that of the run. `difference`: why the files in `folder` do not do.
     """
+    if own_base.exists() and own_base.samefile(folder):
+        raise UserError(
+            f"{MODEL_FLAG} {folder}: {difference}; the run would write its base over it: move it"
+        )
     # A run that is resumed has written it before; one that does not fit is written anew
     with suppress(UserError):
-        if own_base.is_dir() and not own_base.samefile(folder):
-            return True, _map_and_verify(model, BaseCheckpoint.open(own_base))
-    try:
-        return False, _map_and_verify(model, BaseCheckpoint.open(folder))
-    except NotOneToOne as error:
-        if own_base.exists() and own_base.samefile(folder):
-            raise UserError(
-                f"{MODEL_FLAG} {folder}: {error}; the run would write its base over it: move it"
-            ) from error
+        return _map_and_verify(model, BaseCheckpoint.open(own_base))
     stored = _stored_dtype(folder)
     if torch.promote_types(stored, dtype) != dtype:
         try:
-            return True, _map_and_verify(model, write_own_base(load(stored), own_base))
+            return _map_and_verify(model, write_own_base(load(stored), own_base))
         except NotOneToOne as error:
             logger.warning(
                 "warning: the weights of %s are %s and are kept in %s only, in which exports in more precision are"
                 " rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
             )  # fmt: skip
-    return True, _map_and_verify(model, write_own_base(model, own_base))
+    return _map_and_verify(model, write_own_base(model, own_base))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
