@@ -355,7 +355,7 @@ def write_manifest(
     # at
     unrecorded = filter(Path.is_file, set(folder.rglob("*")) - recorded_paths)
     files = dict(sorted({**known, **record(folder, unrecorded)}.items()))
-    content = {"format": FORMAT, "files": files, "seal": _seal(files)}
+    content = {"format": FORMAT, "files": files, "seal": json_digest(files)}
     write_json_atomic(folder / MANIFEST, content)
 
 
@@ -375,10 +375,9 @@ def await_file(path: Path, size: int) -> None:
         time.sleep(0.1)
 
 
-def _seal(files: dict[str, Any]) -> str:
-    """sha256 of the manifest's own list of files: shows that it was truncated or
-    edited."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def json_digest(content: Any) -> str:
+    """Hex sha256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[str]:
@@ -388,7 +387,9 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
     for a missing or damaged manifest."""
     path = folder / MANIFEST
     content = read_formatted(path)
-    if content.get("seal") != _seal(entry(content, "files", dict[str, Any], path)):
+    # A list that was truncated or edited has another digest
+    listed_content = entry(content, "files", dict[str, Any], path)
+    if content.get("seal") != json_digest(listed_content):
         return [f"{path} is damaged: it does not list what it was written with"]
     if problems := links(folder):
         return problems

@@ -36,6 +36,7 @@ from mora_ds.common.files import (
     fsync,
     fsync_tree,
     is_abandoned,
+    json_digest,
 )
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
@@ -168,9 +169,7 @@ def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, 
 
 def _key(settings: dict[str, Any]) -> str:
     """The name of the cache with these settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[
-        :32
-    ]
+    return json_digest(settings)[:32]
 
 
 # -- building --------------------------------------------------------------------------

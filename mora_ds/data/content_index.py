@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import DISK_FULL
+from mora_ds.common.files import DISK_FULL, json_digest
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.members import Member
 
@@ -31,10 +31,8 @@ def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
 
 
 def _content_hash(cache_dir: Path, member: Member) -> str:
-    stamp = json.dumps({"format": _FORMAT, **member.stamp()}, sort_keys=True)
-    entry = (
-        cache_dir / "index" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
-    )
+    stamp = {"format": _FORMAT, **member.stamp()}
+    entry = cache_dir / "index" / f"{json_digest(stamp)[:32]}.json"
     content_hash = _recall(entry)
     if content_hash is None:
         content_hash = member.content_hash()

@@ -6,7 +6,6 @@ train_sentencepiece(corpus.texts(), N, folder)      ->  folder, for load_tokeniz
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import json_digest
 from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import Document
 
@@ -225,4 +225,4 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         facts["settings"] = {
             key: str(value) for key, value in settings if "file" not in key
         }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json_digest(facts)

@@ -28,7 +28,6 @@ array, which is sorted, checked and searched as a whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -43,7 +42,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
+from mora_ds.common.files import (
+    FORMAT,
+    JsonObject,
+    json_digest,
+    malformed,
+    require_format,
+)
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import (
     Tensors,
@@ -152,8 +157,7 @@ class RankShard(NamedTuple):
             for flat, extents in enumerate(flats)
             for extent in extents
         ]
-        common = json.dumps([asdict(layout), *settings], sort_keys=True)
-        digest = hashlib.sha256(common.encode()).hexdigest()
+        digest = json_digest([asdict(layout), *settings])
         return cls(rank, file, np.array(rows, np.int64).reshape(-1, 6), digest)
 
 

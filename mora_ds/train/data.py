@@ -1,8 +1,6 @@
 """The data of a run: files -> tokenizer -> token caches or streams -> packed
 sequences."""
 
-import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import JsonObject
+from mora_ds.common.files import JsonObject, json_digest
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import (
@@ -234,8 +232,10 @@ class _Tokenization:
         }
         if encoder.start_id != start_id(self.tokenizer):
             facts["start"] = encoder.start_id
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        identity = {"text": digest[:32], "shuffle_buffer": data.shuffle_buffer}
+        identity = {
+            "text": json_digest(facts)[:32],
+            "shuffle_buffer": data.shuffle_buffer,
+        }
         documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
         stream = StreamSource(
             documents,

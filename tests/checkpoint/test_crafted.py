@@ -13,7 +13,7 @@ from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng
-from mora_ds.common.files import _seal
+from mora_ds.common.files import json_digest
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
 from tests.helpers.crafted import (
@@ -90,7 +90,7 @@ def test_names_in_shards_are_those_of_files(checkpoint, rename, name):
 def test_a_manifest_lists_files_of_its_own_folder(checkpoint, name):
     def change(content):
         content["files"][name] = {"size": 1, "sha256": "a"}
-        content["seal"] = _seal(content["files"])
+        content["seal"] = json_digest(content["files"])
 
     change_json(checkpoint / "manifest.json", change)
     assert_refused(
