@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mora_ds.common.errors import UserError, reason
@@ -207,7 +206,7 @@ class _InStep:
 
     def __init__(self, module: nn.Module, replica: Replica) -> None:
         self._module = module
-        self._device = replica.engine.device
+        self._replica = replica
         self._is_idle = False
 
     def __enter__(self) -> _InStep:
@@ -226,14 +225,13 @@ class _InStep:
             self._anyone_works(True)
 
     def _anyone_works(self, works: bool) -> bool:
-        flag = torch.tensor(float(works), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return self._replica.sum(works) > 0
 
     def wait_for_all(self) -> None:
         """Compute along until every rank has come here."""
         self._is_idle = True
-        one_token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        device = self._replica.engine.device
+        one_token = torch.zeros(1, 1, dtype=torch.long, device=device)
         try:
             while self._anyone_works(False):
                 self._module(input_ids=one_token, use_cache=False)

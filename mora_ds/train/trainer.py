@@ -265,11 +265,7 @@ class Trainer:
         *totals, news = sums.tolist()
         if news > 0:
             self.job.run.check_base()
-            requests = torch.tensor(
-                float(signals.requested()), device=self.engine.device
-            )
-            dist.all_reduce(requests)
-            self._stop_asked |= requests.item() > 0
+            self._stop_asked |= self.replica.sum(signals.requested()) > 0
         return totals
 
     def _is_logged(self, step: int) -> bool:
