@@ -251,16 +251,12 @@ class MoRAConfig(AdapterConfig):
             )
 
     @property
-    def operator_name(self) -> str:
-        """`operator`, with auto replaced by the operator that it stands for."""
-        return (
-            default_kind(self.rank).value if self.operator == "auto" else self.operator
-        )
-
-    @property
     def kind(self) -> OperatorKind:
-        """The operator as one of the paper's four."""
-        return OperatorKind(self.operator_name)
+        """The operator as one of the paper's four; of auto, the one that it stands
+        for."""
+        if self.operator == "auto":
+            return default_kind(self.rank)
+        return OperatorKind(self.operator)
 
     @property
     def step(self) -> int:
@@ -273,7 +269,7 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def title(self) -> str:
-        return f"{self.operator_name}/{self.grouping}"
+        return f"{self.kind.value}/{self.grouping}"
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """`rank` is divided by the number of experts that compute a token, which
@@ -286,7 +282,7 @@ class MoRAConfig(AdapterConfig):
         return replace(
             self,
             rank=max(1, self.rank // experts_per_token),
-            operator=self.operator_name,
+            operator=self.kind.value,
         )
 
     def square_size(self, d_in: int, d_out: int) -> int:

@@ -77,16 +77,14 @@ def domain_documents() -> list[DemoDocument]:
 
 def write_demo_corpus(
     folder: Path, general_bytes: int, domain_bytes: int, eval_bytes: int
-) -> dict[str, int]:
+) -> None:
     """Write the four corpora into `folder` as JSON lines ("text", "source"):
-    general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl. Returns
-    the UTF-8 bytes of text in each, by the name without its suffix.
+    general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl.
 
     The limits are UTF-8 bytes of text: of each training file, and of either evaluation
     file. Raises `UserError` where this Python has come without its library's sources.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {}
     for name, documents, limit in (
         ("general", general_documents(), general_bytes),
         ("domain", domain_documents(), domain_bytes),
@@ -96,16 +94,12 @@ def write_demo_corpus(
             chosen = [
                 document for document in documents if document.held_out == is_eval
             ]
-            sizes[f"{name}_{side}"] = _write(
-                folder / f"{name}_{side}.jsonl", chosen, most
-            )
-    return sizes
+            _write(folder / f"{name}_{side}.jsonl", chosen, most)
 
 
-def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
+def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> None:
     """Write the documents, in the order of a hash of their names, so that a limit takes
-    an even sample; those that would exceed it are left out. Returns the bytes of
-    text."""
+    an even sample; those that would exceed it are left out."""
 
     def order(document: DemoDocument) -> tuple[int, str]:
         return _hash(document.source), document.source
@@ -121,7 +115,6 @@ def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
     if not total:
         problem = "the demo needs the sources of the standard library, which this Python lacks"
         raise UserError(f"{problem}: --train_files")
-    return total
 
 
 def _hash(name: str) -> int:

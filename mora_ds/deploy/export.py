@@ -41,7 +41,7 @@ from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, load_model
-from mora_ds.models.save import SHARD_BYTES, layout_of, write_companions, write_shards
+from mora_ds.models.save import layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
@@ -191,7 +191,7 @@ def export_merged(
         layout = layout_of(run.target, keys, written)
         comparison = None
         with atomic_folder(output.absolute()) as folder:
-            names = write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
+            names = write_shards(folder, layout, updated_tensors(run))
             changes = run.reference.config_changes
             write_companions(run.target, folder, written, tokenizer, changes)
             if verify and written is not None:

@@ -20,7 +20,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, read_json, write_json_atomic
 from mora_ds.common.tensor_files import dtype_name
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
-from mora_ds.models.save import SHARD_BYTES, Layout, write_companions, write_shards
+from mora_ds.models.save import Layout, write_companions, write_shards
 from mora_ds.runtime.ranks import Ranks
 
 RECORD = "dequantized.json"
@@ -100,7 +100,7 @@ def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
             return dequantize_fp8(weight, source.read(name + _SCALES), block, written)
         return weight
 
-    write_shards(target, layout, SHARD_BYTES, tensor_of)
+    write_shards(target, layout, tensor_of)
     write_companions(source, target, dtype)
     config = read_json(target / "config.json")
     del config["quantization_config"]

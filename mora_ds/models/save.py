@@ -68,10 +68,9 @@ SHARD_BYTES = 5 << 30
 def write_shards(
     folder: Path,
     layout: Layout,
-    limit: int,
     tensor_of: Callable[[str, torch.dtype], Tensor],
 ) -> tuple[str, ...]:
-    """Writes the safetensors files, of at most `limit` bytes where a tensor is not
+    """Writes the safetensors files, of at most `SHARD_BYTES` where a tensor is not
     larger itself, and their index where there are several. Returns the names of the
     files.
 
@@ -82,7 +81,7 @@ def write_shards(
         layout,
         get_storage_size=lambda entry: tensor_nbytes(*entry),
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
+        max_shard_size=SHARD_BYTES,
     )
     for name, keys in split.filename_to_tensors.items():
         shard = {key: layout[key] for key in keys}

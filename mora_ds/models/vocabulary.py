@@ -38,7 +38,7 @@ from mora_ds.data import (
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config, make_model
-from mora_ds.models.save import SHARD_BYTES, layout_of, write_companions, write_shards
+from mora_ds.models.save import layout_of, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
@@ -217,7 +217,7 @@ def _write(
         del dtype
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
-    write_shards(folder, layout, SHARD_BYTES, tensor_of)
+    write_shards(folder, layout, tensor_of)
     _, dtype = base.shape_dtype(min(keys))
     write_companions(base, folder, dtype, extension.folder, {"vocab_size": rows})
     content = {

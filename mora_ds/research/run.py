@@ -48,27 +48,24 @@ class ResearchHooks(Hooks):
         if self.settings.targets is None:
             return None
         plan = read_plan(expanded(self.settings.targets, SETTING))
-        config = self.arguments.adapter.config(seed=0)
-        assert isinstance(config, MoRAConfig), "validated"
-        plan.put_into(config)
+        plan.put_into(self.arguments.adapter.mora_config(seed=0))
         return plan
 
     def plan(
         self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks
     ) -> AdapterConfig:
-        if not isinstance(config, MoRAConfig):
-            return config
         if self._plan is not None:
             self._plan.check_base(loaded.base, loaded.base.fingerprint(ranks=ranks))
         return self._planned(config, self._plan)
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
         """Fingerprints are not compared, since that would read every weight."""
-        if not isinstance(config, MoRAConfig):
-            return config
         return self._planned(config, self._read_plan())
 
-    def _planned(self, config: MoRAConfig, plan: TargetPlan | None) -> MoRAConfig:
+    def _planned(self, config: AdapterConfig, plan: TargetPlan | None) -> AdapterConfig:
+        # Settings that are for MoRA matrices are refused beside another adapter
+        if not isinstance(config, MoRAConfig):
+            return config
         if self.settings.domain_adapters:
             config = replace(config, domains=domain_names(self.arguments))
         return config if plan is None else plan.put_into(config)

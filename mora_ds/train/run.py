@@ -114,7 +114,7 @@ class Run:
                 f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
             )
         if not isinstance(base, BaseCheckpoint):
-            base = as_path(base, "Run: `base`")
+            base = BaseCheckpoint.open(as_path(base, "Run: `base`"), "base")
         if resume is not None:
             as_path(resume, "Run: `resume`")
         config = config_of(engine.module)
@@ -139,8 +139,6 @@ class Run:
             check_shared(self.folder, ranks)
         self.ranks = ranks
 
-        if not isinstance(base, BaseCheckpoint):
-            base = BaseCheckpoint.open(base, "base")
         is_mapped = keys is not None
         keys = self._map(base) if keys is None else dict(keys)
         fingerprint = base.fingerprint(ranks=ranks)

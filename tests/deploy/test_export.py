@@ -123,7 +123,7 @@ def test_dtype_can_be_chosen(tmp_path):
 def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
-    monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", 20_000)
     sharded = export_merged(run.checkpoint, tmp_path / "parts")
     assert whole.files == ("model.safetensors",)
     assert len(sharded.files) > 2

@@ -191,7 +191,7 @@ def test_it_is_the_target_and_the_difference_by_hand(
         family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target
     )
     target.save_pretrained(tmp_path / "target")
-    monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", 20_000)
     merged = loaded(update.merge_onto_target())
     check(merged, expected(update, target), dtype)
     assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
