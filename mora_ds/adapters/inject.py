@@ -264,9 +264,8 @@ def base_elements(model: nn.Module) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     """Elements of parameters and frozen base, each tied tensor once; without scales."""
-    return sum(parameter.numel() for parameter in model.parameters()) + base_elements(
-        model
-    )
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    return trained + base_elements(model)
 
 
 def move_base(

@@ -253,7 +253,8 @@ class AdaptedLinear(nn.Module):
         updates: Iterable[Term],
         square: Tensor,
     ) -> MergeNorms:
-        """`form`, with the unsharded fp32 `square` last; returns its norms."""
+        """Form the weight with this cycle's M, the unsharded fp32 `square`, which is
+        the last of `updates`. Returns the norms of the merge."""
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             # The original's 4 bits stay as they are
@@ -272,7 +273,8 @@ class AdaptedLinear(nn.Module):
         return MergeNorms(_norm(square), _norm(delta), before, lost)
 
     def set_merged(self, updates: Iterable[Term]) -> None:
-        """Adds all these to a packed weight from now on, and no others."""
+        """Let the layer add these updates of merged cycles to a packed weight from now
+        on, in place of earlier ones."""
         device = self.device
         dtype = self.dtype
         joined = join((spec, value.to(device)) for spec, value in updates)
@@ -327,7 +329,8 @@ class MoRALinear(AdaptedLinear):
         self._tables_in_use: object = None
 
     def path(self, tokens: int) -> Compute:
-        """How the layer is computed for so many tokens: as told, or the cheaper way."""
+        """How the layer is computed for a number of tokens: as `compute` says, or where
+        that is AUTO the cheaper way."""
         if self.compute is not Compute.AUTO:
             return self.compute
         sizes = self.in_features, self.out_features

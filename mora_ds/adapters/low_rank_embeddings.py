@@ -62,9 +62,8 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
     itself.
     """
     embedding, head = plain_tables(model, SETTING)
-    if isinstance(embedding.weight, nn.Parameter) or isinstance(
-        head.weight, nn.Parameter
-    ):
+    weights = (embedding.weight, head.weight)
+    if any(isinstance(weight, nn.Parameter) for weight in weights):
         raise UserError(
             f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
         )

@@ -256,9 +256,8 @@ class AdapterTensors:
         domains = self._adapter.domains
         assert domains is not None
         index = domains.names.index(domain)
-        return self._handle.get_slice(domains.tensor(module))[
-            index : index + 1
-        ].squeeze(0)
+        squares = self._handle.get_slice(domains.tensor(module))
+        return squares[index : index + 1].squeeze(0)
 
     def trained(self, name: str) -> Tensor:
         """Another trained tensor."""

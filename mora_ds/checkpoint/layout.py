@@ -226,9 +226,8 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
     Without `hashes` its files need only exist, in their sizes: cheap, as none is
     read."""
     try:
-        return verify_manifest(folder, None if hashes else ()) or ledger_problems(
-            folder
-        )
+        hashed = None if hashes else ()
+        return verify_manifest(folder, hashed) or ledger_problems(folder)
     except UserError as error:
         # There is no manifest, or a damaged one
         return [str(error)]

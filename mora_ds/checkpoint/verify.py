@@ -164,9 +164,8 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
 def _is_adapter_alone(folder: Path) -> bool:
     """Whether it was made out of a checkpoint, without a run's state and shards."""
     try:
-        return (folder / ADAPTER_JSON).is_file() and STATE_FILE not in listed_files(
-            folder
-        )
+        has_adapter = (folder / ADAPTER_JSON).is_file()
+        return has_adapter and STATE_FILE not in listed_files(folder)
     except (UserError, RunError):
         return False
 

@@ -125,9 +125,9 @@ class CheckpointWriter:
     def _prepared(
         self, beside: Path, final: Path, state: TrainerState, keep: int | None
     ) -> Callable[[], None]:
-        """Gathers everything, for the background into copies in host memory; returns
-        what writes it. No file is written in between, where an error of one rank would
-        leave the others waiting in collectives."""
+        """Gathers everything, for the background into copies in host memory. Returns
+        the function that writes it. No file is written while ranks gather: an error of
+        one of them would leave the others waiting in collectives."""
         layout, shard, tensors = shards.shard_of(self.engine)
         ranks = self._ranks
         if self._background is not None:
@@ -207,7 +207,7 @@ class CheckpointWriter:
 
 
 class _Share(NamedTuple):
-    """What a rank brings to the completion of a checkpoint."""
+    """What a rank sends to rank 0, which completes the checkpoint with it."""
 
     files: dict[str, JsonObject]
     """Size and hash of the files that it wrote, and of its slice of the merge

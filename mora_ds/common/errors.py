@@ -127,9 +127,8 @@ def unusable_words(argv: Sequence[str]) -> list[str]:
             )
         # Bytes that Python could not decode are lone surrogates, which no UTF-8 file can
         # hold: every record of the run would fail.
-        as_utf8 = word.encode(errors="surrogateescape").decode(
-            errors="backslashreplace"
-        )
+        data = word.encode(errors="surrogateescape")
+        as_utf8 = data.decode(errors="backslashreplace")
         if word != as_utf8:
             problems.append(
                 f"{as_utf8} is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"

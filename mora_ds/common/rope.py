@@ -43,9 +43,8 @@ def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> 
     """Raise `UserError`, after the words `where`, for a rope_type that is not known,
     and for keys that it does not have, lacks, or has other values of. `is_of_config`:
     they are all that a model's config says, rope_theta too."""
-    kind = str(settings.get("rope_type") if isinstance(settings, dict) else settings)[
-        :99
-    ]
+    named = settings.get("rope_type") if isinstance(settings, dict) else settings
+    kind = str(named)[:99]
     if kind not in _KEYS:
         raise UserError(f"{where}: {unknown('rope_type', kind, _KEYS)}")
     known = {"rope_type", "rope_theta", *_KEYS[kind]}

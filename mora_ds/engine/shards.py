@@ -473,9 +473,8 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
     moments = value.new_zeros(flat.master.numel())
     for whole, span in zip(flat.state_spans, flat.spans, strict=True):
         first = whole.offset + span.start
-        moments[span.offset : span.offset + span.numel] = value[
-            first : first + span.numel
-        ]
+        moments_here = value[first : first + span.numel]
+        moments[span.offset : span.offset + span.numel] = moments_here
     return moments
 
 
@@ -502,9 +501,8 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     groups = engine.basic_optimizer.param_groups
     for flat in view.flats():
         is_fused = groups[flat.group].get("fused")
-        _restore_flat(
-            flat, parameters, shards, flat.master.device if is_fused else "cpu"
-        )
+        counts_device = flat.master.device if is_fused else "cpu"
+        _restore_flat(flat, parameters, shards, counts_device)
     view.write_copies()
     with malformed(shards.folder / INDEX_FILE):
         for name in COUNTERS:
@@ -580,8 +578,7 @@ def _restore_flat(
             dtype = shards.read(first.name, key, first.start, 0).dtype
             moments = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_extents != extents:
-                moments = moments.new_zeros(
-                    sum(extent.numel for extent in state_extents)
-                )
+                length = sum(extent.numel for extent in state_extents)
+                moments = moments.new_zeros(length)
             flat.state[key] = moments
         fill(flat.state[key], key, state_extents)

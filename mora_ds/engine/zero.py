@@ -75,7 +75,7 @@ def at_accumulation_boundary(engine: Engine) -> bool:
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """The unsharded fp32 master of one trainable parameter, on every process. Collective:
+    """The unsharded fp32 master of a trained parameter, on every process. Collective:
     call it in the same order on all processes."""
     master = safe_get_full_fp32_param(parameter)
     return master.view(getattr(parameter, "ds_shape", parameter.shape))
@@ -119,9 +119,8 @@ def set_learning_rate(
     the MoRA matrices, and `factor` times it for the other trained parameters. With
     Muon, DeepSpeed marks the groups by the key `use_muon`."""
     for index, group in enumerate(engine.optimizer.param_groups):
-        group["lr"] = learning_rate * (
-            1.0 if group.get("use_muon", index == 0) else factor
-        )
+        is_of_matrices = group.get("use_muon", index == 0)
+        group["lr"] = learning_rate * (1.0 if is_of_matrices else factor)
 
 
 def gradient_norm(engine: Engine) -> float:
@@ -146,7 +145,8 @@ Groups: TypeAlias = list[list[nn.Parameter]]
 """The parameters of each parameter group."""
 
 Masters: TypeAlias = Iterator[tuple[int, Tensor, list[Span]]]
-"""(parameter group, master, what it holds)"""
+"""(index of the parameter group, flat fp32 master, which elements of which parameters
+lie in it)"""
 
 
 class Flat(NamedTuple):
@@ -163,7 +163,7 @@ class Flat(NamedTuple):
 
 
 class OptimizerView:
-    """The interface, and what holds for most optimizers."""
+    """What mora_ds asks of DeepSpeed's optimizers, of which each keeps it elsewhere."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
@@ -308,7 +308,8 @@ class ZeroView(_MappedView):
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        """Muon's momentum holds matrices whole of which a part is this process's."""
+        """Muon's momentum has complete matrices, even where this process steps on a
+        part of one only."""
         matrices = self.optimizer.params_in_partition[group]
         if not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans

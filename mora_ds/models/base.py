@@ -227,9 +227,8 @@ class BaseCheckpoint:
                 slices = balanced(sizes, ranks.world)
                 of_ranks = ranks(lambda rank: self._lines(slices[rank]), len(slices))
                 lines = [line for of_rank in of_ranks for line in of_rank]
-            self._fingerprint = hashlib.sha256(
-                "".join(sorted(lines)).encode()
-            ).hexdigest()
+            text = "".join(sorted(lines))
+            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return self._fingerprint
 
     def _lines(self, keys: Iterable[str]) -> list[str]:
@@ -413,10 +412,9 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
     """Compares tensors of one dtype as bits: NaN equals itself, and 0 not -0."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        one.itemsize
-    ]
-    return torch.equal(one.view(words), another.view(words))
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    word = words[one.itemsize]
+    return torch.equal(one.view(word), another.view(word))
 
 
 @lru_cache(maxsize=8)

@@ -99,8 +99,9 @@ class NodeBase:
         names: Sequence[str],
         width: int,
     ) -> Tensor:
-        """(names, width) fp32 on the CPU: a row of scalars for each name, of which
-        `rows` has those of this process's `layers`. Collective as `form` is."""
+        """A table (names, width) in fp32 on the CPU, the same on every process: a row
+        of scalars for each name. `rows` has those of this process's `layers`.
+        Collective as `form` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
             # A row is added once: other nodes have the same, and so have the processes

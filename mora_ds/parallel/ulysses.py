@@ -127,9 +127,8 @@ class SequenceParallel:
         split = dict(batch)
         for name, rows in batch.items():
             if isinstance(rows, Tensor):
-                split[name] = rows.unflatten(1, (self.size, -1))[
-                    :, self.rank
-                ].contiguous()
+                parts = rows.unflatten(1, (self.size, -1))
+                split[name] = parts[:, self.rank].contiguous()
         return split
 
     def attend(

@@ -112,8 +112,8 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge all MoRA matrices after a step, with no gradient of the next.
-        Collective.
+        """Merge all MoRA matrices, between two optimizer steps: no gradient may be
+        pending. Collective.
 
         `probe`: the loss on a fixed batch, the same on every rank; measured before and
         after. Raises `RunError` when it moves by more than rounding explains.
@@ -147,8 +147,8 @@ class ReMoRA:
         )
 
     def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Module name and fp32 M of each layer, which rank 0 also records.
-        Collective."""
+        """Yield the name of each adapted module with its M, unsharded and in fp32.
+        Rank 0 also puts a copy into `recorded`, for the ledger. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
             square = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
@@ -158,9 +158,10 @@ class ReMoRA:
     def _form(
         self, squares: Iterable[tuple[str, Tensor | None]]
     ) -> dict[str, MergeNorms]:
-        """Form every live weight anew, each once on a node whose processes share it,
-        from its original, the ledger and the M that `squares` has for it, if any.
-        Returns {module name: norms} of the M that this process has added."""
+        """Form every live weight anew: its original, all deltas of the ledger, and that
+        of the current cycle's M where `squares` has one and not None. Where the
+        processes of a node share the base, each layer is formed by one of them. Returns
+        {module name: norms} of the matrices that this process has merged."""
         if ring := ring_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
             ring.forget()

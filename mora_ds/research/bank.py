@@ -200,9 +200,8 @@ class AdapterBank:
                 if name not in self.adapters:
                     raise UserError(unknown("adapter", name, self.adapters))
                 chosen[name] = self.squares_of(name)
-        squares_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]] = defaultdict(
-            dict
-        )
+        squares_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]]
+        squares_by_row = defaultdict(dict)
         for row, name in enumerate(names):
             for layer, squares in chosen.get(name or "", {}).items():
                 for spec, square in squares.items():

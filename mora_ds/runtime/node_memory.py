@@ -137,10 +137,9 @@ def _cgroup_limits() -> list[int]:
             lines = (folder / "memory.stat").read_text().splitlines()
             facts = dict(line.split() for line in lines)
             # The page cache is given up when memory is needed
-            cached = int(facts.get("inactive_file", 0)) + int(
-                facts.get("active_file", 0)
-            )
-            limits.append(max(0, limit - used + cached))
+            inactive = int(facts.get("inactive_file", 0))
+            active = int(facts.get("active_file", 0))
+            limits.append(max(0, limit - used + inactive + active))
     return limits
 
 

@@ -41,7 +41,7 @@ _ABSENT = "(none)"
 
 
 class _Outcome(NamedTuple):
-    """What one rank brings to a check."""
+    """What one rank reports to the others at a check."""
 
     check: str | None
     """None: the rank has failed between two checks."""

@@ -123,10 +123,11 @@ class Run:
 
         self.engine = engine
         self._gradient_of: int | None = None
-        """The micro-batch of the newest backward pass; `engine.step` goes on to the
-        next."""
+        """`engine.micro_steps` at the newest backward pass. `engine.step` counts that
+        up, so that the two are equal while gradients wait for their step."""
         first_layer = next(iter(mora_layers(engine.module).values()))
-        # Not of `value`: beside domains that one may be frozen, and has no gradient.
+        # Not that of `value`, which may be frozen where there are domains, and then has
+        # no gradient.
         trained = next(first_layer.parameters(recurse=False))
         trained.register_hook(self._note_gradient)
 
@@ -144,8 +145,8 @@ class Run:
         fingerprint = base.fingerprint(ranks=ranks)
 
         self.identity = run_identity(fingerprint, config, identity)
-        # With its state comes a checkpoint that is verified, and compared with this
-        # run.
+        # A checkpoint that is given with its state was verified by the caller, and
+        # compared with this run.
         if isinstance(resume, Path) and state is not None:
             checkpoint: Path | None = resume
         else:
@@ -336,8 +337,8 @@ class Run:
         return write
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        """Copies of the tensors in rank 0's memory; the others only help to form
-        each."""
+        """{name: copy in host memory} on rank 0, nothing on other ranks. `tensors` may
+        gather each one as it is asked for, so that all ranks go through them."""
         return {
             name: tensor.to("cpu", copy=True)
             for name, tensor in tensors
@@ -357,6 +358,8 @@ class Run:
         return probe
 
     def _restore(self, checkpoint: Path) -> None:
+        """Bring operators, engine, scheduler and the live base to the checkpoint's
+        state. Raises `UserError` where it has other operators than this model."""
         model = self.engine.module
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
@@ -509,7 +512,7 @@ class FullRun(Run):
 
 def _scheduler_state(scheduler: Any) -> JsonObject | None:
     """The state of an engine's scheduler for trainer_state.json; None without a
-    scheduler. Raises `UserError` for one that would come back from JSON as another."""
+    scheduler. Raises `UserError` for a state that JSON does not give back as it was."""
     if scheduler is None:
         return None
     state: JsonObject = scheduler.state_dict()

@@ -87,8 +87,8 @@ class Trainer:
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
         self._saved_step: int | None = None
-        """The step whose checkpoint, the run's `latest`, holds all that the run is
-        now."""
+        """The step of the newest checkpoint; None where that does not have the present
+        model: after a merge, and after a resume from an older checkpoint."""
         checkpoint = job.start.checkpoint
         if checkpoint is not None:
             latest = job.start.folder / CHECKPOINTS / LATEST
@@ -124,8 +124,8 @@ class Trainer:
         self.job.run.wait()
 
     def _message_of(self, error: NotFinite | BaseChanged) -> str:
-        """The message of an error of all processes, with the checkpoint to go on
-        from."""
+        """The message of an error that all processes have, with the checkpoint from
+        which the run can be resumed."""
         try:
             # Weights of the base that were overwritten may be what made a NaN: that is
             # then the error to report.
@@ -187,8 +187,8 @@ class Trainer:
         )
         zero.set_learning_rate(self.engine, learning_rate, other_rates)
 
-        # The labels of a batch are counted in the all-reduce of the step before it, so
-        # that a step has one alone.
+        # A step has one all-reduce: the labels of this batch were summed in that of the
+        # step before it. The first step of a process sums them here.
         batch = self.loader.take(state.step)
         if self._next_labels is None:
             self._next_labels = self.replica.sum(labels_in(batch))
@@ -199,7 +199,7 @@ class Trainer:
         micro_batches = self.training.gradient_accumulation_steps
         scale = micro_batches * self.replica.world / total_labels
         nll = torch.zeros(1, dtype=torch.float64, device=device)
-        # Of a mixture, the losses of its sources in row 0, and their labels in row 1.
+        # Of a mixture: the summed loss of each source in row 0, its labels in row 1.
         n_sources = len(self._mixture.names) if self._mixture else 0
         by_source = torch.zeros(2, n_sources, dtype=torch.float64, device=device)
 
@@ -359,7 +359,8 @@ class Trainer:
         self.job.run.wait()
         signals.ignore_requests()
         self.log.close()
-        dist.barrier()  # no process leaves before all have settled
+        # No process leaves before all ignore signals and the end of others.
+        dist.barrier()
         if step == 0:
             raise Stopped("stopped before the first step, with nothing to save")
         raise Stopped(
@@ -416,8 +417,8 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
-        """The perplexity of each evaluation set. A failure of an evaluation or a task
-        is told, and training goes on without it; before the first step, when nothing
+        """The perplexity of each evaluation set. Where an evaluation or a task fails,
+        the failure is logged and training goes on; before the first step, when nothing
         can be lost, it ends the run."""
         self.job.run.check_base()
         step = self.state.step

@@ -196,9 +196,8 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64 by torch, as tensor cores would round."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
-        return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(
-            0
-        )
+        rows = c.index_select(1, blocks).flatten(0, 1)
+        return (rows.T @ z.flatten(0, 1)).unsqueeze(0)
     out = empty_product(c, z, 2 * _processors(c.device))
     plan_product(out, c.contiguous(), z.contiguous())()
     return out

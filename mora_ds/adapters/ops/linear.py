@@ -89,11 +89,10 @@ def linear_by(
     square: Tensor,
     path: Compute,
 ) -> Tensor:
-    """The layer's product on one of the paths, of these steps."""
+    """The layer's product on one of the paths, made of the steps of `products`."""
     if x.dim() == 1:
-        return linear_by(products, x.unsqueeze(0), weight, bias, square, path).squeeze(
-            0
-        )
+        rows = linear_by(products, x.unsqueeze(0), weight, bias, square, path)
+        return rows.squeeze(0)
     y: Tensor = _MoRALinear.apply(
         x, weight, bias, square, products, path is Compute.WEIGHT
     )
@@ -101,10 +100,14 @@ def linear_by(
 
 
 class _MoRALinear(torch.autograd.Function):
-    """Saves the folded input where M is applied once (tokens * r_hat). That of several
-    blocks is as large as the input, which is saved in its place, as layers that read
-    the same tensor share it. The activation path adds all sums to the product with W0,
-    without another tensor of its size."""
+    """The layer's product and its gradients, on either path.
+
+    For the gradient of M forward saves the folded input (tokens, r_hat) where M is
+    applied once. With several blocks that would be as large as the input: then the
+    input itself is saved, which all layers that read the same tensor share. The
+    activation path adds the update to W0 x in place, so that no second tensor of that
+    size is made.
+    """
 
     @staticmethod
     def forward(
@@ -183,8 +186,8 @@ class LayerProducts:
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
-        """What both gradients of the activation path read of g (..., O), if the
-        same."""
+        """The output gradient g (..., O) collected to the rows of M, where both
+        gradients of the activation path read that; None where they read g itself."""
         if self.spec.blocks > 1 or sums_by_product(g):
             return None
         return decompress_transpose(self.spec, g)
