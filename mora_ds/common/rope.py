@@ -18,7 +18,7 @@ _KEYS = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-"""rope_type -> its keys beside rope_theta (transformers 5.24,
+"""rope_type -> its keys besides rope_theta (transformers 5.24,
 modeling_rope_utils.py)."""
 
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}

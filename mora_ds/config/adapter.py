@@ -96,7 +96,7 @@ class AdapterArguments:
 
     @property
     def trains_others(self) -> bool:
-        """Whether parameters beside the adapter's are trained (PEFT's
+        """Whether parameters other than the adapter's are trained (PEFT's
         modules_to_save)."""
         rows = self.train_new_embeddings or self.train_embedding_rank > 0
         return rows or self.train_embeddings or self.train_norms or self.train_head

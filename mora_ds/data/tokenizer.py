@@ -118,8 +118,8 @@ def load_tokenizer(
 def load_as_of_model(
     folder: Path, model_type: str, flag: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` as transformers loads it beside a model of that
-    type."""
+    """The tokenizer in `folder` as transformers loads it in the folder of a model of
+    that type."""
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     try:

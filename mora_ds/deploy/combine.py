@@ -239,7 +239,7 @@ def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Trained:
-    """Sums of what was trained beside the matrices: embeddings, norms, heads."""
+    """Sums of what was trained besides the matrices: embeddings, norms, heads."""
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]

@@ -27,7 +27,7 @@ _OURS = "_mora_ds_cpu"
 
 
 def allow_cpu() -> None:
-    """Lets accelerate use DeepSpeed on CPUs, over gloo; does nothing beside a GPU.
+    """Lets accelerate use DeepSpeed on CPUs, over gloo; does nothing on a GPU.
 
     accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left
     out (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments`

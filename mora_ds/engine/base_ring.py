@@ -59,7 +59,7 @@ class _Layer:
             buffers = model.get_submodule(owner)._buffers
             self.entries.append((buffers, key, views[id(tensor)]))
         self._hosts: list[Tensor | None] = []
-        """What the modules held before `show`."""
+        """The tensors in host memory that `show` has replaced, to be put back."""
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(view, tensor in host memory) of each tensor, as the modules hold them
@@ -103,7 +103,7 @@ class BaseRing:
             slot.untyped_storage().data_ptr(): number
             for number, slot in enumerate(self.slots)
         }
-        self._held: list[int | None] = [None] * self.buffers
+        self._layer_in: list[int | None] = [None] * self.buffers
         """The layer that each buffer holds, or is to hold once its copy has ended."""
         self._tickets: dict[int, Any] = {}
         """Layer -> its copy, until something waits for it."""
@@ -135,7 +135,7 @@ class BaseRing:
         """To be called before weights in host memory are written: waits for copies of
         them, and makes new ones when they are needed again."""
         self._copies.finish()
-        self._held = [None] * self.buffers
+        self._layer_in = [None] * self.buffers
         self._tickets.clear()
         self._now = None
 
@@ -153,12 +153,12 @@ class BaseRing:
             self._copies.wait(self._tickets.pop(index))
         self._now = now
         # The layers that come next go into the buffers that none before them needs.
-        taken = {index % self.buffers}
+        used = {index % self.buffers}
         for following in self._following(*now):
-            if len(taken) == self.buffers:
+            if len(used) == self.buffers:
                 return
-            if following % self.buffers not in taken:
-                taken.add(following % self.buffers)
+            if following % self.buffers not in used:
+                used.add(following % self.buffers)
                 self._copy(following)
 
     def _following(self, index: int, backward: bool) -> Iterable[int]:
@@ -172,7 +172,7 @@ class BaseRing:
 
     def _copy(self, index: int) -> None:
         number = index % self.buffers
-        before = self._held[number]
+        before = self._layer_in[number]
         if before == index:
             return
         if before is not None and before in self._running:
@@ -182,7 +182,7 @@ class BaseRing:
         self._tickets.pop(before, None)  # type: ignore[arg-type]
         pairs = self._layers[index].pairs()
         self._tickets[index] = self._copies.start(pairs)
-        self._held[number] = index
+        self._layer_in[number] = index
         self.copied += sum(view.nbytes for view, _ in pairs)
 
     # -- forward and backward ----------------------------------------------------------
@@ -214,7 +214,7 @@ class BaseRing:
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[int, Tensor]:
         number = self._slot_at.get(tensor.untyped_storage().data_ptr())
-        index = None if number is None else self._held[number]
+        index = None if number is None else self._layer_in[number]
         return tensor if index is None else (index, tensor)
 
     def _unpack(self, packed: Tensor | tuple[int, Tensor]) -> Tensor:

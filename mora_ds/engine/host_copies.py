@@ -1,4 +1,4 @@
-"""Copies of weights from host memory to buffers of the device, beside the arithmetic:
+"""Copies of weights from host memory to buffers of the device, while that computes:
 on CUDA, and a twin for CPUs.
 
     copies = copies_for(device)

@@ -171,19 +171,19 @@ def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     members = node_members(ranks)
     layout = _Layout.of(frozen)
     is_shared = len(members) > 1
-    looks = is_shared and ranks.rank == members[0]
+    is_first_of_node = is_shared and ranks.rank == members[0]
     ranks.agree(
         "room for the base of the node",
-        lambda: check_room(layout.size) if looks else None,
+        lambda: check_room(layout.size) if is_first_of_node else None,
     )
     storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
         logger.warning(
             "warning: each process has a frozen base of its own: %s", problem
         )
-    meets = any(ranks.gather("processes that share a base", storage is not None))
+    any_shares = any(ranks.gather("processes that share a base", storage is not None))
     if storage is None:
-        return NodeBase(ranks if meets else None, (ranks.rank,))
+        return NodeBase(ranks if any_shares else None, (ranks.rank,))
     slots = {name: layout.view(storage, name, frozen[name]) for name in frozen}
     return NodeBase(ranks, members, slots)
 

@@ -71,7 +71,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one micro-batch on one rank, beside weights and the engine's state."""
+    """Bytes of one micro-batch on one rank, without weights and the engine's state."""
 
     saved: int
     """Saved activations at the end of forward, logits and loss included."""

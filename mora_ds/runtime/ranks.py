@@ -86,7 +86,7 @@ class Ranks:
         )
 
     def separate(self) -> Ranks:
-        """The same ranks in another group, for a thread beside the main one."""
+        """The same ranks in another group, for another thread than the main one."""
         return replace(self, group=new_group(_LONG_S))
 
     @property

@@ -11,8 +11,8 @@ PROFILE = "profile"
 
 
 def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> profile:
-    """A profiler to be entered when `done` steps are done, and told (`step()`) the
-    beginning of every other one.
+    """A profiler, to be entered when `done` steps are done. Call its `step()` at the
+    beginning of every step from there on.
 
     It leaves out two steps, since DeepSpeed looks at the model in the first one and the
     profiler itself starts up in the second one. It records the next `steps`, with

@@ -57,8 +57,8 @@ NODE_SETTINGS = frozenset(
 or one node alone."""
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-"""Packages whose version may change a number, a file or a collective, beside
-mora_ds."""
+"""Packages besides mora_ds whose version may change a number, a file or a
+collective."""
 
 _REPORT_S = 30.0
 """How long a rank that has failed early waits for the others, to report why."""

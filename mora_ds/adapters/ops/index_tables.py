@@ -331,7 +331,7 @@ def draw_permutations(seed: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]
 
 
 def clear_tables() -> None:
-    """Forgets all cached tables; those that are held stay with their holders alone."""
+    """Forgets all cached tables; those in use stay with the layers that use them."""
     _tables_in_use.clear()
     tables_of.cache_clear()
     rope_table.cache_clear()
