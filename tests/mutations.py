@@ -249,9 +249,9 @@ data/cache.py | data/test_cache_damage.py
 +is_hashed = False
 
 # elements that two shards hold are accepted
-engine/shards.py | checkpoint/test_verify.py
--if np.array_equal(begins, wanted):
-+if (begins <= wanted).all():
+engine/shards.py | engine/test_shards.py
+-if (number, start) != (parameter, end) or last_rank >= ranks:
++if number != parameter or start > end or last_rank >= ranks:
 
 # the folder of a checkpoint is not flushed before its name
 checkpoint/writer.py | checkpoint/test_writer.py

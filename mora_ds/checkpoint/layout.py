@@ -5,7 +5,7 @@ is intact, how it is deleted.
     OUTPUT_DIR/         run.yaml  metrics.jsonl  summary.json  ledger/  tokenizer/  base/  merged/  checkpoints/
     checkpoints/        step-000050/  step-000100/  latest -> step-000100  best -> step-000050
     step-000100/        engine/  ledger/  adapter.json  adapter.safetensors  base.json  tokenizer/  probe.safetensors
-                        rng.safetensors  trainer_state.json  manifest.json
+                        trainer_state.json  manifest.json
     exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
 
 Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/
@@ -53,8 +53,6 @@ ADAPTER_JSON = "adapter.json"
 ADAPTER_TENSORS = "adapter.safetensors"
 BASE_JSON = "base.json"
 PROBE_FILE = "probe.safetensors"
-RNG_FILE = "rng.safetensors"
-"""The random states of all ranks: for each kind a tensor uint8 (ranks, bytes)."""
 STATE_FILE = "trainer_state.json"
 
 ADAPTER_PARTS = (ADAPTER_JSON, ADAPTER_TENSORS, BASE_JSON, LEDGER_FOLDER)

@@ -2,10 +2,10 @@
 DeepSpeed, no GPU and no base.
 
     files       as manifest.json lists them: existence, size, sha256
-    formats     trainer_state.json, adapter.json and its tensors, base.json, probe, random states
+    formats     trainer_state.json, adapter.json and its tensors, base.json, probe
     ledger      every hash, their chain, finite matrices; the base that it starts from, as many cycles as adapter and
                 state record
-    shards      readable, complete for the number of ranks, every element of every parameter once
+    shards      readable, complete for the number of ranks, every element of every parameter once, random states
     agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
@@ -32,7 +32,6 @@ from mora_ds.checkpoint.layout import (
     LATEST,
     LEDGER_FOLDER,
     PROBE_FILE,
-    RNG_FILE,
     STATE_FILE,
     complete_checkpoints,
     is_full_training,
@@ -187,14 +186,6 @@ def _state(folder: Path) -> Iterator[str]:
         raise UserError(
             f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}"
         )
-    path = folder / RNG_FILE
-    handle = open_safetensors(path)
-    if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-        raise UserError(f"{path} holds no random state")
-    if (saved := handle.get_slice("cpu").get_shape()[0]) != state.world_size:
-        raise UserError(
-            f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {state.world_size}"
-        )
     yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
 
 
@@ -206,7 +197,11 @@ def _shards(folder: Path) -> Iterator[str]:
         raise UserError(
             f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}"
         )
-    problems = []
+    problems = [
+        f"{shards.folder} holds no random state of rank {rank}"
+        for rank in range(saved)
+        if "cpu" not in shards.random_states(rank)
+    ]
     keys: set[str] = set()
     for name in shards.layout.shapes:
         # Raises where the ranks do not agree

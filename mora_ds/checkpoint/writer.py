@@ -1,11 +1,11 @@
 """Writes and loads checkpoints on all ranks (`layout` lists their files). A checkpoint
 never holds a base weight.
 
-all ranks write into .step-000100.writing, and hash what they wrote -> rank 0: layouts, random states and hashes of all
+all ranks write into .step-000100.writing, and hash what they wrote -> rank 0: layouts and hashes of all
 -> renamed to step-000100 -> `latest` linked to it -> older checkpoints deleted
 
-A rank writes one file, whatever their number; cycles of the merge ledger are hashed in
-slices over the ranks.
+A rank writes one file, whatever their number, with its random states; cycles of the
+merge ledger are hashed in slices over the ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,7 +31,6 @@ from mora_ds.checkpoint.layout import (
     LATEST,
     LEDGER_FOLDER,
     OLD,
-    RNG_FILE,
     STATE_FILE,
     WRITING,
     complete_checkpoints,
@@ -49,13 +47,9 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
-from mora_ds.common.tensor_files import (
-    Tensors,
-    open_safetensors,
-    write_safetensors_atomic,
-)
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.engine import shards, zero
-from mora_ds.engine.shards import EngineShards, Layout, RankShard
+from mora_ds.engine.shards import RNG, EngineShards, Layout, RankShard
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks, Result
 
@@ -64,6 +58,10 @@ logger = logging.getLogger(__name__)
 Collect = Callable[[int], Callable[[Path], None]]
 """Called on every rank with the step, so that it may gather; returns a function that
 writes the result to a folder without further communication."""
+
+
+Share = tuple[dict[str, JsonObject], tuple[Any, ...]]
+"""What a rank brings rank 0: the files that it has recorded, its `RankShard`."""
 
 
 class CheckpointWriter:
@@ -129,11 +127,11 @@ class CheckpointWriter:
         the function that writes it. No file is written while ranks gather: an error of
         one of them would leave the others waiting in collectives."""
         layout, shard, tensors = shards.shard_of(self.engine)
+        tensors |= _rng_states()
         ranks = self._ranks
         if self._background is not None:
             tensors = on_host(tensors)
             ranks = self._thread_ranks
-        rng = _rng_states()
         write_extras = self.collect(state.step)
         facts = asdict(state)
 
@@ -148,8 +146,9 @@ class CheckpointWriter:
         def work() -> None:
             with _removed_on_failure(beside):
                 together("files of each rank", write_own)
-                share = together("hashes", lambda: _Share.of(beside, shard, rng))
-                everyone = gather_to_first(share, ranks.group)
+                recorded = together("hashes", lambda: _record(beside, shard))
+                # Plain tuples: a class takes as long again to read, once for each rank
+                everyone = gather_to_first((recorded, tuple(shard)), ranks.group)
                 together(
                     "manifest",
                     lambda: self._complete(
@@ -163,7 +162,7 @@ class CheckpointWriter:
         self,
         beside: Path,
         final: Path,
-        shares: list[_Share] | None,
+        shares: list[Share] | None,
         layout: Layout,
         state: JsonObject,
         keep: int | None,
@@ -171,7 +170,7 @@ class CheckpointWriter:
         """Rank 0, which has all `shares`, finishes the checkpoint."""
         if shares is None:
             return
-        rank_shards = [share.shard for share in shares]
+        rank_shards = [RankShard(*shard) for _, shard in shares]
         common = rank_shards[0].layout
         different = [shard.rank for shard in rank_shards if shard.layout != common]
         if different:
@@ -179,15 +178,10 @@ class CheckpointWriter:
                 f"ranks {different} trained other parameters or with other settings than rank 0"
             )
         EngineShards.of(beside / ENGINE_TAG, layout, rank_shards).write_table()
-        states = {
-            kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares]))
-            for kind in shares[0].rng
-        }
-        write_safetensors_atomic(beside / RNG_FILE, states, {})
         files.write_json_atomic(beside / STATE_FILE, state)
         recorded: dict[str, JsonObject] = {}
-        for share in shares:
-            recorded.update(share.files)
+        for written, _ in shares:
+            recorded.update(written)
         files.write_manifest(beside, recorded)
         # Each rank has flushed its files, so that rank 0 does not open a thousand of
         # them
@@ -206,22 +200,12 @@ class CheckpointWriter:
         _retain(self.root, state["step"], keep)
 
 
-class _Share(NamedTuple):
-    """What a rank sends to rank 0, which completes the checkpoint with it."""
-
-    files: dict[str, JsonObject]
-    """Size and hash of the files that it wrote, and of its slice of the merge
-    ledger's."""
-    shard: RankShard
-    rng: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, beside: Path, shard: RankShard, rng: dict[str, np.ndarray]) -> _Share:
-        """To be called when rank 0 has linked the ledger into `beside`."""
-        ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        in_slice = ledger[dist.get_rank() :: dist.get_world_size()]
-        written = [beside / ENGINE_TAG / shard.file, *in_slice]
-        return cls(files.record(beside, written), shard, rng)
+def _record(beside: Path, shard: RankShard) -> dict[str, JsonObject]:
+    """Size and hash of what this rank wrote, and of its slice of the merge ledger. To
+    be called when rank 0 has linked the ledger into `beside`."""
+    ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
+    in_slice = ledger[dist.get_rank() :: dist.get_world_size()]
+    return files.record(beside, [beside / ENGINE_TAG / shard.file, *in_slice])
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
@@ -238,8 +222,9 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     saved = ranks.on_first(
         "layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True
     )
-    shards.restore(engine, replace(saved, folder=engine_folder))
-    _load_rng(folder, dist.get_rank(), state)
+    saved = replace(saved, folder=engine_folder)
+    shards.restore(engine, saved)
+    _load_rng(folder, saved, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 
 
@@ -281,28 +266,25 @@ def _replace_folder(beside: Path, final: Path) -> None:
 # -- random states ---------------------------------------------------------------------
 
 
-def _rng_states() -> dict[str, np.ndarray]:
-    """The random states of this rank: for each kind uint8 (bytes,)."""
-    states = {"cpu": torch.get_rng_state().numpy()}
+def _rng_states() -> Tensors:
+    """The random states of this rank, uint8 (bytes,), by their names in its file."""
+    states = {f"{RNG}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().numpy()
+        states[f"{RNG}.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
-    path = folder / RNG_FILE
-    handle = open_safetensors(path)
-    with files.malformed(path):
-        slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)
-        if rank < slices["cpu"].get_shape()[0]:
-            states = {
-                kind: saved[rank : rank + 1].flatten().clone()
-                for kind, saved in slices.items()
-            }
-            torch.set_rng_state(states["cpu"])
+def _load_rng(
+    folder: Path, saved: EngineShards, rank: int, state: TrainerState
+) -> None:
+    if rank < len(saved.files):
+        with files.malformed(folder):
+            states = saved.random_states(rank)
+            # Copies: torch reads whole words, which a mapped file does not align
+            torch.set_rng_state(states["cpu"].clone())
             if "cuda" in states and torch.cuda.is_available():
-                torch.cuda.set_rng_state(states["cuda"])
-            return
+                torch.cuda.set_rng_state(states["cuda"].clone())
+        return
     # Fewer ranks saved the checkpoint: dropout draws other masks, the same at every
     # resume.
     digest = hashlib.sha256(f"{state.identity}/{state.step}/{rank}".encode()).digest()

@@ -8,7 +8,8 @@ one by any number of processes.
 
     engine/layouts.safetensors    written by rank 0: which extent of which parameter lies where in all ranks' files
     engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
-                                  keeps for it: moments of its length, counts without a dimension
+                                  keeps for it: moments of its length, counts without a dimension.
+                                  "rng.<kind>": the rank's random states, which restore leaves alone
 
 Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies
 where in the tensors that the optimizer steps on. The files hold each element once.
@@ -22,17 +23,24 @@ is a pickle with a Python object for each extent: for 256 ranks with 224 matrice
 took 10 s to plan it, and every rank 16 s to read it, where the table here took 0.1 s.
 It records no hashes.
 
-1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an
-array, which is sorted, checked and searched as a whole.
+4,096 ranks with 224 matrices under ZeRO-3 have 917,504 extents. The table has runs in
+place of them: extents of one length that follow one another in a parameter and from
+rank to rank. A matrix is then about two rows, whatever the number of ranks: its equal
+shares, and the last one, which is shorter. Each rank counts its own extents back to
+where the first rank would hold them, so that ranks of the same runs bring rank 0 the
+same bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -68,6 +76,11 @@ from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.parallel.topology import share_of
 
 INDEX_FILE = "layouts.safetensors"
+RNG = "rng"
+"""Before the kinds of random states in a rank's file: "rng.cpu"."""
+RNG_FILE = "rng.safetensors"
+"""Beside the engine's folder, in checkpoints of earlier versions: the random states of
+all ranks, for each kind a tensor uint8 (ranks, bytes)."""
 
 MASTER = "master"
 """The key of a parameter's fp32 master; the optimizer's state has all others."""
@@ -117,10 +130,20 @@ class Layout:
         }
 
 
-NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
-"""Columns of the table: index of the parameter's name; first element and number of
-elements; the rank that wrote the extent; the flat tensor in its file, and the offset in
-that."""
+NAME, START, NUMEL, RANK, FLAT, OFFSET, STRIDE, COUNT = range(8)
+"""Columns of the table. A row is a run of COUNT extents, one after the other in a
+parameter, of which the ranks RANK, RANK + STRIDE, ... hold one each: index of the
+parameter's name; first element of the run and number of elements of each extent; the
+flat tensor in each rank's file, and the offset in that."""
+COLUMNS = 8
+
+
+def _moved(runs: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
+    """Runs (P, 8) that begin so many extents, and as many ranks, further on."""
+    moved = runs.copy()
+    moved[:, START] += steps * runs[:, NUMEL]
+    moved[:, RANK] += steps * runs[:, STRIDE]
+    return moved
 
 
 class RankShard(NamedTuple):
@@ -128,8 +151,12 @@ class RankShard(NamedTuple):
 
     rank: int
     file: str
-    extents: np.ndarray
-    """(P, 6) int64"""
+    stride: int
+    """What this rank holds goes on with the rank so much higher: 1, or the size of a
+    tensor-parallel group."""
+    origins: bytes
+    """Compressed rows (P, 8) int64, a run of one extent each: those of this rank,
+    counted back to where the first rank would hold them if they continued its own."""
     layout: str
     """A digest of what must be the same on all ranks."""
 
@@ -141,24 +168,37 @@ class RankShard(NamedTuple):
         file: str,
         flats: list[list[Extent]],
         settings: Sequence[JsonObject] = (),
+        stride: int = 1,
     ) -> RankShard:
         """`flats`: the extents in each flat tensor. `settings`: of the optimizer's
         groups, its learning rates among them."""
         number_of = {name: number for number, name in enumerate(layout.shapes)}
+        place = rank // stride
         rows = [
             (
                 number_of[extent.name],
-                extent.start,
+                extent.start - place * extent.numel,
                 extent.numel,
-                rank,
+                rank - place * stride,
                 flat,
                 extent.offset,
+                stride,
+                1,
             )
             for flat, extents in enumerate(flats)
             for extent in extents
         ]
+        origins = zlib.compress(np.array(rows, np.int64).tobytes(), level=1)
         digest = json_digest([asdict(layout), *settings])
-        return cls(rank, file, np.array(rows, np.int64).reshape(-1, 6), digest)
+        return cls(rank, file, stride, origins, digest)
+
+    def run(self, count: int) -> np.ndarray:
+        """Runs (P, 8) of this rank and those after it that have the same origins,
+        `count` ranks in all."""
+        origins = np.frombuffer(zlib.decompress(self.origins), np.int64)
+        runs = _moved(origins.reshape(-1, COLUMNS), self.rank // self.stride)
+        runs[:, COUNT] = count
+        return runs
 
 
 State = tuple[list[str], dict[str, Tensor]]
@@ -180,17 +220,21 @@ class EngineShards:
     layout: Layout
     files: list[str]
     """The file of every rank."""
-    extents: np.ndarray
-    """(P, 6) int64 rows, by name and then by start."""
+    runs: np.ndarray
+    """(P, 8) int64 rows, by name and then by start."""
     _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
     """The files that were read, by the ranks that wrote them."""
 
     @classmethod
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
-        rows = np.concatenate([shard.extents for shard in shards])
-        in_order = rows[np.lexsort((rows[:, START], rows[:, NAME]))]
-        return cls(folder, layout, [shard.file for shard in shards], in_order)
+        # Tensor-parallel ranks of one index hold following extents
+        by_index = sorted(shards, key=lambda shard: shard.rank % shard.stride)
+        groups = itertools.groupby(by_index, attrgetter("origins"))
+        alike = [list(group) for _, group in groups]
+        runs = np.concatenate([ranks[0].run(len(ranks)) for ranks in alike])
+        in_order = runs[np.lexsort((runs[:, START], runs[:, NAME]))]
+        return cls(folder, layout, [shard.file for shard in shards], _joined(in_order))
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
@@ -204,16 +248,15 @@ class EngineShards:
             content.pop("format")
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
             layout: Layout = typed(Layout, content, path)
-            table = handle.get_tensor("extents")
-        if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 6:
-            raise UserError(
-                f"{path} is damaged: its table has the shape {tuple(table.shape)} and is {table.dtype}"
-            )
+            runs = handle.get_tensor("extents").long().numpy()
+            if runs.shape[1] == STRIDE:
+                # Of an earlier version: without the last columns, a row for each extent
+                runs = _joined(np.pad(runs, [(0, 0), (0, 2)], constant_values=1))
         if len(files) != layout.world_size:
             raise UserError(
                 f"{path}: it lists {len(files)} files of {layout.world_size} ranks"
             )
-        shards = cls(folder, layout, files, table.numpy())
+        shards = cls(folder, layout, files, runs)
         with malformed(path):
             shards._check_whole()
         return shards
@@ -221,7 +264,7 @@ class EngineShards:
     def write_table(self) -> None:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
-        table = {"extents": torch.from_numpy(self.extents)}
+        table = {"extents": torch.from_numpy(self.runs)}
         write_safetensors_atomic(
             self.folder / INDEX_FILE, table, {"layout": json.dumps(content)}
         )
@@ -231,9 +274,9 @@ class EngineShards:
         every element, such as exp_avg, and the other values by their keys, such as
         step. Raises `UserError` where shards differ."""
         first: State | None = None
-        for row in self._rows_with(name, start, numel):
-            shard = self._shard(int(row[RANK]))
-            state = shard.state(int(row[FLAT]))
+        for rank, flat, *_ in self._pieces(name, start, numel):
+            shard = self._shard(rank)
+            state = shard.state(flat)
             if first is not None and state != first:
                 raise UserError(
                     f"{shard.path}: {name} has {shown(state)}, another rank's shard {shown(first)}"
@@ -248,82 +291,90 @@ class EngineShards:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU,
         assembled from all shards. Raises `UserError` where the shards do not hold
         them."""
-        end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
-        rows = self._rows_with(name, start, numel).tolist()
-        pieces = []
-        for _, begin, size, rank, flat, offset in rows:
-            first = offset + max(start - begin, 0)
-            stop = offset + min(end - begin, size)
-            pieces.append(self._shard(rank).read(flat, key, first, stop))
+        pieces = [
+            self._shard(rank).read(flat, key, first, stop)
+            for rank, flat, first, stop in self._pieces(name, start, numel)
+        ]
         return torch.cat(pieces)
 
     def whole(self, name: str, key: str) -> Tensor:
         """A complete master or moment in the parameter's shape."""
         return self.read(name, key).view(self.layout.shapes[name])
 
+    def random_states(self, rank: int) -> Tensors:
+        """Kind -> uint8 (bytes,), of a rank that wrote the checkpoint."""
+        of_all = self.folder.parent / RNG_FILE
+        if of_all.is_file():
+            handle = open_safetensors(of_all)
+            return {kind: handle.get_slice(kind)[rank] for kind in handle.keys()}  # noqa: SIM118  (no mapping)
+        return self._shard(rank).random_states()
+
     def _shard(self, rank: int) -> _Shard:
         if rank not in self._shards:
             self._shards[rank] = _Shard(self.folder / self.files[rank])
         return self._shards[rank]
 
-    def _rows_with(self, name: str, start: int, numel: int | None) -> np.ndarray:
-        """The rows that hold any of `numel` elements from `start` on
-        (of 0, the first)."""
-        rows = self._rows[name]
-        # They follow one another without a hole
-        first = np.searchsorted(rows[:, START], start, side="right") - 1
-        if numel is None:
-            return rows[first:]
-        return rows[first : np.searchsorted(rows[:, START], start + max(numel, 1))]
+    def _pieces(
+        self, name: str, start: int, numel: int | None
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(rank, flat tensor in its file, first element there, end) of each piece of
+        the `numel` elements from `start` on, in order; of 0, an empty piece."""
+        end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
+        for row in self._runs_of[name]:
+            _, run_start, length, rank, flat, offset, stride, count = row
+            skipped = max(start - run_start, 0) // length
+            for number in range(skipped, count):
+                extent_start = run_start + number * length
+                if extent_start >= max(end, start + 1):
+                    return
+                first = offset + max(start - extent_start, 0)
+                stop = offset + min(end - extent_start, length)
+                yield rank + number * stride, flat, first, stop
 
     @cached_property
-    def _rows(self) -> dict[str, np.ndarray]:
-        """Parameter name -> its rows of the table."""
+    def _runs_of(self) -> dict[str, list[list[int]]]:
+        """Parameter name -> its rows of the table, which follow one another without a
+        hole."""
         names = self.layout.shapes
-        first_rows = np.searchsorted(self.extents[:, NAME], np.arange(1, len(names)))
-        return dict(zip(names, np.split(self.extents, first_rows), strict=True))
+        first_rows = np.searchsorted(self.runs[:, NAME], np.arange(1, len(names)))
+        tables = np.split(self.runs, first_rows)
+        return {name: rows.tolist() for name, rows in zip(names, tables, strict=True)}
 
     def _check_whole(self) -> None:
         """Raises `UserError` unless the shards hold every element of each parameter, in
         order."""
-        shapes = self.layout.shapes
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        names = self.extents[:, NAME]
-        if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
-            raise UserError(
-                f"{self.folder}: a shard holds a parameter that no parameter group lists"
-            )
-        faulty = _first_hole(self.extents, np.array(sizes, np.int64), len(self.files))
-        if faulty is not None:
-            raise UserError(
-                f"{self.folder}: the shards do not hold all of {list(shapes)[faulty]}, and each element once"
-            )
+        for number, (name, shape) in enumerate(self.layout.shapes.items()):
+            runs = self._runs_of[name]
+            if not _tile(runs, number, math.prod(shape), len(self.files)):
+                raise UserError(
+                    f"{self.folder}: the shards do not hold all of {name}, and each element once"
+                )
 
 
-def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
-    """The index of the first parameter that has a hole or an element twice, or None."""
-    name = rows[:, NAME]
-    numel = rows[:, NUMEL]
-    # Sizes first, as the sums below might overflow
-    wrong = (numel < 1) | (numel > sizes[name])
-    start = rows[:, START]
-    # An extent must not reach into the next parameter
-    wrong |= (start < 0) | (start > sizes[name] - numel)
-    wrong |= (rows[:, RANK] >= ranks) | (rows[:, [RANK, FLAT, OFFSET]] < 0).any(axis=1)
-    if wrong.any():
-        return int(name[wrong.argmax()])
-    # All parameters one after the other are one range, which the rows, in order, must
-    # tile.
-    ends = np.cumsum(sizes)
-    first = (ends - sizes)[name] + start
-    begins = np.append(first, sizes.sum())
-    wanted = np.append(0, first + numel)
-    if np.array_equal(begins, wanted):
-        return None
-    faulty = (begins != wanted).argmax()
-    # The element that is missing, or held twice
-    element = min(begins[faulty], wanted[faulty])
-    return min(int(np.searchsorted(ends, element, side="right")), len(sizes) - 1)
+def _tile(runs: list[list[int]], parameter: int, size: int, ranks: int) -> bool:
+    """Whether rows of the table, in order, hold each of the `size` elements of the
+    parameter with this number once. In numbers of Python, which do not overflow."""
+    end = 0
+    for row in runs:
+        number, start, length, rank, flat, offset, stride, count = row
+        last_rank = rank + (count - 1) * stride
+        if (number, start) != (parameter, end) or last_rank >= ranks:
+            return False
+        if min(rank, flat, offset) < 0 or min(length, stride, count) < 1:
+            return False
+        end += length * count
+    return end == size
+
+
+def _joined(runs: np.ndarray) -> np.ndarray:
+    """The same extents in fewer rows: each run takes in those that continue it.
+    `runs`: (P, 8), in order."""
+    continued = _moved(runs[:-1], runs[:-1, COUNT])
+    is_other = (continued[:, :COUNT] != runs[1:, :COUNT]).any(axis=1)
+    first_rows = np.flatnonzero(np.append(True, is_other))
+    joined = runs[first_rows]
+    joined[:, COUNT] = np.add.reduceat(runs[:, COUNT], first_rows)
+    return joined
 
 
 class _Shard:
@@ -332,20 +383,28 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle = open_safetensors(path)
-        self._shapes: dict[int, dict[str, list[int]]] = {}
-        """Number of a flat tensor -> key of its master and of its state -> shape."""
+        self._shapes: dict[str, dict[str, list[int]]] = {}
+        """Number of a flat tensor -> key of its master and of its state -> shape;
+        RNG -> kind -> shape."""
         for name in self._handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             with malformed(path):
                 number, _, key = name.partition(".")
                 typed(FileName, key, "a key of the optimizer's state")
                 shape = self._handle.get_slice(name).get_shape()
-                self._shapes.setdefault(int(number), {})[key] = shape
+                self._shapes.setdefault(number, {})[key] = shape
+
+    def random_states(self) -> Tensors:
+        """Kind -> uint8 (bytes,)."""
+        return {
+            kind: self._handle.get_tensor(_tensor_name(RNG, kind))
+            for kind in self._shapes.get(RNG, {})
+        }
 
     def state(self, flat: int) -> State:
         """As `EngineShards.state`, of a flat tensor."""
         moments = []
         counts = {}
-        for key, shape in self._shapes.get(flat, {}).items():
+        for key, shape in self._shapes.get(str(flat), {}).items():
             if not shape:
                 # A copy: an optimizer counts on in it, and must not in the mapped file
                 counts[key] = self._handle.get_tensor(_tensor_name(flat, key)).clone()
@@ -357,7 +416,7 @@ class _Shard:
         """Elements [start, stop) of a master or moment. Raises `UserError` where the
         file does not hold them."""
         name = _tensor_name(flat, key)
-        shape = self._shapes.get(flat, {}).get(key, [])
+        shape = self._shapes.get(str(flat), {}).get(key, [])
         if len(shape) != 1 or shape[0] < stop:
             raise UserError(
                 f"{self.path} is incomplete: it does not hold the elements {start} to {stop} of {name}"
@@ -365,7 +424,7 @@ class _Shard:
         return self._handle.get_slice(name)[start:stop]
 
 
-def _tensor_name(flat: int, key: str) -> str:
+def _tensor_name(flat: int | str, key: str) -> str:
     """The name in a rank's file of a flat tensor's master or state `key`."""
     return f"{flat}.{key}"
 
@@ -452,7 +511,10 @@ def shard_of(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     rank = dist.get_rank()
     file = f"rank-{rank:05d}.safetensors"
     settings = [_plain(group) for group in engine.basic_optimizer.param_groups]
-    return layout, RankShard.of(layout, rank, file, extents, settings), tensors
+    mpu = engine.mpu
+    stride = 1 if mpu is None else mpu.get_tensor_model_parallel_world_size()
+    shard = RankShard.of(layout, rank, file, extents, settings, stride)
+    return layout, shard, tensors
 
 
 def _plain(group: JsonObject) -> JsonObject:

@@ -16,6 +16,7 @@ from mora_ds.checkpoint.writer import _load_rng
 from mora_ds.common.files import json_digest
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
+from mora_ds.engine.shards import EngineShards
 from tests.helpers.crafted import (
     SHARD,
     change_header,
@@ -166,7 +167,7 @@ ledger/ledger.json | cycles.0.file = ../x | cannot be the name of a file
 engine/layouts.safetensors | world_size = 1000000000000 | world_size must be at least 1
 engine/layouts.safetensors | files = [/etc/hostname] | the name of a file
 engine/layouts.safetensors | groups = 7 | groups must be a list
-engine/layouts.safetensors | groups.0.m = [16777216, 16777216, 16777216] | layouts.safetensors is damaged
+engine/layouts.safetensors | groups.0.m = [16777216, 16777216, 16777216] | do not hold all of m
 engine/layouts.safetensors | groups.0.m = [0] | must be at least 1
 engine/layouts.safetensors | scaler = {cur_scale: null} | must be a
 """
@@ -187,8 +188,9 @@ def test_wrong_types_and_numbers_are_named(checkpoint, file, change, words):
 
 
 def test_random_states_that_torch_does_not_take(checkpoint):
-    with user_error(r"rng.safetensors is damaged"):
-        _load_rng(checkpoint, 0, TrainerState.read(checkpoint))
+    saved = EngineShards.open(checkpoint / "engine")
+    with user_error(r"step-000007 is damaged"):
+        _load_rng(checkpoint, saved, 0, TrainerState.read(checkpoint))
 
 
 def change_first_operator(change, content):

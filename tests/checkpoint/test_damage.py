@@ -46,7 +46,7 @@ def out(golden, tmp_path):
 
 KINDS = (
     "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
-    "rng.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
+    "ledger/ledger.json", "ledger/cycle-00001.safetensors",
     "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
     "engine/layouts.safetensors", *(f"engine/rank-{rank:05d}.safetensors" for rank in (0, 1)),
 )  # fmt: skip
@@ -89,9 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(out, kind, harm, caplog
         assert str(damaged) in str(caught.value)
         assert "--resume_from_checkpoint auto" in str(caught.value)
     # An export reads no shards and no random states: of these it sees the size alone.
-    if asked and (
-        harm != "flip" or not kind.startswith(("engine/", "rng", "trainer_state"))
-    ):
+    if asked and (harm != "flip" or not kind.startswith(("engine/", "trainer_state"))):
         with pytest.raises((UserError, RunError)):
             export_merged(root / "step-000006", out / "merged")
         assert not (out / "merged").exists()

@@ -14,6 +14,7 @@ from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink
+from mora_ds.engine.shards import EngineShards, RankShard
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, checkpoint_at
 from tests.helpers.engines import ds_config
@@ -118,20 +119,26 @@ def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path, rows):
             check_world_size(tmp_path, state, world)
 
 
-def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
+@pytest.mark.parametrize("of_all", [False, True])
+def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path, of_all):
     """A rank's own state where it has one; otherwise one of its own, another at every step,
-    the same each time.
+    the same each time. `of_all`: in one file, as earlier versions saved them.
     """
     states = []
     for seed in (3, 4):
         torch.manual_seed(seed)
         states.append(torch.get_rng_state())
-    save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
+    if of_all:
+        save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
+    else:
+        (tmp_path / "engine").mkdir()
+        for rank, state in enumerate(states):
+            save_file({"rng.cpu": state}, tmp_path / f"engine/{rank}.st")
+    shards = EngineShards(tmp_path / "engine", None, ["0.st", "1.st"], None)
 
     def drawn(rank, step=5, seed=0):
-        checkpoints._load_rng(
-            tmp_path, rank, TrainerState(step=step, identity={"seed": seed})
-        )
+        state = TrainerState(step=step, identity={"seed": seed})
+        checkpoints._load_rng(tmp_path, shards, rank, state)
         return torch.rand(1).item()
 
     rng_state = torch.get_rng_state()
@@ -150,7 +157,7 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
 
 def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path):
     def share(rank, **facts):
-        return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})
+        return {}, RankShard(rank, "", 1, b"", facts)
 
     shares = [
         share(0, stage=3, lr=0.1),

@@ -29,9 +29,6 @@ def whole_checkpoint(folder):
         step=7, tokens=7, merges=[1, 2], identity={"base": "b", "global_batch_size": 2}
     )
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
-    save_file(
-        {"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors"
-    )
     (checkpoint / "tokenizer").mkdir()
     (checkpoint / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     _write_engine(checkpoint)
@@ -51,6 +48,7 @@ def _write_engine(checkpoint):
         "0.exp_avg": torch.zeros_like(flat),
         "0.exp_avg_sq": torch.zeros_like(flat),
         "0.step": torch.tensor(3.0),
+        "rng.cpu": torch.zeros(8, dtype=torch.uint8),
     }
     (checkpoint / "engine").mkdir()
     save_file({"0.master": flat, **state}, checkpoint / "engine" / SHARD)

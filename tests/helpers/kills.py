@@ -224,7 +224,7 @@ half_a_row_of_metrics | first | nothing | - | half a row
 # a checkpoint
 matrices_are_gathered | all | nothing | .train.run.Run._gather 3 | before .engine.zero.full_fp32 5
 engine_shard_half_written | all | nothing | .checkpoint.writer.CheckpointWriter.save 3 | half a shard
-after_the_shards | all | nothing | - | before .checkpoint.writer._Share.of 3
+after_the_shards | all | nothing | - | before .checkpoint.writer._record 3
 adapter_half_written | first | nothing | .train.run.write_adapter 3 | \
 after .common.tensor_files.SafetensorsWriter.write 4
 ledger_half_copied | first | nothing | .remora.ledger.Ledger.copy_to 5 | before .remora.ledger.link_or_copy 2

@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
@@ -39,19 +40,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
+from mora_ds.checkpoint.layout import ENGINE_TAG
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
-from mora_ds.common.tensor_files import write_safetensors_atomic
+from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.shards import (
+    COLUMNS,
+    COUNT,
     NAME,
     NUMEL,
     OFFSET,
-    RANK,
     START,
+    STRIDE,
     EngineShards,
     RankShard,
     _layout,
@@ -251,16 +253,17 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
 
     def share_of(share: Any, rank: int) -> Any:
         """What another rank would have given, whose files are links to this one's."""
-        if not isinstance(share, _Share):
+        if not isinstance(share, tuple):
             return share
+        recorded, template = share
         files = {}
-        for source, facts in share.files.items():
+        for source, facts in recorded.items():
             name = _renamed(source, one.rank, rank)
             files[name] = facts
             if name != source:
                 os.link(beside / source, beside / name)
-        shard = _shard_of(share.shard, one, rank, sizes, stage)
-        return share._replace(files=files, shard=shard)
+        shard = _shard_of(RankShard(*template), one, rank, sizes, stage)
+        return files, shard
 
     one.relabel = share_of
     state = TrainerState(step=1, world_size=one.world)
@@ -272,10 +275,8 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     if one.rank:  # what rank 0 would have added
         everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
         beside.rename(final)
-        shards = [share.shard for share in everyone]
+        shards = [shard for _, shard in everyone]
         EngineShards.of(final / ENGINE_TAG, _layout(engine), shards).write_table()
-        rng = torch.from_numpy(np.stack([share.rng["cpu"] for share in everyone]))
-        write_safetensors_atomic(final / RNG_FILE, {"cpu": rng}, {})
         (final / "trainer_state.json").write_text(json.dumps(vars(state)))
     return spent, final
 
@@ -301,14 +302,15 @@ def _shard_of(
         start = np.clip(first - begins, 0, sizes)
         end = np.clip(first + length - begins, 0, sizes)
         offset = begins + start - first
-    rows = np.zeros((len(sizes), 6), np.int64)
+    rows = np.zeros((len(sizes), COLUMNS), np.int64)
     rows[:, NAME] = np.arange(len(sizes))
-    rows[:, RANK] = rank
-    rows[:, START] = start
     rows[:, NUMEL] = end - start
+    rows[:, START] = start - rank * (end - start)
     rows[:, OFFSET] = offset
+    rows[:, [STRIDE, COUNT]] = 1
     file = _renamed(template.file, one.rank, rank)
-    return template._replace(rank=rank, file=file, extents=rows[end > start])
+    origins = zlib.compress(rows[end > start].tobytes(), level=1)
+    return template._replace(rank=rank, file=file, origins=origins)
 
 
 def _start_and_merge(
