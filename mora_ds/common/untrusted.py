@@ -7,7 +7,6 @@ here before it is used.
     file_name, relative_path     text of a file that becomes a part of a path
     require_plain(folder)        no symbolic link, pipe or device inside a checkpoint or an adapter
     expanded(path, flag)         a path with ~ in it
-    require_memory               sizes that a file states, against the memory that there is
 
 All of them raise `UserError`, whose text begins with `where`: the file, and the place
 in it.
@@ -16,7 +15,6 @@ in it.
 import json
 import os
 import re
-import resource
 import stat
 import sys
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, get_type_hints
 
-import psutil
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from mora_ds.common.errors import Bounds, UserError, refusal
@@ -241,7 +238,7 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
     return typed(hint, content[key], f"{where} is damaged: {key}")
 
 
-# -- folders and memory ----------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------
 
 
 def links(folder: Path) -> list[str]:
@@ -292,15 +289,3 @@ def expanded(path: str | Path, flag: str = "") -> Path:
         raise UserError(
             f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()
         ) from None
-
-
-def require_memory(nbytes: int, what: str) -> None:
-    """Raises `UserError` where fewer bytes are free than `what` takes."""
-    free = psutil.virtual_memory().available
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        free = min(free, limit - psutil.Process().memory_info().vms)
-    if nbytes > free:
-        raise UserError(
-            f"{what} takes {nbytes / 2**30:,.1f} GiB of memory, and {max(free, 0) / 2**30:,.1f} are free"
-        )

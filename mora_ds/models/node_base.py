@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.models.decoder_layers import LINE, within_line
-from mora_ds.runtime.node_memory import Offer, check_room, node_members, trim
+from mora_ds.runtime.node_memory import Offer, node_members, require_memory, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -172,10 +172,13 @@ def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     layout = _Layout.of(frozen)
     is_shared = len(members) > 1
     is_first_of_node = is_shared and ranks.rank == members[0]
-    ranks.agree(
-        "room for the base of the node",
-        lambda: check_room(layout.size) if is_first_of_node else None,
-    )
+
+    def check_room() -> None:
+        if is_first_of_node:
+            what = "the base that the processes of this node share"
+            require_memory(layout.size, what, ": --base_bits 8 takes less")
+
+    ranks.agree("room for the base of the node", check_room)
     storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
         logger.warning(

@@ -22,8 +22,8 @@ from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
-from mora_ds.common.untrusted import require_memory
 from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
+from mora_ds.runtime.node_memory import require_memory
 
 Update = tuple[UpdateSpec, Tensor]
 """(operator, M in fp32 (R, R)), or LoRA's spec and factors."""

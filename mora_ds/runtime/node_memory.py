@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,14 @@ def machine() -> tuple[str, str]:
         return platform.node(), f"process {os.getpid()}"
 
 
-def check_room(nbytes: int) -> None:
-    """Raise `UserError` where this node has less than `nbytes` for what its processes
-    share: memory is taken when it is written to, and the kernel would end a process."""
+def require_memory(nbytes: int, what: str, advice: str = "") -> None:
+    """Raise `UserError` where fewer bytes are free than `what` takes: memory is taken
+    when it is written to, and the kernel would end a process. `advice`: the end of the
+    message."""
     free = free_bytes()
     if nbytes > free:
         raise UserError(
-            f"the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and its memory and limits "
-            f"leave {free / 1e9:,.3f} GB: --base_bits 8 takes less"
+            f"{what} takes {nbytes / 1e9:,.3f} GB of memory, and {free / 1e9:,.3f} GB are available{advice}"
         )
 
 
@@ -120,8 +121,13 @@ def trim() -> None:
 
 
 def free_bytes() -> int:
-    """Bytes that the memory of this node and the limits of its control groups leave."""
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+    """Bytes that the memory of this node, the limits of its control groups, and that of
+    this process (ulimit -v) leave."""
+    leave = [psutil.virtual_memory().available, *_cgroup_limits()]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        leave.append(max(0, limit - psutil.Process().memory_info().vms))
+    return min(leave)
 
 
 def _cgroup_limits() -> list[int]:

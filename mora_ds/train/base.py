@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mora_ds.checkpoint.layout import BASE_FOLDER
-from mora_ds.common.errors import UserError, reason
+from mora_ds.common.errors import reason
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
@@ -32,7 +32,7 @@ from mora_ds.models.load import (
 from mora_ds.models.rope import rope_changes
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text
-from mora_ds.runtime.node_memory import free_bytes
+from mora_ds.runtime.node_memory import require_memory
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
 from mora_ds.train.setup import Start
@@ -123,25 +123,18 @@ def choose_base_device(
         )
     if device is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", layer_bytes, long=True)
+        advice = ": give the run more (the limit of a container or a job, too), or use --base_bits 8"
         ranks.agree(
-            "host memory for the base", lambda: check_host_memory(needed, free_bytes())
+            "host memory for the base",
+            lambda: require_memory(
+                needed, "--base_device host: the frozen base", advice
+            ),
         )
         size = size_text(needed)
         logger.info(
             f"frozen base: {size} in host memory, copied to the device layer by layer"
         )
     return replace(arguments, training=replace(training, base_device=device.value))
-
-
-def check_host_memory(needed: int, free: int) -> None:
-    """Raise `UserError` where a node's `free` memory is less than the `needed`
-    bytes."""
-    if needed > free:
-        raise UserError(
-            f"--base_device host: the frozen weights take {size_text(needed)} of a node's memory, and "
-            f"{size_text(free)} are available: give the run more (the limit of a container or a job, too), or use "
-            "--base_bits 8"
-        )
 
 
 def _by_plan(make: Callable[[], Planner]) -> BaseDevice:

@@ -2,11 +2,9 @@
 
 import json
 import re
-import resource
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +23,6 @@ from mora_ds.common.untrusted import (
     entry,
     plain_json,
     read_text,
-    require_memory,
     require_plain,
     typed,
 )
@@ -197,25 +194,6 @@ def test_a_link_in_a_folder_is_told(tmp_path):
 
 def test_json_that_is_as_deep_as_it_may_be():
     assert plain_json(nested(MAX_DEPTH), "file") == json.loads(nested(MAX_DEPTH))
-
-
-@pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
-def test_memory_that_a_file_asks_for(free, limit, monkeypatch):
-    """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of
-    the 1300 that it may have.
-    """
-    psutil = SimpleNamespace(
-        virtual_memory=lambda: SimpleNamespace(available=free),
-        Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
-    )
-    limits = lambda what: (limit, limit)  # noqa: E731
-    monkeypatch.setattr(untrusted, "psutil", psutil)
-    monkeypatch.setattr(untrusted.resource, "getrlimit", limits)
-    require_memory(1000, "a layer")
-    with user_error("a layer takes"):
-        require_memory(1001, "a layer")
-    with user_error(r"takes 3\.0 GiB of memory, and 0\.0 are free"):
-        require_memory(3 * 2**30, "a layer")
 
 
 UNSAFE = {

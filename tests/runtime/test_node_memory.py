@@ -2,7 +2,9 @@
 
 import mmap
 import os
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +12,14 @@ import torch
 
 from mora_ds.common.errors import RunError
 from mora_ds.runtime import node_memory
-from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
+from mora_ds.runtime.node_memory import (
+    Offer,
+    free_bytes,
+    machine,
+    node_members,
+    require_memory,
+)
+from tests.helpers.errors import user_error
 from tests.helpers.mappings import Mappings
 
 
@@ -37,6 +46,26 @@ def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
     monkeypatch.setattr(node_memory, "_cgroup_folders", list)
     monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
     assert free_bytes() == 50
+
+
+@pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
+def test_memory_that_is_there(free, limit, monkeypatch):
+    """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of
+    the 1300 that it may have.
+    """
+    psutil = SimpleNamespace(
+        virtual_memory=lambda: SimpleNamespace(available=free),
+        Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
+    )
+    limits = lambda what: (limit, limit)  # noqa: E731
+    monkeypatch.setattr(node_memory, "_cgroup_folders", list)
+    monkeypatch.setattr(node_memory, "psutil", psutil)
+    monkeypatch.setattr(node_memory.resource, "getrlimit", limits)
+    require_memory(1000, "a layer")
+    with user_error("a layer takes"):
+        require_memory(1001, "a layer")
+    with user_error(r"takes 3\.000 GB of memory, and 0\.000 GB are available: buy it"):
+        require_memory(3 * 10**9, "a layer", ": buy it")
 
 
 def test_processes_of_a_node_are_those_that_see_each_other():

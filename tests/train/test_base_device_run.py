@@ -12,6 +12,7 @@ from mora_ds.engine import device
 from mora_ds.engine.base_ring import BaseRing
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.initialize import start_distributed
+from mora_ds.runtime import node_memory
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base
 from mora_ds.train.base import choose_base_device
@@ -104,14 +105,14 @@ def test_domains_work(user):
 
 
 def without_memory(argv):
-    with patch.object(base, "free_bytes", lambda: 10_000):
+    with patch.object(node_memory, "free_bytes", lambda: 10_000):
         return refused(argv)
 
 
 def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
     kind, message = run_alone(without_memory, deep(user, "none", HOST))
     assert kind == "UserError"
-    assert "0.01 MB are available" in message
+    assert "0.000 GB are available: give the run more" in message
     assert "--base_device host" in message
 
 
