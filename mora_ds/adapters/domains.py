@@ -42,7 +42,7 @@ class DomainLinear(MoRALinear):
         base: Any,
         spec: OperatorSpec,
         domains: Domains,
-        dropout: float = 0.0,
+        dropout: float,
     ) -> None:
         """All matrices are zero at first."""
         super().__init__(base, spec, dropout, Compute.ACTIVATION)

@@ -58,9 +58,7 @@ class MoRAExperts(AdaptedLinear):
     spec: StackSpec
     square: nn.Parameter
 
-    def __init__(
-        self, base: ExpertStack, spec: StackSpec, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float) -> None:
         super().__init__(base, spec, dropout)
         self.experts_per_token = base.experts_per_token
         self._tables_in_use: object = None

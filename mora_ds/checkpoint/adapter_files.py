@@ -319,9 +319,7 @@ class BaseReference:
         self.require_base(base, checkpoint, flag)
         return base
 
-    def require_base(
-        self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG
-    ) -> None:
+    def require_base(self, base: BaseCheckpoint, checkpoint: Path, flag: str) -> None:
         """Raises `UserError` naming `flag` where `base` has another fingerprint, for
         which every byte is read."""
         if base.fingerprint() != self.fingerprint:

@@ -76,7 +76,7 @@ class TrainerState:
 
 
 def run_identity(
-    base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None = None
+    base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None
 ) -> JsonObject:
     """The identity of a run with an adapter, and `more` that its trainer adds."""
     return {

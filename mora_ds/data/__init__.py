@@ -17,7 +17,6 @@ from mora_ds.data.demo_corpus import domain_documents, write_demo_corpus
 from mora_ds.data.extend_tokenizer import (
     Extension,
     bpe_backend,
-    candidate_tokens,
     check_extension,
     extend_tokenizer,
 )
@@ -25,7 +24,7 @@ from mora_ds.data.held_out import DocumentFilter, document_hash
 from mora_ds.data.mixture import Mixture, Source
 from mora_ds.data.packing import IGNORED, PackedDataset
 from mora_ds.data.readers import Document
-from mora_ds.data.sentencepiece import train_sentencepiece
+from mora_ds.data.sentencepiece import candidate_tokens, train_sentencepiece
 from mora_ds.data.stream import DocumentStream
 from mora_ds.data.stream_source import StreamSource
 from mora_ds.data.tokenizer import (

@@ -10,7 +10,7 @@ further: each new token stands for two or more old ones.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.sentencepiece import vocabulary_by_score
 from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
-_CANDIDATES_A_TOKEN = 4
-"""Many candidates are old tokens, or more than one word for the tokenizer."""
-
 _INTERMEDIATE_SHARE = 8
 """One in so many of the candidates gets an intermediate token where none is within
 reach."""
@@ -43,16 +39,6 @@ class Extension:
     first_id: int
     replaced: tuple[tuple[int, ...], ...]
     """The ids of the old tokens that each new one stands for."""
-
-
-def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
-    """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model
-    trained on `texts`, best first. Spaces are U+2581; digits stay apart. Raises
-    `UserError` for a corpus without text."""
-    size = 512 + _CANDIDATES_A_TOKEN * wanted
-    return vocabulary_by_score(
-        texts, size, "--pieces", hard_vocab_limit=False, split_digits=True
-    )
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

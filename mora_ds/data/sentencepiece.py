@@ -40,6 +40,9 @@ _SAMPLE_BYTES = 128 << 20
 _NORMAL = 1
 """The type of the pieces that text can become, bytes apart."""
 
+_CANDIDATES_A_TOKEN = 4
+"""Many candidates are old tokens, or more than one word for the tokenizer."""
+
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
     """Train a SentencePiece model (BPE) on `texts`, and write it into `folder`: as
@@ -56,13 +59,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     return folder
 
 
-def vocabulary_by_score(
-    texts: Iterable[str], vocab_size: int, flag: str, **settings: Any
-) -> list[str]:
-    """The tokens of a SentencePiece model trained on `texts` that text can become, the
-    best-scored first, spaces as U+2581. `settings`: further ones of SentencePiece's
-    trainer. Raises `UserError`, which names `flag`."""
-    pieces = _parsed(_trained(texts, vocab_size, flag, **settings)).pieces
+def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
+    """Candidates for `wanted` new tokens: what text can become of the vocabulary of a
+    SentencePiece model trained on `texts`, the best-scored first. Spaces are U+2581;
+    digits stay apart. Raises `UserError` for a corpus without text."""
+    size = 512 + _CANDIDATES_A_TOKEN * wanted
+    model = _trained(texts, size, "--pieces", hard_vocab_limit=False, split_digits=True)
+    pieces = _parsed(model).pieces
     normal = [piece for piece in pieces if piece.type == _NORMAL]
     return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
 

@@ -144,7 +144,7 @@ def check_vocabulary(
 def check_reload(
     tokenizer: PreTrainedTokenizerBase,
     model_type: str,
-    flag: str = "--train_tokenizer_vocab",
+    flag: str,
 ) -> None:
     """Raise `UserError` where transformers would load the tokenizer, saved with a model
     of this type, as another one.

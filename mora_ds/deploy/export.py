@@ -348,10 +348,10 @@ def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
 def load_onto(
     checkpoint: Path,
     onto: Path,
-    base_folder: Path | None = None,
-    dtype: str = "auto",
-    domain: str | None = None,
-    trust_remote_code: bool = False,
+    base_folder: Path | None,
+    dtype: str,
+    domain: str | None,
+    trust_remote_code: bool,
 ) -> Any:
     """The model that `export_merged` with `onto` writes of the adapter in the folder
     `checkpoint`, in memory: on the CPU, in evaluation mode. `dtype` "auto": that of the

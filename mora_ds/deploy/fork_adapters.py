@@ -161,7 +161,7 @@ def _matrices(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def read_fork(path: Path, base_folder: Path | None = None) -> Iterator[Path]:
+def read_fork(path: Path, base_folder: Path | None) -> Iterator[Path]:
     """What `convert_fork` makes of the fork's adapter at `path`, in a temporary folder;
     `path` itself where it is no folder of PEFT."""
     if not (path / CONFIG_FILE).is_file():

@@ -93,7 +93,7 @@ def compare_logits(
     return comparison
 
 
-def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.dtype]:
+def read_probe(path: Path, name: str) -> tuple[Tensor, Tensor, torch.dtype]:
     """(tokens (B, T) int64, logits (B, T, V) in fp32, the live model's dtype) of a
     safetensors file with "input_ids", logits called `name`, and "dtype" in its
     metadata. Raises `UserError` for a damaged one."""

@@ -37,7 +37,7 @@ def open_target(
     folder: Path,
     adapter: Adapter,
     base: BaseCheckpoint,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
 ) -> BaseCheckpoint:
     """The model in `folder`, which is to get the update of `adapter`, of the base
     `base`. Raises `UserError` naming what does not fit, and where it is the base

@@ -65,7 +65,6 @@ def our_engine() -> Iterator[None]:
         model_parameters: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        del model_parameters
         config = dict(config_params)
         # accelerate sets it to infinity, which is no number of JSON
         # (utils/dataclasses.py, DeepSpeedPlugin)
@@ -89,7 +88,6 @@ def bare_model(dtype: Any) -> Iterator[None]:
     which needs no shards of anything."""
 
     def ours(*, model: nn.Module, **kwargs: Any) -> tuple[Any, ...]:
-        del kwargs
         move_base(model, current_device(), dtype)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(current_device(), dtype)

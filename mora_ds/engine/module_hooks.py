@@ -68,7 +68,6 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     that the gradients that a module's operations return for an input are added up
     before those of other modules: so they are added up here, too, and losses stay the
     same to the bit."""
-    del module
     return tuple(
         item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item
         for item in inputs

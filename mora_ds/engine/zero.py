@@ -185,7 +185,6 @@ class OptimizerView:
         raise NotImplementedError
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        del group
         return spans
 
     def write_copies(self) -> None:

@@ -245,7 +245,7 @@ class BaseCheckpoint:
     def map_parameters(
         self,
         names: Iterable[str],
-        base_model_prefix: str = "",
+        base_model_prefix: str,
         ties: Mapping[str, str] | None = None,
         renamed: Mapping[str, str] | None = None,
     ) -> dict[str, str]:

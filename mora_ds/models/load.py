@@ -143,8 +143,8 @@ def create_base(
     config_file: Path,
     folder: Path,
     seed: int,
-    tokenizer: Any = None,
-    vocab_size: int | None = None,
+    tokenizer: Any,
+    vocab_size: int,
 ) -> Path:
     """Writes a base with random weights from a config JSON, in fp32, on one rank."""
     torch.manual_seed(seed)

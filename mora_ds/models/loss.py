@@ -184,7 +184,6 @@ class ChunkedHead:
         return self.finish(self._project(hidden.unsqueeze(0))).squeeze(0)
 
     def _record(self, head: nn.Module, args: object, output: Tensor) -> None:
-        del head, args
         if self._outputs is not None:
             self._outputs.append(output)
 

@@ -105,7 +105,7 @@ def check_same_tokens(
     known: Path,
     folder: Path,
     flag: str,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
 ) -> None:
     """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder`
     has every token of the one in `known`, each with the same id. Where `known` holds no
@@ -213,8 +213,6 @@ def _write(
         layout[key] = ((rows, *shape[1:]), dtype)
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        # Each keeps its own
-        del dtype
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
     write_shards(folder, layout, tensor_of)

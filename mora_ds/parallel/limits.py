@@ -69,14 +69,10 @@ def check_tensor_parallel(degree: int, **settings: object) -> None:
 def sequence_parallel_problems(
     size: int,
     seq_len: int,
-    attention: str | None = None,
+    attention: str,
 ) -> Iterator[str]:
     """One message for each setting that sequence parallelism does not go with."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
-    if (
-        size > 1
-        and attention not in (None, "auto")
-        and "flash_attention" not in attention
-    ):
+    if size > 1 and attention != "auto" and "flash_attention" not in attention:
         yield f"{SEQUENCE}: --attn_implementation {attention} reads masks, which are not split over ranks: leave it out"

@@ -201,7 +201,6 @@ def _sum_gradient(
     kwargs: Any,
 ) -> tuple[Any, Any]:
     """Before a split block: its input's gradient is summed over the processes."""
-    del module
     x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 

@@ -108,7 +108,6 @@ def _attend(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of queries (B, H, T, D), which allocates as a fused kernel does."""
-    del is_causal, enable_gqa
     if attn_mask is not None:
         attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

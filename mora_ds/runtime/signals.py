@@ -125,7 +125,6 @@ class _Watch:
             signal.signal(number, signal.SIG_DFL)
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self.defers or self.ignores or self._raised:
             return
         self._raised = True

@@ -461,9 +461,9 @@ class FullRun(Run):
         folder: Path,
         state: TrainerState,
         ranks: Ranks,
-        resume: Path | None = None,
-        async_save: bool = False,
-        tokenizer: Any = None,
+        resume: Path | None,
+        async_save: bool,
+        tokenizer: Any,
     ) -> None:
         """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`:
         saved with the model."""

@@ -220,7 +220,6 @@ class _InStep:
         self._hook.remove()
 
     def _before_pass(self, module: nn.Module, args: Any) -> None:
-        del module, args
         if not self._is_idle:
             self._anyone_works(True)
 
