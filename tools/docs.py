@@ -79,7 +79,7 @@ def cli_page() -> str:
         lines += [f"### {name.capitalize()}", "", _first_line(group.__doc__), ""]
         hints = get_type_hints(group)
         for field in dataclasses.fields(group):
-            if field.name in actions and field.name != "local_rank":
+            if field.name in actions:
                 kind = _type(hints[field.name])
                 lines.append(_flag(actions[field.name], kind))
         lines.append("")

@@ -36,11 +36,8 @@ def start() -> None:
     )
 
     for_launcher, flags = launcher_flags(sys.argv[1:])
-    is_rank = "RANK" in os.environ or any(
-        flag.startswith("--local_rank") for flag in flags
-    )
     only_prints = {"-h", "--help"} & set(flags)
-    if not is_rank and not only_prints:
+    if "RANK" not in os.environ and not only_prints:
         if for_launcher or accelerators() > 1:
             words = command(for_launcher, flags)
             os.execv(words[0], words)  # signals reach the launcher itself

@@ -126,12 +126,11 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:
-    """{field: value} in plain types for `run.yaml`: a recipe that repeats the run.
-    Without what differs by rank."""
+    """{field: value} in plain types for `run.yaml`: a recipe that repeats the
+    run."""
     flat: dict[str, Any] = {}
     for name in _GROUPS:
         flat |= dataclasses.asdict(getattr(arguments, name))
-    del flat["local_rank"]
     if arguments.research:
         flat[RESEARCH] = arguments.research
     return flat

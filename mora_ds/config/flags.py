@@ -12,6 +12,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,10 @@ from mora_ds.common.untrusted import typed
 Class = TypeVar("Class", bound=type)
 
 _NOT_GIVEN = object()
+
+_LOCAL_RANK = re.compile(r"--local[_-]rank=\d+")
+"""What launchers add to a command line. The variable LOCAL_RANK, which they set too, is
+what is read."""
 
 
 def documented(cls: Class) -> Class:
@@ -126,9 +131,10 @@ def parse_flat(
     dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
     help and raises SystemExit(0)."""
     refuse(unusable_words(argv))
-    arguments = list(argv)
-    recipe = _pop_recipe(arguments)
-    of_recipe = read_recipe(shipped(recipe), groups) if recipe else {}
+    arguments = [word for word in argv if not _LOCAL_RANK.fullmatch(word)]
+    of_recipe = {}
+    if arguments and not arguments[0].startswith("-"):
+        of_recipe = read_recipe(shipped(arguments.pop(0)), groups)
     parser = StrictParser(
         cast(Any, groups),
         description="Continual pretraining with MoRA under DeepSpeed.",
@@ -148,17 +154,6 @@ def parse_flat(
     return of_recipe, {
         name: value for name, value in settings if value is not _NOT_GIVEN
     }
-
-
-def _pop_recipe(arguments: list[str]) -> str | None:
-    """Take the recipe out of `arguments`, where a launcher may have put --local_rank
-    first."""
-    position = 0
-    if arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
-        position = 1 if "=" in arguments[0] else 2
-    if position < len(arguments) and not arguments[position].startswith("-"):
-        return arguments.pop(position)
-    return None
 
 
 def _unknown_flag(word: str, known: Iterable[str]) -> str:

@@ -179,8 +179,6 @@ class TrainingArguments:
     before it fails; longer than rank 0 needs to hash a checkpoint. With --async_save
     also for the disk. Default: DEEPSPEED_TIMEOUT (minutes) where that is set, otherwise
     30 minutes."""
-    local_rank: int = -1
-    """Set by the launcher."""
 
     def engine_settings(self) -> EngineSettings:
         """The settings that the DeepSpeed config must agree with."""

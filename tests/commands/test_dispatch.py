@@ -127,7 +127,7 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
         ("--seed 3", 8, None, []),
         ("--seed 3", 1, None, None),
         ("--seed 3", 8, "0", None),  # torchrun and srun have started it
-        ("--local_rank=0 --seed 3", 8, None, None),
+        ("--local_rank=0 --seed 3", 8, "0", None),  # and DeepSpeed's launcher
         ("--num_gpus 2 --help", 8, None, None),
     ],
 )

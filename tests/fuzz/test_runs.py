@@ -23,15 +23,12 @@ CASES = 70
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
 ELSEWHERE = {
-    "local_rank",
     "push_to_hub",
     "model_config",
     "dataset_name",
     "research.targets",
 }
-"""What a launcher sets, what needs a network, another kind of model, of text, and a
-plan.
-"""
+"""What needs a network, another kind of model, of text, and a plan."""
 
 
 def test_every_setting_is_tried():
