@@ -224,7 +224,7 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     )
     saved = replace(saved, folder=engine_folder)
     shards.restore(engine, saved)
-    _load_rng(folder, saved, dist.get_rank(), state)
+    _load_rng(saved, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 
 
@@ -274,11 +274,9 @@ def _rng_states() -> Tensors:
     return states
 
 
-def _load_rng(
-    folder: Path, saved: EngineShards, rank: int, state: TrainerState
-) -> None:
+def _load_rng(saved: EngineShards, rank: int, state: TrainerState) -> None:
     if rank < len(saved.files):
-        with files.malformed(folder):
+        with files.malformed(saved.folder):
             states = saved.random_states(rank)
             # Copies: torch reads whole words, which a mapped file does not align
             torch.set_rng_state(states["cpu"].clone())

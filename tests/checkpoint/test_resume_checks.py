@@ -138,7 +138,7 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path, of_all):
 
     def drawn(rank, step=5, seed=0):
         state = TrainerState(step=step, identity={"seed": seed})
-        checkpoints._load_rng(tmp_path, shards, rank, state)
+        checkpoints._load_rng(shards, rank, state)
         return torch.rand(1).item()
 
     rng_state = torch.get_rng_state()
