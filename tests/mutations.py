@@ -522,7 +522,7 @@ train/pretrain.py | train/test_decay_from.py
 
 # a branch goes on in its parent's folder
 train/pretrain.py | train/test_decay_from.py
--checkpoint.parent == root.resolve() and not branches
+-checkpoint.parent == root.resolve() and not begins_branch
 +checkpoint.parent == root.resolve()
 
 # scales that are cut off are not missed

@@ -62,9 +62,9 @@ class InjectionReport:
     rows: tuple[ShapeRow, ...]
     operator: str
     values: str
-    """What the layers have been given: matrices, or factors."""
+    """What is trained in the layers: matrices, or factors."""
     square_params: int
-    """Parameters of all of them."""
+    """Parameters of all these."""
     other_trainable_params: int
     total_params: int
 
@@ -193,7 +193,7 @@ def _quantize(
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether it is the wrapper that `torch.compile` returns."""
+    """Whether a module is the wrapper that `torch.compile` returns."""
     return hasattr(model, "_orig_mod")
 
 

@@ -65,7 +65,7 @@ class MergeNorms(NamedTuple):
     """Of the value's delta; `weight` is that of the frozen weight before the merge."""
     weight: Tensor
     lost: Tensor
-    """Of the part of the delta that rounding keeps out of the frozen weight."""
+    """Norm of the part of the delta that rounding keeps out of the frozen weight."""
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight in its layout, packed or not."""
+        """The shape of the weight in its layout, also where it is packed."""
         if not self.is_packed:
             return tuple(self.weight.shape)
         sides = self.out_features, self.in_features

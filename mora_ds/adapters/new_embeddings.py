@@ -119,7 +119,7 @@ def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
 
 
 def is_tied(embedding: nn.Embedding, head: nn.Linear) -> bool:
-    """Whether both have one weight."""
+    """Whether embeddings and head are one tensor."""
     # Not by address: the tensors of a planned model have none
     return head.weight is embedding.weight
 

@@ -31,7 +31,7 @@ class TensorPlan:
 
     degree: int
     styles: dict[str, Style]
-    """Of every linear layer."""
+    """How each linear layer is split, or that it is not."""
     blocks: tuple[str, ...]
     """The modules that are split, whose inputs' gradients are to be summed."""
     summed: tuple[str, ...]

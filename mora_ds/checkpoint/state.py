@@ -39,7 +39,7 @@ class TrainerState:
     best_step: Count = 0
     """The evaluated step with the best score (`forgetting.Watch.score`); 0 for none."""
     best_score: float | None = None
-    """That weighted loss."""
+    """The score of the checkpoint of `best_step`."""
     total_steps: Count = 0
     """Planned optimizer steps, from which the learning-rate schedule follows."""
     at_peak: bool = False

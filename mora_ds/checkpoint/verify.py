@@ -122,7 +122,7 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
 
 
 def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
-    """Of a ledger alone, such as that of a run."""
+    """The verdict on a ledger without a checkpoint, such as that of a run."""
     return _verdict(folder, [lambda folder: _cycles(Ledger.open(folder))], folder, base)
 
 

@@ -90,9 +90,9 @@ class EngineSettings:
     """Sequences per process and micro-batch."""
     gradient_accumulation_steps: int
     learning_rate: float
-    """Of the adapter, or of everything in full training."""
+    """Peak learning rate of the adapter, or of everything in full training."""
     other_learning_rate: float
-    """Of the other trained parameters."""
+    """Peak learning rate of the other trained parameters."""
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float

@@ -396,7 +396,7 @@ class _Shard:
         }
 
     def state(self, flat: int) -> State:
-        """As `EngineShards.state`, of a flat tensor."""
+        """What the optimizer keeps for a flat tensor, as `EngineShards.state`."""
         moments = []
         counts = {}
         for key, shape in self._shapes.get(str(flat), {}).items():

@@ -155,11 +155,13 @@ class Flat(NamedTuple):
     group: int
     """Index of its parameter group."""
     master: Tensor
+    """The fp32 numbers, flat."""
     state: dict[str, Tensor]
+    """What the optimizer keeps for them, such as moments and step counts."""
     spans: list[Span]
-    """What the master holds."""
+    """Which elements of which parameters lie in the master."""
     state_spans: list[Span]
-    """What `state` holds: the same, but for Muon's momentum under ZeRO-1 and ZeRO-2."""
+    """The same of moments: other spans only in Muon's momentum under ZeRO-1 and 2."""
 
 
 class OptimizerView:

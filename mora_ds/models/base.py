@@ -68,7 +68,7 @@ class BaseCheckpoint:
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stamps = {path: stamp(path) for path in self.files()}
-        """As each file was when it was opened, or last accepted as the same."""
+        """The stamp of each file when it was opened, or last found to be the same."""
 
     @classmethod
     def open(
@@ -143,7 +143,7 @@ class BaseCheckpoint:
         self.stamps = stamps
 
     def dtypes(self) -> set[torch.dtype]:
-        """Those of all tensors, from the headers of the files."""
+        """The dtypes of all tensors, from the headers of the files."""
         return {self.shape_dtype(key)[1] for key in self._file_of}
 
     def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:

@@ -147,7 +147,7 @@ class Scores:
 
     @property
     def suit_kernels(self) -> bool:
-        """Whether torch's kernels compute them."""
+        """Whether torch's kernels compute these scores."""
         return self.softcap is None and self.sinks is None
 
 
@@ -347,7 +347,7 @@ def _scored(
     value: Tensor,
     seen: Seen,
 ) -> Tensor:
-    """As `_fused`, with scores that are computed again in backward."""
+    """As `_fused`, but the scores are computed again in backward."""
     arguments = (scores, query, key, value, seen)
     if not torch.is_grad_enabled():
         return _weigh(*arguments)

@@ -219,7 +219,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 
 def is_frozen(head: Any) -> bool:
-    """Whether this is a module that trains nothing."""
+    """Whether a head is a module without trained parameters."""
     return isinstance(head, nn.Module) and not any(
         parameter.requires_grad for parameter in head.parameters()
     )

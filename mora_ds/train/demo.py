@@ -140,7 +140,7 @@ class DemoPaths:
         self.start = root / "start"
         """The untrained model."""
         self.warm = root / "warm_start" / MERGED_FOLDER
-        """What the warm start makes of it."""
+        """The model after the warm start: the base of the demo's main job."""
         prose = self.corpus / "general_eval.jsonl"
         code = self.corpus / "domain_eval.jsonl"
         self.eval_files = [f"prose={prose}", f"code={code}"]

@@ -17,7 +17,7 @@ from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
 
 _READABLE = (BASE_FOLDER, DEMO)
-"""What a resumed run has made and will not replace."""
+"""Folders of a run that it may read again when it resumes, as it replaces neither."""
 
 _CACHE = "--cache_dir"
 """Its folders have names that no run uses, so that they may lie in the output folder."""

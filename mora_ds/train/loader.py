@@ -44,9 +44,9 @@ class MicroBatch:
     rows: Rows
     """On the CPU; pinned where the device is a GPU."""
     labels: list[int]
-    """Of each row, how many labels count."""
+    """The number of labels that count, for each row."""
     sources: list[int]
-    """Of each row, its source in the mixture; empty where there is one source."""
+    """The source of each row in the mixture; empty where there is one source."""
 
 
 StepBatch = list[MicroBatch]

@@ -355,7 +355,7 @@ def _copy_aside(folder: Path, names: Iterable[str]) -> None:
 
 
 def _present(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of the names that `folder` has, broken links included."""
+    """The names that exist in `folder`, broken links included."""
     return [name for name in names if os.path.lexists(folder / name)]
 
 

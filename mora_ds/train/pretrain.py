@@ -217,7 +217,7 @@ def _reserve(
         for name in (BRANCH_STEP, BRANCH_PARENT):
             if name in state.identity:
                 branch[name] = state.identity[name]
-    branches = checkpoint is None and training.decay_from is not None
+    begins_branch = checkpoint is None and training.decay_from is not None
     if training.decay_from is not None:
         # The parent may be gone once the branch has checkpoints of its own.
         parent = expanded(training.decay_from, DECAY)
@@ -233,7 +233,7 @@ def _reserve(
             branch[BRANCH_STEP] = step_of(parent)
             if (parent / MANIFEST).is_file():
                 branch[BRANCH_PARENT] = sha256_file(parent / MANIFEST)
-        if branches:
+        if begins_branch:
             checkpoint = resume_checkpoint(str(parent), root, DECAY)
             assert checkpoint is not None, "only auto may find none"
             state = _branch(checkpoint, root)
@@ -243,7 +243,7 @@ def _reserve(
     continues = wanted == AUTO
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
-        if checkpoint.parent == root.resolve() and not branches:
+        if checkpoint.parent == root.resolve() and not begins_branch:
             continues = True
     reservation.prepare(
         training.overwrite_output_dir, continues, training.export_merged

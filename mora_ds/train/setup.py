@@ -66,7 +66,7 @@ _REPORT_S = 30.0
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from, and where."""
+    """The output folder of a run, and the checkpoint that it starts from."""
 
     ranks: Ranks
     folder: Path

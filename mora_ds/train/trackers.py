@@ -84,7 +84,7 @@ class Tracker:
 
 
 _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
-"""What logs the curves of a step, and what ends the tracker."""
+"""(function that logs the curves of a step, function that ends the tracker)"""
 
 
 def _start_tensorboard(folder: Path, first_step: int) -> _Client:

@@ -258,7 +258,7 @@ class Operator:
 
     @property
     def groupings(self) -> tuple[Grouping, ...]:
-        """Those that the operator takes."""
+        """The groupings that the operator can be given."""
         return (
             tuple(Grouping) if self.has_groups else (Grouping.PLAIN, Grouping.PERMUTED)
         )

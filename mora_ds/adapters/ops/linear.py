@@ -166,7 +166,7 @@ class LayerProducts:
         return gradient
 
     def saved_input(self, x: Tensor) -> Tensor:
-        """What is kept of x (..., D) for M's gradient."""
+        """What forward saves of x (..., D) for the gradient of M."""
         return saved_input(self.spec, x)
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:

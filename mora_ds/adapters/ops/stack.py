@@ -30,7 +30,7 @@ class StackSpec(UpdateSpec):
     count: int
     """E, the number of experts."""
     operator: OperatorSpec
-    """Of every matrix by itself; all have the same index tables."""
+    """The operator of each matrix; all experts have the same index tables."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_SIDE:

@@ -20,7 +20,7 @@ Term = tuple[UpdateSpec, Tensor]
 
 
 def join(updates: Iterable[Term]) -> tuple[Term, ...]:
-    """As few terms as have the same sum, in fp32 (`UpdateSpec.joined`)."""
+    """The fewest terms with the same sum, in fp32 (`UpdateSpec.joined`)."""
     values: dict[UpdateSpec, list[Tensor]] = {}
     for spec, value in updates:
         values.setdefault(spec, []).append(value.float())

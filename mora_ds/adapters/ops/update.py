@@ -37,5 +37,5 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
 
 
 def operator_from_dict(values: Mapping[str, Any]) -> OperatorSpec:
-    """As `spec_from_dict`, of MoRA's operators alone."""
+    """`spec_from_dict` for MoRA's operators alone."""
     return operator_of(spec_from_dict(values), "a domain")
