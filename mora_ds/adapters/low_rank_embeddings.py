@@ -106,8 +106,8 @@ def with_product(table: Tensor, low_rank: Tensor) -> Tensor:
 
 
 def sum_of_products(products: Iterable[tuple[Tensor, float]], tokens: int) -> Tensor:
-    """low_rank (V + d, sum of ranks) in fp64 of the sum of products, each times its weight:
-    they lie side by side. `tokens`: V."""
+    """low_rank (V + d, sum of ranks) in fp64 of the sum of products, each times its
+    weight: they lie side by side. `tokens`: V."""
     weighted = [
         torch.cat([low[:tokens].double() * weight, low[tokens:].double()])
         for low, weight in products

@@ -175,7 +175,8 @@ def write_adapter(
 
     `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
     parameter name -> tensor, for exactly `adapter.trainables`. `domain_squares`: module
-    name -> (K, r_hat, r_hat), where there are domains. Raises `RunError` on a full disk.
+    name -> (K, r_hat, r_hat), where there are domains. Raises `RunError` on a full
+    disk.
     """
     tensors = {adapter.layers[name].square: square for name, square in squares.items()}
     tensors.update(trained)

@@ -4,8 +4,8 @@ run.
     mora-ds ledger show out                                      every cycle
     mora-ds ledger combine law medicine --weights 0.5 0.5 --output both      a weighted sum of runs of one base
 
-`mora-ds verify` checks them. Exit code 2: an error that you can correct in the command; 1:
-damaged files, a full disk.
+`mora-ds verify` checks them. Exit code 2: an error that you can correct in the command;
+1: damaged files, a full disk.
 """
 
 import argparse

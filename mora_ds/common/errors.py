@@ -125,8 +125,8 @@ def unusable_words(argv: Sequence[str]) -> list[str]:
             problems.append(
                 f"{name} must not be empty: is a variable of the shell unset?"
             )
-        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file can
-        # hold: every record of the run would fail.
+        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file
+        # can hold: every record of the run would fail.
         data = word.encode(errors="surrogateescape")
         as_utf8 = data.decode(errors="backslashreplace")
         if word != as_utf8:

@@ -31,9 +31,9 @@ class ModelArguments:
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     rope_scaling: str | None = None
-    """Rotary embeddings in place of the config.json's, as JSON with transformers' own keys:
-    '{"rope_type": "yarn", "factor": 4.0}' for 4 times the positions. rope_type: yarn,
-    linear, dynamic, llama3, or default, which changes rope_theta alone."""
+    """Rotary embeddings in place of the config.json's, as JSON with transformers' own
+    keys: '{"rope_type": "yarn", "factor": 4.0}' for 4 times the positions. rope_type:
+    yarn, linear, dynamic, llama3, or default, which changes rope_theta alone."""
     attn_implementation: str = "auto"
     """auto: attention document by document, without a mask of seq_len x seq_len,
     wherever the model can, else transformers' own. A name of transformers (sdpa, eager,
@@ -67,8 +67,8 @@ class DataArguments:
 
     train_files: list[str] = field(default_factory=list)
     """Files or patterns to train on: text, JSON lines, Parquet. Quote patterns:
-    'corpus/*.jsonl'. Each as PATH, or each as NAME=PATH:WEIGHT, a source of a mixture with
-    that weight."""
+    'corpus/*.jsonl'. Each as PATH, or each as NAME=PATH:WEIGHT, a source of a mixture
+    with that weight."""
     mixture: str | None = None
     """A YAML file that names several sources with their weights, epochs and phases,
     instead of --train_files."""

@@ -77,10 +77,10 @@ class TrainingArguments:
     other trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate of the adapter, or of everything with --adapter full. Default:
-    4e-4 under adamw, where a rank four times as high wants half of it (the paper, 7B: 4e-4
-    to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.01 under muon, where every update of a
-    matrix has about this spectral norm, whatever the gradient is (small models from scratch
-    want 0.03)."""
+    4e-4 under adamw, where a rank four times as high wants half of it (the paper, 7B:
+    4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.01 under muon, where every
+    update of a matrix has about this spectral norm, whatever the gradient is (small
+    models from scratch want 0.03)."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""
@@ -135,9 +135,9 @@ class TrainingArguments:
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     profile: int | None = None
-    """Record this number of steps of rank 0, from the third one on, with torch's profiler:
-    the trace in OUTPUT_DIR/profile opens in ui.perfetto.dev and TensorBoard. A few are
-    enough; they are slower, and a trace is large."""
+    """Record this number of steps of rank 0, from the third one on, with torch's
+    profiler: the trace in OUTPUT_DIR/profile opens in ui.perfetto.dev and TensorBoard.
+    A few are enough; they are slower, and a trace is large."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0: at start and end only."""
     eval_on_start: bool = True
@@ -146,9 +146,8 @@ class TrainingArguments:
     """Tasks of the lm-eval harness to evaluate on the live model, at start and end;
     FILE.yaml is a task of your own."""
     eval_tasks_steps: int = 0
-    """Optimizer steps between evaluations of --eval_tasks, a multiple of --eval_steps; 0:
-    at start and end only.
-    """
+    """Optimizer steps between evaluations of --eval_tasks, a multiple of --eval_steps;
+    0: at start and end only."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity
     of one exceeds this ratio to its value at the start. A task of --eval_tasks: once

@@ -140,8 +140,8 @@ def _inner_suffix(path: Path) -> str:
 def read_file(
     path: Path, text_column: str, mark: Mark
 ) -> Iterator[tuple[Document, Mark]]:
-    """The documents of a file after `mark`, each with the position after it (for a chunk:
-    before its document).
+    """The documents of a file after `mark`, each with the position after it (for a
+    chunk: before its document).
 
     JSON lines are read from the mark's byte on, Parquet from its row group; a
     compressed file is decompressed, but not parsed, up to the mark. Raises `UserError`

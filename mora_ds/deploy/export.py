@@ -127,16 +127,17 @@ def export_merged(
 ) -> ExportReport:
     """Write the merged model of `checkpoint` to `output`, completely or not at all.
 
-    `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is
-    taken). `base_folder`: the base, if it was moved. `dtype`: of all floating tensors;
-    "auto" is the run's compute dtype, and with `onto` that of each tensor there. `verify`:
-    load the result and compare its logits with those recorded at save time (`logits_check`
-    has the tolerances). `domain`: of a run with domains, the one to merge with the shared
-    MoRA matrices; "shared": those alone. `delta_scale`: multiplies the update.
-    `trust_remote_code`: `verify` may run code that comes with the base, and `onto` that of
-    tokenizers. `onto`: a model of the base's shapes to which the update is added instead.
-    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint,
-    logits that differ, or a full disk.
+    `checkpoint`: a step folder, a link to one, or a run's output folder
+    (its latest one is taken). `base_folder`: the base, if it was moved. `dtype`: of all
+    floating tensors; "auto" is the run's compute dtype, and with `onto` that of each
+    tensor there. `verify`: load the result and compare its logits with those recorded
+    at save time (`logits_check` has the tolerances). `domain`: of a run with domains,
+    the one to merge with the shared MoRA matrices; "shared": those alone.
+    `delta_scale`: multiplies the update. `trust_remote_code`: `verify` may run code
+    that comes with the base, and `onto` that of tokenizers. `onto`: a model of the
+    base's shapes to which the update is added instead. Raises `UserError` naming the
+    flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a
+    full disk.
     """
     output = as_path(output, "export_merged: `output`")
     checkpoint = as_path(checkpoint, "export_merged: `checkpoint`")

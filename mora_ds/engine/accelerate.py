@@ -54,8 +54,8 @@ def our_engine() -> Iterator[None]:
     """Within, `deepspeed.initialize` makes the engine of `mora_ds.initialize`.
 
     accelerate looks the function up when a model is prepared (accelerator.py,
-    `_prepare_deepspeed`) and passes `model`, `config_params`, `model_parameters` (dropped:
-    the adapter chooses its parameter groups) and `lr_scheduler`.
+    `_prepare_deepspeed`) and passes `model`, `config_params`, `model_parameters`
+    (dropped: the adapter chooses its parameter groups) and `lr_scheduler`.
     """
 
     def ours(

@@ -245,8 +245,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """MoRA matrices in group 0, the other trained parameters in group 1, with the
     matrices of domains, which no merge resets.
 
-    With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW (engine.py, `_muon_param_groups`):
-    all MoRA matrices get Muon and all others AdamW, so neither group is split.
+    With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW
+    (engine.py, `_muon_param_groups`): all MoRA matrices get Muon and all others AdamW,
+    so neither group is split.
     """
     squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
     remaining = [weight for weight in model.parameters() if id(weight) not in squares]

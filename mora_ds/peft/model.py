@@ -70,8 +70,8 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Add the deltas of `adapter_names`, by default the active ones, to the weight:
-        summed in fp32, rounded once. Raises `UserError`, with `safe_merge`, for a sum that
-        is not finite; the weight is then as it was."""
+        summed in fp32, rounded once. Raises `UserError`, with `safe_merge`, for a sum
+        that is not finite; the weight is then as it was."""
         chosen = check_adapters_to_merge(self, adapter_names)
         names = [name for name in chosen if name in self.mora_square]
         self._add_to_weight(names, 1, safe_merge)

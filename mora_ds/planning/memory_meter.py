@@ -2,10 +2,10 @@
 
     with MemoryMeter(known=model tensors) as meter: ...      meter.live, meter.peak in bytes
 
-On the meta device a forward and backward pass of a model of any size takes seconds and no
-memory, and allocates the same storages as on any device. Two things are replaced there:
-attention, which would fall back to complete score matrices (`fused_attention`), and
-branches that depend on data (`MemoryMeter.answer`).
+On the meta device a forward and backward pass of a model of any size takes seconds and
+no memory, and allocates the same storages as on any device. Two things are replaced
+there: attention, which would fall back to complete score matrices (`fused_attention`),
+and branches that depend on data (`MemoryMeter.answer`).
 """
 
 import weakref

@@ -217,8 +217,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raise `UserError`, which names `flag`, where a file could not be written, or would
-    take the place of a folder or a device."""
+    """Raise `UserError`, which names `flag`, where a file could not be written, or
+    would take the place of a folder or a device."""
     if path is None:
         return
     is_taken = path.exists() and not path.is_file()

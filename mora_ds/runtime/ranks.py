@@ -7,10 +7,11 @@ the checks of a start together.
     rank 1   "output folder"  ->  "settings" -------------+->  all have the outcomes of all, and go on or fail alike
     rank 2   "output folder"  ->  an error elsewhere ----'     (`Ranks.leave`)
 
-There is one way to meet, `Ranks._meet`, so no rank waits in one collective while another one waits in a different one:
-ranks at different checks see both names and fail, and a rank that fails between two checks reports it at the next.
-Where all is well a check is one all-reduce of three numbers; only errors, and values that are asked for, are
-exchanged one by one (`exchange`).
+There is one way to meet, `Ranks._meet`, so no rank waits in one collective while
+another one waits in a different one: ranks at different checks see both names and fail,
+and a rank that fails between two checks reports it at the next. Where all is well a
+check is one all-reduce of three numbers; only errors, and values that are asked for,
+are exchanged one by one (`exchange`).
 """
 
 from __future__ import annotations

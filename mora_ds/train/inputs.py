@@ -20,7 +20,8 @@ _READABLE = (BASE_FOLDER, DEMO)
 """Folders of a run that it may read again when it resumes, as it replaces neither."""
 
 _CACHE = "--cache_dir"
-"""Its folders have names that no run uses, so that they may lie in the output folder."""
+"""Its folders have names that no run uses, so that they may lie in the output
+folder."""
 
 
 def check_inputs(arguments: Arguments, folder: Path) -> None:

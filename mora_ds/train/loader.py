@@ -160,8 +160,8 @@ class Replica:
     engine: zero.Engine
     processes_per_replica: int = 1
     sequence: SequenceParallel | None = None
-    """Gives this process its tokens of the replica's rows (--sequence_parallel_size); None:
-    it computes all of them."""
+    """Gives this process its tokens of the replica's rows (--sequence_parallel_size);
+    None: it computes all of them."""
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()

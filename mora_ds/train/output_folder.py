@@ -4,9 +4,10 @@ own.
     reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written, run.yaml last)
                                       -> commit, or abandon: it is as it was
 
-A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml. Until
-`commit`, the file `STARTING` lists what the start-up may make, and what it may change of an earlier run is set aside:
-with both, the next start undoes one that was killed.
+A run owns only what it has made. Names that a run uses must not be there without a run,
+whose mark is run.yaml. Until `commit`, the file `STARTING` lists what the start-up may
+make, and what it may change of an earlier run is set aside: with both, the next start
+undoes one that was killed.
 """
 
 import fcntl

@@ -252,9 +252,9 @@ def _reserve(
 
 
 def _branch(checkpoint: Path, root: Path) -> TrainerState:
-    """The state of a checkpoint as a branch with its checkpoints in `root` begins with it:
-    without the parent's end and what happened beside it. Raises `UserError` where no decay
-    can begin there."""
+    """The state of a checkpoint as a branch with its checkpoints in `root` begins with
+    it: without the parent's end and what happened beside it. Raises `UserError` where
+    no decay can begin there."""
     state = TrainerState.read(checkpoint)
     if not state.at_peak:
         raise UserError(

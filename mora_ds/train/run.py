@@ -101,13 +101,13 @@ class Run:
     ) -> None:
         """What a loop written by a user need not give:
 
-        `keys`: parameter name -> key in the base; None: found from the model, whose frozen
-        weights are then compared too. `identity`: what a resumed run must share with its
-        checkpoint besides base and adapter. `tokenizer_folder`: copied into every
-        checkpoint. `facts`: further entries of adapter.json. `ranks`: those which have
-        found that they all see `folder`; None: found by looking. `state`: that of the
-        checkpoint `resume`, which is verified and whose identity is this run's; None:
-        verified, read and compared.
+        `keys`: parameter name -> key in the base; None: found from the model, whose
+        frozen weights are then compared too. `identity`: what a resumed run must share
+        with its checkpoint besides base and adapter. `tokenizer_folder`: copied into
+        every checkpoint. `facts`: further entries of adapter.json. `ranks`: those which
+        have found that they all see `folder`; None: found by looking. `state`: that of
+        the checkpoint `resume`, which is verified and whose identity is this run's;
+        None: verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
             raise UserError(

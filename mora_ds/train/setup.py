@@ -1,9 +1,9 @@
 """What every job begins with: its processes, which start together with the same
 settings and packages or not at all, its DeepSpeed config, and what it starts from.
 
-`NODE_SETTINGS` lists what may differ from node to node. Every other setting is compared:
-launchers such as `deepspeed --no_ssh`, torchrun and Slurm give each node a command line of
-its own.
+`NODE_SETTINGS` lists what may differ from node to node. Every other setting is
+compared: launchers such as `deepspeed --no_ssh`, torchrun and Slurm give each node a
+command line of its own.
 """
 
 import os
@@ -84,9 +84,9 @@ class Start:
 
 @contextmanager
 def start_up() -> Iterator[None]:
-    """Inside the block, an error of one rank ends all, with the same message and exit code:
-    the rank that fails joins the others, if it has not yet, and they raise its error at the
-    check that they come to next (`runtime/ranks.py`)."""
+    """Inside the block, an error of one rank ends all, with the same message and exit
+    code: the rank that fails joins the others, if it has not yet, and they raise its
+    error at the check that they come to next (`runtime/ranks.py`)."""
     try:
         yield
     except Exception as error:

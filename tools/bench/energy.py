@@ -147,8 +147,8 @@ def _shares(
     judged: Tensor,
     rank: int,
 ) -> dict[str, float]:
-    """{span: share of the gradient `judged` in it} for one weight. `chosen` and `inputs`:
-    the gradient and the inputs of the documents that choose the spans."""
+    """{span: share of the gradient `judged` in it} for one weight. `chosen` and
+    `inputs`: the gradient and the inputs of the documents that choose the spans."""
     side = spec.r_hat
 
     def share_of(inside: Tensor) -> float:

@@ -13,8 +13,8 @@ at each method's best learning rate (largest mean accuracy over all measurements
 accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all
 runs.
 
-The default is for two cores: the demo's small Llama, warm-started on prose. The paper's:
-Llama-2 7B,
+The default is for two cores: the demo's small Llama, warm-started on prose. The
+paper's: Llama-2 7B,
 
     --base LLAMA_2_7B --pairs 10000 --batch 1000 --micro_batch 20 --steps 1000 --rank 8 (and 256)
 

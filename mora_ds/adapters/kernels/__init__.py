@@ -1,5 +1,5 @@
-"""A layer's product in few operations, each of which reads and writes every number once:
-made for GPUs.
+"""A layer's product in few operations, each of which reads and writes every number
+once: made for GPUs.
 
 tables      the operator's indices as int32 buffers, which a layer holds
 ops         `torch.ops.mora_ds`: gather_sum, gather_add_, form, product, sum_parts; their shapes on the meta device
