@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mora_ds.common import errors
 from mora_ds.common.errors import (
-    ABOVE_0_AT_MOST_1,
-    BELOW_1,
     COUNT,
-    POSITIVE,
     SECONDS,
     Stopped,
     UserError,
@@ -28,6 +26,7 @@ from mora_ds.common.errors import (
     wrong_values,
 )
 from tests.helpers.errors import user_error
+from tests.helpers.tables import parsed, rows
 
 
 class Kind(str, Enum):
@@ -88,20 +87,21 @@ def test_another_librarys_message_in_a_line(error, words):
     assert reason(error) == words
 
 
-@pytest.mark.parametrize(
-    "bounds, allowed, refused",
-    [
-        (COUNT, [1, 2], [0, -1]),
-        (POSITIVE, [1e-9, 1], [0, -1]),
-        (BELOW_1, [0, 0.999], [1, -0.1]),
-        (ABOVE_0_AT_MOST_1, [1e-9, 1], [0, 1.001]),
-        (SECONDS, [0, 1e9], [-1, 1.001e9]),
-    ],
-    ids=str,
-)
-def test_bounds(bounds, allowed, refused):
-    assert all(map(bounds.allow, allowed))
-    assert not any(map(bounds.allow, [*refused, math.nan, math.inf, -math.inf]))
+BOUNDS = """
+COUNT             | [1, 2]       | [0, -1]
+POSITIVE          | [1.0e-9, 1]  | [0, -1]
+BELOW_1           | [0, 0.999]   | [1, -0.1]
+ABOVE_0_AT_MOST_1 | [1.0e-9, 1]  | [0, 1.001]
+SECONDS           | [0, 1.0e+9]  | [-1, 1.001e+9]
+"""
+
+
+@pytest.mark.parametrize("name, allowed, refused", rows(BOUNDS))
+def test_bounds(name, allowed, refused):
+    bounds = getattr(errors, name)
+    assert all(map(bounds.allow, parsed(allowed)))
+    never = [math.nan, math.inf, -math.inf]
+    assert not any(map(bounds.allow, [*parsed(refused), *never]))
 
 
 def test_a_value_out_of_bounds_is_told_with_its_flag():

@@ -16,6 +16,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
 from tests.helpers.damage import flip
 from tests.helpers.errors import user_error
+from tests.helpers.tables import rows
 
 
 def test_manifest_names_each_damage(tmp_path):
@@ -151,20 +152,21 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monke
     assert events == ["a.json"]
 
 
-@pytest.mark.parametrize(
-    "code, words",
-    [
-        *(
-            (code, "the disk that holds .* is full")
-            for code in (errno.ENOSPC, errno.EDQUOT)
-        ),
-        *(
-            (getattr(errno, name), "writing to .* failed")
-            for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EFBIG")
-        ),
-    ],
-)
-def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, code, words):
+DISK = """
+ENOSPC | the disk that holds .* is full
+EDQUOT | the disk that holds .* is full
+EROFS  | writing to .* failed
+EACCES | writing to .* failed
+EPERM  | writing to .* failed
+EIO    | writing to .* failed
+ESTALE | writing to .* failed
+EFBIG  | writing to .* failed
+"""
+
+
+@pytest.mark.parametrize("name, words", rows(DISK))
+def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
+    code = getattr(errno, name)
     with pytest.raises(RunError, match=words) as caught, files.disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
@@ -334,27 +336,27 @@ def test_what_reading_a_file_raises_names_it(error, words):
         raise error
 
 
-YAML = [
-    ("a: 1\nb: 2\na: 3", "'a' is given twice"),
-    ("x: {a: 1, a: 2}", "'a' is given twice"),
-    ("[1]: 2", "is no key"),
-    ("- a", "must hold `key: value` lines, not a list"),
-    ("a: [", "is no valid YAML"),
-    ("a: 2024-99-99", "is no valid YAML"),
-    ("[" * 5000, "is no valid YAML"),
-    (f"a: 0x{'f' * 5000}", "is no valid YAML: a whole number has more than 200 digits"),
-    (f"a: [1{'0' * 200}]", "is no valid YAML: a whole number has more than 200 digits"),
-    (f"a: &a [{'x, ' * 1000}]\nb: &b [{'*a, ' * 1000}]", "an alias is not read here"),
-    ("a: &a [*a]", "an alias is not read here"),
-]
+YAML = """
+{x: {a: 1, a: 2}} | 'a' is given twice
+{[1]: 2} | is no key
+a: [ | is no valid YAML
+a: 2024-99-99 | is no valid YAML
+a: &a [*a] | an alias is not read here
+"""
+"""Others are lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize(
-    "text, words", YAML, ids=[f"{index}" for index in range(len(YAML))]
-)
+@pytest.mark.parametrize("text, words", rows(YAML))
 def test_yaml_that_is_refused(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with user_error(words):
+        files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
+
+
+@pytest.mark.parametrize("number", [f"0x{'f' * 5000}", f"[1{'0' * 200}]"])
+def test_a_whole_number_has_at_most_200_digits(tmp_path, number):
+    (tmp_path / "a.yaml").write_text(f"a: {number}")
+    with user_error("is no valid YAML: a whole number has more than 200 digits"):
         files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
 
 

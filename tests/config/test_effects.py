@@ -6,76 +6,70 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.effects import EFFECTS, idle_settings
 from mora_ds.config.validate import validate
 from tests.helpers.errors import user_error
-from tests.helpers.tables import rows
+from tests.helpers.tables import parsed, rows
 
 RUN = ("--model_name_or_path", "m", "--train_files", "a.txt")
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
 
 IDLE = """
-lora_alpha: 16                  |
-operator: share                 | adapter: lora
-grouping: plain                 | adapter: lora
-compute: weight                 | adapter: lora
-r_hat_multiple: 1               | adapter: lora
-mora_rank: 4                    | adapter: full
-target_modules: [q_proj]        | adapter: full
-mora_dropout: 0.1               | adapter: none
-base_bits: 8                    | adapter: full
-base_device: host               | adapter: full
-merge_every: 50                 | adapter: full
-train_embeddings: true          | adapter: full
-train_norms: true               | adapter: full
-train_head: true                | adapter: none
-train_new_embeddings: true      | adapter: full
-train_embedding_rank: 4         | adapter: full
-export_merged: true             | adapter: none
-profile: 3                      | adapter: none
-push_to_hub: a/b                | adapter: none
-resume_from_checkpoint: auto    | adapter: none
-restart_warmup_steps: 5         |
-embedding_learning_rate: 0.1    |
-embedding_learning_rate: 0.2    | adapter: full
-min_lr_ratio: 0.1               | lr_scheduler_type: constant_with_warmup
-decay_ratio: 0.1                | lr_scheduler_type: cosine
-decay_ratio: 0.1                | lr_scheduler_type: wsd, decay_from: step-000004, max_steps: 9
-decay_from: step-000004         | adapter: none, lr_scheduler_type: wsd, max_steps: 9
-num_train_epochs: 3             | max_steps: 100
-max_eval_batches: 3             |
-shuffle_buffer: 5               |
-stop_when_forgotten: ["b:1.1"]  | eval_files: [b.txt]
-best_by: ["b:1"]                | eval_files: [b.txt]
-eval_tasks_steps: 2             | eval_steps: 2
+lora_alpha: 16                  | {}
+operator: share                 | {adapter: lora}
+grouping: plain                 | {adapter: lora}
+compute: weight                 | {adapter: lora}
+r_hat_multiple: 1               | {adapter: lora}
+mora_rank: 4                    | {adapter: full}
+target_modules: [q_proj]        | {adapter: full}
+mora_dropout: 0.1               | {adapter: none}
+base_bits: 8                    | {adapter: full}
+base_device: host               | {adapter: full}
+merge_every: 50                 | {adapter: full}
+train_embeddings: true          | {adapter: full}
+train_norms: true               | {adapter: full}
+train_head: true                | {adapter: none}
+train_new_embeddings: true      | {adapter: full}
+train_embedding_rank: 4         | {adapter: full}
+export_merged: true             | {adapter: none}
+profile: 3                      | {adapter: none}
+push_to_hub: a/b                | {adapter: none}
+resume_from_checkpoint: auto    | {adapter: none}
+restart_warmup_steps: 5         | {}
+embedding_learning_rate: 0.1    | {}
+embedding_learning_rate: 0.2    | {adapter: full}
+min_lr_ratio: 0.1               | {lr_scheduler_type: constant_with_warmup}
+decay_ratio: 0.1                | {lr_scheduler_type: cosine}
+decay_ratio: 0.1                | {lr_scheduler_type: wsd, decay_from: step-000004, max_steps: 9}
+decay_from: step-000004         | {adapter: none, lr_scheduler_type: wsd, max_steps: 9}
+num_train_epochs: 3             | {max_steps: 100}
+max_eval_batches: 3             | {}
+shuffle_buffer: 5               | {}
+stop_when_forgotten: ["b:1.1"]  | {eval_files: [b.txt]}
+best_by: ["b:1"]                | {eval_files: [b.txt]}
+eval_tasks_steps: 2             | {eval_steps: 2}
 """
 USED = """
-lora_alpha: 16                  | adapter: lora
-operator: share                 | adapter: mora
-mora_rank: 4                    | adapter: lora
-resume_from_checkpoint: auto    | adapter: full
-restart_warmup_steps: 5         | merge_every: 50
-embedding_learning_rate: 0.1    | train_norms: true
-embedding_learning_rate: 0.1    | train_embedding_rank: 4
-min_lr_ratio: 0.1               | lr_scheduler_type: linear
-decay_ratio: 0.1                | lr_scheduler_type: wsd
-decay_from: step-000004         | lr_scheduler_type: wsd, max_steps: 9, warmup_steps: 20
-num_train_epochs: 3             |
-max_eval_batches: 3             | held_out_share: 0.1
-shuffle_buffer: 5               | streaming: true, max_steps: 9
-best_by: ["b:1"]                | eval_files: [b.txt], eval_steps: 2
-eval_tasks_steps: 2             | eval_tasks: [hellaswag], eval_steps: 2
-rope_scaling: '{"rope_type": "linear", "factor": 2}' | model_name_or_path: null, model_config: c.json, tokenizer_name: t
+lora_alpha: 16                  | {adapter: lora}
+operator: share                 | {adapter: mora}
+mora_rank: 4                    | {adapter: lora}
+resume_from_checkpoint: auto    | {adapter: full}
+restart_warmup_steps: 5         | {merge_every: 50}
+embedding_learning_rate: 0.1    | {train_norms: true}
+embedding_learning_rate: 0.1    | {train_embedding_rank: 4}
+min_lr_ratio: 0.1               | {lr_scheduler_type: linear}
+decay_ratio: 0.1                | {lr_scheduler_type: wsd}
+decay_from: step-000004         | {lr_scheduler_type: wsd, max_steps: 9, warmup_steps: 20}
+num_train_epochs: 3             | {}
+max_eval_batches: 3             | {held_out_share: 0.1}
+shuffle_buffer: 5               | {streaming: true, max_steps: 9}
+best_by: ["b:1"]                | {eval_files: [b.txt], eval_steps: 2}
+eval_tasks_steps: 2             | {eval_tasks: [hellaswag], eval_steps: 2}
+rope_scaling: '{"rope_type":"linear","factor":2}' | {model_name_or_path: null, model_config: c.json, tokenizer_name: t}
 """
-
-
-def cases(table):
-    lines = [line.partition("|") for line in table.splitlines() if line]
-    return [(setting.strip(), beside.strip()) for setting, _, beside in lines]
 
 
 def arguments_of(setting, beside):
@@ -83,7 +77,8 @@ def arguments_of(setting, beside):
         {
             "model_name_or_path": "m",
             "train_files": ["a.txt"],
-            **yaml.safe_load(f"{{{setting}, {beside}}}"),
+            **parsed(setting),
+            **parsed(beside),
         }
     )
 
@@ -97,7 +92,7 @@ def test_every_setting_of_the_table_exists_and_stands_there_once():
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("setting, beside", cases(IDLE))
+@pytest.mark.parametrize("setting, beside", rows(IDLE))
 def test_a_setting_without_effect_is_refused(setting, beside):
     arguments = arguments_of(setting, beside)
     name = setting.partition(":")[0]
@@ -106,7 +101,7 @@ def test_a_setting_without_effect_is_refused(setting, beside):
         validate(arguments)
 
 
-@pytest.mark.parametrize("setting, beside", cases(USED))
+@pytest.mark.parametrize("setting, beside", rows(USED))
 def test_a_setting_with_an_effect_is_taken(setting, beside):
     validate(arguments_of(setting, beside))
 

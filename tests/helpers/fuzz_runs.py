@@ -28,6 +28,7 @@ from tests.helpers.fuzz import judged_in_processes
 from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model
 from tests.helpers.outcome import assert_same_outcome
+from tests.helpers.tables import rows
 
 MODELS = ("llama", "qwen3", "gemma2", "gpt2", "mixtral")
 
@@ -134,15 +135,6 @@ SECONDS = 60
 CASES_OF_A_PROCESS = 20
 
 
-def values_of_settings():
-    """{setting: its values} of the table."""
-    lines = [
-        [cell.strip() for cell in line.split(" | ")]
-        for line in SETTINGS.strip().splitlines()
-    ]
-    return {name: values for name, *values in lines}
-
-
 def prepare(user):
     """Write a model of each family, of one layer and one vocabulary, and a mixture into the
     user's folder.
@@ -226,7 +218,7 @@ def attempts(seed, user):
     draw = random.Random(seed)
     text = dict([draw.choice(TEXTS)])
     base = {"model_name_or_path": "{user}/" + draw.choice(MODELS), **text, **SMALL}
-    table = values_of_settings()
+    table = {name: values for name, *values in rows(SETTINGS)}
     settings = {
         **base,
         **{

@@ -10,7 +10,9 @@ def rows(text):
     """The cells of every row."""
     lines = [line.strip() for line in text.splitlines()]
     return [
-        tuple(line.split(" | ")) for line in lines if line and not line.startswith("#")
+        tuple(map(str.strip, line.split(" | ")))
+        for line in lines
+        if line and not line.startswith("#")
     ]
 
 
