@@ -20,8 +20,9 @@ from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import scaled
 from mora_ds.eval.perplexity import (
     Score,
+    Target,
     Windows,
-    evaluate_sets,
+    evaluate,
     load_target,
     named_sets,
 )
@@ -54,9 +55,7 @@ def main() -> None:
         target.model, options.window, options.stride, options.document_start
     )
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = evaluate_sets(
-        target, sets, windows, options.batch_size, options.max_documents
-    )
+    scores = score_sets(target, sets, windows, options)
     if options.json is not None:
         content = {
             "model": str(options.model),
@@ -84,6 +83,21 @@ def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
             [path], text_column=options.text_column, flag=f"--sets {name}"
         )
         for name, path in named_sets(options.sets).items()
+    }
+
+
+def score_sets(
+    target: Target,
+    sets: dict[str, Corpus],
+    windows: Windows,
+    options: argparse.Namespace,
+) -> dict[str, Score]:
+    """The score of every set, by its name."""
+    return {
+        name: evaluate(
+            target, corpus, windows, options.batch_size, options.max_documents
+        )
+        for name, corpus in sets.items()
     }
 
 

@@ -16,7 +16,7 @@ perplexity cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -218,20 +218,6 @@ def evaluate(
     if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
     return score
-
-
-def evaluate_sets(
-    target: Target,
-    sets: Mapping[str, Corpus],
-    windows: Windows,
-    batch_size: int,
-    max_documents: int | None,
-) -> dict[str, Score]:
-    """The score of every set, by its name."""
-    return {
-        name: evaluate(target, corpus, windows, batch_size, max_documents)
-        for name, corpus in sets.items()
-    }
 
 
 def _windows(

@@ -40,13 +40,14 @@ from mora_ds.commands.evaluate import (
     check_scoring,
     read_sets,
     score_cells,
+    score_sets,
     scoring_flags,
 )
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import load_tokenizer
-from mora_ds.eval.perplexity import Target, Windows, evaluate_sets
+from mora_ds.eval.perplexity import Target, Windows
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
@@ -310,9 +311,7 @@ def main() -> None:
             tokenizer = load_tokenizer(folder, flag=str(folder))
         target = Target(model, tokenizer)
         with bank.use([] if name == BASE else name):
-            scores = evaluate_sets(
-                target, sets, windows, options.batch_size, options.max_documents
-            )
+            scores = score_sets(target, sets, windows, options)
         rows += [
             [name, *score_cells(set_name, score)] for set_name, score in scores.items()
         ]
