@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mora_ds.adapters.config import AdapterConfig
+from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import UserError
@@ -124,14 +124,9 @@ _LABELS = {
     "mixture.weights": "weights of --mixture, --train_files or --replay",
     "mixture.epochs": "epochs of --mixture",
     "adapter.kind": "--adapter",
-    "adapter.rank": "--mora_rank",
-    "adapter.r_hat_multiple": "--r_hat_multiple",
-    "adapter.dropout": "--mora_dropout",
     "alignment": "the alignment loss, which was removed (such a run can be exported, but not resumed)",
     "adapter.layer_sizes": "research.targets",
     "adapter.alpha": "--lora_alpha",
-    "adapter.embedding_rank": "--train_embedding_rank",
-    "adapter.base_bits": "--base_bits",
     "adapter.domains": "research.domain_adapters",
     "global_batch_size": "sequences a step (--per_device_train_batch_size, --gradient_accumulation_steps, ranks)",
     "dtype": "compute dtype (--bf16, --fp16)",
@@ -141,11 +136,8 @@ _LABELS = {
     "decay_parent": "manifest of the checkpoint of --decay_from",
 }
 """Key of a flat identity -> what the user calls it, and what None means there."""
-_FLAGS = {
-    "operator", "grouping", "compute", "target_modules", "train_embeddings", "train_norms", "train_head", "seed",
-    "seq_len", "document_mask", "merge_every",
-}  # fmt: skip
-"""Keys, those of the adapter among them, that are flags of the same name."""
+_FLAGS = {"seed", "seq_len", "document_mask", "merge_every"}
+"""Keys that are flags of the same name."""
 
 
 def _label(key: str) -> str:
@@ -156,5 +148,6 @@ def _label(key: str) -> str:
     layer = key.removeprefix("adapter.layer_sizes.")
     if layer != key:
         return f"{_LABELS['adapter.layer_sizes']}, {layer}"
-    plain = key.removeprefix("adapter.")
-    return f"--{plain}" if plain in _FLAGS else _LABELS.get(key, key)
+    if key in _FLAGS:
+        return f"--{key}"
+    return _LABELS.get(key) or FLAGS.get(key.removeprefix("adapter."), key)
