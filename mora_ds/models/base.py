@@ -1,7 +1,7 @@
 """The base's original weights: a Hugging Face folder that is read and never written.
 
     folder -> BaseCheckpoint -> fingerprint          identifies the base, independent of its shards and its path
-                             -> map_parameters       live parameter name -> key in the files
+                             -> map_model            live parameter name -> key in the files
                              -> read(key)            one tensor, memory-mapped, in its stored dtype
 
 A run needs its base one to one on disk: each live weight is one tensor of the files,
@@ -242,47 +242,6 @@ class BaseCheckpoint:
             )
         return lines
 
-    def map_parameters(
-        self,
-        names: Iterable[str],
-        base_model_prefix: str,
-        ties: Mapping[str, str] | None = None,
-        renamed: Mapping[str, str] | None = None,
-    ) -> dict[str, str]:
-        """Parameter name -> key: its own name, without or with the prefix, or a tied
-        one's.
-
-        `ties`: tied parameter -> the parameter whose storage it shares (transformers'
-        `all_tied_weights_keys`). `renamed`: from `renamed_keys`. Raises `NotOneToOne`
-        with all names that have no key.
-        """
-        ties = ties or {}
-        keys = {**(renamed or {}), **{key: key for key in self._file_of}}
-        prefix = f"{base_model_prefix}."
-
-        def key_of(name: str) -> str | None:
-            alias = (
-                name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-            )
-            return keys.get(name, keys.get(alias))
-
-        mapping: dict[str, str] = {}
-        lost = []
-        for name in names:
-            source = ties.get(name, name)
-            twins = [target for target, twin in ties.items() if twin == source]
-            key = next(filter(None, map(key_of, (source, name, *twins))), None)
-            if key is None:
-                lost.append(name)
-            else:
-                mapping[name] = key
-        if lost:
-            some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-            raise NotOneToOne(
-                f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}"
-            )
-        return mapping
-
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     """Key -> file. Opens every file, so that a missing or truncated one is reported
@@ -317,10 +276,40 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
 
 
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
-    """`base.map_parameters` for `names` of a transformers model."""
+    """Parameter name -> key, for `names` of a transformers model: its own name, with or
+    without the prefix of the model without its head, what transformers renames or
+    stacks to it, or a tied one's. Raises `NotOneToOne` with all names that have no
+    key."""
+    # Tied parameter -> the parameter whose storage it shares
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    renamed = {**stacked_files(model, base.keys()), **renamed_keys(model, base.keys())}
-    return base.map_parameters(names, model.base_model_prefix, ties, renamed)
+    stored = base.keys()
+    keys = {
+        **stacked_files(model, stored),
+        **renamed_keys(model, stored),
+        **{key: key for key in stored},
+    }
+    prefix = f"{model.base_model_prefix}."
+
+    def key_of(name: str) -> str | None:
+        alias = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        return keys.get(name, keys.get(alias))
+
+    mapping: dict[str, str] = {}
+    lost = []
+    for name in names:
+        source = ties.get(name, name)
+        twins = [target for target, twin in ties.items() if twin == source]
+        key = next(filter(None, map(key_of, (source, name, *twins))), None)
+        if key is None:
+            lost.append(name)
+        else:
+            mapping[name] = key
+    if lost:
+        some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise NotOneToOne(
+            f"{base.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}"
+        )
+    return mapping
 
 
 def write_own_base(

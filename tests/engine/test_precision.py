@@ -18,7 +18,7 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cyc
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import state_tensors
@@ -242,7 +242,7 @@ def new_merger(case, engine, folder):
     dist.barrier()
     keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(engine.module)}
     if case.family == "gpt2":  # its files leave the prefix out
-        keys = base.map_parameters(keys, "transformer")
+        keys = map_model(base, engine.module, keys)
     return ReMoRA(engine, case.mora(), Ledger.open(folder), base, keys)
 
 

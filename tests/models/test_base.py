@@ -17,11 +17,11 @@ from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
     NotOneToOne,
+    map_model,
     tensor_checksum,
     verify_against_model,
     write_own_base,
 )
-from mora_ds.models.stored_names import renamed_keys
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import assert_same_tensors
@@ -34,10 +34,7 @@ def parameters(model):
 
 
 def mapping_of(model, base):
-    renamed = renamed_keys(model, base.keys())
-    return base.map_parameters(
-        parameters(model), model.base_model_prefix, model.all_tied_weights_keys, renamed
-    )
+    return map_model(base, model, parameters(model))
 
 
 @pytest.fixture
@@ -198,20 +195,23 @@ def test_hub_files_without_the_prefix(tmp_path):
 
 def test_tie_is_symmetric_and_prefers_the_twin(llama):
     base = BaseCheckpoint.open(llama)
-    ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    model = tiny_model()
+    model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     names = ["lm_head.weight", "model.embed_tokens.weight"]
     head, embeddings = names
-    assert set(base.map_parameters(names, "model", ties).values()) == {embeddings}
+    assert set(map_model(base, model, names).values()) == {embeddings}
     only_head = BaseCheckpoint(llama, {head: llama / "model.safetensors"})
-    assert set(only_head.map_parameters(names, "model", ties).values()) == {head}
+    assert set(map_model(only_head, model, names).values()) == {head}
 
 
 def test_unmapped_names_are_listed(llama):
     with pytest.raises(
         NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"
     ):
-        BaseCheckpoint.open(llama).map_parameters(
-            ["lm_head.weight", "a.weight", "b.weight"], "model"
+        map_model(
+            BaseCheckpoint.open(llama),
+            tiny_model(),
+            ["lm_head.weight", "a.weight", "b.weight"],
         )
 
 
