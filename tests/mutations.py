@@ -645,7 +645,7 @@ engine/shards.py | checkpoint/test_elastic.py
 +"cur_iter", "cur_hysteresis")
 
 # the seed may change at a resume
-train/job.py | train/test_resume.py
+train/job.py | train/test_pretrain.py
 -            "seed": training.seed,
 -
 +

@@ -376,8 +376,8 @@ class Trainer:
         # Before the probe, which reads the base: to read beyond the end of a mapped
         # file that has become shorter kills the process.
         self.job.run.check_base()
-        # The mean over ranks, since one rank alone may read a damaged base.
-        loss = self.replica.sum(self._probe_loss()) / self.replica.world
+        # Of all ranks, since one rank alone may read a damaged base.
+        loss = self.replica.sum(self._probe_loss())
         problem = f"after step {step} the loss of the probe batch is {loss}"
         require_finite(loss, problem, step)
         self.state.stream = self.train_data.states_at(step)

@@ -307,12 +307,15 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
 
 def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
     """In the first step, the loss that a run reports of one source is the loss of a run on
-    that source alone.
+    that source alone; and each source has an order of its own.
     """
     more = "--max_steps 1 --warmup_steps 0 --seq_len 16 --per_device_train_batch_size"
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    run(1, mixture_flags(user, tmp_path / "mixed", mix, more, 8))
+    with mix.open("a") as file:
+        file.write(f"  again: {{files: '{user.train}', weight: 0.5}}\n")
+    run(1, mixture_flags(user, tmp_path / "mixed", mix, more, 12))
     (facts,) = source_rows(tmp_path / "mixed")
+    assert facts["again"]["loss"] != facts["new"]["loss"]
     for name, files in (("new", user.train), ("old", user.held)):
         alone = tmp_path / f"{name}.yaml"
         alone.write_text(f"sources:\n  {name}: {{files: '{files}'}}\n")

@@ -75,6 +75,21 @@ def test_collectives_carry_the_squares_and_nothing_else(row):
         assert result["base_bytes"] == 0
 
 
+def padding_of_masters():
+    """Whether all elements of this process's masters are numbers, where memory holds none
+    before it is written to."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        engine, *_ = initialize(model=adapted_model(), config=ds_config(3, 2, 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return all(flat.master.isfinite().all() for flat in zero.view_of(engine).flats())
+
+
+def test_what_fills_a_master_up_is_zero():
+    assert run_pooled(3, padding_of_masters) == [True] * 3
+
+
 def set_and_reset():
     """What the first matrix holds, which forward reads, once it is set to 1, and after a
     reset.

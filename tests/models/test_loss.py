@@ -204,6 +204,8 @@ def test_a_frozen_head_on_a_cpu_computes_parts_of_one_size(monkeypatch):
 def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
     model = tiny_model()
     assert chunk_loss(model).chunk_tokens == 2**24 // 128
+    on_device = tiny_model().to("meta")  # as on a GPU
+    assert chunk_loss(on_device).chunk_tokens == 2**27 // 128
     model.config.vocab_size = 2**25
     assert chunk_loss(model).chunk_tokens == 1
 

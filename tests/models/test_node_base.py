@@ -231,16 +231,16 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     }
     total = torch.zeros(len(layers), 1)
     written = []
-    for rank in range(2):
+    for rank in range(4):  # of two nodes
         ranks = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
-        base = NodeBase(ranks, (0, 1), slots)
+        base = NodeBase(ranks, (0, 1) if rank < 2 else (2, 3), slots)
         written += base.layers(model)
         rows = {
             name: [torch.tensor(float(1 + list(layers).index(name)))]
             for name in base.layers(model)
         }
         total += base.gather_rows(rows, list(layers), 1)
-    assert sorted(written) == sorted([*layers, "lm_head"])
+    assert sorted(written) == sorted([*layers, "lm_head"] * 2)
     assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
 
 

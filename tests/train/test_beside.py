@@ -310,6 +310,8 @@ def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     assert TrainerState.read(out / "checkpoints/latest").step == step
     run(1, user.flags(out, DUE, "--resume_from_checkpoint auto"))
     assert_same_run(out, whole)
+    merged = TrainerState.read(out / "checkpoints/step-000004")
+    assert not merged.merge_pending
 
 
 def failing_tracker(argv):

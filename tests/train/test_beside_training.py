@@ -37,6 +37,7 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
         assert torch.equal(
             domains.choice(torch.ones(1, 2, 3)), torch.tensor([[0.0, 1.0]])
         )
+        assert not model.training
         first, second = (model(input_ids=tokens(2)).logits for _ in range(2))
         assert torch.equal(first, second), "no dropout"
         assert not first.requires_grad

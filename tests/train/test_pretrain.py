@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import read_json
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
@@ -128,6 +129,7 @@ def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
     assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
     checkpoint = two / "checkpoints/step-000003"
+    assert TrainerState.read(checkpoint).identity["seed"] == 42
     run(2, user.flags(again, more, "--resume_from_checkpoint", checkpoint))
     assert torch.equal(losses(again), losses(two)[3:])
 

@@ -113,11 +113,12 @@ def test_resume_into_a_new_folder(user, whole, tmp_path):
 
 def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copied):
     before = curve(copied)
-    manifest = (copied / "checkpoints/latest/manifest.json").read_bytes()
+    names = ("checkpoints/latest/manifest.json", "summary.json")
+    written = [(copied / name).read_bytes() for name in names]
     again = "--resume_from_checkpoint auto --export_merged true"
     summary = run(1, user.flags(copied, MERGING, again))
     assert curve(copied) == before
-    assert (copied / "checkpoints/latest/manifest.json").read_bytes() == manifest
+    assert [(copied / name).read_bytes() for name in names] == written
     assert (summary["steps"], summary["merges"]) == (9, 2)
     assert (copied / "merged/model.safetensors").is_file()
 
