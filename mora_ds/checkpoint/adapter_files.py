@@ -196,7 +196,6 @@ def read_adapter(folder: Path) -> AdapterFile:
     of an unknown format."""
     path = folder / ADAPTER_JSON
     content = read_formatted(path)
-    content.pop("format")
     with malformed(path):
         adapter: AdapterFile = typed_fully(
             AdapterFile, content, f"{ADAPTER_JSON} is damaged"
@@ -298,7 +297,6 @@ class BaseReference:
         unknown format."""
         path = folder / BASE_JSON
         content = read_formatted(path)
-        content.pop("format")
         reference: BaseReference = typed(cls, content, f"{path} is damaged")
         with malformed(path):
             compute_dtype(reference.dtype)

@@ -475,16 +475,17 @@ def malformed(path: Path) -> Iterator[None]:
 
 
 def read_formatted(path: Path) -> JsonObject:
-    """`read_json` of what mora_ds has written. Raises `UserError` for another
-    format."""
+    """What `read_json` reads of a file of mora_ds, without its format. Raises
+    `UserError` for the format of another version."""
     content = read_json(path)
-    require_format(path, content)
+    pop_format(path, content)
     return content
 
 
-def require_format(path: Path, content: JsonObject) -> None:
-    """Raises `UserError` for a file in the format of another version."""
-    if (file_format := content.get("format")) != FORMAT:
+def pop_format(path: Path, content: JsonObject) -> None:
+    """Takes the format out of the content of a file. Raises `UserError` for that of
+    another version."""
+    if (file_format := content.pop("format", None)) != FORMAT:
         raise UserError(
             f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}"
         )

@@ -55,7 +55,7 @@ from mora_ds.common.files import (
     JsonObject,
     json_digest,
     malformed,
-    require_format,
+    pop_format,
 )
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import (
@@ -244,8 +244,7 @@ class EngineShards:
         handle = open_safetensors(path)
         with malformed(path):
             content = plain_json((handle.metadata() or {})["layout"], path)
-            require_format(path, content)
-            content.pop("format")
+            pop_format(path, content)
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
             layout: Layout = typed(Layout, content, path)
             runs = handle.get_tensor("extents").long().numpy()

@@ -310,13 +310,13 @@ def test_json_is_utf8_of_a_known_format(tmp_path):
     path = tmp_path / "a.json"
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
-    files.require_format(path, {"format": files.FORMAT})
+    files.pop_format(path, {"format": files.FORMAT})
     for content, words in (
         ({"format": 2}, "has format 2; mora_ds .* reads format 5"),
         ({}, "has format None"),
     ):
         with user_error(rf"a\.json {words}"):
-            files.require_format(path, content)
+            files.pop_format(path, content)
     path.write_text("[]")
     with user_error(r"a\.json is damaged: a JSON object was expected, not list"):
         files.read_json(path)
