@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, step_of
+from mora_ds.checkpoint.writer import retain
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.engine import zero
@@ -147,6 +148,10 @@ class Trainer:
         if self.is_finished:
             done = f"all {state.step} steps of this run are done: nothing left to train"
             logger.info(evaluator.forgotten or done)
+            # A run that was killed after its last save has not retired the older ones
+            if self.ranks.is_first:
+                root = self.job.start.folder / CHECKPOINTS
+                retain(root, state.step, self.training.save_total_limit)
             return
         state.finished = False
         self.memory.end("start")
