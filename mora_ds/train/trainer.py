@@ -186,17 +186,20 @@ class Trainer:
         started = time.perf_counter()
         self.memory.end(BETWEEN)
         self.counter.reset()
+        # The schedule is that of the MoRA matrices. What is trained beside them follows
+        # it too, scaled to a peak of its own.
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
-        other_rates = (
+        factor_of_others = (
             self.training.other_learning_rate / self.training.peak_learning_rate
         )
-        zero.set_learning_rate(self.engine, learning_rate, other_rates)
+        zero.set_learning_rate(self.engine, learning_rate, factor_of_others)
 
         # A step has one all-reduce: the labels of this batch were summed in that of the
         # step before it. The first step of a process sums them here.
         batch = self.loader.take(state.step)
         if self._next_labels is None:
             self._next_labels = self.replica.sum(labels_in(batch))
+        # Where no label counts, as with documents of one token, the loss is 0, not 0 / 0.
         total_labels = max(self._next_labels, 1.0)
         # DeepSpeed divides a loss by the number of micro-batches, and averages
         # gradients over ranks. Both are undone here, and the summed loss is divided by
@@ -211,15 +214,20 @@ class Trainer:
         self.engine.train()
         for micro_batch in batch:
             sources = [self.train_data.names[source] for source in micro_batch.sources]
+            # Does something in a run with domains alone, whose layers read the domain of
+            # each row.
             with self.hooks.rows(sources):
                 batch_nll = self._nll(micro_batch, by_source)
                 self.engine.backward(batch_nll * scale)
             self.memory.end("forward_backward")
+            # DeepSpeed counts the calls: only that of the last micro-batch steps the
+            # optimizer.
             self.engine.step()
             self.memory.end("optimizer_step")
             nll += batch_nll.detach()
 
-        # The one place of a step where the host waits for the device.
+        # The one place of a step where the host waits for the device. The base's files,
+        # which may lie on a network, are looked at in the steps that are logged.
         base_changed = self._is_logged(step) and bool(self.job.run.changed_base_files())
         labels_ahead = self.loader.labels_ahead(step)
         total_nll, *source_sums, self._next_labels = self._sum_and_hear_requests(
