@@ -73,6 +73,7 @@ def tables_of_window(window: Window, device: torch.device) -> IndexTables:
             unfold=IndexMap.of(transposed(fold, window.d_in), device),
             spread=IndexMap.of(tables.spread.table[:, slice(*window.outputs)], device),
             collect=IndexMap.of(_within(tables.collect.table, window.outputs), device),
+            r_hat=window.r_hat,
             overlap=tables.overlap,
         )
 

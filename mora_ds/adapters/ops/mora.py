@@ -486,19 +486,17 @@ def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
 def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in
     place."""
-    r_hat = squares.shape[1]
-    # `scatter_add_` takes int64 only
-    columns = tables.fold.table.view(-1, r_hat).long()
     # In a window some columns of M have inputs of other windows
     if tables.fold.missing is not None:
-        squares = squares.masked_fill((columns < 0).unsqueeze(1), 0)
-        columns = columns.clamp(min=0)
+        elsewhere = tables.fold.table.view(-1, 1, tables.r_hat) < 0
+        squares = squares.masked_fill(elsewhere, 0)
+    rows = squares.flatten(0, 1)
     # Outputs with fewer terms read the row of zeros after the last one
-    rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))
-    for reads in tables.spread.table:
-        blocks = reads.clamp(min=0) // r_hat
-        rows_read = rows.index_select(0, reads % len(rows))
-        total.scatter_add_(1, columns.index_select(0, blocks), rows_read)
+    if tables.spread.missing is not None or len(tables.spread.table) > 1:
+        rows = F.pad(rows, (0, 0, 0, 1))
+    for rows_read, blocks in tables.scatters:
+        columns = tables.columns.index_select(0, blocks)
+        total.scatter_add_(1, columns, rows.index_select(0, rows_read))
     return total
 
 
