@@ -293,6 +293,12 @@ def test_the_report_counts_exactly():
     assert lines[-1].endswith(f"of {report.total_params:,} parameters = {share:.3f}%")
 
 
+def test_the_report_has_the_smallest_size_of_a_plan():
+    sizes = {"model.layers.0.self_attn.q_proj": 8, "model.layers.1.self_attn.q_proj": 4}
+    (row,) = inject(tiny_model(), MoRAConfig(layer_sizes=sizes)).rows
+    assert (row.count, row.size, row.params) == (2, 4, 80)
+
+
 def test_a_size_larger_than_the_layer_is_reduced():
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     sizes = {row.name: row.size for row in report.rows}

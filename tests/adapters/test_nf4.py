@@ -132,6 +132,8 @@ def test_updates_of_equal_operators_are_one_term():
     assert torch.equal(terms[0][1], updates[0][1] + updates[2][1] + updates[4][1])
     assert len(join(some_terms(SHARE, 5))) == 5
     assert len(join(some_terms(LORA[0], 5))) == 1, "factors are lined up"
+    ((_, value),) = join([(plain, random(10, 10).bfloat16())])
+    assert value.dtype is torch.float32
     assert join([]) == ()
 
 

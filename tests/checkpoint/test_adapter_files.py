@@ -130,6 +130,23 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     (tmp_path / "shard").write_bytes(b"s")
     with user_error("shard has 1 bytes"):
         Adapter.open(tmp_path)
+    if name.startswith("ledger/"):
+        (tmp_path / "manifest.json").unlink()
+        with user_error("the ledger is damaged at cycle 0"):
+            Adapter.open(tmp_path)
+
+
+def test_an_adapter_follows_the_cycles_of_its_ledger(adapter, tmp_path):
+    ledger = Ledger.create(tmp_path / "ledger", "f")
+    for step in (1, 2):
+        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
+    adapter.check_ledger(ledger)
+    for cycle in (1, 3):
+        with user_error(f"has 2 cycles, but .* was written in cycle {cycle}"):
+            replace(adapter, cycle=cycle).check_ledger(ledger)
+    turned = {**adapter.layers, "a.q": replace(adapter.layers["a.q"], transposed=True)}
+    with user_error("a.q is another layer than in earlier cycles"):
+        replace(adapter, layers=turned).check_ledger(ledger)
 
 
 def test_base_reference_finds_its_base_and_refuses_another(tmp_path):

@@ -16,7 +16,8 @@ import pytest
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import document_hash, load_corpus, readers, resolve_files
-from mora_ds.data.held_out import HASHED_CHARACTERS
+from mora_ds.data.held_out import HASHED_CHARACTERS, DocumentFilter
+from mora_ds.data.readers import Document
 from tests.helpers.errors import user_error
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
@@ -157,6 +158,15 @@ def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path):
     assert HASHED_CHARACTERS <= len(first.text) < len(text)
     (record,) = load_corpus([str(tmp_path / "a.jsonl")])
     assert document_hash(first.text) == document_hash(record.text)
+
+
+def test_a_document_in_chunks_is_on_one_side():
+    for number in range(20):
+        chunks = [
+            Document(f"{number} {chunk}", begins=chunk == 0, ends=chunk == 9)
+            for chunk in range(10)
+        ]
+        assert len(list(DocumentFilter(0.5)(chunks))) in (0, 10)
 
 
 def test_no_file_matches(tmp_path):

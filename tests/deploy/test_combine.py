@@ -122,6 +122,26 @@ def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
     assert f'"weight": {scale}' in card
 
 
+def test_a_sum_is_rounded_once(run, tmp_path):
+    combine_adapters([run.checkpoint], [0.3], tmp_path / "scaled")
+    before = Adapter.open(run.checkpoint)
+    after = Adapter.open(tmp_path / "scaled")
+    for module in before.file.layers:
+        exact = 0.3 * before.tensors.square(module).double()
+        assert torch.equal(after.tensors.square(module), exact.float())
+
+
+def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path):
+    maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+    name = "model.embed_tokens.new_rows"
+    config = MoRAConfig(rank=2, new_rows_from=120)
+    maker.write(tmp_path / "adapter", config, trained={name: torch.ones(8, 32)})
+    combine_adapters([tmp_path / "adapter"], [0.25], tmp_path / "scaled")
+    rows = Adapter.open(tmp_path / "scaled").tensors.trained(name)
+    original = maker.weights["model.embed_tokens.weight"][120:]
+    assert_close(rows, 0.25 + 0.75 * original)
+
+
 # -- sums of checkpoints ---------------------------------------------------------------
 
 

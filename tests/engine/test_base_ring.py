@@ -278,6 +278,7 @@ def test_a_copy_that_is_being_used_is_not_replaced():
 
 def test_tied_tensors_stay_on_the_device():
     model = tiny_model("llama", num_hidden_layers=3)
+    model.small = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
     layers = find_decoder_layers(model)
     shared = model.model.layers[0].input_layernorm._buffers
