@@ -183,6 +183,11 @@ def test_the_base_of_another_model_is_replaced(tmp_path):
     )
 
 
+def test_a_base_is_not_written_over_the_files_that_are_read(tmp_path):
+    with user_error("only pickled; the run would write its base over it: move it"):
+        load._originals(None, tmp_path, tmp_path, torch.float32, None, "only pickled")
+
+
 def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):
     pickled(tmp_path / "model", torch.float32)
     model = load.load_model(tmp_path / "model", torch.bfloat16)
