@@ -97,17 +97,6 @@ def test_documents_between_bos_and_eos(
     assert without.tokens[0] != 1
 
 
-def test_large_vocabularies_take_four_bytes(files, tmp_path):
-    wide = load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path))
-    wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
-    (tmp_path / "c.txt").write_text("hello <extra_65535>")
-    built = build_cache(
-        load_corpus([str(tmp_path / "c.txt")]), wide, tmp_path / "cache"
-    )
-    assert built.tokens.dtype == np.uint32
-    assert built.tokens[-2] == 300 + 65535
-
-
 def test_a_long_file_is_one_document(
     build,
     tokenizer,

@@ -18,7 +18,6 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.combine import COMBINED, combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.remora.ledger import Ledger
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run, layers_of
@@ -225,25 +224,6 @@ def test_sum_of_two_runs(maker, tmp_path, first, second, terms):
         .logits
     )
     assert_close(live, merged, rtol=0, atol=1e-5)
-
-
-def test_sum_of_the_cycles_apart_is_their_merge(maker, tmp_path):
-    """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
-    updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
-    opened = Adapter.open(tmp_path / "all")
-    folders = []
-    for cycle in range(3):
-        layers = opened.file.layers if cycle == 2 else opened.ledger.layers(cycle)
-        folders.append(folder := tmp_path / f"part-{cycle}")
-        folder.mkdir()
-        Ledger.create(folder / "ledger", maker.reference.fingerprint)
-        values = {name: updates[name][cycle][1] for name in layers}
-        write_adapter(folder, replace(opened.file, layers=layers, cycle=0), values, {})
-        maker.reference.write(folder)
-    combine_adapters(folders, [1, 1, 1], tmp_path / "sum")
-    for name in ("all", "sum"):
-        export_merged(tmp_path / name, tmp_path / f"{name}-merged")
-    assert_same_model(tmp_path / "all-merged", tmp_path / "sum-merged")
 
 
 def test_domains_are_summed_too(maker, tmp_path):

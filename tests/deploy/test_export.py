@@ -24,7 +24,6 @@ from tests.helpers.adapters import Maker, summed
 from tests.helpers.damage import cut, gone
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
-from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
 from tests.helpers.tools import called
 
@@ -231,13 +230,6 @@ def test_damage_shows_without_a_manifest_too(tmp_path, name, damage, words):
     damage(run.checkpoint / name)
     (run.checkpoint / "manifest.json").unlink()
     assert_refused(run, tmp_path / "merged", words)
-
-
-def test_ledger_of_another_length_is_refused(tmp_path):
-    run = fake_run(tmp_path, probe=False)
-    shortened(run.checkpoint / "ledger", 1)
-    (run.checkpoint / "manifest.json").unlink()
-    assert_refused(run, tmp_path / "merged", r"1 cycles, but .* in cycle 2")
 
 
 def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
