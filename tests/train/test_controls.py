@@ -4,7 +4,7 @@ import pytest
 
 from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
-from tests.helpers.jobs import assert_close_losses, run
+from tests.helpers.jobs import assert_close_losses, rows, run
 from tests.helpers.resume import assert_same_run, stop_and_resume
 
 RELORA = "--adapter lora --max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --learning_rate 5e-2"
@@ -19,6 +19,8 @@ def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(user, tm
     summary = run(2, user.flags(two, RELORA))
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
+    gathered = {row["bytes_gathered"] for row in rows(two)[1:] if "loss" in row}
+    assert gathered == {summary["bytes_gathered_per_step"]}
     assert_close_losses(two, one, rtol=2e-6)
     before = summary["perplexity_before"]["held"]
     assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"

@@ -120,15 +120,6 @@ def test_delta_weight_is_the_update(spec):
         assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
 
 
-@every_operator
-def test_adjoint(spec):
-    square = random(spec.r_hat, spec.r_hat)
-    gradient = random(spec.d_out, spec.d_in, seed=1)
-    left = (delta_weight(spec, square) * gradient).sum()
-    right = (square * adjoint(spec, gradient)).sum()
-    assert_close(left, right, rtol=1e-11, atol=1e-11)
-
-
 @pytest.mark.parametrize(
     "spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id
 )
@@ -307,20 +298,6 @@ def test_permuted_is_plain_between_two_permutations(kind):
     inputs, outputs = index_tables.draw_permutations(8, 13, 9)
     shuffled = delta_weight(permuted, square)[outputs][:, inputs]
     assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
-
-
-# -- rank ------------------------------------------------------------------------------
-
-
-def test_fresh_permutations_let_the_rank_grow():
-    total = torch.zeros(512, 512, dtype=torch.float64)
-    ranks = []
-    for cycle in range(5):
-        seed = permutation_seed(42, "layer", cycle)
-        spec = OperatorSpec(OperatorKind.SHARE, 512, 512, 128, Grouping.PERMUTED, seed)
-        total += delta_weight(spec, random(128, 128, seed=cycle))
-        ranks.append(int(torch.linalg.matrix_rank(total)))
-    assert ranks == [128, 255, 382, 509, 512]
 
 
 # -- sizes, defaults, errors -----------------------------------------------------------
