@@ -60,13 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="folder to write; must be new or empty",
-    )
-    shared_flags(parser, "--base", "--domain", "--trust_remote_code")
+    shared_flags(parser, "--output", "--base", "--domain", "--trust_remote_code")
     parser.add_argument(
         "--onto", type=Path, metavar="DIR",
         help="add the update to this model of the base's shapes, such as an instruct model, instead of to the base",

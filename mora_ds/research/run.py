@@ -56,19 +56,20 @@ class ResearchHooks(Hooks):
     ) -> AdapterConfig:
         if self._plan is not None:
             self._plan.check_base(loaded.base, loaded.base.fingerprint(ranks=ranks))
-        return self._planned(config, self._plan)
+        return self._planned(config)
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
         """Fingerprints are not compared, since that would read every weight."""
-        return self._planned(config, self._read_plan())
+        self._plan = self._read_plan()
+        return self._planned(config)
 
-    def _planned(self, config: AdapterConfig, plan: TargetPlan | None) -> AdapterConfig:
+    def _planned(self, config: AdapterConfig) -> AdapterConfig:
         # Settings that are for MoRA matrices are refused beside another adapter
         if not isinstance(config, MoRAConfig):
             return config
         if self.settings.domain_adapters:
             config = replace(config, domains=domain_names(self.arguments))
-        return config if plan is None else plan.put_into(config)
+        return config if self._plan is None else self._plan.put_into(config)
 
     def injected(self, model: nn.Module) -> None:
         self.domains = domains_of(model)

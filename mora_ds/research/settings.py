@@ -39,7 +39,6 @@ def problems(arguments: Arguments) -> Iterator[str]:
     """One message for each setting that is wrong, or does not go with the others."""
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
-    training = arguments.training
     for name in ("targets", "domain_adapters"):
         if not getattr(settings, name):
             continue
@@ -47,15 +46,13 @@ def problems(arguments: Arguments) -> Iterator[str]:
             yield f"{NAME}{name} is for MoRA matrices, and --adapter is {adapter.adapter}"
         if adapter.adapts_experts:
             yield f"{NAME}{name} is for linear layers, and --target_modules names experts: leave out one of them"
-        if training.tensor_parallel_size > 1 and name != "targets":
-            yield f"{NAME}{name} needs unsplit MoRA matrices: leave --tensor_parallel_size at 1"
     if settings.targets is not None and adapter.target_modules != [ALL_LINEAR]:
         yield f"{NAME}targets {settings.targets} names the layers itself: leave out --target_modules"
     if settings.domain_adapters:
-        yield from _domain_problems(settings, arguments)
+        yield from _domain_problems(arguments)
 
 
-def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterator[str]:
+def _domain_problems(arguments: Arguments) -> Iterator[str]:
     training = arguments.training
     flag = f"{NAME}domain_adapters"
     names = domain_names(arguments)
@@ -63,6 +60,9 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
         yield f"{flag} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
     yield from refusal(lambda: MoRAConfig(domains=names))
     contradictions = {
+        "it needs unsplit MoRA matrices: leave --tensor_parallel_size at 1": (
+            training.tensor_parallel_size > 1
+        ),
         "--compute weight forms one weight for all rows; leave it at auto": (
             arguments.adapter.compute == Compute.WEIGHT.value
         ),

@@ -168,7 +168,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--output": {
         "type": Path,
         "required": True,
-        "help": "folder to write; must be new",
+        "help": "folder to write; must be new or empty",
     },
     "--text_column": {
         "default": "text",
