@@ -170,18 +170,5 @@ def _parser() -> argparse.ArgumentParser:
         help="model folder, checkpoint, run's folder, or adapter",
     )
     scoring_flags(parser)
-    shared_flags(parser, "--base", "--domain")
-    parser.add_argument(
-        "--onto",
-        type=Path,
-        metavar="DIR",
-        help="evaluate what mora-ds export --onto would write",
-    )
-    parser.add_argument(
-        "--delta_scale",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="multiply a checkpoint's update: 0 is the base, 1 the trained model",
-    )
+    shared_flags(parser, "--base", "--domain", "--onto", "--delta_scale")
     return parser

@@ -61,14 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
     shared_flags(parser, "--output", "--base", "--domain", "--trust_remote_code")
-    parser.add_argument(
-        "--onto", type=Path, metavar="DIR",
-        help="add the update to this model of the base's shapes, such as an instruct model, instead of to the base",
-    )  # fmt: skip
-    parser.add_argument(
-        "--delta_scale", type=float, default=1.0, metavar="S",
-        help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
-    )  # fmt: skip
+    shared_flags(parser, "--onto", "--delta_scale")
     parser.add_argument(
         "--dtype",
         choices=["auto", *COMPUTE_DTYPES],

@@ -159,12 +159,23 @@ def command_parser(documentation: str | None) -> argparse.ArgumentParser:
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--base": {"type": Path, "help": "where the base lies now, if it was moved"},
+    "--delta_scale": {
+        "type": float,
+        "default": 1.0,
+        "metavar": "S",
+        "help": "multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
+    },
     "--device": {"default": "cpu", "help": "where to compute, such as cuda"},
     "--domain": {
         "metavar": "NAME",
         "help": "of a run with domain adapters: the domain, or 'shared' for none",
     },
     "--json": {"type": Path, "metavar": "FILE", "help": "write all figures there too"},
+    "--onto": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "add the update to this model of the base's shapes, such as an instruct model, instead of to the base",
+    },
     "--output": {
         "type": Path,
         "required": True,
