@@ -116,20 +116,15 @@ def unusable_words(argv: Sequence[str]) -> list[str]:
     and for each that is not read as UTF-8."""
     problems = []
     for before, word in pairwise(["", *argv]):
-        name = None
-        if word == "":
-            name = before or "the first argument"
-        elif word.startswith("--") and word.endswith("="):
-            name = word[:-1]
-        if name is not None:
-            problems.append(
-                f"{name} must not be empty: is a variable of the shell unset?"
-            )
-        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file
-        # can hold: every record of the run would fail.
-        data = word.encode(errors="surrogateescape")
-        as_utf8 = data.decode(errors="backslashreplace")
-        if word != as_utf8:
+        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file can
+        # hold: every record of the run would fail.
+        raw = word.encode(errors="surrogateescape")
+        as_utf8 = raw.decode(errors="backslashreplace")
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            name = word[:-1] or before or "the first argument"
+            problem = "must not be empty: is a variable of the shell unset?"
+            problems.append(f"{name} {problem}")
+        elif word != as_utf8:
             problems.append(
                 f"{as_utf8} is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"
             )

@@ -232,13 +232,14 @@ def check_writable(flag: str, path: Path | None) -> None:
     would take the place of a folder or a device."""
     if path is None:
         return
-    is_taken = path.exists() and not path.is_file()
-    if is_taken or not path.absolute().parent.is_dir():
-        raise UserError(f"{flag} {path}: name a file in a folder that exists")
     try:
+        if path.exists() and not path.is_file():
+            raise FileExistsError
         tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"{flag} {path}: name a file in a folder that you can write to"
+        ) from error
 
 
 def check_device(name: str) -> None:

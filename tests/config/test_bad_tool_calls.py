@@ -49,7 +49,7 @@ export_hf --checkpoint {run} --output {tiny}/x | --output {tiny}/x cannot be mad
 convert_checkpoint adapter {run} --output {tiny}/x/y | --output {tiny}/x/y cannot be made
 export_hf --checkpoint {run} --output /proc/x | --output /proc/x cannot be made
 convert_checkpoint adapter {run} --output /proc/x | --output /proc/x cannot be made
-evaluate {user}/model --sets a={user}/held.txt --json /proc/x.json | --json /proc/x.json cannot be written
+evaluate {user}/model --sets a={user}/held.txt --json /proc/x.json | --json /proc/x.json: name a file in a folder
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --domain code | --domain
 export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale

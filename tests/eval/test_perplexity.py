@@ -194,7 +194,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
         "of a model that has diverged"
     )
     with user_error(
-        r"--json .*nowhere/scores.json: name a file in a folder that exists"
+        r"--json .*nowhere/scores.json: name a file in a folder that you can write to"
     ):
         report = tmp_path / "nowhere/scores.json"
         call("evaluate", user.model, "--sets", user.held, "--json", report)

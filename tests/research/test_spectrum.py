@@ -148,7 +148,7 @@ def test_command(checkpoint, tmp_path, capsys):
     "flags, named",
     [
         ("--layers nothing", "--layers"),
-        ("--json /nowhere/new.json", "folder that exists"),
+        ("--json /nowhere/new.json", "folder that you can write to"),
     ],
 )
 def test_mistakes_in_flags_are_named(checkpoint, flags, named):
