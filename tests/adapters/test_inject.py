@@ -29,39 +29,29 @@ def matched(model, *patterns):
     return set(match_targets(model, patterns))
 
 
-def in_layers(*paths, layers=(0, 1)):
-    return {f"model.layers.{index}.{path}" for index in layers for path in paths}
-
-
 # -- matching --------------------------------------------------------------------------
 
-EVERY_LINEAR = in_layers(
-    *(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP)
-)
+PATTERNS = """
+q_proj | 0 1 | self_attn.q_proj
+self_attn.q_proj | 0 1 | self_attn.q_proj
+model.layers.1.mlp.up_proj | 1 | mlp.up_proj
+*.mlp.* | 0 1 | mlp.gate_proj mlp.up_proj mlp.down_proj
+[m]odel.layers.0.mlp.up_proj | 0 | mlp.up_proj
+re:.*layers\\.0\\..*(up|down)_proj | 0 | mlp.up_proj mlp.down_proj
+q_proj v_proj q_proj | 0 1 | self_attn.q_proj self_attn.v_proj
+all-linear | 0 1 | self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj \
+mlp.gate_proj mlp.up_proj mlp.down_proj
+"""
+"""Patterns | layers | what they match there."""
 
 
-@pytest.mark.parametrize(
-    "patterns, expected",
-    [
-        (["q_proj"], in_layers("self_attn.q_proj")),
-        (["self_attn.q_proj"], in_layers("self_attn.q_proj")),
-        (["model.layers.1.mlp.up_proj"], in_layers("mlp.up_proj", layers=(1,))),
-        (["*.mlp.*"], in_layers(*(f"mlp.{name}" for name in MLP))),
-        (["[m]odel.layers.0.mlp.up_proj"], in_layers("mlp.up_proj", layers=(0,))),
-        (
-            [r"re:.*layers\.0\..*(up|down)_proj"],
-            in_layers("mlp.up_proj", "mlp.down_proj", layers=(0,)),
-        ),
-        (["all-linear"], EVERY_LINEAR),
-        (["all-linear", "lm_head"], EVERY_LINEAR | {"lm_head"}),
-        (
-            ["q_proj", "v_proj", "q_proj"],
-            in_layers("self_attn.q_proj", "self_attn.v_proj"),
-        ),
-    ],
-)
-def test_patterns(patterns, expected):
-    assert matched(tiny_model(), *patterns) == expected
+@pytest.mark.parametrize("patterns, layers, paths", rows(PATTERNS))
+def test_patterns(patterns, layers, paths):
+    assert matched(tiny_model(), *patterns.split()) == {
+        f"model.layers.{layer}.{path}"
+        for layer in layers.split()
+        for path in paths.split()
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,6 +86,8 @@ def test_patterns_and_models_that_cannot_match():
 
 def test_all_linear_leaves_the_head_out_under_any_name():
     assert "lm_head" not in matched(tiny_model("gpt_neox"), "all-linear")
+    all_linear = matched(tiny_model(), "all-linear")
+    assert matched(tiny_model(), "all-linear", "lm_head") == {*all_linear, "lm_head"}
     assert matched(tiny_model("gpt2"), "all-linear") == {
         f"transformer.h.{index}.{path}"
         for index in (0, 1)
@@ -140,12 +132,7 @@ def test_a_layer_that_shares_its_weight_is_refused(module, target):
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
-def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
-    with user_error("`train_head`"):
-        inject(
-            tiny_model(),
-            MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True),
-        )
+def test_a_rank_too_small_for_a_pair_is_refused():
     with user_error("`rank` 1 is too small"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 

@@ -15,6 +15,7 @@ from mora_ds.engine import launcher
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer
+from tests.helpers.tables import parsed, rows
 
 
 def test_a_launcher_may_put_its_local_rank_first():
@@ -113,37 +114,42 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
     # One is a number, a name and a path
     words = [f"--{name}=2" for name in launcher.VALUES]
     words += [f"--{name}" for name in launcher.SWITCHES]
-    parsed = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
-    assert parsed.module
-    assert parsed.user_script == "mora_ds"
-    assert parsed.num_gpus == 2
-    assert parsed.user_args == ["pretrain", "--num_gpus", "ours"]
+    options = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
+    assert options.module
+    assert options.user_script == "mora_ds"
+    assert options.num_gpus == 2
+    assert options.user_args == ["pretrain", "--num_gpus", "ours"]
 
 
-@pytest.mark.parametrize(
-    "flags, gpus, rank, launched",
-    [
-        ("--num_gpus 2 --seed 3", 0, None, ["--num_gpus", "2"]),
-        ("--seed 3", 8, None, []),
-        ("--seed 3", 1, None, None),
-        ("--seed 3", 8, "0", None),  # torchrun and srun have started it
-        ("--local_rank=0 --seed 3", 8, "0", None),  # and DeepSpeed's launcher
-        ("--num_gpus 2 --help", 8, None, None),
-    ],
-)
+STARTS = """
+--num_gpus 2 --seed 3 | 0 | null | [--num_gpus, "2"]
+--seed 3 | 8 | null | []
+--seed 3 | 1 | null | null
+# torchrun and srun have started it, or DeepSpeed's launcher
+--seed 3 | 8 | "0" | null
+--local_rank=0 --seed 3 | 8 | "0" | null
+--num_gpus 2 --help | 8 | null | null
+"""
+"""Flags | GPUs | RANK | flags of the launcher, if one is started."""
+
+
+@pytest.mark.parametrize("flags, gpus, rank, launched", rows(STARTS))
 def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
+    for_launcher = parsed(launched)
+    environment = {} if rank == "null" else {"RANK": parsed(rank)}
     calls = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags.split()])
-    monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
+    monkeypatch.setattr(launcher, "accelerators", lambda: int(gpus))
     monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
     monkeypatch.setattr(pretrain, "main", lambda: None)
-    environment = {} if rank is None else {"RANK": rank}
     monkeypatch.setattr(os, "environ", environment)
     pretrain.start()
     assert calls == (
-        [] if launched is None else [launcher.command(launched, ["--seed", "3"])]
+        []
+        if for_launcher is None
+        else [launcher.command(for_launcher, ["--seed", "3"])]
     )
-    is_alone = launched is None and rank is None and flags == "--seed 3"
+    is_alone = for_launcher is None and rank == "null" and flags == "--seed 3"
     assert ("MASTER_PORT" in environment) == is_alone
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters import config
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import step_folder
 from mora_ds.checkpoint.verify import verify
@@ -24,6 +25,7 @@ from tests.helpers.exports import fake_run, layers_of
 from tests.helpers.ledgers import shortened, squares_for
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import assert_same_tensors
+from tests.helpers.tables import parsed, rows
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 
@@ -191,25 +193,22 @@ def maker(tmp_path_factory):
     )
 
 
-LORA = LoRAConfig(rank=2, seed=5)
-SETTINGS = {
-    "rank": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=4, seed=1), 2),
-    "operator": (
-        MoRAConfig(rank=3, seed=0),
-        MoRAConfig(rank=3, seed=1, operator="share"),
-        2,
-    ),
-    "seed": (MoRAConfig(rank=3, seed=0), MoRAConfig(rank=3, seed=0), 1),
-    "lora": (LORA, LoRAConfig(rank=2, seed=6), 2),
-}
+SETTINGS = """
+MoRAConfig | {rank: 3, seed: 0} | {rank: 4, seed: 1} | 2
+MoRAConfig | {rank: 3, seed: 0} | {rank: 3, seed: 1, operator: share} | 2
+MoRAConfig | {rank: 3, seed: 0} | {rank: 3, seed: 0} | 1
+LoRAConfig | {rank: 2, seed: 5} | {rank: 2, seed: 6} | 2
+"""
+"""A kind of adapter | settings of one run | of the other | terms of their sum."""
 
 
-@pytest.mark.parametrize("first, second, terms", SETTINGS.values(), ids=SETTINGS)
-def test_sum_of_two_runs(maker, tmp_path, first, second, terms):
-    maker.write(tmp_path / "a", first)
-    maker.write(tmp_path / "b", second)
+@pytest.mark.parametrize("kind, first, second, terms", rows(SETTINGS))
+def test_sum_of_two_runs(maker, tmp_path, kind, first, second, terms):
+    adapter = getattr(config, kind)
+    maker.write(tmp_path / "a", adapter(**parsed(first)))
+    maker.write(tmp_path / "b", adapter(**parsed(second)))
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
-    assert Adapter.open(tmp_path / "sum").file.cycle == terms - 1
+    assert Adapter.open(tmp_path / "sum").file.cycle == int(terms) - 1
     export_merged(tmp_path / "sum", tmp_path / "merged")
     check(
         content(tmp_path / "merged"),

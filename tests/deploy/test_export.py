@@ -25,6 +25,7 @@ from tests.helpers.damage import cut, gone
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed, rows
 from tests.helpers.tools import called
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/export_hf.py"
@@ -65,36 +66,28 @@ def assert_refused(run, output, words):
 HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-SETTINGS = {
-    "plain": ("float32", {"family": "llama"}),
-    "tied-trained": (
-        "bfloat16",
-        {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]},
-    ),
-    "untied-trained": ("float16", {"family": "llama", "trained": HEADS}),
-    "bf16-sharded": (
-        "float32",
-        {"family": "llama", "stored": torch.bfloat16, "shard": "20KB"},
-    ),
-    "gpt2": (
-        "bfloat16",
-        {
-            "family": "gpt2",
-            "trained": ("transformer.wte.weight", "transformer.ln_f.bias"),
-        },
-    ),
-    "neox": ("float32", {"family": "gpt_neox", "trained": ("lm_head.weight",)}),
-    "no-cycles": ("float16", {"family": "phi3", "cycles": 0}),
-    "gemma3": ("bfloat16", {"family": "gemma3_text", "stored": torch.bfloat16}),
-    "olmo2": ("float16", {"family": "olmo2"}),
-}
+SETTINGS = """
+float32  | {family: llama}
+bfloat16 | {family: llama, tie_word_embeddings: true, trained: [model.embed_tokens.weight, model.norm.weight]}
+float16  | {family: llama, trained: [model.embed_tokens.weight, model.norm.weight, lm_head.weight]}
+float32  | {family: llama, stored: bfloat16, shard: 20KB}
+bfloat16 | {family: gpt2, trained: [transformer.wte.weight, transformer.ln_f.bias]}
+float32  | {family: gpt_neox, trained: [lm_head.weight]}
+float16  | {family: phi3, cycles: 0}
+bfloat16 | {family: gemma3_text, stored: bfloat16}
+float16  | {family: olmo2}
+"""
+"""The dtype of the run | the rest of `fake_run`."""
 
 
-@pytest.mark.parametrize("dtype, settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("dtype, settings", rows(SETTINGS))
 def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
-    run = fake_run(tmp_path, dtype=dtype, **settings)
+    run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
+    assert report.files == ("model.safetensors",)
+    written = load_file(tmp_path / "merged/model.safetensors")
+    assert report.nbytes == sum(tensor.nbytes for tensor in written.values())
     assert report.comparison is not None
     assert report.comparison.error <= report.comparison.tolerance
     assert (report.merged, report.replaced) == (
@@ -105,7 +98,7 @@ def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
 
 def test_dtype_can_be_chosen(tmp_path):
     """From a bfloat16 run to float32: the update is not rounded at all."""
-    run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
+    run = fake_run(tmp_path, stored="bfloat16", dtype="bfloat16")
     export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
     assert read_json(tmp_path / "merged/config.json")["dtype"] == "float32"
     ledger = Ledger.open(run.checkpoint / "ledger")
@@ -117,25 +110,6 @@ def test_dtype_can_be_chosen(tmp_path):
             exported[entry.weight],
             summed(base.read(entry.weight), updates, False, torch.float32),
         )
-
-
-def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
-    run = fake_run(tmp_path)
-    whole = export_merged(run.checkpoint, tmp_path / "whole")
-    monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", 20_000)
-    sharded = export_merged(run.checkpoint, tmp_path / "parts")
-    assert whole.files == ("model.safetensors",)
-    assert len(sharded.files) > 2
-    assert whole.nbytes == sharded.nbytes
-    assert all(
-        (tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files
-    )
-    check(run, tmp_path / "parts", torch.float32)
-    prints = {
-        BaseCheckpoint.open(tmp_path / name).fingerprint()
-        for name in ("whole", "parts")
-    }
-    assert len(prints) == 1
 
 
 def test_stale_copy_of_a_tied_head_is_left_out(tmp_path):
@@ -186,14 +160,6 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
         files.write_json_atomic(run.output / "summary.json", {**summary, **changes})
         export_merged(run.output, tmp_path / "merged", overwrite=True)
         assert "perplexity" not in (tmp_path / "merged/README.md").read_text()
-
-
-def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path):
-    run = fake_run(tmp_path)
-    (run.checkpoint / "tokenizer").mkdir()
-    (run.checkpoint / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
-    export_merged(run.checkpoint, tmp_path / "merged")
-    assert read_json(tmp_path / "merged/tokenizer_config.json") == {"from": "run"}
 
 
 def test_base_that_moved(tmp_path):

@@ -7,13 +7,14 @@ from safetensors.torch import load_file, save_file
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.tensor_files import write_safetensors_atomic
+from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.logits_check import _compare, compare_logits
 from mora_ds.remora import stored_weights
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import with_own_code
+from tests.helpers.tables import rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -61,22 +62,26 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path):
     assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
 
 
-@pytest.mark.parametrize(
-    "dtype, layers, largest, tolerance",
-    [
-        (torch.float32, 8, 0.5, 1e-5),
-        (torch.float32, 8, 4.0, 4e-5),
-        (torch.bfloat16, 3, 4.0, 2 * 2**-7 * 2),
-        (torch.float16, 8, 4.0, 2 * 2**-10 * 3),
-    ],
-)
-def test_tolerance(dtype, layers, largest, tolerance):
+TOLERANCES = """
+float32  | 8 | 0.5 | 1e-5
+float32  | 8 | 4.0 | 4e-5
+# 2 eps sqrt(layers + 1)
+bfloat16 | 3 | 4.0 | 0.03125
+float16  | 8 | 4.0 | 0.005859375
+"""
+"""A dtype | layers | the largest logit | the tolerance."""
+
+
+@pytest.mark.parametrize("name, layers, largest, tolerance", rows(TOLERANCES))
+def test_tolerance(name, layers, largest, tolerance):
     """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of
     all logits.
     """
-    live = torch.tensor([largest, -0.1, 0.2])
-    comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
-    assert comparison.tolerance == pytest.approx(tolerance, rel=1e-6)
+    dtype = COMPUTE_DTYPES[name]
+    live = torch.tensor([float(largest), -0.1, 0.2])
+    exported = live + torch.tensor([0.0, 3e-3, -4e-3])
+    comparison = _compare(live, exported, dtype, int(layers))
+    assert comparison.tolerance == pytest.approx(float(tolerance), rel=1e-6)
     relative = 5e-3 / live.norm().item()
     assert comparison.error == pytest.approx(
         4e-3 if dtype is torch.float32 else relative, rel=1e-3

@@ -7,13 +7,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters import config
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.files import read_json
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
 from tests.helpers.adapters import Maker, merge, originals, summed
-from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.tables import parsed, rows
 
 
 @torch.inference_mode()
@@ -34,30 +35,31 @@ def close(one, another):
     assert (one - another).abs().max() <= 1e-5 * max(1.0, another.abs().max().item())
 
 
-def adapter(folder, config, cycles, family="llama"):
+def adapter(folder, wanted, cycles, family="llama"):
     """The base, with the adapter at `folder`/adapter merged into it, and the updates."""
     model = tiny_model(family)
     maker = Maker(model, folder / "base")
-    updates = maker.write(folder / "adapter", config, cycles)
+    updates = maker.write(folder / "adapter", wanted, cycles)
     merge(model, originals(model), updates)
     return model, updates
 
 
-@pytest.mark.parametrize(
-    "config, cycles, family",
-    [
-        (LoRAConfig(rank=3), 0, "llama"),
-        (LoRAConfig(rank=3, alpha=5.0), 2, "llama"),
-        (MoRAConfig(rank=1, operator="share"), 1, "llama"),
-        (MoRAConfig(rank=1, operator="share", grouping="alternate"), 1, "gpt2"),
-        (MoRAConfig(rank=1, operator="truncate"), 0, "llama"),
-        # More ranks than the shorter side has
-        (MoRAConfig(rank=2, operator="share"), 9, "llama"),
-    ],
-    ids=str,
-)
-def test_an_exact_adapter_is_the_merged_model(tmp_path, config, cycles, family):
-    merged, updates = adapter(tmp_path, config, cycles, family)
+EXACT = """
+LoRAConfig | {rank: 3} | 0 | llama
+LoRAConfig | {rank: 3, alpha: 5.0} | 2 | llama
+MoRAConfig | {rank: 1, operator: share} | 1 | llama
+MoRAConfig | {rank: 1, operator: share, grouping: alternate} | 1 | gpt2
+MoRAConfig | {rank: 1, operator: truncate} | 0 | llama
+# more ranks than the shorter side has
+MoRAConfig | {rank: 2, operator: share} | 9 | llama
+"""
+"""A kind of adapter | its settings | merged cycles | a family."""
+
+
+@pytest.mark.parametrize("kind, settings, cycles, family", rows(EXACT))
+def test_an_exact_adapter_is_the_merged_model(tmp_path, kind, settings, cycles, family):
+    wanted = getattr(config, kind)(**parsed(settings))
+    merged, updates = adapter(tmp_path, wanted, int(cycles), family)
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora")
     assert any(line.startswith("exact") for line in lines), lines
     model = loaded(tmp_path / "base", tmp_path / "lora")
@@ -72,13 +74,8 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path, config, cycles, family):
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
 def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
-    """Nothing bounds the rank of such an update, so that one must be named."""
-    config = MoRAConfig(rank=2, operator=operator)
     rank = 5
-    _, updates = adapter(tmp_path, config, cycles=1)
-    with user_error("`rank` is missing"):
-        export_peft(tmp_path / "adapter", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
+    _, updates = adapter(tmp_path, MoRAConfig(rank=2, operator=operator), cycles=1)
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     shares = {}
@@ -100,25 +97,23 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
     assert f"{sum(shares.values()) / len(shares):.2%} on average" in "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    "family, trained, saved",
-    [
-        (
-            "llama",
-            ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
-            3,
-        ),
-        ("llama", ("model.layers.1.input_layernorm.weight",), 1),
-        # The head is tied; ln_f has a bias
-        ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),
-    ],
-)
+TRAINED = """
+llama | [model.embed_tokens.weight, model.norm.weight, lm_head.weight] | 3
+llama | [model.layers.1.input_layernorm.weight] | 1
+# the head is tied; ln_f has a bias
+gpt2 | [transformer.wte.weight, transformer.ln_f.weight] | 3
+"""
+"""A family | what is trained | modules to save."""
+
+
+@pytest.mark.parametrize("family, trained, saved", rows(TRAINED))
 def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, saved):
     """Beside matrices of every rank, of which the shorter side of a layer loses nothing."""
-    run = fake_run(tmp_path, family, trained=trained)
+    run = fake_run(tmp_path, family, trained=parsed(trained))
     lines = export_peft(run.output, tmp_path / "lora", 10_000)
     assert any("modules_to_save" in line for line in lines)
-    assert len(read_json(tmp_path / "lora" / CONFIG_FILE)["modules_to_save"]) == saved
+    modules = read_json(tmp_path / "lora" / CONFIG_FILE)["modules_to_save"]
+    assert len(modules) == int(saved)
     close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
 
 

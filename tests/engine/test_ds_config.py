@@ -250,24 +250,19 @@ def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
 # -- refusing --------------------------------------------------------------------------
 
 
+CONTRADICTIONS = """{
+  "train_micro_batch_size_per_gpu": 8,
+  "gradient_accumulation_steps": 1,
+  "train_batch_size": 100,
+  "gradient_clipping": 0.5,
+  "bf16": {"enabled": true},
+  "optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}}
+}"""
+
+
 def test_contradictions_are_listed_at_once(tmp_path):
-    config = {
-        "train_micro_batch_size_per_gpu": 8,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": 100,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
-        "optimizer": {
-            "params": {
-                "lr": 1e-3,
-                "betas": [0.9, 0.999],
-                "eps": 1e-6,
-                "weight_decay": 0.0,
-            }
-        },
-    }
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config))
+    path.write_text(CONTRADICTIONS)
     assert refusal(path).splitlines() == [
         f'{path}: train_micro_batch_size_per_gpu = 8 but --per_device_train_batch_size = 4; set it to "auto"',
         f'{path}: gradient_accumulation_steps = 1 but --gradient_accumulation_steps = 2; set it to "auto"',

@@ -5,15 +5,18 @@ on.
 import torch
 from torch.testing import assert_close
 
+from tests.helpers.tables import parsed
+
 LENGTH = 96
 HEADS = 4
 SIZE = 16
-LAYOUTS = {
-    "whole rows": [[LENGTH], [LENGTH]],
-    "two documents": [[40, 56], [LENGTH]],
-    "many documents": [[5, 17, 1, 1, 17, 30, 2, 23], [19, 3, 3, 3, 40, 28]],
-    "equal documents": [[24] * 4, [24] * 4],
-}
+LAYOUTS = parsed("""
+whole rows: [[96], [96]]
+two documents: [[40, 56], [96]]
+many documents: [[5, 17, 1, 1, 17, 30, 2, 23], [19, 3, 3, 3, 40, 28]]
+equal documents: [[24, 24, 24, 24], [24, 24, 24, 24]]
+""")
+"""Lengths of the documents in each of two rows."""
 
 
 def positions_of(layout):

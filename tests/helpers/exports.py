@@ -44,7 +44,7 @@ class FakeRun:
 def fake_run(
     folder,
     family="llama",
-    stored=torch.float32,
+    stored="float32",
     dtype="float32",
     cycles=2,
     trained=(),
@@ -57,7 +57,7 @@ def fake_run(
     `twice`: the base's file holds tied weights under each of their names."""
     base_folder = folder / "base"
     checkpoint = folder / "out/checkpoints/step-000007"
-    original_model = tiny_model(family, dtype=stored, **changes)
+    original_model = tiny_model(family, dtype=COMPUTE_DTYPES[stored], **changes)
     original_model.save_pretrained(base_folder, max_shard_size=shard)
     if twice:
         tensors = {

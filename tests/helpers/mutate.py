@@ -9,13 +9,18 @@ import random
 import yaml
 
 from tests.helpers.crafted import change_header
+from tests.helpers.tables import parsed
 
 VALUES = (
-    None, True, False, -1, 0, 1, 2, 3, 7, 1000, 2**16, 2**24, 2**31, 2**32, 2**63, 10**12, 10**30, 0.5, 1e308,
-    float("nan"), float("inf"), "", ".", "..", "../../escape", "../escape", "{case}/escape", "/dev/zero", "a/b", "a\0b",
-    "a\nb", "\ud800", "x" * 300, "x" * 100_000, "re:(x+x+)+y", "*", "model.norm.weight", "rotate", "lora", "stack",
-    [], {}, [[]], [1], {"a": 1}, ["..", "/"],
-)  # fmt: skip
+    *parsed(r"""
+    [null, true, false, -1, 0, 1, 2, 3, 7, 1000, 65536, 16777216, 2147483648, 4294967296, 9223372036854775808,
+     1000000000000, 1000000000000000000000000000000, 0.5, 1.0e+308, .nan, .inf, "", ., .., ../../escape, ../escape,
+     "{case}/escape", /dev/zero, a/b, "a\0b", "a\nb", "\ud800", "re:(x+x+)+y", "*", model.norm.weight, rotate, lora,
+     stack, [], {}, [[]], [1], {a: 1}, [.., /]]
+    """),
+    "x" * 300,
+    "x" * 100_000,
+)
 
 TEXTS = (
     "[" * 5000,

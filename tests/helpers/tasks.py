@@ -5,7 +5,28 @@ import random
 
 import yaml
 
+from tests.helpers.tables import parsed
+
 WORDS = "value name result index return string number list"
+KINDS = parsed(r"""
+choices:
+  output_type: multiple_choice
+  doc_to_text: "{{question}}"
+  doc_to_choice: choices
+  doc_to_target: answer
+  metric_list: [{metric: acc}]
+continued:
+  output_type: generate_until
+  doc_to_text: "{{question}}"
+  doc_to_target: x
+  generation_kwargs: {until: ["\n"], max_gen_toks: 6, do_sample: false}
+  metric_list: [{metric: exact_match}]
+rolling:
+  output_type: loglikelihood_rolling
+  doc_to_text: ""
+  doc_to_target: "{{question}}"
+  metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""")
 
 
 def task_files(folder):
@@ -24,28 +45,13 @@ def task_files(folder):
     ]
     data = folder / "rows.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
+    files = {}
+    read = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
     }
-    kinds = {
-        "choices": {
-            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
-            "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
-        },
-        "continued": {
-            "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-        "rolling": {
-            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
-            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-        },
-    }  # fmt: skip
-    files = {}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
+        task = {"task": name, **read, "test_split": "test", **kind}
         files[name] = folder / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump({"task": name, **common, **kind}))
+        files[name].write_text(yaml.safe_dump(task))
     return files

@@ -14,15 +14,16 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from tests.helpers.models import tokens
+from tests.helpers.tables import parsed
 
-SMALL = {
-    "vocab_size": 128, "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128,
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "head_dim": 8, "state_size": 8,
-    "intermediate_size": 56, "ffn_dim": 56, "ffn_hidden_size": 56, "n_inner": 56, "moe_intermediate_size": 24,
-    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
-    "num_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "layer_types": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+SMALL = parsed("""
+{vocab_size: 128, max_position_embeddings: 128, n_positions: 128, max_seq_len: 128,
+ hidden_size: 32, n_embd: 32, d_model: 32, word_embed_proj_dim: 32, head_dim: 8, state_size: 8,
+ intermediate_size: 56, ffn_dim: 56, ffn_hidden_size: 56, n_inner: 56, moe_intermediate_size: 24,
+ num_hidden_layers: 2, n_layer: 2, n_layers: 2, num_attention_heads: 4, n_head: 4, n_heads: 4,
+ num_heads: 4, num_key_value_heads: 2, num_experts: 4, num_local_experts: 4, n_routed_experts: 4,
+ num_experts_per_tok: 2, layer_types: null, pad_token_id: 0, bos_token_id: 1, eos_token_id: 2}
+""")
 """Names that configs have for their sizes."""
 
 LARGEST = 4_000_000

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.common.errors import RunError
+from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
@@ -31,28 +32,24 @@ from tests.helpers.models import causal_loss, model_with_mora, tiny_model, token
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors, interrupted_job
-from tests.helpers.tables import heavy
+from tests.helpers.tables import heavy, parsed
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps").exists(), reason="needs /proc"
 )
 
 MERGES = 2
-INT8 = {"base_bits": 8}
-CASES = {
-    "fp32": {},
-    "bf16 of a fp32 file": {"dtype": torch.bfloat16},
-    "int8": {"adapter": INT8},
-    "Conv1D, tied": {"family": "gpt2"},
-    "Conv1D, int8, bf16": {"family": "gpt2", "adapter": INT8, "dtype": torch.bfloat16},
-    "rotate": {"adapter": {"operator": "rotate"}},
-    "truncate": {"adapter": {"operator": "truncate"}},
-    "tied": {"family": "qwen2", "dtype": torch.bfloat16},
-    "experts": {
-        "family": "mixtral",
-        "adapter": {"target_modules": ("all-linear", "experts")},
-    },
-}
+CASES = parsed("""
+fp32: {}
+bf16 of a fp32 file: {dtype: bfloat16}
+int8: {adapter: {base_bits: 8}}
+Conv1D, tied: {family: gpt2}
+Conv1D, int8, bf16: {family: gpt2, adapter: {base_bits: 8}, dtype: bfloat16}
+rotate: {adapter: {operator: rotate}}
+truncate: {adapter: {operator: truncate}}
+tied: {family: qwen2, dtype: bfloat16}
+experts: {family: mixtral, adapter: {target_modules: [all-linear, experts]}}
+""")
 FEW = ("fp32", "Conv1D, int8, bf16")
 
 
@@ -62,7 +59,7 @@ def merged(folder, choice, case):
     """
     settings = CASES[case]
     family = settings.get("family", "llama")
-    dtype = settings.get("dtype", torch.float32)
+    dtype = COMPUTE_DTYPES[settings.get("dtype", "float32")]
     rank = dist.get_rank()
     world = dist.get_world_size()
     base = folder / case / "base"
@@ -152,9 +149,7 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
 def on_two_nodes(folder):
     """Rank 0 is a node, ranks 1 and 2 are another one."""
     os.environ["LOCAL_RANK"] = str(max(0, dist.get_rank() - 1))
-    return {
-        choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")
-    }
+    return private_and_shared(folder, ["fp32"])["fp32"]
 
 
 @pytest.mark.heavy

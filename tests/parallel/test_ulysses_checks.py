@@ -217,7 +217,8 @@ def split_checked(kinds):
     said = {}
     for kind, values in kinds.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+        config = AutoConfig.for_model(kind, **{**FAMILIES["llama"], **values})
+        model = AutoModelForCausalLM.from_config(config)
         use_documents(model)
         engine = model
         try:
@@ -229,15 +230,15 @@ def split_checked(kinds):
     return said
 
 
-MIXING = {
-    "llama": FAMILIES["llama"],
-    "lfm2": {**FAMILIES["llama"], "layer_types": ["conv", "full_attention"], "block_ff_dim": 32},
-    "deepseek_v3": {
-        **FAMILIES["llama"], "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 2,
-    },
-}  # fmt: skip
+MIXING = parsed("""
+llama: {}
+lfm2: {layer_types: [conv, full_attention], block_ff_dim: 32}
+deepseek_v3:
+  {num_key_value_heads: 4, kv_lora_rank: 8, q_lora_rank: 8, qk_rope_head_dim: 4, qk_nope_head_dim: 4,
+   v_head_dim: 16, n_routed_experts: 4, n_group: 1, topk_group: 1, num_experts_per_tok: 2,
+   moe_intermediate_size: 16, first_k_dense_replace: 2}
+""")
+"""Kinds of models of Llama's sizes -> other settings of their configs."""
 
 
 def test_what_only_a_forward_tells():

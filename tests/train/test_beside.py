@@ -34,6 +34,9 @@ from tests.helpers.tasks import task_files
 
 FLAGS = "--max_steps 4 --eval_steps 1 --save_steps 2 --report_to none"
 NO_EVALUATION = RuntimeError("no evaluation today")
+TARGETS = {
+    target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)
+}
 
 
 @contextmanager
@@ -208,16 +211,13 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_
     """An evaluation fails beside the run. What the run cannot do without ends it,
     --save_steps after a checkpoint at most."""
     more = "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none"
-    targets = {
-        target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)
-    }
     failures = []
     table = rows_of(FAILURES)
     for number, (method, call, error, *_) in enumerate(table):
-        owner, _, name = method.partition(" ")
+        owner, name = method.split()
         argv = user.flags(tmp_path / str(number), more)
         raised = getattr(builtins, error)("injected")
-        failures.append((argv, targets[owner], name, raised, (int(call),)))
+        failures.append((argv, TARGETS[owner], name, raised, (int(call),)))
     kinds = run_alone(ends_of_runs, failures)
     for number, (*_, kind, step) in enumerate(table):
         folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
@@ -288,26 +288,33 @@ def whole(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, DUE)
 
 
+IN_A_CALL = """
+MetricsLog evaluation | 1 | 4
+# half a merge; the probes before one and after one
+ReMoRA _start_cycle | 0 | 4
+Trainer _probe_loss | 1 | 4
+Trainer _probe_loss | 2 | 4
+Evaluator evaluate | 2 | 6
+"""
+ALSO_IN_A_CALL = """
+Evaluator evaluate | 1 | 4
+ReMoRA merge | 0 | 4
+MetricsLog evaluation | 2 | 6
+"""
+"""A method | in which of its calls the run ends | the step of the newest checkpoint."""
+
+
 @pytest.mark.parametrize(
-    "target, method, call, step",
-    [
-        heavy(Evaluator, "evaluate", 1, 4),
-        (MetricsLog, "evaluation", 1, 4),
-        heavy(ReMoRA, "merge", 0, 4),
-        # Half a merge; the probes before one and after one
-        (ReMoRA, "_start_cycle", 0, 4),
-        (Trainer, "_probe_loss", 1, 4),
-        (Trainer, "_probe_loss", 2, 4),
-        (Evaluator, "evaluate", 2, 6),
-        heavy(MetricsLog, "evaluation", 2, 6),
-    ],
+    "method, call, step",
+    [*rows_of(IN_A_CALL), *(heavy(*row) for row in rows_of(ALSO_IN_A_CALL))],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user, whole, out, target, method, call, step
+    user, whole, out, method, call, step
 ):
     """And the run that resumes there does what was pending, once."""
-    run_alone(ended_within, user.flags(out, DUE), target, method, call)
-    assert TrainerState.read(out / "checkpoints/latest").step == step
+    owner, name = method.split()
+    run_alone(ended_within, user.flags(out, DUE), TARGETS[owner], name, int(call))
+    assert TrainerState.read(out / "checkpoints/latest").step == int(step)
     run(1, user.flags(out, DUE, "--resume_from_checkpoint auto"))
     assert_same_run(out, whole)
     merged = TrainerState.read(out / "checkpoints/step-000004")

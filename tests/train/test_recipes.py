@@ -16,7 +16,7 @@ from mora_ds.models.load import read_model_config
 from mora_ds.planning.plan import USABLE
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
-from tests.helpers.tables import heavy
+from tests.helpers.tables import heavy, parsed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
@@ -31,37 +31,28 @@ LONG = (
 )
 """To plan."""
 
-_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-_LLAMA_3 = {
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 131_072,
-}
-SHAPES = {
-    "1b": {
-        "model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 16, "vocab_size": 100_352, "max_position_embeddings": 4096,
-    },
-    "7b": {**_7B, "vocab_size": 32_000},
-    "8b": {**_7B, **_LLAMA_3, "intermediate_size": 14_336},
-    "70b": {
-        **_LLAMA_3, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-}  # fmt: skip
-PARAMETERS = {
-    "1b": 1.485e9,
-    "7b": 6.74e9,
-    "8b": 8.03e9,
-    "70b": 70.55e9,
-    "250m": 247e6,
-    "1b3": 1.34e9,
-}
+SHAPES = parsed("""
+1b:
+  {model_type: olmo2, hidden_size: 2048, intermediate_size: 8192, num_hidden_layers: 16,
+   num_attention_heads: 16, vocab_size: 100352, max_position_embeddings: 4096}
+7b:
+  {hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, num_attention_heads: 32,
+   vocab_size: 32000}
+8b:
+  {hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, num_attention_heads: 32,
+   num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 131072}
+70b:
+  {hidden_size: 8192, intermediate_size: 28672, num_hidden_layers: 80, num_attention_heads: 64,
+   num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 131072}
+""")
+PARAMETERS = parsed("""
+1b: 1.485e+9
+7b: 6.74e+9
+8b: 8.03e+9
+70b: 70.55e+9
+250m: 247.0e+6
+1b3: 1.34e+9
+""")
 BATCH = re.compile(
     r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences"
 )

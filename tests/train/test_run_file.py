@@ -3,18 +3,15 @@
 import yaml
 
 from mora_ds.train.run_file import holds_run, owned_by_run, write_run_file
+from tests.helpers.tables import parsed
 
-DEEPSPEED = {
-    "train_batch_size": 8,
-    "comet": {"enabled": True, "api_key": "s3cret", "project": "mine"},
-    "wandb": {"Password": "s3cret", "team": "us"},
-    "tracker": {
-        "auth": [
-            {"access_token": "s3cret", "secrets": {"a": "s3cret", "b": ["s3cret", 7]}}
-        ]
-    },
-    "max_tokens": 100,
-}
+DEEPSPEED = parsed("""
+train_batch_size: 8
+comet: {enabled: true, api_key: s3cret, project: mine}
+wandb: {Password: s3cret, team: us}
+tracker: {auth: [{access_token: s3cret, secrets: {a: s3cret, b: [s3cret, 7]}}]}
+max_tokens: 100
+""")
 
 
 def test_secrets_are_masked_wherever_they_lie(tmp_path):
