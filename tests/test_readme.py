@@ -14,7 +14,7 @@ from mora_ds.models.base import write_own_base
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.readme import code_with
+from tests.helpers.pages import code_with
 
 
 def plugin_code():

@@ -25,8 +25,6 @@ from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
     random,
-    spec_id,
-    specs,
     specs_of_tables,
 )
 from tests.helpers.quantized import (
@@ -35,6 +33,7 @@ from tests.helpers.quantized import (
     assert_casts_leave_scales,
     assert_computes_as_over_dense,
     base_of,
+    every_spec,
     in_bits,
     model_in_few_bits,
 )
@@ -143,11 +142,7 @@ def test_updates_of_equal_operators_are_one_term():
 in_4_bits = partial(in_bits, bits=4)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [*list(specs())[::5], *LORA],
-    ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora",
-)
+@every_spec(5)
 def test_a_layer_is_the_layer_over_the_dense_sum(spec, monkeypatch):
     """Its merged cycles act as if they were in the weight."""
     assert_computes_as_over_dense(

@@ -2,7 +2,6 @@
 complete runs.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.helpers.jobs import curve, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
+from tests.helpers.texts import json_lines
 
 
 def order(shares, samples):
@@ -350,9 +350,7 @@ def test_no_held_out_document_is_trained_on(user, tmp_path):
     texts = user.texts()
     assert document_hash("Caf\u00e9 au\nlait") == document_hash(" cafe\u0301 AU lait ")
     again = tmp_path / "again.jsonl"
-    again.write_text(
-        "".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2])
-    )
+    again.write_text(json_lines(f" {text}\n" for text in texts[::2]))
     share = 0.3
     hashes = map(document_hash, texts)
     held_out = {document for document in hashes if document < share * 2**64}

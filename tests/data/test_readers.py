@@ -4,7 +4,6 @@ column say.
 
 import codecs
 import gzip
-import json
 from pathlib import Path
 
 import datasets
@@ -14,10 +13,7 @@ import pytest
 
 from mora_ds.data import load_corpus, members, readers, resolve_files
 from tests.helpers.errors import user_error
-
-
-def lines(rows):
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+from tests.helpers.texts import json_lines
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
@@ -33,9 +29,8 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
     elif kind == "dataset":
         datasets.Dataset(table).save_to_disk(path)
     else:
-        data = codecs.BOM_UTF8 + lines([{"text": text} for text in rows]).replace(
-            b"\n", b"\n \n", 2
-        )
+        lines = json_lines(rows).replace("\n", "\n \n", 2)
+        data = codecs.BOM_UTF8 + lines.encode()
         padding = bytes(512)  # of stores that write whole blocks
         path.write_bytes(gzip.compress(data) + padding if kind.endswith("gz") else data)
     corpus = (
@@ -122,18 +117,10 @@ def test_suffixes_say_what_a_file_is(tmp_path):
     """In either case, and below that of a compressed file."""
     (tmp_path / ".hidden").mkdir()
     names = (
-        "A.TXT",
-        "b.JSONL.GZ",
-        "b.json.zst",
-        "c.pdf",
-        "d.gz",
-        "e.md.bz2",
-        ".hidden/f.txt",
-        "z/.i.txt",
-        "z/g.txt",
-        "y/h.PY",
+        "A.TXT b.JSONL.GZ b.json.zst c.pdf d.gz e.md.bz2 .hidden/f.txt z/.i.txt z/g.txt "
+        "y/h.PY"
     )
-    for name in names:
+    for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = [

@@ -1,7 +1,6 @@
 """Streaming: failures, damage and ends are named."""
 
 import gzip
-import json
 import random
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from mora_ds.data import (
 from mora_ds.data.stream import StreamPosition
 from tests.helpers.errors import user_error
 from tests.helpers.streams import documents, source, taken, write
+from tests.helpers.texts import json_lines
 
 
 class Broken:
@@ -62,17 +62,15 @@ def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path, monkeyp
 
 
 def test_damage_in_the_middle_is_named(tokenizer, tmp_path):
-    lines = [json.dumps({"text": text}) for text in documents()]
+    lines = json_lines(documents()).splitlines()
     (tmp_path / "broken.jsonl").write_text(
         "\n".join([*lines[:40], '{"text": 5', *lines[40:]])
     )
     with user_error(r"source 'a': .*broken.jsonl, line 41, column"):
         taken(source(load_corpus([str(tmp_path / "broken.jsonl")]), tokenizer), 0, 2000)
     numbers = random.Random(0)  # do not compress
-    content = b"".join(
-        json.dumps({"text": numbers.randbytes(1000).hex()}).encode() + b"\n"
-        for _ in range(900)
-    )
+    texts = (numbers.randbytes(1000).hex() for _ in range(900))
+    content = json_lines(texts).encode()
     gz = gzip.compress(content)
     zst = pa.compress(content, "zstd", asbytes=True)
     for name, damaged in {

@@ -30,6 +30,8 @@ from tests.helpers.gloo import context, free_port, run_ranks
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
 from tests.helpers.tables import words
+from tests.helpers.texts import json_lines
+from tests.helpers.tools import called
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO3 = REPOSITORY / "configs/zero3.json"
@@ -99,7 +101,7 @@ def playground(root):
     train = root / "train.jsonl"
     held_file = root / "held.txt"
     other_file = root / "other.txt"
-    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train.write_text(json_lines(texts))
     held_file.write_text(sources[1][20_000:21_200])
     other_file.write_text("def f(x):\n    return x\n")
     return Playground(root, root / "model", train, held_file, other_file)
@@ -213,14 +215,7 @@ def launch(ranks, argv, cwd, timeout_s=300):
     """
     out = cwd / output_of(argv)
     before = snapshot(out)
-    done = subprocess.run(
-        launcher(ranks, argv),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    done = called(launcher(ranks, argv), cwd=cwd, env=environment(), timeout=timeout_s)
     if done.returncode == EXIT_USER_ERROR:
         assert_same(out, before)
     return done

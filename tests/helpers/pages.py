@@ -5,20 +5,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+ELSEWHERE = "README.md CONTRIBUTING.md tools/README.md configs/recipes/README.md"
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(
-        ROOT / name
-        for name in (
-            "README.md",
-            "CONTRIBUTING.md",
-            "tools/README.md",
-            "configs/recipes/README.md",
-        )
-    ),
+    *(ROOT / name for name in ELSEWHERE.split()),
 ]
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def code_with(word, page="README.md"):
+    """The one block of Python on a page that contains `word`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    (code,) = (block for block in blocks if word in block)
+    return code
 
 
 def prose(page):

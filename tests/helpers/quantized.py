@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -19,9 +20,16 @@ from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from tests.helpers.models import tiny_model
-from tests.helpers.operators import random
+from tests.helpers.operators import random, spec_id, specs
 
 LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
+
+
+def every_spec(step):
+    """Parametrize a test with every `step`-th MoRA operator, and LoRA's."""
+    chosen = [*list(specs())[::step], *LORA]
+    ids = [spec_id(spec) if hasattr(spec, "kind") else "lora" for spec in chosen]
+    return pytest.mark.parametrize("spec", chosen, ids=ids)
 
 
 def base_of(spec, conv, dtype=torch.float64):

@@ -11,7 +11,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import sha256_file
 from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import losses, playground, printed, rows, run
+from tests.helpers.jobs import losses, printed, rows, run
 from tests.helpers.outcome import assert_good
 from tests.helpers.tables import heavy
 
@@ -25,12 +25,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    return playground(tmp_path_factory.mktemp("tensor_parallel"))
-
-
-def flags(ground, out, degree, replicas, *more):
+def flags(user, out, degree, replicas, *more):
     split = (
         f"--tensor_parallel_size {degree} --gradient_accumulation_steps 2 "
         f"--per_device_train_batch_size {ROWS // replicas // 2}"
@@ -39,24 +34,24 @@ def flags(ground, out, degree, replicas, *more):
         f"--max_steps {STEPS} --save_steps {HALF} --merge_every 3 --restart_warmup_steps 1 "
         "--adam_epsilon 0.0001"
     )
-    return ground.flags(out, split, steps, *more)
+    return user.flags(out, split, steps, *more)
 
 
 @pytest.fixture(scope="module", params=["share", heavy("rotate")])
-def saved(request, ground):
+def saved(request, user):
     """(name, run of (2, 2), losses of (1, 1))."""
     more = RUNS[request.param]
-    alone = ground.root / f"{request.param}-alone"
-    shared = ground.root / f"{request.param}-2-2"
-    run(1, flags(ground, alone, 1, 1, more))
-    run(4, flags(ground, shared, 2, 2, more, "--export_merged"))
+    alone = user.root / f"{request.param}-alone"
+    shared = user.root / f"{request.param}-2-2"
+    run(1, flags(user, alone, 1, 1, more))
+    run(4, flags(user, shared, 2, 2, more, "--export_merged"))
     return request.param, shared, losses(alone)
 
 
-def test_it_is_the_run_of_one_rank(saved, ground):
+def test_it_is_the_run_of_one_rank(saved, user):
     name, out, curve = saved
     assert_close(losses(out), curve, rtol=1e-5, atol=0)
-    alone = ground.root / f"{name}-alone"
+    alone = user.root / f"{name}-alone"
     for mine, theirs in zip(rows(out), rows(alone), strict=True):
         for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
             expected = pytest.approx(theirs.get(key, 0.0), rel=1e-4)
@@ -72,16 +67,16 @@ def test_it_is_the_run_of_one_rank(saved, ground):
 @pytest.mark.parametrize(
     "degree, replicas", [(1, 2), (4, 1), *(heavy(*size) for size in ((2, 1), (1, 4)))]
 )
-def test_it_resumes_at_another_size(saved, ground, degree, replicas):
+def test_it_resumes_at_another_size(saved, user, degree, replicas):
     name, out, expected = saved
-    copy = ground.root / f"{name}-{degree}-{replicas}"
+    copy = user.root / f"{name}-{degree}-{replicas}"
     shutil.copytree(out, copy, symlinks=True)
     shutil.rmtree(copy / f"checkpoints/step-{STEPS:06d}")
     at_once = f"--gradient_accumulation_steps 1 --per_device_train_batch_size {ROWS // replicas}"
     resume = ("--resume_from_checkpoint", copy / f"checkpoints/step-{HALF:06d}")
     run(
         degree * replicas,
-        flags(ground, copy, degree, replicas, RUNS[name], at_once, *resume),
+        flags(user, copy, degree, replicas, RUNS[name], at_once, *resume),
     )
     assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
 
@@ -94,20 +89,20 @@ def hashes(folder, pattern):
     }
 
 
-def test_the_same_bytes_at_every_size(saved, ground):
+def test_the_same_bytes_at_every_size(saved, user):
     """Adapter, merge ledger and merged model of one state, saved and exported by one rank
     and by others.
     """
     name, out, _ = saved
     hashed = []
     for degree, replicas in ((1, 1), (2, 1), (2, 2)):
-        copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
+        copy = user.root / f"{name}-bytes-{degree}-{replicas}"
         shutil.copytree(out, copy, symlinks=True)
         step = copy / f"checkpoints/step-{HALF:06d}"
         more = (
             f"{RUNS[name]} --export_merged --max_steps {HALF} --resume_from_checkpoint"
         )
-        run(degree * replicas, flags(ground, copy, degree, replicas, more, step))
+        run(degree * replicas, flags(user, copy, degree, replicas, more, step))
         assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
         hashed.append(
             {
@@ -123,13 +118,11 @@ def test_the_same_bytes_at_every_size(saved, ground):
 # -- before it begins ------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
+def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(user, out):
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
-    argv = ground.flags(
-        out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir"
-    )
+    argv = user.flags(out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir")
     text = run_ranks(2, printed, argv)[0]
     for words in (
         "tensor parallel, 2 ranks a group; every rank has the complete base",

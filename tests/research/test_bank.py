@@ -23,7 +23,8 @@ from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.mistakes import command
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.readme import code_with
+from tests.helpers.pages import code_with
+from tests.helpers.tables import rows
 
 CYCLES = {"none": 0, "one": 1, "three": 3}
 """Adapter -> merged cycles."""
@@ -84,15 +85,16 @@ def rotating(tmp_path_factory):
     return bench
 
 
-@pytest.mark.parametrize(
-    "family, operator, rank",
-    [
-        ("llama", "truncate", 3),
-        ("llama", "share", 40),
-        ("gpt2", "decouple", 3),
-        ("qwen2", "rotate", 2),
-    ],
-)
+MIXED = """
+llama | truncate | 3
+llama | share | 40
+gpt2 | decouple | 3
+qwen2 | rotate | 2
+"""
+"""A family | an operator | a rank."""
+
+
+@pytest.mark.parametrize("family, operator, rank", rows(MIXED))
 def test_every_row_of_a_mixed_batch_is_its_merged_model(
     tmp_path, family, operator, rank
 ):
@@ -105,12 +107,8 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(
             nn.init.normal_(module.bias)
     bench = Bench(tmp_path, Maker(model, tmp_path / "base"), {})
     for seed, (name, cycles) in enumerate(CYCLES.items()):
-        bench.add(
-            name,
-            MoRAConfig(rank=rank, operator=operator, seed=seed),
-            cycles,
-            scale=0.05,
-        )
+        config = MoRAConfig(rank=int(rank), operator=operator, seed=seed)
+        bench.add(name, config, cycles, scale=0.05)
     bank = bench.open()
     check_rows(bench, bank, ["three", "none", None, "one", "none"], tokens(5))
     check_rows(bench, bank, ["one", "three"], tokens(2, length=1))

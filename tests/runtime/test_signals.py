@@ -23,6 +23,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     environment,
+    finished_run,
     held_folder,
     is_rank,
     job,
@@ -44,9 +45,7 @@ AUTO = "--resume_from_checkpoint auto"
 @pytest.fixture(scope="module")
 def whole(user, tmp_path_factory):
     """The uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(2, user.flags(out, MERGING))
-    return out
+    return finished_run(2, user, tmp_path_factory, MERGING)
 
 
 # -- agreement, on forked ranks --------------------------------------------------------
@@ -254,7 +253,7 @@ def gone_within(ranks, seconds):
     return True
 
 
-def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
+def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, out):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)
     seen = rows(out)[-1]["step"]

@@ -17,7 +17,7 @@ import pytest
 
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks, start_ranks
-from tests.helpers.jobs import job, playground, rows
+from tests.helpers.jobs import job, rows
 from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
@@ -113,8 +113,7 @@ def _last_step(out):
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
-def test_long_haul(tmp_path, out):
-    user = playground(tmp_path / "user")
+def test_long_haul(user, tmp_path, out):
     whole = tmp_path / "whole"
 
     def flags(folder):

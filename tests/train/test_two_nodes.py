@@ -12,7 +12,7 @@ import pytest
 
 from mora_ds.checkpoint.layout import complete_checkpoints, step_of
 from tests.helpers import remote_shell
-from tests.helpers.jobs import REPOSITORY, run
+from tests.helpers.jobs import REPOSITORY, finished_run
 from tests.helpers.nodes import INTERFACE, trouble, two_nodes, wait_for
 from tests.helpers.resume import assert_same_result
 from tests.helpers.tables import words
@@ -31,9 +31,7 @@ a check.
 
 @pytest.fixture(scope="module")
 def whole(user, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(2, user.flags(out, MORE))
-    return out
+    return finished_run(2, user, tmp_path_factory, MORE)
 
 
 @pytest.fixture

@@ -25,16 +25,14 @@ from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, 
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
     random,
-    spec_id,
-    specs,
 )
 from tests.helpers.pairwise import pairwise
 from tests.helpers.quantized import (
-    LORA,
     adapt,
     assert_casts_leave_scales,
     assert_computes_as_over_dense,
     base_of,
+    every_spec,
     in_bits,
     model_in_few_bits,
 )
@@ -105,11 +103,7 @@ def test_bits_do_not_depend_on_threads_or_layout():
 in_8_bits = partial(in_bits, bits=8)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [*list(specs())[::3], *LORA],
-    ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora",
-)
+@every_spec(3)
 def test_a_layer_is_the_layer_over_the_dense_weight(spec, monkeypatch):
     assert_computes_as_over_dense(spec, 8, [], monkeypatch, rtol=1e-11, atol=1e-10)
 
