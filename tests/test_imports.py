@@ -176,16 +176,6 @@ def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used():
     assert granted & {pair[::-1] for pair in granted} == set(), "they import each other"
 
 
-def test_an_upward_import_is_noticed():
-    source = (
-        "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
-    )
-    assert imports(ast.parse(source)) == {"mora_ds.train.trainer.Trainer"}
-    assert forbidden(
-        "adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}
-    ) == {"mora_ds.train.trainer"}
-
-
 def test_no_two_modules_import_each_other():
     for module in MODULES:
         for imported in modules_imported(module):

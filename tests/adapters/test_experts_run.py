@@ -93,7 +93,7 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_exports_are_the_live_model_in_the_files_of_the_original(
-    user, model_folder, whole, tmp_path
+    model_folder, whole, tmp_path
 ):
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None

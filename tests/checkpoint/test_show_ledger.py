@@ -16,7 +16,7 @@ def test_every_folder_of_a_run_leads_to_its_ledger(original, tmp_path):
         find_ledger(tmp_path)
 
 
-def test_every_cycle_is_a_line(original, tmp_path, capsys):
+def test_every_cycle_is_a_line(original, capsys):
     call("ledger", "show", original.output)
     lines = capsys.readouterr().out.splitlines()
     assert "3 cycle(s)" in lines[0]

@@ -259,11 +259,6 @@ def test_nothing_to_tokenise(build, tmp_path):
         build([str(tmp_path / "a.jsonl")])
 
 
-def test_a_cache_folder_that_cannot_be(files, tokenizer):
-    with user_error(r"--cache_dir .* cannot be written to"):
-        build_cache(load_corpus(files), tokenizer, Path(files[0]))
-
-
 def test_an_empty_variable_names_no_cache_folder(
     files, tokenizer, tmp_path, monkeypatch
 ):

@@ -45,7 +45,7 @@ def corpus_of(folder, kind="jsonl", count=90):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_cache_token_by_token(user, tokenizer, tmp_path, kind):
+def test_a_stream_is_the_cache_token_by_token(tokenizer, tmp_path, kind):
     """Over two epochs: also their seams, paddings and positions."""
     corpus = corpus_of(tmp_path / "shards", kind)
     files = load_corpus([f"{tmp_path}/shards/*"])

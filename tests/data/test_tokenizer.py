@@ -179,12 +179,3 @@ def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path):
 
     with user_error("line 3: not UTF-8"):
         train_sentencepiece(texts(), 300, tmp_path)
-
-
-def test_no_end_of_text_token(trained):
-    wrapped = load_tokenizer(trained)
-    wrapped.eos_token = None
-    with user_error(
-        r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"
-    ):
-        end_of_text_id(wrapped)

@@ -44,8 +44,3 @@ def test_a_page_has_none_of_the_banned_words(page):
         for match in re.finditer(pattern, text, flags=re.IGNORECASE)
     ]
     assert not problems
-
-
-def test_the_list_catches_what_it_names():
-    bad = "the squares at their rate, beside a ramp; a house that was told by heart; the whole base"
-    assert sum(bool(re.search(pattern, bad)) for pattern in BANNED) >= 7

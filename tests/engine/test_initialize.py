@@ -155,11 +155,6 @@ def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path):
         assert mapped == tensors > 10
 
 
-def test_a_model_without_squares_is_refused():
-    with user_error(r"mora_ds\.inject"):
-        initialize(model=tiny_model("llama"), config=ds_config(3, 2, 1))
-
-
 def test_what_an_engine_is_not_made_of_is_refused():
     model = tiny_model("llama")
     experts = tiny_model("mixtral")

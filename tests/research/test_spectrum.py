@@ -144,14 +144,9 @@ def test_command(checkpoint, tmp_path, capsys):
     assert content == [asdict(row) for row in spectra(find_ledger(checkpoint))]
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--layers nothing", "--layers"),
-        ("--json /nowhere/new.json", "folder that you can write to"),
-    ],
-)
-def test_mistakes_in_flags_are_named(checkpoint, flags, named):
-    code, message = command("spectrum", [str(checkpoint), *flags.split()])
+def test_a_file_that_cannot_be_written_is_named(checkpoint):
+    code, message = command(
+        "spectrum", [str(checkpoint), "--json", "/nowhere/new.json"]
+    )
     assert code == 2
-    assert named in message
+    assert "folder that you can write to" in message

@@ -36,7 +36,7 @@ class Data:
         return {"input_ids": ids, "labels": torch.where(ids % 2 == 0, ids, IGNORED)}
 
 
-def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
+def loader(data, replica=0, replicas=1, accumulation=2, size=2):
     training = SimpleNamespace(
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
     )
@@ -47,7 +47,7 @@ def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
         engine=SimpleNamespace(device="cpu"),
         rows=lambda batch: batch,
     )
-    return BatchLoader(data, process, training, steps)
+    return BatchLoader(data, process, training, 5)
 
 
 def first_rows(replica, replicas, micro_batches, size):

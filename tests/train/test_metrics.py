@@ -38,7 +38,7 @@ def metrics(step, loss=2.0, **more):
     }  # fmt: skip
 
 
-def board_log(folder, start_step=0, pending=()):
+def board_log(folder, start_step, pending=()):
     """The log of a run with TensorBoard."""
     first_step = start_step + 1 if start_step and not pending else start_step
     board = Tracker("tensorboard", folder, {}, first_step, [])
