@@ -46,6 +46,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     persistent = offload.persistent_parameters
     if persistent:
         _gather_at_once(persistent[0])
+        for parameter in persistent:
+            free_quickly(parameter)
         root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
     return hooked
 

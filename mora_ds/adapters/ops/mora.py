@@ -30,7 +30,7 @@ grow.
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +117,7 @@ class OperatorSpec(UpdateSpec):
     def blocks_out(self) -> int:
         return math.ceil(self.d_out / self.r_hat)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """N: how many blocks of the input M is applied to."""
         return self.blocks_in if OPERATORS[self.kind].in_blocks else 1
