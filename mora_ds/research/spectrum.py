@@ -102,16 +102,13 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
         rank = int((values > values[0] * max(total.shape) * _FP32_EPS).sum())
         left = left[:, :rank]
         right = right[:rank]
+        entropy = torch.special.entr(values / values.sum()).sum()
         yield Spectrum(
             rank=rank,
             stable_rank=(values / values[0]).square().sum().item() if rank else 0.0,
-            effective_rank=_effective_rank(values) if rank else 0.0,
+            effective_rank=entropy.exp().item() if rank else 0.0,
             new_span=max(0.0, 1.0 - inside / energy) if energy else 0.0,
         )
-
-
-def _effective_rank(values: Tensor) -> float:
-    return torch.special.entr(values / values.sum()).sum().exp().item()
 
 
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
