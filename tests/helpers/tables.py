@@ -1,5 +1,5 @@
-"""Tables of cases in text: a row a line, its cells separated by " | "; lines that begin
-with "#" are comments.
+"""Tables of cases in text: a row a line, its cells separated by " | ", blanks around which
+align columns; lines that begin with "#" are comments.
 """
 
 import pytest
