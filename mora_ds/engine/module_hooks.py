@@ -8,6 +8,7 @@ every process between two steps. Without these hooks a step computes the same nu
 with less work of the host.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -86,19 +87,14 @@ def _gather_at_once(parameter: Any) -> None:
     every step (stage3.py, `_post_step`): small messages, which take longer to start than
     to send.
     """
-    all_gather = parameter.all_gather
 
-    def gather(
-        param_list: Any = None, async_op: bool = False, hierarchy: int = 0
-    ) -> Any:
-        if param_list is None or async_op:
-            return all_gather(param_list, async_op, hierarchy)
-        return parameter.all_gather_coalesced(_sharded(param_list)).wait()
+    def gather(param_list: Any = (parameter,)) -> None:
+        parameter.all_gather_coalesced(_sharded(param_list)).wait()
 
     parameter.all_gather = gather
 
 
-def _sharded(parameters: list[Any]) -> list[Any]:
+def _sharded(parameters: Iterable[Any]) -> list[Any]:
     """Those that are not gathered."""
     return [
         parameter

@@ -143,27 +143,22 @@ class IndexTables:
     """Whether an output reads some input in two blocks."""
 
     @cached_property
-    def scatters(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """How a weight of several blocks is formed, for each term of `spread`: which row of
-        the M R_b (N R, R) each output reads (O,), N R where it has no such term, and which
-        block's inputs the row is added to (O,).
+    def scatters(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """How a weight of several blocks is formed: the inputs of each block (N, R), int64
+        as `scatter_add_` takes no other, 0 for those that a window does not have; and for
+        each term of `spread` which row of the M R_b (N R, R) each output reads (O,), N R
+        where it has no such term, and which block's inputs the row is added to (O,).
 
         Kept, as small operations take a CPU longer to start than to compute: done for each
         weight anew, they were a third of the time to form it.
         """
-        blocks = self.columns.shape[0]
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(
-                (rows % (blocks * self.r_hat + 1), rows.clamp(min=0) // self.r_hat)
+            inputs = self.fold.table.view(-1, self.r_hat).long()
+            terms = [
+                (rows % (inputs.numel() + 1), rows.clamp(min=0) // self.r_hat)
                 for rows in self.spread.table
-            )
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """(N, R) int64, as `scatter_add_` takes no other: the inputs of each block; 0 for
-        those that a window does not have."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self.fold.table.view(-1, self.r_hat).clamp(min=0).long()
+            ]
+            return inputs.clamp(min=0), terms
 
 
 _tables_in_use = WeakValueDictionary[tuple["OperatorSpec", torch.device], IndexTables]()

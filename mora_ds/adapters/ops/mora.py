@@ -494,8 +494,9 @@ def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> 
     # Outputs with fewer terms read the row of zeros after the last one
     if tables.spread.missing is not None or len(tables.spread.table) > 1:
         rows = F.pad(rows, (0, 0, 0, 1))
-    for rows_read, blocks in tables.scatters:
-        columns = tables.columns.index_select(0, blocks)
+    inputs, terms = tables.scatters
+    for rows_read, blocks in terms:
+        columns = inputs.index_select(0, blocks)
         total.scatter_add_(1, columns, rows.index_select(0, rows_read))
     return total
 
