@@ -26,12 +26,13 @@ from tests.helpers.errors import user_error
 # -- shards ----------------------------------------------------------------------------
 
 
-def test_a_file_is_filled_up_to_its_limit(tmp_path):
+def test_a_file_is_filled_up_to_its_limit(tmp_path, monkeypatch):
     """A tensor above the limit has a file alone; none is empty."""
+    monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", 10)
     sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
     layout = {key: ((size,), torch.uint8) for key, size in sizes.items()}
     names = write_shards(
-        tmp_path, layout, 10, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype)
+        tmp_path, layout, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype)
     )
     contents = [" ".join(sorted(load_file(tmp_path / name))) for name in names]
     assert contents == ["large", "a b", "huge", "c", "d"]
@@ -49,15 +50,14 @@ def base_folder(folder, config):
     return BaseCheckpoint.open(folder)
 
 
-def test_an_index_is_written_for_several_files_alone(tmp_path):
+def test_an_index_is_written_for_several_files_alone(tmp_path, monkeypatch):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
     layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
 
     def written(folder, limit):
         folder.mkdir()
-        return write_shards(
-            folder, layout, limit, lambda key, dtype: base.read(key).to(dtype)
-        )
+        monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", limit)
+        return write_shards(folder, layout, lambda key, dtype: base.read(key).to(dtype))
 
     whole = tmp_path / "whole"
     assert written(whole, 100) == ("model.safetensors",)
