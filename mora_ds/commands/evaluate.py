@@ -56,15 +56,17 @@ def main() -> None:
     )
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = score_sets(target, sets, windows, options)
-    if options.json is not None:
-        content = {
-            "model": str(options.model),
-            "window": windows.window,
-            "stride": windows.stride,
-            "sets": {name: score.to_dict() for name, score in scores.items()},
-        }
-        write_json_atomic(options.json, content)
-    say(*table([TITLES, *(score_cells(*named) for named in scores.items())]))
+    try:
+        if options.json is not None:
+            content = {
+                "model": str(options.model),
+                "window": windows.window,
+                "stride": windows.stride,
+                "sets": {name: score.to_dict() for name, score in scores.items()},
+            }
+            write_json_atomic(options.json, content)
+    finally:
+        say(*table([TITLES, *(score_cells(*named) for named in scores.items())]))
 
 
 def check_scoring(options: argparse.Namespace) -> None:

@@ -369,9 +369,11 @@ def _sizes(folder: Path) -> dict[str, int]:
     for parent, _, names, descriptor in os.fwalk(folder):
         prefix = f"{parent}/".removeprefix(f"{folder}/")
         for name in names:
-            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode):
-                sizes[f"{prefix}{name}"] = status.st_size
+            # Another node may have renamed it since it was listed
+            with suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    sizes[f"{prefix}{name}"] = status.st_size
     return sizes
 
 

@@ -31,7 +31,7 @@ Class = TypeVar("Class", bound=type)
 
 _NOT_GIVEN = object()
 
-_LOCAL_RANK = re.compile(r"--local[_-]rank=\d+")
+_LOCAL_RANK = re.compile(r"--local[_-]rank=-?\d+")
 """What launchers add to a command line. The variable LOCAL_RANK, which they set too, is
 what is read."""
 
@@ -83,6 +83,7 @@ heartbeat_timeout_s: was removed: schedulers watch processes, --collective_timeo
 hold_weights: was removed: --compute chooses between activation and weight
 init_adapter: was removed: a LoRA of PEFT is merged into its base with PEFT, and that model adapted
 liger: was removed, since nobody has measured it here
+local_rank: was removed: the variable LOCAL_RANK, which launchers set, is read
 lora_rank: was removed: --mora_rank is the rank of --adapter lora too
 merge_at_end: was removed: exports add the MoRA matrices that are not merged yet
 merge_at_latest, merge_when, stall_signal, stall_tolerance, stall_window: was removed: merge at intervals, --merge_every

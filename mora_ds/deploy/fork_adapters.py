@@ -30,7 +30,6 @@ from mora_ds.common.files import (
     atomic_folder,
     read_json,
     require_new,
-    require_outside,
     write_manifest,
 )
 from mora_ds.common.tensor_files import dtype_name, open_safetensors
@@ -64,7 +63,6 @@ def convert_fork(
     path = as_path(path, "convert_fork: `path`")
     output = as_path(output, "convert_fork: `output`")
     require_new(output)
-    require_outside(output, path)
     source = path / CONFIG_FILE
     settings = read_json(source)
     kind, grouping = _operator(settings, source)

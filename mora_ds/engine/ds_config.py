@@ -213,8 +213,8 @@ def compute_dtype(ds_config: DsConfig) -> str:
 def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> DsConfig:
     """A new config with ZeRO's "auto" sizes set from those of the trainable parameters.
 
-    - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are refreshed by
-      one all-gather a step; the others are gathered one by one, in forward and again in backward. As many as fit in
+    - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are gathered
+      once a step; the others are gathered one by one, in forward and again in backward. As many as fit in
       `PERSIST_BUDGET_BYTES` persist, smallest first: all MoRA matrices at a small adapter rank, only the norms at a
       large one.
     - `stage3_prefetch_bucket_size`: what one transformer block needs.

@@ -8,7 +8,6 @@ every process between two steps. Without these hooks a step computes the same nu
 with less work of the host.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -46,7 +45,6 @@ def drop_idle_hooks(engine: Any) -> list[str]:
             module.register_forward_pre_hook(_views)
     persistent = offload.persistent_parameters
     if persistent:
-        _gather_at_once(persistent[0])
         for parameter in persistent:
             free_quickly(parameter)
         root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
@@ -78,34 +76,14 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _gather_at_once(parameter: Any) -> None:
-    """Give a sharded parameter an `all_gather` that sends a list of parameters in one
-    collective, as `all_gather_coalesced` does for a module's.
-
-    DeepSpeed's sends one for each of them (partition_parameters.py,
-    `_allgather_params_coalesced`), and with it refreshes all persistent parameters after
-    every step (stage3.py, `_post_step`): small messages, which take longer to start than
-    to send.
-    """
-
-    def gather(param_list: Any = (parameter,)) -> None:
-        parameter.all_gather_coalesced(_sharded(param_list)).wait()
-
-    parameter.all_gather = gather
-
-
-def _sharded(parameters: Iterable[Any]) -> list[Any]:
-    """Those that are not gathered."""
-    return [
-        parameter
-        for parameter in parameters
-        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
-    ]
-
-
 def _gather(persistent: list[Any]) -> None:
     """All-gather the persistent parameters that are sharded: before the first pass,
     after a step that fp16 has skipped and after a context that has gathered one
     (`GatheredParameters`). Else the step has gathered them already."""
-    if _sharded(persistent):
-        persistent[0].all_gather(persistent)
+    sharded: list[nn.Parameter] = [
+        parameter
+        for parameter in persistent
+        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    ]
+    if sharded:
+        persistent[0].all_gather(sharded)

@@ -251,6 +251,10 @@ class EngineShards:
             if runs.shape[1] == STRIDE:
                 # Of an earlier version: without the last columns, a row for each extent
                 runs = _joined(np.pad(runs, [(0, 0), (0, 2)], constant_values=1))
+            if len(files) != layout.world_size:
+                raise UserError(
+                    f"{path}: it lists {len(files)} files of {layout.world_size} ranks"
+                )
             shards = cls(folder, layout, files, runs)
             shards._check_whole()
         return shards
@@ -300,7 +304,8 @@ class EngineShards:
         of_all = self.folder.parent / RNG_FILE
         if of_all.is_file():
             handle = open_safetensors(of_all)
-            return {kind: handle.get_slice(kind)[rank] for kind in handle.keys()}  # noqa: SIM118  (no mapping)
+            with malformed(of_all):
+                return {kind: handle.get_slice(kind)[rank] for kind in handle.keys()}  # noqa: SIM118  (no mapping)
         return self._shard(rank).random_states()
 
     def _shard(self, rank: int) -> _Shard:

@@ -201,8 +201,6 @@ def rank_memory(
     # backward gathers again.
     gathers_again = gathered.elements > trained.total - sum(trained.persistent)
     output_buffer = gathered.largest_call * itemsize if gathers_again else 0
-    # They are gathered anew in one call, whose output buffer is then split up
-    refreshed = 2 * persistent
     states = _optimizer_bytes(trained)
     on_device = dict.fromkeys(states, 0) if trained.offloads else states
     temporary = 0 if trained.offloads else (2 + trained.on_cpu) * trained.shard * FP32
@@ -221,9 +219,9 @@ def rank_memory(
         gathered=unsharded,
         activations=step.saved,
         forward_backward=unsharded + output_buffer + step_peak,
-        optimizer_step=max(refreshed, temporary),
+        optimizer_step=max(persistent, temporary),
         merge=merge + 2 * largest + persistent if merge else 0,
-        save=max(2 * largest + persistent, refreshed),
+        save=2 * largest + persistent,
         host_optimizer=sum(states.values()) - sum(on_device.values()),
         host_save=trained.total * FP32,
         base_buffers=buffers,

@@ -52,15 +52,10 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
                 "copy elsewhere, or another --output_dir"
             )
         if real == output_dir and flag != _CACHE:
-            raise _shared_folder(flag, named, folder)
-    for flag, pattern in texts:
-        for _, named in _paths([(flag, pattern)]):
-            real = _real(named)
-            # A pattern may match what the run writes; a file that is named stays itself
-            is_matched = glob.has_magic(str(pattern)) and real.is_file()
-            is_beside = is_matched and real.parent == output_dir
-            if is_beside or real in output_dir.parents:
-                raise _shared_folder(flag, named, folder)
+            raise _within(flag, named, folder)
+    for flag, name in texts:
+        if name and _searches(_real(expanded(name, flag)), output_dir):
+            raise _within(flag, name, folder)
 
 
 def _real(path: Path) -> Path:
@@ -69,9 +64,21 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _shared_folder(flag: str, named: Path, folder: Path) -> UserError:
+def _searches(text: Path, output_dir: Path) -> bool:
+    """Whether a folder or pattern of text comes upon what a run writes to `output_dir`,
+    which need not exist yet."""
+    if text.exists() or not glob.has_magic(str(text)):
+        return text in output_dir.parents
+    before, is_recursive, _ = str(text).partition("**")
+    if is_recursive:
+        folders = (output_dir, *output_dir.parents)
+        return any(searched.match(before) for searched in folders)
+    return any((output_dir / name).match(str(text)) for name in ("", *NAMES))
+
+
+def _within(flag: str, named: object, folder: Path) -> UserError:
     return UserError(
-        f"{flag} {named}: the run would write into the same folder, --output_dir {folder}: name another --output_dir"
+        f"{flag} {named}: what the run writes to --output_dir {folder} would be a part of it: name another --output_dir"
     )
 
 
@@ -108,9 +115,5 @@ def _paths(inputs: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, Path
         matches = [path]
         if glob.has_magic(path) and not os.path.exists(path):
             matches = glob.glob(path, recursive=True)
-            # The whole folder before "**" is searched, for what a run will write too.
-            searched, is_recursive, _ = path.partition("**")
-            if is_recursive:
-                matches.append(searched)
         for match in matches:
             yield flag, Path(match)

@@ -149,9 +149,12 @@ class Trainer:
             done = f"all {state.step} steps of this run are done: nothing left to train"
             logger.info(evaluator.forgotten or done)
             # A run that was killed after its last save has not retired the older ones
-            if self.ranks.is_first:
-                root = self.job.start.folder / CHECKPOINTS
-                retain(root, state.step, self.training.save_total_limit)
+            root = self.job.start.folder / CHECKPOINTS
+            self.ranks.on_first(
+                "older checkpoints",
+                lambda: retain(root, state.step, self.training.save_total_limit),
+                long=True,
+            )
             return
         state.finished = False
         self.memory.end("start")

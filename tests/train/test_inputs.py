@@ -37,9 +37,11 @@ NAMED = """
 {model_name_or_path: out} | --model_name_or_path out
 {model_name_or_path: other} | --model_name_or_path other
 {tokenizer_name: other/../out} | --tokenizer_name other/../out
-{train_files: ["out/c*.txt"]} | --train_files out/corpus.txt
-{train_files: ["other/c*.txt"]} | --train_files other/corpus.txt
-{train_files: ["./**/*.parquet"]} | --train_files .
+{train_files: ["out/r*"]} | --train_files out/r*
+{train_files: ["other/s*"]} | --train_files other/s*
+{train_files: ["*"]} | --train_files out
+{train_files: ["./**/*.parquet"]} | --train_files ./**/*.parquet
+{train_files: ["ou*/**/*.csv"]} | --train_files ou*/**/*.csv
 {eval_files: [held=out]} | --eval_files out
 {mixture: all.yaml, train_files: []} | --mixture .
 """
@@ -89,10 +91,16 @@ def test_an_input_within_the_output_is_named(home, changes, message):
     assert "--output_dir out" in str(refused.value)
 
 
+def test_a_pattern_that_would_match_a_new_output_folder_is_refused(home):
+    with user_error(r"--train_files n\*"):
+        check_inputs(settings({"train_files": ["n*"]}), Path("new"))
+
+
 OTHERS = """
 {}
 {model_name_or_path: .}
 {train_files: [out/corpus.txt]}
+{train_files: ["out/c*.txt"]}
 {train_files: [out/texts]}
 {train_files: ["out/texts/**/*.txt"]}
 {dataset_name: out/texts, train_files: []}
