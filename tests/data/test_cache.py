@@ -97,6 +97,16 @@ def test_documents_between_bos_and_eos(
     assert without.tokens[0] != 1
 
 
+def test_ids_that_two_bytes_do_not_hold_take_four(
+    files, build, tokenizer, tmp_path, monkeypatch
+):
+    narrow = build(files)
+    monkeypatch.setattr("mora_ds.data.tokenizer.largest_id", lambda _: ("x", 65_536))
+    wide = build_cache(load_corpus(files), tokenizer, tmp_path / "wide")
+    assert wide.tokens.dtype == np.uint32
+    assert wide.tokens.tolist() == narrow.tokens.tolist()
+
+
 def test_a_long_file_is_one_document(
     build,
     tokenizer,
