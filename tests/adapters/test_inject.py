@@ -14,7 +14,7 @@ from mora_ds.adapters.inject import (
     move_base,
     set_cycle,
 )
-from mora_ds.adapters.ops.spec import Grouping
+from mora_ds.adapters.ops.spec import Grouping, permutation_seed
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from tests.helpers.errors import user_error
@@ -304,6 +304,8 @@ def test_every_cycle_has_its_own_permutations():
     config = MoRAConfig(rank=4, operator="share", seed=7)
     inject(model, config)
     seeds = set()
+    for name, layer in mora_layers(model).items():
+        assert layer.spec.seed == permutation_seed(7, name, 0)
     for cycle in range(3):
         set_cycle(model, config, cycle)
         seeds |= {layer.spec.seed for layer in mora_layers(model).values()}
@@ -319,6 +321,30 @@ def test_alternation_is_the_papers():
     config = MoRAConfig(rank=4, operator="share", grouping="alternate")
     groupings = [config.operator_for("a", 8, 8, cycle).grouping for cycle in range(4)]
     assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
+
+
+RANKS = [
+    ("contiguous", [22, 22, 22, 22]),
+    ("alternate", [22, 43, 43, 43]),
+    ("permuted", [22, 43, 64, 64]),
+]
+"""Grouping | ranks of the sum of all updates after each cycle, with r_hat 22."""
+
+
+@pytest.mark.parametrize("grouping, wanted", RANKS)
+def test_fresh_permutations_add_about_r_hat_to_the_rank_in_every_cycle(
+    grouping, wanted
+):
+    config = MoRAConfig(rank=4, operator="share", grouping=grouping, seed=7)
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    ranks = []
+    for cycle in range(4):
+        spec = config.operator_for("a", 64, 64, cycle)
+        matrix = torch.randn(spec.r_hat, spec.r_hat, dtype=torch.float64)
+        total += spec.delta_weight(matrix)
+        ranks.append(int(torch.linalg.matrix_rank(total)))
+    assert spec.r_hat == 22
+    assert ranks == wanted
 
 
 def test_layers_stay_in_training_or_evaluation():
