@@ -150,6 +150,11 @@ def reachable(module):
     return reached
 
 
+def test_an_import_inside_a_function_is_seen():
+    inside = ast.parse("def f():\n    import mora_ds.train")
+    assert imports(inside) == {"mora_ds.train"}
+
+
 def test_every_package_is_in_the_table():
     assert {package_of(name) for name in MODULES} == {"", *MAY_IMPORT}
     entries = {path.name for path in (ROOT / "mora_ds").iterdir()}
