@@ -57,6 +57,7 @@ export_hf --checkpoint {run} --output {new} --delta_scale 0.5 --verify | --verif
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --delta_scale half | --delta_scale
+export_hf --checkpoint {run} --output {new} --delta_scale inf --onto {user}/model | --delta_scale
 export_hf --checkpoint {run} --output {new} --onto {bad}/gone | --onto | gone
 export_hf --checkpoint {run} --output {new} --onto {user} | --onto | no config.json
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
