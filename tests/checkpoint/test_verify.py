@@ -163,7 +163,7 @@ DEEPER = [
     ("no probe", lambda folder: (folder / "probe.safetensors").unlink(), "probe.safetensors is missing"),
     ("another tensor", another_tensor, "do not hold the same tensors, e.g. another.weight"),
     ("a moment", lambda folder: changed_shard(folder, "0.exp_avg", lambda moment: moment + torch.inf), "exp_avg of"),
-    ("a NaN moment", lambda folder: changed_shard(folder, "0.exp_avg", lambda moment: moment * torch.nan), "exp_avg of"),
+    ("NaN moment", lambda folder: changed_shard(folder, "0.exp_avg", lambda values: values * torch.nan), "exp_avg of"),
     ("a short shard", lambda folder: changed_shard(folder, "0.master", lambda flat: flat[:-40].clone()), "incomplete"),
     ("a count", lambda folder: changed_shard(folder, "0.step", lambda step: step + 1), "another rank's shard"),
     ("a part", lambda folder: changed_table(folder, lambda rows: rows[:-1]), "do not hold all of"),
