@@ -401,11 +401,6 @@ train/inputs.py | train/test_inputs.py
 -("", *NAMES)
 +()
 
-# a finished run keeps what its last save did not come to delete
-train/trainer.py | checkpoint/test_writer.py
--retain(root, state.step, self.training.save_total_limit)
-+pass
-
 # a folder with names of a run and no run is taken
 train/output_folder.py | train/test_output_folder.py
 -if present and not has_run:

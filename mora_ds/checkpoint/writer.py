@@ -197,7 +197,7 @@ class CheckpointWriter:
         if state["best_step"]:
             name_best(self.root, step_folder(self.root, state["best_step"]))
         files.replace_symlink(self.root / LATEST, final.name)
-        retain(self.root, state["step"], keep)
+        _retain(self.root, state["step"], keep)
 
 
 def _record(beside: Path, shard: RankShard) -> dict[str, JsonObject]:
@@ -228,7 +228,7 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     state.world_size = dist.get_world_size()
 
 
-def retain(root: Path, step: int, keep: int | None) -> None:
+def _retain(root: Path, step: int, keep: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints. Later ones than `step`, which a
     resume from an earlier checkpoint has left behind, and incomplete folders are
     neither counted nor deleted. A link to a checkpoint that the user keeps elsewhere is

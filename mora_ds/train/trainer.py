@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, step_of
-from mora_ds.checkpoint.writer import retain
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.engine import zero
@@ -148,13 +147,6 @@ class Trainer:
         if self.is_finished:
             done = f"all {state.step} steps of this run are done: nothing left to train"
             logger.info(evaluator.forgotten or done)
-            # A run that was killed after its last save has not retired the older ones
-            root = self.job.start.folder / CHECKPOINTS
-            self.ranks.on_first(
-                "older checkpoints",
-                lambda: retain(root, state.step, self.training.save_total_limit),
-                long=True,
-            )
             return
         state.finished = False
         self.memory.end("start")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.writer import retain
+from mora_ds.checkpoint.writer import _retain as retain
 from mora_ds.common.files import verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.engines import ds_config

@@ -78,7 +78,7 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     repair(root)
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
     assert resume_checkpoint("auto", root) == root / "step-000006"
-    writer.retain(root, 6, keep=1)
+    writer._retain(root, 6, keep=1)
     gone = {
         name for name in before if name.split("/")[0] in ("step-000002", "step-000004")
     }
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
-        writer.retain(root, 6, keep=1)
+        writer._retain(root, 6, keep=1)
         repair(root)
     assert (
         "cannot be deleted and takes up space: [Errno 16] Device or resource busy"
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     assert resume_checkpoint("auto", root) == root / "step-000006"
     caplog.clear()
     repair(root)
-    writer.retain(root, 6, keep=1)
+    writer._retain(root, 6, keep=1)
     assert names(root) == ["step-000001", "step-000006"]
     assert {path.name for path in root.glob(".*")} == set(HIDDEN_FOLDERS)
     assert not caplog.text

@@ -10,7 +10,7 @@ from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import golden_flags, job, refused, run
+from tests.helpers.jobs import job, refused
 
 # -- what it holds ---------------------------------------------------------------------
 
@@ -112,16 +112,6 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(
 
 
 # -- the disk --------------------------------------------------------------------------
-
-
-def test_a_finished_run_retires_what_its_last_save_has_left(user, golden, tmp_path):
-    """As a kill between that checkpoint's name and the end of the save leaves it."""
-    out = tmp_path / "out"
-    shutil.copytree(golden, out, symlinks=True)
-    again = "--save_total_limit 2 --resume_from_checkpoint auto"
-    run(2, golden_flags(user, out, again))
-    kept = [folder.name for folder in complete_checkpoints(out / "checkpoints")]
-    assert kept == ["step-000004", "step-000006"]
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user, disk):
