@@ -79,18 +79,18 @@ class CheckpointWriter:
         root: Path,
         engine: zero.Engine,
         collect: Collect,
+        ranks: Ranks,
         background: bool = False,
-        ranks: Ranks | None = None,
     ) -> None:
         """`root`: seen by all ranks."""
         self.root = root
         self.engine = engine
         self.collect = collect
-        self._ranks = Ranks.current() if ranks is None else ranks
+        self._ranks = ranks
         self._background: Background | None = None
         if background:
-            self._background = Background(self._ranks.timeout_s)
-            self._thread_ranks = self._ranks.separate()
+            self._background = Background(ranks.timeout_s)
+            self._thread_ranks = ranks.separate()
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
         """Returns the final folder, which in the background does not exist yet. Keeps

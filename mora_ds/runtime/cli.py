@@ -77,13 +77,6 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
             main()
         except (Stopped, SystemExit):
             raise
-        except UnicodeEncodeError as error:
-            # Of a name that a file has, or a library was given
-            name = error.object[max(0, error.start - 60) : error.end + 60]
-            text = f"{name!r} cannot be written as {error.encoding}"
-            advised = UserError(f"{text}: rename it, or set LC_ALL=C.UTF-8")
-            advised.is_shared = getattr(error, "is_shared", False)  # type: ignore[attr-defined]
-            _fail(advised)
         except BaseException as error:
             # The error may be that of a collective in which a signal has come, as
             # another rank left at its own: `Stopped` is then raised within `_fail`

@@ -166,7 +166,7 @@ class Run:
         self._tokenizer_folder = tokenizer_folder
         self._facts = {"operator": config.title, **(facts or {})}
         self.checkpoints = CheckpointWriter(
-            self.folder / CHECKPOINTS, engine, self._gather, async_save, ranks
+            self.folder / CHECKPOINTS, engine, self._gather, ranks, async_save
         )
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -212,7 +212,7 @@ class Run:
         if folder is not None:
             root = as_path(folder, "save: `folder`") / CHECKPOINTS
             checkpoints = CheckpointWriter(
-                root, self.engine, self._gather, ranks=self.ranks
+                root, self.engine, self._gather, self.ranks
             )
         self.state.scheduler = _scheduler_state(self.engine.lr_scheduler)
         self.state.step = step
@@ -474,7 +474,7 @@ class FullRun(Run):
         self.tokenizer = tokenizer
         self._gradient_of = None
         self.checkpoints = CheckpointWriter(
-            folder / CHECKPOINTS, engine, self._gather, async_save, ranks
+            folder / CHECKPOINTS, engine, self._gather, ranks, async_save
         )
         if resume is not None:
             load_checkpoint(resume, engine, state)

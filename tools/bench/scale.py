@@ -269,7 +269,9 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     state = TrainerState(step=1, world_size=one.world)
     if one.rank:
         beside.mkdir(parents=True)
-    writer = CheckpointWriter(root, engine, lambda step: lambda folder: None)
+    writer = CheckpointWriter(
+        root, engine, lambda step: lambda folder: None, Ranks.current()
+    )
     with one.phase() as spent:
         final = writer.save(state)
     if one.rank:  # what rank 0 would have added

@@ -104,10 +104,12 @@ class OperatorSpec(UpdateSpec):
 
     @property
     def table_bytes(self) -> int:
-        """About three int32 for each input and output, if cycles draw permutations."""
+        """About three int32 for each input and output, if cycles draw permutations; five
+        where M has several blocks, by whose rows a weight is formed."""
         if self.grouping is not Grouping.PERMUTED:
             return 0
-        return 3 * torch.int32.itemsize * (self.d_in + self.d_out)
+        numbers = 3 if self.blocks == 1 else 5
+        return numbers * torch.int32.itemsize * (self.d_in + self.d_out)
 
     @property
     def blocks_in(self) -> int:
