@@ -86,7 +86,11 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     if any((path / name).is_file() for name in (MANIFEST, STATE_FILE, ADAPTER_JSON)):
         return [_verify_one(path.resolve(), opened)]
     if (path / LEDGER_FILE).is_file():
-        return [_verify_ledger(path.resolve(), opened)]
+        # A ledger without a checkpoint, such as that of a run
+        ledger = path.resolve()
+        return [
+            _verdict(ledger, [lambda _: _cycles(Ledger.open(ledger))], ledger, opened)
+        ]
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
@@ -119,11 +123,6 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     return _verdict(
         folder, applying, folder / LEDGER_FOLDER, base if has_adapter else None
     )
-
-
-def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
-    """The verdict on a ledger without a checkpoint, such as that of a run."""
-    return _verdict(folder, [lambda folder: _cycles(Ledger.open(folder))], folder, base)
 
 
 def _verdict(

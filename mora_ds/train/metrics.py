@@ -18,7 +18,7 @@ from mora_ds.common.nested import flattened
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
 from mora_ds.train.run_file import Facts
-from mora_ds.train.trackers import Numbers, Tracker
+from mora_ds.train.trackers import TENSORBOARD, Numbers, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,8 @@ class MetricsLog:
             rows = _keep_rows(self._path, start_step, pending)
             self._file = self._path.open("a", encoding="utf-8")
             for tracker in trackers:
-                if pending and tracker.drops_points:
+                # Weights & Biases has kept its points, and takes no step twice
+                if pending and tracker.name == TENSORBOARD:
                     for row in rows:
                         tracker.log(_curves(row), row["step"])
 

@@ -211,9 +211,7 @@ class Run:
         checkpoints = self.checkpoints
         if folder is not None:
             root = as_path(folder, "save: `folder`") / CHECKPOINTS
-            checkpoints = CheckpointWriter(
-                root, self.engine, self._gather, self.ranks
-            )
+            checkpoints = CheckpointWriter(root, self.engine, self._gather, self.ranks)
         self.state.scheduler = _scheduler_state(self.engine.lr_scheduler)
         self.state.step = step
         self.check_base()

@@ -55,8 +55,6 @@ class Tracker:
         `first_step`: TensorBoard drops the points from this step on, which come again.
         `failures`: gets a line where the tracker fails."""
         self.name = name
-        # A run of Weights & Biases that goes on (WANDB_RUN_ID) takes none of them
-        self.drops_points = name == TENSORBOARD
         self._failures = failures
         self._works = False
         with training_goes_on(f"--report_to {name} at the start", failures):
