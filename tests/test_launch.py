@@ -46,9 +46,14 @@ def sbatch(folder, code, **environment):
         stand_in.write_text(f"#!/bin/bash\n{script}\n")
         stand_in.chmod(0o755)
     slurm = {
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8",
-        "SLURM_CPUS_PER_TASK": "12", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_USER": "me",
-    }  # fmt: skip
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "12",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_USER": "me",
+    }
     log = folder / "log"
     log.unlink(missing_ok=True)
     path = {
@@ -161,8 +166,11 @@ def test_skypilot_starts_a_process_a_gpu(monkeypatch):
     assert task["resources"]["accelerators"].endswith(f":{GPUS}")
     *_, command = task["run"].replace("\\\n", " ").strip().splitlines()
     variables = {
-        "SKYPILOT_NUM_NODES": NODES, "SKYPILOT_NUM_GPUS_PER_NODE": GPUS, "SKYPILOT_NODE_RANK": 1, "head": "10.0.0.1",
-    }  # fmt: skip
+        "SKYPILOT_NUM_NODES": NODES,
+        "SKYPILOT_NUM_GPUS_PER_NODE": GPUS,
+        "SKYPILOT_NODE_RANK": 1,
+        "head": "10.0.0.1",
+    }
     torchrun, *words = shlex.split(
         Template(command).substitute({**variables, **task["envs"]})
     )

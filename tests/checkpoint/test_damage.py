@@ -45,11 +45,19 @@ def out(golden, tmp_path):
 
 
 KINDS = (
-    "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
-    "ledger/ledger.json", "ledger/cycle-00001.safetensors",
-    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-    "engine/layouts.safetensors", *(f"engine/rank-{rank:05d}.safetensors" for rank in (0, 1)),
-)  # fmt: skip
+    "adapter.json",
+    "adapter.safetensors",
+    "base.json",
+    "probe.safetensors",
+    "trainer_state.json",
+    "manifest.json",
+    "ledger/ledger.json",
+    "ledger/cycle-00001.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "engine/layouts.safetensors",
+    *(f"engine/rank-{rank:05d}.safetensors" for rank in (0, 1)),
+)
 
 
 def test_every_file_of_a_checkpoint_has_its_case(golden):

@@ -40,8 +40,10 @@ def test_its_files_and_links(golden):
     checkpoint = golden / "checkpoints/latest"
     assert os.readlink(checkpoint) == "step-000006"
     assert [path.name for path in complete_checkpoints(golden / "checkpoints")] == [
-        "step-000002", "step-000004", "step-000006",
-    ]  # fmt: skip
+        "step-000002",
+        "step-000004",
+        "step-000006",
+    ]
     assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
     assert not list((golden / "checkpoints").glob(".*")), "nothing half-written stays"
     cycle = golden / "ledger/cycle-00000.safetensors"

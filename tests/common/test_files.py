@@ -328,9 +328,13 @@ def test_json_is_utf8_of_a_known_format(tmp_path):
 
 @pytest.mark.parametrize(
     "error, words",
-    [(UserError("of a value"), "a.json: of a value"), (KeyError("step"), "a.json is damaged: KeyError"),
-     (ZeroDivisionError("x"), "a.json is damaged"), (RuntimeError("x"), "a.json is damaged")],
-)  # fmt: skip
+    [
+        (UserError("of a value"), "a.json: of a value"),
+        (KeyError("step"), "a.json is damaged: KeyError"),
+        (ZeroDivisionError("x"), "a.json is damaged"),
+        (RuntimeError("x"), "a.json is damaged"),
+    ],
+)
 def test_what_reading_a_file_raises_names_it(error, words):
     with user_error(words), files.malformed(Path("a.json")):
         raise error

@@ -52,9 +52,15 @@ def test_the_schedule_has_every_setting_of_the_flags():
     )
     arguments = parse(flags.split())
     assert arguments.schedule(1000) == Schedule(
-        kind=ScheduleKind.WARMUP_STABLE_DECAY, peak=0.002, total_steps=1000, warmup_steps=5, min_ratio=0.1,
-        merge_every=40, restart_warmup_steps=7, decay_ratio=0.3,
-    )  # fmt: skip
+        kind=ScheduleKind.WARMUP_STABLE_DECAY,
+        peak=0.002,
+        total_steps=1000,
+        warmup_steps=5,
+        min_ratio=0.1,
+        merge_every=40,
+        restart_warmup_steps=7,
+        decay_ratio=0.3,
+    )
 
 
 def test_the_engine_has_every_setting_of_the_flags():
@@ -65,10 +71,18 @@ def test_the_engine_has_every_setting_of_the_flags():
     )
     training = parse(flags.split()).training
     assert training.engine_settings() == EngineSettings(
-        micro_batch_size=3, gradient_accumulation_steps=5, learning_rate=0.002, other_learning_rate=0.001,
-        betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.2, max_grad_norm=0.5, bf16=False, fp16=True,
+        micro_batch_size=3,
+        gradient_accumulation_steps=5,
+        learning_rate=0.002,
+        other_learning_rate=0.001,
+        betas=(0.8, 0.9),
+        epsilon=1e-6,
+        weight_decay=0.2,
+        max_grad_norm=0.5,
+        bf16=False,
+        fp16=True,
         optimizer=OptimizerKind.MUON,
-    )  # fmt: skip
+    )
     assert training.rows_per_step(8) == 3 * 5 * 2
 
 
@@ -78,9 +92,19 @@ def test_adapter_settings_become_the_adapters_config():
         "--train_head --train_norms --train_embedding_rank 3 --base_bits 8 --target_modules q_proj"
     )
     assert parse(flags.split()).adapter.config(seed=5) == MoRAConfig(
-        rank=16, operator="share", grouping="strided", compute="weight", r_hat_multiple=2, dropout=0.1,
-        train_head=True, train_norms=True, embedding_rank=3, base_bits=8, target_modules=("q_proj",), seed=5,
-    )  # fmt: skip
+        rank=16,
+        operator="share",
+        grouping="strided",
+        compute="weight",
+        r_hat_multiple=2,
+        dropout=0.1,
+        train_head=True,
+        train_norms=True,
+        embedding_rank=3,
+        base_bits=8,
+        target_modules=("q_proj",),
+        seed=5,
+    )
     flags = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
     wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)
     assert parse(flags.split()).adapter.config(seed=5) == wanted

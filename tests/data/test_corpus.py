@@ -185,17 +185,42 @@ EMPTY_GZIP = gzip.compress(b"", mtime=0)
 CUT_GZIP = gzip.compress(bytes(range(97, 122)) * 1000, mtime=0)[:-20]
 UNREAD = "a.jsonl.bz2 a.zip a.parquet.GZ a.pdf a.csv a.csv.gz A.TSV a.arrow"
 WRONG = [
-    *(("a.jsonl", FIRST + record.encode() + b"\n", message) for record, message in rows(RECORDS)),
+    *(
+        ("a.jsonl", FIRST + record.encode() + b"\n", message)
+        for record, message in rows(RECORDS)
+    ),
     ("a.txt.gz", EMPTY_GZIP, "is empty"),
-    ("a.txt", "one\ntwo é".encode()[:-1], "line 2: not UTF-8 (byte 0xc3: unexpected end of data)"),
-    ("a.json", b'[\n{"text": "a"}\n]', "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq"),
-    ("a.json", b'{\n"text": "a"\n}', "one object a line is read (jq -c . makes a line of an object"),
-    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number has more than 4300 digits"),
-    ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
-     "line 4: brackets are nested too deeply"),
+    (
+        "a.txt",
+        "one\ntwo é".encode()[:-1],
+        "line 2: not UTF-8 (byte 0xc3: unexpected end of data)",
+    ),
+    (
+        "a.json",
+        b'[\n{"text": "a"}\n]',
+        "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq",
+    ),
+    (
+        "a.json",
+        b'{\n"text": "a"\n}',
+        "one object a line is read (jq -c . makes a line of an object",
+    ),
+    (
+        "a.jsonl",
+        FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000),
+        "line 4: a number has more than 4300 digits",
+    ),
+    (
+        "a.jsonl",
+        FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
+        "line 4: brackets are nested too deeply",
+    ),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
-    *((name, b"x", "files are not read; give text, JSON lines") for name in UNREAD.split()),
-]  # fmt: skip
+    *(
+        (name, b"x", "files are not read; give text, JSON lines")
+        for name in UNREAD.split()
+    ),
+]
 """Files that hold nothing, other bytes or other fields are lines of
 tests/config/test_bad_launches.py."""
 

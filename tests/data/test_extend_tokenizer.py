@@ -65,10 +65,18 @@ PLAIN = [
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
 
 LLAMA = {
-    "model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "split_digits": True, "add_dummy_prefix": True,
-    "allow_whitespace_only_pieces": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity",
-    "character_coverage": 0.9995, "num_threads": 1, "minloglevel": 2,
-}  # fmt: skip
+    "model_type": "bpe",
+    "vocab_size": 700,
+    "byte_fallback": True,
+    "split_digits": True,
+    "add_dummy_prefix": True,
+    "allow_whitespace_only_pieces": True,
+    "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity",
+    "character_coverage": 0.9995,
+    "num_threads": 1,
+    "minloglevel": 2,
+}
 """As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
 normalizer_spec).
 """

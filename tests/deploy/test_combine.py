@@ -257,9 +257,11 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
     )
     another_base.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
-        ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
+        ("fewer", "adapt different layers"),
+        ("norms", "train different tensors"),
+        ("law", "have different domains"),
         ("other", "have different bases"),
-    ):  # fmt: skip
+    ):
         with user_error(message):
             combine_adapters(
                 [tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum"

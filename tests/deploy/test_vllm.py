@@ -91,9 +91,17 @@ def base(model_class=LlamaForCausalLM, config_class=LlamaConfig):
     random logits are far apart."""
     torch.manual_seed(0)
     config = config_class(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=64, vocab_size=512, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
     model = model_class(config).eval()
     nn.init.normal_(model.lm_head.weight, std=1.0)
     return model

@@ -138,10 +138,32 @@ def test_the_citation_names_this_version():
 
 
 OTHERS = {
-    "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
-    "--nnodes", "--nproc_per_node", "--nodes", "--signal", "--strict", "--relora", "--help", "--logdir",
-    "--module", "--no", "--enable", "--lora", "--max", "--rdzv", "--standalone", "--env", "--model_args",
-}  # fmt: skip
+    "--num_gpus",
+    "--hostfile",
+    "--include",
+    "--exclude",
+    "--no_ssh",
+    "--node_rank",
+    "--master_addr",
+    "--master_port",
+    "--nnodes",
+    "--nproc_per_node",
+    "--nodes",
+    "--signal",
+    "--strict",
+    "--relora",
+    "--help",
+    "--logdir",
+    "--module",
+    "--no",
+    "--enable",
+    "--lora",
+    "--max",
+    "--rdzv",
+    "--standalone",
+    "--env",
+    "--model_args",
+}
 """Flags of other programs: launchers, sbatch, SkyPilot, mkdocs, vLLM, ReLoRA's own code."""
 
 

@@ -79,7 +79,7 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(
     parameter = SimpleNamespace(
         ds_status=ZeroParamStatus[status],
         partition=lambda *arguments: partitioned.append(arguments),
-    )  # fmt: skip
+    )
     free_quickly(parameter)
     parameter.partition(**kwargs)
     whole = {

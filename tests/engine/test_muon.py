@@ -37,10 +37,14 @@ DECAY = 0.1
 MUON = {
     "type": "Muon",
     "params": {
-        "lr": OTHERS_RATE, "muon_lr": RATE, "momentum": BETA, "betas": [0.9, 0.999], "eps": EPSILON,
+        "lr": OTHERS_RATE,
+        "muon_lr": RATE,
+        "momentum": BETA,
+        "betas": [0.9, 0.999],
+        "eps": EPSILON,
         "weight_decay": DECAY,
     },
-}  # fmt: skip
+}
 
 
 def muon_config(stage, micro, accumulation=ACCUMULATION, **changes):

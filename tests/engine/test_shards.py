@@ -58,9 +58,13 @@ def contents(rank, step=3):
 def layout(**more):
     groups = [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}]
     facts = {
-        "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {"cur_scale": 4.0, "cur_iter": 3},
+        "world_size": 2,
+        "stage": 1,
+        "optimizer": "AdamW",
+        "counters": {},
+        "scaler": {"cur_scale": 4.0, "cur_iter": 3},
         "groups": groups,
-    }  # fmt: skip
+    }
     return Layout(**{**facts, **more})
 
 

@@ -42,9 +42,13 @@ def count_bytes(accumulation, zero_settings):
         {t.data_ptr(): t.numel() for t in frozen_buffers(model).values()}.values()
     )
     return {
-        "gathered": gathered, "seen": dict(seen), "trainable": trainable, "padded": padded, "base": base,
+        "gathered": gathered,
+        "seen": dict(seen),
+        "trainable": trainable,
+        "padded": padded,
+        "base": base,
         "base_bytes": counter.base_bytes,
-    }  # fmt: skip
+    }
 
 
 PASSES = """

@@ -94,10 +94,14 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     corpus = [*chunks, Document("ü")]
     count = Score()
     assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
-        ([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1), ([2, 3, 4, 5], 1),
-        ([3, 4, 5, 6], 1), ([4, 5, 6, 7], 1), ([5, 6, 7, 8], 1),
+        ([0, 1, 2, 3], 3),
+        ([1, 2, 3, 4], 1),
+        ([2, 3, 4, 5], 1),
+        ([3, 4, 5, 6], 1),
+        ([4, 5, 6, 7], 1),
+        ([5, 6, 7, 8], 1),
         ([0, 9], 1),
-    ]  # fmt: skip
+    ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
     pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
@@ -200,8 +204,10 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     with user_error("a would name two sets"):
         named_sets(["a=x.txt", "b/a.txt"])
     assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
-        "a": "x=y.txt", "c": "b/c.jsonl.gz", "f": "/d=e/f.txt"
-    }  # fmt: skip
+        "a": "x=y.txt",
+        "c": "b/c.jsonl.gz",
+        "f": "/d=e/f.txt",
+    }
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
     with user_error("not a single token"):

@@ -90,9 +90,15 @@ class Maker:
         extra = dict(trained or {})
         operators = {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
-            layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
-            facts=dict(facts or {}), domains=DomainSquares(domains, operators) if domains else None,
-        )  # fmt: skip
+            layers=layers,
+            config=config,
+            dtype=dtype,
+            cycle=cycles,
+            step=7,
+            trainables=tuple(extra),
+            facts=dict(facts or {}),
+            domains=DomainSquares(domains, operators) if domains else None,
+        )
         domain_squares = {
             name: square.expand(len(domains), -1, -1)
             for name, square in squares.items()

@@ -42,9 +42,15 @@ def parts(rows, length, shared, value_size=SIZE, dtype=torch.float64):
 
 
 def reference(
-    query, key, value, positions, scale, window,
-    softcap, sinks,
-) :  # fmt: skip
+    query,
+    key,
+    value,
+    positions,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
     """(B, T, H, D_v), from complete scores."""
     groups = query.shape[1] // key.shape[1]
     length = query.shape[2]

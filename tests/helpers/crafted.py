@@ -53,10 +53,13 @@ def _write_engine(checkpoint):
     (checkpoint / "engine").mkdir()
     save_file({"0.master": flat, **state}, checkpoint / "engine" / SHARD)
     layout = Layout(
-        world_size=1, stage=2, optimizer="AdamW", scaler={},
+        world_size=1,
+        stage=2,
+        optimizer="AdamW",
+        scaler={},
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         counters={"global_steps": 7},
-    )  # fmt: skip
+    )
     shard = RankShard.of(layout, 0, SHARD, [pieces])
     EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
 

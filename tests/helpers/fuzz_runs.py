@@ -123,10 +123,16 @@ TEXTS = (
 )
 
 SMALL = {
-    "output_dir": "out", "cache_dir": "{user}/cache", "eval_files": "held={user}/held.txt short={user}/other.txt",
-    "seq_len": "32", "max_steps": "4", "per_device_train_batch_size": "2", "learning_rate": "1e-2", "save_steps": "2",
+    "output_dir": "out",
+    "cache_dir": "{user}/cache",
+    "eval_files": "held={user}/held.txt short={user}/other.txt",
+    "seq_len": "32",
+    "max_steps": "4",
+    "per_device_train_batch_size": "2",
+    "learning_rate": "1e-2",
+    "save_steps": "2",
     "report_to": "none",
-}  # fmt: skip
+}
 """What a case has where it draws no other value."""
 
 SECONDS = 60

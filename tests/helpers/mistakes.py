@@ -229,12 +229,22 @@ def model_folders(folder, user):
         "weights_length": {"model.safetensors": b"\xff" * 8 + weights[8:]},
         "header_json": {"model.safetensors": with_header("{" + "x" * 100)},
         "header_dtype": {"model.safetensors": with_header(changed(dtype="F31"))},
-        "header_offsets": {"model.safetensors": with_header(changed(data_offsets=[9, 1]))},
-        "lfs": {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"},
-        "merges": {"tokenizer.json": broken_tokenizer(user, merges=[["a", "nowhere"], "b"])},
-        "tokenizer_length": {"tokenizer_config.json": json.dumps({**tokens, "model_max_length": [1]})},
-        "tokenizer_torn": {"tokenizer.json": (user.model / "tokenizer.json").read_bytes()[:200]},
-    }  # fmt: skip
+        "header_offsets": {
+            "model.safetensors": with_header(changed(data_offsets=[9, 1]))
+        },
+        "lfs": {
+            "model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+        },
+        "merges": {
+            "tokenizer.json": broken_tokenizer(user, merges=[["a", "nowhere"], "b"])
+        },
+        "tokenizer_length": {
+            "tokenizer_config.json": json.dumps({**tokens, "model_max_length": [1]})
+        },
+        "tokenizer_torn": {
+            "tokenizer.json": (user.model / "tokenizer.json").read_bytes()[:200]
+        },
+    }
     sharded = {
         "index_lists": {name: ["part.safetensors"] for name in names},
         "index_numbers": dict.fromkeys(names, 3),

@@ -121,6 +121,9 @@ def causal_loss(model, ids):
 def alone():
     """What `load_base` asks of the ranks of a run, in one process without a group."""
     return SimpleNamespace(
-        agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),
-        gather=lambda what, value: [value], rank=0, world=1,
-    )  # fmt: skip
+        agree=lambda what, work, long=False: work(),
+        on_first=lambda what, work, long=False: work(),
+        gather=lambda what, value: [value],
+        rank=0,
+        world=1,
+    )

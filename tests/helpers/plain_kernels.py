@@ -36,9 +36,16 @@ def gather_add_(
 
 
 def form(
-    weight, scales, square, unfold, slots, members,
-    cos, sin, blocks,
-) :  # fmt: skip
+    weight,
+    scales,
+    square,
+    unfold,
+    slots,
+    members,
+    cos,
+    sin,
+    blocks,
+):
     """See `ops.form`."""
     del members
     r_hat = len(square)

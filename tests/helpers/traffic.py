@@ -34,14 +34,24 @@ L2 = 40 << 20
 META = torch.device("meta")
 OPERATORS = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 256))
 SHAPES = (
-    (4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192), (8192, 1024),
-)  # fmt: skip
+    (4096, 4096),
+    (4096, 11008),
+    (11008, 4096),
+    (8192, 8192),
+    (8192, 28672),
+    (28672, 8192),
+    (8192, 1024),
+)
 """(d_in, d_out) of Llama 7B's and 70B's layers."""
 TOKENS = (4096, 16384)
 STEPS = {
-    "fold": ("fold",), "form": ("form",), "collect": ("collect",), "dM": ("product", "sum_parts"),
-    "spread": ("spread",), "unfold": ("unfold",),
-}  # fmt: skip
+    "fold": ("fold",),
+    "form": ("form",),
+    "collect": ("collect",),
+    "dM": ("product", "sum_parts"),
+    "spread": ("spread",),
+    "unfold": ("unfold",),
+}
 
 
 def main():

@@ -237,8 +237,15 @@ def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
 
 def test_transformers_and_accelerate_have_what_is_overridden():
     """An upgrade that renames one of these would leave ours uncalled."""
-    for name in ("_prepare_for_training", "create_scheduler", "evaluation_loop", "floating_point_ops", "save_model",
-                 "_save_optimizer_and_scheduler", "_load_best_model"):  # fmt: skip
+    for name in (
+        "_prepare_for_training",
+        "create_scheduler",
+        "evaluation_loop",
+        "floating_point_ops",
+        "save_model",
+        "_save_optimizer_and_scheduler",
+        "_load_best_model",
+    ):
         assert name in vars(MoRATrainer)
         theirs = inspect.signature(getattr(transformers.Trainer, name)).parameters
         ours = inspect.signature(getattr(MoRATrainer, name)).parameters

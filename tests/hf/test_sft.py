@@ -32,15 +32,31 @@ def fine_tuned(root):
         f"{root}/train.jsonl", cache_dir=f"{root}/cache-{dist.get_rank()}"
     )
     args = SFTConfig(
-        output_dir=f"{root}/out", deepspeed=hf.ds_config(), per_device_train_batch_size=2, max_steps=20, max_length=64,
-        learning_rate=1e-2, packing=True, save_steps=10, eval_strategy="steps", eval_steps=10, logging_steps=5,
-        report_to=[], disable_tqdm=True, bf16=False, gradient_checkpointing=True,
-    )  # fmt: skip
+        output_dir=f"{root}/out",
+        deepspeed=hf.ds_config(),
+        per_device_train_batch_size=2,
+        max_steps=20,
+        max_length=64,
+        learning_rate=1e-2,
+        packing=True,
+        save_steps=10,
+        eval_strategy="steps",
+        eval_steps=10,
+        logging_steps=5,
+        report_to=[],
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=True,
+    )
     trainer = Trainer(
-        f"{root}/model", args, train_dataset=text, eval_dataset=text.select(range(8)),
-        processing_class=AutoTokenizer.from_pretrained(f"{root}/model"), mora=mora_ds.MoRAConfig(rank=4),
+        f"{root}/model",
+        args,
+        train_dataset=text,
+        eval_dataset=text.select(range(8)),
+        processing_class=AutoTokenizer.from_pretrained(f"{root}/model"),
+        mora=mora_ds.MoRAConfig(rank=4),
         callbacks=[MoRACallback(merge_every=8, restart_warmup_steps=2)],
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.save_model(f"{root}/saved")
     history = trainer.state.log_history

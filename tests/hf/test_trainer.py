@@ -95,8 +95,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert rank["seed"] == 3
         assert_same_tensors(rank["resumed"], rank["expected"])
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     tensors = both[0]["expected"]
     for name in tensors:
@@ -117,9 +120,17 @@ def best_is_loaded(root):
     """
     calls = iter(range(100))
     trainer = hf.trainer_in(
-        Path(root), "out", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="rank", greater_is_better=False, save_total_limit=2,
-    )  # fmt: skip
+        Path(root),
+        "out",
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="rank",
+        greater_is_better=False,
+        save_total_limit=2,
+    )
     trainer.compute_metrics = lambda predictions: {"rank": float(next(calls))}
     trainer.train()
     best = trainer.state.best_model_checkpoint

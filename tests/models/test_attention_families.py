@@ -182,9 +182,20 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     ones at one row only, but flattens any number of them where it is told the bounds."""
     supports = {
         name: name in ("dropout_p", "window_size", "max_seqlen_q", "max_seqlen_k")
-        for name in ("dropout_p", "window_size", "deterministic", "softcap", "s_aux", "learnable_sink", "block_table",
-                     "page_table", "cache_seqlens", "max_seqlen_q", "max_seqlen_k")
-    }  # fmt: skip
+        for name in (
+            "dropout_p",
+            "window_size",
+            "deterministic",
+            "softcap",
+            "s_aux",
+            "learnable_sink",
+            "block_table",
+            "page_table",
+            "cache_seqlens",
+            "max_seqlen_q",
+            "max_seqlen_k",
+        )
+    }
     process = partial(flash._process_flash_attention_kwargs, supports_mapping=supports)
     kernels = (unused, varlen, unused, unused, unused), (process, process)
     # fp32

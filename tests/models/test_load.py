@@ -195,7 +195,11 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):
         # As where weights are computed, not copied, when they are loaded
         next(model.parameters()).add_(1)
     load._originals(
-        model, tmp_path / "model", tmp_path / "own", torch.bfloat16,
-        lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"), "pickled",
-    )  # fmt: skip
+        model,
+        tmp_path / "model",
+        tmp_path / "own",
+        torch.bfloat16,
+        lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        "pickled",
+    )
     assert "are float32 and are kept in bfloat16 only" in caplog.text

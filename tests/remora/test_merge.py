@@ -95,8 +95,14 @@ def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
 
 def test_the_line_for_humans():
     report = MergeReport(
-        cycle=2, step=9, layers=14, square_norm=4.0, delta_norm=2.0, weight_norm=8.0, rounding_loss=0.125,
-    )  # fmt: skip
+        cycle=2,
+        step=9,
+        layers=14,
+        square_norm=4.0,
+        delta_norm=2.0,
+        weight_norm=8.0,
+        rounding_loss=0.125,
+    )
     line = "merged cycle 2 at step 9: 14 layers, |M| 4, delta/weight 0.25, lost to rounding 12.5%"
     assert str(report) == line
     probed = replace(report, loss_before=3.0, loss_after=3.5)
@@ -127,8 +133,11 @@ def test_what_a_probe_may_move_by():
     what is no number.
     """
     for dtype, bits, share in (
-        (torch.float32, 16, 1e-4), (torch.float16, 16, 1e-2), (torch.bfloat16, 16, 3e-2), (torch.float32, 8, 3e-2),
-    ):  # fmt: skip
+        (torch.float32, 16, 1e-4),
+        (torch.float16, 16, 1e-2),
+        (torch.bfloat16, 16, 3e-2),
+        (torch.float32, 8, 3e-2),
+    ):
         model = tiny_model("llama", dtype=dtype)
         inject(model, MoRAConfig(rank=4, target_modules=("q_proj",), base_bits=bits))
         remora = ReMoRA.__new__(ReMoRA)

@@ -135,8 +135,14 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path):
     layer = "model.layers.0.mlp.up_proj"
     counts = {name: len(bank.squares_of(name).get(layer, {})) for name in bank.adapters}
     assert counts == {
-        "permuted": 4, "plain": 1, "twin": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
-    }  # fmt: skip
+        "permuted": 4,
+        "plain": 1,
+        "twin": 1,
+        "alternate": 2,
+        "strided-contiguous": 1,
+        "other": 2,
+        "queries": 0,
+    }
 
 
 def test_a_block_leaves_the_model_as_it_was(rotating):

@@ -225,12 +225,17 @@ def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     assert scores[:2] == pytest.approx([0.2, 0.3])
     rows = [(row[0], row[1], row[-1]) for row in report["tables"]["learning"]]
     assert rows == [
-        ("rank", "method", "quiz"), ("-", "full", "25.0%"), ("2", "lora", "25.0%"), ("4", "lora", "25.0%"),
-    ]  # fmt: skip
+        ("rank", "method", "quiz"),
+        ("-", "full", "25.0%"),
+        ("2", "lora", "25.0%"),
+        ("4", "lora", "25.0%"),
+    ]
     best = best_rows(tmp_path / "all.json")
     assert [(row.method, row.rank, len(row.runs)) for row in best] == [
-        ("full", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
-    ]  # fmt: skip
+        ("full", 0, 2),
+        ("lora", 2, 2),
+        ("lora", 4, 2),
+    ]
 
 
 def test_the_figures_have_a_curve_for_every_method(tmp_path):

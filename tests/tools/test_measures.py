@@ -8,7 +8,7 @@ SOURCE = '''"""A module."""
 def add(own, others):
     """The sum."""
     # Both are numbers.
-    total, part = own + others, 0  # fmt: skip
+    total, part = own + others, 0
 
     return total + part
 

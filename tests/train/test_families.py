@@ -106,9 +106,13 @@ def end_to_end(root, family):
     work.save(3)
     engine.destroy()
     return {
-        "norms": norms, "before": before, "after": after, "left": left, "live": live,
+        "norms": norms,
+        "before": before,
+        "after": after,
+        "left": left,
+        "live": live,
         "own_base": loaded.base.folder != folder / "model",
-    }  # fmt: skip
+    }
 
 
 def train_step(engine, seed):

@@ -269,10 +269,18 @@ def test_recipe_flags_and_run_yaml(user, tmp_path, monkeypatch):
     shutil.copytree(user.model, folder / "a model")
     shutil.copy(user.train, folder / "some text.jsonl")
     recipe = {
-        "deepspeed": str(REPOSITORY / "configs/zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
-        "train_files": ["some text.jsonl"], "output_dir": "my run", "cache_dir": "cache", "mora_rank": 4, "seq_len": 32,
-        "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
-    }  # fmt: skip
+        "deepspeed": str(REPOSITORY / "configs/zero3.json"),
+        "model_name_or_path": "a model",
+        "max_steps": 4,
+        "train_files": ["some text.jsonl"],
+        "output_dir": "my run",
+        "cache_dir": "cache",
+        "mora_rank": 4,
+        "seq_len": 32,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-2",
+        "compute": "weight",
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = launch(
         1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], folder
@@ -319,9 +327,18 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
 def test_summary_and_files_of_a_run(plain):
     summary = read_json(plain / "summary.json")
     assert {
-        "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
-        "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
-    } <= summary.keys()  # fmt: skip
+        "steps",
+        "tokens",
+        "trainable_params",
+        "total_params",
+        "merges",
+        "perplexity_before",
+        "perplexity_after",
+        "perplexity_change_percent",
+        "bytes_gathered_per_step",
+        "base_bytes_gathered",
+        "peak_memory_bytes",
+    } <= summary.keys()
     assert (summary["steps"], summary["tokens"], summary["merges"]) == (
         8,
         8 * 4 * 32,

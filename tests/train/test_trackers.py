@@ -47,7 +47,7 @@ def test_weights_and_biases_is_called_as_it_wants(tmp_path, wandb, monkeypatch):
     assert logged(folder) == []
     wandb.init.assert_called_once_with(
         project="project", name="out", config=CONFIG, dir=str(folder), resume="allow"
-    )  # fmt: skip
+    )
     run = wandb.init.return_value
     assert run.log.call_args_list == [
         mock.call({"4_merges/cycle": 0}, step=1),

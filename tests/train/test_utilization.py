@@ -28,9 +28,11 @@ def test_utilization(card, bf16, said, peak, monkeypatch):
     job = Job.__new__(Job)
     model = tiny_model("llama")
     vars(job).update(
-        ds_config={"bf16": {"enabled": bf16}}, loaded=SimpleNamespace(model=model),
-        data=SimpleNamespace(train=SimpleNamespace(seq_len=64)), start=SimpleNamespace(ranks=SimpleNamespace(world=4)),
-    )  # fmt: skip
+        ds_config={"bf16": {"enabled": bf16}},
+        loaded=SimpleNamespace(model=model),
+        data=SimpleNamespace(train=SimpleNamespace(seq_len=64)),
+        start=SimpleNamespace(ranks=SimpleNamespace(world=4)),
+    )
     job._count_flops()
     share = job.utilization(1e9)
     assert share == (peak and pytest.approx(1e9 * token_flops(model, 64) / 4 / peak))

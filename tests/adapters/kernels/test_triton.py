@@ -98,9 +98,16 @@ ROTATE = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, 336, Grouping.PERMUTED, 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "spec, name", [(ROTATE, "fold"), (ROTATE, "unfold"), (ROTATE, "form"), (SHARE, "form"), (SHARE, "product")],
+    "spec, name",
+    [
+        (ROTATE, "fold"),
+        (ROTATE, "unfold"),
+        (ROTATE, "form"),
+        (SHARE, "form"),
+        (SHARE, "product"),
+    ],
     ids=["rotate-fold", "rotate-unfold", "rotate-form", "share-form", "product"],
-)  # fmt: skip
+)
 def test_machine_code(spec, name, capability):
     check_code(name, launches(spec, torch.bfloat16)[name], capability)
 
