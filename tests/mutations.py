@@ -393,8 +393,8 @@ train/inputs.py | train/test_inputs.py
 
 # a run writes into the folder of its model
 train/inputs.py | train/test_inputs.py
--if real == output_dir and flag != _CACHE:
-+if False:
+-(real == output_dir and flag != _CACHE)
++False
 
 # a run writes into the folder of its text
 train/inputs.py | train/test_inputs.py

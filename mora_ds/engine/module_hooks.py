@@ -10,6 +10,7 @@ with less work of the host.
 
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from deepspeed.utils import z3_leaf_module
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
 from mora_ds.models.decoder_layers import find_decoder_layers
+
+_FEW_SLICES = 1024
+"""Parameters times ranks up to which persistent parameters are refreshed at once: a
+common all-gather is sliced in Python, by parameters and ranks, and with many ranks that
+takes longer than an all-gather for each."""
 
 
 def drop_idle_hooks(engine: Any) -> list[str]:
@@ -45,6 +51,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
             module.register_forward_pre_hook(_views)
     persistent = offload.persistent_parameters
     if persistent:
+        if len(persistent) * dist.get_world_size() <= _FEW_SLICES:
+            _refresh_at_once(persistent)
         for parameter in persistent:
             free_quickly(parameter)
         root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
@@ -76,14 +84,33 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def _refresh_at_once(persistent: list[Any]) -> None:
+    """Have a step refresh the persistent parameters by one all-gather. DeepSpeed sends
+    one for each (partition_parameters.py, `_allgather_params_coalesced`), and small
+    messages take longer to start than to send."""
+    first = persistent[0]
+    one_by_one = first.all_gather
+
+    def all_gather(param_list: Any = None, **options: Any) -> Any:
+        # The list itself is what stage3.py, `_post_step`, asks for
+        if param_list is persistent:
+            return first.all_gather_coalesced(_sharded(persistent)).wait()
+        return one_by_one(param_list, **options)
+
+    first.all_gather = all_gather
+
+
+def _sharded(parameters: list[Any]) -> list[Any]:
+    """Those that are not gathered."""
+    return [
+        parameter
+        for parameter in parameters
+        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    ]
+
+
 def _gather(persistent: list[Any]) -> None:
     """All-gather the persistent parameters that are sharded: before the first pass,
     after a step that fp16 has skipped and after a context that has gathered one
     (`GatheredParameters`). Else the step has gathered them already."""
-    sharded: list[nn.Parameter] = [
-        parameter
-        for parameter in persistent
-        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
-    ]
-    if sharded:
-        persistent[0].all_gather(sharded)
+    persistent[0].all_gather(_sharded(persistent))

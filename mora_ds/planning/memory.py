@@ -201,6 +201,8 @@ def rank_memory(
     # backward gathers again.
     gathers_again = gathered.elements > trained.total - sum(trained.persistent)
     output_buffer = gathered.largest_call * itemsize if gathers_again else 0
+    # At most: where they are gathered by one call, its output is then split up
+    refreshed = 2 * persistent
     states = _optimizer_bytes(trained)
     on_device = dict.fromkeys(states, 0) if trained.offloads else states
     temporary = 0 if trained.offloads else (2 + trained.on_cpu) * trained.shard * FP32
@@ -219,7 +221,7 @@ def rank_memory(
         gathered=unsharded,
         activations=step.saved,
         forward_backward=unsharded + output_buffer + step_peak,
-        optimizer_step=max(persistent, temporary),
+        optimizer_step=max(refreshed, temporary),
         merge=merge + 2 * largest + persistent if merge else 0,
         save=2 * largest + persistent,
         host_optimizer=sum(states.values()) - sum(on_device.values()),

@@ -7,7 +7,6 @@ prints one line that says so.
 
 import argparse
 import faulthandler
-import io
 import logging
 import sys
 import tempfile
@@ -63,9 +62,6 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         )
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     set_up_logging()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: what is printed may hold more than the locale has
-        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.__stderr__ is not None:
         # Prints the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)

@@ -11,7 +11,6 @@ NullHandler.
 import logging
 import os
 import sys
-from contextlib import suppress
 from enum import Enum
 
 from tqdm import tqdm
@@ -60,9 +59,6 @@ def rank_prefix() -> str:
 class _Console(logging.Handler):
     """Writes to the streams that `sys` has, above a progress bar."""
 
-    has_failed = False
-    """Whether a line was lost, which is told once."""
-
     def emit(self, record: logging.LogRecord) -> None:
         is_news = record.levelno < logging.WARNING
         stream = sys.stdout if is_news else sys.stderr
@@ -74,9 +70,5 @@ class _Console(logging.Handler):
         try:
             tqdm.write(text if is_news else rank_prefix() + text, file=stream)
             stream.flush()
-        except OSError as error:
-            if not self.has_failed:
-                self.has_failed = True
-                problem = f"warning: the log cannot be written: {error.strerror}"
-                with suppress(OSError):
-                    print(rank_prefix() + problem, file=sys.stderr, flush=True)
+        except OSError:
+            self.handleError(record)

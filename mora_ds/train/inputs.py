@@ -46,16 +46,12 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     texts = list(_texts(arguments.data))
     for flag, named in _paths([*_settings(arguments), *texts]):
         real = _real(named)
-        if any(path in outputs for path in (real, *real.parents)):
-            raise UserError(
-                f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
-                "copy elsewhere, or another --output_dir"
-            )
-        if real == output_dir and flag != _CACHE:
-            raise _within(flag, named, folder)
+        is_output = any(path in outputs for path in (real, *real.parents))
+        if is_output or (real == output_dir and flag != _CACHE):
+            raise _shared(flag, named, folder)
     for flag, name in texts:
         if name and _searches(_real(expanded(name, flag)), output_dir):
-            raise _within(flag, name, folder)
+            raise _shared(flag, name, folder)
 
 
 def _real(path: Path) -> Path:
@@ -67,7 +63,7 @@ def _real(path: Path) -> Path:
 def _searches(text: Path, output_dir: Path) -> bool:
     """Whether a folder or pattern of text comes upon what a run writes to `output_dir`,
     which need not exist yet."""
-    if text.exists() or not glob.has_magic(str(text)):
+    if not glob.has_magic(str(text)):
         return text in output_dir.parents
     before, is_recursive, _ = str(text).partition("**")
     if is_recursive:
@@ -76,9 +72,10 @@ def _searches(text: Path, output_dir: Path) -> bool:
     return any((output_dir / name).match(str(text)) for name in ("", *NAMES))
 
 
-def _within(flag: str, named: object, folder: Path) -> UserError:
+def _shared(flag: str, named: object, folder: Path) -> UserError:
     return UserError(
-        f"{flag} {named}: what the run writes to --output_dir {folder} would be a part of it: name another --output_dir"
+        f"{flag} {named}: the run would read it and also write, replace or delete files of it in --output_dir "
+        f"{folder}: name a copy elsewhere, or another --output_dir"
     )
 
 

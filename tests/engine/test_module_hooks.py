@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather
-from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
 from tests.helpers.pool import run_pooled
@@ -199,6 +200,28 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     with torch.no_grad():
         (first, _), _ = marked(arguments, partial(calls.append, "release"))
     assert first is inputs[0], "no graph, no mark"
+
+
+def gathers_of_a_step():
+    """Numbers in each all-gather of an optimizer step, and in all matrices."""
+    engine = engine_of("persistent")
+    for step in range(2):
+        loss = causal_loss(engine, tokens(2, seed=step))
+        engine.backward(loss)
+        backend = deepspeed.comm.comm.cdb
+        gather = backend.all_gather_into_tensor
+        with patch.object(backend, "all_gather_into_tensor", wraps=gather) as gathers:
+            engine.step()
+    persistent = engine.optimizer.parameter_offload.persistent_parameters
+    sizes = [
+        nbytes_of(call.kwargs["output_tensor"]) // 4 for call in gathers.mock_calls
+    ]
+    return sizes, sum(parameter.ds_numel for parameter in persistent)
+
+
+def test_persistent_matrices_are_refreshed_by_one_all_gather():
+    for sizes, numbers in run_pooled(2, gathers_of_a_step):
+        assert sizes == [numbers]
 
 
 def gathered_when_needed():

@@ -56,10 +56,7 @@ def test_a_run_outlives_its_log(monkeypatch, capsys, unchanged_logger):
     set_up_logging()
     monkeypatch.setattr(sys, "stdout", _Full())
     log.info("lost")
-    log.info("lost too")
-    problem = "warning: the log cannot be written: No space left on device\n"
-    assert capsys.readouterr().err == problem
-    set_up_logging()
+    assert "No space left on device" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", _Full())
     log.warning("lost")
 
