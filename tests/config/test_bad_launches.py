@@ -178,7 +178,7 @@ stray | 'stray'
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
 --cache_dir {user}/train.jsonl | --cache_dir | Not a directory
 --cache_dir /proc/nowhere | --cache_dir | /proc/nowhere
---output_dir {user}/train.jsonl | --output_dir | is a file
+--output_dir {user}/train.jsonl | --output_dir | another --output_dir
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
 --output_dir '' | --output_dir must not be empty
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
