@@ -82,6 +82,13 @@ QUOTED = {
     "index.md": {"learning_135m_replay.json": ("lora", "mora-rotate")},
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
+        "learning_135m_rivals.json": (
+            "lora",
+            "mora",
+            "lora-product",
+            "mora-product",
+            "continual",
+        ),
         "learning_135m_sides.json": ("mora-rotate", "mora-gradient"),
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
         "learning_13m_sides.json": ("remora-rotate", "remora-gradient"),
