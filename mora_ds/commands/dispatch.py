@@ -61,9 +61,9 @@ def take_command(argv: list[str]) -> str:
     """Take the command's name out of `argv`, where a launcher may have put its
     `--local_rank` before it; "" for none. `argv[0]` becomes what `--help` calls the
     program."""
-    index = (
-        2 if argv[1:] and argv[1].startswith(("--local_rank=", "--local-rank=")) else 1
-    )
+    index = 1
+    if argv[1:] and argv[1].startswith(("--local_rank=", "--local-rank=")):
+        index = 2
     name = argv.pop(index) if len(argv) > index else ""
     argv[0] = f"mora-ds {name}"
     return name

@@ -122,8 +122,9 @@ def unusable_words(argv: Sequence[str]) -> list[str]:
         as_utf8 = raw.decode(errors="backslashreplace")
         if word == "" or (word.startswith("--") and word.endswith("=")):
             name = word[:-1] or before or "the first argument"
-            problem = "must not be empty: is a variable of the shell unset?"
-            problems.append(f"{name} {problem}")
+            problems.append(
+                f"{name} must not be empty: is a variable of the shell unset?"
+            )
         elif word != as_utf8:
             problems.append(
                 f"{as_utf8} is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"

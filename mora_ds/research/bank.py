@@ -318,9 +318,12 @@ def main() -> None:
         results[name] = {
             set_name: score.to_dict() for set_name, score in scores.items()
         }
-    if options.json is not None:
-        write_json_atomic(options.json, {**sizes, "adapters": results})
-    say(*table(rows))
+    try:
+        if options.json is not None:
+            write_json_atomic(options.json, {**sizes, "adapters": results})
+    finally:
+        # A full disk does not lose the scores
+        say(*table(rows))
 
 
 def _parser() -> argparse.ArgumentParser:
