@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS = {
     "MoRA r=8": "--mora_rank 8",
-    "default recipe": "--mora_rank 8 --operator rotate --train_embedding_rank 16 --optimizer muon",
+    "default recipe": "--mora_rank 8 --operator rotate --train_embedding_rank 16",
     "whole embeddings": "--mora_rank 8 --operator rotate --train_embeddings --train_head --optimizer muon",
     "MoRA r=256": "--mora_rank 256",
     "MoRA r=8, 8-bit base": "--mora_rank 8 --base_bits 8",

@@ -90,6 +90,12 @@ class TokenCache:
     def eos_id(self) -> int:
         return int(self.meta["settings"]["eos_id"])
 
+    @property
+    def start_id(self) -> int | None:
+        """What stands before every document, if anything does."""
+        start_id: int | None = self.meta["settings"]["bos_id"]
+        return start_id
+
 
 def build_cache(
     corpus: Corpus,

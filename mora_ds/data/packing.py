@@ -6,12 +6,17 @@ of a batch.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
+                where documents have a start token, it is every block's first input, in place of t(iT)
     epoch e     a permutation of the blocks, drawn from (seed, e)
     sample n    block n of the epochs, one after the other
 
-Every token but the very first is predicted once an epoch. (With the document mask the
-first token of each document is not predicted, as nothing before it belongs to the
-document.)
+Every token is predicted once an epoch, but for those that have nothing before them: the
+very first, with the document mask the first one of each document, and with a start token
+the second one of a block.
+
+Why the start token: most blocks begin within a document, and a model that has always seen
+BOS first predicts badly without it. What it takes the place of is the last label of the
+block before.
 """
 
 import hashlib
@@ -40,6 +45,7 @@ def pack(
     seq_len: int,
     eos_id: int,
     document_mask: bool,
+    start_id: int | None,
 ) -> Block:
     """A block from up to T + 1 consecutive tokens; the last one is a label only.
 
@@ -47,12 +53,17 @@ def pack(
     are padded: label -100 and, with the document mask, positions that start at 0 again,
     so that the padding is a document of its own. A document that began in an earlier
     block starts at position 0 too, as its first tokens cannot be attended to.
+    `start_id`: what stands before every document, if anything does; the block begins
+    with it, in place of a token, and does not predict what came after that token.
     """
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORED, dtype=np.int64)
     inputs[:real] = tokens[:-1]
     labels[:real] = tokens[1:]
+    if start_id is not None and tokens[0] != start_id:
+        inputs[0] = start_id
+        labels[0] = IGNORED
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
         labels[document_starts[document_starts <= real] - 1] = IGNORED
@@ -95,7 +106,14 @@ class PackedDataset:
         tokens = self.cache.tokens[start : start + self.seq_len + 1].astype(np.int64)
         first, last = np.searchsorted(self.cache.ends, (start + 1, start + len(tokens)))
         starts = np.asarray(self.cache.ends[first:last], dtype=np.int64) - start
-        return pack(tokens, starts, self.seq_len, self.cache.eos_id, self.document_mask)
+        return pack(
+            tokens,
+            starts,
+            self.seq_len,
+            self.cache.eos_id,
+            self.document_mask,
+            self.cache.start_id,
+        )
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
@@ -120,7 +138,7 @@ class PackedDataset:
         where no blocks are left."""
         eos_id = self.cache.eos_id
         no_starts = np.array([], dtype=np.int64)
-        padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False)
+        padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False, None)
         rows = world * batch_size
         for round_start in range(0, self.n_blocks, rows):
             first = round_start + rank * batch_size

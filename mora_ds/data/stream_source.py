@@ -168,4 +168,5 @@ class StreamSource:
             self.seq_len,
             self.encoder.eos_id,
             self.document_mask,
+            self.encoder.start_id,
         )

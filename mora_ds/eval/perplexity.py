@@ -5,7 +5,8 @@
     the same, onto another model         -> that model + the same update, in memory (`load_onto`)
 
     document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
-             -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
+             -> windows of `window` tokens, each `stride` further, whose first token gives way to `start`;
+                a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
 Every token of a document is scored and nothing else, so the bytes scored are the bytes
@@ -126,13 +127,14 @@ class Windows:
             )
         return cls(window, stride, document_start)
 
-    def cut(self, ids: Sequence[int], known: int) -> Iterator[_Window]:
-        """Windows over `ids` that score every token but the first `known` once."""
+    def cut(self, ids: Sequence[int], known: int, start: int) -> Iterator[_Window]:
+        """Windows over `ids` that score every token but the first `known` once. Each
+        begins with `start`, in place of a token that it does not score."""
         begin = 0
         done = known
         while done < len(ids):
             end = min(begin + self.window, len(ids))
-            yield ids[begin:end], end - done
+            yield [start, *ids[begin + 1 : end]], end - done
             begin = begin + self.stride
             done = end
 
@@ -243,7 +245,7 @@ def _windows(
         score.tokens += len(ids)
         score.text_bytes += len(document.text.encode())
         sequence = [*seen, *ids]
-        yield from windows.cut(sequence, len(seen))
+        yield from windows.cut(sequence, len(seen), start)
         seen = sequence[-max(windows.window - windows.stride, 1) :]
 
 

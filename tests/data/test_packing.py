@@ -20,11 +20,12 @@ LENGTHS = [5, 1, 1, 17, 8, 30, 2, 8, 16, 3, 1]
 KEYS = ("input_ids", "labels", "position_ids")
 
 
-def make_cache(lengths):
+def make_cache(lengths, start=None):
     """Tokens are numbered, so that each can be found again."""
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(ends[-1], dtype=np.uint16)
-    return TokenCache(Path("memory"), {"settings": {"eos_id": EOS}}, tokens, ends)
+    settings = {"eos_id": EOS, "bos_id": start}
+    return TokenCache(Path("memory"), {"settings": settings}, tokens, ends)
 
 
 def batches_of(data, size):
@@ -58,6 +59,34 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
     ]
     # The very last predicts nothing
     assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_every_block_begins_with_the_token_that_stands_before_documents(mask):
+    """In place of a token that the block before has predicted; what came after that one is
+    not predicted. All else is as without it.
+    """
+    start = 7777
+    cache = make_cache(LENGTHS, start)
+    documents = [0, *cache.ends[:-1].tolist()]
+    cache.tokens[documents] = start
+    data = PackedDataset(cache, 7, document_mask=mask)
+    without = make_cache(LENGTHS)
+    without.tokens[documents] = start
+    plain = PackedDataset(without, 7, document_mask=mask)
+    begun = 0
+    for index in range(data.n_blocks):
+        block, other = data.block(index), plain.block(index)
+        assert block["input_ids"][0] == start
+        assert np.array_equal(block["input_ids"][1:], other["input_ids"][1:])
+        assert np.array_equal(block["labels"][1:], other["labels"][1:])
+        assert np.array_equal(block["position_ids"], other["position_ids"])
+        if index * 7 in documents:
+            assert block["labels"][0] == other["labels"][0] != IGNORED
+            begun += 1
+        else:
+            assert block["labels"][0] == IGNORED
+    assert 0 < begun < data.n_blocks
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
