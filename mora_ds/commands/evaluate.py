@@ -103,15 +103,7 @@ def score_sets(
     }
 
 
-TITLES = [
-    "set",
-    "documents",
-    "tokens",
-    "bytes",
-    "tokens/byte",
-    "perplexity",
-    "bits/byte",
-]
+TITLES = ["set", "documents", "tokens", "bytes", "perplexity", "bits/byte"]
 
 
 def score_cells(name: str, score: Score) -> list[str]:
@@ -121,7 +113,6 @@ def score_cells(name: str, score: Score) -> list[str]:
         f"{score.documents:,}",
         f"{score.tokens:,}",
         f"{score.text_bytes:,}",
-        f"{score.tokens_per_byte:.4f}",
         f"{score.perplexity:.4f}",
         f"{score.bits_per_byte:.4f}",
     ]

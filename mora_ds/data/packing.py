@@ -61,7 +61,7 @@ def pack(
     labels = np.full(seq_len, IGNORED, dtype=np.int64)
     inputs[:real] = tokens[:-1]
     labels[:real] = tokens[1:]
-    if start_id is not None and tokens[0] != start_id:
+    if start_id not in (None, tokens[0]):
         inputs[0] = start_id
         labels[0] = IGNORED
     positions = np.arange(seq_len, dtype=np.int64)
@@ -137,7 +137,7 @@ class PackedDataset:
         Every rank yields the same number of batches of `batch_size` rows, of padding
         where no blocks are left."""
         eos_id = self.cache.eos_id
-        no_starts = np.array([], dtype=np.int64)
+        no_starts = self.cache.ends[:0]
         padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False, None)
         rows = world * batch_size
         for round_start in range(0, self.n_blocks, rows):

@@ -78,16 +78,11 @@ class Score:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.text_bytes
 
-    @property
-    def tokens_per_byte(self) -> float:
-        return self.tokens / self.text_bytes
-
     def to_dict(self) -> dict[str, float]:
         return {
             **asdict(self),
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
-            "tokens_per_byte": self.tokens_per_byte,
         }
 
 
@@ -262,7 +257,7 @@ def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> 
         raise UserError(
             "MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with"
         )
-    return int(start)
+    return start
 
 
 def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:

@@ -62,8 +62,6 @@ class Spectrum:
     M is stored."""
     stable_rank: float
     """sum of s_i^2 / s_1^2; 0 for zeros."""
-    effective_rank: float
-    """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007); 0 for zeros."""
     new_span: float
     """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span
     of the earlier ones: what does not both read from the row space and write to the
@@ -102,11 +100,9 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
         rank = int((values > values[0] * max(total.shape) * _FP32_EPS).sum())
         left = left[:, :rank]
         right = right[:rank]
-        entropy = torch.special.entr(values / values.sum()).sum()
         yield Spectrum(
             rank=rank,
             stable_rank=(values / values[0]).square().sum().item() if rank else 0.0,
-            effective_rank=entropy.exp().item() if rank else 0.0,
             new_span=max(0.0, 1.0 - inside / energy) if energy else 0.0,
         )
 
@@ -167,7 +163,7 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:
     """A table with a line for each layer and cycle."""
-    titles = "layer,cycle,step,rank,of,stable,effective,new span"
+    titles = "layer,cycle,step,rank,of,stable,new span"
     cells = [titles.split(",")]
     for row in rows:
         spectrum = row.spectrum
@@ -179,12 +175,11 @@ def spectrum_lines(rows: Sequence[Row]) -> list[str]:
                 str(spectrum.rank),
                 str(row.side),
                 f"{spectrum.stable_rank:.1f}",
-                f"{spectrum.effective_rank:.1f}",
                 f"{spectrum.new_span:.3f}",
             ]
         )
     return [
         *table(cells),
-        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), stable and effective rank; new "
+        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), and stable rank; new "
         "span: share of the cycle's energy outside the span of the earlier sum; *: the running cycle, not merged yet",
     ]

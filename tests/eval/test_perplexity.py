@@ -74,7 +74,6 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     assert score.bits_per_byte == pytest.approx(
         nats / math.log(2) / text_bytes, rel=1e-6
     )
-    assert score.to_dict()["tokens_per_byte"] == tokens / text_bytes
     one = evaluate(target, corpus, windows, batch_size=1, max_documents=1)
     assert one.documents == 1
     assert one.text_bytes == len(texts[0].encode())
@@ -152,7 +151,9 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, 
     """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not
     those of its base.
     """
-    flags = "--merge_every 3 --restart_warmup_steps 1 --train_norms --learning_rate 0.02"
+    flags = (
+        "--merge_every 3 --restart_warmup_steps 1 --train_norms --learning_rate 0.02"
+    )
     run(1, user.flags(out, flags))
     export_merged(out, tmp_path / "merged")
 
