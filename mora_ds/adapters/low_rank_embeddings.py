@@ -40,7 +40,8 @@ class LowRankEmbedding(FrozenEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         tall, wide = self.low_rank.split(self.weight.shape)
-        return F.embedding(ids, self.weight) + F.embedding(ids, tall) @ wide.T
+        added = F.embedding(ids, tall) @ wide.T
+        return self.scaled(F.embedding(ids, self.weight) + added)
 
 
 class LowRankHead(FrozenHead):

@@ -27,12 +27,24 @@ class FrozenEmbedding(nn.Embedding):
     """The table of another module as a buffer: one object where it is tied."""
 
     weight: Tensor
+    embed_scale: Tensor | None
+    """What the model multiplies rows by as it reads them (Gemma, MiniCPM3)."""
 
     def __init__(self, base: nn.Embedding) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = base.weight.shape
         self.padding_idx = None
         self.register_buffer("weight", base.weight, persistent=False)
+        scale = getattr(base, "embed_scale", None)
+        if scale is not None:
+            scale = torch.as_tensor(scale)  # XGLM has a float
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows (..., d) of the table as the model reads them."""
+        if self.embed_scale is None:
+            return rows
+        return rows * self.embed_scale.to(rows.dtype)
 
     def extra_repr(self) -> str:
         # DeepSpeed prints each module, and torch's text needs attributes that are not
@@ -64,7 +76,7 @@ class NewRowEmbedding(FrozenEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
         old = F.embedding(ids, self.weight)
-        return torch.where((ids >= self.first).unsqueeze(-1), new, old)
+        return self.scaled(torch.where((ids >= self.first).unsqueeze(-1), new, old))
 
 
 class NewRowHead(FrozenHead):
@@ -103,11 +115,14 @@ def train_new_rows(model: Any, first: int) -> None:
 
 def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
     """The model's embeddings and its head. Raises `UserError` where either is not a
-    plain look-up or linear layer."""
+    plain look-up, with a scale or without, or linear layer."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    # Gemma3TextScaledWordEmbedding and its like are look-ups times `embed_scale`
+    is_scaled = type(embedding).__name__.endswith("ScaledWordEmbedding")
     # A model without embeddings has None, whose type has no `forward`
-    if getattr(type(embedding), "forward", None) is not nn.Embedding.forward:
+    forward = getattr(type(embedding), "forward", None)
+    if forward is not nn.Embedding.forward and not is_scaled:
         raise UserError(
             f"{setting}: the embeddings are a {type(embedding).__name__}, no plain look-up"
         )

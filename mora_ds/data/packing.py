@@ -12,7 +12,7 @@ of a batch.
 
 Every token is predicted once an epoch, but for those that have nothing before them: the
 very first, with the document mask the first one of each document, and with a start token
-the second one of a block.
+the second one of a block that begins within a document.
 
 Why the start token: most blocks begin within a document, and a model that has always seen
 BOS first predicts badly without it. What it takes the place of is the last label of the

@@ -5,8 +5,8 @@
     the same, onto another model         -> that model + the same update, in memory (`load_onto`)
 
     document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
-             -> windows of `window` tokens, each `stride` further, whose first token gives way to `start`;
-                a token is scored once, in the first window it is in
+             -> windows of `window` tokens, each `stride` further, which begin with `start` as packed sequences do
+                (with EOS the first alone); a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
 Every token of a document is scored and nothing else, so the bytes scored are the bytes
@@ -113,23 +113,27 @@ class Windows:
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
         stride = max(window // 2, 1) if stride is None else stride
-        if window < 2 or (longest is not None and window > longest):
+        if window < 3 or (longest is not None and window > longest):
             most = "on" if longest is None else f"to the model's {longest} positions"
-            raise UserError(f"--window must be from 2 {most}, got {window}")
-        if not 1 <= stride < window:
+            raise UserError(f"--window must be from 3 {most}, got {window}")
+        if not 1 <= stride < window - 1:
             raise UserError(
-                f"--stride must be from 1 to --window less 1 ({window - 1}), got {stride}"
+                f"--stride must be from 1 to --window less 2 ({window - 2}), got {stride}"
             )
         return cls(window, stride, document_start)
 
-    def cut(self, ids: Sequence[int], known: int, start: int) -> Iterator[_Window]:
+    def cut(
+        self, ids: Sequence[int], known: int, start: int | None
+    ) -> Iterator[_Window]:
         """Windows over `ids` that score every token but the first `known` once. Each
-        begins with `start`, in place of a token that it does not score."""
+        begins with `start`, where that is given, in place of a token that it does not
+        score."""
         begin = 0
         done = known
         while done < len(ids):
             end = min(begin + self.window, len(ids))
-            yield [start, *ids[begin + 1 : end]], end - done
+            first = ids[begin] if start is None else start
+            yield [first, *ids[begin + 1 : end]], end - done
             begin = begin + self.stride
             done = end
 
@@ -226,6 +230,7 @@ def _windows(
 ) -> Iterator[_Window]:
     """The windows of all documents, which are counted in `score`. The next chunk of a
     document has the last tokens of the previous one as context."""
+    of_windows = start_id(tokenizer, windows.document_start)
     start = _document_start(tokenizer, windows.document_start)
     seen: list[int] = []
     for document in corpus:
@@ -240,7 +245,7 @@ def _windows(
         score.tokens += len(ids)
         score.text_bytes += len(document.text.encode())
         sequence = [*seen, *ids]
-        yield from windows.cut(sequence, len(seen), start)
+        yield from windows.cut(sequence, len(seen), of_windows)
         seen = sequence[-max(windows.window - windows.stride, 1) :]
 
 

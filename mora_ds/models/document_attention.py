@@ -105,7 +105,8 @@ def document_attention(
         out = _varlen(query, key, value, documents, window, scores)
     else:
         out = _by_documents(query, key, value, documents.lengths, window, scores)
-    return out.view(rows, length, heads, value.shape[2]), None
+    # Contiguous as transformers' own: AFMoE takes a view of it
+    return out.view(rows, length, heads, value.shape[2]).contiguous(), None
 
 
 def _mask(

@@ -44,9 +44,9 @@ RANK = 3
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def low_rank_model(tied):
+def low_rank_model(tied, family="llama"):
     """With products that are not zero."""
-    model = tiny_model("llama", tie_word_embeddings=tied)
+    model = tiny_model(family, tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
     assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)
     torch.manual_seed(0)
@@ -70,11 +70,15 @@ def assert_alone_trained(model, kind, tied):
     assert names == {f"{table}.{kind}" for table in tables}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied):
+# Gemma's embeddings are multiplied by the root of the width
+MODELS = [("llama", True), ("llama", False), ("gemma2", True), ("gemma3_text", False)]
+
+
+@pytest.mark.parametrize("family, tied", MODELS)
+def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(family, tied):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
-    model = low_rank_model(tied)
-    whole = tiny_model("llama", tie_word_embeddings=tied)
+    model = low_rank_model(tied, family)
+    whole = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(3)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(modules[0], LowRankEmbedding)
@@ -132,7 +136,7 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half
     of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
-    # Muon, as in the default recipe
+    # Muon, as in continual_embeddings.yaml
     more = (
         f"--train_embedding_rank {RANK} --embedding_learning_rate 0.01 --optimizer muon"
     )
@@ -183,20 +187,20 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
 FIRST = 112
 
 
-def model_with_new_rows(tied):
-    model = tiny_model("llama", tie_word_embeddings=tied)
+def model_with_new_rows(tied, family="llama"):
+    model = tiny_model(family, tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     assert report.other_trainable_params == (128 - FIRST) * 32 * (1 if tied else 2)
     return model
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
+@pytest.mark.parametrize("family, tied", MODELS)
+def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(family, tied):
     """The loss and the gradient of the new rows are those of a model whose complete tables
     are trained.
     """
-    model = model_with_new_rows(tied)
-    whole = tiny_model("llama", tie_word_embeddings=tied)
+    model = model_with_new_rows(tied, family)
+    whole = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(9)
     assert {FIRST - 1, FIRST, 127} <= set(ids.flatten().tolist())
     for variant in (model, whole):

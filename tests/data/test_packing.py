@@ -61,12 +61,12 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
     assert read in (list(range(cache.n_tokens)), list(range(cache.n_tokens - 1)))
 
 
+@pytest.mark.parametrize("start", [7777, 0])
 @pytest.mark.parametrize("mask", [True, False])
-def test_every_block_begins_with_the_token_that_stands_before_documents(mask):
+def test_every_block_begins_with_the_token_that_stands_before_documents(mask, start):
     """In place of a token that the block before has predicted; what came after that one is
     not predicted. All else is as without it.
     """
-    start = 7777
     cache = make_cache(LENGTHS, start)
     documents = [0, *cache.ends[:-1].tolist()]
     cache.tokens[documents] = start

@@ -55,7 +55,7 @@ def naive(folder, texts, window, stride):
     return nats, tokens
 
 
-@pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
+@pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 22), (5, 1)])
 def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     texts = [text[:250] for text in user.texts()[:2]] + ["naïve ☃\n", "x"]
     text_bytes = len("".join(texts).encode())
@@ -80,7 +80,7 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
 
 
 def test_a_chunk_has_the_end_of_the_one_before_as_context():
-    """Every token is scored once; every window begins with the end-of-text token where
+    """Every token is scored once; a document begins with the end-of-text token where
     there is no BOS.
     """
     tokenizer = Letters()
@@ -93,18 +93,24 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     count = Score()
     assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
         ([0, 1, 2, 3], 3),
-        ([0, 2, 3, 4], 1),
-        ([0, 3, 4, 5], 1),
-        ([0, 4, 5, 6], 1),
-        ([0, 5, 6, 7], 1),
-        ([0, 6, 7, 8], 1),
+        ([1, 2, 3, 4], 1),
+        ([2, 3, 4, 5], 1),
+        ([3, 4, 5, 6], 1),
+        ([4, 5, 6, 7], 1),
+        ([5, 6, 7, 8], 1),
         ([0, 9], 1),
     ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
     pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
-    assert pieces[:2] == [([0, 1, 2, 3], 3), ([0, 4, 5], 2)]
+    assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
     assert whole.text_bytes == 11, "bytes, not characters"
+    shared = list(perplexity._windows(corpus, tokenizer, Windows(5, 3), 1, Score()))
+    assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
+    tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
+    assert perplexity._document_start(tokenizer, "<s>") == 0
+    named = perplexity._windows(corpus, tokenizer, Windows(4, 2, "b"), 1, Score())
+    assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
     tokenizer.eos_token_id = None
     with user_error("neither a BOS nor an end-of-text token"):
         perplexity._document_start(tokenizer, "auto")
@@ -125,6 +131,8 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
     assert target.model.dtype == torch.bfloat16
+    nats = perplexity._nats(target.model, [(list(range(3, 60)), 56)])
+    assert nats != torch.tensor(nats).bfloat16().item(), "losses are in fp32"
     assert not target.model.training
     with user_error("--domain belongs to a checkpoint"):
         load_target(user.model, domain="law")
@@ -144,6 +152,8 @@ def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_al
         assert type(target.model).__name__ == "OwnForCausalLM"
         with user_error("trust_remote_code"):
             load_target(path)
+        half = load_target(path, dtype="float16", trust_remote_code=True)
+        assert half.model.dtype == torch.float16
     assert len(mora_layers(target.model)) == 14
 
 
@@ -184,14 +194,15 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, 
 def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     target = load_target(user.model)
     for window, stride, message in (
-        (4096, None, "--window must be from 2 to the model's 128 positions, got 4096"),
-        (64, 64, r"--stride must be from 1 to --window less 1 \(63\), got 64"),
+        (4096, None, "--window must be from 3 to the model's 128 positions, got 4096"),
+        (64, 63, r"--stride must be from 1 to --window less 2 \(62\), got 63"),
         (64, 0, "--stride"),
+        (2, None, "--window must be from 3"),
     ):
         with user_error(message):
             Windows.of(target.model, window, stride)
     assert Windows.of(target.model, None, None) == Windows(128, 64)
-    assert Windows.of(target.model, 2, None) == Windows(2, 1)
+    assert Windows.of(target.model, 3, None) == Windows(3, 1)
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
     assert Windows.of(unlimited, 4096, None).stride == 2048

@@ -102,6 +102,7 @@ def test_the_output_has_the_precision_of_the_query(kind):
     positions = positions_of([[LENGTH]])
     wanted = reference(*exact, positions, SIZE**-0.5, None, *scores.values())
     assert out.dtype is torch.bfloat16
+    assert out.is_contiguous(), "AFMoE takes a view of it"
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
     trained = half if kind == "sinks" else inputs
     assert {gradient.dtype for gradient in gradients(out, trained)} == {torch.bfloat16}
