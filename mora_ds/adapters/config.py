@@ -138,8 +138,7 @@ class AdapterConfig:
         values = {key: value for key, value in values.items() if key != "kind"}
         if isinstance(sizes := values.get("layer_sizes"), Mapping):
             values["layer_sizes"] = list(sizes.items())
-        config: Config = typed_fully(cls, values, "the adapter's settings")
-        return config
+        return typed_fully(cls, values, "the adapter's settings")
 
 
 @dataclass(frozen=True)

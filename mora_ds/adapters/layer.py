@@ -149,8 +149,7 @@ class AdaptedLinear(nn.Module):
     @property
     def value(self) -> nn.Parameter:
         """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out)."""
-        value: nn.Parameter = getattr(self, self.spec.value_name)
-        return value
+        return getattr(self, self.spec.value_name)
 
     def unshard(self, value_shard: Tensor) -> Tensor:
         """The unsharded value of which this rank's parameter is a shard. Collective."""

@@ -71,8 +71,7 @@ class TrainerState:
         it is missing or damaged."""
         path = folder / STATE_FILE
         content = files.read_json(path)
-        state: TrainerState = typed_fully(cls, content, f"{path} is damaged")
-        return state
+        return typed_fully(cls, content, f"{path} is damaged")
 
 
 def run_identity(

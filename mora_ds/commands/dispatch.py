@@ -47,8 +47,7 @@ def load(name: str) -> Callable[[], None]:
         module = research.load(OF_RESEARCH[name])
     else:
         module = import_module(f"mora_ds.commands.{name.replace('-', '_')}")
-    command: Callable[[], None] = module.start if name == PRETRAIN else module.main
-    return command
+    return module.start if name == PRETRAIN else module.main
 
 
 def main() -> None:

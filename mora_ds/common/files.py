@@ -437,10 +437,7 @@ def listed_files(folder: Path) -> dict[str, FileFacts]:
     the folder. Raises `UserError` for a missing or damaged manifest; only
     `verify_manifest` compares the facts with the files."""
     path = folder / MANIFEST
-    facts_of: dict[str, FileFacts] = entry(
-        read_json(path), "files", dict[RelativePath, FileFacts], path
-    )
-    return facts_of
+    return entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:

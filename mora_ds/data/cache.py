@@ -93,8 +93,7 @@ class TokenCache:
     @property
     def start_id(self) -> int | None:
         """What stands before every document, if anything does."""
-        start_id: int | None = self.meta["settings"]["bos_id"]
-        return start_id
+        return self.meta["settings"]["bos_id"]
 
 
 def build_cache(

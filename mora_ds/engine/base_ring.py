@@ -240,8 +240,7 @@ def names_on_host(model: Any) -> set[str]:
 
 def ring_of(model: nn.Module) -> BaseRing | None:
     """The ring of a model whose base is streamed, else None."""
-    ring: BaseRing | None = getattr(model, _RING, None)
-    return ring
+    return getattr(model, _RING, None)
 
 
 def _modules_of_layers(

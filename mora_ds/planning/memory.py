@@ -48,8 +48,7 @@ class Trained:
 
     @property
     def zero(self) -> Mapping[str, Any]:
-        section: Mapping[str, Any] = self.ds_config["zero_optimization"]
-        return section
+        return self.ds_config["zero_optimization"]
 
     @property
     def stage(self) -> int:

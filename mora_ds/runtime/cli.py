@@ -192,13 +192,12 @@ def shared_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     """The parser of one action of a command, among its `add_subparsers`."""
-    parser: argparse.ArgumentParser = actions.add_parser(
+    return actions.add_parser(
         name,
         help=text,
         description=text,
         allow_abbrev=False,
     )
-    return parser
 
 
 def say(*lines: str) -> None:

@@ -74,5 +74,4 @@ def hooks_of(arguments: Arguments) -> Hooks:
     """The hooks of a run. Raises `UserError` as `Arguments` do."""
     if not arguments.research:
         return Hooks()
-    hooks: Hooks = research.load("run").ResearchHooks(arguments)
-    return hooks
+    return research.load("run").ResearchHooks(arguments)

@@ -48,10 +48,7 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
         scales = None
     cos, sin = tables.rotation
     maps = tables.unfold, tables.slots, tables.members
-    formed: Tensor = ops.form(
-        values, scales, square, *maps, cos, sin, tables.blocks_out
-    )
-    return formed
+    return ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
 
 
 class KernelProducts(LayerProducts):
@@ -129,14 +126,12 @@ class KernelProducts(LayerProducts):
         partial_sums: Tensor = ops.product(c, z)
         if len(partial_sums) == 1:
             return partial_sums[0]
-        gradient: Tensor = ops.sum_parts(partial_sums, g.dtype)
-        return gradient
+        return ops.sum_parts(partial_sums, g.dtype)
 
     def _fold(self, x: Tensor) -> Tensor:
         """(..., D) -> (T, N * R), rotated for rotate."""
         tables = self.tables
-        folded: Tensor = ops.gather_sum(_flat(x), tables.fold, *tables.rotation, False)
-        return folded
+        return ops.gather_sum(_flat(x), tables.fold, *tables.rotation, False)
 
     def _folded(self, saved: Tensor) -> Tensor:
         return self._fold(saved) if self.spec.blocks > 1 else saved

@@ -252,8 +252,7 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         # In triton's interpreter
         return 2
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -104,8 +104,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W x + b for a frozen W: (..., D) -> (..., O)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    y: Tensor = _FrozenLinear.apply(x, weight, bias)
-    return y
+    return _FrozenLinear.apply(x, weight, bias)
 
 
 def check_floating(x: Tensor, weight: Weight) -> None:

@@ -62,8 +62,7 @@ def linear_map(
     """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass
     of sums with many terms would copy the gradient of all that is gathered once a
     term."""
-    result: Tensor = _LinearMap.apply(x, apply, transpose)
-    return result
+    return _LinearMap.apply(x, apply, transpose)
 
 
 class _LinearMap(torch.autograd.Function):

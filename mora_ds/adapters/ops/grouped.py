@@ -30,8 +30,7 @@ def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
     where the rows of each matrix end.
 
     A dense stack that is a parameter gets its gradient."""
-    result: Tensor = _GroupedLinear.apply(x, *parts_of(stack), ends)
-    return result
+    return _GroupedLinear.apply(x, *parts_of(stack), ends)
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -93,10 +93,7 @@ def linear_by(
     if x.dim() == 1:
         rows = linear_by(products, x.unsqueeze(0), weight, bias, square, path)
         return rows.squeeze(0)
-    y: Tensor = _MoRALinear.apply(
-        x, weight, bias, square, products, path is Compute.WEIGHT
-    )
-    return y
+    return _MoRALinear.apply(x, weight, bias, square, products, path is Compute.WEIGHT)
 
 
 class _MoRALinear(torch.autograd.Function):
