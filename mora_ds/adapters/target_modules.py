@@ -17,6 +17,28 @@ from mora_ds.adapters.layer import ExpertStack, is_linear
 from mora_ds.adapters.target_patterns import matches, matches_experts, names_experts
 from mora_ds.common.errors import UserError, nearest
 
+_READ_DIRECTLY = {
+    "MambaMixer.x_proj",
+    "MambaMixer.dt_proj",
+    "MambaMixer.out_proj",
+    "FalconMambaMixer.x_proj",
+    "FalconMambaMixer.dt_proj",
+    "FalconMambaMixer.out_proj",
+    "JambaMambaMixer.dt_proj",
+    "Mamba2Mixer.out_proj",
+    "BambaMixer.out_proj",
+    "FalconH1Mixer.out_proj",
+    "GraniteMoeHybridMambaLayer.out_proj",
+    "NemotronHMamba2Mixer.out_proj",
+    "Zamba2MambaMixer.out_proj",
+    "Gemma3nTextAltUp.prediction_coefs",
+    "Gemma3nTextAltUp.correction_coefs",
+}
+"""Class of a module and its layer whose weight it computes with itself, without calling
+the layer (transformers, models/*/modeling_*.py): an adapter there would not train.
+Those of Mamba but dt_proj are read only for a fused kernel on a GPU; runs adapt the
+same layers on every machine."""
+
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """Name -> linear layer, or projection of experts, for every one that `config`
@@ -71,6 +93,11 @@ def _chosen(
     names: set[str],
 ) -> dict[str, nn.Module]:
     """In the order of the model's parameters, as a stack has no module yet."""
+    if unused := sorted(name for name in names if _is_read_directly(model, name)):
+        raise UserError(
+            f"`target_modules` includes {unused[0]!r}, whose weight the model reads without calling the layer: an "
+            "adapter there would not train. Leave it out, as all-linear does"
+        )
     parameters = model.named_parameters(remove_duplicate=False)
     order = [name.removesuffix(".weight") for name, _ in parameters]
     return {
@@ -92,8 +119,18 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[str]:
     if pattern == ALL_LINEAR:
         head = output_head(model)
-        return {name for name, module in linear.items() if module is not head}
+        return {
+            name
+            for name, module in linear.items()
+            if module is not head and not _is_read_directly(model, name)
+        }
     return {name for name in linear if matches(pattern, name)}
+
+
+def _is_read_directly(model: nn.Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    kind = type(model.get_submodule(parent)).__name__
+    return f"{kind}.{child}" in _READ_DIRECTLY
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
