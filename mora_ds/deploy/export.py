@@ -40,7 +40,7 @@ from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.load import folder_config, load_model
+from mora_ds.models.load import folder_config, kept_in_fp32, load_model
 from mora_ds.models.save import layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
@@ -128,9 +128,9 @@ def export_merged(
     """Write the merged model of `checkpoint` to `output`, completely or not at all.
 
     `checkpoint`: a step folder, a link to one, or a run's output folder
-    (its latest one is taken). `base_folder`: the base, if it was moved. `dtype`: of all
-    floating tensors; "auto" is the run's compute dtype, and with `onto` that of each
-    tensor there. `verify`: load the result and compare its logits with those recorded
+    (its latest one is taken). `base_folder`: the base, if it was moved. `dtype`: of
+    floating tensors but those that transformers keeps in fp32; "auto" is the run's
+    compute dtype, and with `onto` that of each tensor there. `verify`: load the result and compare its logits with those recorded
     at save time (`logits_check` has the tolerances). `domain`: of a run with domains,
     the one to merge with the shared MoRA matrices; "shared": those alone.
     `delta_scale`: multiplies the update. `trust_remote_code`: `verify` may run code
@@ -189,7 +189,8 @@ def export_merged(
         if dtype != "auto" or not run.is_onto:
             written = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
             written_text = dtype_name(written)
-        layout = layout_of(run.target, keys, written)
+        in_fp32 = kept_in_fp32(run.target, written, trust_remote_code)
+        layout = layout_of(run.target, keys, written, in_fp32)
         comparison = None
         with atomic_folder(output.absolute()) as folder:
             names = write_shards(folder, layout, updated_tensors(run))

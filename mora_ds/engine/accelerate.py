@@ -14,7 +14,6 @@ import deepspeed
 from accelerate import DistributedType, PartialState
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from mora_ds.adapters.inject import frozen_buffers, move_base
 from mora_ds.engine import zero
@@ -114,21 +113,6 @@ def _in_place_of_deepspeed(function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         deepspeed.initialize = original
-
-
-@contextmanager
-def unsharded_loading() -> Iterator[None]:
-    """Within the context `from_pretrained` does not shard what it loads, as it does at
-    stage 3 once `TrainingArguments` with a DeepSpeed config exist
-    (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    config = None if reference is None else reference()
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def optimizer_steps(engine: zero.Engine) -> int:

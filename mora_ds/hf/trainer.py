@@ -32,13 +32,12 @@ from mora_ds.engine.accelerate import (
     is_sharded,
     optimizer_steps,
     our_engine,
-    unsharded_loading,
 )
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.hf.callback import MoRACallback
 from mora_ds.hf.options import check_options, fill_config
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.load import resolve_folder
+from mora_ds.models.load import resolve_folder, unsharded_loading
 from mora_ds.remora.merge import MergeReport
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run

@@ -11,8 +11,9 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.rope import FLAG as ROPE
@@ -285,6 +287,45 @@ def set_rope(
         with torch.device("meta"):
             sketch = make_model(config, ROPE, trust_remote_code=trust_remote_code)
         check_used(sketch, settings["rope_type"])
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Within the context `from_pretrained` does not shard what it loads, as it does at
+    stage 3 once `TrainingArguments` with a DeepSpeed config exist
+    (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def kept_in_fp32(
+    base: BaseCheckpoint, dtype: torch.dtype | None, trust_remote_code: bool
+) -> set[str]:
+    """Keys of the tensors that a model of the base has in fp32 though it is loaded in
+    `dtype`, such as routers. None of a model whose own code must not run."""
+    if dtype in (None, torch.float32):
+        return set()
+    with suppress(UserError), torch.device("meta"), unsharded_loading():
+        config = folder_config(base.folder, trust_remote_code)
+        sketch = make_model(
+            config, MODEL_FLAG, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        # As from_pretrained chooses: by patterns of names (modeling_utils.py,
+        # `_get_dtype_plan`), or as the class makes a tensor (core_model_loading.py,
+        # `convert_and_load_state_dict_in_model`).
+        patterns = sketch._get_dtype_plan(dtype)
+        names = [
+            name
+            for name, tensor in sketch.state_dict().items()
+            if tensor.dtype != dtype
+            or any(re.search(pattern, name) for pattern in patterns)
+        ]
+        return set(map_model(base, sketch, names).values())
+    return set()
 
 
 def load_model(

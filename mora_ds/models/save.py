@@ -7,7 +7,7 @@ write_companions
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,15 @@ def layout_of(
     base: BaseCheckpoint,
     keys: Iterable[str],
     dtype: torch.dtype | None,
+    in_fp32: Collection[str] = (),
 ) -> Layout:
     """The tensors `keys` of a base: floating-point ones in `dtype`, unless that is
-    None."""
+    None, and those of `in_fp32` in fp32."""
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
         if dtype is not None and stored.is_floating_point:
-            stored = dtype
+            stored = torch.float32 if key in in_fp32 else dtype
         layout[key] = (shape, stored)
     return layout
 

@@ -112,6 +112,26 @@ def test_dtype_can_be_chosen(tmp_path):
         )
 
 
+KEPT = """
+bfloat16 | {family: deepseek_v3}
+float16 | {family: gpt_oss}
+"""
+"""Routers at any dtype; norms where the model would be rounded from bfloat16."""
+
+
+@pytest.mark.parametrize("dtype, settings", rows(KEPT))
+def test_what_transformers_keeps_in_fp32_stays_so(tmp_path, dtype, settings):
+    run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
+    export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+    exported = load_file(tmp_path / "merged/model.safetensors")
+    of_run, of_export = (
+        {name: tensor for name, tensor in tensors if tensor.dtype == torch.float32}
+        for tensors in (run.live.state_dict().items(), exported.items())
+    )
+    assert of_run
+    torch.testing.assert_close(of_export, of_run, rtol=0, atol=0)
+
+
 def test_stale_copy_of_a_tied_head_is_left_out(tmp_path):
     """Files that hold lm_head.weight though it is tied: kept, it would come apart from the
     trained embedding.

@@ -40,7 +40,7 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
-    run = fake_run(tmp_path)
+    run = fake_run(tmp_path, dtype="bfloat16")
     with_own_code(run.base, run.base)
     export_merged(run.checkpoint, tmp_path / "plain")
     assert (tmp_path / "plain/modeling_own.py").is_file()

@@ -19,6 +19,8 @@ from mora_ds.engine.accelerate import optimizer_steps
 from mora_ds.hf import MoRACallback, MoRATrainer, load_model
 from mora_ds.hf import trainer as trainer_module
 from mora_ds.hf.options import REFUSED, check_options, fill_config
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.load import kept_in_fp32
 from tests.helpers.errors import user_error
 from tests.helpers.hf import Trainer, ds_config
 from tests.helpers.models import tiny_model
@@ -111,9 +113,11 @@ def test_a_model_that_is_sharded_is_refused(tmp_path):
 
 
 def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "model")
     args = arguments(tmp_path)  # which transformers looks at while they live
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
+    base = BaseCheckpoint.open(tmp_path / "model")
+    assert kept_in_fp32(base, torch.bfloat16, False), "exports sketch the model"
     parameters = load_model(tmp_path / "model").parameters()
     assert not any(hasattr(parameter, "ds_id") for parameter in parameters)
     assert args.deepspeed
