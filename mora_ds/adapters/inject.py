@@ -35,7 +35,12 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
+from mora_ds.adapters.target_modules import (
+    ending_of,
+    language_model,
+    output_head,
+    targets_of,
+)
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import shown
 
@@ -321,11 +326,11 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
     if config.train_head and head is None:
         raise UserError("`train_head`: this model has no output head")
     trained: set[int] = set()
-    for module in model.modules():
+    for module in (*language_model(model).modules(), head):
         trains = config.train_embeddings and isinstance(module, nn.Embedding)
         trains |= config.train_norms and "norm" in type(module).__name__.lower()
         trains |= config.train_head and module is head
-        if trains:
+        if module is not None and trains:
             trained.update(map(id, module.parameters(recurse=False)))
     return trained
 

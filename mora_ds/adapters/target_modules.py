@@ -106,8 +106,11 @@ def _chosen(
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    inside = {*language_model(model).modules(), output_head(model)}
     linear = {
-        name: module for name, module in model.named_modules() if is_linear(module)
+        name: module
+        for name, module in model.named_modules()
+        if module in inside and is_linear(module)
     }
     if not linear:
         raise UserError(
@@ -131,6 +134,20 @@ def _is_read_directly(model: nn.Module, name: str) -> bool:
     parent, _, child = name.rpartition(".")
     kind = type(model.get_submodule(parent)).__name__
     return f"{kind}.{child}" in _READ_DIRECTLY
+
+
+def language_model(model: Any) -> Any:
+    """What text trains but the head: of a multimodal model its language model, without
+    towers and projectors; any other model itself."""
+    # transformers' composite configs have a `text_config` (configuration_utils.py,
+    # `get_text_config`); modeling_utils.py, `get_decoder`, is a best effort
+    text = getattr(getattr(model, "config", None), "text_config", None)
+    if text is None:
+        return model
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", ())
+    count = getattr(text, "num_hidden_layers", None)
+    return decoder if len(layers) == count else model
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

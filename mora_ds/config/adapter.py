@@ -56,8 +56,8 @@ class AdapterArguments:
     contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, all-linear
-    (all but the head), experts (all projections of a mixture's experts, which no
-    pattern without this word reaches)."""
+    (what text trains but the head), experts (all of a mixture's, which no pattern
+    without this word reaches)."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 +
     update is formed, rounded to the run's dtype) or auto: weight for each layer where

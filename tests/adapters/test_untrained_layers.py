@@ -11,7 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.target_modules import _READ_DIRECTLY, match_targets
+from mora_ds.adapters.target_modules import (
+    _READ_DIRECTLY,
+    language_model,
+    match_targets,
+)
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, causal_loss, tokens
 
@@ -28,6 +32,17 @@ MODELS = {
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0, 0.0],
         "intermediate_size": [56, 56],
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+MULTIMODAL = {
+    "gemma3": {},
+    "gemma4": {
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
@@ -86,3 +101,47 @@ def test_the_table_is_what_transformers_reads():
                 read = re.findall(r"self\.(\w+_(?:proj|coefs))\.weight\b", text)
                 found |= {f"{kind}.{name}" for name in read}
     assert found == _READ_DIRECTLY
+
+
+# -- multimodal models -----------------------------------------------------------------
+
+
+def multimodal(kind):
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    untied = {"tie_word_embeddings": False}
+    config = AutoConfig.for_model(
+        kind,
+        text_config={**COMMON, **untied, "head_dim": 16, **MULTIMODAL[kind]},
+        vision_config={**TOWER, **heads, "image_size": 28, "patch_size": 14},
+        **untied,
+    )
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_of_a_multimodal_model_the_language_model_and_the_head_are_trained(kind):
+    model = multimodal(kind)
+    linear = match_targets(model, ("re:.*",)).keys() - {"lm_head"}
+    also = {"train_embeddings": True, "train_norms": True, "train_head": True}
+    inject(model, MoRAConfig(rank=4, **also))
+    assert mora_layers(model).keys() == linear
+    causal_loss(model, tokens(2)).backward()
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    assert [name for name in gradients if gradients[name] is None] == []
+    parts = {
+        re.sub(r"language_model\..*", "language_model", name) for name in gradients
+    }
+    assert parts == {"model.language_model", "lm_head.weight"}
+
+
+def test_a_layer_of_a_tower_is_no_target():
+    with user_error("matches no linear layer"):
+        match_targets(multimodal("gemma3"), ("*.vision_tower.*",))
+
+
+def test_the_language_model_holds_the_decoder_layers():
+    model = multimodal("gemma3")
+    assert language_model(model) is model.model.language_model
+    model.config.text_config.num_hidden_layers = 3  # other than in the decoder
+    assert language_model(model) is model
