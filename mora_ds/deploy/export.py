@@ -130,11 +130,12 @@ def export_merged(
     `checkpoint`: a step folder, a link to one, or a run's output folder
     (its latest one is taken). `base_folder`: the base, if it was moved. `dtype`: of
     floating tensors but those that transformers keeps in fp32; "auto" is the run's
-    compute dtype, and with `onto` that of each tensor there. `verify`: load the result and compare its logits with those recorded
-    at save time (`logits_check` has the tolerances). `domain`: of a run with domains,
-    the one to merge with the shared MoRA matrices; "shared": those alone.
-    `delta_scale`: multiplies the update. `trust_remote_code`: `verify` may run code
-    that comes with the base, and `onto` that of tokenizers. `onto`: a model of the
+    compute dtype, and with `onto` that of each tensor there. `verify`: load the result
+    and compare its logits with those recorded at save time (`logits_check` has the
+    tolerances). `domain`: of a run with domains, the one to merge with the shared MoRA
+    matrices; "shared": those alone. `delta_scale`: multiplies the update.
+    `trust_remote_code`: code that comes with the base may be run, and with `onto` that
+    of tokenizers; `verify` of such a base needs it. `onto`: a model of the
     base's shapes to which the update is added instead. Raises `UserError` naming the
     flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a
     full disk.

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
     atomic_folder,
+    read_json,
     require_new,
     require_outside,
     write_json_atomic,
@@ -90,6 +92,7 @@ def export_peft(
                 "which merges them, or an adapter without experts in `target_modules`"
             )
     run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
+    _require_all_are_loaded(run)
     plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
     with atomic_folder(output.absolute()) as folder:
         lost = _write_tensors(run, plans, folder)
@@ -102,6 +105,33 @@ def export_peft(
         readme = card("peft", "lora, mora", "LoRA adapter", content)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
+
+
+def _require_all_are_loaded(run: OpenedRun) -> None:
+    """Raise `UserError` where PEFT, if installed, would leave layers out. In some
+    mixtures it takes the names of their projections for those of fused experts
+    (utils/transformers_weight_conversion.py, `_convert_peft_config_moe`)."""
+    try:
+        from peft import LoraConfig
+        from peft.utils import transformers_weight_conversion
+    except ImportError:
+        return
+    modules = set(run.file.layers)
+    config = LoraConfig(target_modules=modules)
+    kind = read_json(run.base.folder / "config.json").get("model_type")
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(
+            config, model, None
+        )
+        lost = modules - config.target_modules
+    except ValueError:
+        lost = modules
+    if lost:
+        raise UserError(
+            f"PEFT would not load {len(lost)} layers, e.g. {min(lost)}, which it takes for experts of a {kind}: use "
+            "mora-ds export, which merges them, or an adapter without them in `target_modules`"
+        )
 
 
 # -- factors ---------------------------------------------------------------------------

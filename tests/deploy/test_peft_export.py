@@ -12,6 +12,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.files import read_json
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
 from tests.helpers.adapters import Maker, merge, originals, summed
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tables import parsed, rows
@@ -50,6 +51,8 @@ LoRAConfig | {rank: 3, alpha: 5.0} | 2 | llama
 MoRAConfig | {rank: 1, operator: share} | 1 | llama
 MoRAConfig | {rank: 1, operator: share, grouping: alternate} | 1 | gpt2
 MoRAConfig | {rank: 1, operator: truncate} | 0 | llama
+# beside layers that PEFT takes for experts
+LoRAConfig | {rank: 2, target_modules: [o_proj]} | 0 | deepseek_v3
 # more ranks than the shorter side has
 MoRAConfig | {rank: 2, operator: share} | 9 | llama
 """
@@ -70,6 +73,16 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path, kind, settings, cycles, 
     side = min(terms[0][0].d_in, terms[0][0].d_out)
     total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)
     assert ranks["rank_pattern"].get(name, ranks["r"]) == min(side, total)
+
+
+@pytest.mark.parametrize("names", ["all-linear", "down_proj", "gate_proj"])
+def test_layers_that_peft_would_leave_out_are_refused(tmp_path, names):
+    """deepseek_v3 has a dense MLP and shared experts, named as experts once were."""
+    wanted = config.LoRAConfig(rank=2, target_modules=[names])
+    adapter(tmp_path, wanted, 0, "deepseek_v3")
+    with user_error(r"PEFT would not load .*mora-ds export"):
+        export_peft(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
