@@ -27,6 +27,7 @@ from mora_ds.adapters.ops.spec import (
     round_side,
 )
 from mora_ds.common.errors import UserError, refuse, unknown
+from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
@@ -124,16 +125,16 @@ class AdapterConfig:
         """Seed of the value that a layer starts a cycle from."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The fields as JSON values, with the adapter under "kind"."""
-        values: dict[str, Any] = {"kind": self.adapter}
+        values: JsonObject = {"kind": self.adapter}
         for field in fields(self):
             value = getattr(self, field.name)
             values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 
     @classmethod
-    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    def from_dict(cls: type[Config], values: JsonObject) -> Config:
         """Inverse of `to_dict`. Raises `UserError` for an unknown or a missing key."""
         values = {key: value for key, value in values.items() if key != "kind"}
         if isinstance(sizes := values.get("layer_sizes"), Mapping):
@@ -332,13 +333,13 @@ class MoRAConfig(AdapterConfig):
             seed = permutation_seed(self.seed, layer, cycle)
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         values = super().to_dict()
         values["layer_sizes"] = dict(self.layer_sizes)
         return values
 
 
-def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
+def config_from_dict(values: JsonObject) -> AdapterConfig:
     """Inverse of `to_dict` for either adapter. Raises `UserError`."""
     kinds: dict[str, type[AdapterConfig]] = {MORA: MoRAConfig, LORA: LoRAConfig}
     kind = entry(values, "kind", str, "the adapter's settings")

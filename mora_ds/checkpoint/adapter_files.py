@@ -49,6 +49,7 @@ from mora_ds.common.files import (
     write_json_atomic,
 )
 from mora_ds.common.tensor_files import (
+    Shape,
     Tensors,
     compute_dtype,
     open_safetensors,
@@ -59,7 +60,7 @@ from mora_ds.common.untrusted import AnyPath, Count, FileName, typed, typed_full
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.rope import check_changes
 from mora_ds.remora.ledger import (
-    LayerEntry,
+    Layers,
     Ledger,
     agree_on_layers,
     layers_from_dict,
@@ -112,7 +113,7 @@ def logits_name(domain: str | None) -> str:
 class AdapterFile:
     """adapter.json: everything about an adapter except its tensors."""
 
-    layers: Annotated[dict[str, LayerEntry], PlainValidator(layers_from_dict)]
+    layers: Annotated[Layers, PlainValidator(layers_from_dict)]
     """Module name -> entry, with the operators of the current cycle."""
     config: Annotated[AdapterConfig, PlainValidator(config_from_dict)]
     dtype: str
@@ -140,9 +141,9 @@ class AdapterFile:
             "facts": self.facts,
         }
 
-    def expected(self) -> dict[str, tuple[int, ...]]:
+    def expected(self) -> dict[str, Shape]:
         """Name -> shape of every MoRA matrix in the file, those of domains included."""
-        shapes: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, Shape] = {
             layer.square: layer.operator.value_shape for layer in self.layers.values()
         }
         if self.domains is not None:
@@ -154,7 +155,7 @@ class AdapterFile:
     def check_ledger(self, ledger: Ledger) -> None:
         """Raises `UserError` unless the layers are those of the ledger's cycles, and
         follow the last of them. The ledger lies in the adapter's folder."""
-        known: dict[str, LayerEntry] = dict(self.layers)
+        known: Layers = dict(self.layers)
         for cycle, record in enumerate(ledger.records):
             agree_on_layers(known, ledger.layers(cycle), ledger.folder / record.file)
         if ledger.cycles != self.cycle:
@@ -263,7 +264,7 @@ class AdapterTensors:
         """Another trained tensor."""
         return self._handle.get_tensor(name)
 
-    def trained_shape(self, name: str) -> tuple[int, ...]:
+    def trained_shape(self, name: str) -> Shape:
         """The shape of another trained tensor, from the file's header alone."""
         return shape_dtype(self._handle, name)[0]
 

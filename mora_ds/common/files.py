@@ -339,7 +339,7 @@ def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
 
 
 def write_manifest(
-    folder: Path, recorded: Mapping[str, dict[str, Any]] | None = None
+    folder: Path, recorded: Mapping[str, JsonObject] | None = None
 ) -> None:
     """Writes `manifest.json`: size and sha256 of every file under `folder`.
 
@@ -406,7 +406,7 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
     path = folder / MANIFEST
     content = read_formatted(path)
     # A list that was truncated or edited has another digest
-    listed_content = entry(content, "files", dict[str, Any], path)
+    listed_content = entry(content, "files", JsonObject, path)
     if content.get("seal") != json_digest(listed_content):
         return [f"{path} is damaged: it does not list what it was written with"]
     if problems := links(folder):

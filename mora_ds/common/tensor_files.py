@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import atomic_path
+from mora_ds.common.files import JsonObject, atomic_path
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -47,6 +47,9 @@ CODES = {
 """The format's name of each dtype."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+Shape: TypeAlias = tuple[int, ...]
+"""Sides of a tensor."""
 
 Tensors: TypeAlias = dict[str, Tensor]
 """Tensors by their names in a file."""
@@ -80,12 +83,12 @@ class SafetensorsWriter:
     def __init__(
         self,
         path: Path,
-        layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        layout: Mapping[str, tuple[Shape, torch.dtype]],
         metadata: Mapping[str, str],
     ) -> None:
         self._layout = dict(layout)
         self._missing = set(layout)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        header: JsonObject = {"__metadata__": {"format": "pt", **metadata}}
         self._offsets: dict[str, int] = {}
         end = 0
         # `sorted` leaves tensors of equal width in their order
@@ -135,7 +138,7 @@ class SafetensorsWriter:
 
 def write_safetensors_atomic(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     metadata: Mapping[str, str],
 ) -> None:
     """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
@@ -164,7 +167,7 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path} is truncated or damaged: {error}") from error
 
 
-def shape_dtype(handle: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+def shape_dtype(handle: Any, name: str) -> tuple[Shape, torch.dtype]:
     """Shape and dtype of a tensor, from the header alone."""
     view = handle.get_slice(name)
     if view.get_dtype() not in DTYPES:

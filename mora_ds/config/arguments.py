@@ -18,7 +18,7 @@ from mora_ds.common.files import shipped
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
-from mora_ds.config.flags import RESEARCH, parse_flat
+from mora_ds.config.flags import RESEARCH, Settings, parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import Schedule, schedule_kind
 
@@ -32,7 +32,7 @@ class Arguments:
     adapter: AdapterArguments
     data: DataArguments
     training: TrainingArguments
-    research: dict[str, Any] = field(default_factory=dict)
+    research: Settings = field(default_factory=dict)
     """The settings of the recipe's block `research:`; nearly always there is none."""
     set_by_user: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; all others have their defaults."""
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     return with_flags(recipe, flags)
 
 
-def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
+def with_flags(recipe: Settings, flags: Settings) -> Arguments:
     """Arguments from {field: value} of a recipe, and of flags, which win over it and
     may leave keys of it without effect."""
     # What the recipe itself leaves without effect, `validate` refuses.
@@ -113,7 +113,7 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
     return dataclasses.replace(from_flat({**effective, **flags}), left_out=left_out)
 
 
-def from_flat(settings: dict[str, Any]) -> Arguments:
+def from_flat(settings: Settings) -> Arguments:
     """Arguments from {field: value} of the right types; the other fields have
     defaults."""
     groups = {}
@@ -125,10 +125,10 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
     )
 
 
-def dump(arguments: Arguments) -> dict[str, Any]:
+def dump(arguments: Arguments) -> Settings:
     """{field: value} in plain types for `run.yaml`: a recipe that repeats the
     run."""
-    flat: dict[str, Any] = {}
+    flat: Settings = {}
     for name in _GROUPS:
         flat |= dataclasses.asdict(getattr(arguments, name))
     if arguments.research:

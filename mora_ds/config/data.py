@@ -3,10 +3,9 @@
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from mora_ds.common.errors import refusal
-from mora_ds.common.files import named_path
+from mora_ds.common.files import JsonObject, named_path
 from mora_ds.common.rope import rope_settings
 from mora_ds.config.flags import documented
 
@@ -46,7 +45,7 @@ class ModelArguments:
         return None if self.attn_implementation == "auto" else self.attn_implementation
 
     @property
-    def rope(self) -> dict[str, Any] | None:
+    def rope(self) -> JsonObject | None:
         """The keys of --rope_scaling. Raises `UserError` where they are wrong."""
         return None if self.rope_scaling is None else rope_settings(self.rope_scaling)
 

@@ -18,7 +18,16 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    NoReturn,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from transformers import HfArgumentParser
 
@@ -28,6 +37,9 @@ from mora_ds.common.files import load_yaml, shipped
 from mora_ds.common.untrusted import typed
 
 Class = TypeVar("Class", bound=type)
+
+Settings: TypeAlias = dict[str, Any]
+"""Field of the settings of a run -> its value."""
 
 _NOT_GIVEN = object()
 
@@ -127,7 +139,7 @@ class StrictParser(HfArgumentParser):
 
 def parse_flat(
     groups: Sequence[type], argv: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Settings, Settings]:
     """({field: value} of the recipe, the same of the flags), of fields of the
     dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
     help and raises SystemExit(0)."""
@@ -166,7 +178,7 @@ def _unknown_flag(word: str, known: Iterable[str]) -> str:
     return f"unknown flag {flag}.{nearest(flag, [f'--{setting}' for setting in known])}"
 
 
-def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
+def read_recipe(path: str, groups: Iterable[type]) -> Settings:
     """The settings of a YAML recipe, checked against the fields of `groups`. One
     `UserError` lists all that are wrong."""
     settings = load_yaml(path, "the recipe")
@@ -185,7 +197,7 @@ def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
 
 def typed_values(
     content: Any, hints: Mapping[str, Any], path: str, prefix: str = ""
-) -> dict[str, Any]:
+) -> Settings:
     """The values of a mapping in the YAML file `path` as the types in `hints`.
 
     `prefix`: where the mapping stands in the file, such as "sources.web.". Raises one

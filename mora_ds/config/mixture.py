@@ -8,12 +8,11 @@
 import os
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, UserError
 from mora_ds.common.files import load_yaml
 from mora_ds.config.data import DataArguments
-from mora_ds.config.flags import typed_values
+from mora_ds.config.flags import Settings, typed_values
 
 PLAIN = "train"
 """Name of the source that plain --train_files or --dataset_name make."""
@@ -208,7 +207,7 @@ def _read(path: str) -> MixturePlan:
     return MixturePlan(tuple(sources), tuple(phases))
 
 
-def _source(where: str, name: str, values: dict[str, Any]) -> SourcePlan:
+def _source(where: str, name: str, values: Settings) -> SourcePlan:
     epochs = values.get("epochs")
     if not re.fullmatch(_NAME, name):
         raise UserError(f"{where}: a name has letters, digits, _, . and - only")

@@ -10,10 +10,9 @@ Files, tokenizers and models are checked where they are read; DeepSpeed's JSON f
 `engine/ds_config.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
 
 from mora_ds.common import research
 from mora_ds.common.errors import (
@@ -33,6 +32,7 @@ from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
+from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.device import BaseDevice
@@ -130,7 +130,7 @@ def validate(arguments: Arguments) -> None:
     refuse(idle_settings(arguments).values())
 
 
-def _both_given(settings: Mapping[str, Any]) -> Iterator[str]:
+def _both_given(settings: Settings) -> Iterator[str]:
     for pair in _EXCLUSIVE:
         one, another = pair.split()
         if settings[one] and settings[another]:

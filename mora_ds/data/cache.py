@@ -21,7 +21,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -30,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
+    JsonObject,
     at_work,
     disk_errors,
     file_problem,
@@ -65,7 +65,7 @@ class TokenCache:
     """An open cache, memory-mapped: nothing is read before it is used."""
 
     folder: Path
-    meta: dict[str, Any]
+    meta: JsonObject
     tokens: np.ndarray
     """(N,) uint16 or uint32"""
     ends: np.ndarray
@@ -157,7 +157,7 @@ def _processes_for(
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
-def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, Any]:
+def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> JsonObject:
     """All that decides which tokens a cache holds. `hashes`: of the corpus's
     members."""
     return {
@@ -172,7 +172,7 @@ def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, 
     }
 
 
-def _key(settings: dict[str, Any]) -> str:
+def _key(settings: JsonObject) -> str:
     """The name of the cache with these settings."""
     return json_digest(settings)[:32]
 
@@ -184,7 +184,7 @@ def _build(
     corpus: Corpus,
     encoder: Encoder,
     folder: Path,
-    settings: dict[str, Any],
+    settings: JsonObject,
     num_proc: int,
     progress: bool,
 ) -> None:
@@ -212,7 +212,7 @@ def _build(
 
 def _write(
     corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the tokens of all documents into `folder`. Returns the counts and hashes
     for meta.json."""
     with_text = (document for document in corpus if not document.is_empty)

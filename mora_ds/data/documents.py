@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Rows: TypeAlias = dict[str, Any]
+"""input_ids, labels, position_ids, each int64 (B, T), and their `documents`."""
 
 
 @dataclass(frozen=True, eq=False)

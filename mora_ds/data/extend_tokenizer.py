@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -102,9 +102,7 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
     return tokenizer
 
 
-def _speller(
-    content: dict[str, Any], backend: Tokenizer
-) -> Callable[[str], str | None]:
+def _speller(content: JsonObject, backend: Tokenizer) -> Callable[[str], str | None]:
     """A function from SentencePiece's spelling of a token to the vocabulary's; None for
     white space, and for what the tokenizer never treats as one word."""
 
@@ -122,7 +120,7 @@ def _speller(
 
 
 def _grow(
-    model: dict[str, Any], candidates: list[str], wanted: int, first_id: int
+    model: JsonObject, candidates: list[str], wanted: int, first_id: int
 ) -> list[str]:
     """Add tokens to the vocabulary, and to the merges the pair that each is made of.
     Returns the tokens.

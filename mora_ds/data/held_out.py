@@ -10,8 +10,8 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from mora_ds.common.files import JsonObject
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
@@ -49,6 +49,6 @@ class DocumentFilter:
         return f"--held_out_share {self.held_out_share}"
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides which documents pass; part of a token cache's key."""
         return {"share": self.held_out_share, "held_out": self.takes_held_out}

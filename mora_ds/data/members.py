@@ -11,16 +11,16 @@ Each has
 
 import copy
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import sha256_file
+from mora_ds.common.files import JsonObject, sha256_file
 from mora_ds.data.readers import (
     Document,
     Mark,
+    MarkedDocuments,
     file_kind,
     is_compressed,
     read_file,
@@ -40,7 +40,7 @@ class FileMember:
     def label(self) -> str:
         return str(self.path)
 
-    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    def marked(self, mark: Mark) -> MarkedDocuments:
         return read_file(self.path, self.text_column, mark)
 
     def content_hash(self) -> str:
@@ -48,7 +48,7 @@ class FileMember:
         content = f"{kind} {sha256_file(self.path)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> JsonObject:
         status = self.path.stat()
         return {
             "path": str(self.path.resolve()),
@@ -68,7 +68,7 @@ class DatasetMember:
     dataset: Any
     text_column: str
 
-    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    def marked(self, mark: Mark) -> MarkedDocuments:
         rows = self.dataset.select_columns([self.text_column])
         if mark.record == len(rows) > 0:  # `select` refuses to begin there
             return iter(())
@@ -79,7 +79,7 @@ class DatasetMember:
     def content_hash(self) -> str:
         return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> JsonObject:
         return {"dataset": self.label, "fingerprint": self.dataset._fingerprint}
 
     def size_bytes(self) -> int:
@@ -95,7 +95,7 @@ class StreamedDatasetMember:
     dataset: Any
     text_column: str
 
-    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    def marked(self, mark: Mark) -> MarkedDocuments:
         # A copy, since two readers of one dataset would share its state.
         rows = copy.deepcopy(self.dataset)
         rows.load_state_dict(mark.state)
@@ -110,7 +110,7 @@ class StreamedDatasetMember:
     def content_hash(self) -> str:
         raise AssertionError("a streamed dataset has no known contents")
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> JsonObject:
         return {"dataset": self.label}
 
     def size_bytes(self) -> int:

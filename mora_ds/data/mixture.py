@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
+from mora_ds.data.documents import Rows
 from mora_ds.data.packing import Block, PackedDataset, stack
 from mora_ds.data.stream_source import StreamSource
 
@@ -189,7 +190,7 @@ class Mixture:
         epochs: Sequence[float | None],
         seq_len: int,
         rows_per_step: int,
-        states: dict[str, Any] | None = None,
+        states: JsonObject | None = None,
     ) -> None:
         """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often
         source k may be read, None for any number; where it is used up, the others share
@@ -212,7 +213,7 @@ class Mixture:
             f"from step {step}": dict(zip(sources, weights, strict=True))
             for step, weights in phases
         }
-        self.identity: dict[str, Any] = {
+        self.identity: JsonObject = {
             "mixture": {
                 "sources": {
                     name: source.content_id for name, source in sources.items()
@@ -264,11 +265,11 @@ class Mixture:
                 "`epochs`, or lower --seq_len, --per_device_train_batch_size or --gradient_accumulation_steps"
             )
 
-    def first_rows(self, count: int) -> dict[str, Any]:
+    def first_rows(self, count: int) -> Rows:
         """The first `count` sequences of the first source, the same in every step."""
         return stack([self.sources[0].probe(index) for index in range(count)])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
+    def batch(self, step: int, rows: slice = slice(None)) -> Rows:
         """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids,
         each int64 (B, T), and their `documents`. With streams all ranks ask for the
         same step, that of the last call or a later one."""
@@ -279,7 +280,7 @@ class Mixture:
             [self._drawn.get(sample) or self.sample(sample) for sample in samples]
         )
 
-    def states_at(self, step: int) -> dict[str, Any] | None:
+    def states_at(self, step: int) -> JsonObject | None:
         """What a run with streams needs that goes on with batch `step`, which is the
         last one drawn or the one after it. Where drawing it has failed half-way, that
         is the position before. None without streams."""
@@ -317,7 +318,7 @@ class Mixture:
                 self._drawn[sample] = self.sample(sample)
         self._next_step += 1
 
-    def _now(self) -> dict[str, Any]:
+    def _now(self) -> JsonObject:
         return {
             "step": self._next_step,
             "sources": {name: stream.state() for name, stream in self._streams.items()},

@@ -68,6 +68,9 @@ class Mark:
     """The state of a `datasets.IterableDataset` (its `state_dict`), None for files."""
 
 
+MarkedDocuments = Iterator[tuple[Document, Mark]]
+"""Documents, each with the position after it (of a chunk: before its document)."""
+
 START = Mark()
 
 
@@ -137,9 +140,7 @@ def _inner_suffix(path: Path) -> str:
     return Path(path.stem if is_compressed(path) else path.name).suffix.lower()
 
 
-def read_file(
-    path: Path, text_column: str, mark: Mark
-) -> Iterator[tuple[Document, Mark]]:
+def read_file(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
     """The documents of a file after `mark`, each with the position after it (for a
     chunk: before its document).
 
@@ -221,7 +222,7 @@ def _open(path: Path) -> IO[bytes]:
 # -- text ------------------------------------------------------------------------------
 
 
-def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+def _read_text(path: Path, mark: Mark) -> MarkedDocuments:
     """A text file in chunks, cut after the last line end in their second half, if there
     is one, so that few words are torn."""
     if mark != START:
@@ -273,9 +274,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
 _ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
 
 
-def _read_json(
-    path: Path, text_column: str, mark: Mark
-) -> Iterator[tuple[Document, Mark]]:
+def _read_json(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
     """The records of JSON lines, without blank lines. A byte order mark may come
     first."""
     offset = mark.offset
@@ -354,7 +353,7 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
 
 def read_rows(
     label: str, columns: Iterable[list[str | None]], row: int
-) -> Iterator[tuple[Document, Mark]]:
+) -> MarkedDocuments:
     """A table's text column, batch by batch, as documents. `row`: how many rows were
     skipped before the first one. Raises `UserError` for a null, for text that is not
     UTF-8, and for a table without rows."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
 from mora_ds.common.errors import RunError, UserError, reason
+from mora_ds.common.files import JsonObject
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.members import Member
 from mora_ds.data.packing import epoch_order
-from mora_ds.data.readers import START, Document, Mark
+from mora_ds.data.readers import START, Document, Mark, MarkedDocuments
 
 IN_ORDER_WINDOW = 1024
 """Documents of a window that is not shuffled: at most so many are read again at a
@@ -45,11 +45,11 @@ class StreamPosition:
     done: int = 0
     """Documents and chunks of the window before this position."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**vars(self), "mark": vars(self.mark)}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> StreamPosition:
+    def from_json(cls, content: JsonObject) -> StreamPosition:
         return cls(**{**content, "mark": Mark(**content["mark"])})
 
 
@@ -139,7 +139,7 @@ class DocumentStream:
                     yield document, replace(position, member=number, mark=after)
             mark = START
 
-    def _read(self, member: Member, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+    def _read(self, member: Member, mark: Mark) -> MarkedDocuments:
         """The documents of `member` after `mark`, each with the position after it.
         `datasets` itself repeats what fails over a network, for about two minutes."""
         try:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.data.packing import Block, pack
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
@@ -68,7 +69,7 @@ class StreamSource:
         self._probes: list[Block] = []
         self.restore({"place": StreamPosition().to_json(), "offset": 0, "samples": 0})
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The position, as JSON for a checkpoint."""
         position = self._position
         offset = self._offset
@@ -77,7 +78,7 @@ class StreamSource:
             offset = self._queue[0].used
         return {"place": position.to_json(), "offset": offset, "samples": self._samples}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Goes on from `state`; nothing is read before it is needed."""
         self._samples = state["samples"]
         self._start(StreamPosition.from_json(state["place"]), state["offset"])

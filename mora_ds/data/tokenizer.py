@@ -10,13 +10,12 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import json_digest
+from mora_ds.common.files import JsonObject, json_digest
 from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import Document
 
@@ -207,7 +206,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides the ids, the same in every process and after
     saving and loading."""
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "split_special_tokens": tokenizer.split_special_tokens,

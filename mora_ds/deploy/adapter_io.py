@@ -39,7 +39,7 @@ from mora_ds.common.files import (
     write_manifest,
 )
 from mora_ds.common.nested import different_keys
-from mora_ds.common.tensor_files import compute_dtype
+from mora_ds.common.tensor_files import Shape, compute_dtype
 from mora_ds.models.load import load_model
 
 
@@ -73,7 +73,7 @@ def complete(folder: Path, source: Path, reference: BaseReference) -> None:
     write_manifest(folder)
 
 
-def _sides(operator: UpdateSpec) -> tuple[type, int, int, tuple[int, ...]]:
+def _sides(operator: UpdateSpec) -> tuple[type, int, int, Shape]:
     return type(operator), operator.d_in, operator.d_out, operator.value_shape
 
 

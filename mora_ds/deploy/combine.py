@@ -42,10 +42,10 @@ from mora_ds.common.files import (
     require_outside,
     write_json_atomic,
 )
-from mora_ds.common.tensor_files import SafetensorsWriter
+from mora_ds.common.tensor_files import SafetensorsWriter, Shape
 from mora_ds.deploy.adapter_io import complete
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.ledger import Layers, Ledger
 
 COMBINED = "combined_from"
 """The fact of adapter.json that lists the sources with their weights."""
@@ -184,7 +184,7 @@ class _Term:
     """Values of all layers with the same operators."""
 
     step: int
-    layers: dict[str, LayerEntry]
+    layers: Layers
     values: list[tuple[float, Callable[[str], Tensor]]]
     """The weight of each, and the MoRA matrix or LoRA factors of a module."""
 
@@ -269,7 +269,7 @@ class _Trained:
         of_base = 1 - math.fsum(self.weights)
         return _rounded_sum([*self.weighted(name), original.double() * of_base], name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         """Of `value`."""
         shapes = [adapter.tensors.trained_shape(name) for adapter in self.adapters]
         if is_low_rank(name):

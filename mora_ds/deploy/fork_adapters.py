@@ -14,10 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -26,18 +24,19 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_a
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import (
+    JsonObject,
     as_path,
     atomic_folder,
     read_json,
     require_new,
     write_manifest,
 )
-from mora_ds.common.tensor_files import dtype_name, open_safetensors
+from mora_ds.common.tensor_files import Tensors, dtype_name, open_safetensors
 from mora_ds.common.untrusted import Count, entry
 from mora_ds.deploy.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config, make_model
-from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 
 TYPES = {
     1: (OperatorKind.SHARE, Grouping.STRIDED),
@@ -74,7 +73,7 @@ def convert_fork(
     with torch.device("meta"):
         model = make_model(folder_config(base.folder, flag=flag), flag)
     keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
-    layers: dict[str, LayerEntry] = {}
+    layers: Layers = {}
     for module, square in squares.items():
         weight = f"{module}.weight"
         shape = base.shape_dtype(keys[weight])[0] if weight in keys else ()
@@ -119,7 +118,7 @@ def convert_fork(
     return [f"wrote {output}: {contents}, of the base {base.folder}"]
 
 
-def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Grouping]:
+def _operator(settings: JsonObject, source: Path) -> tuple[OperatorKind, Grouping]:
     """The operator of an adapter_config.json. Raises `UserError` for what is not
     read."""
     if not settings.get("use_mora"):
@@ -136,10 +135,10 @@ def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Gro
     return TYPES[mora_type]
 
 
-def _matrices(path: Path) -> dict[str, Tensor]:
+def _matrices(path: Path) -> Tensors:
     """Module name -> M (r_hat, r_hat). Raises `UserError` for any other tensor."""
     file = open_safetensors(path)
-    squares: dict[str, Tensor] = {}
+    squares: Tensors = {}
     # Sorted, lora_A comes before lora_B, which is the same matrix once more.
     for name in sorted(file.keys()):
         module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")

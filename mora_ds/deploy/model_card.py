@@ -7,7 +7,7 @@ from typing import Any
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
 from mora_ds.checkpoint.layout import SUMMARY_FILE
-from mora_ds.common.files import read_json
+from mora_ds.common.files import JsonObject, read_json
 from mora_ds.common.version import __version__
 from mora_ds.deploy.logits_check import Comparison
 
@@ -22,7 +22,7 @@ def model_card(
     """Markdown with the run's facts, and with its perplexities if it ended at this
     checkpoint. `checkpoint` None: they are of another model."""
     operators = sorted({entry.operator.describe() for entry in adapter.layers.values()})
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "base": f"`{reference.folder}`",
         "base fingerprint": f"`{reference.fingerprint}`",
         "operator": ", ".join(operators),

@@ -17,7 +17,7 @@ With N buffers a micro-batch copies L - N layers in each direction, the fewest p
 backward finds the last N there, and forward the first N.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, cycle
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies, copies_for
 from mora_ds.models.decoder_layers import (
@@ -43,9 +44,7 @@ _RING = "_mora_ring"
 class _Layer:
     """A decoder layer's frozen tensors: in its modules, and in its buffer."""
 
-    def __init__(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor
-    ) -> None:
+    def __init__(self, model: nn.Module, tensors: Tensors, slot: Tensor) -> None:
         starts, _ = offsets(tensors.values())
         views: dict[int, Tensor] = {}
         self.entries: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -244,7 +243,7 @@ def ring_of(model: nn.Module) -> BaseRing | None:
 
 
 def _modules_of_layers(
-    model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]
+    model: nn.Module, weights: dict[str, Tensors]
 ) -> dict[nn.Module, int]:
     """Module with weights of a decoder layer in it -> index of the layer.
 

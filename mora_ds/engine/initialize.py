@@ -87,7 +87,7 @@ def start_distributed(timeout_s: float | None = None) -> None:
 def initialize(
     *,
     model: nn.Module,
-    config: dict[str, Any] | str | Path,
+    config: DsConfig | str | Path,
     tensor_parallel_size: int = 1,
     base_on_host: bool = False,
     **kwargs: Any,

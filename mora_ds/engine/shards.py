@@ -59,6 +59,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import (
+    Shape,
     Tensors,
     open_safetensors,
     write_safetensors_atomic,
@@ -123,7 +124,7 @@ class Layout:
     """State of fp16's loss scaler."""
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
         """Parameter name -> complete shape, in the order of the table."""
         return {
             name: tuple(shape) for group in self.groups for name, shape in group.items()
@@ -201,7 +202,7 @@ class RankShard(NamedTuple):
         return runs
 
 
-State = tuple[list[str], dict[str, Tensor]]
+State = tuple[list[str], Tensors]
 """(keys of what an optimizer keeps for every element, such as exp_avg; its other values
 by their keys, such as step)"""
 
@@ -435,7 +436,7 @@ class _Parameter(NamedTuple):
     """A complete parameter of the model, whatever this process holds of it."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     first: int = 0
     """The element with which this process's tensor-parallel share begins."""
     is_saved: bool = True

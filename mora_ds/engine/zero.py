@@ -33,6 +33,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError
+from mora_ds.common.tensor_files import Tensors
 
 Engine: TypeAlias = DeepSpeedEngine
 
@@ -156,7 +157,7 @@ class Flat(NamedTuple):
     """Index of its parameter group."""
     master: Tensor
     """The fp32 numbers, flat."""
-    state: dict[str, Tensor]
+    state: Tensors
     """What the optimizer keeps for them, such as moments and step counts."""
     spans: list[Span]
     """Which elements of which parameters lie in the master."""

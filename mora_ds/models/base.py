@@ -29,6 +29,8 @@ from torch import Tensor
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, read_json, stamp
 from mora_ds.common.tensor_files import (
+    Shape,
+    Tensors,
     dtype_name,
     open_safetensors,
     shape_dtype,
@@ -146,7 +148,7 @@ class BaseCheckpoint:
         """The dtypes of all tensors, from the headers of the files."""
         return {self.shape_dtype(key)[1] for key in self._file_of}
 
-    def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def shape_dtype(self, key: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of a tensor, from the header of the file alone."""
         if not is_stack(key):
             return shape_dtype(self._handle(key), key)
@@ -316,7 +318,7 @@ def write_own_base(
     model: Any,
     folder: Path,
     tokenizer: Any = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    state_dict: Tensors | None = None,
 ) -> BaseCheckpoint:
     """Saves a live transformers model (before injection) as a base, by its live names.
 
@@ -339,7 +341,7 @@ def write_own_base(
 def verify_against_model(
     base: BaseCheckpoint,
     mapping: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     names: Iterable[str],
 ) -> None:
     """Checks that every named tensor equals its base tensor, cast, bit for bit.

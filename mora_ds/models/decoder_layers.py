@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.adapters.tp_plan import text_config
 from mora_ds.common.errors import UserError
+from mora_ds.common.tensor_files import Tensors
 
 _ALIGNMENT = 256
 LINE = 64
@@ -50,7 +51,7 @@ def _count(model: Any) -> int:
     return int(getattr(text_config(model), "num_hidden_layers", 0))
 
 
-def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
+def weights_of_layers(model: Any) -> dict[str, Tensors]:
     """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
 
     Left out: tensors that something outside of the layer uses, too. Raises `UserError`
@@ -71,7 +72,7 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
         (id(tensor), owners.get(name, "")) for name, tensor in frozen.items()
     )
     users = Counter(tensor for tensor, _ in uses)
-    weights: dict[str, dict[str, Tensor]] = {}
+    weights: dict[str, Tensors] = {}
     for name, layer in owners.items():
         if users[id(frozen[name])] == 1:
             weights.setdefault(layer, {})[name] = frozen[name]

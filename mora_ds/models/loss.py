@@ -21,7 +21,7 @@ not gathered, and does not support capped or scaled logits.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
+from mora_ds.data.documents import Rows
 from mora_ds.models.attention import model_inputs
 
 FLAG = "--chunked_loss"
@@ -55,7 +56,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
+def token_nll(model: Callable[..., object], batch: Rows) -> Tensor:
     """(): summed negative log-likelihood (nats, fp32) of a batch's labels.
 
     Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED.
@@ -67,7 +68,7 @@ def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     return _cross_entropy(model, batch, "sum")
 
 
-def row_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
+def row_nll(model: Callable[..., object], batch: Rows) -> Tensor:
     """(B,): `token_nll` of each row."""
     if (chunked := bound(model)) is not None:
         return chunked.token_losses(model, batch).sum(dim=(1, 2))
@@ -76,7 +77,7 @@ def row_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
 
 def _cross_entropy(
     model: Callable[..., object],
-    batch: Mapping[str, Any],
+    batch: Rows,
     reduction: str,
 ) -> Tensor:
     logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
@@ -111,9 +112,7 @@ class ChunkedHead:
         self._head.forward = self._project
         self._hook.remove()
 
-    def token_losses(
-        self, model: Callable[..., object], batch: Mapping[str, Any]
-    ) -> Tensor:
+    def token_losses(self, model: Callable[..., object], batch: Rows) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
         with self.recording() as outputs:
             self._labels = batch["labels"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.models.decoder_layers import LINE, within_line
 from mora_ds.runtime.node_memory import Offer, node_members, require_memory, trim
 from mora_ds.runtime.ranks import Ranks, balanced
@@ -43,7 +44,7 @@ class NodeBase:
     """None where no process of the run shares anything."""
     members: tuple[int, ...] = (0,)
     """Ranks of the processes that share it; this one alone if none do."""
-    slots: dict[str, Tensor] = field(default_factory=dict)
+    slots: Tensors = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
 
     def layers(self, model: nn.Module) -> list[str]:
@@ -113,7 +114,7 @@ class NodeBase:
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
 
-    def copy(self, frozen: Mapping[str, Tensor]) -> None:
+    def copy(self, frozen: Tensors) -> None:
         """Copy this process's part of the buffers into the memory of the node."""
         for name in self._written_here(
             {name: slot.nbytes for name, slot in self.slots.items()}
@@ -167,7 +168,7 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
     trim()
 
 
-def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
+def _shared(frozen: Tensors, ranks: Ranks) -> NodeBase:
     members = node_members(ranks)
     layout = _Layout.of(frozen)
     is_shared = len(members) > 1
@@ -200,7 +201,7 @@ class _Layout:
     digest: str
 
     @classmethod
-    def of(cls, frozen: Mapping[str, Tensor]) -> _Layout:
+    def of(cls, frozen: Tensors) -> _Layout:
         offsets = {}
         end = 0
         for name, tensor in frozen.items():
@@ -222,7 +223,7 @@ class _Layout:
         return slot
 
 
-def _distinct(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _distinct(frozen: Tensors) -> Tensors:
     """Each tied tensor once, by its first name."""
     first: dict[int, str] = {}
     for name, tensor in frozen.items():

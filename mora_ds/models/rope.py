@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mora_ds.common.errors import COUNT, UserError, reason
+from mora_ds.common.files import JsonObject
 from mora_ds.common.rope import FLAG, check_settings
 from mora_ds.common.untrusted import shown, typed
 
@@ -22,7 +23,7 @@ _LONGEST = "max_position_embeddings"
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> JsonObject:
     """{name: value} of the text config of a model with `settings` (`rope_settings`).
 
     Raises `UserError` for a model without rotary embeddings, and for one whose kinds of
@@ -87,7 +88,7 @@ def longest_row(config: Any) -> int | None:
     return int(longest * parameters["factor"])
 
 
-def changes_of(config: Any, folder: Path) -> dict[str, Any]:
+def changes_of(config: Any, folder: Path) -> JsonObject:
     """What `rope_changes` has changed in a live config, against the base's folder."""
     live = config.get_text_config().to_dict()
     stored = type(config).from_pretrained(folder).get_text_config().to_dict()
@@ -109,7 +110,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
             raise UserError(f"config_changes: unknown key {shown(name)}")
 
 
-def change_file(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def change_file(content: JsonObject, changes: Mapping[str, Any]) -> None:
     """Make the `changes` in the `content` of a base's config.json."""
     text = content.get("text_config", content)
     text.update(changes)

@@ -16,10 +16,10 @@ partition_parameters.py, and partitioned_param_coordinator.py (`fetch_sub_module
 (`engine.layer_gathers`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.planning.step import StepMemory, Streamed
 
 FP32 = 4
@@ -39,7 +39,7 @@ class Trained:
     """Number of ranks over which ZeRO shards."""
     bytes_each: int
     """Bytes of an element in the compute dtype."""
-    ds_config: Mapping[str, Any]
+    ds_config: DsConfig
     """The complete DeepSpeed config."""
     muon: bool = False
     on_cpu: bool = False
@@ -47,7 +47,7 @@ class Trained:
     tensor."""
 
     @property
-    def zero(self) -> Mapping[str, Any]:
+    def zero(self) -> DsConfig:
         return self.ds_config["zero_optimization"]
 
     @property

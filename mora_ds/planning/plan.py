@@ -10,7 +10,6 @@ device and from shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +21,7 @@ from mora_ds.adapters.quantized import merge_bytes, quantized_bytes
 from mora_ds.common.errors import UserError
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import avoid_slices, fill_bucket_sizes
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.models.decoder_layers import find_decoder_layers
@@ -129,7 +129,7 @@ class Planner:
 
     work: Work
     cluster: Cluster
-    ds_config: Mapping[str, Any]
+    ds_config: DsConfig
     """The complete DeepSpeed config, in which ZeRO's sizes may be "auto"."""
     accumulation: int = 1
     on_cpu: bool = False

@@ -1,9 +1,9 @@
 """A plan as text and as JSON."""
 
 from dataclasses import asdict
-from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
+from mora_ds.common.files import JsonObject
 from mora_ds.engine.device import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
 
@@ -52,7 +52,7 @@ def _head(plan: Plan) -> list[str]:
     ]
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: Plan) -> JsonObject:
     """The flags of training that decide what a micro-batch takes."""
     work = plan.work
     base_device = BaseDevice.HOST if work.base_on_host else BaseDevice.DEVICE
@@ -112,7 +112,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     return rows
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> JsonObject:
     """The plan for programs, in bytes."""
     return {
         "settings": _settings(plan),

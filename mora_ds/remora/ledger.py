@@ -20,20 +20,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.spec import Term, UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
     FORMAT,
+    JsonObject,
     as_path,
     atomic_path,
     file_problem,
@@ -70,7 +71,7 @@ class LayerEntry:
         """The name of its matrix (or LoRA's factors) in safetensors files."""
         return f"{self.module}.{self.operator.value_name}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The entry as JSON, without the module name, which is its key."""
         return {
             "weight": self.weight,
@@ -79,7 +80,7 @@ class LayerEntry:
         }
 
     @classmethod
-    def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
+    def from_dict(cls, module: str, values: JsonObject) -> LayerEntry:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Entry, values, module)
         layer = cls(module, known.transposed, spec_from_dict(known.operator))
@@ -88,12 +89,16 @@ class LayerEntry:
         return layer
 
 
-def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
+Layers: TypeAlias = dict[str, LayerEntry]
+"""The adapted layers, by their modules' names."""
+
+
+def layers_to_dict(layers: Layers) -> dict[str, JsonObject]:
     """{module name: entry} as JSON."""
     return {name: layer.to_dict() for name, layer in layers.items()}
 
 
-def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
+def layers_from_dict(values: JsonObject) -> Layers:
     """Inverse of `layers_to_dict`. Raises `UserError`."""
     entries = typed(dict[FileName, Any], values, "layers")
     return {
@@ -107,12 +112,12 @@ class _Entry:
 
     weight: FileName
     transposed: bool
-    operator: dict[str, Any]
+    operator: JsonObject
 
 
 def agree_on_layers(
-    known: dict[str, LayerEntry],
-    layers: Mapping[str, LayerEntry],
+    known: Layers,
+    layers: Layers,
     path: Path,
 ) -> None:
     """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError`
@@ -157,7 +162,7 @@ class Ledger:
         self.base_fingerprint = base_fingerprint
         self._records = list(records)
         self._handles: dict[int, Any] = {}
-        self._layers: dict[int, dict[str, LayerEntry]] = {}
+        self._layers: dict[int, Layers] = {}
 
     @classmethod
     def create(
@@ -212,7 +217,7 @@ class Ledger:
     def records(self) -> tuple[CycleRecord, ...]:
         return tuple(self._records)
 
-    def layers(self, cycle: int) -> dict[str, LayerEntry]:
+    def layers(self, cycle: int) -> Layers:
         """Module name -> entry, with the operator that the layer had in the cycle."""
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
@@ -225,7 +230,7 @@ class Ledger:
         """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
 
-    def squares_of(self, module: str) -> Iterator[tuple[UpdateSpec, Tensor]]:
+    def squares_of(self, module: str) -> Iterator[Term]:
         """(operator, matrix) of a layer for each cycle that adapted it, in order."""
         for cycle in range(self.cycles):
             if layer := self.layers(cycle).get(module):
@@ -234,7 +239,7 @@ class Ledger:
     def append(
         self,
         step: int,
-        layers: Mapping[str, LayerEntry],
+        layers: Layers,
         squares: Iterable[tuple[str, Tensor]],
     ) -> int:
         """Adds a cycle and returns its number.
@@ -282,7 +287,7 @@ class Ledger:
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was
         written."""
-        known: dict[str, LayerEntry] = {}
+        known: Layers = {}
         for record in self._records:
             path = self.folder / record.file
             problem = file_problem(path, record.size, record.sha256 if hashes else None)
@@ -352,7 +357,7 @@ def _write_cycle(
     path: Path,
     cycle: int,
     step: int,
-    layers: Mapping[str, LayerEntry],
+    layers: Layers,
     squares: Iterable[tuple[str, Tensor]],
 ) -> None:
     layout = {

@@ -13,7 +13,6 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +21,15 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import MergeNorms
-from mora_ds.adapters.ops.terms import Term
+from mora_ds.adapters.ops.spec import Term
 from mora_ds.common.errors import RunError
+from mora_ds.common.files import JsonObject
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.node_base import node_base_of
-from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 
 PROBE_TOLERANCE = {
     torch.float32: 1e-4,
@@ -62,7 +63,7 @@ class MergeReport:
     loss_after: float | None = None
     """Loss on the probe batch before and after the merge, where there is a probe."""
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         """All fields but the step, for metrics.jsonl."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
@@ -76,7 +77,7 @@ class MergeReport:
         )
 
 
-def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
+def layer_entries(model: torch.nn.Module) -> Layers:
     """Module name -> what the ledger records of the layer in its present cycle."""
     return {
         name: LayerEntry(name, layer.transposed, layer.spec)
@@ -121,7 +122,7 @@ class ReMoRA:
         model = self.engine.module
         cycle = self.cycle
         entries = layer_entries(model)
-        recorded: dict[str, Tensor] = {}
+        recorded: Tensors = {}
         before = probe() if probe else None
         rows = self._form(self._matrices(recorded))
         norms = node_base_of(model).gather_rows(
@@ -146,7 +147,7 @@ class ReMoRA:
             loss_after=after,
         )
 
-    def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _matrices(self, recorded: Tensors) -> Iterator[tuple[str, Tensor]]:
         """Yield the name of each adapted module with its M, unsharded and in fp32.
         Rank 0 also puts a copy into `recorded`, for the ledger. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
@@ -229,8 +230,8 @@ class ReMoRA:
     def _record(
         self,
         step: int,
-        entries: dict[str, LayerEntry],
-        squares: dict[str, Tensor],
+        entries: Layers,
+        squares: Tensors,
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
         cycle = self.cycle

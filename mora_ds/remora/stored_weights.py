@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.spec import Term
+from mora_ds.common.tensor_files import Shape
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
@@ -34,7 +35,7 @@ class StoredWeight:
     def live(
         self,
         read: Callable[[str], Tensor],
-        updates: Iterable[tuple[UpdateSpec, Tensor]],
+        updates: Iterable[Term],
         dtype: torch.dtype,
     ) -> Tensor:
         """The tensor with the updates of its layer, summed as `live_weight` sums them.
@@ -65,7 +66,7 @@ def stored_weights(
     return weights
 
 
-def weight_shape(entry: LayerEntry) -> tuple[int, ...]:
+def weight_shape(entry: LayerEntry) -> Shape:
     """The shape that the layer's weight has in the base: (d_out, d_in), reversed where
     it is stored transposed, and the number of experts before it."""
     sides = (entry.operator.d_out, entry.operator.d_in)

@@ -44,7 +44,7 @@ from mora_ds.commands.evaluate import (
     scoring_flags,
 )
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import write_json_atomic
+from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import load_tokenizer
 from mora_ds.eval.perplexity import Target, Windows
@@ -302,7 +302,7 @@ def main() -> None:
     )
     model = prefer_documents(bank.model)
     rows = [["adapter", *TITLES]]
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, JsonObject] = {}
     for name in (BASE, *bank.adapters):
         tokenizer = base_tokenizer
         # An adapter whose run had a tokenizer of its own is scored with that.

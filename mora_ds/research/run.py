@@ -22,7 +22,7 @@ from mora_ds.research.settings import NAME, ResearchSettings, domain_names
 from mora_ds.research.targets import SETTING, TargetPlan, read_plan
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
-from mora_ds.train.hooks import Hooks
+from mora_ds.train.hooks import Hooks, Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ResearchHooks(Hooks):
         self.domains = Domains(())
         self._plan: TargetPlan | None = None
 
-    def inputs(self) -> Iterator[tuple[str, str | None]]:
+    def inputs(self) -> Inputs:
         yield SETTING, self.settings.targets
 
     def read_files(self, ranks: Ranks) -> None:

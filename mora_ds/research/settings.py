@@ -9,7 +9,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.common.errors import refusal
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.flags import documented, typed_values
+from mora_ds.config.flags import Settings, documented, typed_values
 from mora_ds.config.mixture import mixture_plan
 
 NAME = "research."
@@ -29,7 +29,7 @@ class ResearchSettings:
     merge merges the shared ones."""
 
 
-def read(block: Any, path: str) -> dict[str, Any]:
+def read(block: Any, path: str) -> Settings:
     """The settings that a block of the recipe `path` sets. Raises `UserError` for
     unknown keys and wrong types."""
     return typed_values(block, get_type_hints(ResearchSettings), path, NAME)

@@ -15,18 +15,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.spec import Term
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
 from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
 from mora_ds.runtime.node_memory import require_memory
-
-Update = tuple[UpdateSpec, Tensor]
-"""(operator, M in fp32 (R, R)), or LoRA's spec and factors."""
 
 _FP32_EPS = torch.finfo(torch.float32).eps
 
@@ -83,7 +79,7 @@ class Row:
     spectrum: Spectrum
 
 
-def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
+def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
     """The spectrum after each of a layer's `updates`, in their order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
@@ -107,7 +103,7 @@ def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
         )
 
 
-def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
+def histories(module: str, updates: Iterable[Term]) -> list[tuple[str, list[Term]]]:
     """(name, its updates) of every matrix of a layer: of experts one after the
     other."""
     by_update = [list(spec.members(module, value)) for spec, value in updates]

@@ -11,7 +11,6 @@ It needs no network, only the text of Python itself.
 
 import logging
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
@@ -19,6 +18,7 @@ from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
+from mora_ds.config.flags import Settings
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import (
@@ -39,9 +39,6 @@ VOCABULARY = 2048
 PROSE_BYTES = 1_700_000
 CODE_BYTES = 2_500_000
 EVAL_BYTES = 60_000
-
-Settings: TypeAlias = dict[str, Any]
-"""Field of the settings of a run -> its value."""
 
 _SHARED: Settings = {
     "seq_len": 128,

@@ -4,10 +4,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
-
 from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
+from mora_ds.data.documents import Rows
 from mora_ds.models.loss import perplexity
 from mora_ds.train.job import Job
 from mora_ds.train.loader import Replica, require_finite
@@ -104,7 +103,7 @@ class Evaluator:
 
     def _batches(
         self, data: PackedDataset, before_batch: Callable[[], None]
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[Rows]:
         """The batches of this replica; every process has equally many, as ZeRO-3
         needs."""
         index = self.replica.index

@@ -16,12 +16,15 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.models.load import LoadedBase
 from mora_ds.runtime.ranks import Ranks
 
+Inputs = Iterator[tuple[str, str | None]]
+"""(flag or setting, the path or the name on the Hub that it has)"""
+
 
 class Hooks:
     """The hooks of a run without a block `research:`; `mora_ds.research` derives its
     own."""
 
-    def inputs(self) -> Iterator[tuple[str, str | None]]:
+    def inputs(self) -> Inputs:
         """(setting, path) of every file and folder that is read."""
         yield from ()
 

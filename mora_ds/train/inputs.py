@@ -11,7 +11,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
-from mora_ds.train.hooks import hooks_of
+from mora_ds.train.hooks import Inputs, hooks_of
 from mora_ds.train.output_folder import DEMO, NAMES, is_reserved
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
@@ -79,7 +79,7 @@ def _shared(flag: str, named: object, folder: Path) -> UserError:
     )
 
 
-def _settings(arguments: Arguments) -> Iterator[tuple[str, str | None]]:
+def _settings(arguments: Arguments) -> Inputs:
     """(flag, path or name on the Hub) of all inputs but the text."""
     model = arguments.model
     yield "--model_name_or_path", model.model_name_or_path
@@ -94,7 +94,7 @@ def _settings(arguments: Arguments) -> Iterator[tuple[str, str | None]]:
             yield "--eval_tasks", name
 
 
-def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
+def _texts(data: DataArguments) -> Inputs:
     """The flags and patterns of all text."""
     for source in mixture_plan(data).sources:
         for pattern in (*source.files, source.dataset):

@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -28,13 +27,11 @@ import torch.distributed as dist
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED, Mixture
+from mora_ds.data.documents import Rows
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
 from mora_ds.train.beside import beside_training
-
-Rows: TypeAlias = dict[str, Any]
-"""input_ids, labels, position_ids, each int64 (B, T), and their `documents`."""
 
 
 @dataclass(frozen=True)

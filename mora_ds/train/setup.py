@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
@@ -26,6 +25,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
+from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.device import make_deterministic, warn_of_slow_precision
@@ -119,10 +119,10 @@ def start_processes(arguments: Arguments) -> Ranks:
     return ranks
 
 
-def settings_in_common(arguments: Arguments) -> dict[str, Any]:
+def settings_in_common(arguments: Arguments) -> Settings:
     """Flag, key of the DeepSpeed config, or package -> its value, for all that must be
     the same on every rank."""
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     for name, value in dump(arguments).items():
         if name not in NODE_SETTINGS:
             settings[f"--{name}"] = value

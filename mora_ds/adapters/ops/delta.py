@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.spec import Term
 
 
-def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
+def add_deltas_(total: Tensor, updates: Iterable[Term]) -> None:
     """total += spec.delta_weight(value) for each (spec, value) in turn, in place.
 
     `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved
@@ -35,7 +35,7 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
 @torch.no_grad()
 def live_weight(
     original: Tensor,
-    updates: Iterable[tuple[UpdateSpec, Tensor]],
+    updates: Iterable[Term],
     transposed: bool,
     dtype: torch.dtype,
     device: torch.device | str | None = None,

@@ -54,6 +54,7 @@ from mora_ds.adapters.ops.index_tables import (
 )
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
 from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import MAX_SIDE
 
 _CHUNK = 1 << 18
@@ -156,7 +157,7 @@ class OperatorSpec(UpdateSpec):
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {
             **asdict(self),
             "kind": self.kind.value,

@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 
 ROTATE_BELOW_RANK = 64
 """Below this LoRA rank `default_kind` is rotate, as at rank 8 in the paper, else
@@ -122,7 +123,7 @@ class UpdateSpec(ABC):
         """What these products read besides the value: cached while a caller has it."""
         return None
 
-    def joined(self, values: Sequence[Tensor]) -> tuple[UpdateSpec, Tensor]:
+    def joined(self, values: Sequence[Tensor]) -> Term:
         """One spec and value whose delta is the sum of those of `values`, in fp32."""
         total = values[0]
         for value in values[1:]:
@@ -148,7 +149,7 @@ class UpdateSpec(ABC):
         """(name, operator, value) of each matrix that it changes: of experts, all."""
         yield module, self, value
 
-    def single(self, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
+    def single(self, value: Tensor, index: int) -> Term:
         """(operator, value) of one matrix of a stack. Raises `UserError` for a spec
         that is none: a file's."""
         raise UserError(f"{self.describe()} is no operator of a stack of experts")
@@ -157,9 +158,13 @@ class UpdateSpec(ABC):
         """A short name for tables: rotate/permuted, lora."""
         return self.name
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The fields as JSON values. Inverse: `update.spec_from_dict`."""
         return {"kind": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+
+Term = tuple[UpdateSpec, Tensor]
+"""A spec with its value."""
 
 
 def default_kind(rank: int) -> OperatorKind:

@@ -10,7 +10,7 @@ Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import MAX_SIDE
 
 
@@ -73,7 +74,7 @@ class StackSpec(UpdateSpec):
     def describe(self) -> str:
         return self.operator.describe()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {
             "kind": self.name,
             "count": self.count,

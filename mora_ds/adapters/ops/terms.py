@@ -3,7 +3,7 @@ through their values.
 
     W x = W0 x + sum over the terms of update(x)
 
-A *term* is a spec with its value, in the dtype of the run; it is not trained. Over
+A `Term` is in the dtype of the run here, and not trained. Over
 activations it costs what the current cycle's matrix costs, without that one's gradient;
 over the weight (`delta.add_deltas_`) a pass over W.
 
@@ -14,9 +14,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import UpdateSpec
-
-Term = tuple[UpdateSpec, Tensor]
+from mora_ds.adapters.ops.spec import Term, UpdateSpec
 
 
 def join(updates: Iterable[Term]) -> tuple[Term, ...]:

@@ -1,13 +1,12 @@
 """Any spec from its dictionary."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
+from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import typed_fully
 
 
@@ -16,10 +15,10 @@ class _Stack:
     """The JSON of a `StackSpec`."""
 
     count: int
-    operator: dict[str, Any]
+    operator: JsonObject
 
 
-def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
+def spec_from_dict(values: JsonObject) -> UpdateSpec:
     """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys
     and wrong types."""
     without_kind = {key: value for key, value in values.items() if key != "kind"}
@@ -36,6 +35,6 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
     return spec
 
 
-def operator_from_dict(values: Mapping[str, Any]) -> OperatorSpec:
+def operator_from_dict(values: JsonObject) -> OperatorSpec:
     """`spec_from_dict` for MoRA's operators alone."""
     return operator_of(spec_from_dict(values), "a domain")
