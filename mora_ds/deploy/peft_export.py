@@ -14,6 +14,7 @@ embeddings, norms and heads are PEFT's `modules_to_save`. Formats: peft 0.21,
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,20 +117,19 @@ def _require_all_are_loaded(run: OpenedRun) -> None:
         from peft.utils import transformers_weight_conversion
     except ImportError:
         return
-    modules = set(run.file.layers)
-    config = LoraConfig(target_modules=modules)
+    lost = set(run.file.layers)
+    config: Any = LoraConfig(target_modules=list(lost))
     kind = read_json(run.base.folder / "config.json").get("model_type")
-    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
-    try:
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    # PEFT's own refusal: of one projection without the other
+    with suppress(ValueError):
         transformers_weight_conversion.convert_peft_config_for_transformers(
             config, model, None
         )
-        lost = modules - config.target_modules
-    except ValueError:
-        lost = modules
+        lost.difference_update(config.target_modules)
     if lost:
         raise UserError(
-            f"PEFT would not load {len(lost)} layers, e.g. {min(lost)}, which it takes for experts of a {kind}: use "
+            f"PEFT would not load {len(lost)} layers, e.g. {min(lost)}, which it takes for experts of {kind}: use "
             "mora-ds export, which merges them, or an adapter without them in `target_modules`"
         )
 
