@@ -138,9 +138,8 @@ def find_adapter(path: Path, flag: str = "") -> Path:
 def is_full_training(folder: Path) -> bool:
     """Whether it is a checkpoint of --adapter full, without adapter and ledger."""
     try:
-        return bool(
-            read_json(folder / STATE_FILE)["identity"]["adapter"]["kind"] == "full"
-        )
+        identity = read_json(folder / STATE_FILE)["identity"]
+        return identity["adapter"]["kind"] == "full"
     except (UserError, LookupError, TypeError):
         return False
 

@@ -92,7 +92,7 @@ class AdapterArguments:
     @property
     def is_control(self) -> bool:
         """Whether the run has no adapter."""
-        return self.adapter in (AdapterKind.FULL.value, AdapterKind.NONE.value)
+        return self.adapter in (AdapterKind.FULL, AdapterKind.NONE)
 
     @property
     def trains_others(self) -> bool:
@@ -108,7 +108,7 @@ class AdapterArguments:
 
     def config(self, seed: int) -> AdapterConfig:
         """The adapter's own config. Raises `UserError` for invalid settings."""
-        if self.adapter == AdapterKind.LORA.value:
+        if self.adapter == AdapterKind.LORA:
             common = self._common(seed)
             return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **common)
         return self.mora_config(seed)
@@ -139,5 +139,5 @@ class AdapterArguments:
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from refusal(named_as_flags(**FLAGS)(self.mora_config), 0)
-        if self.adapts_experts and self.adapter == AdapterKind.LORA.value:
+        if self.adapts_experts and self.adapter == AdapterKind.LORA:
             yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"

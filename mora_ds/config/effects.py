@@ -47,12 +47,12 @@ def _trains_others(arguments: Arguments) -> bool:
 EFFECTS = (
     Effect(
         "MoRA matrices (--adapter mora)",
-        lambda run: run.adapter.adapter == AdapterKind.MORA.value,
+        lambda run: run.adapter.adapter == AdapterKind.MORA,
         "r_hat_multiple operator grouping compute",
     ),
     Effect(
         "LoRA (--adapter lora)",
-        lambda run: run.adapter.adapter == AdapterKind.LORA.value,
+        lambda run: run.adapter.adapter == AdapterKind.LORA,
         "lora_alpha",
     ),
     Effect(
@@ -63,7 +63,7 @@ EFFECTS = (
     ),
     Effect(
         "a run that trains something (not --adapter none)",
-        lambda run: run.adapter.adapter != AdapterKind.NONE.value,
+        lambda run: run.adapter.adapter != AdapterKind.NONE,
         "export_merged profile push_to_hub resume_from_checkpoint decay_from",
     ),
     Effect(
@@ -124,9 +124,7 @@ EFFECTS = (
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
-    has_known_adapter = arguments.adapter.adapter in [
-        kind.value for kind in AdapterKind
-    ]
+    has_known_adapter = arguments.adapter.adapter in list(AdapterKind)
     if not has_known_adapter or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()

@@ -209,7 +209,7 @@ class TrainingArguments:
     @property
     def has_muon(self) -> bool:
         """Whether MoRA matrices are trained by Muon."""
-        return self.optimizer == OptimizerKind.MUON.value
+        return self.optimizer == OptimizerKind.MUON
 
     @property
     def peak_learning_rate(self) -> float:

@@ -146,7 +146,7 @@ def _contradictions(
     """One message for each setting of a group that those of another one do not go
     with."""
     muon = training.has_muon
-    is_full = adapter.adapter == AdapterKind.FULL.value
+    is_full = adapter.adapter == AdapterKind.FULL
     uploads_adapter = training.push_to_hub and not training.export_merged
     names_tokenizer = (
         model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
@@ -195,5 +195,5 @@ def _contradictions(
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,
         muon=muon,
-        streams_base=training.base_device == BaseDevice.HOST.value,
+        streams_base=training.base_device == BaseDevice.HOST,
     )

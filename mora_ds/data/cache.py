@@ -88,7 +88,7 @@ class TokenCache:
 
     @property
     def eos_id(self) -> int:
-        return int(self.meta["settings"]["eos_id"])
+        return self.meta["settings"]["eos_id"]
 
     @property
     def start_id(self) -> int | None:

@@ -76,7 +76,7 @@ def _different_shapes(
 
     def tokens_of(model: BaseCheckpoint) -> int:
         config = folder_config(model.folder, trust_remote_code, ONTO)
-        return int(config.get_text_config().vocab_size)
+        return config.get_text_config().vocab_size
 
     base_tokens = tokens_of(base)
     target_tokens = tokens_of(target)

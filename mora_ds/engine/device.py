@@ -105,7 +105,7 @@ def current_device() -> torch.device:
 
 def is_cpu() -> bool:
     """Whether the processes compute on the CPU."""
-    return bool(get_accelerator().device_name() == "cpu")
+    return get_accelerator().device_name() == "cpu"
 
 
 def card_name() -> str:
@@ -116,5 +116,5 @@ def card_name() -> str:
 def memory_bytes() -> float:
     """The total memory of this process's device; on a CPU, of the machine."""
     if is_cpu():
-        return float(psutil.virtual_memory().total)
-    return float(get_accelerator().total_memory())
+        return psutil.virtual_memory().total
+    return get_accelerator().total_memory()

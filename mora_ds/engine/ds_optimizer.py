@@ -67,7 +67,7 @@ def match_optimizer(
 
 def uses_muon(ds_config: DsConfig) -> bool:
     """Whether a resolved config trains the MoRA matrices by Muon."""
-    return bool(at(ds_config, "optimizer.type") == _NAMES[OptimizerKind.MUON])
+    return at(ds_config, "optimizer.type") == _NAMES[OptimizerKind.MUON]
 
 
 def optimizer_problems(config: DsConfig) -> list[str]:

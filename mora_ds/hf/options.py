@@ -56,7 +56,7 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
         yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
     config = args.hf_deepspeed_config.config
     if args.optim not in ADAMW and "optimizer" not in config:
-        yield f"TrainingArguments(optim={str(args.optim.value)!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
+        yield f"TrainingArguments(optim={args.optim.value!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
     if "scheduler" in config:
         yield '"scheduler" in the DeepSpeed config: take `lr_scheduler_type`, which MoRACallback can restart'
     # Without a stage the engine would run at 3, and accelerate takes it for none.

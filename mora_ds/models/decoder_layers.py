@@ -48,7 +48,7 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
 
 def _count(model: Any) -> int:
     """num_hidden_layers of a transformers model; 0 for another one."""
-    return int(getattr(text_config(model), "num_hidden_layers", 0))
+    return getattr(text_config(model), "num_hidden_layers", 0)
 
 
 def weights_of_layers(model: Any) -> dict[str, Tensors]:

@@ -52,7 +52,7 @@ class Trained:
 
     @property
     def stage(self) -> int:
-        return int(self.zero["stage"])
+        return self.zero["stage"]
 
     @property
     def total(self) -> int:

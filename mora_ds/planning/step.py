@@ -66,7 +66,7 @@ class Work:
 
     @property
     def layers(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return self.config.get_text_config().num_hidden_layers
 
 
 @dataclass(frozen=True)

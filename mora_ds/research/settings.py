@@ -42,7 +42,7 @@ def problems(arguments: Arguments) -> Iterator[str]:
     for name in ("targets", "domain_adapters"):
         if not getattr(settings, name):
             continue
-        if adapter.adapter != AdapterKind.MORA.value:
+        if adapter.adapter != AdapterKind.MORA:
             yield f"{NAME}{name} is for MoRA matrices, and --adapter is {adapter.adapter}"
         if adapter.adapts_experts:
             yield f"{NAME}{name} is for linear layers, and --target_modules names experts: leave out one of them"
@@ -64,7 +64,7 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
             training.tensor_parallel_size > 1
         ),
         "--compute weight forms one weight for all rows; leave it at auto": (
-            arguments.adapter.compute == Compute.WEIGHT.value
+            arguments.adapter.compute == Compute.WEIGHT
         ),
         "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
             training.embedding_learning_rate is not None and not training.has_muon

@@ -27,7 +27,7 @@ class LogLevel(str, Enum):
     ERROR = "error"
 
 
-def set_up_logging(level: str = LogLevel.INFO.value) -> None:
+def set_up_logging(level: str = LogLevel.INFO) -> None:
     """Send this process's messages to stdout and stderr, from a level on.
 
     `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on

@@ -215,7 +215,7 @@ def _continue_arguments(
         "cache_dir": str(paths.tokens),
     }
     # The recipe's learning rates are those of MoRA matrices under Muon.
-    is_mora = arguments.adapter.adapter == AdapterKind.MORA.value
+    is_mora = arguments.adapter.adapter == AdapterKind.MORA
     chooses_optimizer = "optimizer" in arguments.set_by_user
     if is_mora and not chooses_optimizer and not arguments.research:
         (text,) = paths.train_files("general")

@@ -94,7 +94,7 @@ def planner_of(
     training = arguments.training
     model = arguments.model
     check_config(config, training.sequence_parallel_size, model.implementation)
-    if arguments.adapter.adapter == AdapterKind.NONE.value:
+    if arguments.adapter.adapter == AdapterKind.NONE:
         raise UserError("--adapter none trains nothing: there is nothing to plan")
     name, _ = _model_of(arguments)
     work = Work(
@@ -122,7 +122,7 @@ def planner_of(
 def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     """None for full training. `model`: the model's folder, hub name or config.json."""
     adapter = arguments.adapter
-    if adapter.adapter == AdapterKind.FULL.value:
+    if adapter.adapter == AdapterKind.FULL:
         return None
     config = adapter.config(arguments.training.seed)
     config = hooks_of(arguments).dry_plan(config)

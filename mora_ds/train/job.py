@@ -77,10 +77,10 @@ class Job:
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, size, data.train.seq_len))
         kind = arguments.adapter.adapter
-        self.is_trained = kind != AdapterKind.NONE.value
+        self.is_trained = kind != AdapterKind.NONE
         if not self.is_trained:
             self._start_evaluation()
-        elif kind == AdapterKind.FULL.value:
+        elif kind == AdapterKind.FULL:
             self._start_full_training()
         else:
             self._start_adapter()
@@ -195,7 +195,7 @@ class Job:
     @property
     def _streams(self) -> bool:
         """Whether the base stays in host memory."""
-        return self.arguments.training.base_device == BaseDevice.HOST.value
+        return self.arguments.training.base_device == BaseDevice.HOST
 
     def _planned_config(self) -> AdapterConfig:
         """The adapter's config with what the hooks add to it."""

@@ -48,9 +48,9 @@ def opening(job: Job, total_steps: int) -> list[str]:
 
 def _trained(adapter: AdapterArguments) -> str:
     """What is trained, such as "MoRA of rank 8, embeddings"."""
-    if adapter.adapter == AdapterKind.FULL.value:
+    if adapter.adapter == AdapterKind.FULL:
         return "all of the model, sharded by ZeRO"
-    kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
+    kind = "LoRA" if adapter.adapter == AdapterKind.LORA else "MoRA"
     rank = adapter.train_embedding_rank
     beside = {
         "embeddings": adapter.train_embeddings,
@@ -65,7 +65,7 @@ def _trained(adapter: AdapterArguments) -> str:
 
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, what comes next."""
-    if arguments.adapter.adapter == AdapterKind.NONE.value:
+    if arguments.adapter.adapter == AdapterKind.NONE:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
     folder = expanded(arguments.training.output_dir)
     checkpoint = folder / CHECKPOINTS / LATEST
@@ -78,7 +78,7 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     }
     if TENSORBOARD in arguments.training.report_to:
         rows["curves"] = f"tensorboard --logdir {quote(str(folder / TENSORBOARD))}"
-    is_full = arguments.adapter.adapter == AdapterKind.FULL.value
+    is_full = arguments.adapter.adapter == AdapterKind.FULL
     is_one_adapter = not is_full and not arguments.research
     if is_one_adapter:
         rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"

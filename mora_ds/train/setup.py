@@ -157,7 +157,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
-    if adapter == AdapterKind.LORA.value:
+    if adapter == AdapterKind.LORA:
         check_factors(config)
     if training.sequence_parallel_size > 1:
         # It was compared with the flags above. DeepSpeed, which knows no groups, would
