@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.planning.step import StepMemory, Streamed
+from mora_ds.planning.step import NOTHING_STREAMED, StepMemory, Streamed
 
 FP32 = 4
 
@@ -187,7 +187,7 @@ def rank_memory(
     step: StepMemory,
     trained: Trained,
     gathered: Gathers,
-    streamed: Streamed | None = None,
+    streamed: Streamed = NOTHING_STREAMED,
 ) -> RankMemory:
     """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one
     micro-batch, without persistent parameters; `streamed`: the part of the base that
@@ -208,11 +208,9 @@ def rank_memory(
     if trained.muon and trained.stage == 3:
         temporary += _muon_bytes(trained)
     largest = max(trained.numels, default=0) * FP32
-    host_base = 0 if streamed is None else streamed.total
-    buffers = 0 if streamed is None else streamed.on_device
     step_peak = max(step.peak, _reduction_bytes(trained))
     return RankMemory(
-        base=base_bytes - host_base + buffers,
+        base=base_bytes - streamed.total + streamed.on_device,
         tables=step.tables,
         squares=weights * itemsize,
         **on_device,
@@ -225,8 +223,8 @@ def rank_memory(
         save=2 * largest + persistent,
         host_optimizer=sum(states.values()) - sum(on_device.values()),
         host_save=trained.total * FP32,
-        base_buffers=buffers,
-        host_base=host_base,
+        base_buffers=streamed.on_device,
+        host_base=streamed.total,
     )
 
 

@@ -35,6 +35,7 @@ from mora_ds.planning.memory import (
     reduced_bytes,
 )
 from mora_ds.planning.step import (
+    NOTHING_STREAMED,
     StepMemory,
     Streamed,
     Work,
@@ -146,7 +147,7 @@ class Planner:
         model = self._model
         trained = self._trained
         gathered = gathers(trained)
-        streamed = self.streamed() if work.base_on_host else None
+        streamed = self.streamed() if work.base_on_host else NOTHING_STREAMED
         memory = rank_memory(
             model.base_bytes, model.merge, self._step(work), trained, gathered, streamed
         )
@@ -160,7 +161,7 @@ class Planner:
             reduced=reduced_bytes(trained, self.accumulation),
             base_elements=model.base_elements,
             quantized=model.quantized,
-            copied=0 if streamed is None else streamed.copied * self.accumulation,
+            copied=streamed.copied * self.accumulation,
             a_merge_adds=model.a_merge_adds,
         )
 

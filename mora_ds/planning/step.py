@@ -255,6 +255,9 @@ class Streamed:
         return sum(self.layers[self.buffers :]) + sum(self.layers[: -self.buffers])
 
 
+NOTHING_STREAMED = Streamed((), 0, 0)
+
+
 def with_layers(work: Work, layers: int) -> Work:
     """The same work for a model of fewer layers. Lists with an entry a layer are
     cut."""
