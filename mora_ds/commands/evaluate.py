@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
-from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import scaled
@@ -30,6 +29,7 @@ from mora_ds.runtime.cli import (
     check_device,
     check_writable,
     command_parser,
+    record_and_say,
     say,
     shared_flags,
     table,
@@ -56,17 +56,14 @@ def main() -> None:
     )
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = score_sets(target, sets, windows, options)
-    try:
-        if options.json is not None:
-            content = {
-                "model": str(options.model),
-                "window": windows.window,
-                "stride": windows.stride,
-                "sets": {name: score.to_dict() for name, score in scores.items()},
-            }
-            write_json_atomic(options.json, content)
-    finally:
-        say(*table([TITLES, *(score_cells(*named) for named in scores.items())]))
+    content = {
+        "model": str(options.model),
+        "window": windows.window,
+        "stride": windows.stride,
+        "sets": {name: score.to_dict() for name, score in scores.items()},
+    }
+    rows = [TITLES, *(score_cells(*named) for named in scores.items())]
+    record_and_say(options.json, content, table(rows))
 
 
 def check_scoring(options: argparse.Namespace) -> None:

@@ -44,14 +44,14 @@ from mora_ds.commands.evaluate import (
     scoring_flags,
 )
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import JsonObject, write_json_atomic
+from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import load_tokenizer
 from mora_ds.eval.perplexity import Target, Windows
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
-from mora_ds.runtime.cli import command_parser, say, table
+from mora_ds.runtime.cli import command_parser, record_and_say, say, table
 
 BASE = "(base)"
 """The name of the base model in tables of adapters."""
@@ -318,12 +318,7 @@ def main() -> None:
         results[name] = {
             set_name: score.to_dict() for set_name, score in scores.items()
         }
-    try:
-        if options.json is not None:
-            write_json_atomic(options.json, {**sizes, "adapters": results})
-    finally:
-        # A full disk does not lose the scores
-        say(*table(rows))
+    record_and_say(options.json, {**sizes, "adapters": results}, table(rows))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,8 +20,13 @@ from mora_ds.adapters.ops.spec import Term
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import UserError, nearest
-from mora_ds.common.files import write_json_atomic
-from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
+from mora_ds.runtime.cli import (
+    check_writable,
+    command_parser,
+    record_and_say,
+    shared_flags,
+    table,
+)
 from mora_ds.runtime.node_memory import require_memory
 
 _FP32_EPS = torch.finfo(torch.float32).eps
@@ -31,9 +36,8 @@ def main() -> None:
     options = _parser().parse_args()
     check_writable("--json", options.json)
     rows = list(spectra(find_ledger(options.path), options.layers))
-    if options.json:
-        write_json_atomic(options.json, [asdict(row) for row in rows])
-    say(*spectrum_lines(rows))
+    content = [asdict(row) for row in rows]
+    record_and_say(options.json, content, spectrum_lines(rows))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from mora_ds.common.errors import (
     refuse,
     unusable_words,
 )
+from mora_ds.common.files import write_json_atomic
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import (
@@ -206,6 +207,16 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
     except OSError as error:
         raise RunError(f"stdout cannot be written: {error.strerror}") from error
+
+
+def record_and_say(path: Path | None, content: Any, lines: Sequence[str]) -> None:
+    """Write what a command has measured to the file of --json, where one is named, and
+    print it. A full disk does not lose it."""
+    try:
+        if path is not None:
+            write_json_atomic(path, content)
+    finally:
+        say(*lines)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -32,6 +32,7 @@ from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import say
+from mora_ds.runtime.log_setup import rank
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
 
@@ -42,7 +43,7 @@ def dry_run(arguments: Arguments) -> None:
     Raises `UserError` for what the flags and the model's config show to be wrong.
     """
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         say(*layers, report(plan))
         folder = Path(arguments.training.output_dir)
         say(f"dry run: nothing trained, {folder} is as it was")
