@@ -14,13 +14,13 @@ from tools import plans
 from tools.runs import best_rows
 from tools.tables import cell, mean_and_spread, number_table, ruler, table_row
 
-PRETRAINED = "learning_135m_replay.json"
+PRETRAINED = "learning_135m_rivals.json"
 README_LEARNING = {
     "before training": "none",
     "LoRA, rank 8": "lora",
-    "MoRA, rank 8": "mora-rotate",
-    "the default recipe: Muon, a product of rank 16 for embeddings": "recipe-product",
-    "full training": "full",
+    "LoRA and a product of rank 16 for the embeddings": "lora-product",
+    "MoRA, rank 8": "mora",
+    "the default recipe: MoRA and that product": "mora-product",
 }
 """Row of the README's table -> its method in `PRETRAINED`."""
 SIZES = ("2m", "13m", "135m")

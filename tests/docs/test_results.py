@@ -87,7 +87,7 @@ QUOTED = {
             "mora",
             "lora-product",
             "mora-product",
-            "continual",
+            "mora-muon-product",
         ),
         "learning_135m_sides.json": ("mora-rotate", "mora-gradient"),
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
