@@ -154,3 +154,9 @@ def user(tmp_path_factory):
 def out(tmp_path):
     """The output folder of a test's run, which is not there yet."""
     return tmp_path / "out"
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """The folder of a test's merged model, which is not there yet."""
+    return tmp_path / "merged"

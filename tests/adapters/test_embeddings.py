@@ -33,7 +33,13 @@ from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import losses, refusal, run
-from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.models import (
+    causal_loss,
+    micro_step,
+    model_with_mora,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.outcome import assert_good
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import heavy, parsed, rows
@@ -132,7 +138,7 @@ def merged_and_resumed(user, folder, *more):
     return out, earlier
 
 
-def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
+def test_a_run_resumes_combines_and_exports_products(user, tmp_path, merged):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half
     of the update is half of it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
@@ -145,7 +151,7 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path):
     message = refusal(user.flags(tmp_path / "no", wider, earlier))
     assert "--train_embedding_rank: 3 there, 5 here" in message
 
-    assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
+    assert export_merged(out, merged, verify=True).replaced == 2
     export_merged(earlier, tmp_path / "earlier")
     export_merged(out, tmp_path / "half", delta_scale=0.5)
     combine_adapters([out, earlier], [2.0, -0.5], tmp_path / "sum", user.model)
@@ -275,12 +281,12 @@ def test_a_head_keeps_its_bias():
 # -- plans and refusals ----------------------------------------------------------------
 
 
-def test_a_dry_run_counts_them(extended, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_counts_them(extended, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def counted(*flags):
         """The trainable parameters that a dry run prints."""
-        pretrain(parse(extended.flags(tmp_path / "out", "--dry_run", *flags)))
+        pretrain(parse(extended.flags(out, "--dry_run", *flags)))
         printed = re.search(r"trainable ([\d,]+) ", capsys.readouterr().out)
         assert printed is not None
         return int(printed[1].replace(",", ""))
@@ -339,8 +345,8 @@ def test_models_that_they_do_not_fit_are_refused():
         with_product(torch.zeros(6, 2), torch.zeros(9, 1))
 
 
-def test_a_model_without_new_rows_is_refused(user, tmp_path):
-    message = refusal(user.flags(tmp_path / "out", "--train_new_embeddings"))
+def test_a_model_without_new_rows_is_refused(user, out):
+    message = refusal(user.flags(out, "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")
 
 
@@ -365,8 +371,7 @@ def trained_on_ranks(kind, tied):
     engine, *_ = initialize(model=make(tied), config=config)
     for step in range(3):
         batch = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
-        engine.backward(causal_loss(engine, batch))
-        engine.step()
+        micro_step(engine, batch)
     parameters = dict(engine.module.named_parameters())
     shards = [
         parameter.ds_tensor.numel()

@@ -94,19 +94,19 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_exports_are_the_live_model_in_the_files_of_the_original(
-    model_folder, whole, tmp_path
+    model_folder, whole, tmp_path, merged
 ):
-    report = export_merged(whole, tmp_path / "merged", verify=True)
+    report = export_merged(whole, merged, verify=True)
     assert report.comparison is not None
     assert_good(whole)
     assert_good(whole / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")[
         "weight_map"
     ].keys()
-    assert load_file(tmp_path / "merged/model.safetensors").keys() == names, (
+    assert load_file(merged / "model.safetensors").keys() == names, (
         "each expert under its own name"
     )
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    plain = AutoModelForCausalLM.from_pretrained(merged).eval()
     export_adapter(whole, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
     assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ gpt_oss | --base_bits 8 --gradient_checkpointing
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("family, more", rows_of(OTHERS))
-def test_other_families_and_settings(user, tmp_path, family, more):
+def test_other_families_and_settings(user, tmp_path, merged, family, more):
     folder = mixture(user, tmp_path / "model", family)
     flags = ("--model_name_or_path", folder, *MERGING, more)
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
@@ -151,7 +151,7 @@ def test_other_families_and_settings(user, tmp_path, family, more):
         assert_close_losses(tmp_path / "two", tmp_path / "one", rtol=1e-2)
     else:
         assert_close_runs(tmp_path / "two", tmp_path / "one")
-    export_merged(tmp_path / "two", tmp_path / "merged", verify=True)
+    export_merged(tmp_path / "two", merged, verify=True)
     out = tmp_path / "killed"
     stop_and_resume(2, user.flags(out, *flags), 1, 4)
     assert_same_run(out, tmp_path / "two")

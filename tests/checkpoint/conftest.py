@@ -2,7 +2,6 @@
 training.
 """
 
-import shutil
 import subprocess
 
 import pytest
@@ -40,16 +39,6 @@ def original(tmp_path_factory):
     )
     Ledger.open(run.checkpoint / "ledger").copy_to(run.output / "ledger")
     return run
-
-
-@pytest.fixture
-def copied(original, tmp_path):
-    """The run's output folder, free to be damaged; its base lies at the same relative
-    place.
-    """
-    shutil.copytree(original.base, tmp_path / "base")
-    shutil.copytree(original.output, tmp_path / "out", symlinks=True)
-    return tmp_path / "out"
 
 
 @pytest.fixture

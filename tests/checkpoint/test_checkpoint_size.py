@@ -13,7 +13,7 @@ from mora_ds.checkpoint.writer import _retain as retain
 from mora_ds.common.files import verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.engines import ds_config
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 
 CONSTANT = 60 << 10
@@ -41,8 +41,7 @@ def sizes(folder):
             run = mora_ds.Run(
                 engine, base=root / "model", folder=root / f"{stage}-{dtype}"
             )
-            engine.backward(causal_loss(engine, tokens(2)))
-            engine.step()
+            micro_step(engine, tokens(2))
             checkpoint = run.save(1)
             ledger = checkpoint / "ledger"
             paths = [

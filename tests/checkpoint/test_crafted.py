@@ -42,10 +42,10 @@ def checkpoint(original, tmp_path):
     )
 
 
-def test_the_checkpoint_itself_is_good(checkpoint, tmp_path):
+def test_the_checkpoint_itself_is_good(checkpoint, tmp_path, merged):
     (verdict,) = verify(checkpoint, tmp_path / "base")
     assert verdict.is_good, verdict.problems
-    export_merged(checkpoint, tmp_path / "merged", verify=True)
+    export_merged(checkpoint, merged, verify=True)
 
 
 def assert_refused(tool, checkpoint, made, words):
@@ -126,19 +126,15 @@ def test_no_tool_follows_a_link(checkpoint, tmp_path, tool, link):
     )
 
 
-def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path):
+def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path, merged):
     (tmp_path / "secret").write_text("of the user")
     (tmp_path / "base/LICENSE").symlink_to(tmp_path / "secret")
-    assert_refused(
-        export_merged, checkpoint, tmp_path / "merged", "which is not copied"
-    )
+    assert_refused(export_merged, checkpoint, merged, "which is not copied")
 
 
-def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, tmp_path):
+def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, merged):
     os.mkfifo(checkpoint / "tokenizer/pipe")
-    assert_refused(
-        export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder"
-    )
+    assert_refused(export_merged, checkpoint, merged, "neither a file nor a folder")
 
 
 # -- types, numbers and sizes ----------------------------------------------------------
@@ -216,7 +212,7 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint):
         (checkpoint / "adapter.json").write_text(before)
 
 
-def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, tmp_path):
+def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, merged):
     def change(header):
         header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace(
             '"d_in": 32', '"d_in": 16777216', 1
@@ -227,7 +223,7 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, tmp_path):
     assert_refused(
         export_merged,
         checkpoint,
-        tmp_path / "merged",
+        merged,
         "another layer than in earlier cycles",
     )
 

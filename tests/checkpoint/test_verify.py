@@ -227,8 +227,8 @@ def test_another_base(golden, checkpoint, user, tmp_path):
     assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
-def test_latest_that_leads_nowhere(golden, tmp_path):
-    copy = Path(shutil.copytree(golden, tmp_path / "out", symlinks=True))
+def test_latest_that_leads_nowhere(golden, tmp_path, out):
+    copy = Path(shutil.copytree(golden, out, symlinks=True))
     replace_symlink(copy / "checkpoints/latest", "step-000009")
     assert "latest names step-000009, which does not exist" in "\n".join(
         verify(copy)[-1].problems

@@ -82,14 +82,12 @@ def flushed_job(argv):
     ]
 
 
-def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(
-    user, tmp_path
-):
+def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, out):
     """Without it a power cut may leave the name of a checkpoint without its files, or a
     link to no checkpoint.
     """
     flags = "--max_steps 2 --save_steps 1 --save_total_limit 1"
-    events = run_alone(flushed_job, user.flags(tmp_path / "out", flags))
+    events = run_alone(flushed_job, user.flags(out, flags))
     renamed = next(
         index for index, event in enumerate(events) if " -> step-000002" in event
     )
@@ -107,10 +105,10 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(
     assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), (
         "once more, when all their files are there"
     )
-    assert str(tmp_path / "out/checkpoints") in events[renamed:linked]
-    assert [
-        path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")
-    ] == ["step-000002"]
+    assert str(out / "checkpoints") in events[renamed:linked]
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == [
+        "step-000002"
+    ]
 
 
 # -- the disk --------------------------------------------------------------------------

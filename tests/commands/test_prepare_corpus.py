@@ -28,31 +28,30 @@ def forbidden(*_):
 def test_a_run_finds_what_was_prepared(
     user,
     tmp_path,
+    out,
     prepare,
     monkeypatch,
     capsys,
 ):
     run(2, user.flags(tmp_path / "alone", START, "--cache_dir", tmp_path / "other"))
-    flags = user.flags(tmp_path / "out", START, "--cache_dir", tmp_path / "cache")
+    flags = user.flags(out, START, "--cache_dir", tmp_path / "cache")
     prepare(*flags)
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["train", "held", "short", "held_out"]
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     monkeypatch.setattr(cache, "_build", forbidden)
     run(2, flags)
-    assert losses(tmp_path / "out").tolist() == losses(tmp_path / "alone").tolist()
+    assert losses(out).tolist() == losses(tmp_path / "alone").tolist()
 
 
-def test_streams_are_left_to_the_run(user, tmp_path, prepare, capsys):
-    prepare(
-        *user.flags(tmp_path / "out", "--streaming --cache_dir", tmp_path / "cache")
-    )
+def test_streams_are_left_to_the_run(user, tmp_path, out, prepare, capsys):
+    prepare(*user.flags(out, "--streaming --cache_dir", tmp_path / "cache"))
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["held", "short"]
 
 
-def test_what_cannot_be_prepared_is_refused(user, tmp_path, prepare):
+def test_what_cannot_be_prepared_is_refused(user, out, prepare):
     with user_error("--train_tokenizer_vocab: the run trains its tokenizer"):
-        prepare(*user.flags(tmp_path / "out", "--train_tokenizer_vocab 300"))
+        prepare(*user.flags(out, "--train_tokenizer_vocab 300"))
     with user_error("no text to tokenise"):
         prepare("--model_name_or_path", user.model)

@@ -143,7 +143,7 @@ def test_the_wheel_has_what_every_command_imports(programs, tmp_path):
     )
 
 
-def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path):
+def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path, out):
     """In two processes, that DeepSpeed's launcher starts from the package; the recipe is
     the package's own.
     """
@@ -153,7 +153,7 @@ def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path):
     )
     call(programs, tmp_path, "mora-ds", "pretrain", *flags.split())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert rows(tmp_path / "out")[-1]["step"] == 6
+    assert rows(out)[-1]["step"] == 6
     call(programs, tmp_path, "mora-ds", "verify", "out")
     export = "export --checkpoint out --output merged --verify"
     call(programs, tmp_path, "mora-ds", *export.split())

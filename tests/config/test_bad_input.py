@@ -40,9 +40,9 @@ def assert_user_errors(cases, phrases):
 # -- files -----------------------------------------------------------------------------
 
 
-def test_all_ranks_agree_on_a_broken_file(user, tmp_path):
+def test_all_ranks_agree_on_a_broken_file(user, tmp_path, out):
     (tmp_path / "late.txt").write_bytes(b"fine\n" * 400_000 + b"\xff\n")
-    argv = user.flags(tmp_path / "out", "--train_files", tmp_path / "late.txt")
+    argv = user.flags(out, "--train_files", tmp_path / "late.txt")
     for kind, message in run_ranks(2, refused, argv, timeout_s=60):
         assert kind == "UserError"
         assert "late.txt, line 400001" in message
@@ -51,24 +51,21 @@ def test_all_ranks_agree_on_a_broken_file(user, tmp_path):
 # -- models and tokenizers -------------------------------------------------------------
 
 
-def test_documents_that_would_see_each_other(user, tmp_path):
+def test_documents_that_would_see_each_other(user, tmp_path, out):
     shutil.copytree(user.model, tmp_path / "bloom")
     bloom = AutoConfig.for_model(
         "bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4
     )
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "bloom")
-    argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "bloom")
+    argv = user.flags(out, "--model_name_or_path", tmp_path / "bloom")
     assert "--no_document_mask" in refusal(argv)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     assert run(1, [*argv, "--no_document_mask"])["steps"] == 6
 
 
-def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path):
+def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path, out):
     path = train_sentencepiece(user.texts(), 450, tmp_path)
-    cases = [
-        user.flags(tmp_path / "out", "--tokenizer_name", name)
-        for name in (path, user.train)
-    ]
+    cases = [user.flags(out, "--tokenizer_name", name) for name in (path, user.train)]
     assert_user_errors(
         cases,
         [
@@ -78,13 +75,13 @@ def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path):
     )
 
 
-def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path):
+def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path, out):
     """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
     shutil.copytree(user.model, tmp_path / "model")
     tiny_model("qwen2", vocab_size=400).save_pretrained(tmp_path / "model")
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     argv = user.flags(
-        tmp_path / "out",
+        out,
         "--model_name_or_path",
         tmp_path / "model",
         "--tokenizer_name",
@@ -103,7 +100,7 @@ def other_run(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory)
 
 
-def test_another_run_is_not_touched(user, other_run, tmp_path):
+def test_another_run_is_not_touched(user, other_run, tmp_path, out):
     mistaken = ["--overwrite_output_dir", "true"]
     checkpoint = other_run / "checkpoints/latest"
     elsewhere = (
@@ -125,13 +122,13 @@ def test_another_run_is_not_touched(user, other_run, tmp_path):
             other_run, *mistaken, "--max_steps -1 --warmup_steps 5000"
         ),
         "--mora_rank: 2": user.flags(
-            tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank 4"
+            out, "--resume_from_checkpoint", checkpoint, "--mora_rank 4"
         ),
         "is a file": user.flags(other_run / "run.yaml"),
     }
     with untouched(other_run):
         assert_user_errors(list(cases.values()), [[phrase] for phrase in cases])
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
@@ -181,12 +178,12 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user, tmp_path, out)
     )
 
 
-def test_a_model_with_an_infinite_weight(user, tmp_path):
+def test_a_model_with_an_infinite_weight(user, tmp_path, out):
     shutil.copytree(user.model, tmp_path / "model")
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["model.norm.weight"][0] = torch.inf
     save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
-    argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model")
+    argv = user.flags(out, "--model_name_or_path", tmp_path / "model")
     cases = [argv, [*argv, "--no_eval_on_start", "--overwrite_output_dir"]]
     (kind, message), (later, at_step) = run_alone(refused_each, cases)
     assert kind == later == "RunError"
@@ -206,10 +203,10 @@ def test_a_model_with_an_infinite_weight(user, tmp_path):
         ("--learning_rate 1e25", 1, "Newest checkpoint: none was written"),
     ],
 )
-def test_the_launcher_says_it_once(user, tmp_path, more, code, words):
+def test_the_launcher_says_it_once(user, tmp_path, out, more, code, words):
     done = launch(2, user.flags("out", more), tmp_path, timeout_s=180)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.count(words) == 1
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "out").exists() == (code == 1)
+    assert out.exists() == (code == 1)

@@ -99,12 +99,12 @@ def check(tensors, expected):
 # -- scale -----------------------------------------------------------------------------
 
 
-def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
+def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path, merged):
     lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
     assert lines[1] == "3 term(s), 2 of them in its ledger"
-    export_merged(tmp_path / "same", tmp_path / "merged")
+    export_merged(tmp_path / "same", merged)
     export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
-    assert_same_model(tmp_path / "plain", tmp_path / "merged")
+    assert_same_model(tmp_path / "plain", merged)
     assert verify(tmp_path / "same")[0].is_good
     assert (tmp_path / "same/tokenizer").is_dir() == (
         run.checkpoint / "tokenizer"
@@ -112,12 +112,12 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
-def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
-    report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
-    check(content(tmp_path / "merged"), by_hand([(scale, run.checkpoint)]))
+def test_scale_multiplies_the_whole_update(run, merged, scale):
+    report = export_merged(run.checkpoint, merged, delta_scale=scale)
+    check(content(merged), by_hand([(scale, run.checkpoint)]))
     if scale == 0:
-        assert_same_model(run.base, tmp_path / "merged")
-    card = (tmp_path / "merged/README.md").read_text()
+        assert_same_model(run.base, merged)
+    card = (merged / "README.md").read_text()
     assert report.cycles == 2
     assert COMBINED in card
     assert f'"weight": {scale}' in card
@@ -146,14 +146,12 @@ def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path):
 # -- sums of checkpoints ---------------------------------------------------------------
 
 
-def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path):
+def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path, merged):
     earlier = step_folder(run.checkpoint.parent, 3)
     combine_adapters([earlier, run.checkpoint], [0.45, 0.45], tmp_path / "mean")
-    export_merged(tmp_path / "mean", tmp_path / "merged")
+    export_merged(tmp_path / "mean", merged)
     opened = Adapter.open(tmp_path / "mean")
-    check(
-        content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)])
-    )
+    check(content(merged), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
     assert opened.ledger.cycles == opened.file.cycle == 2, (
         "checkpoints of a run share operators: no term is added"
     )

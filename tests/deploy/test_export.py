@@ -81,12 +81,12 @@ float16  | {family: olmo2}
 
 
 @pytest.mark.parametrize("dtype, settings", rows(SETTINGS))
-def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
+def test_export_is_the_model_changed_by_hand(tmp_path, merged, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
-    report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
-    check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
+    report = export_merged(run.checkpoint, merged, verify=True)
+    check(run, merged, COMPUTE_DTYPES[dtype])
     assert report.files == ("model.safetensors",)
-    written = load_file(tmp_path / "merged/model.safetensors")
+    written = load_file(merged / "model.safetensors")
     assert report.nbytes == sum(tensor.nbytes for tensor in written.values())
     assert report.comparison is not None
     assert report.comparison.error <= report.comparison.tolerance
@@ -96,14 +96,14 @@ def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
     )
 
 
-def test_dtype_can_be_chosen(tmp_path):
+def test_dtype_can_be_chosen(tmp_path, merged):
     """From a bfloat16 run to float32: the update is not rounded at all."""
     run = fake_run(tmp_path, stored="bfloat16", dtype="bfloat16")
-    export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
-    assert read_json(tmp_path / "merged/config.json")["dtype"] == "float32"
+    export_merged(run.checkpoint, merged, dtype="float32", verify=True)
+    assert read_json(merged / "config.json")["dtype"] == "float32"
     ledger = Ledger.open(run.checkpoint / "ledger")
     base = BaseCheckpoint.open(run.base)
-    exported = load_file(tmp_path / "merged/model.safetensors")
+    exported = load_file(merged / "model.safetensors")
     for name, entry in run.adapter.layers.items():
         updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
         assert torch.equal(
@@ -120,10 +120,10 @@ float16 | {family: gpt_oss}
 
 
 @pytest.mark.parametrize("dtype, settings", rows(KEPT))
-def test_what_transformers_keeps_in_fp32_stays_so(tmp_path, dtype, settings):
+def test_what_transformers_keeps_in_fp32_stays_so(tmp_path, merged, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **parsed(settings))
-    export_merged(run.checkpoint, tmp_path / "merged", verify=True)
-    exported = load_file(tmp_path / "merged/model.safetensors")
+    export_merged(run.checkpoint, merged, verify=True)
+    exported = load_file(merged / "model.safetensors")
     of_run, of_export = (
         {name: tensor for name, tensor in tensors if tensor.dtype == torch.float32}
         for tensors in (run.live.state_dict().items(), exported.items())
@@ -132,33 +132,32 @@ def test_what_transformers_keeps_in_fp32_stays_so(tmp_path, dtype, settings):
     torch.testing.assert_close(of_export, of_run, rtol=0, atol=0)
 
 
-def test_stale_copy_of_a_tied_head_is_left_out(tmp_path):
+def test_stale_copy_of_a_tied_head_is_left_out(tmp_path, merged):
     """Files that hold lm_head.weight though it is tied: kept, it would come apart from the
     trained embedding.
     """
     run = fake_run(tmp_path, trained=HEADS[:1], tie_word_embeddings=True, twice=True)
     assert "lm_head.weight" in load_file(run.base / "model.safetensors")
-    export_merged(run.checkpoint, tmp_path / "merged", verify=True)
-    assert "lm_head.weight" not in load_file(tmp_path / "merged/model.safetensors")
-    check(run, tmp_path / "merged", torch.float32)
+    export_merged(run.checkpoint, merged, verify=True)
+    assert "lm_head.weight" not in load_file(merged / "model.safetensors")
+    check(run, merged, torch.float32)
 
 
-def test_companions(tmp_path):
+def test_companions(tmp_path, merged):
     run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
-    output = tmp_path / "merged"
-    export_merged(run.output, output)
-    written = read_json(output / "config.json")
+    export_merged(run.output, merged)
+    written = read_json(merged / "config.json")
     assert written["dtype"] == "bfloat16"
     assert written["architectures"] == ["LlamaForCausalLM"]
-    assert (output / "generation_config.json").exists()
-    assert read_json(output / "tokenizer_config.json") == {"from": "base"}
-    card = (output / "README.md").read_text()
+    assert (merged / "generation_config.json").exists()
+    assert read_json(merged / "tokenizer_config.json") == {"from": "base"}
+    card = (merged / "README.md").read_text()
     fingerprint = BaseCheckpoint.open(run.base).fingerprint()
     for words in (fingerprint, "| merges | 2 |", "| steps | 7 |", "rotate", "a \\| b"):
         assert words in card
 
 
-def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
+def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path, merged):
     run = fake_run(tmp_path, probe=False)
     summary = {
         "steps": 7,
@@ -169,8 +168,8 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
     write_adapter(run.checkpoint, adapter, run.squares, {})
     files.write_manifest(run.checkpoint)
-    export_merged(run.output, tmp_path / "merged")
-    card = (tmp_path / "merged/README.md").read_text()
+    export_merged(run.output, merged)
+    card = (merged / "README.md").read_text()
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
@@ -178,18 +177,18 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     not_finite = {"perplexity_before": {"code": None}}
     for changes in (of_another_model, not_finite):
         files.write_json_atomic(run.output / "summary.json", {**summary, **changes})
-        export_merged(run.output, tmp_path / "merged", overwrite=True)
-        assert "perplexity" not in (tmp_path / "merged/README.md").read_text()
+        export_merged(run.output, merged, overwrite=True)
+        assert "perplexity" not in (merged / "README.md").read_text()
 
 
-def test_base_that_moved(tmp_path):
+def test_base_that_moved(tmp_path, merged):
     run = fake_run(tmp_path)
     moved = tmp_path / "elsewhere/base"
     moved.parent.mkdir()
     run.base.rename(moved)
-    assert_refused(run, tmp_path / "merged", r"`base_folder`: no such folder: .*/base")
-    export_merged(run.checkpoint, tmp_path / "merged", base_folder=moved)
-    check(run, tmp_path / "merged", torch.float32)
+    assert_refused(run, merged, r"`base_folder`: no such folder: .*/base")
+    export_merged(run.checkpoint, merged, base_folder=moved)
+    check(run, merged, torch.float32)
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
     with user_error(r"`base_folder`: .*other is not the base of"):
         export_merged(
@@ -210,15 +209,15 @@ def test_base_that_moved(tmp_path):
         ("base.json", gone, "missing"),
     ],
 )
-def test_damage_shows_without_a_manifest_too(tmp_path, name, damage, words):
+def test_damage_shows_without_a_manifest_too(tmp_path, merged, name, damage, words):
     """With one: tests/checkpoint/test_damage.py."""
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
     (run.checkpoint / "manifest.json").unlink()
-    assert_refused(run, tmp_path / "merged", words)
+    assert_refused(run, merged, words)
 
 
-def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
+def test_square_on_one_of_two_tied_weights_is_refused(tmp_path, merged):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
     layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", False, spec)}
@@ -227,18 +226,18 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
     files.write_manifest(run.checkpoint)
     assert_refused(
         run,
-        tmp_path / "merged",
+        merged,
         r"lm_head\.weight is tied to model\.embed_tokens\.weight",
     )
 
 
-def test_a_trained_tensor_of_another_shape_is_refused(tmp_path):
+def test_a_trained_tensor_of_another_shape_is_refused(tmp_path, merged):
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
     write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
     files.write_manifest(run.checkpoint)
     assert_refused(
         run,
-        tmp_path / "merged",
+        merged,
         r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base",
     )
     keys = {**BaseReference.read(run.checkpoint).keys, HEADS[1]: "gone"}
@@ -246,21 +245,20 @@ def test_a_trained_tensor_of_another_shape_is_refused(tmp_path):
     files.write_manifest(run.checkpoint)
     assert_refused(
         run,
-        tmp_path / "merged",
+        merged,
         r"base\.json names no tensor of .* for model\.norm\.weight",
     )
 
 
-def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
+def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path, merged):
     run = fake_run(tmp_path, probe=False)
-    output = tmp_path / "merged"
-    output.mkdir()
-    export_merged(run.checkpoint, output)  # an empty folder is no loss
-    (output / "mine").write_text("")
+    merged.mkdir()
+    export_merged(run.checkpoint, merged)  # an empty folder is no loss
+    (merged / "mine").write_text("")
     with user_error(r"`output` .* exists already"):
-        export_merged(run.checkpoint, output)
-    export_merged(run.checkpoint, output, overwrite=True)
-    assert not (output / "mine").exists()
+        export_merged(run.checkpoint, merged)
+    export_merged(run.checkpoint, merged, overwrite=True)
+    assert not (merged / "mine").exists()
     assert not list(tmp_path.glob(".merged*"))
     for inside in ("merged", "ledger/merged"):
         with user_error("lies in the checkpoint"):
@@ -282,7 +280,7 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
 
 
 @pytest.mark.heavy
-def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
+def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path, merged):
     """How it ends where it cannot: tests/runtime/test_cli.py,
     tests/config/test_bad_tool_calls.py.
     """
@@ -295,7 +293,7 @@ def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
     assert "tolerance" in done.stdout
-    check(run, tmp_path / "merged", torch.float32)
+    check(run, merged, torch.float32)
 
 
 # -- memory ----------------------------------------------------------------------------
@@ -327,15 +325,15 @@ print(max(peaks) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path):
+def test_memory_is_that_of_a_few_tensors(tmp_path, merged):
     """112 MiB in 28 tensors of 4 MiB, in one file: the export may hold some of them, never
     the model.
     """
     wide = {"hidden_size": 1024, "intermediate_size": 1024, "num_key_value_heads": 4}
     maker = Maker(tiny_model(num_hidden_layers=4, **wide), tmp_path / "base")
     maker.write(tmp_path / "step", MoRAConfig(rank=8, operator="rotate"), cycles=1)
-    command = [sys.executable, "-c", MEASURE, tmp_path / "step", tmp_path / "merged"]
+    command = [sys.executable, "-c", MEASURE, tmp_path / "step", merged]
     done = called(command, cwd=TOOL.parent.parent, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 90, done.stdout  # about 37
-    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(maker.weights)
+    assert set(load_file(merged / "model.safetensors")) == set(maker.weights)

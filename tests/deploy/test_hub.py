@@ -61,18 +61,16 @@ def export_flags(run, merged):
     return flags.split()
 
 
-def test_an_export_is_uploaded_as_it_was_written(tmp_path):
+def test_an_export_is_uploaded_as_it_was_written(tmp_path, merged):
     run = fake_run(tmp_path)
-    merged = tmp_path / "merged"
     with uploads_to(tmp_path / "hub"):
         call("export", *export_flags(run, merged))
     assert snapshot(tmp_path / "hub" / REPOSITORY) == snapshot(merged)
 
 
 @pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
-def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error):
+def test_an_export_that_is_refused_stays_where_it_is(tmp_path, merged, error):
     run = fake_run(tmp_path)
-    merged = tmp_path / "merged"
     with (
         uploads_to(tmp_path / "hub", error),
         pytest.raises(RunError, match="not uploaded") as failed,
@@ -111,8 +109,8 @@ def failing_job(is_offline, argv):
     return str(failure.value)
 
 
-def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path):
-    flags = user.flags(tmp_path / "out", "--max_steps 2 --push_to_hub", REPOSITORY)
+def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path, out):
+    flags = user.flags(out, "--max_steps 2 --push_to_hub", REPOSITORY)
     hub = tmp_path / "hub" / REPOSITORY
     run_alone(uploading_job, tmp_path / "hub", flags)
     assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(
@@ -124,17 +122,17 @@ def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path):
         tmp_path / "hub",
         [*flags, "--export_merged", "--overwrite_output_dir"],
     )
-    assert snapshot(hub) == snapshot(tmp_path / "out/merged")
-    written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
+    assert snapshot(hub) == snapshot(out / "merged")
+    written = b"".join(path.read_bytes() for path in out.glob("*.*"))
     assert REPOSITORY.encode() in written
     assert TOKEN.encode() not in written
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_a_run_goes_on_without_the_hub(user, tmp_path, is_offline):
-    flags = user.flags(tmp_path / "out", "--max_steps 2 --push_to_hub", REPOSITORY)
+def test_a_run_goes_on_without_the_hub(user, out, is_offline):
+    flags = user.flags(out, "--max_steps 2 --push_to_hub", REPOSITORY)
     failure = run_alone(failing_job, is_offline, flags)
     assert "--push_to_hub" in failure
     assert "not uploaded" in failure
     assert TOKEN not in failure
-    assert read_json(tmp_path / "out/summary.json")["steps"] == 2
+    assert read_json(out / "summary.json")["steps"] == 2

@@ -19,7 +19,7 @@ from tests.helpers.tables import rows
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
-def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
+def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch):
     run = fake_run(tmp_path, dtype=dtype)
 
     def wrong(original, updates, *rest):
@@ -32,11 +32,11 @@ def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
 
     monkeypatch.setattr(stored_weights, "live_weight", wrong)
     with pytest.raises(RunError, match=r"does not match: logits .* error"):
-        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+        export_merged(run.checkpoint, merged, verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
+def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, merged, monkeypatch):
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -48,18 +48,16 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
         r"base.*its own code must be run: allow that with --trust_remote_code"
     ):
         export_merged(run.checkpoint, tmp_path / "refused", verify=True)
-    export_merged(
-        run.checkpoint, tmp_path / "merged", verify=True, trust_remote_code=True
-    )
+    export_merged(run.checkpoint, merged, verify=True, trust_remote_code=True)
     assert not (tmp_path / "refused").exists()
-    assert (tmp_path / "merged/modeling_own.py").is_file()
+    assert (merged / "modeling_own.py").is_file()
 
 
-def test_verify_needs_a_probe_and_says_so_first(tmp_path):
+def test_verify_needs_a_probe_and_says_so_first(tmp_path, merged):
     run = fake_run(tmp_path, probe=False)
     with user_error(r"`verify` needs probe\.safetensors"):
-        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
-    assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
+        export_merged(run.checkpoint, merged, verify=True)
+    assert export_merged(run.checkpoint, merged).comparison is None
 
 
 TOLERANCES = """
@@ -88,16 +86,15 @@ def test_tolerance(name, layers, largest, tolerance):
     )
 
 
-def test_the_coarser_dtype_of_run_and_export_counts(tmp_path):
+def test_the_coarser_dtype_of_run_and_export_counts(tmp_path, merged):
     run = fake_run(tmp_path, dtype="bfloat16")
-    merged = tmp_path / "merged"
     report = export_merged(run.checkpoint, merged, dtype="float32", verify=True)
     assert report.comparison.tolerance == pytest.approx(2 * 2**-7 * 3**0.5)
 
 
-def test_what_cannot_be_compared_is_told(tmp_path):
+def test_what_cannot_be_compared_is_told(tmp_path, merged):
     run = fake_run(tmp_path)
-    export_merged(run.checkpoint, tmp_path / "merged")
+    export_merged(run.checkpoint, merged)
     whole = load_file(run.checkpoint / "probe.safetensors")
     one_row = {
         "input_ids": whole["input_ids"].flatten(),
@@ -113,19 +110,15 @@ def test_what_cannot_be_compared_is_told(tmp_path):
             tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"}
         )
         with pytest.raises(error, match=words):
-            compare_logits(
-                tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32
-            )
-    tensors = load_file(tmp_path / "merged/model.safetensors")
+            compare_logits(merged, tmp_path / "probe.safetensors", torch.float32)
+    tensors = load_file(merged / "model.safetensors")
     del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "merged/model.safetensors", {"format": "pt"})
+    save_file(tensors, merged / "model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
-        compare_logits(
-            tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32
-        )
+        compare_logits(merged, run.checkpoint / "probe.safetensors", torch.float32)
 
 
-def test_nan_logits_do_not_pass(tmp_path):
+def test_nan_logits_do_not_pass(tmp_path, merged):
     run = fake_run(tmp_path)
     probe = load_file(run.checkpoint / "probe.safetensors")
     probe["logits"] = probe["logits"].clone()
@@ -135,4 +128,4 @@ def test_nan_logits_do_not_pass(tmp_path):
     )
     files.write_manifest(run.checkpoint)
     with pytest.raises(RunError, match="does not match"):
-        export_merged(run.checkpoint, tmp_path / "merged", verify=True)
+        export_merged(run.checkpoint, merged, verify=True)

@@ -301,17 +301,17 @@ def test_tokens_template_and_settings_stay_the_target_s(pair):
     assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
 
-def test_the_command_measures_what_it_would_write(pair, tmp_path):
+def test_the_command_measures_what_it_would_write(pair, tmp_path, out):
     target = pair.folder / "target"
     onto = ("--onto", target, "--delta_scale", 0.5)
-    call("export", "--checkpoint", pair.checkpoint, "--output", tmp_path / "out", *onto)
+    call("export", "--checkpoint", pair.checkpoint, "--output", out, *onto)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
     scores = tmp_path / "scores.json"
     flags = f"--sets a={text} --document_start b --window 8 --json {scores}".split()
     with untouched(target):
         call("evaluate", pair.checkpoint, *onto, *flags)
-    merged = load_target(tmp_path / "out")
+    merged = load_target(out)
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
     assert read_json(scores)["sets"]["a"]["nats"] == score.nats
     with user_error("--onto belongs to a checkpoint"):

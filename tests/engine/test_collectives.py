@@ -13,7 +13,7 @@ from mora_ds.engine import ds_config as ds_config_module
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import ds_config, trained_values
-from tests.helpers.models import causal_loss, model_with_mora, tokens
+from tests.helpers.models import micro_step, model_with_mora, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors
 
@@ -51,9 +51,7 @@ def trained(case):
         ) as cuts,
     ):
         for step in range(6):
-            loss = causal_loss(engine, tokens(2, seed=10 * step + dist.get_rank()))
-            engine.backward(loss)
-            engine.step()
+            loss = micro_step(engine, tokens(2, seed=10 * step + dist.get_rank()))
             curve.append((loss.item(), engine.get_global_grad_norm()))
     matrices = trained_values(engine)
     return curve, matrices, counter.bytes["all_reduce"], cuts.call_count

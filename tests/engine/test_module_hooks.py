@@ -20,7 +20,13 @@ from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
-from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
+from tests.helpers.models import (
+    FAMILIES,
+    causal_loss,
+    micro_step,
+    model_with_mora,
+    tokens,
+)
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors
 
@@ -58,10 +64,8 @@ def trained(setting):
     engine = engine_of(setting)
     losses = []
     for step in range(6):
-        loss = causal_loss(engine, tokens(2, seed=10 * step + dist.get_rank()))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+        ids = tokens(2, seed=10 * step + dist.get_rank())
+        losses.append(micro_step(engine, ids).item())
     offload = engine.optimizer.parameter_offload
     hooks = {handle.id for handle in offload.forward_hooks}
     modules = engine.module.modules()
@@ -147,8 +151,7 @@ def held_at_once(setting):
     for layer in layers.values():
         layer.register_forward_hook(note_all)
     for step in range(6):
-        engine.backward(causal_loss(engine, tokens(2, seed=step)))
-        engine.step()
+        micro_step(engine, tokens(2, seed=step))
         assert not gathered()
     return gathered_layers
 
@@ -235,10 +238,7 @@ def gathered_when_needed():
     history = []
     for step in range(8):
         statuses = {parameter.ds_status.name for parameter in persistent}
-        loss = causal_loss(engine, tokens(2, seed=step))
-        engine.backward(loss)
-        engine.step()
-        assert torch.isfinite(loss)
+        assert torch.isfinite(micro_step(engine, tokens(2, seed=step)))
         history.append(("NOT_AVAILABLE" in statuses, engine.optimizer.overflow))
     with zero.whole_parameter(engine, persistent[0]):
         pass

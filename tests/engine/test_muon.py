@@ -21,7 +21,13 @@ from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tenso
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refusal, rows, run
-from tests.helpers.models import adapted_model, causal_loss, tiny_model, tokens
+from tests.helpers.models import (
+    adapted_model,
+    causal_loss,
+    micro_step,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.operators import random
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job
@@ -172,8 +178,7 @@ def train(engine, merge_at=None):
     for step in range(STEPS):
         batch = tokens(ROWS * ACCUMULATION, seed=step).unflatten(0, shape)
         for micro in batch:
-            engine.backward(causal_loss(engine, micro[dist.get_rank()]))
-            engine.step()
+            micro_step(engine, micro[dist.get_rank()])
         norms.append(zero.gradient_norm(engine))
         if step + 1 == merge_at:
             merge_by_hand(engine)
@@ -289,8 +294,7 @@ def momentum_over_a_dropped_step():
     squares_of(model)[0].register_hook(lambda gradient: gradient * next(factors))
     states = []
     for _ in range(2):
-        engine.backward(causal_loss(engine, tokens(ROWS // 2)))
-        engine.step()
+        micro_step(engine, tokens(ROWS // 2))
         states.append([value.clone() for _, value in state_tensors(engine, 0)])
     return states
 
@@ -374,8 +378,7 @@ def carried():
     with counter.counting():
         for step in range(2):
             counter.reset()
-            engine.backward(causal_loss(engine, tokens(3, seed=step)))
-            engine.step()
+            micro_step(engine, tokens(3, seed=step))
     padded = sum(-(-square.ds_numel // 2) * 2 for square in squares_of(model))
     return {
         "gathered": counter.gathered_bytes,

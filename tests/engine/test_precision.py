@@ -23,7 +23,13 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
+from tests.helpers.models import (
+    causal_loss,
+    enable_checkpointing,
+    micro_step,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.tables import parsed, rows
 
 WORLD = 2
@@ -250,10 +256,7 @@ def train_step(engine, rows):
     """Global mean loss of a step over all micro-batches."""
     total = torch.zeros(())
     for micro_batch in rows:
-        loss = causal_loss(engine, micro_batch[dist.get_rank()])
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach()
+        total += micro_step(engine, micro_batch[dist.get_rank()])
     dist.all_reduce(total)
     return total.item() / len(rows) / WORLD
 

@@ -11,7 +11,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import CountedBelow, ds_config
-from tests.helpers.models import adapted_model, causal_loss, tokens
+from tests.helpers.models import adapted_model, micro_step, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import parsed, rows
 
@@ -31,8 +31,7 @@ def count_bytes(accumulation, zero_settings):
             counter.reset()
             seen.clear()
             for _ in range(accumulation):
-                engine.backward(causal_loss(engine, tokens(3, seed=step)))
-                engine.step()
+                micro_step(engine, tokens(3, seed=step))
         gathered = counter.gathered_bytes
     trainable = sum(layer.square.ds_numel for layer in mora_layers(model).values())
     padded = sum(

@@ -20,7 +20,7 @@ from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
 from tests.helpers.adapters import summed
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, micro_step, tiny_model, tokens
 
 ROWS = 6
 STEPS = 3
@@ -176,8 +176,7 @@ def merging_run(folder, config, stage, dtype, merges):
         for _ in range(
             2
         ):  # after the first of them LoRA's B is no longer zero, and A learns too
-            engine.backward(causal_loss(engine, batch))
-            engine.step()
+            micro_step(engine, batch)
         reports.append(vars(run.merge(step, loss_of_probe)))
     moments = {key: value.clone() for key, value in state_tensors(engine, 0)}
     run.save(merges)

@@ -118,6 +118,14 @@ def causal_loss(model, ids):
     )
 
 
+def micro_step(engine, ids):
+    """Forward, backward and step of an engine; the loss, without its graph."""
+    loss = causal_loss(engine, ids)
+    engine.backward(loss)
+    engine.step()
+    return loss.detach()
+
+
 def alone():
     """What `load_base` asks of the ranks of a run, in one process without a group."""
     return SimpleNamespace(

@@ -146,10 +146,10 @@ def best_is_loaded(root):
 
 
 @pytest.mark.heavy
-def test_the_best_checkpoint_brings_its_base_back(tmp_path):
+def test_the_best_checkpoint_brings_its_base_back(tmp_path, out):
     for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
         assert Path(rank["best"]).name == "checkpoint-2"
         assert rank["merges"] == []
         assert_same_tensors(rank["live"], rank["saved"])
-    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    folders = {path.name for path in out.glob("checkpoint-*")}
     assert folders == {"checkpoint-2", "checkpoint-8"}

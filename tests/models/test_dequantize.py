@@ -202,11 +202,11 @@ def test_scales_that_do_not_fit_are_named(user, tmp_path, out, damage):
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
+def test_what_is_quantized_otherwise_is_named(user, tmp_path, out, method):
     model = Path(shutil.copytree(user.model, tmp_path / "model"))
     settings = {"quant_method": method, "bits": 4}
     write(model, load_file(model / "model.safetensors"), settings)
-    message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", model))
+    message = refusal(user.flags(out, "--model_name_or_path", model))
     assert (
         f"--model_name_or_path: the model holds quantized weights ({method})" in message
     )

@@ -28,7 +28,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, run
 from tests.helpers.kills import STEPS
 from tests.helpers.mappings import Mappings
-from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.models import micro_step, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors, interrupted_job
@@ -85,10 +85,8 @@ def merged(folder, choice, case):
     reports = []
     losses = []
     for step in range(MERGES + 1):
-        loss = causal_loss(engine, tokens(2 * world, seed=step)[2 * rank :][:2])
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+        ids = tokens(2 * world, seed=step)[2 * rank :][:2]
+        losses.append(micro_step(engine, ids).item())
         if step < MERGES:
             with counter.counting(), CountedBelow(below):
                 reports.append(vars(run.merge(step + 1)))
@@ -272,8 +270,8 @@ def without_memory(argv):
     return refused(argv)
 
 
-def test_too_little_memory_is_told_at_the_start(user, tmp_path):
-    flags = user.flags(tmp_path / "out", STEPS)
+def test_too_little_memory_is_told_at_the_start(user, out):
+    flags = user.flags(out, STEPS)
     ((kind, message),) = set(run_ranks(2, without_memory, flags))
     assert kind == "UserError"
     assert "the base that the processes of this node share takes 0.000 GB" in message

@@ -82,14 +82,14 @@ phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type 
 
 
 @pytest.mark.parametrize("family, words", rows(OF_OTHERS))
-def test_a_family_that_ignores_it_is_named(user, tmp_path, family, words):
+def test_a_family_that_ignores_it_is_named(user, tmp_path, out, family, words):
     """By the run, its dry run and its plan."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = tmp_path / family
     files = ("--model_name_or_path", model, "--tokenizer_name", user.model)
     for dry_run in (False, True):
         flags = (*files, "--rope_scaling", YARN, "--dry_run", dry_run)
-        assert words in refusal(user.flags(tmp_path / "out", *flags))
+        assert words in refusal(user.flags(out, *flags))
     with user_error(words):
         call("plan", "--gpus 8 --model", model, "--rope_scaling", YARN)
 

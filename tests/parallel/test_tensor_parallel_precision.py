@@ -15,7 +15,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import ACCUMULATION, CLIP, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import causal_loss
+from tests.helpers.models import micro_step
 from tests.helpers.tensor_parallel import (
     BATCHES,
     base_in_memory,
@@ -65,9 +65,7 @@ def trained_in(dtype, case, degree, folder):
     for step in range(STEPS):
         total = 0.0
         for ids in batches(step % 3):
-            loss = causal_loss(engine, ids[replica * micro :][:micro])
-            engine.backward(loss)
-            engine.step()
+            loss = micro_step(engine, ids[replica * micro :][:micro])
             total += loss.item() / ACCUMULATION
         results["losses"].append(total)
         results["norms"].append(zero.gradient_norm(engine))
@@ -145,8 +143,7 @@ def with_noise():
     checksums = []
     for step in range(3):
         for ids in batches(step):
-            engine.backward(causal_loss(engine, ids))
-            engine.step()
+            micro_step(engine, ids)
         checksums.append(replicated(engine))
     return checksums
 

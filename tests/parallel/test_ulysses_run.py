@@ -58,13 +58,13 @@ def assert_close(results, wanted, rel):
             assert results[key] == value, key
 
 
-def test_a_run_over_split_rows_and_on_at_one_rank(user, one, tmp_path, out):
+def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
     split = "each computes 16 of its 32 tokens, and in attention 2 of 4"
     assert f"2 processes share every row; {split}" in told
     assert_same_curve(out, one)
     assert read_json(out / "summary.json")["base_bytes_gathered"] == 0
-    report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
+    report = export_merged(out / "checkpoints/latest", merged, verify=True)
     assert report.cycles == 2
     resume = ("--resume_from_checkpoint", out / "checkpoints/step-000003")
     run(1, flags(user, out, 1, 1, *resume))

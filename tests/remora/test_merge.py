@@ -19,7 +19,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA
 from tests.helpers.engines import assert_replayed, ds_config, merging_run
 from tests.helpers.gloo import run_alone
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.tables import heavy
 
@@ -119,8 +119,7 @@ def moved_probe(folder):
     keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
     remora = ReMoRA(engine, CONFIG, ledger, base, keys)
     losses = iter((3.0, 3.5))
-    engine.backward(causal_loss(engine, tokens(2)))
-    engine.step()
+    micro_step(engine, tokens(2))
     try:
         remora.merge(1, lambda: next(losses))
     except RunError as error:

@@ -254,10 +254,10 @@ def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_a_dry_run_counts_what_the_plan_says(user, tmp_path):
+def test_a_dry_run_counts_what_the_plan_says(user, tmp_path, out):
     path = tmp_path / "targets.yaml"
     TargetPlan("another", {QUERY: 10, DOWN: 6}).write(path)
-    argv = research(user.flags(tmp_path / "out", "--dry_run"), tmp_path, targets=path)
+    argv = research(user.flags(out, "--dry_run"), tmp_path, targets=path)
     report, lines = planned(parse(argv), 1)
     assert report.trained.total == 136
     assert "trainable 136 " in lines[0]

@@ -102,11 +102,13 @@ def refused_in(folders, argv):
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_relative_model_folder_that_one_node_does_not_have(user, tmp_path, missing):
+def test_a_relative_model_folder_that_one_node_does_not_have(
+    user, tmp_path, out, missing
+):
     """There the name is taken for one of the Hub's."""
     folders = [str(user.root), str(user.root)]
     folders[missing] = str(tmp_path)
-    argv = user.flags(tmp_path / "out", "--model_name_or_path model")
+    argv = user.flags(out, "--model_name_or_path model")
     for message in messages_of(refused_in, folders, argv):
         assert "--model_name_or_path is" in message
         assert f'Hub" on rank {missing}' in message

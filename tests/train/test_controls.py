@@ -10,7 +10,9 @@ from tests.helpers.resume import assert_same_run, stop_and_resume
 RELORA = "--adapter lora --max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --learning_rate 5e-2"
 
 
-def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(user, tmp_path):
+def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(
+    user, tmp_path, merged
+):
     """Resumed right after a merge that is not saved yet, and in mid-cycle."""
     one = tmp_path / "1"
     two = tmp_path / "2"
@@ -26,7 +28,7 @@ def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(user, tm
     assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
     stop_and_resume(2, user.flags(resumed, RELORA), 3, 5)
     assert_same_run(resumed, two)
-    assert export_merged(two, tmp_path / "merged", verify=True).cycles == 2
+    assert export_merged(two, merged, verify=True).cycles == 2
 
 
 # -- nothing ---------------------------------------------------------------------------

@@ -59,11 +59,11 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(
 
 @pytest.mark.heavy(seconds=12)
 def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
-    user, tmp_path
+    user, tmp_path, out
 ):
     merges = "--operator rotate --merge_every 2 --restart_warmup_steps 1"
-    run(1, user.flags(tmp_path / "out", merges))
-    checkpoint = tmp_path / "out/checkpoints/latest"
+    run(1, user.flags(out, merges))
+    checkpoint = out / "checkpoints/latest"
     printed = []
     variables = environment()
     for name in INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]:

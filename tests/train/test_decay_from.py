@@ -124,7 +124,7 @@ def test_what_is_no_branch_is_refused(user, parent, tmp_path):
     assert "step of --decay_from: None there, 4 here" in message
 
 
-def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
+def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path, out):
     """A constant one is at its end; a linear one is not after a step below the peak."""
     for kind in ("linear", "constant"):
         steps = "--max_steps 4 --save_steps 2 --lr_scheduler_type"
@@ -132,7 +132,7 @@ def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
 
     def branch(checkpoint):
         decay = "--lr_scheduler_type wsd --max_steps 3 --decay_from"
-        return user.flags(tmp_path / "out", decay, tmp_path / checkpoint)
+        return user.flags(out, decay, tmp_path / checkpoint)
 
     message = refusal(branch("linear/checkpoints/step-000002"))
     assert "its learning rate is not at the peak" in message

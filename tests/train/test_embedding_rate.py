@@ -10,7 +10,7 @@ from mora_ds import initialize
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import zero
 from tests.helpers.engines import ds_config
-from tests.helpers.models import causal_loss, model_with_mora, tokens
+from tests.helpers.models import micro_step, model_with_mora, tokens
 from tests.helpers.pool import run_pooled
 
 RATE = 0.05
@@ -29,8 +29,7 @@ def first_step(stage):
     ]
     before = [[zero.full_fp32(value).clone() for value in group] for group in groups]
     zero.set_learning_rate(engine, RATE, SHARE)
-    engine.backward(causal_loss(engine, tokens(2)))
-    engine.step()
+    micro_step(engine, tokens(2))
     return [
         max(
             (zero.full_fp32(value) - then).abs().max().item()

@@ -215,7 +215,7 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path, f
 @pytest.mark.parametrize(
     "files", ["", "config.json a.txt", "shared/config.json b/config.json"]
 )
-def test_models_are_replaced(tmp_path, files):
+def test_models_are_replaced(merged, files):
     for file in files.split():
-        put(tmp_path / "merged", file, "{}")
-    check_merged(tmp_path / "merged")
+        put(merged, file, "{}")
+    check_merged(merged)

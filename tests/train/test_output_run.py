@@ -124,8 +124,8 @@ def shared_lock(argv):
     return status == 7
 
 
-def test_every_rank_holds_the_folder_while_it_may_write(user, tmp_path):
-    assert run_ranks(2, shared_lock, user.flags(tmp_path / "out")) == [True, True]
+def test_every_rank_holds_the_folder_while_it_may_write(user, out):
+    assert run_ranks(2, shared_lock, user.flags(out)) == [True, True]
 
 
 # -- the demo --------------------------------------------------------------------------

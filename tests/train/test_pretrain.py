@@ -103,17 +103,17 @@ def test_document_mask_can_be_turned_off(user, tmp_path):
 # -- the control -----------------------------------------------------------------------
 
 
-def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
+def test_full_training_under_zero3_with_export_and_resume(user, tmp_path, merged):
     more = "--adapter full --max_steps 6 --save_steps 3 --learning_rate 1e-3"
     one = tmp_path / "one"
     two = tmp_path / "two"
     run(1, user.flags(one, more, "--per_device_train_batch_size 4"))
     summary = run(2, user.flags(two, more))
     with user_error(r"--adapter full.* resume the run with --export_merged"):
-        export_merged(two, tmp_path / "merged")
+        export_merged(two, merged)
     run(2, user.flags(two, more, "--resume_from_checkpoint auto --export_merged true"))
     with user_error(rf"--adapter full.* {two}/merged is its model"):
-        export_merged(two / "checkpoints/step-000003", tmp_path / "merged")
+        export_merged(two / "checkpoints/step-000003", merged)
     assert summary["trainable_params"] == summary["total_params"]
     assert_close_losses(two, one)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")

@@ -33,7 +33,7 @@ from tests.helpers.engines import ds_config, half_precision
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import refusal, run
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
 from tests.helpers.tables import heavy, parsed, rows
@@ -50,12 +50,8 @@ def step_of(engine, step):
     """Train on this rank's rows of a step. Returns the mean loss over all ranks."""
     world = dist.get_world_size()
     rank = dist.get_rank()
-    loss = causal_loss(
-        engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank]
-    )
-    engine.backward(loss)
-    engine.step()
-    mean = loss.detach().clone()
+    rows_of_rank = tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank]
+    mean = micro_step(engine, rows_of_rank)
     dist.all_reduce(mean)
     return mean.item() / world
 
@@ -237,7 +233,7 @@ def exact_export(out, model):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("ranks", [1, heavy(2)])
 def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
-    user, tmp_path, out, ranks, bits
+    user, tmp_path, merged, out, ranks, bits
 ):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
@@ -247,9 +243,9 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     assert summary["merges"] == 2
     stop_and_resume(ranks, user.flags(out, flags), 5)
     assert_same_run(out, whole)
-    comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
+    comparison = export_merged(out, merged, verify=True).comparison
     assert comparison.error < 0.6 * comparison.tolerance
-    exported = load_file(tmp_path / "merged/model.safetensors")
+    exported = load_file(merged / "model.safetensors")
     for name, weight in exact_export(out, user.model).items():
         assert torch.equal(exported[name], weight), name
     message = refusal(user.flags(out, MERGING, "--resume_from_checkpoint auto"))

@@ -54,9 +54,9 @@ def whole(user, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
+def copied(whole, out):
     """A copy of that run, which goes on in it."""
-    return Path(shutil.copytree(whole, tmp_path / "out", symlinks=True))
+    return Path(shutil.copytree(whole, out, symlinks=True))
 
 
 @pytest.mark.parametrize("step", [2, 6])

@@ -20,7 +20,7 @@ from mora_ds.train.run import _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.snapshot import untouched
 from tests.helpers.tables import parsed, rows
@@ -138,15 +138,10 @@ def started(folder, stage):
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 2))
     run = mora_ds.Run(engine, base="base", folder="out")
     for number in range(2):
-        micro_step(engine, number)
+        micro_step(engine, tokens(2, seed=number))
     run.merge(2)
     run.save(2)
     return engine, run
-
-
-def micro_step(engine, seed):
-    engine.backward(causal_loss(engine, tokens(2, seed=seed)))
-    engine.step()
 
 
 def wrong_calls(folder):
@@ -189,7 +184,7 @@ def scheduled(folder, name, stage, resume, last_step):
     results = []
     for step in range(run.state.step + 1, last_step + 1):
         results += engine.get_lr()[:1]
-        micro_step(engine, step)
+        micro_step(engine, tokens(2, seed=step))
         if step == 2:
             run.save(step)
     with torch.no_grad():

@@ -40,13 +40,12 @@ def logged(folder):
     return failures
 
 
-def test_weights_and_biases_is_called_as_it_wants(tmp_path, wandb, monkeypatch):
+def test_weights_and_biases_is_called_as_it_wants(out, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "project")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    assert logged(folder) == []
+    out.mkdir()
+    assert logged(out) == []
     wandb.init.assert_called_once_with(
-        project="project", name="out", config=CONFIG, dir=str(folder), resume="allow"
+        project="project", name="out", config=CONFIG, dir=str(out), resume="allow"
     )
     run = wandb.init.return_value
     assert run.log.call_args_list == [

@@ -100,15 +100,17 @@ def test_gradients_are_those_of_the_two_matrices():
         *(heavy(*case) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
     ],
 )
-def test_relora_live_base_is_its_replayed_ledger(tmp_path, world, stage, dtype):
+def test_relora_live_base_is_its_replayed_ledger(
+    tmp_path, merged, out, world, stage, dtype
+):
     config = LoRAConfig(rank=3)
     ranks = run_pooled(world, merging_run, str(tmp_path), config, stage, dtype, 4)
     assert all(report["square_norm"] > 0 for report in ranks[0]["reports"])
-    assert Ledger.open(tmp_path / "out/ledger").cycles == 4
+    assert Ledger.open(out / "ledger").cycles == 4
     assert_replayed(ranks, tmp_path)
-    exported = export_merged(tmp_path / "out", tmp_path / "merged", verify=True)
+    exported = export_merged(out, merged, verify=True)
     assert exported.comparison is not None
-    loaded = load_adapter(tmp_path / "base", tmp_path / "out")
+    loaded = load_adapter(tmp_path / "base", out)
     for name, layer in mora_layers(loaded).items():
         first = layer.spec.first_value(config.first_seed(name, 4))
         assert all(torch.equal(result["values"][name], first) for result in ranks)
