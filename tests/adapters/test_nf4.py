@@ -19,8 +19,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.terms import join
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
-from mora_ds.common.errors import RunError
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
@@ -111,7 +110,7 @@ def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_f
 
 def test_numbers_that_cannot_be_held():
     for bad in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(RunError, match="not finite cannot be held in 4 bits"):
+        with run_error("not finite cannot be held in 4 bits"):
             quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
     assert not held(torch.zeros(3, 5)).dense(torch.float32).any()
 

@@ -22,7 +22,7 @@ from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.damage import HARMS, change_json, cut, flip, gone, make_own, mount
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import (
     golden_flags,
@@ -317,7 +317,7 @@ def test_a_cycle_on_a_full_disk(out, disk):
     fill(disk, 4_096)
     squares = {name: book.square(1, name) for name in book.layers(1)}
     before = tree(disk / "ledger")
-    with pytest.raises(RunError, match=f"{disk / 'ledger'} is full"):
+    with run_error(f"{disk / 'ledger'} is full"):
         book.append(9, book.layers(1), squares.items())
     assert tree(disk / "ledger") == before
     assert Ledger.open(disk / "ledger").cycles == book.cycles == 2
@@ -327,7 +327,7 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(golden, disk):
     export_merged(golden, disk / "merged")
     fill(disk, 16_384)
     before = tree(disk)
-    with pytest.raises(RunError, match="full"):
+    with run_error("full"):
         export_merged(golden, disk / "merged", overwrite=True)
     assert tree(disk) == before
 

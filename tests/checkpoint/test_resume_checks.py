@@ -12,13 +12,13 @@ import mora_ds
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink
 from mora_ds.engine.shards import EngineShards, RankShard
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, checkpoint_at
 from tests.helpers.engines import ds_config
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed
@@ -168,9 +168,8 @@ def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path):
     writer = checkpoints.CheckpointWriter(
         tmp_path, None, lambda step: lambda folder: None, ranks=alone
     )
-    with pytest.raises(
-        RunError,
-        match=r"ranks \[1\] trained other parameters or with other settings than rank 0",
+    with run_error(
+        r"ranks \[1\] trained other parameters or with other settings than rank 0",
     ):
         writer._complete(
             tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None

@@ -11,12 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.verify import verify
-from mora_ds.common.errors import RunError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import another_base, change_json, flip, set_value
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.tables import rows
 from tests.helpers.tools import call
@@ -64,7 +63,7 @@ def test_what_the_command_prints_and_how_it_ends(golden, checkpoint, tmp_path, c
     call("verify", golden)
     assert capsys.readouterr().out.count(": good") == 3
     (checkpoint / "trainer_state.json").write_text("{}")
-    with pytest.raises(RunError, match=r"^1 of 1 checkpoint\(s\) damaged: step-000006"):
+    with run_error(r"^1 of 1 checkpoint\(s\) damaged: step-000006"):
         call("verify", checkpoint)
     printed = capsys.readouterr().out
     assert "wrong: " in printed

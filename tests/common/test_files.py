@@ -15,7 +15,7 @@ from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
 from tests.helpers.damage import flip
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.tables import rows
 
 
@@ -167,7 +167,7 @@ EFBIG  | writing to .* failed
 @pytest.mark.parametrize("name, words", rows(DISK))
 def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
     code = getattr(errno, name)
-    with pytest.raises(RunError, match=words) as caught, files.disk_errors(tmp_path):
+    with run_error(words) as caught, files.disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
 
@@ -176,13 +176,13 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
 def test_libraries_that_name_the_full_disk_in_words(tmp_path, kind):
     """What tokenizers and safetensors raise."""
     full = "the disk that holds .* is full: No space left on device$"
-    with pytest.raises(RunError, match=full), files.disk_errors(tmp_path):
+    with run_error(full), files.disk_errors(tmp_path):
         raise kind("I/O error: No space left on device (os error 28)")
 
 
 def test_a_disk_is_named_once(tmp_path):
     with (
-        pytest.raises(RunError, match=r"^writing to .*/inner failed: [^/]*$"),
+        run_error(r"^writing to .*/inner failed: [^/]*$"),
         files.disk_errors(tmp_path),
         files.disk_errors(tmp_path / "inner"),
     ):
@@ -192,7 +192,7 @@ def test_a_disk_is_named_once(tmp_path):
 def test_errors_that_say_nothing_of_the_disk_pass(tmp_path):
     with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file")
-    with pytest.raises(RunError, match="full"), files.malformed(tmp_path / "a.json"):
+    with run_error("full"), files.malformed(tmp_path / "a.json"):
         raise RunError("the disk is full")
 
 
@@ -256,7 +256,7 @@ def test_a_link_or_a_copy(tmp_path, monkeypatch):
     assert (tmp_path / "copy").read_text() == "content"
     assert not (tmp_path / "copy").samefile(source)
     refuse(errno.EDQUOT)
-    with pytest.raises(RunError, match="is full"):
+    with run_error("is full"):
         files.link_or_copy(source, tmp_path / "other")
     assert names_below(tmp_path) == ["copy", "source", "target"]
 
@@ -280,11 +280,9 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path, monkeypatch):
         (12, "has 11 bytes instead of 12"),
         (10, "has 11 bytes instead of 10"),
     ):
-        with pytest.raises(
-            RunError, match=f"theirs {words} on rank 0's node, 0 s after"
-        ):
+        with run_error(f"theirs {words} on rank 0's node, 0 s after"):
             files.write_manifest(tmp_path, {"deep/theirs": {**theirs, "size": size}})
-    with pytest.raises(RunError, match="gone is missing on rank 0's node"):
+    with run_error("gone is missing on rank 0's node"):
         files.write_manifest(tmp_path, {"gone": theirs})
 
 

@@ -12,9 +12,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.errors import FailedBeside
 from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
+from tests.helpers.errors import run_error
 from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job
@@ -73,7 +74,7 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path, merged, error):
     run = fake_run(tmp_path)
     with (
         uploads_to(tmp_path / "hub", error),
-        pytest.raises(RunError, match="not uploaded") as failed,
+        run_error("not uploaded") as failed,
     ):
         call("export", *export_flags(run, merged))
     assert f"hf upload {REPOSITORY} FOLDER" in str(failed.value)
@@ -85,7 +86,7 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path):
     error = OSError(f"the token {TOKEN} is refused")
     with (
         uploads_to(tmp_path, error),
-        pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed,
+        run_error(r"the token \*\*\* is refused") as failed,
     ):
         push_folder(tmp_path, REPOSITORY)
     assert TOKEN not in str(failed.value)

@@ -11,7 +11,7 @@ from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.logits_check import _compare, compare_logits
 from mora_ds.remora import stored_weights
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import with_own_code
 from tests.helpers.tables import rows
@@ -31,7 +31,7 @@ def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch
         )
 
     monkeypatch.setattr(stored_weights, "live_weight", wrong)
-    with pytest.raises(RunError, match=r"does not match: logits .* error"):
+    with run_error(r"does not match: logits .* error"):
         export_merged(run.checkpoint, merged, verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_told(tmp_path, merged):
     tensors = load_file(merged / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, merged / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
+    with run_error(r"the export lacks weights: .*lm_head\.weight"):
         compare_logits(merged, run.checkpoint / "probe.safetensors", torch.float32)
 
 
@@ -127,5 +127,5 @@ def test_nan_logits_do_not_pass(tmp_path, merged):
         run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"}
     )
     files.write_manifest(run.checkpoint)
-    with pytest.raises(RunError, match="does not match"):
+    with run_error("does not match"):
         export_merged(run.checkpoint, merged, verify=True)

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.common.errors import RunError
 from mora_ds.engine import base_ring
 from mora_ds.engine.base_ring import ring_of, stream_base
 from mora_ds.engine.device import BUFFERS
@@ -28,7 +27,7 @@ from mora_ds.models.decoder_layers import find_decoder_layers, weights_of_layers
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config, trained_values
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import (
     FAMILIES,
     causal_loss,
@@ -270,7 +269,7 @@ def gradients(model):
 def test_a_copy_that_is_being_used_is_not_replaced():
     _, ring = streamed_model()
     ring._enter(0)
-    with pytest.raises(RunError, match="layer 2 runs"):
+    with run_error("layer 2 runs"):
         ring._copy(2)
     ring._leave()
 

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.engine import initialize as start
 from mora_ds.engine.initialize import (
     check_compute_dtype,
@@ -23,7 +23,7 @@ from mora_ds.engine.initialize import (
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import model_with_mora, tiny_model
 from tests.helpers.pool import run_pooled
@@ -118,9 +118,7 @@ def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch, la
 def different_base():
     model = tiny_model("llama", seed=max(0, dist.get_rank() - 1))
     inject(model, MoRAConfig(rank=4))
-    with pytest.raises(
-        RunError, match=r"\[2\] do not hold what rank 0 holds.*--model_name_or_path"
-    ):
+    with run_error(r"\[2\] do not hold what rank 0 holds.*--model_name_or_path"):
         initialize(model=model, config=ds_config(3, 2, 1))
 
 

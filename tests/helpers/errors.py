@@ -1,8 +1,8 @@
-"""What a user's mistake ends with."""
+"""What a user's mistake and a failure of the surroundings end with."""
 
 import pytest
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import RunError, UserError
 
 
 def user_error(message):
@@ -10,3 +10,8 @@ def user_error(message):
     found.
     """
     return pytest.raises(UserError, match=message)
+
+
+def run_error(message):
+    """The same of a `RunError`."""
+    return pytest.raises(RunError, match=message)

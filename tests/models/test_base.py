@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.models.base import (
     BaseChanged,
@@ -22,7 +21,7 @@ from mora_ds.models.base import (
     verify_against_model,
     write_own_base,
 )
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import assert_same_tensors
 
@@ -252,7 +251,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path):
         def save_pretrained(self, _):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RunError, match="full"):
+    with run_error("full"):
         write_own_base(tiny_model(seed=1), folder, Tokenizer())
     assert BaseCheckpoint.open(folder).fingerprint() == before
     assert [path.name for path in tmp_path.iterdir()] == ["own"]

@@ -24,6 +24,7 @@ from mora_ds.runtime.node_memory import Offer, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config, half_precision
+from tests.helpers.errors import run_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, run
 from tests.helpers.kills import STEPS
@@ -172,12 +173,12 @@ def faults():
             raise RunError(f"no room for {name}")
 
     items = [(name, None) for name in node.layers(model)]
-    with pytest.raises(RunError, match="rank 1: no room for"):
+    with run_error("rank 1: no room for"):
         node.form(model, items, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
         layer.weight = layer.weight.clone()
-    with pytest.raises(RunError, match="replaced after the start"):
+    with run_error("replaced after the start"):
         node.form(model, items, lambda name, item: None)
 
 
@@ -249,7 +250,7 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
     descriptors = len(os.listdir("/proc/self/fd"))
     one = offer.map("layout")
     twin = offer.map("layout")
-    with pytest.raises(RunError, match="different layouts"):
+    with run_error("different layouts"):
         offer.map("another")
     offer.close()
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1
@@ -260,7 +261,7 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
     assert second[7] == 3
     assert Mappings.read().place_of(first) == Mappings.read().place_of(second)
     assert named_memory() <= before
-    with pytest.raises(RunError, match="cannot be mapped"):
+    with run_error("cannot be mapped"):
         offer.map("layout")
 
 

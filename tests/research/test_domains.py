@@ -21,7 +21,6 @@ from mora_ds.adapters.domains import (
 from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
@@ -31,7 +30,7 @@ from mora_ds.eval.perplexity import load_target
 from mora_ds.models.loss import chunk_loss
 from mora_ds.research.run import ResearchHooks
 from mora_ds.train.run_file import RUN_FILE
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
     REPOSITORY,
@@ -155,10 +154,10 @@ def test_a_row_without_a_square_is_refused_by_name():
     domains = domains_of(model)
     with user_error(r"unknown domain 'lwa'; known: law, code, news, prose.*'law'"):
         domains.set(["code", "lwa"])
-    with pytest.raises(RunError, match="training needs the domain of each row"):
+    with run_error("training needs the domain of each row"):
         row_losses(model.train(), ids)
     domains.set(["law", "law", "code"])
-    with pytest.raises(RunError, match="domains are set for 3 rows, but a layer reads"):
+    with run_error("domains are set for 3 rows, but a layer reads"):
         row_losses(model, ids)
     domains.set(["law", "code"])
     before = row_losses(model, ids)

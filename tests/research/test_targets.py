@@ -11,7 +11,6 @@ import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.models.base import BaseCheckpoint, write_own_base
@@ -24,7 +23,7 @@ from mora_ds.research.analyze import (
 )
 from mora_ds.research.targets import TargetPlan, read_plan
 from mora_ds.train.dry_run import planned
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.jobs import refusal, research, run
 from tests.helpers.mistakes import command
 from tests.helpers.models import tiny_model
@@ -61,7 +60,7 @@ def test_measures_of_equal_singular_values_of_zeros_and_of_what_is_not_finite():
     assert even.effective_rank == pytest.approx(8)
     zero = measure("a", torch.zeros(8, 8))
     assert (zero.effective_rank, zero.score) == (0.0, 0.0)
-    with pytest.raises(RunError, match=r"layer\.weight is not finite"):
+    with run_error(r"layer\.weight is not finite"):
         measure("layer", torch.full((8, 8), math.nan))
 
 

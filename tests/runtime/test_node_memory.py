@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 
-from mora_ds.common.errors import RunError
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.node_memory import (
     Offer,
@@ -19,7 +18,7 @@ from mora_ds.runtime.node_memory import (
     node_members,
     require_memory,
 )
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.mappings import Mappings
 
 
@@ -104,7 +103,7 @@ def test_a_descriptor_that_means_another_file_is_not_mapped():
     """As that of a process which has ended, and whose number another one has."""
     offer = Offer.make(4096, "layout")
     os.ftruncate(offer.descriptor, 8192)
-    with pytest.raises(RunError, match="another file than the first process"):
+    with run_error("another file than the first process"):
         offer.map("layout")
     offer.close()
 

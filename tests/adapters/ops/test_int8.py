@@ -18,9 +18,8 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.quantized import quantized_bytes
-from mora_ds.common.errors import RunError
 from mora_ds.planning.memory_meter import MemoryMeter
-from tests.helpers.errors import user_error
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
@@ -73,7 +72,7 @@ def test_rows_of_zeros_and_numbers_that_cannot_be_held():
     values, scales = quantize(weight)
     assert not dense(Int8Weight(values, scales), torch.float32).abs().gt(1e-44).any()
     for bad in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(RunError, match="not finite"):
+        with run_error("not finite"):
             quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
 
 
