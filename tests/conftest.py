@@ -160,3 +160,15 @@ def out(tmp_path):
 def merged(tmp_path):
     """The folder of a test's merged model, which is not there yet."""
     return tmp_path / "merged"
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """The folder of a test's base, which is not there yet."""
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """The folder of another model that a test writes, which is not there yet."""
+    return tmp_path / "model"

@@ -404,12 +404,12 @@ def test_adapters_that_experts_cannot_have_are_refused():
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_stacks_are_read_from_the_files_of_their_experts(tmp_path, family):
-    tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
-    loaded = load_base(
-        tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager"
-    )
-    assert loaded.base.folder == tmp_path / "model"
+def test_stacks_are_read_from_the_files_of_their_experts(
+    tmp_path, model_folder, family
+):
+    tiny_model(family).save_pretrained(model_folder, max_shard_size="40KB")
+    loaded = load_base(model_folder, tmp_path / "own", alone(), torch.float32, "eager")
+    assert loaded.base.folder == model_folder
     assert not (tmp_path / "own").exists()
     stacks = {
         name: key for name, key in loaded.keys.items() if name.endswith(tuple(STACKS))

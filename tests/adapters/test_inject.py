@@ -19,6 +19,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.resume import assert_same_tensors
 from tests.helpers.tables import rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -151,8 +152,7 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     assert list(model.state_dict()) == squares
     frozen = frozen_buffers(model)
     assert {name: tensor.data_ptr() for name, tensor in frozen.items()} == addresses
-    assert set(frozen) == set(before)
-    assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
+    assert_same_tensors(frozen, before)
     assert not any(tensor.requires_grad for tensor in frozen.values())
     assert "model.rotary_emb.inv_freq" not in frozen
 

@@ -19,7 +19,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.terms import join
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
-from tests.helpers.errors import run_error, user_error
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
@@ -31,6 +31,8 @@ from tests.helpers.quantized import (
     adapt,
     assert_casts_leave_scales,
     assert_computes_as_over_dense,
+    assert_layer_that_is_not_finite_is_named,
+    assert_not_finite_is_refused,
     base_of,
     every_spec,
     in_bits,
@@ -109,9 +111,7 @@ def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_f
 
 
 def test_numbers_that_cannot_be_held():
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        with run_error("not finite cannot be held in 4 bits"):
-            quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+    assert_not_finite_is_refused(quantize, "not finite cannot be held in 4 bits")
     assert not held(torch.zeros(3, 5)).dense(torch.float32).any()
 
 
@@ -247,7 +247,4 @@ def test_no_kernel_is_fetched_while_the_package_is_imported():
 
 
 def test_weights_that_are_not_finite():
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.full((4, 4), float("nan")))
-    with user_error(r"`base_bits` 4: 0.weight: .* not finite"):
-        inject(model, MoRAConfig(rank=1, base_bits=4))
+    assert_layer_that_is_not_finite_is_named(4)

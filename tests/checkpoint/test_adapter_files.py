@@ -45,6 +45,15 @@ def adapter(tmp_path):
     return adapter
 
 
+@pytest.fixture
+def ledger(adapter, tmp_path):
+    """Of two cycles with the adapter's layers, in its folder."""
+    ledger = Ledger.create(tmp_path / "ledger", "f")
+    for step in (1, 2):
+        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
+    return ledger
+
+
 def test_adapter_round_trip(adapter, tmp_path):
     assert read_adapter(tmp_path) == adapter
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
@@ -112,13 +121,10 @@ def test_adapter_tensors_must_fit(adapter, tmp_path):
     ],
 )
 def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
-    adapter, tmp_path, name
+    adapter, ledger, tmp_path, name
 ):
     """An engine's shards are larger by far; their sizes are looked at all the same."""
     BaseReference("base", "f", {}, "float32").write(tmp_path)
-    ledger = Ledger.create(tmp_path / "ledger", "f")
-    for step in (1, 2):
-        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
     (tmp_path / "shard").write_bytes(b"shard")
     write_manifest(tmp_path)
     (tmp_path / "shard").write_bytes(b"drahs")
@@ -136,10 +142,7 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
             Adapter.open(tmp_path)
 
 
-def test_an_adapter_follows_the_cycles_of_its_ledger(adapter, tmp_path):
-    ledger = Ledger.create(tmp_path / "ledger", "f")
-    for step in (1, 2):
-        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
+def test_an_adapter_follows_the_cycles_of_its_ledger(adapter, ledger):
     adapter.check_ledger(ledger)
     for cycle in (1, 3):
         with user_error(f"has 2 cycles, but .* was written in cycle {cycle}"):

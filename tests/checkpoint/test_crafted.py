@@ -35,15 +35,15 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def checkpoint(original, tmp_path):
-    shutil.copytree(original.base, tmp_path / "base")
+def checkpoint(original, tmp_path, base_folder):
+    shutil.copytree(original.base, base_folder)
     return Path(
         shutil.copytree(original.checkpoint, tmp_path / "out/checkpoints/step-000007")
     )
 
 
-def test_the_checkpoint_itself_is_good(checkpoint, tmp_path, merged):
-    (verdict,) = verify(checkpoint, tmp_path / "base")
+def test_the_checkpoint_itself_is_good(checkpoint, base_folder, merged):
+    (verdict,) = verify(checkpoint, base_folder)
     assert verdict.is_good, verdict.problems
     export_merged(checkpoint, merged, verify=True)
 

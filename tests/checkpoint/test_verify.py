@@ -211,11 +211,11 @@ def test_a_ledger_alone(tmp_path):
     assert "cycle-00001.safetensors is damaged" in wrong(ledger)
 
 
-def test_another_base(golden, checkpoint, user, tmp_path):
+def test_another_base(golden, checkpoint, user, tmp_path, model_folder):
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the
     damage is told.
     """
-    other = another_base(user.model, tmp_path / "model")
+    other = another_base(user.model, model_folder)
     with user_error(r"--base: .* is not the base of"):
         verify(golden, other)
     with user_error("--base: no such folder"):

@@ -75,15 +75,17 @@ def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path, out):
     )
 
 
-def test_a_tokenizer_that_would_come_back_as_another_one(user, tmp_path, out):
+def test_a_tokenizer_that_would_come_back_as_another_one(
+    user, tmp_path, model_folder, out
+):
     """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
-    shutil.copytree(user.model, tmp_path / "model")
-    tiny_model("qwen2", vocab_size=400).save_pretrained(tmp_path / "model")
+    shutil.copytree(user.model, model_folder)
+    tiny_model("qwen2", vocab_size=400).save_pretrained(model_folder)
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     argv = user.flags(
         out,
         "--model_name_or_path",
-        tmp_path / "model",
+        model_folder,
         "--tokenizer_name",
         path,
     )
@@ -178,12 +180,12 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user, tmp_path, out)
     )
 
 
-def test_a_model_with_an_infinite_weight(user, tmp_path, out):
-    shutil.copytree(user.model, tmp_path / "model")
-    tensors = load_file(tmp_path / "model/model.safetensors")
+def test_a_model_with_an_infinite_weight(user, model_folder, out):
+    shutil.copytree(user.model, model_folder)
+    tensors = load_file(model_folder / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.inf
-    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
-    argv = user.flags(out, "--model_name_or_path", tmp_path / "model")
+    save_file(tensors, model_folder / "model.safetensors", {"format": "pt"})
+    argv = user.flags(out, "--model_name_or_path", model_folder)
     cases = [argv, [*argv, "--no_eval_on_start", "--overwrite_output_dir"]]
     (kind, message), (later, at_step) = run_alone(refused_each, cases)
     assert kind == later == "RunError"

@@ -18,8 +18,8 @@ from tests.helpers.tables import rows
 
 
 @pytest.fixture
-def maker(tmp_path):
-    return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+def maker(base_folder):
+    return Maker(tiny_model("llama", num_hidden_layers=1), base_folder)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_an_operator_of_other_sides_is_refused(maker, adapter):
 
 
 def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(
-    maker, tmp_path
+    maker, tmp_path, base_folder
 ):
     """A relative folder in base.json is relative to where it lies: a copy elsewhere names
     the same base.
@@ -101,4 +101,4 @@ def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(
     reseal(tmp_path / "runs")
     export_adapter(tmp_path / "runs/adapter", tmp_path / "far/away/adapter")
     content = read_json(tmp_path / "far/away/adapter/base.json")
-    assert content["folder"] == str((tmp_path / "base").resolve())
+    assert content["folder"] == str(base_folder.resolve())

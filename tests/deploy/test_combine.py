@@ -56,6 +56,12 @@ def run(tmp_path_factory):
     return fake
 
 
+@pytest.fixture
+def sum_folder(tmp_path):
+    """Where a sum is written."""
+    return tmp_path / "sum"
+
+
 def content(folder):
     base = BaseCheckpoint.open(folder)
     return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
@@ -131,8 +137,8 @@ def test_a_sum_is_rounded_once(run, tmp_path):
         assert torch.equal(after.tensors.square(module), exact.float())
 
 
-def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path):
-    maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path, base_folder):
+    maker = Maker(tiny_model("llama", num_hidden_layers=1), base_folder)
     name = "model.embed_tokens.new_rows"
     config = MoRAConfig(rank=2, new_rows_from=120)
     maker.write(tmp_path / "adapter", config, trained={name: torch.ones(8, 32)})
@@ -160,7 +166,7 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path, merged):
     )
 
 
-def test_a_sum_stands_alone(run, tmp_path):
+def test_a_sum_stands_alone(run, tmp_path, sum_folder):
     """With the tokenizer of its last source, the base where it was said to be, and hashes
     of all that.
     """
@@ -169,13 +175,13 @@ def test_a_sum_stands_alone(run, tmp_path):
     (source / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     files.write_manifest(source)
     base = shutil.copytree(run.base, tmp_path / "moved")
-    combine_adapters([run.checkpoint, source], [0.5, 0.5], tmp_path / "sum", base)
+    combine_adapters([run.checkpoint, source], [0.5, 0.5], sum_folder, base)
     assert (
-        tmp_path / "sum/tokenizer/tokenizer_config.json"
+        sum_folder / "tokenizer/tokenizer_config.json"
     ).read_text() == '{"from": "run"}'
-    assert BaseReference.read(tmp_path / "sum").folder == str(base.resolve())
-    listed = files.listed_files(tmp_path / "sum")
-    assert files.verify_manifest(tmp_path / "sum") == []
+    assert BaseReference.read(sum_folder).folder == str(base.resolve())
+    listed = files.listed_files(sum_folder)
+    assert files.verify_manifest(sum_folder) == []
     assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
 
 
@@ -200,19 +206,19 @@ LoRAConfig | {rank: 2, seed: 5} | {rank: 2, seed: 6} | 2
 
 
 @pytest.mark.parametrize("kind, first, second, terms", rows(SETTINGS))
-def test_sum_of_two_runs(maker, tmp_path, kind, first, second, terms):
+def test_sum_of_two_runs(maker, tmp_path, sum_folder, kind, first, second, terms):
     adapter = getattr(config, kind)
     maker.write(tmp_path / "a", adapter(**parsed(first)))
     maker.write(tmp_path / "b", adapter(**parsed(second)))
-    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
-    assert Adapter.open(tmp_path / "sum").file.cycle == int(terms) - 1
-    export_merged(tmp_path / "sum", tmp_path / "merged")
+    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], sum_folder)
+    assert Adapter.open(sum_folder).file.cycle == int(terms) - 1
+    export_merged(sum_folder, tmp_path / "merged")
     check(
         content(tmp_path / "merged"),
         by_hand([(0.75, tmp_path / "a"), (-0.5, tmp_path / "b")]),
     )
     ids = torch.arange(8).unsqueeze(0)
-    live = load_adapter(maker.folder, tmp_path / "sum")(input_ids=ids).logits
+    live = load_adapter(maker.folder, sum_folder)(input_ids=ids).logits
     merged = (
         type(maker.model)
         .from_pretrained(tmp_path / "merged")
@@ -222,7 +228,7 @@ def test_sum_of_two_runs(maker, tmp_path, kind, first, second, terms):
     assert_close(live, merged, rtol=0, atol=1e-5)
 
 
-def test_domains_are_summed_too(maker, tmp_path):
+def test_domains_are_summed_too(maker, tmp_path, sum_folder):
     for seed, name in enumerate("ab"):
         maker.write(
             tmp_path / name,
@@ -230,7 +236,7 @@ def test_domains_are_summed_too(maker, tmp_path):
             scale=0.02 + seed,
             domains=("law", "code"),
         )
-    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
+    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], sum_folder)
     adapters = [Adapter.open(tmp_path / name) for name in ("a", "b", "sum")]
     for module in adapters[-1].file.layers:
         a, b, total = (
@@ -242,16 +248,16 @@ def test_domains_are_summed_too(maker, tmp_path):
 # -- refusals --------------------------------------------------------------------------
 
 
-def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
+def test_bases_layers_and_trained_tensors_must_be_the_same(
+    maker, tmp_path, sum_folder, base_folder
+):
     """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
-    another_base = Maker(
-        tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base"
-    )
+    another_base = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), base_folder)
     another_base.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
         ("fewer", "adapt different layers"),
@@ -260,14 +266,12 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
         ("other", "have different bases"),
     ):
         with user_error(message):
-            combine_adapters(
-                [tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum"
-            )
-    assert not (tmp_path / "sum").exists()
+            combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], sum_folder)
+    assert not sum_folder.exists()
 
 
-def test_a_sum_that_is_not_finite_is_not_written(maker, tmp_path):
+def test_a_sum_that_is_not_finite_is_not_written(maker, tmp_path, sum_folder):
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     with run_error("is not finite"):
-        combine_adapters([tmp_path / "a"], [1e300], tmp_path / "sum")
-    assert not (tmp_path / "sum").exists()
+        combine_adapters([tmp_path / "a"], [1e300], sum_folder)
+    assert not sum_folder.exists()

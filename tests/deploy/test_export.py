@@ -325,12 +325,12 @@ print(max(peaks) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path, merged):
+def test_memory_is_that_of_a_few_tensors(tmp_path, base_folder, merged):
     """112 MiB in 28 tensors of 4 MiB, in one file: the export may hold some of them, never
     the model.
     """
     wide = {"hidden_size": 1024, "intermediate_size": 1024, "num_key_value_heads": 4}
-    maker = Maker(tiny_model(num_hidden_layers=4, **wide), tmp_path / "base")
+    maker = Maker(tiny_model(num_hidden_layers=4, **wide), base_folder)
     maker.write(tmp_path / "step", MoRAConfig(rank=8, operator="rotate"), cycles=1)
     command = [sys.executable, "-c", MEASURE, tmp_path / "step", merged]
     done = called(command, cwd=TOOL.parent.parent, timeout=120)

@@ -36,6 +36,12 @@ ALL = ("all-linear", "experts")
 MORE_TOKENS = 8
 
 
+@pytest.fixture
+def target_folder(tmp_path):
+    """The model onto which an update is exported."""
+    return tmp_path / "target"
+
+
 class Update:
     """A run's update of a tiny model: two merged cycles, live matrices, and trained
     tensors.
@@ -168,22 +174,22 @@ the target's | the target's dtype."""
 
 @pytest.mark.parametrize("family, product, of_base, of_target, stored", rows(CASES))
 def test_it_is_the_target_and_the_difference_by_hand(
-    tmp_path, family, product, of_base, of_target, stored, monkeypatch
+    tmp_path, target_folder, family, product, of_base, of_target, stored, monkeypatch
 ):
     """On a target with new tokens, in its own dtype, in files and in memory."""
     dtype = COMPUTE_DTYPES[stored]
     update = Update(tmp_path, family, parsed(product), **parsed(of_base))
     size = 128 + MORE_TOKENS
     target = tiny_model(family, 7, dtype, vocab_size=size, **parsed(of_target))
-    target.save_pretrained(tmp_path / "target")
+    target.save_pretrained(target_folder)
     monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", 20_000)
     merged = loaded(update.merge_onto_target())
     check(merged, expected(update, target), dtype)
     assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
-    (tmp_path / "target/tokenizer.json").symlink_to(
+    (target_folder / "tokenizer.json").symlink_to(
         tokenizer(tmp_path / "words", "ab") / "tokenizer.json"
     )
-    in_memory = load_target(update.checkpoint, onto=tmp_path / "target").model
+    in_memory = load_target(update.checkpoint, onto=target_folder).model
     for name, tensor in merged.named_parameters():
         assert torch.equal(in_memory.get_parameter(name), tensor), name
     changed = [
@@ -193,35 +199,35 @@ def test_it_is_the_target_and_the_difference_by_hand(
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
-def test_the_update_is_scaled(tmp_path, scale):
+def test_the_update_is_scaled(tmp_path, target_folder, scale):
     update = Update(tmp_path, "llama", True)
     target = tiny_model("llama", seed=7)
-    target.save_pretrained(tmp_path / "target")
+    target.save_pretrained(target_folder)
     merged = loaded(update.merge_onto_target(delta_scale=scale))
     check(merged, expected(update, target, scale), torch.float32)
     card = (tmp_path / "merged/README.md").read_text()
     fingerprints = [
         BaseCheckpoint.open(folder).fingerprint()
-        for folder in (update.base, tmp_path / "target")
+        for folder in (update.base, target_folder)
     ]
     for words in (
         *fingerprints,
         str(update.base.resolve()),
-        str(tmp_path / "target"),
+        str(target_folder),
         f"| scale | {scale} |",
     ):
         assert words in card
 
 
-def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
+def test_the_target_gets_the_longer_window_of_the_run(tmp_path, target_folder):
     """`--rope_scaling`: the model that is written computes with the run's positions, as
     does the one in memory.
     """
     target = tiny_model("llama", seed=7)
     changes = rope_changes(target.config, {"rope_type": "yarn", "factor": 4.0})
     update = Update(tmp_path, "llama", False, changes)
-    target.save_pretrained(tmp_path / "target")
-    tokenizer(tmp_path / "target", "ab")
+    target.save_pretrained(target_folder)
+    tokenizer(target_folder, "ab")
     tokenizer(update.base, "ab")
     merged = loaded(update.merge_onto_target()).eval()
     by_hand = AutoModelForCausalLM.from_config(
@@ -237,7 +243,7 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
             logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5
         )
         assert torch.equal(
-            load_target(update.checkpoint, onto=tmp_path / "target").model(ids).logits,
+            load_target(update.checkpoint, onto=target_folder).model(ids).logits,
             logits,
         )
         target.load_state_dict(merged.state_dict())
@@ -270,7 +276,7 @@ def tokenizer(folder, letters, **settings):
 
 
 @pytest.fixture
-def pair(tmp_path):
+def pair(tmp_path, target_folder):
     """A base with a tokenizer, its update, and in the folder "target" an instruct model
     with more tokens.
     """
@@ -281,8 +287,8 @@ def pair(tmp_path):
     instruct = tiny_model("llama", seed=7, vocab_size=128 + MORE_TOKENS)
     instruct.generation_config.temperature = 0.25
     instruct.generation_config.do_sample = True
-    instruct.save_pretrained(tmp_path / "target")
-    tokenizer(tmp_path / "target", "abcd", chat_template="{{ messages[0].content }}")
+    instruct.save_pretrained(target_folder)
+    tokenizer(target_folder, "abcd", chat_template="{{ messages[0].content }}")
     return update
 
 

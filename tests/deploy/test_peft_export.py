@@ -23,6 +23,12 @@ def logits_of(model):
     return model.eval()(input_ids=tokens(2, 24), use_cache=False).logits
 
 
+@pytest.fixture
+def lora_folder(tmp_path):
+    """Where an adapter of PEFT is written."""
+    return tmp_path / "lora"
+
+
 def loaded(base, adapter):
     """PEFT's model, all of whose tensors came from the files."""
     model = PeftModel.from_pretrained(
@@ -60,15 +66,17 @@ MoRAConfig | {rank: 2, operator: share} | 9 | llama
 
 
 @pytest.mark.parametrize("kind, settings, cycles, family", rows(EXACT))
-def test_an_exact_adapter_is_the_merged_model(tmp_path, kind, settings, cycles, family):
+def test_an_exact_adapter_is_the_merged_model(
+    tmp_path, lora_folder, base_folder, kind, settings, cycles, family
+):
     wanted = getattr(config, kind)(**parsed(settings))
     merged, updates = adapter(tmp_path, wanted, int(cycles), family)
-    lines = export_peft(tmp_path / "adapter", tmp_path / "lora")
+    lines = export_peft(tmp_path / "adapter", lora_folder)
     assert any(line.startswith("exact") for line in lines), lines
-    model = loaded(tmp_path / "base", tmp_path / "lora")
+    model = loaded(base_folder, lora_folder)
     close(logits_of(model), logits_of(merged))
     close(logits_of(model.merge_and_unload()), logits_of(merged))
-    ranks = read_json(tmp_path / "lora" / CONFIG_FILE)
+    ranks = read_json(lora_folder / CONFIG_FILE)
     name, terms = next(iter(updates.items()))
     side = min(terms[0][0].d_in, terms[0][0].d_out)
     total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)
@@ -76,21 +84,23 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path, kind, settings, cycles, 
 
 
 @pytest.mark.parametrize("names", ["all-linear", "down_proj", "gate_proj"])
-def test_layers_that_peft_would_leave_out_are_refused(tmp_path, names):
+def test_layers_that_peft_would_leave_out_are_refused(tmp_path, lora_folder, names):
     """deepseek_v3 has a dense MLP and shared experts, named as experts once were."""
     wanted = config.LoRAConfig(rank=2, target_modules=[names])
     adapter(tmp_path, wanted, 0, "deepseek_v3")
     with user_error(r"PEFT would not load .*mora-ds export"):
-        export_peft(tmp_path / "adapter", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
+        export_peft(tmp_path / "adapter", lora_folder)
+    assert not lora_folder.exists()
 
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
-def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
+def test_a_rank_keeps_the_leading_directions(
+    tmp_path, lora_folder, base_folder, operator
+):
     rank = 5
     _, updates = adapter(tmp_path, MoRAConfig(rank=2, operator=operator), cycles=1)
-    lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
-    best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lines = export_peft(tmp_path / "adapter", lora_folder, rank)
+    best = AutoModelForCausalLM.from_pretrained(base_folder)
     shares = {}
     for name, terms in updates.items():
         delta = summed(
@@ -103,7 +113,7 @@ def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
         leading = (left[:, :rank] * values[:rank]) @ right[:rank]
         best.get_submodule(name).weight.data += leading.float()
         shares[name] = (values[rank:].square().sum() / values.square().sum()).item()
-    close(logits_of(loaded(tmp_path / "base", tmp_path / "lora")), logits_of(best))
+    close(logits_of(loaded(base_folder, lora_folder)), logits_of(best))
     assert min(shares.values()) > 0.01
     for name, share in shares.items():
         assert f"  {name}: {share:.2%}" in lines
@@ -120,19 +130,21 @@ gpt2 | [transformer.wte.weight, transformer.ln_f.weight] | 3
 
 
 @pytest.mark.parametrize("family, trained, saved", rows(TRAINED))
-def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, saved):
+def test_other_trained_tensors_are_modules_to_save(
+    tmp_path, lora_folder, family, trained, saved
+):
     """Beside matrices of every rank, of which the shorter side of a layer loses nothing."""
     run = fake_run(tmp_path, family, trained=parsed(trained))
-    lines = export_peft(run.output, tmp_path / "lora", 10_000)
+    lines = export_peft(run.output, lora_folder, 10_000)
     assert any("modules_to_save" in line for line in lines)
-    modules = read_json(tmp_path / "lora" / CONFIG_FILE)["modules_to_save"]
+    modules = read_json(lora_folder / CONFIG_FILE)["modules_to_save"]
     assert len(modules) == int(saved)
-    close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
+    close(logits_of(loaded(run.base, lora_folder)), logits_of(run.live))
 
 
-def test_the_domain_that_is_named_is_written(tmp_path):
+def test_the_domain_that_is_named_is_written(tmp_path, base_folder):
     """Each has the shared matrices once more, so that its update is twice theirs."""
-    maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
+    maker = Maker(tiny_model("llama", num_hidden_layers=1), base_folder)
     maker.write(
         tmp_path / "adapter",
         MoRAConfig(rank=1, operator="share"),
@@ -141,7 +153,7 @@ def test_the_domain_that_is_named_is_written(tmp_path):
     updates = {}
     for domain in ("shared", "code"):
         export_peft(tmp_path / "adapter", tmp_path / domain, domain=domain)
-        model = loaded(tmp_path / "base", tmp_path / domain).merge_and_unload()
+        model = loaded(base_folder, tmp_path / domain).merge_and_unload()
         name = "model.layers.0.mlp.up_proj.weight"
         updates[domain] = model.get_parameter(name).data - maker.weights[name]
     assert updates["shared"].abs().max() > 1e-3
@@ -149,5 +161,5 @@ def test_the_domain_that_is_named_is_written(tmp_path):
         updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6
     )
     assert read_json(tmp_path / "code" / CONFIG_FILE)["base_model_name_or_path"] == str(
-        tmp_path / "base"
+        base_folder
     )

@@ -140,9 +140,9 @@ def greedy(model, prompts, tokens):
     ]
 
 
-def test_three_adapters_are_served_side_by_side(tmp_path, python):
+def test_three_adapters_are_served_side_by_side(tmp_path, base_folder, python):
     model = base()
-    maker = Maker(model, tmp_path / "base")
+    maker = Maker(model, base_folder)
     weights = originals(model)
     prompts = [[5, 17, 99], [400, 3, 3, 8, 250]]
     tokens = 16
@@ -157,7 +157,7 @@ def test_three_adapters_are_served_side_by_side(tmp_path, python):
     assert len({tuple(row) for row in expected}) == len(expected), (
         "each model says something else"
     )
-    assert served(python, tmp_path / "base", prompts, tokens, adapters) == [
+    assert served(python, base_folder, prompts, tokens, adapters) == [
         expected,
         64,
     ]
@@ -169,10 +169,10 @@ def test_three_adapters_are_served_side_by_side(tmp_path, python):
     ids=["llama", "qwen3"],
 )
 def test_a_merged_model_of_four_times_the_positions_is_served(
-    tmp_path, python, classes
+    tmp_path, base_folder, python, classes
 ):
     model = base(*classes)
-    maker = Maker(model, tmp_path / "base")
+    maker = Maker(model, base_folder)
     changes = rope_changes(
         model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}')
     )

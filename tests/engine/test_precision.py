@@ -133,11 +133,14 @@ def case_of(tied=False, **settings):
     return Case(**{**(TIED if tied else {}), **settings})
 
 
-EXACT_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(EXACT)}
-ROUNDED_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(ROUNDED)}
-OVERFLOW_CASES = {
-    name: case_of(**parsed(settings)) for name, settings in rows(OVERFLOW)
-}
+def cases_of(table):
+    """By the name in front of its settings."""
+    return {name: case_of(**parsed(settings)) for name, settings in rows(table)}
+
+
+EXACT_CASES = cases_of(EXACT)
+ROUNDED_CASES = cases_of(ROUNDED)
+OVERFLOW_CASES = cases_of(OVERFLOW)
 
 
 # -- one process, no DeepSpeed ---------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import (
     count_parameters,
     frozen_buffers,
@@ -19,6 +20,7 @@ from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
+from tests.helpers.errors import run_error, user_error
 from tests.helpers.models import tiny_model
 from tests.helpers.operators import random, spec_id, specs
 
@@ -126,3 +128,17 @@ def assert_casts_leave_scales(model):
     model.to(torch.bfloat16)
     for name, layer in layers.items():
         assert torch.equal(layer.get_buffer("weight_scales"), scales[name]), name
+
+
+def assert_not_finite_is_refused(quantize, words):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with run_error(words):
+            quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+
+
+def assert_layer_that_is_not_finite_is_named(bits):
+    """By its name in the model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
+    with user_error(rf"`base_bits` {bits}: 1.weight: .* not finite"):
+        inject(model, MoRAConfig(rank=1, base_bits=bits))

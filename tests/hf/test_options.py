@@ -112,21 +112,21 @@ def test_a_model_that_is_sharded_is_refused(tmp_path):
         Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig())
 
 
-def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path):
-    tiny_model("deepseek_v3").save_pretrained(tmp_path / "model")
+def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path, model_folder):
+    tiny_model("deepseek_v3").save_pretrained(model_folder)
     args = arguments(tmp_path)  # which transformers looks at while they live
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
-    base = BaseCheckpoint.open(tmp_path / "model")
+    base = BaseCheckpoint.open(model_folder)
     assert kept_in_fp32(base, torch.bfloat16, False), "exports sketch the model"
-    parameters = load_model(tmp_path / "model").parameters()
+    parameters = load_model(model_folder).parameters()
     assert not any(hasattr(parameter, "ds_id") for parameter in parameters)
     assert args.deepspeed
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
-def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
+def test_a_path_is_loaded_as_the_arguments_say(tmp_path, model_folder, monkeypatch):
     """trl's arguments have `model_init_kwargs`."""
-    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_model().save_pretrained(model_folder)
     loaded = []
     monkeypatch.setattr(
         trainer_module, "inject", lambda model, mora: loaded.append(model) or 1 / 0
@@ -135,7 +135,7 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
     for more, dtype in (({"dtype": "bfloat16"}, torch.bfloat16), (None, torch.float32)):
         args.model_init_kwargs = more
         with pytest.raises(ZeroDivisionError):
-            Trainer(str(tmp_path / "model"), args, mora=mora_ds.MoRAConfig())
+            Trainer(str(model_folder), args, mora=mora_ds.MoRAConfig())
         assert loaded[-1].dtype is dtype
 
 

@@ -132,10 +132,10 @@ def flags_of(model, tokenizer):
 
 
 def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(
-    user, tmp_path, out
+    user, model_folder, out
 ):
-    tensors = quantized_model("fp8", tmp_path / "model")
-    files = flags_of(tmp_path / "model", user.model)
+    tensors = quantized_model("fp8", model_folder)
+    files = flags_of(model_folder, user.model)
     flags = user.flags(out, *files, "--max_steps 2 --resume_from_checkpoint auto")
     run(1, flags)
     weights = out / "base/model.safetensors"
@@ -143,7 +143,7 @@ def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_othe
     run(2, [*flags, "--max_steps", "3", "--per_device_train_batch_size", "1"])
     assert weights.stat().st_ino == before
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    write(tmp_path / "model", {**tensors, name: tensors[name] * 2}, FP8)
+    write(model_folder, {**tensors, name: tensors[name] * 2}, FP8)
     assert "weights of --model_name_or_path" in refusal([*flags, "--max_steps", "4"])
     assert BaseCheckpoint.open(out / "base").dtypes() == {torch.float32}
 
@@ -190,11 +190,11 @@ def with_another_float8(tensors):
     "damage",
     [without_scales, with_short_scales, with_scales_in_bytes, with_another_float8],
 )
-def test_scales_that_do_not_fit_are_named(user, tmp_path, out, damage):
-    tensors = quantized_model("fp8", tmp_path / "model")
+def test_scales_that_do_not_fit_are_named(user, model_folder, out, damage):
+    tensors = quantized_model("fp8", model_folder)
     damage(tensors)
-    write(tmp_path / "model", tensors, FP8)
-    message = refusal(user.flags(out, *flags_of(tmp_path / "model", user.model)))
+    write(model_folder, tensors, FP8)
+    message = refusal(user.flags(out, *flags_of(model_folder, user.model)))
     words = f"has no {SCALES} of shape (4, 2)"
     if damage is with_another_float8:
         words = f"{UP} is torch.float8_e5m2 without block scales"
@@ -202,8 +202,8 @@ def test_scales_that_do_not_fit_are_named(user, tmp_path, out, damage):
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user, tmp_path, out, method):
-    model = Path(shutil.copytree(user.model, tmp_path / "model"))
+def test_what_is_quantized_otherwise_is_named(user, model_folder, out, method):
+    model = Path(shutil.copytree(user.model, model_folder))
     settings = {"quant_method": method, "bits": 4}
     write(model, load_file(model / "model.safetensors"), settings)
     message = refusal(user.flags(out, "--model_name_or_path", model))

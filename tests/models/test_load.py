@@ -14,6 +14,7 @@ from mora_ds.models import load
 from mora_ds.models.base import write_own_base
 from tests.helpers.errors import user_error
 from tests.helpers.models import alone, tiny_model, with_own_code
+from tests.helpers.resume import assert_same_tensors
 from tests.helpers.tables import rows
 
 
@@ -49,7 +50,9 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
 # -- code that comes with a model ------------------------------------------------------
 
 
-def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
+def test_a_models_own_code_is_run_where_that_is_allowed(
+    tmp_path, base_folder, monkeypatch
+):
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -63,7 +66,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
         meta_model = load.make_model(model.config, "the model", trust_remote_code=True)
     assert type(meta_model).__name__ == "OwnForCausalLM"
     base = load.load_base(
-        folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True
+        folder, base_folder, alone(), torch.bfloat16, None, trust_remote_code=True
     )
     assert type(base.model).__name__ == "OwnForCausalLM"
     assert base.model.dtype == torch.bfloat16
@@ -71,7 +74,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
         lambda: load.load_model(folder, torch.float32),
         lambda: load.folder_config(folder),
         lambda: load.named_config(str(folder)),
-        lambda: load.load_base(folder, tmp_path / "base", alone(), torch.float32, None),
+        lambda: load.load_base(folder, base_folder, alone(), torch.float32, None),
     ):
         with user_error(
             "/own: its own code must be run: allow that with --trust_remote_code"
@@ -123,6 +126,12 @@ def pickled(folder, dtype, shards=1, zipped=True):
     return weights
 
 
+@pytest.fixture
+def own_base(tmp_path):
+    """The run's own base, which is not there yet."""
+    return tmp_path / "own"
+
+
 def originals(folder, own_base, dtype):
     """The live model, and the tensors of the run's own base."""
 
@@ -149,11 +158,11 @@ bfloat16 | float32 | float32
 @pytest.mark.parametrize("stored, dtype, of_base", rows(PRECISIONS))
 @pytest.mark.parametrize("shards, zipped", [(1, True), (2, False)])
 def test_a_run_keeps_the_precision_of_pickled_weights(
-    tmp_path, stored, dtype, of_base, shards, zipped
+    own_base, model_folder, stored, dtype, of_base, shards, zipped
 ):
     precision = getattr(torch, of_base)
-    weights = pickled(tmp_path / "model", getattr(torch, stored), shards, zipped)
-    folders = (tmp_path / "model", tmp_path / "own")
+    weights = pickled(model_folder, getattr(torch, stored), shards, zipped)
+    folders = (model_folder, own_base)
     model, base_tensors = originals(*folders, getattr(torch, dtype))
     for name, tensor in base_tensors.items():
         assert tensor.dtype is precision, name
@@ -161,26 +170,22 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
     assert model.dtype is getattr(torch, dtype)
 
 
-def test_a_resumed_run_reads_the_base_that_it_has(tmp_path):
+def test_a_resumed_run_reads_the_base_that_it_has(own_base, model_folder):
     """Whatever its precision, as its fingerprint is in every checkpoint."""
-    pickled(tmp_path / "model", torch.float32)
-    write_own_base(
-        load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own"
-    )
-    before = (tmp_path / "own/model.safetensors").stat()
-    _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
-    after = (tmp_path / "own/model.safetensors").stat()
+    pickled(model_folder, torch.float32)
+    write_own_base(load.load_model(model_folder, torch.bfloat16), own_base)
+    before = (own_base / "model.safetensors").stat()
+    _, base_tensors = originals(model_folder, own_base, torch.bfloat16)
+    after = (own_base / "model.safetensors").stat()
     assert {tensor.dtype for tensor in base_tensors.values()} == {torch.bfloat16}
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_the_base_of_another_model_is_replaced(tmp_path):
-    weights = pickled(tmp_path / "model", torch.float32)
-    write_own_base(tiny_model(seed=5), tmp_path / "own")
-    _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
-    assert all(
-        torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items()
-    )
+def test_the_base_of_another_model_is_replaced(own_base, model_folder):
+    weights = pickled(model_folder, torch.float32)
+    write_own_base(tiny_model(seed=5), own_base)
+    _, base_tensors = originals(model_folder, own_base, torch.bfloat16)
+    assert_same_tensors(base_tensors, weights)
 
 
 def test_a_base_is_not_written_over_the_files_that_are_read(tmp_path):
@@ -188,18 +193,18 @@ def test_a_base_is_not_written_over_the_files_that_are_read(tmp_path):
         load._originals(None, tmp_path, tmp_path, torch.float32, None, "only pickled")
 
 
-def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):
-    pickled(tmp_path / "model", torch.float32)
-    model = load.load_model(tmp_path / "model", torch.bfloat16)
+def test_precision_that_cannot_be_kept_is_said(own_base, model_folder, caplog):
+    pickled(model_folder, torch.float32)
+    model = load.load_model(model_folder, torch.bfloat16)
     with torch.no_grad():
         # As where weights are computed, not copied, when they are loaded
         next(model.parameters()).add_(1)
     load._originals(
         model,
-        tmp_path / "model",
-        tmp_path / "own",
+        model_folder,
+        own_base,
         torch.bfloat16,
-        lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        lambda dtype: AutoModelForCausalLM.from_pretrained(model_folder),
         "pickled",
     )
     assert "are float32 and are kept in bfloat16 only" in caplog.text

@@ -116,7 +116,9 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
 # -- runs ------------------------------------------------------------------------------
 
 
-def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path, out):
+def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
+    user, tmp_path, base_folder, out
+):
     """To the bit, with merges, resumed; and what is exported of it is that model, whose
     config is the run's.
     """
@@ -126,12 +128,11 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path,
     message = refusal(user.flags(tmp_path / "short", longer))
     assert "--rope_scaling makes more of them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))
-    base = tmp_path / "base"
     model = load_model(user.model, torch.float32)
     rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))
-    model.save_pretrained(base)
+    model.save_pretrained(base_folder)
     theirs = tmp_path / "theirs"
-    files = ("--model_name_or_path", base, "--tokenizer_name", user.model)
+    files = ("--model_name_or_path", base_folder, "--tokenizer_name", user.model)
     run(1, user.flags(theirs, longer, *files, "--export_merged true"))
     assert torch.equal(losses(out), losses(theirs))
     weights, expected = (

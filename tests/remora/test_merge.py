@@ -33,11 +33,11 @@ HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
     [(2, "float32", 20), *(heavy(*case) for case in HEAVY)],
 )
 def test_after_many_merges_every_rank_holds_the_replayed_ledger(
-    tmp_path, world, dtype, merges
+    tmp_path, base_folder, world, dtype, merges
 ):
     ranks = run_pooled(world, merging_run, str(tmp_path), CONFIG, 3, dtype, merges)
     ledger = Ledger.open(tmp_path / "out/ledger")
-    base = BaseCheckpoint.open(tmp_path / "base")
+    base = BaseCheckpoint.open(base_folder)
     assert ledger.cycles == merges
     assert_replayed(ranks, tmp_path)
     for cycle, report in enumerate(ranks[0]["reports"]):

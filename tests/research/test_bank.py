@@ -96,7 +96,7 @@ qwen2 | rotate | 2
 
 @pytest.mark.parametrize("family, operator, rank", rows(MIXED))
 def test_every_row_of_a_mixed_batch_is_its_merged_model(
-    tmp_path, family, operator, rank
+    tmp_path, base_folder, family, operator, rank
 ):
     """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values,
     and the bare base.
@@ -105,7 +105,7 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(
     for name, module in model.named_modules():
         if getattr(module, "bias", None) is not None and "norm" not in name:
             nn.init.normal_(module.bias)
-    bench = Bench(tmp_path, Maker(model, tmp_path / "base"), {})
+    bench = Bench(tmp_path, Maker(model, base_folder), {})
     for seed, (name, cycles) in enumerate(CYCLES.items()):
         config = MoRAConfig(rank=int(rank), operator=operator, seed=seed)
         bench.add(name, config, cycles, scale=0.05)
@@ -255,7 +255,9 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     refuse_odd(none_of_them, LoRAConfig(rank=3))
 
 
-def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
+def test_names_folders_and_rows_that_do_not_fit_are_named(
+    rotating, tmp_path, base_folder
+):
     bank = rotating.open()
     with (
         user_error(r"unknown adapter 'thre'; .*Did you mean 'three'"),
@@ -278,7 +280,7 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
     with user_error("no such folder"):
         AdapterBank.open(rotating.folder / "base", tmp_path / "nowhere")
     with user_error("MODEL: no such folder"):
-        AdapterBank.open(tmp_path / "base", rotating.folder / "bank")
+        AdapterBank.open(base_folder, rotating.folder / "bank")
 
 
 def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, capsys):

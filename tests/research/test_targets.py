@@ -65,9 +65,9 @@ def test_measures_of_equal_singular_values_of_zeros_and_of_what_is_not_finite():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_layers_of_a_folder_are_those_of_injection(tmp_path, family):
+def test_layers_of_a_folder_are_those_of_injection(model_folder, family):
     model = tiny_model(family)
-    base = write_own_base(model, tmp_path / "model")
+    base = write_own_base(model, model_folder)
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters()
     }

@@ -46,9 +46,9 @@ def messages_of(user, argv, change):
 
 
 @pytest.fixture
-def copied_user(user, tmp_path):
+def copied_user(user, model_folder):
     """With a model folder of its own, to change."""
-    return replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
+    return replace(user, model=Path(shutil.copytree(user.model, model_folder)))
 
 
 @pytest.mark.parametrize("word", [0x3C000000, 0x7FC00000], ids=["small numbers", "NaN"])

@@ -58,8 +58,8 @@ def test_it_stands_once_before_a_document_of_several_parts(user):
     assert tokens[0] == encoder.start_id
 
 
-def test_a_run_says_where_nothing_stands_there(user, tmp_path):
-    model = shutil.copytree(user.model, tmp_path / "model")
+def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):
+    model = shutil.copytree(user.model, model_folder)
     content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(
         json.dumps({**content, "post_processor": None})

@@ -306,9 +306,9 @@ def job_with_home(home, argv):
     return job(argv)
 
 
-def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
+def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path, model_folder):
     """As in a YAML recipe, or behind --flag=~/..."""
-    shutil.copytree(user.model, tmp_path / "model")
+    shutil.copytree(user.model, model_folder)
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(ZERO3, tmp_path)
     argv = user.flags(

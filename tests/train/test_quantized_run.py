@@ -111,16 +111,14 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
 
 @pytest.mark.parametrize("file_dtype", ["float32", heavy("bfloat16")])
 def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
-    tmp_path, file_dtype
+    tmp_path, base_folder, file_dtype
 ):
     """In bf16, on a base whose files are in the same dtype or another: the same numbers,
     rounded.
     """
-    write_own_base(
-        tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base"
-    )
+    write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), base_folder)
     results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
-    base = BaseCheckpoint.open(tmp_path / "base")
+    base = BaseCheckpoint.open(base_folder)
     ledger = Ledger.open(tmp_path / "out-2/ledger")
     assert ledger.cycles == 10
     for result in results:
@@ -128,7 +126,7 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
         assert_rounded_once(result["bits"], base, ledger)
         assert result["lost"] == results[0]["lost"]
         assert 0 < result["lost"][-1] < 1
-    loaded = load_adapter(tmp_path / "base", tmp_path / "out-2")
+    loaded = load_adapter(base_folder, tmp_path / "out-2")
     for name, pair in quantized(loaded).items():
         assert_same_pair(pair, results[0]["bits"][name], name)
 
@@ -163,8 +161,8 @@ def config_of(settings, bits):
         *(heavy(*row) for row in rows(IN_8_BITS)),
     ],
 )
-def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, adapter, stage):
-    write_own_base(tiny_model("llama"), tmp_path / "base")
+def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, base_folder, adapter, stage):
+    write_own_base(tiny_model("llama"), base_folder)
     arguments = (str(tmp_path), config_of(adapter, 8), int(stage), 0)
     (one,) = run_pooled(1, loop_of, *arguments)
     for result in run_pooled(2, loop_of, *arguments):
@@ -178,19 +176,19 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, adapter, stage):
     [("{operator: share}", 3), *(heavy(*row) for row in rows(IN_4_BITS))],
 )
 def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
-    tmp_path, adapter, stage
+    tmp_path, base_folder, adapter, stage
 ):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what
     the run had.
     """
-    write_own_base(tiny_model("llama"), tmp_path / "base")
+    write_own_base(tiny_model("llama"), base_folder)
     config = config_of(adapter, 4)
     arguments = (str(tmp_path), config, int(stage), 3)
     (one,) = run_pooled(1, loop_of, *arguments)
     two = run_pooled(2, loop_of, *arguments)
-    base = BaseCheckpoint.open(tmp_path / "base")
+    base = BaseCheckpoint.open(base_folder)
     ledger = Ledger.open(tmp_path / "out-2/ledger")
-    model = load_adapter(tmp_path / "base", tmp_path / "out-2")
+    model = load_adapter(base_folder, tmp_path / "out-2")
     loaded = mora_layers(model)
     for result in two:
         if not config.dropout:

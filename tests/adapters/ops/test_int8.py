@@ -19,7 +19,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.quantized import quantized_bytes
 from mora_ds.planning.memory_meter import MemoryMeter
-from tests.helpers.errors import run_error, user_error
+from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
@@ -30,6 +30,8 @@ from tests.helpers.quantized import (
     adapt,
     assert_casts_leave_scales,
     assert_computes_as_over_dense,
+    assert_layer_that_is_not_finite_is_named,
+    assert_not_finite_is_refused,
     base_of,
     every_spec,
     in_bits,
@@ -71,9 +73,7 @@ def test_rows_of_zeros_and_numbers_that_cannot_be_held():
     weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])
     values, scales = quantize(weight)
     assert not dense(Int8Weight(values, scales), torch.float32).abs().gt(1e-44).any()
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        with run_error("not finite"):
-            quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+    assert_not_finite_is_refused(quantize, "not finite")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -234,7 +234,4 @@ def test_bits_that_there_are_not():
 
 
 def test_weights_that_are_not_finite():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
-    with user_error(r"`base_bits` 8: 1.weight: .* not finite"):
-        inject(model, MoRAConfig(rank=1, base_bits=8))
+    assert_layer_that_is_not_finite_is_named(8)

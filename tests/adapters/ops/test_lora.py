@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_two_matrices():
     ],
 )
 def test_relora_live_base_is_its_replayed_ledger(
-    tmp_path, merged, out, world, stage, dtype
+    tmp_path, base_folder, merged, out, world, stage, dtype
 ):
     config = LoRAConfig(rank=3)
     ranks = run_pooled(world, merging_run, str(tmp_path), config, stage, dtype, 4)
@@ -110,7 +110,7 @@ def test_relora_live_base_is_its_replayed_ledger(
     assert_replayed(ranks, tmp_path)
     exported = export_merged(out, merged, verify=True)
     assert exported.comparison is not None
-    loaded = load_adapter(tmp_path / "base", out)
+    loaded = load_adapter(base_folder, out)
     for name, layer in mora_layers(loaded).items():
         first = layer.spec.first_value(config.first_seed(name, 4))
         assert all(torch.equal(result["values"][name], first) for result in ranks)
