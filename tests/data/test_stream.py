@@ -44,14 +44,18 @@ def corpus_of(folder, kind="jsonl", count=90):
     return load_corpus(dataset_name=str(folder), streaming=True)
 
 
+@pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_cache_token_by_token(tokenizer, tmp_path, kind):
+def test_a_stream_is_the_cache_token_by_token(tokenizer, tmp_path, kind, mask):
     """Over two epochs: also their seams, paddings and positions."""
     corpus = corpus_of(tmp_path / "shards", kind)
     files = load_corpus([f"{tmp_path}/shards/*"])
-    cached = InOrder(build_cache(files, tokenizer, tmp_path / "cache"), T)
+    cache = build_cache(files, tokenizer, tmp_path / "cache")
+    cached = InOrder(cache, T, document_mask=mask)
     blocks = [cached.sample(number) for number in range(2 * cached.n_blocks + 3)]
-    assert_equal(taken(source(corpus, tokenizer), 0, len(blocks)), blocks)
+    streamed = source(corpus, tokenizer, mask=mask)
+    assert_equal([streamed.probe(number) for number in range(9)], blocks[:9])
+    assert_equal(taken(streamed, 0, len(blocks)), blocks)
 
 
 @pytest.mark.parametrize("buffer", [0, 10])
@@ -133,6 +137,8 @@ def test_a_document_longer_than_memory_passes_in_chunks(
         )
     assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
+    blocks = [cached.block(number) for number in range(cached.n_blocks)]
+    assert_equal(taken(source(corpus, tokenizer), 0, len(blocks)), blocks)
 
 
 # -- mixtures --------------------------------------------------------------------------

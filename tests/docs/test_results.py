@@ -79,7 +79,7 @@ def test_the_curves_of_a_healthy_run_are_those_of_the_json():
 
 
 QUOTED = {
-    "index.md": {"learning_135m_replay.json": ("lora", "mora-rotate")},
+    "index.md": {"learning_135m_rivals.json": ("lora", "mora")},
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
         "learning_135m_rivals.json": (
@@ -89,6 +89,7 @@ QUOTED = {
             "mora-product",
             "mora-muon-product",
         ),
+        "learning_gemma.json": ("lora", "mora"),
         "learning_135m_sides.json": ("mora-rotate", "mora-gradient"),
         "learning_135m_renewed.json": ("remora-rotate", "remora-gradient"),
         "learning_13m_sides.json": ("remora-rotate", "remora-gradient"),

@@ -55,12 +55,12 @@ def write(folder, kind, texts):
     return [str(folder / f"*.{kind}")]
 
 
-def source(corpus, tokenizer, buffer=0, **more):
+def source(corpus, tokenizer, buffer=0, mask=True, **more):
     return StreamSource(
         DocumentStream("a", corpus, buffer, "5/a"),
         Encoder.of(tokenizer),
         T,
-        True,
+        mask,
         None,
         **more,
     )
