@@ -91,9 +91,8 @@ class DataArguments:
     text_column: str = "text"
     """Column or JSON key that holds the text."""
     document_start: str = "auto"
-    """What stands before every document, and at the beginning of every sequence: auto
-    (BOS where the tokenizer puts it before a text), none, or a token of the vocabulary,
-    such as '<|endoftext|>'."""
+    """What begins every document and sequence: auto (BOS where the tokenizer puts it
+    before a text), none, or a token of the vocabulary, such as '<|endoftext|>'."""
     seq_len: int = 512
     """Tokens of one packed training sequence."""
     document_mask: bool = True
