@@ -257,11 +257,20 @@ class Run:
     ) -> None:
         """Write the merged model of a checkpoint into the folder `target`; of each of
         the `domains`, into a folder of its name there. Collective."""
+        # The model's own code, which tells what it keeps in fp32, runs already
+        has_own_code = type(self.engine.module).__module__.startswith(
+            "transformers_modules"
+        )
 
         def export() -> None:
             for domain in domains or (None,):
-                folder = target / (domain or "")
-                export_merged(checkpoint, folder, overwrite=True, domain=domain)
+                export_merged(
+                    checkpoint,
+                    target / (domain or ""),
+                    overwrite=True,
+                    domain=domain,
+                    trust_remote_code=has_own_code,
+                )
 
         self.ranks.on_first("export of the merged model", export, long=True)
 

@@ -16,7 +16,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
-from mora_ds.train.run import _scheduler_state
+from mora_ds.train.run import Run, _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
@@ -271,3 +271,17 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
     assert not (tmp_path / "new").exists()
     config = MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"])
     assert config.target_modules == ("q_proj",)
+
+
+def test_an_export_runs_a_models_own_code_where_training_does(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "mora_ds.train.run.export_merged",
+        lambda *folders, **settings: asked.append(settings["trust_remote_code"]),
+    )
+    ranks = SimpleNamespace(on_first=lambda what, export, long: export())
+    for module in ("transformers_modules.own", "transformers.models.llama"):
+        model = type("Model", (), {"__module__": module})()
+        run = SimpleNamespace(engine=SimpleNamespace(module=model), ranks=ranks)
+        Run.export(run, tmp_path, tmp_path)
+    assert asked == [True, False]
