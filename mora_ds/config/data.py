@@ -91,8 +91,8 @@ class DataArguments:
     text_column: str = "text"
     """Column or JSON key that holds the text."""
     document_start: str = "auto"
-    """What begins every document and sequence: auto (BOS where the tokenizer puts it
-    before a text), none, or a token of the vocabulary, such as '<|endoftext|>'."""
+    """What stands before every document: auto (BOS where the tokenizer puts it before a
+    text), none, or a token of the vocabulary, such as '<|endoftext|>'."""
     seq_len: int = 512
     """Tokens of one packed training sequence."""
     document_mask: bool = True

@@ -31,6 +31,7 @@ from mora_ds.data.tokenizer import (
     AUTO,
     NOTHING,
     Encoder,
+    block_start,
     check_reload,
     check_vocabulary,
     holds_tokenizer,

@@ -90,11 +90,6 @@ class TokenCache:
     def eos_id(self) -> int:
         return self.meta["settings"]["eos_id"]
 
-    @property
-    def start_id(self) -> int | None:
-        """What stands before every document, if anything does."""
-        return self.meta["settings"]["bos_id"]
-
 
 def build_cache(
     corpus: Corpus,

@@ -6,17 +6,17 @@ of a batch.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
-                where documents have a start token, it is every block's first input, in place of t(iT)
+                with a `block_start` that is every block's first input, in place of t(iT)
     epoch e     a permutation of the blocks, drawn from (seed, e)
     sample n    block n of the epochs, one after the other
 
 Every token is predicted once an epoch, but for those that have nothing before them: the
-very first, with the document mask the first one of each document, and with a start token
-the second one of a block that begins within a document.
+very first, with the document mask the first one of each document, and with a
+`block_start` the second one of a block that begins within a document.
 
-Why the start token: most blocks begin within a document, and a model that has always seen
-BOS first predicts badly without it. What it takes the place of is the last label of the
-block before.
+`block_start` is for models that predict badly unless BOS comes first
+(`tokenizer.block_start`). What it takes the place of is the last label of the block
+before.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def pack(
     seq_len: int,
     eos_id: int,
     document_mask: bool,
-    start_id: int | None,
+    block_start: int | None,
 ) -> Block:
     """A block from up to T + 1 consecutive tokens; the last one is a label only.
 
@@ -53,16 +53,16 @@ def pack(
     are padded: label -100 and, with the document mask, positions that start at 0 again,
     so that the padding is a document of its own. A document that began in an earlier
     block starts at position 0 too, as its first tokens cannot be attended to.
-    `start_id`: what stands before every document, if anything does; the block begins
-    with it, in place of a token, and does not predict what came after that token.
+    `block_start`: what the block begins with, in place of a token; it does not predict
+    what came after that token.
     """
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORED, dtype=np.int64)
     inputs[:real] = tokens[:-1]
     labels[:real] = tokens[1:]
-    if start_id not in (None, tokens[0]):
-        inputs[0] = start_id
+    if block_start not in (None, tokens[0]):
+        inputs[0] = block_start
         labels[0] = IGNORED
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
@@ -85,6 +85,7 @@ class PackedDataset:
         seq_len: int,
         seed: int | str = 0,
         document_mask: bool = True,
+        block_start: int | None = None,
     ) -> None:
         """Raise `UserError` for a cache of fewer than 2 tokens."""
         if cache.n_tokens < 2:
@@ -95,6 +96,7 @@ class PackedDataset:
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
+        self.block_start = block_start
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Sequences an epoch."""
         # One batch may take samples of two epochs.
@@ -112,7 +114,7 @@ class PackedDataset:
             self.seq_len,
             self.cache.eos_id,
             self.document_mask,
-            self.cache.start_id,
+            self.block_start,
         )
 
     def sample(self, number: int) -> Block:

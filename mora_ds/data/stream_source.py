@@ -56,9 +56,10 @@ class StreamSource:
         content_id: Any,
         share: SharedWork = in_this_process,
         ranks: int = 1,
+        block_start: int | None = None,
     ) -> None:
         """`share`: how the `ranks` tokenise together, each a batch of documents at a
-        time."""
+        time. `block_start`: as in `pack`."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
@@ -66,6 +67,7 @@ class StreamSource:
         self.content_id = content_id
         self.share = share
         self.ranks = ranks
+        self.block_start = block_start
         self._probes: list[Block] = []
         self.restore({"place": StreamPosition().to_json(), "offset": 0, "samples": 0})
 
@@ -100,7 +102,12 @@ class StreamSource:
         stream stays where it is."""
         if index >= len(self._probes):
             again = StreamSource(
-                self.documents, self.encoder, self.seq_len, self.document_mask, None
+                self.documents,
+                self.encoder,
+                self.seq_len,
+                self.document_mask,
+                None,
+                block_start=self.block_start,
             )
             self._probes = [again.sample(number) for number in range(index + 1)]
         return self._probes[index]
@@ -169,5 +176,5 @@ class StreamSource:
             self.seq_len,
             self.encoder.eos_id,
             self.document_mask,
-            self.encoder.start_id,
+            self.block_start,
         )

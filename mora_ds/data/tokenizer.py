@@ -192,6 +192,19 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
     return int(token_id)
 
 
+def block_start(
+    tokenizer: PreTrainedTokenizerBase, start: str, model_type: str
+) -> int | None:
+    """What every packed sequence begins with, also one that goes on with a document:
+    `start_id` for Gemma, None for other models.
+
+    Gemma 3 270M had a perplexity of 43 and 34 on two texts in sequences of 512 tokens,
+    and 32 and 27 where each begins with BOS. A small Llama that was trained so learned
+    no more, and then wanted BOS first, too.
+    """
+    return start_id(tokenizer, start) if "gemma" in model_type else None
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the end-of-text token. Raises `UserError` where the tokenizer has
     none."""

@@ -5,8 +5,8 @@
     the same, onto another model         -> that model + the same update, in memory (`load_onto`)
 
     document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
-             -> windows of `window` tokens, each `stride` further, which begin with `start` as packed sequences do
-                (with EOS the first alone); a token is scored once, in the first window it is in
+             -> windows of `window` tokens, each `stride` further, which begin as packed sequences do
+                (`block_start`); a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
 Every token of a document is scored and nothing else, so the bytes scored are the bytes
@@ -32,7 +32,15 @@ from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, toke
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import named_path
 from mora_ds.common.tensor_files import compute_dtype
-from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
+from mora_ds.data import (
+    AUTO,
+    IGNORED,
+    NOTHING,
+    Corpus,
+    block_start,
+    load_tokenizer,
+    start_id,
+)
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import load_onto
@@ -97,6 +105,8 @@ class Windows:
     document_start: str = AUTO
     """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts
     nothing before a text."""
+    model_type: str = ""
+    """The model's, which decides what each window begins with (`data.block_start`)."""
 
     @classmethod
     def of(
@@ -120,7 +130,7 @@ class Windows:
             raise UserError(
                 f"--stride must be from 1 to --window less 2 ({window - 2}), got {stride}"
             )
-        return cls(window, stride, document_start)
+        return cls(window, stride, document_start, model.config.model_type)
 
     def cut(
         self, ids: Sequence[int], known: int, start: int | None
@@ -230,7 +240,7 @@ def _windows(
 ) -> Iterator[_Window]:
     """The windows of all documents, which are counted in `score`. The next chunk of a
     document has the last tokens of the previous one as context."""
-    of_windows = start_id(tokenizer, windows.document_start)
+    first = block_start(tokenizer, windows.document_start, windows.model_type)
     start = _document_start(tokenizer, windows.document_start)
     seen: list[int] = []
     for document in corpus:
@@ -245,7 +255,7 @@ def _windows(
         score.tokens += len(ids)
         score.text_bytes += len(document.text.encode())
         sequence = [*seen, *ids]
-        yield from windows.cut(sequence, len(seen), of_windows)
+        yield from windows.cut(sequence, len(seen), first)
         seen = sequence[-max(windows.window - windows.stride, 1) :]
 
 

@@ -30,6 +30,7 @@ from mora_ds.data import (
     Source,
     StreamSource,
     TokenCache,
+    block_start,
     build_cache,
     load_corpus,
     start_id,
@@ -80,7 +81,8 @@ def load_data(
         logger.info(
             "nothing stands before a document, as this tokenizer has it: --document_start names a token for it"
         )
-    tokenization = _Tokenization(tokenizer, data, ranks)
+    first = block_start(tokenizer, data.document_start, model_config.model_type)
+    tokenization = _Tokenization(tokenizer, data, ranks, first)
     sources: dict[str, Source] = {}
     for source in plan.sources:
         seed = training.seed if plan.is_plain else f"{training.seed}/{source.name}"
@@ -195,6 +197,8 @@ class _Tokenization:
     tokenizer: Any
     data: DataArguments
     ranks: Ranks
+    block_start: int | None
+    """What every packed sequence begins with."""
 
     def cache(self, corpus: Corpus) -> TokenCache:
         """The tokens of a corpus. The first process of each node makes those that its
@@ -213,7 +217,11 @@ class _Tokenization:
 
     def pack(self, corpus: Corpus, seed: int | str = 0) -> PackedDataset:
         return PackedDataset(
-            self.cache(corpus), self.data.seq_len, seed, self.data.document_mask
+            self.cache(corpus),
+            self.data.seq_len,
+            seed,
+            self.data.document_mask,
+            self.block_start,
         )
 
     def stream(
@@ -245,6 +253,7 @@ class _Tokenization:
             identity,
             share=self.ranks,
             ranks=self.ranks.world,
+            block_start=self.block_start,
         )
         # A source without text must not end a run that has begun: it is read once here.
         check = f"start of source {source.name!r}"

@@ -138,7 +138,7 @@ RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 def source(first, blocks, name):
     """Blocks of 4 tokens; `first` marks whose they are."""
     tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
-    settings = {"eos_id": 0, "bos_id": None}
+    settings = {"eos_id": 0}
     ends = np.array([len(tokens)])
     cache = TokenCache(Path(name), {"settings": settings}, tokens, ends)
     return PackedDataset(cache, 4, f"7/{name}")

@@ -20,12 +20,11 @@ LENGTHS = [5, 1, 1, 17, 8, 30, 2, 8, 16, 3, 1]
 KEYS = ("input_ids", "labels", "position_ids")
 
 
-def make_cache(lengths, start=None):
+def make_cache(lengths):
     """Tokens are numbered, so that each can be found again."""
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(ends[-1], dtype=np.uint16)
-    settings = {"eos_id": EOS, "bos_id": start}
-    return TokenCache(Path("memory"), {"settings": settings}, tokens, ends)
+    return TokenCache(Path("memory"), {"settings": {"eos_id": EOS}}, tokens, ends)
 
 
 def batches_of(data, size):
@@ -63,17 +62,15 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
 
 @pytest.mark.parametrize("start", [7777, 0])
 @pytest.mark.parametrize("mask", [True, False])
-def test_every_block_begins_with_the_token_that_stands_before_documents(mask, start):
+def test_every_block_begins_with_a_block_start(mask, start):
     """In place of a token that the block before has predicted; what came after that one is
     not predicted. All else is as without it.
     """
-    cache = make_cache(LENGTHS, start)
+    cache = make_cache(LENGTHS)
     documents = [0, *cache.ends[:-1].tolist()]
     cache.tokens[documents] = start
-    data = PackedDataset(cache, 7, document_mask=mask)
-    without = make_cache(LENGTHS)
-    without.tokens[documents] = start
-    plain = PackedDataset(without, 7, document_mask=mask)
+    data = PackedDataset(cache, 7, document_mask=mask, block_start=start)
+    plain = PackedDataset(cache, 7, document_mask=mask)
     begun = 0
     for index in range(data.n_blocks):
         block, other = data.block(index), plain.block(index)

@@ -3,6 +3,7 @@ those of its export.
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,9 +33,9 @@ from tests.helpers.texts import json_lines
 from tests.helpers.tools import call
 
 
-def naive(folder, texts, window, stride):
+def naive(folder, texts, window, stride, is_gemma):
     """(nats, tokens): one token at a time, each in the first window that reaches it, which
-    begins with BOS.
+    begins with BOS for Gemma.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder)
@@ -47,7 +48,8 @@ def naive(folder, texts, window, stride):
             begin = 0
             while position >= begin + window:
                 begin += stride
-            seen = torch.tensor([[bos, *ids[begin + 1 : position]]])
+            first = bos if is_gemma else ids[begin]
+            seen = torch.tensor([[first, *ids[begin + 1 : position]]])
             with torch.no_grad():
                 logits = model(seen).logits[0, -1].double()
             nats -= torch.log_softmax(logits, -1)[ids[position]].item()
@@ -55,8 +57,9 @@ def naive(folder, texts, window, stride):
     return nats, tokens
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 22), (5, 1)])
-def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
+def test_perplexity_is_the_naive_one(user, tmp_path, window, stride, kind):
     texts = [text[:250] for text in user.texts()[:2]] + ["naïve ☃\n", "x"]
     text_bytes = len("".join(texts).encode())
     path = tmp_path / "set.jsonl"
@@ -64,8 +67,10 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     target = load_target(user.model)
     corpus = load_corpus([str(path)])
     windows = Windows.of(target.model, window, stride)
+    assert windows.model_type == "llama"
+    windows = replace(windows, model_type=kind)
     score = evaluate(target, corpus, windows, batch_size=3)
-    nats, tokens = naive(user.model, texts, window, stride)
+    nats, tokens = naive(user.model, texts, window, stride, kind != "llama")
     assert score.tokens == tokens
     assert score.text_bytes == text_bytes
     assert score.documents == 5
@@ -109,7 +114,9 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
     tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
     assert perplexity._document_start(tokenizer, "<s>") == 0
-    named = perplexity._windows(corpus, tokenizer, Windows(4, 2, "b"), 1, Score())
+    named = perplexity._windows(
+        corpus, tokenizer, Windows(4, 2, "b", "gemma"), 1, Score()
+    )
     assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
     tokenizer.eos_token_id = None
     with user_error("neither a BOS nor an end-of-text token"):
@@ -201,9 +208,10 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     ):
         with user_error(message):
             Windows.of(target.model, window, stride)
-    assert Windows.of(target.model, None, None) == Windows(128, 64)
-    assert Windows.of(target.model, 3, None) == Windows(3, 1)
-    unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
+    assert Windows.of(target.model, None, None).stride == 64
+    assert Windows.of(target.model, 3, None).stride == 1
+    config = SimpleNamespace(get_text_config=lambda: None, model_type="")
+    unlimited = SimpleNamespace(config=config)
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
     assert Windows.of(unlimited, 4096, None).stride == 2048
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, (

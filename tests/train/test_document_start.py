@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from mora_ds.common.files import read_json
-from mora_ds.data import TokenCache, load_corpus, load_tokenizer, start_id
+from mora_ds.data import (
+    TokenCache,
+    block_start,
+    load_corpus,
+    load_tokenizer,
+    start_id,
+)
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import Encoder
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
@@ -28,6 +34,8 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user):
     assert start_id(tokenizer, "auto") == tokenizer.bos_token_id
     assert start_id(tokenizer, "none") is None
     assert start_id(tokenizer, TOKEN) == tokenizer.eos_token_id
+    assert block_start(tokenizer, "auto", "gemma3_text") == tokenizer.bos_token_id
+    assert block_start(tokenizer, "auto", "llama") is None
     tokenizer.bos_token = None
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
