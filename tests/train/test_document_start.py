@@ -4,6 +4,7 @@ an evaluation do.
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from mora_ds.data.tokenizer import Encoder
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import losses, printed, refusal, run
+from tests.helpers.jobs import job, losses, printed, refusal, run
 from tests.helpers.tables import heavy
 from tests.helpers.tools import call
 
@@ -52,6 +53,27 @@ def test_every_document_of_a_run_begins_with_it(user, tmp_path):
         tokens = TokenCache.open(meta.parent)
         starts = np.concatenate([[0], tokens.ends[:-1]])
         assert set(tokens.tokens[starts].tolist()) == {2}
+
+
+def of_gemma(argv):
+    """A run of a Llama whose sequences begin as Gemma's do."""
+
+    def first(tokenizer, start, model_type):
+        assert (start, model_type) == ("auto", "llama")
+        return tokenizer.bos_token_id
+
+    with mock.patch("mora_ds.train.data.block_start", first):
+        return job(argv)
+
+
+@pytest.mark.parametrize("more", ["--streaming false", "--streaming true"])
+def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
+    """In training and in evaluations, other models' do not."""
+    flags = "--max_steps 2 --eval_files", user.held, *more.split()
+    plain = run(1, user.flags(tmp_path / "plain", *flags))
+    changed = run_alone(of_gemma, user.flags(tmp_path / "changed", *flags))
+    assert changed["perplexity_before"] != plain["perplexity_before"]
+    assert (losses(tmp_path / "plain") != losses(tmp_path / "changed")).all()
 
 
 def test_it_stands_once_before_a_document_of_several_parts(user):
