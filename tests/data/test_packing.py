@@ -73,7 +73,8 @@ def test_every_block_begins_with_a_block_start(mask, start):
     plain = PackedDataset(cache, 7, document_mask=mask)
     begun = 0
     for index in range(data.n_blocks):
-        block, other = data.block(index), plain.block(index)
+        block = data.block(index)
+        other = plain.block(index)
         assert block["input_ids"][0] == start
         assert np.array_equal(block["input_ids"][1:], other["input_ids"][1:])
         assert np.array_equal(block["labels"][1:], other["labels"][1:])
