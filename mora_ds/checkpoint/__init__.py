@@ -1,8 +1,11 @@
-"""Checkpoints: writing, reading and verifying them.
+"""Checkpoints: saving, finding, checking and restoring them.
 
-layout          names of files, what a given path means, and which checkpoint of a run a resume takes
-state           trainer_state.json, and what a resumed run must have in common with its checkpoint
+manager         save, load, latest, delete, on all ranks and in the background; which checkpoint a resume takes
+sections        what a checkpoint holds: each part saves and restores itself
+storage         where checkpoints lie: a protocol, and the local disk
+shard_table     the tensors of all ranks: each rank's file, and the table of what lies where
 adapter_files   adapter.json, adapter.safetensors, base.json
-writer          writes checkpoints on all ranks, in the background too, and loads them
+state           trainer_state.json, and what a resumed run must have in common with its checkpoint
+layout          names of files, and what a given path means
 verify          checks checkpoints and ledgers in depth, offline
 """

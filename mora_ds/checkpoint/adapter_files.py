@@ -172,12 +172,26 @@ def write_adapter(
     trained: Tensors,
     domain_squares: Tensors | None = None,
 ) -> None:
-    """Writes adapter.safetensors in fp32, then adapter.json, each atomically.
+    """Writes adapter.safetensors in fp32, then adapter.json, each atomically. Raises
+    `RunError` on a full disk. Arguments as of `adapter_tensors`."""
+    stored = adapter_tensors(adapter, squares, trained, domain_squares)
+    write_safetensors_atomic(
+        folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)}
+    )
+    write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
+
+
+def adapter_tensors(
+    adapter: AdapterFile,
+    squares: Tensors,
+    trained: Tensors,
+    domain_squares: Tensors | None = None,
+) -> Tensors:
+    """What adapter.safetensors holds, in fp32.
 
     `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
     parameter name -> tensor, for exactly `adapter.trainables`. `domain_squares`: module
-    name -> (K, r_hat, r_hat), where there are domains. Raises `RunError` on a full
-    disk.
+    name -> (K, r_hat, r_hat), where there are domains.
     """
     tensors = {adapter.layers[name].square: square for name, square in squares.items()}
     tensors.update(trained)
@@ -185,11 +199,7 @@ def write_adapter(
         tensors[DomainSquares.tensor(name)] = stack
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
-    stored = {name: tensor.detach().float() for name, tensor in tensors.items()}
-    write_safetensors_atomic(
-        folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)}
-    )
-    write_json_atomic(folder / ADAPTER_JSON, adapter.to_dict())
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -288,9 +298,13 @@ class BaseReference:
         is not written either."""
         check_changes(self.config_changes)
 
+    def to_dict(self) -> JsonObject:
+        """What base.json holds."""
+        return {"format": FORMAT, **vars(self)}
+
     def write(self, folder: Path) -> None:
         """Writes base.json atomically."""
-        write_json_atomic(folder / BASE_JSON, {"format": FORMAT, **vars(self)})
+        write_json_atomic(folder / BASE_JSON, self.to_dict())
 
     @classmethod
     def read(cls, folder: Path) -> BaseReference:

@@ -123,7 +123,6 @@ _LABELS = {
     "mixture.weights": "weights of --mixture, --train_files or --replay",
     "mixture.epochs": "epochs of --mixture",
     "adapter.kind": "--adapter",
-    "alignment": "the alignment loss, which was removed (such a run can be exported, but not resumed)",
     "adapter.layer_sizes": "research.targets",
     "adapter.alpha": "--lora_alpha",
     "adapter.domains": "research.domain_adapters",

@@ -16,6 +16,7 @@ goes.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,17 +34,19 @@ from mora_ds.checkpoint.layout import (
     LEDGER_FOLDER,
     PROBE_FILE,
     STATE_FILE,
-    complete_checkpoints,
     is_full_training,
     is_step_name,
     step_of,
 )
+from mora_ds.checkpoint.manager import complete_checkpoints
+from mora_ds.checkpoint.shard_table import EngineShards
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.checkpoint.storage import local_copy, storage_of
 from mora_ds.common.errors import RunError, UserError, refuse
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.common.tensor_files import open_safetensors
 from mora_ds.common.untrusted import expanded, shown
-from mora_ds.engine.shards import MASTER, EngineShards
+from mora_ds.engine.shards import MASTER
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
@@ -91,20 +94,19 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
         return [
             _verdict(ledger, [lambda _: _cycles(Ledger.open(ledger))], ledger, opened)
         ]
-    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    folders = complete_checkpoints(root) if root.is_dir() else []
-    if not folders:
+    roots = {root: complete_checkpoints(root) for root in (path / CHECKPOINTS, path)}
+    root = next((root for root in roots if roots[root]), None)
+    if root is None:
         raise UserError(
             f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one"
         )
-    latest = (root / LATEST).resolve()
-    verdicts = [_verify_one(folder, opened) for folder in folders]
+    verdicts = [_verify_one(local_copy(folder), opened) for folder in roots[root]]
+    storage = storage_of(root)
+    latest = storage.linked(LATEST)
     for verdict in verdicts:
-        verdict.is_latest = verdict.folder.resolve() == latest
-    if (root / LATEST).is_symlink() and not latest.is_dir():
-        verdicts[-1].problems.append(
-            f"{root / LATEST} names {latest.name}, which does not exist"
-        )
+        verdict.is_latest = verdict.folder.name == latest
+    if latest is None and os.path.lexists(storage.open_read(LATEST)):
+        verdicts[-1].problems.append(f"{root / LATEST} names no checkpoint of this run")
     return verdicts
 
 

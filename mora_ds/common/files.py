@@ -40,7 +40,7 @@ from mora_ds.common.untrusted import (
 )
 from mora_ds.common.version import __version__
 
-FORMAT = 5
+FORMAT = 6
 """Version of what mora_ds writes to be read again: checkpoints, adapters, caches."""
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -138,9 +138,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_json_atomic(path: Path, content: Any) -> None:
     """Writes UTF-8 JSON atomically. Raises `RunError` on a full disk."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_json(temporary, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes UTF-8 JSON."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> JsonObject:
@@ -331,41 +336,37 @@ def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
     with disk_errors(folder):
         for path in paths:
             fsync(path)
-            files[path.relative_to(folder).as_posix()] = {
-                "size": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
+            files[path.relative_to(folder).as_posix()] = facts_of(path)
     return files
 
 
-def write_manifest(
-    folder: Path, recorded: Mapping[str, JsonObject] | None = None
-) -> None:
-    """Writes `manifest.json`: size and sha256 of every file under `folder`.
+def facts_of(file: Path) -> JsonObject:
+    """What a manifest records of a file: its size and sha256."""
+    return {"size": file.stat().st_size, "sha256": sha256_file(file)}
 
-    `recorded`: the entries that `record` has made where the files were written; all
-    other files are recorded here. Raises `RunError` for one of them that is not there,
-    in its size: a file system that is shared by several nodes may show a file late, and
-    is waited for.
-    """
-    known = dict(recorded or {})
-    # A checkpoint of thousands of ranks has as many files: one look at each folder
-    sizes = _sizes(folder)
-    for name, facts in known.items():
-        if sizes.pop(name, None) != facts["size"]:
-            await_file(folder / name, facts["size"])
-    sizes.pop(MANIFEST, None)
-    unrecorded = record(folder, [folder / name for name in sizes])
-    files = {**known, **unrecorded}
-    content = {"format": FORMAT, "files": files, "seal": json_digest(files)}
+
+def manifest_of(files: Mapping[str, JsonObject]) -> JsonObject:
+    """What `manifest.json` holds for {relative path: size and sha256}."""
+    return {"format": FORMAT, "files": files, "seal": json_digest(files)}
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `manifest.json`: size and sha256 of every file under `folder`."""
+    names = [name for name in file_sizes(folder) if name != MANIFEST]
+    files = record(folder, [folder / name for name in names])
     with atomic_path(folder / MANIFEST) as temporary:
-        # Without `indent`, for which Python takes three times as long
-        temporary.write_text(json.dumps(content, sort_keys=True))
+        write_compact_json(temporary, manifest_of(files))
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def write_compact_json(path: Path, content: Any) -> None:
+    """Writes JSON without indents, for which Python takes three times as long."""
+    path.write_text(json.dumps(content, sort_keys=True))
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
     """{relative path: bytes} of every file below `folder`; links are none."""
     sizes = {}
+    # A checkpoint of thousands of ranks has as many files: one look at each folder
     for parent, _, names, descriptor in os.fwalk(folder):
         prefix = f"{parent}/".removeprefix(f"{folder}/")
         for name in names:
@@ -458,6 +459,8 @@ def malformed(path: Path) -> Iterator[None]:
     file."""
     try:
         yield
+    except OtherFormat:
+        raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except RunError:
@@ -481,12 +484,18 @@ def read_formatted(path: Path) -> JsonObject:
     return content
 
 
+class OtherFormat(UserError):
+    """A file is of another version's format: it is not damaged, and nothing can be done
+    about it with this version."""
+
+
 def pop_format(path: Path, content: JsonObject) -> None:
-    """Takes the format out of the content of a file. Raises `UserError` for that of
+    """Takes the format out of the content of a file. Raises `OtherFormat` for that of
     another version."""
     if (file_format := content.pop("format", None)) != FORMAT:
-        raise UserError(
-            f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}"
+        raise OtherFormat(
+            f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT} alone: go on with "
+            "the version that wrote it, or export the model with that one and begin a new run from it"
         )
 
 

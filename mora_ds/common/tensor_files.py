@@ -136,21 +136,24 @@ class SafetensorsWriter:
             raise ValueError(f"not written: {', '.join(sorted(self._missing))}")
 
 
-def write_safetensors_atomic(
-    path: Path,
-    tensors: Tensors,
-    metadata: Mapping[str, str],
+def write_safetensors(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str]
 ) -> None:
-    """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
+    """Writes `tensors` to one file."""
     layout = {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
     }
-    with (
-        atomic_path(path) as temporary,
-        SafetensorsWriter(temporary, layout, metadata) as writer,
-    ):
+    with SafetensorsWriter(path, layout, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def write_safetensors_atomic(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str]
+) -> None:
+    """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, tensors, metadata)
 
 
 def open_safetensors(path: Path) -> Any:

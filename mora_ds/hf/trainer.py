@@ -40,7 +40,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import resolve_folder, unsharded_loading
 from mora_ds.remora.merge import MergeReport
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run
+from mora_ds.train.run import Run, RunContext
 
 _Base: Any = object
 """For the type checker: the Trainer whose methods the mixin calls."""
@@ -169,11 +169,13 @@ class MoRATrainer(_Base):
             folder=self.args.output_dir,
             resume=resume,
             overwrite=True,
-            keys=keys,
-            identity={"seed": self.args.seed},
-            facts={
-                MERGE_EVERY: sum(callback.merge_every for callback in self._merging)
-            },
+            context=RunContext(
+                keys=keys,
+                identity={"seed": self.args.seed},
+                facts={
+                    MERGE_EVERY: sum(callback.merge_every for callback in self._merging)
+                },
+            ),
         )
         if earlier is not None:
             self.run.remora.form_base()

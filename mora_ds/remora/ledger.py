@@ -334,13 +334,17 @@ class Ledger:
             )
         return self._handles[cycle]
 
-    def _write(self, records: Sequence[CycleRecord]) -> None:
-        content = {
+    def to_dict(self) -> JsonObject:
+        """What ledger.json holds."""
+        return {
             "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
-            "cycles": [asdict(record) for record in records],
+            "cycles": [asdict(record) for record in self._records],
         }
-        write_json_atomic(self.folder / LEDGER_FILE, content)
+
+    def _write(self, records: Sequence[CycleRecord]) -> None:
+        ledger = Ledger(self.folder, self.base_fingerprint, records)
+        write_json_atomic(self.folder / LEDGER_FILE, ledger.to_dict())
 
 
 def read_records(folder: Path) -> list[CycleRecord]:

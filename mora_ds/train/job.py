@@ -8,6 +8,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
-from mora_ds.train.run import FullRun, Run
+from mora_ds.train.run import Run, RunContext, TrainingRun, export_live
 from mora_ds.train.setup import Start
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Job:
     """A DeepSpeed engine; the model itself where nothing is trained."""
     state: TrainerState
     """A new state, or that of the checkpoint which the run resumes from."""
-    run: Run
+    run: TrainingRun
     """Merges and checkpoints; there is none where nothing is trained."""
     trainable_parameters: int
     total_parameters: int
@@ -68,22 +69,31 @@ class Job:
         self.ds_config = ds_config
         self.data = data
         self.start = start
-        training = arguments.training
-        size = training.sequence_parallel_size
+        self.kind = arguments.adapter.adapter
         # What follows has collectives of its own, in which no rank may wait for one
         # that has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
-        self.sequence = share_rows(loaded.model, size, training.collective_timeout_s)
-        if self.sequence is not None:
-            logger.info(describe(loaded.model.config, size, data.train.seq_len))
-        kind = arguments.adapter.adapter
-        self.is_trained = kind != AdapterKind.NONE
-        if not self.is_trained:
+        self.sequence = self._shared_rows()
+        if self.kind == AdapterKind.NONE:
             self._start_evaluation()
-        elif kind == AdapterKind.FULL:
+        elif self.kind == AdapterKind.FULL:
             self._start_full_training()
         else:
             self._start_adapter()
+
+    @property
+    def is_trained(self) -> bool:
+        return self.kind != AdapterKind.NONE
+
+    def _shared_rows(self) -> Any:
+        """The ranks that share each row (--sequence_parallel_size), if any do."""
+        training = self.arguments.training
+        size = training.sequence_parallel_size
+        model = self.loaded.model
+        sequence = share_rows(model, size, training.collective_timeout_s)
+        if sequence is not None:
+            logger.info(describe(model.config, size, self.data.train.seq_len))
+        return sequence
 
     # -- the three kinds ---------------------------------------------------------------
 
@@ -108,15 +118,12 @@ class Job:
         self._seed_dropout()
         new_state = TrainerState(world_size=start.ranks.world, identity=identity)
         self.state = start.state or new_state
-        self.run = FullRun(
-            self.engine,
-            folder=start.folder,
-            state=self.state,
-            ranks=start.ranks,
-            resume=start.checkpoint,
-            async_save=self.arguments.training.async_save,
-            tokenizer=self.data.tokenizer,
+        async_save = self.arguments.training.async_save
+        self.run = TrainingRun.full(
+            self.engine, start.folder, start.ranks, self.state, async_save
         )
+        if start.checkpoint is not None:
+            self.run.checkpoints.load(start.checkpoint)
 
     @named_as_flags(**FLAGS)
     def _start_adapter(self) -> None:
@@ -129,22 +136,15 @@ class Job:
         fingerprint = base.fingerprint(ranks=start.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
-        degree = training.tensor_parallel_size
         start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
             config=self.ds_config,
-            tensor_parallel_size=degree,
+            tensor_parallel_size=training.tensor_parallel_size,
             base_on_host=self._streams,
         )
         self._seed_dropout()
-        self.run = Run(
-            self.engine,
-            base=base,
-            folder=start.folder,
-            resume=start.checkpoint,
-            overwrite=True,
-            async_save=training.async_save,
+        context = RunContext(
             keys=self.loaded.keys,
             identity=common,
             tokenizer_folder=start.folder / TOKENIZER_FOLDER,
@@ -152,7 +152,24 @@ class Job:
             ranks=start.ranks,
             state=start.state,
         )
+        self.run = Run(
+            self.engine,
+            base=base,
+            folder=start.folder,
+            resume=start.checkpoint,
+            overwrite=True,
+            async_save=training.async_save,
+            context=context,
+        )
         self.state = self.run.state
+
+    def export(self, checkpoint: Path, target: Path) -> None:
+        """Write the model of the run's last checkpoint into the folder `target`; where
+        it has domains, one model each. Collective."""
+        if isinstance(self.run, Run):
+            self.run.export(checkpoint, target, self.start.hooks.variants)
+        else:
+            export_live(self.engine, target, self.data.tokenizer)
 
     # -- their steps -------------------------------------------------------------------
 

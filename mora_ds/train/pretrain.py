@@ -24,14 +24,15 @@ from mora_ds.checkpoint.layout import (
     MERGED_FOLDER,
     SUMMARY_FILE,
     is_step_name,
-    name_best,
-    name_latest,
-    repair,
-    resume_checkpoint,
-    step_folder,
     step_of,
 )
+from mora_ds.checkpoint.manager import (
+    complete_checkpoints,
+    name_checkpoints,
+    resume_checkpoint,
+)
 from mora_ds.checkpoint.state import TrainerState, check_world_size
+from mora_ds.checkpoint.storage import local_copy, located, storage_of
 from mora_ds.common.errors import FailedBeside, UserError, named_as_flags
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
 from mora_ds.common.untrusted import expanded
@@ -179,92 +180,132 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     hooks = hooks_of(arguments)
     hooks.read_files(ranks)  # they may lie in the folder
     try:
-        checkpoint, state, branch = ranks.on_first(
+        beginning = ranks.on_first(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
         )
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
+        checkpoint, state, branch = beginning
         yield Start(ranks, root, checkpoint, state, hooks, branch)
     except BaseException:
         abandon(root)
         raise
     if ranks.is_first:
         reserve(root).commit()
-        if checkpoint is not None and state is not None:
-            checkpoints = root / CHECKPOINTS
-            name_latest(checkpoints, checkpoint)
-            if state.best_step:
-                name_best(checkpoints, step_folder(checkpoints, state.best_step))
+        _begin_checkpoints(root / CHECKPOINTS, checkpoint, state)
 
 
-def _reserve(
-    arguments: Arguments, folder: Path, world: int
-) -> tuple[Path | None, TrainerState | None, JsonObject]:
-    """Reserve the output folder. Returns the checkpoint to resume from, if any, with
-    its state, and what identifies the checkpoint of --decay_from. On rank 0; the caller
-    gives the folder up where this raises."""
+Beginning = tuple[Path | None, TrainerState | None, JsonObject]
+"""The checkpoint that a run starts from, if any, with its state, and what identifies
+the checkpoint of --decay_from."""
+
+
+def _reserve(arguments: Arguments, folder: Path, world: int) -> Beginning:
+    """Reserve the output folder, and find what the run starts from. On rank 0; the
+    caller gives the folder up where this raises."""
     training = arguments.training
-    wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
     reservation = reserve(folder)
-    repair(root)
-    checkpoint = resume_checkpoint(wanted, root) if wanted else None
-    state = None if checkpoint is None else TrainerState.read(checkpoint)
-    branch: JsonObject = {}
-    if state is not None:
-        for name in (BRANCH_STEP, BRANCH_PARENT):
-            if name in state.identity:
-                branch[name] = state.identity[name]
-    begins_branch = checkpoint is None and training.decay_from is not None
+    storage_of(root).repair()
+    checkpoint, state, branch = _resumed(training, root)
+    continues = training.resume_from_checkpoint == AUTO
+    if checkpoint is not None and checkpoint.parent.resolve() == root.resolve():
+        continues = True
     if training.decay_from is not None:
-        # The parent may be gone once the branch has checkpoints of its own.
-        parent = expanded(training.decay_from, DECAY)
-        # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a
-        # branch that resumes goes by its record. A name with another step than that on
-        # record is refused with what else differs (`check_identity`).
-        if is_step_name(parent.name) or not branch:
-            parent = parent.resolve()
-            if not is_step_name(parent.name):
-                raise UserError(
-                    f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
-                )
-            branch[BRANCH_STEP] = step_of(parent)
-            if (parent / MANIFEST).is_file():
-                branch[BRANCH_PARENT] = sha256_file(parent / MANIFEST)
-        if begins_branch:
-            checkpoint = resume_checkpoint(str(parent), root, DECAY)
-            assert checkpoint is not None, "only auto may find none"
-            state = _branch(checkpoint, root)
-            # The branch's own checkpoints have it in their identity; the parent's have
-            # not.
-            state.identity.update(branch)
-    continues = wanted == AUTO
+        branch = _branch_identity(training.decay_from, branch)
+        if checkpoint is None:
+            checkpoint, state = _branch(training.decay_from, branch, root)
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
-        if checkpoint.parent == root.resolve() and not begins_branch:
-            continues = True
-    reservation.prepare(
-        training.overwrite_output_dir, continues, training.export_merged
-    )
+    overwrites = training.overwrite_output_dir
+    reservation.prepare(overwrites, continues, training.export_merged)
+    if not (continues or overwrites):
+        _check_empty(root)
     return checkpoint, state, branch
 
 
-def _branch(checkpoint: Path, root: Path) -> TrainerState:
-    """The state of a checkpoint as a branch with its checkpoints in `root` begins with
-    it: without the parent's end and what happened beside it. Raises `UserError` where
-    no decay can begin there."""
-    state = TrainerState.read(checkpoint)
+def _resumed(training: TrainingArguments, root: Path) -> Beginning:
+    """What --resume_from_checkpoint means, and the branch that it is of."""
+    wanted = training.resume_from_checkpoint
+    checkpoint = resume_checkpoint(wanted, root) if wanted else None
+    if checkpoint is None:
+        return None, None, {}
+    state = TrainerState.read(local_copy(checkpoint))
+    keys = (BRANCH_STEP, BRANCH_PARENT)
+    branch = {key: state.identity[key] for key in keys if key in state.identity}
+    return checkpoint, state, branch
+
+
+def _branch_identity(decay_from: str, recorded: JsonObject) -> JsonObject:
+    """What identifies the checkpoint of --decay_from. `recorded`: the same, of the
+    branch that is resumed, whose parent may be gone once it has checkpoints of its
+    own."""
+    parent = expanded(decay_from, DECAY)
+    # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a
+    # branch that resumes goes by its record. A name with another step than that on
+    # record is refused with what else differs (`check_identity`).
+    if recorded and not is_step_name(parent.name):
+        return recorded
+    storage, name = located(parent)
+    if not is_step_name(name):
+        raise UserError(
+            f"{DECAY} {decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
+        )
+    identity = {**recorded, BRANCH_STEP: step_of(storage.root / name)}
+    manifest = f"{name}/{MANIFEST}"
+    if storage.exists(manifest):
+        identity[BRANCH_PARENT] = sha256_file(storage.open_read(manifest))
+    return identity
+
+
+def _branch(
+    decay_from: str, branch: JsonObject, root: Path
+) -> tuple[Path, TrainerState]:
+    """The checkpoint of --decay_from, and its state as a branch with its checkpoints in
+    `root` begins with it: without the parent's end and its failures. Raises `UserError`
+    where no decay can begin there."""
+    storage, name = located(expanded(decay_from, DECAY))
+    checkpoint = resume_checkpoint(str(storage.root / name), root, DECAY)
+    assert checkpoint is not None, "only auto may find none"
+    state = TrainerState.read(local_copy(checkpoint))
     if not state.at_peak:
         raise UserError(
             f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins"
         )
-    if checkpoint.parent == root.resolve():
+    if checkpoint.parent.resolve() == root.resolve():
         raise UserError(
             f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own"
         )
-    return replace(state, failures=[], finished=False, best_step=0, best_score=None)
+    # The branch's own checkpoints have it in their identity; the parent's have not.
+    identity = {**state.identity, **branch}
+    branched = replace(state, identity=identity, failures=[], finished=False)
+    return checkpoint, replace(branched, best_step=0, best_score=None)
+
+
+def _check_empty(root: Path) -> None:
+    """Raise `UserError` where a run that is neither continued nor overwritten has
+    checkpoints, in a storage that is not in the output folder too."""
+    if checkpoints := complete_checkpoints(root):
+        raise UserError(
+            f"--output_dir {root.parent} holds another run, with {checkpoints[-1]}: choose another folder, continue it "
+            "with --resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
+        )
+
+
+def _begin_checkpoints(
+    root: Path, checkpoint: Path | None, state: TrainerState | None
+) -> None:
+    """The run begins: an overwritten one loses the checkpoints that were not set aside
+    with its folder; a resumed one has the links that it may have been killed before."""
+    storage = storage_of(root)
+    if checkpoint is not None and checkpoint.parent.resolve() == root.resolve():
+        assert state is not None
+        name_checkpoints(storage, checkpoint.name, state.best_step)
+        return
+    for folder in complete_checkpoints(root):
+        storage.delete(folder.name)
 
 
 # -- evaluation sets and steps ---------------------------------------------------------
@@ -354,7 +395,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         merged = folder / MERGED_FOLDER
         logger.info(f"writing the merged model to {merged}")
-        job.run.export(trainer.last_checkpoint, merged, job.start.hooks.variants)
+        job.export(trainer.last_checkpoint, merged)
     log.close()
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
@@ -376,7 +417,7 @@ def _push(training: TrainingArguments, job: Job, checkpoint: Path) -> None:
             if training.export_merged:
                 logger.info(push_folder(job.start.folder / MERGED_FOLDER, repository))
             else:
-                logger.info(push_adapter(checkpoint, repository))
+                logger.info(push_adapter(local_copy(checkpoint), repository))
 
     job.start.ranks.on_first("upload to the Hub", push, long=True)
 

@@ -4,12 +4,14 @@
     run.merge(step)        at intervals: ReMoRA
     run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 
-The main job, Hugging Face's Trainer and loops of users call the same methods. `FullRun`
-is the same for full training, which has neither base nor merges.
+The main job, Hugging Face's Trainer and loops of users call the same methods.
+`TrainingRun` is what remains where every parameter is trained, without base and merges.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +20,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.adapters.config import AS_LOADED
-from mora_ds.adapters.domains import domain_layers, domains_of
-from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers, set_cycle
+from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers
 from mora_ds.adapters.layer import AdaptedLinear, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.checkpoint.adapter_files import (
-    AdapterFile,
-    BaseReference,
-    DomainSquares,
-    logits_name,
-    read_adapter,
-    write_adapter,
-)
-from mora_ds.checkpoint.layout import (
-    ADAPTER_JSON,
-    CHECKPOINTS,
-    LEDGER_FOLDER,
-    PROBE_FILE,
-    TOKENIZER_FOLDER,
+from mora_ds.checkpoint.adapter_files import BaseReference, logits_name
+from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER
+from mora_ds.checkpoint.manager import (
+    CheckpointManager,
     complete_checkpoints,
     resume_checkpoint,
 )
+from mora_ds.checkpoint.sections import (
+    AdapterSection,
+    Section,
+    adapter_sections,
+    full_sections,
+    scheduler_state,
+)
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
-from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
+from mora_ds.checkpoint.storage import local_copy, storage_of
 from mora_ds.common.errors import UserError, whole_number
-from mora_ds.common.files import JsonObject, as_path, copy_folder
-from mora_ds.common.nested import different_keys
-from mora_ds.common.tensor_files import Tensors, dtype_name, write_safetensors_atomic
+from mora_ds.common.files import as_path
+from mora_ds.common.tensor_files import Tensors, dtype_name
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -60,7 +58,7 @@ from mora_ds.models.base import (
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.rope import changes_of
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
-from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
+from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
@@ -70,7 +68,127 @@ PROBE_IDS = torch.arange(3, 11).unsqueeze(0)
 bytes."""
 
 
-class Run:
+class TrainingRun:
+    """The state and the checkpoints of one engine, in `folder`, whatever it trains. All
+    processes call it together."""
+
+    def __init__(
+        self,
+        engine: zero.Engine,
+        folder: Path,
+        ranks: Ranks,
+        state: TrainerState,
+        sections: Sequence[Section],
+        async_save: bool = False,
+    ) -> None:
+        """`state`: a new one, or that of the checkpoint which is to be loaded.
+        `sections`: what a checkpoint holds."""
+        self.engine = engine
+        self.folder = folder
+        self.ranks = ranks
+        self.state = state
+        self.checkpoints = self._manager(folder, sections, async_save)
+
+    @classmethod
+    def full(
+        cls,
+        engine: zero.Engine,
+        folder: Path,
+        ranks: Ranks,
+        state: TrainerState,
+        async_save: bool = False,
+    ) -> TrainingRun:
+        """A run that trains every parameter."""
+        sections = full_sections(engine, state)
+        return cls(engine, folder, ranks, state, sections, async_save)
+
+    def _manager(
+        self, folder: Path, sections: Sequence[Section], async_save: bool = False
+    ) -> CheckpointManager:
+        storage = storage_of(folder / CHECKPOINTS)
+        return CheckpointManager(storage, sections, self.ranks, async_save)
+
+    def save(
+        self, step: int, keep: int | None = None, folder: Path | str | None = None
+    ) -> Path:
+        """Write the checkpoint of `step` and keep the newest `keep`. Returns its
+        folder.
+
+        `folder`: another one than the run's, in it; the checkpoint is then complete
+        when the call returns. Raises `UserError`, and changes nothing, as `merge` does.
+        """
+        step = self._check_step("save", step)
+        if keep is not None:
+            keep = whole_number(keep, 1, "save: `keep`", ", or None for all")
+        checkpoints = self.checkpoints
+        if folder is not None:
+            other = as_path(folder, "save: `folder`")
+            checkpoints = self._manager(other, checkpoints.sections)
+        self.check_base()
+        return checkpoints.save(step, keep, self.state.best_step)
+
+    def _check_step(self, method: str, step: Any, earliest: int = 0) -> int:
+        """The step as an int. Raise `UserError` for one that is no whole number from
+        `earliest` on, or before the newest one."""
+        return whole_number(step, max(earliest, self.state.step), f"{method}: `step`")
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the last checkpoint is written; with `async_save`, before the
+        end."""
+        self.checkpoints.wait(timeout_s)
+
+    def check_base(self) -> None:
+        """Raise `RunError`, on all processes, when one finds that the base's files have
+        changed; here none is read again."""
+
+    def changed_base_files(self) -> list[Path]:
+        """The files that `check_base` would read again on this process. Not
+        collective."""
+        return []
+
+    @property
+    def base_tensors(self) -> list[Tensor]:
+        """The frozen weights, wherever they lie: none of them may be communicated."""
+        return []
+
+
+def export_live(engine: zero.Engine, target: Path, tokenizer: Any) -> None:
+    """Write the model that an engine trains completely as a Hugging Face folder;
+    gathered one parameter at a time onto rank 0. Collective."""
+    model = engine.module
+    is_first = dist.get_rank() == 0
+    gathered: Tensors = {}
+    for name, parameter in model.named_parameters():
+        with zero.whole_parameter(engine, parameter):
+            if is_first:
+                gathered[name] = parameter.detach().cpu().clone()
+    if is_first:
+        write_own_base(model, target, tokenizer, state_dict=gathered)
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the main job, or another trainer, knows of a run; a loop written by a user
+    needs none of it."""
+
+    keys: Mapping[str, str] | None = None
+    """Parameter name -> key in the base; None: found from the model, whose frozen
+    weights are then compared too."""
+    identity: Mapping[str, Any] | None = None
+    """What a resumed run must share with its checkpoint besides base and adapter."""
+    tokenizer_folder: Path | None = None
+    """Copied into every checkpoint."""
+    facts: Mapping[str, Any] | None = None
+    """Further entries of adapter.json."""
+    ranks: Ranks | None = None
+    """Those which have found that they all see the folder; None: found by looking."""
+    state: TrainerState | None = None
+    """That of the checkpoint to resume, which is verified and whose identity is this
+    run's; None: verified, read and compared."""
+
+
+class Run(TrainingRun):
     """The merge ledger and the checkpoints of one engine, in `folder`. All processes
     make it, and call it, together.
 
@@ -92,89 +210,92 @@ class Run:
         resume: Path | str | None = None,
         overwrite: bool = False,
         async_save: bool = False,
-        keys: Mapping[str, str] | None = None,
-        identity: Mapping[str, Any] | None = None,
-        tokenizer_folder: Path | None = None,
-        facts: Mapping[str, Any] | None = None,
-        ranks: Ranks | None = None,
-        state: TrainerState | None = None,
+        context: RunContext | None = None,
     ) -> None:
-        """What a loop written by a user need not give:
-
-        `keys`: parameter name -> key in the base; None: found from the model, whose
-        frozen weights are then compared too. `identity`: what a resumed run must share
-        with its checkpoint besides base and adapter. `tokenizer_folder`: copied into
-        every checkpoint. `facts`: further entries of adapter.json. `ranks`: those which
-        have found that they all see `folder`; None: found by looking. `state`: that of
-        the checkpoint `resume`, which is verified and whose identity is this run's;
-        None: verified, read and compared.
-        """
-        if not isinstance(engine, zero.Engine):
-            raise UserError(
-                f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
-            )
-        if not isinstance(base, BaseCheckpoint):
-            base = BaseCheckpoint.open(as_path(base, "Run: `base`"), "base")
-        if resume is not None:
-            as_path(resume, "Run: `resume`")
+        """`context`: what callers other than a user's loop know already."""
+        base = _checked_arguments(engine, base, resume)
+        folder = as_path(folder, "Run: `folder`")
+        context = context or RunContext()
+        ranks = context.ranks or _ranks_that_see(folder)
         config = config_of(engine.module)
-        # One that no checkpoint can hold is refused here, before anything is trained.
-        _scheduler_state(engine.lr_scheduler)
-
-        self.engine = engine
-        self._gradient_of: int | None = None
-        """`engine.micro_steps` at the newest backward pass. `engine.step` counts that
-        up, so that the two are equal while gradients wait for their step."""
-        first_layer = next(iter(mora_layers(engine.module).values()))
-        # Not that of `value`, which may be frozen where there are domains, and then has
-        # no gradient.
-        trained = next(first_layer.parameters(recurse=False))
-        trained.register_hook(self._note_gradient)
-
-        self.folder = as_path(folder, "Run: `folder`")
-        if ranks is None:
-            ranks = Ranks.current()
-            ranks.on_first(
-                "output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True)
-            )
-            check_shared(self.folder, ranks)
-        self.ranks = ranks
-
-        is_mapped = keys is not None
-        keys = self._map(base) if keys is None else dict(keys)
+        keys = context.keys
+        if keys is None:
+            keys = mapped_keys(engine.module, base, ranks)
         fingerprint = base.fingerprint(ranks=ranks)
+        self.identity = run_identity(fingerprint, config, context.identity)
+        checkpoint, state = self._start(folder, ranks, resume, overwrite, context.state)
 
-        self.identity = run_identity(fingerprint, config, identity)
-        # A checkpoint that is given with its state was verified by the caller, and
-        # compared with this run.
-        if isinstance(resume, Path) and state is not None:
-            checkpoint: Path | None = resume
+        ledger = Ledger(folder / LEDGER_FOLDER, fingerprint, [])
+        self.remora = ReMoRA(engine, config, ledger, base, dict(keys))
+        facts = {"operator": config.title, **(context.facts or {})}
+        reference = _reference(engine.module, base, fingerprint, dict(keys))
+        adapter = AdapterSection(self.remora, reference, facts, self._probe)
+        sections = adapter_sections(adapter, state, context.tokenizer_folder)
+        super().__init__(engine, folder, ranks, state, sections, async_save)
+        self._watch_gradients()
+        if checkpoint is None:
+            self._new_ledger()
         else:
-            checkpoint = self._checkpoint(resume, overwrite)
-        if checkpoint is not None and state is None:
-            state = TrainerState.read(checkpoint)
-            check_identity(checkpoint, state.identity, self.identity)
-        new_state = TrainerState(world_size=ranks.world, identity=self.identity)
-        self.state = state or new_state
-
-        ledger = self._open_ledger(checkpoint, fingerprint)
-        self.remora = ReMoRA(engine, config, ledger, base, keys)
-        dtype = dtype_name(first_layer.dtype)
-        changes = changes_of(engine.module.config, base.folder)
-        base_folder = str(base.folder.resolve())
-        self._reference = BaseReference(base_folder, fingerprint, keys, dtype, changes)
-        self._tokenizer_folder = tokenizer_folder
-        self._facts = {"operator": config.title, **(facts or {})}
-        self.checkpoints = CheckpointWriter(
-            self.folder / CHECKPOINTS, engine, self._gather, ranks, async_save
-        )
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
+            self.checkpoints.load(checkpoint)
+            self.remora.replay()
+        is_as_loaded = context.keys is not None or config.base_bits == AS_LOADED
+        if not is_as_loaded and not self.remora.cycle:
             # The model may have been loaded in another dtype than its files have: fewer
             # bits are those of the original numbers, as after a merge.
             self.remora.form_base()
         base.release()
+
+    def _start(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        resume: Path | str | None,
+        overwrite: bool,
+        state: TrainerState | None,
+    ) -> tuple[Path | None, TrainerState]:
+        """(the checkpoint to resume from, its state); a new state without one. Raise
+        `UserError` for another run's, and for a folder that holds another run, unless
+        it may be overwritten."""
+        root = folder / CHECKPOINTS
+        if isinstance(resume, Path) and state is not None:
+            return resume, state
+        if resume is None:
+            if not overwrite:
+                ranks.on_first(
+                    "another run in the output folder", lambda: _check_new(folder)
+                )
+            return None, TrainerState(world_size=ranks.world, identity=self.identity)
+        checkpoint = ranks.on_first(
+            "checkpoint to resume from",
+            lambda: resume_checkpoint(str(resume), root, "Run: `resume`"),
+            long=True,
+        )
+        if checkpoint is None:
+            return None, TrainerState(world_size=ranks.world, identity=self.identity)
+        state = TrainerState.read(local_copy(checkpoint))
+        check_identity(checkpoint, state.identity, self.identity)
+        return checkpoint, state
+
+    def _new_ledger(self) -> None:
+        """An empty merge ledger, in place of what a run without a checkpoint has
+        left."""
+        ledger = self.remora.ledger
+
+        def write() -> None:
+            Ledger.create(ledger.folder, ledger.base_fingerprint, replace=True)
+
+        self.ranks.on_first("writing of the merge ledger", write, long=True)
+
+    def _watch_gradients(self) -> None:
+        """Note at which micro-step the newest gradient came."""
+        self._gradient_of: int | None = None
+        """`engine.micro_steps` at the newest backward pass. `engine.step` counts that
+        up, so that the two are equal while gradients wait for their step."""
+        first_layer = next(iter(mora_layers(self.engine.module).values()))
+        # Not that of `value`, which may be frozen where there are domains, and then has
+        # no gradient.
+        trained = next(first_layer.parameters(recurse=False))
+        trained.register_hook(self._note_gradient)
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start
@@ -185,7 +306,7 @@ class Run:
         which no optimizer step has been made.
         """
         earliest = self.state.merges[-1] + 1 if self.state.merges else 0
-        step = self._check_call("merge", step, earliest)
+        step = self._check_step("merge", step, earliest)
         if probe is not None and not callable(probe):
             raise UserError(
                 f"merge: `probe` must be a function without arguments, got {probe!r}"
@@ -195,33 +316,11 @@ class Run:
         self.state.merges.append(step)
         return report
 
-    def save(
-        self, step: int, keep: int | None = None, folder: Path | str | None = None
-    ) -> Path:
-        """Write the checkpoint of `step` and keep the newest `keep`. Returns its
-        folder.
-
-        `folder`: another one than the run's, in it; the checkpoint is then complete
-        when the call returns. Raises `UserError`, and changes nothing, as `merge` does.
-        """
-        earliest = self.state.merges[-1] if self.state.merges else 0
-        step = self._check_call("save", step, earliest)
-        if keep is not None:
-            keep = whole_number(keep, 1, "save: `keep`", ", or None for all")
-        checkpoints = self.checkpoints
-        if folder is not None:
-            root = as_path(folder, "save: `folder`") / CHECKPOINTS
-            checkpoints = CheckpointWriter(root, self.engine, self._gather, self.ranks)
-        self.state.scheduler = _scheduler_state(self.engine.lr_scheduler)
-        self.state.step = step
-        self.check_base()
-        return checkpoints.save(self.state, keep)
-
-    def _check_call(self, method: str, step: Any, earliest: int) -> int:
-        """The step as an int. Raise `UserError` for one that is no whole number from
-        `earliest` on, or before the newest one, and in the middle of an optimizer step,
-        whose gradients would be of another adapter, or lost."""
-        number = whole_number(step, max(earliest, self.state.step), f"{method}: `step`")
+    def _check_step(self, method: str, step: Any, earliest: int = 0) -> int:
+        """As of every run, from the last merge on. Raise `UserError` also in the middle
+        of an optimizer step, whose gradients would be of another adapter, or lost."""
+        merged = self.state.merges[-1] if self.state.merges else 0
+        number = super()._check_step(method, step, max(earliest, merged))
         has_gradients = self._gradient_of == self.engine.micro_steps
         if has_gradients or not zero.at_accumulation_boundary(self.engine):
             raise UserError(
@@ -247,11 +346,6 @@ class Run:
         collective."""
         return self.remora.base.changed_files()
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the last checkpoint is written; with `async_save`, before the
-        end."""
-        self.checkpoints.wait(timeout_s)
-
     def export(
         self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
     ) -> None:
@@ -263,9 +357,10 @@ class Run:
         )
 
         def export() -> None:
+            folder = local_copy(checkpoint)
             for domain in domains or (None,):
                 export_merged(
-                    checkpoint,
+                    folder,
                     target / (domain or ""),
                     overwrite=True,
                     domain=domain,
@@ -286,72 +381,6 @@ class Run:
         tensors += node_base_of(model).slots.values()
         return tensors
 
-    # -- what a checkpoint holds besides the engine's shards ---------------------------
-
-    def _gather(self, step: int) -> Callable[[Path], None]:
-        """Gather the adapter onto rank 0, one matrix at a time. The returned function
-        writes it with all that belongs to it into a folder, however training goes on
-        meanwhile. Collective."""
-        model = self.engine.module
-        layers = mora_layers(model)
-        domains = domain_layers(model)
-        squares = self._on_first(
-            (name, layer.unshard(zero.full_fp32(layer.value)))
-            for name, layer in layers.items()
-        )
-        # Beside the adapter: embeddings, norms and head, each tied one by its first
-        # name.
-        adapted = value_names(model)
-        trained = self._on_first(
-            (name, zero.full_fp32(value))
-            for name, value in model.named_parameters()
-            if name not in adapted
-        )
-        domain_squares = self._on_first(
-            (name, zero.full_fp32(layer.domain_squares))
-            for name, layer in domains.items()
-        )
-        probe = self._probe()
-        of_domains = None
-        if domains:
-            operators = {name: layer.own_spec for name, layer in domains.items()}
-            of_domains = DomainSquares(domains_of(model).names, operators)
-        adapter = AdapterFile(
-            layers=layer_entries(model),
-            config=self.remora.config,
-            dtype=self._reference.dtype,
-            cycle=self.remora.cycle,
-            step=step,
-            trainables=tuple(trained),
-            domains=of_domains,
-            facts=self._facts,
-        )
-        ledger = self.remora.ledger.snapshot()
-
-        def write(folder: Path) -> None:
-            if not self.ranks.is_first:
-                return
-            write_adapter(folder, adapter, squares, trained, domain_squares)
-            self._reference.write(folder)
-            ledger.copy_to(folder / LEDGER_FOLDER)
-            # Copied, not linked: a file that is damaged would be so in every
-            # checkpoint.
-            if self._tokenizer_folder is not None:
-                copy_folder(self._tokenizer_folder, folder / TOKENIZER_FOLDER)
-            dtype = {"dtype": self._reference.dtype}
-            write_safetensors_atomic(folder / PROBE_FILE, probe, dtype)
-
-        return write
-
-    def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        """{name: copy in host memory} on rank 0, nothing on other ranks. `tensors` may
-        gather each one as it is asked for, so that all ranks go through them."""
-        return {
-            name: tensor.to("cpu", copy=True)
-            for name, tensor in tensors
-            if self.ranks.is_first
-        }
-
     def _probe(self) -> Tensors:
         """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout,
         with the shared matrices alone and for every domain, for `export --verify`."""
@@ -364,175 +393,80 @@ class Run:
             probe[logits_name(domain)] = logits.float().cpu()
         return probe
 
-    def _restore(self, checkpoint: Path) -> None:
-        """Bring operators, engine, scheduler and the live base to the checkpoint's
-        state. Raises `UserError` where it has other operators than this model."""
-        model = self.engine.module
-        adapter = read_adapter(checkpoint)
-        set_cycle(model, self.remora.config, adapter.cycle)
-        live = layer_entries(model)
-        # A matrix that was trained in another operator means another update in this
-        # one.
-        for name in different_keys(adapter.layers, live):
-            raise UserError(
-                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
-                "in both"
-            )
-        load_checkpoint(checkpoint, self.engine, self.state)
-        scheduler = self.engine.lr_scheduler
-        if scheduler is not None and self.state.scheduler is not None:
-            scheduler.load_state_dict(self.state.scheduler)
-            # The next step is made with these rates: the scheduler itself sets others
-            # only after it.
-            groups = self.engine.optimizer.param_groups
-            for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
-        self.remora.replay()
 
-    def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
-        """The checkpoint to resume from, if any. Raise `UserError` for a folder that
-        holds another run, unless it may be overwritten."""
-        root = self.folder / CHECKPOINTS
-
-        def holds_run() -> bool:
-            has_ledger = (self.folder / LEDGER_FOLDER / LEDGER_FILE).exists()
-            return has_ledger or bool(complete_checkpoints(root))
-
-        def find() -> Path | None:
-            return resume_checkpoint(str(resume), root, "Run: `resume`")
-
-        if resume is not None:
-            return self.ranks.on_first("checkpoint to resume from", find, long=True)
-        is_another = self.ranks.on_first("another run in the output folder", holds_run)
-        if is_another and not overwrite:
-            raise UserError(
-                f'{self.folder} holds another run: choose another folder, or resume="auto"'
-            )
-        return None
-
-    def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
-        """The checkpoint's merge ledger, or an empty one in place of what a run without
-        a checkpoint has left. Rank 0 writes it, and hashes what it has written."""
-        folder = self.folder / LEDGER_FOLDER
-
-        def write() -> None:
-            if checkpoint is None:
-                Ledger.create(folder, fingerprint, replace=True)
-                return
-            saved = Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False)
-            saved.copy_to(folder)
-            Ledger.open(folder, fingerprint)
-
-        self.ranks.on_first("writing of the merge ledger", write, long=True)
-        return self.ranks.agree(
-            "merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False)
-        )
-
-    def _map(self, base: BaseCheckpoint) -> dict[str, str]:
-        """Parameter name -> key in the base, for every parameter; the frozen ones are
-        compared with it bit for bit, quantized ones to within their rounding."""
-        model: Any = self.engine.module
-        frozen = base_weights(model)
-        adapted = value_names(model)
-        trained = [name for name, _ in model.named_parameters() if name not in adapted]
-        keys = map_model(base, model, [*frozen, *map(stands_for, trained)])
-        rounded = quantized_layers(model)
-        unquantized = {
-            name: weight
-            for name, weight in frozen.items()
-            if name.removesuffix(".weight") not in rounded
-        }
-        # Each rank compares a share of the weights, which lie on its own device.
-        share = list(unquantized)[self.ranks.rank :: self.ranks.world]
-        self.ranks.agree(
-            "weights of the base",
-            lambda: verify_against_model(base, keys, unquantized, share),
-            long=True,
-        )
-        self.ranks.on_first(
-            "quantized weights of the base",
-            lambda: _verify_rounded(base, keys, rounded),
-            long=True,
-        )
-        return keys
+# -- starting --------------------------------------------------------------------------
 
 
-class FullRun(Run):
-    """The checkpoints of an engine that trains every parameter, without base and
-    merges."""
-
-    def __init__(
-        self,
-        engine: zero.Engine,
-        *,
-        folder: Path,
-        state: TrainerState,
-        ranks: Ranks,
-        resume: Path | None,
-        async_save: bool,
-        tokenizer: Any,
-    ) -> None:
-        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`:
-        saved with the model."""
-        self.engine = engine
-        self.folder = folder
-        self.state = state
-        self.ranks = ranks
-        self.tokenizer = tokenizer
-        self._gradient_of = None
-        self.checkpoints = CheckpointWriter(
-            folder / CHECKPOINTS, engine, self._gather, ranks, async_save
-        )
-        if resume is not None:
-            load_checkpoint(resume, engine, state)
-
-    def check_base(self) -> None:
-        """Check nothing: the weights are trained, and no file is read again."""
-
-    def changed_base_files(self) -> list[Path]:
-        """No file is read again."""
-        return []
-
-    @property
-    def base_tensors(self) -> list[Tensor]:
-        """No weight is frozen."""
-        return []
-
-    def _gather(self, step: int) -> Callable[[Path], None]:
-        return lambda folder: None
-
-    def export(
-        self, checkpoint: Path, target: Path, domains: Sequence[str] = ()
-    ) -> None:
-        """Write the live model, which is that of the last checkpoint, as a Hugging Face
-        folder; gathered one parameter at a time onto rank 0. Collective."""
-        model = self.engine.module
-        gathered: Tensors = {}
-        for name, parameter in model.named_parameters():
-            with zero.whole_parameter(self.engine, parameter):
-                if self.ranks.is_first:
-                    gathered[name] = parameter.detach().cpu().clone()
-        if self.ranks.is_first:
-            write_own_base(model, target, self.tokenizer, state_dict=gathered)
-        dist.barrier()
-
-
-def _scheduler_state(scheduler: Any) -> JsonObject | None:
-    """The state of an engine's scheduler for trainer_state.json; None without a
-    scheduler. Raises `UserError` for a state that JSON does not give back as it was."""
-    if scheduler is None:
-        return None
-    state: JsonObject = scheduler.state_dict()
-    try:
-        comes_back = json.loads(json.dumps(state, allow_nan=False)) == state
-    except (TypeError, ValueError):
-        comes_back = False
-    if not comes_back:
+def _checked_arguments(
+    engine: Any, base: Path | str | BaseCheckpoint, resume: Path | str | None
+) -> BaseCheckpoint:
+    """The opened base. Raise `UserError` for arguments of another type, and for a
+    scheduler that no checkpoint can hold, before anything is trained."""
+    if not isinstance(engine, zero.Engine):
         raise UserError(
-            f"initialize: the state of `lr_scheduler`, a {type(scheduler).__name__}, does not fit in a checkpoint: "
-            'take LambdaLR of torch, or set "lr" of engine.optimizer.param_groups in each step'
+            f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
         )
-    return state
+    if not isinstance(base, BaseCheckpoint):
+        base = BaseCheckpoint.open(as_path(base, "Run: `base`"), "base")
+    if resume is not None:
+        as_path(resume, "Run: `resume`")
+    scheduler_state(engine.lr_scheduler)
+    return base
+
+
+def _ranks_that_see(folder: Path) -> Ranks:
+    """All ranks, when they have found that they see the same folder. Collective."""
+    ranks = Ranks.current()
+    ranks.on_first("output folder", lambda: folder.mkdir(parents=True, exist_ok=True))
+    check_shared(folder, ranks)
+    return ranks
+
+
+def _check_new(folder: Path) -> None:
+    """Raise `UserError` for a folder that holds a run."""
+    has_ledger = (folder / LEDGER_FOLDER / LEDGER_FILE).exists()
+    if has_ledger or complete_checkpoints(folder / CHECKPOINTS):
+        raise UserError(
+            f'{folder} holds another run: choose another folder, or resume="auto"'
+        )
+
+
+def _reference(
+    model: Any, base: BaseCheckpoint, fingerprint: str, keys: dict[str, str]
+) -> BaseReference:
+    """What a checkpoint records of the base."""
+    first_layer = next(iter(mora_layers(model).values()))
+    dtype = dtype_name(first_layer.dtype)
+    changes = changes_of(model.config, base.folder)
+    return BaseReference(str(base.folder.resolve()), fingerprint, keys, dtype, changes)
+
+
+def mapped_keys(model: Any, base: BaseCheckpoint, ranks: Ranks) -> dict[str, str]:
+    """Parameter name -> key in the base, for every parameter; the frozen ones are
+    compared with it bit for bit, quantized ones to within their rounding."""
+    frozen = base_weights(model)
+    adapted = value_names(model)
+    trained = [name for name, _ in model.named_parameters() if name not in adapted]
+    keys = map_model(base, model, [*frozen, *map(stands_for, trained)])
+    rounded = quantized_layers(model)
+    unquantized = {
+        name: weight
+        for name, weight in frozen.items()
+        if name.removesuffix(".weight") not in rounded
+    }
+    # Each rank compares a share of the weights, which lie on its own device.
+    share = list(unquantized)[ranks.rank :: ranks.world]
+    ranks.agree(
+        "weights of the base",
+        lambda: verify_against_model(base, keys, unquantized, share),
+        long=True,
+    )
+    ranks.on_first(
+        "quantized weights of the base",
+        lambda: _verify_rounded(base, keys, rounded),
+        long=True,
+    )
+    return keys
 
 
 def _verify_rounded(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER, tokenizer_of
+from mora_ds.checkpoint.storage import local_copy
 from mora_ds.common.files import copy_folder, disk_errors
 from mora_ds.config.data import ModelArguments
 from mora_ds.data import (
@@ -25,7 +26,7 @@ def _begin(target: Path, checkpoint: Path | None) -> None:
     """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint,
     empty `target`. Checkpoints of full training hold no tokenizer: `target` then
     stays."""
-    saved = tokenizer_of(checkpoint)
+    saved = None if checkpoint is None else tokenizer_of(local_copy(checkpoint))
     if checkpoint is not None and saved is None:
         return
     shutil.rmtree(target, ignore_errors=True)

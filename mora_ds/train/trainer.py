@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, step_of
+from mora_ds.checkpoint.layout import step_of
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.engine import zero
@@ -40,6 +40,7 @@ from mora_ds.train.loader import (
 )
 from mora_ds.train.metrics import MetricsLog, PhaseMemory, source_facts
 from mora_ds.train.profile import step_profiler
+from mora_ds.train.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +91,11 @@ class Trainer:
         """The step of the newest checkpoint; None where that does not have the present
         model: after a merge, and after a resume from an older checkpoint."""
         checkpoint = job.start.checkpoint
-        if checkpoint is not None:
-            latest = job.start.folder / CHECKPOINTS / LATEST
+        if checkpoint is not None and job.is_trained:
 
             def is_latest() -> bool:
-                return latest.resolve() == checkpoint.resolve()
+                latest = job.run.checkpoints.latest()
+                return latest is not None and latest.resolve() == checkpoint.resolve()
 
             if self.ranks.on_first("newest checkpoint", is_latest):
                 self._saved_step = self.state.step
@@ -400,7 +401,9 @@ class Trainer:
 
     def _merge(self) -> None:
         self.memory.end(BETWEEN)
-        merge = self.job.run.merge(self.state.step, self._probe_loss)
+        run = self.job.run
+        assert isinstance(run, Run), "full training has no merges"
+        merge = run.merge(self.state.step, self._probe_loss)
         self.state.merge_pending = False
         self._saved_step = None  # what was saved before is not the merged model
         self.memory.end("merge")

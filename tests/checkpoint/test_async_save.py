@@ -9,11 +9,9 @@ import time
 import pytest
 import torch
 
-from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.writer import Background
+from mora_ds.checkpoint import manager as checkpoints
+from mora_ds.checkpoint.manager import Background, complete_checkpoints
 from mora_ds.common.errors import RunError
-from mora_ds.engine import shards as shard_module
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import finished_run, job, refused
@@ -36,31 +34,31 @@ def slow_job(argv):
     """No shard is written before a step has been done since its save, the last one's apart:
     a save that waited for the disk would wait for ever. (shards that were written beside
     training, summary)."""
-    write = shard_module.write_shard
+    write = checkpoints._write_rank_file
     after_step = Trainer._after_step
-    save = checkpoints.CheckpointWriter.save
+    save = checkpoints.CheckpointManager.save
     stepped, beside = threading.Event(), 0
 
-    def slowly(path, content):
+    def slowly(own, tensors):
         nonlocal beside
         beside += not stepped.is_set()
         if not stepped.wait(60):
             raise RunError("training did not go on")
-        write(path, content)
+        write(own, tensors)
 
-    def counted(writer, state, *args):
-        writer.wait()
-        if state.step < LAST_STEP:
+    def counted(manager, step, *args):
+        manager.wait()
+        if step < LAST_STEP:
             stepped.clear()
-        return save(writer, state, *args)
+        return save(manager, step, *args)
 
     def step(trainer):
         stepped.set()
         after_step(trainer)
 
-    shard_module.write_shard = slowly
+    checkpoints._write_rank_file = slowly
     Trainer._after_step = step
-    checkpoints.CheckpointWriter.save = counted
+    checkpoints.CheckpointManager.save = counted
     summary = job(argv)
     return beside, summary
 
@@ -79,18 +77,18 @@ def test_the_same_checkpoints_while_training_goes_on(user, whole, out):
 
 def faulty_job(argv, fault):
     """The disk of rank 1 has a fault from the second checkpoint on."""
-    write = shard_module.write_shard
+    write = checkpoints._write_rank_file
     written = []
 
-    def write_or_fail(path, content):
-        written.append(path)
-        if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
+    def write_or_fail(own, tensors):
+        written.append(own.folder)
+        if torch.distributed.get_rank() == 1 and "step-000004" in own.folder:
             fault()
-        write(path, content)
+        write(own, tensors)
 
-    shard_module.write_shard = write_or_fail
+    checkpoints._write_rank_file = write_or_fail
     kind, message = refused(argv)
-    assert not any("step-000006" in str(path) for path in written), (
+    assert not any("step-000006" in folder for folder in written), (
         "the next save is the boundary"
     )
     return kind, message

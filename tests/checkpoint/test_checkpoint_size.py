@@ -8,10 +8,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import mora_ds
-from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.writer import _retain as retain
+from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.common.files import verify_manifest
-from tests.helpers.damage import checkpoint_at
+from tests.helpers.damage import checkpoint_at, manager_of
 from tests.helpers.engines import ds_config
 from tests.helpers.models import micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
@@ -81,11 +80,11 @@ def test_only_whole_ones_count_and_go(tmp_path):
     folders = {step: checkpoint_at(tmp_path, step) for step in (1, 2, 3, 4, 5, 6, 9)}
     (folders[2] / "manifest.json").unlink()
     (folders[5] / "file").write_text("")
-    retain(tmp_path, 6, 2)
-    assert names(tmp_path) == [2, 4, 5, 6, 9]
-    retain(tmp_path, 6, None)
-    assert names(tmp_path) == [2, 4, 5, 6, 9]
-    retain(tmp_path, 6, 1)
-    assert names(tmp_path) == [2, 5, 6, 9]
+    manager = manager_of(tmp_path)
+    manager.retain(6, 2)
+    assert names(tmp_path) == [4, 5, 6, 9]
+    manager.retain(6, 1)
+    assert names(tmp_path) == [5, 6, 9]
+    assert folders[2].is_dir()
     assert verify_manifest(folders[6]) == [], "the last good one stays"
     assert not list(tmp_path.glob(".*"))

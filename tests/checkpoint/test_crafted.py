@@ -6,17 +6,17 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mora_ds.checkpoint.layout import resume_checkpoint
-from mora_ds.checkpoint.state import TrainerState
+from mora_ds.checkpoint.manager import resume_checkpoint
+from mora_ds.checkpoint.sections import RandomSection, SavedCheckpoint
+from mora_ds.checkpoint.shard_table import EngineShards
 from mora_ds.checkpoint.verify import verify
-from mora_ds.checkpoint.writer import _load_rng
 from mora_ds.common.files import json_digest
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
-from mora_ds.engine.shards import EngineShards
 from tests.helpers.crafted import (
     SHARD,
     change_header,
@@ -27,6 +27,8 @@ from tests.helpers.crafted import (
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
 from tests.helpers.tables import rows
+
+RANK_0 = SimpleNamespace(rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +187,8 @@ def test_wrong_types_and_numbers_are_named(checkpoint, file, change, words):
 
 def test_random_states_that_torch_does_not_take(checkpoint):
     saved = EngineShards.open(checkpoint / "engine")
-    with user_error(r"engine is damaged"):
-        _load_rng(saved, 0, TrainerState.read(checkpoint))
+    with user_error(r"step-000007 is damaged"):
+        RandomSection(None).load(SavedCheckpoint(checkpoint, None, saved, RANK_0))
 
 
 def change_first_operator(change, content):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.checkpoint.layout import complete_checkpoints, resume_checkpoint
+from mora_ds.checkpoint.manager import complete_checkpoints, resume_checkpoint
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import verify_manifest, write_manifest
 from mora_ds.data import build_cache, load_corpus, load_tokenizer

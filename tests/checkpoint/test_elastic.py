@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mora_ds.checkpoint import shard_table
+from mora_ds.checkpoint.shard_table import EngineShards, RankShard, rank_tensors
 from mora_ds.common.errors import UserError
+from mora_ds.common.tensor_files import write_safetensors
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine import zero
-from mora_ds.engine.shards import MASTER, EngineShards
+from mora_ds.engine.shards import MASTER
 from mora_ds.engine.zero import view_of
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks
@@ -80,12 +83,14 @@ def one_step(engine):
 
 def save_engine(engine, folder):
     """The shards of all ranks and their table in `folder/engine`. Collective."""
-    layout, shard, tensors = shard_module.shard_of(engine)
-    folder.mkdir(parents=True, exist_ok=True)
-    shard_module.write_shard(folder / "engine" / shard.file, tensors)
+    held = shard_module.partitions_of(engine)
+    shard = RankShard.of_engine(dist.get_rank(), held)
+    (folder / "engine").mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "engine" / shard.file, rank_tensors(held), {})
     of_all = gather_to_first(shard, Ranks.current().group)
     if of_all is not None:
-        EngineShards.of(folder / "engine", layout, of_all).write_table()
+        table = EngineShards.of(folder / "engine", held.layout, of_all)
+        table.write_table(table.where)
     dist.barrier()
 
 
@@ -256,13 +261,13 @@ def opened_while_restored(folder):
     them.
     """
     opened = []
-    load = shard_module.open_safetensors
+    load = shard_table.open_safetensors
 
     def watch(path):
         opened.append(path.name)
         return load(path)
 
-    shard_module.open_safetensors = watch
+    shard_table.open_safetensors = watch
     opened_files = []
     for combination in COMBINATIONS:
         shards = EngineShards.open(place(folder, combination) / "engine")

@@ -8,20 +8,19 @@ import shutil
 
 import pytest
 
-from mora_ds.checkpoint import layout as folders
-from mora_ds.checkpoint import writer
-from mora_ds.checkpoint.layout import (
+from mora_ds.checkpoint import storage as storages
+from mora_ds.checkpoint.layout import step_name, step_of
+from mora_ds.checkpoint.manager import (
+    CheckpointManager,
     complete_checkpoints,
     name_best,
-    name_latest,
-    repair,
+    name_checkpoints,
     resume_checkpoint,
-    step_folder,
-    step_of,
 )
+from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import replace_symlink
-from tests.helpers.damage import checkpoint_at
+from tests.helpers.damage import checkpoint_at, manager_of
 
 UNKNOWN_FOLDERS = (
     "step-000002.bak",
@@ -69,16 +68,16 @@ def names(root):
 def test_steps_and_their_folders_are_in_order(tmp_path):
     steps = [0, 9, 40, 999_999, 1_000_000, 123_456_789]
     for step in steps:
-        step_folder(tmp_path, step).mkdir()
+        checkpoint_at(tmp_path, step)
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == steps
 
 
 def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     before = contents(root)
-    repair(root)
+    LocalStorage(root).repair()
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
     assert resume_checkpoint("auto", root) == root / "step-000006"
-    writer._retain(root, 6, keep=1)
+    manager_of(root).retain(6, keep=1)
     gone = {
         name for name in before if name.split("/")[0] in ("step-000002", "step-000004")
     }
@@ -89,24 +88,23 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
 
 
 def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(
-    root, tmp_path
+    root,
 ):
     """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a
     checkpoint that is there.
     """
-    name_latest(root, root / "step-000004")
+    storage = LocalStorage(root)
+    name_checkpoints(storage, "step-000004", 0)
     assert os.readlink(root / "latest") == "step-000006"
     for target in (None, "step-000099"):
         (root / "latest").unlink()
         if target is not None:
             (root / "latest").symlink_to(target)
-        name_latest(root, tmp_path / "elsewhere/step-000001")
-        assert not (root / "latest").exists(), "no checkpoint of this run"
-        name_latest(root, root / "step-000004")
+        name_checkpoints(storage, "step-000004", 0)
         assert os.readlink(root / "latest") == "step-000004"
     for step, named in ((4, 4), (2, 2), (99, 2)):
-        name_best(root, step_folder(root, step))
-        assert os.readlink(root / "best") == f"step-{named:06d}"
+        name_best(storage, step)
+        assert os.readlink(root / "best") == step_name(named)
 
 
 def test_a_copy_can_be_resumed_from_and_verified(root):
@@ -130,16 +128,16 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
-        writer._retain(root, 6, keep=1)
-        repair(root)
+        manager_of(root).retain(6, keep=1)
+        LocalStorage(root).repair()
     assert (
         "cannot be deleted and takes up space: [Errno 16] Device or resource busy"
         in caplog.text
     )
     assert resume_checkpoint("auto", root) == root / "step-000006"
     caplog.clear()
-    repair(root)
-    writer._retain(root, 6, keep=1)
+    LocalStorage(root).repair()
+    manager_of(root).retain(6, keep=1)
     assert names(root) == ["step-000001", "step-000006"]
     assert {path.name for path in root.glob(".*")} == set(HIDDEN_FOLDERS)
     assert not caplog.text
@@ -148,11 +146,12 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
 def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
     root, monkeypatch, caplog
 ):
-    beside = shutil.copytree(root / "step-000006", root / ".step-000006.writing")
+    shutil.copytree(root / "step-000006", root / ".step-000006.writing")
+    storage = LocalStorage(root)
     with monkeypatch.context() as patched:
-        patched.setattr(folders.shutil, "rmtree", busy)
-        writer._replace_folder(beside, root / "step-000006")
+        patched.setattr(storages.shutil, "rmtree", busy)
+        storage.commit(".step-000006.writing", "step-000006")
     assert "step-000006.old.writing cannot be deleted" in caplog.text
-    assert folders.problems(root / "step-000006") == []
-    repair(root)
+    assert CheckpointManager.verify(root / "step-000006") == []
+    storage.repair()
     assert not list(root.glob(".step-000006*"))

@@ -9,12 +9,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import mora_ds
-from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.layout import resume_checkpoint
+from mora_ds.checkpoint.manager import resume_checkpoint
+from mora_ds.checkpoint.sections import (
+    EngineSection,
+    RandomSection,
+    SavedCheckpoint,
+)
+from mora_ds.checkpoint.shard_table import EngineShards, RankShard
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink
-from mora_ds.engine.shards import EngineShards, RankShard
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, checkpoint_at
 from tests.helpers.engines import ds_config
@@ -94,7 +98,6 @@ DIFFERENT = """
 {global_batch_size: 1} | {global_batch_size: 2} | --per_device_train_batch_size --gradient_accumulation_steps
 {mixture: {sources: {law: 1}}} | {mixture: {sources: {law: 2}}} | --document_start --replay --mixture \
 --train_files --text_column --held_out_share
-{alignment: [0.1, 16]} | {} | alignment removed exported
 """
 
 
@@ -119,26 +122,22 @@ def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path, rows):
             check_world_size(tmp_path, state, world)
 
 
-@pytest.mark.parametrize("of_all", [False, True])
-def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path, of_all):
+def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
     """A rank's own state where it has one; otherwise one of its own, another at every step,
-    the same each time. `of_all`: in one file, as earlier versions saved them.
+    the same each time.
     """
     states = []
     for seed in (3, 4):
         torch.manual_seed(seed)
         states.append(torch.get_rng_state())
-    if of_all:
-        save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
-    else:
-        (tmp_path / "engine").mkdir()
-        for rank, state in enumerate(states):
-            save_file({"rng.cpu": state}, tmp_path / f"engine/{rank}.st")
-    shards = EngineShards(tmp_path / "engine", None, ["0.st", "1.st"], None)
+    for rank, state in enumerate(states):
+        save_file({"rng.cpu": state}, tmp_path / f"{rank}.st")
+    shards = EngineShards(tmp_path, None, ["0.st", "1.st"], None)
 
     def drawn(rank, step=5, seed=0):
         state = TrainerState(step=step, identity={"seed": seed})
-        checkpoints._load_rng(shards, rank, state)
+        ranks = SimpleNamespace(rank=rank)
+        RandomSection(state).load(SavedCheckpoint(tmp_path, None, shards, ranks))
         return torch.rand(1).item()
 
     rng_state = torch.get_rng_state()
@@ -155,26 +154,11 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path, of_all):
         torch.set_rng_state(rng_state)
 
 
-def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path):
-    def share(rank, **facts):
-        return {}, RankShard(rank, "", 1, b"", facts)
-
-    shares = [
-        share(0, stage=3, lr=0.1),
-        share(1, stage=3, lr=0.2),
-        share(2, stage=3, lr=0.1),
-    ]
-    alone = SimpleNamespace(on_first=lambda check, work: work())
-    writer = checkpoints.CheckpointWriter(
-        tmp_path, None, lambda step: lambda folder: None, ranks=alone
-    )
-    with run_error(
-        r"ranks \[1\] trained other parameters or with other settings than rank 0",
-    ):
-        writer._complete(
-            tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None
-        )
-    assert not any(tmp_path.iterdir())
+def test_ranks_that_trained_something_else_write_no_checkpoint():
+    shares = [RankShard(rank, "", 1, b"", layout) for rank, layout in enumerate("aba")]
+    words = r"ranks \[1\] trained other parameters or with other settings than rank 0"
+    with run_error(words):
+        EngineSection(None).finish(None, shares)
 
 
 def refused_operator(root):

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.checkpoint import storage as storages
+from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import job, refused
@@ -58,24 +59,24 @@ def flushed_job(argv):
     """
     events = []
     flush = os.fsync
-    rename = checkpoints._replace_folder
-    link = checkpoints.files.replace_symlink
+    rename = os.replace
+    link = storages.replace_symlink
 
     def fsync(descriptor):
         flush(descriptor)
         events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def replace_folder(beside, final):
-        rename(beside, final)
-        events.append(f"{beside} -> {final.name}")
+    def replace(source, target):
+        rename(source, target)
+        events.append(f"{source} -> {Path(target).name}")
 
     def replace_symlink(path, target):
         events.append(f"{path} links")
         link(path, target)
 
     os.fsync = fsync
-    checkpoints._replace_folder = replace_folder
-    checkpoints.files.replace_symlink = replace_symlink
+    os.replace = replace
+    storages.replace_symlink = replace_symlink
     job(argv)
     return events[
         next(index for index, event in enumerate(events) if "manifest.json" in event) :

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
 from tests.helpers.gloo import run_alone, run_ranks

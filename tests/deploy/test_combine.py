@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from mora_ds.adapters import config
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, write_adapter
-from mora_ds.checkpoint.layout import step_folder
+from mora_ds.checkpoint.layout import step_name
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
 from mora_ds.deploy.adapter_io import load_adapter
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
         num_hidden_layers=1,
         tie_word_embeddings=True,
     )
-    earlier = step_folder(fake.checkpoint.parent, 3)
+    earlier = fake.checkpoint.parent / step_name(3)
     shutil.copytree(fake.checkpoint, earlier)
     opened = Adapter.open(earlier)
     layers = layers_of(fake.live, 1)
@@ -152,7 +152,7 @@ def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path, base_fol
 
 
 def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path, merged):
-    earlier = step_folder(run.checkpoint.parent, 3)
+    earlier = run.checkpoint.parent / step_name(3)
     combine_adapters([earlier, run.checkpoint], [0.45, 0.45], tmp_path / "mean")
     export_merged(tmp_path / "mean", merged)
     opened = Adapter.open(tmp_path / "mean")

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mora_ds.checkpoint.shard_table import INDEX_FILE, EngineShards, RankShard
 from mora_ds.engine import shards as shard_module
-from mora_ds.engine.shards import MASTER, EngineShards, Extent, Layout, RankShard
+from mora_ds.engine.shards import MASTER, Extent, Layout
 from mora_ds.engine.zero import Flat, Span
 from tests.helpers.errors import user_error
 
@@ -82,7 +83,7 @@ def write(folder, *files, **more):
     folder.mkdir(exist_ok=True)
     for rank, content in enumerate(files or (contents(0), contents(1))):
         save_file(content, folder / f"{rank}.st")
-    shards_of(folder, layout(**more), LAYOUTS).write_table()
+    shards_of(folder, layout(**more), LAYOUTS).write_table(folder / INDEX_FILE)
 
 
 def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
@@ -127,7 +128,7 @@ def one_flat_each(folder):
             f"{number}.step": torch.tensor(4.0 if number else 1.0),
         }
     save_file(tensors, folder / "0.st")
-    shards_of(folder, layout(world_size=1), [flats]).write_table()
+    shards_of(folder, layout(world_size=1), [flats]).write_table(folder / INDEX_FILE)
     return EngineShards.open(folder)
 
 
@@ -259,7 +260,8 @@ NO_RUNS = f"""
 
 def opened(folder, rows):
     common = layout(world_size=3, groups=[{"a": [10]}])
-    EngineShards(folder, common, ["0", "1", "2"], np.array(rows)).write_table()
+    shards = EngineShards(folder, common, ["0", "1", "2"], np.array(rows))
+    shards.write_table(folder / INDEX_FILE)
     return EngineShards.open(folder)
 
 
@@ -268,15 +270,6 @@ def test_a_table_that_no_ranks_have_written(tmp_path, line):
     assert opened(tmp_path, RUNS).runs.tolist() == RUNS
     with user_error("do not hold all of a"):
         opened(tmp_path, [list(map(int, line.split())), RUNS[1]])
-
-
-def test_a_table_of_an_earlier_version_has_a_row_for_each_extent(tmp_path):
-    rows = [[0, 0, 4, 0, 0, 0], [0, 4, 4, 1, 0, 0], [0, 8, 2, 2, 0, 0]]
-    assert opened(tmp_path, rows).runs.tolist() == RUNS
-    with user_error("do not hold all of a"):
-        opened(tmp_path, rows[1:])
-    with user_error("layouts.safetensors is damaged"):
-        opened(tmp_path, [[0] * 7])
 
 
 def test_ranks_with_other_learning_rates_have_another_layout():

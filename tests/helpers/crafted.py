@@ -8,9 +8,10 @@ import struct
 import torch
 from safetensors.torch import load_file, save_file
 
+from mora_ds.checkpoint.shard_table import INDEX_FILE, EngineShards, RankShard
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
-from mora_ds.engine.shards import INDEX_FILE, EngineShards, Extent, Layout, RankShard
+from mora_ds.engine.shards import Extent, Layout
 from mora_ds.remora.ledger import _link
 from tests.helpers.exports import fake_run
 
@@ -61,7 +62,9 @@ def _write_engine(checkpoint):
         counters={"global_steps": 7},
     )
     shard = RankShard.of(layout, 0, SHARD, [pieces])
-    EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
+    EngineShards.of(checkpoint / "engine", layout, [shard]).write_table(
+        checkpoint / "engine" / INDEX_FILE
+    )
 
 
 def change_layout(checkpoint, change):

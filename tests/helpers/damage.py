@@ -11,6 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mora_ds.checkpoint.manager import CheckpointManager
+from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.common.files import write_manifest
 
 
@@ -86,3 +88,8 @@ def checkpoint_at(root, step):
     (folder / "file").write_text(str(step))
     write_manifest(folder)
     return folder
+
+
+def manager_of(root):
+    """For checkpoints in a folder, without a run."""
+    return CheckpointManager(LocalStorage(root), (), None)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from mora_ds.checkpoint.layout import complete_checkpoints, problems
+from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
@@ -195,7 +195,7 @@ def attempt(settings, user):
             summary = pretrain(parse(argv_of(settings, user)))
         assert summary.get("base_bytes_gathered", 0) == 0
         assert not any(
-            problems(folder)
+            CheckpointManager.verify(folder)
             for folder in complete_checkpoints(Path("out/checkpoints"))[-1:]
         )
         assert set(os.listdir(".")) <= {*entries, "out"}

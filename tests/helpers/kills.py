@@ -25,7 +25,8 @@ import transformers
 
 import mora_ds.data.cache
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.engine import shards
+from mora_ds.checkpoint import manager
+from mora_ds.checkpoint.shard_table import rank_file
 from mora_ds.remora import ledger
 from mora_ds.train import metrics
 from tests.helpers.gloo import start_ranks
@@ -89,6 +90,12 @@ def torn(owner, name, path_of):
         die()
 
     at_call(owner, name, 1, has_ended=tear)
+
+
+def path_of_shard(own):
+    """Where this rank's file of a checkpoint that is being written lies."""
+    file = f"{own.folder}/engine/{rank_file(dist.get_rank())}"
+    return own.storage.open_read(file)
 
 
 def half_deleted(folder_name):
@@ -206,7 +213,9 @@ UNUSUAL = {
     "half a row": half_a_row,
     "half a tokenizer": half_a_tokenizer,
     "half a layer": lambda: half_a_layer(2),
-    "half a shard": lambda: torn(shards, "write_shard", lambda path, tensors: path),
+    "half a shard": lambda: torn(
+        manager, "_write_rank_file", lambda own, tensors: path_of_shard(own)
+    ),
     "half of the tokens": lambda: torn(
         mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin"
     ),
@@ -222,19 +231,19 @@ before_the_optimizer_step | all | nothing | - | before deepspeed.runtime.engine.
 after_the_optimizer_step | all | nothing | - | after deepspeed.runtime.engine.DeepSpeedEngine.step 4
 half_a_row_of_metrics | first | nothing | - | half a row
 # a checkpoint
-matrices_are_gathered | all | nothing | .train.run.Run._gather 3 | before .engine.zero.full_fp32 5
-engine_shard_half_written | all | nothing | .checkpoint.writer.CheckpointWriter.save 3 | half a shard
-after_the_shards | all | nothing | - | before .checkpoint.writer._record 3
-adapter_half_written | first | nothing | .train.run.write_adapter 3 | \
+matrices_are_gathered | all | nothing | .checkpoint.sections.AdapterSection.gather 3 | before .engine.zero.full_fp32 5
+engine_shard_half_written | all | nothing | .checkpoint.manager.CheckpointManager.save 3 | half a shard
+after_the_shards | all | nothing | - | before .checkpoint.manager.gather_to_first 3
+adapter_half_written | first | nothing | .checkpoint.sections.adapter_tensors 3 | \
 after .common.tensor_files.SafetensorsWriter.write 4
-ledger_half_copied | first | nothing | .remora.ledger.Ledger.copy_to 5 | before .remora.ledger.link_or_copy 2
-before_the_manifest | first | nothing | - | before .common.files.write_manifest 3
-before_the_rename | first | nothing | - | before .checkpoint.writer._replace_folder 3
-before_the_first_latest | first | nothing | - | before .common.files.replace_symlink 1
-before_the_last_latest | first | nothing | - | before .common.files.replace_symlink 9
-latest_made_and_not_moved | first | nothing | .common.files.replace_symlink 3 | after pathlib.Path.symlink_to 1
-after_the_best | first | nothing | - | after .checkpoint.writer.name_best 6
-between_the_two_renames | first | unnamed | .checkpoint.writer._replace_folder 1 | after os.replace 1
+ledger_half_copied | first | nothing | .checkpoint.sections._write_ledger 5 | before .checkpoint.storage.link_or_copy 2
+before_the_manifest | first | nothing | - | before .checkpoint.manager.manifest_of 3
+before_the_rename | first | nothing | - | before .checkpoint.storage.LocalStorage.commit 3
+before_the_first_latest | first | nothing | - | before .checkpoint.storage.LocalStorage.link 1
+before_the_last_latest | first | nothing | - | before .checkpoint.storage.LocalStorage.link 9
+latest_made_and_not_moved | first | nothing | .checkpoint.storage.LocalStorage.link 3 | after pathlib.Path.symlink_to 1
+after_the_best | first | nothing | - | after .checkpoint.manager.name_best 6
+between_the_two_renames | first | unnamed | .checkpoint.storage.LocalStorage.commit 1 | after os.replace 1
 retention_half_done | first | nothing | - | half of step 3 deleted
 # a merge
 before_a_merge | all | nothing | - | before .remora.merge.ReMoRA.merge 2
@@ -261,7 +270,8 @@ old_run_half_set_aside | first | another | .train.output_folder._set_aside 1 | a
 old_run_set_aside | first | another | - | before .train.output_folder.Reservation.commit 1
 old_run_half_deleted | first | another | - | half of a run deleted
 # a resume
-ledger_half_restored | first | unnamed | .train.run.Run._open_ledger 1 | before .remora.ledger.link_or_copy 2
+ledger_half_restored | first | unnamed | .checkpoint.sections.LedgerSection.load 1 | \
+before .remora.ledger.link_or_copy 2
 before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
 some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.form 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1

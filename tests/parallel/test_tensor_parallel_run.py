@@ -7,9 +7,9 @@ import shutil
 import pytest
 from torch.testing import assert_close
 
+from mora_ds.checkpoint.shard_table import EngineShards
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import sha256_file
-from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import losses, printed, rows, run
 from tests.helpers.outcome import assert_good

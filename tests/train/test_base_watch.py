@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mora_ds.checkpoint.layout import complete_checkpoints
+from mora_ds.checkpoint.manager import complete_checkpoints
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import losses, refused, run
 from tests.helpers.resume import disturb

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 from torch.profiler import profile
 
-from mora_ds.checkpoint.layout import complete_checkpoints, step_of
+from mora_ds.checkpoint.layout import step_of
+from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json

@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.checkpoint.sections import scheduler_state
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import write_own_base
-from mora_ds.train.run import Run, _scheduler_state
+from mora_ds.train.run import Run
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
@@ -205,7 +206,7 @@ def test_a_scheduler_that_json_would_change_is_refused():
     with user_error(
         "the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"
     ):
-        _scheduler_state(MultiStepLR(optimizer, [2, 4]))
+        scheduler_state(MultiStepLR(optimizer, [2, 4]))
 
 
 def calls_within_a_step(folder, stage):

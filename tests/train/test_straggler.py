@@ -7,8 +7,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.engine import shards
+from mora_ds.checkpoint import manager
+from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import job, run
@@ -35,7 +35,7 @@ def slow_job(argv, rank):
     if dist.get_rank() == rank:
         for name in SLOW:
             setattr(Trainer, name, delayed(getattr(Trainer, name)))
-        shards.write_shard = delayed(shards.write_shard)
+        manager._write_rank_file = delayed(manager._write_rank_file)
     return job(argv)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.checkpoint.layout import complete_checkpoints, step_of
+from mora_ds.checkpoint.layout import step_of
+from mora_ds.checkpoint.manager import complete_checkpoints
 from tests.helpers import remote_shell
 from tests.helpers.jobs import REPOSITORY, finished_run
 from tests.helpers.nodes import INTERFACE, trouble, two_nodes, wait_for

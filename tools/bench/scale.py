@@ -34,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from mora_ds.checkpoint.manager import CheckpointManager
+from mora_ds.checkpoint.sections import full_sections
+from mora_ds.checkpoint.storage import LocalStorage
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -41,12 +44,7 @@ import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.checkpoint.layout import ENGINE_TAG
-from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
-from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
-from mora_ds.engine.initialize import initialize_full
-from mora_ds.engine.module_hooks import drop_idle_hooks
-from mora_ds.engine.shards import (
+from mora_ds.checkpoint.shard_table import (
     COLUMNS,
     COUNT,
     NAME,
@@ -56,8 +54,12 @@ from mora_ds.engine.shards import (
     STRIDE,
     EngineShards,
     RankShard,
-    _layout,
 )
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
+from mora_ds.engine.initialize import initialize_full
+from mora_ds.engine.module_hooks import drop_idle_hooks
+from mora_ds.engine.shards import layout_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
@@ -278,7 +280,8 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
         everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
         beside.rename(final)
         shards = [shard for _, shard in everyone]
-        EngineShards.of(final / ENGINE_TAG, _layout(engine), shards).write_table()
+        table = EngineShards.of(final / ENGINE_TAG, layout_of(engine), shards)
+        table.write_table(table.where)
         (final / "trainer_state.json").write_text(json.dumps(vars(state)))
     return spent, final
 

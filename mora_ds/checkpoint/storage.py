@@ -1,0 +1,231 @@
+"""Where the checkpoints of a run are kept: `Storage`, a small protocol, and
+`LocalStorage`, a folder that all ranks see.
+
+A storage holds folders of files. Files are written into a folder whose name begins with
+a dot; its manifest.json comes last; `commit` then gives the folder its name, at once.
+So a folder with a manifest is a checkpoint, and one without is none.
+
+Another kind of storage, such as an object store, is another class with these methods,
+and a line in `storage_of`: nothing else in mora_ds opens, lists or deletes what a
+storage holds.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from mora_ds.checkpoint.layout import BEST, LATEST, is_step_name
+from mora_ds.common.files import (
+    atomic_path,
+    disk_errors,
+    file_sizes,
+    fsync,
+    fsync_tree,
+    link_or_copy,
+    replace_symlink,
+)
+
+logger = logging.getLogger(__name__)
+
+WRITING = ".writing"
+"""The end of the hidden name under which a folder is written."""
+_OLD = ".old"
+_GONE = ".gone"
+"""Ends of the hidden names of folders that are replaced or deleted."""
+_NOT_DELETED = (
+    "warning: %s cannot be deleted and takes up space: %s; the next save tries again"
+)
+
+
+class Storage(Protocol):
+    """The checkpoints of one run, and nothing else. Names are relative, with slashes:
+    step-000100, step-000100/engine/rank-00000.safetensors. Every rank has its own
+    object; all of them see the same files. Errors of a full disk, or its like, are
+    `RunError`s.
+    """
+
+    root: Path
+    """What users and messages call it."""
+
+    def folders(self) -> list[str]:
+        """The names of all folders, hidden ones included."""
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """{name in the folder: bytes} of all its files, at any depth."""
+
+    def exists(self, file: str) -> bool:
+        """Whether there is such a file."""
+
+    def open_read(self, name: str) -> Path:
+        """A path on this machine with the content of a file or a folder, which may be
+        missing there. Not to be written to."""
+
+    def write(self, file: str) -> AbstractContextManager[Path]:
+        """A path on this machine to write to, which becomes the file at the end of the
+        block; nothing where the block raises."""
+
+    def put(self, file: str, source: Path) -> None:
+        """Store a file of this machine, which nobody changes any more."""
+
+    def commit(self, written: str, final: str) -> None:
+        """Give a folder that is complete its final name, in place of a folder that has
+        it. Whenever the process is killed, one of the two has the name, at the latest
+        after `repair`."""
+
+    def delete(self, folder: str) -> None:
+        """Delete a folder, the manifest first or at once. What cannot be deleted is a
+        warning."""
+
+    def repair(self) -> None:
+        """Clean up what a killed process has left under hidden names."""
+
+    def link(self, link: str, folder: str) -> None:
+        """Name a folder `link` too, in place of one that has been named so."""
+
+    def linked(self, link: str) -> str | None:
+        """The folder that `link` names, if there is one in this storage."""
+
+
+def storage_of(root: Path) -> Storage:
+    """The storage of the checkpoints in `root`: the one place that chooses its kind."""
+    return LocalStorage(root)
+
+
+def located(path: Path) -> tuple[Storage, str]:
+    """The storage and the name of a checkpoint that a user names by its path, or by
+    that of a link."""
+    path = path.resolve()
+    storage = storage_of(path.parent)
+    return storage, storage.linked(path.name) or path.name
+
+
+def local_copy(checkpoint: Path) -> Path:
+    """A folder on this machine with the files of a checkpoint."""
+    return storage_of(checkpoint.parent).open_read(checkpoint.name)
+
+
+class LocalStorage:
+    """A folder on a disk, or on a file system that all nodes share.
+
+    Only folders that `commit` has named, and hidden ones with a known ending, are ever
+    deleted; a link that the user has put in place of a checkpoint stays.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """`root` need not exist."""
+        self.root = root
+
+    def folders(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return [path.name for path in self.root.iterdir() if path.is_dir()]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return file_sizes(self.root / folder)
+
+    def exists(self, file: str) -> bool:
+        return (self.root / file).is_file()
+
+    def open_read(self, name: str) -> Path:
+        return self.root / name
+
+    @contextmanager
+    def write(self, file: str) -> Iterator[Path]:
+        path = self._made_for(file)
+        with atomic_path(path) as temporary:
+            yield temporary
+
+    def put(self, file: str, source: Path) -> None:
+        """By a hard link where the disk has them."""
+        link_or_copy(source, self._made_for(file))
+
+    def commit(self, written: str, final: str) -> None:
+        folder = self.root / final
+        old = self.root / f".{final}{_OLD}{WRITING}"
+        # The ranks have flushed their files; a rank does not open a thousand of them
+        fsync_tree(self.root / written, with_files=False)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(self.root / written, folder)
+        _delete(old)
+        fsync(self.root)
+
+    def delete(self, folder: str) -> None:
+        """Renamed first: a half-deleted one never has a checkpoint's name."""
+        path = self.root / folder
+        if path.is_symlink():
+            return
+        gone = path
+        if not folder.startswith("."):
+            gone = self.root / f".{folder}{_GONE}{WRITING}"
+            try:
+                os.rename(path, gone)
+            except OSError as error:
+                logger.warning(_NOT_DELETED, path, error)
+                return
+        _delete(gone)
+
+    def repair(self) -> None:
+        if not self.root.is_dir():
+            return
+        with disk_errors(self.root):
+            for old, final in self._hidden(f"{_OLD}{WRITING}"):
+                # Killed between the two renames: this may be the only good one
+                if not final.exists():
+                    os.rename(old, final)
+            for ending in (WRITING, f"{_OLD}{WRITING}", f"{_GONE}{WRITING}"):
+                for partial, _ in self._hidden(ending):
+                    _delete(partial)
+            for link in (LATEST, BEST):
+                (self.root / f".{link}.partial").unlink(missing_ok=True)
+
+    def link(self, link: str, folder: str) -> None:
+        replace_symlink(self.root / link, folder)
+
+    def linked(self, link: str) -> str | None:
+        path = self.root / link
+        if not path.is_symlink():
+            return None
+        target = os.readlink(path)
+        named = self.root / target
+        if "/" in target:
+            named = named.resolve()
+        is_here = named.parent.resolve() == self.root.resolve()
+        return named.name if is_here and named.is_dir() else None
+
+    def _made_for(self, file: str) -> Path:
+        """The path of a file, whose folder exists."""
+        path = self.root / file
+        with disk_errors(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _hidden(self, ending: str) -> list[tuple[Path, Path]]:
+        """(hidden folder, the folder that it was or is to be) for every name that
+        `commit`, `delete` or a save has made with this ending."""
+        hidden = []
+        for path in self.root.glob(f".*{ending}"):
+            name = path.name.removeprefix(".").removesuffix(ending)
+            if is_step_name(name):
+                hidden.append((path, self.root / name))
+        return hidden
+
+
+def _delete(folder: Path) -> None:
+    """Deletes as much of a folder as can be deleted, which need not exist. What cannot
+    be (a file that is still open on an NFS server, a folder without permission) is only
+    worth a warning: the next save tries again (`repair`)."""
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if folder.is_symlink():
+            # The checkpoint itself, which the user keeps elsewhere, stays
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning(_NOT_DELETED, folder, error)
