@@ -119,8 +119,8 @@ class CheckpointManager:
     def _clean(self, written: str) -> None:
         """Deletes what was never committed, and what could not be deleted before."""
         self.storage.repair()
-        for folder in self.storage.folders():
-            if is_step_name(folder) and not _is_committed(self.storage, folder):
+        for folder in _step_folders(self.storage):
+            if not _is_committed(self.storage, folder):
                 self.storage.delete(folder)
         if written in self.storage.folders():
             raise RunError(
@@ -278,11 +278,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def _committed(storage: Storage) -> list[str]:
-    named = [
-        name
-        for name in storage.folders()
-        if is_step_name(name) and _is_committed(storage, name)
-    ]
+    return [name for name in _step_folders(storage) if _is_committed(storage, name)]
+
+
+def _step_folders(storage: Storage) -> list[str]:
+    named = filter(is_step_name, storage.folders())
     return sorted(named, key=lambda name: step_of(Path(name)))
 
 
@@ -381,7 +381,8 @@ def _asked_for(wanted: str, root: Path, flag: str) -> tuple[Storage, str]:
 def _newest_intact(root: Path, flag: str) -> Path | None:
     """Passes over those after `latest`, which an earlier resume has left behind."""
     storage = storages.storage_of(root)
-    names = _committed(storage)
+    # Those that were never committed are named as well
+    names = _step_folders(storage)
     latest = storage.linked(LATEST)
     if latest in names:
         names = names[: names.index(latest) + 1]

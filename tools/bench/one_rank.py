@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mora_ds.checkpoint import writer
+from mora_ds.checkpoint import manager
 from mora_ds.runtime import exchange, ranks
 
 COLLECTIVES = (
@@ -75,7 +75,7 @@ class OneRank:
             setattr(dist, name, self._unclocked(getattr(dist, name)))
         for module in (exchange, ranks):
             module.new_group = lambda timeout_s: dist.group.WORLD  # type: ignore[attr-defined]
-        for module in (exchange, writer):
+        for module in (exchange, manager):
             module.gather_to_first = self._gather_to_first  # type: ignore[attr-defined]
         for module in (exchange, ranks):
             module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]

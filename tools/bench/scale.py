@@ -34,16 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from mora_ds.checkpoint.manager import CheckpointManager
-from mora_ds.checkpoint.sections import full_sections
-from mora_ds.checkpoint.storage import LocalStorage
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.checkpoint.layout import ENGINE_TAG
+from mora_ds.checkpoint.layout import ENGINE_TAG, STATE_FILE
+from mora_ds.checkpoint.manager import CheckpointManager
+from mora_ds.checkpoint.sections import full_sections
 from mora_ds.checkpoint.shard_table import (
     COLUMNS,
     COUNT,
@@ -56,6 +55,13 @@ from mora_ds.checkpoint.shard_table import (
     RankShard,
 )
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.checkpoint.storage import LocalStorage
+from mora_ds.common.files import (
+    MANIFEST,
+    manifest_of,
+    record,
+    write_compact_json,
+)
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.module_hooks import drop_idle_hooks
@@ -64,7 +70,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run
+from mora_ds.train.run import Run, RunContext
 from tools.bench.measuring import ROOT, llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, bench_parser
@@ -175,7 +181,8 @@ def _one(
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as spent_in["resume"]:
-        load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
+        state = TrainerState.read(checkpoint)
+        _manager(engine, checkpoint.parent, state).load(checkpoint)
     if rank == 0:
         spent_in |= _start_and_merge(one, folder, base, lora_rank)
     return spent_in
@@ -257,33 +264,40 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
         """What another rank would have given, whose files are links to this one's."""
         if not isinstance(share, tuple):
             return share
-        recorded, template = share
+        recorded, facts = share
+        template = next(filter(None, facts))
         files = {}
-        for source, facts in recorded.items():
+        for source, entry in recorded.items():
             name = _renamed(source, one.rank, rank)
-            files[name] = facts
+            files[name] = entry
             if name != source:
                 os.link(beside / source, beside / name)
         shard = _shard_of(RankShard(*template), one, rank, sizes, stage)
-        return files, shard
+        return files, [shard if fact else None for fact in facts]
 
     one.relabel = share_of
     state = TrainerState(step=1, world_size=one.world)
     if one.rank:
         beside.mkdir(parents=True)
-    writer = CheckpointWriter(
-        root, engine, lambda step: lambda folder: None, Ranks.current()
-    )
+    manager = _manager(engine, root, state)
     with one.phase() as spent:
-        final = writer.save(state)
+        final = manager.save(1)
     if one.rank:  # what rank 0 would have added
         everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
         beside.rename(final)
-        shards = [shard for _, shard in everyone]
+        shards = [next(filter(None, facts)) for _, facts in everyone]
         table = EngineShards.of(final / ENGINE_TAG, layout_of(engine), shards)
         table.write_table(table.where)
-        (final / "trainer_state.json").write_text(json.dumps(vars(state)))
+        (final / STATE_FILE).write_text(json.dumps(vars(state)))
+        listed = {name: entry for files, _ in everyone for name, entry in files.items()}
+        listed |= record(final, [table.where, final / STATE_FILE])
+        write_compact_json(final / MANIFEST, manifest_of(listed))
     return spent, final
+
+
+def _manager(engine: Any, root: Path, state: TrainerState) -> CheckpointManager:
+    sections = full_sections(engine, state)
+    return CheckpointManager(LocalStorage(root), sections, Ranks.current())
 
 
 def _renamed(name: str, rank: int, other_rank: int) -> str:
@@ -345,7 +359,9 @@ def _start_and_merge(
             1, bf16={"enabled": True}, gradient_accumulation_steps=1
         )
         engine, *_ = mora_ds.initialize(model=model, config=settings)
-        run = Run(engine, base=base, folder=folder / "out", keys=keys)
+        run = Run(
+            engine, base=base, folder=folder / "out", context=RunContext(keys=keys)
+        )
     with one.phase() as spent_in["merge"]:
         run.merge(1)
     return spent_in
