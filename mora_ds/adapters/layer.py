@@ -18,6 +18,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
+from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.ops import runs_kernels
 from mora_ds.adapters.kernels.tables import KernelTables
@@ -29,9 +30,9 @@ from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
-from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.ops.terms import Term, join
+from mora_ds.adapters.ops.mora import OperatorSpec, mora_update, operator_of
+from mora_ds.adapters.ops.spec import AdditiveTerm, Term, UpdateSpec
+from mora_ds.adapters.ops.terms import join
 
 
 class Split(Protocol):
@@ -62,7 +63,7 @@ class MergeNorms(NamedTuple):
 
     square: Tensor
     delta: Tensor
-    """Of the value's delta; `weight` is that of the frozen weight before the merge."""
+    """Of the change of the weight; `weight` is that of the frozen weight before the merge."""
     weight: Tensor
     lost: Tensor
     """Norm of the part of the delta that rounding keeps out of the frozen weight."""
@@ -114,7 +115,7 @@ class AdaptedLinear(nn.Module):
         seed: int = 0,
     ) -> None:
         """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`)
-        without copying them. `seed`: for LoRA's A."""
+        without copying them. `seed`: of the first value."""
         super().__init__()
         # An `ExpertStack` says it itself
         self.transposed: bool = getattr(base, "transposed", isinstance(base, Conv1D))
@@ -124,17 +125,24 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        value = spec.first_value(seed).to(weight.device, weight.dtype)
-        self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
+        value = spec.init_weight(self.frozen, seed).to(weight.device, weight.dtype)
+        self.register_parameter(spec.value_name, nn.Parameter(value))
         self.dropout = dropout
         self.split: Split | None = None
         """Under tensor parallelism, where the parameter is this rank's shard of a
         value."""
-        self.merged: tuple[Term, ...] = ()
+        self.merged: tuple[AdditiveTerm, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them
         up."""
         self._merged_tables: tuple[object, ...] = ()
+
+    @classmethod
+    def from_config(
+        cls, base: Any, spec: UpdateSpec, config: AdapterConfig, seed: int
+    ) -> AdaptedLinear:
+        """The layer in place of `base` that a config asks for."""
+        return cls(base, spec, config.dropout, seed)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
@@ -148,7 +156,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def value(self) -> nn.Parameter:
-        """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out)."""
+        """The adapter weight: M (r_hat, r_hat), or LoRA's factors
+        (rank, d_in + d_out)."""
         return getattr(self, self.spec.value_name)
 
     def unshard(self, value_shard: Tensor) -> Tensor:
@@ -220,9 +229,9 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def form(self, original: Tensor, updates: Iterable[Term]) -> None:
-        """Forms the frozen weight anew: `original` plus all deltas, summed in fp32.
+        """Forms the frozen weight anew: `original` with all updates merged, in fp32.
 
-        The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the
+        It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         original weight, rounding errors do not accumulate over merges. In 4 bits the
         original alone is rounded, and the updates stay matrices beside it (`nf4`). In
         place, so that storages and ties stay. `original`, in the layout of `weight`, is
@@ -265,9 +274,10 @@ class AdaptedLinear(nn.Module):
         if self.weight.dtype is not torch.float32:
             moved = dense(self.frozen_on(self.device), torch.float32).float()
             moved.sub_(dense(old, torch.float32))
+        base = None if self.spec.is_additive else dense(old, torch.float32).float()
         # Its memory is free before the delta takes as much
         del old
-        delta = self.spec.delta_weight(square)
+        delta = self.spec.weight_change(base, square)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
         return MergeNorms(_norm(square), _norm(delta), before, lost)
 
@@ -326,6 +336,15 @@ class MoRALinear(AdaptedLinear):
         self.compute = compute
         self.tables: KernelTables | None = None
         self._tables_in_use: object = None
+
+    @classmethod
+    def from_config(
+        cls, base: Any, spec: UpdateSpec, config: AdapterConfig, seed: int
+    ) -> MoRALinear:
+        assert isinstance(config, MoRAConfig)
+        return cls(
+            base, operator_of(spec, "a layer"), config.dropout, Compute(config.compute)
+        )
 
     def path(self, tokens: int) -> Compute:
         """How the layer is computed for a number of tokens: as `compute` says, or where

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from mora_ds.adapters.config import (
@@ -10,22 +9,20 @@ from mora_ds.adapters.config import (
     AS_LOADED,
     FLAGS,
     AdapterConfig,
-    LoRAConfig,
-    MoRAConfig,
 )
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
+from mora_ds.adapters.registry import (
+    DEFAULT_ADAPTER,
+    Capability,
+    Control,
+    adapter_names,
+    adapter_type,
+    adapter_types,
+    unsupported,
+)
 from mora_ds.adapters.target_patterns import names_experts
-from mora_ds.common.errors import named_as_flags, refusal
+from mora_ds.common.errors import named_as_flags, refusal, unknown
 from mora_ds.config.flags import documented
-
-
-class AdapterKind(str, Enum):
-    """What is trained."""
-
-    MORA = "mora"
-    LORA = "lora"
-    FULL = "full"
-    NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class AdapterKind(str, Enum):
 class AdapterArguments:
     """What is trained, and when it is merged."""
 
-    adapter: str = AdapterKind.MORA.value
-    """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full
-    (every parameter, under plain ZeRO), none (nothing is trained, the base is
+    adapter: str = DEFAULT_ADAPTER
+    """What is trained: an adapter (with --merge_every ReMoRA, or ReLoRA), or a control:
+    full (every parameter, under plain ZeRO), none (nothing is trained, the base is
     evaluated)."""
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
@@ -92,14 +89,16 @@ class AdapterArguments:
     @property
     def is_control(self) -> bool:
         """Whether the run has no adapter."""
-        return self.adapter in (AdapterKind.FULL, AdapterKind.NONE)
+        return self.adapter in list(Control)
 
     @property
     def trains_others(self) -> bool:
         """Whether parameters other than the adapter's are trained (PEFT's
         modules_to_save)."""
         rows = self.train_new_embeddings or self.train_embedding_rank > 0
-        return rows or self.train_embeddings or self.train_norms or self.train_head
+        needed = not self.is_control and adapter_type(self.adapter).trainables
+        modules = self.train_embeddings or self.train_norms or self.train_head
+        return bool(rows or modules or needed)
 
     @property
     def adapts_experts(self) -> bool:
@@ -107,25 +106,16 @@ class AdapterArguments:
         return any(names_experts(pattern) for pattern in self.target_modules)
 
     def config(self, seed: int) -> AdapterConfig:
-        """The adapter's own config. Raises `UserError` for invalid settings."""
-        if self.adapter == AdapterKind.LORA:
-            common = self._common(seed)
-            return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **common)
-        return self.mora_config(seed)
-
-    def mora_config(self, seed: int) -> MoRAConfig:
-        """The config of --adapter mora. Raises `UserError` for invalid settings."""
-        return MoRAConfig(
-            rank=self.mora_rank,
-            operator=self.operator,
-            grouping=self.grouping,
-            r_hat_multiple=self.r_hat_multiple,
-            compute=self.compute,
-            **self._common(seed),
-        )
+        """The adapter's own config. Raises `UserError` for invalid settings, and for
+        an adapter that is not registered."""
+        adapter = adapter_type(self.adapter)
+        own = {name: getattr(self, flag) for flag, name in adapter.settings.items()}
+        return adapter.config_class(**own, **self._common(seed))
 
     def _common(self, seed: int) -> dict[str, Any]:
+        """The fields of every adapter's config."""
         return {
+            "rank": self.mora_rank,
             "target_modules": tuple(self.target_modules),
             "dropout": self.mora_dropout,
             "train_embeddings": self.train_embeddings,
@@ -138,6 +128,21 @@ class AdapterArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(named_as_flags(**FLAGS)(self.mora_config), 0)
-        if self.adapts_experts and self.adapter == AdapterKind.LORA:
-            yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"
+        known = [*adapter_names(), *(control.value for control in Control)]
+        if self.adapter not in known:
+            yield unknown("--adapter", self.adapter, known)
+            return
+        if self.is_control:
+            return
+        own = adapter_type(self.adapter).settings
+        flags = {name: f"--{setting}" for setting, name in own.items()}
+        yield from refusal(named_as_flags(**{**FLAGS, **flags})(self.config), 0)
+        if self.adapts_experts:
+            setting = "--target_modules names experts"
+            yield from unsupported(self.adapter, Capability.EXPERTS, setting)
+
+
+def adapter_help() -> str:
+    """The registered adapters, for the help of --adapter."""
+    names = [f"{adapter.name} ({adapter.title})" for adapter in adapter_types()]
+    return f"Adapters: {', '.join(names)}."

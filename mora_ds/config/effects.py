@@ -8,12 +8,18 @@ is left out of the run, which says so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from mora_ds.adapters.registry import (
+    Control,
+    adapter_names,
+    adapter_type,
+    adapter_types,
+)
 from mora_ds.common.errors import refusal
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ class Effect:
     """What some settings are for."""
 
     purpose: str
-    """Follows "is for" in the message."""
+    """Follows "is for" in the message; {adapters}: the names of all."""
     present: Callable[[Arguments], bool]
     """Whether a run has it."""
     settings: str
@@ -46,24 +52,14 @@ def _trains_others(arguments: Arguments) -> bool:
 
 EFFECTS = (
     Effect(
-        "MoRA matrices (--adapter mora)",
-        lambda run: run.adapter.adapter == AdapterKind.MORA,
-        "r_hat_multiple operator grouping compute",
-    ),
-    Effect(
-        "LoRA (--adapter lora)",
-        lambda run: run.adapter.adapter == AdapterKind.LORA,
-        "lora_alpha",
-    ),
-    Effect(
-        "an adapter (--adapter mora, lora)",
+        "an adapter (--adapter {adapters})",
         lambda run: not run.adapter.is_control,
         "mora_rank target_modules mora_dropout base_bits base_device merge_every "
         "train_embeddings train_norms train_head train_new_embeddings train_embedding_rank",
     ),
     Effect(
         "a run that trains something (not --adapter none)",
-        lambda run: run.adapter.adapter != AdapterKind.NONE,
+        lambda run: run.adapter.adapter != Control.NONE,
         "export_merged profile push_to_hub resume_from_checkpoint decay_from",
     ),
     Effect(
@@ -121,11 +117,30 @@ EFFECTS = (
 )
 
 
+def _has_adapter(names: list[str], arguments: Arguments) -> bool:
+    return arguments.adapter.adapter in names
+
+
+def _adapter_effects() -> Iterator[Effect]:
+    """Of the settings that some adapters read and others do not."""
+    readers: dict[str, list[str]] = {}
+    for adapter in adapter_types():
+        for setting in adapter.settings:
+            readers.setdefault(setting, []).append(adapter.name)
+    for setting, names in readers.items():
+        titles = " or ".join(adapter_type(name).title for name in names)
+        yield Effect(
+            f"{titles} (--adapter {', '.join(names)})",
+            partial(_has_adapter, names),
+            setting,
+        )
+
+
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
-    has_known_adapter = arguments.adapter.adapter in list(AdapterKind)
-    if not has_known_adapter or refusal(_curve, arguments):
+    known = [*adapter_names(), *Control]
+    if arguments.adapter.adapter not in known or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()
     for group in (
@@ -139,9 +154,11 @@ def idle_settings(arguments: Arguments) -> dict[str, str]:
             name for name, value in vars(group).items() if value != defaults[name]
         }
     messages = {}
-    for effect in EFFECTS:
+    adapters = ", ".join(adapter_names())
+    for effect in (*_adapter_effects(), *EFFECTS):
         if not effect.present(arguments):
-            advice = f"is for {effect.purpose}, and has no effect here: leave it out"
+            purpose = effect.purpose.format(adapters=adapters)
+            advice = f"is for {purpose}, and has no effect here: leave it out"
             for name in effect.settings.split():
                 if name in changed:
                     messages[name] = f"--{name} {advice}"

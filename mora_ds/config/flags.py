@@ -138,11 +138,11 @@ class StrictParser(HfArgumentParser):
 
 
 def parse_flat(
-    groups: Sequence[type], argv: Sequence[str]
+    groups: Sequence[type], argv: Sequence[str], notes: Mapping[str, str]
 ) -> tuple[Settings, Settings]:
     """({field: value} of the recipe, the same of the flags), of fields of the
-    dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
-    help and raises SystemExit(0)."""
+    dataclasses `groups`; what is not given is absent. `notes`: field -> what follows
+    its help. Raises `UserError`; `-h` prints help and raises SystemExit(0)."""
     refuse(unusable_words(argv))
     arguments = [word for word in argv if not _LOCAL_RANK.fullmatch(word)]
     of_recipe = {}
@@ -154,6 +154,9 @@ def parse_flat(
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
+    for action in parser._actions:
+        if action.dest in notes:
+            action.help = f"{action.help} {notes[action.dest]}"
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))

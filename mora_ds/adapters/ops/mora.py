@@ -52,7 +52,12 @@ from mora_ds.adapters.ops.index_tables import (
     signed_rope_table,
     tables_of,
 )
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
+from mora_ds.adapters.ops.spec import (
+    AdditiveSpec,
+    Grouping,
+    OperatorKind,
+    UpdateSpec,
+)
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import MAX_SIDE
@@ -63,7 +68,7 @@ which stays in a core's cache."""
 
 
 @dataclass(frozen=True)
-class OperatorSpec(UpdateSpec):
+class OperatorSpec(AdditiveSpec):
     """An operator with its sizes. Raises `UserError` for sizes or groupings that make
     no operator."""
 
@@ -102,6 +107,10 @@ class OperatorSpec(UpdateSpec):
     @property
     def value_shape(self) -> tuple[int, ...]:
         return self.r_hat, self.r_hat
+
+    @property
+    def multiplications(self) -> int:
+        return self.r_hat**2 * self.blocks
 
     @property
     def table_bytes(self) -> int:
