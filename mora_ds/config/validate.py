@@ -50,6 +50,7 @@ _RATE = Bounds(above=0, most=1e30)
 
 _LIMITS: dict[str, Bounds | type[Enum]] = {
     "train_tokenizer_vocab": Bounds(least=0, most=10_000_000),
+    "lora_alpha": POSITIVE,
     "merge_every": NOT_NEGATIVE,
     "restart_warmup_steps": NOT_NEGATIVE,
     "seq_len": Bounds(least=2),
@@ -125,7 +126,8 @@ def validate(arguments: Arguments) -> None:
     problems += conflicts(
         steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )
-    refuse(problems)
+    # The config of an adapter checks fields that have bounds here too
+    refuse(dict.fromkeys(problems))
     refuse(idle_settings(arguments).values())
 
 

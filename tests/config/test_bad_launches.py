@@ -171,8 +171,8 @@ stray | 'stray'
 --attn_implementation flex_attention | --attn_implementation flex_attention trains on a GPU alone
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
---target_modules experts --adapter lora | --target_modules names experts: --adapter lora does not support experts
---target_modules all-linear experts.down_proj --adapter lora | --target_modules names experts: --adapter lora does not support experts
+--target_modules experts --adapter lora | --adapter lora does not support experts
+--target_modules all-linear experts.down_proj --adapter lora | --adapter lora does not support experts
 --target_modules experts --tensor_parallel_size 2 | --tensor_parallel_size 2 splits linear layers
 --target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
