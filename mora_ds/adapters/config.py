@@ -26,7 +26,7 @@ from mora_ds.adapters.ops.spec import (
     permutation_seed,
     round_side,
 )
-from mora_ds.adapters.registry import Capability, adapter_type, unsupported
+from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
 from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
@@ -123,6 +123,10 @@ class AdapterConfig:
     def planned_layers(self) -> tuple[str, ...]:
         """Names of the layers that a plan has chosen; empty without a plan."""
         return ()
+
+    def layer_options(self, layer: str) -> dict[str, Any]:
+        """Further arguments of the layer's class."""
+        return {"seed": self.first_seed(layer, cycle=0)}
 
     def first_seed(self, layer: str, cycle: int) -> int:
         """Seed of the value that a layer starts a cycle from
@@ -271,6 +275,9 @@ class MoRAConfig(AdapterConfig):
     def title(self) -> str:
         return f"{self.kind.value}/{self.grouping}"
 
+    def layer_options(self, layer: str) -> dict[str, Any]:
+        return {"compute": Compute(self.compute)}
+
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """`rank` is divided by the number of experts that compute a token, which
         together then have the rank of a linear layer."""
@@ -342,14 +349,17 @@ class MoRAConfig(AdapterConfig):
 def config_from_dict(values: JsonObject) -> AdapterConfig:
     """Inverse of `to_dict` for every registered adapter. Raises `UserError`."""
     kind = entry(values, "kind", str, "the adapter's settings")
-    return adapter_type(kind).config_class.from_dict(values)
+    config: AdapterConfig = loaded(adapter_type(kind).config).from_dict(values)
+    return config
 
 
 FLAGS = {
     **{field.name: f"--{field.name}" for field in fields(MoRAConfig)},
     "rank": "--mora_rank",
+    "alpha": "--lora_alpha",
     "dropout": "--mora_dropout",
     "new_rows_from": "--train_new_embeddings",
     "embedding_rank": "--train_embedding_rank",
 }
-"""The flag of each field of a `MoRAConfig`, for `named_as_flags`."""
+"""The flags of the fields of configs, for `named_as_flags`. The flag of another field
+has its name."""

@@ -58,10 +58,8 @@ class MoRAExperts(AdaptedLinear):
     spec: StackSpec
     square: nn.Parameter
 
-    def __init__(
-        self, base: ExpertStack, spec: StackSpec, dropout: float, seed: int = 0
-    ) -> None:
-        super().__init__(base, spec, dropout, seed)
+    def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float) -> None:
+        super().__init__(base, spec, dropout)
         self.experts_per_token = base.experts_per_token
         self._tables_in_use: object = None
 

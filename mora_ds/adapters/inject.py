@@ -31,7 +31,7 @@ from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.adapters.registry import Capability, adapter_type, require
+from mora_ds.adapters.registry import Capability, adapter_type, loaded, require
 from mora_ds.adapters.target_modules import (
     ending_of,
     language_model,
@@ -118,7 +118,7 @@ def inject(
             f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
         )
     adapter = adapter_type(config.adapter)
-    if type(config) is not adapter.config_class:
+    if type(config) is not loaded(adapter.config):
         raise UserError(
             f"inject: `config` is a {type(config).__name__}, and adapter {adapter.name!r} is registered with another "
             "class: register it under a name of its own (adapters/registry.py)"
@@ -396,16 +396,16 @@ def layer_for(
     """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises
     `UserError` for experts that would have domains."""
     adapter = adapter_type(config.adapter)
-    if domains is not None:
-        if isinstance(base, ExpertStack):
+    layer: AdaptedLinear
+    if isinstance(base, ExpertStack):
+        if domains is not None:
             raise UserError(
                 f"research.domain_adapters: {name} are experts, which can have no domains: leave them out"
             )
-        layer: AdaptedLinear = adapter.domain_layer_class(
-            base, spec, domains, config.dropout
-        )
-        return layer
-    is_stack = isinstance(base, ExpertStack)
-    layer_class = adapter.expert_layer_class if is_stack else adapter.layer_class
-    seed = config.first_seed(name, cycle=0)
-    return layer_class.from_config(base, spec, config, seed)
+        layer = loaded(adapter.expert_layer)(base, spec, config.dropout)
+    elif domains is not None:
+        layer = loaded(adapter.domain_layer)(base, spec, domains, config.dropout)
+    else:
+        options = config.layer_options(name)
+        layer = loaded(adapter.layer)(base, spec, config.dropout, **options)
+    return layer

@@ -18,7 +18,6 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.ops import runs_kernels
 from mora_ds.adapters.kernels.tables import KernelTables
@@ -30,7 +29,7 @@ from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
-from mora_ds.adapters.ops.mora import OperatorSpec, mora_update, operator_of
+from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import AdditiveTerm, Term, UpdateSpec
 from mora_ds.adapters.ops.terms import join
 
@@ -136,13 +135,6 @@ class AdaptedLinear(nn.Module):
         """Updates of merged cycles, where `weight` is packed and does not take them
         up."""
         self._merged_tables: tuple[object, ...] = ()
-
-    @classmethod
-    def from_config(
-        cls, base: Any, spec: UpdateSpec, config: AdapterConfig, seed: int
-    ) -> AdaptedLinear:
-        """The layer in place of `base` that a config asks for."""
-        return cls(base, spec, config.dropout, seed)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
@@ -336,15 +328,6 @@ class MoRALinear(AdaptedLinear):
         self.compute = compute
         self.tables: KernelTables | None = None
         self._tables_in_use: object = None
-
-    @classmethod
-    def from_config(
-        cls, base: Any, spec: UpdateSpec, config: AdapterConfig, seed: int
-    ) -> MoRALinear:
-        assert isinstance(config, MoRAConfig)
-        return cls(
-            base, operator_of(spec, "a layer"), config.dropout, Compute(config.compute)
-        )
 
     def path(self, tokens: int) -> Compute:
         """How the layer is computed for a number of tokens: as `compute` says, or where

@@ -1,7 +1,7 @@
 """The registered adapters: what each is called, where its classes are, and what it
 supports.
 
-    register(AdapterType("dora", ...))      once; `BUILT_IN` below has the adapters of mora_ds
+    register(AdapterType("dora", ...))      once; those of mora_ds are at the end of this file
     adapter_type("dora")                    its entry; an unknown name is an error that lists the registered ones
     require("dora", Capability.MUON, "--optimizer muon")      an error that names the adapter and the flag
 
@@ -13,17 +13,12 @@ settings are checked by names and capabilities, and a class that is given as tex
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from mora_ds.common.errors import UserError, refuse, unknown
-
-if TYPE_CHECKING:
-    from mora_ds.adapters.config import AdapterConfig
-    from mora_ds.adapters.layer import AdaptedLinear
-    from mora_ds.adapters.ops.spec import UpdateSpec
 
 ClassPath: TypeAlias = type | str
 """A class, or "module:name" of one that is imported when it is used."""
@@ -77,10 +72,7 @@ class AdapterType:
     specs: Mapping[str, ClassPath]
     """"kind" in merge ledgers -> the `UpdateSpec`: sizes, first value, merged
     weight."""
-    capabilities: frozenset[Capability] = frozenset()
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Setting of a run -> field of the config, of the settings that not all adapters
-    read."""
+    capabilities: tuple[Capability, ...] = ()
     trainables: tuple[str, ...] = ()
     """Globs of names of other parameters that are trained with it, such as
     `*norm.weight`."""
@@ -96,90 +88,54 @@ class AdapterType:
     weights_title: str = "factors"
     """What reports call its trained tensors."""
 
-    @property
-    def config_class(self) -> type[AdapterConfig]:
-        return _loaded(self.config)
 
-    @property
-    def layer_class(self) -> type[AdaptedLinear]:
-        return _loaded(self.layer)
-
-    @property
-    def expert_layer_class(self) -> type[AdaptedLinear]:
-        return _loaded(self.expert_layer)
-
-    @property
-    def domain_layer_class(self) -> Any:
-        """Built with `Domains` in addition (`domains.DomainLinear`)."""
-        return _loaded(self.domain_layer)
-
-    def spec_class(self, kind: str) -> type[UpdateSpec]:
-        """The class of the specs with this "kind"."""
-        return _loaded(self.specs[kind])
+ADAPTERS: dict[str, AdapterType] = {}
+"""Name -> the registered adapter, in the order in which they were registered."""
 
 
-def _loaded(path: ClassPath | None) -> Any:
-    if path is None:
-        raise LookupError("the adapter declares a capability without its class")
-    if isinstance(path, type):
-        return path
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
-_TYPES: dict[str, AdapterType] = {}
-
-
-def register(adapter: AdapterType) -> AdapterType:
+def register(adapter: AdapterType) -> None:
     """Adds an adapter. Raises `UserError` where its name, or a "kind" of its specs, is
     taken."""
-    if adapter.name in (*_TYPES, *Control):
-        raise UserError(f"there is an adapter {adapter.name!r} already")
-    if taken := sorted(adapter.specs.keys() & spec_kinds()):
-        raise UserError(
-            f"adapter {adapter.name!r}: another one has specs of kind {taken[0]!r}"
-        )
-    _TYPES[adapter.name] = adapter
-    return adapter
-
-
-def unregister(name: str) -> None:
-    """Removes an adapter. Raises `UserError` for an unknown one."""
-    del _TYPES[adapter_type(name).name]
-
-
-def adapter_types() -> tuple[AdapterType, ...]:
-    """All adapters, in the order in which they were registered."""
-    return tuple(_TYPES.values())
-
-
-def adapter_names() -> list[str]:
-    """The values of --adapter that stand for an adapter."""
-    return list(_TYPES)
+    for name in {adapter.name} & {*ADAPTERS, *Control}:
+        raise UserError(f"there is an adapter {name!r} already")
+    for kind in adapter.specs.keys() & spec_classes():
+        raise UserError(f"{adapter.name}: there are specs of kind {kind!r} already")
+    ADAPTERS[adapter.name] = adapter
 
 
 def adapter_type(name: str) -> AdapterType:
     """The entry of an adapter. Raises `UserError` that lists the registered ones."""
-    if name not in _TYPES:
-        raise UserError(unknown("adapter", name, _TYPES))
-    return _TYPES[name]
+    if name not in ADAPTERS:
+        raise UserError(unknown("adapter", name, ADAPTERS))
+    return ADAPTERS[name]
 
 
-def spec_kinds() -> dict[str, AdapterType]:
-    """ "kind" of a spec -> its adapter."""
-    return {kind: adapter for adapter in _TYPES.values() for kind in adapter.specs}
+def spec_classes() -> dict[str, ClassPath]:
+    """The classes of all specs, by their "kind"."""
+    return {
+        kind: path
+        for adapter in ADAPTERS.values()
+        for kind, path in adapter.specs.items()
+    }
 
 
-def supports(name: str, capability: Capability) -> bool:
-    """Whether an adapter declares a capability; no control has any."""
-    return name in _TYPES and capability in _TYPES[name].capabilities
+def loaded(path: ClassPath | None) -> Any:
+    """The class, imported where it is given as text."""
+    if isinstance(path, str):
+        module, _, name = path.partition(":")
+        return getattr(import_module(module), name)
+    return path
 
 
 def unsupported(name: str, capability: Capability, setting: str) -> Iterator[str]:
     """A message where an adapter does not declare the capability that a `setting`
-    needs."""
-    if not supports(name, capability):
-        able = [other for other in _TYPES if supports(other, capability)]
+    needs. `name`: of an adapter or a `Control`, which has none."""
+    able = [
+        adapter.name
+        for adapter in ADAPTERS.values()
+        if capability in adapter.capabilities
+    ]
+    if name not in able:
         yield (
             f"{setting}: --adapter {name} does not support {capability.value} "
             f"(these do: {', '.join(able)})"
@@ -193,51 +149,39 @@ def require(name: str, capability: Capability, setting: str) -> None:
 
 # -- the adapters of mora_ds -----------------------------------------------------------
 
-_ADDITIVE = frozenset(
-    {
-        Capability.BASE_8_BITS,
-        Capability.BASE_4_BITS,
-        Capability.MUON,
-        Capability.SUM,
-        Capability.PEFT_EXPORT,
-    }
-)
-
 _OPERATOR = "mora_ds.adapters.ops.mora:OperatorSpec"
 
-BUILT_IN = (
+register(
     AdapterType(
         name=DEFAULT_ADAPTER,
         title="MoRA",
         config="mora_ds.adapters.config:MoRAConfig",
         layer="mora_ds.adapters.layer:MoRALinear",
         specs={
-            "truncate": _OPERATOR,
-            "share": _OPERATOR,
-            "decouple": _OPERATOR,
-            "rotate": _OPERATOR,
+            **dict.fromkeys(("truncate", "share", "decouple", "rotate"), _OPERATOR),
             "stack": "mora_ds.adapters.ops.stack:StackSpec",
         },
-        capabilities=frozenset(Capability),
-        settings={
-            name: name for name in ("operator", "grouping", "r_hat_multiple", "compute")
-        },
+        capabilities=tuple(Capability),
         expert_layer="mora_ds.adapters.experts:MoRAExperts",
         domain_layer="mora_ds.adapters.domains:DomainLinear",
         size_title="r_hat",
         weights_title="MoRA matrices",
-    ),
+    )
+)
+register(
     AdapterType(
         name="lora",
         title="LoRA",
         config="mora_ds.adapters.config:LoRAConfig",
         layer="mora_ds.adapters.layer:LoRALinear",
         specs={"lora": "mora_ds.adapters.ops.lora:LoRASpec"},
-        capabilities=_ADDITIVE,
-        settings={"lora_alpha": "alpha"},
+        capabilities=(
+            Capability.BASE_8_BITS,
+            Capability.BASE_4_BITS,
+            Capability.MUON,
+            Capability.SUM,
+            Capability.PEFT_EXPORT,
+        ),
         has_factors=True,
-    ),
+    )
 )
-
-for _adapter in BUILT_IN:
-    register(_adapter)

@@ -1,8 +1,7 @@
 """Settings of the adapter: what is trained, and when it is merged."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from mora_ds.adapters.config import (
     ALL_LINEAR,
@@ -12,12 +11,13 @@ from mora_ds.adapters.config import (
 )
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.registry import (
+    ADAPTERS,
     DEFAULT_ADAPTER,
+    AdapterType,
     Capability,
     Control,
-    adapter_names,
     adapter_type,
-    adapter_types,
+    loaded,
     unsupported,
 )
 from mora_ds.adapters.target_patterns import names_experts
@@ -31,9 +31,9 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = DEFAULT_ADAPTER
-    """What is trained: an adapter (with --merge_every ReMoRA, or ReLoRA), or a control:
-    full (every parameter, under plain ZeRO), none (nothing is trained, the base is
-    evaluated)."""
+    """The adapter: mora (MoRA matrices), lora (with --merge_every: ReLoRA) or another
+    that is registered. Or a control: full (every parameter, under plain ZeRO), none
+    (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
     MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
@@ -109,40 +109,31 @@ class AdapterArguments:
         """The adapter's own config. Raises `UserError` for invalid settings, and for
         an adapter that is not registered."""
         adapter = adapter_type(self.adapter)
-        own = {name: getattr(self, flag) for flag, name in adapter.settings.items()}
-        return adapter.config_class(**own, **self._common(seed))
-
-    def _common(self, seed: int) -> dict[str, Any]:
-        """The fields of every adapter's config."""
-        return {
-            "rank": self.mora_rank,
-            "target_modules": tuple(self.target_modules),
-            "dropout": self.mora_dropout,
-            "train_embeddings": self.train_embeddings,
-            "embedding_rank": self.train_embedding_rank,
-            "train_norms": self.train_norms,
-            "train_head": self.train_head,
-            "base_bits": self.base_bits,
-            "seed": seed,
+        given = vars(self)
+        values = {
+            name: given[setting]
+            for setting, name in settings_of(adapter).items()
+            # The rows that are new are known with the model
+            if setting in given and setting != "train_new_embeddings"
         }
+        config: AdapterConfig = loaded(adapter.config)(**values, seed=seed)
+        return config
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        known = [*adapter_names(), *(control.value for control in Control)]
+        known = [*ADAPTERS, *(control.value for control in Control)]
         if self.adapter not in known:
             yield unknown("--adapter", self.adapter, known)
             return
         if self.is_control:
             return
-        own = adapter_type(self.adapter).settings
-        flags = {name: f"--{setting}" for setting, name in own.items()}
-        yield from refusal(named_as_flags(**{**FLAGS, **flags})(self.config), 0)
+        yield from refusal(named_as_flags(**FLAGS)(self.config), 0)
         if self.adapts_experts:
             setting = "--target_modules names experts"
             yield from unsupported(self.adapter, Capability.EXPERTS, setting)
 
 
-def adapter_help() -> str:
-    """The registered adapters, for the help of --adapter."""
-    names = [f"{adapter.name} ({adapter.title})" for adapter in adapter_types()]
-    return f"Adapters: {', '.join(names)}."
+def settings_of(adapter: AdapterType) -> dict[str, str]:
+    """Setting of a run -> field of the adapter's config that has it."""
+    names = [entry.name for entry in fields(loaded(adapter.config))]
+    return {FLAGS.get(name, name).removeprefix("--"): name for name in names}

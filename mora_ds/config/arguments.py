@@ -15,7 +15,7 @@ from typing import Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import shipped
-from mora_ds.config.adapter import AdapterArguments, adapter_help
+from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.flags import RESEARCH, Settings, parse_flat
@@ -92,8 +92,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and
     raises SystemExit(0).
     """
-    notes = {"adapter": adapter_help()}
-    recipe, flags = parse_flat(list(_GROUPS.values()), argv, notes)
+    recipe, flags = parse_flat(list(_GROUPS.values()), argv)
     for settings in (recipe, flags):
         for name in _SHIPPED:
             if settings.get(name) is not None:

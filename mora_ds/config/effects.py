@@ -8,18 +8,13 @@ is left out of the run, which says so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from mora_ds.adapters.registry import (
-    Control,
-    adapter_names,
-    adapter_type,
-    adapter_types,
-)
+from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import refusal
+from mora_ds.config.adapter import settings_of
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
@@ -117,30 +112,11 @@ EFFECTS = (
 )
 
 
-def _has_adapter(names: list[str], arguments: Arguments) -> bool:
-    return arguments.adapter.adapter in names
-
-
-def _adapter_effects() -> Iterator[Effect]:
-    """Of the settings that some adapters read and others do not."""
-    readers: dict[str, list[str]] = {}
-    for adapter in adapter_types():
-        for setting in adapter.settings:
-            readers.setdefault(setting, []).append(adapter.name)
-    for setting, names in readers.items():
-        titles = " or ".join(adapter_type(name).title for name in names)
-        yield Effect(
-            f"{titles} (--adapter {', '.join(names)})",
-            partial(_has_adapter, names),
-            setting,
-        )
-
-
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
-    known = [*adapter_names(), *Control]
-    if arguments.adapter.adapter not in known or refusal(_curve, arguments):
+    name = arguments.adapter.adapter
+    if name not in (*ADAPTERS, *Control) or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()
     for group in (
@@ -153,13 +129,18 @@ def idle_settings(arguments: Arguments) -> dict[str, str]:
         changed |= {
             name for name, value in vars(group).items() if value != defaults[name]
         }
-    messages = {}
-    adapters = ", ".join(adapter_names())
-    for effect in (*_adapter_effects(), *EFFECTS):
+    purposes: dict[str, str] = {}
+    for adapter in ADAPTERS.values():
+        purpose = f"{adapter.title} (--adapter {adapter.name})"
+        purposes |= dict.fromkeys(settings_of(adapter), purpose)
+    for setting in settings_of(ADAPTERS[name]) if name in ADAPTERS else ["seed"]:
+        purposes.pop(setting)
+    for effect in EFFECTS:
         if not effect.present(arguments):
-            purpose = effect.purpose.format(adapters=adapters)
-            advice = f"is for {purpose}, and has no effect here: leave it out"
-            for name in effect.settings.split():
-                if name in changed:
-                    messages[name] = f"--{name} {advice}"
-    return messages
+            purpose = effect.purpose.format(adapters=", ".join(ADAPTERS))
+            purposes |= dict.fromkeys(effect.settings.split(), purpose)
+    return {
+        setting: f"--{setting} is for {purpose}, and has no effect here: leave it out"
+        for setting, purpose in purposes.items()
+        if setting in changed
+    }

@@ -31,6 +31,7 @@ from typing import (
 
 from transformers import HfArgumentParser
 
+from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common import research
 from mora_ds.common.errors import UserError, nearest, refuse, unusable_words
 from mora_ds.common.files import load_yaml, shipped
@@ -138,11 +139,11 @@ class StrictParser(HfArgumentParser):
 
 
 def parse_flat(
-    groups: Sequence[type], argv: Sequence[str], notes: Mapping[str, str]
+    groups: Sequence[type], argv: Sequence[str]
 ) -> tuple[Settings, Settings]:
     """({field: value} of the recipe, the same of the flags), of fields of the
-    dataclasses `groups`; what is not given is absent. `notes`: field -> what follows
-    its help. Raises `UserError`; `-h` prints help and raises SystemExit(0)."""
+    dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
+    help and raises SystemExit(0)."""
     refuse(unusable_words(argv))
     arguments = [word for word in argv if not _LOCAL_RANK.fullmatch(word)]
     of_recipe = {}
@@ -150,13 +151,11 @@ def parse_flat(
         of_recipe = read_recipe(shipped(arguments.pop(0)), groups)
     parser = StrictParser(
         cast(Any, groups),
-        description="Continual pretraining with MoRA under DeepSpeed.",
+        description="Continual pretraining with MoRA under DeepSpeed. "
+        f"Values of --adapter: {', '.join((*ADAPTERS, *Control))}.",
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
-    for action in parser._actions:
-        if action.dest in notes:
-            action.help = f"{action.help} {notes[action.dest]}"
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     parsed, unknown = parser.parse_known_args(
         arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))

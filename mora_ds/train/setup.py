@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from mora_ds.adapters.registry import Control, adapter_type
+from mora_ds.adapters.registry import ADAPTERS
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
@@ -157,7 +157,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
-    if adapter not in list(Control) and adapter_type(adapter).has_factors:
+    if adapter in ADAPTERS and ADAPTERS[adapter].has_factors:
         check_factors(config)
     if training.sequence_parallel_size > 1:
         # It was compared with the flags above. DeepSpeed, which knows no groups, would

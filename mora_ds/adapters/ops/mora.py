@@ -142,7 +142,7 @@ class OperatorSpec(AdditiveSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
-    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
         if self.blocks > 1:
             return add_blocks_(total, self, value)
         return add_rows_(total, self, value)

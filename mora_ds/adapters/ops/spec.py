@@ -128,8 +128,9 @@ class UpdateSpec(ABC):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """(d_out, d_in); (E, d_out, d_in) of a stack of experts."""
-        return self.d_out, self.d_in
+        """(d_out, d_in); (E, d_out, d_in) of a stack of experts, whose value has three
+        dimensions too."""
+        return *self.value_shape[:-2], self.d_out, self.d_in
 
     @property
     def multiplications(self) -> int:
@@ -196,15 +197,12 @@ class AdditiveSpec(UpdateSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         """The (d_out, d_in) change of the weight, a new tensor in the value's dtype."""
 
-    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
         """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
         return total.add_(self.delta_weight(value))
 
     def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
-        return self.add_delta_(base_weight.clone(), value)
-
-    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
-        return self.add_delta_(total, value)
+        return self.merge_into_(base_weight.clone(), value)
 
     def weight_change(self, base_weight: Tensor | None, value: Tensor) -> Tensor:
         return self.delta_weight(value)

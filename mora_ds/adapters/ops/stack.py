@@ -57,16 +57,8 @@ class StackSpec(AdditiveSpec):
         return self.operator.d_out
 
     @property
-    def r_hat(self) -> int:
-        return self.operator.r_hat
-
-    @property
     def value_shape(self) -> tuple[int, ...]:
         return self.count, *self.operator.value_shape
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.count, *self.operator.weight_shape
 
     @property
     def multiplications(self) -> int:

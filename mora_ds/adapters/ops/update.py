@@ -2,7 +2,7 @@
 
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.registry import spec_kinds
+from mora_ds.adapters.registry import loaded, spec_classes
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry
@@ -12,10 +12,11 @@ def spec_from_dict(values: JsonObject) -> UpdateSpec:
     """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys
     and wrong types."""
     kind = entry(values, "kind", str, "operator")
-    adapters = spec_kinds()
-    if kind not in adapters:
-        raise UserError(unknown("operator", kind, adapters))
-    return adapters[kind].spec_class(kind).from_dict(values)
+    classes = spec_classes()
+    if kind not in classes:
+        raise UserError(unknown("operator", kind, classes))
+    spec: UpdateSpec = loaded(classes[kind]).from_dict(values)
+    return spec
 
 
 def operator_from_dict(values: JsonObject) -> OperatorSpec:
