@@ -1,6 +1,7 @@
 """Adapters: their configuration, their layers, and how a Hugging Face model gets them.
 
 config             `MoRAConfig`, `LoRAConfig`: what is adapted, with which operator and size
+registry           the names of all adapters, where their classes are, and what each supports
 inject             replaces a model's linear layers, freezes the rest, and reports
 layer              the adapted layers, and their frozen weight formed anew at a merge
 domains            layers with one MoRA matrix for each domain, added to the shared one (`domain_names`)

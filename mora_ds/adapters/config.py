@@ -26,6 +26,7 @@ from mora_ds.adapters.ops.spec import (
     permutation_seed,
     round_side,
 )
+from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
 from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
@@ -40,21 +41,22 @@ ALL_LINEAR = "all-linear"
 AS_LOADED = 16
 """Value of `base_bits` for a base that is held in the run's dtype."""
 
-MORA = "mora"
+PACKED_BASES = {8: Capability.BASE_8_BITS, 4: Capability.BASE_4_BITS}
+"""What an adapter must support for values of `base_bits` below 16."""
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig`
-    or `LoRAConfig`.
+    """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig`,
+    `LoRAConfig`, or the config of another registered adapter (`adapters.registry`).
 
     Raises `UserError` with one line for each wrong field, which it names.
     """
 
     adapter: ClassVar[str]
-    """Value of --adapter."""
+    """Value of --adapter, under which the class is registered."""
 
     rank: int = 8
     """LoRA rank; each layer's adapter has about as many parameters as LoRA of this
@@ -89,6 +91,9 @@ class AdapterConfig:
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"`rank` must be at least 1, got {self.rank}"
+        if capability := PACKED_BASES.get(self.base_bits):
+            setting = f"`base_bits` {self.base_bits}"
+            yield from unsupported(self.adapter, capability, setting)
         if not 0.0 <= self.dropout < 1.0:
             yield f"`dropout` must be in [0, 1), got {self.dropout}"
         if not self.target_modules:
@@ -102,7 +107,7 @@ class AdapterConfig:
     @property
     def title(self) -> str:
         """The adapter's name in reports."""
-        raise NotImplementedError
+        return self.adapter
 
     def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int) -> UpdateSpec:
         """The spec of a layer's update in a cycle (0 first), from these arguments
@@ -110,19 +115,22 @@ class AdapterConfig:
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
-        """The config that gives each expert of `layer` its operator. Raises `UserError`
-        where there is none."""
-        raise UserError(
-            f"`target_modules` includes {layer}, experts, which take MoRA matrices, not {self.adapter}: leave them out"
-        )
+        """The config that gives each expert of `layer` its operator, for adapters that
+        declare `Capability.EXPERTS`. Raises `UserError` where there is none."""
+        raise NotImplementedError
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
         """Names of the layers that a plan has chosen; empty without a plan."""
         return ()
 
+    def layer_options(self, layer: str) -> dict[str, Any]:
+        """Further arguments of the layer's class."""
+        return {"seed": self.first_seed(layer, cycle=0)}
+
     def first_seed(self, layer: str, cycle: int) -> int:
-        """Seed of the value that a layer starts a cycle from."""
+        """Seed of the value that a layer starts a cycle from
+        (`UpdateSpec.init_weight`)."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 
     def to_dict(self) -> JsonObject:
@@ -157,10 +165,6 @@ class LoRAConfig(AdapterConfig):
             yield f"`alpha` must be above 0, got {self.alpha}"
 
     @property
-    def title(self) -> str:
-        return LORA
-
-    @property
     def scale(self) -> float:
         """alpha / rank; it stays the same for layers that take a smaller rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
@@ -174,7 +178,7 @@ class LoRAConfig(AdapterConfig):
 class MoRAConfig(AdapterConfig):
     """Which layers get a MoRA matrix, its size, and the operator around it."""
 
-    adapter: ClassVar[str] = MORA
+    adapter: ClassVar[str] = "mora"
 
     operator: str = "auto"
     """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, else
@@ -271,6 +275,9 @@ class MoRAConfig(AdapterConfig):
     def title(self) -> str:
         return f"{self.kind.value}/{self.grouping}"
 
+    def layer_options(self, layer: str) -> dict[str, Any]:
+        return {"compute": Compute(self.compute)}
+
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """`rank` is divided by the number of experts that compute a token, which
         together then have the rank of a linear layer."""
@@ -340,19 +347,19 @@ class MoRAConfig(AdapterConfig):
 
 
 def config_from_dict(values: JsonObject) -> AdapterConfig:
-    """Inverse of `to_dict` for either adapter. Raises `UserError`."""
-    kinds: dict[str, type[AdapterConfig]] = {MORA: MoRAConfig, LORA: LoRAConfig}
+    """Inverse of `to_dict` for every registered adapter. Raises `UserError`."""
     kind = entry(values, "kind", str, "the adapter's settings")
-    if kind not in kinds:
-        raise UserError(unknown("kind of adapter", kind, kinds))
-    return kinds[kind].from_dict(values)
+    config: AdapterConfig = loaded(adapter_type(kind).config).from_dict(values)
+    return config
 
 
 FLAGS = {
     **{field.name: f"--{field.name}" for field in fields(MoRAConfig)},
     "rank": "--mora_rank",
+    "alpha": "--lora_alpha",
     "dropout": "--mora_dropout",
     "new_rows_from": "--train_new_embeddings",
     "embedding_rank": "--train_embedding_rank",
 }
-"""The flag of each field of a `MoRAConfig`, for `named_as_flags`."""
+"""The flags of the fields of configs, for `named_as_flags`. The flag of another field
+has its name."""

@@ -10,31 +10,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AS_LOADED, AdapterConfig, MoRAConfig
-from mora_ds.adapters.domains import DomainLinear, Domains
+from mora_ds.adapters.config import AS_LOADED, AdapterConfig
+from mora_ds.adapters.domains import Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import (
     AdaptedLinear,
     ExpertStack,
-    LoRALinear,
-    MoRALinear,
     linear_shape,
     mora_layers,
 )
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.nf4 import NF4Weight
-from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
+from mora_ds.adapters.registry import Capability, adapter_type, loaded, require
 from mora_ds.adapters.target_modules import (
     ending_of,
     language_model,
@@ -54,7 +51,7 @@ class ShapeRow:
     d_in: int
     d_out: int
     size: int
-    """r_hat (the smallest, where a plan gives the layers several), or LoRA's rank."""
+    """r_hat (the smallest, where a plan gives the layers several), or a rank."""
     params: int
     """Parameters of the adapters of all `count` layers together."""
 
@@ -68,6 +65,8 @@ class InjectionReport:
     operator: str
     values: str
     """What is trained in the layers: matrices, or factors."""
+    size: str
+    """What `ShapeRow.size` is: r_hat, or rank."""
     square_params: int
     """Parameters of all these."""
     other_trainable_params: int
@@ -78,8 +77,7 @@ class InjectionReport:
         return self.square_params + self.other_trainable_params
 
     def __str__(self) -> str:
-        size = "rank" if self.values == "factors" else "r_hat"
-        head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {size:>6} {self.values:>13}"
+        head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {self.size:>6} {self.values:>13}"
         lines = [head, "-" * len(head)]
         for row in self.rows:
             lines.append(
@@ -119,6 +117,12 @@ def inject(
         raise UserError(
             f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
         )
+    adapter = adapter_type(config.adapter)
+    if type(config) is not loaded(adapter.config):
+        raise UserError(
+            f"inject: `config` is a {type(config).__name__}, and adapter {adapter.name!r} is registered with another "
+            "class: register it under a name of its own (adapters/registry.py)"
+        )
     if is_compiled(model):
         raise UserError(
             "inject: `model` is compiled: merges change what was compiled; give the model itself"
@@ -141,8 +145,9 @@ def inject(
     total = count_parameters(model)
     specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
     domains = None
-    if isinstance(config, MoRAConfig) and config.domains:
-        domains = Domains(config.domains)
+    if names := getattr(config, "domains", ()):
+        require(adapter.name, Capability.DOMAINS, "`domains`")
+        domains = Domains(names)
     stacks = [name for name, base in targets.items() if isinstance(base, ExpertStack)]
     if stacks and config.base_bits == NF4Weight.bits:
         raise UserError(
@@ -176,7 +181,8 @@ def inject(
     return InjectionReport(
         rows=_shape_rows(specs),
         operator=config.title,
-        values=layers[0].spec.values_title,
+        values=adapter.weights_title,
+        size=adapter.size_title,
         square_params=values,
         other_trainable_params=other_trainable,
         total_params=total + values,
@@ -225,6 +231,8 @@ def spec_of(
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
+        setting = f"`target_modules` includes {name}, which are experts"
+        require(config.adapter, Capability.EXPERTS, setting)
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
         of_expert = config.of_expert(name, module.experts_per_token)
         expert_spec = of_expert.operator_for(name, d_in, d_out, cycle)
@@ -332,6 +340,9 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
         trains |= config.train_head and module is head
         if module is not None and trains:
             trained.update(map(id, module.parameters(recurse=False)))
+    for pattern in adapter_type(config.adapter).trainables:
+        named = model.named_parameters()
+        trained |= {id(tensor) for name, tensor in named if fnmatchcase(name, pattern)}
     return trained
 
 
@@ -363,14 +374,15 @@ def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
-    groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, int, int], list[UpdateSpec]] = {}
     for name, spec in specs.items():
         kind = (ending_of(name), spec.d_in, spec.d_out)
-        groups.setdefault(kind, []).append(spec.value_shape)
+        groups.setdefault(kind, []).append(spec)
     rows = []
-    for (ending, d_in, d_out), shapes in groups.items():
-        params = sum(math.prod(shape) for shape in shapes)
-        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, min(shapes)[-2], params))
+    for (ending, d_in, d_out), alike in groups.items():
+        size = min(spec.size for spec in alike)
+        params = sum(math.prod(spec.value_shape) for spec in alike)
+        rows.append(ShapeRow(ending, len(alike), d_in, d_out, size, params))
     return tuple(rows)
 
 
@@ -383,16 +395,17 @@ def layer_for(
 ) -> AdaptedLinear:
     """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises
     `UserError` for experts that would have domains."""
-    if isinstance(spec, StackSpec):
+    adapter = adapter_type(config.adapter)
+    layer: AdaptedLinear
+    if isinstance(base, ExpertStack):
         if domains is not None:
             raise UserError(
                 f"research.domain_adapters: {name} are experts, which can have no domains: leave them out"
             )
-        return MoRAExperts(base, spec, config.dropout)
-    if isinstance(spec, LoRASpec):
-        return LoRALinear(base, spec, config.dropout, config.first_seed(name, cycle=0))
-    assert isinstance(spec, OperatorSpec)
-    assert isinstance(config, MoRAConfig)
-    if domains is not None:
-        return DomainLinear(base, spec, domains, config.dropout)
-    return MoRALinear(base, spec, config.dropout, Compute(config.compute))
+        layer = loaded(adapter.expert_layer)(base, spec, config.dropout)
+    elif domains is not None:
+        layer = loaded(adapter.domain_layer)(base, spec, domains, config.dropout)
+    else:
+        options = config.layer_options(name)
+        layer = loaded(adapter.layer)(base, spec, config.dropout, **options)
+    return layer

@@ -30,8 +30,8 @@ from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.ops.terms import Term, join
+from mora_ds.adapters.ops.spec import AdditiveTerm, Term, UpdateSpec
+from mora_ds.adapters.ops.terms import join
 
 
 class Split(Protocol):
@@ -62,7 +62,7 @@ class MergeNorms(NamedTuple):
 
     square: Tensor
     delta: Tensor
-    """Of the value's delta; `weight` is that of the frozen weight before the merge."""
+    """Of the change of the weight; `weight` is that of the frozen weight before the merge."""
     weight: Tensor
     lost: Tensor
     """Norm of the part of the delta that rounding keeps out of the frozen weight."""
@@ -114,7 +114,7 @@ class AdaptedLinear(nn.Module):
         seed: int = 0,
     ) -> None:
         """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`)
-        without copying them. `seed`: for LoRA's A."""
+        without copying them. `seed`: of the first value."""
         super().__init__()
         # An `ExpertStack` says it itself
         self.transposed: bool = getattr(base, "transposed", isinstance(base, Conv1D))
@@ -124,14 +124,14 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        value = spec.first_value(seed).to(weight.device, weight.dtype)
-        self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
+        value = spec.init_weight(self.frozen, seed).to(weight.device, weight.dtype)
+        self.register_parameter(spec.value_name, nn.Parameter(value))
         self.dropout = dropout
         self.split: Split | None = None
         """Under tensor parallelism, where the parameter is this rank's shard of a
         value."""
-        self.merged: tuple[Term, ...] = ()
+        self.merged: tuple[AdditiveTerm, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them
         up."""
         self._merged_tables: tuple[object, ...] = ()
@@ -148,7 +148,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def value(self) -> nn.Parameter:
-        """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out)."""
+        """The adapter weight: M (r_hat, r_hat), or LoRA's factors
+        (rank, d_in + d_out)."""
         return getattr(self, self.spec.value_name)
 
     def unshard(self, value_shard: Tensor) -> Tensor:
@@ -220,9 +221,9 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def form(self, original: Tensor, updates: Iterable[Term]) -> None:
-        """Forms the frozen weight anew: `original` plus all deltas, summed in fp32.
+        """Forms the frozen weight anew: `original` with all updates merged, in fp32.
 
-        The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the
+        It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         original weight, rounding errors do not accumulate over merges. In 4 bits the
         original alone is rounded, and the updates stay matrices beside it (`nf4`). In
         place, so that storages and ties stay. `original`, in the layout of `weight`, is
@@ -265,9 +266,10 @@ class AdaptedLinear(nn.Module):
         if self.weight.dtype is not torch.float32:
             moved = dense(self.frozen_on(self.device), torch.float32).float()
             moved.sub_(dense(old, torch.float32))
+        base = None if self.spec.is_additive else dense(old, torch.float32).float()
         # Its memory is free before the delta takes as much
         del old
-        delta = self.spec.delta_weight(square)
+        delta = self.spec.weight_change(base, square)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
         return MergeNorms(_norm(square), _norm(delta), before, lost)
 

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.frozen import Maker, QuantizedWeight, linear
-from mora_ds.adapters.ops.terms import Term, add_terms_, add_terms_gradient_
+from mora_ds.adapters.ops.spec import AdditiveTerm
+from mora_ds.adapters.ops.terms import add_terms_, add_terms_gradient_
 from mora_ds.common.errors import RunError, UserError
 
 BLOCK = 64
@@ -57,13 +58,13 @@ class NF4Weight(QuantizedWeight):
 
     bits: ClassVar[int] = 4
     shape: tuple[int, ...]
-    terms: tuple[Term, ...] = ()
+    terms: tuple[AdditiveTerm, ...] = ()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         if not self.terms:
             return self._original(dtype)
         total = self._original(torch.float32)
-        add_deltas_(total, self.terms)
+        merge_updates_(total, self.terms)
         return total.to(dtype)
 
     @property

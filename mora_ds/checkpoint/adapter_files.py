@@ -27,6 +27,7 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.update import operator_from_dict
+from mora_ds.adapters.registry import adapter_type
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_PARTS,
@@ -56,7 +57,7 @@ from mora_ds.common.tensor_files import (
     shape_dtype,
     write_safetensors_atomic,
 )
-from mora_ds.common.untrusted import AnyPath, Count, FileName, typed, typed_fully
+from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed, typed_fully
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.rope import check_changes
 from mora_ds.remora.ledger import (
@@ -208,6 +209,9 @@ def read_adapter(folder: Path) -> AdapterFile:
     path = folder / ADAPTER_JSON
     content = read_formatted(path)
     with malformed(path):
+        config = entry(content, "config", JsonObject, ADAPTER_JSON)
+        # An adapter that is not registered here is no damage
+        adapter_type(entry(config, "kind", str, "the adapter's settings"))
         adapter: AdapterFile = typed_fully(
             AdapterFile, content, f"{ADAPTER_JSON} is damaged"
         )

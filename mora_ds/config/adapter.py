@@ -1,31 +1,28 @@
 """Settings of the adapter: what is trained, and when it is merged."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from mora_ds.adapters.config import (
     ALL_LINEAR,
     AS_LOADED,
     FLAGS,
     AdapterConfig,
-    LoRAConfig,
-    MoRAConfig,
 )
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
+from mora_ds.adapters.registry import (
+    ADAPTERS,
+    DEFAULT_ADAPTER,
+    AdapterType,
+    Capability,
+    Control,
+    adapter_type,
+    loaded,
+    unsupported,
+)
 from mora_ds.adapters.target_patterns import names_experts
-from mora_ds.common.errors import named_as_flags, refusal
+from mora_ds.common.errors import named_as_flags, refusal, unknown
 from mora_ds.config.flags import documented
-
-
-class AdapterKind(str, Enum):
-    """What is trained."""
-
-    MORA = "mora"
-    LORA = "lora"
-    FULL = "full"
-    NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ class AdapterKind(str, Enum):
 class AdapterArguments:
     """What is trained, and when it is merged."""
 
-    adapter: str = AdapterKind.MORA.value
-    """mora (MoRA matrices), or a control: lora (with --merge_every: ReLoRA), full
-    (every parameter, under plain ZeRO), none (nothing is trained, the base is
-    evaluated)."""
+    adapter: str = DEFAULT_ADAPTER
+    """The adapter: mora (MoRA matrices), lora (with --merge_every: ReLoRA) or another
+    that is registered. Or a control: full (every parameter, under plain ZeRO), none
+    (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
     MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
@@ -92,14 +89,16 @@ class AdapterArguments:
     @property
     def is_control(self) -> bool:
         """Whether the run has no adapter."""
-        return self.adapter in (AdapterKind.FULL, AdapterKind.NONE)
+        return self.adapter in list(Control)
 
     @property
     def trains_others(self) -> bool:
         """Whether parameters other than the adapter's are trained (PEFT's
         modules_to_save)."""
         rows = self.train_new_embeddings or self.train_embedding_rank > 0
-        return rows or self.train_embeddings or self.train_norms or self.train_head
+        needed = not self.is_control and adapter_type(self.adapter).trainables
+        modules = self.train_embeddings or self.train_norms or self.train_head
+        return bool(rows or modules or needed)
 
     @property
     def adapts_experts(self) -> bool:
@@ -107,37 +106,34 @@ class AdapterArguments:
         return any(names_experts(pattern) for pattern in self.target_modules)
 
     def config(self, seed: int) -> AdapterConfig:
-        """The adapter's own config. Raises `UserError` for invalid settings."""
-        if self.adapter == AdapterKind.LORA:
-            common = self._common(seed)
-            return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **common)
-        return self.mora_config(seed)
-
-    def mora_config(self, seed: int) -> MoRAConfig:
-        """The config of --adapter mora. Raises `UserError` for invalid settings."""
-        return MoRAConfig(
-            rank=self.mora_rank,
-            operator=self.operator,
-            grouping=self.grouping,
-            r_hat_multiple=self.r_hat_multiple,
-            compute=self.compute,
-            **self._common(seed),
-        )
-
-    def _common(self, seed: int) -> dict[str, Any]:
-        return {
-            "target_modules": tuple(self.target_modules),
-            "dropout": self.mora_dropout,
-            "train_embeddings": self.train_embeddings,
-            "embedding_rank": self.train_embedding_rank,
-            "train_norms": self.train_norms,
-            "train_head": self.train_head,
-            "base_bits": self.base_bits,
-            "seed": seed,
+        """The adapter's own config. Raises `UserError` for invalid settings, and for
+        an adapter that is not registered."""
+        adapter = adapter_type(self.adapter)
+        given = vars(self)
+        values = {
+            name: given[setting]
+            for setting, name in settings_of(adapter).items()
+            # The rows that are new are known with the model
+            if setting in given and setting != "train_new_embeddings"
         }
+        config: AdapterConfig = loaded(adapter.config)(**values, seed=seed)
+        return config
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(named_as_flags(**FLAGS)(self.mora_config), 0)
-        if self.adapts_experts and self.adapter == AdapterKind.LORA:
-            yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"
+        known = [*ADAPTERS, *(control.value for control in Control)]
+        if self.adapter not in known:
+            yield unknown("--adapter", self.adapter, known)
+            return
+        if self.is_control:
+            return
+        yield from refusal(named_as_flags(**FLAGS)(self.config), 0)
+        if self.adapts_experts:
+            setting = "--target_modules names experts"
+            yield from unsupported(self.adapter, Capability.EXPERTS, setting)
+
+
+def settings_of(adapter: AdapterType) -> dict[str, str]:
+    """Setting of a run -> field of the adapter's config that has it."""
+    names = [entry.name for entry in fields(loaded(adapter.config))]
+    return {FLAGS.get(name, name).removeprefix("--"): name for name in names}

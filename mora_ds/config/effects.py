@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import refusal
-from mora_ds.config.adapter import AdapterKind
+from mora_ds.config.adapter import settings_of
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Effect:
     """What some settings are for."""
 
     purpose: str
-    """Follows "is for" in the message."""
+    """Follows "is for" in the message; {adapters}: the names of all."""
     present: Callable[[Arguments], bool]
     """Whether a run has it."""
     settings: str
@@ -46,24 +47,14 @@ def _trains_others(arguments: Arguments) -> bool:
 
 EFFECTS = (
     Effect(
-        "MoRA matrices (--adapter mora)",
-        lambda run: run.adapter.adapter == AdapterKind.MORA,
-        "r_hat_multiple operator grouping compute",
-    ),
-    Effect(
-        "LoRA (--adapter lora)",
-        lambda run: run.adapter.adapter == AdapterKind.LORA,
-        "lora_alpha",
-    ),
-    Effect(
-        "an adapter (--adapter mora, lora)",
+        "an adapter (--adapter {adapters})",
         lambda run: not run.adapter.is_control,
         "mora_rank target_modules mora_dropout base_bits base_device merge_every "
         "train_embeddings train_norms train_head train_new_embeddings train_embedding_rank",
     ),
     Effect(
         "a run that trains something (not --adapter none)",
-        lambda run: run.adapter.adapter != AdapterKind.NONE,
+        lambda run: run.adapter.adapter != Control.NONE,
         "export_merged profile push_to_hub resume_from_checkpoint decay_from",
     ),
     Effect(
@@ -124,8 +115,8 @@ EFFECTS = (
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
-    has_known_adapter = arguments.adapter.adapter in list(AdapterKind)
-    if not has_known_adapter or refusal(_curve, arguments):
+    name = arguments.adapter.adapter
+    if name not in (*ADAPTERS, *Control) or refusal(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()
     for group in (
@@ -138,11 +129,18 @@ def idle_settings(arguments: Arguments) -> dict[str, str]:
         changed |= {
             name for name, value in vars(group).items() if value != defaults[name]
         }
-    messages = {}
+    purposes: dict[str, str] = {}
+    for adapter in ADAPTERS.values():
+        purpose = f"{adapter.title} (--adapter {adapter.name})"
+        purposes |= dict.fromkeys(settings_of(adapter), purpose)
+    for setting in settings_of(ADAPTERS[name]) if name in ADAPTERS else ["seed"]:
+        purposes.pop(setting)
     for effect in EFFECTS:
         if not effect.present(arguments):
-            advice = f"is for {effect.purpose}, and has no effect here: leave it out"
-            for name in effect.settings.split():
-                if name in changed:
-                    messages[name] = f"--{name} {advice}"
-    return messages
+            purpose = effect.purpose.format(adapters=", ".join(ADAPTERS))
+            purposes |= dict.fromkeys(effect.settings.split(), purpose)
+    return {
+        setting: f"--{setting} is for {purpose}, and has no effect here: leave it out"
+        for setting, purpose in purposes.items()
+        if setting in changed
+    }

@@ -31,6 +31,7 @@ from typing import (
 
 from transformers import HfArgumentParser
 
+from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common import research
 from mora_ds.common.errors import UserError, nearest, refuse, unusable_words
 from mora_ds.common.files import load_yaml, shipped
@@ -150,7 +151,8 @@ def parse_flat(
         of_recipe = read_recipe(shipped(arguments.pop(0)), groups)
     parser = StrictParser(
         cast(Any, groups),
-        description="Continual pretraining with MoRA under DeepSpeed.",
+        description="Continual pretraining with MoRA under DeepSpeed. "
+        f"Values of --adapter: {', '.join((*ADAPTERS, *Control))}.",
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )

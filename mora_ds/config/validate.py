@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from enum import Enum
 from types import SimpleNamespace
 
+from mora_ds.adapters.registry import Capability, Control, unsupported
 from mora_ds.common import research
 from mora_ds.common.errors import (
     ABOVE_0_AT_MOST_1,
@@ -28,7 +29,7 @@ from mora_ds.common.errors import (
     refuse,
     wrong_values,
 )
-from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
@@ -49,7 +50,6 @@ _RATE = Bounds(above=0, most=1e30)
 
 _LIMITS: dict[str, Bounds | type[Enum]] = {
     "train_tokenizer_vocab": Bounds(least=0, most=10_000_000),
-    "adapter": AdapterKind,
     "lora_alpha": POSITIVE,
     "merge_every": NOT_NEGATIVE,
     "restart_warmup_steps": NOT_NEGATIVE,
@@ -126,7 +126,8 @@ def validate(arguments: Arguments) -> None:
     problems += conflicts(
         steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )
-    refuse(problems)
+    # The config of an adapter checks fields that have bounds here too
+    refuse(dict.fromkeys(problems))
     refuse(idle_settings(arguments).values())
 
 
@@ -146,7 +147,7 @@ def _contradictions(
     """One message for each setting of a group that those of another one do not go
     with."""
     muon = training.has_muon
-    is_full = adapter.adapter == AdapterKind.FULL
+    is_full = adapter.adapter == Control.FULL
     uploads_adapter = training.push_to_hub and not training.export_merged
     names_tokenizer = (
         model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
@@ -156,9 +157,6 @@ def _contradictions(
     rules = {
         "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": (
             is_full and uploads_adapter
-        ),
-        "--optimizer muon is for the matrices of an adapter: use --adapter mora or lora, or --optimizer adamw": (
-            muon and adapter.is_control
         ),
         "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw": (
             muon and adapter.adapts_experts
@@ -184,6 +182,8 @@ def _contradictions(
         if is_broken:
             yield message
     yield from wrong_sources
+    if muon:
+        yield from unsupported(adapter.adapter, Capability.MUON, "--optimizer muon")
     yield from sequence_parallel_problems(
         training.sequence_parallel_size, data.seq_len, model.attn_implementation
     )

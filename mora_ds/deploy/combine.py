@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
+from mora_ds.adapters.ops.spec import additive
+from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -102,6 +104,7 @@ def combine_adapters(
     last = adapters[-1]
     for adapter in adapters:
         require_outside(output, adapter.folder)
+        require(adapter.file.config.adapter, Capability.SUM, str(adapter.folder))
     for adapter in adapters[:-1]:
         _check_pair(adapter, last)
     reference = last.reference.absolute(last.folder)
@@ -189,12 +192,14 @@ class _Term:
     """The weight of each, and the MoRA matrix or LoRA factors of a module."""
 
     @property
-    def is_linear(self) -> bool:
-        return all(entry.operator.is_linear for entry in self.layers.values())
+    def sums_values(self) -> bool:
+        """Whether the values of equal terms are summed, each layer's elementwise."""
+        operators = [additive(entry.operator) for entry in self.layers.values()]
+        return all(operator.of_sum(2) == operator for operator in operators)
 
     def value(self, module: str) -> Tensor:
         """The sum in fp32. Raises `RunError` where it is not finite."""
-        times = self.layers[module].operator.scaled
+        times = additive(self.layers[module].operator).scaled
         summands = (
             times(value(module).double(), weight) for weight, value in self.values
         )
@@ -215,7 +220,7 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
         cycles.append(_Term(adapter.file.step, adapter.file.layers, [(weight, live)]))
         for cycle in cycles:
             equal = [term for term in terms if term.layers == cycle.layers]
-            if equal and cycle.is_linear:
+            if equal and cycle.sums_values:
                 term = equal[0]
                 term.values += cycle.values
                 term.step = max(term.step, cycle.step)

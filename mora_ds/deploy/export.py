@@ -2,7 +2,7 @@
 loads.
 
     checkpoint (manifest checked) -> base, merge ledger, live MoRA matrices, other trained tensors
-    every tensor of the base:  replaced | base + all deltas, by `live_weight` | unchanged  -> cast -> shard
+    every tensor of the base:  replaced | base with all updates, by `live_weight` | unchanged  -> cast -> shard
     also config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
 
 With `onto` the model is another one of the base's shapes, such as an instruct model of
@@ -30,6 +30,7 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import UserError
@@ -233,6 +234,8 @@ def open_run(
     """Open the base of an adapter, and the model in the folder `onto`, which gets the
     update. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
+    if onto is not None:
+        require(adapter.file.config.adapter, Capability.SUM, f"{ONTO} {onto}")
     base = adapter.reference.open_base(
         adapter.folder, base_folder, flag="`base_folder`"
     )

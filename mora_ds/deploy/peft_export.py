@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.new_embeddings import stands_for
-from mora_ds.adapters.ops.delta import add_deltas_
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.delta import merge_updates_
+from mora_ds.adapters.ops.spec import UpdateSpec, additive
+from mora_ds.adapters.registry import Capability, require
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import UserError
@@ -86,8 +87,9 @@ def export_peft(
     require_new(output)
     require_outside(output, source)
     opened = Adapter.open(source)
+    require(opened.file.config.adapter, Capability.PEFT_EXPORT, str(source))
     for name, entry in opened.file.layers.items():
-        if entry.operator.is_stack:
+        if len(entry.operator.weight_shape) > 2:
             raise UserError(
                 f"{source}: {name} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
                 "which merges them, or an adapter without experts in `target_modules`"
@@ -154,7 +156,7 @@ def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
 
 def _bound(spec: UpdateSpec) -> float:
     """The rank that `spec.low_rank` gives; infinite where it gives no factors."""
-    factors = spec.low_rank(torch.zeros(spec.value_shape))
+    factors = additive(spec).low_rank(torch.zeros(spec.value_shape))
     return math.inf if factors is None else len(factors[0])
 
 
@@ -167,13 +169,13 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
         downs = []
         ups = []
         for update, value in updates:
-            factors = update.low_rank(value.float())
+            factors = additive(update).low_rank(value.float())
             assert factors is not None, "an exact plan has factors of every update"
             downs.append(factors[0])
             ups.append(factors[1])
         return torch.cat(downs), torch.cat(ups, dim=1), 0.0
     delta = torch.zeros(spec.d_out, spec.d_in)
-    add_deltas_(delta, updates)
+    merge_updates_(delta, updates)
     delta = delta.double()
     # B A = delta V V^T for the leading right singular vectors V: the best approximation
     # of this rank. As V is orthonormal, its energy is that of B.

@@ -30,6 +30,7 @@ from mora_ds.adapters.inject import (
     move_base,
 )
 from mora_ds.adapters.quantized import base_bits_of
+from mora_ds.adapters.registry import Capability, adapter_type, require
 from mora_ds.common.errors import RunError, UserError, whole_number
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
@@ -150,7 +151,12 @@ def initialize(
     # DeepSpeed moves the module to the device, with its buffers (engine.py,
     # `_configure_distributed_model`)
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
-    tagged = muon.preparing(mora_layers(model).values()) if is_muon else nullcontext()
+    has_factors = adapter_type(config_of(model).adapter).has_factors
+    tagged = (
+        muon.preparing(mora_layers(model).values(), has_factors)
+        if is_muon
+        else nullcontext()
+    )
     with aside, tagged:
         returned = _deepspeed_engine(
             model=model, config=settings, model_parameters=parameters, **kwargs
@@ -200,12 +206,16 @@ def check_compute_dtype(config: DsConfig) -> None:
 
 def _check_muon(model: nn.Module, config: DsConfig) -> None:
     """Raises `UserError` for what Muon cannot train: it is for single matrices."""
-    stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
-    if stacks and uses_muon(config):
-        raise UserError(
-            f"Muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use AdamW"
-        )
-    if any(layer.spec.has_factors for layer in mora_layers(model).values()):
+    if not uses_muon(config):
+        return
+    adapter = adapter_type(config_of(model).adapter)
+    require(adapter.name, Capability.MUON, '"optimizer": "Muon" of `config`')
+    for name, layer in mora_layers(model).items():
+        if len(layer.spec.weight_shape) > 2:
+            raise UserError(
+                f"Muon is for single MoRA matrices, and {name} has a stack of them: use AdamW"
+            )
+    if adapter.has_factors:
         muon.check_factors(config)
 
 

@@ -33,8 +33,9 @@ from mora_ds.engine.zero import Engine, Stage3View, ZeroView, view_of
 
 
 @contextmanager
-def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
+def preparing(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[None]:
     """Within, `deepspeed.initialize` gives Muon to the values of `layers`, else AdamW.
+    `has_factors`: whether a value is two matrices side by side.
 
     DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix
     without "embed" or "lm_head" in its name gets Muon. So would GPT-2's embedding
@@ -51,7 +52,7 @@ def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
             parameter.use_muon = spec is not None  # type: ignore[attr-defined]
             # DeepSpeed hands it on to `_per_head_orthogonalize`, which is ours
             # (`load_kernels`)
-            columns = Columns(spec.d_in) if spec and spec.has_factors else None
+            columns = Columns(spec.d_in) if spec and has_factors else None
             parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
     deepspeed.set_optimizer_flags = tag

@@ -7,6 +7,7 @@ model's heads and sizes are in `adapters/tp_plan.py` and `parallel/ulysses_check
 
 from collections.abc import Iterator, Mapping
 
+from mora_ds.adapters.registry import DEFAULT_ADAPTER, Capability, unsupported
 from mora_ds.common.errors import UserError, refuse
 
 TENSOR = "--tensor_parallel_size"
@@ -28,7 +29,7 @@ def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
 def tensor_parallel_problems(
     degree: int,
     *,
-    adapter: str = "mora",
+    adapter: str = DEFAULT_ADAPTER,
     dropout: Mapping[str, float] | None = None,
     base_bits: int | None = None,
     domains: bool = False,
@@ -44,11 +45,12 @@ def tensor_parallel_problems(
     """
     if degree < 2:
         return
+    setting = f"{TENSOR} {degree}"
+    yield from unsupported(adapter, Capability.TENSOR_PARALLEL, setting)
     drops = [
         f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0
     ]
     limits = [
-        (adapter != "mora", f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1"),
         (domains, " splits one MoRA matrix a layer, not those of research.domain_adapters"),
         (experts, " splits linear layers, and --target_modules names experts: leave it at 1"),
         (sequence > 1, f" and {SEQUENCE} {sequence}: use one of them"),
@@ -58,7 +60,7 @@ def tensor_parallel_problems(
         (base_bits in (8, 4), f": --base_bits {base_bits} holds unsplit weights: use one of them"),
         (streams_base, ": --base_device host copies unsplit layers: use one of them"),
     ]  # fmt: skip
-    yield from (f"{TENSOR} {degree}{limit}" for holds, limit in limits if holds)
+    yield from (f"{setting}{limit}" for holds, limit in limits if holds)
 
 
 def check_tensor_parallel(degree: int, **settings: object) -> None:

@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds.adapters.domains import DomainLinear
-from mora_ds.adapters.experts import MoRAExperts
-from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.layer import LoRALinear, MoRALinear
+from mora_ds.adapters.inject import config_of, mora_layers
+from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.adapters.ops.spec import Style
@@ -85,20 +83,18 @@ def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
             )
 
 
-_UNSPLIT: dict[type, dict[str, Any]] = {
-    LoRALinear: {"adapter": "lora"},
-    MoRAExperts: {"experts": True},
-    DomainLinear: {"domains": True},
-}
-"""Kind of layer that no group splits -> what `check_tensor_parallel` says of it."""
-
-
 def _check(model: nn.Module, degree: int) -> None:
-    check_tensor_parallel(degree, dropout=_dropouts(model))
-    for name, layer in mora_layers(model).items():
-        if type(layer) in _UNSPLIT:
-            check_tensor_parallel(degree, **_UNSPLIT[type(layer)])
-        elif (rows := layer.spec.value_shape[0]) < degree:
+    config = config_of(model)
+    layers = mora_layers(model)
+    check_tensor_parallel(
+        degree,
+        adapter=config.adapter,
+        dropout=_dropouts(model),
+        domains=bool(getattr(config, "domains", ())),
+        experts=any(len(layer.spec.weight_shape) > 2 for layer in layers.values()),
+    )
+    for name, layer in layers.items():
+        if (rows := layer.spec.value_shape[0]) < degree:
             raise UserError(
                 f"{TENSOR} {degree}: the MoRA matrix of {name} has {rows} rows: raise `rank`, or use "
                 "a smaller group"

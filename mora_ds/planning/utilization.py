@@ -50,12 +50,8 @@ def token_flops(model: Any, length: int) -> float:
         experts = getattr(layer, "experts_per_token", 1) or 1
         weight = math.prod(linear_shape(layer)) * experts
         if isinstance(layer, AdaptedLinear):
-            operator: Any = layer.spec
-            if operator.is_stack:
-                operator = operator.operator
-            blocks = getattr(operator, "blocks", 1)
             frozen += weight
-            trained += math.prod(operator.value_shape) * blocks * experts
+            trained += layer.spec.multiplications * experts
         elif isinstance(layer.weight, nn.Parameter):
             trained += weight
         else:

@@ -2,6 +2,7 @@
 chained by hashes.
 
     live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
+    (of adapters whose update is no delta: cast( merged_weight(... merged_weight(W_original, value_0), ...) ), in fp32)
 
 The base on disk never changes; the ledger holds all that a run has merged into it.
 Merge, resume and export form live weights by one function, `live_weight`, so that they
@@ -132,7 +133,7 @@ def agree_on_layers(
 
 def _shape(layer: LayerEntry) -> tuple[int, ...]:
     operator = layer.operator
-    return operator.d_in, operator.d_out, layer.transposed, *operator.value_shape[:-2]
+    return operator.d_in, operator.d_out, layer.transposed, *operator.weight_shape[:-2]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
 
     M in fp32 from the master partitions        the only collective: r_hat^2 * 4 bytes a layer
     live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
+                  of an adapter whose update is no delta its `merged_weight`, of the original and cycle by cycle;
                   with --base_bits 4, quantize of the original, and M stays in the layer of every process;
                   where the processes of a node share the base, each forms a part of the layers (`models/node_base.py`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
@@ -252,7 +253,8 @@ class ReMoRA:
         set_cycle(self.engine.module, self.config, cycle)
         first_values = {}
         for name, layer in layers.items():
-            first = layer.spec.first_value(self.config.first_seed(name, cycle))
+            seed = self.config.first_seed(name, cycle)
+            first = layer.spec.init_weight(layer.frozen, seed)
             # LoRA's A; MoRA matrices are zero, as `reset_group` leaves them
             if first.any():
                 first_values[layer.value] = layer.shard(first)

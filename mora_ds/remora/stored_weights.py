@@ -69,8 +69,6 @@ def stored_weights(
 def weight_shape(entry: LayerEntry) -> Shape:
     """The shape that the layer's weight has in the base: (d_out, d_in), reversed where
     it is stored transposed, and the number of experts before it."""
-    sides = (entry.operator.d_out, entry.operator.d_in)
-    return (
-        *entry.operator.value_shape[:-2],
-        *(sides[::-1] if entry.transposed else sides),
-    )
+    *experts, d_out, d_in = entry.operator.weight_shape
+    sides = (d_in, d_out) if entry.transposed else (d_out, d_in)
+    return (*experts, *sides)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import Domains, domains_of
 from mora_ds.common.errors import RunError, UserError
@@ -48,7 +48,7 @@ class ResearchHooks(Hooks):
         if self.settings.targets is None:
             return None
         plan = read_plan(expanded(self.settings.targets, SETTING))
-        plan.put_into(self.arguments.adapter.mora_config(seed=0))
+        plan.put_into(self.arguments.adapter.config(seed=0))
         return plan
 
     def plan(
@@ -63,10 +63,9 @@ class ResearchHooks(Hooks):
         self._plan = self._read_plan()
         return self._planned(config)
 
-    def _planned(self, config: AdapterConfig) -> AdapterConfig:
-        # Settings that are for MoRA matrices are refused beside another adapter
-        if not isinstance(config, MoRAConfig):
-            return config
+    def _planned(self, config: Any) -> Any:
+        """The config with what `ResearchSettings` ask for, which the adapter has
+        (`research.settings.problems`)."""
         if self.settings.domain_adapters:
             config = replace(config, domains=domain_names(self.arguments))
         return config if self._plan is None else self._plan.put_into(config)

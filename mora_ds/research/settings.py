@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.registry import Capability, unsupported
 from mora_ds.common.errors import refusal
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.flags import Settings, documented, typed_values
 from mora_ds.config.mixture import mixture_plan
@@ -39,11 +39,11 @@ def problems(arguments: Arguments) -> Iterator[str]:
     """One message for each setting that is wrong, or does not go with the others."""
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
-    for name in ("targets", "domain_adapters"):
+    needs = {"targets": Capability.LAYER_SIZES, "domain_adapters": Capability.DOMAINS}
+    for name, capability in needs.items():
         if not getattr(settings, name):
             continue
-        if adapter.adapter != AdapterKind.MORA:
-            yield f"{NAME}{name} is for MoRA matrices, and --adapter is {adapter.adapter}"
+        yield from unsupported(adapter.adapter, capability, f"{NAME}{name}")
         if adapter.adapts_experts:
             yield f"{NAME}{name} is for linear layers, and --target_modules names experts: leave out one of them"
     if settings.targets is not None and adapter.target_modules != [ALL_LINEAR]:

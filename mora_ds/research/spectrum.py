@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.adapters.ops.spec import Term
+from mora_ds.adapters.ops.spec import Term, additive
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import UserError, nearest
@@ -92,7 +92,7 @@ def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
     left = total[:, :0]
     right = total[:0]
     for spec, value in updates:
-        newest = spec.delta_weight(value.double())
+        newest = additive(spec).delta_weight(value.double())
         energy = newest.square().sum().item()
         inside = (left.T @ newest @ right.T).square().sum().item()
         total += newest

@@ -10,11 +10,10 @@ resumed run must have the sides of its checkpoint.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.common.untrusted import MAX_SIDE, FileName, shown, typed
@@ -44,9 +43,10 @@ class TargetPlan:
             content = yaml.safe_dump(vars(self), sort_keys=False, width=10_000)
             beside.write_text(_HEAD + content, encoding="utf-8")
 
-    def put_into(self, config: MoRAConfig) -> MoRAConfig:
-        """`config` with MoRA matrices of these sides on these layers and no others.
-        Raises `UserError` for a side that the operator does not take."""
+    def put_into(self, config: Any) -> Any:
+        """`config`, of an adapter with `Capability.LAYER_SIZES`, with matrices of these
+        sides on these layers and no others. Raises `UserError` for a side that the
+        operator does not take."""
         sizes = tuple((name, side) for name, side in self.layers.items() if side)
         return replace(config, layer_sizes=sizes)
 

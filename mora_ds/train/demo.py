@@ -12,11 +12,11 @@ It needs no network, only the text of Python itself.
 import logging
 from pathlib import Path
 
+from mora_ds.adapters.registry import DEFAULT_ADAPTER
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
 from mora_ds.config.flags import Settings
 from mora_ds.config.training import TrainingArguments
@@ -215,7 +215,7 @@ def _continue_arguments(
         "cache_dir": str(paths.tokens),
     }
     # The recipe's learning rates are those of MoRA matrices under Muon.
-    is_mora = arguments.adapter.adapter == AdapterKind.MORA
+    is_mora = arguments.adapter.adapter == DEFAULT_ADAPTER
     chooses_optimizer = "optimizer" in arguments.set_by_user
     if is_mora and not chooses_optimizer and not arguments.research:
         (text,) = paths.train_files("general")

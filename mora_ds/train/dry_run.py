@@ -13,10 +13,10 @@ import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import inject
+from mora_ds.adapters.registry import Control
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
 from mora_ds.engine import device
@@ -95,7 +95,7 @@ def planner_of(
     training = arguments.training
     model = arguments.model
     check_config(config, training.sequence_parallel_size, model.implementation)
-    if arguments.adapter.adapter == AdapterKind.NONE:
+    if arguments.adapter.adapter == Control.NONE:
         raise UserError("--adapter none trains nothing: there is nothing to plan")
     name, _ = _model_of(arguments)
     work = Work(
@@ -123,7 +123,7 @@ def planner_of(
 def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     """None for full training. `model`: the model's folder, hub name or config.json."""
     adapter = arguments.adapter
-    if adapter.adapter == AdapterKind.FULL:
+    if adapter.adapter == Control.FULL:
         return None
     config = adapter.config(arguments.training.seed)
     config = hooks_of(arguments).dry_plan(config)

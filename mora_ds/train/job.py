@@ -15,12 +15,12 @@ import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
+from mora_ds.adapters.registry import Control
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import JsonObject
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
@@ -74,9 +74,9 @@ class Job:
         # that has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
         self.sequence = self._shared_rows()
-        if self.kind == AdapterKind.NONE:
+        if self.kind == Control.NONE:
             self._start_evaluation()
-        elif self.kind == AdapterKind.FULL:
+        elif self.kind == Control.FULL:
             self._start_full_training()
         else:
             self._start_adapter()
@@ -127,7 +127,7 @@ class Job:
 
     @named_as_flags(**FLAGS)
     def _start_adapter(self) -> None:
-        """--adapter mora, lora."""
+        """--adapter with a registered adapter."""
         training = self.arguments.training
         start = self.start
         base = self.loaded.base

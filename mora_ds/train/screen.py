@@ -5,9 +5,10 @@ from shlex import quote
 
 import torch
 
+from mora_ds.adapters.registry import Control, adapter_type
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, MERGED_FOLDER
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import duration, peak_memory_bytes
@@ -48,9 +49,9 @@ def opening(job: Job, total_steps: int) -> list[str]:
 
 def _trained(adapter: AdapterArguments) -> str:
     """What is trained, such as "MoRA of rank 8, embeddings"."""
-    if adapter.adapter == AdapterKind.FULL:
+    if adapter.adapter == Control.FULL:
         return "all of the model, sharded by ZeRO"
-    kind = "LoRA" if adapter.adapter == AdapterKind.LORA else "MoRA"
+    kind = adapter_type(adapter.adapter).title
     rank = adapter.train_embedding_rank
     beside = {
         "embeddings": adapter.train_embeddings,
@@ -65,7 +66,7 @@ def _trained(adapter: AdapterArguments) -> str:
 
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, what comes next."""
-    if arguments.adapter.adapter == AdapterKind.NONE:
+    if arguments.adapter.adapter == Control.NONE:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
     folder = expanded(arguments.training.output_dir)
     checkpoint = folder / CHECKPOINTS / LATEST
@@ -78,7 +79,7 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     }
     if TENSORBOARD in arguments.training.report_to:
         rows["curves"] = f"tensorboard --logdir {quote(str(folder / TENSORBOARD))}"
-    is_full = arguments.adapter.adapter == AdapterKind.FULL
+    is_full = arguments.adapter.adapter == Control.FULL
     is_one_adapter = not is_full and not arguments.research
     if is_one_adapter:
         rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"

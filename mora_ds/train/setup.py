@@ -17,13 +17,13 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
+from mora_ds.adapters.registry import ADAPTERS
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_plan
@@ -157,7 +157,7 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
-    if adapter == AdapterKind.LORA:
+    if adapter in ADAPTERS and ADAPTERS[adapter].has_factors:
         check_factors(config)
     if training.sequence_parallel_size > 1:
         # It was compared with the flags above. DeepSpeed, which knows no groups, would

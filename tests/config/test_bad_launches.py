@@ -106,9 +106,9 @@ stray | 'stray'
 # -- settings of adapters that do not go together
 --operator decuple | Did you mean 'decouple'
 --tensor_parallel_size 2 --sequence_parallel_size 2 | use one of them
---tensor_parallel_size 2 --adapter lora | --adapter lora has none: leave it at 1
---tensor_parallel_size 2 --adapter full | --adapter full has none: leave it at 1
---tensor_parallel_size 2 --adapter none | --adapter none has none: leave it at 1
+--tensor_parallel_size 2 --adapter lora | --adapter lora does not support tensor parallelism
+--tensor_parallel_size 2 --adapter full | --adapter full does not support tensor parallelism
+--tensor_parallel_size 2 --adapter none | --adapter none does not support tensor parallelism
 --tensor_parallel_size 2 --mora_dropout 0.1 | set to 0: --mora_dropout = 0.1
 --tensor_parallel_size 2 --optimizer muon | which no rank has: use adamw
 --sequence_parallel_size 2 --seq_len 33 | --sequence_parallel_size 2 does not divide --seq_len 33
@@ -131,7 +131,7 @@ stray | 'stray'
 --best_by held:-1 --eval_steps 1 | --best_by held:-1: must be NAME:NUMBER, with a number at least 0
 --best_by :1 --eval_steps 1 | --best_by :1: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
---optimizer muon --adapter full | --optimizer muon is for the matrices of an adapter
+--optimizer muon --adapter full | --optimizer muon: --adapter full does not support Muon
 --optimizer muon --adapter lora --bf16 --deepspeed configs/zero1.json | in bf16 needs ZeRO stage 2 or 3
 --base_bits 8 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 8
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
@@ -171,8 +171,8 @@ stray | 'stray'
 --attn_implementation flex_attention | --attn_implementation flex_attention trains on a GPU alone
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
---target_modules experts --adapter lora | --adapter lora is for linear layers
---target_modules all-linear experts.down_proj --adapter lora | --adapter lora is for linear layers
+--target_modules experts --adapter lora | --adapter lora does not support experts
+--target_modules all-linear experts.down_proj --adapter lora | --adapter lora does not support experts
 --target_modules experts --tensor_parallel_size 2 | --tensor_parallel_size 2 splits linear layers
 --target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'

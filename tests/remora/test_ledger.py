@@ -171,18 +171,6 @@ def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder):
     assert Ledger.open(folder, BASE).cycles == 0
 
 
-def test_operator_unknown_to_this_version_is_named(folder):
-    ledger = Ledger.open(folder)
-    layers = {"a.q": entry("a.q")}
-    text = json.dumps(ledger_room.layers_to_dict(layers)).replace("rotate", "swirl")
-    ledger._handles[0] = type(
-        "Handle", (), {"metadata": lambda self: {"layers": text}}
-    )()
-    ledger._layers.clear()
-    with user_error(r"cycle-00000\.safetensors: .*'swirl'"):
-        ledger.layers(0)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_square_that_is_not_finite_is_not_merged(folder, bad):
     ledger = Ledger.open(folder)

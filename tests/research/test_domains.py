@@ -278,8 +278,8 @@ def assert_choices_are_named(user, out, tmp_path):
 
 WRONG = """
 {train_files: [x.txt]} | needs several named sources
-{adapter: lora} | research.domain_adapters is for MoRA matrices, and --adapter is lora
-{adapter: full} | research.domain_adapters is for MoRA matrices, and --adapter is full
+{adapter: lora} | research.domain_adapters: --adapter lora does not support domains
+{adapter: full} | research.domain_adapters: --adapter full does not support domains
 {compute: weight} | --compute weight forms one weight for all rows
 {tensor_parallel_size: 2} | leave --tensor_parallel_size at 1
 {train_files: ["shared=x:1", "b=y:1"]} | 'shared' stands for the shared MoRA matrix

@@ -1,7 +1,7 @@
 """Pure tensor functions and the specs that say what an adapter's trained tensor means;
 no modules, no models.
 
-spec               `UpdateSpec`, the interface of all specs; names of operators and groupings, sizes, seeds
+spec               `UpdateSpec`, the interface of all specs, `AdditiveSpec`; names of operators, sizes, seeds
 mora               `OperatorSpec`: truncate, share, decouple, rotate
 lora               `LoRASpec`: LoRA's two factors
 stack              `StackSpec`: one operator for all experts of a projection

@@ -6,7 +6,7 @@ a replay and an export.
     decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 
 Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits
-are the same.
+are the same. An update that is no delta changes the weight by `UpdateSpec.merge_into_`.
 """
 
 from collections.abc import Iterable
@@ -17,8 +17,9 @@ from torch import Tensor
 from mora_ds.adapters.ops.spec import Term
 
 
-def add_deltas_(total: Tensor, updates: Iterable[Term]) -> None:
-    """total += spec.delta_weight(value) for each (spec, value) in turn, in place.
+def merge_updates_(total: Tensor, updates: Iterable[Term]) -> None:
+    """Merges each (spec, value) into `total` in turn, in place: the merged weight of
+    one update is the base of the next.
 
     `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved
     to its device and dtype.
@@ -26,10 +27,10 @@ def add_deltas_(total: Tensor, updates: Iterable[Term]) -> None:
     if total.dim() > 2:
         for spec, value in updates:
             for index, matrix in enumerate(total):
-                add_deltas_(matrix, [spec.single(value, index)])
+                merge_updates_(matrix, [spec.single(value, index)])
         return
     for spec, value in updates:
-        spec.add_delta_(total, value.to(total.device, total.dtype))
+        spec.merge_into_(total, value.to(total.device, total.dtype))
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def live_weight(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The original weight plus the deltas of `updates`, summed in fp32, rounded once.
+    """The original weight with all `updates` merged, in fp32, rounded once.
 
     `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such;
     it is not written to. The result has its layout, lies on `device` (by default that
@@ -53,5 +54,5 @@ def live_weight(
     # Moved before it is cast: in one call the CPU would cast, and send twice the bytes
     # of bf16 to a GPU
     total.copy_(original.to(device))
-    add_deltas_(total, updates)
+    merge_updates_(total, updates)
     return (total.mT.contiguous() if transposed else total).to(dtype)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.frozen import Weight
+from mora_ds.adapters.ops.spec import AdditiveSpec
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import MAX_SIDE
 
@@ -26,14 +27,11 @@ LORA = "lora"
 
 
 @dataclass(frozen=True)
-class LoRASpec(UpdateSpec):
+class LoRASpec(AdditiveSpec):
     """The sizes and the scale of a layer's factors."""
 
     name: ClassVar[str] = LORA
     value_name: ClassVar[str] = "factors"
-    values_title: ClassVar[str] = "factors"
-    is_linear: ClassVar[bool] = False
-    has_factors: ClassVar[bool] = True
     d_in: int
     d_out: int
     rank: int
@@ -50,10 +48,9 @@ class LoRASpec(UpdateSpec):
     def value_shape(self) -> tuple[int, int]:
         return self.rank, self.d_in + self.d_out
 
-    def first_value(self, seed: int) -> Tensor:
+    def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
         """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its
-        gradient is not. A pure function of its arguments: the same on every rank and
-        after every resume."""
+        gradient is not; on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         down = torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
         factors = torch.zeros(self.value_shape)
@@ -72,11 +69,13 @@ class LoRASpec(UpdateSpec):
         down, up = self.factors(value)
         return g_x.add_(F.linear(g, up) @ down)
 
+    def of_sum(self, count: int) -> LoRASpec:
+        """A larger rank with the same scale."""
+        return replace(self, rank=self.rank * count, alpha=self.alpha * count)
+
     def joined(self, values: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
-        """Factors lined up, as those of a larger rank with the same scale."""
-        count = len(values)
-        wider = replace(self, rank=self.rank * count, alpha=self.alpha * count)
-        return wider, torch.cat(list(values))
+        """Factors lined up."""
+        return self.of_sum(len(values)), torch.cat(list(values))
 
     def scaled(self, value: Tensor, factor: float) -> Tensor:
         """B alone is multiplied: the delta is a product of both."""

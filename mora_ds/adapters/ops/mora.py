@@ -52,7 +52,12 @@ from mora_ds.adapters.ops.index_tables import (
     signed_rope_table,
     tables_of,
 )
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
+from mora_ds.adapters.ops.spec import (
+    AdditiveSpec,
+    Grouping,
+    OperatorKind,
+    UpdateSpec,
+)
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import MAX_SIDE
@@ -63,7 +68,7 @@ which stays in a core's cache."""
 
 
 @dataclass(frozen=True)
-class OperatorSpec(UpdateSpec):
+class OperatorSpec(AdditiveSpec):
     """An operator with its sizes. Raises `UserError` for sizes or groupings that make
     no operator."""
 
@@ -104,6 +109,10 @@ class OperatorSpec(UpdateSpec):
         return self.r_hat, self.r_hat
 
     @property
+    def multiplications(self) -> int:
+        return self.r_hat**2 * self.blocks
+
+    @property
     def table_bytes(self) -> int:
         """About three int32 for each input and output, if cycles draw permutations; five
         where M has several blocks, by whose rows a weight is formed."""
@@ -133,7 +142,7 @@ class OperatorSpec(UpdateSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
-    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
         if self.blocks > 1:
             return add_blocks_(total, self, value)
         return add_rows_(total, self, value)

@@ -1,25 +1,28 @@
 """What every kind of update has in common: the interface of its spec, names of
 operators, sizes and seeds.
 
-A layer has one trained tensor, its *value*, and a *spec* that says which change of the
-frozen weight the value stands for. Merges, the merge ledger, exports and spectra use
-specs through `UpdateSpec` alone.
+A layer has one trained tensor, its *value*, and a *spec* that says what the frozen
+weight becomes with it. Merges, the merge ledger, exports and spectra use specs through
+`UpdateSpec` and `AdditiveSpec` alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from enum import Enum
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
+from mora_ds.common.untrusted import typed_fully
 
 ROTATE_BELOW_RANK = 64
 """Below this LoRA rank `default_kind` is rotate, as at rank 8 in the paper, else
@@ -64,25 +67,24 @@ class Style(str, Enum):
 
 
 class UpdateSpec(ABC):
-    """Says which (d_out, d_in) change of a weight a value stands for. Immutable,
-    hashable.
+    """How a layer's adapter weight changes its frozen weight: what every adapter
+    defines. Immutable, hashable.
+
+    A layer has one trained tensor, the *value*. An adapter with several tensors packs
+    them into one, as LoRA does with [A | B^T]: then ZeRO gathers a layer's adapter at
+    once, and merge ledgers and checkpoints hold one tensor a layer.
 
     Everything that only one kind of update does is a method or a property here, so that
-    no caller asks for the kind.
+    no caller asks for the kind. What an adapter supports beyond this class it declares
+    in `adapters.registry`.
     """
 
     name: ClassVar[str]
     """Value of "kind" in `to_dict`, where the class has only one."""
     value_name: ClassVar[str] = "square"
     """Name of the value: the layer's parameter, and in files."""
-    values_title: ClassVar[str] = "MoRA matrices"
-    """What tables call the values of all layers."""
-    is_linear: ClassVar[bool] = True
-    """Whether the delta of a sum of values is the sum of their deltas."""
-    is_stack: ClassVar[bool] = False
-    """Whether a layer has a value for each matrix of a stack."""
-    has_factors: ClassVar[bool] = False
-    """Whether the value is two matrices side by side, the second one transposed."""
+    is_additive: ClassVar[bool] = False
+    """Whether it is an `AdditiveSpec`."""
     d_in: int
     d_out: int
 
@@ -92,52 +94,53 @@ class UpdateSpec(ABC):
         """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of
         LoRA."""
 
+    @abstractmethod
+    def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
+        """The value that a cycle starts from, in fp32: with it the layer computes as
+        `base_weight` (d_out, d_in), its frozen weight, does. A pure function of its
+        arguments: the same on every rank and after every resume."""
+
+    @abstractmethod
+    def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
+        """The (d_out, d_in) weight without adapter that computes as `base_weight` with
+        this one, a new tensor. `base_weight` and `value` have one dtype: merges,
+        replays and exports give fp32.
+
+        Of several cycles each one has the merged weight of the one before as its base.
+        The result must have the same bits for every number of threads: elementwise
+        operations and sums of one row at a time, no matrix products.
+        """
+
+    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
+        """`merged_weight` of total (d_out, d_in), in its place, with the same bits."""
+        return total.copy_(self.merged_weight(total, value))
+
+    def weight_change(self, base_weight: Tensor | None, value: Tensor) -> Tensor:
+        """`merged_weight` less `base_weight`, a new tensor. An `AdditiveSpec`, whose
+        change does not depend on the base, takes None for it."""
+        assert base_weight is not None
+        return self.merged_weight(base_weight, value) - base_weight
+
+    @property
+    def size(self) -> int:
+        """The number that reports show: r_hat, or a rank."""
+        return self.value_shape[-2]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(d_out, d_in); (E, d_out, d_in) of a stack of experts, whose value has three
+        dimensions too."""
+        return *self.value_shape[:-2], self.d_out, self.d_in
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications by trained numbers that a token costs in forward."""
+        return math.prod(self.value_shape)
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the index tables that the update of one cycle has for itself."""
         return 0
-
-    def first_value(self, seed: int) -> Tensor:
-        """The value that a cycle starts from, fp32 on the CPU, without a delta."""
-        return torch.zeros(self.value_shape)
-
-    @abstractmethod
-    def delta_weight(self, value: Tensor) -> Tensor:
-        """The (d_out, d_in) change of the weight, a new tensor in the value's dtype."""
-
-    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
-        """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
-        return total.add_(self.delta_weight(value))
-
-    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the
-        delta and without a backward. A stack, which 4 bits do not hold, has none."""
-        raise NotImplementedError
-
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
-        """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in
-        place."""
-        raise NotImplementedError
-
-    def tables(self, device: torch.device) -> object:
-        """What these products read besides the value: cached while a caller has it."""
-        return None
-
-    def joined(self, values: Sequence[Tensor]) -> Term:
-        """One spec and value whose delta is the sum of those of `values`, in fp32."""
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
-        return self, total
-
-    def scaled(self, value: Tensor, factor: float) -> Tensor:
-        """The value whose delta is `factor` times that of `value`."""
-        return value * factor
-
-    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has
-        them, where the kind of update bounds the rank by k; None where it does not."""
-        return None
 
     def weight_name(self, module: str) -> str:
         """The name of the frozen weight of the layer `module` in the base's files."""
@@ -162,9 +165,98 @@ class UpdateSpec(ABC):
         """The fields as JSON values. Inverse: `update.spec_from_dict`."""
         return {"kind": self.name, **asdict(self)}  # type: ignore[call-overload]
 
+    @classmethod
+    def from_dict(cls, values: JsonObject) -> UpdateSpec:
+        """Inverse of `to_dict`. Raises `UserError` for other keys and wrong types."""
+        names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+        own = {
+            key: value
+            for key, value in values.items()
+            if key != "kind" or "kind" in names
+        }
+        spec: UpdateSpec = typed_fully(cls, own, "operator")
+        return spec
+
+
+class AdditiveSpec(UpdateSpec):
+    """An update that adds a delta to the weight, whatever that weight is:
+
+        merged_weight(W, value) == W + delta_weight(value)
+
+    Such updates can be summed, scaled, added to other models, and applied to the
+    activations of a layer whose frozen weight is packed.
+    """
+
+    is_additive: ClassVar[bool] = True
+
+    def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
+        """Zeros, on the CPU."""
+        return torch.zeros(self.value_shape)
+
+    @abstractmethod
+    def delta_weight(self, value: Tensor) -> Tensor:
+        """The (d_out, d_in) change of the weight, a new tensor in the value's dtype."""
+
+    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
+        """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
+        return total.add_(self.delta_weight(value))
+
+    def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
+        return self.merge_into_(base_weight.clone(), value)
+
+    def weight_change(self, base_weight: Tensor | None, value: Tensor) -> Tensor:
+        return self.delta_weight(value)
+
+    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the
+        delta and without a backward. A stack, which 4 bits do not hold, has none."""
+        raise NotImplementedError
+
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+        """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in
+        place."""
+        raise NotImplementedError
+
+    def tables(self, device: torch.device) -> object:
+        """What these products read besides the value: cached while a caller has it."""
+        return None
+
+    def of_sum(self, count: int) -> AdditiveSpec:
+        """The spec of the sum of `count` values: itself where values are summed
+        elementwise."""
+        return self
+
+    def joined(self, values: Sequence[Tensor]) -> AdditiveTerm:
+        """`of_sum` and one value, whose delta is the sum of those of `values`, in
+        fp32."""
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return self, total
+
+    def scaled(self, value: Tensor, factor: float) -> Tensor:
+        """The value whose delta is `factor` times that of `value`."""
+        return value * factor
+
+    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has
+        them, where the kind of update bounds the rank by k; None where it does not."""
+        return None
+
+
+def additive(spec: UpdateSpec) -> AdditiveSpec:
+    """`spec` itself. Raises `UserError` for one whose updates cannot be summed."""
+    if not isinstance(spec, AdditiveSpec):
+        raise UserError(
+            f"{spec.describe()}: its updates are no deltas that could be summed"
+        )
+    return spec
+
 
 Term = tuple[UpdateSpec, Tensor]
 """A spec with its value."""
+
+AdditiveTerm = tuple[AdditiveSpec, Tensor]
 
 
 def default_kind(rank: int) -> OperatorKind:

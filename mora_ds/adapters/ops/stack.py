@@ -8,6 +8,8 @@ Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
     delta_weight  (E, R, R) -> (E, O, D)
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,18 +18,25 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.spec import AdditiveSpec
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.common.untrusted import MAX_SIDE
+from mora_ds.common.untrusted import MAX_SIDE, typed_fully
 
 
 @dataclass(frozen=True)
-class StackSpec(UpdateSpec):
+class _Stack:
+    """The JSON of a `StackSpec`."""
+
+    count: int
+    operator: JsonObject
+
+
+@dataclass(frozen=True)
+class StackSpec(AdditiveSpec):
     """The operator that all matrices of a stack share, and their number."""
 
     name: ClassVar[str] = "stack"
-    is_stack: ClassVar[bool] = True
     count: int
     """E, the number of experts."""
     operator: OperatorSpec
@@ -48,12 +57,13 @@ class StackSpec(UpdateSpec):
         return self.operator.d_out
 
     @property
-    def r_hat(self) -> int:
-        return self.operator.r_hat
-
-    @property
     def value_shape(self) -> tuple[int, ...]:
         return self.count, *self.operator.value_shape
+
+    @property
+    def multiplications(self) -> int:
+        """Of one expert."""
+        return self.operator.multiplications
 
     def weight_name(self, module: str) -> str:
         """A stack is a parameter of its own, not the `weight` of a module."""
@@ -80,3 +90,9 @@ class StackSpec(UpdateSpec):
             "count": self.count,
             "operator": self.operator.to_dict(),
         }
+
+    @classmethod
+    def from_dict(cls, values: JsonObject) -> StackSpec:
+        own = {key: value for key, value in values.items() if key != "kind"}
+        stack = typed_fully(_Stack, own, "operator")
+        return cls(stack.count, typed_fully(OperatorSpec, stack.operator, "operator"))

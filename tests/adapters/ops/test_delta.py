@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mora_ds.adapters.ops import mora
-from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -46,7 +46,7 @@ def specs(kind):
 def assert_same_bits(total, updates):
     """Deltas added in place are those that are formed one after the other."""
     expected = summed(total, updates, False, torch.float32)
-    add_deltas_(total, iter(updates))
+    merge_updates_(total, iter(updates))
     assert torch.equal(total, expected), updates
 
 

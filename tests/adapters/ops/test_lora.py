@@ -52,9 +52,9 @@ def test_delta_has_the_same_bits_for_every_number_of_threads():
 
 
 def test_a_cycle_starts_from_a_random_a_and_a_zero_b():
-    first = SPEC.first_value(seed=5)
-    assert torch.equal(first, SPEC.first_value(seed=5))
-    assert not torch.equal(first, SPEC.first_value(seed=6))
+    first = SPEC.init_weight(torch.empty(0), seed=5)
+    assert torch.equal(first, SPEC.init_weight(torch.empty(0), seed=5))
+    assert not torch.equal(first, SPEC.init_weight(torch.empty(0), seed=6))
     assert (first[:, :12] != 0).all()
     assert not first[:, 12:].any()
     assert first.abs().max() <= 12**-0.5
@@ -112,7 +112,7 @@ def test_relora_live_base_is_its_replayed_ledger(
     assert exported.comparison is not None
     loaded = load_adapter(base_folder, out)
     for name, layer in mora_layers(loaded).items():
-        first = layer.spec.first_value(config.first_seed(name, 4))
+        first = layer.spec.init_weight(layer.frozen, config.first_seed(name, 4))
         assert all(torch.equal(result["values"][name], first) for result in ranks)
         assert torch.equal(layer.weight, ranks[0]["weights"][name])
         assert torch.equal(layer.value, first.to(layer.weight.dtype))

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, square_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import (
@@ -229,7 +229,7 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
         for window in windows
     ]
     assert_close(sum(gradients), adjoint(spec, g.T @ x))
-    add_deltas_(merged, [(spec, square)])
+    merge_updates_(merged, [(spec, square)])
     assert torch.equal(merged, right)
     index_tables.clear_tables()
     tables_of_window.cache_clear()
