@@ -134,8 +134,8 @@ class OperatorSpec(UpdateSpec):
         return add_rows_(total, self, value)
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        folded = fold_input(self, x) if self.blocks == 1 else x
-        return add_update_(y, self, value, folded)
+        saved = fold_input(self, x) if self.blocks == 1 else x
+        return add_update_(y, self, value, saved)
 
     def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
         return add_input_gradient_(g_x, self, value, g)
@@ -289,10 +289,9 @@ def square_gradient(
 ) -> Tensor:
     """dL/dM (R, R), from the output's gradient g (..., O); equal to adjoint(g^T x).
 
-    `saved`: what `LayerProducts.saved_input` makes of the layer's input x. `form_dense`: several
-    blocks do form g^T x (O, D), which in low precision may take less time. Else some
-    tokens at a time, so that what is gathered of them is still in the CPU's cache when
-    it is multiplied.
+    `saved`: as in `add_update_`. `form_dense`: several blocks do form g^T x (O, D),
+    which in low precision may take less time. Else some tokens at a time, so that what
+    is gathered of them is still in the CPU's cache when it is multiplied.
     """
     g = g.flatten(0, -2)
     saved = (
@@ -383,7 +382,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
 
 def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """total (..., R) + `rotate` of x, in place, rounded as the CPU likes."""
+    """total (..., R) + `rotate` of x, in place. A device may round a product and its
+    sum at once."""
     summed = total.unflatten(-1, (2, -1))
     halves = x.unflatten(-1, (2, -1))
     summed.addcmul_(halves, cos)
@@ -415,8 +415,8 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
 
 
 def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
-    """y (..., O) + decompress(M compress(x)), in place, without a backward. `saved`:
-    `LayerProducts.saved_input` of x."""
+    """y (..., O) + decompress(M compress(x)), in place, without a backward. `saved`: x
+    (..., D) where M is applied to several blocks, else the folded x (..., 1, R)."""
     tables = spec.tables(y.device)
     if spec.blocks > 1:
         z = tables.fold(saved).view(-1, spec.blocks, spec.r_hat)
@@ -465,7 +465,7 @@ def linear_map(
 
 
 class LinearMapFunction(torch.autograd.Function):
-    """`linear_map`."""
+    """The linear map of `linear_map`, with its transpose as gradient."""
 
     @staticmethod
     def forward(
