@@ -1,5 +1,5 @@
 """How large the code is and how easy to read, counted from its syntax trees: names and
-line breaks cost nothing there.
+line breaks cost nothing there. And how deep the forward of a layer is.
 
     python tools/measures.py            mora_ds, tools and tests, as one table
 
@@ -8,14 +8,20 @@ that is neither empty nor only a comment or a docstring.
 """
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
+from traceback import FrameSummary, extract_stack
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.runtime.cli import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +41,11 @@ Measures = dict[str, float]
 
 def main() -> None:
     measured = {package: measure(ROOT / package) for package in PACKAGES}
-    measured["mora_ds"]["flags of training"] = count_flags(ROOT / "mora_ds" / "config")
+    layer = MoRALinear(nn.Linear(32, 32), OperatorSpec(OperatorKind.ROTATE, 32, 32, 8))
+    measured["mora_ds"] |= {
+        "flags of training": count_flags(ROOT / "mora_ds" / "config"),
+        **forward_calls(layer, torch.ones(1, 32)),
+    }
     print("\n".join(table(as_table(measured))))
 
 
@@ -58,23 +68,21 @@ def measure(folder: Path) -> Measures:
     ]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     lines = [line for source in sources for line in lines_of_code(source)]
-    comments = sum(count_comment_lines(source) for source in sources)
     kinds = sum(asks_for_kind(node) for node in nodes)
     vague = [name for name in bound_names(nodes) if name.lstrip("_") in VAGUE_NAMES]
     assignments = [node for node in nodes if isinstance(node, ast.Assign)]
     packed = sum(is_packed(assignment) for assignment in assignments)
-    thousand_lines = len(lines) / 1000
     return {
         "nodes of the syntax tree": count_nodes(nodes),
         "lines of code": len(lines),
         "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
         "places that ask for an operator's kind": kinds,
-        "names that say nothing, in 1,000 lines": round(len(vague) / thousand_lines, 1),
+        "names that say nothing, in 1,000 lines": round(
+            1000 * len(vague) / len(lines), 1
+        ),
         "assignments of several packed values, %": round(
             100 * packed / len(assignments), 1
         ),
-        "characters a line, without indentation": round(fmean(map(len, lines)), 1),
-        "comment lines in 1,000 lines": round(comments / thousand_lines, 1),
     }
 
 
@@ -90,20 +98,43 @@ def count_flags(config: Path) -> int:
     return flags
 
 
+def forward_calls(layer: nn.Module, x: Tensor) -> Measures:
+    """What layer(x) calls of mora_ds: how many functions how often, how many of them
+    within each other, in how many files."""
+    # The first call makes the tables
+    layer(x)
+    package = str(ROOT / "mora_ds")
+    stacks: list[list[FrameSummary]] = []
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and package in frame.f_code.co_filename:
+            stacks.append(
+                [call for call in extract_stack(frame) if package in call.filename]
+            )
+
+    sys.setprofile(profile)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    calls = [stack[-1] for stack in stacks]
+    return {
+        "a forward: calls": len(calls),
+        "a forward: functions": len({(call.filename, call.name) for call in calls}),
+        "a forward: depth": max(map(len, stacks)),
+        "a forward: files": len({call.filename for call in calls}),
+    }
+
+
 def count_nodes(nodes: list[ast.AST]) -> int:
     """Nodes but for contexts, and docstrings with the expression that each one is."""
     counted = sum(not isinstance(node, ast.expr_context) for node in nodes)
-    return counted - 2 * sum(docstring(node) is not None for node in nodes)
-
-
-def docstring(node: ast.AST) -> ast.stmt | None:
-    """The statement that documents a module, class or function."""
-    if (
-        not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        or not node.body
-    ):
-        return None
-    return node.body[0] if is_text(node.body[0]) else None
+    docstrings = [
+        ast.get_docstring(node)
+        for node in nodes
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    return counted - 2 * (len(docstrings) - docstrings.count(None))
 
 
 def is_text(node: ast.AST) -> bool:
@@ -129,13 +160,6 @@ def lines_of_code(source: str) -> list[str]:
         if number not in texts
     ]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def count_comment_lines(source: str) -> int:
-    """Lines that are a comment and nothing else; not the marks that other tools
-    read."""
-    comment = re.compile(r"^\s*#(?!!| fmt:)", re.MULTILINE)
-    return len(comment.findall(source))
 
 
 def bound_names(nodes: list[ast.AST]) -> Iterator[str]:

@@ -18,8 +18,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
-from mora_ds.adapters.kernels.linear import kernel_linear
-from mora_ds.adapters.kernels.ops import runs_kernels
+from mora_ds.adapters.kernels.linear import KernelProducts
+from mora_ds.adapters.kernels.ops import KERNEL_DEVICES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops import int8
@@ -27,7 +27,12 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
+from mora_ds.adapters.ops.linear import (
+    Compute,
+    LayerProducts,
+    cheaper_path,
+    mora_linear,
+)
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import AdditiveTerm, Term, UpdateSpec
@@ -137,9 +142,7 @@ class AdaptedLinear(nn.Module):
         self._merged_tables: tuple[object, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = self.frozen
-        check_floating(x, frozen)
-        y = frozen_linear(x, frozen, self.bias)
+        y = frozen_linear(x, self.frozen_for(x), self.bias)
         return y + self.update(F.dropout(x, self.dropout, self.training))
 
     def update(self, x: Tensor) -> Tensor:
@@ -197,6 +200,15 @@ class AdaptedLinear(nn.Module):
     def frozen(self) -> Weight:
         """`frozen_on` the device where the weight is."""
         return self.frozen_on(self.weight.device)
+
+    def frozen_for(self, x: Tensor) -> Weight:
+        """What x is multiplied by. Raises `UserError` where a model has cast it to the
+        integers of a quantized weight."""
+        if self.weight_scales is None:
+            return self.weight.mT if self.transposed else self.weight
+        frozen = self.frozen
+        check_floating(x, frozen)
+        return frozen
 
     @property
     def device(self) -> torch.device:
@@ -342,21 +354,19 @@ class MoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.split is None and self.training and self.dropout:
             return super().forward(x)
-        tokens = x.numel() // x.shape[-1]
-        return self.product(x, self.square.to(x.dtype), self.path(tokens))
-
-    def product(self, x: Tensor, square: Tensor, path: Compute) -> Tensor:
-        """The layer's output with `square` (this rank's shard of it) in place of M."""
+        path = self.path(x.numel() // x.shape[-1])
+        square = self.square.to(x.dtype)
         if self.split is not None:
             return self.split(self, x, square, path)
-        frozen = self.frozen
-        check_floating(x, frozen)
-        if runs_kernels(x.device):
-            tables = self.kernel_tables(x.device)
-            return kernel_linear(x, frozen, self.bias, square, tables, path)
-        # Kept as long as the layer uses them, however many other layers there are
-        self._tables_in_use = tables_of(self.spec, x.device)
-        return mora_linear(x, frozen, self.bias, square, self.spec, path)
+        weight = self.frozen_for(x)
+        products: LayerProducts
+        if x.device.type in KERNEL_DEVICES:
+            products = KernelProducts(self.kernel_tables(x.device))
+        else:
+            # Kept as long as the layer uses them, however many other layers there are
+            self._tables_in_use = tables_of(self.spec, x.device)
+            products = LayerProducts(self.spec)
+        return mora_linear(x, weight, self.bias, square, products, path)
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
         """The operator's index tables on a device, made anew for another operator."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.delta import merge_updates_
-from mora_ds.adapters.ops.frozen import Maker, QuantizedWeight, linear
+from mora_ds.adapters.ops.frozen import Maker, QuantizedWeight
 from mora_ds.adapters.ops.spec import AdditiveTerm
 from mora_ds.adapters.ops.terms import add_terms_, add_terms_gradient_
 from mora_ds.common.errors import RunError, UserError
@@ -76,7 +76,8 @@ class NF4Weight(QuantizedWeight):
         return partial(NF4Weight, shape=self.shape, terms=self.terms)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return add_terms_(linear(x, self._original(x.dtype), bias), self.terms, x)
+        y = F.linear(x, self._original(x.dtype), bias)
+        return add_terms_(y, self.terms, x)
 
     def input_gradient(self, g: Tensor) -> Tensor:
         return add_terms_gradient_(g @ self._original(g.dtype), self.terms, g)

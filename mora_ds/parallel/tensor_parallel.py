@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.inject import config_of, mora_layers
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import TensorPlan, plan_of
@@ -146,7 +146,7 @@ class LayerSplit:
             self.topology, self.style, layer.stored_weight, layer.bias
         )
         products = WindowProducts(self._window(layer.spec), self)
-        y = linear_by(products, x, weight, bias, square_shard, path)
+        y = mora_linear(x, weight, bias, square_shard, products, path)
         return (
             y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
         )

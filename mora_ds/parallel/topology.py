@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.ops.gather import linear_map
+from mora_ds.adapters.ops.mora import linear_map
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_world
 

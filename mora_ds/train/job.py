@@ -83,7 +83,7 @@ class Job:
 
     @property
     def is_trained(self) -> bool:
-        return self.kind != AdapterKind.NONE
+        return self.kind != Control.NONE
 
     def _shared_rows(self) -> Any:
         """The ranks that share each row (--sequence_parallel_size), if any do."""

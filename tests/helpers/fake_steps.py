@@ -99,9 +99,7 @@ def run(settings):
             patch.object(F, "scaled_dot_product_attention", without_grouped_heads)
         )
         if not settings.get("kernels", True):
-            patches.enter_context(
-                patch.object(layer_module, "runs_kernels", lambda device: False)
-            )
+            patches.enter_context(patch.object(layer_module, "KERNEL_DEVICES", ()))
         # Its layers are all alike, and one is placed as two are, unless they take turns
         is_one = (
             settings["family"] == "llama" and arguments.training.base_device != "host"

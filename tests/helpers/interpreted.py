@@ -25,7 +25,7 @@ from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator
 from mora_ds.adapters.ops.int8 import quantize
-from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers import plain_kernels as plain
@@ -240,17 +240,15 @@ def check_outputs_that_read_several_rows():
 
 def check_layer(spec):
     """Outputs and gradients of both paths, by the kernels and by plain torch."""
-    tables = KernelTables(spec, DEVICE)
+    products = linear.KernelProducts(KernelTables(spec, DEVICE))
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
 
         def layer(x, weight, bias, square, path=path):
             x, weight, bias, square = (
                 tensor.to(DEVICE) for tensor in (x, weight, bias, square)
             )
-            with_bias = linear.kernel_linear(x, weight, bias, square, tables, path)
-            bias_after = (
-                linear.kernel_linear(x, weight, None, square, tables, path) + bias
-            )
+            with_bias = mora_linear(x, weight, bias, square, products, path)
+            bias_after = mora_linear(x, weight, None, square, products, path) + bias
             return ((with_bias + bias_after) / 2).to(CPU)
 
         expected = outputs_and_gradients(spec, torch.float64, layer)

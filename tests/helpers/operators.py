@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.index_tables import OPERATORS
-from mora_ds.adapters.ops.linear import mora_linear
+from mora_ds.adapters.ops.linear import LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
 from tests.helpers import plain_kernels  # noqa: F401  (layers of a CPU can take the path of a GPU)
@@ -150,5 +150,5 @@ def by_definition(spec):
 
 def by_path(spec, path):
     return lambda x, weight, bias, square: mora_linear(
-        x, weight, bias, square, spec, path
+        x, weight, bias, square, LayerProducts(spec), path
     )

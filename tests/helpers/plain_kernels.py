@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mora_ds.adapters.kernels.ops import NAMES
-from mora_ds.adapters.ops.gather import rotate, signed
+from mora_ds.adapters.ops.index_tables import signed
+from mora_ds.adapters.ops.mora import rotate
 
 
 def gather_sum(

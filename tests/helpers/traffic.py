@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.kernels import triton_ops
-from mora_ds.adapters.kernels.parts import empty_product
-from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.kernels.tables import KernelTables, empty_product
 from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind

@@ -12,7 +12,6 @@ from mora_ds.adapters.ops.linear import LayerProducts
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     collect,
-    effective_weight,
     fold_input,
     mora_update,
 )
@@ -49,7 +48,7 @@ def test_windows_make_up_the_operator(spec):
     colwise = [Window(spec, (0, spec.d_in), span) for span in bounds(spec.d_out)]
     rowwise = [Window(spec, span, (0, spec.d_out)) for span in bounds(spec.d_in)]
     with torch.no_grad():
-        formed = effective_weight(spec, square, weight)
+        formed = LayerProducts(spec).form(weight, square)
         for windows in (colwise, rowwise):
             results = [computed(window, weight, square, x, g) for window in windows]
             outputs, gradients, of_square, of_square_by_weight, weights = zip(

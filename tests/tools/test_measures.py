@@ -1,6 +1,16 @@
-"""tools/measures.py on a small package: nodes, lines of code, packed assignments."""
+"""tools/measures.py on a small package: nodes, lines of code, packed assignments; and how
+deep the forward of a layer is.
+"""
 
-from tools.measures import count_flags, measure
+from itertools import product
+
+import torch
+from torch import nn
+
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import OperatorKind
+from tools.measures import count_flags, forward_calls, measure
 
 SOURCE = '''"""A module."""
 
@@ -39,9 +49,19 @@ def test_measures_of_a_module(tmp_path):
     assert measures["functions"] == 1
     assert measures["names that say nothing, in 1,000 lines"] == 3 / 4 * 1000
     assert measures["assignments of several packed values, %"] == 100.0
-    assert measures["comment lines in 1,000 lines"] == 1 / 4 * 1000
 
 
 def test_flags_are_the_fields_of_documented_classes(tmp_path):
     (tmp_path / "settings.py").write_text(SETTINGS)
     assert count_flags(tmp_path) == 2
+
+
+def test_a_forward_is_at_most_so_deep():
+    """Over activations for 1 token, over the weight for 8."""
+    dtypes = (torch.float32, torch.bfloat16)
+    for kind, dtype, tokens in product(OperatorKind, dtypes, (1, 8)):
+        spec = OperatorSpec(kind, 32, 32, 8)
+        layer = MoRALinear(nn.Linear(32, 32, dtype=dtype), spec)
+        measures = forward_calls(layer, torch.ones(tokens, 32, dtype=dtype))
+        calls, _, depth, files = measures.values()
+        assert calls <= 20 and depth <= 7 and files <= 4, (measures, spec, tokens)

@@ -43,10 +43,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.kernels.linear import kernel_linear
+from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
-from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.data.documents import Documents
@@ -129,17 +129,17 @@ def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list
     x = torch.randn(8 if options.toy else 512, spec.d_in).double()
     weight = torch.randn(spec.d_out, spec.d_in).double()
     square = torch.randn(spec.r_hat, spec.r_hat).double()
-    by_torch = partial(mora_linear, spec=spec, path=Compute.ACTIVATION)
-    wanted = _product(by_torch, x, weight, square)
+    plain = LayerProducts(spec)
+    wanted = _product(plain, Compute.ACTIVATION, x, weight, square)
     merged = delta_weight(spec, square.float())
     merged_there = delta_weight(spec, square.float().to(options.device))
     same = torch.equal(merged_there.cpu(), merged)
-    tables = KernelTables(spec, options.device)
+    kernels = KernelProducts(KernelTables(spec, options.device))
     rows = []
     for dtype in DTYPES:
         there = [tensor.to(options.device, dtype) for tensor in (x, weight, square)]
         for path in PATHS:
-            results = _product(partial(kernel_linear, tables=tables, path=path), *there)
+            results = _product(kernels, path, *there)
             errors = [
                 f"{(result.double().cpu() - right).norm() / right.norm():.1e}"
                 for result, right in zip(results, wanted, strict=True)
@@ -157,12 +157,12 @@ def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list
 
 
 def _product(
-    layer: Callable[..., Tensor], x: Tensor, weight: Tensor, square: Tensor
+    products: LayerProducts, path: Compute, x: Tensor, weight: Tensor, square: Tensor
 ) -> tuple[Tensor, ...]:
     """y, and the gradients of x and M for a gradient of one everywhere."""
     x = x.detach().requires_grad_()
     square = square.detach().requires_grad_()
-    y = layer(x, weight, None, square)
+    y = mora_linear(x, weight, None, square, products, path)
     return y.detach(), *torch.autograd.grad(y.sum(), (x, square))
 
 

@@ -17,38 +17,14 @@ them in turn.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, product
+from mora_ds.adapters.ops.frozen import QuantizedWeight, Weight, dense
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
-
-
-def kernel_linear(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    square: Tensor,
-    tables: KernelTables,
-    path: Compute,
-) -> Tensor:
-    """`ops.linear.mora_linear` by kernels: (..., D) -> (..., O)."""
-    return linear_by(KernelProducts(tables), x, weight, bias, square, path)
-
-
-def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
-    """W0 + delta (O, D), contiguous, in the dtype of M; merges round otherwise."""
-    if isinstance(weight, Int8Weight):
-        values = weight.values
-        scales = weight.scales
-    else:
-        values = dense(weight, square.dtype)
-        scales = None
-    cos, sin = tables.rotation
-    maps = tables.unfold, tables.slots, tables.members
-    return ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
+from mora_ds.adapters.ops.linear import LayerProducts
 
 
 class KernelProducts(LayerProducts):
@@ -62,7 +38,17 @@ class KernelProducts(LayerProducts):
         return x if self.spec.blocks > 1 else self._fold(x)
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
-        return form_weight(weight, square, self.tables)
+        """As in plain torch; merges round otherwise."""
+        if isinstance(weight, Int8Weight):
+            values = weight.values
+            scales = weight.scales
+        else:
+            values = dense(weight, square.dtype)
+            scales = None
+        tables = self.tables
+        cos, sin = tables.rotation
+        maps = tables.unfold, tables.slots, tables.members
+        return ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
 
     def output(
         self,
@@ -75,15 +61,14 @@ class KernelProducts(LayerProducts):
         z = self._folded(saved)
         u = (z.view(-1, self.spec.r_hat) @ square.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
-        # Under autocast u has another dtype than what it is made of, and an addition in
-        # place casts nothing.
-        if (
-            isinstance(weight, Tensor)
-            and bias is None
-            and u.dtype == x.dtype == weight.dtype
-        ):
+        if isinstance(weight, QuantizedWeight):
+            y = weight.product(x, bias)
+        elif bias is None and u.dtype == x.dtype == weight.dtype:
             return _plus_product(ops.gather_sum(*terms), x, weight.T)
-        y = product(x, weight, bias)
+        else:
+            # Under autocast u has another dtype than what it is made of, and an
+            # addition in place casts nothing
+            y = F.linear(x, weight, bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), *terms)
         return y
 
@@ -109,7 +94,7 @@ class KernelProducts(LayerProducts):
         unfold = g_z, self.tables.unfold, *self.tables.rotation, True
         if isinstance(weight, Tensor):
             return _plus_product(ops.gather_sum(*unfold), g, weight)
-        g_x = input_gradient(g, weight)
+        g_x = weight.input_gradient(g)
         ops.gather_add_(g_x.view(-1, g_x.shape[-1]), *unfold)
         return g_x
 
@@ -138,8 +123,8 @@ class KernelProducts(LayerProducts):
 
 
 def _plus_product(total: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
-    """total (T, Q) + x (..., S) times matrix (S, Q), in place: (..., Q). No view, as a
-    model may change it in place (`frozen.linear`)."""
+    """total (T, Q) + x (..., S) times matrix (S, Q), in place: (..., Q). No view, to
+    whose memory autograd would add no other gradient in place."""
     total.addmm_(_flat(x), matrix)
     return torch.ops.aten._unsafe_view(total, [*x.shape[:-1], total.shape[1]])
 

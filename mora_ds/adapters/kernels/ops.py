@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.kernels.parts import empty_product
+from mora_ds.adapters.kernels.tables import empty_product
 
 NAMES = ("gather_sum", "gather_add_", "form", "product", "sum_parts")
 
@@ -46,15 +46,8 @@ _LIBRARY.define("sum_parts(Tensor partial_sums, ScalarType dtype) -> Tensor")
 _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
 
-
-_HAS_TRITON = find_spec("triton") is not None
-
-
-def runs_kernels(device: torch.device) -> bool:
-    """Whether a device has kernels for these operations: CUDA where triton is
-    installed."""
-    return device.type == "cuda" and _HAS_TRITON
-
+KERNEL_DEVICES: tuple[str, ...] = () if find_spec("triton") is None else ("cuda",)
+"""Types of devices that have kernels for these operations."""
 
 _ON_META: dict[str, Any] = {
     "gather_sum": lambda x, table, *_: x.new_empty(len(x), table.shape[1]),

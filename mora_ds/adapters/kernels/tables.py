@@ -1,15 +1,28 @@
-"""An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1
-for zero.
+"""What the kernels get besides numbers of a layer: an operator's four maps
+(`ops.index_tables`) as they read them, int32 with -1 for zero, and the room for partial
+sums of M's gradient.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums,
 P = blocks of collected outputs, at most N: input block b reads block b mod P.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.ops.index_tables import make_tables, rope_table, transposed
 from mora_ds.adapters.ops.mora import OperatorSpec
+
+TILE = 128
+"""Side of the tiles of M's gradient that one program of `product` sums."""
+
+_TERMS = 512
+"""Terms of a sum that a part of `product` has at least."""
+
+_READ_A_SUM = 16
+"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16
+bits eight times their bytes."""
 
 
 class KernelTables(nn.Module):
@@ -70,3 +83,22 @@ class KernelTables(nn.Module):
         """(K, R), the outputs that read each row of M, where M is applied once and
         every output reads a row: a kernel then reads a row once for all of them."""
         return self.collect if self._every_output_reads_a_row else None
+
+
+# -- partial sums of M's gradient -------------------------------------------------------
+
+
+def part_count(c: Tensor, z: Tensor, programs: int) -> int:
+    """In how many parts `product` sums c^T z, so that about `programs` programs, and
+    with them all processors of a GPU, have work."""
+    tokens, blocks, r_hat = z.shape
+    tiles = math.ceil(r_hat / TILE) ** 2
+    worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
+    return max(1, min(programs // tiles, tokens * blocks // _TERMS, worth))
+
+
+def empty_product(c: Tensor, z: Tensor, programs: int) -> Tensor:
+    """(parts, R, R) for `product`: in fp32 where several parts are added up later."""
+    parts = part_count(c, z, programs)
+    dtype = c.dtype if parts == 1 else torch.promote_types(c.dtype, torch.float32)
+    return c.new_empty(parts, c.shape[2], z.shape[2], dtype=dtype)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mora_ds.adapters.kernels.parts import TILE, empty_product
+from mora_ds.adapters.kernels.tables import TILE, empty_product
 
 _SHARED = 1 << 16
 """Bytes of a row that is copied to shared memory; a program has 99 KiB at least."""

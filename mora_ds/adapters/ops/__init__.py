@@ -9,7 +9,6 @@ grouped            products of rows with the matrices of a stack
 update             any spec from its dictionary
 linear             an adapted layer's product, over activations or over the weight, with its gradients
 delta              updates added to a weight without forming them
-gather             gathers, sums and rotations of the last dimension
 index_tables       the four maps of an operator: fold, unfold, spread, collect
 frozen             a frozen weight and its products, dense or quantized
 int8               frozen weights in 8 bits

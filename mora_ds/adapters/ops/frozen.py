@@ -2,8 +2,6 @@
 that stand for one.
 
     dense(weight, dtype)                    the matrix to multiply by
-    product(x, weight, bias)                W x + b
-    input_gradient(g, weight)               g W
     frozen_linear(x, weight, bias)          W x + b with a backward, for which it saves nothing
 
 A `QuantizedWeight` forms its dense matrix for every product, in forward and in
@@ -53,7 +51,7 @@ class QuantizedWeight(ABC):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """W x + b: (..., D) -> (..., O), without a backward."""
-        return linear(x, self.dense(x.dtype), bias)
+        return F.linear(x, self.dense(x.dtype), bias)
 
     def input_gradient(self, g: Tensor) -> Tensor:
         """g W: (..., O) -> (..., D)."""
@@ -66,45 +64,16 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 """A frozen weight (O, D)."""
 
 
-def parts_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """What an autograd function saves of a weight, by `save_for_backward`: where the
-    base is streamed, hooks on saved tensors bring it to the device."""
-    return (
-        (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
-    )
-
-
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight (O, D) to multiply by: a dense one itself, or a new tensor."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` for the forward of an autograd function: with a bias torch returns a
-    view, which a model may then not change in place (transformers/models/roc_bert
-    does), although it may with `nn.Linear`."""
-    y = F.linear(x, weight, bias)
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-
-def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """W x + b: (..., D) -> (..., O), a new tensor. Without a backward where the weight
-    is quantized."""
-    if isinstance(weight, Tensor):
-        return linear(x, weight, bias)
-    return weight.product(x, bias)
-
-
-def input_gradient(g: Tensor, weight: Weight) -> Tensor:
-    """g W: (..., O) -> (..., D), a new tensor."""
-    return g @ weight if isinstance(weight, Tensor) else weight.input_gradient(g)
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """W x + b for a frozen W: (..., D) -> (..., O)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    return _FrozenLinear.apply(x, weight, bias)
+    return FrozenLinearFunction.apply(x, weight, bias)
 
 
 def check_floating(x: Tensor, weight: Weight) -> None:
@@ -115,7 +84,7 @@ def check_floating(x: Tensor, weight: Weight) -> None:
         )
 
 
-class _FrozenLinear(torch.autograd.Function):
+class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -125,7 +94,9 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.make = weight.maker
         ctx.save_for_backward(weight.values, weight.scales)
-        return weight.product(x, bias)
+        y = weight.product(x, bias)
+        # As in `linear.MoRALinearFunction`
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

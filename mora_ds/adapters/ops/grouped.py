@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.frozen import Weight, dense, parts_of
+from mora_ds.adapters.ops.frozen import Weight, dense
 from mora_ds.adapters.ops.int8 import Int8Weight
 
 _ALIGNMENT = 16
@@ -30,10 +30,12 @@ def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
     where the rows of each matrix end.
 
     A dense stack that is a parameter gets its gradient."""
-    return _GroupedLinear.apply(x, *parts_of(stack), ends)
+    if isinstance(stack, Tensor):
+        return GroupedLinearFunction.apply(x, stack, None, ends)
+    return GroupedLinearFunction.apply(x, stack.values, stack.scales, ends)
 
 
-class _GroupedLinear(torch.autograd.Function):
+class GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

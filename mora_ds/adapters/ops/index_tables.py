@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, gather, signed
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, Grouping, OperatorKind, round_side
 from mora_ds.common.errors import UserError
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _POWERS = 28
 """Terms of the series of cosine and sine: the next ones are below 1 / 28!, 3e-30."""
@@ -91,34 +92,37 @@ class IndexMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., Q)."""
+        shape = (*x.shape[:-1], self.table.shape[1])
+        # A CPU gathers from a matrix up to five times faster
+        x = x.reshape(-1, x.shape[-1])
         if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
-            return self._rounded_once(x)
-        gathered = gather(x, self.index)
+            return self._rounded_once(x).view(shape)
+        gathered = x.index_select(1, self.index)
         if not self.additions and self.missing is None:
-            return gathered
-        total = gathered[..., : self.table.shape[1]]
+            return gathered.view(shape)
+        total = gathered[:, : shape[-1]]
         if isinstance(self.missing, slice):
-            total[..., self.missing] = 0
+            total[:, self.missing] = 0
         elif self.missing is not None:
-            total.index_fill_(-1, self.missing, 0)
+            total.index_fill_(1, self.missing, 0)
         for results, terms in self.additions:
             if isinstance(results, slice):
                 # Not `+=`, which would then copy the sum onto itself
-                total[..., results].add_(gathered[..., terms])
+                total[:, results].add_(gathered[:, terms])
             else:
                 # A copy for autograd, as `total` shares memory with the terms, and
                 # changes
-                total.index_add_(-1, results, gathered[..., terms].clone())
+                total.index_add_(1, results, gathered[:, terms].clone())
         # A copy without the other terms, which a layer that saves the result would keep
         # too
-        return total.contiguous()
+        return total.contiguous().view(shape)
 
     def _rounded_once(self, x: Tensor) -> Tensor:
-        """As by the kernels: torch sums a dimension in fp32, without a copy of x in
-        it."""
+        """(T, size) -> (T, Q), as by the kernels: torch sums a dimension in fp32,
+        without a copy of x in it."""
         indices = self.table.flatten()
-        terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
-        return terms.unflatten(-1, self.table.shape).sum(dim=-2)
+        terms = x.index_select(1, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
+        return terms.unflatten(1, self.table.shape).sum(dim=1)
 
 
 def _run_or_indices(results: Tensor, device: torch.device) -> Results:
@@ -366,9 +370,16 @@ def signed_rope_table(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """`rope_table` as `gather.rotate` reads it."""
+    """`rope_table` as `mora.rotate` reads it."""
     with torch.inference_mode(False), torch.no_grad():
         return signed(*rope_table(blocks, r_hat, dtype, device))
+
+
+def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., R / 2) each -> what `mora.rotate` multiplies both halves by,
+    (..., 2, R / 2): the cosines twice, as a CPU multiplies by one long run faster than
+    by two short ones."""
+    return torch.stack((cos, cos), dim=-2), torch.stack((-sin, sin), dim=-2)
 
 
 @lru_cache(maxsize=512)

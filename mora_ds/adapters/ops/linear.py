@@ -15,29 +15,24 @@ either path, and freed after it (`frozen`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mora_ds.adapters.ops.frozen import (
-    Weight,
-    dense,
-    input_gradient,
-    linear,
-    parts_of,
-    product,
-)
+from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.adapters.ops.mora import (
     Maps,
-    OperatorSpec,
+    add_blocks_,
     add_input_gradient_,
     add_update_,
     decompress_transpose,
-    effective_weight,
-    saved_input,
+    fold_input,
+    rows_and_slots,
     square_gradient,
     sums_by_product,
 )
@@ -73,38 +68,21 @@ def mora_linear(
     weight: Weight,
     bias: Tensor | None,
     square: Tensor,
-    spec: OperatorSpec,
-    path: Compute,
-) -> Tensor:
-    """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view
-    will do. `path`: not AUTO."""
-    return linear_by(LayerProducts(spec), x, weight, bias, square, path)
-
-
-def linear_by(
     products: LayerProducts,
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    square: Tensor,
     path: Compute,
 ) -> Tensor:
-    """The layer's product on one of the paths, made of the steps of `products`."""
+    """(..., d_in) -> (..., d_out), by the steps of `products`. `weight` (d_out, d_in) is
+    frozen; a transposed view will do. `path`: not AUTO."""
     if x.dim() == 1:
-        rows = linear_by(products, x.unsqueeze(0), weight, bias, square, path)
+        rows = mora_linear(x.unsqueeze(0), weight, bias, square, products, path)
         return rows.squeeze(0)
-    return _MoRALinear.apply(x, weight, bias, square, products, path is Compute.WEIGHT)
+    by_weight = path is Compute.WEIGHT
+    return MoRALinearFunction.apply(x, weight, bias, square, products, by_weight)
 
 
-class _MoRALinear(torch.autograd.Function):
-    """The layer's product and its gradients, on either path.
-
-    For the gradient of M forward saves the folded input (tokens, r_hat) where M is
-    applied once. With several blocks that would be as large as the input: then the
-    input itself is saved, which all layers that read the same tensor share. The
-    activation path adds the update to W0 x in place, so that no second tensor of that
-    size is made.
-    """
+class MoRALinearFunction(torch.autograd.Function):
+    """The layer's product and its gradients, on either path. The activation path adds
+    the update to W0 x in place, so that no second tensor of that size is made."""
 
     @staticmethod
     def forward(
@@ -118,13 +96,23 @@ class _MoRALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.products = products
         ctx.by_weight = by_weight
-        ctx.make = None if isinstance(weight, Tensor) else weight.maker
         saved = products.saved_input(x)
-        ctx.save_for_backward(saved, square, *parts_of(weight))
+        # The frozen weight too: where the base is streamed, hooks on saved tensors
+        # bring it to the device
+        if isinstance(weight, Tensor):
+            ctx.make = None
+            ctx.save_for_backward(saved, square, weight, None)
+        else:
+            ctx.make = weight.maker
+            ctx.save_for_backward(saved, square, weight.values, weight.scales)
         whole = products.whole(square)
         if by_weight:
-            return linear(x, products.form(weight, whole), bias)
-        return products.output(x, weight, bias, whole, saved)
+            y = F.linear(x, products.form(weight, whole), bias)
+        else:
+            y = products.output(x, weight, bias, whole, saved)
+        # A view, which torch returns with a bias, may not be changed in place, as
+        # transformers/models/roc_bert does
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @once_differentiable
@@ -147,12 +135,12 @@ class _MoRALinear(torch.autograd.Function):
         return g_x, None, None, g_square, None, None
 
 
+@dataclass
 class LayerProducts:
     """The steps of both paths for one operator, in plain torch (`kernels.linear` has
     them by kernels)."""
 
-    def __init__(self, spec: Maps) -> None:
-        self.spec = spec
+    spec: Maps
 
     def whole(self, square: Tensor) -> Tensor:
         """M (R, R), from the parameter, which may be a share of it."""
@@ -163,12 +151,20 @@ class LayerProducts:
         return gradient
 
     def saved_input(self, x: Tensor) -> Tensor:
-        """What forward saves of x (..., D) for the gradient of M."""
-        return saved_input(self.spec, x)
+        """What forward saves of x (..., D) for M's gradient: the folded input
+        (..., 1, R) where M is applied once. That of several blocks is as large as x
+        itself, which is saved in its place: layers that read one tensor share it."""
+        return fold_input(self.spec, x) if self.spec.blocks == 1 else x
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
-        """weight + delta (O, D), in the dtype of M."""
-        return effective_weight(self.spec, square, dense(weight, square.dtype))
+        """weight + delta (O, D), contiguous, in the dtype of M."""
+        dense = weight if isinstance(weight, Tensor) else weight.dense(square.dtype)
+        if self.spec.blocks > 1:
+            total = square.new_empty(dense.shape).copy_(dense)
+            return add_blocks_(total, self.spec, square)
+        tables = self.spec.tables(square.device)
+        rows, slots = rows_and_slots(tables.spread, tables.unfold(square))
+        return rows.index_select(0, slots).add_(dense)
 
     def output(
         self,
@@ -180,7 +176,11 @@ class LayerProducts:
     ) -> Tensor:
         """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of
         x."""
-        return add_update_(product(x, weight, bias), self.spec, square, saved)
+        if isinstance(weight, Tensor):
+            y = F.linear(x, weight, bias)
+        else:
+            y = weight.product(x, bias)
+        return add_update_(y, self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
         """The output gradient g (..., O) collected to the rows of M, where both
@@ -197,7 +197,10 @@ class LayerProducts:
         collected: Tensor | None,
     ) -> Tensor:
         """g W0 + the update's transpose of g: (..., O) -> (..., D)."""
-        g_x = input_gradient(g, weight)
+        if isinstance(weight, Tensor):
+            g_x = g @ weight
+        else:
+            g_x = weight.input_gradient(g)
         return add_input_gradient_(g_x, self.spec, square, g, collected)
 
     def square_gradient(

@@ -28,6 +28,7 @@ grow.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property, partial
@@ -37,14 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import (
-    LOW_PRECISION,
-    add_rotated_,
-    linear_map,
-    on_cpu,
-    rotate,
-)
 from mora_ds.adapters.ops.index_tables import (
+    LOW_PRECISION,
     OPERATORS,
     IndexMap,
     IndexTables,
@@ -134,7 +129,7 @@ class OperatorSpec(AdditiveSpec):
         """N: how many blocks of the input M is applied to."""
         return self.blocks_in if OPERATORS[self.kind].in_blocks else 1
 
-    @property
+    @cached_property
     def rotates(self) -> bool:
         """Whether blocks after the first, which turns by no angle, are rotated."""
         return OPERATORS[self.kind].rotates and self.blocks > 1
@@ -148,7 +143,8 @@ class OperatorSpec(AdditiveSpec):
         return add_rows_(total, self, value)
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        return add_update_(y, self, value, saved_input(self, x))
+        saved = fold_input(self, x) if self.blocks == 1 else x
+        return add_update_(y, self, value, saved)
 
     def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
         return add_input_gradient_(g_x, self, value, g)
@@ -161,7 +157,8 @@ class OperatorSpec(AdditiveSpec):
         blocks."""
         if self.blocks > 1:
             return None
-        return fold_matrix(self, value).T, rows_of_outputs(self, value)
+        spread = self.tables(value.device).spread
+        return fold_matrix(self, value).T, rows_of_outputs(spread, value)
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
@@ -260,16 +257,10 @@ def fold_input(spec: Maps, x: Tensor) -> Tensor:
     return folded.unflatten(-1, (spec.blocks, spec.r_hat))
 
 
-def saved_input(spec: Maps, x: Tensor) -> Tensor:
-    """What a layer saves of its input x (..., D) for M's gradient: the folded input
-    (..., 1, R) where M is applied once. That of several blocks is as large as x itself,
-    which is saved in its place: layers that read one tensor share it."""
-    return fold_input(spec, x) if spec.blocks == 1 else x
-
-
 def unfold_input(spec: Maps, z: Tensor) -> Tensor:
-    """The transpose of `fold_input`: (..., N, R) -> (..., D)."""
-    return input_columns(spec, z.flatten(-2))
+    """The transpose of `fold_input`: (..., N, R) -> (..., D), for each input the sum of
+    what lies at its positions."""
+    return spec.tables(z.device).unfold(z.flatten(-2))
 
 
 def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
@@ -279,7 +270,7 @@ def _sums(spec: Maps, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
     scattered sums are atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
         return sums(x)
-    if sums_by_product(x):
+    if x.dtype in LOW_PRECISION:
         return x @ _matrix(transpose, spec.r_hat, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     total = flat.new_zeros(len(flat), spec.r_hat)
@@ -307,10 +298,9 @@ def square_gradient(
 ) -> Tensor:
     """dL/dM (R, R), from the output's gradient g (..., O); equal to adjoint(g^T x).
 
-    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several
-    blocks do form g^T x (O, D), which in low precision may take less time. Else some
-    tokens at a time, so that what is gathered of them is still in the CPU's cache when
-    it is multiplied.
+    `saved`: as in `add_update_`. `form_dense`: several blocks do form g^T x (O, D),
+    which in low precision may take less time. Else some tokens at a time, so that what
+    is gathered of them is still in the CPU's cache when it is multiplied.
     """
     g = g.flatten(0, -2)
     saved = (
@@ -353,7 +343,13 @@ def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
 
 def sums_by_product(x: Tensor) -> bool:
     """Whether x is summed and spread by products with matrices of ones and zeros."""
-    return on_cpu(x) and x.dtype in LOW_PRECISION
+    return x.dtype in LOW_PRECISION and on_cpu(x)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, which computes fastest from memory that stays in its
+    cache."""
+    return x.device.type == "cpu"
 
 
 def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
@@ -361,16 +357,15 @@ def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
     return _matrix(spec.tables(like.device).unfold, spec.r_hat, like.dtype)
 
 
-def rows_of_outputs(spec: Maps, square: Tensor) -> Tensor:
+def rows_of_outputs(spread: IndexMap, square: Tensor) -> Tensor:
     """(O, R) for share and truncate: decompress(M z) == z @ rows^T."""
-    rows, slots = rows_and_slots(spec, square)
+    rows, slots = rows_and_slots(spread, square)
     return rows.index_select(0, slots)
 
 
-def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
+def rows_and_slots(spread: IndexMap, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For share and truncate, of rows (R, ...): these, with one of zeros where truncate
     has outputs that read none, and for each output (O,) the row that it reads."""
-    spread = spec.tables(rows.device).spread
     if spread.missing is not None:
         rows = torch.cat((rows, torch.zeros_like(rows[:1])))
     return rows, spread.table[0] % len(rows)
@@ -382,6 +377,29 @@ def rotate_blocks(spec: Maps, blocks: Tensor, back: bool = False) -> Tensor:
     if not spec.rotates:
         return blocks
     return rotate(blocks, *rotation_of(spec, blocks), back)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2
+    sin, x2 cos + x1 sin); with `back` the inverse. `cos` and `sin` (..., 2, R / 2) of
+    `signed`, for x (..., R). Few operations, as each of them costs more to start than to
+    compute where matrices are small."""
+    halves = x.unflatten(-1, (2, -1))
+    turned = halves * cos
+    crossed = halves.flip(-2) * sin
+    return (turned.sub_(crossed) if back else turned.add_(crossed)).flatten(-2)
+
+
+def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """total (..., R) + `rotate` of x, in place. A device may round a product and its
+    sum at once."""
+    summed = total.unflatten(-1, (2, -1))
+    halves = x.unflatten(-1, (2, -1))
+    summed.addcmul_(halves, cos)
+    first, second = halves.unbind(-2)
+    minus_sin, plus_sin = sin.unbind(-2)
+    summed.select(-2, 0).addcmul_(second, minus_sin)
+    summed.select(-2, 1).addcmul_(first, plus_sin)
 
 
 def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,17 +424,19 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
 
 
 def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
-    """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
+    """y (..., O) + decompress(M compress(x)), in place, without a backward. `saved`: x
+    (..., D) where M is applied to several blocks, else the folded x (..., 1, R)."""
+    tables = spec.tables(y.device)
     if spec.blocks > 1:
-        z = fold_input(spec, saved).flatten(0, -3)
+        z = tables.fold(saved).view(-1, spec.blocks, spec.r_hat)
         u = apply_squares(block_squares(spec, square), z)
-        return y.add_(decompress(spec, u).view_as(y))
+        return y.add_(tables.spread(u.flatten(1)).view_as(y))
     if sums_by_product(y):
-        y.view(-1, spec.d_out).addmm_(
-            saved.flatten(0, -2), rows_of_outputs(spec, square).T
-        )
+        rows = rows_of_outputs(tables.spread, square)
+        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows.T)
         return y
-    return y.add_(decompress(spec, F.linear(saved, square)))
+    u = F.linear(saved, square)
+    return y.add_(tables.spread(u.flatten(-2)))
 
 
 def add_input_gradient_(
@@ -434,11 +454,41 @@ def add_input_gradient_(
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
         return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
     if sums_by_product(g):
-        g_z = g.reshape(-1, spec.d_out) @ rows_of_outputs(spec, square)
+        rows = rows_of_outputs(spec.tables(g.device).spread, square)
+        g_z = g.reshape(-1, spec.d_out) @ rows
         g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
         return g_x
     sums = decompress_transpose(spec, g) if sums is None else sums
     return g_x.add_(unfold_input(spec, sums @ square))
+
+
+def linear_map(
+    x: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    transpose: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass
+    of sums with many terms would copy the gradient of all that is gathered once a
+    term."""
+    return LinearMapFunction.apply(x, apply, transpose)
+
+
+class LinearMapFunction(torch.autograd.Function):
+    """The linear map of `linear_map`, with its transpose as gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        apply: Callable[[Tensor], Tensor],
+        transpose: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.transpose = transpose
+        return apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(gradients[0]), None, None
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
@@ -466,17 +516,18 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     it alike.
     """
     _check_square(spec, square, "delta_weight")
+    tables = spec.tables(square.device)
     if spec.blocks == 1:
-        return rows_of_outputs(spec, input_columns(spec, square))
+        return rows_of_outputs(tables.spread, tables.unfold(square))
     zeros = square.new_zeros(spec.d_out, spec.d_in)
-    squares = block_squares(spec, square)
-    return add_rows_of_blocks_(zeros, spec.tables(square.device), squares)
+    return add_rows_of_blocks_(zeros, tables, block_squares(spec, square))
 
 
 def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many
     rows at a time as stay in its cache."""
-    rows, slots = rows_and_slots(spec, input_columns(spec, square))
+    tables = spec.tables(square.device)
+    rows, slots = rows_and_slots(tables.spread, tables.unfold(square))
     count = max(1, _CHUNK // spec.d_in) if on_cpu(total) else spec.d_out
     for start in range(0, spec.d_out, count):
         chunk = slice(start, start + count)
@@ -511,21 +562,6 @@ def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> 
         columns = inputs.index_select(0, blocks)
         total.scatter_add_(1, columns, rows.index_select(0, rows_read))
     return total
-
-
-def effective_weight(spec: Maps, square: Tensor, weight: Tensor) -> Tensor:
-    """weight (O, D) + delta_weight, contiguous."""
-    if spec.blocks > 1:
-        return add_blocks_(square.new_empty(weight.shape).copy_(weight), spec, square)
-    rows, slots = rows_and_slots(spec, input_columns(spec, square))
-    return rows.index_select(0, slots).add_(weight)
-
-
-def input_columns(spec: Maps, square: Tensor) -> Tensor:
-    """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one
-    that truncate leaves out). In general (..., N * R) -> (..., D): for each input the
-    sum of what lies at its positions."""
-    return spec.tables(square.device).unfold(square)
 
 
 def adjoint(spec: Maps, gradient: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
+from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, effective_weight
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import by_definition, outputs_and_gradients, random, specs
 
@@ -45,12 +45,12 @@ def by_kernels(spec, path):
     """Half with the bias in the product, half with it after a product that starts from the
     update.
     """
-    tables = KernelTables(spec, CPU)
+    products = KernelProducts(KernelTables(spec, CPU))
 
     def layer(x, weight, bias, square):
-        with_bias = kernel_linear(x, weight, bias, square, tables, path)
+        with_bias = mora_linear(x, weight, bias, square, products, path)
         return (
-            with_bias + kernel_linear(x, weight, None, square, tables, path) + bias
+            with_bias + mora_linear(x, weight, None, square, products, path) + bias
         ) / 2
 
     return layer
@@ -74,12 +74,12 @@ def test_both_paths_of_no_tokens(path):
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
         square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
-        y = kernel_linear(
+        y = mora_linear(
             x,
             torch.ones(spec.d_out, spec.d_in),
             None,
             square,
-            KernelTables(spec, CPU),
+            KernelProducts(KernelTables(spec, CPU)),
             path,
         )
         assert y.shape == (0, spec.d_out)
@@ -108,10 +108,10 @@ def test_a_model_in_fp32_computes_under_autocast(path):
     x, weight, square = (
         random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6))
     )
-    tables = KernelTables(spec, CPU)
-    expected = kernel_linear(x, weight, None, square, tables, path)
+    products = KernelProducts(KernelTables(spec, CPU))
+    expected = mora_linear(x, weight, None, square, products, path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y = kernel_linear(x, weight, None, square, tables, path)
+        y = mora_linear(x, weight, None, square, products, path)
     assert y.dtype is torch.bfloat16
     assert (y.float() - expected).norm() <= 4 * torch.finfo(
         torch.bfloat16
@@ -128,25 +128,27 @@ def test_the_formed_weight_has_the_bits_of_the_plain_path(kind):
 def check_formed(spec):
     square = random(spec.r_hat, spec.r_hat).float()
     weight = random(spec.d_out, spec.d_in, seed=1).float()
-    formed = form_weight(weight, square, KernelTables(spec, CPU))
-    assert torch.equal(formed, effective_weight(spec, square, weight))
-    transposed = form_weight(weight.T.contiguous().T, square, KernelTables(spec, CPU))
+    plain = LayerProducts(spec)
+    kernels = KernelProducts(KernelTables(spec, CPU))
+    formed = kernels.form(weight, square)
+    assert torch.equal(formed, plain.form(weight, square))
+    transposed = kernels.form(weight.T.contiguous().T, square)
     assert torch.equal(formed, transposed)
     small = Int8Weight(*quantize(weight))
     dequantised = small.values * small.scales.unsqueeze(1)
-    in_8_bits = form_weight(small, square, KernelTables(spec, CPU))
-    assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
+    in_8_bits = kernels.form(small, square)
+    assert torch.equal(in_8_bits, plain.form(dequantised, square))
 
 
 def test_a_quantized_weight_has_the_product_of_its_dense_one():
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
-    tables = KernelTables(spec, CPU)
+    products = KernelProducts(KernelTables(spec, CPU))
     small = Int8Weight(*quantize(random(12, 24)))
     square = random(6, 6).float()
     results = []
     for weight in (small, small.dense(torch.float32)):
         x = random(5, 24, seed=1).float().requires_grad_()
-        y = kernel_linear(x, weight, None, square, tables, Compute.ACTIVATION)
+        y = mora_linear(x, weight, None, square, products, Compute.ACTIVATION)
         results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
     torch.testing.assert_close(*results)
 
@@ -158,7 +160,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain
     operations.
     """
-    monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
+    monkeypatch.setattr("mora_ds.adapters.layer.KERNEL_DEVICES", ("cpu",))
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     base = nn.Linear(12, 8)
     x = torch.randn(5, 12)
@@ -235,11 +237,11 @@ def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     x = meta(2, 2048, d_in).requires_grad_()
     square = meta(256, 256).requires_grad_()
     weight = meta(d_out, d_in)
-    tables = KernelTables(spec, x.device)
+    products = KernelProducts(KernelTables(spec, x.device))
     g = meta(2, 2048, d_out)
     with Kernels() as kernels:
-        y = kernel_linear(
-            x, weight, meta(d_out) if bias else None, square, tables, path
+        y = mora_linear(
+            x, weight, meta(d_out) if bias else None, square, products, path
         )
         torch.autograd.grad(y, (x, square), g)
     assert not SYNCS & set(kernels.started)

@@ -2,6 +2,7 @@
 shape and kind of device.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mora_ds.adapters.kernels.linear import kernel_linear
+from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops import mora
-from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
+from mora_ds.adapters.ops.linear import (
+    Compute,
+    LayerProducts,
+    cheaper_path,
+    mora_linear,
+)
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import (
@@ -70,7 +76,7 @@ def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
     def computed(x):
         """Output and gradients, flat."""
         x.requires_grad_()
-        y = mora_linear(x, weight, None, square, spec, path)
+        y = mora_linear(x, weight, None, square, LayerProducts(spec), path)
         return [
             tensor.flatten()
             for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, square)))
@@ -95,11 +101,9 @@ def test_a_shared_square_keeps_the_folded_input_alone(path, sums, monkeypatch):
     x = torch.randn(40, 64, requires_grad=True)
     weight = torch.randn(64, 64)
     square = torch.randn(16, 16, requires_grad=True)
-    tables = KernelTables(spec, x.device)
-    for step in (
-        lambda: mora_linear(x, weight, None, square, spec, path),
-        lambda: kernel_linear(x, weight, None, square, tables, path),
-    ):
+    kernels = KernelProducts(KernelTables(spec, x.device))
+    for products in (LayerProducts(spec), kernels):
+        step = partial(mora_linear, x, weight, None, square, products, path)
         assert saved_bytes(step, weight, square) == 40 * 16 * 4
 
 
@@ -111,7 +115,10 @@ def test_rotate_keeps_the_input_that_others_read_too(path):
     weight = torch.randn(32, 32)
     assert (
         saved_bytes(
-            lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x
+            lambda: mora_linear(x, weight, None, square, LayerProducts(spec), path),
+            weight,
+            square,
+            x,
         )
         == 0
     )

@@ -12,19 +12,17 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
+from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import merge_updates_
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, square_size
-from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     adjoint,
     delta_weight,
-    effective_weight,
     mora_update,
-    saved_input,
     square_gradient,
 )
 from mora_ds.adapters.ops.spec import (
@@ -208,10 +206,10 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
         )
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
-    kernel_tables = KernelTables(spec, torch.device("cpu"))
-    assert_close(form_weight(merged, square, kernel_tables), right)
+    kernels = KernelProducts(KernelTables(spec, torch.device("cpu")))
+    assert_close(kernels.form(merged, square), right)
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
-        by_kernels = partial(kernel_linear, tables=kernel_tables, path=path)
+        by_kernels = partial(mora_linear, products=kernels, path=path)
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
     g = random(5, spec.d_out, seed=4)
     half = spec.d_in // 2
@@ -220,13 +218,17 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     ]
     zeros = [torch.zeros(spec.d_out, window.d_in).double() for window in windows]
     formed = [
-        effective_weight(window, square, zero)
+        LayerProducts(window).form(zero, square)
         for window, zero in zip(windows, zeros, strict=True)
     ]
     assert_close(torch.cat(formed, dim=1), delta)
-    gradients = [
-        square_gradient(window, saved_input(window, x[:, slice(*window.inputs)]), g)
+    folded = [
+        LayerProducts(window).saved_input(x[:, slice(*window.inputs)])
         for window in windows
+    ]
+    gradients = [
+        square_gradient(window, saved, g)
+        for window, saved in zip(windows, folded, strict=True)
     ]
     assert_close(sum(gradients), adjoint(spec, g.T @ x))
     merge_updates_(merged, [(spec, square)])
