@@ -92,10 +92,21 @@ def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or ""."""
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt or shortened `word`,
+    or ""."""
     candidates = [candidate for candidate in known if candidate != word]
-    close = difflib.get_close_matches(word, candidates)
+    close = [name for name in candidates if _shortens(word, name)]
+    close += difflib.get_close_matches(word, candidates)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _shortens(word: str, name: str) -> bool:
+    """Whether `word` has the initials of `name`, as lr of learning_rate, or the
+    beginnings of some of its words, as batch_size of train_batch_size."""
+    letters = word.lstrip("-")
+    beginnings = (letters.split("_"), letters)
+    patterns = ("_" + ".*_".join(map(re.escape, words)) for words in beginnings)
+    return any(re.search(pattern, f"_{name.lstrip('-')}") for pattern in patterns)
 
 
 def reason(error: BaseException) -> str:
@@ -176,7 +187,7 @@ class Bounds:
         }
         finite = {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
         return " and ".join(
-            f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}"
+            f"{word} {bound:,.0f}" if 1e6 <= bound < _TOO_LARGE else f"{word} {bound:g}"
             for word, bound in finite.items()
         )
 

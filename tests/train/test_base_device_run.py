@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from mora_ds.config.arguments import parse
 from mora_ds.engine import device
 from mora_ds.engine.base_ring import BaseRing
-from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.initialize import start_distributed
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base
