@@ -81,8 +81,7 @@ def check_domains(engine: Any) -> None:
     if not domains.names:
         return
     ids = _random_ids(engine, 3, 8)
-    positions = torch.arange(ids.shape[1]).expand_as(ids).to(ids)
-    batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    batch = {**_batch(ids, torch.arange(8)), "labels": ids}
     first, second = domains.names[:2]
     try:
         with beside_training(engine), domains.of_rows([first, second, first]):

@@ -85,19 +85,14 @@ class Start:
 
 
 def end_all(error: Exception) -> None:
-    """Let the other ranks raise the error of this one, where they come."""
-    if _join():
-        Ranks.current().leave(error)
-
-
-def _join() -> bool:
-    """Join the process group. False where the other ranks do not come."""
+    """Join the process group, and let the other ranks raise the error of this one. Does
+    nothing where they do not come."""
     try:
         if not dist.is_initialized():
             start_distributed(timeout_s=_REPORT_S)
     except (RuntimeError, UserError):
-        return False
-    return True
+        return
+    Ranks.current().leave(error)
 
 
 def start_processes(arguments: Arguments) -> Ranks:
