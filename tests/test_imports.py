@@ -6,6 +6,7 @@ A package may import the packages that the table names for it, its own modules, 
 """
 
 import ast
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -36,22 +37,18 @@ checkpoint: adapters models runtime engine remora
 config: adapters parallel runtime engine remora
 deploy: adapters models remora checkpoint
 eval: data models checkpoint deploy
-train: adapters data runtime parallel models engine remora planning checkpoint config deploy
+research: adapters checkpoint config models planning runtime
+train: adapters data runtime parallel models engine remora planning checkpoint config deploy research
 # A command stands above all that it calls: it reads flags, calls functions and prints what they return.
-commands: data runtime models engine planning checkpoint config deploy eval train
+commands: adapters data runtime models engine planning checkpoint config deploy eval research train
 __main__: commands
 hf: adapters checkpoint engine models remora runtime train
 peft: adapters
-research: adapters checkpoint commands config data eval models planning runtime train
 """
 MAY_IMPORT = {
     package: set((allowed or "").split())
     for package, allowed in yaml.safe_load(TABLE).items()
 }
-"""Nothing may import research: `common/research.py` loads one of its modules by name, when
-it is asked for.
-"""
-
 ROOT_ENTRIES = 21
 """What a newcomer meets in `mora_ds/`, at most."""
 
@@ -245,18 +242,15 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
         assert not [module for module in modules if ".kernels" in module]
 
 
-def test_research_is_loaded_through_one_door():
-    """By name, which the imports above do not show."""
-    doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
-    code = {
-        name: ast.unparse(ast.parse(path.read_text())) for name, path in MODULES.items()
-    }
-    named = {
-        name
-        for name in code
-        if package_of(name) != "research" and any(door in code[name] for door in doors)
-    }
-    assert named == {"mora_ds.common.research"}
+def test_research_is_imported_where_it_is_asked_for():
+    """By a command of its own, or for the block `research:` of a recipe: inside a function."""
+    for name, path in MODULES.items():
+        statements = ast.parse(path.read_text()).body
+        at_the_top = {
+            node.module for node in statements if isinstance(node, ast.ImportFrom)
+        }
+        named = [module for module in at_the_top if package_of(module) == "research"]
+        assert package_of(name) == "research" or not named, name
 
 
 def test_entry_points_do_not_reach_around_mora_ds():
@@ -289,6 +283,51 @@ def test_the_public_names_are_there():
         assert getattr(import_module(f"mora_ds.{home}"), name) is getattr(mora_ds, name)
 
 
+def python(source):
+    """The lines that a program prints, in an environment without ranks."""
+    words = [sys.executable, "-c", dedent(source)]
+    environment = {name: text for name, text in os.environ.items() if name != "RANK"}
+    done = called(words, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_settings_flags_and_first_words_need_neither_torch_nor_transformers():
+    """`--help`, a wrong flag and shells wait for nothing; a plan says what it waits for."""
+    source = """
+        import contextlib, io, pkgutil, sys
+        from importlib import import_module
+        import mora_ds.config
+        from mora_ds.commands import dispatch, plan, pretrain
+
+        def answer(name, *flags):
+            sys.argv = [name, *flags]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                try:
+                    dispatch.run(name)
+                except (SystemExit, ValueError) as left:
+                    return str(left)
+
+        def ends():
+            raise SystemExit("said first")
+
+        for module in pkgutil.iter_modules(mora_ds.config.__path__):
+            import_module(f"mora_ds.config.{module.name}")
+        for name in dispatch.COMMANDS:
+            assert answer(name, "--help") == "0"
+            assert answer(name, "--lr", "1") != "0"
+        plan.say_loading = pretrain.say_loading = ends
+        print(answer("plan", "--model", "m", "--gpus", "8"), answer("pretrain", "--dry_run"))
+        print(answer("pretrain", "--lr", "1"))
+        print({"torch", "transformers", "deepspeed"} & {*sys.modules})
+    """
+    assert python(source) == [
+        "said first said first",
+        "unknown flag --lr. Did you mean '--learning_rate'?",
+        "set()",
+    ]
+
+
 def test_ranks_meet_before_anything_slow_is_imported():
     """Ranks whose settings differ are told so within seconds of their start
     (`commands/pretrain.py`), and no engine loads torch's compiler."""
@@ -301,5 +340,4 @@ def test_ranks_meet_before_anything_slow_is_imported():
         slow = {"datasets", "transformers.modeling_utils", "transformers.integrations.moe"}
         print((slow | {"torch.distributed.tensor", "torch._inductor.compile_fx"}) & {*sys.modules})
     """
-    done = called([sys.executable, "-c", dedent(source)], cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+    assert python(source)[-1] == "set()"

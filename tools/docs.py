@@ -36,6 +36,10 @@ SCRIPTS = {
 """Commands of `mora-ds` -> their programs in a checkout that is not installed."""
 
 
+RESEARCH = ("analyze", "evaluate-adapters", "spectrum")
+"""Commands that a page of their own describes."""
+
+
 # -- command line ----------------------------------------------------------------------
 class _Parsed(Exception):
     """Raised in place of parsing."""
@@ -54,7 +58,7 @@ def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
 
 def cli_page() -> str:
     """reference/cli.md."""
-    from mora_ds.commands.dispatch import COMMANDS, OF_RESEARCH, load
+    from mora_ds.commands.dispatch import COMMANDS, load
     from mora_ds.config import arguments
     from mora_ds.engine import launcher
 
@@ -85,7 +89,7 @@ def cli_page() -> str:
         lines.append("")
     for name, what in COMMANDS.items():
         title = f"mora-ds {name}"
-        if name in OF_RESEARCH:
+        if name in RESEARCH:
             about = f"{what.capitalize()} ([research](../research.md))."
             lines += [f"## {title}", "", about, ""]
         elif name != "pretrain":

@@ -27,6 +27,7 @@ from mora_ds.adapters.ops.spec import (
     round_side,
 )
 from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
+from mora_ds.adapters.target_patterns import ALL_LINEAR
 from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
@@ -34,9 +35,6 @@ from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd
 ones."""
-
-ALL_LINEAR = "all-linear"
-"""Target that stands for every linear layer except the output head."""
 
 AS_LOADED = 16
 """Value of `base_bits` for a base that is held in the run's dtype."""

@@ -118,6 +118,17 @@ class Domains:
         finally:
             self._choice, self._same_for_all = before
 
+    @contextmanager
+    def of_rows(self, rows: Sequence[str]) -> Iterator[None]:
+        """`set` within the context, in which backward must end: gradient checkpointing
+        reads the rows again. A model without domains reads none."""
+        if self.names:
+            self.set(rows)
+        try:
+            yield
+        finally:
+            self.set_all(None)
+
     def choice(self, x: Tensor) -> Tensor | None:
         """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all
         rows belong to one; None for no domain.

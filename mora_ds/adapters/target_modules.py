@@ -11,10 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from mora_ds.adapters.config import ALL_LINEAR, AdapterConfig
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.experts import find_stacks, require_known
 from mora_ds.adapters.layer import ExpertStack, is_linear
-from mora_ds.adapters.target_patterns import matches, matches_experts, names_experts
+from mora_ds.adapters.target_patterns import (
+    ALL_LINEAR,
+    matches,
+    matches_experts,
+    names_experts,
+)
 from mora_ds.common.errors import UserError, nearest
 
 _READ_DIRECTLY = {

@@ -6,6 +6,9 @@ import re
 
 from mora_ds.common.errors import UserError
 
+ALL_LINEAR = "all-linear"
+"""Target that stands for every linear layer except the output head."""
+
 _EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
 
 

@@ -8,8 +8,7 @@ plan                                before a run: memory and traffic
 prepare_corpus, extend_vocab        text and vocabulary
 export, convert, evaluate           what a checkpoint is good for
 ledger, verify                      what a checkpoint holds
-
-`mora-ds analyze`, `spectrum` and `evaluate-adapters` are in `mora_ds.research`.
+analyze, spectrum, evaluate_adapters    front ends of `mora_ds.research`
 
 The programs in launch/ and tools/ call the same functions from a checkout.
 """

@@ -11,9 +11,6 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
-from mora_ds.deploy.adapter_io import export_adapter
-from mora_ds.deploy.fork_adapters import convert_fork
-from mora_ds.deploy.peft_export import export_peft
 from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags
 
 _ACTIONS = {
@@ -26,6 +23,10 @@ _ACTIONS = {
 @named_as_flags("output", "rank", "domain", "target_modules", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
+    from mora_ds.deploy.adapter_io import export_adapter
+    from mora_ds.deploy.fork_adapters import convert_fork
+    from mora_ds.deploy.peft_export import export_peft
+
     if options.action == "adapter":
         lines = export_adapter(options.path, options.output)
     elif options.action == "mora":

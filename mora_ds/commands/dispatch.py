@@ -1,14 +1,13 @@
 """`mora-ds COMMAND [flags]`: one program for training and all that stands around it.
 
-A command's module is imported when the command is called, so that the list of commands
-is there at once.
+A command's module is imported when the command is called, and it imports torch and the
+like when its flags are read: `--help` and a wrong flag wait for neither.
 """
 
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from mora_ds.common import research
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.version import __version__
 from mora_ds.runtime import cli
@@ -28,25 +27,14 @@ COMMANDS = {
     "spectrum": "measure ranks of merged updates",
     "verify": "verify every file of a checkpoint or a run",
 }
-"""Command -> what it does. Its module has its name, but for those of research."""
-
-OF_RESEARCH = {
-    "analyze": "analyze",
-    "evaluate-adapters": "bank",
-    "spectrum": "spectrum",
-}
-"""Command -> its module in `mora_ds.research`."""
+"""Command -> what it does. Its module has its name."""
 
 PRETRAIN = "pretrain"
-PLAN = "plan"
 
 
 def load(name: str) -> Callable[[], None]:
     """The function of a command, whose module is imported now."""
-    if name in OF_RESEARCH:
-        module = research.load(OF_RESEARCH[name])
-    else:
-        module = import_module(f"mora_ds.commands.{name.replace('-', '_')}")
+    module = import_module(f"mora_ds.commands.{name.replace('-', '_')}")
     return module.start if name == PRETRAIN else module.main
 
 
@@ -78,10 +66,6 @@ def run(name: str) -> None:
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:
-        # People wait for a plan, and its imports take seconds.
-        if name == PLAN:
-            steps = "loading torch, transformers and DeepSpeed, then measuring a part of the model"
-            print(steps, file=sys.stderr)
         load(name)()
 
 

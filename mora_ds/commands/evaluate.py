@@ -10,22 +10,15 @@ is scored completely and separately. Bits per byte are comparable between models
 different tokenizers; perplexities are not.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
-from mora_ds.common.tensor_files import COMPUTE_DTYPES
-from mora_ds.data import AUTO, Corpus, load_corpus
-from mora_ds.deploy.combine import scaled
-from mora_ds.eval.perplexity import (
-    Score,
-    Target,
-    Windows,
-    evaluate,
-    load_target,
-    named_sets,
-)
 from mora_ds.runtime.cli import (
+    DTYPES,
     check_device,
     check_writable,
     command_parser,
@@ -35,10 +28,17 @@ from mora_ds.runtime.cli import (
     table,
 )
 
+if TYPE_CHECKING:
+    from mora_ds.data import Corpus
+    from mora_ds.eval.perplexity import Score, Target, Windows
+
 
 @named_as_flags("domain", "onto", "delta_scale", base="--base", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
+    from mora_ds.deploy.combine import scaled
+    from mora_ds.eval.perplexity import Windows, load_target
+
     check_scoring(options)
     sets = read_sets(options)
     with scaled(options.model, options.delta_scale, options.base) as path:
@@ -77,6 +77,9 @@ def check_scoring(options: argparse.Namespace) -> None:
 
 def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
     """The texts of --sets by their names."""
+    from mora_ds.data import load_corpus
+    from mora_ds.eval.perplexity import named_sets
+
     return {
         name: load_corpus(
             [path], text_column=options.text_column, flag=f"--sets {name}"
@@ -92,6 +95,8 @@ def score_sets(
     options: argparse.Namespace,
 ) -> dict[str, Score]:
     """The score of every set, by its name."""
+    from mora_ds.eval.perplexity import evaluate
+
     return {
         name: evaluate(
             target, corpus, windows, options.batch_size, options.max_documents
@@ -135,7 +140,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens from one window to the next. Default: half of --window",
     )
     parser.add_argument(
-        "--document_start", default=AUTO, metavar="TOKEN",
+        "--document_start", default="auto", metavar="TOKEN",
         help="stands before every document, as in the run. Default: BOS where the tokenizer puts it, else end-of-text",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
@@ -144,7 +149,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["auto", *COMPUTE_DTYPES],
+        choices=DTYPES,
         default="auto",
         help="auto: the model's own",
     )

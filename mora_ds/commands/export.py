@@ -12,11 +12,7 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
-from mora_ds.common.tensor_files import COMPUTE_DTYPES
-from mora_ds.deploy.export import export_merged
-from mora_ds.deploy.fork_adapters import read_fork
-from mora_ds.deploy.hub import check_repository, push_folder
-from mora_ds.runtime.cli import command_parser, say, shared_flags
+from mora_ds.runtime.cli import DTYPES, command_parser, say, shared_flags
 
 
 @named_as_flags(
@@ -32,6 +28,10 @@ from mora_ds.runtime.cli import command_parser, say, shared_flags
 )
 def main() -> None:
     options = _parser().parse_args()
+    from mora_ds.deploy.export import export_merged
+    from mora_ds.deploy.fork_adapters import read_fork
+    from mora_ds.deploy.hub import check_repository, push_folder
+
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
     with read_fork(options.checkpoint, options.base) as checkpoint:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     shared_flags(parser, "--onto", "--delta_scale")
     parser.add_argument(
         "--dtype",
-        choices=["auto", *COMPUTE_DTYPES],
+        choices=DTYPES,
         default="auto",
         help="auto: as in training; of --onto, as there",
     )

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import require_new
-from mora_ds.data import load_corpus
-from mora_ds.models.vocabulary import extend_vocabulary
 from mora_ds.runtime.cli import command_parser, say, shared_flags
 
 
 @named_as_flags("output")
 def main() -> None:
     flags = _parser().parse_args()
+    from mora_ds.data import load_corpus
+    from mora_ds.models.vocabulary import extend_vocabulary
+
     require_new(flags.output)
     lines = extend_vocabulary(
         flags.model,

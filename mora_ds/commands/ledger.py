@@ -8,18 +8,25 @@ run.
 1: damaged files, a full disk.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import named_as_flags
-from mora_ds.deploy.combine import combine_adapters
 from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags, table
+
+if TYPE_CHECKING:
+    from mora_ds.checkpoint.layout import LedgerLocation
 
 
 @named_as_flags("output", "weights", "target_modules", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
+    from mora_ds.checkpoint.layout import find_ledger
+    from mora_ds.deploy.combine import combine_adapters
+
     if options.action == "show":
         lines = _cycles(find_ledger(options.path))
     else:

@@ -10,23 +10,23 @@ Where the base does not fit it plans --base_device host. Without --bf16 and --fp
 run computes in bf16.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mora_ds.common.errors import POSITIVE, UserError, refuse, wrong_values
 from mora_ds.common.files import shipped
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
-from mora_ds.engine.device import BaseDevice
-from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.models.load import named_config, set_rope
-from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
-from mora_ds.planning.report import as_json, report
-from mora_ds.runtime.cli import command_parser, say
-from mora_ds.train.dry_run import planner_of
-from mora_ds.train.setup import deepspeed_file
+from mora_ds.engine.settings import BaseDevice
+from mora_ds.runtime.cli import command_parser, say, say_loading
+
+if TYPE_CHECKING:
+    from mora_ds.planning.plan import Planner
 
 _OF_PLANS = {
     "__per_device_train_batch_size": "--micro_batch",
@@ -41,6 +41,11 @@ def main() -> None:
     counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
+    say_loading()
+    validate(arguments)
+    from mora_ds.planning.plan import place_base, recommend
+    from mora_ds.planning.report import as_json, report
+
     base_device = BaseDevice(arguments.training.base_device)
     planner = place_base(_planner(options, arguments), base_device)
     chosen = recommend(planner) if options.micro_batch is None else None
@@ -99,13 +104,17 @@ def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Argument
     training = arguments.training
     if not arguments.set_by_user & {"bf16", "fp16"}:
         training = replace(training, bf16=True)
-    arguments = replace(arguments, model=model, training=training)
-    validate(arguments)
-    return arguments
+    return replace(arguments, model=model, training=training)
 
 
 def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     """Plans of that run on the cluster that is named, in place of this machine."""
+    from mora_ds.engine.ds_config import resolve_ds_config
+    from mora_ds.models.load import named_config, set_rope
+    from mora_ds.planning.plan import Cluster
+    from mora_ds.train.dry_run import planner_of
+    from mora_ds.train.setup import deepspeed_file
+
     model = arguments.model
     training = arguments.training
     config = named_config(

@@ -14,7 +14,6 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.runtime.cli import say
-from mora_ds.train.data import fill_token_cache
 
 
 def main() -> None:
@@ -24,6 +23,8 @@ def main() -> None:
             "there is no text to tokenise: name it with --train_files, --dataset_name or --mixture"
         )
     validate(arguments)
+    from mora_ds.train.data import fill_token_cache
+
     shows_progress = sys.stderr.isatty()
     for name, cache in fill_token_cache(
         arguments.model, arguments.data, shows_progress

@@ -16,10 +16,21 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mora_ds.config.arguments import Arguments, parse
+from mora_ds.config.validate import validate
+from mora_ds.engine.launcher import (
+    accelerators,
+    become_the_only_rank,
+    command,
+    is_one_of_several,
+    launcher_flags,
+)
+from mora_ds.runtime.cli import say_loading
 from mora_ds.runtime.log_setup import set_up_logging
+from mora_ds.train.start_up import start_up
 
 if TYPE_CHECKING:
-    from mora_ds.config.arguments import Arguments
+    from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +38,11 @@ logger = logging.getLogger(__name__)
 def start() -> None:
     """Train in this process, or hand over to DeepSpeed's launcher: where one of its
     flags is given, and on a machine with several GPUs, each of which gets a process."""
-    from mora_ds.engine.launcher import (
-        accelerators,
-        become_the_only_rank,
-        command,
-        is_one_of_several,
-        launcher_flags,
-    )
-
     for_launcher, flags = launcher_flags(sys.argv[1:])
-    only_prints = {"-h", "--help"} & set(flags)
-    if "RANK" not in os.environ and not only_prints:
+    if "RANK" not in os.environ:
+        # Ends here with --help and for a wrong flag, before torch looks for GPUs
+        if parse(flags).training.dry_run:
+            say_loading()
         if for_launcher or accelerators() > 1:
             words = command(for_launcher, flags)
             os.execv(words[0], words)  # signals reach the launcher itself
@@ -50,11 +55,6 @@ def start() -> None:
 
 def main() -> None:
     """Train in this process: one rank of the job, or a job of its own."""
-    # Not above: these imports take seconds, and signals must be watched before.
-    from mora_ds.config.arguments import parse
-    from mora_ds.config.validate import validate
-    from mora_ds.train.setup import start_processes, start_up
-
     with start_up():
         arguments = parse(sys.argv[1:])
         set_up_logging(arguments.training.log_level)
@@ -63,27 +63,45 @@ def main() -> None:
             logger.info(
                 f"left out of the recipe, as the flags leave them no effect: {names}"
             )
-        # The demo's settings depend on the number of ranks: it validates them itself.
-        if not arguments.is_demo:
-            validate(arguments)
-        # Before anything that is slow to import.
-        if not arguments.training.dry_run:
-            start_processes(arguments)
-        run = _job(arguments)
     started = time.monotonic()
-    summary = run(arguments)
-    if summary is not None and not arguments.training.dry_run:
+    summary = train(arguments)
+    if summary is not None:
         from mora_ds.train.screen import closing
 
         for line in closing(arguments, summary, time.monotonic() - started):
             logger.info(line)
 
 
-def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
-    """The function that runs the job and returns its summary; the demo ends with a
-    table of its own. Its imports take seconds: ranks whose settings differ are told so
-    before."""
-    if arguments.is_demo and not arguments.training.dry_run:
+def train(arguments: Arguments) -> dict[str, Any] | None:
+    """Check the settings, start this process's rank, and run the job. Returns its
+    summary; None of a dry run, which has no processes, and of the demo, which ends with
+    a table of its own.
+
+    Torch is imported once the settings are checked, and what reads models and text,
+    which takes seconds more, once all ranks have the same settings.
+    """
+    with start_up():
+        if arguments.training.dry_run:
+            validate(arguments)
+            from mora_ds.train.dry_run import dry_run
+
+            dry_run(arguments)
+            return None
+        # The demo's settings depend on the number of ranks: it validates them itself.
+        if not arguments.is_demo:
+            validate(arguments)
+        from mora_ds.train.setup import start_processes
+
+        ranks = start_processes(arguments)
+        run = _job(arguments)
+    return run(arguments, ranks)
+
+
+def _job(
+    arguments: Arguments,
+) -> Callable[[Arguments, Ranks], dict[str, Any] | None]:
+    """The function that runs the job."""
+    if arguments.is_demo:
         from mora_ds.train.demo import run_demo
 
         return run_demo

@@ -11,13 +11,14 @@ command.
 import argparse
 from pathlib import Path
 
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.cli import command_parser, say
 
 
 def main() -> None:
     options = _parser().parse_args()
+    from mora_ds.checkpoint.verify import verify
+
     verdicts = verify(options.path, options.base)
     for verdict in verdicts:
         say(*verdict.lines())

@@ -92,10 +92,24 @@ def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`, or ""."""
+    """A hint such as " Did you mean 'merge_every'?" for a misspelt or shortened `word`,
+    or ""."""
     candidates = [candidate for candidate in known if candidate != word]
-    close = difflib.get_close_matches(word, candidates)
+    close = difflib.get_close_matches(word, candidates, cutoff=0.8)
+    close += [name for name in candidates if _shortens(word, name)]
+    close += difflib.get_close_matches(word, candidates)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _shortens(word: str, name: str) -> bool:
+    """Whether `word` has the initials of `name`, as lr of learning_rate, or the
+    beginnings of some of its words, as batch_size of train_batch_size."""
+    letters = word.lstrip("-")
+    full_name = f"_{name.lstrip('-')}"
+    return any(
+        re.search("_" + ".*_".join(map(re.escape, beginnings)), full_name)
+        for beginnings in (letters.split("_"), letters)
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -176,7 +190,9 @@ class Bounds:
         }
         finite = {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
         return " and ".join(
-            f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}"
+            f"{word} {bound:,.0f}"
+            if 1e6 <= bound <= _TOO_LARGE
+            else f"{word} {bound:g}"
             for word, bound in finite.items()
         )
 

@@ -1,7 +1,7 @@
 """Settings of a run: flags and recipes, parsed strictly, and every check that needs no
 file's contents.
 
-flags               command line and YAML -> dataclasses; renamed and retired settings
+flags               command line and YAML -> dataclasses
 arguments           `Arguments`: the four groups of settings, `parse` and `dump`
 effects             which settings have an effect beside which
 adapter             settings of the adapter and its merges
@@ -9,5 +9,9 @@ data                settings of model, tokenizer and text
 training            settings of the run itself
 mixture             sources of text with weights: flags and mix.yaml
 forgetting          bounds and weights that are applied after every evaluation
+research            the block `research:` of a recipe
 validate            all checks, reported together
+
+None of them imports torch, transformers or DeepSpeed at its top: `--help` and a wrong flag wait
+for none of these.
 """

@@ -1,15 +1,14 @@
-"""Settings of the adapter: what is trained, and when it is merged."""
+"""Settings of the adapter: what is trained, and when it is merged.
+
+The configs of adapters, which import torch, are imported where one is made.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-from mora_ds.adapters.config import (
-    ALL_LINEAR,
-    AS_LOADED,
-    FLAGS,
-    AdapterConfig,
-)
-from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.registry import (
     ADAPTERS,
     DEFAULT_ADAPTER,
@@ -20,9 +19,12 @@ from mora_ds.adapters.registry import (
     loaded,
     unsupported,
 )
-from mora_ds.adapters.target_patterns import names_experts
+from mora_ds.adapters.target_patterns import ALL_LINEAR, names_experts
 from mora_ds.common.errors import named_as_flags, refusal, unknown
 from mora_ds.config.flags import documented
+
+if TYPE_CHECKING:
+    from mora_ds.adapters.config import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class AdapterArguments:
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
     MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
     rounded down to a multiple of --r_hat_multiple."""
-    r_hat_multiple: int = R_HAT_MULTIPLE
+    r_hat_multiple: int = 16
     """Sides of MoRA matrices are multiples of this, and even where they are below twice
     this; 1: of every size that the operator takes."""
     lora_alpha: float | None = None
@@ -60,7 +62,7 @@ class AdapterArguments:
     update is formed, rounded to the run's dtype) or auto: weight for each layer where
     d_in * d_out <= 2 * tokens * (d_in + d_out), of the tokens of a micro-batch, which
     is about the cheaper of the two."""
-    base_bits: int = AS_LOADED
+    base_bits: int = 16
     """8: hold the frozen weights of adapted layers in int8 with a scale per output,
     half of the memory of bf16; merges and exports read the original weights. 4: in NF4,
     0.28 of the memory; they are rounded once, and merged cycles act through their
@@ -127,6 +129,8 @@ class AdapterArguments:
             return
         if self.is_control:
             return
+        from mora_ds.adapters.config import FLAGS
+
         yield from refusal(named_as_flags(**FLAGS)(self.config), 0)
         if self.adapts_experts:
             setting = "--target_modules names experts"
@@ -135,5 +139,7 @@ class AdapterArguments:
 
 def settings_of(adapter: AdapterType) -> dict[str, str]:
     """Setting of a run -> field of the adapter's config that has it."""
+    from mora_ds.adapters.config import FLAGS
+
     names = [entry.name for entry in fields(loaded(adapter.config))]
     return {FLAGS.get(name, name).removeprefix("--"): name for name in names}

@@ -18,7 +18,8 @@ from mora_ds.common.files import shipped
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
-from mora_ds.config.flags import RESEARCH, Settings, parse_flat
+from mora_ds.config.flags import Settings, parse_flat
+from mora_ds.config.research import RESEARCH, ResearchSettings
 from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import Schedule, schedule_kind
 
@@ -92,7 +93,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and
     raises SystemExit(0).
     """
-    recipe, flags = parse_flat(list(_GROUPS.values()), argv)
+    groups = list(_GROUPS.values())
+    recipe, flags = parse_flat(groups, {RESEARCH: ResearchSettings}, argv)
     for settings in (recipe, flags):
         for name in _SHIPPED:
             if settings.get(name) is not None:

@@ -20,22 +20,18 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import (
     Any,
-    NoReturn,
     TypeAlias,
     TypeVar,
-    cast,
     get_args,
     get_origin,
     get_type_hints,
 )
 
-from transformers import HfArgumentParser
-
 from mora_ds.adapters.registry import ADAPTERS, Control
-from mora_ds.common import research
 from mora_ds.common.errors import UserError, nearest, refuse, unusable_words
 from mora_ds.common.files import load_yaml, shipped
 from mora_ds.common.untrusted import typed
+from mora_ds.runtime.cli import StrictParser
 
 Class = TypeVar("Class", bound=type)
 
@@ -47,6 +43,8 @@ _NOT_GIVEN = object()
 _LOCAL_RANK = re.compile(r"--local[_-]rank=-?\d+")
 """What launchers add to a command line. The variable LOCAL_RANK, which they set too, is
 what is read."""
+
+_NEGATIVE = re.compile(r"-[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def documented(cls: Class) -> Class:
@@ -75,93 +73,29 @@ def documented(cls: Class) -> Class:
 RECORDED_KEYS = ("versions", "resolved")
 """Keys of `run.yaml` that record facts about the run; in a recipe they are not read."""
 
-RESEARCH = "research"
-"""The key of a recipe that holds the settings of `mora_ds.research`."""
-
-_REMOVED = """
-alignment_rank, alignment_weight: was removed, since the alignment loss did not help: leave it out
-attention: was removed: attention stays inside documents wherever the model can, or take --attn_implementation sdpa
-base_buffers: was removed: two decoder layers are on the device at a time
-base_cache_dir: was removed: set HF_HOME to a folder on the node's own disk, or copy the model there first
-compile: was removed: on GPUs the operators have kernels of their own
-domain_adapters, targets: moved to the block `research:` of a recipe
-eval_domains: was removed: an evaluation set with a domain's name is read as that domain's
-eval_tasks_limit: was removed: a FILE.yaml of --eval_tasks may name a smaller split
-exclude_eval_documents: was removed: --held_out_share keeps documents apart, datatrove removes others
-expert_rank: was removed: --mora_rank is divided by the number of experts that compute a token
-freeze: was removed: a run with domains trains all of its MoRA matrices
-full_rank_learning_rate, full_rank_steps: was removed: run --adapter full first, then adapt its merged model
-gradient_checkpointing_reentrant: was removed: --gradient_checkpointing uses PyTorch's other kind
-heartbeat_timeout_s: was removed: schedulers watch processes, --collective_timeout_s ends a rank that waits in vain
-hold_weights: was removed: --compute chooses between activation and weight
-init_adapter: was removed: a LoRA of PEFT is merged into its base with PEFT, and that model adapted
-liger: was removed, since nobody has measured it here
-local_rank: was removed: the variable LOCAL_RANK, which launchers set, is read
-lora_rank: was removed: --mora_rank is the rank of --adapter lora too
-merge_at_end: was removed: exports add the MoRA matrices that are not merged yet
-merge_at_latest, merge_when, stall_signal, stall_tolerance, stall_window: was removed: merge at intervals, --merge_every
-merge_precision: was removed: every merge is summed in fp32 and rounded once
-muon_learning_rate: was removed: --learning_rate is the adapter's, --embedding_learning_rate that of all else
-muon_momentum: was removed: it is 0.95
-node_base: was removed: processes of a node share the base where they can see each other's memory
-peer_silence_s: was removed: --collective_timeout_s ends a rank that waits for one that is gone
-project: was removed: set WANDB_PROJECT
-run_name: was removed: the run is named after --output_dir, in W&B after WANDB_NAME
-run_tags: was removed: set WANDB_TAGS
-optimizer_reset: was removed, since no run gained by keeping it: a merge zeroes moments and step count
-stream_retry_s: was removed: `datasets` repeats reads that fail, and a run that ends is resumed
-subspace_cycles: was removed with --operator subspace: take rotate
-tp_inputs: was removed: every rank saves a block's complete input, which --gradient_checkpointing avoids
-tp_grouping, tp_segments: was removed: MoRA matrices are gathered where they are used
-train_embedding_rows: was removed: --train_embedding_rank learns more with fewer parameters
-train_tokenizer_type: was removed: the tokenizer is trained as BPE
-trainable_budget: was removed: mora-ds analyze --trainable_budget writes a plan of targets
-warmup_ratio: was removed: --warmup_steps below 1 is a share of the run
-"""
-"""Settings of versions before 0.3.0, and what to do instead, to be read after a
-name."""
-
-REMOVED = {
-    name: instead
-    for names, instead in (
-        line.split(": ", 1) for line in _REMOVED.strip().splitlines()
-    )
-    for name in names.split(", ")
-}
-
-
-class StrictParser(HfArgumentParser):
-    """HfArgumentParser that raises `UserError` where it would end the process, but for
-    `-h`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
 
 def parse_flat(
-    groups: Sequence[type], argv: Sequence[str]
+    groups: Sequence[type], blocks: Mapping[str, type], argv: Sequence[str]
 ) -> tuple[Settings, Settings]:
     """({field: value} of the recipe, the same of the flags), of fields of the
-    dataclasses `groups`; what is not given is absent. Raises `UserError`; `-h` prints
+    dataclasses `groups`; what is not given is absent. `blocks`: key of a recipe -> the
+    dataclass whose fields it holds, {field: value} too. Raises `UserError`; `-h` prints
     help and raises SystemExit(0)."""
     refuse(unusable_words(argv))
     arguments = [word for word in argv if not _LOCAL_RANK.fullmatch(word)]
+    hints = {
+        name: hint for group in groups for name, hint in get_type_hints(group).items()
+    }
     of_recipe = {}
     if arguments and not arguments[0].startswith("-"):
-        of_recipe = read_recipe(shipped(arguments.pop(0)), groups)
-    parser = StrictParser(
-        cast(Any, groups),
-        description="Continual pretraining with MoRA under DeepSpeed. "
-        f"Values of --adapter: {', '.join((*ADAPTERS, *Control))}.",
-        allow_abbrev=False,
-        usage="%(prog)s [recipe.yaml] [--flag value ...]",
-    )
-    names = [field.name for group in groups for field in dataclasses.fields(group)]
-    parsed, unknown = parser.parse_known_args(
-        arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))
+        of_recipe = read_recipe(shipped(arguments.pop(0)), {**hints, **blocks})
+    parsed, unknown = _parser(groups, hints).parse_known_args(
+        arguments, argparse.Namespace(**dict.fromkeys(hints, _NOT_GIVEN))
     )
     if unknown:
-        refuse(_unknown_flag(word, names) for word in unknown if word.startswith("--"))
+        known = [f"--{name}" for name in hints]
+        flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
+        refuse(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
         raise UserError(
             f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
         )
@@ -171,36 +105,80 @@ def parse_flat(
     }
 
 
-def _unknown_flag(word: str, known: Iterable[str]) -> str:
-    """The message for a flag that is none of the `known` settings."""
-    flag = word.split("=")[0]
-    name = flag.removeprefix("--").removeprefix("no_")
-    if name in REMOVED:
-        return f"{flag} {REMOVED[name]}"
-    return f"unknown flag {flag}.{nearest(flag, [f'--{setting}' for setting in known])}"
+def _parser(groups: Iterable[type], hints: Mapping[str, Any]) -> StrictParser:
+    """The parser of the flags of all `groups`, whose fields have the types `hints`."""
+    parser = StrictParser(
+        description="Continual pretraining with MoRA under DeepSpeed. "
+        f"Values of --adapter: {', '.join((*ADAPTERS, *Control))}.",
+        allow_abbrev=False,
+        usage="%(prog)s [recipe.yaml] [--flag value ...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    # Argparse takes -1e-3 for a flag
+    parser._negative_number_matcher = _NEGATIVE
+    for group in groups:
+        for field in dataclasses.fields(group):
+            _add_flag(parser, field, hints[field.name])
+    return parser
 
 
-def read_recipe(path: str, groups: Iterable[type]) -> Settings:
-    """The settings of a YAML recipe, checked against the fields of `groups`. One
-    `UserError` lists all that are wrong."""
+def _add_flag(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any
+) -> None:
+    """Add the flag of a field. A yes/no field takes a value or none; where it is on by
+    default, there is --no_FIELD too."""
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    # `int | None` and `list[int]` take an int
+    kind, *_ = get_args(hint) or (hint,)
+    options: dict[str, Any] = {"type": kind}
+    if hint is bool:
+        options = {"type": _yes_or_no, "nargs": "?", "const": True}
+    elif get_origin(hint) is list:
+        options["nargs"] = "+"
+    text = field.metadata["help"]
+    parser.add_argument(*_spellings(field.name), default=default, help=text, **options)
+    if default is True:
+        parser.add_argument(
+            *_spellings(f"no_{field.name}"),
+            action="store_false",
+            dest=field.name,
+            default=False,
+            help=text,
+        )
+
+
+def _spellings(name: str) -> list[str]:
+    """--max_steps and --max-steps."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _yes_or_no(text: str) -> bool:
+    word = text.lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(
+        f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
+    )
+
+
+def read_recipe(path: str, hints: Mapping[str, Any]) -> Settings:
+    """The settings of a YAML recipe, as the types in `hints`. One `UserError` lists all
+    that are wrong."""
     settings = load_yaml(path, "the recipe")
     for key in RECORDED_KEYS:
         settings.pop(key, None)
-    has_research = RESEARCH in settings
-    block = settings.pop(RESEARCH, None)
-    hints = {
-        name: hint for group in groups for name, hint in get_type_hints(group).items()
-    }
-    values = typed_values(settings, hints, path)
-    if has_research:
-        values[RESEARCH] = research.load("settings").read(block, path)
-    return values
+    return typed_values(settings, hints, path)
 
 
 def typed_values(
     content: Any, hints: Mapping[str, Any], path: str, prefix: str = ""
 ) -> Settings:
-    """The values of a mapping in the YAML file `path` as the types in `hints`.
+    """The values of a mapping in the YAML file `path` as the types in `hints`; of a
+    dataclass those that are given.
 
     `prefix`: where the mapping stands in the file, such as "sources.web.". Raises one
     `UserError` for all unknown keys and wrong types.
@@ -212,18 +190,21 @@ def typed_values(
     problems = []
     for key, value in content.items():
         where = f"{path}: {prefix}{key}"
-        if key in hints:
-            try:
-                values[key] = typed(hints[key], _as_written(value, hints[key]), where)
-            except UserError as error:
-                problems.append(str(error))
-            if value == "":
-                problems.append(f"{where} must not be empty")
-        elif key in REMOVED and prefix in ("", f"{RESEARCH}."):
-            problems.append(f"{where} {REMOVED[key]}")
-        else:
+        if key not in hints:
             suggestion = nearest(str(key), hints)
             problems.append(f"{path}: unknown key '{prefix}{key}'.{suggestion}")
+            continue
+        hint = hints[key]
+        try:
+            if dataclasses.is_dataclass(hint):
+                fields = get_type_hints(hint)
+                values[key] = typed_values(value, fields, path, f"{prefix}{key}.")
+            else:
+                values[key] = typed(hint, _as_written(value, hint), where)
+        except UserError as error:
+            problems.append(str(error))
+        if value == "":
+            problems.append(f"{where} must not be empty")
     refuse(problems)
     return values
 

@@ -15,9 +15,7 @@ from mora_ds.common.errors import (
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
-from mora_ds.engine.device import BaseDevice
-from mora_ds.engine.ds_config import EngineSettings
-from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
 from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
 

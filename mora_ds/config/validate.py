@@ -15,7 +15,6 @@ from enum import Enum
 from types import SimpleNamespace
 
 from mora_ds.adapters.registry import Capability, Control, unsupported
-from mora_ds.common import research
 from mora_ds.common.errors import (
     ABOVE_0_AT_MOST_1,
     AT_MOST_1,
@@ -35,9 +34,9 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.research import research_problems
 from mora_ds.config.training import TrainingArguments
-from mora_ds.engine.device import BaseDevice
-from mora_ds.engine.ds_optimizer import OptimizerKind
+from mora_ds.engine.settings import BaseDevice, OptimizerKind
 from mora_ds.parallel.limits import sequence_parallel_problems, tensor_parallel_problems
 from mora_ds.remora.schedule import conflicts
 from mora_ds.runtime.log_setup import LogLevel
@@ -120,7 +119,7 @@ def validate(arguments: Arguments) -> None:
         problems += group.problems()
     problems += _both_given(settings)
     if arguments.research:
-        problems += research.load("settings").problems(arguments)
+        problems += research_problems(arguments)
     problems += _contradictions(arguments.model, adapter, arguments.data, training)
     warmup_steps = training.first_warmup(steps)
     problems += conflicts(

@@ -7,6 +7,7 @@
     shards            takes, writes, reads and restores the shards of a checkpoint
     traffic           counts the bytes that collectives carry
     device            the device of this process
+    settings          what the settings of a run say about the engine
 
 It imports none of them itself, as most take seconds to import.
 """

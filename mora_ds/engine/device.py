@@ -1,10 +1,8 @@
-"""The device of this process, from DeepSpeed's accelerator, and where the base of a run
-is (--base_device)."""
+"""The device of this process, from DeepSpeed's accelerator."""
 
 import logging
 import os
 import sysconfig
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -29,14 +27,6 @@ NCCL adds numbers up, whatever the size of a tensor."""
 
 BUFFERS = 2
 """Decoder layers on the device: one computes while another one is copied."""
-
-
-class BaseDevice(str, Enum):
-    """Where the frozen weights of the decoder layers are."""
-
-    AUTO = "auto"
-    DEVICE = "device"
-    HOST = "host"
 
 
 def take_device(local_rank: int) -> None:

@@ -16,7 +16,6 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,8 @@ from mora_ds.engine.ds_keys import (
     fill,
     refused_keys,
 )
-from mora_ds.engine.ds_optimizer import (
-    OptimizerKind,
-    match_optimizer,
-    optimizer_problems,
-)
+from mora_ds.engine.ds_optimizer import match_optimizer, optimizer_problems
+from mora_ds.engine.settings import EngineSettings
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded (`fill_bucket_sizes`)."""
@@ -80,26 +76,6 @@ _FIXED: dict[str, tuple[Any, str]] = {
 """Dotted path -> the value that it must have where it is set, and why."""
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """The flags for values that a DeepSpeed config has as well."""
-
-    micro_batch_size: int
-    """Sequences per process and micro-batch."""
-    gradient_accumulation_steps: int
-    learning_rate: float
-    """Peak learning rate of the adapter, or of everything in full training."""
-    other_learning_rate: float
-    """Peak learning rate of the other trained parameters."""
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    bf16: bool
-    fp16: bool
-    optimizer: OptimizerKind = OptimizerKind.ADAMW
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:

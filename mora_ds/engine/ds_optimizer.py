@@ -10,7 +10,6 @@ Facts about DeepSpeed are those of 0.19.8: runtime/engine.py,
 """
 
 import json
-from enum import Enum
 from typing import Any
 
 from mora_ds.engine.ds_keys import (
@@ -22,6 +21,7 @@ from mora_ds.engine.ds_keys import (
     fill,
     refused_keys,
 )
+from mora_ds.engine.settings import OptimizerKind
 
 NEVER = 2**31 - 1
 """The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer
@@ -29,13 +29,6 @@ logs."""
 
 MUON_MOMENTUM = 0.95
 """Muon's decay of the momentum."""
-
-
-class OptimizerKind(str, Enum):
-    """The optimizer of the MoRA matrices; other parameters always have AdamW."""
-
-    ADAMW = "adamw"
-    MUON = "muon"
 
 
 _NAMES = {OptimizerKind.ADAMW: "AdamW", OptimizerKind.MUON: "Muon"}

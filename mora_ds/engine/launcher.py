@@ -5,14 +5,12 @@ Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_
 and `main`.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NoReturn
 
-from mora_ds.common.errors import UserError
+from mora_ds.runtime.cli import StrictParser
 
 RUNNER = "deepspeed.launcher.runner"
 """What the program `deepspeed` runs (bin/deepspeed)."""
@@ -30,15 +28,10 @@ TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 started."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the launcher's flags, all others) of a command line, each in its order. Raises
     `UserError` for a flag without its value."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = StrictParser(add_help=False, allow_abbrev=False)
     for name in VALUES:
         parser.add_argument(f"--{name}")
     for name in SWITCHES:

@@ -19,11 +19,11 @@ from torch import Tensor
 from mora_ds.adapters.inject import base_elements, mora_layers
 from mora_ds.adapters.quantized import merge_bytes, quantized_bytes
 from mora_ds.common.errors import UserError
-from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import avoid_slices, fill_bucket_sizes
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.decoder_layers import find_decoder_layers
 from mora_ds.parallel.limits import check_world
 from mora_ds.planning.memory import (

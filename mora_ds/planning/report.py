@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.common.files import JsonObject
-from mora_ds.engine.device import BaseDevice
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}

@@ -1,12 +1,11 @@
 """What papers on MoRA and ReMoRA name and our measurements do not recommend, or few
 use.
 
-settings, run     the block `research:` of a recipe, and the hooks of a run that has one (`train.hooks`)
 analyze           ranks of frozen weights, and plans under a budget (`mora-ds analyze`)
-targets           plans of which layers get a MoRA matrix, and of what side
+targets           plans of which layers get a MoRA matrix, and of what side; the block `research:` of a recipe
 bank              many adapters of one base, each row of a batch with its own (`mora-ds evaluate-adapters`)
 spectrum          singular values and ranks of merged updates (`mora-ds spectrum`)
 
-No other package imports these modules: `mora_ds.common.research` loads one where its
-command or the block `research:` of a recipe asks for it.
+Other packages import these modules inside the function that needs one: where its command or
+the block `research:` of a recipe asks for it.
 """

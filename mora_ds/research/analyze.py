@@ -1,9 +1,6 @@
 """Measure the ranks of a model's weights, and plan which layers to adapt under a
 budget.
 
-    mora-ds analyze MODEL
-    mora-ds analyze MODEL --trainable_budget 0.5% --write targets.yaml
-
 Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|^2 = sum of s_i^2:
 
     effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2: the entropy of the shares of energy
@@ -15,86 +12,28 @@ A plan divides the budget in proportion to how much of its rank a weight uses:
                                                      proportion to the score; the factor uses the budget up
 
 A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget
-goes to the layers of the highest scores. Exit code 2: an error that you can correct in
-the command.
+goes to the layers of the highest scores.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import ALL_LINEAR
 from mora_ds.adapters.inject import count_parameters
 from mora_ds.adapters.layer import ExpertStack
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, round_side
 from mora_ds.adapters.target_modules import match_targets
-from mora_ds.common.errors import RunError, UserError, named_as_flags
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.research.targets import TargetPlan
-from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags, table
+from mora_ds.runtime.cli import table
 
 _EVEN = 2
 """Every side is a multiple of it, as rotate needs."""
-
-
-@named_as_flags("target_modules")
-def main() -> None:
-    options = _parser().parse_args()
-    check_writable("--write", options.write)
-    if (options.write is None) != (options.trainable_budget is None):
-        raise UserError(
-            "--trainable_budget and --write belong together: a plan is made under a budget, and written"
-        )
-    base = BaseCheckpoint.open(options.model, "MODEL")
-    keys, parameters = layers_of(
-        base, options.target_modules, options.trust_remote_code
-    )
-    budget = None
-    if options.write is not None:
-        budget = parse_budget(options.trainable_budget, parameters)
-    weights = [measure(name, base.read(key)) for name, key in keys.items()]
-    say(*report_lines(weights))
-    if budget is not None:
-        plan = TargetPlan(base.fingerprint(), spend(weights, budget))
-        plan.write(options.write)
-        trained = sum(side**2 for side in plan.layers.values())
-        contents = f"{trained:,} parameters; research.targets of a recipe takes it"
-        say(f"wrote {options.write}: {contents}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="a Hugging Face folder with safetensors",
-    )
-    parser.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=[ALL_LINEAR],
-        help="which layers, as in training",
-    )
-    parser.add_argument(
-        "--trainable_budget",
-        help="trainable parameters: a share of the model's, such as 0.5%%, or a number",
-    )
-    parser.add_argument(
-        "--write",
-        type=Path,
-        metavar="FILE",
-        help="the plan for research.targets of a recipe",
-    )
-    shared_flags(parser, "--trust_remote_code")
-    return parser
 
 
 def layers_of(

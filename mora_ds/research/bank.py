@@ -1,7 +1,5 @@
 """Score many adapters of one base, and serve them side by side: each row has its own.
 
-    mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl
-
     bank = AdapterBank.open(MODEL, DIR, cache=32)
     with bank.use(["law", "code", None]):            one for each row; None: the base alone
         logits = bank.model(input_ids=ids).logits
@@ -18,7 +16,6 @@ Rows whose adapters have the same operator in a cycle, as runs of one seed have,
 one product.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,27 +31,11 @@ from mora_ds.adapters.domains import update_rows
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.checkpoint.adapter_files import Adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, adapter_folder, tokenizer_of
-from mora_ds.commands.evaluate import (
-    TITLES,
-    check_scoring,
-    read_sets,
-    score_cells,
-    score_sets,
-    scoring_flags,
-)
+from mora_ds.checkpoint.layout import ADAPTER_JSON, adapter_folder
 from mora_ds.common.errors import UserError, unknown
-from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import compute_dtype
-from mora_ds.data import load_tokenizer
-from mora_ds.eval.perplexity import Target, Windows
-from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
-from mora_ds.runtime.cli import command_parser, record_and_say, say, table
-
-BASE = "(base)"
-"""The name of the base model in tables of adapters."""
 
 Adapters = str | Sequence[str | None]
 """One name for all rows, or one (None: the base alone) for each."""
@@ -273,64 +254,3 @@ def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
     except UserError as error:
         raise UserError(f"adapter {name!r} cannot be used: {error}") from error
     return adapter
-
-
-# -- scores ----------------------------------------------------------------------------
-
-
-def main() -> None:
-    options = _parser().parse_args()
-    check_scoring(options)
-    sets = read_sets(options)
-    bank = AdapterBank.open(
-        options.model,
-        options.folder,
-        1,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-    )
-    windows = Windows.of(
-        bank.model, options.window, options.stride, options.document_start
-    )
-    sizes = {"window": windows.window, "stride": windows.stride}
-    say(
-        f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
-    )
-    base_tokenizer = load_tokenizer(
-        options.model, trust_remote_code=options.trust_remote_code, flag="MODEL"
-    )
-    model = prefer_documents(bank.model)
-    rows = [["adapter", *TITLES]]
-    results: dict[str, JsonObject] = {}
-    for name in (BASE, *bank.adapters):
-        tokenizer = base_tokenizer
-        # An adapter whose run had a tokenizer of its own is scored with that.
-        folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)
-        if folder is not None:
-            tokenizer = load_tokenizer(folder, flag=str(folder))
-        target = Target(model, tokenizer)
-        with bank.use([] if name == BASE else name):
-            scores = score_sets(target, sets, windows, options)
-        rows += [
-            [name, *score_cells(set_name, score)] for set_name, score in scores.items()
-        ]
-        results[name] = {
-            set_name: score.to_dict() for set_name, score in scores.items()
-        }
-    record_and_say(options.json, {**sizes, "adapters": results}, table(rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="the base of all adapters"
-    )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="DIR",
-        help="a folder of adapters, checkpoints or runs",
-    )
-    scoring_flags(parser)
-    return parser

@@ -1,55 +1,22 @@
 """Measure singular values and ranks of a run's merged update, for each layer and cycle.
 
-    mora-ds spectrum out/checkpoints/latest --layers '*.q_proj' --json spectrum.json
-
-The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or
-the output folder of a run. Each delta is formed, (d_out, d_in) in float64, and
-decomposed: for wide layers, select some with --layers. Exit code 2: an error that you
-can correct.
+Each delta is formed, (d_out, d_in) in float64, and decomposed (`mora-ds spectrum`).
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 
 from mora_ds.adapters.ops.spec import Term, additive
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
-from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
+from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.common.errors import UserError, nearest
-from mora_ds.runtime.cli import (
-    check_writable,
-    command_parser,
-    record_and_say,
-    shared_flags,
-    table,
-)
+from mora_ds.runtime.cli import table
 from mora_ds.runtime.node_memory import require_memory
 
 _FP32_EPS = torch.finfo(torch.float32).eps
-
-
-def main() -> None:
-    options = _parser().parse_args()
-    check_writable("--json", options.json)
-    rows = list(spectra(find_ledger(options.path), options.layers))
-    content = [asdict(row) for row in rows]
-    record_and_say(options.json, content, spectrum_lines(rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"
-    )
-    parser.add_argument(
-        "--layers", default="*", help="pattern over module names, such as '*.q_proj'"
-    )
-    shared_flags(parser, "--json")
-    return parser
 
 
 @dataclass(frozen=True)

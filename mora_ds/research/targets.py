@@ -16,10 +16,10 @@ import yaml
 
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import atomic_path, load_yaml
-from mora_ds.common.untrusted import MAX_SIDE, FileName, shown, typed
+from mora_ds.common.untrusted import MAX_SIDE, FileName, expanded, shown, typed
+from mora_ds.config.arguments import Arguments
+from mora_ds.config.research import TARGETS, ResearchSettings, domain_names
 from mora_ds.models.base import BaseCheckpoint
-
-SETTING = "research.targets"
 
 _HEAD = """\
 # Which layers get a MoRA matrix, and of what side (r_hat; it has r_hat^2 parameters): research.targets of a recipe.
@@ -55,7 +55,7 @@ class TargetPlan:
         model."""
         if fingerprint != self.fingerprint:
             raise UserError(
-                f"{SETTING}: the plan is for a model with the fingerprint {shown(self.fingerprint)}; {base.folder} has "
+                f"{TARGETS}: the plan is for a model with the fingerprint {shown(self.fingerprint)}; {base.folder} has "
                 f"{fingerprint}: make one for it (mora-ds analyze --write)"
             )
 
@@ -63,10 +63,28 @@ class TargetPlan:
 def read_plan(path: Path) -> TargetPlan:
     """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a
     key or a side is wrong."""
-    where = f"{SETTING} {path}"
-    plan: TargetPlan = typed(TargetPlan, load_yaml(str(path), SETTING), where)
+    where = f"{TARGETS} {path}"
+    plan: TargetPlan = typed(TargetPlan, load_yaml(str(path), TARGETS), where)
     if plan.format != 1:
         raise UserError(f"{where}: format is {plan.format}, and only 1 is known")
     if not any(plan.layers.values()):
         raise UserError(f"{where}: no layer has a side above 0")
     return plan
+
+
+def plan_of(arguments: Arguments) -> TargetPlan | None:
+    """The plan that a recipe names, if it names one. Raises `UserError` as `read_plan`
+    does, and for sides that the operator cannot have."""
+    targets = ResearchSettings(**arguments.research).targets
+    if targets is None:
+        return None
+    plan = read_plan(expanded(targets, TARGETS))
+    plan.put_into(arguments.adapter.config(seed=0))
+    return plan
+
+
+def researched(config: Any, arguments: Arguments, plan: TargetPlan | None) -> Any:
+    """The adapter's config of a run with the domains and the plan of its recipe."""
+    if ResearchSettings(**arguments.research).domain_adapters:
+        config = replace(config, domains=domain_names(arguments))
+    return config if plan is None else plan.put_into(config)

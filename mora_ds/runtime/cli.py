@@ -142,12 +142,23 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
     leave(EXIT_FAILURE)
 
 
+class StrictParser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse would end the process, but for `-h`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """A parser without abbreviated flags, described by a module's first line."""
     return argparse.ArgumentParser(
         description=(documentation or "").splitlines()[0], allow_abbrev=False
     )
 
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Values of --dtype: `tensor_files.COMPUTE_DTYPES`, and a checkpoint's or model's
+own."""
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "--base": {"type": Path, "help": "where the base lies now, if it was moved"},
@@ -199,6 +210,14 @@ def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
         description=text,
         allow_abbrev=False,
     )
+
+
+def say_loading() -> None:
+    """Tell who waits for a plan what takes seconds: the imports come first."""
+    steps = (
+        "loading torch, transformers and DeepSpeed, then measuring a part of the model"
+    )
+    print(steps, file=sys.stderr)
 
 
 def say(*lines: str) -> None:

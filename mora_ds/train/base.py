@@ -16,8 +16,9 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
-from mora_ds.engine.device import BaseDevice, is_cpu
+from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_keys import DsConfig
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.dequantize import dequantized_base, is_quantized
 from mora_ds.models.load import (
     LoadedBase,

@@ -28,9 +28,11 @@ from mora_ds.data import (
     write_demo_corpus,
 )
 from mora_ds.models.load import create_base
+from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.output_folder import DEMO, abandon, reserve
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.setup import engine_config, start_processes, start_up
+from mora_ds.train.setup import engine_config
+from mora_ds.train.start_up import start_up
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +86,14 @@ ROWS_PER_STEP = 8
 """Global batch size, in sequences, divided among the processes."""
 
 
-def run_demo(arguments: Arguments) -> None:
-    """Run the demo on all processes. Flags that the user gave hold for its second part,
+def run_demo(arguments: Arguments, ranks: Ranks) -> None:
+    """Run the demo on all `ranks`. Flags that the user gave hold for its second part,
     the main job. Raises `UserError` as `pretrain` does, and where this Python comes
     without its own sources."""
     training = arguments.training
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
-        ranks = start_processes(arguments)
         # The settings of the main job are checked before anything is written.
         job = _continue_arguments(arguments, paths, ranks.world)
     sharded = None
@@ -109,14 +110,16 @@ def run_demo(arguments: Arguments) -> None:
             warm["deepspeed"] = training.deepspeed
             warm["sequence_parallel_size"] = training.sequence_parallel_size
             warm["attn_implementation"] = arguments.model.attn_implementation
+            first_part = from_flat(warm)
+            validate(first_part)
             logger.info(
                 f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps"
             )
-            sharded = pretrain(from_flat(warm))
+            sharded = pretrain(first_part, ranks)
         logger.info(
             "\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU"
         )
-        summary = pretrain(job)
+        summary = pretrain(job, ranks)
     # What is made for the main job goes again where that does not begin.
     except BaseException:
         if ranks.is_first:

@@ -20,9 +20,9 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import ModelArguments
 from mora_ds.engine import device
-from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import NAME, why_dense
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config, set_rope
@@ -33,7 +33,6 @@ from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import say
 from mora_ds.runtime.log_setup import rank
-from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
 
 
@@ -126,7 +125,11 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     if adapter.adapter == Control.FULL:
         return None
     config = adapter.config(arguments.training.seed)
-    config = hooks_of(arguments).dry_plan(config)
+    if arguments.research:
+        from mora_ds.research.targets import plan_of, researched
+
+        # Fingerprints are not compared, since that would read every weight
+        config = researched(config, arguments, plan_of(arguments))
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)

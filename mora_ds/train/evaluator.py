@@ -4,7 +4,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
+from mora_ds.adapters.domains import domains_of
 from mora_ds.config.forgetting import Watch
+from mora_ds.config.mixture import HELD_OUT
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.data.documents import Rows
 from mora_ds.models.loss import perplexity
@@ -27,7 +29,7 @@ class Evaluator:
         self.log = log
         self.sets = job.data.evaluation
         self.state = job.state
-        self.hooks = job.start.hooks
+        self.domains = domains_of(job.loaded.model)
         self.watch = Watch.of(training.stop_when_forgotten, training.best_by)
         self.tasks: TaskSuite | None = None
         if training.eval_tasks:
@@ -44,7 +46,7 @@ class Evaluator:
         perplexities = {}
         for name, data in self.sets.items():
             batches = self._batches(data, before_batch)
-            nll = self.replica.mean_nll(batches, self.hooks.domain_of(name))
+            nll = self.replica.mean_nll(batches, self.domain_of(name))
             require_finite(
                 nll, f"the loss on {name!r} is {nll} after step {step}", step
             )
@@ -69,6 +71,12 @@ class Evaluator:
             self.state.best_score = score
             logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
         return perplexities
+
+    def domain_of(self, name: str) -> str | None:
+        """The domain as which an evaluation set is read: that with its name, or that it
+        was held out of; None: by the shared matrices."""
+        candidates = (name, name.removeprefix(f"{HELD_OUT}_"))
+        return next((name for name in candidates if name in self.domains.names), None)
 
     @property
     def forgotten(self) -> str | None:

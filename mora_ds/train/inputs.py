@@ -11,10 +11,13 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
-from mora_ds.train.hooks import Inputs, hooks_of
+from mora_ds.config.research import TARGETS
 from mora_ds.train.output_folder import DEMO, NAMES, is_reserved
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
+
+Inputs = Iterator[tuple[str, str | None]]
+"""(flag or setting, the path or the name on the Hub that it has)"""
 
 _READABLE = (BASE_FOLDER, DEMO)
 """Folders of a run that it may read again when it resumes, as it replaces neither."""
@@ -85,7 +88,7 @@ def _settings(arguments: Arguments) -> Inputs:
     yield "--model_name_or_path", model.model_name_or_path
     yield "--model_config", model.model_config
     yield "--tokenizer_name", model.tokenizer_name
-    yield from hooks_of(arguments).inputs()
+    yield TARGETS, arguments.research.get("targets")
     yield "--deepspeed", arguments.training.deepspeed
     yield "--mixture", arguments.data.mixture
     yield _CACHE, arguments.data.cache_dir

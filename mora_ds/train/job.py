@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
+from mora_ds.adapters.domain_names import SHARED
+from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.registry import Control
 from mora_ds.adapters.tp_plan import plan_of
@@ -22,10 +24,11 @@ from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import JsonObject
 from mora_ds.config.arguments import Arguments
-from mora_ds.engine.device import BaseDevice, card_name, current_device
+from mora_ds.engine.device import card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import initialize, initialize_full
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
@@ -167,7 +170,9 @@ class Job:
         """Write the model of the run's last checkpoint into the folder `target`; where
         it has domains, one model each. Collective."""
         if isinstance(self.run, Run):
-            self.run.export(checkpoint, target, self.start.hooks.variants)
+            domains = domains_of(self.loaded.model).names
+            variants = (SHARED, *domains) if domains else ()
+            self.run.export(checkpoint, target, variants)
         else:
             export_live(self.engine, target, self.data.tokenizer)
 
@@ -215,13 +220,21 @@ class Job:
         return self.arguments.training.base_device == BaseDevice.HOST
 
     def _planned_config(self) -> AdapterConfig:
-        """The adapter's config with what the hooks add to it."""
+        """The adapter's config with what the block `research:` adds to it."""
         arguments = self.arguments
         loaded = self.loaded
         config = arguments.adapter.config(arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
-        return self.start.hooks.plan(config, loaded, self.start.ranks)
+        if not arguments.research:
+            return config
+        from mora_ds.research.targets import researched
+
+        plan = self.start.targets
+        if plan is not None:
+            fingerprint = loaded.base.fingerprint(ranks=self.start.ranks)
+            plan.check_base(loaded.base, fingerprint)
+        return researched(config, arguments, plan)
 
     def utilization(self, tokens_per_s: float) -> float | None:
         """The share of its GPUs' peak that so many tokens a second use, if that is
@@ -258,7 +271,10 @@ class Job:
         self.trainable_parameters = report.trainable_params
         self.total_parameters = report.total_params
         logger.debug(report)
-        self.start.hooks.injected(model)
+        if names := domains_of(model).names:
+            logger.info(
+                f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}"
+            )
         self._count_flops()
         degree = training.tensor_parallel_size
         if degree > 1:

@@ -2,7 +2,7 @@
 
 document mask           do documents packed into one row see each other?              --no_document_mask
 chunked loss            are the head and a known scale or cap all of the logits?      --chunked_loss
-hooks                   what a block `research:` asks of the model
+domains                 does every layer with domains read complete rows?             --target_modules
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
 
 What a model does is measured, not looked up in a list of architectures. No check draws
@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.common.errors import UserError
+from mora_ds.adapters.domains import domains_of
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import Arguments
+from mora_ds.config.research import DOMAINS
 from mora_ds.data.documents import Documents
 from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs
@@ -66,10 +68,26 @@ def preflight(job: Job, arguments: Arguments) -> None:
             logger.info(f"loss: from the logits of complete batches, because {problem}")
             loss.whole_loss(model)
             job.state.chunked_loss = False
-        job.start.hooks.check(job.engine, _random_ids(job.engine, 3, 8))
+        check_domains(job.engine)
         check_attention(job.engine, document_mask)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
+
+
+def check_domains(engine: Any) -> None:
+    """Raise `UserError` where a layer with domains does not read complete rows, as
+    `token_nll` runs it. Collective."""
+    domains = domains_of(getattr(engine, "module", engine))
+    if not domains.names:
+        return
+    ids = _random_ids(engine, 3, 8)
+    batch = {**_batch(ids, torch.arange(8)), "labels": ids}
+    first, second = domains.names[:2]
+    try:
+        with beside_training(engine), domains.of_rows([first, second, first]):
+            loss.token_nll(engine, batch)
+    except RunError as error:
+        raise UserError(f"{DOMAINS}: {error}") from error
 
 
 def check_attention(engine: Any, document_mask: bool) -> None:

@@ -38,8 +38,8 @@ from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_a
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
+from mora_ds.config.research import TARGETS
 from mora_ds.config.training import NO_TRACKER, TrainingArguments
-from mora_ds.config.validate import validate
 from mora_ds.data import Mixture
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.device import is_cpu
@@ -53,8 +53,6 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base
 from mora_ds.train.beside import training_goes_on
 from mora_ds.train.data import RunData, load_data
-from mora_ds.train.dry_run import dry_run
-from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, without_nan
@@ -62,7 +60,8 @@ from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import Start, engine_config, start_processes, start_up
+from mora_ds.train.setup import Start, engine_config
+from mora_ds.train.start_up import start_up
 from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed
 from mora_ds.train.trainer import Trainer
@@ -76,25 +75,22 @@ BRANCH_PARENT = "decay_parent"
 """Key of an identity: the hash of that checkpoint's manifest."""
 
 
-def pretrain(arguments: Arguments) -> JsonObject:
-    """Run the job that `arguments` describe, on this process of all. Returns the
-    content of `summary.json`; of a dry run nothing.
+def pretrain(arguments: Arguments, ranks: Ranks) -> JsonObject:
+    """Run the job that valid `arguments` describe, on this process of all `ranks`.
+    Returns the content of `summary.json`.
 
-    Raises `UserError` before anything expensive for what the user can mend, and the
+    Raises `UserError` before anything expensive for what the user can correct, and the
     output folder is then as it was; `RunError` for failures during the run.
     """
+    training = arguments.training
     with start_up():
-        validate(arguments)
-        check_installed(arguments.training.report_to)
-        if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
+        check_installed(training.report_to)
+        if arguments.adapter.base_bits == 4:
             with named_as_flags("base_bits"):
                 check_bitsandbytes()
-        if arguments.training.push_to_hub is not None:
-            check_repository(arguments.training.push_to_hub)
-        if arguments.training.dry_run:
-            dry_run(arguments)
-            return {}
-        job, schedule = _prepare(arguments, start_processes(arguments))
+        if training.push_to_hub is not None:
+            check_repository(training.push_to_hub)
+        job, schedule = _prepare(arguments, ranks)
     return _run(arguments, job, schedule)
 
 
@@ -177,8 +173,12 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     block raises.
     """
     root = expanded(arguments.training.output_dir)
-    hooks = hooks_of(arguments)
-    hooks.read_files(ranks)  # they may lie in the folder
+    targets = None
+    if arguments.research:
+        from mora_ds.research.targets import plan_of
+
+        # It may lie in the folder
+        targets = ranks.on_first(TARGETS, lambda: plan_of(arguments))
     try:
         beginning = ranks.on_first(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
@@ -187,7 +187,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
             join(root)
         check_shared(root, ranks)
         checkpoint, state, branch = beginning
-        yield Start(ranks, root, checkpoint, state, hooks, branch)
+        yield Start(ranks, root, checkpoint, state, branch, targets)
     except BaseException:
         abandon(root)
         raise

@@ -6,13 +6,13 @@ compared: launchers such as `deepspeed --no_ssh`, torchrun and Slurm give each n
 command line of its own.
 """
 
-import os
+from __future__ import annotations
+
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
@@ -39,7 +39,9 @@ from mora_ds.engine.initialize import (
 from mora_ds.engine.muon import check_factors
 from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.hooks import Hooks
+
+if TYPE_CHECKING:
+    from mora_ds.research.targets import TargetPlan
 
 NODE_SETTINGS = frozenset(
     {
@@ -75,34 +77,22 @@ class Start:
     """The checkpoint that the run resumes from."""
     state: TrainerState | None
     """Its state, which the run goes on with; None without a checkpoint."""
-    hooks: Hooks
-    """What the run does besides MoRA."""
     branch: JsonObject = field(default_factory=dict)
     """What identifies the checkpoint of --decay_from, to be part of the run's
     identity."""
+    targets: TargetPlan | None = None
+    """The plan of research.targets."""
 
 
-@contextmanager
-def start_up() -> Iterator[None]:
-    """Inside the block, an error of one rank ends all, with the same message and exit
-    code: the rank that fails joins the others, if it has not yet, and they raise its
-    error at the check that they come to next (`runtime/ranks.py`)."""
-    try:
-        yield
-    except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _join():
-            Ranks.current().leave(error)
-        raise
-
-
-def _join() -> bool:
-    """Join the process group. False where the other ranks do not come."""
+def end_all(error: Exception) -> None:
+    """Join the process group, and let the other ranks raise the error of this one. Does
+    nothing where they do not come."""
     try:
         if not dist.is_initialized():
             start_distributed(timeout_s=_REPORT_S)
     except (RuntimeError, UserError):
-        return False
-    return True
+        return
+    Ranks.current().leave(error)
 
 
 def start_processes(arguments: Arguments) -> Ranks:

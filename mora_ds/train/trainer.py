@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.layout import step_of
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
@@ -70,7 +71,7 @@ class Trainer:
         self.log = log
         self.engine = job.engine
         self.state = job.state
-        self.hooks = job.start.hooks
+        self.domains = domains_of(job.loaded.model)
         self.train_data = job.data.train
         self.last_checkpoint = job.start.checkpoint
         self.memory = PhaseMemory()
@@ -210,9 +211,7 @@ class Trainer:
         self.engine.train()
         for micro_batch in batch:
             sources = [self.train_data.names[source] for source in micro_batch.sources]
-            # Does something in a run with domains alone, whose layers read the domain of
-            # each row.
-            with self.hooks.rows(sources):
+            with self.domains.of_rows(sources):
                 batch_nll = self._nll(micro_batch, by_source)
                 self.engine.backward(batch_nll * scale)
             self.memory.end("forward_backward")
@@ -463,6 +462,7 @@ class Trainer:
 
     def _probe_loss(self) -> float:
         """Mean loss of the probe batch, which is of the first source, the same in every
-        replica. A NaN in any MoRA matrix makes it NaN."""
+        replica. A NaN in any MoRA matrix makes it NaN, of whichever domain."""
         rows = self.train_data.first_rows(PROBE_ROWS)
-        return self.replica.replica_nll(rows, self.hooks.probe_domain)
+        first_domain = next(iter(self.domains.names), None)
+        return self.replica.replica_nll(rows, first_domain)

@@ -20,6 +20,7 @@ from mora_ds.adapters.low_rank_embeddings import (
     with_product,
 )
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
+from mora_ds.commands.pretrain import train
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_corpus, load_tokenizer
@@ -29,7 +30,6 @@ from mora_ds.deploy.peft_export import export_peft
 from mora_ds.engine import zero
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
-from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import losses, refusal, run
@@ -286,7 +286,7 @@ def test_a_dry_run_counts_them(extended, out, monkeypatch, capsys):
 
     def counted(*flags):
         """The trainable parameters that a dry run prints."""
-        pretrain(parse(extended.flags(out, "--dry_run", *flags)))
+        train(parse(extended.flags(out, "--dry_run", *flags)))
         printed = re.search(r"trainable ([\d,]+) ", capsys.readouterr().out)
         assert printed is not None
         return int(printed[1].replace(",", ""))

@@ -46,20 +46,6 @@ def test_a_command_reads_the_flags_after_its_name(capsys):
     assert "Did you mean 'export'?" in message
 
 
-def test_a_plan_says_what_it_does_before_its_imports(monkeypatch, capsys):
-    said_before = []
-
-    def load(name):
-        said_before.append(capsys.readouterr().err)
-        return lambda: None
-
-    monkeypatch.setattr(dispatch, "load", load)
-    dispatch.run("plan")
-    dispatch.run("verify")
-    assert "DeepSpeed" in said_before[0]
-    assert said_before[1] == ""
-
-
 # -- the package's own recipes ---------------------------------------------------------
 def test_the_recipes_of_the_package_are_those_of_the_checkout():
     assert CONFIGS.resolve() == REPOSITORY / "configs"
@@ -128,7 +114,6 @@ STARTS = """
 # torchrun and srun have started it, or DeepSpeed's launcher
 --seed 3 | 8 | "0" | null
 --local_rank=0 --seed 3 | 8 | "0" | null
---num_gpus 2 --help | 8 | null | null
 """
 """Flags | GPUs | RANK | flags of the launcher, if one is started."""
 
@@ -139,7 +124,7 @@ def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     environment = {} if rank == "null" else {"RANK": parsed(rank)}
     calls = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags.split()])
-    monkeypatch.setattr(launcher, "accelerators", lambda: int(gpus))
+    monkeypatch.setattr(pretrain, "accelerators", lambda: int(gpus))
     monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
     monkeypatch.setattr(pretrain, "main", lambda: None)
     monkeypatch.setattr(os, "environ", environment)
@@ -160,7 +145,7 @@ def test_one_of_several_tasks_is_not_the_only_rank(variable, monkeypatch):
     """
     ranks = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
-    monkeypatch.setattr(launcher, "accelerators", lambda: 1)
+    monkeypatch.setattr(pretrain, "accelerators", lambda: 1)
     monkeypatch.setattr(pretrain, "main", lambda: ranks.append(os.environ.get("RANK")))
     for count in ("1", "2"):
         monkeypatch.setattr(os, "environ", {variable: count})

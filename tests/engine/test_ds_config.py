@@ -15,13 +15,13 @@ from mora_ds.engine.ds_config import (
     AUTO,
     PERSIST_BUDGET_BYTES,
     REDUCE_BUCKET_NUMEL,
-    EngineSettings,
     avoid_slices,
     compute_dtype,
     fill_bucket_sizes,
     resolve_ds_config,
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
+from mora_ds.engine.settings import EngineSettings
 from tests.helpers.tables import parsed, rows
 
 SETTINGS = EngineSettings(

@@ -13,8 +13,8 @@ import pytest
 
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
+from mora_ds.config.research import ResearchSettings
 from mora_ds.config.training import TrainingArguments
-from mora_ds.research.settings import ResearchSettings
 from tests.helpers.fuzz import seed_of_commit
 from tests.helpers.fuzz_runs import SETTINGS, SMALL, fuzz, prepare
 from tests.helpers.tables import rows

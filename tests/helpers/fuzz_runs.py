@@ -19,11 +19,11 @@ from pathlib import Path
 import yaml
 
 from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
 from mora_ds.train.loader import NotFinite
-from mora_ds.train.pretrain import pretrain
 from tests.helpers.fuzz import judged_in_processes
 from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model
@@ -192,7 +192,7 @@ def attempt(settings, user):
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            summary = pretrain(parse(argv_of(settings, user)))
+            summary = train(parse(argv_of(settings, user)))
         assert summary.get("base_bytes_gathered", 0) == 0
         assert not any(
             CheckpointManager.verify(folder)

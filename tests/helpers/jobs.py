@@ -1,4 +1,4 @@
-"""Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or
+"""Whole runs for the tests: a tiny model folder and corpus, `commands.pretrain.train` on forked ranks, or
 the real launcher.
 """
 
@@ -19,13 +19,13 @@ import psutil
 import torch
 import yaml
 
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
 from mora_ds.runtime.log_setup import set_up_logging
 from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train.output_folder import reserve
-from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import context, free_port, run_ranks
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
@@ -140,7 +140,7 @@ def research(flags, folder, **settings):
 
 def job(argv):
     """One rank's share of a run. For `run_ranks`."""
-    return pretrain(parse(argv))
+    return train(parse(argv))
 
 
 def run(ranks, argv):
@@ -165,7 +165,7 @@ def printed(argv):
     ):
         arguments = parse(argv)
         set_up_logging(arguments.training.log_level)
-        pretrain(arguments)
+        train(arguments)
     return told.getvalue()
 
 
@@ -179,7 +179,7 @@ def refused(argv, may_change=False):
     is_watched = int(os.environ["RANK"]) == 0 and not may_change
     before = snapshot(out) if is_watched else {}
     try:
-        pretrain(parse(argv))
+        train(parse(argv))
     except UserError as error:
         if is_watched:
             assert_same(out, before)

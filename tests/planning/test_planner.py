@@ -7,8 +7,8 @@ from dataclasses import replace
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import complete_ds_config
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.planning.step import Work

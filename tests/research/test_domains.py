@@ -3,6 +3,7 @@ runs.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import load_target
 from mora_ds.models.loss import chunk_loss
-from mora_ds.research.run import ResearchHooks
+from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.preflight import check_domains
 from mora_ds.train.run_file import RUN_FILE
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone
@@ -181,21 +183,19 @@ class Wrapped:
 
 
 def test_a_layer_that_does_not_see_complete_rows_is_refused():
-    hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
-    hooks.injected(good := domain_model("rotate"))
-    hooks.check(Wrapped(good), tokens(3, 8))
-    with hooks.rows(["law", "code"]):
+    good = domain_model("rotate")
+    check_domains(Wrapped(good))
+    with domains_of(good).of_rows(["law", "code"]):
         assert domains_of(good).choice(torch.zeros(2, 8, 32)) is not None
     assert domains_of(good).choice(torch.zeros(2, 8, 32)) is None, (
         "no other forward pass inherits them"
     )
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
-    hooks.injected(model)
     with user_error(
         r"domains are set for 3 rows, but a layer reads .*--target_modules"
     ):
-        hooks.check(Wrapped(model), tokens(3, 8))
+        check_domains(Wrapped(model))
 
 
 # -- complete runs ---------------------------------------------------------------------
@@ -303,9 +303,6 @@ BLOCKS = """
 {domain_adaptors: true} | unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?
 {domain_adapters: 1} | research.domain_adapters must be true or false, got 1
 {targets: 3} | research.targets must be a text, got 3
-{alignment_weight: 0.1, targets: t} | research.alignment_weight was removed, since the alignment loss did not help
-{alignment_rank: many} | research.alignment_rank was removed, since the alignment loss did not help
-{freeze: shared} | research.freeze was removed: a run with domains trains all of its MoRA matrices
 [targets] | research must be `key: value` lines
 """
 
@@ -319,15 +316,17 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path, block, message):
 
 
 def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
-    hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
-    hooks.injected(domain_model("rotate"))
+    loaded = SimpleNamespace(model=domain_model("rotate"))
+    data = SimpleNamespace(evaluation={})
+    start = SimpleNamespace(arguments=parse([]), data=data, loaded=loaded, state=None)
+    evaluator = Evaluator(start, None, None)
     expected = {
         "law": "law",
         "held_out_code": "code",
         "held_out": None,
         "general": None,
     }
-    assert {name: hooks.domain_of(name) for name in expected} == expected
+    assert {name: evaluator.domain_of(name) for name in expected} == expected
 
 
 WAYS = """

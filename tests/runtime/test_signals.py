@@ -336,7 +336,7 @@ from mora_ds.runtime import cli
 
 def main():
     from mora_ds.config.arguments import parse
-    from mora_ds.train.pretrain import pretrain
+    from mora_ds.commands.pretrain import train
     from mora_ds.train.trainer import Trainer
     step = Trainer.train_step
 
@@ -346,7 +346,7 @@ def main():
         step(trainer)
 
     Trainer.train_step = faulty
-    pretrain(parse(sys.argv[1:]))
+    train(parse(sys.argv[1:]))
 
 cli.run(main, restartable=True)
 """

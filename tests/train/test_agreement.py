@@ -10,12 +10,14 @@ from contextlib import contextmanager
 import pytest
 import torch.distributed as dist
 
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.research.targets import TargetPlan
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import pretrain, setup
+from mora_ds.train.start_up import start_up
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
@@ -55,7 +57,7 @@ def refused_each(cases):
 
 def _refused_in_start_up(argv):
     try:
-        with setup.start_up():  # as launch/pretrain.py reads its command line
+        with start_up():  # as launch/pretrain.py reads its command line
             parse(argv)
     except UserError as error:
         return "UserError", str(error)
@@ -171,7 +173,7 @@ def checks_of(argv):
     ):
         patch.setattr(pretrain, "_run", begin)
         with pytest.raises(Begun):
-            pretrain.pretrain(parse(argv))
+            train(parse(argv))
     return names
 
 

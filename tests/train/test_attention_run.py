@@ -17,7 +17,6 @@ from mora_ds.config.data import ModelArguments
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.train.dry_run import implementation_of
-from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
 from tests.helpers.errors import user_error
@@ -156,7 +155,6 @@ def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(
         state=TrainerState(),
         loaded=SimpleNamespace(model=model),
         sequence=None,
-        start=SimpleNamespace(hooks=Hooks()),
     )
     with user_error("leave --attn_implementation at auto, or give --no_document_mask"):
         preflight(job, from_flat(flags))

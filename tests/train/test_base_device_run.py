@@ -7,17 +7,17 @@ from unittest.mock import patch
 import pytest
 from transformers import AutoConfig
 
+from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
 from mora_ds.engine import device
 from mora_ds.engine.base_ring import BaseRing
-from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.initialize import start_distributed
+from mora_ds.engine.settings import BaseDevice
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import base
 from mora_ds.train.base import choose_base_device
 from mora_ds.train.dry_run import planned
-from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import refused, research, run
@@ -50,7 +50,7 @@ def counted(argv):
         rings.append(ring)
 
     with patch.object(BaseRing, "__init__", noted):
-        summary = pretrain(parse(argv))
+        summary = train(parse(argv))
     return summary, sum(ring.copied for ring in rings)
 
 

@@ -15,6 +15,7 @@ from torch.profiler import profile
 from mora_ds.checkpoint.layout import step_of
 from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
@@ -72,7 +73,7 @@ def failing(argv, target, method, error, calls):
 def ended(argv):
     """(kind of error, its message) of a run, empty where it has none. For `run_ranks`."""
     try:
-        program.pretrain(parse(argv))
+        train(parse(argv))
     except (FailedBeside, RunError, RuntimeError) as raised:
         return type(raised).__name__, str(raised)
     return "", ""
@@ -277,7 +278,7 @@ def ended_within(argv, target, method, call):
         failing_calls(target, method, KeyboardInterrupt(), (call,)),
         pytest.raises(KeyboardInterrupt),
     ):
-        program.pretrain(parse(argv))
+        train(parse(argv))
 
 
 DUE = "--save_steps 4 --eval_steps 4 --merge_every 4 --restart_warmup_steps 1"

@@ -12,11 +12,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.domains import Domains, domains_of
 from mora_ds.adapters.inject import inject
+from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
-from mora_ds.research.run import ResearchHooks
-from mora_ds.train import pretrain as program
+from mora_ds.train import job
 from mora_ds.train.beside import beside_training
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import research
@@ -50,11 +50,9 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
 
 
 @contextmanager
-def rows_that_stay(hooks, sources):
-    """`ResearchHooks.rows` that leaves the domains of a training batch as they were in
-    it.
-    """
-    hooks.domains.set(sources)
+def rows_that_stay(domains, sources):
+    """`Domains.of_rows` that leaves the domains of a training batch as they were in it."""
+    domains.set(sources)
     yield
 
 
@@ -62,11 +60,11 @@ def kinds_of_passes(argv):
     """Passes of a run's model by (training mode, gradients, domains of no single rows);
     each of them finds what a batch of other rows has set before it. For `run_ranks`."""
     kinds = Counter()
-    real = ResearchHooks.injected
 
-    def injected(hooks, model):
-        real(hooks, model)
-        hooks.domains.set(["new"] * 7)
+    def injected(model):
+        domains = domains_of(model)
+        domains.set(["new"] * 7)
+        return domains
 
     def note(module, inputs):
         if isinstance(module, LlamaForCausalLM):
@@ -75,9 +73,9 @@ def kinds_of_passes(argv):
             kinds[module.training, torch.is_grad_enabled(), is_reset] += 1
 
     register_module_forward_pre_hook(note)
-    rows = mock.patch.object(ResearchHooks, "rows", rows_that_stay)
-    with rows, mock.patch.object(ResearchHooks, "injected", injected):
-        program.pretrain(parse(argv))
+    rows = mock.patch.object(Domains, "of_rows", rows_that_stay)
+    with rows, mock.patch.object(job, "domains_of", injected):
+        train(parse(argv))
     return kinds
 
 

@@ -8,14 +8,15 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from mora_ds.adapters.domains import Domains
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import Stopped
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.hooks import Hooks
 from mora_ds.train.loader import NotFinite
 from mora_ds.train.tasks import TaskResult
 from tests.helpers.errors import run_error
@@ -90,13 +91,6 @@ class Log:
         self.rows.append((step, facts))
 
 
-class Reading(Hooks):
-    """Has a domain for each evaluation set."""
-
-    def domain_of(self, name):
-        return f"domain of {name}"
-
-
 class Model:
     """Stands for the replica, whose mean loss is `nll`, and for the tasks, whose score is
     `score`.
@@ -123,11 +117,12 @@ def evaluator(weights, bounds=None, tasks_steps=4):
         arguments=SimpleNamespace(training=training),
         data=SimpleNamespace(evaluation={"held": held_set}),
         state=TrainerState(total_steps=6),
-        start=SimpleNamespace(hooks=Reading()),
+        loaded=SimpleNamespace(model=nn.Module()),
     )
     log = Log()
     evaluation = Evaluator(job, model, log)
     evaluation.tasks = model
+    evaluation.domains = Domains(["held"])
     evaluation.watch = Watch(bounds or {}, weights)
     return evaluation
 
@@ -164,7 +159,7 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept():
     ]
     assert evaluation.state.perplexity_last == now
     assert not evaluation.state.evaluation_pending
-    assert evaluation.replica.read_as == ["domain of held", "domain of held"]
+    assert evaluation.replica.read_as == ["held", "held"]
 
 
 def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog):

@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.models.loss import perplexity
 from mora_ds.train import trainer as trainer_module
-from mora_ds.train.hooks import Hooks
 from mora_ds.train.loader import MicroBatch
 from mora_ds.train.metrics import (
     MetricsLog,
@@ -61,7 +60,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
     vars(trainer).update(
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
-        hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
+        _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
         total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)

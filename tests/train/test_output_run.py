@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
@@ -141,13 +142,13 @@ def demo_refused(argv):
             folder.mkdir(parents=True)
             (folder / "file").write_text("new")
 
-    def refuse(arguments):
+    def refuse(arguments, ranks):
         raise UserError("--eval_files: no file")
 
     demo.write_inputs = write_inputs
     demo.pretrain = refuse
     with pytest.raises(UserError) as caught:
-        demo.run_demo(parse(argv))
+        train(parse(argv))
     return str(caught.value)
 
 

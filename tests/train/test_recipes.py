@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
 from mora_ds.models.load import read_model_config
 from mora_ds.planning.plan import USABLE
 from mora_ds.train.dry_run import planned
-from mora_ds.train.pretrain import pretrain
 from tests.helpers.tables import heavy, parsed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -106,7 +106,7 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.chdir(CONFIGS.parent)
     arguments = parse(dry_run_of(path, model_config(size, tmp_path), out))
-    pretrain(arguments)
+    train(arguments)
     told = capsys.readouterr().out
     assert not out.exists()
     assert f"plan: {ranks} ranks" in told
@@ -151,7 +151,7 @@ def test_experiments_are_planned(flags, tmp_path, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(CONFIGS.parent)
     recipe = CONFIGS / "recipes/tier_a_olmo2_1b.yaml"
-    pretrain(parse([*dry_run_of(recipe, model_config("1b", tmp_path), out), *flags]))
+    train(parse([*dry_run_of(recipe, model_config("1b", tmp_path), out), *flags]))
     told = capsys.readouterr().out
     assert "524,288 tokens a step" in told
     assert numbers(r"= peak +([\d.]+) GB", told)[0] <= USABLE * 80.0

@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 import torch
 
+from mora_ds.commands.pretrain import train
 from mora_ds.common.errors import Stopped
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.runtime import signals
-from mora_ds.train import pretrain as program
 from tests.helpers.damage import another_base
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
@@ -80,7 +80,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
 def stopped_at_once(argv):
     """A run that is asked to stop from the start. For `run_ranks`."""
     with mock.patch.object(signals, "requested", lambda: True), pytest.raises(Stopped):
-        program.pretrain(parse(argv))
+        train(parse(argv))
 
 
 def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user, copied):

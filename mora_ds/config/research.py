@@ -1,22 +1,27 @@
 """The block `research:` of a recipe: its settings, and their checks without files."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING
 
-from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
-from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.domain_names import domain_complaints
 from mora_ds.adapters.registry import Capability, unsupported
-from mora_ds.common.errors import refusal
-from mora_ds.config.arguments import Arguments
-from mora_ds.config.flags import Settings, documented, typed_values
+from mora_ds.adapters.target_patterns import ALL_LINEAR
 from mora_ds.config.mixture import mixture_plan
 
-NAME = "research."
+if TYPE_CHECKING:
+    from mora_ds.config.arguments import Arguments
+
+RESEARCH = "research"
+"""The key of a recipe that holds the block."""
+
+TARGETS = f"{RESEARCH}.targets"
+DOMAINS = f"{RESEARCH}.domain_adapters"
 
 
 @dataclass(frozen=True)
-@documented
 class ResearchSettings:
     """Settings of the block."""
 
@@ -29,42 +34,38 @@ class ResearchSettings:
     merge merges the shared ones."""
 
 
-def read(block: Any, path: str) -> Settings:
-    """The settings that a block of the recipe `path` sets. Raises `UserError` for
-    unknown keys and wrong types."""
-    return typed_values(block, get_type_hints(ResearchSettings), path, NAME)
-
-
-def problems(arguments: Arguments) -> Iterator[str]:
-    """One message for each setting that is wrong, or does not go with the others."""
+def research_problems(arguments: Arguments) -> Iterator[str]:
+    """One message for each setting of the block that is wrong, or does not go with the
+    others."""
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
     needs = {"targets": Capability.LAYER_SIZES, "domain_adapters": Capability.DOMAINS}
     for name, capability in needs.items():
         if not getattr(settings, name):
             continue
-        yield from unsupported(adapter.adapter, capability, f"{NAME}{name}")
+        yield from unsupported(adapter.adapter, capability, f"{RESEARCH}.{name}")
         if adapter.adapts_experts:
-            yield f"{NAME}{name} is for linear layers, and --target_modules names experts: leave out one of them"
+            yield (
+                f"{RESEARCH}.{name} is for linear layers, and --target_modules names experts: leave out one of them"
+            )
     if settings.targets is not None and adapter.target_modules != [ALL_LINEAR]:
-        yield f"{NAME}targets {settings.targets} names the layers itself: leave out --target_modules"
+        yield f"{TARGETS} {settings.targets} names the layers itself: leave out --target_modules"
     if settings.domain_adapters:
         yield from _domain_problems(arguments)
 
 
 def _domain_problems(arguments: Arguments) -> Iterator[str]:
     training = arguments.training
-    flag = f"{NAME}domain_adapters"
     names = domain_names(arguments)
     if len(names) < 2:
-        yield f"{flag} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
-    yield from refusal(lambda: MoRAConfig(domains=names))
+        yield f"{DOMAINS} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
+    yield from domain_complaints(names)
     contradictions = {
         "it needs unsplit MoRA matrices: leave --tensor_parallel_size at 1": (
             training.tensor_parallel_size > 1
         ),
         "--compute weight forms one weight for all rows; leave it at auto": (
-            arguments.adapter.compute == Compute.WEIGHT
+            arguments.adapter.compute == "weight"
         ),
         "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
             training.embedding_learning_rate is not None and not training.has_muon
@@ -75,7 +76,7 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
     }
     for message, is_broken in contradictions.items():
         if is_broken:
-            yield f"{flag}: {message}"
+            yield f"{DOMAINS}: {message}"
 
 
 def domain_names(arguments: Arguments) -> tuple[str, ...]:
