@@ -72,7 +72,9 @@ class ExportReport:
             f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
             f" replaced {self.replaced} trained tensor(s)",
         ]
-        return text + ([self.comparison.line()] if self.comparison else [])
+        if self.comparison is not None:
+            text.append(f"verification passed: {self.comparison.line()}")
+        return text
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     steps = _steps(job, schedule)
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
-        pending += ["eval", "tasks"]
+        pending += ["eval_perplexity", "tasks"]
     # What was pending is logged again, so that its first point goes with those after
     # it.
     first_step = state.step + 1 if state.step and not pending else state.step

@@ -50,7 +50,7 @@ MERGING = "--merge_every 3 --restart_warmup_steps 1 --max_steps 8 --eval_steps 4
 
 
 def perplexities(out):
-    return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
+    return [(row["step"], row["eval_perplexity"]) for row in rows(out) if "eval_perplexity" in row]
 
 
 def assert_close_evals(one, reference):
