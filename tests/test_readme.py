@@ -49,7 +49,9 @@ def test_the_script_merges_saves_and_exports(plugin_run):
 
 
 @pytest.mark.heavy(seconds=60)
-@pytest.mark.parametrize("program", ["deepspeed --num_gpus 2 --master_port {}", "python"])
+@pytest.mark.parametrize(
+    "program", ["deepspeed --num_gpus 2 --master_port {}", "python"]
+)
 def test_the_script_starts_as_the_readme_says(user, tmp_path, program):
     (tmp_path / "train.py").write_text(script(user.model))
     program, *flags = program.format(free_port()).split()

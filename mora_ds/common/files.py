@@ -80,12 +80,12 @@ def config_names(folder: str = "") -> list[str]:
 def config_path(name: str) -> Path:
     """The packaged file of a name such as "zero3", "models/llama3_8b" or
     "recipes/continual". Raises `UserError` that lists all names."""
-    names = {str(Path(path).with_suffix("")): path for path in config_names()}
-    if name not in names:
-        raise UserError(
-            f"config_path: no packaged config {name!r}; there are {', '.join(names)}"
-        )
-    return CONFIGS / names[name]
+    for path in config_names():
+        if name == path.rpartition(".")[0]:
+            return CONFIGS / path
+    raise UserError(
+        f"config_path: no packaged config {name!r}; there are {', '.join(config_names())}"
+    )
 
 
 def shipped(path: str) -> str:

@@ -76,6 +76,9 @@ class ExportReport:
             text.append(f"verification passed: {self.comparison.line()}")
         return text
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
 
 @dataclass(frozen=True)
 class OpenedRun(Adapter):

@@ -158,9 +158,10 @@ def resolve_ds_config(
     path.
 
     Without `settings`, as in a user's own loop, "auto" is filled from `dtype`, that of
-    the model's parameters, and by defaults. ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is
-    loaded. Raises one `UserError` that lists all unknown and refused keys, all
-    contradictions with `settings`, and every "auto" that nothing fills.
+    the model's parameters, and by defaults. ZeRO's sizes stay "auto" until
+    `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one
+    `UserError` that lists all unknown and refused keys, all contradictions with
+    `settings`, and every "auto" that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
@@ -181,7 +182,7 @@ def resolve_ds_config(
             _fill_without_flags(resolved, dtype)
         problems += _zero(resolved)
         problems += optimizer_problems(resolved)
-        problems += _left_auto(resolved, settings is not None)
+        problems += _left_auto(resolved)
     if not problems:
         problems = _refused_by_deepspeed(resolved)
     refuse(f"{source}: {problem}" for problem in problems)
@@ -205,13 +206,12 @@ def _fill_without_flags(config: DsConfig, dtype: str) -> None:
     for section, its_dtype in _DTYPES.items():
         if at(config, f"{section}.enabled") == AUTO:
             config[section]["enabled"] = dtype == its_dtype
-    no_batch_size = config.get("train_batch_size", AUTO) == AUTO
-    if config.get("train_micro_batch_size_per_gpu") == AUTO and no_batch_size:
-        config["train_micro_batch_size_per_gpu"] = 1
     for path in _OPTIONAL:
         parent, _, key = path.rpartition(".")
         if at(config, path) == AUTO:
             del at(config, parent)[key]
+    if "train_batch_size" not in config:
+        config.setdefault("train_micro_batch_size_per_gpu", 1)
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
@@ -392,18 +392,17 @@ def _unknown_keys(config: DsConfig) -> list[str]:
     return problems
 
 
-def _left_auto(config: DsConfig, has_flags: bool, prefix: str = "") -> list[str]:
+def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
     """Every "auto" that neither mora_ds fills nor DeepSpeed understands."""
-    advice = '"auto" works only in `mora-ds pretrain`; write a number'
-    if has_flags:
-        advice = '"auto" does not work here; write a value or remove the key'
     problems = []
     for key, value in config.items():
         path = prefix + key
         if isinstance(value, dict):
-            problems += _left_auto(value, has_flags, f"{path}.")
+            problems += _left_auto(value, f"{path}.")
         elif value == AUTO and key not in (*_BUCKET_KEYS, "keep_in_fp32_modules"):
-            problems.append(f"{path}: {advice}")
+            problems.append(
+                f'{path}: "auto" works only for settings that `mora-ds pretrain` has a flag for; write a value'
+            )
     return problems
 
 

@@ -82,10 +82,16 @@ def start_distributed(timeout_s: float | None = None) -> None:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            port = int(os.environ["MASTER_PORT"])
+            port = os.environ["MASTER_PORT"]
+            users = [
+                str(socket.pid)
+                for socket in psutil.net_connections("tcp")
+                if socket.laddr and str(socket.laddr.port) == port and socket.pid
+            ]
             raise UserError(
-                f"port {port} of this machine, by which ranks find each other, is in use{_listeners(port)}. If these "
-                "are ranks of an earlier run, end them; otherwise give this run another port with --master_port"
+                f"port {port} of this machine, by which ranks find each other, is in use (process "
+                f"{', '.join(users) or 'of another user'}): if that is an earlier run of yours, end it; otherwise give "
+                "this run another port with --master_port"
             ) from error
     # Last, as a rank that lacks a compiler must be there to tell the others so
     check_kernels()
@@ -103,8 +109,11 @@ def initialize(
 
     `config` is a DeepSpeed config (dict or path). "auto" there becomes: the model's
     dtype for `bf16` and `fp16`, sizes that fit the MoRA matrices for ZeRO's buckets, 1
-    for the micro-batch, and otherwise the default of DeepSpeed or torch. The base is moved to this process's device in the config's dtype and
-    compared between all processes by checksum. With `tensor_parallel_size` t, t
+    for the micro-batch, and otherwise the default of DeepSpeed or torch. A process that
+    no launcher has started is the only one, where the machine has at most one GPU.
+
+    The base is moved to this process's device in the config's dtype and compared
+    between all processes by checksum. With `tensor_parallel_size` t, t
     consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`). With `base_on_host` the decoder layers' frozen
     weights stay in host memory, and the device holds those of two layers at a time
@@ -129,10 +138,6 @@ def initialize(
         )
     numels = trainable_numels(model, degree)
     settings = complete_ds_config(config, numels, _dtype_name(model))
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
-        raise UserError(
-            "initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu"
-        )
     check_compute_dtype(settings)
     _check_muon(model, settings)
     check_splittable(
@@ -298,20 +303,6 @@ def _require_launcher() -> None:
             f"no launcher has started this process ({', '.join(missing)} not set): "
             "write deepspeed in place of python, or use torchrun"
         )
-
-
-def _listeners(port: int) -> str:
-    """Such as " by process 4711": who listens at a port, as far as this user may know."""
-    try:
-        sockets = psutil.net_connections("tcp")
-    except psutil.Error:
-        return ""
-    pids = {
-        str(socket.pid)
-        for socket in sockets
-        if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port
-    }
-    return f" by process {', '.join(sorted(pids - {'None'}))}"
 
 
 def _share_cores() -> None:

@@ -46,7 +46,7 @@ from mora_ds.commands.evaluate import (
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import compute_dtype
-from mora_ds.data import load_tokenizer
+from mora_ds.data import AUTO, load_tokenizer
 from mora_ds.eval.perplexity import Target, Windows
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
@@ -290,9 +290,8 @@ def main() -> None:
         options.device,
         options.trust_remote_code,
     )
-    windows = Windows.of(
-        bank.model, options.window, options.stride, options.document_start
-    )
+    document_start = options.document_start or AUTO
+    windows = Windows.of(bank.model, options.window, options.stride, document_start)
     sizes = {"window": windows.window, "stride": windows.stride}
     say(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"

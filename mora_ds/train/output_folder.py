@@ -274,7 +274,7 @@ def _lock(folder: Path) -> None:
             holder = _holder(file, _FIRST)
             os.close(file)
             raise UserError(
-                f"--output_dir {folder}: processes of a run that writes to it are still alive{holder}; end them first"
+                f"--output_dir {folder}: processes of its run are still alive ({holder}); end them first"
             )
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
@@ -286,8 +286,8 @@ def _lock(folder: Path) -> None:
             holder = _holder(file, _OTHERS)
             os.close(file)
             raise UserError(
-                f"--output_dir {folder}: rank 0 of an earlier run has ended, but other processes of that run are still "
-                f"alive{holder}; end them first"
+                f"--output_dir {folder}: rank 0 of an earlier run has ended, but other processes of that run are "
+                f"alive ({holder}); end them first"
             )
         time.sleep(0.1)
     # The other ranks of this run share that byte from here on. A file system without
@@ -310,14 +310,10 @@ def _try_lock(file: int, kind: int, byte: int) -> bool:
 
 
 def _holder(file: int, byte: int) -> str:
-    """Such as " (process 4711)": who has locked a byte of a lock file, if it is known
-    on this node."""
+    """The process that has locked a byte of a lock file."""
     wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    with suppress(OSError):
-        *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
-        if pid > 0:
-            return f" (process {pid})"
-    return ""
+    *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    return f"process {pid}" if pid > 0 else "on another node"
 
 
 # -- what is set aside -----------------------------------------------------------------

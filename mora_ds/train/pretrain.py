@@ -394,10 +394,11 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "perplexity_change_percent": change(
             state.perplexity_before, state.perplexity_last
         ),
-        "best_step": state.best_step,
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": trainer.counter.base_bytes,
         "peak_memory_bytes": trainer.memory.peak,
         "peak_memory_by_phase": trainer.memory.by_phase,
     }
+    if job.arguments.training.best_by:
+        summary["best_step"] = state.best_step
     return dict(without_nan(summary))

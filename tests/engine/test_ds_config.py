@@ -288,7 +288,7 @@ WRONG = """
 {optimizer: {params: {fused: true, foreach: true}}} | fused and foreach are two ways
 {gradient_allreduce_op: sum} | average over tokens
 {managed_gradient_accumulation: false} | must stay true
-{steps_per_print: auto} | steps_per_print: "auto" does not work here; write a value
+{steps_per_print: auto} | steps_per_print: "auto" works only for settings that
 """
 """Others are lines of tests/config/test_bad_launches.py."""
 
@@ -301,7 +301,7 @@ def test_each_wrong_setting_is_named(config, message):
 
 
 def test_the_packaged_files_need_no_flags():
-    """"auto" follows the model, otherwise it is the default of DeepSpeed or torch."""
+    """ "auto" follows the model, otherwise it is the default of DeepSpeed or torch."""
     config = resolve_ds_config(config_path("zero3"), dtype="bfloat16")
     assert compute_dtype(config) == "bfloat16"
     assert config["train_micro_batch_size_per_gpu"] == 1
@@ -309,9 +309,7 @@ def test_the_packaged_files_need_no_flags():
     assert compute_dtype(resolve_ds_config(config_path("zero2"))) == "float32"
     given = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": AUTO}
     assert "train_micro_batch_size_per_gpu" not in resolve_ds_config(given)
-    with user_error('steps_per_print: "auto" works only in `mora-ds pretrain`'):
-        resolve_ds_config({"steps_per_print": AUTO})
-    with user_error("zero9.*there are.* models/llama3_8b,.* zero3"):
+    with user_error("zero9.*there are .*models/llama3_8b.json"):
         config_path("zero9")
 
 

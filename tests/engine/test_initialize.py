@@ -94,7 +94,7 @@ def test_a_port_that_is_in_use_is_named(launched):
         port = listener.getsockname()[1]
         launched(0, port=port)
         with user_error(
-            f"port {port} of this machine.* by process {os.getpid()}.*another port with --master_port"
+            f"port {port} of this machine.*process {os.getpid()}.*another port with --master_port"
         ):
             start_distributed()
 

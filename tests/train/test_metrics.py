@@ -162,7 +162,9 @@ def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path):
 
 def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
     for start in (0, 2):
-        log = board_log(tmp_path, start, pending=["merge", "eval_perplexity"] if start else [])
+        log = board_log(
+            tmp_path, start, pending=["merge", "eval_perplexity"] if start else []
+        )
         for step in range(start + 1, 3):
             log.step(metrics(step))
         log.record("merge", 2, {"cycle": 0})
