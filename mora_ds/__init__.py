@@ -1,7 +1,7 @@
 """mora_ds: MoRA and ReMoRA for DeepSpeed. The names in `__all__` are the public API:
 
     inject(model, MoRAConfig(rank=8))            every target layer gets a MoRA matrix, the base becomes buffers
-    engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
+    engine, ... = initialize(model=model, config=config_path("zero3"))      in place of deepspeed.initialize
     run = Run(engine, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and its use on a base
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
     from mora_ds.adapters.ops.spec import OperatorKind
     from mora_ds.common.errors import RunError, UserError
+    from mora_ds.common.files import config_path
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
     from mora_ds.deploy.combine import combine_adapters
     from mora_ds.deploy.export import export_merged
@@ -40,6 +41,7 @@ _HOME = {
     "RunError": "common.errors",
     "UserError": "common.errors",
     "combine_adapters": "deploy.combine",
+    "config_path": "common.files",
     "export_adapter": "deploy.adapter_io",
     "export_merged": "deploy.export",
     "InjectionReport": "adapters.inject",
@@ -67,6 +69,7 @@ __all__ = [
     "UserError",
     "__version__",
     "combine_adapters",
+    "config_path",
     "delta_weight",
     "domains_of",
     "export_adapter",

@@ -51,9 +51,8 @@ def main() -> None:
             options.domain,
             options.onto,
         )
-    windows = Windows.of(
-        target.model, options.window, options.stride, options.document_start
-    )
+    document_start = options.document_start or target.document_start
+    windows = Windows.of(target.model, options.window, options.stride, document_start)
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = score_sets(target, sets, windows, options)
     content = {
@@ -140,8 +139,8 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens from one window to the next. Default: half of --window",
     )
     parser.add_argument(
-        "--document_start", default="auto", metavar="TOKEN",
-        help="stands before every document, as in the run. Default: BOS where the tokenizer puts it, else end-of-text",
+        "--document_start", metavar="TOKEN",
+        help="as in mora-ds pretrain. Default: that of the run; auto for a model that is no run's",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument(

@@ -30,7 +30,7 @@ def main() -> None:
     options = _parser().parse_args()
     check_scoring(options)
     from mora_ds.checkpoint.layout import tokenizer_of
-    from mora_ds.data import load_tokenizer
+    from mora_ds.data import AUTO, load_tokenizer
     from mora_ds.eval.perplexity import Target, Windows
     from mora_ds.models.attention import prefer_documents
     from mora_ds.research.bank import AdapterBank
@@ -44,9 +44,8 @@ def main() -> None:
         options.device,
         options.trust_remote_code,
     )
-    windows = Windows.of(
-        bank.model, options.window, options.stride, options.document_start
-    )
+    document_start = options.document_start or AUTO
+    windows = Windows.of(bank.model, options.window, options.stride, document_start)
     sizes = {"window": windows.window, "stride": windows.stride}
     say(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"

@@ -4,10 +4,10 @@
     mora-ds plan RECIPE.yaml --model MODEL --gpus 64
 
 No weights are read. The recipe and all flags that are not named here are those of
-`mora-ds pretrain`. Without --micro_batch it recommends a micro-batch size, with
-gradient checkpointing where nothing fits without; with it, it plans the given settings.
-Where the base does not fit it plans --base_device host. Without --bf16 and --fp16 the
-run computes in bf16.
+`mora-ds pretrain`. With a micro-batch size, from --micro_batch or the recipe, it plans
+these settings as they are. Without --micro_batch it also recommends one, with gradient
+checkpointing where nothing fits without. Where the base does not fit it plans
+--base_device host. Without --bf16 and --fp16 the run computes in bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mora_ds.common.errors import POSITIVE, UserError, refuse, wrong_values
+from mora_ds.common.errors import POSITIVE, refuse, wrong_values
 from mora_ds.common.files import shipped
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
@@ -26,36 +26,51 @@ from mora_ds.engine.settings import BaseDevice
 from mora_ds.runtime.cli import command_parser, say, say_loading
 
 if TYPE_CHECKING:
-    from mora_ds.planning.plan import Planner
+    from mora_ds.planning.plan import Plan, Planner
 
-_OF_PLANS = {
-    "__per_device_train_batch_size": "--micro_batch",
-    "__model_config": "--model",
-}
-"""Flag of training, with underscores for its dashes -> the plan's own, which
-decides."""
+AS_GIVEN = "as given:"
+RECOMMENDED = "recommended, the largest micro-batch that fits; the tokens per step follow from it:"
+SMALLEST = "nothing fits; the smallest there is:"
 
 
 def main() -> None:
     options, settings = _parser().parse_known_args()
-    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
+    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "assume_mfu")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
     say_loading()
     validate(arguments)
+    from mora_ds.planning.report import as_json, cost_lines, report
+
+    plans = _plans(options, arguments)
+    if options.json:
+        title, plan = next(iter(plans.items()))
+        recommended = title == RECOMMENDED
+        say(json.dumps({**as_json(plan), "recommended": recommended}, indent=2))
+        return
+    for title, plan in plans.items():
+        costs = cost_lines(plan, arguments.training.max_steps, options.assume_mfu)
+        say(title, report(plan), *costs)
+
+
+def _plans(options: argparse.Namespace, arguments: Arguments) -> dict[str, Plan]:
+    """Title -> plan: the settings as they are, where they have a micro-batch size, and
+    what is recommended in their place."""
     from mora_ds.planning.plan import place_base, recommend
-    from mora_ds.planning.report import as_json, report
 
     base_device = BaseDevice(arguments.training.base_device)
-    planner = place_base(_planner(options, arguments), base_device)
-    chosen = recommend(planner) if options.micro_batch is None else None
-    plan = chosen or planner.plan()
-    if options.json:
-        say(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
-        return
+    planner = _planner(options, arguments)
+    plans = {}
+    if "per_device_train_batch_size" in arguments.set_by_user:
+        plans[AS_GIVEN] = place_base(planner, base_device).plan()
     if options.micro_batch is None:
-        say("recommended:" if chosen else "nothing fits; the smallest there is:")
-    say(report(plan))
+        work = replace(planner.work, micro_batch=1, checkpointing=True)
+        planner = place_base(replace(planner, work=work), base_device)
+        if plan := recommend(planner):
+            plans[RECOMMENDED] = plan
+        elif not plans:
+            plans[SMALLEST] = planner.plan()
+    return plans
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="sequences per micro-batch and process; default: recommended",
     )
     parser.add_argument(
+        "--assume_mfu",
+        type=float,
+        help="part of a GPU's peak that the run is assumed to use, such as 0.4: prints GPU-hours",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print JSON in place of the tables, in bytes",
@@ -92,12 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of
     `mora-ds pretrain`. Raises `UserError`."""
-    for word in settings:
-        flag = word.split("=")[0]
-        if planned_flag := _OF_PLANS.get(flag.replace("-", "_")):
-            raise UserError(f"{flag} is for training: a plan takes {planned_flag}")
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
-    flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
+    if options.micro_batch is not None:
+        flags += ["--per_device_train_batch_size", str(options.micro_batch)]
     arguments = parse([*settings, *flags])
     # The recipe may name a config, whose place --model takes.
     model = replace(arguments.model, model_config=None)
@@ -125,7 +142,5 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     settings = training.engine_settings()
     ds_config = resolve_ds_config(deepspeed_file(training), settings, replicas)
     planner = planner_of(arguments, config, ds_config, options.gpus)
-    checkpointing = training.gradient_checkpointing or options.micro_batch is None
-    work = replace(planner.work, checkpointing=checkpointing)
     cluster = Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9)
-    return replace(planner, work=work, cluster=cluster, on_cpu=False)
+    return replace(planner, cluster=cluster, on_cpu=False)

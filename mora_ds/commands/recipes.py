@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
-from mora_ds.common.files import CONFIGS, copy_folder, require_new
+from mora_ds.common.files import CONFIGS, config_names, copy_folder, require_new
 from mora_ds.runtime.cli import add_action, command_parser, say
 
 
@@ -21,15 +21,9 @@ def main() -> None:
     if options.action == "copy":
         require_new(options.folder)
         copy_folder(CONFIGS, options.folder)
-        say(f"wrote {options.folder}: {len(names())} files")
+        say(f"wrote {options.folder}: {len(config_names())} files")
     else:
-        say(*(f"configs/{name}" for name in names()))
-
-
-def names() -> list[str]:
-    """Paths below configs/ of all files, sorted."""
-    paths = (path for path in CONFIGS.rglob("*") if path.suffix in (".json", ".yaml"))
-    return sorted(path.relative_to(CONFIGS).as_posix() for path in paths)
+        say(*(f"configs/{name}" for name in config_names()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -70,6 +70,24 @@ _IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
 system's."""
 
 
+def config_names(folder: str = "") -> list[str]:
+    """Paths below configs/ of the packaged recipes and configs in `folder`, sorted."""
+    files = (CONFIGS / folder).rglob("*")
+    paths = [path for path in files if path.suffix in (".json", ".yaml")]
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in paths)
+
+
+def config_path(name: str) -> Path:
+    """The packaged file of a name such as "zero3", "models/llama3_8b" or
+    "recipes/continual". Raises `UserError` that lists all names."""
+    for path in config_names():
+        if name == path.rpartition(".")[0]:
+            return CONFIGS / path
+    raise UserError(
+        f"config_path: no packaged config {name!r}; there are {', '.join(config_names())}"
+    )
+
+
 def shipped(path: str) -> str:
     """`path`, or the package's file where configs/ is not in the working directory."""
     packaged = CONFIGS.parent / path

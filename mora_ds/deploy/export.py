@@ -73,7 +73,12 @@ class ExportReport:
             f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
             f" replaced {self.replaced} trained tensor(s)",
         ]
-        return text + ([self.comparison.line()] if self.comparison else [])
+        if self.comparison is not None:
+            text.append(f"verification passed: {self.comparison.line()}")
+        return text
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
 
 @dataclass(frozen=True)

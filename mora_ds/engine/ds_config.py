@@ -2,7 +2,7 @@
 `deepspeed.initialize`.
 
     load_ds_config(path)          reads the file; an error names the line
-    complete_ds_config(...)       for a user's own loop without our flags: checks and defaults only
+    complete_ds_config(...)       for a user's own loop without our flags: fills "auto" from the model, checks
     resolve_ds_config(...)        fills "auto" from the flags, adds our defaults, lists every contradiction at once
     compute_dtype(ds_config)      the dtype in which the base is to be loaded
     fill_bucket_sizes(...)        once the model is injected: buffers and thresholds of ZeRO from its parameters' sizes
@@ -74,6 +74,18 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the training loop relies on it"),
 }
 """Dotted path -> the value that it must have where it is set, and why."""
+_OPTIONAL = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer.type",
+    "optimizer.params.lr",
+    "optimizer.params.betas",
+    "optimizer.params.eps",
+    "optimizer.params.weight_decay",
+)
+"""Dotted paths of values that DeepSpeed or torch has a default for."""
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -116,14 +128,16 @@ def resolve_ds_config(
     config: DsConfig | str | Path | None,
     settings: EngineSettings | None = None,
     world_size: int = 1,
+    dtype: str = "float32",
 ) -> DsConfig:
     """A new dictionary for `deepspeed.initialize`, of a dictionary or a JSON file's
     path.
 
-    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes
-    stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is
-    loaded. Raises one `UserError` that lists all unknown and refused keys, all
-    contradictions with `settings`, and every "auto" that nothing fills.
+    Without `settings`, as in a user's own loop, "auto" is filled from `dtype`, that of
+    the model's parameters, and by defaults. ZeRO's sizes stay "auto" until
+    `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one
+    `UserError` that lists all unknown and refused keys, all contradictions with
+    `settings`, and every "auto" that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
@@ -140,6 +154,8 @@ def resolve_ds_config(
                 settings.other_learning_rate,
             )
             problems += _precision(resolved, settings)
+        else:
+            _fill_without_flags(resolved, dtype)
         problems += _zero(resolved)
         problems += optimizer_problems(resolved)
         problems += _left_auto(resolved)
@@ -150,10 +166,28 @@ def resolve_ds_config(
 
 
 def complete_ds_config(
-    config: DsConfig | str | Path, trainable_numels: Sequence[int]
+    config: DsConfig | str | Path,
+    trainable_numels: Sequence[int],
+    dtype: str = "float32",
 ) -> DsConfig:
-    """The config of a user's own loop, checked, with the sizes of ZeRO filled in."""
-    return fill_bucket_sizes(resolve_ds_config(config), trainable_numels)
+    """The config of a user's own loop, checked, with "auto" filled in. `dtype`: that of
+    the model's parameters, such as "bfloat16"."""
+    resolved = resolve_ds_config(config, dtype=dtype)
+    return fill_bucket_sizes(resolved, trainable_numels)
+
+
+def _fill_without_flags(config: DsConfig, dtype: str) -> None:
+    """Fill the "auto" values of the packaged files, in place: precision from `dtype`,
+    one sequence per process and micro-batch, and DeepSpeed's and torch's defaults."""
+    for section, its_dtype in _DTYPES.items():
+        if at(config, f"{section}.enabled") == AUTO:
+            config[section]["enabled"] = dtype == its_dtype
+    for path in _OPTIONAL:
+        parent, _, key = path.rpartition(".")
+        if at(config, path) == AUTO:
+            del at(config, parent)[key]
+    if "train_batch_size" not in config:
+        config.setdefault("train_micro_batch_size_per_gpu", 1)
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
@@ -343,7 +377,7 @@ def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
             problems += _left_auto(value, f"{path}.")
         elif value == AUTO and key not in (*_BUCKET_KEYS, "keep_in_fp32_modules"):
             problems.append(
-                f'{path} = "auto": there is no flag to take it from; give a value or drop the key'
+                f'{path}: "auto" works only for settings that `mora-ds pretrain` has a flag for; write a value'
             )
     return problems
 

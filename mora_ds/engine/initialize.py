@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -42,6 +43,11 @@ from mora_ds.engine.ds_config import (
 )
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
+from mora_ds.engine.launcher import (
+    accelerators,
+    become_the_only_rank,
+    is_one_of_several,
+)
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
@@ -77,9 +83,16 @@ def start_distributed(timeout_s: float | None = None) -> None:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
+            port = os.environ["MASTER_PORT"]
+            users = [
+                str(socket.pid)
+                for socket in psutil.net_connections("tcp")
+                if socket.laddr and str(socket.laddr.port) == port and socket.pid
+            ]
             raise UserError(
-                f"port {os.environ['MASTER_PORT']} of this machine, by which ranks find each other, is in use, perhaps "
-                "by another run: give this one another with --master_port"
+                f"port {port} of this machine, by which ranks find each other, is in use (process "
+                f"{', '.join(users) or 'of another user'}): if that is an earlier run of yours, end it; otherwise give "
+                "this run another port with --master_port"
             ) from error
     # Last, as a rank that lacks a compiler must be there to tell the others so
     check_kernels()
@@ -95,9 +108,13 @@ def initialize(
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared.
 
-    `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be
-    "auto". The base is moved to this process's device in the config's dtype and
-    compared between all processes by checksum. With `tensor_parallel_size` t, t
+    `config` is a DeepSpeed config (dict or path). "auto" there becomes: the model's
+    dtype for `bf16` and `fp16`, sizes that fit the MoRA matrices for ZeRO's buckets, 1
+    for the micro-batch, and otherwise the default of DeepSpeed or torch. A process that
+    no launcher has started is the only one, where the machine has at most one GPU.
+
+    The base is moved to this process's device in the config's dtype and compared
+    between all processes by checksum. With `tensor_parallel_size` t, t
     consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`). With `base_on_host` the decoder layers' frozen
     weights stay in host memory, and the device holds those of two layers at a time
@@ -121,11 +138,7 @@ def initialize(
             "mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out"
         )
     numels = trainable_numels(model, degree)
-    settings = complete_ds_config(config, numels)
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
-        raise UserError(
-            "initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu"
-        )
+    settings = complete_ds_config(config, numels, _dtype_name(model))
     check_compute_dtype(settings)
     _check_muon(model, settings)
     check_splittable(
@@ -173,12 +186,16 @@ def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
     """Full training by AdamW, as a control: every parameter is trained under plain
     DeepSpeed, sharded like any model."""
     parameters = list(model.parameters())
-    settings = complete_ds_config(
-        config, [parameter.numel() for parameter in parameters]
-    )
+    numels = [parameter.numel() for parameter in parameters]
+    settings = complete_ds_config(config, numels, _dtype_name(model))
     start_distributed()
     model.to(current_device(), getattr(torch, compute_dtype(settings)))
     return _deepspeed_engine(model=model, config=settings, model_parameters=parameters)
+
+
+def _dtype_name(model: nn.Module) -> str:
+    """The dtype of the model's parameters, such as "bfloat16"."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
@@ -283,10 +300,15 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
 
 
 def _require_launcher() -> None:
-    """DeepSpeed takes a process without RANK for one of MPI, and needs mpi4py."""
+    """Make a process that no launcher has started the only rank, where the machine has
+    at most one GPU. DeepSpeed takes a process without RANK for one of MPI, and needs
+    mpi4py."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
-    if missing and find_spec("mpi4py") is None:
+    is_alone = len(missing) == len(needed) and not is_one_of_several()
+    if is_alone and accelerators() <= 1:
+        become_the_only_rank()
+    elif missing and find_spec("mpi4py") is None:
         raise UserError(
             f"no launcher has started this process ({', '.join(missing)} not set): "
             "write deepspeed in place of python, or use torchrun"

@@ -4,14 +4,14 @@
     checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
     the same, onto another model         -> that model + the same update, in memory (`load_onto`)
 
-    document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
+    document -> [start] t0 t1 ... tn     start: --document_start, by default that of the run, as in training
              -> windows of `window` tokens, each `stride` further, which begin as packed sequences do
                 (`block_start`); a token is scored once, in the first window it is in
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
-Every token of a document is scored and nothing else, so the bytes scored are the bytes
-of the text: bits per byte can be compared between models with different tokenizers,
-perplexity cannot.
+Every token of a document is scored and nothing else; without a start token all but the
+first, which nothing predicts. So the bytes scored are those of the text: bits per byte
+can be compared between models with different tokenizers, perplexity cannot.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import (
     AUTO,
     IGNORED,
-    NOTHING,
     Corpus,
     block_start,
     load_tokenizer,
@@ -64,6 +63,8 @@ class Target:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    document_start: str = AUTO
+    """The setting of the run that has trained the model; auto for other models."""
 
 
 @dataclass
@@ -103,8 +104,7 @@ class Windows:
     stride: int
     """Tokens from one window's start to the next."""
     document_start: str = AUTO
-    """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts
-    nothing before a text."""
+    """As in `data.start_id`."""
     model_type: str = ""
     """The model's, which decides what each window begins with (`data.block_start`)."""
 
@@ -177,9 +177,10 @@ def load_target(
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
         refuse_full_training(path)
-        raise UserError(
-            f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one"
-        )
+        what = "no such folder"
+        if path.exists():
+            what = "neither a Hugging Face model nor a run or checkpoint"
+        raise UserError(f"MODEL {path}: {what}")
     for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
         if value is not None:
             raise UserError(
@@ -210,7 +211,9 @@ def _adapted(
     model: Any = load_adapter(folder, checkpoint, None, domain, trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
-    return Target(prefer_documents(model.to(device)), tokenizer)
+    facts = read_adapter(checkpoint).facts
+    document_start = str(facts.get("document_start", AUTO))
+    return Target(prefer_documents(model.to(device)), tokenizer, document_start)
 
 
 def evaluate(
@@ -241,38 +244,25 @@ def _windows(
     """The windows of all documents, which are counted in `score`. The next chunk of a
     document has the last tokens of the previous one as context."""
     first = block_start(tokenizer, windows.document_start, windows.model_type)
-    start = _document_start(tokenizer, windows.document_start)
+    start = start_id(tokenizer, windows.document_start)
     seen: list[int] = []
     for document in corpus:
         if document.begins:
             if score.documents == max_documents:
                 return
-            seen = [start]
+            seen = [] if start is None else [start]
             score.documents += 1
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
-        score.tokens += len(ids)
+        # Nothing predicts the first token of a document without a start token.
+        unscored = [] if seen else ids[:1]
+        score.tokens += len(ids) - len(unscored)
         score.text_bytes += len(document.text.encode())
+        score.text_bytes -= len(str(tokenizer.decode(unscored)).encode())
         sequence = [*seen, *ids]
-        yield from windows.cut(sequence, len(seen), first)
+        yield from windows.cut(sequence, len(seen) + len(unscored), first)
         seen = sequence[-max(windows.window - windows.stride, 1) :]
-
-
-def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> int:
-    """The token before every document. Raises `UserError` where there is none."""
-    if document_start == NOTHING:
-        raise UserError(
-            f"--document_start {NOTHING}: the first token of a document is scored too, after a token"
-        )
-    start = start_id(tokenizer, document_start)
-    if start is None:
-        start = tokenizer.eos_token_id
-    if start is None:
-        raise UserError(
-            "MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with"
-        )
-    return start
 
 
 def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mora_ds.common.errors import UserError, reason
+from mora_ds.common.files import config_names
 from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.common.untrusted import expanded, parse_json
@@ -165,6 +166,11 @@ def read_model_config(
     naming `flag`."""
     try:
         values = parse_json(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        packaged = ", ".join(f"configs/{name}" for name in config_names("models"))
+        raise UserError(
+            f"{flag} {config_file}: no such file; mora_ds comes with {packaged}"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {config_file}: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
@@ -232,7 +238,7 @@ def named_config(
     """The config of a model folder, a Hub name or a config JSON, without any weights.
     Raises `UserError` naming `flag`."""
     path = expanded(name, flag)
-    if path.is_file():
+    if path.is_file() or path.suffix == ".json":
         return read_model_config(path, flag=flag)
     return folder_config(path if path.is_dir() else name, trust_remote_code, flag)
 

@@ -33,8 +33,8 @@ class Trained:
     """Elements of each parameter, as a tensor-parallel rank holds it."""
     layer: int
     """Elements of the parameters of the largest decoder layer."""
-    squares: int
-    """How many of the parameters are MoRA matrices, of which Muon has one moment."""
+    matrix_numel: int
+    """Elements of all MoRA matrices, of which Muon has one moment."""
     ranks: int
     """Number of ranks over which ZeRO shards."""
     bytes_each: int
@@ -233,8 +233,8 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
     stage3.py compares a torch.device with its name, and so never uses the parameters as
     their own master weights."""
     shard = trained.shard
-    squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
-    without_second_moment = squares if trained.muon else 0
+    matrix_shard = trained.matrix_numel * (shard / max(trained.total, 1))
+    without_second_moment = matrix_shard if trained.muon else 0
     return {
         "masters": shard * FP32,
         "moments": round((2 * shard - without_second_moment) * FP32),
@@ -245,8 +245,7 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
 def _muon_bytes(trained: Trained) -> int:
     """What Muon gathers at a time (stage3.py, `_muon_update_sub_group`): gradients and
     momentums."""
-    matrices = trained.numels[: trained.squares]
-    return 2 * FP32 * min(trained.zero["reduce_bucket_size"], sum(matrices))
+    return 2 * FP32 * min(trained.zero["reduce_bucket_size"], trained.matrix_numel)
 
 
 def _reduction_bytes(trained: Trained) -> int:

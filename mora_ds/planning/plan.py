@@ -44,6 +44,7 @@ from mora_ds.planning.step import (
     planned_model,
     step_memory,
 )
+from mora_ds.planning.utilization import token_flops
 
 USABLE = 0.92
 """Share of a device's memory that a recommendation fills: the rest is for its context,
@@ -84,6 +85,23 @@ class Plan:
     a_merge_adds: int
     """Bytes on every rank (`merge_bytes`), not in `memory`: nobody knows how many
     merges."""
+
+    token_flops: float
+    """Model FLOPs of a token, forward and backward (`planning/utilization.py`)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step of all ranks."""
+        work = self.work
+        replicas = self.cluster.ranks // (work.tensor_parallel * work.sequence_parallel)
+        return work.micro_batch * self.accumulation * replicas * work.seq_len
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint without the merge ledger: of each trained parameter the
+        adapter, the fp32 master weight and two moments, or one of Muon."""
+        spared = self.trained.matrix_numel if self.trained.muon else 0
+        return 4 * (4 * self.trained.total - spared)
 
     @property
     def sent(self) -> float:
@@ -163,6 +181,7 @@ class Planner:
             quantized=model.quantized,
             copied=streamed.copied * self.accumulation,
             a_merge_adds=model.a_merge_adds,
+            token_flops=model.token_flops,
         )
 
     @property
@@ -193,7 +212,7 @@ class Planner:
         return Trained(
             model.numels,
             model.layer,
-            model.squares,
+            model.matrix_numel,
             ranks,
             self.work.dtype.itemsize,
             filled,
@@ -220,7 +239,9 @@ class _MeasuredModel:
         layers = find_decoder_layers(model).values()
         layer_numels = [sum(map(Tensor.numel, layer.parameters())) for layer in layers]
         self.layer = max(layer_numels, default=0)
-        self.squares = len(mora_layers(model))
+        matrices = [layer.value for layer in mora_layers(model).values()]
+        self.matrix_numel = sum(map(Tensor.numel, matrices))
+        self.token_flops = token_flops(self.unsplit, work.seq_len)
         self.base_elements = 0 if work.adapter is None else base_elements(model)
         self.base_bytes = base_bytes(model)
         self.quantized = quantized_bytes(model)

@@ -6,6 +6,7 @@ from mora_ds.adapters.config import AS_LOADED
 from mora_ds.common.files import JsonObject
 from mora_ds.engine.settings import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
+from mora_ds.planning.utilization import PEAK_TFLOPS
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 """What else there is where the base of so many bits is too large."""
@@ -40,15 +41,12 @@ def verdict(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    work = plan.work
     cluster = plan.cluster
-    replicas = cluster.ranks // (work.tensor_parallel * work.sequence_parallel)
-    tokens = work.micro_batch * plan.accumulation * replicas * work.seq_len
     flags = " ".join(f"--{name} {value}" for name, value in _settings(plan).items())
     return [
-        f"plan: {cluster.ranks} ranks, {cluster.per_node} a node; base {plan.base_elements:,} elements, "
-        f"{plan.trained.total:,} trained; {str(work.dtype).removeprefix('torch.')}, ZeRO {plan.trained.stage}",
-        f"{flags}: {tokens:,} tokens a step",
+        f"plan: {cluster.ranks} ranks, {cluster.per_node} per node; base {plan.base_elements:,} elements, "
+        f"{plan.trained.total:,} trained; {str(plan.work.dtype).removeprefix('torch.')}, ZeRO {plan.trained.stage}",
+        f"{flags}: {plan.tokens:,} tokens per step",
     ]
 
 
@@ -72,8 +70,9 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     memory = plan.memory
     in_host_memory = "in host memory" if plan.trained.offloads else ""
     share = f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""
+    matrix_bytes = memory.squares * plan.trained.matrix_numel / plan.trained.total
     activations = f"activations {size_text(memory.activations)}"
-    gathered = f"gathered MoRA matrices {size_text(memory.gathered)}"
+    gathered = f"gathered parameters {size_text(memory.gathered)}"
     collected = f"rank 0 collects {size_text(memory.host_save)} in host memory"
     base = "never sharded"
     if memory.host_base:
@@ -83,8 +82,9 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     rows: list[tuple[str, float, str]] = [
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
-        ("MoRA matrices, this shard", memory.squares, share),
-        ("fp32 masters", memory.masters, in_host_memory),
+        ("MoRA matrices, this shard", matrix_bytes, share),
+        ("embeddings and others", memory.squares - matrix_bytes, share),
+        ("fp32 master weights", memory.masters, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
         ("gradients", memory.gradients, ""),
         ("gradient bucket", memory.bucket, ""),
@@ -100,16 +100,32 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("= peak", memory.peak, memory.peaks_in),
         ("host memory of a node", plan.host_memory, "the base once"),
         ("all-gather volume", plan.gathered, "what is trained; base 0"),
-        ("sent a step and GPU", plan.sent, "by ZeRO"),
+        ("sent per GPU per step", plan.sent, "by ZeRO"),
+        ("a checkpoint", plan.checkpoint, "and the merge ledger"),
     ]
     if plan.a_merge_adds:
         kinds = "its matrices, unsharded, and index tables"
         rows.append(("each merge adds", plan.a_merge_adds, kinds))
     if plan.copied:
         rows.append(
-            ("copied from host memory", plan.copied, "the base, a step and GPU")
+            ("copied from host memory", plan.copied, "the base, per GPU per step")
         )
-    return rows
+    return [row for row in rows if row[1] or row[0] != "embeddings and others"]
+
+
+def cost_lines(plan: Plan, steps: int, mfu: float | None = None) -> list[str]:
+    """What a run of so many steps computes, and for how long if it uses the part `mfu`
+    of an H100's peak. `steps`: -1 where --num_train_epochs decides."""
+    lines = [f"compute: {plan.token_flops:.2e} FLOPs per token"]
+    if steps > 0:
+        tokens = steps * plan.tokens
+        flops = tokens * plan.token_flops
+        run = f"the run: {steps:,} steps, {tokens:,} tokens, {flops:.2e} FLOPs"
+        lines.append(run)
+        if mfu is not None:
+            hours = flops / (mfu * PEAK_TFLOPS["H100"] * 1e12 * 3600)
+            lines.append(f"at an MFU of {mfu:.0%}: {hours:,.1f} GPU-hours of an H100")
+    return lines
 
 
 def as_json(plan: Plan) -> JsonObject:
@@ -130,6 +146,9 @@ def as_json(plan: Plan) -> JsonObject:
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,
         "base_bytes_copied": plan.copied,
+        "bytes_of_checkpoint": plan.checkpoint,
+        "tokens_per_step": plan.tokens,
+        "flops_per_token": plan.token_flops,
         "fits": plan.fits,
     }
 

@@ -50,7 +50,7 @@ class MergeReport:
     cycle: int
     step: int
     layers: int
-    square_norm: float
+    mora_matrix_norm: float
     """Norm of the MoRA matrices."""
     delta_norm: float
     """Norm of the deltas that the matrices stand for."""
@@ -73,7 +73,7 @@ class MergeReport:
         if self.loss_before is not None and self.loss_after is not None:
             probe = f", probe loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         return (
-            f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}, "
+            f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.mora_matrix_norm:.4g}, "
             f"delta/weight {self.delta_norm / self.weight_norm:.2g}, lost to rounding {self.rounding_loss:.1%}{probe}"
         )
 
@@ -140,7 +140,7 @@ class ReMoRA:
             cycle=cycle,
             step=step,
             layers=len(entries),
-            square_norm=square_sum**0.5,
+            mora_matrix_norm=square_sum**0.5,
             delta_norm=delta_sum**0.5,
             weight_norm=weight_sum**0.5,
             rounding_loss=(lost_sum / delta_sum) ** 0.5 if delta_sum else 0.0,

@@ -79,7 +79,8 @@ def load_data(
     tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info(
-            "nothing stands before a document, as this tokenizer has it: --document_start names a token for it"
+            "no token separates documents, as this tokenizer adds none: if pretraining used one, name it with "
+            "--document_start"
         )
     first = block_start(tokenizer, data.document_start, model_config.model_type)
     tokenization = _Tokenization(tokenizer, data, ranks, first)

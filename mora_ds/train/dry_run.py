@@ -29,7 +29,7 @@ from mora_ds.models.load import named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
-from mora_ds.planning.report import report
+from mora_ds.planning.report import cost_lines, report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import say
 from mora_ds.runtime.log_setup import rank
@@ -43,7 +43,8 @@ def dry_run(arguments: Arguments) -> None:
     """
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if rank() == 0:
-        say(*layers, report(plan))
+        costs = cost_lines(plan, arguments.training.max_steps)
+        say(*layers, report(plan), *costs)
         folder = Path(arguments.training.output_dir)
         say(f"dry run: nothing trained, {folder} is as it was")
 

@@ -151,7 +151,10 @@ class Job:
             keys=self.loaded.keys,
             identity=common,
             tokenizer_folder=start.folder / TOKENIZER_FOLDER,
-            facts={"seq_len": self.data.train.seq_len},
+            facts={
+                "seq_len": self.data.train.seq_len,
+                "document_start": self.arguments.data.document_start,
+            },
             ranks=start.ranks,
             state=start.state,
         )

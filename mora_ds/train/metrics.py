@@ -40,7 +40,7 @@ TensorBoard sorts groups by name and opens the first ones: the digits put the cu
 first that a person looks for first."""
 
 GROUPS = {
-    "eval": "2_evaluation/perplexity",
+    "eval_perplexity": "2_evaluation/perplexity",
     "merge": "4_merges",
     "sources": "8_sources",
     "tasks": "2_evaluation/tasks",
@@ -171,7 +171,7 @@ class MetricsLog:
         """The perplexity of each evaluation set after `step`; `before`: before the
         first step. Trackers also get the change since then in per cent: positive where
         the model has forgotten."""
-        self.record("eval", step, perplexities)
+        self.record("eval_perplexity", step, perplexities)
         changes = change(before or {}, perplexities)
         curves = {f"{FORGETTING}/{name}": value for name, value in changes.items()}
         self._track(curves, step)
@@ -181,7 +181,7 @@ class MetricsLog:
         logger.info(f"step {step}  perplexity {values}")
 
     def record(self, kind: str, step: int, facts: Facts) -> None:
-        """A row of this kind: "eval", "merge", "tasks" or "sources". The facts of the
+        """A row of this kind: "eval_perplexity", "merge", "tasks" or "sources". The facts of the
         last two are those of each task or source."""
         self._record({"step": step, kind: facts})
 

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -249,6 +250,9 @@ _locks: dict[Path, int] = {}
 """Folder -> lock file of this process, open to the end: to close it gives up the
 lock."""
 
+_FLOCK = "hhqqi"
+"""The C structure `flock` on 64-bit Linux: type, whence, start, length, process."""
+
 _FIRST = 0
 """The byte that rank 0 locks."""
 _OTHERS = 1
@@ -267,9 +271,10 @@ def _lock(folder: Path) -> None:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if not _try_lock(file, fcntl.LOCK_EX, _FIRST):
+            holder = _holder(file, _FIRST)
             os.close(file)
             raise UserError(
-                f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
+                f"--output_dir {folder}: processes of its run are still alive ({holder}); end them first"
             )
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
@@ -278,10 +283,11 @@ def _lock(folder: Path) -> None:
     deadline = time.monotonic() + _ORPHANS_S
     while not _try_lock(file, fcntl.LOCK_EX, _OTHERS):
         if time.monotonic() > deadline:
+            holder = _holder(file, _OTHERS)
             os.close(file)
             raise UserError(
-                f"--output_dir {folder}: ranks of an earlier run are left and may write to it, though its rank 0 "
-                "has ended; end them first"
+                f"--output_dir {folder}: rank 0 of an earlier run has ended, but other processes of that run are "
+                f"alive ({holder}); end them first"
             )
         time.sleep(0.1)
     # The other ranks of this run share that byte from here on. A file system without
@@ -301,6 +307,13 @@ def _try_lock(file: int, kind: int, byte: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _holder(file: int, byte: int) -> str:
+    """The process that has locked a byte of a lock file."""
+    wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    return f"process {pid}" if pid > 0 else "on another node"
 
 
 # -- what is set aside -----------------------------------------------------------------

@@ -358,7 +358,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     steps = _steps(job, schedule)
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
-        pending += ["eval", "tasks"]
+        pending += ["eval_perplexity", "tasks"]
     # What was pending is logged again, so that its first point goes with those after
     # it.
     first_step = state.step + 1 if state.step and not pending else state.step
@@ -435,10 +435,11 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "perplexity_change_percent": change(
             state.perplexity_before, state.perplexity_last
         ),
-        "best_step": state.best_step,
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": trainer.counter.base_bytes,
         "peak_memory_bytes": trainer.memory.peak,
         "peak_memory_by_phase": trainer.memory.by_phase,
     }
+    if job.arguments.training.best_by:
+        summary["best_step"] = state.best_step
     return dict(without_nan(summary))

@@ -1,5 +1,6 @@
 """What a person reads of a run before its first step and after its last one."""
 
+import math
 from collections.abc import Mapping
 from shlex import quote
 
@@ -10,6 +11,7 @@ from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, MERGED_FOLDER
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments
+from mora_ds.data import Mixture
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import duration, peak_memory_bytes
 from mora_ds.train.run_file import Facts
@@ -27,9 +29,7 @@ def opening(job: Job, total_steps: int) -> list[str]:
     world = job.start.ranks.world
     model_type = job.loaded.model.config.model_type
     origin = arguments.model.model_name_or_path or arguments.model.model_config
-    rows = {
-        "model": f"{model_type}, {job.total_parameters:,} parameters, from {origin}"
-    }
+    rows = {"model": f"{model_type}, {_base_numel(job):,} parameters, from {origin}"}
     if job.is_trained:
         share = job.trainable_parameters / job.total_parameters
         sequences = training.rows_per_step(world)
@@ -38,13 +38,34 @@ def opening(job: Job, total_steps: int) -> list[str]:
         trained = f"{job.trainable_parameters:,} parameters ({share:.2%})"
         rows["trained"] = f"{trained}: {_trained(arguments.adapter)}"
         batch = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens"
-        rows["data"] = f"{batch}, {tokens:,} tokens a step"
+        rows["data"] = f"{batch}, {tokens:,} tokens per step"
         rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens)"
+        if epochs := _epochs(job.data.train, total_steps):
+            rows["epochs"] = epochs
     processes = "1 process" if world == 1 else f"each of {world} processes"
     device = "a GPU" if torch.cuda.is_available() else "CPUs"
     memory = f"{peak_memory_bytes() / 2**30:.2f} GiB"
     rows["memory"] = f"{memory} in {processes} on {device}, after loading"
     return _labelled(rows)
+
+
+def _base_numel(job: Job) -> int:
+    """Elements of the base's weights, without what the adapter adds."""
+    base = job.loaded.base
+    shapes = [base.shape_dtype(key)[0] for key in set(job.loaded.keys.values())]
+    return sum(map(math.prod, shapes))
+
+
+def _epochs(train: Mixture, steps: int) -> str:
+    """How often each source is read in so many steps, such as "domain 1.50, general
+    0.02"; streams have no known end."""
+    tokens = train.tokens(steps)
+    epochs = {
+        name: tokens[name] / (source.n_blocks * train.seq_len)
+        for name, source in zip(train.names, train.sources, strict=True)
+        if source.n_blocks
+    }
+    return ", ".join(f"{name} {number:.2f}" for name, number in epochs.items())
 
 
 def _trained(adapter: AdapterArguments) -> str:
@@ -82,7 +103,9 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     is_full = arguments.adapter.adapter == Control.FULL
     is_one_adapter = not is_full and not arguments.research
     if is_one_adapter:
-        rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
+        sets = dict(arguments.data.named_eval_files()) or {"NAME": "FILE"}
+        named = " ".join(quote(f"{name}={path}") for name, path in sets.items())
+        rows["evaluate"] = f"mora-ds evaluate {latest} --sets {named}"
     if is_one_adapter and not arguments.training.export_merged:
         rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
     if is_one_adapter or arguments.training.export_merged:

@@ -156,6 +156,11 @@ class Trainer:
             merges = self.schedule.merges_left(state.step)
             steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
             logger.info(f"merges still to come: {len(merges)}{steps}")
+            if not merges and not state.merges:
+                logger.warning(
+                    f"--merge_every {self.schedule.merge_every}: this run of {self.total_steps} steps has no merge "
+                    "and trains plain MoRA: the re-warmup after a merge must end before the run does"
+                )
         profiler = None
         if self.training.profile is not None and self.ranks.is_first:
             profiler = step_profiler(

@@ -1,6 +1,7 @@
 """`mora-ds plan`: what its flags mean, and what it prints."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -69,6 +70,27 @@ def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
     planner = planner_of(f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}")
     assert planner.work.dtype == dtype
+
+
+def test_a_recipe_is_planned_as_it_stands_before_a_recommendation(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nseq_len: 128\n"
+        "train_embedding_rank: 3\nmax_steps: 100000\n"
+    )
+    flags = f"{recipe} --model {TINY} --gpus 8 --assume_mfu 0.5"
+    plan = planner_of(flags).plan()
+    assert plan.checkpoint == 16 * plan.trained.total
+    call("plan", *flags.split())
+    given, recommended = capsys.readouterr().out.split(tool.RECOMMENDED)
+    assert given.startswith(tool.AS_GIVEN)
+    assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 2" in given
+    assert "4,096 tokens per step" in given
+    assert re.search(r"embeddings and others +0.\d+ MB  1/8", given)
+    assert "100,000 steps, 409,600,000 tokens" in given
+    hours = 409.6e6 * plan.token_flops / (0.5 * 989e12 * 3600)
+    assert f"at an MFU of 50%: {hours:,.1f} GPU-hours of an H100" in given
+    assert "--per_device_train_batch_size 256" in recommended
 
 
 def test_the_tool_prints_json(capsys):

@@ -64,9 +64,9 @@ def test_a_run_stops_when_a_set_is_forgotten(user, out):
     assert step < 12
     assert f"stopping after step {step} of 12: the value of held is" in told
     ratios = [
-        row["eval"]["held"] / summary["perplexity_before"]["held"]
+        row["eval_perplexity"]["held"] / summary["perplexity_before"]["held"]
         for row in rows(out)
-        if "eval" in row
+        if "eval_perplexity" in row
     ]
     assert ratios[-1] > 1.2 >= max(ratios[:-1]), (
         "at the first evaluation beyond the bound, made once"
@@ -94,10 +94,10 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
     whole = tmp_path / "whole"
     summary = run(1, forgetting(user, whole, more))
     scores = {
-        row["step"]: math.log(row["eval"]["held"])
-        + 0.5 * math.log(row["eval"]["short"])
+        row["step"]: math.log(row["eval_perplexity"]["held"])
+        + 0.5 * math.log(row["eval_perplexity"]["short"])
         for row in rows(whole)
-        if "eval" in row and row["step"] > 0
+        if "eval_perplexity" in row and row["step"] > 0
     }
     best = min(scores, key=lambda step: scores[step])
     assert 0 < best < 9, scores

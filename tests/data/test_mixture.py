@@ -369,9 +369,9 @@ def test_no_held_out_document_is_trained_on(user, tmp_path):
     more = ("--held_out_share", share, "--eval_files", f"mine={user.held}")
     run(1, user.flags(tmp_path / "out", *sources, *more))
     (after,) = [
-        row["eval"]
+        row["eval_perplexity"]
         for row in rows(tmp_path / "out")
-        if "eval" in row and row["step"] == 6
+        if "eval_perplexity" in row and row["step"] == 6
     ]
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 

@@ -162,9 +162,10 @@ OTHERS = {
     "--rdzv",
     "--standalone",
     "--env",
+    "--local",
     "--model_args",
 }
-"""Flags of other programs: launchers, sbatch, SkyPilot, mkdocs, vLLM, ReLoRA's own code."""
+"""Flags of other programs: launchers, sbatch, SkyPilot, hf, mkdocs, vLLM, ReLoRA's own code."""
 
 
 def test_every_flag_that_a_page_names_exists():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import config_path
 from mora_ds.engine.ds_config import (
     AUTO,
     PERSIST_BUDGET_BYTES,
@@ -22,6 +23,7 @@ from mora_ds.engine.ds_config import (
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
 from mora_ds.engine.settings import EngineSettings
+from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
 SETTINGS = EngineSettings(
@@ -286,7 +288,7 @@ WRONG = """
 {optimizer: {params: {fused: true, foreach: true}}} | fused and foreach are two ways
 {gradient_allreduce_op: sum} | average over tokens
 {managed_gradient_accumulation: false} | must stay true
-{steps_per_print: auto} | steps_per_print = "auto": there is no flag to take it from
+{steps_per_print: auto} | steps_per_print: "auto" works only for settings that
 """
 """Others are lines of tests/config/test_bad_launches.py."""
 
@@ -296,6 +298,19 @@ def test_each_wrong_setting_is_named(config, message):
     text = refusal(parsed(config))
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+def test_the_packaged_files_need_no_flags():
+    """ "auto" follows the model, otherwise it is the default of DeepSpeed or torch."""
+    config = resolve_ds_config(config_path("zero3"), dtype="bfloat16")
+    assert compute_dtype(config) == "bfloat16"
+    assert config["train_micro_batch_size_per_gpu"] == 1
+    assert config["optimizer"] == {"type": "AdamW", "params": {"torch_adam": True}}
+    assert compute_dtype(resolve_ds_config(config_path("zero2"))) == "float32"
+    given = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": AUTO}
+    assert "train_micro_batch_size_per_gpu" not in resolve_ds_config(given)
+    with user_error("zero9.*there are .*models/llama3_8b.json"):
+        config_path("zero9")
 
 
 @pytest.mark.parametrize("path", REFUSED)

@@ -1,5 +1,6 @@
 """What `start_distributed` and `initialize` settle before DeepSpeed's engine exists."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -77,9 +78,13 @@ def launched(monkeypatch):
     return launched
 
 
-def test_a_process_without_a_launcher_is_told_so(monkeypatch, launched):
+def test_a_process_without_a_launcher_is_refused_next_to_unused_gpus(
+    monkeypatch, launched
+):
+    """Without any launcher and GPUs it is the only rank, as in tests/test_readme.py."""
     launched()
     monkeypatch.setattr(start, "find_spec", lambda name: None)
+    monkeypatch.setattr(start, "accelerators", lambda: 2)
     with user_error(r"RANK.*write deepspeed in place of python"):
         start_distributed()
 
@@ -89,7 +94,7 @@ def test_a_port_that_is_in_use_is_named(launched):
         port = listener.getsockname()[1]
         launched(0, port=port)
         with user_error(
-            f"port {port} of this machine.* give this one another with --master_port"
+            f"port {port} of this machine.*process {os.getpid()}.*another port with --master_port"
         ):
             start_distributed()
 

@@ -85,10 +85,10 @@ def test_perplexity_is_the_naive_one(user, tmp_path, window, stride, kind):
 
 
 def test_a_chunk_has_the_end_of_the_one_before_as_context():
-    """Every token is scored once; a document begins with the end-of-text token where
-    there is no BOS.
-    """
+    """Every token is scored once; without a start token all but the first of a document."""
     tokenizer = Letters()
+    tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
+    tokenizer.decode = lambda ids: "".join(chr(96 + token) for token in ids)
     chunks = [
         Document("abcde", ends=False),
         Document("fgh", begins=False),
@@ -96,7 +96,9 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     ]
     corpus = [*chunks, Document("ü")]
     count = Score()
-    assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
+    assert list(
+        perplexity._windows(corpus, tokenizer, Windows(4, 1, "<s>"), 2, count)
+    ) == [
         ([0, 1, 2, 3], 3),
         ([1, 2, 3, 4], 1),
         ([2, 3, 4, 5], 1),
@@ -107,20 +109,23 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
-    pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
+    pieces = list(
+        perplexity._windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, whole)
+    )
     assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
     assert whole.text_bytes == 11, "bytes, not characters"
-    shared = list(perplexity._windows(corpus, tokenizer, Windows(5, 3), 1, Score()))
+    shared = list(
+        perplexity._windows(corpus, tokenizer, Windows(5, 3, "<s>"), 1, Score())
+    )
     assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
-    tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
-    assert perplexity._document_start(tokenizer, "<s>") == 0
     named = perplexity._windows(
         corpus, tokenizer, Windows(4, 2, "b", "gemma"), 1, Score()
     )
     assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
-    tokenizer.eos_token_id = None
-    with user_error("neither a BOS nor an end-of-text token"):
-        perplexity._document_start(tokenizer, "auto")
+    bare = Score()
+    cut = list(perplexity._windows(corpus, tokenizer, Windows(4, 2, "none"), 2, bare))
+    assert cut[:2] == [([1, 2, 3, 4], 3), ([3, 4, 5], 1)]
+    assert (bare.tokens, bare.text_bytes) == (7, 7)
 
 
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
@@ -217,7 +222,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, (
         "of a model that has diverged"
     )
-    with user_error("neither a Hugging Face folder nor a checkpoint"):
+    with user_error("neither a Hugging Face model nor a run or checkpoint"):
         load_target(tmp_path)
     with user_error("--base belongs to a checkpoint"):
         load_target(user.model, base=user.model)

@@ -14,9 +14,10 @@ PAGES = [
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
-def code_with(word, page="README.md"):
-    """The one block of Python on a page that contains `word`."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+def code_with(word, page="README.md", language="python"):
+    """The one block of code on a page that contains `word`."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
     (code,) = (block for block in blocks if word in block)
     return code
 

@@ -53,7 +53,7 @@ def test_it_is_the_run_of_one_rank(saved, user):
     assert_close(losses(out), curve, rtol=1e-5, atol=0)
     alone = user.root / f"{name}-alone"
     for mine, theirs in zip(rows(out), rows(alone), strict=True):
-        for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
+        for key in ("grad_norm", "loss_after", "mora_matrix_norm", "delta_norm"):
             expected = pytest.approx(theirs.get(key, 0.0), rel=1e-4)
             assert mine.get(key, 0.0) == expected, (key, mine)
     for step in (HALF, STEPS):

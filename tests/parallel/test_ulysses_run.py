@@ -51,7 +51,9 @@ def assert_close(results, wanted, rel):
             assert_close(results[key], value, rel)
         elif isinstance(value, float):
             small = (
-                10 * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
+                10 * rel
+                if key in ("grad_norm", "delta_norm", "mora_matrix_norm")
+                else rel
             )
             assert results[key] == pytest.approx(value, rel=small, abs=0.0), key
         else:

@@ -30,7 +30,7 @@ def trained(stage, **changes):
         **changes.pop("zero", {}),
     }
     config = {"zero_optimization": zero}
-    return replace(Trained((101, 61, 7), 80, 2, 4, 2, config), **changes)
+    return replace(Trained((101, 61, 7), 80, 162, 4, 2, config), **changes)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path, monkeypatch):
         planned_with(dry_run_of(tmp_path))
 
 
+def test_a_config_that_does_not_exist_is_answered_with_those_that_do():
+    with user_error("no such file; mora_ds comes with .*configs/models/llama3_8b.json"):
+        planned_with("--dry_run --model_name_or_path configs/models/llama_7b.json")
+
+
 def test_a_dry_run_wants_a_model(tmp_path):
     with user_error("--dry_run plans the run of a model: name one"):
         planned_with(f"--dry_run --output_dir {tmp_path}")

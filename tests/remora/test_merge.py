@@ -63,7 +63,7 @@ def check_norms(report, base, ledger):
         for name, entry in entries.items()
     ]
     norms = {
-        "square_norm": norm(ledger.square(0, name) for name in entries),
+        "mora_matrix_norm": norm(ledger.square(0, name) for name in entries),
         "delta_norm": norm(deltas),
         "weight_norm": norm(base.read(f"{name}.weight") for name in entries),
     }
@@ -99,7 +99,7 @@ def test_the_line_for_humans():
         cycle=2,
         step=9,
         layers=14,
-        square_norm=4.0,
+        mora_matrix_norm=4.0,
         delta_norm=2.0,
         weight_norm=8.0,
         rounding_loss=0.125,

@@ -365,6 +365,9 @@ def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
 
 
 def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):
-    with held_folder(tmp_path), user_error("another run is writing to it"):
+    with (
+        held_folder(tmp_path),
+        user_error(r"alive \(process \d+\); end them first"),
+    ):
         reserve(tmp_path)
     reserve(tmp_path)

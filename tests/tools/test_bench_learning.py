@@ -128,7 +128,10 @@ def ran(monkeypatch):
         }
         summary = {"trainable_params": 7, "perplexity_after": perplexities}
         (folder / "summary.json").write_text(json.dumps(summary))
-        rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
+        rows = [
+            {"step": 10, "loss": 5.0},
+            {"step": 20, "eval_perplexity": perplexities},
+        ]
         if "eval_tasks" in settings:
             scores = {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}
             rows.append({"step": 20, "tasks": {"quiz": scores}})

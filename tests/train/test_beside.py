@@ -185,7 +185,12 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, 
     kind, message = run_alone(ended, argv)
     assert kind == "FailedBeside"
     assert re.findall(r"after step (\d)", message) == ["1"]
-    assert [row["step"] for row in rows(out) if "eval" in row] == [0, 2, 3, 4]
+    assert [row["step"] for row in rows(out) if "eval_perplexity" in row] == [
+        0,
+        2,
+        3,
+        4,
+    ]
 
 
 FAILURES = """

@@ -104,7 +104,7 @@ def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):
             folder,
         )
         told = run_alone(printed, user.flags(tmp_path / str(number), *flags))
-        assert ("nothing stands before a document" in told) == says
+        assert ("no token separates documents" in told) == says
 
 
 @pytest.mark.parametrize("more", ["--streaming true", heavy("--streaming false")])
@@ -129,9 +129,10 @@ def test_an_evaluation_begins_documents_with_it(user, tmp_path):
     sets = ("--sets", f"code={user.other}", "--window 64 --stride 32 --json", report)
     call("evaluate", user.model, *sets, START)
     assert read_json(report)["sets"]["code"]["nats"] == scores[TOKEN]
-    for start, message in (
-        ("<x>", "'<x>' is no token"),
-        ("none", "none: the first token of a document is scored too"),
-    ):
-        with user_error(f"--document_start {message}"):
-            call("evaluate", user.model, *sets, "--document_start", start)
+    with user_error("--document_start '<x>' is no token"):
+        call("evaluate", user.model, *sets, "--document_start <x>")
+
+
+def test_an_evaluation_of_a_run_takes_that_of_the_run(user, out):
+    run(1, user.flags(out, START))
+    assert load_target(out).document_start == TOKEN

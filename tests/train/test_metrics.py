@@ -136,7 +136,7 @@ def test_what_is_no_number_is_null(tmp_path):
     first, second = rows(tmp_path)
     assert first["perplexity"] is first["grad_norm"] is None
     assert first["loss"] == 800.0
-    assert second["eval"] == {"held": None}
+    assert second["eval_perplexity"] == {"held": None}
 
 
 def write_rows(path, steps, tail=""):
@@ -156,12 +156,14 @@ def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path):
     log = MetricsLog(tmp_path, 9, enabled=True)
     log.evaluation(0, {"held": 3.0})
     log.close()
-    assert rows(tmp_path) == [{"step": 0, "eval": {"held": 3.0}}]
+    assert rows(tmp_path) == [{"step": 0, "eval_perplexity": {"held": 3.0}}]
 
 
 def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
     for start in (0, 2):
-        log = board_log(tmp_path, start, pending=["merge", "eval"] if start else [])
+        log = board_log(
+            tmp_path, start, pending=["merge", "eval_perplexity"] if start else []
+        )
         for step in range(start + 1, 3):
             log.step(metrics(step))
         log.record("merge", 2, {"cycle": 0})
@@ -170,7 +172,7 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2]
     assert rows(tmp_path)[2:] == [
         {"step": 2, "merge": {"cycle": 0}},
-        {"step": 2, "eval": {"held": 3.0}},
+        {"step": 2, "eval_perplexity": {"held": 3.0}},
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for tag in board.Tags()["scalars"]:
@@ -189,7 +191,7 @@ def test_weights_and_biases_does_not_get_the_other_rows_of_a_pending_step(
     log.step(metrics(2))
     log.close()
     tracker = Tracker("wandb", tmp_path, {}, 2, [])
-    log = MetricsLog(tmp_path, 9, True, 2, [tracker], ["eval"])
+    log = MetricsLog(tmp_path, 9, True, 2, [tracker], ["eval_perplexity"])
     log.evaluation(2, {"held": 3.0})
     log.close()
     wandb.init.return_value.log.assert_called_once_with(
@@ -247,6 +249,6 @@ def test_other_ranks_write_nothing(tmp_path):
     log = MetricsLog(tmp_path, 3, enabled=False)
     log.step(metrics(1))
     log.evaluation(1, {})
-    log.record("merge", 1, {"cycle": 0, "square_norm": 0.0})
+    log.record("merge", 1, {"cycle": 0, "mora_matrix_norm": 0.0})
     log.close()
     assert not list(tmp_path.iterdir())

@@ -184,7 +184,7 @@ def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
     out = a_run(tmp_path / "out")
     child = orphan(out, 2)
     monkeypatch.setattr(output_folder, "_ORPHANS_S", 0.2)
-    with untouched(out), user_error("ranks of an earlier run are left"):
+    with untouched(out), user_error(rf"alive \(process {child}\)"):
         reserve(out)
     monkeypatch.setattr(output_folder, "_ORPHANS_S", 60)
     reserve(out)

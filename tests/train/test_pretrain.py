@@ -50,7 +50,11 @@ MERGING = "--merge_every 3 --restart_warmup_steps 1 --max_steps 8 --eval_steps 4
 
 
 def perplexities(out):
-    return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
+    return [
+        (row["step"], row["eval_perplexity"])
+        for row in rows(out)
+        if "eval_perplexity" in row
+    ]
 
 
 def assert_close_evals(one, reference):
@@ -239,8 +243,9 @@ def test_how_it_is_computed_changes_nothing(user, plain, out, config, checkpoint
 FIRST_LINES = r"""
 model       llama, .*
 trained     .* parameters \(.* MoRA of rank 2.*
-data        2 sequences of 32 tokens, 64 tokens a step
+data        2 sequences of 32 tokens, 64 tokens per step
 steps       4 \(256 tokens\)
+epochs      train 0.01
 memory      """
 LAST_LINES = r"""
 done        4 steps, 256 tokens in 0:0.*

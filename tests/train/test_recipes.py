@@ -123,7 +123,7 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     said = numbers(r"([\d.]+) GB on the network of a GPU and step", text)
     assert bool(said) == (path.stem in ("continual", "continual_embeddings"))
     if said:
-        (sent,) = numbers(r"sent a step and GPU +([\d.]+) GB", told)
+        (sent,) = numbers(r"sent per GPU per step +([\d.]+) GB", told)
         assert said[0] == round(sent, 1)
     page = (CONFIGS.parent / "docs/recipes/choosing.md").read_text()
     (row,) = re.findall(rf"^\|.*`{path.stem}`.*$", page, re.MULTILINE)
@@ -153,7 +153,7 @@ def test_experiments_are_planned(flags, tmp_path, out, monkeypatch, capsys):
     recipe = CONFIGS / "recipes/tier_a_olmo2_1b.yaml"
     train(parse([*dry_run_of(recipe, model_config("1b", tmp_path), out), *flags]))
     told = capsys.readouterr().out
-    assert "524,288 tokens a step" in told
+    assert "524,288 tokens per step" in told
     assert numbers(r"= peak +([\d.]+) GB", told)[0] <= USABLE * 80.0
 
 

@@ -43,7 +43,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out)
     # After a merge not saved yet, then between checkpoints
     stop_and_resume(2, user.flags(out, more), 3, 7)
     assert_same_run(out, whole)
-    assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
+    assert [row["step"] for row in rows(out) if "eval_perplexity" in row] == [
+        0,
+        4,
+        8,
+        9,
+    ]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
 
 

@@ -86,7 +86,6 @@ initialize | {model: ADAPTED, config: {}, tensor_parallel_size: "2"} | \
 initialize: `tensor_parallel_size` must be a whole number from 1 on, got '2'
 initialize | {model: ADAPTED, config: {}, tensor_parallel_size: true} | \
 initialize: `tensor_parallel_size` must be a whole number from 1 on, got True
-initialize | {model: ADAPTED, config: {}} | initialize: the DeepSpeed config has no batch size
 export_merged | {checkpoint: null, output: NEW} | export_merged: `checkpoint` must be a path, got None
 export_merged | {checkpoint: out, output: ""} | export_merged: `output` must be a path, got ''
 export_merged | {checkpoint: out, output: NEW, base_folder: 3} | `checkpoint`: out is neither

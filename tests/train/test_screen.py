@@ -2,14 +2,18 @@
 are in test_pretrain.py.
 """
 
+import re
 import shlex
 from dataclasses import replace
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from mora_ds.config.arguments import parse
 from mora_ds.train import screen
 from mora_ds.train.screen import closing
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import printed
 from tests.helpers.tables import rows
 
 SUMMARY = {"steps": 1200, "tokens": 2_400_000}
@@ -44,11 +48,12 @@ def test_the_next_commands_have_the_paths_of_the_run():
 
 def test_the_next_commands_can_be_copied_into_a_shell(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    lines = closing(parse(["--output_dir", "~/a run"]), SUMMARY, 1)
+    flags = ["--output_dir", "~/a run", "--eval_files", "law=a b.txt"]
+    lines = closing(parse(flags), SUMMARY, 1)
     checkpoint = f"{tmp_path}/a run/checkpoints/latest"
     merged = f"{tmp_path}/a run/merged"
     assert [shlex.split(line)[1:] for line in lines[-3:]] == [
-        ["mora-ds", "evaluate", checkpoint, "--sets", "NAME=FILE"],
+        ["mora-ds", "evaluate", checkpoint, "--sets", "law=a b.txt"],
         ["mora-ds", "export", "--checkpoint", checkpoint, "--output", merged],
         ["vllm", "serve", merged],
     ]
@@ -61,3 +66,12 @@ def test_everything_that_is_trained_is_named():
     assert (
         screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"
     )
+
+
+def test_the_first_lines_have_the_base_without_adapter_and_the_epochs(user, out):
+    """And say where a run is too short for its first merge."""
+    told = run_alone(printed, user.flags(out, "--max_steps 2 --merge_every 20"))
+    base = AutoModelForCausalLM.from_pretrained(user.model).num_parameters()
+    assert f"llama, {base:,} parameters" in told
+    assert re.search(r"epochs +train 0\.\d\d", told)
+    assert "--merge_every 20: this run of 2 steps has no merge" in told

@@ -397,7 +397,9 @@ def _run(trial: Trial) -> None:
             "trained": summary["trainable_params"],
             "perplexity": summary["perplexity_after"],
             "curve": [
-                {"step": row["step"], **row["eval"]} for row in rows if "eval" in row
+                {"step": row["step"], **row["eval_perplexity"]}
+                for row in rows
+                if "eval_perplexity" in row
             ],
             "loss": [[row["step"], row["loss"]] for row in rows if "loss" in row],
             "marks": trial.marks,

@@ -105,7 +105,7 @@ def test_relora_live_base_is_its_replayed_ledger(
 ):
     config = LoRAConfig(rank=3)
     ranks = run_pooled(world, merging_run, str(tmp_path), config, stage, dtype, 4)
-    assert all(report["square_norm"] > 0 for report in ranks[0]["reports"])
+    assert all(report["mora_matrix_norm"] > 0 for report in ranks[0]["reports"])
     assert Ledger.open(out / "ledger").cycles == 4
     assert_replayed(ranks, tmp_path)
     exported = export_merged(out, merged, verify=True)
