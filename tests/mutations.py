@@ -700,7 +700,7 @@ MUTATIONS = [
 def copy_of_checkout(target):
     """Every file that git tracks or would track, as it is now."""
     listed = "git ls-files -z --cached --others --exclude-standard"
-    copied = f"xargs -0 cp --parents --target-directory={target}"
+    copied = f"xargs -0 cp -d --parents --target-directory={target}"
     subprocess.run(f"{listed} | {copied}", shell=True, cwd=ROOT, check=True)
 
 
