@@ -17,7 +17,7 @@ from mora_ds.adapters.layer import ExpertStack, is_linear
 from mora_ds.adapters.target_patterns import matches, matches_experts, names_experts
 from mora_ds.common.errors import UserError, nearest
 
-_READ_DIRECTLY = {
+READ_DIRECTLY = {
     "MambaMixer.x_proj",
     "MambaMixer.dt_proj",
     "MambaMixer.out_proj",
@@ -133,7 +133,7 @@ def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[
 def _is_read_directly(model: nn.Module, name: str) -> bool:
     parent, _, child = name.rpartition(".")
     kind = type(model.get_submodule(parent)).__name__
-    return f"{kind}.{child}" in _READ_DIRECTLY
+    return f"{kind}.{child}" in READ_DIRECTLY
 
 
 def language_model(model: Any) -> Any:

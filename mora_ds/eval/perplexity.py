@@ -223,15 +223,15 @@ def evaluate(
     """Score every document of `corpus`, or its first `max_documents`. Raises
     `UserError` for texts without a token."""
     score = Score()
-    cut = _windows(corpus, target.tokenizer, windows, max_documents, score)
-    for batch in _batches(cut, batch_size):
+    cut = cut_windows(corpus, target.tokenizer, windows, max_documents, score)
+    for batch in sorted_batches(cut, batch_size):
         score.nats += _nats(target.model, batch)
     if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
     return score
 
 
-def _windows(
+def cut_windows(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     windows: Windows,
@@ -241,7 +241,7 @@ def _windows(
     """The windows of all documents, which are counted in `score`. The next chunk of a
     document has the last tokens of the previous one as context."""
     first = block_start(tokenizer, windows.document_start, windows.model_type)
-    start = _document_start(tokenizer, windows.document_start)
+    start = document_start_id(tokenizer, windows.document_start)
     seen: list[int] = []
     for document in corpus:
         if document.begins:
@@ -259,7 +259,7 @@ def _windows(
         seen = sequence[-max(windows.window - windows.stride, 1) :]
 
 
-def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> int:
+def document_start_id(tokenizer: PreTrainedTokenizerBase, document_start: str) -> int:
     """The token before every document. Raises `UserError` where there is none."""
     if document_start == NOTHING:
         raise UserError(
@@ -275,7 +275,9 @@ def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> 
     return start
 
 
-def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:
+def sorted_batches(
+    windows: Iterator[_Window], batch_size: int
+) -> Iterator[list[_Window]]:
     while group := list(islice(windows, _SORTED_AT_ONCE * batch_size)):
         group.sort(key=lambda window: len(window[0]))
         yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))

@@ -94,7 +94,7 @@ def run_demo(arguments: Arguments) -> None:
     with start_up():
         ranks = start_processes(arguments)
         # The settings of the main job are checked before anything is written.
-        job = _continue_arguments(arguments, paths, ranks.world)
+        job = continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:
         ranks.on_first(
@@ -195,9 +195,7 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
-def _continue_arguments(
-    arguments: Arguments, paths: DemoPaths, world: int
-) -> Arguments:
+def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user
     gave. Raises `UserError`."""
     user_settings = {

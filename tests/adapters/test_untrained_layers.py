@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.target_modules import (
-    _READ_DIRECTLY,
+    READ_DIRECTLY,
     language_model,
     match_targets,
 )
@@ -100,7 +100,7 @@ def test_the_table_is_what_transformers_reads():
             if "self.A_log" in text or "altup" in text:
                 read = re.findall(r"self\.(\w+_(?:proj|coefs))\.weight\b", text)
                 found |= {f"{kind}.{name}" for name in read}
-    assert found == _READ_DIRECTLY
+    assert found == READ_DIRECTLY
 
 
 # -- multimodal models -----------------------------------------------------------------

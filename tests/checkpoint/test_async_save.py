@@ -37,7 +37,7 @@ def slow_job(argv):
     a save that waited for the disk would wait for ever. (shards that were written beside
     training, summary)."""
     write = shard_module.write_shard
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
     save = checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
 
@@ -59,7 +59,7 @@ def slow_job(argv):
         after_step(trainer)
 
     shard_module.write_shard = slowly
-    Trainer._after_step = step
+    Trainer.after_step = step
     checkpoints.CheckpointWriter.save = counted
     summary = job(argv)
     return beside, summary

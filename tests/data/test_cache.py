@@ -25,7 +25,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.data.cache import damage
-from mora_ds.train.data import _cached
+from mora_ds.train.data import cached
 from tests.helpers.errors import user_error
 from tests.helpers.tools import called
 
@@ -275,8 +275,8 @@ def test_an_empty_variable_names_no_cache_folder(
     data = DataArguments()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    built = _cached(load_corpus(files), tokenizer, data, progress=False)
+    built = cached(load_corpus(files), tokenizer, data, progress=False)
     assert built.folder.parent == tmp_path / ".cache/mora_ds/tokens"
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody5/cache")
     with user_error("--cache_dir"):
-        _cached(load_corpus(files), tokenizer, data, progress=False)
+        cached(load_corpus(files), tokenizer, data, progress=False)

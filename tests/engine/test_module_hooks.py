@@ -17,7 +17,7 @@ from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
-from mora_ds.engine.module_hooks import _gather
+from mora_ds.engine.module_hooks import gather_persistent
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import (
@@ -244,7 +244,7 @@ def gathered_when_needed():
         pass
     with torch.no_grad():
         assert torch.isfinite(causal_loss(engine, tokens(2, seed=0)))
-    _gather(persistent)
+    gather_persistent(persistent)
     return history
 
 

@@ -14,7 +14,7 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.muon import _factor
+from mora_ds.engine.muon import clip_factor
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
@@ -280,9 +280,9 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage, precision):
 
 def test_gradients_are_clipped_where_there_is_a_limit():
     norms = [torch.tensor(3.0), torch.tensor(4.0)]  # of groups, with the loss scale
-    assert _factor(norms, 2.0, 0.5) == pytest.approx(0.2, rel=1e-6)
-    assert _factor(norms, 2.0, 5.0) == _factor(norms, 2.0, 0.0) == 1.0
-    assert _factor([torch.tensor(math.inf)], 2.0, 0.5) is None
+    assert clip_factor(norms, 2.0, 0.5) == pytest.approx(0.2, rel=1e-6)
+    assert clip_factor(norms, 2.0, 5.0) == clip_factor(norms, 2.0, 0.0) == 1.0
+    assert clip_factor([torch.tensor(math.inf)], 2.0, 0.5) is None
 
 
 def momentum_over_a_dropped_step():

@@ -96,7 +96,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     ]
     corpus = [*chunks, Document("ü")]
     count = Score()
-    assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
+    assert list(perplexity.cut_windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
         ([0, 1, 2, 3], 3),
         ([1, 2, 3, 4], 1),
         ([2, 3, 4, 5], 1),
@@ -107,26 +107,26 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
-    pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
+    pieces = list(perplexity.cut_windows(corpus, tokenizer, Windows(4, 3), None, whole))
     assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
     assert whole.text_bytes == 11, "bytes, not characters"
-    shared = list(perplexity._windows(corpus, tokenizer, Windows(5, 3), 1, Score()))
+    shared = list(perplexity.cut_windows(corpus, tokenizer, Windows(5, 3), 1, Score()))
     assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
     tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}
-    assert perplexity._document_start(tokenizer, "<s>") == 0
-    named = perplexity._windows(
+    assert perplexity.document_start_id(tokenizer, "<s>") == 0
+    named = perplexity.cut_windows(
         corpus, tokenizer, Windows(4, 2, "b", "gemma"), 1, Score()
     )
     assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
     tokenizer.eos_token_id = None
     with user_error("neither a BOS nor an end-of-text token"):
-        perplexity._document_start(tokenizer, "auto")
+        perplexity.document_start_id(tokenizer, "auto")
 
 
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
     monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
-    batches = list(perplexity._batches(iter(windows), 2))
+    batches = list(perplexity.sorted_batches(iter(windows), 2))
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [
         [2, 3],
         [5, 9],
@@ -138,7 +138,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
     assert target.model.dtype == torch.bfloat16
-    nats = perplexity._nats(target.model, [(list(range(3, 60)), 56)])
+    nats = evaluate(target, [Document("one text")], Windows(64, 32)).nats
     assert nats != torch.tensor(nats).bfloat16().item(), "losses are in fp32"
     assert not target.model.training
     with user_error("--domain belongs to a checkpoint"):

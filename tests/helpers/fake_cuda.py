@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CUDA = torch.device("cuda", 0)
 SHIM = Path(__file__).with_suffix(".cpp")
 
+_only_lift_cpu_tensors = torch._C._set_only_lift_cpu_tensors
 _FAKE = FakeTensorMode()
 """One for the process: tables that a cache holds may be read under the next `FakeCuda`."""
 _PATCHES = (
@@ -92,12 +93,12 @@ class FakeCuda(TorchDispatchMode):
         for patcher in _PATCHES:
             self._patches.enter_context(patcher)
         # torch.tensor(..., device="cuda") is then a copy that is seen here
-        torch._C._set_only_lift_cpu_tensors(True)
+        _only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(False)
+        _only_lift_cpu_tensors(False)
         self._patches.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -105,7 +106,7 @@ class FakeCuda(TorchDispatchMode):
         device = torch.device(kwargs.get("device") or "cpu")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if (
-            func is torch.ops.aten._to_copy.default
+            func.name() == "aten::_to_copy"
             and device.type != args[0].device.type
             and "device" in kwargs
         ):

@@ -152,14 +152,12 @@ def prepare(model, arguments, dense):
     move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
     with BaseRing(model, CUDA, FakeCopies()).aside() if streams else nullcontext():
         for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(CUDA)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(
-                        parameter.data.to(CUDA, dtype)
-                    )
-                    vars(module._parameters[name]).update(vars(parameter))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(CUDA))
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                moved = nn.Parameter(parameter.data.to(CUDA, dtype))
+                vars(moved).update(vars(parameter))
+                setattr(module, name, moved)
     if training.chunked_loss:
         chunk_loss(model, 16)
     model.train()

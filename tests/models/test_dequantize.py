@@ -16,7 +16,7 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
-from mora_ds.models.load import _local_folder, resolve_folder
+from mora_ds.models.load import local_folder, resolve_folder
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
@@ -218,4 +218,4 @@ def test_gguf_is_named(tmp_path):
         with user_error("GGUF is not read: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
-    assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"
+    assert local_folder(str(tmp_path)) == tmp_path, "a model beside it"

@@ -71,7 +71,7 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     called = "called a synchronizing CUDA operation"
-    with tool("bench/gpu")._counted_waits(torch.device("cuda")) as waits:
+    with tool("bench/gpu").counted_waits(torch.device("cuda")) as waits:
         for message in (called, "something else", called):
             warnings.warn(message, stacklevel=1)
     assert len(waits) == 2

@@ -21,8 +21,12 @@ def test_relora_has_one_curve_for_1_and_2_ranks_is_resumed_and_exported(
     summary = run(2, user.flags(two, RELORA))
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
-    gathered = {row["bytes_gathered"] for row in rows(two)[1:] if "loss" in row}
+    steps = [row for row in rows(two)[1:] if "loss" in row]
+    gathered = {row["bytes_gathered"] for row in steps}
     assert gathered == {summary["bytes_gathered_per_step"]}
+    for row in steps:
+        assert row["tokens_per_s"] == 2 * row["tokens_per_s_per_rank"]
+        assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(4 * 32)
     assert_close_losses(two, one, rtol=2e-6)
     before = summary["perplexity_before"]["held"]
     assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
