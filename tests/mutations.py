@@ -706,7 +706,7 @@ def copy_of_checkout(target):
 
 def is_noticed(fault, root):
     """Whether the default tests that `fault` names fail with it in the copy `root`, which is
-    sound again afterwards. Raises `RuntimeError` where none could run.
+    sound again afterwards.
     """
     path = root / "mora_ds" / fault.file
     sound = path.read_text()
@@ -714,15 +714,10 @@ def is_noticed(fault, root):
     files = [f"tests/{name}" for name in fault.tests.split()]
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE)
     path.write_text(sound)
-    if done.returncode not in (0, 1, 2):
-        raise RuntimeError(
-            f"pytest ended with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}"
-        )
-    return done.returncode != 0
+    # 2: the tests cannot even be imported; other codes are those of no test at all
+    return done.returncode in (1, 2)
 
 
 def list_faults(chosen):

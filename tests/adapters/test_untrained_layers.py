@@ -18,34 +18,25 @@ from mora_ds.adapters.target_modules import (
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, causal_loss, tokens
+from tests.helpers.tables import parsed
 
 COMMON = FAMILIES["llama"]
-MODELS = {
-    "llama": {},
-    "mamba": {"state_size": 4},
-    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "gemma3n_text": {
-        "head_dim": 16,
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 8,
-        "num_kv_shared_layers": 0,
-        "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0, 0.0],
-        "intermediate_size": [56, 56],
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
+MODELS = parsed("""
+llama: {}
+mamba: {state_size: 4}
+jamba: {num_experts: 2, attn_layer_period: 2, attn_layer_offset: 1}
+gemma3n_text:
+  {head_dim: 16, vocab_size_per_layer_input: 128, hidden_size_per_layer_input: 8, num_kv_shared_layers: 0,
+   laurel_rank: 4, activation_sparsity_pattern: [0.0, 0.0], intermediate_size: [56, 56],
+   layer_types: [sliding_attention, full_attention]}
+""")
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-MULTIMODAL = {
-    "gemma3": {},
-    "gemma4": {
-        "global_head_dim": 16,
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 8,
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
+MULTIMODAL = parsed("""
+gemma3: {}
+gemma4:
+  {global_head_dim: 16, vocab_size_per_layer_input: 128, hidden_size_per_layer_input: 8, num_kv_shared_layers: 0,
+   layer_types: [sliding_attention, full_attention]}
+""")
 
 
 def model_of(kind):

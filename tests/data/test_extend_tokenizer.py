@@ -43,6 +43,7 @@ from mora_ds.models.vocabulary import (
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed
 from tests.helpers.texts import json_lines
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
@@ -64,19 +65,11 @@ PLAIN = [
 ]
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
 
-LLAMA = {
-    "model_type": "bpe",
-    "vocab_size": 700,
-    "byte_fallback": True,
-    "split_digits": True,
-    "add_dummy_prefix": True,
-    "allow_whitespace_only_pieces": True,
-    "remove_extra_whitespaces": False,
-    "normalization_rule_name": "identity",
-    "character_coverage": 0.9995,
-    "num_threads": 1,
-    "minloglevel": 2,
-}
+LLAMA = parsed("""
+{model_type: bpe, vocab_size: 700, byte_fallback: true, split_digits: true, add_dummy_prefix: true,
+ allow_whitespace_only_pieces: true, remove_extra_whitespaces: false, normalization_rule_name: identity,
+ character_coverage: 0.9995, num_threads: 1, minloglevel: 2}
+""")
 """As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
 normalizer_spec).
 """

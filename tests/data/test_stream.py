@@ -134,7 +134,7 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     for number in range(cached.n_blocks):
         block = streamed.sample(number)
         longest_queue = max(
-            longest_queue, sum(len(chunk.tokens) for chunk in streamed._queue)
+            longest_queue, sum(len(chunk.tokens) for chunk in streamed.queue)
         )
     assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)

@@ -269,10 +269,10 @@ def gradients(model):
 
 def test_a_copy_that_is_being_used_is_not_replaced():
     _, ring = streamed_model()
-    ring._enter(0)
+    ring.enter(0)
     with run_error("layer 2 runs"):
-        ring._copy(2)
-    ring._leave()
+        ring.copy(2)
+    ring.leave()
 
 
 def test_tied_tensors_stay_on_the_device():

@@ -67,10 +67,12 @@ def trained(setting):
         ids = tokens(2, seed=10 * step + dist.get_rank())
         losses.append(micro_step(engine, ids).item())
     offload = engine.optimizer.parameter_offload
-    hooks = {handle.id for handle in offload.forward_hooks}
-    modules = engine.module.modules()
-    count = sum(not hooks.isdisjoint(module._forward_hooks) for module in modules)
-    return losses, trained_values(engine), count
+    hooked = {
+        id(hooks)
+        for handle in offload.forward_hooks
+        if handle.id in (hooks := handle.hooks_dict_ref())
+    }
+    return losses, trained_values(engine), len(hooked)
 
 
 def with_and_without(setting, module=initialize_module, **replaced):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.utils import counters
 
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
@@ -31,6 +32,7 @@ from tests.helpers.models import (
 from tests.helpers.operators import random
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tables import parsed
 
 ROWS = 6
 STEPS = 3
@@ -185,11 +187,11 @@ def train(engine, merge_at=None):
     return norms
 
 
-PRECISIONS = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
-}
+PRECISIONS = parsed("""
+fp32: {}
+bf16: {bf16: {enabled: true}}
+fp16: {fp16: {enabled: true, initial_scale_power: 8}}
+""")
 
 
 def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
@@ -212,7 +214,7 @@ def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
         "momentum": _norm(
             [value for key, _, value in state if key == "momentum_buffer"]
         ),
-        "frames": sum(torch._dynamo.utils.counters["frames"].values()),
+        "frames": sum(counters["frames"].values()),
     }
 
 

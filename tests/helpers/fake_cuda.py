@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C import _set_only_lift_cpu_tensors as only_lift_cpu_tensors
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -36,7 +37,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CUDA = torch.device("cuda", 0)
 SHIM = Path(__file__).with_suffix(".cpp")
 
-_only_lift_cpu_tensors = torch._C._set_only_lift_cpu_tensors
 _FAKE = FakeTensorMode()
 """One for the process: tables that a cache holds may be read under the next `FakeCuda`."""
 _PATCHES = (
@@ -93,12 +93,12 @@ class FakeCuda(TorchDispatchMode):
         for patcher in _PATCHES:
             self._patches.enter_context(patcher)
         # torch.tensor(..., device="cuda") is then a copy that is seen here
-        _only_lift_cpu_tensors(True)
+        only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        _only_lift_cpu_tensors(False)
+        only_lift_cpu_tensors(False)
         self._patches.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -51,13 +51,13 @@ ROWS = 2
 LENGTH = 48
 DEFAULTS = {"mora_rank": 4, "bf16": True, "family": "llama", "chunked_loss": True}
 
-OPERATORS = {
-    "operator": ["truncate", "share", "decouple", "rotate"],
-    "compute": ["activation", "weight"],
-    "base_bits": [16, 8],
-    "kernels": [True, False],
-    "checkpointing": ["none", "gradient_checkpointing", "reentrant"],
-}
+OPERATORS = yaml.safe_load("""
+operator: [truncate, share, decouple, rotate]
+compute: [activation, weight]
+base_bits: [16, 8]
+kernels: [true, false]
+checkpointing: [none, gradient_checkpointing, reentrant]
+""")
 
 
 def configurations():

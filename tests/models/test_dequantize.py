@@ -2,8 +2,6 @@
 to the bit.
 """
 
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -199,17 +197,6 @@ def test_scales_that_do_not_fit_are_named(user, model_folder, out, damage):
     if damage is with_another_float8:
         words = f"{UP} is torch.float8_e5m2 without block scales"
     assert words in message
-
-
-@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user, model_folder, out, method):
-    model = Path(shutil.copytree(user.model, model_folder))
-    settings = {"quant_method": method, "bits": 4}
-    write(model, load_file(model / "model.safetensors"), settings)
-    message = refusal(user.flags(out, "--model_name_or_path", model))
-    assert (
-        f"--model_name_or_path: the model holds quantized weights ({method})" in message
-    )
 
 
 def test_gguf_is_named(tmp_path):

@@ -30,17 +30,18 @@ from tests.helpers.models import (
     tiny_model,
     tokens,
 )
+from tests.helpers.tables import parsed
 
 WORLD = 2
 ROWS = 2
 LEARNING_RATE = 1e-2
 
-ALSO_TRAINED = {
-    "llama": {"train_embeddings": True, "train_norms": True, "train_head": True},
-    "qwen2": {"train_embeddings": True, "train_norms": True},  # tied
-    "gpt2": {"train_embeddings": True},  # tied, and positions too
-    "gemma3_text": {"train_norms": True},  # (1 + w) norms
-}
+ALSO_TRAINED = parsed("""
+llama: {train_embeddings: true, train_norms: true, train_head: true}
+qwen2: {train_embeddings: true, train_norms: true}  # tied
+gpt2: {train_embeddings: true}  # tied, and positions too
+gemma3_text: {train_norms: true}  # (1 + w) norms
+""")
 EXPERTS = ("mixtral", "qwen3_moe")
 """Families whose experts are adapted too."""
 OPERATORS = ("share", "rotate", "decouple", "truncate")
