@@ -58,11 +58,11 @@ def measure(folder: Path) -> Measures:
     ]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     lines = [line for source in sources for line in lines_of_code(source)]
-    comments = sum(count_comment_lines(source) for source in sources)
-    kinds = sum(asks_for_kind(node) for node in nodes)
+    comments = sum(map(count_comment_lines, sources))
+    kinds = sum(map(asks_for_kind, nodes))
     vague = [name for name in bound_names(nodes) if name.lstrip("_") in VAGUE_NAMES]
     assignments = [node for node in nodes if isinstance(node, ast.Assign)]
-    packed = sum(is_packed(assignment) for assignment in assignments)
+    packed = sum(map(is_packed, assignments))
     thousand_lines = len(lines) / 1000
     return {
         "nodes of the syntax tree": count_nodes(nodes),
@@ -94,17 +94,16 @@ def count_flags(config: Path) -> int:
 def count_nodes(nodes: list[ast.AST]) -> int:
     """Nodes but for contexts, and docstrings with the expression that each one is."""
     counted = sum(not isinstance(node, ast.expr_context) for node in nodes)
-    return counted - 2 * sum(docstring(node) is not None for node in nodes)
+    return counted - 2 * sum(map(has_docstring, nodes))
 
 
-def docstring(node: ast.AST) -> ast.stmt | None:
-    """The statement that documents a module, class or function."""
-    if (
-        not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        or not node.body
-    ):
-        return None
-    return node.body[0] if is_text(node.body[0]) else None
+def has_docstring(node: ast.AST) -> bool:
+    """Whether it is a module, class or function that begins with its documentation."""
+    return (
+        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and bool(node.body)
+        and is_text(node.body[0])
+    )
 
 
 def is_text(node: ast.AST) -> bool:
