@@ -31,6 +31,7 @@ from mora_ds.models.loss import (
 )
 from mora_ds.train import pretrain
 from mora_ds.train.preflight import logits_are_known
+from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import assert_close_losses, job, printed, refused, run
@@ -262,12 +263,7 @@ def zero3_gradients(family):
     """Of the same batch on every rank, the head sharded over them."""
     model = model_of(family)
     batch = batch_of()
-    config = {
-        "train_micro_batch_size_per_gpu": 3,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    }
-    engine, *_ = initialize(model=model, config=config)
+    engine, *_ = initialize(model=model, config=ds_config(3, 3, 1))
     chunk_loss(model, CHUNK)
     assert logits_are_known(engine)
     cut = model.register_forward_hook(

@@ -20,6 +20,7 @@ from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
 from mora_ds.train.run import Run
+from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import (
@@ -34,7 +35,6 @@ from tests.helpers.tables import parsed
 
 WORLD = 2
 ROWS = 2
-LEARNING_RATE = 1e-2
 
 ALSO_TRAINED = parsed("""
 llama: {train_embeddings: true, train_norms: true, train_head: true}
@@ -45,15 +45,6 @@ gemma3_text: {train_norms: true}  # (1 + w) norms
 EXPERTS = ("mixtral", "qwen3_moe")
 """Families whose experts are adapted too."""
 OPERATORS = ("share", "rotate", "decouple", "truncate")
-
-DS_CONFIG = {
-    "train_micro_batch_size_per_gpu": ROWS,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": LEARNING_RATE, "weight_decay": 0.0},
-    },
-}
 
 
 def adapter(family):
@@ -87,7 +78,7 @@ def end_to_end(root, family):
     )
     config = adapter(family)
     inject(loaded.model, config)
-    engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
+    engine, *_ = initialize(model=loaded.model, config=ds_config(3, ROWS, 1))
     work = Run(engine, base=loaded.base, folder=folder, keys=loaded.keys)
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
 
