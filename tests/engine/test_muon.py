@@ -226,7 +226,7 @@ def worst(tensors, expected, unit):
 
 def assert_follows(ranks, expected, tolerance):
     """A step moves a matrix by one learning rate: an update that is clipped itself, or
-    orthogonalised in parts, is off by more than that."""
+    orthogonalized in parts, is off by more than that."""
     for rank in ranks:
         assert rank["muon"] == [True, False]
         assert worst(rank["squares"], expected["squares"], RATE) < tolerance
@@ -248,7 +248,7 @@ def test_squares_and_the_rest_follow_one_process(world, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalised_each_by_itself(stage):
+def test_factors_of_lora_are_orthogonalized_each_by_itself(stage):
     ranks = run_ranks(2, sharded_run, stage, None, "fp32", True)
     assert_follows(ranks, plain_run(lora=True), 2e-3)
 
