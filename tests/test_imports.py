@@ -8,7 +8,6 @@ A package may import the packages that the table names for it, its own modules, 
 import ast
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 
@@ -279,8 +278,6 @@ def test_the_public_names_are_there():
         assert getattr(mora_ds, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mora_ds.nothing  # noqa: B018
-    for name, home in mora_ds._HOME.items():
-        assert getattr(import_module(f"mora_ds.{home}"), name) is getattr(mora_ds, name)
 
 
 def python(source):

@@ -76,6 +76,7 @@ def measure(folder: Path) -> Measures:
         "nodes of the syntax tree": count_nodes(nodes),
         "lines of code": len(lines),
         "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
+        "private attributes of others": sum(map(is_private, nodes)),
         "places that ask for an operator's kind": kinds,
         "names that say nothing, in 1,000 lines": round(
             1000 * len(vague) / len(lines), 1
@@ -177,6 +178,16 @@ def is_packed(assignment: ast.Assign) -> bool:
     return isinstance(assignment.value, ast.Tuple) and isinstance(
         assignment.targets[0], ast.Tuple
     )
+
+
+def is_private(node: ast.AST) -> bool:
+    """Whether it is a private attribute of another object or module. `os._exit` is a
+    public one."""
+    if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+        return False
+    if node.attr.startswith("__"):
+        return False
+    return ast.unparse(node.value) not in ("self", "cls", "os")
 
 
 def asks_for_kind(node: ast.AST) -> bool:

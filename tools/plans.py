@@ -60,19 +60,9 @@ def _plan(method: str, model: str, gpus: int, memory: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         config.write_text(json.dumps(MODELS[model]), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "mora_ds",
-            "plan",
-            "--model",
-            str(config),
-            "--json",
-        ]
-        planned = subprocess.run(
-            [*command, *flags.split()], cwd=ROOT, stdout=subprocess.PIPE, check=True
-        )
-    answer = json.loads(planned.stdout)
+        command = f"-m mora_ds plan --model {config} --json {flags}".split()
+        planned = subprocess.check_output([sys.executable, *command], cwd=ROOT)
+    answer = json.loads(planned)
     return {
         "model": model,
         "method": method,

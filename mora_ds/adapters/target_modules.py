@@ -22,7 +22,7 @@ from mora_ds.adapters.target_patterns import (
 )
 from mora_ds.common.errors import UserError, nearest
 
-_READ_DIRECTLY = {
+READ_DIRECTLY = {
     "MambaMixer.x_proj",
     "MambaMixer.dt_proj",
     "MambaMixer.out_proj",
@@ -138,7 +138,7 @@ def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[
 def _is_read_directly(model: nn.Module, name: str) -> bool:
     parent, _, child = name.rpartition(".")
     kind = type(model.get_submodule(parent)).__name__
-    return f"{kind}.{child}" in _READ_DIRECTLY
+    return f"{kind}.{child}" in READ_DIRECTLY
 
 
 def language_model(model: Any) -> Any:

@@ -63,7 +63,7 @@ def general_documents() -> list[DemoDocument]:
     prose = []
     for name, text in sorted(topics.items()):
         prose.append(DemoDocument(f"topic:{name}", text.strip() + "\n"))
-    for module in _modules():
+    for module in library_modules():
         if module.prose:
             text = "\n\n".join(module.prose)
             prose.append(DemoDocument(module.source, text + "\n"))
@@ -72,7 +72,7 @@ def general_documents() -> list[DemoDocument]:
 
 def domain_documents() -> list[DemoDocument]:
     """Code: one document for each source file of the standard library, unchanged."""
-    return [DemoDocument(module.source, module.code) for module in _modules()]
+    return [DemoDocument(module.source, module.code) for module in library_modules()]
 
 
 def write_demo_corpus(
@@ -134,7 +134,7 @@ class _Module:
 
 
 @lru_cache(maxsize=1)
-def _modules() -> tuple[_Module, ...]:
+def library_modules() -> tuple[_Module, ...]:
     """Every source file of the standard library that is UTF-8 and parses, by name."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
@@ -151,7 +151,7 @@ def _modules() -> tuple[_Module, ...]:
             name = ".".join(path.relative_to(root).with_suffix("").parts)
             name = name.removesuffix(".__init__")
             modules.append(
-                _Module(name, text, tuple(filter(_is_prose, _docstrings(tree))))
+                _Module(name, text, tuple(filter(_is_prose, docstrings_of(tree))))
             )
     return tuple(modules)
 
@@ -170,7 +170,7 @@ def _source_files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _docstrings(tree: ast.Module) -> list[str]:
+def docstrings_of(tree: ast.Module) -> list[str]:
     """The docstrings of the module and of everything defined in it, in the order of the
     file, dedented."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -195,7 +195,7 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
     held_out: set[str] = set()
     for document in documents:
         if document.held_out:
-            held_out.update(_paragraphs(document.text))
+            held_out.update(paragraphs_of(document.text))
     cleaned = []
     for document in documents:
         if not document.held_out:
@@ -211,7 +211,7 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
     return cleaned
 
 
-def _paragraphs(text: str) -> list[str]:
+def paragraphs_of(text: str) -> list[str]:
     normalised = map(_normalised, text.split("\n\n"))
     return [
         paragraph for paragraph in normalised if len(paragraph) >= _SHORTEST_PARAGRAPH

@@ -75,9 +75,9 @@ class StreamSource:
         """The position, as JSON for a checkpoint."""
         position = self._position
         offset = self._offset
-        if self._queue:
-            position = self._queue[0].position
-            offset = self._queue[0].used
+        if self.queue:
+            position = self.queue[0].position
+            offset = self.queue[0].used
         return {"place": position.to_json(), "offset": offset, "samples": self._samples}
 
     def restore(self, state: JsonObject) -> None:
@@ -117,7 +117,7 @@ class StreamSource:
         self._offset = offset
         is_start = position == StreamPosition(epoch=position.epoch)
         self._at_epoch_start = is_start and offset == 0
-        self._queue: deque[_QueuedDocument] = deque()
+        self.queue: deque[_QueuedDocument] = deque()
         self._available = 0
         documents = self.documents.epoch(position)
         self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(
@@ -144,7 +144,7 @@ class StreamSource:
         for batch, rows in zip(batches, encoded, strict=True):
             for (document, position), tokens in zip(batch, rows, strict=True):
                 queued = _QueuedDocument(position, tokens, document.ends, self._offset)
-                self._queue.append(queued)
+                self.queue.append(queued)
                 self._available += len(tokens) - self._offset
                 self._offset = 0
         return bool(batches)
@@ -157,7 +157,7 @@ class StreamSource:
         ends: list[int] = []
         size = 0
         while size < wanted:
-            queued = self._queue[0]
+            queued = self.queue[0]
             tokens = queued.tokens[queued.used : queued.used + wanted - size]
             slices.append(tokens)
             size += len(tokens)
@@ -167,7 +167,7 @@ class StreamSource:
             if size == wanted:
                 queued.used -= 1  # the label that is the next input
             if queued.used == len(queued.tokens):
-                self._queue.popleft()
+                self.queue.popleft()
         self._available -= wanted - 1
         self._at_epoch_start = False
         return pack(

@@ -85,7 +85,7 @@ def compare_logits(
             f"the export gives logits of shape {tuple(logits.shape)}, recorded were {tuple(live.shape)}"
         )
     coarser = max((dtype, recorded), key=lambda candidate: torch.finfo(candidate).eps)
-    comparison = _compare(
+    comparison = compare(
         live, logits, coarser, model.config.get_text_config().num_hidden_layers
     )
     if not comparison.error <= comparison.tolerance:  # NaN must fail
@@ -117,7 +117,7 @@ def read_probe(path: Path, name: str) -> tuple[Tensor, Tensor, torch.dtype]:
     )
 
 
-def _compare(
+def compare(
     live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int
 ) -> Comparison:
     difference = logits - live

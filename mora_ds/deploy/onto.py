@@ -49,7 +49,7 @@ def open_target(
         raise UserError(
             f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}"
         )
-    different = list(_different_shapes(target, base, reference, trust_remote_code))
+    different = list(different_shapes(target, base, reference, trust_remote_code))
     if different:
         raise UserError(
             f"{ONTO} {folder} has {len(different)} tensor(s) of another shape than {base.folder}: "
@@ -64,7 +64,7 @@ def open_target(
     return target
 
 
-def _different_shapes(
+def different_shapes(
     target: BaseCheckpoint,
     base: BaseCheckpoint,
     reference: BaseReference,

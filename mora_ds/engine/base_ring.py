@@ -116,8 +116,8 @@ class BaseRing:
             tensor for tensors in weights.values() for tensor in tensors.values()
         )
         for module, index in self._index.items():
-            module.register_forward_pre_hook(partial(self._enter, index))
-            module.register_forward_hook(self._leave, always_call=True)
+            module.register_forward_pre_hook(partial(self.enter, index))
+            module.register_forward_hook(self.leave, always_call=True)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -147,7 +147,7 @@ class BaseRing:
         now = (index, is_backward)
         if self._now == now:
             return
-        self._copy(index)
+        self.copy(index)
         if index in self._tickets:
             self._copies.wait(self._tickets.pop(index))
         self._now = now
@@ -158,7 +158,7 @@ class BaseRing:
                 return
             if following % self.buffers not in used:
                 used.add(following % self.buffers)
-                self._copy(following)
+                self.copy(following)
 
     def _following(self, index: int, backward: bool) -> Iterable[int]:
         """The layers after this one, in the order in which they will be asked for."""
@@ -169,7 +169,7 @@ class BaseRing:
         afterwards = downwards if torch.is_grad_enabled() else upwards
         return chain(upwards[index + 1 :], afterwards)
 
-    def _copy(self, index: int) -> None:
+    def copy(self, index: int) -> None:
         number = index % self.buffers
         before = self._layer_in[number]
         if before == index:
@@ -186,7 +186,7 @@ class BaseRing:
 
     # -- forward and backward ----------------------------------------------------------
 
-    def _enter(self, index: int, *_: Any) -> None:
+    def enter(self, index: int, *_: Any) -> None:
         """Before a module of layer `index` runs, the first time or for
         checkpointing."""
         self._running.append(index)
@@ -202,7 +202,7 @@ class BaseRing:
             )
             self._hooks.__enter__()
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self, *_: Any) -> None:
         """After it, also where it has raised: checkpointing ends a repeated forward
         so."""
         index = self._running.pop()

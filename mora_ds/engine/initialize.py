@@ -73,7 +73,7 @@ def start_distributed(timeout_s: float | None = None) -> None:
     if not dist.is_initialized():
         _require_launcher()
     zero.prepare_backend()
-    _share_cores()
+    share_cores()
     # DeepSpeed's engine picks the same device, but too late for the base and for NCCL
     take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -315,7 +315,7 @@ def _require_launcher() -> None:
         )
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """On a CPU, give each process its share of the cores, unless OMP_NUM_THREADS is
     set.
 

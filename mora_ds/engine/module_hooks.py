@@ -55,7 +55,9 @@ def drop_idle_hooks(engine: Any) -> list[str]:
             _refresh_at_once(persistent)
         for parameter in persistent:
             free_quickly(parameter)
-        root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
+        root.register_forward_pre_hook(
+            lambda *_: gather_persistent(persistent), prepend=True
+        )
     return hooked
 
 
@@ -109,7 +111,7 @@ def _sharded(parameters: list[Any]) -> list[Any]:
     ]
 
 
-def _gather(persistent: list[Any]) -> None:
+def gather_persistent(persistent: list[Any]) -> None:
     """All-gather the persistent parameters that are sharded: before the first pass,
     after a step that fp16 has skipped and after a context that has gathered one
     (`GatheredParameters`). Else the step has gathered them already."""

@@ -168,7 +168,7 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
         # Filled by the step before; the gradients of this one are scaled
         optimizer.sub_groups_lacking_loss_scale.clear()
         norms[:] = find_norms()
-        factor = _factor(norms, optimizer.loss_scale, limit)
+        factor = clip_factor(norms, optimizer.loss_scale, limit)
         if factor is None:
             return
         for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
@@ -209,7 +209,7 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         optimizer.clip_grad = 0.0
         optimizer.groups_lacking_loss_scale.clear()
         norm = find_norm(*args, **kwargs)
-        factor = _factor([norm], optimizer.loss_scale, limit)
+        factor = clip_factor([norm], optimizer.loss_scale, limit)
         if factor is not None:
             for index in range(len(optimizer.bit16_groups)):
                 if index in postponed:
@@ -228,7 +228,9 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
     optimizer.scaled_global_norm = clip_and_orthogonalise
 
 
-def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float | None:
+def clip_factor(
+    scaled_norms: list[Any], loss_scale: float, limit: float
+) -> float | None:
     """The factor that clips gradients of these norms, which are still scaled by the
     loss scale. None where a norm is NaN or infinite: DeepSpeed drops such a step, and
     Muon's momentum must not take it in."""

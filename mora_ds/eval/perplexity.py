@@ -226,15 +226,15 @@ def evaluate(
     """Score every document of `corpus`, or its first `max_documents`. Raises
     `UserError` for texts without a token."""
     score = Score()
-    cut = _windows(corpus, target.tokenizer, windows, max_documents, score)
-    for batch in _batches(cut, batch_size):
+    cut = cut_windows(corpus, target.tokenizer, windows, max_documents, score)
+    for batch in sorted_batches(cut, batch_size):
         score.nats += _nats(target.model, batch)
     if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
     return score
 
 
-def _windows(
+def cut_windows(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     windows: Windows,
@@ -265,7 +265,9 @@ def _windows(
         seen = sequence[-max(windows.window - windows.stride, 1) :]
 
 
-def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:
+def sorted_batches(
+    windows: Iterator[_Window], batch_size: int
+) -> Iterator[list[_Window]]:
     while group := list(islice(windows, _SORTED_AT_ONCE * batch_size)):
         group.sort(key=lambda window: len(window[0]))
         yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))

@@ -104,7 +104,7 @@ def document_attention(
     if fits:
         out = _varlen(query, key, value, documents, window, scores)
     else:
-        out = _by_documents(query, key, value, documents.lengths, window, scores)
+        out = by_documents(query, key, value, documents.lengths, window, scores)
     # Contiguous as transformers' own: AFMoE takes a view of it
     return out.view(rows, length, heads, value.shape[2]).contiguous(), None
 
@@ -158,7 +158,7 @@ class Scores:
 def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
     """Whether torch's varlen kernel computes this; a meta device stands for a GPU."""
     return (
-        (query.is_meta or (query.is_cuda and _has_flash(query.device)))
+        (query.is_meta or (query.is_cuda and has_flash(query.device)))
         and query.dtype in (torch.float16, torch.bfloat16)
         and max(query.shape[3], value.shape[3]) <= _FLASH_HEAD
         and scores.suit_kernels
@@ -167,7 +167,7 @@ def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
 
 
 @lru_cache
-def _has_flash(device: torch.device) -> bool:
+def has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -220,7 +220,7 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _by_documents(
+def by_documents(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -284,7 +284,7 @@ def _rows(
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
         seen = partial(
-            _seen, begin - first, end - begin, end - first, window, query.device
+            seen_keys, begin - first, end - begin, end - first, window, query.device
         )
         queries = query[:, :, begin:end]
         keys = key[:, :, first:end]
@@ -292,7 +292,7 @@ def _rows(
     return torch.cat(outs, dim=2)
 
 
-def _seen(
+def seen_keys(
     offset: int,
     queries: int,
     keys: int,
@@ -405,7 +405,7 @@ def _masked(
     length = query.shape[2]
     keys = key.shape[2]
     if mask is None:
-        mask = _seen(keys - length, length, keys, None, query.device)[None, None]
+        mask = seen_keys(keys - length, length, keys, None, query.device)[None, None]
     outs = []
     for begin in range(0, length, QUERIES):
         queries = query[:, :, begin : begin + QUERIES]

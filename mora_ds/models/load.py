@@ -59,20 +59,20 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 
     Raises `UserError` where there is none, and where only some ranks see the folder.
     """
-    folder = ranks.agree("folder of the model", lambda: _local_folder(name))
+    folder = ranks.agree("folder of the model", lambda: local_folder(name))
     kind = "no folder, so a name on the Hub" if folder is None else "a folder"
     ranks.same("the model", {f"{MODEL_FLAG} is": kind})
     if folder is not None:
         return folder
     ranks.agree(
         "download of the model",
-        lambda: _download(name) if ranks.is_local_first else None,
+        lambda: download_model(name) if ranks.is_local_first else None,
         long=True,
     )
-    return ranks.agree("downloaded model", lambda: _download(name))
+    return ranks.agree("downloaded model", lambda: download_model(name))
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = expanded(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
@@ -92,7 +92,7 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _download(name: str) -> Path:
+def download_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
@@ -135,7 +135,9 @@ def load_base(
     keys, difference = _one_to_one(model, folder, ranks)
     originals_at = folder
     if difference:
-        write = partial(_originals, model, folder, own_base, dtype, load, difference)
+        write = partial(
+            original_tensors, model, folder, own_base, dtype, load, difference
+        )
         keys = ranks.on_first("originals of the model", write, long=True)
         originals_at = own_base
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(originals_at))
@@ -413,7 +415,7 @@ def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> tuple[dict[str, str],
     return keys, next(filter(None, differences), "")
 
 
-def _originals(
+def original_tensors(
     model: Any,
     folder: Path,
     own_base: Path,

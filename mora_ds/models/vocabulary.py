@@ -67,7 +67,7 @@ def extend_vocabulary(
         raise UserError(f"--pieces must be at least 1, got {new_tokens}")
     base = BaseCheckpoint.open(folder, FLAG)
     config = folder_config(folder, trust_remote_code, FLAG)
-    keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
+    keys, old_rows = vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)
     # Refuses what cannot be extended before the corpus is read
@@ -76,11 +76,13 @@ def extend_vocabulary(
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))
         extended = check_extension(extension, config.model_type)
-        before, after, compared = _compare(tokenizer, extended, corpus.texts())
+        before, after, compared = compare_tokenizers(
+            tokenizer, extended, corpus.texts()
+        )
         rows = max(extension.first_id + len(extension.tokens), old_rows)
         rows += -rows % ROW_MULTIPLE
         with atomic_folder(output.absolute()) as unfinished:
-            _write(base, unfinished, keys, extension, rows)
+            write_extended(base, unfinished, keys, extension, rows)
     return [
         f"wrote {output}: {new_tokens:,} new tokens, {old_rows:,} -> {rows:,} rows",
         f"tokens per byte, on {compared:,} bytes of the corpus: {before:.4f} -> {after:.4f} "
@@ -131,7 +133,7 @@ def check_same_tokens(
 # -- which tensors ---------------------------------------------------------------------
 
 
-def _vocabulary_keys(
+def vocabulary_keys(
     base: BaseCheckpoint,
     config: Any,
     trust_remote_code: bool,
@@ -140,7 +142,7 @@ def _vocabulary_keys(
     for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
-    embedding, head = _tables(model)
+    embedding, head = vocabulary_tables(model)
     rows = embedding.num_embeddings
     further = []
     for name, table in model.named_modules():
@@ -160,7 +162,7 @@ def _vocabulary_keys(
     return keys, rows
 
 
-def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
+def vocabulary_tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     """The input embeddings, which may scale what they read, and the head. Raises
     `UserError` for other kinds."""
     embedding = model.get_input_embeddings()
@@ -176,7 +178,9 @@ def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
 # -- text ------------------------------------------------------------------------------
 
 
-def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
+def compare_tokenizers(
+    old: Any, new: Any, texts: Iterable[str]
+) -> tuple[float, float, int]:
     """(tokens per byte before and after, bytes), of the first texts.
 
     Raises `RunError` for a text that only the old one decodes to itself.
@@ -200,7 +204,7 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
 # -- weights ---------------------------------------------------------------------------
 
 
-def _write(
+def write_extended(
     base: BaseCheckpoint,
     folder: Path,
     keys: set[str],

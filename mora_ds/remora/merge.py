@@ -132,7 +132,7 @@ class ReMoRA:
         self._record(step, entries, recorded)
         self._start_cycle(self.cycle)
         after = probe() if probe else None
-        self._check_probe(step, before, after)
+        self.check_probe(step, before, after)
         square_sum, delta_sum, weight_sum, lost_sum = (
             sum(norm**2 for norm in column) for column in norms.T.tolist()
         )
@@ -201,9 +201,7 @@ class ReMoRA:
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
-    def _check_probe(
-        self, step: int, before: float | None, after: float | None
-    ) -> None:
+    def check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))

@@ -134,7 +134,7 @@ def _cgroup_limits() -> list[int]:
     """What the limits of this process's control groups (a container, a Slurm job)
     leave."""
     limits = []
-    for folder in _cgroup_folders():
+    for folder in cgroup_folders():
         # A group without a limit has the text "max", the outermost one has no such
         # files
         with suppress(OSError, ValueError):
@@ -149,7 +149,7 @@ def _cgroup_limits() -> list[int]:
     return limits
 
 
-def _cgroup_folders() -> list[Path]:
+def cgroup_folders() -> list[Path]:
     """The folders of this process's control group (version 2) and of those around
     it."""
     with suppress(OSError):

@@ -68,7 +68,7 @@ class Ranks:
     ranks when they first exchange something (`exchange.new_group`)."""
     timeout_s: float
     """Seconds that ranks wait for each other at a check that is not `long`."""
-    _last_timeout_s: ClassVar[float | None] = None
+    last_timeout_s: ClassVar[float | None] = None
 
     @classmethod
     def current(cls, timeout_s: float | None = None) -> Ranks:
@@ -78,9 +78,9 @@ class Ranks:
         (minutes), or 30 minutes, where it never was.
         """
         if timeout_s is not None:
-            cls._last_timeout_s = timeout_s
+            cls.last_timeout_s = timeout_s
         minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
-        seconds = cls._last_timeout_s or 60 * minutes
+        seconds = cls.last_timeout_s or 60 * minutes
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return cls(
             dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds
@@ -155,7 +155,7 @@ class Ranks:
                 holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
                 values_at = [
-                    f"{value} on {_named(at)}" for value, at in holders.items()
+                    f"{value} on {names_of_ranks(at)}" for value, at in holders.items()
                 ]
                 lines.append(f"\n  {name}: {'; '.join(values_at)}")
         if lines:
@@ -309,14 +309,14 @@ def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
     if len(ranks_at) == 1:
         return None
     where = "; ".join(
-        f"{_named(ranks)} at {check!r}" for check, ranks in ranks_at.items()
+        f"{names_of_ranks(ranks)} at {check!r}" for check, ranks in ranks_at.items()
     )
     return UserError(
         f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?"
     )
 
 
-def _named(ranks: list[int]) -> str:
+def names_of_ranks(ranks: list[int]) -> str:
     """Such as "ranks 0, 1, 2": of many the first ones, and how many there are."""
     more = f" ... ({len(ranks)} in all)" if len(ranks) > 8 else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"

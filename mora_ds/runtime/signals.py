@@ -39,7 +39,7 @@ EXIT_INTERRUPTED = 130
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
-_SAME_CTRL_C_S = 1.0
+SAME_CTRL_C_S = 1.0
 """A terminal and torchrun both send SIGINT: within this time they are one request."""
 _PATIENCE_S = 10.0
 """How long the main thread may take to raise `Stopped` where there is nothing to
@@ -143,7 +143,7 @@ class _Watch:
         now = time.monotonic()
         if number == signal.SIGINT:
             first = self._last_interrupt or now
-            if now - first > _SAME_CTRL_C_S:
+            if now - first > SAME_CTRL_C_S:
                 _print("SIGINT again: leaving at once")
                 leave(EXIT_INTERRUPTED)
             self._last_interrupt = first

@@ -133,7 +133,7 @@ def fill_token_cache(
         if not source.streaming
     }
     return [
-        (name, _cached(corpus, tokenizer, data, progress))
+        (name, cached(corpus, tokenizer, data, progress))
         for name, corpus in [*corpora.items(), *evaluation.items()]
     ]
 
@@ -207,7 +207,7 @@ class _Tokenization:
         name = f"token cache of {corpus.flag}"
 
         def build() -> TokenCache:
-            return _cached(corpus, self.tokenizer, self.data, self.ranks.is_first)
+            return cached(corpus, self.tokenizer, self.data, self.ranks.is_first)
 
         def build_first() -> None:
             if self.ranks.is_local_first:
@@ -277,7 +277,7 @@ def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
         )
 
 
-def _cached(
+def cached(
     corpus: Corpus, tokenizer: Any, data: DataArguments, progress: bool
 ) -> TokenCache:
     """The tokens of a corpus, from the token cache (--cache_dir) or made now."""

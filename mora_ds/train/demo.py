@@ -95,7 +95,7 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
     paths = DemoPaths(folder / DEMO)
     with start_up():
         # The settings of the main job are checked before anything is written.
-        job = _continue_arguments(arguments, paths, ranks.world)
+        job = continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:
         ranks.on_first(
@@ -198,9 +198,7 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 
-def _continue_arguments(
-    arguments: Arguments, paths: DemoPaths, world: int
-) -> Arguments:
+def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user
     gave. Raises `UserError`."""
     user_settings = {

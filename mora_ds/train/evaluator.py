@@ -45,7 +45,7 @@ class Evaluator:
         step = self.state.step
         perplexities = {}
         for name, data in self.sets.items():
-            batches = self._batches(data, before_batch)
+            batches = self.counted_batches(data, before_batch)
             nll = self.replica.mean_nll(batches, self.domain_of(name))
             require_finite(
                 nll, f"the loss on {name!r} is {nll} after step {step}", step
@@ -109,7 +109,7 @@ class Evaluator:
         state.task_costs_last = costs
         return costs
 
-    def _batches(
+    def counted_batches(
         self, data: PackedDataset, before_batch: Callable[[], None]
     ) -> Iterator[Rows]:
         """The batches of this replica; every process has equally many, as ZeRO-3

@@ -69,17 +69,17 @@ class BatchLoader:
         self._reads_together = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
-        self._ahead: Future[StepBatch] | None = None
+        self.ahead: Future[StepBatch] | None = None
         """The batch that `take` returns next, if reading it has begun."""
 
     def take(self, step: int) -> StepBatch:
         """The micro-batches of `step`, before which as many steps are done. Raises what
         reading them has raised."""
-        if self._ahead is None:  # the first step of this process
+        if self.ahead is None:  # the first step of this process
             self._begin(step)
-        assert self._ahead is not None, "there is a batch for every step of the run"
-        batch = self._ahead.result()
-        self._ahead = None
+        assert self.ahead is not None, "there is a batch for every step of the run"
+        batch = self.ahead.result()
+        self.ahead = None
         if not self._reads_together:
             self._begin(step + 1)
         return batch
@@ -88,11 +88,11 @@ class BatchLoader:
         """Labels of this process in the batch of `step`, which `take` returns next; 0
         where there is none, or where `take` will raise. To be called once the work of
         the step before is queued."""
-        if self._ahead is None:
+        if self.ahead is None:
             self._begin(step)
-        if self._ahead is None or self._ahead.exception() is not None:
+        if self.ahead is None or self.ahead.exception() is not None:
             return 0
-        return labels_in(self._ahead.result())
+        return labels_in(self.ahead.result())
 
     def position(self, index: int) -> slice:
         """The rows of this replica's micro-batch `index` in a step's global batch."""
@@ -102,7 +102,7 @@ class BatchLoader:
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:
-            self._ahead = self._reader.submit(self._read, step)
+            self.ahead = self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> StepBatch:
         # A thread begins with device 0: pinning memory would make a context there.

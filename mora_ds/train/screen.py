@@ -36,7 +36,7 @@ def opening(job: Job, total_steps: int) -> list[str]:
         tokens = sequences * job.data.train.seq_len
         first_step = f"from {job.state.step:,} to " if job.state.step else ""
         trained = f"{job.trainable_parameters:,} parameters ({share:.2%})"
-        rows["trained"] = f"{trained}: {_trained(arguments.adapter)}"
+        rows["trained"] = f"{trained}: {names_of_trained(arguments.adapter)}"
         batch = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens"
         rows["data"] = f"{batch}, {tokens:,} tokens per step"
         rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens)"
@@ -68,7 +68,7 @@ def _epochs(train: Mixture, steps: int) -> str:
     return ", ".join(f"{name} {number:.2f}" for name, number in epochs.items())
 
 
-def _trained(adapter: AdapterArguments) -> str:
+def names_of_trained(adapter: AdapterArguments) -> str:
     """What is trained, such as "MoRA of rank 8, embeddings"."""
     if adapter.adapter == Control.FULL:
         return "all of the model, sharded by ZeRO"

@@ -131,7 +131,9 @@ class TaskSuite:
                 bootstrap_iters=0,
             )
         ranks = Ranks.current()
-        return ranks.on_first("results of tasks", lambda: _results(results, self.names))
+        return ranks.on_first(
+            "results of tasks", lambda: results_of(results, self.names)
+        )
 
     def _model(self, module: nn.Module, in_step: _InStep) -> Any:
         """The live model as the harness sees it."""
@@ -177,7 +179,7 @@ class TaskSuite:
             del vars(module)["tie_weights"]
 
 
-def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
+def results_of(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
     """The harness keys a metric as "acc,none": its name and the filter of answers."""
     task_results = {}
     for name in names:

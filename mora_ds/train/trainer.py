@@ -217,7 +217,7 @@ class Trainer:
         for micro_batch in batch:
             sources = [self.train_data.names[source] for source in micro_batch.sources]
             with self.domains.of_rows(sources):
-                batch_nll = self._nll(micro_batch, by_source)
+                batch_nll = self.nll(micro_batch, by_source)
                 self.engine.backward(batch_nll * scale)
             self.memory.end("forward_backward")
             # DeepSpeed counts the calls: only that of the last micro-batch steps the
@@ -243,9 +243,9 @@ class Trainer:
         if self._is_logged(step):
             seconds = time.perf_counter() - started
             self._log_step(mean_loss, learning_rate, seconds, source_sums)
-        self._after_step()
+        self.after_step()
 
-    def _nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
+    def nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
         """The summed loss of a micro-batch. Of a mixture it is added to `by_source`
         too, (2, sources), without waiting for the device."""
         rows = self.replica.on_device(micro_batch.rows)
@@ -318,7 +318,7 @@ class Trainer:
 
     # -- what follows a step -----------------------------------------------------------
 
-    def _after_step(self) -> None:
+    def after_step(self) -> None:
         """Merge, evaluate and save where that is due. A checkpoint that is due comes
         first, and says what is pending: whatever happens in a merge or an evaluation,
         the step is not lost."""

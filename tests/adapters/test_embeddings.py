@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from mora_ds import MoRAConfig, initialize, inject, load_adapter
+from mora_ds import MoRAConfig, inject, load_adapter
 from mora_ds.adapters.inject import count_parameters, move_base
 from mora_ds.adapters.low_rank_embeddings import (
     LowRankEmbedding,
@@ -27,22 +27,18 @@ from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
-from mora_ds.engine import zero
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
-from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import losses, refusal, run
+from tests.helpers.jobs import assert_close_losses, losses, refusal, run
 from tests.helpers.models import (
     causal_loss,
-    micro_step,
     model_with_mora,
     tiny_model,
     tokens,
 )
 from tests.helpers.outcome import assert_good
-from tests.helpers.pool import run_pooled
-from tests.helpers.tables import heavy, parsed, rows
+from tests.helpers.tables import parsed, rows
 
 # -- a product of low rank -------------------------------------------------------------
 
@@ -123,12 +119,14 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     )
 
 
+MERGING = "--merge_every 3 --restart_warmup_steps 1 --save_steps 4"
+
+
 def merged_and_resumed(user, folder, *more):
     """The output folder of a run on two ranks with a merge, and its checkpoint of step 4,
     from which a second run has gone on alike.
     """
-    merging = "--merge_every 3 --restart_warmup_steps 1 --save_steps 4 --eval_files"
-    flags = (*more, merging, user.held)
+    flags = (*more, MERGING, "--eval_files", user.held)
     out = folder / "out"
     earlier = out / "checkpoints/step-000004"
     run(2, user.flags(out, *flags))
@@ -247,12 +245,15 @@ def extended(user):
 
 
 def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path):
-    """Two ranks, a merge, a resume in the middle. The exported model is the live one; old
-    rows keep their bits.
+    """Two ranks train as one, with a merge and a resume in the middle. The exported model is
+    the live one; old rows keep their bits.
     """
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
     out, _ = merged_and_resumed(extended, tmp_path, "--train_new_embeddings")
+    alone = ("--train_new_embeddings", MERGING, "--per_device_train_batch_size 4")
+    run(1, extended.flags(tmp_path / "one", *alone))
+    assert_close_losses(out, tmp_path / "one")
     report = export_merged(out, tmp_path / "merged", verify=True)
     assert report.replaced == 2
     assert report.cycles == 1
@@ -348,62 +349,3 @@ def test_models_that_they_do_not_fit_are_refused():
 def test_a_model_without_new_rows_is_refused(user, out):
     message = refusal(user.flags(out, "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")
-
-
-# -- ranks -----------------------------------------------------------------------------
-
-MODELS = {
-    "low_rank": (low_rank_model, (128 + 32) * RANK),
-    "new_rows": (model_with_new_rows, (128 - FIRST) * 32),
-}
-"""Name of the trained parameters: the model, and the elements of each of them."""
-
-
-def trained_on_ranks(kind, tied):
-    """All trained parameters, unsharded and in fp32, after three steps on this rank's part
-    of the same rows.
-    """
-    world = torch.distributed.get_world_size()
-    rank = torch.distributed.get_rank()
-    config = ds_config(3, 4 // world, 1)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    make, elements = MODELS[kind]
-    engine, *_ = initialize(model=make(tied), config=config)
-    for step in range(3):
-        batch = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
-        micro_step(engine, batch)
-    parameters = dict(engine.module.named_parameters())
-    shards = [
-        parameter.ds_tensor.numel()
-        for name, parameter in parameters.items()
-        if name.endswith(kind)
-    ]
-    assert shards == [elements // world] * (1 if tied else 2)
-    return {
-        name: zero.full_fp32(parameter).clone()
-        for name, parameter in parameters.items()
-    }
-
-
-@pytest.mark.parametrize(
-    "kind, tied",
-    [
-        ("low_rank", False),
-        ("new_rows", True),
-        heavy("low_rank", True),
-        heavy("new_rows", False),
-    ],
-)
-def test_two_ranks_train_as_one(kind, tied):
-    """The same rows of data, split over two ranks: the same parameters after three
-    steps.
-    """
-    alone = run_pooled(1, trained_on_ranks, kind, tied)[0]
-    first, second = run_pooled(2, trained_on_ranks, kind, tied)
-    name = f"model.embed_tokens.{kind}"
-    assert not torch.allclose(
-        alone[name], MODELS[kind][0](tied).get_parameter(name), atol=1e-3
-    )
-    for name, value in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name], value, atol=2e-5), name

@@ -12,40 +12,31 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.target_modules import (
-    _READ_DIRECTLY,
+    READ_DIRECTLY,
     language_model,
     match_targets,
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, causal_loss, tokens
+from tests.helpers.tables import parsed
 
 COMMON = FAMILIES["llama"]
-MODELS = {
-    "llama": {},
-    "mamba": {"state_size": 4},
-    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "gemma3n_text": {
-        "head_dim": 16,
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 8,
-        "num_kv_shared_layers": 0,
-        "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0, 0.0],
-        "intermediate_size": [56, 56],
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
+MODELS = parsed("""
+llama: {}
+mamba: {state_size: 4}
+jamba: {num_experts: 2, attn_layer_period: 2, attn_layer_offset: 1}
+gemma3n_text:
+  {head_dim: 16, vocab_size_per_layer_input: 128, hidden_size_per_layer_input: 8, num_kv_shared_layers: 0,
+   laurel_rank: 4, activation_sparsity_pattern: [0.0, 0.0], intermediate_size: [56, 56],
+   layer_types: [sliding_attention, full_attention]}
+""")
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-MULTIMODAL = {
-    "gemma3": {},
-    "gemma4": {
-        "global_head_dim": 16,
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 8,
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
+MULTIMODAL = parsed("""
+gemma3: {}
+gemma4:
+  {global_head_dim: 16, vocab_size_per_layer_input: 128, hidden_size_per_layer_input: 8, num_kv_shared_layers: 0,
+   layer_types: [sliding_attention, full_attention]}
+""")
 
 
 def model_of(kind):
@@ -100,7 +91,7 @@ def test_the_table_is_what_transformers_reads():
             if "self.A_log" in text or "altup" in text:
                 read = re.findall(r"self\.(\w+_(?:proj|coefs))\.weight\b", text)
                 found |= {f"{kind}.{name}" for name in read}
-    assert found == _READ_DIRECTLY
+    assert found == READ_DIRECTLY
 
 
 # -- multimodal models -----------------------------------------------------------------

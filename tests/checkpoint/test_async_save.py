@@ -35,7 +35,7 @@ def slow_job(argv):
     a save that waited for the disk would wait for ever. (shards that were written beside
     training, summary)."""
     write = checkpoints._write_rank_file
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
     save = checkpoints.CheckpointManager.save
     stepped, beside = threading.Event(), 0
 
@@ -57,7 +57,7 @@ def slow_job(argv):
         after_step(trainer)
 
     checkpoints._write_rank_file = slowly
-    Trainer._after_step = step
+    Trainer.after_step = step
     checkpoints.CheckpointManager.save = counted
     summary = job(argv)
     return beside, summary

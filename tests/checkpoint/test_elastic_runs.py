@@ -40,7 +40,7 @@ def watched(argv, last=None):
     (step, first global row, token ids) of every training batch of this rank.
     """
     seen = []
-    forward = Trainer._nll
+    forward = Trainer.nll
 
     def watch(trainer, batch, by_source):
         step = trainer.state.step
@@ -50,7 +50,7 @@ def watched(argv, last=None):
         seen.append((step, first, batch.rows["input_ids"].clone()))
         return forward(trainer, batch, by_source)
 
-    Trainer._nll = watch  # in this forked rank alone
+    Trainer.nll = watch  # in this forked rank alone
     if last is None:
         job(argv)
     else:

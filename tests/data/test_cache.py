@@ -25,7 +25,7 @@ from mora_ds.data import (
     train_sentencepiece,
 )
 from mora_ds.data.cache import damage
-from mora_ds.train.data import _cached
+from mora_ds.train.data import cached
 from tests.helpers.errors import user_error
 from tests.helpers.tools import called
 
@@ -180,7 +180,7 @@ def test_the_second_call_only_opens(
         load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache"
     )
     assert again.folder == built.folder
-    os.utime(files[0])  # touched, not changed: read again, but not tokenised
+    os.utime(files[0])  # touched, not changed: read again, but not tokenized
     copied = [
         shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files
     ]
@@ -263,7 +263,7 @@ def test_of_two_builders_at_once_the_first_wins(files, build, tmp_path, monkeypa
     assert folders(tmp_path / "cache") == [mine.folder.name]
 
 
-def test_nothing_to_tokenise(build, tmp_path):
+def test_nothing_to_tokenize(build, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with user_error("--train_files: every document is empty"):
         build([str(tmp_path / "a.jsonl")])
@@ -275,8 +275,8 @@ def test_an_empty_variable_names_no_cache_folder(
     data = DataArguments()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    built = _cached(load_corpus(files), tokenizer, data, progress=False)
+    built = cached(load_corpus(files), tokenizer, data, progress=False)
     assert built.folder.parent == tmp_path / ".cache/mora_ds/tokens"
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody5/cache")
     with user_error("--cache_dir"):
-        _cached(load_corpus(files), tokenizer, data, progress=False)
+        cached(load_corpus(files), tokenizer, data, progress=False)

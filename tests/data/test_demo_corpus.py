@@ -43,7 +43,7 @@ def test_no_held_out_prose_is_trained_on(written):
         {
             paragraph
             for row in rows(written / name)
-            for paragraph in demo_corpus._paragraphs(row["text"])
+            for paragraph in demo_corpus.paragraphs_of(row["text"])
         }
         for name in ("general_eval.jsonl", "general_train.jsonl")
     )
@@ -73,7 +73,7 @@ def test_code_is_the_library_as_it_stands():
 def test_docstrings_are_dedented_and_in_order():
     source = 'def later(): "b"\nclass A:\n    """First.\n\n    second\n        indented\n    """\n'
     source += '    def f(self): "c"\n'
-    assert demo_corpus._docstrings(ast.parse('"""Top."""\n' + source)) == [
+    assert demo_corpus.docstrings_of(ast.parse('"""Top."""\n' + source)) == [
         "Top.",
         "b",
         "First.\n\nsecond\n    indented",
@@ -98,7 +98,7 @@ def test_limits_hold_and_the_same_bytes_come_again(written, tmp_path):
 
 def test_a_python_without_its_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_corpus.sysconfig, "get_path", lambda _: str(tmp_path))
-    demo_corpus._modules.cache_clear()
+    demo_corpus.library_modules.cache_clear()
     with user_error(r"sources of the standard library.*--train_files"):
         write_demo_corpus(tmp_path, 10**9, 10**9, 10**9)
-    demo_corpus._modules.cache_clear()
+    demo_corpus.library_modules.cache_clear()

@@ -43,6 +43,7 @@ from mora_ds.models.vocabulary import (
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed
 from tests.helpers.texts import json_lines
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
@@ -64,19 +65,11 @@ PLAIN = [
 ]
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
 
-LLAMA = {
-    "model_type": "bpe",
-    "vocab_size": 700,
-    "byte_fallback": True,
-    "split_digits": True,
-    "add_dummy_prefix": True,
-    "allow_whitespace_only_pieces": True,
-    "remove_extra_whitespaces": False,
-    "normalization_rule_name": "identity",
-    "character_coverage": 0.9995,
-    "num_threads": 1,
-    "minloglevel": 2,
-}
+LLAMA = parsed("""
+{model_type: bpe, vocab_size: 700, byte_fallback: true, split_digits: true, add_dummy_prefix: true,
+ allow_whitespace_only_pieces: true, remove_extra_whitespaces: false, normalization_rule_name: identity,
+ character_coverage: 0.9995, num_threads: 1, minloglevel: 2}
+""")
 """As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
 normalizer_spec).
 """
@@ -245,7 +238,7 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
     whole = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
-    compare = vocabulary._compare
+    compare = vocabulary.compare_tokenizers
     assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
     assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), (
         "the old one has lost of it too"
@@ -318,7 +311,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out
         folder
     )
     base = BaseCheckpoint.open(folder)
-    keys, rows = vocabulary._vocabulary_keys(base, config, False)
+    keys, rows = vocabulary.vocabulary_keys(base, config, False)
     assert (keys, rows) == (
         {"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"},
         8,
@@ -330,7 +323,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out
     tokenizer_folder = tmp_path / "tokenizer"
     tokenizer_folder.mkdir()
     (tokenizer_folder / "tokenizer.json").write_text("{}")
-    vocabulary._write(base, out, keys, extension_of(tokenizer_folder), 64)
+    vocabulary.write_extended(base, out, keys, extension_of(tokenizer_folder), 64)
     changed = read_json(out / "config.json")
     assert changed["text_config"]["vocab_size"] == 64
     assert changed["vocab_size"] == 3
@@ -357,7 +350,7 @@ def test_a_copy_of_a_tied_head_grows_too(tmp_path):
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
         tmp_path / "model.safetensors",
     )
-    keys, rows = vocabulary._vocabulary_keys(
+    keys, rows = vocabulary.vocabulary_keys(
         BaseCheckpoint.open(tmp_path), model.config, False
     )
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
@@ -395,7 +388,7 @@ def test_embeddings_that_are_scaled_when_they_are_read_can_grow():
     """Gemma's: their rows are only averaged and copied."""
     model = tiny_model("gemma2")
     assert type(model.get_input_embeddings()).forward is not torch.nn.Embedding.forward
-    assert vocabulary._tables(model)[0].num_embeddings == 128
+    assert vocabulary.vocabulary_tables(model)[0].num_embeddings == 128
 
 
 def test_the_record_of_new_rows_is_checked(tmp_path):

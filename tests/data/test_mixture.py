@@ -335,10 +335,11 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     )
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
     assert "--max_steps 10000: all sources are used up after" in refusal(too_many)
-    all_of_it = "--max_steps -1 --per_device_train_batch_size 128"
+    all_of_it = "--max_steps -1 --per_device_train_batch_size 128 --logging_steps 4"
     summary = run(1, mixture_flags(user, tmp_path / "out", mix, all_of_it))
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
-    assert curve(tmp_path / "out")
+    steps = [row["step"] for row in curve(tmp_path / "out") if "loss" in row]
+    assert steps == [4, 6], "every so many, and the last one"
 
 
 # -- held out --------------------------------------------------------------------------

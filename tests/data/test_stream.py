@@ -134,7 +134,7 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     for number in range(cached.n_blocks):
         block = streamed.sample(number)
         longest_queue = max(
-            longest_queue, sum(len(chunk.tokens) for chunk in streamed._queue)
+            longest_queue, sum(len(chunk.tokens) for chunk in streamed.queue)
         )
     assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
@@ -209,6 +209,6 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
 
 
 def job_in_small_batches(argv):
-    """So that each rank tokenises some."""
+    """So that each rank tokenizes some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)

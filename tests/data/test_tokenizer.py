@@ -87,7 +87,7 @@ def test_ids_are_those_of_sentencepiece_and_survive_saving(trained, tmp_path):
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(wrapped)
 
 
-def test_nothing_is_normalised_away(trained):
+def test_nothing_is_normalized_away(trained):
     wrapped = load_tokenizer(trained)
     for text in AWKWARD + SOURCES:
         ids = wrapped.encode(text, add_special_tokens=False)

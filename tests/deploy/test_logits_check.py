@@ -9,7 +9,7 @@ from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
-from mora_ds.deploy.logits_check import _compare, compare_logits
+from mora_ds.deploy.logits_check import compare, compare_logits
 from mora_ds.remora import stored_weights
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run
@@ -78,7 +78,7 @@ def test_tolerance(name, layers, largest, tolerance):
     dtype = COMPUTE_DTYPES[name]
     live = torch.tensor([float(largest), -0.1, 0.2])
     exported = live + torch.tensor([0.0, 3e-3, -4e-3])
-    comparison = _compare(live, exported, dtype, int(layers))
+    comparison = compare(live, exported, dtype, int(layers))
     assert comparison.tolerance == pytest.approx(float(tolerance), rel=1e-6)
     relative = 5e-3 / live.norm().item()
     assert comparison.error == pytest.approx(

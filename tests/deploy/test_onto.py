@@ -370,10 +370,10 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
         r"2 tensor\(s\) .*lm_head.weight \(120, 32\), not \(128, 32\)",
         model("short", vocab_size=120),
     )
-    relabelled = model("relabelled", vocab_size=136)
-    config = read_json(relabelled / "config.json")
-    files.write_json_atomic(relabelled / "config.json", {**config, "vocab_size": 128})
-    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabelled)
+    relabeled = model("relabeled", vocab_size=136)
+    config = read_json(relabeled / "config.json")
+    files.write_json_atomic(relabeled / "config.json", {**config, "vocab_size": 128})
+    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabeled)
     files.write_json_atomic(
         pair.folder / "target/config.json", {**config, "quantization_config": {}}
     )
@@ -402,4 +402,4 @@ def test_a_scalar_has_the_same_shape_everywhere(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     base = BaseCheckpoint.open(tmp_path)
     assert () in {base.shape_dtype(key)[0] for key in base.keys()}  # noqa: SIM118
-    assert not list(onto._different_shapes(base, base, mock.Mock(keys={}), False))
+    assert not list(onto.different_shapes(base, base, mock.Mock(keys={}), False))

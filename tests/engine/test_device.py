@@ -17,6 +17,7 @@ from mora_ds.engine.ds_config import complete_ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import job, losses, run
+from tests.helpers.tables import parsed
 
 
 def deterministic_job(argv):
@@ -57,16 +58,13 @@ def test_fp32_on_a_gpu_is_warned_of(monkeypatch):
 
 
 def test_torchs_fused_adam_is_a_key():
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "fused": True}},
-    }
-    assert complete_ds_config(config, [4])["optimizer"]["params"] == {
-        "lr": 1e-3,
-        "fused": True,
-        "torch_adam": True,
-    }
+    config = parsed("""
+    train_micro_batch_size_per_gpu: 1
+    zero_optimization: {stage: 3}
+    optimizer: {type: AdamW, params: {lr: 1.0e-3, fused: true}}
+    """)
+    optimizer = complete_ds_config(config, [4])["optimizer"]
+    assert optimizer["params"] == {"lr": 1e-3, "fused": True, "torch_adam": True}
 
 
 @pytest.fixture

@@ -75,16 +75,9 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
     assert resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_accumulation_steps"] == 2
     assert resolved["gradient_clipping"] == 1.0
-    assert resolved["optimizer"] == {
-        "type": "AdamW",
-        "params": {
-            "lr": 4e-4,
-            "betas": [0.9, 0.95],
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "torch_adam": True,
-        },
-    }
+    assert resolved["optimizer"] == parsed(
+        "{type: AdamW, params: {lr: 4.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1, torch_adam: true}}"
+    )
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
     assert resolved["zero_optimization"]["memory_efficient_linear"] is False
 
@@ -107,15 +100,11 @@ def test_the_users_config_is_not_touched_and_own_values_stay():
 
 
 def test_what_is_written_down_as_off_is_off():
-    off = {
-        "zero_optimization": {
-            "stage": 3,
-            "zero_hpz_partition_size": 1,
-            "zero_quantized_weights": False,
-        },
-        "tensor_parallel": {"autotp_size": 1},
-        "data_types": {"grad_accum_dtype": None},
-    }
+    off = parsed("""
+    zero_optimization: {stage: 3, zero_hpz_partition_size: 1, zero_quantized_weights: false}
+    tensor_parallel: {autotp_size: 1}
+    data_types: {grad_accum_dtype: null}
+    """)
     resolved = resolve_ds_config(off, SETTINGS, 1)
     assert "zero_hpz_partition_size" not in resolved["zero_optimization"]
     assert "tensor_parallel" not in resolved

@@ -192,14 +192,14 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, thread
     chosen = []
     monkeypatch.setattr(start.os, "sched_getaffinity", lambda process: range(12))
     monkeypatch.setattr(start.torch, "set_num_threads", chosen.append)
-    start._share_cores()
+    start.share_cores()
     assert chosen == [int(threads)]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    start._share_cores()
+    start.share_cores()
     monkeypatch.delenv("OMP_NUM_THREADS")
     # On a GPU the host's threads are torch's affair
     monkeypatch.setattr(start, "is_cpu", lambda: False)
-    start._share_cores()
+    start.share_cores()
     assert len(chosen) == 1
 
 

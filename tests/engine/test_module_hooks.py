@@ -17,7 +17,7 @@ from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
-from mora_ds.engine.module_hooks import _gather
+from mora_ds.engine.module_hooks import gather_persistent
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.models import (
@@ -67,10 +67,13 @@ def trained(setting):
         ids = tokens(2, seed=10 * step + dist.get_rank())
         losses.append(micro_step(engine, ids).item())
     offload = engine.optimizer.parameter_offload
-    hooks = {handle.id for handle in offload.forward_hooks}
-    modules = engine.module.modules()
-    count = sum(not hooks.isdisjoint(module._forward_hooks) for module in modules)
-    return losses, trained_values(engine), count
+    hooked = {
+        id(hooks)
+        for handle in offload.forward_hooks
+        if handle.id in (hooks := handle.hooks_dict_ref())
+    }
+    # A module has a dictionary of what runs before it, and one of what runs after it
+    return losses, trained_values(engine), len(hooked) // 2
 
 
 def with_and_without(setting, module=initialize_module, **replaced):
@@ -244,7 +247,7 @@ def gathered_when_needed():
         pass
     with torch.no_grad():
         assert torch.isfinite(causal_loss(engine, tokens(2, seed=0)))
-    _gather(persistent)
+    gather_persistent(persistent)
     return history
 
 

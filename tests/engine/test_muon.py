@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.utils import counters
 
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.muon import _factor
+from mora_ds.engine.muon import clip_factor
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
@@ -31,6 +32,7 @@ from tests.helpers.models import (
 from tests.helpers.operators import random
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tables import parsed
 
 ROWS = 6
 STEPS = 3
@@ -185,11 +187,11 @@ def train(engine, merge_at=None):
     return norms
 
 
-PRECISIONS = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
-}
+PRECISIONS = parsed("""
+fp32: {}
+bf16: {bf16: {enabled: true}}
+fp16: {fp16: {enabled: true, initial_scale_power: 8}}
+""")
 
 
 def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
@@ -212,7 +214,7 @@ def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
         "momentum": _norm(
             [value for key, _, value in state if key == "momentum_buffer"]
         ),
-        "frames": sum(torch._dynamo.utils.counters["frames"].values()),
+        "frames": sum(counters["frames"].values()),
     }
 
 
@@ -224,7 +226,7 @@ def worst(tensors, expected, unit):
 
 def assert_follows(ranks, expected, tolerance):
     """A step moves a matrix by one learning rate: an update that is clipped itself, or
-    orthogonalised in parts, is off by more than that."""
+    orthogonalized in parts, is off by more than that."""
     for rank in ranks:
         assert rank["muon"] == [True, False]
         assert worst(rank["squares"], expected["squares"], RATE) < tolerance
@@ -246,7 +248,7 @@ def test_squares_and_the_rest_follow_one_process(world, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalised_each_by_itself(stage):
+def test_factors_of_lora_are_orthogonalized_each_by_itself(stage):
     ranks = run_ranks(2, sharded_run, stage, None, "fp32", True)
     assert_follows(ranks, plain_run(lora=True), 2e-3)
 
@@ -280,9 +282,9 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage, precision):
 
 def test_gradients_are_clipped_where_there_is_a_limit():
     norms = [torch.tensor(3.0), torch.tensor(4.0)]  # of groups, with the loss scale
-    assert _factor(norms, 2.0, 0.5) == pytest.approx(0.2, rel=1e-6)
-    assert _factor(norms, 2.0, 5.0) == _factor(norms, 2.0, 0.0) == 1.0
-    assert _factor([torch.tensor(math.inf)], 2.0, 0.5) is None
+    assert clip_factor(norms, 2.0, 0.5) == pytest.approx(0.2, rel=1e-6)
+    assert clip_factor(norms, 2.0, 5.0) == clip_factor(norms, 2.0, 0.0) == 1.0
+    assert clip_factor([torch.tensor(math.inf)], 2.0, 0.5) is None
 
 
 def momentum_over_a_dropped_step():

@@ -97,7 +97,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     corpus = [*chunks, Document("ü")]
     count = Score()
     assert list(
-        perplexity._windows(corpus, tokenizer, Windows(4, 1, "<s>"), 2, count)
+        perplexity.cut_windows(corpus, tokenizer, Windows(4, 1, "<s>"), 2, count)
     ) == [
         ([0, 1, 2, 3], 3),
         ([1, 2, 3, 4], 1),
@@ -110,20 +110,22 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
     whole = Score()
     pieces = list(
-        perplexity._windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, whole)
+        perplexity.cut_windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, whole)
     )
     assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
     assert whole.text_bytes == 11, "bytes, not characters"
     shared = list(
-        perplexity._windows(corpus, tokenizer, Windows(5, 3, "<s>"), 1, Score())
+        perplexity.cut_windows(corpus, tokenizer, Windows(5, 3, "<s>"), 1, Score())
     )
     assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
-    named = perplexity._windows(
+    named = perplexity.cut_windows(
         corpus, tokenizer, Windows(4, 2, "b", "gemma"), 1, Score()
     )
     assert list(named)[:2] == [([2, 1, 2, 3], 3), ([2, 3, 4, 5], 2)]
     bare = Score()
-    cut = list(perplexity._windows(corpus, tokenizer, Windows(4, 2, "none"), 2, bare))
+    cut = list(
+        perplexity.cut_windows(corpus, tokenizer, Windows(4, 2, "none"), 2, bare)
+    )
     assert cut[:2] == [([1, 2, 3, 4], 3), ([3, 4, 5], 1)]
     assert (bare.tokens, bare.text_bytes) == (7, 7)
 
@@ -131,7 +133,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
     monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
-    batches = list(perplexity._batches(iter(windows), 2))
+    batches = list(perplexity.sorted_batches(iter(windows), 2))
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [
         [2, 3],
         [5, 9],
@@ -143,7 +145,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
     assert target.model.dtype == torch.bfloat16
-    nats = perplexity._nats(target.model, [(list(range(3, 60)), 56)])
+    nats = evaluate(target, [Document("one text")], Windows(64, 32)).nats
     assert nats != torch.tensor(nats).bfloat16().item(), "losses are in fp32"
     assert not target.model.training
     with user_error("--domain belongs to a checkpoint"):

@@ -1,5 +1,5 @@
-"""Random settings and changed resumes: they run, or are refused by name with nothing left
-behind; nothing else.
+"""Random settings: they run, or are refused by name with nothing left behind; nothing
+else.
 
 Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy test try these
 instead.
@@ -20,7 +20,7 @@ from tests.helpers.fuzz_runs import SETTINGS, SMALL, fuzz, prepare
 from tests.helpers.tables import rows
 
 CASES = 70
-"""Of a commit: about 200 runs, and 30 resumes."""
+"""Of a commit: about 200 runs."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
 ELSEWHERE = {

@@ -143,7 +143,7 @@ class CountedBelow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            name = func._schema.name
+            name = func.name()
             self.seen[name] = self.seen.get(name, 0) + max(
                 nbytes_of(value) for value in args
             )

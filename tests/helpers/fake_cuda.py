@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C import _set_only_lift_cpu_tensors as only_lift_cpu_tensors
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -92,12 +93,12 @@ class FakeCuda(TorchDispatchMode):
         for patcher in _PATCHES:
             self._patches.enter_context(patcher)
         # torch.tensor(..., device="cuda") is then a copy that is seen here
-        torch._C._set_only_lift_cpu_tensors(True)
+        only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(False)
+        only_lift_cpu_tensors(False)
         self._patches.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -105,7 +106,7 @@ class FakeCuda(TorchDispatchMode):
         device = torch.device(kwargs.get("device") or "cpu")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if (
-            func is torch.ops.aten._to_copy.default
+            func.name() == "aten::_to_copy"
             and device.type != args[0].device.type
             and "device" in kwargs
         ):

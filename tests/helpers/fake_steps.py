@@ -51,13 +51,13 @@ ROWS = 2
 LENGTH = 48
 DEFAULTS = {"mora_rank": 4, "bf16": True, "family": "llama", "chunked_loss": True}
 
-OPERATORS = {
-    "operator": ["truncate", "share", "decouple", "rotate"],
-    "compute": ["activation", "weight"],
-    "base_bits": [16, 8],
-    "kernels": [True, False],
-    "checkpointing": ["none", "gradient_checkpointing", "reentrant"],
-}
+OPERATORS = yaml.safe_load("""
+operator: [truncate, share, decouple, rotate]
+compute: [activation, weight]
+base_bits: [16, 8]
+kernels: [true, false]
+checkpointing: [none, gradient_checkpointing, reentrant]
+""")
 
 
 def configurations():
@@ -150,14 +150,12 @@ def prepare(model, arguments, dense):
     move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
     with BaseRing(model, CUDA, FakeCopies()).aside() if streams else nullcontext():
         for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(CUDA)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(
-                        parameter.data.to(CUDA, dtype)
-                    )
-                    vars(module._parameters[name]).update(vars(parameter))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(CUDA))
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                moved = nn.Parameter(parameter.data.to(CUDA, dtype))
+                vars(moved).update(vars(parameter))
+                setattr(module, name, moved)
     if training.chunked_loss:
         chunk_loss(model, 16)
     model.train()

@@ -1,5 +1,4 @@
-"""Random settings over tiny models of five families, each run in this process and judged;
-and resumes with a change.
+"""Random settings over tiny models of five families, each run in this process and judged.
 
 A case is one seed: a model, a text, and up to nine settings. What is refused must name a
 setting that was given, and leave nothing behind; that one is taken away, and the rest is
@@ -27,7 +26,6 @@ from mora_ds.train.loader import NotFinite
 from tests.helpers.fuzz import judged_in_processes
 from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model
-from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.tables import rows
 
 MODELS = ("llama", "qwen3", "gemma2", "gpt2", "mixtral")
@@ -218,9 +216,7 @@ def _too_long(_, __):
 
 
 def attempts(seed, user):
-    """Every run of a case, without a refused setting each time; then the resumes of every
-    third that ends well.
-    """
+    """Every run of a case, without a refused setting each time."""
     draw = random.Random(seed)
     text = dict([draw.choice(TEXTS)])
     base = {"model_name_or_path": "{user}/" + draw.choice(MODELS), **text, **SMALL}
@@ -245,49 +241,6 @@ def attempts(seed, user):
         name = draw.choice(removable)
         settings.pop(name)
         settings |= {name: base[name]} if name in base else {}
-    settings.pop("overwrite_output_dir", None)
-    if (
-        kind == "ok"
-        and seed % 3 == 0
-        and len(complete_checkpoints(Path("out/checkpoints"))) > 1
-    ):
-        os.rename("out", "whole")
-        settings["resume_from_checkpoint"] = "latest"
-        yield *_resumed(settings, user), dict(settings)
-        name = draw.choice(
-            sorted(
-                {*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
-            )
-        )
-        changed = {**settings, name: draw.choice(table[name])}
-        yield *_resumed(changed, user, name), changed
-
-
-def _resumed(settings, user, changed=""):
-    """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on
-    with from its first checkpoint: equal to the bit, or what has `changed` is refused or
-    told by its name."""
-    shutil.rmtree("out", ignore_errors=True)
-    shutil.copytree("whole", "out", symlinks=True)
-    checkpoints = Path("out/checkpoints")
-    first, *later = complete_checkpoints(checkpoints)
-    for folder in later:
-        shutil.rmtree(folder)
-    for link in ("latest", "best"):
-        (checkpoints / link).unlink(missing_ok=True)
-    (checkpoints / "latest").symlink_to(first.name)
-    kind, said = attempt(settings, user)
-    if kind == "refused":
-        return (
-            kind if changed in named_in(said, settings) else "fault"
-        ), f"{changed}: {said}"
-    if kind != "ok" or re.search(rf"changed since.*--{changed} .* -> ", said):
-        return ("told" if kind == "ok" else kind), said
-    try:
-        assert_same_outcome(Path("out"), Path("whole"))
-    except AssertionError as error:
-        return "fault", f"{changed}: {error}"
-    return "resumed", ""
 
 
 def _judged(user, seeds, scratch):
@@ -303,8 +256,8 @@ def _judged(user, seeds, scratch):
 
 
 def fuzz(user, seeds, scratch):
-    """Every attempt of the cases with these seeds: seed; ok, diverged, refused, resumed,
-    told or fault; what was said; the settings.
+    """Every attempt of the cases with these seeds: seed; ok, diverged, refused or fault;
+    what was said; the settings.
     """
     return judged_in_processes(
         _judged,

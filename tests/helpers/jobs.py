@@ -62,33 +62,12 @@ class Playground:
         adapters = [value for flag, value in pairwise(chosen) if flag == "--adapter"]
         adapter = ["mora", *adapters][-1]
         rank = ["--mora_rank", "2"] if adapter in ("mora", "lora") else []
-        return [
-            "--deepspeed",
-            str(ZERO3),
-            "--model_name_or_path",
-            str(self.model),
-            "--train_files",
-            str(self.train),
-            "--eval_files",
-            str(self.held),
-            f"short={self.other}",
-            "--output_dir",
-            str(out),
-            "--cache_dir",
-            str(self.root / "cache"),
-            *rank,
-            "--seq_len",
-            "32",
-            "--max_steps",
-            "6",
-            "--per_device_train_batch_size",
-            "2",
-            "--learning_rate",
-            "1e-2",
-            "--warmup_steps",
-            "1",
-            *chosen,
-        ]
+        return words(
+            "--deepspeed", ZERO3, "--model_name_or_path", self.model, "--train_files", self.train,
+            "--eval_files", self.held, f"short={self.other}", "--output_dir", out,
+            "--cache_dir", self.root / "cache", *rank, "--seq_len 32 --max_steps 6",
+            "--per_device_train_batch_size 2 --learning_rate 1e-2 --warmup_steps 1", *chosen,
+        )  # fmt: skip
 
 
 def golden_flags(user, out, *more):

@@ -51,10 +51,6 @@ class Node:
     def run(self, *words):
         subprocess.run(self.command(words), check=True, capture_output=True, text=True)
 
-    def mount(self, folder):
-        """A disk of the node's own in place of what the others see there."""
-        self.run("mount", "-t", "tmpfs", "none", str(folder))
-
     def unplug(self):
         self.run("ip", "link", "set", INTERFACE, "down")
 

@@ -91,9 +91,9 @@ def _as_before():
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     dtype = torch.get_default_dtype()
     groups = dict(vars(deepspeed.utils.groups))
-    timeout_s = Ranks._last_timeout_s
+    timeout_s = Ranks.last_timeout_s
     yield
-    Ranks._last_timeout_s = timeout_s
+    Ranks.last_timeout_s = timeout_s
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -16,14 +16,14 @@ def interrupted_job(argv, step):
     """A run that stops dead after optimizer step `step`, and whatever follows it (a merge,
     a checkpoint).
     """
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
 
     def stop(trainer):
         after_step(trainer)
         if trainer.state.step == step:
             raise KeyboardInterrupt
 
-    Trainer._after_step = stop  # in this forked rank alone
+    Trainer.after_step = stop  # in this forked rank alone
     try:
         job(argv)
     except KeyboardInterrupt:
@@ -35,14 +35,14 @@ def disturb(step, act):
     """From now on this forked rank calls `act` once optimizer step `step` is done, before
     whatever follows it.
     """
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
 
     def patched(trainer):
         if trainer.state.step == step:
             act(trainer)
         after_step(trainer)
 
-    Trainer._after_step = patched  # in this forked rank alone
+    Trainer.after_step = patched  # in this forked rank alone
 
 
 def stop_and_resume(ranks, argv, *steps):

@@ -24,7 +24,7 @@ def trained_both_ways(root):
     for accumulation in (1, 2):
         trainer = hf.trainer_in(Path(root), f"by-{accumulation}", accumulation)
         trainer.train()
-        (callback,) = trainer._merging
+        callback = trainer.pop_callback(MoRACallback)
         assert callback.schedule.total_steps == hf.STEPS
         assert trainer.run.state.merges == hf.run_merges() == [3, 6]
         history = [row["loss"] for row in trainer.state.log_history if "loss" in row]

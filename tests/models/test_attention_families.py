@@ -21,7 +21,7 @@ from mora_ds.models.attention import (
     use_documents,
     why_dense,
 )
-from mora_ds.models.document_attention import Scores, _by_documents
+from mora_ds.models.document_attention import Scores, by_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
 from tests.helpers.models import FAMILIES, MASKLESS, adapted_model, tiny_model, tokens
@@ -167,7 +167,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **told):
     assert int(cu_seqlens_q[-1]) == len(q)
     assert told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
     window = told["window_size"][0] + 1 if "window_size" in told else None
-    return _by_documents(
+    return by_documents(
         q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"])
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mora_ds.common.files import read_json
@@ -64,15 +64,6 @@ def test_files_are_mapped_until_they_are_released(llama):
     base.release()
     assert mappings_of(llama) == before
     assert base.read("lm_head.weight").shape == (128, 32)
-
-
-def test_reads_what_is_stored(llama):
-    base = BaseCheckpoint.open(llama)
-    stored = load_file(llama / "model.safetensors")
-    read = {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
-    assert_same_tensors(read, stored)
-    assert base.shape_dtype("lm_head.weight") == ((128, 32), torch.float32)
-    assert base.files() == [llama / "model.safetensors"]
 
 
 def test_sharded_folder_reads_the_same(llama, sharded):

@@ -2,8 +2,6 @@
 to the bit.
 """
 
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,7 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
-from mora_ds.models.load import _local_folder, resolve_folder
+from mora_ds.models.load import local_folder, resolve_folder
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
@@ -201,21 +199,10 @@ def test_scales_that_do_not_fit_are_named(user, model_folder, out, damage):
     assert words in message
 
 
-@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user, model_folder, out, method):
-    model = Path(shutil.copytree(user.model, model_folder))
-    settings = {"quant_method": method, "bits": 4}
-    write(model, load_file(model / "model.safetensors"), settings)
-    message = refusal(user.flags(out, "--model_name_or_path", model))
-    assert (
-        f"--model_name_or_path: the model holds quantized weights ({method})" in message
-    )
-
-
 def test_gguf_is_named(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with user_error("GGUF is not read: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
-    assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"
+    assert local_folder(str(tmp_path)) == tmp_path, "a model beside it"

@@ -7,13 +7,20 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
-from mora_ds.models.document_attention import Scores, document_attention, fits_varlen
+from mora_ds.models.document_attention import (
+    Scores,
+    by_documents,
+    document_attention,
+    fits_varlen,
+)
 from tests.helpers.attention import (
     HEADS,
     LAYOUTS,
@@ -114,7 +121,7 @@ def test_what_is_registered_is_not_replaced(monkeypatch):
     known = module_under_test.ALL_ATTENTION_FUNCTIONS
     module_under_test.register()
     wrapped = document_attention if known[name] is not document_attention else sum
-    monkeypatch.setitem(known._global_mapping, name, wrapped)
+    monkeypatch.setitem(known, name, wrapped)
     module_under_test.register()
     assert known[name] is wrapped
 
@@ -164,23 +171,12 @@ def test_what_the_varlen_kernel_can_compute():
 )
 def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert (
-        module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
-    )
-
-
-def test_capped_scores_are_not_kept_for_backward():
-    saved = []
-    inputs = parts(1, 1024, 2)[:3]
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id
-    ):
-        attend(*inputs, softcap=2.0)
-    assert 0 < sum(saved) < 1024 * 1024
+    assert module_under_test.has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
 
 
 def test_transformers_masks_are_made_where_documents_do_not_say_all():
-    make = module_under_test._mask
+    module_under_test.register()
+    make = ALL_MASK_ATTENTION_FUNCTIONS[module_under_test.NAME]
     assert make(4, 4, batch_size=1) is None
     hidden = torch.tensor([[False, True, True, True]])
     told = {
@@ -199,22 +195,20 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
 
 def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     """And long ones not at all."""
-    attend = module_under_test._rows
+    attend = F.scaled_dot_product_attention
     shapes = []
 
-    def noted(query, *more):
+    def noted(query, *more, **told):
         shapes.append((query.shape[0], query.shape[2]))
-        return attend(query, *more)
+        return attend(query, *more, **told)
 
     def shapes_of(*lengths):
         shapes.clear()
         tokens = torch.zeros(sum(lengths), 1, 4)
-        module_under_test._by_documents(
-            tokens, tokens, tokens, lengths, None, Scores(1.0)
-        )
+        by_documents(tokens, tokens, tokens, lengths, None, Scores(1.0))
         return sorted(shapes)
 
-    monkeypatch.setattr(module_under_test, "_rows", noted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     padded = shapes_of(*lengths)
     assert sum(count * size for count, size in padded) < 1.25 * sum(lengths)
@@ -273,7 +267,8 @@ def test_no_tensor_has_t_times_t_numbers(lengths, kind, device):
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
 
-def test_capped_scores_keep_no_mask_for_backward(monkeypatch):
+def test_capped_scores_keep_no_scores_and_no_mask_for_backward(monkeypatch):
+    saved = []
     masks = []
 
     def noted(*arguments):
@@ -281,10 +276,15 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch):
         masks.append(weakref.ref(mask))
         return mask
 
-    seen = module_under_test._seen
-    monkeypatch.setattr(module_under_test, "_seen", noted)
+    seen = module_under_test.seen_keys
+    monkeypatch.setattr(module_under_test, "seen_keys", noted)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id
+    ):
+        attend(*parts(1, 1024, 2)[:3], softcap=2.0)
+    assert 0 < sum(saved) < 1024 * 1024
+    masks.clear()
     out = attend(*parts(1, LENGTH, 2)[:3], softcap=5.0)
-    assert masks
     assert {mask() for mask in masks} == {None}
     count = len(masks)
     out.sum().backward()

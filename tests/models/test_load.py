@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
@@ -43,7 +43,7 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    files = {path.name for path in load._download("some/model").iterdir()}
+    files = {path.name for path in load.download_model("some/model").iterdir()}
     assert files == set(wanted.split())
 
 
@@ -90,8 +90,7 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
         load.make_model(
             tiny_model("gemma2").config, "the model", attn_implementation="sdpa"
         )
-    config = tiny_model("gemma2").config
-    config._attn_implementation_internal = "sdpa"
+    config = AutoConfig.for_model("gemma2", attn_implementation="sdpa")
     with user_error(
         r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"
     ):
@@ -139,7 +138,7 @@ def originals(folder, own_base, dtype):
         return load.load_model(folder, dtype)
 
     model = loaded(dtype)
-    keys = load._originals(model, folder, own_base, dtype, loaded, "pickled")
+    keys = load.original_tensors(model, folder, own_base, dtype, loaded, "pickled")
     assert keys.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
     return model, load_file(own_base / "model.safetensors")
 
@@ -190,7 +189,9 @@ def test_the_base_of_another_model_is_replaced(own_base, model_folder):
 
 def test_a_base_is_not_written_over_the_files_that_are_read(tmp_path):
     with user_error("only pickled; the run would write its base over it: move it"):
-        load._originals(None, tmp_path, tmp_path, torch.float32, None, "only pickled")
+        load.original_tensors(
+            None, tmp_path, tmp_path, torch.float32, None, "only pickled"
+        )
 
 
 def test_precision_that_cannot_be_kept_is_said(own_base, model_folder, caplog):
@@ -199,7 +200,7 @@ def test_precision_that_cannot_be_kept_is_said(own_base, model_folder, caplog):
     with torch.no_grad():
         # As where weights are computed, not copied, when they are loaded
         next(model.parameters()).add_(1)
-    load._originals(
+    load.original_tensors(
         model,
         model_folder,
         own_base,

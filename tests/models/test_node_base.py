@@ -288,5 +288,5 @@ def test_limits_of_a_container_are_read(tmp_path, monkeypatch):
         "anon 3500000\ninactive_file 300000\nactive_file 200000\n"
     )
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [group, tmp_path])
+    monkeypatch.setattr(node_memory, "cgroup_folders", lambda: [group, tmp_path])
     assert free_bytes() == 1_500_000

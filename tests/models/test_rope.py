@@ -63,17 +63,6 @@ def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_p
     assert rope.changes_of(model.config, tmp_path) == changes
 
 
-def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path):
-    """Why the changes are made before."""
-    model, changes = asked("llama", tmp_path, YARN)
-    late = load_model(tmp_path, torch.float32)
-    before = late.model.rotary_emb.inv_freq.clone()
-    rope.changed(late.config, changes)
-    late(tokens(1))
-    assert torch.equal(late.model.rotary_emb.inv_freq, before)
-    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
-
-
 OF_OTHERS = """
 gpt2 | --rope_scaling: a gpt2 model has no rotary embeddings that are one for all layers
 gemma3_text | --rope_scaling: a gemma3_text model has no rotary embeddings that are one for all layers

@@ -22,6 +22,7 @@ from mora_ds.common.tensor_files import (
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import layout_of, write_companions, write_shards
 from tests.helpers.errors import user_error
+from tests.helpers.tables import parsed
 
 # -- shards ----------------------------------------------------------------------------
 
@@ -79,17 +80,18 @@ def test_an_index_is_written_for_several_files_alone(tmp_path, monkeypatch):
 
 
 def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path, out):
-    config = {
-        "model_type": "é", "torch_dtype": "float32", "text_config": {"dtype": "float32", "inner_config": {"dtype": 1}},
-        "quant_config": None, "other": {"dtype": "float32"},
-    }  # fmt: skip
+    config = parsed("""
+    {model_type: é, torch_dtype: float32, text_config: {dtype: float32, inner_config: {dtype: 1}}, quant_config: null,
+     other: {dtype: float32}}
+    """)
     out.mkdir()
     write_companions(base_folder(tmp_path / "base", config), out, torch.bfloat16)
     written = (out / "config.json").read_text()
-    assert "é" in written and json.loads(written) == {
-        "model_type": "é", "torch_dtype": "bfloat16", "dtype": "bfloat16", "quant_config": None,
-        "text_config": {"dtype": "bfloat16", "inner_config": {"dtype": "bfloat16"}}, "other": {"dtype": "float32"},
-    }  # fmt: skip
+    assert "é" in written
+    assert json.loads(written) == parsed("""
+    {model_type: é, torch_dtype: bfloat16, dtype: bfloat16, quant_config: null,
+     text_config: {dtype: bfloat16, inner_config: {dtype: bfloat16}}, other: {dtype: float32}}
+    """)
 
 
 COPIED = {

@@ -16,6 +16,7 @@ from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import ACCUMULATION, CLIP, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import micro_step
+from tests.helpers.tables import parsed
 from tests.helpers.tensor_parallel import (
     BATCHES,
     base_in_memory,
@@ -27,11 +28,11 @@ from tests.helpers.tensor_parallel import (
 STEPS = 20
 COMPARED_EVERY = 5
 LEARNING_RATE = 2e-3
-PRECISIONS = {
-    "float32": {},
-    "bfloat16": {"bf16": {"enabled": True}},
-    "float16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
-}
+PRECISIONS = parsed("""
+float32: {}
+bfloat16: {bf16: {enabled: true}}
+float16: {fp16: {enabled: true, initial_scale_power: 8}}
+""")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
 """Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that
 of the other tests.

@@ -2,9 +2,6 @@
 those of one process.
 """
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -74,20 +71,6 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
 
 
 # -- the rest of the matrix ------------------------------------------------------------
-
-
-@pytest.mark.heavy
-def test_a_checkpoint_goes_on_at_any_size(user, one, tmp_path):
-    first = tmp_path / "first"
-    run(4, flags(user, first, 4, 2))
-    assert_same_curve(first, one)
-    for ranks, size in ((4, 4), (4, 1), (2, 2), (2, 1), (1, 1), (4, 2)):
-        out = Path(shutil.copytree(first, tmp_path / f"{ranks}-{size}", symlinks=True))
-        resume = ("--resume_from_checkpoint", out / "checkpoints/step-000003")
-        run(ranks, flags(user, out, ranks, size, *resume))
-        assert_close_losses(out, one, rtol=0, atol=1e-5)
-        if (ranks, size) == (4, 2):
-            assert curve(out) == curve(first), "at the same size: to the bit"
 
 
 VARIANTS = """

@@ -209,11 +209,11 @@ def measured(case):
                 engine.step()
     moments = [value for key, value in state_tensors(engine, 0) if key != "step"]
     masters = {
-        tensor.untyped_storage()._cdata: tensor.nbytes
+        tensor.untyped_storage().data_ptr(): tensor.nbytes
         for tensor in optimizer.fp32_partitioned_groups_flat
     }
     # An upgrade might share them in fp32
-    masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)
+    masters.pop(optimizer.lp_param_buffer.untyped_storage().data_ptr(), None)
     frozen = frozen_buffers(model)
     on_device = [*slots, *(frozen[name] for name in frozen.keys() - on_host)]
     return {

@@ -144,11 +144,11 @@ def test_what_a_probe_may_move_by():
         remora.engine = SimpleNamespace(module=model)
         for before in (0.1, 5.0):
             most = share * max(before, 1.0)
-            remora._check_probe(1, before, before + 0.99 * most)
+            remora.check_probe(1, before, before + 0.99 * most)
             for after in (before + 1.01 * most, before - 1.01 * most, math.nan):
                 with run_error("moved the loss on the probe batch"):
-                    remora._check_probe(1, before, after)
-    remora._check_probe(1, None, None)
+                    remora.check_probe(1, before, after)
+    remora.check_probe(1, None, None)
 
 
 def test_a_moved_probe_stops_the_run(tmp_path):

@@ -97,7 +97,8 @@ def test_other_ranks_hold_their_message_back_and_say_who_they_are(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert code_of(UserError("mine")) == 2
     assert code_of(shared(UserError("of all"))) == 2
-    assert pauses == [cli._WAIT_FOR_RANK_0_S, cli._WAIT_FOR_FAILED_RANK_S]
+    of_one, of_all = pauses
+    assert of_one > of_all > 0, "the launcher is to see rank 0 end first"
     assert code_of(Stopped("told by rank 0")) == 75
     assert capsys.readouterr().err == "[rank 1] error: mine\n[rank 1] error: of all\n"
 

@@ -59,7 +59,7 @@ def test_ranks_are_connected_where_they_talk_and_not_before():
     for before, with_group, after in run_ranks(8, counted):
         assert with_group - before <= 3, "the group's own listening sockets"
         assert after - with_group <= 6, (
-            "neighbours in the tree and in the ring, of 7 other ranks"
+            "neighbors in the tree and in the ring, of 7 other ranks"
         )
 
 

@@ -37,12 +37,12 @@ def test_limits_are_those_of_a_group_and_of_all_around_it(
     (tmp_path / "cgroup").write_text(text)
     monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
-    assert node_memory._cgroup_folders() == [tmp_path / folder for folder in expected]
+    assert node_memory.cgroup_folders() == [tmp_path / folder for folder in expected]
 
 
 def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
     memory = mock.Mock(total=900, free=20, available=50)
-    monkeypatch.setattr(node_memory, "_cgroup_folders", list)
+    monkeypatch.setattr(node_memory, "cgroup_folders", list)
     monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
     assert free_bytes() == 50
 
@@ -57,7 +57,7 @@ def test_memory_that_is_there(free, limit, monkeypatch):
         Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
     )
     limits = lambda what: (limit, limit)  # noqa: E731
-    monkeypatch.setattr(node_memory, "_cgroup_folders", list)
+    monkeypatch.setattr(node_memory, "cgroup_folders", list)
     monkeypatch.setattr(node_memory, "psutil", psutil)
     monkeypatch.setattr(node_memory.resource, "getrlimit", limits)
     require_memory(1000, "a layer")

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.runtime.ranks import Ranks, _named
+from mora_ds.runtime.ranks import Ranks, names_of_ranks
 from tests.helpers.gloo import run_ranks
 from tests.helpers.pool import run_pooled
 
@@ -134,5 +134,8 @@ def test_long_work_is_waited_for():
 
 
 def test_many_ranks_are_not_all_named():
-    assert _named([3]) == "rank 3"
-    assert _named(list(range(1, 10))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 ... (9 in all)"
+    assert names_of_ranks([3]) == "rank 3"
+    assert (
+        names_of_ranks(list(range(1, 10)))
+        == "ranks 1, 2, 3, 4, 5, 6, 7, 8 ... (9 in all)"
+    )

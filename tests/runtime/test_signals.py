@@ -74,7 +74,7 @@ def signalled_job(argv, number, rank, method, step):
 
 
 STOPS = """
-SIGTERM | 1 | _nll | 4 | 5
+SIGTERM | 1 | nll | 4 | 5
 SIGUSR1 | 0 | _merge | 4 | 4
 SIGINT | 1 | _evaluate | 9 | 9
 SIGTERM | 1 | _evaluate | 4 | 4
@@ -115,6 +115,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, ou
 
 SCRIPT = """
 import multiprocessing, os, sys, threading, time
+from mora_ds.common.errors import Stopped
 from mora_ds.runtime import cli, signals
 
 def worker(_):
@@ -130,7 +131,15 @@ def stuck():  # as in a collective that does not return
         while True:
             threading.Lock().acquire() if not signals.requested() else time.sleep(60)
 
+def held():  # as where the main thread waits for other ranks
+    signals._PATIENCE_S = 0.5
+    try:
+        starting()
+    except Stopped:
+        time.sleep(60)
+
 def patient():
+    signals._PATIENCE_S = 0.1
     with signals.deferred():
         print("ready", flush=True)
         while not signals.requested():
@@ -179,12 +188,18 @@ def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number):
     assert "nothing to save" in told
 
 
+def test_a_main_thread_that_waits_with_nothing_to_save_is_given_some_seconds():
+    process = ready(script("held"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == EXIT_STOPPED
+
+
 def test_sigint_again_ends_a_process_whatever_it_does():
     process = ready(script("stuck"))
     for _ in range(2):  # the terminal's, and the same once more from torchrun
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    time.sleep(signals._SAME_CTRL_C_S)
+    time.sleep(signals.SAME_CTRL_C_S)
     assert process.poll() is None, "one Ctrl-C is one, however often it arrives"
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=5)

@@ -2,16 +2,13 @@
 on rented hardware.
 """
 
-import os
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mora_ds.common.files import read_json
-from tests import conftest
 from tests.helpers import plain_kernels  # noqa: F401  (the kernels' operations, for tensors of a CPU)
 from tests.helpers.gloo import run_alone
 from tests.helpers.tools import call, tool
@@ -71,23 +68,11 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     called = "called a synchronizing CUDA operation"
-    with tool("bench/gpu")._counted_waits(torch.device("cuda")) as waits:
+    with tool("bench/gpu").counted_waits(torch.device("cuda")) as waits:
         for message in (called, "something else", called):
             warnings.warn(message, stacklevel=1)
     assert len(waits) == 2
     assert modes == ["warn", "default"]
-
-
-@pytest.mark.parametrize(
-    "asked, accelerator",
-    [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")],
-)
-def test_gpu_tests_alone_take_the_accelerator_that_is_there(
-    asked, accelerator, monkeypatch
-):
-    monkeypatch.delenv("DS_ACCELERATOR")
-    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))
-    assert os.environ.get("DS_ACCELERATOR") == accelerator
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -94,10 +94,10 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
         row("lora", 3e-2, new=[201.0, 200.0], old=[130.0, 131.0]),
         row("full", 1e-3, new=[101.0], old=[99.0]),
     ]
-    assert bench._best(rows) == {("lora", 8): 1e-2, ("full", 8): 1e-3}
-    assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01"
-    assert bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
-    assert bench._rate(rows[1], (1e-2,)) == "0.01"
+    assert bench.best_rates(rows) == {("lora", 8): 1e-2, ("full", 8): 1e-3}
+    assert bench.rate_cell(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01"
+    assert bench.rate_cell(rows[2], (1e-2, 3e-2)) == "0.03*"
+    assert bench.rate_cell(rows[1], (1e-2,)) == "0.01"
 
 
 def test_the_gap_is_that_of_the_seeds_that_all_have():
@@ -106,9 +106,9 @@ def test_the_gap_is_that_of_the_seeds_that_all_have():
     full = row("full", 1e-3, new=[101.0], old=[99.0])
     mora = row("mora-rotate", 1e-2, new=[176.0, 300.0], old=[99.0, 99.0])
     peers = {"lora": lora, "full": full}
-    assert bench._gap(mora, peers) == "25%"
-    assert bench._gap(lora, peers) == "-"
-    assert bench._gap(mora, {}) == "-"
+    assert bench.gap_cell(mora, peers) == "25%"
+    assert bench.gap_cell(lora, peers) == "-"
+    assert bench.gap_cell(mora, {}) == "-"
 
 
 @pytest.fixture

@@ -33,10 +33,10 @@ def test_the_small_base_learns_what_digits_are_and_is_made_once(
     monkeypatch.setattr(bench, "DIGIT_STEPS", 1)
     warm = SimpleNamespace(warm=user.model)
     monkeypatch.setattr(bench, "warm_base", lambda folder: warm)
-    folder = bench._small_base(tmp_path)
-    assert bench._pairs(folder, 3, seed=1).shape == (3, 66)
+    folder = bench.small_base(tmp_path)
+    assert bench.pairs_of_digits(folder, 3, seed=1).shape == (3, 66)
     monkeypatch.delattr(bench, "warm_base")
-    assert bench._small_base(tmp_path) == folder
+    assert bench.small_base(tmp_path) == folder
 
 
 def learned_by_heart(folder, user, *flags):

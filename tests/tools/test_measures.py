@@ -3,6 +3,7 @@ deep the forward of a layer is.
 """
 
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def add(own, others):
     # Both are numbers.
     total, part = own + others, 0
 
-    return total + part
+    return total + part + others._size
 
 
 print(add(1, 2))
@@ -42,9 +43,10 @@ def test_measures_of_a_module(tmp_path):
     (tmp_path / "module.py").write_text(SOURCE)
     measures = measure(tmp_path)
     # Module; def, its arguments and two arg; the assignment with a tuple of two names, and
-    # a tuple of a sum (4) and a constant; return with a sum (4); print with its name, and
-    # add with its name and two constants.
-    assert measures["nodes of the syntax tree"] == 1 + 4 + 1 + 3 + 6 + 5 + 7
+    # a tuple of a sum (4) and a constant; return with a sum (4) and an attribute of a name
+    # in another one; print with its name, and add with its name and two constants.
+    assert measures["nodes of the syntax tree"] == 1 + 4 + 1 + 3 + 6 + 5 + 4 + 7
+    assert measures["private attributes of others"] == 1
     assert measures["lines of code"] == 4
     assert measures["functions"] == 1
     assert measures["names that say nothing, in 1,000 lines"] == 3 / 4 * 1000
@@ -65,3 +67,8 @@ def test_a_forward_is_at_most_so_deep():
         measures = forward_calls(layer, torch.ones(tokens, 32, dtype=dtype))
         calls, _, depth, files = measures.values()
         assert calls <= 20 and depth <= 7 and files <= 4, (measures, spec, tokens)
+
+
+def test_tests_touch_private_attributes_in_few_places():
+    tests = Path(__file__).parents[1]
+    assert measure(tests)["private attributes of others"] <= 40

@@ -20,7 +20,7 @@ from mora_ds.train.dry_run import implementation_of
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import assert_close_losses, finished_run, refusal
+from tests.helpers.jobs import assert_close_losses, finished_run
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.tables import rows
 
@@ -48,16 +48,6 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     assert attention_in(by_documents) == "documents"
     assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
-
-
-def test_another_attention_does_not_continue_a_run(user, dense, tmp_path):
-    checkpoint = dense / "checkpoints/step-000004"
-    message = refusal(
-        user.flags(tmp_path / "other", MORE, "--resume_from_checkpoint", checkpoint)
-    )
-    assert (
-        "attention (--attn_implementation): 'dense' there, 'documents' here" in message
-    )
 
 
 def test_dense_attention_is_what_it_was_to_the_bit():
@@ -201,8 +191,9 @@ def with_lost_window():
     use_documents(model)
     check_attention(model, document_mask=False)
     for layer in model.model.layers:
-        layer.self_attn.config = AutoConfig.for_model("mistral", sliding_window=None)
-        layer.self_attn.config._attn_implementation = NAME
+        layer.self_attn.config = AutoConfig.for_model(
+            "mistral", sliding_window=None, attn_implementation=NAME
+        )
     return model
 
 

@@ -194,6 +194,7 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, 
 
 
 FAILURES = """
+Evaluator evaluate | 0 | RuntimeError | RuntimeError | 0
 Evaluator evaluate | 1 | SystemExit | FailedBeside | 6
 MetricsLog evaluation | 6 | ValueError | FailedBeside | 6
 MetricsLog step | 4 | RuntimeError | RuntimeError | 4
@@ -215,8 +216,8 @@ def ends_of_runs(failures):
 
 
 def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_path):
-    """An evaluation fails beside the run. What the run cannot do without ends it,
-    --save_steps after a checkpoint at most."""
+    """An evaluation that fails does not end the run, but before its first step. What the
+    run cannot do without ends it, --save_steps after a checkpoint at most."""
     more = "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none"
     failures = []
     table = rows_of(FAILURES)
@@ -230,12 +231,6 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_
         folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
         newest = step_of(folders[-1]) if folders else 0
         assert (kinds[number], newest) == (kind, int(step)), table[number]
-
-
-def test_before_the_first_step_a_failed_evaluation_ends_the_run(user, tmp_path):
-    argv = user.flags(tmp_path, FLAGS)
-    end = run_alone(failing, argv, Evaluator, "evaluate", NO_EVALUATION, (0,))
-    assert end == ("RuntimeError", "no evaluation today")
 
 
 def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):

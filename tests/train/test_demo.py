@@ -8,7 +8,7 @@ import pytest
 
 from mora_ds.common.files import load_yaml
 from mora_ds.config.arguments import parse
-from mora_ds.train.demo import CONTINUE, RECIPE, DemoPaths, _continue_arguments
+from mora_ds.train.demo import CONTINUE, RECIPE, DemoPaths, continue_arguments
 from tests.helpers.errors import user_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def settings(folder, flags):
     arguments = parse(["--output_dir", str(folder), *flags.split()])
-    return _continue_arguments(arguments, DemoPaths(folder / "demo"), world=2)
+    return continue_arguments(arguments, DemoPaths(folder / "demo"), world=2)
 
 
 def choices_of(job):

@@ -17,8 +17,6 @@ from mora_ds.data import (
     load_tokenizer,
     start_id,
 )
-from mora_ds.data.readers import Document
-from mora_ds.data.tokenizer import Encoder
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
@@ -74,18 +72,6 @@ def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
     changed = run_alone(of_gemma, user.flags(tmp_path / "changed", *flags))
     assert changed["perplexity_before"] != plain["perplexity_before"]
     assert (losses(tmp_path / "plain") != losses(tmp_path / "changed")).all()
-
-
-def test_it_stands_once_before_a_document_of_several_parts(user):
-    """Which is read, and tokenised, in parts."""
-    encoder = Encoder.of(load_tokenizer(user.model), "<s>")
-    pieces = [
-        Document("def f(x):\n", ends=False),
-        Document("    return x\n", begins=False),
-    ]
-    tokens, ends = encoder(pieces)
-    assert tokens.tolist().count(encoder.start_id) == 1 == len(ends)
-    assert tokens[0] == encoder.start_id
 
 
 def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):

@@ -32,7 +32,7 @@ def batches_of(eval_batches, before_batch, limit, index=0, count=1):
     )
     evaluation.replica = SimpleNamespace(index=index, count=count)
     data = SimpleNamespace(eval_batches=eval_batches)
-    return evaluation._batches(data, before_batch)
+    return evaluation.counted_batches(data, before_batch)
 
 
 def counted(index, replicas, limit):

@@ -100,7 +100,7 @@ def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
         stream.rows_per_step = 4 * world
         batch_loader = loader(stream, 0, world)
         batch_loader.take(0)
-        assert (batch_loader._ahead is None) == (world == 2)
+        assert (batch_loader.ahead is None) == (world == 2)
         assert batch_loader.labels_ahead(1) == 2 * T
         assert len(stream.threads) == 4
 

@@ -40,7 +40,7 @@ def watched_job(argv):
     For `run_ranks`.
     """
     seen = []
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
 
     def look(trainer):
         after_step(trainer)
@@ -51,7 +51,7 @@ def watched_job(argv):
                 (trainer.state.step, resident, len(os.listdir("/proc/self/fd")))
             )
 
-    Trainer._after_step = look  # in this forked rank alone
+    Trainer.after_step = look  # in this forked rank alone
     job(argv)
     return seen
 

@@ -12,10 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mora_ds.checkpoint.state import TrainerState
 from mora_ds.models.loss import perplexity
-from mora_ds.train import trainer as trainer_module
-from mora_ds.train.loader import MicroBatch
 from mora_ds.train.metrics import (
     MetricsLog,
     PhaseMemory,
@@ -23,7 +20,6 @@ from mora_ds.train.metrics import (
     step_line,
 )
 from mora_ds.train.trackers import Tracker
-from mora_ds.train.trainer import Trainer
 from tests.helpers.jobs import rows
 
 
@@ -53,25 +49,6 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
     log.close()
 
 
-def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
-    """Of every so many steps one is, and the last one always."""
-    logged = []
-    trainer = Trainer.__new__(Trainer)
-    vars(trainer).update(
-        state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
-        replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
-        _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
-        total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
-    )  # fmt: skip
-    monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
-    trainer._log_step(2.0, 1e-3, 2.0, [])
-    assert logged == [
-        metrics(3, tokens=384, tokens_per_s=64.0, tokens_per_s_per_rank=16.0,
-            step_time_s=2.0, bytes_gathered=7, mfu=0.32),
-    ]  # fmt: skip
-    assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
-
-
 def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
     """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
     peaks = iter([7, 30, 12, 9, 20, 5, 5])
@@ -92,21 +69,10 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
     assert memory.peak == 30
 
 
-def test_losses_are_summed_by_source(monkeypatch):
-    monkeypatch.setattr(trainer_module, "row_nll", lambda engine, losses: losses)
-    trainer = Trainer.__new__(Trainer)
-    vars(trainer).update(
-        engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True
-    )
-    by_source = torch.zeros(2, 3, dtype=torch.float64)
-    losses = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    assert trainer._nll(
-        MicroBatch(losses, [2, 4, 6], [0, 1, 0]), by_source
-    ).requires_grad
-    trainer._nll(MicroBatch(torch.tensor([4.0]), [2], [1]), by_source)
-    assert not by_source.requires_grad
-    assert by_source.tolist() == [[4.0, 6.0, 0.0], [8.0, 6.0, 0.0]]
-    facts = source_facts(by_source.flatten().tolist(), {"a": 8, "b": 6, "idle": 0})
+def test_the_loss_of_a_source_is_the_mean_over_its_labels():
+    """None for a source without any in this step."""
+    sums = [4.0, 6.0, 0.0, 8.0, 6.0, 0.0]
+    facts = source_facts(sums, {"a": 8, "b": 6, "idle": 0})
     assert facts["a"] == {
         "loss": 0.5,
         "perplexity": pytest.approx(math.exp(0.5)),
@@ -116,8 +82,7 @@ def test_losses_are_summed_by_source(monkeypatch):
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
-def test_the_line_for_humans():
-
+def test_the_line_that_is_printed_of_a_step():
     assert step_line(metrics(7), 100) == (
         "step   7/100  loss 2.0000  ppl 7.39  lr 1.00e-03  grad 0.500  128 tok/s  1.00 GiB  "
         "gathered 1.00 MB  0:00:46 left"

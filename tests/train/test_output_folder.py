@@ -61,7 +61,7 @@ def put(folder, name, text):
 def forget(folder):
     """As if the process had ended."""
     output_folder._reservations.pop(folder.resolve(), None)
-    output_folder._locks.pop(folder.resolve(), None)
+    leave(folder)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -197,7 +197,8 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
     join(out)
     join(out)
     leave(out)
-    assert out.resolve() not in output_folder._locks
+    reserve(out)
+    abandon(out)
     join(tmp_path / "a node that does not see it")
 
 

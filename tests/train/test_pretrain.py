@@ -24,8 +24,6 @@ from mora_ds.data import (
     PackedDataset,
     build_cache,
     load_corpus,
-    load_tokenizer,
-    train_sentencepiece,
 )
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
@@ -175,13 +173,6 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, ou
     run(1, [*argv, "--resume_from_checkpoint", "auto"])
     assert torch.equal(losses(out), whole)
     assert tokenizer_file.stat().st_mtime_ns == written, "trained once"
-
-
-def test_a_tokenizer_that_was_trained_before(user, out, tmp_path):
-    path = train_sentencepiece(user.texts(), 380, tmp_path)
-    run(1, user.flags(out, "--tokenizer_name", path, "--export_merged true"))
-    exported = AutoTokenizer.from_pretrained(out / "merged")
-    assert exported.encode("def f(x):") == load_tokenizer(path).encode("def f(x):")
 
 
 def test_epochs_in_place_of_steps(user, out):

@@ -64,7 +64,8 @@ def test_everything_that_is_trained_is_named():
         ["--mora_rank", "4", "--train_new_embeddings", "--train_norms"]
     ).adapter
     assert (
-        screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"
+        screen.names_of_trained(adapter)
+        == "MoRA of rank 4, new rows of the embeddings, norms"
     )
 
 

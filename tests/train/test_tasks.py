@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mora_ds.common.files import read_json
 from mora_ds.train.loader import Replica
-from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
+from mora_ds.train.tasks import TaskSuite, check_tasks, results_of, task_names
 from tests.helpers.engines import ROWS, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone, run_ranks
@@ -33,12 +33,12 @@ higher_is_better: {a: {acc: true}, c: {error: false}}
 
 
 def test_results_become_costs():
-    task_results = _results(parsed(RESULTS), "abcd")
+    task_results = results_of(parsed(RESULTS), "abcd")
     costs = [task_results[name].cost for name in "abcd"]
     assert costs == [4.0, 7.0, 0.5, 1000.0]
     assert task_results["a"].metrics == {"acc": 0.25, "other": 3.0}
     with user_error("no metric"):
-        _results({"results": {"e": {"alias": "e"}}}, "e")
+        results_of({"results": {"e": {"alias": "e"}}}, "e")
 
 
 def test_a_file_is_known_by_the_task_in_it(tmp_path):

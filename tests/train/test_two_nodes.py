@@ -146,14 +146,3 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_pat
     step = max(step_of(folder) for folder in complete_checkpoints(out / "checkpoints"))
     last = ["--max_steps", str(step + 2)]
     finish(start("deepspeed", nodes, tmp_path, [*flags, *last]), tmp_path)
-
-
-def test_nodes_with_disks_of_their_own_are_refused(user, nodes, tmp_path, out):
-    """The second node's folder of that name is another one."""
-    out.mkdir()
-    nodes[1].mount(out)
-    processes = start("torchrun", nodes, tmp_path, user.flags(out, MORE))
-    assert 0 not in codes_of(processes, tmp_path, within_s=200)
-    assert f"--output_dir: {out} on " in told(tmp_path)
-    assert "is another folder than" in told(tmp_path)
-    assert not any(out.iterdir())

@@ -228,7 +228,7 @@ def step(options: argparse.Namespace) -> list[list[str]]:
     for stage in (1, 2, 3):
         engine = _engine(stage, options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
-        with _counted_waits(options.device) as waits:
+        with counted_waits(options.device) as waits:
             engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
         seconds = _seconds(partial(_train, engine, ids, 1), options)
@@ -335,7 +335,7 @@ def _matrices(engine: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+def counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
     """A list with an entry for each wait of the host, of which torch warns. As an
     error, a wait would leave DeepSpeed's engine in the midst of a micro-batch."""
     with warnings.catch_warnings(record=True) as waits:

@@ -173,7 +173,7 @@ def main() -> None:
         trials(rates_of, range(1, min(options.sweep_seeds, options.seeds) + 1))
     )
     run_all(swept, _run, options.jobs)
-    best = _best(rows_of(_found([*earlier, *swept])))
+    best = best_rates(rows_of(_found([*earlier, *swept])))
 
     more = trials(rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
     repeated = [trial for trial in more if trial.rate == best[trial.method, trial.rank]]
@@ -427,7 +427,7 @@ def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
 # -- the table -------------------------------------------------------------------------
 
 
-def _best(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
     """Method and rank -> its best learning rate, by the seeds that all its rates
     have."""
     best = {}
@@ -481,11 +481,11 @@ def _table(
                 str(row.rank or "-") if with_ranks else "-",
                 row.method,
                 f"{row.trained:,}",
-                _rate(row, swept),
+                rate_cell(row, swept),
                 str(len(row.runs)),
                 mean_and_spread(row.perplexities(NEW)),
                 mean_and_spread(row.perplexities(OLD)),
-                _gap(row, {peer.method: peer for peer in peers}),
+                gap_cell(row, {peer.method: peer for peer in peers}),
                 *(_score(row, task) for task in tasks),
             ]
         )
@@ -508,11 +508,11 @@ def _score(row: Row, task: str) -> str:
     return f"{fmean(scores):.1%}" if scores else "-"
 
 
-def _rate(row: Row, swept: Sequence[float]) -> str:
+def rate_cell(row: Row, swept: Sequence[float]) -> str:
     return f"{row.rate:g}{at_edge(row.rate, swept)}" if row.trained else "-"
 
 
-def _gap(row: Row, peers: Mapping[str, Row]) -> str:
+def gap_cell(row: Row, peers: Mapping[str, Row]) -> str:
     """The part of the distance from LoRA to full training that a method closes, on the
     new text; "-" where full training is less than 5% ahead, as there is no distance
     then."""

@@ -100,7 +100,7 @@ def main() -> None:
     options = _options()
     _check(options)
     os.environ.update(only_rank())
-    base = options.base or _small_base(options.work)
+    base = options.base or small_base(options.work)
     start_distributed()
     runs = []
     for name in options.methods:
@@ -156,7 +156,7 @@ def _check(options: argparse.Namespace) -> None:
 # -- the task --------------------------------------------------------------------------
 
 
-def _pairs(base: Path, number: int, seed: int | str) -> Tensor:
+def pairs_of_digits(base: Path, number: int, seed: int | str) -> Tensor:
     """(number, 2 * DIGITS + 2) token ids of the tokenizer of `base`: start, 32 random
     digits, separator, 32 random digits. Raises `UserError` where a digit has no token
     of its own."""
@@ -203,7 +203,7 @@ def _accuracy(engine: Any, rows: Tensor) -> float:
     return right / (len(rows) * DIGITS)
 
 
-def _small_base(work: Path) -> Path:
+def small_base(work: Path) -> Path:
     """The demo's small Llama, warm-started on prose and then trained on pairs that
     never come again. It knows then that digits follow, and none of them, as a large
     pretrained model does by itself."""
@@ -215,7 +215,7 @@ def _small_base(work: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for ids in _pairs(warm, 16 * DIGIT_STEPS, "never again").split(16):
+    for ids in pairs_of_digits(warm, 16 * DIGIT_STEPS, "never again").split(16):
         model(input_ids=ids, labels=_labels(ids), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -233,7 +233,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train once: trained parameters; step, accuracy and loss of each measurement."""
     torch.manual_seed(seed)
-    rows = _pairs(base, options.pairs, seed)
+    rows = pairs_of_digits(base, options.pairs, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = zero3_config(
         options.micro_batch,
