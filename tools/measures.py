@@ -91,7 +91,7 @@ def count_flags(config: Path) -> int:
 
 
 def count_nodes(nodes: list[ast.AST]) -> int:
-    """Nodes but for contexts, and docstrings with the expression that each one is."""
+    """Nodes without contexts, and without docstrings and their expressions."""
     counted = sum(not isinstance(node, ast.expr_context) for node in nodes)
     return counted - 2 * sum(docstring(node) is not None for node in nodes)
 
@@ -117,7 +117,7 @@ def is_text(node: ast.AST) -> bool:
 
 
 def lines_of_code(source: str) -> list[str]:
-    """The lines, stripped, but for empty ones, comments and strings that stand
+    """The stripped lines, without empty lines, comments and strings that stand
     alone."""
     texts: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -132,8 +132,7 @@ def lines_of_code(source: str) -> list[str]:
 
 
 def count_comment_lines(source: str) -> int:
-    """Lines that are a comment and nothing else; not the marks that other tools
-    read."""
+    """Lines that hold only a comment. Marks that other tools read do not count."""
     comment = re.compile(r"^\s*#(?!!| fmt:)", re.MULTILINE)
     return len(comment.findall(source))
 
@@ -156,8 +155,8 @@ def is_packed(assignment: ast.Assign) -> bool:
 
 
 def asks_for_kind(node: ast.AST) -> bool:
-    """Whether it tells operators apart, by class or by member of the enumeration. To
-    read what the table of operators says of a kind is no such place."""
+    """Whether it tells operators apart, by class or by member of the enumeration. A look-up
+    in the table of operators does not count."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
         return ast.unparse(node.args[1]).endswith("Spec")
     if isinstance(node, ast.Compare):

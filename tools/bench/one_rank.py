@@ -36,7 +36,7 @@ class Spent:
     """What one phase took on this rank."""
 
     cpu_s: float = 0.0
-    """Of all threads."""
+    """CPU seconds of all threads."""
     files: int = 0
     """Distinct files under the watched folder that were opened."""
 
