@@ -245,7 +245,7 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
         assert not [module for module in modules if ".kernels" in module]
 
 
-def test_research_is_loaded_through_one_door():
+def test_research_is_imported_by_one_module():
     """By name, which the imports above do not show."""
     doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
     code = {

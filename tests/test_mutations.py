@@ -5,7 +5,7 @@ age unseen.
 from tests.mutations import MUTATIONS, ROOT
 
 
-def test_every_fault_still_fits_the_code():
+def test_every_mutation_fits_the_code():
     assert [
         problem for mutation in MUTATIONS if (problem := mutation.problem(ROOT))
     ] == []

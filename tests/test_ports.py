@@ -10,7 +10,7 @@ from torch.distributed import TCPStore
 from tests.helpers.gloo import free_port
 
 
-def test_a_port_that_was_drawn_is_for_one_store():
+def test_a_free_port_is_used_by_one_store():
     port = free_port()
     with socket.socket() as drawn_by_another, pytest.raises(OSError, match="in use"):
         drawn_by_another.bind(("", port))

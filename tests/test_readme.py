@@ -87,5 +87,5 @@ def resumed_run(folder):
     return run.state.step, moved
 
 
-def test_a_run_of_ones_own_resumes(plugin_run):
+def test_the_snippet_resumes(plugin_run):
     assert run_ranks(2, resumed_run, str(plugin_run)) == [(6, True), (6, True)]

@@ -281,7 +281,7 @@ def test_a_head_keeps_its_bias():
 # -- plans and refusals ----------------------------------------------------------------
 
 
-def test_a_dry_run_counts_them(extended, out, monkeypatch, capsys):
+def test_a_dry_run_counts_new_rows(extended, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def counted(*flags):
@@ -325,7 +325,7 @@ def test_configs_that_do_not_fit_are_refused(config, message):
         inject(tiny_model("llama"), MoRAConfig(rank=2, **parsed(config)))
 
 
-def test_models_that_they_do_not_fit_are_refused():
+def test_models_without_suitable_embeddings_are_refused():
     last_row = MoRAConfig(rank=2, new_rows_from=127)
     assert inject(tiny_model("llama"), last_row).other_trainable_params == 2 * 32
     for change, message in (

@@ -98,7 +98,7 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
     assert_same_run(out, whole)
 
 
-def test_exports_are_the_live_model_in_the_files_of_the_original(
+def test_exports_are_the_merged_model_in_the_files_of_the_base(
     model_folder, whole, tmp_path, merged
 ):
     report = export_merged(whole, merged, verify=True)
@@ -172,7 +172,9 @@ def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user, tmp_path):
 
 
 @pytest.mark.heavy
-def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
+def test_a_run_with_experts_resumes_at_other_numbers_of_ranks(
+    user, model_folder, tmp_path
+):
     """As exact as the losses of other ranks are; what was saved is what is resumed, to the
     bit.
     """

@@ -57,7 +57,7 @@ def test_output_is_base_plus_delta_merged_or_not(kind, operator):
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_on_the_squares_input_and_only_while_training():
+def test_dropout_applies_to_the_input_of_m_and_only_in_training():
     base = base_layer("linear")
     x = inputs()
     base_output = base(x).detach()

@@ -160,7 +160,7 @@ def test_what_is_refused_is_named_with_its_place(hint, value, words):
     assert len(str(caught.value)) < 300
 
 
-def test_a_file_has_at_most_so_many_bytes(tmp_path):
+def test_a_file_has_a_maximal_size(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\u00e4bc")
     assert read_text(path, 4) == "\u00e4bc"
@@ -204,7 +204,7 @@ def test_an_entry_that_is_missing_is_named():
         entry({"a": 1}, "b", int, "file")
 
 
-def test_a_link_in_a_folder_is_told(tmp_path):
+def test_a_link_in_a_folder_is_named(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").symlink_to("inner")
     with user_error(r"a is a link to inner, and links are not followed: make a copy"):

@@ -175,7 +175,7 @@ def test_sources_keep_their_own_order_and_epochs():
     )
 
 
-def test_its_identity_tells_sources_weights_and_epochs():
+def test_identity_depends_on_sources_weights_and_epochs():
     identity = mixture().identity
     assert mixture().identity == identity
     for changes in (

@@ -117,7 +117,7 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path, merged):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
-def test_scale_multiplies_the_whole_update(run, merged, scale):
+def test_scale_multiplies_the_complete_update(run, merged, scale):
     report = export_merged(run.checkpoint, merged, delta_scale=scale)
     check(content(merged), by_hand([(scale, run.checkpoint)]))
     if scale == 0:

@@ -82,7 +82,7 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path, merged, error):
     assert (merged / "model.safetensors").is_file()
 
 
-def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path):
+def test_error_message_masks_the_token(tmp_path):
     error = OSError(f"the token {TOKEN} is refused")
     with (
         uploads_to(tmp_path, error),

@@ -92,7 +92,7 @@ def test_the_coarser_dtype_of_run_and_export_counts(tmp_path, merged):
     assert report.comparison.tolerance == pytest.approx(2 * 2**-7 * 3**0.5)
 
 
-def test_what_cannot_be_compared_is_told(tmp_path, merged):
+def test_incomparable_exports_are_named(tmp_path, merged):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, merged)
     whole = load_file(run.checkpoint / "probe.safetensors")

@@ -55,7 +55,7 @@ names  stat_signature                 stamps?\b
 both   packaged                       ships?\b|shipp(?:ed|ing)\b
 both   printed, named, reported       told\b
 both   memorized                      (?:known )?by heart\b
-prose  learning rate                  rates?\b
+prose  learning rate                  (?-i:[Rr]ates?)\b
 prose  re-warmup                      ramps?\b|ramp-up\b
 prose  tokens                         pieces?\b
 prose  the demo                       embedded default\b
@@ -64,12 +64,12 @@ prose  plain words                    one's own\b|so many\b|whence\b|going home\
 prose  packages, modules              (?:room|house|wing|floor)s?\b
 prose  peak                           at the highest\b
 prose  static memory                  held all the time\b
-both   -ize                           \w*(?:author|capital|categor|character|custom|emphas|equal|factor)is(?:e|ing|a)
-both   -ize                           \w*(?:final|general|initial|linear|local|material|memor|minim|maxim)is(?:e|ing|a)
-both   -ize                           \w*(?:modular|normal|optim|organ|orthogonal|parallel|parametr|penal)is(?:e|ing|a)
-both   -ize                           \w*(?:pickl|priorit|quant|random|real|recogn|regular|serial)is(?:e|ing|a)
-both   -ize                           \w*(?:special|stabil|standard|summar|symbol|synchron|token|util)is(?:e|ing|a)
-both   -ize                           \w*(?:vector|visual)is(?:e|ing|a)
+both   -ize                           \w*(?:author|capital|categor|character|custom|emphas|equal|factor)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:final|general|initial|linear|local|material|memor|minim|maxim)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:modular|normal|optim|organ|orthogonal|parallel|parametr|penal)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:pickl|priorit|quant|random|real|recogn|regular|serial)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:special|stabil|standard|summar|symbol|synchron|token|util)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:vector|visual)is(?:e|ing|a)\w*
 both   -yze                           \w*(?:anal|paral)ys(?:e\b|e[drs]\b|ing)
 both   -or                            (?:behavi|col|fav|flav|harb|hon|hum|lab|neighb|rum|vap)our
 both   -er                            (?:cent|fib|lit|theat|(?:centi|kilo|milli)?met)re[sd]?\b

@@ -291,7 +291,7 @@ def test_tied_tensors_stay_on_the_device():
     assert not [name for name in names if "embed" in name or "lm_head" in name]
 
 
-def test_what_is_refused():
+def test_a_model_without_a_list_of_layers_is_refused():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4))
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])

@@ -72,7 +72,7 @@ def with_the_collectives_for_few_and_for_many(cases):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_whole_buckets_give_the_same_bits_for_the_same_bytes(ranks):
+def test_full_buckets_give_the_same_bits_for_the_same_bytes(ranks):
     """A third of a gradient is rounded: it is divided before the sum in both."""
     for counts in run_pooled(
         ranks, with_the_collectives_for_few_and_for_many, list(CASES)

@@ -141,7 +141,7 @@ def zero_sizes(numels, settings=SETTINGS):
 PERSISTENT = "stage3_param_persistence_threshold"
 
 
-def test_small_squares_persist_and_large_ones_are_partitioned():
+def test_small_mora_matrices_persist_and_large_ones_are_partitioned():
     bf16 = replace(SETTINGS, bf16=True)
     small = zero_sizes([256 * 256, 362 * 362] * 7, bf16)
     assert small[PERSISTENT] == 362 * 362

@@ -238,7 +238,7 @@ def assert_follows(ranks, expected, tolerance):
 
 
 @pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
-def test_squares_and_the_rest_follow_one_process(world, stage):
+def test_mora_matrices_and_other_parameters_follow_one_process(world, stage):
     """Clipped, accumulated, decayed."""
     expected = plain_run()
     assert min(expected["norms"]) > 2 * CLIP
@@ -246,7 +246,7 @@ def test_squares_and_the_rest_follow_one_process(world, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalised_each_by_itself(stage):
+def test_lora_factors_are_orthogonalized_separately(stage):
     ranks = run_ranks(2, sharded_run, stage, None, "fp32", True)
     assert_follows(ranks, plain_run(lora=True), 2e-3)
 
@@ -315,7 +315,7 @@ def learning_rates(names):
     ]
 
 
-def test_the_schedule_keeps_the_two_rates_in_proportion():
+def test_schedule_keeps_the_ratio_of_the_two_learning_rates():
     (settings,) = run_pooled(
         1, learning_rates, ("lr", "momentum", "eps", "weight_decay")
     )
@@ -341,7 +341,7 @@ def numels_of(groups):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family):
+def test_mora_matrices_are_group_0_and_all_of_muon_whatever_the_names(family):
     """By names, GPT-2's embeddings would get Muon."""
     ((numels, expected),) = run_pooled(1, groups_of, family)
     assert numels == expected
@@ -387,7 +387,7 @@ def carried():
     }
 
 
-def test_a_step_gathers_the_squares_five_times():
+def test_a_step_gathers_the_mora_matrices_five_times():
     """Once for forward and backward, as ever; then gradients and momentum before
     Newton-Schulz, both again after.
     """

@@ -63,7 +63,7 @@ PASSES = """
 
 
 @pytest.mark.parametrize("row", rows(PASSES), ids=" ".join)
-def test_collectives_carry_the_squares_and_nothing_else(row):
+def test_collectives_carry_only_mora_matrices(row):
     passes, accumulation, settings = map(parsed, row)
     for result in run_pooled(2, count_bytes, accumulation, settings):
         gathers = sum(

@@ -94,7 +94,7 @@ def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
     )
 
 
-def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
+def test_document_attention_is_used_where_the_model_supports_it():
     """FlashAttention stays, and is told nothing of documents by who has not asked for
     them.
     """

@@ -66,7 +66,7 @@ def test_files_are_mapped_until_they_are_released(llama):
     assert base.read("lm_head.weight").shape == (128, 32)
 
 
-def test_reads_what_is_stored(llama):
+def test_tensors_are_read_as_stored(llama):
     base = BaseCheckpoint.open(llama)
     stored = load_file(llama / "model.safetensors")
     read = {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
@@ -260,7 +260,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path):
 # -- fingerprint and checksum ----------------------------------------------------------
 
 
-def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path):
+def test_fingerprint_depends_on_name_dtype_shape_and_bytes(tmp_path):
     tensor = torch.arange(24, dtype=torch.int32)
     variants = [
         {"a": tensor},

@@ -47,7 +47,7 @@ def attend(query, key, value, mask=None, module=None, **more):
 @pairwise(
     {"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": KINDS}
 )
-def test_it_is_dense_attention(layout, window, kind, monkeypatch):
+def test_document_attention_equals_dense_attention(layout, window, kind, monkeypatch):
     # Blocks that end within documents
     monkeypatch.setattr(module_under_test, "QUERIES", 20)
     positions = positions_of(LAYOUTS[layout])
@@ -62,7 +62,7 @@ def test_it_is_dense_attention(layout, window, kind, monkeypatch):
             assert_same_attention(out, expected, trained)
 
 
-def test_a_window_of_blocks_is_dense_attention():
+def test_block_windows_equal_dense_attention():
     """Documents longer than a block of queries under a window."""
     positions = torch.cat([torch.arange(500), torch.arange(140)])[None]
     *inputs, sinks = parts(1, 640, 2)

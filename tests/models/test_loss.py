@@ -113,7 +113,7 @@ def test_loss_and_gradients_are_the_models_own(family, head, checkpointing):
     assert_same(gradients(model, batch), expected)
 
 
-def test_an_adapted_head_too():
+def test_loss_of_an_adapted_head():
     torch.manual_seed(0)
     model = tiny_model()
     batch = batch_of()
@@ -124,7 +124,7 @@ def test_an_adapted_head_too():
     assert any("lm_head" in name for name in expected[1])
 
 
-def test_evaluation_and_whole_logits_are_as_before():
+def test_evaluation_with_and_without_chunks_is_equal():
     model = model_of("llama").eval()
     batch = batch_of()
     with torch.no_grad():
@@ -317,9 +317,7 @@ def test_a_trained_head_that_zero_3_shards(family):
 # -- whole runs ------------------------------------------------------------------------
 
 
-def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(
-    user, tmp_path
-):
+def test_a_split_run_has_the_losses_of_one_process_without_chunks(user, tmp_path):
     whole = tmp_path / "whole"
     expected = run(1, user.flags(whole))
     for split in ("sequence", "tensor"):
@@ -366,9 +364,7 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     assert not chunks_in(gone_on)
 
 
-def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(
-    user, tmp_path
-):
+def test_a_model_that_changes_its_logits_is_trained_without_chunks(user, tmp_path):
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
     told, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)

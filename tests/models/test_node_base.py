@@ -271,7 +271,7 @@ def without_memory(argv):
     return refused(argv)
 
 
-def test_too_little_memory_is_told_at_the_start(user, out):
+def test_too_little_memory_is_named_at_the_start(user, out):
     flags = user.flags(out, STEPS)
     ((kind, message),) = set(run_ranks(2, without_memory, flags))
     assert kind == "UserError"

@@ -82,7 +82,9 @@ phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type 
 
 
 @pytest.mark.parametrize("family, words", rows(OF_OTHERS))
-def test_a_family_that_ignores_it_is_named(user, tmp_path, out, family, words):
+def test_a_family_that_ignores_rope_scaling_is_named(
+    user, tmp_path, out, family, words
+):
     """By the run, its dry run and its plan."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = tmp_path / family

@@ -31,7 +31,7 @@ def split_runs(cases, degree, **settings):
 
 
 @pytest.mark.parametrize("degree, cases", [(2, CORE), (4, CORE[:2])], ids=["t2", "t4"])
-def test_the_core(degree, cases):
+def test_tensor_parallel_equals_one_process(degree, cases):
     """At t = 4 two key-value heads do not divide: the attention falls back."""
     compare(degree, degree, cases)
 
@@ -63,7 +63,7 @@ def with_settings(case):
 
 
 @pytest.mark.heavy
-def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
+def test_an_offloaded_optimizer_and_persistent_mora_matrices():
     expected = plain_run(CORE[0])
     for results in run_ranks(4, with_settings, CORE[0]):
         for result, settings in zip(results, SETTINGS, strict=True):

@@ -103,7 +103,7 @@ def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["family"])
-def test_so_in_every_precision(case, tmp_path):
+def test_every_precision_follows_one_rank(case, tmp_path):
     compare(case, list(PRECISIONS), tmp_path)
 
 

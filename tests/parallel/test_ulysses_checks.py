@@ -190,7 +190,7 @@ llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}
 
 
 @pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
-def test_what_a_config_tells(kind, values, size, message):
+def test_configs_that_cannot_be_split_are_refused(kind, values, size, message):
     config = config_of(kind, **parsed(values))
     with user_error("--sequence_parallel_size") as error:
         check_config(config, int(size), None)
@@ -241,7 +241,7 @@ deepseek_v3:
 """Kinds of models of Llama's sizes -> other settings of their configs."""
 
 
-def test_what_only_a_forward_tells():
+def test_models_that_cannot_be_split_fail_in_forward():
     for said in run_pooled(2, split_checked, MIXING):
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]

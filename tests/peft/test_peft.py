@@ -54,7 +54,7 @@ def logits(model):
 
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_logits_and_gradients_are_those_of_our_layers(family, operator):
+def test_logits_and_gradients_equal_those_of_mora_layers(family, operator):
     ours = tiny_model(family)
     theirs = tiny_model(family)
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))

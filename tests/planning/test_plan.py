@@ -75,7 +75,7 @@ def test_activations_are_those_that_autograd_saves(family, packed):
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
+def test_a_meta_micro_batch_counts_like_a_real_one(
     monkeypatch, family, checkpointing, by_documents
 ):
     """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention
@@ -246,7 +246,7 @@ def plan_for(ranks, case):
     return planner.plan()
 
 
-def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
+def test_persistent_mora_matrices_are_gathered_after_the_optimizer_step():
     plan = plan_for(8, Case(zero={P: 100_000}))
     whole = sum(plan.trained.numels) * 4
     assert plan.trained.persistent == plan.trained.numels

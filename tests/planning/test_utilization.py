@@ -15,7 +15,7 @@ LENGTH = 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
+def test_flops_of_full_training_equal_the_count_of_torch(family):
     model = tiny_model(family)
     # Torch counts no attention of a CPU's own kernel
     model.set_attn_implementation("eager")

@@ -94,7 +94,7 @@ def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
         assert not any(value.any() for value in results["moments"].values())
 
 
-def test_the_line_for_humans():
+def test_merge_report_str():
     report = MergeReport(
         cycle=2,
         step=9,
@@ -128,7 +128,7 @@ def moved_probe(folder):
     return ""
 
 
-def test_what_a_probe_may_move_by():
+def test_probe_tolerance():
     """A share of a loss above 1, which depends on the dtype of the weights; and never to
     what is no number.
     """

@@ -59,7 +59,7 @@ def test_cosine_is_a_cosine():
     )
 
 
-def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
+def test_rewarmup_after_a_merge_is_linear():
     target = JAGGED.curve(29)
     ramp = [JAGGED.learning_rate(step, [25]) for step in range(25, 30)]
     assert ramp == pytest.approx([target * step / 5 for step in (1, 2, 3, 4, 5)])
@@ -93,7 +93,7 @@ def test_merges_keep_off_the_first_warmup_and_the_end(changes, merges):
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
-def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind):
+def test_every_rewarmup_stays_below_the_curve_and_above_zero(kind):
     for total, warmup, every, ramp in itertools.product(
         (7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)
     ):

@@ -148,7 +148,7 @@ def test_gradients_of_rows(kind):
         assert torch.autograd.gradcheck(update, (squares, x))
 
 
-def test_a_row_without_a_square_is_refused_by_name():
+def test_a_row_without_a_mora_matrix_is_refused_by_name():
     model = domain_model("share")
     ids = tokens(2, 8)
     domains = domains_of(model)
@@ -288,7 +288,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
-def test_what_does_not_go_together_is_named(changes, message):
+def test_incompatible_settings_are_named(changes, message):
     settings = {
         "model_name_or_path": "m",
         "train_files": ["a=x:1", "b=y:1"],

@@ -90,7 +90,7 @@ def test_the_code_and_the_message_of_each_end(
     )
 
 
-def test_other_ranks_hold_their_message_back_and_say_who_they_are(
+def test_other_ranks_delay_their_message_and_name_their_rank(
     capsys, pauses, monkeypatch
 ):
     monkeypatch.setenv("RANK", "1")

@@ -71,7 +71,7 @@ cli.run(lambda: logging.getLogger("mora_ds").info("said to nobody"))
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_program_whose_output_has_no_room_ends_as_with_it():
+def test_a_full_disk_for_output_does_not_change_the_exit_code():
     """What Python could not write stays in its buffer, and fails again at the end."""
     program = """
 import logging

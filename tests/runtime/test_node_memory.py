@@ -109,7 +109,7 @@ def test_a_descriptor_that_means_another_file_is_not_mapped():
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_places_are_told_by_file_and_offset(tmp_path):
+def test_addresses_are_found_by_file_and_offset(tmp_path):
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))

@@ -353,7 +353,7 @@ cli.run(main, restartable=True)
 
 
 @pytest.mark.heavy
-def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
+def test_an_exception_on_one_rank_is_printed_once_by_that_rank(start, tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script)

@@ -51,7 +51,7 @@ def check(results, waits):
     assert results["resume"] == [["3", "same"]]
 
 
-def test_it_names_every_question():
+def test_help_names_every_question():
     assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
 
 
@@ -91,7 +91,7 @@ def test_gpu_tests_alone_take_the_accelerator_that_is_there(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so(capsys):
+def test_without_a_gpu_one_line_is_printed(capsys):
     call("bench/gpu", "ceilings")
     assert capsys.readouterr().out.startswith("no GPU here")
     assert not torch.cuda.is_available()

@@ -54,7 +54,7 @@ def learned_by_heart(folder, user, *flags):
 
 
 @pytest.mark.heavy
-def test_two_pairs_are_known_by_heart(tmp_path, user):
+def test_two_pairs_are_memorized(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     results, told = learned_by_heart(tmp_path, user, "--seeds 1 --rates 1e-2")
     named = {result["method"]: result for result in results}

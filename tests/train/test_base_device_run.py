@@ -82,7 +82,7 @@ MORE = """
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("more", MORE.strip().splitlines())
-def test_more_runs(user, more):
+def test_interrupted_runs_continue_with_the_base_on_the_host(user, more):
     """On two ranks; the streamed run begins with its base on the device."""
     name = more.replace(" ", "").replace("-", "")
     run(2, deep(user, f"{name}-resident", more))

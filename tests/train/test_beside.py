@@ -174,7 +174,7 @@ def interrupted(argv):
         interrupted_job(argv, 3)
 
 
-def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, out):
+def test_a_failed_evaluation_is_reported_at_the_end_of_a_stopped_run(user, out):
     """That after step 1, whose model a checkpoint does not hold; that after step 2 is made
     by the resumed run.
     """
@@ -258,7 +258,7 @@ def failing_upload(argv, error):
 @pytest.mark.parametrize(
     "error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)]
 )
-def test_a_failed_upload_is_told_after_the_end(user, tmp_path, error, ranks):
+def test_a_failed_upload_is_reported_after_the_end(user, tmp_path, error, ranks):
     argv = user.flags(
         tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none"
     )
@@ -331,7 +331,7 @@ def failing_tracker(argv):
         return ended(argv)
 
 
-def test_a_failed_tracker_is_told_on_every_rank(user, tmp_path):
+def test_a_failed_tracker_is_reported_on_every_rank(user, tmp_path):
     argv = user.flags(tmp_path, "--max_steps 2 --report_to wandb")
     for kind, message in run_ranks(2, failing_tracker, argv):
         assert kind == "FailedBeside"

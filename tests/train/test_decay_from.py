@@ -40,7 +40,7 @@ def parent(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, PARENT)
 
 
-def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_path):
+def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path):
     """In its weights, and in what it has logged; ended in between and resumed, when a link
     to its parent has moved.
     """
@@ -102,7 +102,7 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
     assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
 
 
-def test_what_is_no_branch_is_refused(user, parent, tmp_path):
+def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):
     def told(checkpoint, *more):
         steps = ("--max_steps", DECAY, "--decay_from", checkpoint)
         return refusal(user.flags(tmp_path / "a", STABLE, *steps, *more))

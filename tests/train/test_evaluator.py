@@ -58,7 +58,7 @@ def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
     assert sum(in_order[:expected]) == sum(in_order) == expected
 
 
-def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
+def test_each_batch_is_announced_before_its_forward_and_none_beyond_the_limit():
     """A run that is asked to stop leaves an evaluation at the next batch."""
     told = []
 
@@ -141,7 +141,7 @@ def at(evaluator, step, nll, score=0.5):
         evaluator.state.perplexity_before = before
 
 
-def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end():
+def test_tasks_are_due_at_the_start_at_every_interval_and_at_the_end():
     for tasks_steps, steps in ((4, [0, 4, 6]), (0, [0, 6])):
         evaluation = evaluator({}, tasks_steps=tasks_steps)
         for step in range(7):
@@ -150,7 +150,7 @@ def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end():
         assert evaluation.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
 
 
-def test_what_is_logged_has_the_start_beside_it_and_is_kept():
+def test_logged_results_have_the_start_for_comparison_and_are_kept():
     evaluation = evaluator({})
     at(evaluation, 0, 1.0)
     evaluation.state.evaluation_pending = True

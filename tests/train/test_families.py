@@ -163,7 +163,7 @@ def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_gives_the_logits_of_the_live_model(family, results):
+def test_an_export_gives_the_logits_of_the_trained_model(family, results):
     root, ranks = results
     report, exported = export(root, family)
     with torch.no_grad():

@@ -123,7 +123,9 @@ HEAVY = [
 
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
-def test_killed(user, whole_of, tmp_path, moment, who, ranks, precision):
+def test_a_killed_run_resumes_to_the_same_bits(
+    user, whole_of, tmp_path, moment, who, ranks, precision
+):
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
     victims = victims_of(moment, ranks)[who]
     kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)

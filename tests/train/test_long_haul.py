@@ -113,7 +113,7 @@ def _last_step(out):
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
-def test_long_haul(user, tmp_path, out):
+def test_a_long_run_with_kills_equals_an_uninterrupted_one(user, tmp_path, out):
     whole = tmp_path / "whole"
 
     def flags(folder):

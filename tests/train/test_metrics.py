@@ -117,7 +117,7 @@ def test_losses_are_summed_by_source(monkeypatch):
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
-def test_the_line_for_humans():
+def test_console_line_of_a_step():
 
     assert step_line(metrics(7), 100) == (
         "step   7/100  loss 2.0000  ppl 7.39  lr 1.00e-03  grad 0.500  128 tok/s  1.00 GiB  "
@@ -127,7 +127,7 @@ def test_the_line_for_humans():
     assert "tok/s  MFU 41.2%  1.00 GiB" in step_line(metrics(7, mfu=0.4123), 100)
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_nan_and_infinity_are_written_as_null(tmp_path):
     """NaN and Infinity are no JSON, and a perplexity may well overflow."""
     assert perplexity(800.0) == math.inf
     log = MetricsLog(tmp_path, 1, enabled=True)

@@ -110,7 +110,7 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
 
 
 @pytest.mark.parametrize("file_dtype", ["float32", heavy("bfloat16")])
-def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
+def test_after_ten_merges_every_rank_holds_the_base_plus_all_deltas_rounded_once(
     tmp_path, base_folder, file_dtype
 ):
     """In bf16, on a base whose files are in the same dtype or another: the same numbers,
@@ -175,7 +175,7 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, base_folder, adapter, s
     "adapter, stage",
     [("{operator: share}", 3), *(heavy(*row) for row in rows(IN_4_BITS))],
 )
-def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
+def test_ranks_hold_the_base_bits_and_the_ledger_matrices(
     tmp_path, base_folder, adapter, stage
 ):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what
@@ -312,7 +312,7 @@ def test_a_plan_counts_the_dense_weight():
     assert steps[8].saved == steps[16].saved
 
 
-def test_a_recommendation_knows_of_few_bits():
+def test_a_recommendation_may_use_a_quantized_base():
     zero3 = complete_ds_config(
         {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10]
     )

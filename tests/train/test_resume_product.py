@@ -43,7 +43,7 @@ def is_supported(adapter, optimizer, offload, **_):
     },
     is_supported,
 )
-def test_resumed_is_uninterrupted(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     user, tmp_path, out, adapter, optimizer, stage, offload, dtype
 ):
     more = [f"--adapter {adapter} --optimizer {optimizer} {LOOP}"]

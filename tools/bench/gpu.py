@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
 
 def ceilings(options: argparse.Namespace) -> list[list[str]]:
     side = 128 if options.toy else 8192
-    rows = [["what", "dtype", "rate"]]
+    rows = [["what", "dtype", "throughput"]]
     for dtype in DTYPES:
         a, b = (
             torch.randn(side, side, device=options.device).to(dtype) for _ in range(2)

@@ -119,7 +119,7 @@ def test_a_model_in_fp32_computes_under_autocast(path):
 
 
 @by_kind
-def test_the_formed_weight_has_the_bits_of_the_plain_path(kind):
+def test_the_rebuilt_weight_has_the_bits_of_the_plain_path(kind):
     for spec in specs():
         if spec.kind is kind:
             check_formed(spec)

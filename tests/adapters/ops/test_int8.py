@@ -67,7 +67,7 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
     assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
 
 
-def test_rows_of_zeros_and_numbers_that_cannot_be_held():
+def test_rows_of_zeros_and_subnormal_scales():
     weight = torch.zeros(3, 5)
     # 127 steps of it are below what fp32 knows
     weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])
@@ -227,7 +227,7 @@ def test_norms_of_a_merge(bits, conv):
 # -- bad input -------------------------------------------------------------------------
 
 
-def test_bits_that_there_are_not():
+def test_unsupported_numbers_of_bits_are_refused():
     for bits in (5, 0, 32):
         with user_error(f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)

@@ -62,7 +62,7 @@ def test_all_paths_in_bf16(spec, path):
 
 @all_paths
 @pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
-def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
+def test_input_without_a_batch_dimension(kind, path):
     spec = OperatorSpec(kind, 12, 8, 4)
     weight = random(8, 12, seed=1)
     square = random(4, 4, seed=2).requires_grad_()
@@ -88,7 +88,7 @@ def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
 
 @all_paths
 @pytest.mark.parametrize("sums", [True, False])
-def test_a_shared_square_keeps_the_folded_input_alone(path, sums, monkeypatch):
+def test_operator_share_saves_only_the_folded_input(path, sums, monkeypatch):
     """In plain torch, as on a CPU and as on a GPU, and by the operations of the kernels."""
     monkeypatch.setattr(mora, "on_cpu", lambda x: sums)
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)

@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_two_matrices():
         *(heavy(*case) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
     ],
 )
-def test_relora_live_base_is_its_replayed_ledger(
+def test_relora_merged_base_equals_its_replayed_ledger(
     tmp_path, base_folder, merged, out, world, stage, dtype
 ):
     config = LoRAConfig(rank=3)

@@ -184,7 +184,7 @@ def blocks_onto_few_outputs(spec):
         "wrapped and rotated blocks",
     ],
 )
-def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
+def test_an_operator_from_two_maps_has_update_and_delta(
     operator, sizes, grouping, monkeypatch
 ):
     """It takes the name of one that is."""
@@ -303,7 +303,7 @@ def test_permuted_is_plain_between_two_permutations(kind):
 # -- sizes, defaults, errors -----------------------------------------------------------
 
 
-def test_square_size():
+def test_mora_matrix_size():
     assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
     # Of 347.6, which the reference rounds to 348
     assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336
