@@ -104,11 +104,10 @@ PAGE = (
 
 
 def rows_of(place):
-    """The terms of one place's rows, and a pattern that has a group for each of them."""
-    rows = [re.split("  +", row, maxsplit=2) for row in RULES.strip().splitlines()]
-    rows = [row for row in rows if row[0] in (place, "both")]
-    groups = "|".join(rf"\b({pattern})" for _, _, pattern in rows).replace(" ", r"\s+")
-    return [term for _, term, _ in rows], re.compile(groups, re.IGNORECASE)
+    """(term, pattern) of one place's rows, and a pattern with a group for each of them."""
+    rows = re.findall(rf"(?m)^(?:{place}|both) +(.+?)  +(.+)", RULES)
+    groups = "|".join(rf"\b({pattern})" for _, pattern in rows)
+    return rows, re.compile(groups.replace(" ", r"\s+"), re.IGNORECASE)
 
 
 NAMES = rows_of("names")
@@ -117,9 +116,9 @@ PROSE = rows_of("prose")
 
 def banned(text, rules=PROSE):
     """(offset, word, the term to use) of each banned word."""
-    terms, pattern = rules
+    rows, pattern = rules
     for word in pattern.finditer(text):
-        term = terms[word.lastindex - 1]
+        term, _ = rows[word.lastindex - 1]
         if term != "(allowed)":
             yield word.start(), word[0], term
 
