@@ -79,9 +79,9 @@ both   catalog, program, gray         catalogue|programmes?\b|judgement|ageing\b
 """
 READ = """
 *.py *.md docs/**/*.md tools/**/*.md configs/**/*.md configs/**/*.yaml
-launch/* mora_ds/**/*.py tools/**/*.py tools/**/*.yaml tests/**/*.py tests/**/*.yaml
+launch/*.* mora_ds/**/*.py tools/**/*.py tools/**/*.yaml tests/**/*.py tests/**/*.yaml
 """
-NOT_READ = "CHANGELOG.md test_words.py"
+NOT_READ = ("CHANGELOG.md", "test_words.py")
 
 # Not torch's `.square()`
 NAME = r"\b(?!(?<=\.)square_?\()[^\W\d]\w*"
