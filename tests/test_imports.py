@@ -49,7 +49,7 @@ MAY_IMPORT = {
     for package, allowed in yaml.safe_load(TABLE).items()
 }
 ROOT_ENTRIES = 21
-"""What a newcomer meets in `mora_ds/`, at most."""
+"""The most entries that `mora_ds/` may have."""
 
 DEEPSPEED = {"engine", "parallel"}
 """The packages whose modules may import deepspeed."""
@@ -127,9 +127,7 @@ def libraries(module):
 
 
 def forbidden(package, imported):
-    """Those of the `imported` modules that the table does not grant to a module of
-    `package`.
-    """
+    """The `imported` modules that the table does not grant to a module of `package`."""
     granted = MAY_IMPORT[package] | {COMMON, package}
     return {module for module in imported if package_of(module) not in granted}
 
@@ -326,7 +324,7 @@ def test_settings_flags_and_first_words_need_neither_torch_nor_transformers():
 
 
 def test_ranks_meet_before_anything_slow_is_imported():
-    """Ranks whose settings differ are told so within seconds of their start
+    """Ranks whose settings differ fail within seconds of their start
     (`commands/pretrain.py`), and no engine loads torch's compiler."""
     source = """
         import sys

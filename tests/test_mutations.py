@@ -7,11 +7,13 @@ import ast
 from tests.mutations import MUTATIONS, ROOT, Edit
 
 
-def test_every_fault_still_fits_the_code():
-    assert [problem for fault in MUTATIONS if (problem := fault.problem(ROOT))] == []
-    assert len({fault.name for fault in MUTATIONS}) == len(MUTATIONS)
-    for fault in MUTATIONS:
-        assert all((ROOT / "tests" / name).exists() for name in fault.tests.split())
+def test_every_mutation_fits_the_code():
+    assert [
+        problem for mutation in MUTATIONS if (problem := mutation.problem(ROOT))
+    ] == []
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
+    for mutation in MUTATIONS:
+        assert all((ROOT / "tests" / name).exists() for name in mutation.tests.split())
 
 
 def test_a_pattern_fits_whatever_the_format_and_names():

@@ -14,7 +14,7 @@ def read(name):
     return yaml.safe_load((ROOT / name).read_text())
 
 
-def test_every_supported_python_runs_the_check_of_a_landing():
+def test_ci_runs_on_every_supported_python():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     versions = [
@@ -33,7 +33,7 @@ def test_every_supported_python_runs_the_check_of_a_landing():
     )
 
 
-def test_before_a_commit_run_the_linters_of_a_landing():
+def test_pre_commit_runs_the_linters_of_ci():
     (repository,) = read(".pre-commit-config.yaml")["repos"]
     commands = {hook["entry"].removesuffix(" --fix") for hook in repository["hooks"]}
     landing = (ROOT / ".ci/run").read_text()
@@ -51,9 +51,9 @@ def test_before_a_commit_run_the_linters_of_a_landing():
     assert commands == wanted
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_form_for_issues_asks_something(form):
-    content = read(f".github/ISSUE_TEMPLATE/{form}")
+@pytest.mark.parametrize("name", FORMS)
+def test_issue_forms_have_required_fields(name):
+    content = read(f".github/ISSUE_TEMPLATE/{name}")
     assert content["name"]
     assert content["description"]
     fields = [field for field in content["body"] if field["type"] != "markdown"]

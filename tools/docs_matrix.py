@@ -1,5 +1,5 @@
-"""The support matrix: which options of a run go together, asked of the program's own
-checks. Used by tools/docs.py."""
+"""The support matrix: which options of a run go together, by the program's own checks.
+Used by tools/docs.py."""
 
 from collections.abc import Iterable
 

@@ -24,7 +24,7 @@ README_LEARNING = {
 }
 """Row of the README's table -> its method in `PRETRAINED`."""
 SIZES = ("2m", "13m", "135m")
-"""Of the bases whose gradients were measured."""
+"""Sizes of the bases whose gradients were measured."""
 ENERGY = {
     "MoRA's energy": "MoRA, rotate",
     "its sides from the gradient": "M between the gradient's sides",
@@ -45,7 +45,7 @@ TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
 
 
 def with_tables(text: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables rewritten."""
     for name in TABLE.findall(text):
         body = TABLES[name]() if name in TABLES else benchmark(*name.split(" ", 1))
         head, mark, after_mark = text.partition(f"<!-- {name}, by tools/docs.py -->")
@@ -57,7 +57,7 @@ def with_tables(text: str) -> str:
 
 # -- planned figures -------------------------------------------------------------------
 def memory() -> list[str]:
-    """Of results/memory.md, from data/plans.json."""
+    """The table of results/memory.md, from data/plans.json."""
     known = plans.plans()
     titles = "| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |"
     body = [titles, ruler(4)]
@@ -74,14 +74,15 @@ def memory() -> list[str]:
 
 
 def traffic() -> list[str]:
-    """Of results/memory.md, from data/plans.json: what one GPU sends for Llama 7B."""
+    """The second table of results/memory.md, from data/plans.json: what one GPU sends for
+    Llama 7B."""
     known = plans.plans()
 
     def sent(method: str) -> list[float]:
         return [known["7B", method, gpus]["bytes_sent"] for gpus in plans.GPUS]
 
     def sent_with_base_sharded(gpus: int) -> float:
-        """Of a LoRA under ZeRO-3, which gathers frozen parameters like others: the
+        """What a LoRA sends under ZeRO-3, which gathers frozen parameters like others: the
         all-gathers of full training, and LoRA's own reductions."""
         gathered = known["7B", "full training, ZeRO-3", gpus]["bytes_gathered"]
         reduced = known["7B", "LoRA r=8, ZeRO-2", gpus]["bytes_reduced"]
@@ -113,7 +114,7 @@ def benchmark(file: str, table: str) -> list[str]:
 
 
 def _origin(file: str, result: dict[str, Any]) -> str:
-    """The command and the machine that made a result, where a reader can give the
+    """The command and the machine of a result, where a reader can give the
     command as it stands; otherwise the JSON that holds both, since the command names
     files of the one who measured."""
     command = result["command"]
@@ -135,7 +136,7 @@ LONGEST_COMMAND = 9
 
 # -- learning --------------------------------------------------------------------------
 def learning() -> list[str]:
-    """Of the README: what each method learned and kept on the pretrained model."""
+    """README's table: what each method learned and kept on the pretrained model."""
     by_method = {row.method: row for row in best_rows(plans.DATA / PRETRAINED)}
     lines = []
     for title, method in README_LEARNING.items():
@@ -163,7 +164,8 @@ def _energies(size: str) -> dict[str, list[str]]:
 
 
 def prediction() -> list[str]:
-    """Of results/learning.md: each span's energy at the start, and what was learned."""
+    """The table of results/learning.md: each span's energy at the start, and what was
+    learned."""
     lines = []
     for base, outcomes in OUTCOMES.items():
         energies = _energies(base.lower())
@@ -189,7 +191,7 @@ def _against_mora(method: str, outcomes: dict[str, str]) -> str:
 
 # -- packages --------------------------------------------------------------------------
 def packages() -> list[str]:
-    """Of contributing.md: what each package is, and what its test lets it import."""
+    """The table of contributing.md: what each package is, and what it may import."""
     from tests.test_imports import MAY_IMPORT
 
     body = ["| Package | What it is | May import |", ruler(3)]

@@ -3,8 +3,8 @@
 
     python tools/figures.py         draws docs/assets/*.svg (needs matplotlib)
 
-A figure has the name of its JSON. Text stays text, and colours follow the reader's
-light or dark scheme.
+A figure has the name of its JSON. Text stays text, and colors follow the reader's light
+or dark scheme.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tools.runs import Row, best_rows
 
 ASSETS = ROOT / "docs" / "assets"
 
-COLOURS = {
+COLORS = {
     "#010101": ("ink", "#1f2328", "#e6edf3"),
     "#020202": ("faint", "#d0d7de", "#3d444d"),
     "#030303": ("blue", "#0969da", "#58a6ff"),
@@ -30,9 +30,9 @@ COLOURS = {
     "#050505": ("green", "#1a7f37", "#3fb950"),
     "#060606": ("purple", "#8250df", "#bc8cff"),
 }
-"""Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
+"""Placeholder in a drawing -> name, color in a light and in a dark scheme."""
 
-INK, FAINT, BLUE, ORANGE, GREEN, PURPLE = COLOURS
+INK, FAINT, BLUE, ORANGE, GREEN, PURPLE = COLORS
 
 STYLES = {
     "lora": ("LoRA", ORANGE, "-"),
@@ -45,7 +45,7 @@ STYLES = {
     "recipe": ("with embeddings", GREEN, "-"),
     "full": ("full training", PURPLE, "-"),
 }
-"""Method of tools/bench/learning.yaml -> its name in a figure, the colour and the style
+"""Method of tools/bench/learning.yaml -> its name in a figure, the color and the style
 of its line."""
 LONG_RUN = (
     "none",
@@ -74,7 +74,7 @@ run. "none" is where they start, which a model from scratch leaves out: it knows
 nothing."""
 TITLE = "Perplexity of the new and the old text during training"
 DRAWN_RANK = 2
-"""Of the ranks that one JSON compares."""
+"""The rank whose curves are drawn, of those that a JSON compares."""
 
 
 def draw(name: str, folder: Path) -> None:
@@ -132,7 +132,7 @@ def _panels() -> tuple[Any, Any]:
 def _draw_curve(axis: Any, text: str, row: Row, start: Row | None) -> None:
     """The mean over seeds of the perplexity on a text, and the range in which they
     lie."""
-    label, colour, line = STYLES[row.method]
+    label, color, line = STYLES[row.method]
     values_at: dict[int, list[float]] = {}
     if start is not None:
         values_at[0] = [start.mean(text)]
@@ -143,8 +143,8 @@ def _draw_curve(axis: Any, text: str, row: Row, start: Row | None) -> None:
     lowest = [min(values) for values in values_at.values()]
     highest = [max(values) for values in values_at.values()]
     means = [fmean(values) for values in values_at.values()]
-    axis.fill_between(steps, lowest, highest, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(steps, means, line, color=colour, linewidth=2, label=label)
+    axis.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+    axis.plot(steps, means, line, color=color, linewidth=2, label=label)
 
 
 def _logarithmic(axis: Any, values: Sequence[float]) -> None:
@@ -174,12 +174,10 @@ def _save(figure: Any, path: Path) -> None:
     )
     svg = text.getvalue()
     # The placeholders become CSS variables, which follow the reader's scheme.
-    for placeholder, (variable, light, _) in COLOURS.items():
+    for placeholder, (variable, light, _) in COLORS.items():
         svg = svg.replace(placeholder, f"var(--{variable}, {light})")
-    light_scheme = " ".join(
-        f"--{name}: {light};" for name, light, _ in COLOURS.values()
-    )
-    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLOURS.values())
+    light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLORS.values())
+    dark_scheme = " ".join(f"--{name}: {dark};" for name, _, dark in COLORS.values())
     dark_rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark_scheme} }} }}"
     style = f"<style>:root {{ {light_scheme} }} {dark_rule}</style>"
     start = svg.index(">", svg.index("<svg")) + 1

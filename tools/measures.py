@@ -128,7 +128,7 @@ def forward_calls(layer: nn.Module, x: Tensor) -> Measures:
 
 
 def count_nodes(nodes: list[ast.AST]) -> int:
-    """Nodes but for contexts, and docstrings with the expression that each one is."""
+    """Nodes without contexts, and without docstrings and their expressions."""
     counted = sum(not isinstance(node, ast.expr_context) for node in nodes)
     docstrings = [
         ast.get_docstring(node)
@@ -149,7 +149,7 @@ def is_text(node: ast.AST) -> bool:
 
 
 def lines_of_code(source: str) -> list[str]:
-    """The lines, stripped, but for empty ones, comments and strings that stand
+    """The stripped lines, without empty lines, comments and strings that stand
     alone."""
     texts: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -191,8 +191,8 @@ def is_private(node: ast.AST) -> bool:
 
 
 def asks_for_kind(node: ast.AST) -> bool:
-    """Whether it tells operators apart, by class or by member of the enumeration. To
-    read what the table of operators says of a kind is no such place."""
+    """Whether it tells operators apart, by class or by member of the enumeration. A look-up
+    in the table of operators does not count."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
         return ast.unparse(node.args[1]).endswith("Spec")
     if isinstance(node, ast.Compare):

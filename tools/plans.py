@@ -1,4 +1,4 @@
-"""Plan the memory and traffic of Llama 7B and 70B anew, with every method that the
+"""Plan the memory and traffic of Llama 7B and 70B again, with every method that the
 documentation compares.
 
 python tools/plans.py           writes docs/results/data/plans.json, of which tools/docs.py makes tables
@@ -41,7 +41,7 @@ GPUS = (2, 8, 64, 512)
 MEMORY = {"7B": (8, 80), "70B": (64, 192)}
 """Model -> GPUs and the GB of one."""
 FACTS = ("bytes", "bytes_gathered", "bytes_reduced", "bytes_sent", "trained_elements")
-"""What is kept of an answer."""
+"""The keys of a plan that are written."""
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ class Row:
 
     method: str
     rank: int
-    """0 where it has none of the ranks that were compared."""
+    """0 if it has none of the ranks that were compared."""
     rate: float
     runs: list[dict[str, Any]]
 
     @property
     def kind(self) -> tuple[str, int]:
-        """What has a best learning rate: the method, at a rank."""
+        """The method and its rank, which have one best learning rate."""
         return self.method, self.rank
 
     @property
@@ -37,7 +37,7 @@ class Row:
     def perplexities(
         self, text: str, seeds: Collection[int] | None = None
     ) -> list[float]:
-        """Of every seed on the text "new" or "old" at the end of its run; or only of
+        """The perplexity of each seed on the text "new" or "old" after its run; or only of
         `seeds`."""
         return [
             run["perplexity"][text]

@@ -50,7 +50,7 @@ def test_factors_of_a_smaller_rank_keep_the_scale():
         assert (spec.rank, spec.alpha / spec.rank) == (4, 0.5)
 
 
-def test_first_values_are_those_that_every_run_began_with():
+def test_init_weights_never_change():
     """Literal values: a resumed run draws LoRA's A of its present cycle again."""
     seeds = [
         LoRAConfig(seed=42).first_seed(layer, cycle)

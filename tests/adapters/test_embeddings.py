@@ -47,7 +47,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def low_rank_model(tied, family="llama"):
-    """With products that are not zero."""
+    """A model whose embedding products are not zero."""
     model = tiny_model(family, tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
     assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)
@@ -64,7 +64,8 @@ def low_rank_model(tied, family="llama"):
 
 
 def assert_alone_trained(model, kind, tied):
-    """Beside the MoRA matrices, once where the tables are one."""
+    """The only trained parameters besides the MoRA matrices, once where the tables are
+    tied."""
     names = {
         name for name, _ in model.named_parameters() if not name.endswith("square")
     }
@@ -80,18 +81,18 @@ MODELS = [("llama", True), ("llama", False), ("gemma2", True), ("gemma3_text", F
 def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(family, tied):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
     model = low_rank_model(tied, family)
-    whole = tiny_model(family, tie_word_embeddings=tied)
+    full = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(3)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(modules[0], LowRankEmbedding)
     assert isinstance(modules[1], LowRankHead)
     assert (modules[0].low_rank is modules[1].low_rank) == tied
-    tables = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tables = full.get_input_embeddings(), full.get_output_embeddings()
     for module, table in zip(modules[: 1 if tied else 2], tables, strict=False):
         table.weight.data = with_product(table.weight.data, module.low_rank.data)
-    for variant in (model, whole):
+    for variant in (model, full):
         causal_loss(variant, ids).backward()
-    assert torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5)
+    assert torch.allclose(model(ids).logits, full(ids).logits, atol=1e-5)
     for module, table in zip(modules, tables, strict=True):
         tall, wide = module.low_rank.data.split((128, 32))
         wanted = torch.cat([table.weight.grad @ wide, table.weight.grad.T @ tall])
@@ -204,22 +205,22 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(family, tied)
     are trained.
     """
     model = model_with_new_rows(tied, family)
-    whole = tiny_model(family, tie_word_embeddings=tied)
+    full = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(9)
     assert {FIRST - 1, FIRST, 127} <= set(ids.flatten().tolist())
-    for variant in (model, whole):
+    for variant in (model, full):
         causal_loss(variant, ids).backward()
-    assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
+    assert causal_loss(model, ids).item() == causal_loss(full, ids).item()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     assert isinstance(embedding, NewRowEmbedding)
     assert isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
-    wanted = whole.get_input_embeddings().weight.grad[FIRST:]
+    wanted = full.get_input_embeddings().weight.grad[FIRST:]
     assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7)
     assert wanted.abs().max() > 1e-3
     assert torch.allclose(
-        head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
+        head.new_rows.grad, full.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
     )
     assert_alone_trained(model, "new_rows", tied)
 
@@ -279,10 +280,10 @@ def test_a_head_keeps_its_bias():
     assert_close(head(x), table(x))
 
 
-# -- plans and refusals ----------------------------------------------------------------
+# -- plans and errors ------------------------------------------------------------------
 
 
-def test_a_dry_run_counts_them(extended, out, monkeypatch, capsys):
+def test_a_dry_run_counts_new_rows(extended, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def counted(*flags):
@@ -326,7 +327,7 @@ def test_configs_that_do_not_fit_are_refused(config, message):
         inject(tiny_model("llama"), MoRAConfig(rank=2, **parsed(config)))
 
 
-def test_models_that_they_do_not_fit_are_refused():
+def test_models_without_suitable_embeddings_are_refused():
     last_row = MoRAConfig(rank=2, new_rows_from=127)
     assert inject(tiny_model("llama"), last_row).other_trainable_params == 2 * 32
     for change, message in (

@@ -46,7 +46,8 @@ STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 
 
 def adapted(family="mixtral", **settings):
-    """With matrices that are not zero, everywhere unless `settings` say otherwise."""
+    """A model whose matrices are not zero, in all layers unless `settings` say
+    otherwise."""
     everywhere = {"operator": OPERATORS[family], "target_modules": EVERYWHERE}
     return adapted_model(family, **{**everywhere, **settings})
 
@@ -81,9 +82,8 @@ def stacks_in(model):
 def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(
     family,
 ):
-    """Also a contract: each class of transformers computes, by its own code, what its marks
-    say.
-    """
+    """Each class of transformers computes, by its own code, what its marks say. This is
+    also a contract test."""
     model = adapted(family)
     ids = tokens(2)
     live = live_of(model, family)
@@ -253,7 +253,7 @@ def test_a_stack_is_its_members():
             spec.delta_weight(value)[index], member_spec.delta_weight(square)
         )
     original = torch.randn(4, spec.d_out, spec.d_in)
-    whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
+    full = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
     turned = live_weight(
         original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16
     )
@@ -261,8 +261,8 @@ def test_a_stack_is_its_members():
         live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16)
         for e in range(4)
     ]
-    assert torch.equal(whole, torch.stack(matrices))
-    assert torch.equal(whole, turned.mT)
+    assert torch.equal(full, torch.stack(matrices))
+    assert torch.equal(full, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
     assert [name for name, _ in both] == [f"a.{index}" for index in range(4)]
     assert len(both[0][1]) == 2

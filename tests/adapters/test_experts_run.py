@@ -48,9 +48,9 @@ def model_folder(user, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(user, model_folder, tmp_path_factory):
+def reference(user, model_folder, tmp_path_factory):
     """Two ranks, two merges, and an unmerged cycle."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("reference")
     summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
@@ -66,9 +66,9 @@ def logits(model):
 
 
 def test_one_rank_has_the_losses_and_matrices_of_two(
-    user, model_folder, whole, tmp_path
+    user, model_folder, reference, tmp_path
 ):
-    """Of which each holds half of every stack of matrices."""
+    """Each rank holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
     run(
         1,
@@ -76,34 +76,34 @@ def test_one_rank_has_the_losses_and_matrices_of_two(
             tmp_path, *flags, "--per_device_train_batch_size 4 --gradient_checkpointing"
         ),
     )
-    assert_close_runs(tmp_path, whole)
-    latest = whole / "checkpoints/latest"
+    assert_close_runs(tmp_path, reference)
+    latest = reference / "checkpoints/latest"
     elements = sum(
         matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values()
     )
-    # fp32 masters and two moments, random states, and a header
+    # fp32 master weights and two moments, random states, and a header
     random_state = torch.get_rng_state().numel()
     for shard in (latest / "engine").glob("rank-*.safetensors"):
         assert 0 < shard.stat().st_size - 12 * elements // 2 - random_state < 1000
 
 
 def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
-    user, model_folder, whole, tmp_path
+    user, model_folder, reference, tmp_path
 ):
     out = tmp_path / "killed"
     stop_and_resume(
         2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4
     )
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
-def test_exports_are_the_live_model_in_the_files_of_the_original(
-    model_folder, whole, tmp_path, merged
+def test_exports_are_the_merged_model_in_the_files_of_the_base(
+    model_folder, reference, tmp_path, merged
 ):
-    report = export_merged(whole, merged, verify=True)
+    report = export_merged(reference, merged, verify=True)
     assert report.comparison is not None
-    assert_good(whole)
-    assert_good(whole / "ledger")
+    assert_good(reference)
+    assert_good(reference / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")[
         "weight_map"
     ].keys()
@@ -111,7 +111,7 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
         "each expert under its own name"
     )
     plain = AutoModelForCausalLM.from_pretrained(merged).eval()
-    export_adapter(whole, tmp_path / "adapter")
+    export_adapter(reference, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
     assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
     for name, layer in mora_layers(loaded).items():
@@ -126,9 +126,9 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
             )
 
 
-def test_experts_are_refused_as_an_adapter_of_peft(whole, tmp_path):
+def test_experts_are_refused_as_an_adapter_of_peft(reference, tmp_path):
     with user_error(r"experts\.gate_up_proj are experts, which PEFT"):
-        export_peft(whole, tmp_path / "peft")
+        export_peft(reference, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 

@@ -100,7 +100,7 @@ def test_all_linear_leaves_the_head_out_under_any_name():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_a_square_on_a_tied_head_is_refused(family):
+def test_a_mora_matrix_on_a_tied_head_is_refused(family):
     model = tiny_model(family)
     with user_error("tied"):
         inject(model, MoRAConfig(target_modules=("lm_head",)))
@@ -172,7 +172,7 @@ def test_ties_stay_one_tensor(family, changes):
     assert embedding.dtype is (torch.float32 if trained else torch.bfloat16)
 
 
-def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
+def test_moving_the_base_moves_no_mora_matrix_and_no_buffer_of_the_model():
     model = model_with_mora()
     move_base(model, "cpu", torch.bfloat16)
     assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {

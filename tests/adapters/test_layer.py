@@ -57,7 +57,7 @@ def test_output_is_base_plus_delta_merged_or_not(kind, operator):
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_on_the_squares_input_and_only_while_training():
+def test_dropout_applies_to_the_input_of_m_and_only_in_training():
     base = base_layer("linear")
     x = inputs()
     base_output = base(x).detach()
@@ -84,7 +84,7 @@ def test_low_precision(dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
     assert layer.square.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
-    # A square kept in fp32 computes in the input's dtype
+    # A matrix kept in fp32 computes in the input's dtype
     layer.square.data = layer.square.data.float()
     assert layer(inputs().to(dtype)).dtype is dtype
 
@@ -114,7 +114,7 @@ class Router(nn.Linear):
 
 
 def test_a_layer_is_linear_by_what_it_computes():
-    """In others a delta in the weight may mean something else."""
+    """In other layers a delta of the weight may mean something else."""
     for layer in (
         nn.Linear(6, 4),
         Conv1D(4, 6),

@@ -30,7 +30,7 @@ MLP = {"olmo2"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_of_each_family_is_split(family):
+def test_split_layers_of_each_family(family):
     model = tiny_model(family)
     plan = plan_of(model, 2)
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
@@ -85,7 +85,7 @@ def test_shares_are_contiguous_and_differ_by_one_at_most():
             assert max(lengths) == -(-size // degree)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def split(model, degree=2):
@@ -113,7 +113,7 @@ def test_domains_are_not_split():
         split(model_with_mora(domains=("a", "b")))
 
 
-def test_squares_need_a_row_a_rank():
+def test_mora_matrices_need_a_row_for_each_rank():
     model = model_with_mora(rank=1, target_modules=("k_proj",))
     with user_error("has 6 rows: raise `rank`, or use a smaller group"):
         split(model, 8)

@@ -87,7 +87,7 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
 
 
 # -- who starts the processes ----------------------------------------------------------
-def test_the_launchers_flags_are_told_from_the_others():
+def test_launcher_flags_are_separated_from_the_others():
     words = "recipe.yaml --num_gpus 2 --eval_files a b --no_ssh --master_port=29501 --seed 3"
     launch_flags, remaining = launcher.launcher_flags(words.split())
     assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]

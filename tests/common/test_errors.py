@@ -34,7 +34,7 @@ class Kind(str, Enum):
     TWO = "two"
 
 
-def test_each_problem_is_told_once():
+def test_each_problem_is_named_once():
     refuse([])
     with pytest.raises(UserError) as caught:
         refuse(["--a", "--b", "--a"])
@@ -51,14 +51,14 @@ def test_a_word_is_not_its_own_nearest():
     assert nearest("merge_every", ["merge_every", "seed"]) == ""
 
 
-def test_an_unknown_name_is_told_with_the_known_ones():
+def test_an_unknown_name_is_named_with_the_known_ones():
     assert (
         unknown("--kind", "tow", ["one", "two"])
         == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
     )
 
 
-def test_settings_that_are_not_allowed_are_told_as_flags():
+def test_settings_that_are_not_allowed_are_named_as_flags():
     settings = SimpleNamespace(a=0, b=2, kind="two", other="tow")
     wrong = wrong_values(
         settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind}
@@ -104,7 +104,7 @@ def test_bounds(name, allowed, refused):
     assert not any(map(bounds.allow, [*parsed(refused), *never]))
 
 
-def test_a_value_out_of_bounds_is_told_with_its_flag():
+def test_a_value_out_of_bounds_is_named_with_its_flag():
     large = 2**63
     values = [
         ("a", None, COUNT),
@@ -133,6 +133,6 @@ def test_whole_numbers_of_numpy_become_ints():
 
 
 def test_a_program_names_flags_where_a_function_names_arguments():
-    told = user_error(r"^--mora_rank 0 and --verify: `hidden_size` of others$")
-    with told, named_as_flags("verify", rank="--mora_rank"):
+    error = user_error(r"^--mora_rank 0 and --verify: `hidden_size` of others$")
+    with error, named_as_flags("verify", rank="--mora_rank"):
         raise UserError("`rank` 0 and `verify`: `hidden_size` of others")

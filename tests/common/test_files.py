@@ -21,7 +21,7 @@ from tests.helpers.tables import rows
 
 def test_manifest_names_each_damage(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
+    for name in ("good", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
     for _ in range(2):  # it does not list itself
         files.write_manifest(tmp_path)
@@ -107,7 +107,7 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path):
 
 
 def recorded(patch):
-    """What is flushed and renamed from now on, in order."""
+    """Files that are flushed and renamed from now on, in order."""
     events = []
     flush = os.fsync
     rename = os.rename
@@ -174,7 +174,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
 
 @pytest.mark.parametrize("kind", [Exception, SafetensorError])
 def test_libraries_that_name_the_full_disk_in_words(tmp_path, kind):
-    """What tokenizers and safetensors raise."""
+    """An error as tokenizers and safetensors raise it."""
     full = "the disk that holds .* is full: No space left on device$"
     with run_error(full), files.disk_errors(tmp_path):
         raise kind("I/O error: No space left on device (os error 28)")
@@ -216,7 +216,7 @@ def names_below(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").write_text("old")

@@ -263,7 +263,7 @@ def test_of_two_builders_at_once_the_first_wins(files, build, tmp_path, monkeypa
     assert folders(tmp_path / "cache") == [mine.folder.name]
 
 
-def test_nothing_to_tokenize(build, tmp_path):
+def test_an_empty_corpus_is_refused(build, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with user_error("--train_files: every document is empty"):
         build([str(tmp_path / "a.jsonl")])

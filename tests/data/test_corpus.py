@@ -116,9 +116,8 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
 
 
 def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
-    """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be
-    missing.
-    """
+    """A pipe like that of <(zcat a.gz) in a shell: the first read would consume a part
+    of it."""
     reader, writer = os.pipe()
     os.write(writer, b"text")
     os.mkfifo(tmp_path / "a.txt")
@@ -129,7 +128,7 @@ def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
     os.close(writer)
 
 
-def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path, monkeypatch):
+def test_chunks_of_a_long_text_add_up_to_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
     content = "".join(f"line {number} é\n" for number in range(500)) + "x" * 2500
@@ -162,7 +161,7 @@ def test_a_document_in_chunks_is_on_one_side():
         assert len(list(DocumentFilter(0.5)(chunks))) in (0, 10)
 
 
-def test_a_source_without_a_weight_is_told_what_it_lacks(tmp_path):
+def test_a_source_without_a_weight_is_named(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("{}")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path
     assert error(named).endswith(
@@ -327,7 +326,7 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):
     ]
 
 
-def test_a_name_of_the_hub_is_said_with_its_source():
+def test_a_hub_name_is_printed_with_its_source():
     with user_error(r"source 'law': '/no/such/set' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name="/no/such/set", streaming=True, flag="source 'law'")
 

@@ -70,9 +70,7 @@ LLAMA = parsed("""
  allow_whitespace_only_pieces: true, remove_extra_whitespaces: false, normalization_rule_name: identity,
  character_coverage: 0.9995, num_threads: 1, minloglevel: 2}
 """)
-"""As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
-normalizer_spec).
-"""
+"""The trainer_spec and normalizer_spec of Llama's and Mistral's tokenizer.model."""
 
 
 def spm(folder, settings):
@@ -106,9 +104,8 @@ def folder_trained_here(folder):
 
 
 def byte_level_folder(folder, **model):
-    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of
-    its config.
-    """
+    """A model like GPT-2, Llama 3 and SmolLM: byte-level BPE, tied head. `model`:
+    changes of its config."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -235,16 +232,16 @@ class Letters:
 
 
 def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
-    whole = Letters()
+    full = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
     compare = vocabulary.compare_tokenizers
-    assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
+    assert compare(full, full, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
     assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), (
         "the old one has lost of it too"
     )
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
-        compare(whole, lossy, ["b", "aé"])
+        compare(full, lossy, ["b", "aé"])
 
 
 # -- rows ------------------------------------------------------------------------------
@@ -294,7 +291,8 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
 
 
 def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out):
-    """Also in a config that holds the text model's own, and for a head with a bias."""
+    """The config may contain the text model's own config, and the head may have a
+    bias."""
     folder = tmp_path / "model"
     out.mkdir()
     settings = {

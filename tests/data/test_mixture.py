@@ -175,7 +175,7 @@ def test_sources_keep_their_own_order_and_epochs():
     )
 
 
-def test_its_identity_tells_sources_weights_and_epochs():
+def test_identity_depends_on_sources_weights_and_epochs():
     identity = mixture().identity
     assert mixture().identity == identity
     for changes in (
@@ -253,7 +253,7 @@ WRONG = """
 {sources: {'1': {files: x}, 1: {files: y}}} | 1 is given twice
 {sources: {1: {files: x}}, phases: [{from_step: 5, weights: {1: 1, '1': 2}}]} | '1' is given twice
 """
-"""What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
+"""Wrong flags of mixtures are in tests/config/test_bad_launches.py."""
 
 
 @pytest.mark.parametrize(
@@ -285,22 +285,22 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
         return mixture_flags(user, folder, mix, more, *batch)
 
     assert_one_run(flags, tmp_path)
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     wide = tmp_path / "wide"
-    for one, another in zip(source_rows(wide), source_rows(whole), strict=True):
+    for one, another in zip(source_rows(wide), source_rows(reference), strict=True):
         for name in ("new", "old"):
             assert one[name]["tokens"] == another[name]["tokens"]
             assert one[name]["loss"] == pytest.approx(another[name]["loss"], rel=1e-5)
-    shown = source_rows(whole)
+    shown = source_rows(reference)
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
-    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    board = EventAccumulator(str(reference / "tensorboard")).Reload()
     assert len(board.Scalars("8_sources/old/perplexity")) == 6
     write_mixture(user, mix)  # without the phase
     resumed = flags(
         out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto"
     )
     assert (
-        "weights of --mixture, --train_files or --replay, from step 4.old"
+        "weights of --mixture, --train_files or --replay, from_step_4.old"
         in refusal(resumed)
     )
 
@@ -346,8 +346,8 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
 
 
 def test_no_held_out_document_is_trained_on(user, tmp_path):
-    """By hash, in every source: also where a document lies in two of them, in other
-    letters or with other white space."""
+    """The hash of a document decides, in every source: also for a document that is in
+    two sources, with other case or white space."""
     texts = user.texts()
     assert document_hash("Caf\u00e9 au\nlait") == document_hash(" cafe\u0301 AU lait ")
     again = tmp_path / "again.jsonl"

@@ -87,7 +87,7 @@ def test_ids_are_those_of_sentencepiece_and_survive_saving(trained, tmp_path):
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(wrapped)
 
 
-def test_nothing_is_normalized_away(trained):
+def test_no_character_is_normalized(trained):
     wrapped = load_tokenizer(trained)
     for text in AWKWARD + SOURCES:
         ids = wrapped.encode(text, add_special_tokens=False)
@@ -96,7 +96,7 @@ def test_nothing_is_normalized_away(trained):
         assert wrapped.decode(ids) == text.replace("\u2581", " ")
 
 
-def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained):
+def test_trained_tokenizer_has_special_ids_and_indentations(trained):
     wrapped = load_tokenizer(trained)
     names = (
         wrapped.unk_token_id,
@@ -112,7 +112,9 @@ def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained):
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()])
-def test_saved_beside_a_model_config_it_stays_itself(trained, tmp_path, config):
+def test_tokenizer_saved_next_to_a_model_config_loads_unchanged(
+    trained, tmp_path, config
+):
     wrapped = load_tokenizer(trained)
     config.save_pretrained(tmp_path)
     wrapped.save_pretrained(tmp_path)

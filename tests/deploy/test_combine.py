@@ -58,7 +58,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def sum_folder(tmp_path):
-    """Where a sum is written."""
+    """The folder of the sum."""
     return tmp_path / "sum"
 
 
@@ -73,7 +73,7 @@ def assert_same_model(one, another):
 
 
 def by_hand(terms):
-    """What the sum must be in every tensor, formed in fp64 from complete deltas."""
+    """The expected sum of every tensor, computed in fp64 from complete deltas."""
     reference = BaseReference.read(terms[0][1])
     original = content((terms[0][1] / reference.folder).resolve())
     total = {key: tensor.double() for key, tensor in original.items()}
@@ -117,7 +117,7 @@ def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path, merged):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
-def test_scale_multiplies_the_whole_update(run, merged, scale):
+def test_scale_multiplies_the_complete_update(run, merged, scale):
     report = export_merged(run.checkpoint, merged, delta_scale=scale)
     check(content(merged), by_hand([(scale, run.checkpoint)]))
     if scale == 0:
@@ -167,9 +167,8 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path, merged):
 
 
 def test_a_sum_stands_alone(run, tmp_path, sum_folder):
-    """With the tokenizer of its last source, the base where it was said to be, and hashes
-    of all that.
-    """
+    """The sum has the tokenizer of its last source, the base from `base_folder`, and
+    hashes of all files."""
     source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
     (source / "tokenizer").mkdir()
     (source / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
@@ -245,13 +244,13 @@ def test_domains_are_summed_too(maker, tmp_path, sum_folder):
         assert_close(total, 0.5 * a + 2 * b)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def test_bases_layers_and_trained_tensors_must_be_the_same(
     maker, tmp_path, sum_folder, base_folder
 ):
-    """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
+    """Other errors are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}

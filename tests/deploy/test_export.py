@@ -50,7 +50,7 @@ def check(run, output, dtype):
         for name in run.expected
         if not torch.equal(run.expected[name], run.live.get_parameter(name))
     ]
-    # The live squares are in the export and not in the live weights
+    # The current MoRA matrices are in the export and not in the model's weights
     assert len(changed) == len(run.adapter.layers)
 
 
@@ -143,7 +143,7 @@ def test_stale_copy_of_a_tied_head_is_left_out(tmp_path, merged):
     check(run, merged, torch.float32)
 
 
-def test_companions(tmp_path, merged):
+def test_export_copies_tokenizer_and_config_files(tmp_path, merged):
     run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
     export_merged(run.output, merged)
     written = read_json(merged / "config.json")
@@ -181,7 +181,7 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path, merge
         assert "perplexity" not in (merged / "README.md").read_text()
 
 
-def test_base_that_moved(tmp_path, merged):
+def test_export_finds_a_moved_base(tmp_path, merged):
     run = fake_run(tmp_path)
     moved = tmp_path / "elsewhere/base"
     moved.parent.mkdir()
@@ -197,7 +197,7 @@ def test_base_that_moved(tmp_path, merged):
     assert not (tmp_path / "merged-2").exists()
 
 
-# -- damage and refusals ---------------------------------------------------------------
+# -- damage and errors -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_base_that_moved(tmp_path, merged):
     ],
 )
 def test_damage_shows_without_a_manifest_too(tmp_path, merged, name, damage, words):
-    """With one: tests/checkpoint/test_damage.py."""
+    """tests/checkpoint/test_damage.py tests damage with a manifest."""
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
     (run.checkpoint / "manifest.json").unlink()
     assert_refused(run, merged, words)
 
 
-def test_square_on_one_of_two_tied_weights_is_refused(tmp_path, merged):
+def test_mora_matrix_on_one_of_two_tied_weights_is_refused(tmp_path, merged):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
     layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", False, spec)}
@@ -250,7 +250,7 @@ def test_a_trained_tensor_of_another_shape_is_refused(tmp_path, merged):
     )
 
 
-def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path, merged):
+def test_overwrite_needs_the_flag_and_never_deletes_inputs(tmp_path, merged):
     run = fake_run(tmp_path, probe=False)
     merged.mkdir()
     export_merged(run.checkpoint, merged)  # an empty folder is no loss

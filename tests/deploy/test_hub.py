@@ -82,7 +82,7 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path, merged, error):
     assert (merged / "model.safetensors").is_file()
 
 
-def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path):
+def test_error_message_masks_the_token(tmp_path):
     error = OSError(f"the token {TOKEN} is refused")
     with (
         uploads_to(tmp_path, error),
@@ -100,8 +100,8 @@ def uploading_job(folder, argv):
 
 
 def failing_job(is_offline, argv):
-    """What failed beside a run that the Hub refuses, or that has no network. For
-    `run_ranks`.
+    """What failed in a run that the Hub rejects, or that has no network; training goes on.
+    For `run_ranks`.
     """
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)

@@ -18,7 +18,7 @@ from tests.helpers.tables import rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
+@pytest.mark.parametrize("fault", ["matrix forgotten", "cycle forgotten"])
 def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch):
     run = fake_run(tmp_path, dtype=dtype)
 
@@ -26,7 +26,7 @@ def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch
         updates = list(updates)
         return live_weight(
             original,
-            updates[:-1] if fault == "square forgotten" else updates[1:],
+            updates[:-1] if fault == "matrix forgotten" else updates[1:],
             *rest,
         )
 
@@ -72,9 +72,8 @@ float16  | 8 | 4.0 | 0.005859375
 
 @pytest.mark.parametrize("name, layers, largest, tolerance", rows(TOLERANCES))
 def test_tolerance(name, layers, largest, tolerance):
-    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of
-    all logits.
-    """
+    """The tolerance is absolute in fp32, otherwise relative to the norm of all
+    logits."""
     dtype = COMPUTE_DTYPES[name]
     live = torch.tensor([float(largest), -0.1, 0.2])
     exported = live + torch.tensor([0.0, 3e-3, -4e-3])
@@ -92,22 +91,22 @@ def test_the_coarser_dtype_of_run_and_export_counts(tmp_path, merged):
     assert report.comparison.tolerance == pytest.approx(2 * 2**-7 * 3**0.5)
 
 
-def test_what_cannot_be_compared_is_told(tmp_path, merged):
+def test_incomparable_exports_are_named(tmp_path, merged):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, merged)
-    whole = load_file(run.checkpoint / "probe.safetensors")
+    full = load_file(run.checkpoint / "probe.safetensors")
     one_row = {
-        "input_ids": whole["input_ids"].flatten(),
-        "logits": whole["logits"].flatten(0, 1),
+        "input_ids": full["input_ids"].flatten(),
+        "logits": full["logits"].flatten(0, 1),
     }
-    wider = {"logits": torch.nn.functional.pad(whole["logits"], (0, 1))}
+    wider = {"logits": torch.nn.functional.pad(full["logits"], (0, 1))}
     for change, error, words in (
         (one_row, UserError, "tokens of shape"),
-        ({"input_ids": whole["input_ids"].float()}, UserError, "holds tokens of shape"),
+        ({"input_ids": full["input_ids"].float()}, UserError, "holds tokens of shape"),
         (wider, RunError, "the export gives logits of shape"),
     ):
         write_safetensors_atomic(
-            tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"}
+            tmp_path / "probe.safetensors", {**full, **change}, {"dtype": "float32"}
         )
         with pytest.raises(error, match=words):
             compare_logits(merged, tmp_path / "probe.safetensors", torch.float32)

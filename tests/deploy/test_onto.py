@@ -93,7 +93,7 @@ class Update:
         )
 
     def merge_onto_target(self, **settings):
-        """The export onto the model in "target", a folder beside it."""
+        """The export onto the model in "target", a folder next to it."""
         merged = self.folder / "merged"
         export_merged(self.checkpoint, merged, onto=self.folder / "target", **settings)
         return merged
@@ -173,7 +173,7 @@ the target's | the target's dtype."""
 
 
 @pytest.mark.parametrize("family, product, of_base, of_target, stored", rows(CASES))
-def test_it_is_the_target_and_the_difference_by_hand(
+def test_export_onto_adds_the_difference_to_the_target(
     tmp_path, target_folder, family, product, of_base, of_target, stored, monkeypatch
 ):
     """On a target with new tokens, in its own dtype, in files and in memory."""
@@ -292,7 +292,7 @@ def pair(tmp_path, target_folder):
     return update
 
 
-def test_tokens_template_and_settings_stay_the_target_s(pair):
+def test_tokenizer_template_and_settings_are_the_target_s(pair):
     merged = pair.merge_onto_target()
     known = AutoTokenizer.from_pretrained(merged)
     assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
@@ -324,7 +324,7 @@ def test_the_command_measures_what_it_would_write(pair, tmp_path, out):
         call("evaluate", target, "--onto", target, *flags)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def assert_refused(update, words, target=None, **settings):

@@ -124,7 +124,8 @@ def test_compute_dtype_follows_the_flag(flag, dtype, written):
 
 
 def zero_sizes(numels, settings=SETTINGS):
-    """What is filled in for trained parameters with these numbers of elements."""
+    """The settings that are filled in for trained parameters with these numbers of
+    elements."""
     config = resolve_ds_config({}, settings, 2)
     return fill_bucket_sizes(config, numels)["zero_optimization"]
 
@@ -132,7 +133,7 @@ def zero_sizes(numels, settings=SETTINGS):
 PERSISTENT = "stage3_param_persistence_threshold"
 
 
-def test_small_squares_persist_and_large_ones_are_partitioned():
+def test_small_mora_matrices_persist_and_large_ones_are_partitioned():
     bf16 = replace(SETTINGS, bf16=True)
     small = zero_sizes([256 * 256, 362 * 362] * 7, bf16)
     assert small[PERSISTENT] == 362 * 362
@@ -140,7 +141,7 @@ def test_small_squares_persist_and_large_ones_are_partitioned():
     assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
     squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
     large = zero_sizes([*squares, *[4096] * 65], bf16)
-    assert large[PERSISTENT] == 4096, "the norms persist, the squares do not"
+    assert large[PERSISTENT] == 4096, "the norms persist, the matrices do not"
     assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
     assert zero_sizes(squares, bf16)[PERSISTENT] == 0
 
@@ -204,7 +205,7 @@ def test_large_gradients_keep_the_collectives_that_send_less():
     assert avoid_slices(config, [10**8] * 224, 64) == ""
 
 
-WHOLE_BUCKETS = """
+FULL_BUCKETS = """
 2 | bf16 | 255  | {} | no
 2 | bf16 | 256  | {} | yes
 2 | fp32 | 4096 | {} | yes
@@ -219,8 +220,8 @@ WHOLE_BUCKETS = """
 """
 
 
-@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(WHOLE_BUCKETS))
-def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
+@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(FULL_BUCKETS))
+def test_many_ranks_of_the_lower_stages_reduce_full_buckets(
     stage, dtype, ranks, written, chosen
 ):
     settings = parsed(written)

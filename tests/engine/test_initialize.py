@@ -99,7 +99,7 @@ def test_a_port_that_is_in_use_is_named(launched):
             start_distributed()
 
 
-def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch, launched):
+def test_a_missing_compiler_on_one_rank_fails_all_ranks(monkeypatch, launched):
     """On one node of several: the others would wait for it to join until
     --collective_timeout_s.
     """
@@ -158,7 +158,7 @@ def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path):
         assert mapped == tensors > 10
 
 
-def test_what_an_engine_is_not_made_of_is_refused():
+def test_wrong_arguments_of_initialize_are_refused():
     model = tiny_model("llama")
     experts = tiny_model("mixtral")
     inject(model, MoRAConfig(rank=4))
@@ -222,7 +222,7 @@ def test_tensor_parallelism_needs_stage_3():
         check_splittable(config, degree=2)
 
 
-def test_squares_have_a_parameter_group_of_their_own():
+def test_mora_matrices_have_their_own_parameter_group():
     model = model_with_mora(train_norms=True)
     squares, remaining = parameter_groups(model)
     assert {id(p) for p in squares["params"]} == {

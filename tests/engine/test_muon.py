@@ -107,9 +107,8 @@ def orthogonal(matrix):
 
 
 def orthogonal_factors(factors, d_in):
-    """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix,
-    which B is.
-    """
+    """The factors of [A | B^T]: A and B separately; Muon multiplies the update of a
+    tall matrix such as B."""
     down = orthogonal(factors[:, :d_in])
     up = orthogonal(factors[:, d_in:])
     return torch.cat([down, up * (up.shape[1] / len(up)) ** 0.5], dim=1)
@@ -240,7 +239,7 @@ def assert_follows(ranks, expected, tolerance):
 
 
 @pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
-def test_squares_and_the_rest_follow_one_process(world, stage):
+def test_mora_matrices_and_other_parameters_follow_one_process(world, stage):
     """Clipped, accumulated, decayed."""
     expected = plain_run()
     assert min(expected["norms"]) > 2 * CLIP
@@ -248,7 +247,7 @@ def test_squares_and_the_rest_follow_one_process(world, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalized_each_by_itself(stage):
+def test_lora_factors_are_orthogonalized_separately(stage):
     ranks = run_ranks(2, sharded_run, stage, None, "fp32", True)
     assert_follows(ranks, plain_run(lora=True), 2e-3)
 
@@ -302,7 +301,8 @@ def momentum_over_a_dropped_step():
 
 
 def test_a_step_that_is_dropped_leaves_the_momentum_as_it_was():
-    """That of the other matrices too, which DeepSpeed itself would change at stage 3."""
+    """The momentum of the other matrices too, which DeepSpeed itself would change at
+    stage 3."""
     for before, after in run_pooled(2, momentum_over_a_dropped_step):
         assert before
         assert all(map(torch.equal, before, after))
@@ -317,7 +317,7 @@ def learning_rates(names):
     ]
 
 
-def test_the_schedule_keeps_the_two_rates_in_proportion():
+def test_schedule_keeps_the_ratio_of_the_two_learning_rates():
     (settings,) = run_pooled(
         1, learning_rates, ("lr", "momentum", "eps", "weight_decay")
     )
@@ -343,8 +343,8 @@ def numels_of(groups):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family):
-    """By names, GPT-2's embeddings would get Muon."""
+def test_mora_matrices_are_group_0_and_all_of_muon_whatever_the_names(family):
+    """If names decided, GPT-2's embeddings would get Muon."""
     ((numels, expected),) = run_pooled(1, groups_of, family)
     assert numels == expected
 
@@ -359,11 +359,11 @@ JOB = (
 
 
 def test_the_job_learns_merges_and_resumes_bit_for_bit(user, tmp_path, out):
-    whole = tmp_path / "whole"
-    run(2, user.flags(whole, JOB))
+    reference = tmp_path / "reference"
+    run(2, user.flags(reference, JOB))
     run_ranks(2, interrupted_job, user.flags(out, JOB), 5)
     run(2, user.flags(out, JOB, "--resume_from_checkpoint latest"))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     steps = [row for row in rows(out) if "loss" in row]
     assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
     assert max(row["learning_rate"] for row in steps) <= 0.05
@@ -389,7 +389,7 @@ def carried():
     }
 
 
-def test_a_step_gathers_the_squares_five_times():
+def test_a_step_gathers_the_mora_matrices_five_times():
     """Once for forward and backward, as ever; then gradients and momentum before
     Newton-Schulz, both again after.
     """

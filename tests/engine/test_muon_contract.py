@@ -47,7 +47,7 @@ def test_heads_of_an_attention_are_not_taken_for_columns():
         per_head(torch.randn(8, 4), 4, 5, "standard")
 
 
-# -- behavior, on two ranks -----------------------------------------------------------
+# -- behavior, on two ranks ------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -64,7 +64,7 @@ class Small(nn.Module):
 
 
 def plain_engine(stage, **zero_settings):
-    """What DeepSpeed does by itself, but for compiling."""
+    """DeepSpeed's own behavior, without compilation."""
     muon.load_kernels()
     model = Small()
     config = {
@@ -92,8 +92,8 @@ def one_step(engine):
 
 
 def moved(stage):
-    """Norm of the first update of the square in learning rates: about sqrt(5) for an
-    orthogonal matrix.
+    """Norm of the first update of the matrix in learning rates: about sqrt(5) if it is
+    orthogonal.
     """
     engine = plain_engine(stage)
     before = zero.full_fp32(engine.module.square).clone()

@@ -99,7 +99,7 @@ class Case:
 
 EXACT = """
 checkpointing, truncate | {checkpointing: true, adapter: {operator: truncate}}
-squares kept gathered | {zero: {stage3_param_persistence_threshold: 1000000}, accumulation: 2}
+persistent matrices | {zero: {stage3_param_persistence_threshold: 1000000}, accumulation: 2}
 activations, decouple | {adapter: {compute: activation, operator: decouple}, checkpointing: true}
 weights, rotate | {adapter: {compute: weight, operator: rotate}, checkpointing: true}
 tied embeddings, kept gathered | {tied: true, zero: {stage3_param_persistence_threshold: 1000000}}
@@ -134,7 +134,7 @@ def case_of(tied=False, **settings):
 
 
 def cases_of(table):
-    """By the name in front of its settings."""
+    """{name: its case}. A row of the table has the name before the settings."""
     return {name: case_of(**parsed(settings)) for name, settings in rows(table)}
 
 
@@ -217,7 +217,7 @@ def sharded_run(case, folder):
         result["skipped"].append(getattr(engine.optimizer, "overflow", False))
         if step + 1 == MERGE_AFTER:
             result["probes"].append(probe(engine))
-            masters_before = masters(engine, other_parameters)
+            weights_before = masters(engine, other_parameters)
             merger.merge(step + 1)
             result["left"] = largest(masters(engine, squares))
             result["state"] = {
@@ -225,7 +225,7 @@ def sharded_run(case, folder):
                 for key, tensor in state_tensors(engine, 0)
             }
             result["others_kept"] = same(
-                masters_before, masters(engine, other_parameters)
+                weights_before, masters(engine, other_parameters)
             )
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))
@@ -303,7 +303,7 @@ def all_cases(cases, root):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What each rank saw in each case."""
+    """The result of each rank in each case."""
     root = tmp_path_factory.mktemp("precision")
     for family in ("llama", "qwen2", "gpt2"):
         tiny_model(family).save_pretrained(root / family)

@@ -1,6 +1,5 @@
-"""What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these
-matrices and resets them.
-"""
+"""ZeRO communicates the MoRA matrices and nothing of the base; how these matrices are
+set and reset."""
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ PASSES = """
 
 
 @pytest.mark.parametrize("row", rows(PASSES), ids=" ".join)
-def test_collectives_carry_the_squares_and_nothing_else(row):
+def test_collectives_carry_only_mora_matrices(row):
     passes, accumulation, settings = map(parsed, row)
     for result in run_pooled(2, count_bytes, accumulation, settings):
         gathers = sum(
@@ -78,9 +77,9 @@ def test_collectives_carry_the_squares_and_nothing_else(row):
         assert result["base_bytes"] == 0
 
 
-def padding_of_masters():
-    """Whether all elements of this process's masters are numbers, where memory holds none
-    before it is written to."""
+def padding_is_finite():
+    """Whether all elements of this process's fp32 master weights are finite, although
+    memory holds NaN before it is written to."""
     torch.use_deterministic_algorithms(True)
     try:
         engine, *_ = initialize(model=adapted_model(), config=ds_config(3, 2, 1))
@@ -90,13 +89,11 @@ def padding_of_masters():
 
 
 def test_what_fills_a_master_up_is_zero():
-    assert run_pooled(3, padding_of_masters) == [True] * 3
+    assert run_pooled(3, padding_is_finite) == [True] * 3
 
 
 def set_and_reset():
-    """What the first matrix holds, which forward reads, once it is set to 1, and after a
-    reset.
-    """
+    """The first matrix as forward reads it, after it is set to 1 and after a reset."""
     model = adapted_model().to(torch.bfloat16)
     config = ds_config(
         1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}

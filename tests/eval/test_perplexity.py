@@ -108,12 +108,12 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
         ([0, 9], 1),
     ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
-    whole = Score()
+    total = Score()
     pieces = list(
-        perplexity.cut_windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, whole)
+        perplexity.cut_windows(corpus, tokenizer, Windows(4, 3, "<s>"), None, total)
     )
     assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
-    assert whole.text_bytes == 11, "bytes, not characters"
+    assert total.text_bytes == 11, "bytes, not characters"
     shared = list(
         perplexity.cut_windows(corpus, tokenizer, Windows(5, 3, "<s>"), 1, Score())
     )

@@ -26,11 +26,11 @@ def check(tmp_path_factory):
     return check
 
 
-def test_a_few_mutations(check, tmp_path):
+def test_tools_survive_a_few_mutations(check, tmp_path):
     check(range(FEW), tmp_path)
 
 
 @pytest.mark.heavy(seconds=40)
-def test_many_mutations(check, tmp_path):
+def test_tools_survive_many_mutations(check, tmp_path):
     first = seed_of_commit()
     check(range(first, first + MANY), tmp_path)

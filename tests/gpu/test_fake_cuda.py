@@ -1,5 +1,5 @@
-"""Every step that ships, on a CUDA device without numbers: nothing is misplaced, and the
-host waits for nothing.
+"""Every kind of step, on a CUDA device without numbers: nothing is misplaced, and the host
+waits for nothing.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMED = [
 
 
 def faults_of(names, folder):
-    """What went wrong in each configuration, in a process of its own with the shim."""
+    """The errors of each configuration, in a process of its own with the shim."""
     report = folder / "faults.json"
     command = [
         sys.executable,

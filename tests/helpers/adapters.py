@@ -1,5 +1,5 @@
-"""Portable adapters for tests and benchmarks, written from random squares by the project's
-own writers: no training.
+"""Portable adapters for tests and benchmarks, written from random MoRA matrices by the
+project's own writers: no training.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
-"""Module name -> (operator, square) of every cycle, the live one last."""
+"""Module name -> (operator, MoRA matrix) of every cycle, the running one last."""
 
 
 class Maker:
@@ -43,7 +43,7 @@ class Maker:
         )
 
     def layers(self, config, cycle):
-        """Of a cycle, for every layer that the config targets."""
+        """The layers of a cycle: every layer that the config targets."""
         entries = {}
         for name, module in match_targets(self.model, config.target_modules).items():
             spec = config.operator_for(name, *linear_shape(module), cycle)
@@ -63,12 +63,12 @@ class Maker:
         domains=(),
         **reference,
     ):
-        """An adapter after `cycles` merges, with random squares drawn from the config's
-        seed; what is in it.
+        """An adapter after `cycles` merges, with random MoRA matrices drawn from the
+        config's seed; what is in it.
 
-        `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place
-        of the config's. `facts`: of adapter.json. `domains`: each has a copy of the
-        squares. `reference`: other facts for base.json.
+        `trained`: other trained tensors. `layers_of`: the layers of a cycle, in place of
+        the config's. `facts`: of adapter.json. `domains`: each has a copy of the MoRA
+        matrices. `reference`: other facts for base.json.
         """
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(config.seed)
@@ -112,8 +112,8 @@ class Maker:
 
 @torch.no_grad()
 def summed(original, updates, transposed, dtype):
-    """What `live_weight` must return, to the bit, by complete deltas: the original in fp32,
-    plus the delta of each update in turn, rounded to `dtype` once."""
+    """The merged weight to the bit, by complete deltas: the original in fp32, plus the
+    delta of each update in turn, rounded to `dtype` once."""
     total = (original.T if transposed else original).float()
     for spec, value in updates:
         total = total + spec.delta_weight(value.float())

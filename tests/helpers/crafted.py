@@ -1,4 +1,4 @@
-"""A whole checkpoint made without training, for tests that change its files and reseal
+"""A complete checkpoint made without training, for tests that change its files and reseal
 them.
 """
 
@@ -19,9 +19,8 @@ SHARD = "rank-00000.safetensors"
 
 
 def whole_checkpoint(folder):
-    """As `fake_run`, with the shards of one process, random states, and a tokenizer's
-    folder.
-    """
+    """A `fake_run` with the shards of one process, random states, and a tokenizer's
+    folder."""
     run = fake_run(
         folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",)
     )

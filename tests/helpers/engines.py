@@ -103,7 +103,8 @@ def trained_values(engine):
 
 
 def half_precision(dtype):
-    """What a DeepSpeed config says of bf16, summed in fp32; nothing for another dtype."""
+    """The bf16 section of a DeepSpeed config, summed in fp32; empty for another
+    dtype."""
     if dtype not in ("bfloat16", torch.bfloat16):
         return {}
     return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -190,8 +191,8 @@ def merging_run(folder, config, stage, dtype, merges):
 
 
 def assert_replayed(ranks, folder):
-    """The live weights that each rank of `merging_run` holds are the originals with all
-    cycles of the ledger, to the bit.
+    """The merged weights of each rank of `merging_run` equal the base with all cycles of
+    the ledger, to the bit.
     """
     base = BaseCheckpoint.open(folder / "base")
     ledger = Ledger.open(folder / "out/ledger")

@@ -1,5 +1,5 @@
-"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), of
-everything that ships.
+"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), for
+every operator, grouping and recipe.
 
 LD_PRELOAD=SHIM python -m tests.helpers.fake_steps FILE NAME...      writes {name: what went wrong, or ""} as JSON
 """
@@ -130,9 +130,8 @@ def run(settings):
 
 
 def prepare(model, arguments, dense):
-    """What `load_base` and `initialize` make of an injected model: split, and on the
-    device.
-    """
+    """An injected model as `load_base` and `initialize` leave it: split, and on the
+    device."""
     training = arguments.training
     dtype = (
         torch.bfloat16
@@ -162,7 +161,7 @@ def prepare(model, arguments, dense):
 
 
 def step(model, settings, first):
-    """Forward and backward of rows whose first document has so many tokens; every trained
+    """Forward and backward of rows whose first document has `first` tokens; every trained
     tensor gets a gradient.
     """
     positions = (
@@ -238,7 +237,7 @@ PLANTS = {
         lambda x: torch.ones(1).to(x, non_blocking=True)
     ),
 }
-"""What is replaced, by what, in layers of plain torch."""
+"""Planted faults: what replaces which code in layers of plain torch."""
 
 
 def main():

@@ -20,7 +20,7 @@ RATE = 1e-2
 
 
 class Trainer(MoRATrainer, transformers.Trainer):
-    """What a user writes."""
+    """The code that a user writes."""
 
 
 def ds_config(stage=3):
@@ -98,7 +98,7 @@ def trainer_in(
 
 
 def matrices(engine):
-    """The unsharded MoRA matrices and the live weights. Collective."""
+    """The unsharded MoRA matrices and the merged weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
     squares = {
         name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()
@@ -110,7 +110,7 @@ def matrices(engine):
 
 
 def assert_same_parameters(one, another):
-    """To the bit, in order."""
+    """Equal to the bit, in order."""
     assert all(
         torch.equal(a, b)
         for a, b in zip(one.parameters(), another.parameters(), strict=True)

@@ -52,8 +52,8 @@ VARIANTS = {
 
 
 def same(result, expected, what):
-    """To the bit in fp32 and fp64. In half precision within one unit in the last place, as
-    the interpreter cuts bf16 off where torch rounds."""
+    """Equal to the bit in fp32 and fp64. In half precision within one unit in the last
+    place: the interpreter truncates bf16 where torch rounds."""
     assert result.shape == expected.shape, what
     assert result.dtype == expected.dtype, what
     if result.dtype in (torch.float32, torch.float64):
@@ -72,9 +72,8 @@ def _ordinal(x):
 
 
 def launched(kernel, *operands):
-    """What a kernel makes of operands, which are not written to: of one that works in
-    place, its first operand.
-    """
+    """The output of a kernel, without a write to its operands; of one that works in
+    place, its first operand."""
     on_device = [
         operand.to(DEVICE, copy=True) if isinstance(operand, Tensor) else operand
         for operand in operands
@@ -185,10 +184,9 @@ def check_wide():
         check_rows(wide_outputs, KernelTables(wide_outputs, CPU), torch.float32)
 
 
-def check_pieces(spec):
-    """What programs read is what `traffic` counts: of a tensor in pieces, programs of other
-    pieces read other numbers; of a tensor that no two programs share, each reads its
-    own."""
+def check_reads(spec):
+    """Programs read what `traffic` counts: programs of different parts of a tensor read
+    different numbers; of a tensor that no two programs share, each reads its own."""
     builder = interpreter.interpreter_builder
     load = builder.create_masked_load
     addresses = {}
@@ -206,15 +204,17 @@ def check_pieces(spec):
         addresses.clear()
         with patch.object(builder, "create_masked_load", noted):
             launch()
-        pieces = traffic.pieces(launch)
+        parts_read = traffic.parts_read(launch)
         for argument, tensor in traffic.operands(launch).items():
             start = tensor.data_ptr()
             read = {}
             for program, loads in addresses.items():
-                piece = (
-                    int(pieces[argument][program]) if argument in pieces else program
+                part = (
+                    int(parts_read[argument][program])
+                    if argument in parts_read
+                    else program
                 )
-                read.setdefault(piece, set()).update(
+                read.setdefault(part, set()).update(
                     np.concatenate(loads, axis=None).tolist()
                 )
             inside = [
@@ -227,7 +227,7 @@ def check_pieces(spec):
 
 
 def check_outputs_that_read_several_rows():
-    """`form` of an operator that is not shipped, turned and not."""
+    """`form` of an operator that is not packaged, rotated and not."""
     shipped = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
         OPERATORS[OperatorKind.TRUNCATE] = Operator(
@@ -289,7 +289,7 @@ def main():
     with variant(VARIANTS["parts"]):  # the interpreter alone tells what is read
         for kind in (OperatorKind.ROTATE, OperatorKind.SHARE) if DEVICE == CPU else ():
             for d_in, d_out in ((80, 36), (36, 80)):
-                check_pieces(
+                check_reads(
                     OperatorSpec(kind, d_in, d_out, 18, Grouping.PERMUTED, seed=1)
                 )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -27,7 +27,7 @@ NO_SDPA = ("gemma2", "gpt_oss")
 
 
 def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
-    """A randomly initialised causal LM; the same on every call with the same arguments."""
+    """A randomly initialized causal LM; the same on every call with the same arguments."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family, **{**{**FAMILIES, **MIXTURES}[family], **changes}
@@ -127,7 +127,7 @@ def micro_step(engine, ids):
 
 
 def alone():
-    """What `load_base` asks of the ranks of a run, in one process without a group."""
+    """The ranks that `load_base` needs, in one process without a group."""
     return SimpleNamespace(
         agree=lambda what, work, long=False: work(),
         on_first=lambda what, work, long=False: work(),

@@ -1,5 +1,5 @@
 """Combinations in which every two values of different parameters meet, in place of the
-whole product.
+complete product.
 
     @pairwise({"stage": [0, 1, 2, 3], "dtype": ["fp32", "bf16"], "offload": [False, True]})
     def test_it(stage, dtype, offload): ...
@@ -62,9 +62,8 @@ def _pairs(case, parameters):
 
 
 def _name(case):
-    """Such as "stage=3-bf16-offload": a string stands for itself, True for its parameter,
-    False for nothing.
-    """
+    """A test id such as "stage=3-bf16-offload": a string stands for itself, True for
+    its parameter, False for nothing."""
     words = []
     for name, value in case.items():
         if isinstance(value, bool):

@@ -53,7 +53,7 @@ def adapt(base, spec, path=Compute.AUTO):
 
 
 def in_bits(layer, bits):
-    """The layer with its frozen weight in so many bits."""
+    """The layer with its frozen weight in `bits` bits."""
     layer.quantize(layer.weight, bits)
     return layer
 
@@ -68,9 +68,9 @@ def found_by(layer, spec):
 
 
 def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
-    """A layer over few bits, beside which the cycles `merged` act, finds what the layer
-    over the dense weight plus all their deltas does: by both paths, as on a CPU and on a
-    GPU, in a linear layer and in a Conv1D."""
+    """A layer over a quantized weight and the merged cycles `merged` computes what a layer
+    over the dense weight plus all their deltas computes: by both paths, as on a CPU and on
+    a GPU, in a linear layer and in a Conv1D."""
     for sums, path, conv in product(
         (True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)
     ):
@@ -137,7 +137,7 @@ def assert_not_finite_is_refused(quantize, words):
 
 
 def assert_layer_that_is_not_finite_is_named(bits):
-    """By its name in the model."""
+    """The error names the layer as the model does."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
     with user_error(rf"`base_bits` {bits}: 1.weight: .* not finite"):

@@ -27,10 +27,11 @@ def words(*texts):
 
 
 def parsed(cell):
-    """What a cell means that is written as YAML, such as "{optimizer: {type: Lamb}}"."""
+    """The value of a cell that is written as YAML, such as "{optimizer: {type:
+    Lamb}}"."""
     return yaml.safe_load(cell)
 
 
 def heavy(*values):
-    """Values of a parametrized test that the heavy tests alone take."""
+    """Values of a parametrized test that only the heavy tests take."""
     return pytest.param(*values, marks=pytest.mark.heavy)

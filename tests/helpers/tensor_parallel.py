@@ -34,8 +34,8 @@ def config_of(case):
 
 
 def model_of(case):
-    """A tiny model whose squares are not zero, and whose norms and biases are not ones and
-    zeros.
+    """A tiny model whose MoRA matrices are not zero, and whose norms and biases are not
+    ones and zeros.
     """
     model = tiny_model(case["family"], **case.get("model", {}))
     generator = torch.Generator().manual_seed(1)
@@ -113,18 +113,18 @@ def split_run(case, degree, steps=STEPS, **zero_settings):
             loss = loss_of(case, engine, ids[replica * micro :][:micro])
             engine.backward(loss)
             if step == 0 and index == ACCUMULATION - 1:
-                results["gradients"] = whole(engine, safe_get_full_grad)
+                results["gradients"] = unsharded(engine, safe_get_full_grad)
             engine.step()
             total += loss.item() / ACCUMULATION
         mean = torch.tensor(total, dtype=torch.float64)
         dist.all_reduce(mean)
         results["losses"].append(mean.item() / dist.get_world_size())
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = whole(engine, lambda parameter: zero.full_fp32(parameter))
+    results["values"] = unsharded(engine, lambda parameter: zero.full_fp32(parameter))
     return results
 
 
-def whole(engine, get):
+def unsharded(engine, get):
     layers = {
         f"{name}.square": layer for name, layer in mora_layers(engine.module).items()
     }
@@ -155,7 +155,7 @@ def assert_same_run(results, expected, where=""):
     first, *later = results["norms"]
     first_expected, *later_expected = expected["norms"]
     assert_same(first, first_expected, rtol=2e-6)
-    # Of squares that Adam has moved: a rounding in the first step is larger there
+    # Adam has moved the MoRA matrices: a rounding in the first step is larger there
     assert_same(later, later_expected, rtol=1e-4)
     assert results["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():

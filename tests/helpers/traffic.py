@@ -26,7 +26,7 @@ from tools.bench.report import Report, bench_parser
 
 PROCESSORS = 132
 THREADS = 512
-"""Of a processor, with 128 registers each."""
+"""Threads of a processor, with 128 registers each."""
 L2 = 40 << 20
 """Bytes."""
 
@@ -130,7 +130,7 @@ def step_bytes(spec, tokens):
 
 
 def launches(spec, dtype, int8=False, tokens=4096, device=META):
-    """What one layer starts, by name."""
+    """The kernels that one layer starts, by name."""
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -179,33 +179,38 @@ def operands(launch):
     }
 
 
-def pieces(launch):
-    """Name of a tensor that programs share -> which piece of it each of them reads, in the
-    order in which they start.
+def parts_read(launch):
+    """Name of a tensor that programs share -> the number of the part that each of them
+    reads, in the order in which they start.
 
-    Of tensors that are left out, programs read or write a part each. A piece 0 of every
-    program is the whole tensor.
+    Of tensors that are left out, programs read or write a part each. If the number is 0
+    for every program, each of them reads the complete tensor.
     """
     program = np.arange(math.prod(launch.grid))
     first = program % launch.grid[0]
     second = program // launch.grid[0]
-    whole = np.zeros_like(program)
+    everything = np.zeros_like(program)
     constants = launch.constants
     arguments = launch.arguments
     match launch.kernel.fn.__name__:
         case "_gather_sum":
             chunks = -(-arguments["columns"] // constants["PART"])
-            return {"x": program // chunks, "table": whole, "cos": whole, "sin": whole}
+            return {
+                "x": program // chunks,
+                "table": everything,
+                "cos": everything,
+                "sin": everything,
+            }
         case "_form_groups":
             return {
                 "square": second,
-                "unfold": whole,
-                "members": whole,
-                "scales": whole,
+                "unfold": everything,
+                "members": everything,
+                "scales": everything,
             }
         case "_form_blocks":
             return dict.fromkeys(
-                ("square", "unfold", "slots", "cos", "sin", "scales"), whole
+                ("square", "unfold", "slots", "cos", "sin", "scales"), everything
             )
         case "_product":
             tiles = -(-arguments["r_hat"] // constants["TILE"])
@@ -218,7 +223,7 @@ def pieces(launch):
 
 def launch_bytes(launch):
     """Bytes from and to memory."""
-    shared = pieces(launch)
+    shared = parts_read(launch)
     tensors = operands(launch)
     streamed = sum(
         tensor.nbytes for name, tensor in tensors.items() if name not in shared
@@ -229,7 +234,7 @@ def launch_bytes(launch):
     )
     waves = int(wave[-1]) + 1
     touched = {
-        name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors
+        name: _by_wave(part, wave) for name, part in shared.items() if name in tensors
     }
     sizes = {
         name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched
@@ -243,18 +248,18 @@ def launch_bytes(launch):
     )
 
 
-def _by_wave(piece, wave):
-    """(piece, wave) of each piece that a wave reads, once, in order."""
+def _by_wave(part, wave):
+    """(part, wave) of each part that a wave reads, once, in order."""
     waves = int(wave[-1]) + 1
-    both = np.unique(piece * waves + wave)
+    both = np.unique(part * waves + wave)
     return both // waves, both % waves
 
 
-def _reads(piece, wave, passed):
-    """How often a piece comes from memory. `passed`: bytes up to the end of each wave."""
-    again = piece[1:] == piece[:-1]
+def _reads(part, wave, passed):
+    """How often a part comes from memory. `passed`: bytes up to the end of each wave."""
+    again = part[1:] == part[:-1]
     in_l2 = passed[wave[1:]] - passed[wave[:-1]] <= L2
-    return len(piece) - int((again & in_l2).sum())
+    return len(part) - int((again & in_l2).sum())
 
 
 if __name__ == "__main__":

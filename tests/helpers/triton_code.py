@@ -16,7 +16,7 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class _Device:
-    """What triton asks its driver before it compiles, for a GPU that is not there
+    """The driver that triton queries before it compiles, for a GPU that is not there
     (triton/runtime/jit.py, `JITFunction.run`)."""
 
     capability: int
@@ -46,7 +46,7 @@ class Code:
     shared: int
 
     def loads(self, bits):
-        """Loads from global memory of so many bits a thread, to registers or, of 128 bits,
+        """Loads of `bits` bits per thread from global memory, to registers or, for 128 bits,
         to shared memory.
         """
         sizes = {

@@ -59,7 +59,7 @@ def test_options_that_contradict_are_named(tmp_path, changes, message):
         check_options(arguments(tmp_path, **parsed(changes)), {})
 
 
-def test_only_data_parallelism_goes_with_it(tmp_path):
+def test_only_data_parallelism_is_supported(tmp_path):
     args = arguments(tmp_path)
     args.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
     with user_error("parallelism_config"):
@@ -76,11 +76,11 @@ def test_operations_are_counted_with_the_frozen_base():
     assert MoRATrainer.floating_point_ops(trainer, rows) == 6 * 32 * total
 
 
-def test_steps_that_loss_scaling_has_dropped_are_none():
+def test_steps_dropped_by_loss_scaling_do_not_count():
     assert optimizer_steps(SimpleNamespace(global_steps=7, skipped_steps=2)) == 5
 
 
-def test_what_goes_with_an_adapter_passes(tmp_path):
+def test_supported_arguments_pass(tmp_path):
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
     check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})

@@ -37,18 +37,17 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path):
 
 
 def interrupted_and_not(root):
-    """One run to its end, and another one that begins at its checkpoint-4 anew, after one
-    merge and before another.
-    """
+    """One run to its end, and another one that starts from its checkpoint-4, after one
+    merge and before another."""
     every = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
     steps = {**every, "save_steps": 2, "eval_steps": 4}
-    whole = hf.trainer_in(Path(root), "out", **steps)
-    before = whole.evaluate()["eval_loss"]
-    whole.train()
-    expected = hf.matrices(whole.deepspeed)
-    history = _later_rows(whole)
-    whole.save_model(f"{root}/saved")
-    counter = CollectiveCounter(frozen_buffers(whole.model).values())
+    reference = hf.trainer_in(Path(root), "out", **steps)
+    before = reference.evaluate()["eval_loss"]
+    reference.train()
+    expected = hf.matrices(reference.deepspeed)
+    history = _later_rows(reference)
+    reference.save_model(f"{root}/saved")
+    counter = CollectiveCounter(frozen_buffers(reference.model).values())
     resumed = hf.trainer_in(Path(root), "out", **steps)
     with counter.counting():
         resumed.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
@@ -62,12 +61,14 @@ def interrupted_and_not(root):
             rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"
         ):
             without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
-    told = hf.trainer_in(Path(root), "out", merges=0, max_steps=7, save_strategy="no")
-    told.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
+    without_merges = hf.trainer_in(
+        Path(root), "out", merges=0, max_steps=7, save_strategy="no"
+    )
+    without_merges.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
     return {
-        "told": told.run.state.merges,
+        "without_merges": without_merges.run.state.merges,
         "evaluated": before,
-        "seed": whole.run.identity["seed"],
+        "seed": reference.run.identity["seed"],
         "expected": expected,
         "resumed": hf.matrices(resumed.deepspeed),
         "history": (history, resumed_history),
@@ -76,7 +77,7 @@ def interrupted_and_not(root):
 
 
 def _later_rows(trainer):
-    """What was logged after step 4, without times."""
+    """The log after step 4, without times."""
     measured = ("runtime", "per_second", "preparation_time")
     return [
         {key: value for key, value in row.items() if not key.endswith(measured)}
@@ -90,7 +91,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     for rank in both:
         assert rank["history"][0] == rank["history"][1]
         assert rank["base_bytes"] == 0
-        assert rank["told"] == [3], "MoRACallback(0) ends the merges, that of step 6"
+        assert rank["without_merges"] == [3], (
+            "MoRACallback(0) ends the merges, that of step 6"
+        )
         assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
         assert rank["seed"] == 3
         assert_same_tensors(rank["resumed"], rank["expected"])

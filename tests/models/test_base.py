@@ -1,4 +1,4 @@
-"""Original weights on disk: opening, mapping, fingerprints, checksums."""
+"""Base weights on disk: opening, mapping, fingerprints, checksums."""
 
 import errno
 import json
@@ -251,7 +251,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path):
 # -- fingerprint and checksum ----------------------------------------------------------
 
 
-def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path):
+def test_fingerprint_depends_on_name_dtype_shape_and_bytes(tmp_path):
     tensor = torch.arange(24, dtype=torch.int32)
     variants = [
         {"a": tensor},

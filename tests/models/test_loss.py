@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_the_models_own(family, head, checkpointing):
     assert_same(gradients(model, batch), expected)
 
 
-def test_evaluation_and_whole_logits_are_as_before():
+def test_evaluation_with_and_without_chunks_is_equal():
     model = model_of("llama").eval()
     batch = batch_of()
     with torch.no_grad():
@@ -131,7 +131,8 @@ def test_evaluation_and_whole_logits_are_as_before():
 
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_gradients_through_a_frozen_head_in_half_precision(dtype, near):
-    """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
+    """The difference from fp32 is within the dtype's rounding, in fp16 with a scaled
+    loss."""
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
     hidden = torch.randn(5, 64).to(dtype)
@@ -166,9 +167,8 @@ def sizes_of_chunks(model):
 
 @pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
 def test_no_more_logits_than_a_chunk_are_ever_made(train_head, times):
-    """Nothing of the size of logits is kept for backward, which makes them again where the
-    head is trained.
-    """
+    """Nothing of the size of logits is saved for backward, which computes them again if
+    the head is trained."""
     model = model_of("llama", train_head)
     batch = batch_of()
     sizes = sizes_of_chunks(model)
@@ -210,7 +210,7 @@ def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_losses_are_summed_in_fp32(chunked, train_head):
-    """Of logits in bf16, whose own losses would have two digits."""
+    """The logits are in bf16, in which losses would have two digits."""
     model = model_of("llama", train_head).bfloat16()
     batch = batch_of()
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -260,7 +260,8 @@ def test_a_model_without_a_head_is_refused():
 
 
 def zero3_gradients(family):
-    """Of the same batch on every rank, the head sharded over them."""
+    """Gradients of the same batch on every rank, with the head sharded over the
+    ranks."""
     model = model_of(family)
     batch = batch_of()
     engine, *_ = initialize(model=model, config=ds_config(3, 3, 1))
@@ -282,7 +283,7 @@ def zero3_gradients(family):
 
     first, gradient = full_gradients()
     engine.optimizer.zero_grad()
-    # Once more, after gathering has learnt the order of the modules
+    # Once more, after gathering has recorded the order of the modules
     assert_close(full_gradients()[1], gradient, rtol=0, atol=1e-5)
     engine.step()
     with torch.no_grad():
@@ -304,20 +305,18 @@ def test_a_trained_head_that_zero_3_shards(family):
         assert_same((torch.tensor(loss), sharded), (nll, expected))
 
 
-# -- whole runs ------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------
 
 
-def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(
-    user, tmp_path
-):
-    whole = tmp_path / "whole"
-    expected = run(1, user.flags(whole))
+def test_a_split_run_has_the_losses_of_one_process_without_chunks(user, tmp_path):
+    reference = tmp_path / "reference"
+    expected = run(1, user.flags(reference))
     for split in ("sequence", "tensor"):
         chunked = tmp_path / split
         summary = run(
             2, user.flags(chunked, f"--chunked_loss --{split}_parallel_size 2")
         )
-        assert_close_losses(chunked, whole)
+        assert_close_losses(chunked, reference)
         after = expected["perplexity_after"]
         assert summary["perplexity_after"] == pytest.approx(after, rel=1e-5)
 
@@ -325,8 +324,8 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(
 KEPT = "--max_steps 6 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
 
-def whole(argv, step=None):
-    """A run with whole logits, stopped after `step` where one is given. For `run_ranks`."""
+def unchunked_run(argv, step=None):
+    """A run without chunks, stopped after `step` if one is given. For `run_ranks`."""
     pretrain.is_frozen = lambda head: False  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)
 
@@ -336,7 +335,7 @@ def chunks_in(out):
 
 
 def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
-    """A new run with a frozen head computes it in chunks; one that has begun with whole
+    """A new run with a frozen head computes it in chunks; one that has begun with complete
     logits goes on with them.
     """
     new, resumed, old, gone_on = (
@@ -345,8 +344,8 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     run(1, user.flags(new, KEPT))
     stop_and_resume(1, user.flags(resumed, KEPT), 4)
     assert_same_run(resumed, new)
-    run_alone(whole, user.flags(old, KEPT))
-    run_alone(whole, user.flags(gone_on, KEPT), 4)
+    run_alone(unchunked_run, user.flags(old, KEPT))
+    run_alone(unchunked_run, user.flags(gone_on, KEPT), 4)
     run(1, user.flags(gone_on, KEPT, "--resume_from_checkpoint auto"))
     assert_same_run(gone_on, old)
     assert_close_losses(new, old)
@@ -356,22 +355,19 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     assert not chunks_in(gone_on)
 
 
-def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(
-    user, tmp_path
-):
+def test_a_model_that_changes_its_logits_is_trained_without_chunks(user, tmp_path):
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
-    told, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
+    text, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
     reason = "this model does more to its logits"
-    assert f"loss: from the logits of complete batches, because {reason}" in told
+    assert f"loss: from the logits of complete batches, because {reason}" in text
     assert f"--chunked_loss: {reason}" in message
     assert not chunks_in(out)
 
 
 def with_changed_logits(argv, chunked):
-    """What two runs say whose model scales its logits unlike any that is known, the second
-    with --chunked_loss.
-    """
+    """The output of two runs whose model scales its logits in an unknown way, the
+    second with --chunked_loss."""
     LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # in this rank alone
     return printed(argv), refused(chunked)
 

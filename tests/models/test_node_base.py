@@ -162,7 +162,7 @@ def test_nodes_of_one_and_of_two_processes(tmp_path):
 
 
 def faults():
-    """What goes wrong on one process only is told to all."""
+    """An error of one process is raised on all."""
     model = model_with_mora()
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
@@ -170,10 +170,10 @@ def faults():
 
     def work(name, item):
         if is_odd:
-            raise RunError(f"no room for {name}")
+            raise RunError(f"no memory for {name}")
 
     items = [(name, None) for name in node.layers(model)]
-    with run_error("rank 1: no room for"):
+    with run_error("rank 1: no memory for"):
         node.form(model, items, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
@@ -196,11 +196,11 @@ def interrupted_with_private_bases(argv, step):
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, out):
     texts = ("--eval_files", f"short={user.other}")
     flags = user.flags(out, STEPS, *texts, "--resume_from_checkpoint auto")
-    whole = tmp_path / "whole"
-    run(2, [*flags, "--output_dir", str(whole)])
+    reference = tmp_path / "reference"
+    run(2, [*flags, "--output_dir", str(reference)])
     run_ranks(2, interrupted_with_private_bases, flags, 4)
     run(2, flags)
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, reference)
 
 
 # -- one process -----------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
-    """Such as a head that is adapted on a GPU, beside a base in host memory."""
+    """Example: a head that is adapted on a GPU, with the base in host memory."""
     model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
     slots = {
@@ -266,12 +266,12 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
 
 
 def without_memory(argv):
-    """The refusal of a run on a node that is nearly full."""
+    """The error of a run on a node that is nearly full."""
     node_memory.free_bytes = lambda: 1000
     return refused(argv)
 
 
-def test_too_little_memory_is_told_at_the_start(user, out):
+def test_too_little_memory_is_named_at_the_start(user, out):
     flags = user.flags(out, STEPS)
     ((kind, message),) = set(run_ranks(2, without_memory, flags))
     assert kind == "UserError"

@@ -71,8 +71,10 @@ phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type 
 
 
 @pytest.mark.parametrize("family, words", rows(OF_OTHERS))
-def test_a_family_that_ignores_it_is_named(user, tmp_path, out, family, words):
-    """By the run, its dry run and its plan."""
+def test_a_family_that_ignores_rope_scaling_is_named(
+    user, tmp_path, out, family, words
+):
+    """The run, its dry run and its plan name it."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = tmp_path / family
     files = ("--model_name_or_path", model, "--tokenizer_name", user.model)
@@ -83,12 +85,12 @@ def test_a_family_that_ignores_it_is_named(user, tmp_path, out, family, words):
         call("plan", "--gpus 8 --model", model, "--rope_scaling", YARN)
 
 
-@pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
-def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
+@pytest.mark.parametrize("version", ["of transformers 5", "of transformers 4"])
+def test_a_changed_config_keeps_nothing_of_the_scaling_before(version, tmp_path):
     """Both names are written: transformers 5 and 4 read the same."""
     model, changes = asked("llama", tmp_path, YARN)
     content = read_json(tmp_path / "config.json")
-    if form == "of transformers 4":
+    if version == "of transformers 4":
         del content["rope_parameters"]
         content.update(
             rope_theta=5.0, rope_scaling={"rope_type": "linear", "factor": 3.0}
@@ -108,9 +110,8 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
 def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
     user, tmp_path, base_folder, out
 ):
-    """To the bit, with merges, resumed; and what is exported of it is that model, whose
-    config is the run's.
-    """
+    """Equal to the bit, with merges and a resume; the export is that model, with the
+    run's config."""
     longer = (
         f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
     )

@@ -1,6 +1,5 @@
-"""What is written: which tensor is in which file, what the base's other files become, and
-every dtype.
-"""
+"""Written models: which tensor is in which file, the base's other files, and every
+dtype."""
 
 import json
 import os
@@ -60,9 +59,9 @@ def test_an_index_is_written_for_several_files_alone(tmp_path, monkeypatch):
         monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", limit)
         return write_shards(folder, layout, lambda key, dtype: base.read(key).to(dtype))
 
-    whole = tmp_path / "whole"
-    assert written(whole, 100) == ("model.safetensors",)
-    assert [path.name for path in whole.iterdir()] == ["model.safetensors"]
+    unsharded = tmp_path / "unsharded"
+    assert written(unsharded, 100) == ("model.safetensors",)
+    assert [path.name for path in unsharded.iterdir()] == ["model.safetensors"]
     split = tmp_path / "split"
     first, second = written(split, 20)
     assert first == "model-00001-of-00002.safetensors"
@@ -132,7 +131,7 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
 
 
 def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, out):
-    """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
+    """The cache keeps the files of snapshots/REVISION in blobs/, next to snapshots/."""
     hub = tmp_path / "hub"
     (hub / "snapshots").mkdir(parents=True)
     base = base_folder(hub / "snapshots/1a2b", {"model_type": "llama"})

@@ -31,7 +31,7 @@ def split_runs(cases, degree, **settings):
 
 
 @pytest.mark.parametrize("degree, cases", [(2, CORE), (4, CORE[:2])], ids=["t2", "t4"])
-def test_the_core(degree, cases):
+def test_tensor_parallel_equals_one_process(degree, cases):
     """At t = 4 two key-value heads do not divide: the attention falls back."""
     compare(degree, degree, cases)
 
@@ -63,7 +63,7 @@ def with_settings(case):
 
 
 @pytest.mark.heavy
-def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
+def test_an_offloaded_optimizer_and_persistent_mora_matrices():
     expected = plain_run(CORE[0])
     for results in run_ranks(4, with_settings, CORE[0]):
         for result, settings in zip(results, SETTINGS, strict=True):
@@ -92,7 +92,7 @@ decouple: {operator: decouple}
 truncate: {operator: truncate}
 share, alternate: {operator: share, grouping: alternate}
 """)
-FORMS = yaml.safe_load("""
+VARIANTS = yaml.safe_load("""
 others trained: {train_norms: true, train_embeddings: true}
 over the weight: {compute: weight, checkpointing: true}
 documents: {documents: true, checkpointing: true}
@@ -111,7 +111,7 @@ EVERY_TWO = pairwise_cases(
         "family": FAMILIES,
         "ranks": RANKS,
         "operator": list(OPERATORS),
-        "form": list(FORMS),
+        "variant": list(VARIANTS),
         "kv_heads": [None, 4],
     },
     has_heads,
@@ -120,7 +120,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("ranks", RANKS)
-def test_every_two_of_family_operator_and_form(ranks):
+def test_pairs_of_family_operator_and_variant(ranks):
     cases = [
         {
             "family": case["family"],
@@ -128,7 +128,7 @@ def test_every_two_of_family_operator_and_form(ranks):
             if case["kv_heads"]
             else {},
             **OPERATORS[case["operator"]],
-            **FORMS[case["form"]],
+            **VARIANTS[case["variant"]],
         }
         for case in EVERY_TWO
         if case["ranks"] == ranks

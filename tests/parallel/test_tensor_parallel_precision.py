@@ -34,9 +34,8 @@ bfloat16: {bf16: {enabled: true}}
 float16: {fp16: {enabled: true, initial_scale_power: 8}}
 """)
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that
-of the other tests.
-"""
+"""Tolerance of the loss: half a unit in the last place of the dtype; in fp32 that of
+the other tests."""
 EVERYTHING = {"train_norms": True, "train_embeddings": True, "train_head": True}
 CASES = [
     # q_norm and k_norm see a rank's heads alone
@@ -86,7 +85,7 @@ def trained_in(dtype, case, degree, folder):
 
 
 def replicated(engine):
-    """Checksums of the masters that all ranks of a group hold alike."""
+    """Checksums of the fp32 master weights that are the same on all ranks of a group."""
     parameters = {
         name: p for name, p in engine.module.named_parameters() if share_of(p) is None
     }
@@ -104,7 +103,7 @@ def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["family"])
-def test_so_in_every_precision(case, tmp_path):
+def test_every_precision_follows_one_rank(case, tmp_path):
     compare(case, list(PRECISIONS), tmp_path)
 
 

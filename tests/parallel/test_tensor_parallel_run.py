@@ -118,7 +118,7 @@ def test_the_same_bytes_at_every_size(saved, user):
 # -- before it begins ------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(user, out):
+def test_a_dry_run_prints_the_plan_and_keeps_the_folder_unchanged(user, out):
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")

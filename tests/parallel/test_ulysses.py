@@ -143,9 +143,9 @@ def split_run(case, size):
     return results
 
 
-def add_deltas(model, whole):
+def add_deltas(model, unsharded):
     for layer in mora_layers(model).values():
-        delta = delta_weight(layer.spec, whole(layer.square))
+        delta = delta_weight(layer.spec, unsharded(layer.square))
         # Processes may share it
         layer.weight = layer.weight + (delta.T if layer.transposed else delta)
 
@@ -183,8 +183,9 @@ def assert_equal_run(results, expected, case):
     ],
     ids=["s4", "s2 x dp2"],
 )
-def test_split_rows_are_whole_rows(ranks, size, case):
-    """Of two ranks that share rows: the heavy tests, and test_ulysses_run.py."""
+def test_split_rows_equal_unsplit_rows(ranks, size, case):
+    """Two ranks that share rows are tested by the heavy tests and
+    test_ulysses_run.py."""
     assert_equal_runs([case], ranks, size)
 
 

@@ -1,6 +1,5 @@
-"""What a model bound to sequence parallelism leaves alone, and what is refused before a
-step is made.
-"""
+"""What a model bound to sequence parallelism does not change, and errors before the
+first step."""
 
 import pytest
 import torch
@@ -47,15 +46,15 @@ def in_and_out_of_the_way():
         # twice: what Ulysses leaves behind must not matter
         for _ in range(2):
             with whole_rows(bound_one):
-                whole = bound_one(input_ids=ids, use_cache=False).logits
-            assert torch.equal(whole, expected)
+                full = bound_one(input_ids=ids, use_cache=False).logits
+            assert torch.equal(full, expected)
             assert torch.equal(bound_one(**local_batch, use_cache=False).logits, mine)
         if dist.get_rank() == 0:  # alone: nobody else takes part
             alone = unbound(input_ids=ids, use_cache=False).logits
             assert torch.equal(alone, expected)
 
 
-def test_whole_rows_and_models_that_are_not_bound():
+def test_unsplit_rows_and_models_that_are_not_bound():
     run_pooled(2, in_and_out_of_the_way)
 
 
@@ -72,21 +71,21 @@ def handed_to_flash_attention():
     expected = model(**batch, use_cache=False).logits
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def kernel(module, query, key, value, mask, **told):
+    def kernel(module, query, key, value, mask, **options):
         assert mask is None
         assert query.shape[1:3] == (2, LENGTH)
         assert key.shape[1:3] == (1, LENGTH)
         index = torch.arange(LENGTH)
         document = (
-            told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1
+            options["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1
         ).cumsum(1)
         distance = index[:, None] - index
         seen = (
             (distance >= 0)
-            & (distance < told["sliding_window"])
+            & (distance < options["sliding_window"])
             & (document == document.T)
         )
-        return sdpa(module, query, key, value, seen[None, None], **told)
+        return sdpa(module, query, key, value, seen[None, None], **options)
 
     ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
     model.config._attn_implementation = "flash_attention_2"
@@ -96,7 +95,7 @@ def handed_to_flash_attention():
     return float((logits - sequence.split({"logits": expected})["logits"]).abs().max())
 
 
-def test_a_flash_attention_is_handed_whole_rows():
+def test_flash_attention_gets_unsplit_rows():
     assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
 
 
@@ -113,7 +112,7 @@ def part_of(rank):
     return sequence
 
 
-def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
+def test_a_part_is_a_ranks_tokens_and_documents_stay_complete():
     ids = tokens(3, LENGTH, seed=5)
     documents = object()
     batches = [
@@ -131,14 +130,14 @@ def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
 def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch):
     sequence = part_of(rank)
     module = nn.Module()
-    told = []
+    received = []
     module.num_key_value_groups = 2
 
     def split_attention(module, query, key, value, mask, **kwargs):
         module.num_key_value_groups = (
             1  # as Ulysses does where it repeats key-value heads
         )
-        told.append(kwargs["s_aux"])
+        received.append(kwargs["s_aux"])
         if kwargs.get("fails"):
             raise ValueError
         return query.transpose(1, 2).flatten(2), None
@@ -147,16 +146,16 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
     query = torch.randn(2, 4, 3, 8)
     key = torch.randn(2, 2, 3, 8)
     sinks = torch.arange(4.0)
-    told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
+    layer_options = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
     split_attention.attn = None
 
     def attend(**more):
-        arguments = {**told_layer, **more}
+        arguments = {**layer_options, **more}
         return sequence.attend(lambda: None, module, query, key, key, **arguments)
 
     out, _ = attend()
     assert torch.equal(out, query.transpose(1, 2))
-    assert torch.equal(told[0], sinks.view(PARTS, 2)[rank])
+    assert torch.equal(received[0], sinks.view(PARTS, 2)[rank])
     assert module.num_key_value_groups == 2
     assert not sequence.saw_window
     with pytest.raises(ValueError):
@@ -190,7 +189,7 @@ llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}
 
 
 @pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
-def test_what_a_config_tells(kind, values, size, message):
+def test_configs_that_cannot_be_split_are_refused(kind, values, size, message):
     config = config_of(kind, **parsed(values))
     with user_error("--sequence_parallel_size") as error:
         check_config(config, int(size), None)
@@ -213,7 +212,7 @@ def test_configs_that_pass(family):
 
 
 def split_checked(kinds):
-    """What `check_split` says of each model with documents in its rows."""
+    """The message of `check_split` for each model with documents in its rows."""
     said = {}
     for kind, values in kinds.items():
         torch.manual_seed(0)
@@ -241,7 +240,7 @@ deepseek_v3:
 """Kinds of models of Llama's sizes -> other settings of their configs."""
 
 
-def test_what_only_a_forward_tells():
+def test_models_that_cannot_be_split_fail_in_forward():
     for said in run_pooled(2, split_checked, MIXING):
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]

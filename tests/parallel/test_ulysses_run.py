@@ -58,9 +58,9 @@ def assert_close(results, wanted, rel):
 
 
 def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
-    told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
+    output = run_ranks(2, printed, flags(user, out, 2, 2))[0]
     split = "each computes 16 of its 32 tokens, and in attention 2 of 4"
-    assert f"2 processes share every row; {split}" in told
+    assert f"2 processes share every row; {split}" in output
     assert_same_curve(out, one)
     assert read_json(out / "summary.json")["base_bytes_gathered"] == 0
     report = export_merged(out / "checkpoints/latest", merged, verify=True)
@@ -85,7 +85,7 @@ muon | --optimizer muon
 base in 8 bits | --base_bits 8
 ZeRO-1 | --deepspeed configs/zero1.json
 """
-"""Where there is no adapter, what `RUN` says of one is taken back."""
+"""Without an adapter, the adapter settings of `RUN` are reset."""
 
 
 def job_in_fp32(argv):
@@ -101,7 +101,7 @@ def job_in_fp32(argv):
 @pytest.mark.parametrize("variant, more", rows_of(VARIANTS))
 def test_variants(user, tmp_path, variant, more):
     ours = tmp_path / "split"
-    theirs = tmp_path / "whole"
+    theirs = tmp_path / "reference"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
         argv = flags(user, out, ranks, size, more)
         summary, *_ = run_ranks(ranks, job_in_fp32, argv)

@@ -54,7 +54,7 @@ def logits(model):
 
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_logits_and_gradients_are_those_of_our_layers(family, operator):
+def test_logits_and_gradients_equal_those_of_mora_layers(family, operator):
     ours = tiny_model(family)
     theirs = tiny_model(family)
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
@@ -229,9 +229,8 @@ TYPES = """
 
 @pytest.mark.parametrize("settings, message", rows(TYPES))
 def test_values_of_another_type_are_named(tmp_path, settings, message):
-    """Those of adapter_config.json too, whose matrices would else be read under other
-    permutations, or not at all.
-    """
+    """Also settings of adapter_config.json, with which its matrices would be read under
+    other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**read_json(path), **parsed(settings)}))

@@ -75,7 +75,7 @@ def test_activations_are_those_that_autograd_saves(family, packed):
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
+def test_a_meta_micro_batch_counts_like_a_real_one(
     monkeypatch, family, checkpointing, by_documents
 ):
     """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention
@@ -127,7 +127,7 @@ def compare(work, family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_deep_models_are_measured_by_shallow_ones(checkpointing):
-    """Also where layers are of two kinds in turn."""
+    """Layers may alternate between two kinds."""
     for family in ("llama", "gemma2"):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
         work.config.num_hidden_layers = 9
@@ -184,9 +184,8 @@ CASES = [
 
 
 def measured(case):
-    """Of one step of this rank, the third micro-batch or a later one, and what the engine
-    holds after it.
-    """
+    """Counts of one step of this rank, the third micro-batch or a later one, and of
+    what the engine holds after it."""
     model = tiny_model("llama", dtype=case.dtype, **SHAPE)
     if case.checkpointing:
         enable_checkpointing(model)
@@ -195,15 +194,17 @@ def measured(case):
     engine, optimizer, *_ = initialize(
         model=model, config=case.deepspeed(), base_on_host=case.base_on_host
     )
-    ring = ring_of(model)
+    prefetcher = ring_of(model)
     copied = 0
-    slots, on_host = (ring.slots, names_on_host(model)) if ring else ([], set())
+    slots, on_host = (
+        (prefetcher.slots, names_on_host(model)) if prefetcher else ([], set())
+    )
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting():
         # ZeRO-3 knows the order of modules from the third micro-batch on
         for _ in range(3):
             counter.reset()
-            copied = ring.copied if ring else 0
+            copied = prefetcher.copied if prefetcher else 0
             for _ in range(case.accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
@@ -221,7 +222,7 @@ def measured(case):
         "reduced": counter.bytes["reduce_scatter_tensor"],
         "base_sent": counter.base_bytes,
         "base": sum({id(tensor): tensor.nbytes for tensor in on_device}.values()),
-        "copied": ring.copied - copied if ring else 0,
+        "copied": prefetcher.copied - copied if prefetcher else 0,
         "squares": optimizer.lp_param_buffer.nbytes,
         "masters": sum(masters.values()),
         "moments": sum(tensor.nbytes for tensor in moments),
@@ -246,14 +247,14 @@ def plan_for(ranks, case):
     return planner.plan()
 
 
-def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
+def test_persistent_mora_matrices_are_gathered_after_the_optimizer_step():
     plan = plan_for(8, Case(zero={P: 100_000}))
-    whole = sum(plan.trained.numels) * 4
+    full = sum(plan.trained.numels) * 4
     assert plan.trained.persistent == plan.trained.numels
-    assert plan.memory.optimizer_step == 2 * whole, "with the gather's output buffer"
+    assert plan.memory.optimizer_step == 2 * full, "with the gather's output buffer"
     # Three temporary tensors of a half
     sharded = plan_for(2, Case(zero={P: 0}))
-    assert sharded.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)
+    assert sharded.memory.optimizer_step == pytest.approx(1.5 * full, rel=1e-3)
 
 
 @pytest.mark.parametrize("operator", ["rotate", "share"])

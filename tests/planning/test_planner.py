@@ -93,7 +93,7 @@ def test_little_memory_takes_checkpointing():
     assert recommend(planner_of_7b(Cluster(8, memory=4.4e9))).work.checkpointing
 
 
-def test_a_base_that_does_not_fit_is_said_to():
+def test_a_base_that_does_not_fit_is_named():
     planner = planner_of_7b(Cluster(64, memory=2e9))
     assert recommend(planner) is None
     assert "the base alone" in report(planner.plan())

@@ -1,5 +1,5 @@
-"""The ledger: what it holds, what it refuses, what a kill leaves, and the one function that
-forms live weights.
+"""The ledger: what it holds, which files it refuses, what a kill leaves, and the one
+function that computes merged weights.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def state(ledger):
 # -- contents --------------------------------------------------------------------------
 
 
-def test_squares_come_back_in_cycle_order(folder):
+def test_mora_matrices_are_read_in_the_order_of_cycles(folder):
     ledger = Ledger.open(folder, BASE)
     assert ledger.cycles == 3
     for cycle, (spec, square) in enumerate(ledger.squares_of("a.v")):
@@ -60,7 +60,7 @@ def test_squares_come_back_in_cycle_order(folder):
 
 
 def test_file_format(folder):
-    """As the plan's readers expect it."""
+    """The keys of ledger.json."""
     content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
     assert set(content["cycles"][0]) == {
@@ -82,7 +82,7 @@ def test_file_format(folder):
     assert json.loads(metadata["layers"])["a.q"]["weight"] == "a.q.weight"
 
 
-def test_layer_that_joins_late(tmp_path):
+def test_a_layer_may_start_at_a_later_cycle(tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     append(ledger)
     append(ledger, ("a.q", "b.q"))
@@ -101,7 +101,7 @@ def test_a_snapshot_stays_as_it_is(folder):
 
 
 def exchange(first):
-    """With the last cycle."""
+    """Exchanges the file with that of the last cycle."""
     last = first.with_name("cycle-00002.safetensors")
     content = first.read_bytes()
     first.write_bytes(last.read_bytes())
@@ -172,7 +172,7 @@ def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_square_that_is_not_finite_is_not_merged(folder, bad):
+def test_a_mora_matrix_that_is_not_finite_is_not_merged(folder, bad):
     ledger = Ledger.open(folder)
     layers = layers_of(3)
     squares = squares_for(layers, 3)
@@ -250,13 +250,13 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatc
     assert Ledger.open(another.folder, BASE).cycles == 0
 
 
-# -- live weights ----------------------------------------------------------------------
+# -- merged weights --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_as_fp32", [False, True])
-def test_live_weight_is_the_sum_in_order_rounded_once(
+def test_merged_weight_is_the_sum_in_order_rounded_once(
     transposed, dtype, stored_as_fp32
 ):
     """An original that is stored in fp32 is not rounded to the run's dtype before the
@@ -285,7 +285,7 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
     )
 
 
-def test_live_weight_has_the_same_bits_for_any_number_of_threads():
+def test_merged_weight_has_the_same_bits_for_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     specs = [
         OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind

@@ -56,7 +56,7 @@ def norm(tensors):
 
 
 def check_norms(report, base, ledger):
-    """Those of the first merge; returns its deltas."""
+    """Checks the first merge; returns its deltas."""
     entries = ledger.layers(0)
     deltas = [
         entry.operator.delta_weight(ledger.square(0, name))
@@ -72,7 +72,7 @@ def check_norms(report, base, ledger):
 
 
 def check_rounding(results, folder):
-    """What bf16 does not take up of a merge."""
+    """The part of a merge that is lost to rounding in bf16."""
     (report,) = results["reports"]
     base = BaseCheckpoint.open(folder / "base")
     ledger = Ledger.open(folder / "out/ledger")
@@ -94,7 +94,7 @@ def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
         assert not any(value.any() for value in results["moments"].values())
 
 
-def test_the_line_for_humans():
+def test_merge_report_str():
     report = MergeReport(
         cycle=2,
         step=9,
@@ -128,7 +128,7 @@ def moved_probe(folder):
     return ""
 
 
-def test_what_a_probe_may_move_by():
+def test_probe_tolerance():
     """A share of a loss above 1, which depends on the dtype of the weights; and never to
     what is no number.
     """

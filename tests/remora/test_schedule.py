@@ -1,4 +1,4 @@
-"""The learning rate at its corners, and the steps at which squares are merged."""
+"""The learning rate at its corners, and the steps of the merges."""
 
 import dataclasses
 import itertools
@@ -59,7 +59,7 @@ def test_cosine_is_a_cosine():
     )
 
 
-def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
+def test_rewarmup_after_a_merge_is_linear():
     target = JAGGED.curve(29)
     ramp = [JAGGED.learning_rate(step, [25]) for step in range(25, 30)]
     assert ramp == pytest.approx([target * step / 5 for step in (1, 2, 3, 4, 5)])
@@ -69,7 +69,7 @@ def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
 
 MERGES = """
 {} | [25, 50, 75]
-# the last one that leaves a step at the full rate
+# the last one that leaves a step at the full learning rate
 {total_steps: 80} | [25, 50, 75]
 {total_steps: 79} | [25, 50]
 # none within the first warm-up
@@ -87,13 +87,13 @@ def test_merges_keep_off_the_first_warmup_and_the_end(changes, merges):
     planned = parsed(merges)
     assert merge_steps(schedule) == schedule.merges_left(0) == planned
     assert schedule.merges_left(50) == [step for step in planned if step > 50]
-    # Without a merge there is no ramp
+    # Without a merge there is no re-warmup
     for step in range(schedule.total_steps):
         assert schedule.learning_rate(step) == schedule.curve(step)
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
-def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind):
+def test_every_rewarmup_stays_below_the_curve_and_above_zero(kind):
     for total, warmup, every, ramp in itertools.product(
         (7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)
     ):

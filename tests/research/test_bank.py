@@ -47,7 +47,7 @@ class Bench:
         )
 
     def merged(self, name):
-        """A plain model with all squares of an adapter merged; the same one every time."""
+        """A plain model with all cycles of an adapter merged; the same one every time."""
         model = self.maker.model.eval()
         weights = self.maker.weights
         for weight, original in weights.items():
@@ -98,9 +98,8 @@ qwen2 | rotate | 2
 def test_every_row_of_a_mixed_batch_is_its_merged_model(
     tmp_path, base_folder, family, operator, rank
 ):
-    """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values,
-    and the bare base.
-    """
+    """One batch with 0, 1 and 3 merged cycles, Conv1D, biases, narrow keys and values,
+    and the bare base."""
     model = tiny_model(family)
     for name, module in model.named_modules():
         if getattr(module, "bias", None) is not None and "norm" not in name:
@@ -209,12 +208,12 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path):
     """
     trained = fake_run(tmp_path / "run", cycles=2)
     (tmp_path / "bank").mkdir()
-    (tmp_path / "bank/whole").symlink_to(trained.output)
+    (tmp_path / "bank/complete").symlink_to(trained.output)
     shutil.copytree(trained.checkpoint, tmp_path / "bank/step")
     bank = AdapterBank.open(trained.base, tmp_path / "bank", cache=1)
     ids = tokens(2)
     expected = logits(trained.live, ids)
-    for names in ("whole", ["step", "whole"]):
+    for names in ("complete", ["step", "complete"]):
         with bank.use(names):
             assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
         assert bank.squares_of.cache_info().currsize == 1
@@ -233,9 +232,8 @@ def test_a_damaged_adapter_is_named(rotating, tmp_path, file):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
-    """Of another base, of another update, with other trained tensors, with several matrices
-    a layer.
-    """
+    """An adapter of another base, of another update, with other trained tensors, or
+    with several matrices per layer."""
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
@@ -291,7 +289,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         )
         for cycles, name in enumerate(("a", "b"))
     }
-    # Of a run with --tokenizer_name: fewer pieces
+    # A run with --tokenizer_name has fewer tokens
     own_tokenizer = tmp_path / "bank/b/tokenizer"
     trained = train_sentencepiece(user.texts(), 360, tmp_path)
     load_tokenizer(trained).save_pretrained(own_tokenizer)

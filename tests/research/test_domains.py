@@ -1,4 +1,4 @@
-"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete
+"""A MoRA matrix for each domain: sums over rows, merges, errors, sharded ranks, complete
 runs.
 """
 
@@ -51,7 +51,7 @@ NAMES = ("law", "code", "news", "prose")
 
 
 def domain_model(operator, family="llama", cycle=0, **config):
-    """With matrices that are not zero, so that every path carries a gradient."""
+    """A model whose matrices are not zero, so that every path carries a gradient."""
     model = tiny_model(family)
     wanted = MoRAConfig(rank=4, operator=operator, domains=NAMES, **config)
     inject(model, wanted)
@@ -126,7 +126,7 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
 
 
 def assert_close(gradient, expected):
-    """To within a few millionths of the largest element."""
+    """Equal within a few millionths of the largest element."""
     assert (gradient - expected).abs().max() <= 5e-6 * max(
         1.0, expected.abs().max().item()
     )
@@ -134,9 +134,8 @@ def assert_close(gradient, expected):
 
 @pytest.mark.parametrize("kind", OperatorKind)
 def test_gradients_of_rows(kind):
-    """By finite differences, also where r_hat is larger than a side, or divides none; a row
-    without a domain.
-    """
+    """Against finite differences, also if r_hat is larger than a side or divides none;
+    one row has no domain."""
     third = [0.0, 0.0, 1.0]
     choice = torch.tensor([third, [0.0] * 3, third], dtype=torch.float64)
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
@@ -150,7 +149,7 @@ def test_gradients_of_rows(kind):
         assert torch.autograd.gradcheck(update, (squares, x))
 
 
-def test_a_row_without_a_square_is_refused_by_name():
+def test_a_row_without_a_mora_matrix_is_refused_by_name():
     model = domain_model("share")
     ids = tokens(2, 8)
     domains = domains_of(model)
@@ -218,11 +217,11 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     domain's model is live.
     """
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     flags = (MERGING, "--eval_files", f"old={user.held}", f"plain={user.held}")
-    summary = run(2, domain_flags(user, whole, mix, *flags))
+    summary = run(2, domain_flags(user, reference, mix, *flags))
     assert summary["merges"] == 1
-    block = yaml.safe_load((whole / RUN_FILE).read_text())["research"]
+    block = yaml.safe_load((reference / RUN_FILE).read_text())["research"]
     assert block == {"domain_adapters": True}, "run.yaml repeats the block"
     after = summary["perplexity_after"]
     assert after["old"] != after["plain"], "one text, read with a domain and with none"
@@ -230,10 +229,10 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     argv = domain_flags(user, out, mix, *resume)
     run_alone(interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
     run(2, argv)
-    assert_close_runs(out, whole)
-    assert_good(whole)
+    assert_close_runs(out, reference)
+    assert_good(reference)
 
-    latest = whole / "checkpoints/latest"
+    latest = reference / "checkpoints/latest"
     facts = read_json(latest / "adapter.json")
     assert facts["domains"]["names"] == ["new", "old"]
     assert facts["cycle"] == 1
@@ -253,7 +252,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     for another in ("old", "shared"):
         assert (live["new"] - live[another]).abs().max() > 1e-3
     assert "| domain | old |" in (tmp_path / "old/README.md").read_text()
-    assert_choices_are_named(user, whole, tmp_path)
+    assert_choices_are_named(user, reference, tmp_path)
 
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
     message = refusal(domain_flags(user, out, mix, *resume), ranks=2)
@@ -288,7 +287,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
-def test_what_does_not_go_together_is_named(changes, message):
+def test_incompatible_settings_are_named(changes, message):
     settings = {
         "model_name_or_path": "m",
         "train_files": ["a=x:1", "b=y:1"],
@@ -368,15 +367,15 @@ configs/zero3.json | 4 | 1 | 2
 def test_two_ranks_follow_one(user, tmp_path):
     """However they share the work, with gradient checkpointing."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
 
     def flags(out, row_count, *more):
         batch = f"--per_device_train_batch_size {row_count} --gradient_checkpointing"
         return domain_flags(user, out, mix, MERGING, batch, *more)
 
-    run(1, flags(whole, 4))
+    run(1, flags(reference, 4))
     for number, (config, row_count, micro_batches, shared) in enumerate(rows(SHARDED)):
         out = tmp_path / str(number)
         split = f"--gradient_accumulation_steps {micro_batches} --sequence_parallel_size {shared}"
         run(2, flags(out, row_count, split, "--deepspeed", REPOSITORY / config))
-        assert_close_runs(out, whole)
+        assert_close_runs(out, reference)

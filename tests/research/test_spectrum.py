@@ -38,7 +38,7 @@ rotate | permuted
 
 
 @pytest.mark.parametrize("kind, grouping", rows(OPERATORS))
-def test_history_is_that_of_the_formed_matrices(kind, grouping):
+def test_history_equals_that_of_the_summed_deltas(kind, grouping):
     spec = OperatorSpec(kind, 18, 23, 6, grouping)
     updates = [
         (replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)
@@ -100,7 +100,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint):
+def test_last_rows_of_a_checkpoint_are_its_current_mora_matrices(checkpoint):
     table = list(spectra(find_ledger(checkpoint)))
     cycles = [(row.layer, row.cycle) for row in table]
     assert cycles == [("a.q", 0), ("a.q", 1), ("a.q", 2), ("a.v", 1), ("a.v", 2)]
@@ -132,7 +132,7 @@ def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint):
     assert cells[2][3:5] == [str(table[2].spectrum.rank), "24"]
 
 
-def test_command(checkpoint, tmp_path, capsys):
+def test_command_prints_spectra(checkpoint, tmp_path, capsys):
     flags = f"{checkpoint} --json {tmp_path}/out.json --layers a.*"
     assert command("spectrum", flags.split()) == (0, "")
     assert "a.v" in capsys.readouterr().out

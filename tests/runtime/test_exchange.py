@@ -54,8 +54,8 @@ def counted():
 
 
 def test_ranks_are_connected_where_they_talk_and_not_before():
-    """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7
-    connections more as soon as the group is made."""
+    """If gloo did not wait (`exchange.new_group`), each of 8 ranks would have 7 more
+    connections as soon as the group is made."""
     for before, with_group, after in run_ranks(8, counted):
         assert with_group - before <= 3, "the group's own listening sockets"
         assert after - with_group <= 6, (
@@ -85,9 +85,8 @@ def waiting(connected, folder):
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_ranks_do_not_wait_for_one_that_has_ended(tmp_path, connected):
-    """Also where they were never connected to it, so that no broken connection tells
-    them.
-    """
+    """Also if they were never connected to it, so that they see no broken
+    connection."""
     _, processes = start_ranks(3, waiting, connected, tmp_path)
     try:
         for process in processes:

@@ -40,9 +40,9 @@ def test_rank_and_level_decide(
         set_up_logging(level)
     for name in ("debug", "info", "warning"):
         log.log(getattr(logging, name.upper()), "%s", name)
-    told = capsys.readouterr()
-    assert told.out.split() == out.replace("-", "").split()
-    assert told.err.splitlines() == [line for line in (err,) if line != "-"]
+    printed = capsys.readouterr()
+    assert printed.out.split() == out.replace("-", "").split()
+    assert printed.err.splitlines() == [line for line in (err,) if line != "-"]
 
 
 class _Full(io.StringIO):
@@ -71,8 +71,8 @@ cli.run(lambda: logging.getLogger("mora_ds").info("said to nobody"))
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_program_whose_output_has_no_room_ends_as_with_it():
-    """What Python could not write stays in its buffer, and fails again at the end."""
+def test_a_full_disk_for_output_does_not_change_the_exit_code():
+    """Bytes that Python could not write stay in its buffer, and fail again at exit."""
     program = """
 import logging
 from mora_ds.runtime import cli

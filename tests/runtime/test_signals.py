@@ -43,7 +43,7 @@ AUTO = "--resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     """The uninterrupted run."""
     return finished_run(2, user, tmp_path_factory, MERGING)
 
@@ -51,7 +51,7 @@ def whole(user, tmp_path_factory):
 # -- agreement, on forked ranks --------------------------------------------------------
 
 
-def signalled_job(argv, number, rank, method, step):
+def signaled_job(argv, number, rank, method, step):
     """A run in which `rank` receives the signal when it enters `method` of the trainer at
     `step`; the message of `Stopped`."""
     signals.install()
@@ -89,26 +89,26 @@ saved; the last two are for the heavy tests."""
     [*rows_of(STOPS)[:3], *(heavy(*row) for row in rows_of(STOPS)[3:])],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
-    user, whole, out, name, rank, method, step, saved
+    user, reference, out, name, rank, method, step, saved
 ):
     argv = user.flags(out, MERGING)
     hit = (signal.Signals[name], int(rank), method, int(step))
-    told = run_ranks(2, signalled_job, argv, *hit)
-    assert told[0] == told[1]
-    assert f"stopped at step {saved}" in told[0]
+    output = run_ranks(2, signaled_job, argv, *hit)
+    assert output[0] == output[1]
+    assert f"stopped at step {saved}" in output[0]
     state = TrainerState.read(out / "checkpoints/latest")
     assert (state.step, state.finished) == (int(saved), False)
     run(2, user.flags(out, MERGING, AUTO))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, out):
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, reference, out):
     flags = user.flags(out, MERGING, AUTO)
-    told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
-    assert "before the first step" in told[0]
+    output = run_ranks(2, signaled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
+    assert "before the first step" in output[0]
     assert not (out / "checkpoints").exists()
     run(2, flags)
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 # -- one process, no torch -------------------------------------------------------------
@@ -182,10 +182,10 @@ def ready(process):
 def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number):
     process = ready(script("starting"))
     process.send_signal(number)
-    _, told = process.communicate(timeout=5)
+    _, output = process.communicate(timeout=5)
     assert process.returncode == EXIT_STOPPED
-    assert number.name in told
-    assert "nothing to save" in told
+    assert number.name in output
+    assert "nothing to save" in output
 
 
 def test_a_main_thread_that_waits_with_nothing_to_save_is_given_some_seconds():
@@ -202,9 +202,9 @@ def test_sigint_again_ends_a_process_whatever_it_does():
     time.sleep(signals.SAME_CTRL_C_S)
     assert process.poll() is None, "one Ctrl-C is one, however often it arrives"
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=5)
+    _, output = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert "at once" in told
+    assert "at once" in output
 
 
 def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
@@ -215,8 +215,8 @@ def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
 
 
 def test_the_end_of_a_pool_is_no_request_to_stop():
-    out, told = script("pooled").communicate(timeout=20)
-    assert out == "requested False\n", told
+    out, errors = script("pooled").communicate(timeout=20)
+    assert out == "requested False\n", errors
 
 
 # -- whole jobs under the launcher -----------------------------------------------------
@@ -314,17 +314,19 @@ def torchrun(more, flags):
     return words(program, start, REPOSITORY / "launch/pretrain.py", *flags)
 
 
-def test_torchrun_starts_the_same_run(user, whole, tmp_path, out):
+def test_torchrun_starts_the_same_run(user, reference, tmp_path, out):
     line = torchrun("", user.flags(out, MERGING))
     done = subprocess.run(
         line, cwd=tmp_path, env=environment(), capture_output=True, timeout=180
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path, out):
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
+    user, reference, tmp_path, out
+):
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
     each start. In the one that torch 2.13 shares by default, processes which are started
     again find the addresses of the dead ones."""
@@ -341,7 +343,7 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path,
         finally:
             process.kill()
     assert "resumed from" in (tmp_path / "log").read_text()
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 FAULTY = """
@@ -368,15 +370,15 @@ cli.run(main, restartable=True)
 
 
 @pytest.mark.heavy
-def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
+def test_an_exception_on_one_rank_is_printed_once_by_that_rank(start, tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script)
     assert process.wait(timeout=60) == 1
-    told = log.read_text()
-    assert told.count("Traceback") == 1
-    assert "[rank 1] Traceback" in told
-    assert told.count("ZeroDivisionError: on one rank only") == 1
+    output = log.read_text()
+    assert output.count("Traceback") == 1
+    assert "[rank 1] Traceback" in output
+    assert output.count("ZeroDivisionError: on one rank only") == 1
 
 
 def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):

@@ -28,6 +28,6 @@ def test_a_smaller_span_holds_less_and_the_best_one_most(user, tmp_path):
     assert shares["LoRA at its start"] < turned <= shares["best of LoRA's rank"] < 100
 
 
-def test_a_text_that_is_too_short_is_told(user):
+def test_a_text_that_is_too_short_is_named(user):
     with user_error(r"--documents: .* at least 12 tokens"):
         bench(user, "--documents 10000")

@@ -48,7 +48,7 @@ def check(results, waits):
     assert results["resume"] == [["3", "same"]]
 
 
-def test_it_names_every_question():
+def test_help_names_every_question():
     assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
 
 
@@ -64,7 +64,7 @@ def test_every_question_runs_on_a_gpu(tmp_path):
 
 
 def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
-    """With a stand-in for what torch does on CUDA."""
+    """A stand-in replaces what torch does on CUDA."""
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     called = "called a synchronizing CUDA operation"
@@ -76,7 +76,7 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so(capsys):
+def test_without_a_gpu_one_line_is_printed(capsys):
     call("bench/gpu", "ceilings")
     assert capsys.readouterr().out.startswith("no GPU here")
     assert not torch.cuda.is_available()

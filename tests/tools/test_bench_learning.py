@@ -1,4 +1,4 @@
-"""tools/bench/learning.py: what it refuses, which rate it calls the best, and that a
+"""tools/bench/learning.py: wrong flags, the choice of the best learning rate, and that a
 finished run is not repeated.
 """
 
@@ -86,7 +86,7 @@ def row(method, rate, new, old):
     return Row(method, 8, rate, runs)
 
 
-def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
+def test_best_of_equal_learning_rates_forgets_least():
     bench = tool("bench/learning")
     rows = [
         row("lora", 1e-3, new=[250.0, 252.0], old=[90.0, 90.0]),

@@ -1,4 +1,4 @@
-"""The attention of whole runs: what is chosen, and what dense attention stays. Resumed
+"""The attention of complete runs: what is chosen, and what dense attention stays. Resumed
 runs: test_resume.
 """
 
@@ -38,7 +38,7 @@ def dense(user, tmp_path_factory):
 
 
 def attention_in(out):
-    """What the last checkpoint says."""
+    """The attention that the last checkpoint states."""
     return str(TrainerState.read(out / "checkpoints/latest").identity["attention"])
 
 

@@ -42,16 +42,16 @@ def deep(user, out, *more):
 
 def counted(argv):
     """A run's summary, and the bytes that it copied to the buffers."""
-    rings = []
+    prefetchers = []
     original = BaseRing.__init__
 
-    def noted(ring, *args):
-        original(ring, *args)
-        rings.append(ring)
+    def noted(prefetcher, *args):
+        original(prefetcher, *args)
+        prefetchers.append(prefetcher)
 
     with patch.object(BaseRing, "__init__", noted):
         summary = train(parse(argv))
-    return summary, sum(ring.copied for ring in rings)
+    return summary, sum(prefetcher.copied for prefetcher in prefetchers)
 
 
 def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):
@@ -82,7 +82,7 @@ MORE = """
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("more", MORE.strip().splitlines())
-def test_more_runs(user, more):
+def test_interrupted_runs_continue_with_the_base_on_the_host(user, more):
     """On two ranks; the streamed run begins with its base on the device."""
     name = more.replace(" ", "").replace("-", "")
     run(2, deep(user, f"{name}-resident", more))
@@ -117,7 +117,7 @@ def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
 
 
 def chosen_device(argv, memory):
-    """What auto becomes on a GPU with so much memory."""
+    """The device that auto chooses on a GPU with this much memory."""
     start_distributed()
     arguments = parse(argv)
     config = AutoConfig.from_pretrained(arguments.model.model_config)

@@ -13,7 +13,7 @@ INSTRUCTIONS = {
     "AVX2": ("default", "avx2"),
     "AVX512": ("default", "avx2", "avx512"),
 }
-"""What torch can be told to use, by what this CPU has."""
+"""Instructions of this CPU -> the settings of ATEN_CPU_CAPABILITY that it supports."""
 
 REPLAY = """
 import hashlib, sys

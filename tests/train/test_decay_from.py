@@ -1,5 +1,5 @@
-"""--decay_from: a branch that decays from a checkpoint is the run that was told so from the
-beginning.
+"""--decay_from: a branch that decays from a checkpoint equals a run that has this decay from
+its start.
 """
 
 import shutil
@@ -40,15 +40,16 @@ def parent(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, PARENT)
 
 
-def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_path):
-    """In its weights, and in what it has logged; ended in between and resumed, when a link
-    to its parent has moved.
-    """
-    whole = tmp_path / "whole"
+def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path):
+    """Its weights and its log are equal; it was stopped and resumed, after a link to
+    its parent had moved."""
+    reference = tmp_path / "reference"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
     run(
         1,
-        user.flags(whole, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio),
+        user.flags(
+            reference, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio
+        ),
     )
     out = tmp_path / "branch"
     checkpoint = parent / "checkpoints/step-000004"
@@ -72,8 +73,8 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_
     run_alone(interrupted_job, by_link, START + 4)
     run(1, [*branch, str(checkpoint)])
     elsewhere.rename(parent)
-    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
-    assert torch.equal(losses(out), losses(whole)[START:])
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(reference))
+    assert torch.equal(losses(out), losses(reference)[START:])
     assert [row["step"] for row in rows(out) if "merge" in row] == [6]
 
 
@@ -91,36 +92,37 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 
     run(1, flags("parent", "--max_steps 6 --decay_ratio 0.25"))
     # Of the 4 steps after that of warm-up
-    run(1, flags("whole", "--max_steps 5 --decay_ratio 0.75"))
+    run(1, flags("reference", "--max_steps 5 --decay_ratio 0.75"))
     start = tmp_path / "parent/checkpoints/step-000002"
     run(1, flags("branch", "--max_steps 3 --decay_from", start))
-    branch, whole = (
+    branch, reference = (
         load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors")
-        for name in ("branch", "whole")
+        for name in ("branch", "reference")
     )
-    assert_same_tensors(branch, whole)
-    assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
+    assert_same_tensors(branch, reference)
+    assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "reference")[2:])
 
 
-def test_what_is_no_branch_is_refused(user, parent, tmp_path):
-    def told(checkpoint, *more):
+def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):
+    def message_of(checkpoint, *more):
         steps = ("--max_steps", DECAY, "--decay_from", checkpoint)
         return refusal(user.flags(tmp_path / "a", STABLE, *steps, *more))
 
     checkpoints = parent / "checkpoints"
     stable = checkpoints / "step-000004"
     with untouched(parent):
-        assert "its learning rate is not at the peak" in told(
+        assert "its learning rate is not at the peak" in message_of(
             checkpoints / "step-000010"
         )
-        assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(
-            parent
+        assert (
+            "must be a checkpoint, such as RUN/checkpoints/step-000500"
+            in message_of(parent)
         )
-        message = told(stable, "--output_dir", parent, "--overwrite_output_dir")
+        message = message_of(stable, "--output_dir", parent, "--overwrite_output_dir")
         assert "lies in --output_dir: give the branch a folder of its own" in message
-        assert "no checkpoint at" in told(checkpoints / "step-000005")
+        assert "no checkpoint at" in message_of(checkpoints / "step-000005")
     out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
-    message = told(stable, "--output_dir", out, "--resume_from_checkpoint auto")
+    message = message_of(stable, "--output_dir", out, "--resume_from_checkpoint auto")
     assert "step of --decay_from: None there, 4 here" in message
 
 

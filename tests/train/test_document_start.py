@@ -28,7 +28,7 @@ TOKEN = "</s>"
 START = f"--document_start {TOKEN}"
 
 
-def test_it_is_a_token_or_nothing_and_bos_by_default(user):
+def test_document_start_is_bos_by_default(user):
     tokenizer = load_tokenizer(user.model)
     assert start_id(tokenizer, "auto") == tokenizer.bos_token_id
     assert start_id(tokenizer, "none") is None
@@ -44,7 +44,7 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user):
             start_id(tokenizer, start)
 
 
-def test_every_document_of_a_run_begins_with_it(user, tmp_path):
+def test_every_document_of_a_run_starts_with_the_token(user, tmp_path):
     cache = tmp_path / "cache"
     run(1, user.flags(tmp_path / "files", START, "--cache_dir", cache))
     for meta in cache.glob("*/meta.json"):
@@ -66,7 +66,7 @@ def of_gemma(argv):
 
 @pytest.mark.parametrize("more", ["--streaming false", "--streaming true"])
 def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
-    """In training and in evaluations, other models' do not."""
+    """In training and in evaluations; sequences of other models do not."""
     flags = "--max_steps 2 --eval_files", user.held, *more.split()
     plain = run(1, user.flags(tmp_path / "plain", *flags))
     changed = run_alone(of_gemma, user.flags(tmp_path / "changed", *flags))
@@ -74,7 +74,7 @@ def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
     assert (losses(tmp_path / "plain") != losses(tmp_path / "changed")).all()
 
 
-def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):
+def test_a_run_prints_that_documents_have_no_start_token(user, tmp_path, model_folder):
     model = shutil.copytree(user.model, model_folder)
     content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(
@@ -89,12 +89,12 @@ def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):
             "--model_name_or_path",
             folder,
         )
-        told = run_alone(printed, user.flags(tmp_path / str(number), *flags))
-        assert ("no token separates documents" in told) == says
+        output = run_alone(printed, user.flags(tmp_path / str(number), *flags))
+        assert ("no token separates documents" in output) == says
 
 
 @pytest.mark.parametrize("more", ["--streaming true", heavy("--streaming false")])
-def test_a_resume_needs_it_again(user, out, more):
+def test_a_resume_needs_the_same_start_token(user, out, more):
     run(1, user.flags(out, START, more))
     resume = user.flags(out, more, "--resume_from_checkpoint auto --max_steps 8")
     message = refusal(resume)
@@ -103,7 +103,7 @@ def test_a_resume_needs_it_again(user, out, more):
     assert len(losses(out)) == 8
 
 
-def test_an_evaluation_begins_documents_with_it(user, tmp_path):
+def test_an_evaluation_starts_documents_with_the_token(user, tmp_path):
     target = load_target(user.model)
     corpus = load_corpus([str(user.other)])
     scores = {

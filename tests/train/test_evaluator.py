@@ -25,7 +25,7 @@ BATCHES = 7
 
 
 def batches_of(eval_batches, before_batch, limit, index=0, count=1):
-    """What replica `index` of `count` evaluates of a set with these batches."""
+    """The batches of a set that replica `index` of `count` evaluates."""
     evaluation = Evaluator.__new__(Evaluator)
     evaluation.training = TrainingArguments(
         output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit
@@ -59,27 +59,27 @@ def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
     assert sum(in_order[:expected]) == sum(in_order) == expected
 
 
-def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
+def test_each_batch_is_announced_before_its_forward_and_none_beyond_the_limit():
     """A run that is asked to stop leaves an evaluation at the next batch."""
-    told = []
+    calls = []
 
     def batches(index, replicas, size):
         for number in range(4):
-            told.append(f"made {number}")
+            calls.append(f"made {number}")
             yield {"labels": torch.ones(size, 2, dtype=torch.long)}
 
     for limit, computed, beyond in ((None, 4, []), (2, 2, ["made 2"])):
-        told.clear()
+        calls.clear()
         expected = []
-        for _ in batches_of(batches, lambda: told.append("asked"), limit):
-            told.append("computed")
+        for _ in batches_of(batches, lambda: calls.append("asked"), limit):
+            calls.append("computed")
         for number in range(computed):
             expected += [f"made {number}", "asked", "computed"]
-        assert told == expected + beyond
+        assert calls == expected + beyond
 
 
 class Log:
-    """What an evaluation logs, in order."""
+    """The rows that an evaluation logs, in order."""
 
     def __init__(self):
         self.rows = []
@@ -136,7 +136,7 @@ def at(evaluator, step, nll, score=0.5):
         evaluator.state.perplexity_before = before
 
 
-def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end():
+def test_tasks_are_due_at_the_start_at_every_interval_and_at_the_end():
     for tasks_steps, steps in ((4, [0, 4, 6]), (0, [0, 6])):
         evaluation = evaluator({}, tasks_steps=tasks_steps)
         for step in range(7):
@@ -145,7 +145,7 @@ def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end():
         assert evaluation.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
 
 
-def test_what_is_logged_has_the_start_beside_it_and_is_kept():
+def test_logged_results_have_the_start_for_comparison_and_are_kept():
     evaluation = evaluator({})
     at(evaluation, 0, 1.0)
     evaluation.state.evaluation_pending = True
@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_set():
 
 
 def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation():
-    """It is made again when the run resumes, at the same step."""
+    """The resumed run repeats the evaluation, at the same step."""
     evaluation = evaluator({})
 
     evaluation.state.evaluation_pending = True

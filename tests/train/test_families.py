@@ -59,7 +59,7 @@ def adapter(family):
 
 
 def write_model(family, folder):
-    """With norms and biases that are not at the ones and zeros they start from."""
+    """A model whose norms and biases differ from their initial ones and zeros."""
     model = tiny_model(family)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -155,7 +155,7 @@ def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_gives_the_logits_of_the_live_model(family, results):
+def test_an_export_gives_the_logits_of_the_trained_model(family, results):
     root, ranks = results
     report, exported = export(root, family)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_an_export_gives_the_logits_of_the_live_model(family, results):
 
 
 def test_no_family_needs_a_converted_base(results):
-    """Files hold the live weights one to one, or experts that are put into one tensor:
+    """Files hold the model's weights one to one, or experts that are put into one tensor:
     nothing is written twice.
     """
     _, ranks = results
@@ -208,7 +208,7 @@ def adapted(family, attention):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_of_no_family_see_each_other(family):
-    """That the check finds a leak: test_attention_run.py."""
+    """test_attention_run.py shows that the check finds a leak."""
     check_document_mask(adapted(family, "eager"))
     if family not in NO_SDPA:
         check_document_mask(adapted(family, "sdpa"))

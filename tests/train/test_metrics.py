@@ -50,7 +50,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
 
 
 def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
-    """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
+    """A stand-in replaces the allocator; it holds 5 bytes after its peak is reset."""
     peaks = iter([7, 30, 12, 9, 20, 5, 5])
     restarts = []
     memory = PhaseMemory()
@@ -82,7 +82,7 @@ def test_the_loss_of_a_source_is_the_mean_over_its_labels():
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
-def test_the_line_that_is_printed_of_a_step():
+def test_console_line_of_a_step():
     assert step_line(metrics(7), 100) == (
         "step   7/100  loss 2.0000  ppl 7.39  lr 1.00e-03  grad 0.500  128 tok/s  1.00 GiB  "
         "gathered 1.00 MB  0:00:46 left"
@@ -91,7 +91,7 @@ def test_the_line_that_is_printed_of_a_step():
     assert "tok/s  MFU 41.2%  1.00 GiB" in step_line(metrics(7, mfu=0.4123), 100)
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_nan_and_infinity_are_written_as_null(tmp_path):
     """NaN and Infinity are no JSON, and a perplexity may well overflow."""
     assert perplexity(800.0) == math.inf
     log = MetricsLog(tmp_path, 1, enabled=True)
@@ -149,7 +149,7 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
 def test_weights_and_biases_does_not_get_the_other_rows_of_a_pending_step(
     tmp_path, monkeypatch
 ):
-    """It has them."""
+    """W&B has these rows already."""
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = MetricsLog(tmp_path, 9, True)

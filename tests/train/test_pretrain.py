@@ -166,12 +166,12 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, ou
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert model.config.vocab_size == 420 == len(tokenizer)
     export_merged(out / "checkpoints/latest", tmp_path / "verified", verify=True)
-    whole = losses(out)
+    reference = losses(out)
     tokenizer_file = out / "tokenizer/tokenizer.model"
     written = tokenizer_file.stat().st_mtime_ns
     shutil.rmtree(out / "checkpoints/step-000006")
     run(1, [*argv, "--resume_from_checkpoint", "auto"])
-    assert torch.equal(losses(out), whole)
+    assert torch.equal(losses(out), reference)
     assert tokenizer_file.stat().st_mtime_ns == written, "trained once"
 
 
@@ -249,7 +249,7 @@ def assert_fit_for_reading(done):
     before, _, after = done.stdout.partition("step 4/4")
     assert re.search(FIRST_LINES, before), before
     assert re.search(LAST_LINES, after), after
-    assert "tokenising" not in done.stderr
+    assert "tokeni" not in done.stderr
     # Others are the launcher's
     own_lines = [
         line for line in done.stdout.splitlines() if not line.startswith("[20")
@@ -303,7 +303,7 @@ def job_with_home(home, argv):
 
 
 def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path, model_folder):
-    """As in a YAML recipe, or behind --flag=~/..."""
+    """Examples: a value in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, model_folder)
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(ZERO3, tmp_path)

@@ -43,7 +43,7 @@ def is_supported(adapter, optimizer, offload, **_):
     },
     is_supported,
 )
-def test_resumed_is_uninterrupted(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     user, tmp_path, out, adapter, optimizer, stage, offload, dtype
 ):
     more = [f"--adapter {adapter} --optimizer {optimizer} {LOOP}"]
@@ -52,6 +52,6 @@ def test_resumed_is_uninterrupted(
     if dtype != "fp32":
         more.append(f"--{dtype}")
     more += ["--deepspeed", ds_config(tmp_path, stage, offload)]
-    run(2, user.flags(tmp_path / "whole", *more))
+    run(2, user.flags(tmp_path / "reference", *more))
     stop_and_resume(2, user.flags(out, *more), 4)
-    assert_same_outcome(out, tmp_path / "whole")
+    assert_same_outcome(out, tmp_path / "reference")

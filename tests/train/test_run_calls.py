@@ -76,8 +76,8 @@ inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no l
 inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', which `train_head` trains itself
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
 delta_weight | {spec: SPEC, square: NARROW} | delta_weight: `square` must have the shape (4, 4), got (3, 3)
-mora_update | {spec: SPEC, square: SQUARE, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
-mora_update | {spec: SPEC, square: NARROW, x: SQUARE} | mora_update: `square` must have the shape (4, 4), got (3, 3)
+mora_update | {spec: SPEC, square: MATRIX, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
+mora_update | {spec: SPEC, square: NARROW, x: MATRIX} | mora_update: `square` must have the shape (4, 4), got (3, 3)
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
@@ -112,8 +112,9 @@ Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausa
 
 
 def assert_refused(calls, scope, **objects):
-    """Of each row's function, found in `scope`, with its arguments: the message begins so.
-    An argument that is the name of one of `objects` is that one."""
+    """Calls each row's function, found in `scope`, with its arguments: the error's
+    message starts with the row's. An argument that is the name of one of `objects`
+    stands for that object."""
     for function, settings, message in rows(calls):
         arguments = {
             name: objects.get(str(value), value)
@@ -193,11 +194,11 @@ def scheduled(folder, name, stage, resume, last_step):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
-    (whole,) = run_pooled(1, scheduled, str(tmp_path), "whole", stage, None, 4)
+    (reference,) = run_pooled(1, scheduled, str(tmp_path), "reference", stage, None, 4)
     run_pooled(1, scheduled, str(tmp_path), "out", stage, None, 3)
     (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
-    assert whole[:4] == [LEARNING_RATE * 0.5**step for step in range(4)]
-    assert resumed == whole[2:]
+    assert reference[:4] == [LEARNING_RATE * 0.5**step for step in range(4)]
+    assert resumed == reference[2:]
 
 
 def test_a_scheduler_that_json_would_change_is_refused():
@@ -255,7 +256,7 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
         "COMPILED": torch.compile(model),
         "COMPILED_ADAPTED": torch.compile(adapted),
         "SPEC": OperatorSpec("share", 8, 8, 4),
-        "SQUARE": torch.zeros(4, 4),
+        "MATRIX": torch.zeros(4, 4),
         "NARROW": torch.zeros(3, 3),
         "LAYER": torch.nn.Linear(8, 8),
         "LAYERS": torch.nn.Sequential(torch.nn.Linear(8, 8)),

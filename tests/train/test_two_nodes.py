@@ -25,13 +25,12 @@ MORE = "--max_steps 40 --merge_every 9 --restart_warmup_steps 1 --save_steps 4"
 PORT = "29511"
 """Used by nothing else: the nodes have a separate network."""
 MISSED = ("lost contact with another rank", "not all ranks came within")
-"""What a rank says of another one that it cannot reach: in a collective of training, and at
-a check.
-"""
+"""The message of a rank that cannot reach another one: in a collective of training, and
+at a check."""
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     return finished_run(2, user, tmp_path_factory, MORE)
 
 
@@ -57,7 +56,7 @@ SCRIPT = REPOSITORY / "launch/pretrain.py"
 
 
 def program(name):
-    """One that is installed beside the Python of the tests."""
+    """A program that is installed next to the Python of the tests."""
     return Path(sys.executable).with_name(name)
 
 
@@ -71,8 +70,8 @@ def start(how, nodes, folder, flags):
     return started
 
 
-def told(folder):
-    """What both nodes have printed."""
+def log_of(folder):
+    """The output of both nodes."""
     return "".join(
         f"-- node {number}\n{(folder / f'log{number}').read_text()}"
         for number in (0, 1)
@@ -83,30 +82,32 @@ def codes_of(processes, folder, within_s):
     try:
         return [process.wait(timeout=within_s) for process in processes]
     except subprocess.TimeoutExpired:
-        pytest.fail(f"a node goes on after {within_s} s:\n{told(folder)}")
+        pytest.fail(f"a node goes on after {within_s} s:\n{log_of(folder)}")
 
 
 def finish(processes, folder):
-    assert codes_of(processes, folder, within_s=200) == [0, 0], told(folder)
+    assert codes_of(processes, folder, within_s=200) == [0, 0], log_of(folder)
 
 
 def assert_ends_soon(processes, folder):
     """A run that has lost a node must not wait for its half hour."""
     began = time.monotonic()
     codes = codes_of(processes, folder, within_s=90)
-    text = told(folder)
+    text = log_of(folder)
     assert 0 not in codes, text
     assert time.monotonic() - began < 60, text
     assert any(message in text for message in MISSED), text
 
 
 @pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
-def test_two_nodes_are_one_run(user, whole, nodes, tmp_path, out, how):
+def test_two_nodes_are_one_run(user, reference, nodes, tmp_path, out, how):
     finish(start(how, nodes, tmp_path, user.flags(out, MORE)), tmp_path)
-    assert_same_result(out, whole)
+    assert_same_result(out, reference)
 
 
-def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_path, out):
+def test_the_ssh_launcher_makes_one_run_of_two_nodes(
+    user, reference, nodes, tmp_path, out
+):
     """Everything of DeepSpeed's but the connection; a node gets what it needs to know from
     .deepspeed_env alone.
     """
@@ -131,7 +132,7 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_pat
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_result(out, whole)
+    assert_same_result(out, reference)
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):

@@ -50,7 +50,7 @@ WEIGHTS = {"a": 0.70, "b": 0.25, "c": 0.05}
 """Source -> its share of the text and of every batch."""
 SEQ_LEN = 512
 ROWS = 16
-"""Sequences of a step."""
+"""Sequences per step."""
 FAR = 10**6
 VOCABULARY = 4000
 TOKENIZER_DOCUMENTS = 200
@@ -116,7 +116,7 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
     }
     rows = [["loader", "tokens/s", "against training", f"first batch at step {FAR:,}"]]
     for name in ways:
-        # The mean: a stream tokenises in bursts
+        # The mean: a stream tokenizes in bursts
         rate = size * options.steps / sum(seconds[name])
         against = f"{rate * step_s / size:,.0f} x"
         rows.append([name, f"{rate:,.0f}", against, f"{resumed[name]:.3f} s"])
@@ -131,7 +131,7 @@ def _seconds_of(work: Callable[[], object]) -> float:
 
 
 def _far(stream: Mixture) -> dict[str, Any]:
-    """Where the stream stands now, as a run would have it that came there at step
+    """The position of the stream now, as a run would have it that came there at step
     10^6."""
     states = stream.states_at(stream._next_step) or {}
     for name, count in zip(

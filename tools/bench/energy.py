@@ -51,7 +51,7 @@ def main() -> None:
         "--new",
         type=Path,
         required=True,
-        help="text that they are to learn, JSON lines",
+        help="text that the models are to learn, JSON lines",
     )
     options = parser.parse_args()
     report = Report(options)
@@ -115,8 +115,8 @@ def _rows(base: Path, options: argparse.Namespace) -> list[Tensor]:
 def _sums(
     model: Any, layers: dict[str, Any], rows: list[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each layer, in fp64: the gradient of the loss by its weight (d_out, d_in), and
-    its inputs (d_in,), both summed over the tokens of `rows`."""
+    """The gradient of the loss by each layer's weight (d_out, d_in) and the layer's
+    inputs (d_in,), both in fp64 and summed over the tokens of `rows`."""
     inputs = {
         name: torch.zeros(layer.in_features).double() for name, layer in layers.items()
     }

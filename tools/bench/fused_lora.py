@@ -1,5 +1,5 @@
-"""A LoRA whose products are added up in place (`addmm_`), as Unsloth has them: a rival
-without a package."""
+"""A LoRA whose products are added in place (`addmm_`), as in Unsloth: a comparison that
+needs no package."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is to be measured on the day that a GPU is there, one question at a time, each
+"""What is to be measured as soon as there is a GPU, one question at a time, each
 within minutes.
 
     python tools/bench/gpu.py ceilings|operators|layer|attention|step|resume [--json FILE]
@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
 
 def ceilings(options: argparse.Namespace) -> list[list[str]]:
     side = 128 if options.toy else 8192
-    rows = [["what", "dtype", "rate"]]
+    rows = [["what", "dtype", "throughput"]]
     for dtype in DTYPES:
         a, b = (
             torch.randn(side, side, device=options.device).to(dtype) for _ in range(2)
@@ -249,17 +249,17 @@ def resume(options: argparse.Namespace) -> list[list[str]]:
         base = Path(folder) / "base"
         out = Path(folder) / "out"
         write_own_base(_model(options), base)
-        whole = _engine(3, options)
-        run = Run(whole, base=base, folder=out)
-        _train(whole, ids, 2)
+        engine = _engine(3, options)
+        run = Run(engine, base=base, folder=out)
+        _train(engine, ids, 2)
         run.merge(2)
         run.save(2)
-        losses = _train(whole, ids, 3)
+        losses = _train(engine, ids, 3)
         again = _engine(3, options)
         Run(again, base=base, folder=out, resume="auto")
         same = _train(again, ids, 3) == losses and all(
             torch.equal(one, another)
-            for one, another in zip(_matrices(whole), _matrices(again), strict=True)
+            for one, another in zip(_matrices(engine), _matrices(again), strict=True)
         )
     return [
         ["steps after the checkpoint", "losses and matrices"],
@@ -310,8 +310,8 @@ def _engine(stage: int, options: argparse.Namespace) -> Any:
     start_distributed()
     model = _model(options)
     inject(model, MoRAConfig(rank=8))
-    # One process gathers nothing: DeepSpeed would make the host wait for what it does
-    # in place of it.
+    # One process gathers nothing, and DeepSpeed would make the host wait for what it
+    # does instead.
     persistent = {"stage": stage, "stage3_param_persistence_threshold": 10**9}
     bf16 = {"enabled": options.on_gpu}
     config = zero3_config(1, zero_optimization=persistent, bf16=bf16)
@@ -336,8 +336,8 @@ def _matrices(engine: Any) -> list[Tensor]:
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
-    """A list with an entry for each wait of the host, of which torch warns. As an
-    error, a wait would leave DeepSpeed's engine in the midst of a micro-batch."""
+    """A list with an entry for each wait of the host. Torch warns of each; as an error,
+    a wait would stop DeepSpeed's engine within a micro-batch."""
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message=".*synchroniz")

@@ -41,7 +41,7 @@ PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 Shape = tuple[int, int]
 """(d_in, d_out)"""
 Operator = tuple[OperatorKind, int]
-"""A kind and LoRA's rank, of which M has the parameters."""
+"""An operator, and the rank of the LoRA that has as many parameters as M."""
 SHAPES: tuple[Shape, ...] = (
     (1024, 1024),
     (1024, 2752),
@@ -57,7 +57,7 @@ OPERATORS: tuple[Operator, ...] = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE
 Step = Callable[[], Tensor]
 """One forward."""
 Case = tuple[Step, list[Tensor]]
-"""A forward, and what it trains."""
+"""A forward, and the tensors that it trains."""
 COLUMNS = (
     "full",
     "PEFT LoRA",
@@ -181,7 +181,7 @@ def row(layer: Layer, seconds: float) -> list[str]:
 
 
 def ratios(layer: Layer, cases: dict[str, Case], seconds: float) -> dict[str, float]:
-    """Of each case the median over interleaved pairs with the frozen layer; under
+    """The median of each case over interleaved pairs with the frozen layer; under
     "frozen" that layer's own median in seconds."""
     now = clock(layer.x.device)
     frozen_s: list[float] = []
@@ -207,7 +207,7 @@ def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
     saved: dict[int, torch.UntypedStorage] = {}
 
     def see(tensor: Tensor) -> Tensor:
-        # Held here, a storage is alive, so that no address comes twice
+        # A storage that is referenced here stays alive, so that no address comes twice
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage
         return tensor

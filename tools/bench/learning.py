@@ -6,7 +6,7 @@ from one engine.
     python tools/bench/learning.py --base MODEL --new law.jsonl law_held.jsonl --old web.jsonl web_held.jsonl
 
 A model that knows the old text is continued on the new one by every method of a YAML
-file (learning.yaml beside this one), at every learning rate of its sweep, the best one
+file (learning.yaml in this folder), at every learning rate of its sweep, the best one
 with more seeds; batches, their order and the schedule are the same for all. Best is the
 least perplexity on the new text; of learning rates that are as good within 1%, the one
 that leaves least on the old one. By default the model is a small Llama, warm-started on
@@ -63,9 +63,9 @@ from tools.tables import mean_and_spread
 NEW = "new"
 OLD = "old"
 AS_GOOD = 1.01
-"""Of the best perplexity on the new text."""
+"""Learning rates within this factor of the best perplexity on the new text are equal."""
 EVALUATIONS = 4
-"""Of a run, evenly spaced, the last one at its end."""
+"""Evaluations of a run: evenly spaced, the last one at its end."""
 FILE_FLAGS = (
     "model_name_or_path",
     "train_files",
@@ -74,7 +74,7 @@ FILE_FLAGS = (
     "output_dir",
     "save_steps",
 )
-"""Flags of a run that only say where its files lie, and which."""
+"""Flags of a run that only name its files."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Trial:
     """Flags of the training program; output_dir names the run."""
     texts: Texts
     rank: int
-    """Of those that `--rank` names; 0 where the method's own flags decide."""
+    """One of `--rank`; 0 where the method's own flags decide."""
 
     @property
     def folder(self) -> Path:
@@ -140,7 +140,7 @@ class Trial:
         return {**self.texts.marks, "flags": _digest(text)}
 
     def read(self) -> dict[str, Any] | None:
-        """What the run has found; None where it was not run with these marks."""
+        """The result of the run; None if it was not run with these marks."""
         if not self.result.is_file():
             return None
         result = read_json(self.result)
@@ -323,7 +323,8 @@ def _trials(
     rates_of: Mapping[str, Sequence[float]],
     seeds: Iterable[int],
 ) -> Iterator[Trial]:
-    """The runs at every rank, rate and seed. What learns nothing has seed 1 alone."""
+    """The runs at every rank, learning rate and seed. A method that learns nothing has
+    seed 1 only."""
     batch = "" if options.batch is None else f"x{options.batch}"
     shared = {
         "model_name_or_path": texts.base,
@@ -419,7 +420,7 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """What runs that have ended have found, each once, with their rank."""
+    """The results of the runs that have ended, each once, with their rank."""
     by_name = {trial.name: trial for trial in trials}
     return [{**(trial.read() or {}), "rank": trial.rank} for trial in by_name.values()]
 
@@ -428,8 +429,8 @@ def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
 
 
 def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """Method and rank -> its best learning rate, by the seeds that all its rates
-    have."""
+    """Method and rank -> its best learning rate, by the seeds that all its learning
+    rates have."""
     best = {}
     for kind in dict.fromkeys(row.kind for row in rows):
         candidates = [row for row in rows if row.kind == kind]
@@ -513,7 +514,7 @@ def rate_cell(row: Row, swept: Sequence[float]) -> str:
 
 
 def gap_cell(row: Row, peers: Mapping[str, Row]) -> str:
-    """The part of the distance from LoRA to full training that a method closes, on the
+    """The fraction of the distance from LoRA to full training that a method closes, on the
     new text; "-" where full training is less than 5% ahead, as there is no distance
     then."""
     if row.method in ("lora", "full") or not {"lora", "full"} <= set(peers):

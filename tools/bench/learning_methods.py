@@ -30,12 +30,12 @@ class Method:
 
     @property
     def has_rank(self) -> bool:
-        """Whether a rank that is not its own decides how much it trains."""
+        """Whether the rank that all methods share decides how much it trains."""
         has_adapter = self.flags.get("adapter") not in ("none", "full")
         return has_adapter and "mora_rank" not in self.flags
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
-        """The flags of a run of so many steps. `old`: the text that is replayed."""
+        """The flags of a run of `steps` steps. `old`: the text that is replayed."""
         settings = {self.sweeps: rate, **self.flags}
         if self.cycles > 1:
             settings["merge_every"] = steps // self.cycles
@@ -54,7 +54,7 @@ class Methods:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises `UserError` for a file that is no such one."""
+        """Raises `UserError` for a file that holds no methods."""
         methods: Self = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
         return methods
 
@@ -71,9 +71,9 @@ class Methods:
                 self.methods[name] = replace(method, replay=share)
 
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: NAME, or NAME@RATE for
-        each of some rates in place of its own sweep. Raises `UserError` for an unknown
-        name and for a rate that is no number."""
+        """The learning rates of every named method. `words`: `NAME`, or `NAME@RATE` for
+        each learning rate that replaces its own sweep. Raises `UserError` for an unknown
+        name and for a learning rate that is no number."""
         rates_of: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")

@@ -1,5 +1,5 @@
-"""The MoRA paper's memorisation task: how many steps until random UUID pairs are
-memorised?
+"""The MoRA paper's memorization task: how many steps until random UUID pairs are
+memorized?
 
     python tools/bench/memorization.py [--base MODEL] [--pairs 64] [--steps 400] [--rank 8]
     [--seeds 3] ...
@@ -62,18 +62,18 @@ from tools.tables import mean_and_spread
 
 WARMUP = 10
 RAMP = 5
-"""Steps of the warm-up, and of that after a merge."""
+"""Steps of the warm-up, and of the re-warmup after a merge."""
 CYCLES = 4
-"""Of ReMoRA: three merges, and what follows."""
+"""Cycles of ReMoRA, with three merges between them."""
 MEASUREMENTS = 8
-"""Of a run, evenly spaced, the last one at its end."""
+"""Measurements of a run: evenly spaced, the last one at its end."""
 PROBED = 32
 """Pairs that are generated at each measurement."""
 KNOWN = 0.9
-"""The share of the digits that is waited for."""
+"""The fraction of the digits that counts as memorized."""
 
 DIGIT_STEPS = 300
-"""In which the small base learns what digits look like."""
+"""Steps in which the small base learns what digits look like."""
 DIGITS = 32
 HEX = "0123456789abcdef"
 
@@ -117,7 +117,7 @@ def _options() -> argparse.Namespace:
     defaults = {
         "work": (Path("out/bench_memorization"), "folder for the base"),
         "rank": (8, "LoRA's rank; MoRA matrices have about as many"),
-        "pairs": (64, "pairs to memorise"),
+        "pairs": (64, "pairs to memorize"),
         "batch": (32, "pairs an optimizer step"),
         "micro_batch": (32, "pairs at a time"),
         "steps": (400, "optimizer steps"),
@@ -180,7 +180,7 @@ def pairs_of_digits(base: Path, number: int, seed: int | str) -> Tensor:
 
 
 def _labels(ids: Tensor) -> Tensor:
-    """The second halves; the first ones are not asked for."""
+    """The labels: the second halves of the pairs alone."""
     labels = ids.clone()
     labels[:, :-DIGITS] = -100
     return labels
@@ -211,7 +211,7 @@ def small_base(work: Path) -> Path:
     if folder.is_dir():
         return folder
     warm = warm_base(work / "base").warm
-    print("training on pairs that nobody is asked for", flush=True)
+    print("training on pairs that are not measured", flush=True)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(warm, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -231,7 +231,8 @@ def small_base(work: Path) -> Path:
 def _train(
     method: Method, base: Path, rate: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train once: trained parameters; step, accuracy and loss of each measurement."""
+    """Train once. Returns the number of trained parameters, and the step, accuracy and
+    loss of each measurement."""
     torch.manual_seed(seed)
     rows = pairs_of_digits(base, options.pairs, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

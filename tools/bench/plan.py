@@ -115,7 +115,7 @@ def _show(
 
 
 def _measured(ranks: int, folder: Path) -> list[dict[str, int]]:
-    """What each of so many processes measures."""
+    """What each of `ranks` processes measures."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     program = [f"--nproc_per_node={ranks}", __file__, f"--folder={folder}"]
     # glibc would keep freed memory, which then counts as resident (mallopt(3))

@@ -1,4 +1,4 @@
-"""What a benchmark finds, printed and written as JSON: the tables of docs/results are
+"""The results of a benchmark, printed and written as JSON: the tables of docs/results are
 made from these files.
 
 A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one
@@ -24,7 +24,7 @@ from tools.plans import ROOT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products
+"""Features of a CPU, as /proc/cpuinfo names them, that decide how fast its matrix products
 are."""
 
 

@@ -3,7 +3,7 @@ other ranks are not there.
 
     python tools/bench/scale.py [--folder DIR --ranks 8 64 1024 4096 --json FILE]
 
-Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the
+Every configs/*.json is run, as `initialize` completes it for that number of ranks; the
 ranks of a tensor-parallel group share the work of one, so that ZeRO has as many fewer.
 
 The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of
@@ -90,8 +90,8 @@ Table = dict[tuple[str, str, int], dict[str, Spent]]
 """Phase, setting and rank -> model with number of ranks -> what was spent."""
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
-"""Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the
-arithmetic is the GPU's."""
+"""Side of the matrices in the phase `step`, which shows what DeepSpeed does in Python:
+the arithmetic is the GPU's."""
 WARM_UP = 2
 STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
@@ -175,9 +175,9 @@ def _one(
         "zero_optimization": {**zero, "stage3_param_persistence_threshold": threshold},
     }
     small = [BOOKKEEPING_SIDE] * len(sides)
-    small_model = _Squares(config, small, config.num_hidden_layers)
+    small_model = _MatrixModel(config, small, config.num_hidden_layers)
     spent_in = {"step": _step(one, _engine(small_model, as_the_real_ones))}
-    engine = _engine(_Squares(config, sides, saved_layers), completed)
+    engine = _engine(_MatrixModel(config, sides, saved_layers), completed)
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as spent_in["resume"]:
@@ -188,7 +188,7 @@ def _one(
     return spent_in
 
 
-class _Square(nn.Module):
+class _MatrixLayer(nn.Module):
     def __init__(self, side: int) -> None:
         super().__init__()
         self.square = nn.Parameter(torch.zeros(side, side))
@@ -198,7 +198,7 @@ class _Square(nn.Module):
 
 
 def _sides(config: LlamaConfig, rank: int) -> list[int]:
-    """Of the MoRA matrices of one decoder layer."""
+    """The sides of the MoRA matrices of one decoder layer."""
     one_layer = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
     model = planned_model(Work(one_layer, MoRAConfig(rank=rank), 8))
     return [layer.spec.value_shape[0] for layer in mora_layers(model).values()]
@@ -207,8 +207,8 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
 def _completed(
     ds_config: dict[str, Any], numels: list[int], ranks: int
 ) -> dict[str, Any]:
-    """A shipped config's ZeRO, as `initialize` completes it for these sizes, in
-    bf16."""
+    """The ZeRO settings of a file of configs/, as `initialize` completes them for these
+    sizes, in bf16."""
     settings = zero3_config(
         1, zero_optimization=ds_config["zero_optimization"], bf16={"enabled": True}
     )
@@ -217,7 +217,7 @@ def _completed(
     return completed
 
 
-class _Squares(nn.Module):
+class _MatrixModel(nn.Module):
     """MoRA matrices in decoder layers, as ZeRO sees them, without arithmetic."""
 
     def __init__(self, config: LlamaConfig, sides: list[int], layers: int) -> None:
@@ -225,7 +225,7 @@ class _Squares(nn.Module):
         super().__init__()
         self.config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": layers})
         self.blocks = nn.ModuleList(
-            nn.Sequential(*map(_Square, sides)) for _ in range(layers)
+            nn.Sequential(*map(_MatrixLayer, sides)) for _ in range(layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,13 +255,13 @@ def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
 
 def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Path]:
     """(what it took, the checkpoint with the other ranks' files and the table added)"""
-    beside = root / ".step-000001.writing"
+    writing = root / ".step-000001.writing"
     # Under ZeRO-3 a parameter is empty but for its partition
     size_of = attrgetter("ds_numel") if stage == 3 else nn.Parameter.numel
     sizes = np.array([size_of(parameter) for parameter in engine.module.parameters()])
 
     def share_of(share: Any, rank: int) -> Any:
-        """What another rank would have given, whose files are links to this one's."""
+        """What another rank would have sent; its files are links to this rank's."""
         if not isinstance(share, tuple):
             return share
         recorded, facts = share
@@ -271,20 +271,20 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
             name = _renamed(source, one.rank, rank)
             files[name] = entry
             if name != source:
-                os.link(beside / source, beside / name)
+                os.link(writing / source, writing / name)
         shard = _shard_of(RankShard(*template), one, rank, sizes, stage)
         return files, [shard if fact else None for fact in facts]
 
     one.relabel = share_of
     state = TrainerState(step=1, world_size=one.world)
     if one.rank:
-        beside.mkdir(parents=True)
+        writing.mkdir(parents=True)
     manager = _manager(engine, root, state)
     with one.phase() as spent:
         final = manager.save(1)
     if one.rank:  # what rank 0 would have added
         everyone = [share_of(one.gathered, rank) for rank in range(one.world)]
-        beside.rename(final)
+        writing.rename(final)
         shards = [next(filter(None, facts)) for _, facts in everyone]
         table = EngineShards.of(final / ENGINE_TAG, layout_of(engine), shards)
         table.write_table(table.where)
@@ -335,11 +335,11 @@ def _shard_of(
 def _start_and_merge(
     one: OneRank, folder: Path, base_folder: Path, rank: int
 ) -> dict[str, Spent]:
-    """Rank 0 of one decoder layer of the model on a base of its own: it merges as the
-    others do, and records it."""
+    """Rank 0 with one decoder layer of the model, on a base of its own: it merges as the
+    others do, and records the merge."""
 
     def other(value: Any, rank: int) -> Any:
-        """Of the tensors that the ranks check together, each rank has its own
+        """Of the tensors that the ranks check together, each rank checks its own
         numbers."""
         if not isinstance(value, dict):
             return value
@@ -372,7 +372,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where there is room for checkpoints; left as it was",
+        help="folder with space for checkpoints; unchanged afterwards",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""A whole training step, ours against what else could be done: tokens a second and
+"""A complete training step of this project and of its alternatives: tokens per second and
 bytes gathered, in one launch.
 
     deepspeed --num_gpus 2 tools/bench/step.py [--width 512 --layers 8 --rank 8 --rows 2
@@ -54,7 +54,7 @@ from tools.bench.report import Report, bench_parser
 
 VOCABULARY = 8192
 BASELINES = ("base alone", "PEFT LoRA, ZeRO-3", "PEFT LoRA, ZeRO-2")
-"""What all others are compared with."""
+"""The baseline of the comparison."""
 
 Step = Callable[[], None]
 Contender = tuple[int, Step]
@@ -205,7 +205,8 @@ def _engine_step(engine: Any, loss: Callable[[], Tensor]) -> Step:
 
 
 def _own_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """Of rows of one document each, as a loader of the training program gives them."""
+    """The product's loss of rows of one document each, given as the training program's
+    loader gives them."""
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     labels = ids.roll(-1, dims=1)
     batch = {

@@ -1,4 +1,4 @@
-"""What the benchmarks that learn share: many small runs, each a job of one process, and
+"""Shared by the learning benchmarks: many small runs, each a job of one process, and
 figures over seeds."""
 
 import os
@@ -22,9 +22,9 @@ from mora_ds.train.demo import (
 from tools.bench.measuring import ROOT, only_rank
 
 ROWS = 8
-"""Sequences of a step of the warm start."""
+"""Sequences per step of the warm start."""
 SEED = 42
-"""Of the warm start, its texts and its model."""
+"""Seed of the warm start, its texts and its model."""
 
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
@@ -39,8 +39,8 @@ def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The command line of a run under ZeRO-3 with these settings, but for those that
-    have no effect beside the others: all methods of a table share some."""
+    """The command line of a run under ZeRO-3 with these settings. It leaves out settings
+    that have no effect with the others: all methods of a table share some."""
     all_settings = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
     words = {
         name: [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -26,7 +26,7 @@ by_kind = pytest.mark.parametrize("kind", list(OperatorKind))
 both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
 
 MOST_KERNELS = {OperatorKind.SHARE: 10, OperatorKind.ROTATE: 14}
-"""Of a layer, forward and backward."""
+"""Kernels that a layer starts in forward and backward."""
 
 SYNCS = {
     "_local_scalar_dense",
@@ -70,7 +70,7 @@ def test_both_paths_are_base_plus_delta(kind, path):
 
 @both_paths
 def test_both_paths_of_no_tokens(path):
-    """As an expert that is a module of its own gets them."""
+    """An expert that is a module of its own may get no tokens."""
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
         square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
@@ -83,9 +83,9 @@ def test_both_paths_of_no_tokens(path):
             path,
         )
         assert y.shape == (0, spec.d_out)
-        of_x, of_square = torch.autograd.grad(y.sum(), (x, square))
+        of_x, of_m = torch.autograd.grad(y.sum(), (x, square))
         assert of_x.shape == x.shape
-        assert torch.equal(of_square, torch.zeros_like(square))
+        assert torch.equal(of_m, torch.zeros_like(square))
 
 
 @both_paths
@@ -119,7 +119,7 @@ def test_a_model_in_fp32_computes_under_autocast(path):
 
 
 @by_kind
-def test_the_formed_weight_has_the_bits_of_the_plain_path(kind):
+def test_the_rebuilt_weight_has_the_bits_of_the_plain_path(kind):
     for spec in specs():
         if spec.kind is kind:
             check_formed(spec)
@@ -135,9 +135,9 @@ def check_formed(spec):
     transposed = kernels.form(weight.T.contiguous().T, square)
     assert torch.equal(formed, transposed)
     small = Int8Weight(*quantize(weight))
-    dequantised = small.values * small.scales.unsqueeze(1)
+    dequantized = small.values * small.scales.unsqueeze(1)
     in_8_bits = kernels.form(small, square)
-    assert torch.equal(in_8_bits, plain.form(dequantised, square))
+    assert torch.equal(in_8_bits, plain.form(dequantized, square))
 
 
 def test_a_quantized_weight_has_the_product_of_its_dense_one():
@@ -157,9 +157,8 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one():
 
 
 def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch):
-    """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain
-    operations.
-    """
+    """The kernels are replaced by plain torch. The tables follow the cycle; a merge has
+    the bits of plain operations."""
     monkeypatch.setattr("mora_ds.adapters.layer.KERNEL_DEVICES", ("cpu",))
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     base = nn.Linear(12, 8)

@@ -51,7 +51,7 @@ def matrix(rows, columns, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
-    weight = matrix(400, 700, dtype)  # more than one piece of work
+    weight = matrix(400, 700, dtype)  # more than one block
     values, scales = quantize(weight)
     assert Int8Weight(values, scales).largest_error == pytest.approx(
         float(scales.max()) / 2
@@ -67,7 +67,7 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
     assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
 
 
-def test_rows_of_zeros_and_numbers_that_cannot_be_held():
+def test_rows_of_zeros_and_subnormal_scales():
     weight = torch.zeros(3, 5)
     # 127 steps of it are below what fp32 knows
     weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])
@@ -78,7 +78,7 @@ def test_rows_of_zeros_and_numbers_that_cannot_be_held():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dense_is_the_product_rounded_once(dtype):
-    values, scales = quantize(matrix(500, 1100))  # more than one piece of work
+    values, scales = quantize(matrix(500, 1100))  # more than one block
     expected = (values.float() * scales.unsqueeze(1)).to(dtype)
     assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
     view = values.T.contiguous().T
@@ -204,9 +204,8 @@ def test_many_merges_of_a_conv1d_are_one():
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_norms_of_a_merge(bits, conv):
-    """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or
-    bf16 keeps out of it.
-    """
+    """Norms of the matrix, of its delta, of the weight before the merge, and of the
+    rounding error in 8 bits or bf16."""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
     original = base.weight.data.clone()
@@ -227,7 +226,7 @@ def test_norms_of_a_merge(bits, conv):
 # -- bad input -------------------------------------------------------------------------
 
 
-def test_bits_that_there_are_not():
+def test_unsupported_numbers_of_bits_are_refused():
     for bits in (5, 0, 32):
         with user_error(f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)

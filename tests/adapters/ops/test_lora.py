@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_two_matrices():
         *(heavy(*case) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
     ],
 )
-def test_relora_live_base_is_its_replayed_ledger(
+def test_relora_merged_base_equals_its_replayed_ledger(
     tmp_path, base_folder, merged, out, world, stage, dtype
 ):
     config = LoRAConfig(rank=3)
@@ -134,15 +134,15 @@ def set_everywhere():
             half = {section: {"enabled": True}} if section else {}
             engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1, **half))
             for layer in mora_layers(model).values():
-                whole = random_factors(layer.spec)
-                zero.set_fp32(engine, {layer.value: whole})
+                full = random_factors(layer.spec)
+                zero.set_fp32(engine, {layer.value: full})
                 master = zero.full_fp32(layer.value)
                 with deepspeed.zero.GatheredParameters(
                     [layer.value], enabled=stage == 3
                 ):
                     low = layer.value.detach().clone()
-                if not torch.equal(master, whole) or not torch.equal(
-                    low, whole.to(dtype)
+                if not torch.equal(master, full) or not torch.equal(
+                    low, full.to(dtype)
                 ):
                     wrong.append(f"stage {stage} {dtype}")
     return wrong

@@ -182,10 +182,10 @@ def blocks_onto_few_outputs(spec):
         "wrapped and rotated blocks",
     ],
 )
-def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
+def test_an_operator_from_two_maps_has_update_and_delta(
     operator, sizes, grouping, monkeypatch
 ):
-    """It takes the name of one that is."""
+    """The new operator takes the name of a packaged one."""
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
     spec = OperatorSpec(OperatorKind.TRUNCATE, *sizes, grouping, seed=4)
@@ -305,7 +305,7 @@ def test_permuted_is_plain_between_two_permutations(kind):
 # -- sizes, defaults, errors -----------------------------------------------------------
 
 
-def test_square_size():
+def test_mora_matrix_size():
     assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
     # Of 347.6, which the reference rounds to 348
     assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336
