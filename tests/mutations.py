@@ -190,8 +190,8 @@ train/run.py | train/test_run_calls.py
 
 # a request to stop is not heard
 train/trainer.py | runtime/test_signals.py
--self._stop_asked |= self.replica.sum(signals.requested()) > 0
-+self._stop_asked |= self.replica.sum(signals.requested()) < 0
+-self._stop_requested |= self.replica.sum(signals.requested()) > 0
++self._stop_requested |= self.replica.sum(signals.requested()) < 0
 
 # the checksum of base tensors is not in the fingerprint
 models/base.py | models/test_base.py

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows: TypeAlias = dict[str, Any]
+Batch: TypeAlias = dict[str, Any]
 """input_ids, labels, position_ids, each int64 (B, T), and their `documents`."""
 
 
@@ -38,7 +38,7 @@ class Documents:
         return cls(torch.from_numpy(bounds), tuple(np.diff(bounds).tolist()))
 
     @classmethod
-    def whole_rows(
+    def one_per_sequence(
         cls, rows: int, length: int, device: torch.device | None = None
     ) -> Documents:
         """One document a row."""

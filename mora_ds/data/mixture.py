@@ -20,7 +20,7 @@ import numpy as np
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.data.documents import Rows
+from mora_ds.data.documents import Batch
 from mora_ds.data.packing import Block, PackedDataset, stack
 from mora_ds.data.stream_source import StreamSource
 
@@ -189,25 +189,25 @@ class Mixture:
         phases: Phases,
         epochs: Sequence[float | None],
         seq_len: int,
-        rows_per_step: int,
+        global_batch_size: int,
         states: JsonObject | None = None,
     ) -> None:
         """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often
         source k may be read, None for any number; where it is used up, the others share
         what it had. It is read as a decimal: 0.29 of 100 sequences are 29, and not
-        28.999... `rows_per_step`: the global batch size. `states`: what `states_at`
+        28.999... `global_batch_size`: the global batch size. `states`: what `states_at`
         returned for the step at which the streams go on."""
         self.names = list(sources)
         self.sources = list(sources.values())
         self.seq_len = seq_len
-        self.rows_per_step = rows_per_step
+        self.global_batch_size = global_batch_size
         caps: list[int | None] = []
         for source, limit in zip(self.sources, epochs, strict=True):
             if limit is None or source.n_blocks is None:
                 caps.append(None)
             else:
                 caps.append(int(Fraction(repr(limit)) * source.n_blocks))
-        in_samples = [(step * rows_per_step, weights) for step, weights in phases]
+        in_samples = [(step * global_batch_size, weights) for step, weights in phases]
         self.schedule = SampleSchedule(in_samples, caps)
         weights_from = {
             f"from step {step}": dict(zip(sources, weights, strict=True))
@@ -251,26 +251,26 @@ class Mixture:
     def max_steps(self) -> int | None:
         """Complete batches until all sources are used up; None where one is endless."""
         limit = self.schedule.limit
-        return None if limit is None else limit // self.rows_per_step
+        return None if limit is None else limit // self.global_batch_size
 
     def check_batch_size(self) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
         sequences = (
             self.n_blocks if self.schedule.limit is None else self.schedule.limit
         )
-        if sequences < self.rows_per_step and not self._streams:
+        if sequences < self.global_batch_size and not self._streams:
             raise UserError(
                 f"the training text is shorter than one batch: it makes {sequences} sequences of --seq_len "
-                f"{self.seq_len}, one global batch takes {self.rows_per_step}; give more text (--train_files) or more "
-                "`epochs`, or lower --seq_len, --per_device_train_batch_size or --gradient_accumulation_steps"
+                f"{self.seq_len}, one global batch takes {self.global_batch_size}; give more text (--train_files) or "
+                "more `epochs`, or lower --seq_len, --per_device_train_batch_size or --gradient_accumulation_steps"
             )
 
-    def first_rows(self, count: int) -> Rows:
+    def first_rows(self, count: int) -> Batch:
         """The first `count` sequences of the first source, the same in every step."""
         return stack([self.sources[0].probe(index) for index in range(count)])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Rows:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids,
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Batch `rows` of step `step`'s global batch: input_ids, labels, position_ids,
         each int64 (B, T), and their `documents`. With streams all ranks ask for the
         same step, that of the last call or a later one."""
         while self._streams and self._next_step <= step:
@@ -296,7 +296,7 @@ class Mixture:
 
     def tokens(self, steps: int) -> dict[str, int]:
         """How many tokens of each source the first `steps` batches hold."""
-        counts = self.schedule.counts(steps * self.rows_per_step) * self.seq_len
+        counts = self.schedule.counts(steps * self.global_batch_size) * self.seq_len
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def sample(self, number: int) -> Block:
@@ -305,7 +305,7 @@ class Mixture:
         return self.sources[source].sample(number_in_source)
 
     def _samples(self, step: int) -> range:
-        return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        return range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
 
     def _draw(self) -> None:
         """Draw the streams' part of the next global batch, on every rank, so that all

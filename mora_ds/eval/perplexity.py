@@ -292,7 +292,7 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
         tokens = torch.tensor(ids)
         inputs[row, : len(ids)] = tokens
         labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
-    documents = Documents.whole_rows(len(batch), longest, model.device)
+    documents = Documents.one_per_sequence(len(batch), longest, model.device)
     rows = {"input_ids": inputs.to(model.device), "documents": documents}
     logits = model(**model_inputs(model, rows)).logits
     nats = torch.zeros((), dtype=torch.float64, device=logits.device)

@@ -133,7 +133,7 @@ def _mask(
 def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
     rows, _, length, _ = query.shape
     if positions is None or positions.is_meta or positions.shape[1:] != (length,):
-        return Documents.whole_rows(rows, length, query.device)
+        return Documents.one_per_sequence(rows, length, query.device)
     return Documents.of(positions.expand(rows, -1).cpu()).to(query.device)
 
 

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
-from mora_ds.data.documents import Rows
+from mora_ds.data.documents import Batch
 from mora_ds.models.attention import model_inputs
 
 FLAG = "--chunked_loss"
@@ -56,7 +56,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def token_nll(model: Callable[..., object], batch: Rows) -> Tensor:
+def token_nll(model: Callable[..., object], batch: Batch) -> Tensor:
     """(): summed negative log-likelihood (nats, fp32) of a batch's labels.
 
     Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED.
@@ -68,7 +68,7 @@ def token_nll(model: Callable[..., object], batch: Rows) -> Tensor:
     return _cross_entropy(model, batch, "sum")
 
 
-def row_nll(model: Callable[..., object], batch: Rows) -> Tensor:
+def sequence_nll(model: Callable[..., object], batch: Batch) -> Tensor:
     """(B,): `token_nll` of each row."""
     if (chunked := bound(model)) is not None:
         return chunked.token_losses(model, batch).sum(dim=(1, 2))
@@ -77,7 +77,7 @@ def row_nll(model: Callable[..., object], batch: Rows) -> Tensor:
 
 def _cross_entropy(
     model: Callable[..., object],
-    batch: Rows,
+    batch: Batch,
     reduction: str,
 ) -> Tensor:
     logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
@@ -112,7 +112,7 @@ class ChunkedHead:
         self._head.forward = self._project
         self._hook.remove()
 
-    def token_losses(self, model: Callable[..., object], batch: Rows) -> Tensor:
+    def token_losses(self, model: Callable[..., object], batch: Batch) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
         with self.recording() as outputs:
             self._labels = batch["labels"]
@@ -230,7 +230,7 @@ def bound(model: Any) -> ChunkedHead | None:
 
 
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
-    """Makes `token_nll` and `row_nll` of this transformers model, also through its
+    """Makes `token_nll` and `sequence_nll` of this transformers model, also through its
     engine, compute in chunks: always better where the head is frozen (`is_frozen`),
     less memory for more arithmetic where it is trained.
 

@@ -111,7 +111,7 @@ class ResearchHooks(Hooks):
             self.domains.set_all(None)
 
     @property
-    def probe_domain(self) -> str | None:
+    def reference_domain(self) -> str | None:
         """Any domain: a NaN in the matrix of another one makes the loss NaN too."""
         return self.domains.names[0] if self.domains.names else None
 

@@ -62,7 +62,7 @@ class Hooks:
         return ()
 
     @property
-    def probe_domain(self) -> str | None:
+    def reference_domain(self) -> str | None:
         """The domain as which the first training rows are read where their loss is to
         tell whether all trained numbers are finite; None without domains."""
         return None

@@ -169,7 +169,7 @@ class Job:
             "seq_len": data.train.seq_len,
             "document_mask": self.arguments.data.document_mask,
             "seed": training.seed,
-            "global_batch_size": training.rows_per_step(self.start.ranks.world),
+            "global_batch_size": training.global_batch_size(self.start.ranks.world),
             "merge_every": adapter.merge_every,
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if by_documents else "dense",

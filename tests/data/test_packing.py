@@ -201,7 +201,7 @@ def test_documents_begin_with_rows_and_where_positions_restart():
     assert documents.tokens == 18
     assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18]
     assert documents.bounds.dtype is torch.int32
-    whole = Documents.whole_rows(3, 6)
+    whole = Documents.one_per_sequence(3, 6)
     assert whole.bounds.tolist() == [0, 6, 12, 18]
     assert whole.lengths == (6, 6, 6)
 

@@ -34,7 +34,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.base_ring import BaseRing, names_on_host
 from mora_ds.engine.host_copies import Copies
 from mora_ds.models.attention import use_documents
-from mora_ds.models.loss import chunk_loss, row_nll, token_nll
+from mora_ds.models.loss import chunk_loss, sequence_nll, token_nll
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.parallel.ulysses import share_rows
@@ -186,7 +186,9 @@ def step(model, settings, first):
         for name, part in rows.items()
     }
     loss = (
-        row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
+        sequence_nll(model, rows).sum()
+        if settings.get("by_row")
+        else token_nll(model, rows)
     )
     loss.backward()
     for name, parameter in model.named_parameters():

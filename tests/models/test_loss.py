@@ -25,7 +25,7 @@ from mora_ds.models.loss import (
     bound,
     chunk_loss,
     is_frozen,
-    row_nll,
+    sequence_nll,
     token_nll,
     whole_loss,
 )
@@ -225,7 +225,7 @@ def test_losses_are_summed_in_fp32(chunked, train_head):
     )
     if chunked:
         chunk_loss(model, CHUNK)
-    rows = row_nll(model, batch)
+    rows = sequence_nll(model, batch)
     total = token_nll(model, batch)
     assert rows.dtype == total.dtype == torch.float32
     assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
@@ -372,8 +372,8 @@ def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
     told, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
-    reason = "this model does more to its logits"
-    assert f"loss: from the logits of complete batches, because {reason}" in told
+    reason = "this model changes the output of its head"
+    assert f"loss: computed from all logits at once, because {reason}" in told
     assert f"--chunked_loss: {reason}" in message
     assert not chunks_in(out)
 

@@ -126,7 +126,7 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
         f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
     )
     message = refusal(user.flags(tmp_path / "short", longer))
-    assert "--rope_scaling makes more of them" in message
+    assert "--rope_scaling extends them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))
     model = load_model(user.model, torch.float32)
     rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))

@@ -259,7 +259,7 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, out):
     seen = rows(out)[-1]["step"]
     assert process.wait(timeout=60) == EXIT_STOPPED
     assert "[rank 1] SIGTERM: saving" in log.read_text()
-    assert "--resume_from_checkpoint auto goes on" in log.read_text()
+    assert "continue with --resume_from_checkpoint auto" in log.read_text()
     saved = TrainerState.read(out / "checkpoints/latest").step
     assert saved == rows(out)[-1]["step"] <= seen + 3, (
         "two steps, and one that was logged meanwhile"

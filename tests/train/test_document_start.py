@@ -104,7 +104,7 @@ def test_a_run_says_where_nothing_stands_there(user, tmp_path, model_folder):
             folder,
         )
         told = run_alone(printed, user.flags(tmp_path / str(number), *flags))
-        assert ("nothing stands before a document" in told) == says
+        assert ("documents have no start token" in told) == says
 
 
 @pytest.mark.parametrize("more", ["--streaming true", heavy("--streaming false")])

@@ -59,9 +59,9 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
     logged = []
     trainer = Trainer.__new__(Trainer)
     vars(trainer).update(
-        state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
-        replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
-        hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
+        state=TrainerState(step=3, tokens=384), global_batch_size=8, train_data=SimpleNamespace(seq_len=16),
+        engine=None, replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append),
+        bytes_gathered_per_step=7, hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
         total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
@@ -94,7 +94,7 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
 
 
 def test_losses_are_summed_by_source(monkeypatch):
-    monkeypatch.setattr(trainer_module, "row_nll", lambda engine, losses: losses)
+    monkeypatch.setattr(trainer_module, "sequence_nll", lambda engine, losses: losses)
     trainer = Trainer.__new__(Trainer)
     vars(trainer).update(
         engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True
