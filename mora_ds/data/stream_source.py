@@ -22,13 +22,13 @@ from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
 
-SharedWork = Callable[[Callable[[int], Any], int], list[Any]]
+MapOverRanks = Callable[[Callable[[int], Any], int], list[Any]]
 """(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one
 of them. All ranks call it at the same moments. (`runtime.ranks.Ranks` is one.)"""
 
 
-def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
-    """The `SharedWork` of a single rank."""
+def map_in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
+    """The `MapOverRanks` of a single rank."""
     return [work(number) for number in range(count)]
 
 
@@ -54,7 +54,7 @@ class StreamSource:
         seq_len: int,
         document_mask: bool,
         content_id: Any,
-        share: SharedWork = in_this_process,
+        map_over_ranks: MapOverRanks = map_in_this_process,
         ranks: int = 1,
         block_start: int | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class StreamSource:
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.content_id = content_id
-        self.share = share
+        self.map_over_ranks = map_over_ranks
         self.ranks = ranks
         self.block_start = block_start
         self._probes: list[Block] = []
@@ -140,7 +140,7 @@ class StreamSource:
         def encode(number: int) -> list[np.ndarray]:
             return self.encoder.rows([document for document, _ in batches[number]])
 
-        encoded = self.share(encode, len(batches))
+        encoded = self.map_over_ranks(encode, len(batches))
         for batch, rows in zip(batches, encoded, strict=True):
             for (document, position), tokens in zip(batch, rows, strict=True):
                 queued = _QueuedDocument(position, tokens, document.ends, self._offset)

@@ -227,7 +227,9 @@ class BaseCheckpoint:
                     key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of
                 }
                 slices = balanced(sizes, ranks.world)
-                of_ranks = ranks(lambda rank: self._lines(slices[rank]), len(slices))
+                of_ranks = ranks.map(
+                    lambda rank: self._lines(slices[rank]), len(slices)
+                )
                 lines = [line for of_rank in of_ranks for line in of_rank]
             text = "".join(sorted(lines))
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()

@@ -251,7 +251,7 @@ class _Tokenization:
             data.seq_len,
             data.document_mask,
             identity,
-            share=self.ranks,
+            map_over_ranks=self.ranks.map,
             ranks=self.ranks.world,
             block_start=self.block_start,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.runtime.ranks import Ranks, _named
+from mora_ds.runtime.ranks import Ranks, _ranks_text
 from tests.helpers.gloo import run_ranks
 from tests.helpers.pool import run_pooled
 
@@ -66,7 +66,7 @@ def meetings(rank):
         ),
         "between checks": between,
         "nested": nested,
-        "shared work": lambda: ranks(
+        "shared work": lambda: ranks.map(
             lambda number: fail(UserError(odd)) if number == rank else 0,
             dist.get_world_size(),
         ),
@@ -134,5 +134,7 @@ def test_long_work_is_waited_for():
 
 
 def test_many_ranks_are_not_all_named():
-    assert _named([3]) == "rank 3"
-    assert _named(list(range(1, 10))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 ... (9 in all)"
+    assert _ranks_text([3]) == "rank 3"
+    assert (
+        _ranks_text(list(range(1, 10))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 ... (9 in all)"
+    )

@@ -23,7 +23,7 @@ def test_a_rank_with_nothing_to_save_is_given_some_seconds(monkeypatch):
     vars(watch).update(asked_now, defers=False)
     monkeypatch.setattr(signals, "_watch", watch)
     watch._check()
-    watch.requested_at -= signals._PATIENCE_S
+    watch.requested_at -= signals._STOP_TIMEOUT_S
     with pytest.raises(Left, match=rf"^{EXIT_STOPPED}$"):
         watch._check()
     watch.defers = True  # a step, a merge or a checkpoint takes as long as it takes

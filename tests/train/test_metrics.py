@@ -61,8 +61,8 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
     vars(trainer).update(
         state=TrainerState(step=3, tokens=384), global_batch_size=8, train_data=SimpleNamespace(seq_len=16),
         engine=None, replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append),
-        bytes_gathered_per_step=7, hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
-        total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
+        bytes_gathered_per_step=7, hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3),
+        memory=SimpleNamespace(peak=2**30), total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
     trainer._log_step(2.0, 1e-3, 2.0, [])
