@@ -257,7 +257,7 @@ class _Tokenization:
         )
         # Fail on a source without text now, not in the middle of the run.
         check = f"start of source {source.name!r}"
-        self.ranks.on_first(check, lambda: bool(stream.probe(0)), long=True)
+        self.ranks.on_first(check, lambda: bool(stream.peek(0)), long=True)
         return stream
 
 

@@ -458,5 +458,5 @@ class Trainer:
     def _reference_loss(self) -> float:
         """Mean loss of the reference batch, which is the same in every replica and
         comes from the first source. A NaN in any MoRA matrix makes it NaN."""
-        batch = self.train_data.first_rows(REFERENCE_SEQUENCES)
+        batch = self.train_data.first_sequences(REFERENCE_SEQUENCES)
         return self.replica.replica_nll(batch, self.hooks.reference_domain)

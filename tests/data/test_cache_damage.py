@@ -43,6 +43,6 @@ def test_a_damaged_entry_of_the_index_is_not_believed(build, where):
     (entry,) = (built.folder.parent / "index").iterdir()
     content = entry.read_text()
     flip(entry, where)
-    assert content_index._recall(entry) is None
+    assert content_index._read_entry(entry) is None
     assert build().folder == built.folder
     assert entry.read_text() == content

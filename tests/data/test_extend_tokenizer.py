@@ -219,7 +219,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, out):
     unigram.save_pretrained(folder)
     texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
     with user_error(
-        "the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"
+        "only BPE vocabularies can be extended, and this is a Unigram tokenizer"
     ):
         extend_vocabulary(folder, cast(Any, texts), 1, out)
     assert not out.exists()

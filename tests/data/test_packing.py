@@ -209,7 +209,11 @@ def test_documents_begin_with_rows_and_where_positions_restart():
 def test_a_batch_knows_its_documents():
     data = PackedDataset(make_cache(LENGTHS), 7, seed=1)
     batches = batches_of(data, 12)
-    for batch in (batches.batch(3), batches.first_rows(2), *data.eval_batches(0, 2, 3)):
+    for batch in (
+        batches.batch(3),
+        batches.first_sequences(2),
+        *data.eval_batches(0, 2, 3),
+    ):
         assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths
         assert batch["documents"].tokens == batch["input_ids"].numel()
     crossing = PackedDataset(make_cache(LENGTHS), 7, seed=1, document_mask=False)

@@ -41,7 +41,7 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user):
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
         with user_error(
-            f"--document_start '{start}' is no token .* special tokens are '"
+            f"--document_start '{start}' is not a token .* special tokens are '"
         ):
             start_id(tokenizer, start)
 
@@ -130,7 +130,7 @@ def test_an_evaluation_begins_documents_with_it(user, tmp_path):
     call("evaluate", user.model, *sets, START)
     assert read_json(report)["sets"]["code"]["nats"] == scores[TOKEN]
     for start, message in (
-        ("<x>", "'<x>' is no token"),
+        ("<x>", "'<x>' is not a token"),
         ("none", "none: the first token of a document is scored too"),
     ):
         with user_error(f"--document_start {message}"):
