@@ -91,7 +91,7 @@ class _SingleRank(Topology):
         return shard.new_empty(size, *shard.shape[1:])
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
-        start, stop = self.share(len(whole))
+        start, stop = self.shard_range(len(whole))
         return whole[start:stop].clone()
 
 

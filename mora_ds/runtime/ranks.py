@@ -148,11 +148,11 @@ class Ranks:
             for rank, rank_values in enumerate(by_rank):
                 ranks_with.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(ranks_with) > 1:
-                values = [
+                differing = [
                     f"{value} on {_ranks_text(ranks)}"
                     for value, ranks in ranks_with.items()
                 ]
-                lines.append(f"\n  {name}: {'; '.join(values)}")
+                lines.append(f"\n  {name}: {'; '.join(differing)}")
         if lines:
             raise UserError(
                 f"{check}: not the same on all ranks; give every rank the same{''.join(lines)}"

@@ -10,7 +10,7 @@ import torch
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.common.errors import BESIDE, reason
-from mora_ds.parallel.ulysses import whole_rows
+from mora_ds.parallel.ulysses import full_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def beside_training(
     model = getattr(engine, "module", engine)
     was_training = model.training
     model.eval()
-    sequences = whole_rows(model) if whole else nullcontext()
+    sequences = full_sequences(model) if whole else nullcontext()
     try:
         with torch.no_grad(), domains_of(model).using(domain), sequences:
             yield

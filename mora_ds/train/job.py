@@ -28,7 +28,7 @@ from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
@@ -73,7 +73,9 @@ class Job:
         # What follows has collectives of its own, in which no rank may wait for one
         # that has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
-        self.sequence = share_rows(loaded.model, size, training.collective_timeout_s)
+        self.sequence = bind_sequence_parallel(
+            loaded.model, size, training.collective_timeout_s
+        )
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, size, data.train.seq_len))
         kind = arguments.adapter.adapter

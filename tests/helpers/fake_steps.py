@@ -37,7 +37,7 @@ from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, sequence_nll, token_nll
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses import bind_sequence_parallel
 from tests.helpers.fake_cuda import CUDA, FakeCuda, Permits, pin
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.pairwise import pairwise_cases
@@ -145,7 +145,7 @@ def prepare(model, arguments, dense):
     )
     if not dense:
         use_documents(model)
-        share_rows(model, training.sequence_parallel_size)
+        bind_sequence_parallel(model, training.sequence_parallel_size)
     if training.tensor_parallel_size > 1:
         split_model(model, Topology.of(WORLD))
     streams = training.base_device == "host"
