@@ -47,7 +47,7 @@ from mora_ds.deploy.export import load_onto
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
-from mora_ds.models.rope import longest_row
+from mora_ds.models.rope import max_positions
 
 DEFAULT_WINDOW = 1024
 
@@ -119,7 +119,7 @@ class Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half
         of that. Raises `UserError` for a window that is longer than that number, and
         for a stride that leaves a scored token without context."""
-        longest = longest_row(model.config)
+        longest = max_positions(model.config)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
         stride = max(window // 2, 1) if stride is None else stride

@@ -36,7 +36,7 @@ from mora_ds.data import (
     start_id,
     tokenizer_fingerprint,
 )
-from mora_ds.models.rope import longest_row
+from mora_ds.models.rope import max_positions
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Start
 from mora_ds.train.tokenizer import load_named_tokenizer, settle_tokenizer
@@ -179,7 +179,7 @@ def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
 
 
 def _check_positions(model_config: Any, seq_len: int) -> None:
-    longest = longest_row(model_config)
+    longest = max_positions(model_config)
     if longest is not None and seq_len > longest:
         raise UserError(
             f"--seq_len {seq_len} is longer than the model's {longest} positions "

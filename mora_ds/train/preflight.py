@@ -155,7 +155,7 @@ def _has_window(config: Any) -> bool:
 def logits_are_known(engine: Any) -> bool:
     """Whether the logits are as `chunk_loss` assumes: the head's output, scaled or
     capped. Collective: a forward pass of one short sequence."""
-    chunked = loss.bound(engine)
+    chunked = loss.chunked_head_of(engine)
     assert chunked is not None, "chunk_loss comes first"
     with beside_training(engine), chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, 1, 16), use_cache=False).logits

@@ -287,7 +287,7 @@ stray | 'stray'
 --model_name_or_path {bad}/models/rope | --model_name_or_path | cannot be loaded | spiral
 --model_name_or_path {bad}/models/type | --model_name_or_path | config.json | lama
 --model_name_or_path {bad}/models/no_type | --model_name_or_path | config.json | model type
---model_name_or_path {bad}/models/quantized | --model_name_or_path | holds quantized weights (gptq)
+--model_name_or_path {bad}/models/quantized | --model_name_or_path | has quantized weights (gptq)
 --model_name_or_path {bad}/models/more_layers | --model_name_or_path | weights are missing | model.layers.2
 --model_name_or_path {bad}/models/wider | --model_name_or_path | weights do not fit the config | mlp
 --model_name_or_path {bad}/gone | --model_name_or_path | no such folder

@@ -69,7 +69,7 @@ def test_a_saved_dataset(tmp_path):
             load_corpus([str(tmp_path / name)])
     with user_error(r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
-    with user_error(r"--dataset_name.*no field 'txt'; there are: text"):
+    with user_error(r"--dataset_name.*no field 'txt'; its fields are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
 
@@ -284,7 +284,7 @@ def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_pa
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
-    assert "c.parquet: no field 'text'; there are: text, text" in error(
+    assert "c.parquet: no field 'text'; its fields are: text, text" in error(
         tmp_path / "c.parquet"
     )
 

@@ -38,8 +38,8 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import (
     EXTENSION_JSON,
     extend_vocabulary,
+    extended_table,
     first_new_row,
-    grown,
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
@@ -279,7 +279,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
     """Rows 6 and 7 of the table have no token, and count for no mean."""
     table = torch.arange(24.0).view(8, 3).square().bfloat16()
     table[6:] = 1e6
-    result = grown(table, extension_of(tmp_path), 10)
+    result = extended_table(table, extension_of(tmp_path), 10)
     assert result.dtype == torch.bfloat16
     assert torch.equal(result[:6], table[:6])
     for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
@@ -287,7 +287,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
             result[row], table[list(old)].float().mean(dim=0).bfloat16()
         ), row
     bias = torch.arange(8.0)
-    assert grown(bias, extension_of(tmp_path), 9).tolist() == [
+    assert extended_table(bias, extension_of(tmp_path), 9).tolist() == [
         0,
         1,
         2,

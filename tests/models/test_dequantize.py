@@ -208,14 +208,14 @@ def test_what_is_quantized_otherwise_is_named(user, model_folder, out, method):
     write(model, load_file(model / "model.safetensors"), settings)
     message = refusal(user.flags(out, "--model_name_or_path", model))
     assert (
-        f"--model_name_or_path: the model holds quantized weights ({method})" in message
+        f"--model_name_or_path: the model has quantized weights ({method})" in message
     )
 
 
 def test_gguf_is_named(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
-        with user_error("GGUF is not read: give the unquantized model"):
+        with user_error("GGUF is not supported: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
     assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"

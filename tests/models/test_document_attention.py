@@ -199,7 +199,7 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
 
 def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     """And long ones not at all."""
-    attend = module_under_test._rows
+    attend = module_under_test._causal
     shapes = []
 
     def noted(query, *more):
@@ -214,7 +214,7 @@ def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
         )
         return sorted(shapes)
 
-    monkeypatch.setattr(module_under_test, "_rows", noted)
+    monkeypatch.setattr(module_under_test, "_causal", noted)
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     padded = shapes_of(*lengths)
     assert sum(count * size for count, size in padded) < 1.25 * sum(lengths)
@@ -281,8 +281,8 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch):
         masks.append(weakref.ref(mask))
         return mask
 
-    seen = module_under_test._seen
-    monkeypatch.setattr(module_under_test, "_seen", noted)
+    seen = module_under_test._causal_mask
+    monkeypatch.setattr(module_under_test, "_causal_mask", noted)
     out = attend(*parts(1, LENGTH, 2)[:3], softcap=5.0)
     assert masks
     assert {mask() for mask in masks} == {None}

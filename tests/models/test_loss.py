@@ -22,8 +22,8 @@ from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.loss import (
     ChunkedHead,
-    bound,
     chunk_loss,
+    chunked_head_of,
     is_frozen,
     sequence_nll,
     token_nll,
@@ -238,8 +238,8 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
     logits = model(batch["input_ids"]).logits
     hooks = len(model.lm_head._forward_hooks)
     chunked = chunk_loss(model, CHUNK)
-    assert bound(model) is chunked
-    assert bound(SimpleNamespace(module=model)) is chunked
+    assert chunked_head_of(model) is chunked
+    assert chunked_head_of(SimpleNamespace(module=model)) is chunked
     failing = mock.Mock(side_effect=KeyError("of a chunk"))
     monkeypatch.setattr(chunked, "_chunks", failing)
     with pytest.raises(KeyError, match="of a chunk"):
@@ -249,7 +249,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
     assert chunked._outputs is None
     assert torch.equal(model(batch["input_ids"]).logits, logits)
     whole_loss(model)
-    assert bound(model) is None
+    assert chunked_head_of(model) is None
     assert len(model.lm_head._forward_hooks) == hooks
     assert is_frozen(torch.nn.ReLU())
     assert not is_frozen(model.lm_head)
@@ -257,7 +257,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
 
 
 def test_a_model_without_a_head_is_refused():
-    with user_error("--chunked_loss: this model names no output head"):
+    with user_error("--chunked_loss: this model has no output head"):
         chunk_loss(tiny_model().model)
 
 

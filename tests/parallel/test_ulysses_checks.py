@@ -187,7 +187,7 @@ llama | {} | 3 | 4 attention heads
 llama | {num_attention_heads: 8, num_key_value_heads: 6} | 4 | 6 key-value heads
 bloom | {hidden_size: 32, n_layer: 2, n_head: 4} | 2 | attention of BloomForCausalLM
 mamba | {hidden_size: 32, num_hidden_layers: 2} | 2 | no number of attention heads
-llama4_text | {} | 2 | layers of the kind chunked_attention
+llama4_text | {} | 2 | layers of the type chunked_attention
 gemma3_text | {rope_parameters: {full_attention: {rope_type: dynamic, rope_theta: 1.0e+6, factor: 4.0}, \
 sliding_attention: {rope_type: default, rope_theta: 10000.0}}} | 2 | rope_type dynamic depend
 llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}} | 2 | rope_type dynamic depend
