@@ -41,7 +41,7 @@ from mora_ds.engine.ds_config import (
 )
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
-from mora_ds.engine.module_hooks import drop_idle_hooks
+from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.node_base import share_base
@@ -149,8 +149,8 @@ def initialize(
     is_muon = uses_muon(settings)
     # DeepSpeed moves the module to the device, with its buffers (engine.py,
     # `_configure_distributed_model`)
-    aside = stream_base(model, device).aside() if base_on_host else nullcontext()
-    tagged = muon.preparing(mora_layers(model).values()) if is_muon else nullcontext()
+    aside = stream_base(model, device).device_bound() if base_on_host else nullcontext()
+    tagged = muon.muon_groups(mora_layers(model).values()) if is_muon else nullcontext()
     with aside, tagged:
         returned = _deepspeed_engine(
             model=model, config=settings, model_parameters=parameters, **kwargs
@@ -159,7 +159,7 @@ def initialize(
     if is_muon:
         muon.repair_clipping(returned[0])
     if zero.is_stage3(returned[0]):
-        drop_idle_hooks(returned[0])
+        remove_unused_hooks(returned[0])
     return returned
 
 

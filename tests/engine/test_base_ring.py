@@ -52,20 +52,20 @@ class Late(Copies):
         self.waiting = []
 
     def start(self, pairs):
-        ticket = object()
+        event = object()
         pending = list(pairs)
         for target, _ in pending:
             target.fill_(float("nan") if target.is_floating_point() else 99)
-        self.waiting.append((ticket, pending))
-        return ticket
+        self.waiting.append((event, pending))
+        return event
 
-    def wait(self, ticket):
+    def wait(self, event):
         known = [queued for queued, _ in self.waiting]
         for _, pairs in self.waiting[
-            : known.index(ticket) + 1
+            : known.index(event) + 1
         ]:  # a stream copies in order
             super().start(pairs)
-        del self.waiting[: known.index(ticket) + 1]
+        del self.waiting[: known.index(event) + 1]
 
     def finish(self):
         if self.waiting:
@@ -134,7 +134,7 @@ def trained(case, streamed):
 def change(model):
     """As a merge does."""
     if ring := ring_of(model):
-        ring.forget()
+        ring.invalidate()
     layers = mora_layers(model)
     node = node_base_of(model)
 
@@ -238,7 +238,7 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
         assert tensor is host[name], name
         assert torch.equal(tensor, contents[name]), name
     names = base_ring.names_on_host(model)
-    with ring.aside():
+    with ring.device_bound():
         aside = frozen_buffers(model)
         storages = {aside[name].untyped_storage().data_ptr() for name in names}
     assert storages == {slot.data_ptr() for slot in ring.slots}
@@ -320,7 +320,7 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
                 for tensors in weights_of_layers(model).values()
                 for tensor in tensors.values()
             )
-            with ring.aside():
+            with ring.device_bound():
                 model.to(device)
             for _ in range(3):
                 model.zero_grad()

@@ -150,7 +150,9 @@ def prepare(model, arguments, dense):
         split_model(model, Topology.of(WORLD))
     streams = training.base_device == "host"
     move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
-    with BaseRing(model, CUDA, FakeCopies()).aside() if streams else nullcontext():
+    with (
+        BaseRing(model, CUDA, FakeCopies()).device_bound() if streams else nullcontext()
+    ):
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(CUDA)

@@ -45,7 +45,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.initialize import initialize_full
-from mora_ds.engine.module_hooks import drop_idle_hooks
+from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.shards import (
     COLUMNS,
     COUNT,
@@ -228,7 +228,7 @@ class _Squares(nn.Module):
 def _engine(model: nn.Module, completed: dict[str, Any]) -> Any:
     engine = initialize_full(model=model, config=completed)[0]
     if completed["zero_optimization"]["stage"] == 3:
-        drop_idle_hooks(engine)
+        remove_unused_hooks(engine)
     return engine
 
 
