@@ -1,12 +1,12 @@
-"""What papers on MoRA and ReMoRA name and our measurements do not recommend, or few
-use.
+"""Features that papers on MoRA and ReMoRA describe, but that our measurements do not
+recommend or that few users need.
 
-settings, run     the block `research:` of a recipe, and the hooks of a run that has one (`train.hooks`)
-analyze           ranks of frozen weights, and plans under a budget (`mora-ds analyze`)
-targets           plans of which layers get a MoRA matrix, and of what side
-bank              many adapters of one base, each row of a batch with its own (`mora-ds evaluate-adapters`)
+settings, run     the `research:` block of a recipe, and its hooks in a run (`train.hooks`)
+analyze           ranks of frozen weights, and target plans for a budget (`mora-ds analyze`)
+targets           target plans: the layers that get a MoRA matrix, and the matrix sizes
+bank              many adapters of one base, with one per sequence of a batch (`mora-ds evaluate-adapters`)
 spectrum          singular values and ranks of merged updates (`mora-ds spectrum`)
 
-No other package imports these modules: `mora_ds.common.research` loads one where its
-command or the block `research:` of a recipe asks for it.
+No other package imports these modules: `mora_ds.common.research` loads one when its
+command or a `research:` block needs it.
 """

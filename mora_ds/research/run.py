@@ -1,4 +1,4 @@
-"""The hooks of a run whose recipe has a block `research:` (`train.hooks`)."""
+"""The hooks of a run with a `research:` block in its recipe (`train.hooks`)."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResearchHooks(Hooks):
-    """Plans of targets and domains."""
+    """Hooks for target plans and domain adapters."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -43,12 +43,12 @@ class ResearchHooks(Hooks):
         self._plan = ranks.on_first(SETTING, self._read_plan)
 
     def _read_plan(self) -> TargetPlan | None:
-        """The plan of targets, if there is one. Raises `UserError` for sides that the
-        operator cannot have."""
+        """The target plan, if any. Raises `UserError` for sides that the operator does
+        not support."""
         if self.settings.targets is None:
             return None
         plan = read_plan(expanded(self.settings.targets, SETTING))
-        plan.put_into(self.arguments.adapter.mora_config(seed=0))
+        plan.apply_to(self.arguments.adapter.mora_config(seed=0))
         return plan
 
     def plan(
@@ -59,17 +59,17 @@ class ResearchHooks(Hooks):
         return self._planned(config)
 
     def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
-        """Fingerprints are not compared, since that would read every weight."""
+        """Does not compare fingerprints, which would read every weight."""
         self._plan = self._read_plan()
         return self._planned(config)
 
     def _planned(self, config: AdapterConfig) -> AdapterConfig:
-        # Settings that are for MoRA matrices are refused beside another adapter
+        # Validation rejects these settings for other adapters
         if not isinstance(config, MoRAConfig):
             return config
         if self.settings.domain_adapters:
             config = replace(config, domains=domain_names(self.arguments))
-        return config if self._plan is None else self._plan.put_into(config)
+        return config if self._plan is None else self._plan.apply_to(config)
 
     def injected(self, model: nn.Module) -> None:
         self.domains = domains_of(model)
@@ -81,7 +81,8 @@ class ResearchHooks(Hooks):
     # -- domains -----------------------------------------------------------------------
 
     def check(self, engine: Any, ids: Tensor) -> None:
-        """Whether every adapted layer reads complete rows, as `token_nll` runs it."""
+        """Check that the input of every adapted layer is a batch of full sequences in
+        `token_nll`."""
         if not self.domains.names:
             return
         positions = torch.arange(ids.shape[1]).expand_as(ids).to(ids)
@@ -99,7 +100,7 @@ class ResearchHooks(Hooks):
 
     @contextmanager
     def rows(self, sources: Sequence[str]) -> Iterator[None]:
-        """Until backward has ended, in which gradient checkpointing reads them
+        """The context includes backward, where gradient checkpointing reads the domains
         again."""
         if not self.domains.names:
             yield
@@ -112,11 +113,12 @@ class ResearchHooks(Hooks):
 
     @property
     def reference_domain(self) -> str | None:
-        """Any domain: a NaN in the matrix of another one makes the loss NaN too."""
+        """Any domain: a NaN in the matrix of any domain makes the loss NaN."""
         return self.domains.names[0] if self.domains.names else None
 
     def domain_of(self, name: str) -> str | None:
-        """The domain with the set's name, or that the set was held out of."""
+        """The domain with the set's name, or the domain from which the set was held
+        out."""
         for domain in (name, name.removeprefix(f"{HELD_OUT}_")):
             if domain in self.domains.names:
                 return domain

@@ -141,7 +141,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     nats = perplexity._nats(target.model, [(list(range(3, 60)), 56)])
     assert nats != torch.tensor(nats).bfloat16().item(), "losses are in fp32"
     assert not target.model.training
-    with user_error("--domain belongs to a checkpoint"):
+    with user_error("--domain is for checkpoints"):
         load_target(user.model, domain="law")
 
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     target = load_target(user.model)
     for window, stride, message in (
         (4096, None, "--window must be from 3 to the model's 128 positions, got 4096"),
-        (64, 63, r"--stride must be from 1 to --window less 2 \(62\), got 63"),
+        (64, 63, r"--stride must be from 1 to --window minus 2 \(62\), got 63"),
         (64, 0, "--stride"),
         (2, None, "--window must be from 3"),
     ):
@@ -219,9 +219,9 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     )
     with user_error("neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
-    with user_error("--base belongs to a checkpoint"):
+    with user_error("--base is for checkpoints"):
         load_target(user.model, base=user.model)
-    with user_error("a would name two sets"):
+    with user_error("two sets have the name a"):
         named_sets(["a=x.txt", "b/a.txt"])
     assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
         "a": "x=y.txt",
@@ -230,5 +230,5 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     }
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
-    with user_error("not a single token"):
+    with user_error("no tokens to score"):
         evaluate(target, load_corpus([str(empty)]), Windows(64, 32))

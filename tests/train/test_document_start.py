@@ -131,7 +131,7 @@ def test_an_evaluation_begins_documents_with_it(user, tmp_path):
     assert read_json(report)["sets"]["code"]["nats"] == scores[TOKEN]
     for start, message in (
         ("<x>", "'<x>' is not a token"),
-        ("none", "none: the first token of a document is scored too"),
+        ("none", "none: scoring the first token of a document"),
     ):
         with user_error(f"--document_start {message}"):
             call("evaluate", user.model, *sets, "--document_start", start)
