@@ -1,4 +1,4 @@
-"""The block `research:` of a recipe: its settings, and their checks without files."""
+"""The settings of a recipe's `research:` block, and checks that need no files."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ DOMAINS = f"{RESEARCH}.domain_adapters"
 
 @dataclass(frozen=True)
 class ResearchSettings:
-    """Settings of the block."""
+    """Settings of the `research:` block."""
 
     targets: str | None = None
-    """Which layers get a MoRA matrix, and its side: the file of a plan (mora-ds analyze
-    --write). --mora_rank then only chooses the operator."""
+    """File of a target plan (mora-ds analyze --write): the layers that get a MoRA matrix,
+    and the matrix sizes. --mora_rank then only affects the choice of the operator."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in
-    addition to the shared one. Each row of a batch uses the matrix of its source; a
+    addition to the shared one. Each sequence of a batch uses the matrix of its source; a
     merge merges the shared ones."""
 
 
 def research_problems(arguments: Arguments) -> Iterator[str]:
-    """One message for each setting of the block that is wrong, or does not go with the
-    others."""
+    """One message for each setting that is invalid or contradicts another one."""
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
     needs = {"targets": Capability.LAYER_SIZES, "domain_adapters": Capability.DOMAINS}
@@ -49,7 +48,7 @@ def research_problems(arguments: Arguments) -> Iterator[str]:
                 f"{RESEARCH}.{name} is for linear layers, and --target_modules names experts: leave out one of them"
             )
     if settings.targets is not None and adapter.target_modules != [ALL_LINEAR]:
-        yield f"{TARGETS} {settings.targets} names the layers itself: leave out --target_modules"
+        yield f"{TARGETS} {settings.targets} already names the layers: leave out --target_modules"
     if settings.domain_adapters:
         yield from _domain_problems(arguments)
 
@@ -58,16 +57,16 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
     training = arguments.training
     names = domain_names(arguments)
     if len(names) < 2:
-        yield f"{DOMAINS} needs several named sources, one a domain: --mixture, or --train_files NAME=FILES:WEIGHT ..."
+        yield f"{DOMAINS} needs a named source per domain, several: --mixture, or --train_files NAME=FILES:WEIGHT ..."
     yield from domain_complaints(names)
     contradictions = {
         "it needs unsplit MoRA matrices: leave --tensor_parallel_size at 1": (
             training.tensor_parallel_size > 1
         ),
-        "--compute weight forms one weight for all rows; leave it at auto": (
+        "--compute weight uses one weight for all sequences; leave it at auto": (
             arguments.adapter.compute == "weight"
         ),
-        "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out": (
+        "--embedding_learning_rate would also apply to the domains' MoRA matrices: leave it out": (
             training.embedding_learning_rate is not None and not training.has_muon
         ),
         "--dry_run cannot plan Muon's state with domains: plan it with --optimizer adamw": (
@@ -80,6 +79,6 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
 
 
 def domain_names(arguments: Arguments) -> tuple[str, ...]:
-    """The sources of the mixture, each of which is a domain."""
+    """The domains: the names of the mixture's sources."""
     plan = mixture_plan(arguments.data)
     return () if plan.is_plain else tuple(source.name for source in plan.sources)

@@ -198,7 +198,7 @@ class TrainingArguments:
         """Number of consecutive ranks that compute the same rows together."""
         return self.tensor_parallel_size * self.sequence_parallel_size
 
-    def rows_per_step(self, world: int) -> int:
+    def global_batch_size(self, world: int) -> int:
         """Global batch size of a run on `world` processes, in sequences."""
         replicas = world // self.ranks_per_replica
         micro_batches = self.gradient_accumulation_steps * replicas

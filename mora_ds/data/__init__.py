@@ -1,13 +1,13 @@
-"""From text on disk to batches of tokens. Knows no model and no DeepSpeed.
+"""From text on disk to batches of tokens. Imports neither models nor DeepSpeed.
 
-readers            one file -> documents, in chunks where they are long
+readers            one file -> documents; long ones in chunks
 members, corpus    files, patterns, folders or a `datasets` name -> `Corpus`
-held_out           which documents are held out
+held_out           splits documents into training and held-out ones
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
-content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
-packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, blocks in the order of an epoch
-mixture            sources, weights, phases -> `Mixture`, batches by step, with exact shares
-stream, stream_source    documents tokenised while training -> `StreamSource`, the same blocks without a cache
+content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped; built once, by several processes (`workers`)
+packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`: sequences, shuffled in each epoch
+mixture            sources, weights, phases -> `Mixture`: batches by step, with exact proportions
+stream, stream_source    documents tokenized during training -> `StreamSource`: the same sequences without a cache
 demo_corpus        the text of the demo, from the Python standard library
 """
 

@@ -5,10 +5,10 @@
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
-It is built once for the same text and settings, in a temporary folder that is then
-renamed, so that a folder with a key as its name is complete. A killed builder leaves a
-temporary folder that nobody reads, and a later build removes it. Of two builders the
-first one wins.
+It is built once for each text and settings, in a temporary folder that is renamed at the
+end. So a folder with a key as its name is complete. The temporary folder of a killed
+builder is never read, and a later build removes it. If two processes build the same
+cache, the first one to finish wins.
 """
 
 from __future__ import annotations
@@ -51,18 +51,19 @@ TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
 META = "meta.json"
 PARALLEL_BYTES = 32_000_000
-"""Smaller corpora are tokenised in this process: to start others would take longer."""
+"""Smaller corpora are tokenized in this process, because starting workers takes
+longer."""
 
 HASHED_BYTES = 1 << 30
-"""Caches of up to this size (about a second of reading) are hashed whenever they are
-opened; of larger ones the sizes are compared."""
+"""Caches of up to this size (about a second of reading) are verified by their hash on
+every open, larger ones by their size."""
 
 _TEMPORARY = ".partial-"
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An open cache, memory-mapped: nothing is read before it is used."""
+    """An open cache, memory-mapped: pages are read on first use."""
 
     folder: Path
     meta: JsonObject
@@ -100,10 +101,10 @@ def build_cache(
     progress: bool = False,
     document_start: str = AUTO,
 ) -> TokenCache:
-    """The corpus as tokens, from `cache_dir` or built into it.
+    """Open the token cache of a corpus in `cache_dir`; build it if it is missing.
 
-    `num_proc` processes tokenise; their number does not change the result.
-    `document_start`: as in `tokenizer.start_id`. Every document is followed by the
+    `num_proc`: number of tokenizing processes; does not change the result.
+    `document_start`: as in `tokenizer.start_id`. Every document ends with the
     end-of-text token. A damaged cache is rebuilt, with a warning. Raises `UserError`
     for a file that cannot be read as text, an empty corpus or a tokenizer without
     end-of-text token, and `RunError` for a full disk.
@@ -115,14 +116,14 @@ def build_cache(
     if problem := damage(folder):
         if folder.exists():
             log.warning(
-                f"the token cache {folder} is damaged: {problem}; it is rebuilt"
+                f"the token cache {folder} is damaged: {problem}; rebuilding it"
             )
         _build(corpus, encoder, folder, settings, num_proc, progress)
     return TokenCache.open(folder)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the cache in `folder`, by sizes and hashes of its files, or
+    """Verify the sizes and hashes of the cache in `folder`. Returns the problem, or
     None."""
     try:
         meta = json.loads((folder / META).read_text())
@@ -146,14 +147,14 @@ def damage(folder: Path) -> str | None:
 def _processes_for(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int
 ) -> int:
-    """How many processes tokenise: 1 for small corpora, and for tokenizers whose class
-    came with the model, which cannot be pickled."""
+    """The number of tokenizing processes: 1 for small corpora, and for tokenizers with
+    remote code, which cannot be pickled."""
     remote = type(tokenizer).__module__.startswith("transformers_modules")
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
 def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> JsonObject:
-    """All that decides which tokens a cache holds. `hashes`: of the corpus's
+    """Everything that determines the tokens of a cache. `hashes`: of the corpus's
     members."""
     return {
         "format": FORMAT,
@@ -184,7 +185,7 @@ def _build(
     progress: bool,
 ) -> None:
     _remove_leftovers(folder.parent)
-    # Not of `tempfile`, whose folders are private: a cache may be shared.
+    # Not by `tempfile`, whose folders are private, because users may share a cache.
     temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
     with writable(folder.parent):
         temporary.mkdir()
@@ -194,26 +195,26 @@ def _build(
             if not meta["documents"]:
                 problem = "every document is empty"
                 if corpus.keep is not None:
-                    problem += f", or on the other side of {corpus.keep}"
+                    problem += f", or excluded by {corpus.keep}"
                 raise UserError(f"{corpus.flag}: {problem}")
             content = json.dumps({**meta, "settings": settings}, indent=2)
             (temporary / META).write_text(content + "\n")
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
-        # It is still there after a failure, and where another builder was first.
+        # It still exists after a failure, or if another builder was faster.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
     corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
 ) -> JsonObject:
-    """Write the tokens of all documents into `folder`. Returns the counts and hashes
-    for meta.json."""
+    """Write the tokens of all documents to `folder`. Returns the counts and hashes for
+    meta.json."""
     with_text = (document for document in corpus if not document.is_empty)
-    # None hides it where there is no terminal.
+    # None: tqdm shows the bar on a terminal only.
     hidden = None if progress else True
-    documents = tqdm(with_text, "tokenising", disable=hidden)
+    documents = tqdm(with_text, "tokenizing", disable=hidden)
     batches = batched(documents, lambda document: len(document.text))
     hashes = {TOKENS: hashlib.sha256(), DOCUMENTS: hashlib.sha256()}
     n_tokens = 0
@@ -235,8 +236,8 @@ def _write(
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename the new cache. A damaged one in its place is removed; one that another
-    builder finished first stays."""
+    """Rename the new cache to `folder`. Replaces a damaged cache there, and keeps a
+    valid one of a faster builder."""
     if folder.exists() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -244,16 +245,16 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     except OSError as error:
         if problem := damage(folder):
             raise UserError(
-                f"{folder} is damaged: {problem}; delete it, which failed: {error.strerror}"
+                f"{folder} is damaged: {problem}; delete it by hand, as it cannot be replaced: {error.strerror}"
             ) from error
     fsync(folder.parent)
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Remove the temporary folders of killed builders, as the file system's locks
-    tell."""
+    """Remove the temporary folders of killed builders, which no longer hold a file
+    lock."""
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
-        # Another builder may finish, and rename it, at the same time.
+        # Another builder may rename its folder at the same time.
         with suppress(FileNotFoundError):
             if is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""The hash of every member's contents, read once and remembered: what names a token
-cache.
+"""The hash of every member's contents, part of a token cache's key. Hashes are cached:
 
-<cache_dir>/index/<hash of path, size and time>.json    the hash, valid as long as the file does not change
+<cache_dir>/index/<hash of path, size and time>.json    the hash, valid until the file changes
 """
 
 import hashlib
@@ -21,51 +20,50 @@ _FORMAT = 3
 
 
 def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
-    """The hash of every member's contents, in order: from the index where the member is
-    unchanged, otherwise by reading it. Raises `UserError` for a `cache_dir` that cannot
-    be written to."""
+    """The hash of every member's contents, in order. Reads a member only if it is new
+    or changed. Raises `UserError` for a `cache_dir` that cannot be written to."""
     with writable(cache_dir):
         (cache_dir / "index").mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(threads) as pool:  # hashing does not hold Python's lock
+    with ThreadPoolExecutor(threads) as pool:  # hashing releases the GIL
         return list(pool.map(partial(_content_hash, cache_dir), corpus.members))
 
 
 def _content_hash(cache_dir: Path, member: Member) -> str:
     stamp = {"format": _FORMAT, **member.stamp()}
     entry = cache_dir / "index" / f"{json_digest(stamp)[:32]}.json"
-    content_hash = _recall(entry)
+    content_hash = _read_entry(entry)
     if content_hash is None:
         content_hash = member.content_hash()
         with writable(cache_dir):
-            _remember(entry, content_hash)
+            _write_entry(entry, content_hash)
     return content_hash
 
 
-def _recall(entry: Path) -> str | None:
+def _read_entry(entry: Path) -> str | None:
     try:
         content = json.loads(entry.read_text())
         content_hash: str = content["content_hash"]
-        return content_hash if content["seal"] == _seal(content_hash) else None
-    # It is missing or damaged: the member is read again.
+        return content_hash if content["checksum"] == _checksum(content_hash) else None
+    # Missing or damaged: the member is hashed again.
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _remember(entry: Path, content_hash: str) -> None:
-    """Write in place: half an entry has no valid seal, and a kill leaves no temporary
-    file."""
-    content = {"content_hash": content_hash, "seal": _seal(content_hash)}
+def _write_entry(entry: Path, content_hash: str) -> None:
+    """Write in place, without a temporary file that a kill would leave. The checksum
+    detects an incomplete entry."""
+    content = {"content_hash": content_hash, "checksum": _checksum(content_hash)}
     entry.write_text(json.dumps(content))
 
 
-def _seal(content_hash: str) -> str:
+def _checksum(content_hash: str) -> str:
     return hashlib.sha256(content_hash.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def writable(cache_dir: Path) -> Iterator[None]:
-    """Turn a full disk into a `RunError`, and any other refusal to write, such as of a
-    read-only disk, into a `UserError`."""
+    """A context that raises `RunError` for a full disk, and `UserError` for any other
+    `OSError`, such as of a read-only disk."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,9 @@
-"""Text that the user names, as a `Corpus`.
+"""The user's text as a `Corpus`.
 
-    --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order given, each pattern sorted
+    --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order of the flag, each pattern sorted
     --dataset_name NAME                                DatasetMember
 
-It can be read again and again. Nothing is copied: the only thing that is written from a
-corpus is its token cache.
+A corpus can be read repeatedly. It is never copied; only its token cache is written.
 """
 
 import glob
@@ -31,7 +30,7 @@ from mora_ds.data.readers import (
 )
 
 SPLIT = "train"
-"""The split of a data set that is read."""
+"""The split of a dataset that is read."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Corpus:
     members: tuple[Member, ...]
     text_column: str = "text"
     flag: str = "--train_files"
-    """The flag that its error messages name."""
+    """The flag named in error messages."""
     keep: DocumentFilter | None = None
-    """Which documents belong to the corpus; None for all."""
+    """Selects the documents of the corpus; None for all."""
 
     def __iter__(self) -> Iterator[Document]:
         for member in self.members:
@@ -51,22 +50,22 @@ class Corpus:
             yield from documents if self.keep is None else self.keep(documents)
 
     def documents_of(self, member: Member) -> Iterator[Document]:
-        """All documents of one member, whatever `keep` says."""
+        """All documents of one member, without applying `keep`."""
         with _naming(self.flag):
             yield from (document for document, _ in member.marked(START))
 
     def texts(self) -> Iterator[str]:
-        """The texts alone, for training a tokenizer."""
+        """The texts without positions, for training a tokenizer."""
         return (document.text for document in self)
 
     def size_bytes(self) -> int:
-        """Size on disk, compressed where the files are."""
+        """Size on disk (of compressed files the compressed size)."""
         return sum(member.size_bytes() for member in self.members)
 
 
 @contextmanager
 def _naming(flag: str) -> Iterator[None]:
-    """Puts the flag before the message of a `UserError`."""
+    """A context that prefixes the message of a `UserError` with the flag."""
     try:
         yield
     except UserError as error:
@@ -81,15 +80,14 @@ def load_corpus(
     text_column: str = "text",
     flag: str = "--train_files",
 ) -> Corpus:
-    """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder
-    on disk), as one corpus.
+    """One corpus from files (by name, pattern or folder) or from a `datasets` name (on
+    the Hub, or a folder on disk).
 
-    `streaming`: a name of the hub is read over the network, whenever it is read. Looks
-    at names, sizes and the first document of every member only; the rest is checked
-    while it is read. Raises `UserError`, which names `flag` or `--dataset_name`, for
-    anything that is no corpus.
+    `streaming`: read a dataset of the Hub over the network on every pass. Checks only
+    names, sizes and the first document of every member; the rest is checked when it is
+    read. Raises `UserError` that names `flag` or `--dataset_name` for invalid input.
     """
-    # Another flag is the name of a source of a mixture.
+    # Any other flag is the name of a source of a mixture.
     if dataset_name is not None and flag == "--train_files":
         flag = "--dataset_name"
     with _naming(flag):
@@ -109,11 +107,11 @@ def load_corpus(
 
 
 def resolve_files(patterns: Sequence[str]) -> list[Path]:
-    """Files in the order of the patterns, sorted within each, without repeats.
+    """Files in the order of the patterns, sorted within each, without duplicates.
 
-    A folder stands for all files within it that have a known suffix. Files of no bytes
-    are left out where a pattern or a folder has found them, but not where they are
-    named. Raises `UserError` for a pattern without a match.
+    A folder matches all files in it with a known suffix. Empty files are skipped if a
+    pattern or folder matched them, but not if they were named. Raises `UserError` for a
+    pattern without a match.
     """
     paths: dict[str, Path] = {}
     for pattern in patterns:
@@ -139,7 +137,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise UserError(
-            f"{path} is a data set that was saved by datasets: name it with --dataset_name"
+            f"{path} is a dataset saved by the package datasets: name it with --dataset_name"
         )
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -154,9 +152,9 @@ def _expand(path: Path) -> list[Path]:
 def _hint(pattern: str) -> str:
     _, equals, files = pattern.partition("=")
     if equals and _matches(files):
-        return f" A source that has a name needs a weight, too: {pattern}:1"
+        return f" A named source also needs a weight: {pattern}:1"
     if os.path.isdir(os.path.expanduser(pattern)):
-        return " The folder holds no file of a kind that is read; --dataset_name names a saved data set."
+        return " The folder holds no file of a known format; for a saved dataset use --dataset_name."
     folder = Path(os.path.expanduser(pattern)).parent
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     return nearest(Path(pattern).name, names)
@@ -168,10 +166,10 @@ def _is_empty(path: Path) -> bool:
 
 def _file_member(path: Path, text_column: str) -> Member:
     file_kind(path)
-    # A pipe would lose its first text, or be waited for without end.
+    # Text is read several times: a pipe would lose its first part, or block forever.
     if not path.is_file():
         raise UserError(
-            f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once"
+            f"{path} is not a regular file (a pipe, a device, a broken link); text is read more than once"
         )
     return FileMember(path, text_column)
 
@@ -180,9 +178,8 @@ def _file_member(path: Path, text_column: str) -> Member:
 
 
 def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
-    """A folder that `datasets` has saved, which is memory-mapped, or a name it
-    knows."""
-    # Not above: it is slow to import, and most runs read files.
+    """A folder saved by `datasets`, which is memory-mapped, or a name on the Hub."""
+    # Imported here, because it is slow and most runs read files.
     import datasets
 
     has_splits = Path(name, "dataset_dict.json").is_file()
@@ -191,7 +188,7 @@ def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
             dataset = datasets.load_from_disk(Path(name, SPLIT) if has_splits else name)
         else:
             dataset = datasets.load_dataset(name, split=SPLIT, streaming=streaming)
-    # Which errors there are depends on the data set: on its code, and on the network.
+    # A dataset's code and the network can raise any error.
     except Exception as error:
         raise UserError(
             f"{name!r} (split {SPLIT!r}) cannot be loaded: {reason(error)}"

@@ -1,14 +1,13 @@
-"""The demo's corpora: text that comes with every Python, so that nothing is downloaded.
+"""The demo's corpora, from text that comes with Python, so nothing is downloaded.
 
     general   prose: the language reference's topics (`pydoc_data.topics`), docstrings of the standard library
     domain    code: the standard library's source files, unchanged
 
-    a module -> held out or not, by a hash of its name -> the same side of both corpora
+    a hash of a module's name decides whether it is held out of both corpora
 
-Docstrings are part of the code too, so the split is by module: the code and the
-docstrings of a held-out module are evaluated on and never trained on, and paragraphs of
-held-out prose are removed from the training prose. The same Python version gives the
-same bytes.
+The split is by module, because docstrings are also part of the code. The code and the
+docstrings of a held-out module are only evaluated on, and paragraphs of held-out prose
+are removed from the training prose. The same Python version gives the same bytes.
 """
 
 import ast
@@ -26,19 +25,19 @@ from mora_ds.common.errors import UserError
 
 HELD_OUT_PERCENT = 5
 _SPLIT_SALT = "4/"
-"""Prefix of the hashed names. Of a few that were tried, this one holds out about 5% of
-the bytes too."""
+"""Prefix of the hashed names, chosen so that also about 5% of the bytes are held
+out."""
 
 _SKIPPED_FOLDERS = {
     "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3",
     "pydoc_data", "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
 _SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
-"""Files that hold paths of the machine on which this Python was built or packaged."""
+"""Files with paths of the machine that built or packaged this Python."""
 
 _SHORTEST_PROSE = 80
 _SHORTEST_PARAGRAPH = 40
-"""Characters from which on a repeated paragraph is removed."""
+"""Minimum length, in characters, of a repeated paragraph to be removed."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class DemoDocument:
 
 
 def general_documents() -> list[DemoDocument]:
-    """Prose: every topic of the language reference, and one document of docstrings for
-    each module that has some."""
-    # Not above: half a megabyte that only the demo needs.
+    """Prose: one document for each topic of the language reference, and one for the
+    docstrings of each module."""
+    # Imported here: half a megabyte that only the demo needs.
     from pydoc_data.topics import topics
 
     prose = []
@@ -78,11 +77,11 @@ def domain_documents() -> list[DemoDocument]:
 def write_demo_corpus(
     folder: Path, general_bytes: int, domain_bytes: int, eval_bytes: int
 ) -> None:
-    """Write the four corpora into `folder` as JSON lines ("text", "source"):
+    """Write four corpora to `folder` as JSON lines ("text", "source"):
     general_train.jsonl, general_eval.jsonl, domain_train.jsonl, domain_eval.jsonl.
 
-    The limits are UTF-8 bytes of text: of each training file, and of either evaluation
-    file. Raises `UserError` where this Python has come without its library's sources.
+    Limits are in UTF-8 bytes of text per file. Raises `UserError` if this Python has no
+    sources of its standard library.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents, limit in (
@@ -98,8 +97,8 @@ def write_demo_corpus(
 
 
 def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> None:
-    """Write the documents, in the order of a hash of their names, so that a limit takes
-    an even sample; those that would exceed it are left out."""
+    """Write documents up to `limit` bytes, ordered by a hash of their names, so that
+    they are an even sample. A document that would exceed the limit is skipped."""
 
     def order(document: DemoDocument) -> tuple[int, str]:
         return _hash(document.source), document.source
@@ -121,7 +120,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-# -- where the text comes from ---------------------------------------------------------
+# -- sources of the text ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class _Module:
     """Its dotted name."""
     code: str
     prose: tuple[str, ...]
-    """Those of its docstrings that are prose."""
+    """Its docstrings that are prose."""
 
 
 @lru_cache(maxsize=1)
@@ -144,7 +143,7 @@ def library_modules() -> tuple[_Module, ...]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse(text)
-        # It is a table in another encoding, or a template.
+        # A table in another encoding, or a template.
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue
         if text.strip():
@@ -171,8 +170,8 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def docstrings_of(tree: ast.Module) -> list[str]:
-    """The docstrings of the module and of everything defined in it, in the order of the
-    file, dedented."""
+    """The docstrings of the module and of everything defined in it, in file order,
+    dedented."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and node.body]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -180,7 +179,7 @@ def docstrings_of(tree: ast.Module) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether a docstring is long enough, mostly letters, and no doctest session."""
+    """Whether a docstring is long, mostly letters, and not a doctest session."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return (
         len(text) >= _SHORTEST_PROSE
@@ -190,8 +189,8 @@ def _is_prose(text: str) -> bool:
 
 
 def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocument]:
-    """`documents` without held-out paragraphs in the training prose: topics quote each
-    other, and subclasses repeat docstrings."""
+    """Remove held-out paragraphs from the training prose, because topics quote each
+    other and subclasses repeat docstrings."""
     held_out: set[str] = set()
     for document in documents:
         if document.held_out:
@@ -203,7 +202,7 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
             text = "\n\n".join(
                 paragraph
                 for paragraph in paragraphs
-                if _normalised(paragraph) not in held_out
+                if _normalized(paragraph) not in held_out
             )
             document = DemoDocument(document.source, text.strip() + "\n")
         if document.text.strip():
@@ -212,11 +211,11 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
 
 
 def paragraphs_of(text: str) -> list[str]:
-    normalised = map(_normalised, text.split("\n\n"))
+    normalized = map(_normalized, text.split("\n\n"))
     return [
-        paragraph for paragraph in normalised if len(paragraph) >= _SHORTEST_PARAGRAPH
+        paragraph for paragraph in normalized if len(paragraph) >= _SHORTEST_PARAGRAPH
     ]
 
 
-def _normalised(paragraph: str) -> str:
+def _normalized(paragraph: str) -> str:
     return " ".join(paragraph.split())

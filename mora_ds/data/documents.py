@@ -1,4 +1,5 @@
-"""Where documents begin in packed rows: read by attention in place of a mask."""
+"""Boundaries of the documents in packed sequences, used by attention instead of a
+mask."""
 
 from __future__ import annotations
 
@@ -10,41 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows: TypeAlias = dict[str, Any]
+Batch: TypeAlias = dict[str, Any]
 """input_ids, labels, position_ids, each int64 (B, T), and their `documents`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents of rows (B, T), laid one row after the other. Every row begins with
-    a document, and another one begins at each position that does not follow the one
-    before."""
+    """The documents of a batch (B, T), flattened to B T tokens. A document starts with
+    each sequence, and at each position that is not the previous one plus 1."""
 
     bounds: Tensor
-    """(documents + 1,) int32: the token with which each begins, then the number B T."""
+    """(documents + 1,) int32: the first token of each document, then B T. This is
+    `cu_seqlens` of FlashAttention."""
     lengths: tuple[int, ...]
-    """Tokens of each document, known on the host, so that no device has to be asked."""
+    """Tokens of each document. On the host, to avoid waiting for the device."""
     windows: set[int | None] = field(default_factory=set)
-    """The sliding windows with which attention has been asked for them; None for
-    none."""
+    """The sliding windows that attention was called with; None for no window."""
 
     @classmethod
     def of(cls, positions: Tensor) -> Documents:
-        """The documents of rows with these positions, (B, T) on the CPU."""
-        rows = positions.numpy()
-        begins = np.ones(rows.shape, dtype=bool)
-        begins[:, 1:] = np.diff(rows, axis=1) != 1
-        bounds = np.append(np.flatnonzero(begins), rows.size).astype(np.int32)
+        """The documents of a batch with these position ids, (B, T) on the CPU."""
+        position_ids = positions.numpy()
+        starts = np.ones(position_ids.shape, dtype=bool)
+        starts[:, 1:] = np.diff(position_ids, axis=1) != 1
+        bounds = np.append(np.flatnonzero(starts), starts.size).astype(np.int32)
         return cls(torch.from_numpy(bounds), tuple(np.diff(bounds).tolist()))
 
     @classmethod
-    def whole_rows(
-        cls, rows: int, length: int, device: torch.device | None = None
+    def one_per_sequence(
+        cls, batch_size: int, length: int, device: torch.device | None = None
     ) -> Documents:
-        """One document a row."""
-        stop = rows * length + 1
+        """One document per sequence."""
+        stop = batch_size * length + 1
         bounds = torch.arange(0, stop, length, dtype=torch.int32, device=device)
-        return cls(bounds, (length,) * rows)
+        return cls(bounds, (length,) * batch_size)
 
     @cached_property
     def longest(self) -> int:
@@ -53,13 +53,13 @@ class Documents:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Tokens of all sequences: B T."""
         return sum(self.lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
-        """The same with `bounds` on a device, as a batch's tensors are moved."""
+        """A copy with `bounds` on a device, like `Tensor.to`."""
         return replace(self, bounds=self.bounds.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Documents:
-        """The same with `bounds` in pinned memory."""
+        """A copy with `bounds` in pinned memory, like `Tensor.pin_memory`."""
         return replace(self, bounds=self.bounds.pin_memory())

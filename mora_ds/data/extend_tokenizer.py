@@ -1,12 +1,12 @@
-"""A domain's tokens, added to a tokenizer's vocabulary.
+"""Adds tokens of a domain to a tokenizer's vocabulary.
 
     texts -> SentencePiece (BPE) -> candidate tokens, best first
-    candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
-    a token, and the one merge that makes it of two tokens, after all older merges
-    tokenizer.json rewritten -> loaded as transformers would -> every new token is matched
+    candidate -> spelling of the tokenizer's model ("Ġterm" or "▁term") -> segmentation by the old vocabulary
+    new token + one merge of two tokens that gives it, appended to the old merges
+    rewritten tokenizer.json -> loaded as transformers loads it -> check that every new token is matched
 
-Old tokens keep their ids and merges. Old merges come first and text is only ever joined
-further: each new token stands for two or more old ones.
+Old tokens keep their ids and merges. Old merges have priority, so each new token replaces
+two or more old ones.
 """
 
 import json
@@ -23,9 +23,9 @@ from mora_ds.common.files import JsonObject
 from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
-_INTERMEDIATE_SHARE = 8
-"""One in so many of the candidates gets an intermediate token where none is within
-reach."""
+_CANDIDATES_PER_INTERMEDIATE = 8
+"""If no candidate is one merge away, one of this many candidates gets an intermediate
+token."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Extension:
     folder: Path
     """The extended tokenizer's files."""
     tokens: tuple[str, ...]
-    """As the vocabulary spells them; the first has id `first_id`, the others follow."""
+    """In the spelling of the vocabulary, with consecutive ids from `first_id` on."""
     first_id: int
     replaced: tuple[tuple[int, ...], ...]
-    """The ids of the old tokens that each new one stands for."""
+    """For each new token the ids of the old tokens that it replaces."""
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for
-    others."""
+    """The `tokenizers.Tokenizer` of a BPE tokenizer. Raises `UserError` for other
+    models."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.BPE):
         kind = type(tokenizer if backend is None else backend.model).__name__
         raise UserError(
-            f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's"
+            f"only BPE vocabularies can be extended, and this is a {kind} tokenizer"
         )
     return backend
 
@@ -59,27 +59,27 @@ def extend_tokenizer(
     wanted: int,
     folder: Path,
 ) -> Extension:
-    """Write `tokenizer`, with `wanted` of the candidates added, into `folder`, which
-    must exist. Raises `UserError`, which names --pieces, where the candidates are too
-    few, and for tokenizers that are not BPE."""
+    """Add `wanted` of the candidates to `tokenizer` and write it to `folder`, which must
+    exist. Raises `UserError` that names --pieces if there are too few candidates, and
+    for tokenizers other than BPE."""
     backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
     spell = _speller(content, backend)
-    spelt = dict.fromkeys(spell(candidate) for candidate in candidates)
-    new = [token for token in spelt if token is not None and token not in vocabulary]
+    spelled = dict.fromkeys(spell(candidate) for candidate in candidates)
+    new = [token for token in spelled if token is not None and token not in vocabulary]
     first_id = largest_id(tokenizer)[1] + 1
     tokens = _grow(content["model"], new, wanted, first_id)
     if len(tokens) < wanted:
         raise UserError(
             f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
-            "lower it, or give more text"
+            "lower --pieces, or give more text"
         )
     replaced = tuple(
         tuple(token.id for token in backend.model.tokenize(new)) for new in tokens
     )
     tokenizer.save_pretrained(folder)
-    # Files of the old vocabulary, which transformers would read too.
+    # Delete files of the old vocabulary, which transformers would also read.
     for pattern in ("*.model", "vocab.*", "merges.txt"):
         for stale in folder.glob(pattern):
             stale.unlink()
@@ -90,7 +90,7 @@ def extend_tokenizer(
 
 def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers loads it from the folder of a model of that type.
-    Raises `UserError` where that is not the extended one."""
+    Raises `UserError` if it does not have the new tokens."""
     tokenizer = load_as_of_model(extension.folder, model_type, "MODEL")
     model = tokenizer.backend_tokenizer.model
     for number, token in enumerate(extension.tokens, start=extension.first_id):
@@ -103,8 +103,8 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
 
 
 def _speller(content: JsonObject, backend: Tokenizer) -> Callable[[str], str | None]:
-    """A function from SentencePiece's spelling of a token to the vocabulary's; None for
-    white space, and for what the tokenizer never treats as one word."""
+    """A function from SentencePiece's spelling of a token to the vocabulary's. It
+    returns None for white space, and for text that the tokenizer splits into words."""
 
     def unchanged(token: str) -> str | None:
         return token if token.strip("\u2581 \t\r\n") else None
@@ -122,12 +122,11 @@ def _speller(content: JsonObject, backend: Tokenizer) -> Callable[[str], str | N
 def _grow(
     model: JsonObject, candidates: list[str], wanted: int, first_id: int
 ) -> list[str]:
-    """Add tokens to the vocabulary, and to the merges the pair that each is made of.
-    Returns the tokens.
+    """Add tokens and their merges to the model in place. Returns the added tokens.
 
-    In each pass the best candidates still needed are segmented by the merges so far.
-    One of two parts is one merge away and is added. Where there is none, the first two
-    parts of the best candidates are joined to a token first.
+    Each pass segments the best remaining candidates by the current merges and adds
+    those with two segments, which are one merge away. If there are none, it joins the
+    first two segments of the best candidates to intermediate tokens.
     """
     vocabulary = model["vocab"]
     merges = model["merges"]
@@ -157,15 +156,16 @@ def _grow(
                 elif len(segments) > 2:
                     distant.append((token, segments))
         if len(added) == before:
-            for _, segments in distant[: 1 + len(distant) // _INTERMEDIATE_SHARE]:
+            n_intermediate = 1 + len(distant) // _CANDIDATES_PER_INTERMEDIATE
+            for _, segments in distant[:n_intermediate]:
                 add(segments[0] + segments[1], segments[:2])
         candidates = [token for token, _ in distant] + candidates[len(window) :]
     return added
 
 
 def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
-    """The parts that BPE makes of a token: the pair of the lowest rank is joined first,
-    of two equal ones the left."""
+    """The BPE segments of a token: joins the pair of the lowest rank first, the left
+    one of equal pairs."""
     segments = list(token)
     while len(segments) > 1:
         pair_ranks = [ranks.get(pair) for pair in pairwise(segments)]

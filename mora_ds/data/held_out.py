@@ -1,8 +1,8 @@
-"""Which documents are trained on, and which are held out.
+"""Splits documents into training and held-out ones.
 
-    --held_out_share 0.01           documents whose hash is below 1% of all hashes are evaluated on, never trained on
+    --held_out_share 0.01           documents with a hash in the lowest 1% are only evaluated on
 
-A hash of each decides, so that the same document is on the same side in every source,
+The hash of a document decides, so the split of a document is the same in every source,
 file, run and process.
 """
 
@@ -15,12 +15,13 @@ from mora_ds.common.files import JsonObject
 from mora_ds.data.readers import Document
 
 HASHED_CHARACTERS = 1 << 16
-"""How many of a document's first characters are hashed: no first chunk has fewer."""
+"""Only this many first characters of a document are hashed. No first chunk of a longer
+document has fewer."""
 
 
 def document_hash(text: str) -> int:
-    """A 64-bit hash of the document that begins with `text`, without case and white
-    space."""
+    """A 64-bit hash of the document that starts with `text`, independent of case and
+    white space."""
     words = unicodedata.normalize("NFC", text[:HASHED_CHARACTERS]).lower().split()
     digest = hashlib.sha256(" ".join(words).encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -28,16 +29,16 @@ def document_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class DocumentFilter:
-    """Passes the documents of one side, held out or trained on."""
+    """Selects either the training documents or the held-out ones."""
 
     held_out_share: float
     takes_held_out: bool = False
-    """Whether the held-out documents pass instead of those to train on."""
+    """Whether to select the held-out documents."""
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[Document]:
         passes = True
         for document in documents:
-            if document.begins:  # its hash decides for all of its chunks
+            if document.begins:  # the first chunk decides for the document
                 is_held_out = (
                     document_hash(document.text) < self.held_out_share * 2.0**64
                 )
@@ -50,5 +51,5 @@ class DocumentFilter:
 
     @property
     def identity(self) -> JsonObject:
-        """What decides which documents pass; part of a token cache's key."""
+        """The settings that determine the selection; part of a token cache's key."""
         return {"share": self.held_out_share, "held_out": self.takes_held_out}

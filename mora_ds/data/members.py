@@ -3,10 +3,10 @@
 Each has
 
     label             the name for messages
-    marked(mark)      the documents after a position, one at a time, each with the position after it
-    content_hash()    changes whenever the contents do; the same contents elsewhere have the same hash
-    stamp()           facts that are quick to read and change with the contents: while they stay, the known hash is used
-    size_bytes()      on disk, compressed where the file is; 0 where it is not known
+    marked(mark)      iterates over the documents after a position, each with the position after it
+    content_hash()    a hash of the contents, independent of the path
+    stamp()           size and time of a file, or a fingerprint: the hash is computed again only if this changes
+    size_bytes()      on disk (compressed size of a compressed file); 0 if unknown
 """
 
 import copy
@@ -62,7 +62,7 @@ class FileMember:
 
 @dataclass(frozen=True)
 class DatasetMember:
-    """A map-style `datasets.Dataset`; it stays on disk and is read batch by batch."""
+    """A map-style `datasets.Dataset`, read from disk batch by batch."""
 
     label: str
     dataset: Any
@@ -70,7 +70,7 @@ class DatasetMember:
 
     def marked(self, mark: Mark) -> MarkedDocuments:
         rows = self.dataset.select_columns([self.text_column])
-        if mark.record == len(rows) > 0:  # `select` refuses to begin there
+        if mark.record == len(rows) > 0:  # `select` raises for this start
             return iter(())
         batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
         columns = (batch[self.text_column] for batch in batches)
@@ -88,15 +88,14 @@ class DatasetMember:
 
 @dataclass(frozen=True)
 class StreamedDatasetMember:
-    """A `datasets.IterableDataset`. A mark holds its state, which it has after any
-    row."""
+    """A `datasets.IterableDataset`. A mark holds its state, available after any row."""
 
     label: str
     dataset: Any
     text_column: str
 
     def marked(self, mark: Mark) -> MarkedDocuments:
-        # A copy, since two readers of one dataset would share its state.
+        # Copy, because two readers of one dataset would share its state.
         rows = copy.deepcopy(self.dataset)
         rows.load_state_dict(mark.state)
         number = mark.record
@@ -105,10 +104,10 @@ class StreamedDatasetMember:
             text = text_field(row, self.text_column, f"{self.label}, row {number}")
             yield Document(text), Mark(number, 0, rows.state_dict())
         if number == 0:
-            raise UserError(f"{self.label} is empty: it holds no row")
+            raise UserError(f"{self.label} is empty: it has no rows")
 
     def content_hash(self) -> str:
-        raise AssertionError("a streamed dataset has no known contents")
+        raise AssertionError("the contents of a streamed dataset are unknown")
 
     def stamp(self) -> JsonObject:
         return {"dataset": self.label}

@@ -1,22 +1,21 @@
-"""The token stream cut into blocks, and samples of them: a pure function of seed and
-number.
+"""Cuts the token stream into blocks (sequences) and draws training samples from them, as
+a pure function of seed and sample number.
 
-Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows
-of a batch.
+Shapes: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), batch size B.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
-                with a `block_start` that is every block's first input, in place of t(iT)
+                `block_start`, if any, replaces the first input t(iT) of every block
     epoch e     a permutation of the blocks, drawn from (seed, e)
-    sample n    block n of the epochs, one after the other
+    sample n    block n in the concatenation of all epochs
 
-Every token is predicted once an epoch, but for those that have nothing before them: the
-very first, with the document mask the first one of each document, and with a
-`block_start` the second one of a block that begins within a document.
+Every token is predicted once per epoch, except those without context: the first token of
+the stream; with the document mask the first token of each document; with a `block_start`
+the second token of a block that starts within a document.
 
-`block_start` is for models that predict badly unless BOS comes first
-(`tokenizer.block_start`). What it takes the place of is the last label of the block
-before.
+`block_start` is for models that predict badly unless a sequence starts with BOS
+(`tokenizer.block_start`). The token that it replaces is still the last label of the
+previous block.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from mora_ds.data.cache import TokenCache
 from mora_ds.data.documents import Documents
 
 IGNORED = -100
-"""Label of positions that predict nothing."""
+"""Label of positions without a loss."""
 
 Block = dict[str, np.ndarray]
 """input_ids, labels and position_ids of one sequence, each int64 (T,)."""
@@ -47,14 +46,13 @@ def pack(
     document_mask: bool,
     block_start: int | None,
 ) -> Block:
-    """A block from up to T + 1 consecutive tokens; the last one is a label only.
+    """A block from up to T + 1 consecutive tokens; the last token is only a label.
 
-    `document_starts`: offsets from 1 on at which a new document begins. Missing tokens
-    are padded: label -100 and, with the document mask, positions that start at 0 again,
-    so that the padding is a document of its own. A document that began in an earlier
-    block starts at position 0 too, as its first tokens cannot be attended to.
-    `block_start`: what the block begins with, in place of a token; it does not predict
-    what came after that token.
+    `document_starts`: offsets, at least 1, where documents start. A short block is
+    padded with label -100; with the document mask the positions of the padding restart
+    at 0, so that it is a separate document. A document that started in an earlier block
+    also starts at position 0, because its first tokens are out of reach. `block_start`:
+    the token that replaces the first input; its own label is then -100.
     """
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
@@ -67,7 +65,7 @@ def pack(
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
         labels[document_starts[document_starts <= real] - 1] = IGNORED
-        # For each position, where its document begins within the block.
+        # For each position the start of its document within the block.
         begins = np.zeros(seq_len, dtype=np.int64)
         within = document_starts[document_starts < real]
         begins[within] = within
@@ -98,8 +96,8 @@ class PackedDataset:
         self.document_mask = document_mask
         self.block_start = block_start
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
-        """Sequences an epoch."""
-        # One batch may take samples of two epochs.
+        """Blocks (sequences) per epoch."""
+        # A batch may contain samples of two epochs.
         self._order = lru_cache(maxsize=2)(epoch_order)
 
     def block(self, index: int) -> Block:
@@ -122,44 +120,45 @@ class PackedDataset:
         epoch, index = divmod(number, self.n_blocks)
         return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
 
-    def probe(self, index: int) -> Block:
-        """Sequence `index` of the unshuffled stream, which begins again after its
-        last."""
+    def peek(self, index: int) -> Block:
+        """Sequence `index` of the unshuffled stream, which is repeated after its
+        end."""
         return self.block(index % self.n_blocks)
 
     @property
     def content_id(self) -> str:
-        """Names the tokens: the token cache's key."""
+        """An identity of the tokens: the token cache's key."""
         return self.cache.folder.name
 
     def eval_batches(
         self, rank: int, world: int, batch_size: int
     ) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of all blocks, in order; each block is on exactly one rank.
-        Every rank yields the same number of batches of `batch_size` rows, of padding
-        where no blocks are left."""
+        """This rank's part of all blocks, in order; each block is on exactly one rank.
+        Every rank yields the same number of batches of `batch_size` sequences, padded
+        with empty sequences at the end."""
         eos_id = self.cache.eos_id
         no_starts = self.cache.ends[:0]
         padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False, None)
-        rows = world * batch_size
-        for round_start in range(0, self.n_blocks, rows):
+        global_batch_size = world * batch_size
+        for round_start in range(0, self.n_blocks, global_batch_size):
             first = round_start + rank * batch_size
             stop = min(first + batch_size, self.n_blocks)
             blocks = [self.block(index) for index in range(first, stop)]
             yield stack(blocks + [padding] * (batch_size - len(blocks)))
 
 
-def stack(rows: Sequence[Block]) -> dict[str, Any]:
-    """A batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
+def stack(blocks: Sequence[Block]) -> dict[str, Any]:
+    """A batch (B, T) of blocks (T,), with its `Documents` as `documents`."""
     batch = {
-        key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]
+        key: torch.from_numpy(np.stack([block[key] for block in blocks]))
+        for key in blocks[0]
     }
     return {**batch, "documents": Documents.of(batch["position_ids"])}
 
 
 def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
-    """A permutation of the blocks. The stream of numpy's RandomState never changes (NEP
-    19), so a run can be resumed years later."""
+    """A permutation of the blocks. numpy guarantees the stream of RandomState (NEP 19),
+    so a run can be resumed years later."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     order = np.arange(n_blocks, dtype=np.uint32 if n_blocks < 1 << 32 else np.uint64)
     np.random.RandomState(np.frombuffer(digest, dtype="<u4")).shuffle(order)

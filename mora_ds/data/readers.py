@@ -1,12 +1,12 @@
-"""One file, read as documents. Every error names the file and the line or row.
+"""Reads a file as documents. Every error names the file and the line or row.
 
-    .txt .md ...   one document a file, handed on in chunks of about a million characters where it is long
-    .jsonl .json   one object a line; the document is the object's text field
-    .parquet       one document a row
+    .txt .md ...   one document per file; a long one in chunks of about a million characters
+    .jsonl .json   one object per line; the document is the object's text field
+    .parquet       one document per row
     .gz .zst       compressed text and JSON lines
 
-No more than one chunk, line or record batch is in memory at a time. A line cannot be
-read in chunks and has a size limit, `LINE_BYTES`.
+Only one chunk, line or record batch is in memory at a time. A line is never read in
+chunks, so its size is limited: `LINE_BYTES`.
 """
 
 import codecs
@@ -27,14 +27,15 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.untrusted import parse_json
 
 CHUNK_CHARACTERS = 1 << 20
-"""Longest chunk of a text file; it ends with a line if one ends in its second half."""
+"""Maximum length of a chunk of a text file. A chunk ends at a line end if there is one
+in its second half."""
 
 BATCH_CHARACTERS = 1 << 18
-"""Characters of one batch of documents, the unit of work of a process that
-tokenises."""
+"""Characters of one batch of documents, the work unit of a tokenizing process."""
 
 LINE_BYTES = 32 << 20
-"""Longest JSON line: to tokenise one takes about 200 times its size in memory."""
+"""Maximum length of a JSON line: tokenizing it takes about 200 times its size in
+memory."""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -52,24 +53,25 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the complete document has no text."""
+        """Whether the document has no text."""
         return self.begins and self.ends and not self.text
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A position between two documents of a file or dataset, also in checkpoints."""
+    """A position between two documents of a file or dataset. Saved in checkpoints."""
 
     record: int = 0
     """Lines, rows or documents before the position."""
     offset: int = 0
-    """Bytes before it, for formats that can be read from any byte on."""
+    """Bytes before the position, for formats that can be read from any byte on."""
     state: Any = None
     """The state of a `datasets.IterableDataset` (its `state_dict`), None for files."""
 
 
 MarkedDocuments = Iterator[tuple[Document, Mark]]
-"""Documents, each with the position after it (of a chunk: before its document)."""
+"""Documents, each with the position after it; a chunk with the position before its
+document."""
 
 START = Mark()
 
@@ -80,7 +82,7 @@ Item = TypeVar("Item")
 def batched(
     items: Iterable[Item], characters: Callable[[Item], int]
 ) -> Iterator[list[Item]]:
-    """Consecutive items in batches of at least `BATCH_CHARACTERS`, but for the last
+    """Batches of consecutive items with at least `BATCH_CHARACTERS`, except for the last
     batch."""
     batch: list[Item] = []
     size = 0
@@ -114,25 +116,25 @@ _UNREADABLE = (
 
 
 def has_known_suffix(path: Path) -> bool:
-    """Whether a search for text in a folder takes this file."""
+    """Whether the file is read if the user names its folder."""
     return _inner_suffix(path) in _KINDS
 
 
 def file_kind(path: Path) -> str:
     """The format of a file by its suffix; an unknown suffix means text. Raises
-    `UserError` for formats that are not read."""
+    `UserError` for unsupported formats."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, TEXT)
     if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
         raise UserError(
-            f"{path}: {''.join(path.suffixes[-2:])} files are not read; give text, JSON lines (both also as .gz or "
-            ".zst) or Parquet, or a data set that `datasets` has saved with --dataset_name"
+            f"{path}: {''.join(path.suffixes[-2:])} files are not supported; give text, JSON lines (both also as .gz "
+            "or .zst) or Parquet, or a dataset saved by `datasets` with --dataset_name"
         )
     return kind
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the complete file is compressed: it can only be read from its start."""
+    """Whether the file is compressed, so that it can only be read from its start."""
     return path.suffix.lower() in _COMPRESSED
 
 
@@ -141,12 +143,12 @@ def _inner_suffix(path: Path) -> str:
 
 
 def read_file(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
-    """The documents of a file after `mark`, each with the position after it (for a
-    chunk: before its document).
+    """The documents of a file after `mark`, each with the position after it (a chunk:
+    with the position before its document).
 
-    JSON lines are read from the mark's byte on, Parquet from its row group; a
+    JSON lines are read from the mark's byte on, Parquet from the mark's row group. A
     compressed file is decompressed, but not parsed, up to the mark. Raises `UserError`
-    at the first line or row that is no document.
+    at the first line or row that is not a document.
     """
     kind = file_kind(path)
     try:
@@ -163,12 +165,12 @@ def read_file(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
 
 
 def text_field(row: Any, text_column: str, source: str) -> str:
-    """The text of one JSON record. Raises `UserError` that says what is there instead
-    of a string in that field."""
+    """The text of one JSON record. Raises `UserError` if the field is missing or not a
+    string."""
     if not isinstance(row, dict):
         kind = type(row).__name__
         raise UserError(
-            f"{source}: a {kind} where an object with a field {text_column!r} should be{_ONE_A_LINE}"
+            f"{source}: a {kind} instead of an object with a field {text_column!r}{_ONE_PER_LINE}"
         )
     if text_column not in row:
         raise _no_column(source, text_column, row)
@@ -188,10 +190,10 @@ def text_field(row: Any, text_column: str, source: str) -> str:
 
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
-    """Raise `UserError` unless one column of the table has that name, and holds
+    """Raise `UserError` unless the table has exactly one column of that name, with
     strings."""
     index = schema.get_field_index(text_column)
-    # -1 stands for none, and for several.
+    # -1 means no column, or several.
     if index < 0:
         raise _no_column(source, text_column, schema.names)
     kind = schema.field(index).type
@@ -207,13 +209,13 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
     fields = ", ".join(names) or "none"
     suggestion = nearest(text_column, names)
     return UserError(
-        f"{source}: no field {text_column!r}; there are: {fields}. Name it with --text_column.{suggestion}"
+        f"{source}: no field {text_column!r}; its fields are: {fields}. Name one with --text_column.{suggestion}"
     )
 
 
 def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
-    # Some stores pad files with zeros at their end, which Python's own reader takes.
+    # Some stores pad files with zeros at the end. Only Python's reader accepts that.
     if compression == "gzip":
         return io.BufferedReader(gzip.open(path))
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
@@ -223,8 +225,8 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_text(path: Path, mark: Mark) -> MarkedDocuments:
-    """A text file in chunks, cut after the last line end in their second half, if there
-    is one, so that few words are torn."""
+    """The chunks of a text file. Each is cut after the last line end in its second half,
+    if there is one, so that few words are split."""
     if mark != START:
         return
     pending = ""
@@ -232,7 +234,7 @@ def _read_text(path: Path, mark: Mark) -> MarkedDocuments:
     for block in _decoded(path):
         pending += block
         while len(pending) > CHUNK_CHARACTERS:
-            # Not near the start of the text: the first chunk decides whether the
+            # Not near the start: the hash of the first chunk decides whether the
             # document is held out.
             line_end = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS)
             cut = CHUNK_CHARACTERS if line_end < 0 else line_end + 1
@@ -245,7 +247,7 @@ def _read_text(path: Path, mark: Mark) -> MarkedDocuments:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """Blocks of text; a byte order mark is dropped, line ends stay as they are."""
+    """Blocks of decoded text, without a byte order mark, with unchanged line ends."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     lines = 1
     with _open(path) as stream:
@@ -263,20 +265,19 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     return UserError(
-        f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert the file, for instance "
-        "with iconv, or leave it out"
+        f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert the file, for example "
+        "with iconv, or remove it from the flag"
     )
 
 
 # -- JSON ------------------------------------------------------------------------------
 
 
-_ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
+_ONE_PER_LINE = "; the format is one object per line (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
-    """The records of JSON lines, without blank lines. A byte order mark may come
-    first."""
+    """The records of JSON lines. Skips blank lines and a byte order mark."""
     offset = mark.offset
     is_empty = mark == START
     with _open(path) as stream:
@@ -299,7 +300,7 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
                     Mark(number, offset),
                 )
     if is_empty:
-        raise UserError(f"{path} is empty: it holds no JSON record")
+        raise UserError(f"{path} is empty: it has no JSON record")
 
 
 def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
@@ -309,25 +310,25 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
             return
         if len(line) > LINE_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it, "
-                f"or give the document as a text file, which is read in chunks{_ONE_A_LINE}"
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, the maximum for a record; split it, or "
+                f"give the document as a text file, which is read in chunks{_ONE_PER_LINE}"
             )
         yield line
 
 
 def _parse(where: str, line: bytes) -> Any:
-    """The value in a line."""
+    """The JSON value of a line."""
     try:
         return parse_json(line.decode())
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}, column {error.colno}: broken JSON: {error.msg}{_ONE_A_LINE}"
+            f"{where}, column {error.colno}: invalid JSON: {error.msg}{_ONE_PER_LINE}"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{where}: {error}; write it otherwise, or leave the line out"
+            f"{where}: {error}; change the value, or remove the line"
         ) from None
 
 
@@ -335,14 +336,14 @@ def _parse(where: str, line: bytes) -> Any:
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
-    """The text column without its first `skip` rows, a batch at a time."""
+    """The text column without its first `skip` rows, in batches."""
     with pyarrow.parquet.ParquetFile(path) as table:
         check_column(table.schema_arrow, text_column, str(path))
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
             groups.pop(0)
             skip -= rows
-        # Asked for no group, pyarrow would read all of them.
+        # For an empty list pyarrow would read all groups.
         if not groups:
             return
         columns = [text_column]
@@ -354,9 +355,9 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
 def read_rows(
     label: str, columns: Iterable[list[str | None]], row: int
 ) -> MarkedDocuments:
-    """A table's text column, batch by batch, as documents. `row`: how many rows were
-    skipped before the first one. Raises `UserError` for a null, for text that is not
-    UTF-8, and for a table without rows."""
+    """The documents of a table's text column, given in batches. `row`: number of skipped
+    rows. Raises `UserError` for a null, for text that is not UTF-8, and for a table
+    without rows."""
     try:
         for column in columns:
             for text in column:
@@ -364,10 +365,10 @@ def read_rows(
                 if text is None:
                     raise UserError(f"{label}, row {row}: the text is null")
                 yield Document(text), Mark(row)
-    # Arrow looks at its strings only when they become Python's, a batch at a time.
+    # Arrow validates strings only when it converts a batch to Python.
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}"
+            f"{label}: not UTF-8 in row {row + 1} or one of the next {_ROWS_PER_BATCH}: {error}"
         ) from None
     if row == 0:
-        raise UserError(f"{label} is empty: it holds no row")
+        raise UserError(f"{label} is empty: it has no rows")

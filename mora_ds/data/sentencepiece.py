@@ -1,18 +1,18 @@
-"""SentencePiece models: trained, and turned into transformers tokenizers of the same
+"""Trains SentencePiece models and converts them to transformers tokenizers with the same
 ids.
 
-    texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
+    texts -> groups of lines -> SentencePiece's trainer -> tokenizer.model
     the model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast -> tokenizer.json
 
-The wrapped tokenizer repeats what SentencePiece does, stage by stage:
+The converted tokenizer has the stages of SentencePiece:
 
-    normalise    spaces -> U+2581
+    normalize    spaces -> U+2581
     merge        every pair that makes a token, ranked by the token's score
     fall back    characters that are not in the vocabulary become their UTF-8 bytes
 
 Documents are plain text: "</s>" in a document is four characters, as in SentencePiece,
-not the end-of-text token. (SentencePiece calls the entries of a vocabulary pieces; so
-do the fields of its protocol buffers.)
+not the end-of-text token. (SentencePiece and its protocol buffers call the entries of a
+vocabulary pieces.)
 """
 
 import io
@@ -35,22 +35,22 @@ _SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 _SPACE = "\u2581"
 _LINE_BYTES = 4096
 _SAMPLE_BYTES = 128 << 20
-"""Of a larger corpus a fixed random sample of about this size is trained on."""
+"""A larger corpus is reduced to a fixed random sample of about this size."""
 
 _NORMAL = 1
-"""The type of the pieces that text can become, bytes apart."""
+"""The type of tokens of text, in contrast to special tokens and bytes."""
 
-_CANDIDATES_A_TOKEN = 4
-"""Many candidates are old tokens, or more than one word for the tokenizer."""
+_CANDIDATES_PER_TOKEN = 4
+"""More than 1, because many candidates are old tokens, or several words for the
+tokenizer."""
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
-    """Train a SentencePiece model (BPE) on `texts`, and write it into `folder`: as
-    tokenizer.model, and as a transformers tokenizer with the same ids. Returns the
+    """Train a SentencePiece model (BPE) on `texts` and write it to `folder`, as
+    tokenizer.model and as a transformers tokenizer with the same ids. Returns the
     folder.
 
-    The same texts give the same files. Raises `UserError` where the corpus does not
-    yield that many tokens.
+    Deterministic. Raises `UserError` if the corpus yields fewer tokens.
     """
     model = _trained(texts, vocab_size, "--train_tokenizer_vocab")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
 
 
 def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
-    """Candidates for `wanted` new tokens: what text can become of the vocabulary of a
-    SentencePiece model trained on `texts`, the best-scored first. Spaces are U+2581;
-    digits stay apart. Raises `UserError` for a corpus without text."""
-    size = 512 + _CANDIDATES_A_TOKEN * wanted
+    """Candidates for `wanted` new tokens: the normal tokens of a SentencePiece model
+    trained on `texts`, best score first. Spaces are U+2581; digits are separate tokens.
+    Raises `UserError` for a corpus without text."""
+    size = 512 + _CANDIDATES_PER_TOKEN * wanted
     model = _trained(texts, size, "--pieces", hard_vocab_limit=False, split_digits=True)
     pieces = _parsed(model).pieces
     normal = [piece for piece in pieces if piece.type == _NORMAL]
@@ -73,9 +73,9 @@ def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
 def _trained(
     texts: Iterable[str], vocab_size: int, flag: str, **settings: Any
 ) -> bytes:
-    """The trained model. Nothing is normalised (indentation, tabs and line ends are
-    tokens like any other), and characters that are not in the vocabulary fall back to
-    bytes, so decoding gives back every text."""
+    """Train a model and return its file. Text is not normalized (indentation, tabs and
+    line ends are kept), and unknown characters fall back to bytes, so decoding restores
+    every text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -92,7 +92,7 @@ def _trained(
             max_sentence_length=4 * _LINE_BYTES,
             input_sentence_size=max(_SAMPLE_BYTES // _LINE_BYTES, 101),
             shuffle_input_sentence=False,
-            # Sums of floats over threads would make the result depend on their number.
+            # With threads the float sums would depend on their number.
             num_threads=1,
             minloglevel=2,
             unk_id=0,
@@ -101,7 +101,7 @@ def _trained(
             pad_id=3,
             **settings,
         )
-    # ValueError: for a number beyond 31 bits.
+    # ValueError: a number beyond 31 bits.
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}"
@@ -114,8 +114,8 @@ def _parsed(model: bytes) -> Any:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of lines of up to about `_LINE_BYTES`: the trainer would drop far longer
-    ones."""
+    """Groups of lines of up to about `_LINE_BYTES`, because the trainer drops far longer
+    sentences."""
     for text in texts:
         start = 0
         while start < len(text):
@@ -132,8 +132,8 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that stays the same when it is saved and loaded. BOS is put before
-    texts."""
+    """The model as a transformers tokenizer, which saving and loading does not change.
+    It puts BOS before texts."""
     tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
@@ -155,8 +155,8 @@ def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
 
 
 def _bpe_model(proto: Any) -> models.BPE:
-    """A BPE model with the same merges: SentencePiece joins the two neighbours whose
-    union scores best, however the union is split. Only normal tokens merge."""
+    """A BPE model with the same merges: SentencePiece joins the two neighbors whose
+    union has the best score, however the union is split. Only normal tokens merge."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {
         piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL

@@ -1,12 +1,12 @@
-"""The documents of a corpus that is read while training, in shuffled windows.
+"""The documents of a corpus that is read during training, in shuffled windows.
 
     members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
-A stream can begin at any position. A window's order is drawn from
-(seed, epoch, window), so a few numbers say where the stream is: the file position at
-which the window begins, and how many of its documents are done. To go on from there one
-window is read again. A document that comes in chunks is too long for a window: it is a
-window of its own, passed on chunk by chunk.
+A stream can start at any position. The order of a window is drawn from
+(seed, epoch, window), so a position is a few numbers: the file position where the window
+starts, and the number of its completed documents. Resuming reads one window again. A
+document in chunks is too long for a window; it is a separate window, passed on chunk by
+chunk.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from mora_ds.data.packing import epoch_order
 from mora_ds.data.readers import START, Document, Mark, MarkedDocuments
 
 IN_ORDER_WINDOW = 1024
-"""Documents of a window that is not shuffled: at most so many are read again at a
-resume."""
+"""Documents of a window without shuffling: the maximum that a resume reads again."""
 
 WINDOW_CHARACTERS = 1 << 28
-"""A window with so much text is complete, however few documents it has."""
+"""A window is complete when it has this much text, even with fewer documents."""
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A position before a document (or chunk) of the stream, JSON in checkpoints."""
+    """A position before a document (or chunk) of the stream. Saved in checkpoints."""
 
     epoch: int = 0
     window: int = 0
     member: int = 0
-    """The member in which the window begins, counted in the epoch's order of
-    members."""
+    """The member where the window starts, counted in the epoch's order of members."""
     mark: Mark = START
-    """The position in that member at which the window begins."""
+    """The position in that member where the window starts."""
     done: int = 0
     """Documents and chunks of the window before this position."""
 
@@ -67,9 +65,9 @@ class DocumentStream:
     def epoch(
         self, position: StreamPosition
     ) -> Iterator[tuple[Document, StreamPosition]]:
-        """The documents from `position` to the end of its epoch, each with its
-        position. Empty ones are left out. Raises `UserError` for a record that is no
-        document, `RunError` for a member that cannot be read any more."""
+        """The documents from `position` to the end of its epoch, without empty ones,
+        each with its position. Raises `UserError` for a record that is not a document,
+        and `RunError` for a member that can no longer be read."""
         done = position.done
         for opening, window in self._windows(replace(position, done=0)):
             for index, document in enumerate(window):
@@ -80,8 +78,8 @@ class DocumentStream:
     def _windows(
         self, opening: StreamPosition
     ) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
-        """The position at which each window begins, and its documents, to be read
-        before the next window is asked for."""
+        """(start position, documents) of each window. Consume the documents before the
+        next window."""
         documents = self._documents(opening)
         end = opening
         window: list[Document] = []
@@ -126,8 +124,7 @@ class DocumentStream:
     def _documents(
         self, position: StreamPosition
     ) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) from `position` on, without empty
-        documents."""
+        """(document, position after it) from `position` on, without empty documents."""
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
@@ -141,12 +138,12 @@ class DocumentStream:
 
     def _read(self, member: Member, mark: Mark) -> MarkedDocuments:
         """The documents of `member` after `mark`, each with the position after it.
-        `datasets` itself repeats what fails over a network, for about two minutes."""
+        `datasets` itself retries network errors, for about two minutes."""
         try:
             yield from member.marked(mark)
         except UserError as error:
-            # A disk or network that fails has an errno, damage in a file has none: a
-            # run may resume after the former.
+            # Errors of a disk or network, which have an errno, may go away: a run may
+            # resume. Damage in a file has none.
             cause = error.__cause__
             fails = isinstance(cause, OSError) and cause.errno is not None
             kind = RunError if fails else UserError

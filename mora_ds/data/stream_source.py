@@ -1,10 +1,10 @@
-"""A stream of documents as blocks of tokens: those that a token cache would give.
+"""A stream of documents as blocks of tokens, the same blocks as from a token cache.
 
-    documents  --batches, each tokenised by one of the ranks-->  tokens in a queue  --T at a time-->  block
+    documents  --batches, each tokenized by one of the ranks-->  tokens in a queue  --T at a time-->  block
 
 Only a few batches of documents are read ahead. The saved state is the position of the
-first document whose tokens are still needed, and how many of its tokens are not; on
-resuming that document is tokenised again.
+first document that is not used up, and the number of its used tokens. A resume tokenizes
+that document again.
 """
 
 from collections import deque
@@ -22,19 +22,19 @@ from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
 
-SharedWork = Callable[[Callable[[int], Any], int], list[Any]]
-"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one
-of them. All ranks call it at the same moments. (`runtime.ranks.Ranks` is one.)"""
+MapOverRanks = Callable[[Callable[[int], Any], int], list[Any]]
+"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each item computed by
+one rank. Collective, such as `runtime.ranks.Ranks.map`."""
 
 
-def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
-    """The `SharedWork` of a single rank."""
+def map_in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
+    """`MapOverRanks` without other ranks."""
     return [work(number) for number in range(count)]
 
 
 @dataclass
 class _QueuedDocument:
-    """The tokens of a document (or chunk); the first `used` are no longer needed."""
+    """The tokens of a document (or chunk), of which the first `used` are used up."""
 
     position: StreamPosition
     tokens: np.ndarray
@@ -43,7 +43,7 @@ class _QueuedDocument:
 
 
 class StreamSource:
-    """One streamed source, read forward only."""
+    """A streamed source, which can only be read forward."""
 
     n_blocks = None
 
@@ -54,25 +54,25 @@ class StreamSource:
         seq_len: int,
         document_mask: bool,
         content_id: Any,
-        share: SharedWork = in_this_process,
+        map_over_ranks: MapOverRanks = map_in_this_process,
         ranks: int = 1,
         block_start: int | None = None,
     ) -> None:
-        """`share`: how the `ranks` tokenise together, each a batch of documents at a
-        time. `block_start`: as in `pack`."""
+        """`map_over_ranks`: splits batches of documents over the `ranks`, which
+        tokenize them. `block_start`: as in `pack`."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.content_id = content_id
-        self.share = share
+        self.map_over_ranks = map_over_ranks
         self.ranks = ranks
         self.block_start = block_start
-        self._probes: list[Block] = []
+        self._first_blocks: list[Block] = []
         self.restore({"place": StreamPosition().to_json(), "offset": 0, "samples": 0})
 
     def state(self) -> JsonObject:
-        """The position, as JSON for a checkpoint."""
+        """The position as JSON, for a checkpoint."""
         position = self._position
         offset = self._offset
         if self.queue:
@@ -81,12 +81,12 @@ class StreamSource:
         return {"place": position.to_json(), "offset": offset, "samples": self._samples}
 
     def restore(self, state: JsonObject) -> None:
-        """Goes on from `state`; nothing is read before it is needed."""
+        """Continue from `state`. Reads nothing yet."""
         self._samples = state["samples"]
         self._start(StreamPosition.from_json(state["place"]), state["offset"])
 
     def sample(self, number: int) -> Block:
-        """The next block, of the next epoch where one ends. Raises `UserError` for a
+        """The next block; starts the next epoch if necessary. Raises `UserError` for a
         source without text."""
         assert number == self._samples, "a stream is read in order"
         while True:
@@ -97,11 +97,11 @@ class StreamSource:
                 return self._next_block()
             self._next_epoch()
 
-    def probe(self, index: int) -> Block:
-        """Sequence `index` of the stream's start, read by every rank for itself. The
-        stream stays where it is."""
-        if index >= len(self._probes):
-            again = StreamSource(
+    def peek(self, index: int) -> Block:
+        """Sequence `index` from the start of the stream, without moving the stream. Not
+        collective."""
+        if index >= len(self._first_blocks):
+            copy = StreamSource(
                 self.documents,
                 self.encoder,
                 self.seq_len,
@@ -109,8 +109,8 @@ class StreamSource:
                 None,
                 block_start=self.block_start,
             )
-            self._probes = [again.sample(number) for number in range(index + 1)]
-        return self._probes[index]
+            self._first_blocks = [copy.sample(number) for number in range(index + 1)]
+        return self._first_blocks[index]
 
     def _start(self, position: StreamPosition, offset: int) -> None:
         self._position = position
@@ -128,21 +128,21 @@ class StreamSource:
         if self._at_epoch_start:
             name = self.documents.name
             raise UserError(
-                f"source {name!r} holds no text to train on: every document is empty"
+                f"source {name!r} has no text to train on: every document is empty"
             )
         self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
 
     def _fill(self) -> bool:
-        """Tokenise the next documents, a batch a rank; False at the end of the
-        epoch."""
+        """Tokenize the next documents, one batch per rank. Returns False at the end of
+        the epoch."""
         batches = list(islice(self._batches, self.ranks))
 
         def encode(number: int) -> list[np.ndarray]:
-            return self.encoder.rows([document for document, _ in batches[number]])
+            return self.encoder.encode([document for document, _ in batches[number]])
 
-        encoded = self.share(encode, len(batches))
-        for batch, rows in zip(batches, encoded, strict=True):
-            for (document, position), tokens in zip(batch, rows, strict=True):
+        encoded = self.map_over_ranks(encode, len(batches))
+        for batch, token_lists in zip(batches, encoded, strict=True):
+            for (document, position), tokens in zip(batch, token_lists, strict=True):
                 queued = _QueuedDocument(position, tokens, document.ends, self._offset)
                 self.queue.append(queued)
                 self._available += len(tokens) - self._offset
@@ -150,8 +150,8 @@ class StreamSource:
         return bool(batches)
 
     def _next_block(self) -> Block:
-        """The first T + 1 tokens of the queue. The last one is a label only, and stays
-        there as the first input of the next block."""
+        """A block of the first T + 1 tokens of the queue. The last one is only a label
+        and stays in the queue as the first input of the next block."""
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []
@@ -165,7 +165,7 @@ class StreamSource:
             if queued.ends and queued.used == len(queued.tokens):
                 ends.append(size)
             if size == wanted:
-                queued.used -= 1  # the label that is the next input
+                queued.used -= 1  # the last label is the next input
             if queued.used == len(queued.tokens):
                 self.queue.popleft()
         self._available -= wanted - 1

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, checked against a model, and encoding documents.
+"""Loads tokenizers, checks them against a model, and encodes documents.
 
 load_tokenizer(folder | hub name)                   ->  a transformers tokenizer
 train_sentencepiece(corpus.texts(), N, folder)      ->  folder, for load_tokenizer
@@ -21,39 +21,39 @@ from mora_ds.data.readers import Document
 
 AUTO = "auto"
 NOTHING = "none"
-"""What stands before documents where no token is named: the tokenizer's BOS, or
-nothing."""
+"""Values of --document_start that are not tokens: the tokenizer's BOS if it uses one,
+or no token."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a batch of documents into tokens and the offsets at which documents end."""
+    """Encodes a batch of documents to tokens and the offsets where documents end."""
 
     tokenizer: PreTrainedTokenizerBase
     start_id: int | None
-    """Put before every document; None for nothing."""
+    """The token before every document; None for none."""
     eos_id: int
-    """Put after every document."""
+    """The token after every document."""
     dtype: str
-    """Of the tokens: `<u2` for vocabularies of up to 65,536 ids, else `<u4`."""
+    """numpy dtype of tokens: `<u2` for vocabularies of up to 65,536 ids, else `<u4`."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> Encoder:
-        """`start`: as in `start_id`. Raises `UserError` for one that it does not have,
-        and where there is no end-of-text token."""
+        """`start`: as in `start_id`. Raises `UserError` if the tokenizer has no such
+        token or no end-of-text token."""
         eos_id = end_of_text_id(tokenizer)
         dtype = "<u2" if largest_id(tokenizer)[1] < 1 << 16 else "<u4"
         return cls(tokenizer, start_id(tokenizer, start), eos_id, dtype)
 
     def __call__(self, batch: list[Document]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.rows(batch)
-        ends = np.cumsum([len(row) for row in rows], dtype="<i8")
+        token_lists = self.encode(batch)
+        ends = np.cumsum([len(tokens) for tokens in token_lists], dtype="<i8")
         is_last_chunk = [document.ends for document in batch]
-        return np.concatenate(rows), ends[is_last_chunk]
+        return np.concatenate(token_lists), ends[is_last_chunk]
 
-    def rows(self, batch: list[Document]) -> list[np.ndarray]:
-        """The tokens of each document or chunk, with the start token where a document
-        begins, and EOS where it ends."""
+    def encode(self, batch: list[Document]) -> list[np.ndarray]:
+        """The tokens of each document or chunk, with the start token before a
+        document's first chunk and EOS after its last one."""
         encoded = self.tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
@@ -62,12 +62,12 @@ class Encoder:
             verbose=False,
         )
         start = [] if self.start_id is None else [self.start_id]
-        rows = []
+        token_lists = []
         for document, ids in zip(batch, encoded["input_ids"], strict=True):
             before = start if document.begins else []
             after = [self.eos_id] if document.ends else []
-            rows.append(np.asarray([*before, *ids, *after], self.dtype))
-        return rows
+            token_lists.append(np.asarray([*before, *ids, *after], self.dtype))
+        return token_lists
 
 
 _TOKENIZER_FILES = (
@@ -78,12 +78,12 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "*.model",
 )
-"""A folder with none of these has no tokenizer, where transformers might make an empty
-one."""
+"""A folder without any of these has no tokenizer, although transformers may create an
+empty one for it."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer in a folder, be it readable or not."""
+    """Whether a folder has files of a tokenizer, valid or not."""
     return any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
 
 
@@ -93,8 +93,8 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     flag: str = "--tokenizer_name",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model. Raises `UserError`, which names `flag`,
-    where there is none, or where it has code that is not trusted."""
+    """Load the tokenizer of a folder or a Hub model. Raises `UserError` that names
+    `flag` if there is none, or if it needs remote code that is not trusted."""
     path = expanded(name_or_path, flag)
     if path.is_dir() and not holds_tokenizer(path):
         files = ", ".join(_TOKENIZER_FILES)
@@ -104,10 +104,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-        # Some of its settings are first read when it encodes.
+        # Some settings are read on the first call only.
         tokenizer("a")
         return tokenizer
-    # The tokenizers library raises plain ones, such as for merges of unknown tokens.
+    # The tokenizers library raises plain `Exception`, such as for unknown merges.
     except Exception as error:
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}"
@@ -117,7 +117,7 @@ def load_tokenizer(
 def load_as_of_model(
     folder: Path, model_type: str, flag: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` as transformers loads it in the folder of a model of
+    """Load the tokenizer in `folder` as transformers does in the folder of a model of
     that type."""
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
@@ -130,13 +130,13 @@ def load_as_of_model(
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name"
 ) -> None:
-    """Raise `UserError` for a tokenizer with ids beyond the model's `vocab_size`
-    rows."""
+    """Raise `UserError` for a tokenizer with ids beyond the `vocab_size` rows of the
+    model's embeddings."""
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
             f"{flag}: the tokenizer does not fit the model: its token {token!r} has id {largest}, "
-            f"the model has embeddings for ids 0 to {vocab_size - 1} only; take the model's own tokenizer"
+            f"the model has embeddings for ids 0 to {vocab_size - 1} only; use the model's own tokenizer"
         )
 
 
@@ -145,11 +145,11 @@ def check_reload(
     model_type: str,
     flag: str,
 ) -> None:
-    """Raise `UserError` where transformers would load the tokenizer, saved with a model
-    of this type, as another one.
+    """Raise `UserError` if transformers would load the tokenizer differently from the
+    folder of a model of this type.
 
-    Needed for tokenizers that are not the model's own: transformers (5.24) reads the
-    tokenizer in the folder of a "qwen2" model, for example, as that model's byte-level
+    Needed for tokenizers that are not the model's own: for example, transformers (5.24)
+    loads any tokenizer in the folder of a "qwen2" model as that model's byte-level
     tokenizer, without a warning.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -158,12 +158,12 @@ def check_reload(
     if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{flag}: transformers loads any tokenizer in the folder of a {model_type!r} model as "
-            f"{type(again).__name__}, which would give other ids than this one; take the model's own tokenizer"
+            f"{type(again).__name__}, which would give other ids than this one; use the model's own tokenizer"
         )
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """(token, id) of the largest id, added tokens included. Ids may have gaps."""
+    """(token, id) of the largest id, including added tokens. Ids may have gaps."""
     return max(tokenizer.get_vocab().items(), key=lambda item: item[1])
 
 
@@ -176,9 +176,9 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | None:
-    """The id of what stands before every document: for auto BOS, where the tokenizer
-    puts it before a text; nothing for none; else the token `start`. Raises `UserError`
-    where the tokenizer does not have it."""
+    """The id of the token before every document. `start`: "auto" for BOS if the
+    tokenizer puts it before a text, "none" for no token, or a token. Raises `UserError`
+    if the tokenizer has no such token."""
     if start == NOTHING:
         return None
     if start == AUTO:
@@ -187,7 +187,7 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
     if token_id is None:
         special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"
         raise UserError(
-            f"--document_start {start!r} is no token of the tokenizer, whose special tokens are {special}"
+            f"--document_start {start!r} is not a token of the tokenizer; its special tokens are {special}"
         )
     return int(token_id)
 
@@ -195,19 +195,18 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
 def block_start(
     tokenizer: PreTrainedTokenizerBase, start: str, model_type: str
 ) -> int | None:
-    """What every packed sequence begins with, also one that goes on with a document:
-    `start_id` for Gemma, None for other models.
+    """The token that every packed sequence starts with: `start_id` for Gemma, None for
+    other models.
 
-    Gemma 3 270M had a perplexity of 43 and 34 on two texts in sequences of 512 tokens,
-    and 32 and 27 where each begins with BOS. A small Llama that was trained so learned
-    no more, and then wanted BOS first, too.
+    Gemma 3 270M had perplexities of 43 and 34 on two texts in sequences of 512 tokens,
+    and of 32 and 27 if each sequence starts with BOS. A small Llama trained this way
+    did not learn better, and needed BOS from then on.
     """
     return start_id(tokenizer, start) if "gemma" in model_type else None
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-text token. Raises `UserError` where the tokenizer has
-    none."""
+    """The id of the end-of-text token. Raises `UserError` if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
@@ -217,7 +216,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids, the same in every process and after
+    """A hash of all settings that determine token ids. Equal in every process, and after
     saving and loading."""
     facts: JsonObject = {
         "bos": tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""A function applied to a stream of items in several processes, in order."""
+"""Applies a function to a stream of items in several processes, keeping the order."""
 
 import os
 import threading
@@ -16,18 +16,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _work: Callable[[Any], Any] | None = None
-"""The function of this worker process, sent once, as it may hold a tokenizer."""
+"""The function of this worker process. It is sent once, because it may contain a
+tokenizer."""
 
 
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], num_proc: int
 ) -> Iterator[Result]:
-    """`map(work, items)`, in `num_proc` processes where that is more than one.
+    """`map(work, items)` in `num_proc` processes, or in this process if that is 1.
 
-    Unlike `Pool.imap` it never runs ahead of its consumer by more than a few items a
-    process, so `items` may be far larger than memory. Workers are spawned, not forked:
-    the caller may hold CUDA contexts and threads. Raises what `work` raises, and
-    `RunError` when a worker is killed.
+    Unlike `Pool.imap` it is never more than a few items per process ahead of its
+    consumer, so `items` may be far larger than memory. Workers are spawned, not forked,
+    because the caller may have CUDA contexts and threads. Raises the error of `work`,
+    and `RunError` if a worker is killed.
     """
     if num_proc <= 1:
         yield from map(work, items)
@@ -48,7 +49,7 @@ def ordered_map(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise RunError(
-            "a worker process of the data was killed, perhaps for lack of memory; lower --preprocessing_workers"
+            "a data worker process was killed, perhaps because memory ran out; lower --preprocessing_workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -57,15 +58,15 @@ def ordered_map(
 def _install(work: Callable[[Any], Any]) -> None:
     global _work
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # already parallel by processes
     _work = work
 
 
 def _exit_with_parent() -> None:
-    """End this process when the caller is killed: the pool's worker would wait for its
-    next item (Python 3.11)."""
+    """End this process when the caller is killed. Otherwise the pool's worker would wait
+    forever for its next item (Python 3.11)."""
     parent = parent_process()
-    assert parent is not None, "runs in worker processes only"
+    assert parent is not None, "called in worker processes only"
     wait([parent.sentinel])
     os._exit(1)
 

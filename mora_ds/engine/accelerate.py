@@ -1,8 +1,7 @@
-"""The engine of a run by Hugging Face's Trainer, whose accelerate calls
-`deepspeed.initialize` itself.
+"""The engine for Hugging Face's Trainer, where accelerate calls `deepspeed.initialize`.
 
 Written against accelerate 1.15, transformers 5.24 and DeepSpeed 0.19.8;
-tests/hf/test_options.py fails where an upgrade moves what is used here.
+tests/hf/test_options.py fails if an upgrade moves a symbol used here.
 """
 
 import os
@@ -21,18 +20,18 @@ from mora_ds.engine.device import current_device, is_cpu
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import STARTED, initialize
 
-_OURS = "_mora_ds_cpu"
-"""Marks the class that `allow_cpu` has changed."""
+_PATCHED = "_mora_ds_cpu"
+"""Attribute of the class that `allow_cpu` has patched."""
 
 
 def allow_cpu() -> None:
-    """Lets accelerate use DeepSpeed on CPUs, over gloo; does nothing on a GPU.
+    """Let accelerate use DeepSpeed on CPUs, with gloo; does nothing on a GPU.
 
-    accelerate takes processes on CPUs for a single one each, unless DeepSpeed is left
-    out (state.py, `PartialState._prepare_backend`). Called before `TrainingArguments`
-    are made, which start the process group.
+    With DeepSpeed on CPUs, accelerate would treat each process as a run of one process
+    (state.py, `PartialState._prepare_backend`). Call before `TrainingArguments` are
+    created, which start the process group.
     """
-    if not is_cpu() or hasattr(PartialState, _OURS):
+    if not is_cpu() or hasattr(PartialState, _PATCHED):
         return
     zero.prepare_backend()
     original = PartialState._prepare_backend
@@ -45,16 +44,17 @@ def allow_cpu() -> None:
         return ("gloo", DistributedType.MULTI_CPU) if launched else (backend, kind)
 
     PartialState._prepare_backend = backend_of
-    setattr(PartialState, _OURS, True)
+    setattr(PartialState, _PATCHED, True)
 
 
 @contextmanager
 def our_engine() -> Iterator[None]:
-    """Within, `deepspeed.initialize` makes the engine of `mora_ds.initialize`.
+    """A context in which `deepspeed.initialize` creates the engine of
+    `mora_ds.initialize`.
 
-    accelerate looks the function up when a model is prepared (accelerator.py,
-    `_prepare_deepspeed`) and passes `model`, `config_params`, `model_parameters`
-    (dropped: the adapter chooses its parameter groups) and `lr_scheduler`.
+    accelerate calls the function when it prepares a model (accelerator.py,
+    `_prepare_deepspeed`), with `model`, `config_params`, `model_parameters` (ignored:
+    the adapter defines its parameter groups) and `lr_scheduler`.
     """
 
     def ours(
@@ -65,14 +65,14 @@ def our_engine() -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         config = dict(config_params)
-        # accelerate sets it to infinity, which is no number of JSON
+        # accelerate sets it to infinity, which JSON does not support
         # (utils/dataclasses.py, DeepSpeedPlugin)
         config.pop("steps_per_print", None)
-        # A Trainer may train again, from a checkpoint, which fills its new engine
+        # A Trainer may train again: its new engine is then restored from a checkpoint
         vars(model).pop(STARTED, None)
         with _in_place_of_deepspeed(original):
             returned = initialize(model=model, config=config, **kwargs)
-        mark_whole(frozen_buffers(model).values())
+        mark_gathered(frozen_buffers(model).values())
         return returned
 
     original = deepspeed.initialize
@@ -82,25 +82,24 @@ def our_engine() -> Iterator[None]:
 
 @contextmanager
 def bare_model(dtype: Any) -> Iterator[None]:
-    """Within the context `deepspeed.initialize` makes no engine: it moves the model to
+    """A context in which `deepspeed.initialize` creates no engine: it moves the model to
     this process's device in `dtype` and returns it. For an evaluation before training,
-    which needs no shards of anything."""
+    which needs no sharding."""
 
     def ours(*, model: nn.Module, **kwargs: Any) -> tuple[Any, ...]:
         move_base(model, current_device(), dtype)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(current_device(), dtype)
-        mark_whole([*frozen_buffers(model).values(), *model.parameters()])
+        mark_gathered([*frozen_buffers(model).values(), *model.parameters()])
         return model, None, None, None
 
     with _in_place_of_deepspeed(ours):
         yield
 
 
-def mark_whole(tensors: Iterable[Any]) -> None:
-    """Marks tensors as ZeRO-3 marks parameters that are gathered at present. trl's
-    losses ask that of the head, be it frozen or not (trl/trainer/utils.py,
-    `maybe_gather_lm_head_ctx`)."""
+def mark_gathered(tensors: Iterable[Any]) -> None:
+    """Set the status that ZeRO-3 gives gathered parameters. trl's losses read it from
+    the head, frozen or not (trl/trainer/utils.py, `maybe_gather_lm_head_ctx`)."""
     for tensor in tensors:
         tensor.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -116,10 +115,10 @@ def _in_place_of_deepspeed(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def optimizer_steps(engine: zero.Engine) -> int:
-    """Optimizer steps without those that fp16's loss scaling dropped."""
+    """Number of optimizer steps, without those skipped by fp16 loss scaling."""
     return int(engine.global_steps - engine.skipped_steps)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has sharded the model at load (zero/partition_parameters.py)."""
+    """Whether ZeRO-3 sharded the model at load (zero/partition_parameters.py)."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,20 +1,19 @@
-"""A base that stays in host memory: the device holds the weights of a few decoder
-layers, copied there in turn.
+"""Prefetches decoder layers of a base in host memory to a few buffers on the device.
 
-    forward     layer 0, 1, ..., L-1        while layer i computes, the layers i+1 ... i+N-1 are copied
-    backward    L-1, ..., 0                 the same downwards; then 0 ... N-1 for the next forward
-    slots       layer i is always in buffer i mod N
+    forward     layer 0, 1, ..., L-1        while layer i computes, layers i+1 ... i+N-1 are copied
+    backward    L-1, ..., 0                 the same in reverse order; then 0 ... N-1 for the next forward
+    buffers     layer i always uses buffer i mod N
 
-Outside of a layer's forward its modules hold the tensors in host memory, which merges
-write, checksums read and every rank of a node may share. While a layer runs they hold
-views into its buffer instead. What autograd saves of a weight is such a view. As a
-layer's buffer is always the same, the view is right whenever the layer is there, and a
-hook on saved tensors brings it there when backward asks for it. Gradient checkpointing
-has such hooks of its own and runs the layer's modules again, which brings it there as
-well. Copies leave autograd's version counters alone (`Tensor.data`).
+The modules of a layer hold tensors in host memory, which merges write, checksums read,
+and all ranks of a node may share. Only while a layer runs, its modules hold views of its
+buffer, so these are what autograd saves. A layer always has the same buffer, so a saved
+view is valid whenever the layer is in its buffer. A saved-tensor hook copies the layer
+to its buffer again before backward uses the view. Gradient checkpointing replaces these
+hooks, but runs the layer's modules again, which has the same effect. Copies do not
+change autograd's version counters (`Tensor.data`).
 
-With N buffers a micro-batch copies L - N layers in each direction, the fewest possible:
-backward finds the last N there, and forward the first N.
+With N buffers a micro-batch copies L - N layers in each direction, which is the minimum:
+the last N layers are still there for backward, and the first N for the next forward.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,12 +36,13 @@ from mora_ds.models.decoder_layers import (
     weights_of_layers,
 )
 
-_RING = "_mora_ring"
-"""The attribute of a model that holds its ring."""
+_ATTRIBUTE = "_mora_ring"
+"""The attribute of a model that holds its prefetcher."""
 
 
 class _Layer:
-    """A decoder layer's frozen tensors: in its modules, and in its buffer."""
+    """The frozen tensors of a decoder layer: in host memory, and views of its
+    buffer."""
 
     def __init__(self, model: nn.Module, tensors: Tensors, slot: Tensor) -> None:
         starts, _ = offsets(tensors.values())
@@ -58,34 +58,33 @@ class _Layer:
             buffers = model.get_submodule(owner)._buffers
             self.entries.append((buffers, key, views[id(tensor)]))
         self._hosts: list[Tensor | None] = []
-        """The tensors in host memory that `show` has replaced, to be put back."""
+        """The tensors in host memory that `bind_device` replaced."""
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(view, tensor in host memory) of each tensor, as the modules hold them
-        now."""
+        """(view, current tensor in host memory) of each tensor."""
         by_view = {
             id(view): (view.data, buffers[key]) for buffers, key, view in self.entries
         }
         return list(by_view.values())
 
-    def show(self) -> None:
-        """Let the modules hold the views."""
+    def bind_device(self) -> None:
+        """Make the modules hold the views."""
         self._hosts = [buffers[key] for buffers, key, _ in self.entries]
         for buffers, key, view in self.entries:
             buffers[key] = view
 
-    def hide(self) -> None:
-        """Undo `show`."""
+    def bind_host(self) -> None:
+        """Undo `bind_device`."""
         for (buffers, key, _), host in zip(self.entries, self._hosts, strict=False):
             buffers[key] = host
         self._hosts = []
 
 
 class BaseRing:
-    """The buffers of one model, and which layer each of them holds."""
+    """The buffers of a model, and the layer that each of them holds."""
 
     def __init__(self, model: Any, device: torch.device, copies: Copies) -> None:
-        """Raises `UserError` without decoder layers, and if memory cannot be locked."""
+        """Raises `UserError` without decoder layers, or if memory cannot be locked."""
         weights = weights_of_layers(model)
         self.buffers = min(BUFFERS, len(weights))
         size = max(stored_bytes(tensors.values()) for tensors in weights.values())
@@ -103,13 +102,13 @@ class BaseRing:
             for number, slot in enumerate(self.slots)
         }
         self._layer_in: list[int | None] = [None] * self.buffers
-        """The layer that each buffer holds, or is to hold once its copy has ended."""
-        self._tickets: dict[int, Any] = {}
-        """Layer -> its copy, until something waits for it."""
-        self._now: tuple[int, bool] | None = None
-        """The layer that was asked for last, and whether in backward."""
+        """The layer in each buffer; its copy may still be in progress."""
+        self._events: dict[int, Any] = {}
+        """Layer -> event of its copy, until something has waited for it."""
+        self._current: tuple[int, bool] | None = None
+        """The last layer that was used, and whether in backward."""
         self._running: list[int] = []
-        """The layer whose forward is running, once for each of its modules that is."""
+        """The layer in forward, repeated for each of its modules in forward."""
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
         copies.pin(
@@ -120,40 +119,42 @@ class BaseRing:
             module.register_forward_hook(self.leave, always_call=True)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Within, modules hold views, so that `nn.Module.to` moves no host memory."""
+    def device_bound(self) -> Iterator[None]:
+        """A context in which modules hold views, so that `nn.Module.to` does not move
+        host memory."""
         for layer in self._layers:
-            layer.show()
+            layer.bind_device()
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.hide()
+                layer.bind_host()
 
-    def forget(self) -> None:
-        """To be called before weights in host memory are written: waits for copies of
-        them, and makes new ones when they are needed again."""
+    def invalidate(self) -> None:
+        """Wait for running copies and mark all buffers as empty. Call before weights in
+        host memory are written."""
         self._copies.finish()
         self._layer_in = [None] * self.buffers
-        self._tickets.clear()
-        self._now = None
+        self._events.clear()
+        self._current = None
 
-    # -- which layer is where ----------------------------------------------------------
+    # -- contents of the buffers -------------------------------------------------------
 
     def _use(self, index: int) -> None:
-        """Order the device after the copy of a layer, and copy those that come next."""
-        # torch/autograd/graph.py tells by this that backward runs
+        """Make the device wait for the copy of a layer, and prefetch the next
+        layers."""
+        # Whether backward is running, as in torch/autograd/graph.py
         is_backward = torch._C._current_graph_task_id() != -1
-        now = (index, is_backward)
-        if self._now == now:
+        current = (index, is_backward)
+        if self._current == current:
             return
         self.copy(index)
-        if index in self._tickets:
-            self._copies.wait(self._tickets.pop(index))
-        self._now = now
-        # The layers that come next go into the buffers that none before them needs.
+        if index in self._events:
+            self._copies.wait(self._events.pop(index))
+        self._current = current
+        # Prefetch into each buffer the first of the next layers that uses it.
         used = {index % self.buffers}
-        for following in self._following(*now):
+        for following in self._following(*current):
             if len(used) == self.buffers:
                 return
             if following % self.buffers not in used:
@@ -161,7 +162,7 @@ class BaseRing:
                 self.copy(following)
 
     def _following(self, index: int, backward: bool) -> Iterable[int]:
-        """The layers after this one, in the order in which they will be asked for."""
+        """The next layers, in the order of their use."""
         upwards = range(len(self._layers))
         downwards = range(len(self._layers) - 1, -1, -1)
         if backward:
@@ -176,26 +177,25 @@ class BaseRing:
             return
         if before is not None and before in self._running:
             raise RunError(
-                f"--base_device host: decoder layer {index} runs within layer {before}: use device"
+                f"--base_device host: decoder layer {index} runs within layer {before}: use --base_device device"
             )
-        self._tickets.pop(before, None)  # type: ignore[arg-type]
+        self._events.pop(before, None)  # type: ignore[arg-type]
         pairs = self._layers[index].pairs()
-        self._tickets[index] = self._copies.start(pairs)
+        self._events[index] = self._copies.start(pairs)
         self._layer_in[number] = index
         self.copied += sum(view.nbytes for view, _ in pairs)
 
     # -- forward and backward ----------------------------------------------------------
 
     def enter(self, index: int, *_: Any) -> None:
-        """Before a module of layer `index` runs, the first time or for
+        """Pre-forward hook of a module of layer `index`, also for a forward repeated by
         checkpointing."""
         self._running.append(index)
         if len(self._running) > 1:
             return
         self._use(index)
-        self._layers[index].show()
-        # Hooks that are there already are those of checkpointing, which saves no tensor
-        # of the layer
+        self._layers[index].bind_device()
+        # Existing hooks are those of checkpointing, which saves no tensor of the layer
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             self._hooks = torch.autograd.graph.saved_tensors_hooks(
                 self._pack, self._unpack
@@ -203,13 +203,13 @@ class BaseRing:
             self._hooks.__enter__()
 
     def leave(self, *_: Any) -> None:
-        """After it, also where it has raised: checkpointing ends a repeated forward
-        so."""
+        """Forward hook, also called after an error: checkpointing stops a repeated
+        forward by one."""
         index = self._running.pop()
         if not self._running:
             self._hooks.__exit__(None, None, None)
             self._hooks = nullcontext()
-            self._layers[index].hide()
+            self._layers[index].bind_host()
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[int, Tensor]:
         number = self._slot_at.get(tensor.untyped_storage().data_ptr())
@@ -225,31 +225,31 @@ class BaseRing:
 
 
 def stream_base(model: Any, device: torch.device) -> BaseRing:
-    """Let a model whose frozen weights are in host memory run on `device`, with those
-    of a few decoder layers there. Raises `UserError` as `BaseRing` does."""
-    ring = BaseRing(model, device, copies_for(device))
-    setattr(model, _RING, ring)
-    return ring
+    """Make a model with frozen weights in host memory run on `device`, which holds a few
+    decoder layers at a time. Raises `UserError` as `BaseRing` does."""
+    prefetcher = BaseRing(model, device, copies_for(device))
+    setattr(model, _ATTRIBUTE, prefetcher)
+    return prefetcher
 
 
 def names_on_host(model: Any) -> set[str]:
-    """Names of the frozen tensors that `stream_base` takes from host memory."""
+    """Names of the frozen tensors that `stream_base` reads from host memory."""
     return set(chain.from_iterable(weights_of_layers(model).values()))
 
 
 def ring_of(model: nn.Module) -> BaseRing | None:
-    """The ring of a model whose base is streamed, else None."""
-    return getattr(model, _RING, None)
+    """The prefetcher of a model with a streamed base; None for other models."""
+    return getattr(model, _ATTRIBUTE, None)
 
 
 def _modules_of_layers(
     model: nn.Module, weights: dict[str, Tensors]
 ) -> dict[nn.Module, int]:
-    """Module with weights of a decoder layer in it -> index of the layer.
+    """Module that contains weights of a decoder layer -> index of the layer.
 
-    transformers' checkpointing runs a layer's forward again without the hooks of the
-    layer itself (modeling_layers.py, `GradientCheckpointingLayer`), but with those of
-    the modules in it.
+    Hooks on modules inside of a layer, because transformers' checkpointing repeats a
+    layer's forward without the layer's hooks (modeling_layers.py,
+    `GradientCheckpointingLayer`).
     """
     indices: dict[nn.Module, int] = {}
     for index, (layer, layer_weights) in enumerate(weights.items()):

@@ -21,8 +21,8 @@ DETERMINISTIC = {
     "NCCL_PROTO": "Simple",
 }
 """Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS
-workspace for each stream (torch's notes on reproducibility), and one order in which
-NCCL adds numbers up, whatever the size of a tensor."""
+workspace per stream (torch's notes on reproducibility), and an order of NCCL's sums that
+does not depend on the size of a tensor."""
 
 
 BUFFERS = 2
@@ -30,8 +30,8 @@ BUFFERS = 2
 
 
 def take_device(local_rank: int) -> None:
-    """Choose the device of this process, before anything is placed. Raises `UserError`
-    where it does not see the GPU of its rank."""
+    """Set the device of this process. Call before anything is placed on a device.
+    Raises `UserError` if the process does not see the GPU of its rank."""
     accelerator = get_accelerator()
     if not is_cpu():
         count = accelerator.device_count()
@@ -44,57 +44,56 @@ def take_device(local_rank: int) -> None:
 
 
 def check_kernels() -> None:
-    """Raise `UserError` where this process computes on a GPU and triton, in which the
-    layers' kernels are written, would find no C compiler or no header: its first kernel
-    compiles its launcher."""
+    """Raise `UserError` if this process uses a GPU and triton finds no C compiler or
+    Python header, which it needs to compile the launcher of its first kernel."""
     if not is_cpu() and find_spec("triton") is not None:
         check_compiler()
 
 
 def check_compiler() -> None:
-    """Raise `UserError` where triton could not compile."""
+    """Raise `UserError` if triton cannot compile."""
     scheme = sysconfig.get_default_scheme()
     if scheme == "posix_local":
-        # Debian's scheme for what pip installs; triton takes the headers of the system
+        # Debian's scheme for pip; triton uses the headers of the system
         # (triton/runtime/build.py)
         scheme = "posix_prefix"
     header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         raise UserError(
-            "the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC"
+            "the GPU's kernels (triton) need a C compiler: install gcc, or set the environment variable CC"
         )
     if not header.is_file():
         raise UserError(
-            f"the GPU's kernels (triton) need {header}: install python3-dev, or what brings it here"
+            f"the GPU's kernels (triton) need {header}: install python3-dev, or the package that has this file"
         )
 
 
 def make_deterministic() -> None:
-    """Let torch, cuBLAS and NCCL give the same bits each time. To be called before
-    anything runs on a device; values that the environment has already stay."""
+    """Make torch, cuBLAS and NCCL deterministic. Call before anything runs on a device.
+    Does not override variables that are already set."""
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all of it is written first
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read before written
 
 
 def warn_of_slow_precision(dtype: str) -> None:
-    """Log a warning where a GPU is to compute in fp32 without TF32."""
+    """Log a warning if a GPU computes in fp32 without TF32."""
     has_tf32 = torch.get_float32_matmul_precision() != "highest"
     if dtype == "float32" and not has_tf32 and not is_cpu():
         logger.warning(
-            "the run computes in fp32, on a GPU about ten times slower than with --bf16, "
-            "which keeps the master copies in fp32, too"
+            "the run computes in fp32, which is about ten times slower on a GPU than --bf16; "
+            "--bf16 also keeps fp32 master weights"
         )
 
 
 def current_device() -> torch.device:
-    """The device of this process, once `start_distributed` has chosen it."""
+    """The device of this process, after `start_distributed`."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def is_cpu() -> bool:
-    """Whether the processes compute on the CPU."""
+    """Whether DeepSpeed's accelerator is the CPU."""
     return get_accelerator().device_name() == "cpu"
 
 
@@ -104,7 +103,7 @@ def card_name() -> str:
 
 
 def memory_bytes() -> float:
-    """The total memory of this process's device; on a CPU, of the machine."""
+    """Total memory of this process's device, in bytes; on a CPU, of the machine."""
     if is_cpu():
         return psutil.virtual_memory().total
     return get_accelerator().total_memory()

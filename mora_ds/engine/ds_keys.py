@@ -1,8 +1,8 @@
 """The keys of a DeepSpeed JSON: those that DeepSpeed 0.19 reads, and those that mora_ds
-refuses with the reason.
+does not support, with the reason.
 
-DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in
-the source of the installed one.
+DeepSpeed silently ignores an unknown top-level key; a test compares our list with the
+source of the installed version.
 """
 
 import json
@@ -54,7 +54,7 @@ SECTIONS: dict[str, frozenset[str]] = {
         """
     ),
 }
-"""Keys of each section that is checked, by its dotted path."""
+"""Dotted path of a checked section -> its keys."""
 
 OTHER_SECTIONS = _words(
     """
@@ -64,14 +64,14 @@ OTHER_SECTIONS = _words(
 """Sections whose keys only DeepSpeed checks."""
 
 _BASE_IS_UNSHARDED = (
-    "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
+    "the frozen base is not a parameter for DeepSpeed: it is unsharded on every rank"
 )
 
-_ZERO_PLUS_PLUS = "ZeRO++ is for bases that ZeRO shards; here only the MoRA matrices are, which must not be rounded"
+_ZERO_PLUS_PLUS = "ZeRO++ is for sharded bases; here only the MoRA matrices are sharded, which must not be rounded"
 
 _AUTO_TP = "it would shard the base: --tensor_parallel_size (`tensor_parallel_size` of initialize) splits MoRA matrices"
 
-_MASTER = "the masters of the MoRA matrices and Adam's moments must stay in fp32"
+_MASTER = "the master weights of the MoRA matrices and Adam's moments must stay in fp32"
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate follows the merges: set it with --lr_scheduler_type, --warmup_steps, --merge_every",
@@ -97,35 +97,35 @@ REFUSED: dict[str, str] = {
     "zero_optimization.zero_quantized_weights": _ZERO_PLUS_PLUS,
     "zero_optimization.zero_quantized_gradients": _ZERO_PLUS_PLUS,
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
-    "zero_optimization.round_robin_gradients": "it puts the masters in another order than a merge reads them in",
+    "zero_optimization.round_robin_gradients": "it changes the order of the master weights, which a merge depends on",
     "optimizer.params.adam_lr": 'with Muon, "lr" is the learning rate of AdamW and "muon_lr" that of the MoRA matrices',
-    "optimizer.params.per_head_muon": "a MoRA matrix is no attention projection",
+    "optimizer.params.per_head_muon": "a MoRA matrix is not an attention projection",
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
 }
-"""Settings that are refused, by dotted path, with the reason. `false`, `null` and
-`{"enabled": false}` pass."""
+"""Dotted path of an unsupported setting -> the reason. `false`, `null` and
+`{"enabled": false}` are accepted."""
 
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
 }
-"""Settings that are refused with Muon, likewise."""
+"""The same for settings that are unsupported with Muon."""
 
 ONLY_FOR_ADAM = frozenset(("foreach", "fused"))
 
 ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
 """Keys of optimizer.params that the other optimizer rejects or ignores."""
 
-QUIETLY_OFF: tuple[Any, ...] = (
+DISABLED_VALUES: tuple[Any, ...] = (
     None, False, {}, {"enabled": False}, {"device": "none"}, {"autotp_size": 0}, {"autotp_size": 1}
 )  # fmt: skip
-"""Values with which a refused key does nothing. The key is dropped, as DeepSpeed
-refuses some of them even so."""
+"""Values with which an unsupported key has no effect. The key is removed, because
+DeepSpeed rejects some of them even with such a value."""
 
 
 def at(config: DsConfig, path: str) -> Any:
-    """The value at a dotted path, or None; at the empty one, the config itself."""
+    """The value at a dotted path, or None. The empty path is the config itself."""
     value: Any = config
     for key in path.split(".") if path else ():
         value = value.get(key) if isinstance(value, dict) else None
@@ -133,8 +133,8 @@ def at(config: DsConfig, path: str) -> Any:
 
 
 def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
-    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a
-    problem for each that has another value."""
+    """Set each (dotted path, value, reason) whose path is missing or "auto". Returns a
+    message for each path with another value."""
     problems = []
     for path, value, why in wanted:
         *sections, key = path.split(".")
@@ -151,18 +151,19 @@ def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
 
 
 DEFAULTS = {"zero_optimization.zero_hpz_partition_size": 1}
-"""Refused keys that do nothing at this value."""
+"""Unsupported key -> its default, with which it has no effect."""
 
 
 def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
-    """Remove every key of `table`. Returns a problem for each that was set."""
+    """Remove all keys of `table` from the config. Returns a message for each that was
+    set."""
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
         if not holder or key not in holder:
             continue
-        if holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path)):
+        if holder.pop(key) not in (*DISABLED_VALUES, DEFAULTS.get(path)):
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems
 
@@ -172,8 +173,8 @@ _MASK = "***"
 
 
 def masked(content: Any, is_secret: bool = False) -> Any:
-    """`content` with every text masked that lies under a name such as comet's
-    api_key."""
+    """A copy of `content` without secrets: all strings below a name such as comet's
+    api_key are masked."""
     if isinstance(content, dict):
         copy = {}
         for name, value in content.items():

@@ -1,12 +1,12 @@
-"""The optimizer's part of a DeepSpeed config: AdamW for everything, or Muon for the
+"""The optimizer section of a DeepSpeed config: AdamW for all parameters, or Muon for the
 MoRA matrices and AdamW for the other trained parameters.
 
-    match_optimizer       fills type, learning rates and momentum from the flags
-    optimizer_problems    sets our defaults, and lists what is refused
-    uses_muon             whether a resolved config trains the MoRA matrices by Muon
+    match_optimizer       fills in type, learning rates and momentum from the flags
+    optimizer_problems    sets our defaults, and returns problems of the config
+    uses_muon             whether a resolved config trains the MoRA matrices with Muon
 
-Facts about DeepSpeed are those of 0.19.8: runtime/engine.py,
-`_configure_basic_optimizer`, `_muon_param_groups`.
+Written against DeepSpeed 0.19.8: runtime/engine.py, `_configure_basic_optimizer`,
+`_muon_param_groups`.
 """
 
 import json
@@ -24,15 +24,15 @@ from mora_ds.engine.ds_keys import (
 from mora_ds.engine.settings import OptimizerKind
 
 NEVER = 2**31 - 1
-"""The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer
+"""Value of `steps_per_print` that disables DeepSpeed's logs, because the trainer
 logs."""
 
 MUON_MOMENTUM = 0.95
-"""Muon's decay of the momentum."""
+"""Decay of Muon's momentum."""
 
 
 _NAMES = {OptimizerKind.ADAMW: "AdamW", OptimizerKind.MUON: "Muon"}
-"""DeepSpeed's names of them."""
+"""Optimizer -> its name in DeepSpeed."""
 
 
 def match_optimizer(
@@ -41,7 +41,7 @@ def match_optimizer(
     learning_rate: float,
     other_learning_rate: float,
 ) -> list[str]:
-    """Fill in the values of the flags. Returns what contradicts them."""
+    """Fill in the values of the flags. Returns a message for each contradiction."""
     main_rate = f"--learning_rate = {learning_rate}"
     wanted: list[tuple[str, Any, str]] = [
         ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}")
@@ -59,13 +59,14 @@ def match_optimizer(
 
 
 def uses_muon(ds_config: DsConfig) -> bool:
-    """Whether a resolved config trains the MoRA matrices by Muon."""
+    """Whether a resolved config trains the MoRA matrices with Muon."""
     return at(ds_config, "optimizer.type") == _NAMES[OptimizerKind.MUON]
 
 
 def optimizer_problems(config: DsConfig) -> list[str]:
     """Set our defaults: torch's AdamW, which needs no compiler, also for states
-    offloaded to the CPU; and an engine that prints nothing. Returns what is refused."""
+    offloaded to the CPU; and no logs of DeepSpeed. Returns the problems of the
+    config."""
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
     params = optimizer.setdefault("params", {})
@@ -83,7 +84,7 @@ def optimizer_problems(config: DsConfig) -> list[str]:
     ]
     if params.get("fused") and params.get("foreach"):
         problems.append(
-            "optimizer.params.fused and foreach are two ways to the same step: take one"
+            "optimizer.params.fused and foreach exclude each other: set one of them"
         )
     if uses_muon(config):
         problems += _muon(config)
@@ -91,15 +92,15 @@ def optimizer_problems(config: DsConfig) -> list[str]:
 
 
 def _muon(config: DsConfig) -> list[str]:
-    """Set what Muon needs. Returns what it does not run with, and `muon` cannot
-    mend."""
+    """Set values required by Muon. Returns a message for each setting that Muon does
+    not support."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
     if zero.get("stage") == 3:
         unsharded = "Muon needs unsharded gradients at stage 3"
         problems += fill(config, ("zero_optimization.reduce_scatter", False, unsharded))
-        # In low precision gradients and Muon's momentum would be gathered, and the
-        # momentum stored
+        # Otherwise gradients and Muon's momentum would be gathered in low precision,
+        # and the momentum also stored in it
         precise = "Muon's momentum is kept in that dtype at stage 3"
         problems += fill(config, ("communication_data_type", "fp32", precise))
     if at(zero, "offload_optimizer.device") not in (None, "none"):
@@ -113,6 +114,6 @@ def _muon(config: DsConfig) -> list[str]:
         )
     if zero.get("compute_grad_norm") is False:
         problems.append(
-            "zero_optimization.compute_grad_norm must stay true with Muon, which is clipped by it"
+            "zero_optimization.compute_grad_norm must stay true with Muon, because clipping needs it"
         )
     return problems

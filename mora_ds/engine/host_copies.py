@@ -1,15 +1,14 @@
-"""Copies of weights from host memory to buffers of the device, while that computes:
-on CUDA, and a twin for CPUs.
+"""Asynchronous copies of weights from host memory to device buffers: on CUDA, and a
+synchronous version for CPUs.
 
     copies = copies_for(device)
-    copies.pin(tensors)             lock their pages, so that copies need no help of the host
-    ticket = copies.start(pairs)    begin to copy, once the arithmetic issued so far has ended
-    copies.wait(ticket)             let the arithmetic issued from here on begin after it
-    copies.finish()                 wait on the host until nothing is being copied
+    copies.pin(tensors)             lock the pages, so that copies are asynchronous
+    event = copies.start(pairs)     queue copies that start after all kernels queued so far
+    copies.wait(event)              make all kernels queued later wait for these copies
+    copies.finish()                 block the host until all copies are done
 
-On a CPU a copy is made when it starts: one device computes and copies in turn. Not
-tried on CUDA here: the ring's order of copies is tested with twins that copy as early
-and as late as these promises permit.
+On a CPU `start` copies immediately. The order of copies is tested with implementations
+that copy as early and as late as this interface permits.
 """
 
 import mmap
@@ -23,31 +22,32 @@ from mora_ds.common.errors import UserError
 from mora_ds.models.decoder_layers import extent
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
-"""(to, from)."""
+"""(target, source) of each copy."""
 
 
 class Copies:
-    """What the ring needs of a device. Here, as on a CPU, a copy is made at its
-    start."""
+    """The interface for all devices, and the implementation for CPUs, which copies in
+    `start`."""
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
-        """Lock the memory of these tensors. Raises `UserError` where it may not be."""
+        """Lock the memory of these tensors. Raises `UserError` if that is not
+        permitted."""
 
     def start(self, pairs: Pairs) -> Any:
-        """Begin to copy. Returns a ticket."""
+        """Queue copies. Returns their event."""
         for target, source in pairs:
             target.copy_(source)
 
-    def wait(self, ticket: Any) -> None:
-        """Order the device's further work after the copies of this ticket."""
+    def wait(self, event: Any) -> None:
+        """Make further work of the device wait for the copies of this event."""
 
     def finish(self) -> None:
-        """Return when all copies are done."""
+        """Block until all copies are done."""
 
 
 class CudaCopies(Copies):
-    """Copies on a stream of their own. The tensors' pages are locked where they are, so
-    that ranks that share a mapping go on sharing it."""
+    """Copies on a separate CUDA stream. Pages are locked in place, so that ranks that
+    share a mapping still share it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -73,15 +73,15 @@ class CudaCopies(Copies):
             event.record(self._stream)
         return event
 
-    def wait(self, ticket: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self._device).wait_event(ticket)
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:
         self._stream.synchronize()
 
 
 def copies_for(device: torch.device) -> Copies:
-    """Raises `UserError` for a kind of device that nobody has written this for."""
+    """The copies for a device. Raises `UserError` for an unsupported device type."""
     if device.type == "cpu":
         return Copies()
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def copies_for(device: torch.device) -> Copies:
 
 
 def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """(start, stop) of the tensors' memory in whole pages, in order and disjoint."""
+    """(start, stop) addresses of the pages of the tensors, sorted and disjoint."""
     page = mmap.PAGESIZE
     ranges = []
     for tensor in tensors:

@@ -48,7 +48,7 @@ from mora_ds.engine.launcher import (
     become_the_only_rank,
     is_one_of_several,
 )
-from mora_ds.engine.module_hooks import drop_idle_hooks
+from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.node_base import share_base
@@ -163,10 +163,10 @@ def initialize(
     is_muon = uses_muon(settings)
     # DeepSpeed moves the module to the device, with its buffers (engine.py,
     # `_configure_distributed_model`)
-    aside = stream_base(model, device).aside() if base_on_host else nullcontext()
+    aside = stream_base(model, device).device_bound() if base_on_host else nullcontext()
     has_factors = adapter_type(config_of(model).adapter).has_factors
     tagged = (
-        muon.preparing(mora_layers(model).values(), has_factors)
+        muon.muon_groups(mora_layers(model).values(), has_factors)
         if is_muon
         else nullcontext()
     )
@@ -178,7 +178,7 @@ def initialize(
     if is_muon:
         muon.repair_clipping(returned[0])
     if zero.is_stage3(returned[0]):
-        drop_idle_hooks(returned[0])
+        remove_unused_hooks(returned[0])
     return returned
 
 

@@ -1,8 +1,7 @@
-"""DeepSpeed's launcher, which starts one process for each GPU: its flags, and how it is
-called for `mora-ds pretrain`.
+"""DeepSpeed's launcher, which starts one process per GPU: its flags, and its command for
+`mora-ds pretrain`.
 
-Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args`
-and `main`.
+Written against DeepSpeed 0.19.8: deepspeed/launcher/runner.py, `parse_args` and `main`.
 """
 
 import os
@@ -13,24 +12,23 @@ from itertools import pairwise
 from mora_ds.runtime.cli import StrictParser
 
 RUNNER = "deepspeed.launcher.runner"
-"""What the program `deepspeed` runs (bin/deepspeed)."""
+"""The module that the program `deepspeed` runs (bin/deepspeed)."""
 
 VALUES = (
     "hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "master_addr", "node_rank", "launcher",
     "launcher_args", "ssh_port", "bind_core_list",
 )  # fmt: skip
-"""Flags of the launcher that take a value and that `mora-ds pretrain` hands on."""
+"""Launcher flags with a value that `mora-ds pretrain` passes on."""
 
 SWITCHES = ("no_ssh", "force_multi", "bind_cores_to_rank")
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Variables by which srun and MPI launchers tell a process how many they have
-started."""
+"""Environment variables of srun and MPI launchers with the number of processes."""
 
 
 def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the launcher's flags, all others) of a command line, each in its order. Raises
-    `UserError` for a flag without its value."""
+    """Split a command line into (flags of the launcher, all others). Raises `UserError`
+    for a flag without its value."""
     parser = StrictParser(add_help=False, allow_abbrev=False)
     for name in VALUES:
         parser.add_argument(f"--{name}")
@@ -49,8 +47,8 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The command that starts `mora-ds pretrain` with `flags` on every GPU.
 
-    The launcher's one warning is that there is no hostfile: it matters where one is named.
-    --log_level debug or info shows all that it prints.
+    The launcher's only warning, about a missing hostfile, is shown only if the user names
+    one. --log_level debug or info shows all of its logs.
     """
     level = "warning" if "--hostfile" in launcher else "error"
     for flag, value in pairwise(flags):
@@ -61,16 +59,14 @@ def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def is_one_of_several() -> bool:
-    """Whether srun or an MPI launcher has started this process together with others."""
+    """Whether srun or an MPI launcher has started several processes."""
     return any(os.environ.get(name, "1") != "1" for name in TASKS)
 
 
 def become_the_only_rank() -> None:
-    """Set in this process's environment what a launcher would, for a run of one
-    process.
+    """Set the environment variables of a launcher for a run of one process.
 
-    Port 0: torch's store takes one that is free when it starts to listen, and no other
-    process needs to know it.
+    Port 0: torch's store chooses a free port, which no other process needs to know.
     """
     os.environ.update(
         RANK="0",
@@ -82,8 +78,8 @@ def become_the_only_rank() -> None:
 
 
 def accelerators() -> int:
-    """Number of GPUs of this machine that are visible; 0 without one."""
-    # Imported here, as a list of flags needs no torch
+    """Number of visible GPUs of this machine."""
+    # Imported here, because the flags need no torch
     import torch
 
     return torch.cuda.device_count()

@@ -1,21 +1,20 @@
-"""The sharded parameters of a decoder layer, gathered and released together.
+"""Gathers and releases all sharded parameters of a decoder layer together.
 
-DeepSpeed has four Python hooks on every module with a sharded parameter, and decides at
-each what to gather and what to release (partitioned_param_coordinator.py). Here a
-decoder layer has them, with the parameters of all modules in it as if they were its
-own: about seven times less work of the host for Llama's seven linear layers.
+DeepSpeed registers four Python hooks on every module with a sharded parameter
+(partitioned_param_coordinator.py). Here only the decoder layer has them, for the
+parameters of all modules in it, which takes about a seventh of the host's time for
+Llama's seven linear layers.
 
     forward     before the layer: fetch     after it: release
-    backward    before the layer: fetch     after it: release, once the gradients of all its inputs are there
+    backward    before the layer: fetch     after it, when the gradients of all its inputs are computed: release
 
-Where activation checkpointing runs a layer's forward again within its backward, its
-parameters are there already. A layer whose inputs need no gradient, as behind frozen
-embeddings, is released when the backward pass ends (stage3.py,
-`release_backward_leftovers`).
+When activation checkpointing repeats a layer's forward in backward, its parameters are
+already gathered. A layer whose inputs need no gradient, such as after frozen embeddings,
+is released at the end of the backward pass (stage3.py, `release_backward_leftovers`).
 
-Not used: decoder layers as DeepSpeed's leaf modules
-(deepspeed/utils/z3_leaf_module.py). A leaf reduces its gradients in a full backward
-hook, which runs too early where its input needs no gradient.
+DeepSpeed's leaf modules (deepspeed/utils/z3_leaf_module.py) are not used: a leaf reduces
+its gradients in a full backward hook, which runs too early if its input needs no
+gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,9 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class LayerGathers:
-    """What stands for a decoder layer in DeepSpeed's trace of modules.
-    `named_parameters`, `ds_*`: of those modules, as PartitionedParameterCoordinator
-    reads them."""
+    """Represents a decoder layer in DeepSpeed's trace of modules. It has the attributes
+    of a module that PartitionedParameterCoordinator reads."""
 
     def __init__(self, coordinator: Any, layer: Any, parameters: list[Any]) -> None:
         self.coordinator = coordinator
@@ -52,7 +50,8 @@ class LayerGathers:
         return ()
 
     def fetch(self, forward: bool) -> None:
-        """`pre_sub_module_forward_function` and its twin (parameter_offload.py)."""
+        """As `pre_sub_module_forward_function` and `pre_sub_module_backward_function`
+        (parameter_offload.py)."""
         self.coordinator.trace_prologue(self)
         if self.coordinator.is_record_trace():
             self.coordinator.record_module(self)
@@ -62,8 +61,8 @@ class LayerGathers:
         self.coordinator.release_sub_module(self, forward=forward)
 
     def _before_forward(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        # Activation checkpointing runs a forward within a backward pass, for which the
-        # layer is gathered already.
+        # Activation checkpointing runs a forward in a backward pass, where the layer is
+        # already gathered.
         in_backward_pass = torch._C._current_graph_task_id() != -1
         active = self._named[0][1].ds_active_sub_modules
         self._runs_again = in_backward_pass and self.ds_id in active
@@ -78,9 +77,9 @@ class LayerGathers:
 
 
 def marked(value: Any, in_backward: Callable[[], None]) -> Any:
-    """The value, whose backward calls `in_backward` once the gradients of all tensors
-    in it are there: at a layer's outputs before the layer's own backward, at its inputs
-    after it."""
+    """The same value; its backward calls `in_backward` when the gradients of all its
+    tensors are computed. For a layer's outputs this is before the layer's backward, for
+    its inputs after it."""
     leaves, structure = tree_flatten(value)
     tensors = [leaf for leaf in leaves if _needs_gradient(leaf)]
     if not tensors or not torch.is_grad_enabled():
@@ -95,9 +94,9 @@ def _needs_gradient(leaf: Any) -> bool:
 
 
 def free_quickly(parameter: Any) -> None:
-    """Gives a sharded parameter a `partition` that frees the gathered tensor at once,
-    and calls DeepSpeed's for all else (partition_parameters.py, `_partition_param`),
-    which formats messages that nobody reads."""
+    """Patch the `partition` of a sharded parameter to free a gathered tensor directly.
+    In this common case DeepSpeed's method (partition_parameters.py, `_partition_param`)
+    would also format unused messages. Other cases still use it."""
     partition = parameter.partition
 
     def free(
@@ -117,7 +116,7 @@ def free_quickly(parameter: Any) -> None:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity, whose backward makes a call first."""
+    """The identity. Its backward first calls `in_backward`."""
 
     @staticmethod
     def forward(

@@ -1,11 +1,11 @@
-"""ZeRO-3's hooks on modules, kept where a module has something to all-gather.
+"""Removes ZeRO-3's hooks from modules that have nothing to all-gather.
 
-DeepSpeed puts four Python hooks and two autograd functions on every module
+DeepSpeed registers four Python hooks and two autograd functions on every module
 (parameter_offload.py, `_register_deepspeed_module`). Here most modules have nothing to
-gather: frozen weights are buffers, activations have none, and persistent parameters
-(`stage3_param_persistence_threshold`), such as small MoRA matrices, are unsharded on
-every process between two steps. Without these hooks a step computes the same numbers
-with less work of the host.
+gather: frozen weights are buffers, activation modules have no weights, and persistent
+parameters (`stage3_param_persistence_threshold`), such as small MoRA matrices, are
+unsharded between steps. Without the hooks a step has the same results and takes less
+time of the host.
 """
 
 from typing import Any
@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
 from mora_ds.models.decoder_layers import find_decoder_layers
 
-_FEW_SLICES = 1024
-"""Parameters times ranks up to which persistent parameters are refreshed at once: a
-common all-gather is sliced in Python, by parameters and ranks, and with many ranks that
-takes longer than an all-gather for each."""
+_MAX_SLICES = 1024
+"""Maximum of parameters times ranks for a coalesced all-gather of persistent parameters.
+Its result is sliced in Python by parameters and ranks, which for more slices takes
+longer than an all-gather for each parameter."""
 
 
-def drop_idle_hooks(engine: Any) -> list[str]:
-    """Remove the hooks of modules without a parameter that is gathered when they run,
-    and of those in a decoder layer, which gathers for them all (`layer_gathers`); to be
-    called once, after `deepspeed.initialize`, at stage 3. Returns the names of the
-    modules that keep theirs."""
+def remove_unused_hooks(engine: Any) -> list[str]:
+    """Remove the hooks of modules without parameters to gather, and of modules in a
+    decoder layer, which gathers for all of them (`layer_gathers`). Call once at stage 3,
+    after `deepspeed.initialize`. Returns the names of modules that keep their hooks."""
     offload = engine.optimizer.parameter_offload
     root = engine.module
     deepspeeds = (*offload.forward_hooks, *offload.backward_hooks)
@@ -40,7 +39,7 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     for name, module in root.named_modules():
         parameters = iter_params(module, z3_leaf_module(module))
         needed = any(not parameter.ds_persist for parameter in parameters)
-        # The root's hooks start and end a pass (`setup_zero_stage3_hooks`)
+        # The root's hooks start and end a pass (`setup_zero_stage3_hooks`): keep them
         if module is root or (needed and module not in gathered):
             hooked.append(name)
             continue
@@ -51,8 +50,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
             module.register_forward_pre_hook(_views)
     persistent = offload.persistent_parameters
     if persistent:
-        if len(persistent) * dist.get_world_size() <= _FEW_SLICES:
-            _refresh_at_once(persistent)
+        if len(persistent) * dist.get_world_size() <= _MAX_SLICES:
+            _coalesce_refresh(persistent)
         for parameter in persistent:
             free_quickly(parameter)
         root.register_forward_pre_hook(
@@ -62,8 +61,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
 
 
 def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
-    """Let decoder layers with sharded parameters gather all of theirs; returns
-    these."""
+    """Make each decoder layer with sharded parameters gather them together. Returns
+    these layers."""
     layers = []
     for layer in find_decoder_layers(root).values():
         sharded = [weight for weight in layer.parameters() if not weight.ds_persist]  # type: ignore[attr-defined]
@@ -76,25 +75,24 @@ def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
 
 
 def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Views of the inputs. DeepSpeed's hooks pass them through an autograd function, so
-    that the gradients that a module's operations return for an input are added up
-    before those of other modules: so they are added up here, too, and losses stay the
-    same to the bit."""
+    """Forward pre-hook that returns views of the inputs. DeepSpeed's hooks pass inputs
+    through an autograd function, so gradients of an input are first summed within each
+    module. The views keep this order of summation, and so identical bits."""
     return tuple(
         item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item
         for item in inputs
     )
 
 
-def _refresh_at_once(persistent: list[Any]) -> None:
-    """Have a step refresh the persistent parameters by one all-gather. DeepSpeed sends
-    one for each (partition_parameters.py, `_allgather_params_coalesced`), and small
-    messages take longer to start than to send."""
+def _coalesce_refresh(persistent: list[Any]) -> None:
+    """Make a step refresh all persistent parameters by one all-gather. DeepSpeed uses
+    one for each (partition_parameters.py, `_allgather_params_coalesced`), which is
+    dominated by latency."""
     first = persistent[0]
     one_by_one = first.all_gather
 
     def all_gather(param_list: Any = None, **options: Any) -> Any:
-        # The list itself is what stage3.py, `_post_step`, asks for
+        # stage3.py, `_post_step`, passes this list
         if param_list is persistent:
             return first.all_gather_coalesced(_sharded(persistent)).wait()
         return one_by_one(param_list, **options)
@@ -103,7 +101,7 @@ def _refresh_at_once(persistent: list[Any]) -> None:
 
 
 def _sharded(parameters: list[Any]) -> list[Any]:
-    """Those that are not gathered."""
+    """The parameters that are not gathered."""
     return [
         parameter
         for parameter in parameters
@@ -112,7 +110,7 @@ def _sharded(parameters: list[Any]) -> list[Any]:
 
 
 def gather_persistent(persistent: list[Any]) -> None:
-    """All-gather the persistent parameters that are sharded: before the first pass,
-    after a step that fp16 has skipped and after a context that has gathered one
-    (`GatheredParameters`). Else the step has gathered them already."""
+    """All-gather the persistent parameters that are sharded. These exist before the
+    first pass, after a step skipped by fp16 and after a `GatheredParameters` context;
+    otherwise the step has already gathered all."""
     persistent[0].all_gather(_sharded(persistent))

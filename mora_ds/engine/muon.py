@@ -1,15 +1,15 @@
-"""What DeepSpeed's Muon needs to be right for MoRA matrices and LoRA's factors. Written
-against DeepSpeed 0.19.8; tests/engine/test_muon_contract.py names each symbol that an
-upgrade has moved.
+"""Workarounds that make DeepSpeed's Muon correct for MoRA matrices and LoRA's factors.
+Written against DeepSpeed 0.19.8; tests/engine/test_muon_contract.py names each symbol
+that an upgrade has moved.
 
-    load_kernels       before deepspeed.initialize, for every optimizer: no kernel is compiled
-    check_factors      whether a config's optimizer lets each factor of LoRA be orthogonalised by itself
-    preparing          around deepspeed.initialize: chooses the parameters that get Muon
-    repair_clipping    after it: the gradient is clipped, not the update that Muon makes of it
+    load_kernels       before deepspeed.initialize, for every optimizer: prevents compilation of kernels
+    check_factors      rejects configs where LoRA's two factors would be orthogonalized as one matrix
+    muon_groups        around deepspeed.initialize: chooses the parameters that use Muon
+    repair_clipping    after deepspeed.initialize: clips the gradient instead of Muon's update
 
-What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogonalised as
-an unsharded matrix, once an optimizer step, from the gradient summed over micro-batches
-and processes, and is the same on every process.
+DeepSpeed itself is correct in this (tests/engine/test_muon.py): every update is
+orthogonalized as an unsharded matrix, once per optimizer step, from the gradient summed
+over micro-batches and ranks, and is equal on all ranks.
 """
 
 import inspect
@@ -33,25 +33,26 @@ from mora_ds.engine.zero import Engine, Stage3View, ZeroView, view_of
 
 
 @contextmanager
-def preparing(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[None]:
-    """Within, `deepspeed.initialize` gives Muon to the values of `layers`, else AdamW.
-    `has_factors`: whether a value is two matrices side by side.
+def muon_groups(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[None]:
+    """A context in which `deepspeed.initialize` uses Muon for the adapter weights of
+    `layers`, and AdamW for other parameters. `has_factors`: whether an adapter weight
+    is two matrices side by side.
 
-    DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix
-    without "embed" or "lm_head" in its name gets Muon. So would GPT-2's embedding
-    `wte`, while a MoRA matrix in a module called `embed_in` would not, which would also
-    split the parameter group of the MoRA matrices.
+    DeepSpeed decides by names (deepspeed/__init__.py, `set_optimizer_flags`): Muon for
+    each matrix without "embed" or "lm_head" in its name. That would include GPT-2's
+    embedding `wte`, and exclude a MoRA matrix in a module named `embed_in`, which would
+    also split the parameter group of the MoRA matrices.
     """
-    ours = {id(layer.value): layer.spec for layer in layers}
+    muon_specs = {id(layer.value): layer.spec for layer in layers}
     tag_by_name = deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:
         tag_by_name(config, model)
         for parameter in model.parameters():
-            spec = ours.get(id(parameter))
+            spec = muon_specs.get(id(parameter))
             parameter.use_muon = spec is not None  # type: ignore[attr-defined]
-            # DeepSpeed hands it on to `_per_head_orthogonalize`, which is ours
-            # (`load_kernels`)
+            # DeepSpeed passes it to `_per_head_orthogonalize`, which `load_kernels`
+            # replaces
             columns = Columns(spec.d_in) if spec and has_factors else None
             parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
@@ -63,12 +64,12 @@ def preparing(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[No
 
 
 def load_kernels() -> None:
-    """Import runtime/zero/muon/original_muon.py with its functions uncompiled.
+    """Import runtime/zero/muon/original_muon.py without compiling its functions.
 
-    DeepSpeed imports it for every engine (stage3.py, `__init__`), and to decorate a
-    function takes a second: torch loads its compiler. With Muon, compiling takes 19 s
-    at the first step for two shapes of matrices on a CPU, and needs a C++ compiler;
-    fifteen products of small matrices gain little from it.
+    DeepSpeed imports it for every engine (stage3.py, `__init__`), and decorating its
+    functions takes a second, because torch loads its compiler. With Muon, compilation
+    takes 19 s in the first step for two shapes of matrices on a CPU, and needs a C++
+    compiler. Fifteen products of small matrices gain little from it.
     """
     decorator = compiler.compile
     compiler.compile = lambda *args, **kwargs: lambda function: function
@@ -76,8 +77,8 @@ def load_kernels() -> None:
         from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
     finally:
         compiler.compile = decorator
-    original_muon._per_head_orthogonalize = _orthogonalise_factors
-    # The decorator has run already where an engine that is not ours was made before
+    original_muon._per_head_orthogonalize = _orthogonalize_factors
+    # The decorator has already run if another engine was created before
     for module in (original_muon, muon_optimizer):
         for name in (
             "muon_update",
@@ -89,20 +90,20 @@ def load_kernels() -> None:
 
 
 class Columns(int):
-    """D, the columns of A, in the place where DeepSpeed has an attention's heads."""
+    """D, the number of columns of A, passed as DeepSpeed's number of attention heads."""
 
 
-def _orthogonalise_factors(
+def _orthogonalize_factors(
     update: Tensor, d_in: int, steps: int, method: str
 ) -> Tensor:
-    """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T]
-    (r, D + O): A (r, D) and B (O, r) each as a matrix of its own, with the factor that
-    Muon has for tall ones."""
+    """Replaces original_muon.py's `_per_head_orthogonalize` for LoRA's [A | B^T]
+    (r, D + O): orthogonalizes A (r, D) and B (O, r) separately, with Muon's factor for
+    tall matrices."""
     from deepspeed.runtime.zero.muon import original_muon
 
     if not isinstance(d_in, Columns):
         raise RuntimeError(
-            "Muon by attention heads, in an engine beside one of mora_ds in the same process"
+            "Muon per attention head is not supported in a process that also has an engine of mora_ds"
         )
     kernels = {
         "gram": original_muon.zeropower_via_gram_newtonschulz,
@@ -118,10 +119,10 @@ def _orthogonalise_factors(
 
 
 def check_factors(config: DsConfig) -> None:
-    """Raise `UserError` where Muon would take LoRA's factors, which are one parameter,
-    for one matrix: bf16_optimizer.py, `_prepare_muon_updates`, and stage_1_and_2.py,
-    `get_flat_partition` of aligned parameters, call it without the number of
-    columns."""
+    """Raise `UserError` if Muon would orthogonalize LoRA's two factors, which are one
+    parameter, as one matrix: bf16_optimizer.py, `_prepare_muon_updates`, and
+    stage_1_and_2.py, `get_flat_partition` of aligned parameters, do not pass the number
+    of columns."""
     if not ds_optimizer.uses_muon(config):
         return
     zero = config["zero_optimization"]
@@ -138,15 +139,15 @@ def check_factors(config: DsConfig) -> None:
 def repair_clipping(engine: Engine) -> None:
     """Clip the gradient before Muon.
 
-    The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py,
-    `step`): the Muon update of an M has a norm of about sqrt(r_hat) whatever the
-    gradient was, so `gradient_clipping` would scale every update down, by a factor that
-    grows with the number of layers, and the norm that is logged would be the update's.
-    In BF16_Optimizer the order is right.
+    ZeRO's optimizers clip after Muon (stage3.py and stage_1_and_2.py, `step`). The Muon
+    update of an M has a norm of about sqrt(r_hat), independent of the gradient. So
+    `gradient_clipping` would scale down every update, by a factor that grows with the
+    number of layers, and the logged norm would be that of the update. BF16_Optimizer
+    has the correct order.
 
-    fp16: the momentum would be that of gradients times the loss scale, whatever that is
-    at the time; here Muon gets them unscaled. Stages 1 and 2: the momentum follows the
-    gradient's dtype, here always fp32.
+    fp16: the momentum would contain gradients times the changing loss scale; here Muon
+    gets unscaled gradients. Stages 1 and 2: the momentum would have the gradient's
+    dtype; here it is always fp32.
     """
     view = view_of(engine)
     if isinstance(view, Stage3View):
@@ -156,16 +157,16 @@ def repair_clipping(engine: Engine) -> None:
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls: `_apply_muon_to_accumulated_grads`,
+    """Wrap methods that `step` calls: `_apply_muon_to_accumulated_grads`,
     `_get_norm_groups`."""
-    orthogonalise = optimizer._apply_muon_to_accumulated_grads
+    orthogonalize = optimizer._apply_muon_to_accumulated_grads
     find_norms = optimizer._get_norm_groups
     norms: list[Any] = []
 
-    def clip_and_orthogonalise() -> None:
-        # With it `unscale_and_clip_grads` only unscales
+    def clip_and_orthogonalize() -> None:
+        # Makes `unscale_and_clip_grads` only unscale
         optimizer.clip_grad = 0.0
-        # Filled by the step before; the gradients of this one are scaled
+        # Filled by the previous step; the gradients of this step are scaled
         optimizer.sub_groups_lacking_loss_scale.clear()
         norms[:] = find_norms()
         factor = clip_factor(norms, optimizer.loss_scale, limit)
@@ -174,15 +175,15 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
         for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
             scale = optimizer.loss_scale if uses_muon else 1.0
             _scale(optimizer.averaged_gradients[index], factor / scale)
-        orthogonalise()
+        orthogonalize()
 
-    optimizer._apply_muon_to_accumulated_grads = clip_and_orthogonalise
+    optimizer._apply_muon_to_accumulated_grads = clip_and_orthogonalize
     optimizer._get_norm_groups = lambda: norms
 
 
 def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
-    """`get_flat_partition` orthogonalises during the backward pass, before any norm is
-    known: postpone that until `step` asks for the norm."""
+    """`get_flat_partition` orthogonalizes during the backward pass, before the norm is
+    known. Postpone that until `step` computes the norm."""
     flatten = optimizer.get_flat_partition
     find_norm = optimizer.scaled_global_norm
     postponed: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
@@ -205,7 +206,7 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
             for parameter in tensors:
                 parameter.use_muon = True  # type: ignore[attr-defined]
 
-    def clip_and_orthogonalise(*args: Any, **kwargs: Any) -> Tensor:
+    def clip_and_orthogonalize(*args: Any, **kwargs: Any) -> Tensor:
         optimizer.clip_grad = 0.0
         optimizer.groups_lacking_loss_scale.clear()
         norm = find_norm(*args, **kwargs)
@@ -213,11 +214,11 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         if factor is not None:
             for index in range(len(optimizer.bit16_groups)):
                 if index in postponed:
-                    gradients, orthogonalise = postponed[index]
+                    gradients, orthogonalize = postponed[index]
                     scale = factor / optimizer.loss_scale
                     scaled = [gradient.float() * scale for gradient in gradients]
                     optimizer.all_grad_tensors[index] = scaled
-                    optimizer.averaged_gradients[index] = orthogonalise()
+                    optimizer.averaged_gradients[index] = orthogonalize()
                     optimizer.all_grad_tensors[index] = None
                 else:
                     _scale(optimizer.averaged_gradients[index], factor)
@@ -225,15 +226,15 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         return norm
 
     optimizer.get_flat_partition = postpone
-    optimizer.scaled_global_norm = clip_and_orthogonalise
+    optimizer.scaled_global_norm = clip_and_orthogonalize
 
 
 def clip_factor(
     scaled_norms: list[Any], loss_scale: float, limit: float
 ) -> float | None:
-    """The factor that clips gradients of these norms, which are still scaled by the
-    loss scale. None where a norm is NaN or infinite: DeepSpeed drops such a step, and
-    Muon's momentum must not take it in."""
+    """The clipping factor for gradients with these norms, which include the loss scale.
+    None if a norm is NaN or infinite: DeepSpeed skips such a step, and Muon's momentum
+    must not include it."""
     norm = combine_grad_norm_groups(scaled_norms)
     if is_invalid_grad_norm(norm):
         return None

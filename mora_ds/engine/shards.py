@@ -28,7 +28,7 @@ from mora_ds.common.tensor_files import Shape, Tensors
 from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
-from mora_ds.parallel.topology import share_of
+from mora_ds.parallel.topology import shard_info
 
 MASTER = "master"
 """The key of a parameter's fp32 master; the optimizer's state has all others."""
@@ -140,7 +140,7 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
     is_first = engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0
     parameters = {}
     for name, parameter in engine.module.named_parameters():
-        share = share_of(parameter)
+        share = shard_info(parameter)
         if share is None:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_first)

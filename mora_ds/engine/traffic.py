@@ -1,5 +1,4 @@
-"""Counts the bytes that DeepSpeed sends over the network: the proof that none is of the
-base.
+"""Counts the bytes of DeepSpeed's collectives, to prove that none is of the base.
 
 Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
 tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade
@@ -19,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class CollectiveCounter:
-    """Counts the bytes that collectives carry through `deepspeed.comm`, by kind.
+    """Counts the bytes of collectives through `deepspeed.comm`, by type.
 
-    A call counts as its largest tensor: the complete output of a gather, the complete
-    input of a reduction. DeepSpeed's own comms logger synchronises the device for every
-    call; this one only adds sizes up.
+    A call counts as its largest tensor: the output of a gather, the input of a
+    reduction. In contrast to DeepSpeed's comms logger it does not synchronize the
+    device.
     """
 
     _KINDS = (
@@ -33,7 +32,8 @@ class CollectiveCounter:
     )  # fmt: skip
 
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
-        """`base`: the frozen tensors, on whose memory `base_bytes` are counted."""
+        """`base`: the frozen tensors. Collectives on their memory also count in
+        `base_bytes`."""
         self.bytes: Counter[str] = Counter()
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
@@ -51,7 +51,7 @@ class CollectiveCounter:
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
-        """Count in the block, by wrapping `cdb`, the backend of
+        """A context that counts, by wrapping `cdb`, the backend of
         deepspeed/comm/comm.py."""
         backend = deepspeed.comm.comm.cdb
         kinds = [kind for kind in self._KINDS if hasattr(backend, kind)]

@@ -1,18 +1,18 @@
-"""What the rest of mora_ds asks a DeepSpeed engine: masters, optimizer state, learning
-rate, gradient norm.
+"""Access to a DeepSpeed engine's fp32 master weights, optimizer state, learning rate and
+gradient norm.
 
-`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which
-one it has. What Muon needs besides is in `muon`. The frozen base never appears here: it
-is made of buffers, which ZeRO does not see.
+`view_of(engine)` selects the view of the engine's optimizer; no other code in mora_ds
+depends on the type of the optimizer. Workarounds for Muon are in `muon`. The frozen base
+consists of buffers, which ZeRO ignores, so it does not occur here.
 
     class          DeepSpeed's optimizer           used for
     Stage3View     DeepSpeedZeroOptimizer_Stage3   ZeRO-3
     ZeroView       DeepSpeedZeroOptimizer          ZeRO-1 and ZeRO-2
     BF16View       BF16_Optimizer                  ZeRO-1 in bf16
 
-Written against DeepSpeed 0.19.8. Where an upgrade moves something,
+Written against DeepSpeed 0.19.8. If an upgrade moves a symbol,
 tests/engine/test_precision.py and tests/checkpoint/test_elastic.py fail;
-test_zero_contract.py has what runs on a CPU do not show.
+test_zero_contract.py covers symbols that are not used on a CPU.
 """
 
 import logging
@@ -39,11 +39,12 @@ Engine: TypeAlias = DeepSpeedEngine
 
 
 def prepare_backend() -> None:
-    """Let gloo start without compiling, and DeepSpeed log little; to be called first.
+    """Disable a compilation of DeepSpeed's gloo backend, and reduce its logs. Call
+    first.
 
-    On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs
-    g++, and waits for ever on the lock of a killed build): deepspeed/comm/torch.py,
-    `build_shm_op`. gloo does the same work without it.
+    On a CPU, the backend compiles `deepspeed_shm_comm` at start (77 s, needs g++, and
+    waits forever for the lock of a killed build): deepspeed/comm/torch.py,
+    `build_shm_op`. gloo works without it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_logger.setLevel(logging.WARNING)
@@ -52,7 +53,7 @@ def prepare_backend() -> None:
 def whole_parameter(
     engine: Engine, parameter: nn.Parameter
 ) -> AbstractContextManager[None]:
-    """A trained parameter is unsharded inside, on every process. Collective."""
+    """A context in which a trained parameter is unsharded on every rank. Collective."""
     return deepspeed.zero.GatheredParameters([parameter], enabled=is_stage3(engine))
 
 
@@ -63,11 +64,10 @@ def is_stage3(engine: Engine) -> bool:
 def at_accumulation_boundary(engine: Engine) -> bool:
     """Whether the last `step()` was an optimizer step.
 
-    `engine.is_gradient_accumulation_boundary()` already speaks of the next micro-batch
-    after `step()`: engine.py counts `micro_steps` up at its end. Where the caller sets
-    the boundary, as accelerate does, `step()` is called once for all micro-batches, and
-    what was set for the last one holds (engine.py,
-    `set_gradient_accumulation_boundary`).
+    After `step()`, `engine.is_gradient_accumulation_boundary()` is about the next
+    micro-batch, because `step` increments `micro_steps`. If the caller sets the
+    boundary, as accelerate does, the value set for the last micro-batch is valid
+    (engine.py, `set_gradient_accumulation_boundary`).
     """
     boundary: bool | None = engine._is_gradient_accumulation_boundary
     if boundary is not None:
@@ -76,17 +76,16 @@ def at_accumulation_boundary(engine: Engine) -> bool:
 
 
 def full_fp32(parameter: nn.Parameter) -> Tensor:
-    """The unsharded fp32 master of a trained parameter, on every process. Collective:
-    call it in the same order on all processes."""
+    """The unsharded fp32 master weight of a trained parameter, on every rank.
+    Collective: call it in the same order on all ranks."""
     master = safe_get_full_fp32_param(parameter)
     return master.view(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @torch.no_grad()
 def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
-    """Set trained parameters to these values (unsharded, the same on every process):
-    their fp32 masters and every low-precision copy. Their optimizer state stays.
-    Collective."""
+    """Set trained parameters to these values (unsharded, equal on all ranks), in the
+    fp32 master weights and the model weights. Keeps the optimizer state. Collective."""
     view = view_of(engine)
     for flat in view.flats():
         for span in flat.spans:
@@ -98,12 +97,12 @@ def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
 
 @torch.no_grad()
 def reset_group(engine: Engine, group: int) -> None:
-    """Zero a group's fp32 masters, low-precision copies and optimizer state.
+    """Zero a group's fp32 master weights, model weights and optimizer state.
     Collective.
 
-    All copies must go: a master that is left brings the old value back at the next
-    step, a low-precision copy that is left acts for one step more. So must the step
-    counts: with the old one Adam's first update would be 2.94 times too large.
+    All of them are necessary: the next step would restore a parameter from a master
+    weight, and the next forward would use an old model weight. With an old step count
+    Adam's first update would be 2.94 times too large.
     """
     view = view_of(engine)
     for flat in view.flats(group):
@@ -116,21 +115,22 @@ def reset_group(engine: Engine, group: int) -> None:
 def set_learning_rate(
     engine: Engine, learning_rate: float, factor: float = 1.0
 ) -> None:
-    """Set the learning rate of the next optimizer step: `learning_rate` for group 0,
-    the MoRA matrices, and `factor` times it for the other trained parameters. With
-    Muon, DeepSpeed marks the groups by the key `use_muon`."""
+    """Set the learning rate of the next optimizer step: `learning_rate` for the MoRA
+    matrices (group 0, or with Muon the groups with `use_muon`), and `factor` times it
+    for the other trained parameters."""
     for index, group in enumerate(engine.optimizer.param_groups):
-        is_of_matrices = group.get("use_muon", index == 0)
-        group["lr"] = learning_rate * (1.0 if is_of_matrices else factor)
+        has_matrices = group.get("use_muon", index == 0)
+        group["lr"] = learning_rate * (1.0 if has_matrices else factor)
 
 
 def gradient_norm(engine: Engine) -> float:
-    """Global norm of the last step's gradients before clipping; NaN before one."""
+    """Global norm of the last step's gradients before clipping; NaN before the first
+    step."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
 
-# -- where each optimizer keeps its fp32 masters, their state and the loss scale -------
+# -- views of optimizers: fp32 master weights, their state and the loss scale ----------
 
 
 class Span(NamedTuple):
@@ -146,27 +146,28 @@ Groups: TypeAlias = list[list[nn.Parameter]]
 """The parameters of each parameter group."""
 
 Masters: TypeAlias = Iterator[tuple[int, Tensor, list[Span]]]
-"""(index of the parameter group, flat fp32 master, which elements of which parameters
-lie in it)"""
+"""(index of the parameter group, flat fp32 master weights, their spans)"""
 
 
 class Flat(NamedTuple):
-    """One tensor of fp32 masters that the optimizer of this process steps on."""
+    """A flat tensor of fp32 master weights that this rank's optimizer updates."""
 
     group: int
     """Index of its parameter group."""
     master: Tensor
-    """The fp32 numbers, flat."""
+    """The fp32 master weights, flat."""
     state: Tensors
-    """What the optimizer keeps for them, such as moments and step counts."""
+    """The optimizer state, such as moments and step counts."""
     spans: list[Span]
-    """Which elements of which parameters lie in the master."""
+    """The elements of parameters in `master`."""
     state_spans: list[Span]
-    """The same of moments: other spans only in Muon's momentum under ZeRO-1 and 2."""
+    """The elements of parameters in `state`. Different from `spans` only for Muon's
+    momentum under ZeRO-1 and 2."""
 
 
 class OptimizerView:
-    """What mora_ds asks of DeepSpeed's optimizers, of which each keeps it elsewhere."""
+    """A common interface to DeepSpeed's optimizers, which store these tensors
+    differently."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
@@ -177,38 +178,40 @@ class OptimizerView:
         raise NotImplementedError
 
     def flats(self, group: int | None = None) -> Iterator[Flat]:
-        """The masters of this process, of one parameter group or of all."""
+        """The master weights of this rank, of one parameter group or of all."""
         for index, master, spans in self._masters():
             if group in (None, index):
                 state = self.engine.basic_optimizer.state[master]
                 yield Flat(index, master, state, spans, self._state_spans(index, spans))
 
     def _masters(self) -> Masters:
-        """The masters of this process."""
+        """The master weights of this rank."""
         raise NotImplementedError
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
         return spans
 
     def write_copies(self) -> None:
-        """Set what forward reads from the masters, rounded as by a step. Collective."""
+        """Update the model weights from the master weights, as a step does.
+        Collective."""
         raise NotImplementedError
 
     @property
     def loss_scaler(self) -> Any:
-        """The object that holds fp16's loss scale; None where there is none."""
+        """fp16's loss scaler; None if there is none."""
         return getattr(self.optimizer, "loss_scaler", None)
 
     def repair(self) -> None:
-        """Make up for faults of DeepSpeed 0.19.8, once, after its `initialize`."""
+        """Work around bugs of DeepSpeed 0.19.8. Call once after its `initialize`."""
 
 
 class Stage3View(OptimizerView):
     """ZeRO-3, deepspeed/runtime/zero/stage3.py.
 
-    A sub-group holds the shards of its parameters one after the other, every one padded
-    to the same size on all processes (`_create_fp16_partitions_with_defragmentation`;
-    partition_parameters.py, `_partition_param`).
+    A sub-group is the concatenation of the shards of its parameters. Shards of a
+    parameter are padded to the same size on all ranks
+    (`_create_fp16_partitions_with_defragmentation`; partition_parameters.py,
+    `_partition_param`).
     """
 
     def groups(self) -> Groups:
@@ -229,7 +232,7 @@ class Stage3View(OptimizerView):
             master = optimizer.fp32_partitioned_groups_flat[index]
             if sum(sizes) != master.numel():
                 raise RunError(
-                    f"ZeRO-3 has laid out sub-group {index} in another way than mora_ds knows"
+                    f"ZeRO-3 uses an unknown layout of sub-group {index}: mora_ds does not support this DeepSpeed"
                 )
             yield optimizer.sub_group_to_group_id[index], master, spans
 
@@ -240,7 +243,7 @@ class Stage3View(OptimizerView):
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
 
     def write_copies(self) -> None:
-        # Shards what is still gathered
+        # Shards parameters that are still gathered
         self.optimizer.checkpoint_event_prologue()
         for flat in self.flats():
             for span in flat.spans:
@@ -253,10 +256,9 @@ class Stage3View(OptimizerView):
 
     @torch.no_grad()
     def repair(self) -> None:
-        """Zero what stage 3 leaves in the last master where the number of processes
-        does not divide a parameter, which is whatever was in that memory
-        (`torch.empty`), so that equal runs write equal files. Let the device wait for
-        reductions in place of the host."""
+        """Zero the padding of master weights, which stage 3 leaves uninitialized
+        (`torch.empty`), so that equal runs write equal files. Make the device wait for
+        reductions instead of the host."""
         self._order_reductions()
         for flat in self.flats():
             is_padding = torch.ones_like(flat.master, dtype=torch.bool)
@@ -265,13 +267,14 @@ class Stage3View(OptimizerView):
             flat.master.masked_fill_(is_padding, 0)
 
     def _order_reductions(self) -> None:
-        """Replace what makes the host wait for a GPU in every backward pass: at its end
-        stage 3 calls `reduce_and_partition_stream.synchronize()` (stage3.py,
+        """Avoid that the host waits for the GPU in every backward pass: at its end stage
+        3 calls `reduce_and_partition_stream.synchronize()` (stage3.py,
         `independent_gradient_partition_epilogue`).
 
-        All that reads the reduced gradients afterwards is queued on the current stream,
-        which therefore waits; their memory is not reused before (`partition_grads`,
-        `record_stream`). Offloaded gradients are read by the host."""
+        Instead the current stream waits, because all later uses of the reduced
+        gradients are queued there; their memory is not reused before
+        (`partition_grads`, `record_stream`). Offloaded gradients are read by the host,
+        so they are excluded."""
         # None on a CPU
         stream = self.optimizer.reduce_and_partition_stream
         if stream is not None and not self.optimizer.offload_optimizer:
@@ -281,7 +284,8 @@ class Stage3View(OptimizerView):
 
 
 class _MappedView(OptimizerView):
-    """Optimizers that note their fragments on parameters (utils/tensor_fragment.py)."""
+    """Optimizers that store their fragments as attributes of parameters
+    (utils/tensor_fragment.py)."""
 
     masters_name: ClassVar[str]
 
@@ -310,8 +314,8 @@ class ZeroView(_MappedView):
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        """Muon's momentum has complete matrices, even where this process steps on a
-        part of one only."""
+        """Muon's momentum has unsharded matrices, even if this rank updates only a part
+        of one."""
         matrices = self.optimizer.params_in_partition[group]
         if not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans

@@ -1,17 +1,17 @@
 """Perplexity and bits per byte of a model on named texts, with sliding windows.
 
     HF folder                            -> the model
-    checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
-    the same, onto another model         -> that model + the same update, in memory (`load_onto`)
+    checkpoint, run folder, adapter      -> base + merge ledger + current MoRA matrices, in memory (`load_adapter`)
+    the same, with --onto another model  -> that model + the same update, in memory (`load_onto`)
 
     document -> [start] t0 t1 ... tn     start: --document_start, by default that of the run, as in training
-             -> windows of `window` tokens, each `stride` further, which begin as packed sequences do
-                (`block_start`); a token is scored once, in the first window it is in
+             -> windows of `window` tokens at a distance of `stride`, which start like packed sequences
+                (`block_start`); each token is scored in the first window that contains it
              -> nats of all tokens -> / tokens, exp: perplexity       / bytes of the text, / ln 2: bits per byte
 
-Every token of a document is scored and nothing else; without a start token all but the
-first, which nothing predicts. So the bytes scored are those of the text: bits per byte
-can be compared between models with different tokenizers, perplexity cannot.
+Exactly the tokens of the documents are scored; without a start token all but the first,
+which nothing predicts. So bits per byte can be compared between models with different
+tokenizers. Perplexity cannot.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from mora_ds.deploy.export import load_onto
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
-from mora_ds.models.rope import longest_row
+from mora_ds.models.rope import max_positions
 
 DEFAULT_WINDOW = 1024
 
-_SORTED_AT_ONCE = 64
-"""So many batches are sorted by the lengths of their windows, for little padding."""
+_SORTED_BATCHES = 64
+"""Number of batches that are sorted by window length together, to reduce padding."""
 
 _Window = tuple[Sequence[int], int]
-"""(token ids, how many at the end are scored)."""
+"""(token ids, number of scored tokens at the end)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Score:
 
     documents: int = 0
     tokens: int = 0
-    """Scored tokens: all of the texts', without the start token."""
+    """Scored tokens: all tokens of the texts, without start tokens."""
     text_bytes: int = 0
     """UTF-8 bytes of the scored text."""
     nats: float = 0.0
@@ -97,16 +97,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Windows:
-    """The sliding windows in which a document is scored."""
+    """Sliding windows over a document."""
 
     window: int
-    """Tokens that the model sees at a time."""
+    """Tokens per window."""
     stride: int
-    """Tokens from one window's start to the next."""
+    """Tokens between the starts of two windows."""
     document_start: str = AUTO
     """As in `data.start_id`."""
     model_type: str = ""
-    """The model's, which decides what each window begins with (`data.block_start`)."""
+    """Determines the first token of each window (`data.block_start`)."""
 
     @classmethod
     def of(
@@ -116,10 +116,10 @@ class Windows:
         stride: int | None,
         document_start: str = AUTO,
     ) -> Windows:
-        """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half
-        of that. Raises `UserError` for a window that is longer than that number, and
-        for a stride that leaves a scored token without context."""
-        longest = longest_row(model.config)
+        """Default window: the model's number of positions, at most `DEFAULT_WINDOW`.
+        Default stride: half of the window. Raises `UserError` for a window beyond the
+        model's positions, and for a stride that gives a scored token no context."""
+        longest = max_positions(model.config)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
         stride = max(window // 2, 1) if stride is None else stride
@@ -128,16 +128,16 @@ class Windows:
             raise UserError(f"--window must be from 3 {most}, got {window}")
         if not 1 <= stride < window - 1:
             raise UserError(
-                f"--stride must be from 1 to --window less 2 ({window - 2}), got {stride}"
+                f"--stride must be from 1 to --window minus 2 ({window - 2}), got {stride}"
             )
         return cls(window, stride, document_start, model.config.model_type)
 
     def cut(
         self, ids: Sequence[int], known: int, start: int | None
     ) -> Iterator[_Window]:
-        """Windows over `ids` that score every token but the first `known` once. Each
-        begins with `start`, where that is given, in place of a token that it does not
-        score."""
+        """Windows over `ids` that score every token once, except the first `known`. If
+        `start` is given, it replaces the first token of each window, which is not
+        scored there."""
         begin = 0
         done = known
         while done < len(ids):
@@ -157,14 +157,14 @@ def load_target(
     domain: str | None = None,
     onto: Path | None = None,
 ) -> Target:
-    """The model at `path`: a Hugging Face folder, or a checkpoint (or a run's folder,
-    or an adapter) applied to its base.
+    """Load the model at `path`: a Hugging Face folder, or a checkpoint (or run folder,
+    or adapter) applied to its base.
 
-    `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose
-    matrices are used; "shared" for those of no domain. `dtype` "auto": the folder's
-    dtype, or the run's compute dtype. `onto`: the model that gets the update in place
-    of the base, with its own tokenizer and dtype. Raises `UserError` for a path that is
-    neither.
+    `base`: the base's folder, if it was moved. `domain`: for a run with domains, the
+    domain whose matrices are used; "shared" for the shared matrices alone. `dtype`
+    "auto": the folder's dtype, or the run's compute dtype. `onto`: a model to which the
+    update is added instead of the base; its tokenizer and dtype are used. Raises
+    `UserError` for any other path.
     """
     folder = adapter_folder(path)
     if folder is not None and onto is not None:
@@ -184,7 +184,7 @@ def load_target(
     for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
         if value is not None:
             raise UserError(
-                f"{flag} belongs to a checkpoint, {path} is a complete model"
+                f"{flag} is for checkpoints, and {path} is a complete model"
             )
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
@@ -230,7 +230,7 @@ def evaluate(
     for batch in sorted_batches(cut, batch_size):
         score.nats += _nats(target.model, batch)
     if not score.tokens:
-        raise UserError(f"{corpus.flag}: there is not a single token to score in it")
+        raise UserError(f"{corpus.flag}: it has no tokens to score")
     return score
 
 
@@ -241,52 +241,52 @@ def cut_windows(
     max_documents: int | None,
     score: Score,
 ) -> Iterator[_Window]:
-    """The windows of all documents, which are counted in `score`. The next chunk of a
-    document has the last tokens of the previous one as context."""
+    """The windows of all documents. Counts documents, tokens and bytes in `score`. The
+    context of a document's chunk are the last tokens of its previous chunk."""
     first = block_start(tokenizer, windows.document_start, windows.model_type)
     start = start_id(tokenizer, windows.document_start)
-    seen: list[int] = []
+    context: list[int] = []
     for document in corpus:
         if document.begins:
             if score.documents == max_documents:
                 return
-            seen = [] if start is None else [start]
+            context = [] if start is None else [start]
             score.documents += 1
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
         # Nothing predicts the first token of a document without a start token.
-        unscored = [] if seen else ids[:1]
+        unscored = [] if context else ids[:1]
         score.tokens += len(ids) - len(unscored)
         score.text_bytes += len(document.text.encode())
         score.text_bytes -= len(str(tokenizer.decode(unscored)).encode())
-        sequence = [*seen, *ids]
-        yield from windows.cut(sequence, len(seen) + len(unscored), first)
-        seen = sequence[-max(windows.window - windows.stride, 1) :]
+        sequence = [*context, *ids]
+        yield from windows.cut(sequence, len(context) + len(unscored), first)
+        context = sequence[-max(windows.window - windows.stride, 1) :]
 
 
 def sorted_batches(
     windows: Iterator[_Window], batch_size: int
 ) -> Iterator[list[_Window]]:
-    while group := list(islice(windows, _SORTED_AT_ONCE * batch_size)):
+    while group := list(islice(windows, _SORTED_BATCHES * batch_size)):
         group.sort(key=lambda window: len(window[0]))
         yield from (group[i : i + batch_size] for i in range(0, len(group), batch_size))
 
 
 @torch.inference_mode()
 def _nats(model: Any, batch: Sequence[_Window]) -> float:
-    """Summed negative log-likelihood of the tokens that each window scores."""
+    """Summed negative log-likelihood of all scored tokens of a batch."""
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORED)
-    # Padding is at the right, where no scored token sees it.
+    # Padding is at the right, where causal attention ignores it.
     for row, (ids, scored) in enumerate(batch):
         tokens = torch.tensor(ids)
         inputs[row, : len(ids)] = tokens
         labels[row, len(ids) - scored - 1 : len(ids) - 1] = tokens[-scored:]
-    documents = Documents.whole_rows(len(batch), longest, model.device)
-    rows = {"input_ids": inputs.to(model.device), "documents": documents}
-    logits = model(**model_inputs(model, rows)).logits
+    documents = Documents.one_per_sequence(len(batch), longest, model.device)
+    inputs_on_device = {"input_ids": inputs.to(model.device), "documents": documents}
+    logits = model(**model_inputs(model, inputs_on_device)).logits
     nats = torch.zeros((), dtype=torch.float64, device=logits.device)
     for row_logits, row_labels in zip(logits, labels.to(logits.device), strict=True):
         nats += F.cross_entropy(
@@ -296,12 +296,12 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a repeated
-    name."""
+    """Parse entries NAME=PATH or PATH to {name: path}. Raises `UserError` for a
+    duplicate name."""
     sets: dict[str, str] = {}
     for entry in entries:
         name, path = named_path(entry)
         if name in sets:
-            raise UserError(f"--sets: {name} would name two sets; write NAME=PATH")
+            raise UserError(f"--sets: two sets have the name {name}; write NAME=PATH")
         sets[name] = path
     return sets

@@ -1,4 +1,4 @@
-"""When a Trainer merges, and what a merge does to its learning rate."""
+"""The steps at which a Trainer merges, and the re-warmup of its learning rate."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,10 @@ class MoRACallback(TrainerCallback):
     evaluation and checkpoint.
 
     The learning rate is that of `lr_scheduler_type`; after a merge a re-warmup of
-    `restart_warmup_steps` raises it to that curve again (`remora.schedule`). As there,
-    no merge falls into a warm-up, or so close to the end that its re-warmup would not
-    end. Every merge is logged as `merge_*`. For trainers with `MoRATrainer` among their
-    classes. Raises `UserError` for numbers that contradict each other, once the length
-    of the run is known.
+    `restart_warmup_steps` raises it to that curve again (`remora.schedule`). There is
+    no merge in a warm-up, or so late that its re-warmup would not finish. Every merge
+    is logged as `merge_*`. Only for trainers derived from `MoRATrainer`. Raises
+    `UserError` for contradicting numbers when the length of the run is known.
     """
 
     def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10) -> None:
@@ -36,7 +35,7 @@ class MoRACallback(TrainerCallback):
         """Set by the trainer, before its first step."""
 
     def plan(self, args: TrainingArguments, total_steps: int) -> None:
-        """Fix the steps of merges in a run of `total_steps`."""
+        """Compute the steps of merges in a run of `total_steps`."""
         self.schedule = Schedule(
             kind=ScheduleKind.CONSTANT,
             peak=args.learning_rate,

@@ -1,4 +1,4 @@
-"""What of a Trainer's options cannot be honoured, and what is filled in."""
+"""Checks a Trainer's options, and fills in its DeepSpeed config."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,33 +8,32 @@ from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
 from mora_ds.engine.ds_keys import AUTO, DsConfig, at
 
 REFUSED = {
-    "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",
-    "torch_compile": "merges change the operators that were compiled, and DeepSpeed's hooks break the graph",
-    "auto_find_batch_size": "it starts the run again within the run, whose merges would stay",
-    "use_cpu": "accelerate then leaves DeepSpeed out; without a GPU the CPU is used anyway",
+    "fsdp": "FSDP would shard the base; DeepSpeed shards only the MoRA matrices",
+    "torch_compile": "merges change the compiled operators, and DeepSpeed's hooks break the graph",
+    "auto_find_batch_size": "it restarts training in the same process, where earlier merges would stay",
+    "use_cpu": "accelerate would not use DeepSpeed; without a GPU the CPU is used anyway",
 }
-"""Option of `TrainingArguments` -> why it cannot be set."""
+"""Unsupported option of `TrainingArguments` -> the reason."""
 
 REFUSED_ARGUMENTS = {
-    "model_init": "every process loads its model once; give `model`",
+    "model_init": "every rank loads its model once; give `model`",
     "optimizers": "the optimizer is AdamW, or Muon by `optimizer` in the DeepSpeed config; the learning rate follows "
     "`lr_scheduler_type`",
     "optimizer_cls_and_kwargs": "the optimizer is AdamW, or Muon by `optimizer` in the DeepSpeed config",
     "peft_config": "the adapter is the one of `mora`",
 }
-"""Argument of the Trainer -> why it cannot be given."""
+"""Unsupported argument of the Trainer -> the reason."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""Values of `optim` that mean AdamW. The state of other optimizers no merge knows."""
+"""Values of `optim` that mean AdamW. Merges cannot reset the state of others."""
 
 WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
-"""Values of `lr_scheduler_type` whose learning rate is no function of the step."""
+"""Values of `lr_scheduler_type` whose learning rate is not a function of the step."""
 
 
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise one `UserError` that names everything which contradicts an adapter under
-    DeepSpeed. `args`: of `TrainingArguments`; `arguments`: further ones of the Trainer,
-    by name."""
+    """Raise one `UserError` that lists all unsupported options. `args`: the
+    `TrainingArguments`; `arguments`: other arguments of the Trainer, by name."""
     refuse(_problems(args, arguments))
 
 
@@ -50,24 +49,24 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"TrainingArguments({name}=...) cannot be used with MoRATrainer: {reason}"
     parallel = args.parallelism_config
     if parallel is not None and parallel.non_data_parallel_size > 1:
-        yield "TrainingArguments(parallelism_config=...): only data parallelism goes with MoRATrainer"
+        yield "TrainingArguments(parallelism_config=...): MoRATrainer supports only data parallelism"
     if args.lr_scheduler_type in WITHOUT_LAMBDA:
         kind = args.lr_scheduler_type.value
         yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
     config = args.hf_deepspeed_config.config
     if args.optim not in ADAMW and "optimizer" not in config:
-        yield f"TrainingArguments(optim={args.optim.value!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
+        yield f"TrainingArguments(optim={args.optim.value!r}): an adapter needs AdamW ({', '.join(ADAMW)})"
     if "scheduler" in config:
-        yield '"scheduler" in the DeepSpeed config: take `lr_scheduler_type`, which MoRACallback can restart'
-    # Without a stage the engine would run at 3, and accelerate takes it for none.
+        yield '"scheduler" in the DeepSpeed config: use `lr_scheduler_type`, which MoRACallback can restart'
+    # Without a stage the engine would use 3, but accelerate assumes 0.
     if at(config, "zero_optimization.stage") not in (1, 2, 3, AUTO):
         yield '"zero_optimization.stage" in the DeepSpeed config must be 1, 2 or 3'
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:
-    """Set, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto"
-    sizes: those that the adapter's parameters need, where transformers would take the
-    model's hidden size. Raises `UserError` for a section that is no JSON object."""
+    """Set the optimizer and ZeRO's "auto" sizes in the DeepSpeed config of `args`. The
+    sizes are those for the adapter's parameters; transformers would use the model's
+    hidden size. Raises `UserError` for a section that is not a JSON object."""
     config = args.hf_deepspeed_config.config
     refuse(clean_sections(config))
     optimizer: DsConfig = config.setdefault("optimizer", {})

@@ -1,15 +1,15 @@
-"""`MoRATrainer`: a mixin for Hugging Face's Trainer, with the base unsharded.
+"""`MoRATrainer`: a mixin for Hugging Face's Trainer with an unsharded base.
 
-    __init__                    options are checked, the adapter is injected
-    _prepare_for_training       accelerate makes the engine of `mora_ds.initialize`; a `Run` is opened around it, or
-                                restored from checkpoint-N: engine, ledger, and the base as of that step
+    __init__                    checks options, injects the adapter
+    _prepare_for_training       accelerate creates the engine of `mora_ds.initialize`; then a `Run` is opened, or
+                                restored from checkpoint-N: engine, ledger, and the base at that step
     callback, on_step_end       merges (`callback`)
-    checkpoint-N/               trainer_state.json, random states: transformers'; checkpoints/step-N: a checkpoint of
-                                mora_ds, as launch/pretrain.py writes it
-    save_model                  the merged model, which `from_pretrained` loads
+    checkpoint-N/               trainer_state.json and random states of transformers; checkpoints/step-N: a checkpoint
+                                of mora_ds, as written by launch/pretrain.py
+    save_model                  writes the merged model for `from_pretrained`
 
-Methods with an underscore are transformers' own (trainer.py, 5.24);
-tests/hf/test_options.py fails where an upgrade renames one.
+Overridden methods with an underscore are transformers' private methods (trainer.py,
+5.24); tests/hf/test_options.py fails if an upgrade renames one.
 """
 
 import os
@@ -43,22 +43,22 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run, RunContext
 
 _Base: Any = object
-"""For the type checker: the Trainer whose methods the mixin calls."""
+"""Type checking: the mixin calls methods of a Trainer."""
 
 allow_cpu()  # before `TrainingArguments` starts the process group
 
 MERGE_EVERY = "merge_every"
-"""The fact of a checkpoint that tells a Trainer without `MoRACallback` of earlier
-merges."""
+"""Key of a checkpoint's facts. It detects a resume of a merging run without
+`MoRACallback`."""
 
 _SAVING = ".mora-saving"
-"""Folder in a model's folder where its files are written, before they are moved
-there."""
+"""Temporary folder in a model's folder; complete files are moved out of it."""
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)`, unsharded: transformers
-    itself shards a model that is loaded after `TrainingArguments(deepspeed=...)`."""
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with unsharded weights.
+    transformers would shard a model that is loaded after
+    `TrainingArguments(deepspeed=...)`."""
     with unsharded_loading():
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
@@ -69,20 +69,19 @@ class MoRATrainer(_Base):
 
         class Trainer(MoRATrainer, transformers.Trainer): ...
 
-    `mora`: the adapter; `inject` gives it to `model`. `base`: the folder or Hub name
-    that `model` was loaded from, by default the one that the model names; merges and
-    `save_model` read the original weights there. `model` may be a path. `MoRACallback`
-    among the callbacks makes it ReMoRA. Collective, as a Trainer is.
+    `mora`: the adapter config, injected to `model`. `base`: the folder or Hub name that
+    `model` was loaded from, by default the name in the model's config; merges and
+    `save_model` read the base weights there. `model` may be a path. Add a
+    `MoRACallback` for ReMoRA. Collective, like a Trainer.
 
-    Raises `UserError` for options that contradict an adapter (`options`), for a model
-    that is sharded already, and when training starts for a model that is not its base,
-    weight for weight, or goes on from a checkpoint of a merging run without
-    `MoRACallback`.
+    Raises `UserError` for unsupported options (`options`) and for a sharded model; at
+    the start of training for a model whose weights are not those of its base, and for
+    a resume of a merging run without `MoRACallback`.
     """
 
     deepspeed: Any
     run: Run | None = None
-    """Merge ledger and checkpoints, from the start of training on."""
+    """Merge ledger and checkpoints; set when training starts."""
 
     def __init__(
         self,
@@ -110,21 +109,21 @@ class MoRATrainer(_Base):
         if is_sharded(model):
             raise UserError(
                 "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "
-                "load it before, or by mora_ds.hf.load_model, or give MoRATrainer its path"
+                "load it before, or with mora_ds.hf.load_model, or give MoRATrainer its path"
             )
         self.injection = inject(model, mora)
         fill_config(args, trainable_numels(model))
         super().__init__(model, args, *arguments, **kwargs)
 
     def merge(self) -> MergeReport:
-        """Merge the MoRA matrices of all layers now, between two optimizer steps, and
-        log it. `MoRACallback` calls it. Collective."""
+        """Merge and reset the MoRA matrices of all layers, between two optimizer steps,
+        and log it. Called by `MoRACallback`. Collective."""
         report = self._open_run.merge(self.state.global_step)
         self._set_learning_rate()
         facts = report.row().items()
         should_log = self.control.should_log
         self.log({f"merge_{name}": value for name, value in facts if value is not None})
-        # `log` takes that back, and this step's loss is still to be logged.
+        # `log` resets should_log, but this step's loss is not logged yet.
         self.control.should_log = should_log
         return report
 
@@ -135,8 +134,8 @@ class MoRATrainer(_Base):
     ) -> Any:
         if self.run is not None and resume_from_checkpoint is None:
             raise UserError(
-                "train() was called before: train(resume_from_checkpoint=...) goes on from a checkpoint; another run "
-                "needs a model without an adapter"
+                "train() was called before: use train(resume_from_checkpoint=...) to continue from a checkpoint; a new "
+                "run needs a model without an adapter"
             )
         for callback in self._merging:
             callback.trainer = self
@@ -147,8 +146,8 @@ class MoRATrainer(_Base):
         return prepared
 
     def _restore(self, checkpoint: str | None) -> None:
-        """Open the run; with a folder checkpoint-N as it was then, with the base of
-        that step and the learning rates of the arguments."""
+        """Open the run. With a folder checkpoint-N, restore it, including the base at
+        that step, but with the learning rates of the arguments."""
         resume = None
         if checkpoint is not None:
             resume = str(Path(checkpoint) / CHECKPOINTS / LATEST)
@@ -159,8 +158,8 @@ class MoRATrainer(_Base):
             base = resolve_folder(self._base_name, Ranks.current())
             keys = None
         else:
-            # The live base may hold merges, so it is not compared: it is formed anew
-            # below.
+            # The base in memory may have merges, so do not compare it with the files;
+            # it is rebuilt below.
             base = earlier.remora.base
             keys = earlier.remora.keys
         self.run = Run(
@@ -184,13 +183,13 @@ class MoRATrainer(_Base):
             if merged_every and not self._merging:
                 raise UserError(
                     f"{checkpoint} is of a run that merges every {merged_every} steps: add MoRACallback; "
-                    "MoRACallback(merge_every=0) goes on without merges"
+                    "MoRACallback(merge_every=0) continues without merges"
                 )
             self._schedule.base_lrs = base_rates
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Set the `LambdaLR`, and its optimizer's learning rates, to the next step."""
+        """Set the `LambdaLR` and its optimizer's learning rates for the next step."""
         step = optimizer_steps(self.deepspeed)
         schedule = self._schedule
         factors = [curve(step) for curve in schedule.lr_lambdas]
@@ -212,12 +211,12 @@ class MoRATrainer(_Base):
         return scheduler
 
     def evaluation_loop(self, *arguments: Any, **kwargs: Any) -> Any:
-        """As transformers' own. Before training there is no engine, and each process
-        evaluates its share with a model of its own."""
+        """As in transformers. Before training there is no engine, and each rank
+        evaluates its part of the data with an unsharded model."""
         if self.deepspeed is not None:
             return super().evaluation_loop(*arguments, **kwargs)
-        # Where there is none, transformers makes an engine, and drops the optimizer
-        # from the DeepSpeed config for it.
+        # Otherwise transformers would create an engine, and remove the optimizer from
+        # the DeepSpeed config for it.
         self.deepspeed = self.model
         try:
             with bare_model(self.args.hf_deepspeed_config.dtype()):
@@ -225,13 +224,12 @@ class MoRATrainer(_Base):
         finally:
             self.deepspeed = None
             self.model_wrapped = self.model
-            # It would be destroyed as an engine otherwise.
+            # Otherwise accelerate would destroy it like an engine.
             self.accelerator.deepspeed_engine_wrapped = None
             self.accelerator._models.clear()
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """As transformers counts them, and those of the base, whose weights are no
-        parameters."""
+        """As in transformers, but including the base, whose weights are buffers."""
         ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if not isinstance(ids, torch.Tensor):
             return 0
@@ -242,11 +240,11 @@ class MoRATrainer(_Base):
     def save_model(
         self, output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
-        """Write the merged model, with its tokenizer, for `from_pretrained`.
+        """Write the merged model with its tokenizer, for `from_pretrained`.
 
-        A checkpoint has it with `save_only_model`, and with `push_to_hub` unless that
-        waits for the end; others hold the MoRA matrices alone. Raises `UserError`
-        before training.
+        A checkpoint contains it only with `save_only_model`, or with `push_to_hub`
+        unless that is done at the end; other checkpoints have only the MoRA matrices.
+        Raises `UserError` before training.
         """
         in_checkpoint = _internal_call and output_dir is not None
         folder = Path(output_dir or self.args.output_dir)
@@ -282,13 +280,12 @@ class MoRATrainer(_Base):
         self._open_run.save(self.state.global_step, folder=output_dir)
 
     def _load_best_model(self) -> None:
-        """Restore the best checkpoint's matrices, ledger and base, without later
-        merges."""
+        """Restore the matrices, ledger and base of the best checkpoint."""
         self._restore(self.state.best_model_checkpoint)
 
     @property
     def _schedule(self) -> Any:
-        # Within accelerate's wrapper, once there is one.
+        # Inside of accelerate's wrapper, if there is one.
         return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
 
     @property

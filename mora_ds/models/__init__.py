@@ -1,14 +1,14 @@
-"""Base models: Hugging Face folders read and written, loss, vocabulary.
+"""Base models: reading and writing Hugging Face folders, attention, loss, vocabulary.
 
-base            `BaseCheckpoint`: the original weights on disk, their fingerprint and the names of parameters
-attention       which attention a model runs: by documents, or dense
-document_attention  causal attention inside each document of packed rows
-decoder_layers  decoder layers, and the frozen weights of each alone
-node_base       `NodeBase`: the frozen base that the processes of a node share, and who writes which layer
-load            Hub name or folder -> live model; configs
-dequantize      bases in FP8 and MXFP4, written as a base of the run's own
+base            `BaseCheckpoint`: the base weights on disk, their fingerprint, and their parameter names
+attention       selects document attention or dense attention for a model
+document_attention  causal attention inside each document of packed sequences
+decoder_layers  decoder layers, and the frozen weights that only one layer uses
+node_base       `NodeBase`: the frozen base in memory that the ranks of a node share
+load            Hub name or folder -> model in memory; configs
+dequantize      converts bases in FP8 and MXFP4 to a base in the run's folder
 rope            --rope_scaling: changes of a base's rotary embeddings
-stored_names    names of tensors in files and in the live model
+stored_names    names of tensors in files and in the model
 save            writes a model folder tensor by tensor
 loss            the loss of a batch, optionally in chunks of tokens
 vocabulary      adds rows to embeddings and head for new tokens

@@ -1,9 +1,9 @@
-"""Which attention a model runs: by documents (`document_attention`, or FlashAttention
-with bounds), or dense.
+"""Selects a model's attention: document attention (`document_attention`, or FlashAttention
+with cu_seqlens), or transformers' dense attention.
 
-why_dense(config, implementation)    why a model cannot attend by documents; None where it can
-use_documents(model)                 from here on it does; `attends_by_documents` tells
-model_inputs(model, batch)           keyword arguments of a pass, with the batch's documents where attention reads them
+why_dense(config, implementation)    the reason why a model cannot use document attention, or None
+use_documents(model)                 switches a model to document attention; `attends_by_documents` returns the state
+model_inputs(model, batch)           keyword arguments of a forward pass, with the documents if attention needs them
 """
 
 from collections.abc import Callable, Mapping
@@ -18,52 +18,51 @@ NAME = document_attention.NAME
 
 _FLASH = "flash_attention"
 _KINDS = {"full_attention", "sliding_attention"}
-"""Transformers' names of layers that see earlier tokens, all or those in a window."""
+"""Layer types of transformers that are supported."""
 
 _BY_DOCUMENTS = "_mora_ds_attends_by_documents"
-"""Attribute of a model that attends by documents."""
+"""Attribute of a model that uses document attention."""
 
 
 def why_dense(config: Any, implementation: str | None) -> str | None:
-    """Why a model cannot attend by documents, to be read after "because"; None: it can.
+    """The reason why a model cannot use document attention, as the end of a sentence
+    with "because"; None if it can.
 
-    `implementation`: transformers' attn_implementation that was asked for, None for its
-    default.
+    `implementation`: the user's attn_implementation; None for the default.
     """
     if implementation is not None and not is_flash(implementation):
         return f"--attn_implementation {implementation} reads masks"
     text = config.get_text_config()
-    if strange := sorted(set(getattr(text, "layer_types", None) or ()) - _KINDS):
-        return f"the model has layers of the kind {strange[0]}"
+    if unsupported := sorted(set(getattr(text, "layer_types", None) or ()) - _KINDS):
+        return f"the model has layers of the type {unsupported[0]}"
     is_bidirectional = getattr(text, "use_bidirectional_attention", None)
     if is_bidirectional or getattr(text, "is_causal", True) is False:
         return "the model's attention is not causal"
-    # The private table (models/auto/auto_factory.py, `_BaseAutoModelClass`) lists what
-    # is transformers' own, and no code that comes with a model of the Hub
+    # The private table (models/auto/auto_factory.py, `_BaseAutoModelClass`) has the
+    # models of transformers, but none with remote code
     models: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in models:
-        return "the code of the model is not transformers' own"
+        return "the model's code is not in transformers"
     kind = models[type(config)]
-    # By both, transformers says that a model calls its attention through
-    # `ALL_ATTENTION_FUNCTIONS` (modeling_utils.py, `PreTrainedModel`)
+    # Both are true for models that call attention through `ALL_ATTENTION_FUNCTIONS`
+    # (modeling_utils.py, `PreTrainedModel`)
     if not (kind._supports_attention_backend and kind._can_set_attn_implementation()):
         return f"transformers calls the attention of {kind.__name__} directly"
     return None
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether this is FlashAttention in transformers, which takes bounds of
-    documents."""
+    """Whether this is transformers' FlashAttention, which accepts cu_seqlens."""
     return _FLASH in implementation
 
 
 def attention_of(model: Any) -> str:
-    """The name of a model's attention in transformers."""
+    """The name of a model's attention implementation in transformers."""
     return str(model.config.get_text_config()._attn_implementation)
 
 
 def use_documents(model: Any) -> None:
-    """Let the model attend by documents. FlashAttention stays what it is."""
+    """Switch the model to document attention. FlashAttention is kept."""
     vars(model)[_BY_DOCUMENTS] = True
     if not is_flash(attention_of(model)):
         document_attention.register()
@@ -71,12 +70,12 @@ def use_documents(model: Any) -> None:
 
 
 def attends_by_documents(model: Any) -> bool:
-    """Whether `use_documents` was called for the model."""
+    """Whether the model uses document attention."""
     return _BY_DOCUMENTS in vars(model)
 
 
 def prefer_documents(model: Any) -> Any:
-    """`model`, attending by documents where it can."""
+    """Switch `model` to document attention if it supports that, and return it."""
     if why_dense(model.config, None) is None and not is_flash(attention_of(model)):
         use_documents(model)
     return model
@@ -85,12 +84,10 @@ def prefer_documents(model: Any) -> Any:
 def model_inputs(
     model: Callable[..., object], batch: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of a forward pass of `model` (or of its engine) over a
-    batch.
+    """The keyword arguments of a forward pass of `model` (or its engine).
 
-    `document_attention` finds the documents in the positions where the batch does not
-    name them; FlashAttention does not where there is more than one row, and raises
-    KeyError here.
+    A batch without `documents`: `document_attention` derives them from the positions;
+    FlashAttention cannot for several sequences, so this raises KeyError.
     """
     inputs = {
         name: batch[name] for name in ("input_ids", "position_ids") if name in batch
@@ -107,8 +104,8 @@ def model_inputs(
 
 
 def _flash_arguments(documents: Documents) -> dict[str, Any]:
-    """transformers/modeling_flash_attention_utils.py, `FlashAttentionKwargs`: with them
-    rows are flattened, whatever their number (`_flash_attention_forward`)."""
+    """`FlashAttentionKwargs` of transformers/modeling_flash_attention_utils.py. With
+    them `_flash_attention_forward` flattens a batch of any size."""
     bounds = documents.bounds
     longest = documents.longest
     return {

@@ -1,13 +1,13 @@
-"""The base's original weights: a Hugging Face folder that is read and never written.
+"""The base weights on disk: a Hugging Face folder, only read and never written.
 
     folder -> BaseCheckpoint -> fingerprint          identifies the base, independent of its shards and its path
-                             -> map_model            live parameter name -> key in the files
+                             -> map_model            parameter name -> key in the files
                              -> read(key)            one tensor, memory-mapped, in its stored dtype
 
-A run needs its base one to one on disk: each live weight is one tensor of the files,
-cast to the run's dtype, or a stack of them, the experts of a mixture (`stored_names`).
-Where that is not so (pickled files only, weights converted otherwise at load, a new
-model from a config) `NotOneToOne` is raised, and the caller can save the live model
+Each parameter of a run's model must equal one tensor of the files, cast to the run's
+dtype, or a stack of them, as for the experts of a mixture (`stored_names`). Otherwise
+(only pickled files, weights that transformers converts at load, a new model from a
+config) `NotOneToOne` is raised, and the caller can save the model in memory as a base
 with `write_own_base`.
 """
 
@@ -53,15 +53,17 @@ MODEL_FLAG = "--model_name_or_path"
 
 
 class NotOneToOne(UserError):
-    """The folder's tensors are not one to one the live model's weights."""
+    """The tensors of the folder and the parameters of the model do not match one to
+    one."""
 
 
 class BaseChanged(RunError):
-    """The base's files are not those that were opened and mapped."""
+    """The base's files were changed after they were opened and mapped."""
 
 
 class BaseCheckpoint:
-    """A model folder's safetensors, read only. Make one with `BaseCheckpoint.open`."""
+    """The safetensors of a model folder, read only. Create with
+    `BaseCheckpoint.open`."""
 
     def __init__(self, folder: Path, file_of: Mapping[str, Path]) -> None:
         self.folder = folder
@@ -70,7 +72,7 @@ class BaseCheckpoint:
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
         self.stamps = {path: stamp(path) for path in self.files()}
-        """The stamp of each file when it was opened, or last found to be the same."""
+        """The stat signature of each file when it was last known to be unchanged."""
 
     @classmethod
     def open(
@@ -79,11 +81,11 @@ class BaseCheckpoint:
         flag: str = MODEL_FLAG,
         quantized: bool = False,
     ) -> BaseCheckpoint:
-        """Opens a folder with config.json and either model.safetensors or an index and
-        its shards. `quantized`: also where config.json says that the weights are.
+        """Open a folder with config.json and either model.safetensors or an index and
+        its shards. `quantized`: accept quantized weights.
 
-        Raises `UserError` naming `flag` and the faulty file, and its subclass
-        `NotOneToOne` where all weights are pickled.
+        Raises `UserError` that names `flag` and the invalid file, and its subclass
+        `NotOneToOne` if there are only pickled weights.
         """
         folder = expanded(folder, flag).absolute()
         if not folder.is_dir():
@@ -96,7 +98,7 @@ class BaseCheckpoint:
             settings = read_json(folder / "config.json").get("quantization_config")
             if settings is not None and not quantized:
                 raise UserError(
-                    f"{folder} holds quantized weights; give the unquantized model, or OUTPUT_DIR/base of a run"
+                    f"{folder} has quantized weights; give the unquantized model, or OUTPUT_DIR/base of a run"
                 )
             return cls(folder, _locate_tensors(folder))
         except NotOneToOne:
@@ -105,7 +107,7 @@ class BaseCheckpoint:
             raise UserError(f"{flag}: {error}") from error
 
     def keys(self) -> list[str]:
-        """Names of all tensors, in the order of the files."""
+        """Names of all tensors, in file order."""
         return list(self._file_of)
 
     def __contains__(self, key: str) -> bool:
@@ -116,16 +118,17 @@ class BaseCheckpoint:
         return list(dict.fromkeys(self._file_of.values()))
 
     def changed_files(self) -> list[Path]:
-        """Files that changed since, by size, time and inode; none is read."""
+        """Files whose size, time or inode changed since they were opened. Reads no
+        contents."""
         return [path for path, before in self.stamps.items() if stamp(path) != before]
 
     def require_unchanged(self, fingerprint: str) -> None:
-        """Raises `BaseChanged` where `changed_files` hold other weights: files are
-        mapped, so what is written into one of them changes weights in memory, and what
-        is cut off is a bus error of the process that reads it.
+        """Raise `BaseChanged` if `changed_files` have other weights. The files are
+        mapped: writing to one changes weights in memory, and truncating one causes a
+        bus error when it is read.
 
-        Files that were only touched, moved or copied are read once: with `fingerprint`
-        they are accepted.
+        Files that were only touched, moved or copied are accepted: they are read once,
+        and must have this `fingerprint`.
         """
         if not (changed := self.changed_files()):
             return
@@ -137,19 +140,19 @@ class BaseCheckpoint:
         if not is_same:
             raise BaseChanged(
                 f"{changed[0]} was changed or replaced during the run, which reads its weights from there: the model "
-                "in memory is no longer the one that was trained. Put the original file back and resume"
+                "in memory is no longer the one that was trained. Restore the original file and resume"
             )
         logger.info(
-            "%s: files were touched, and hold the same weights as before", self.folder
+            "%s: files were touched, but their weights are unchanged", self.folder
         )
         self.stamps = stamps
 
     def dtypes(self) -> set[torch.dtype]:
-        """The dtypes of all tensors, from the headers of the files."""
+        """The dtypes of all tensors, read from the file headers."""
         return {self.shape_dtype(key)[1] for key in self._file_of}
 
     def shape_dtype(self, key: str) -> tuple[Shape, torch.dtype]:
-        """Shape and dtype of a tensor, from the header of the file alone."""
+        """Shape and dtype of a tensor, read from the file header."""
         if not is_stack(key):
             return shape_dtype(self._handle(key), key)
         members = self.members(key)
@@ -158,19 +161,16 @@ class BaseCheckpoint:
         return (len(members), rows, *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU; do not write to it, as it is the mapped
-        file.
+        """The tensor as stored, on the CPU. Do not write to it: it is the mapped file.
 
-        A stack is put together from its files. Raises `RunError` when the file has been
-        damaged since it was opened.
+        A stack is copied from its tensors. Raises `RunError` if the file was damaged
+        after it was opened.
         """
         if is_stack(key):
             shape, dtype = self.shape_dtype(key)
             stack = torch.empty(shape, dtype=dtype)
-            for index, rows_of_expert in enumerate(self.members(key)):
-                torch.cat(
-                    [self.read(name) for name in rows_of_expert], out=stack[index]
-                )
+            for index, expert_keys in enumerate(self.members(key)):
+                torch.cat([self.read(name) for name in expert_keys], out=stack[index])
             return stack
         try:
             return self._handle(key).get_tensor(key)
@@ -180,15 +180,14 @@ class BaseCheckpoint:
             ) from error
 
     def members(self, key: str) -> list[list[str]]:
-        """The keys of the files' tensors that a stack consists of: for each expert
-        those whose rows follow each other. Empty where the files do not have them in
-        these numbers."""
+        """The keys of a stack's tensors: for each expert those that are concatenated
+        along their rows. Empty if the files do not have them."""
         if key not in self._members:
             members = members_of(key, self._file_of)
             shapes = [[self.shape_dtype(name) for name in names] for names in members]
             if any(of_expert != shapes[0] for of_expert in shapes):
                 raise UserError(
-                    f"{self.folder}: the experts of {key!r} have several shapes"
+                    f"{self.folder}: the experts of {key!r} have different shapes"
                 )
             self._members[key] = members
         return self._members[key]
@@ -198,22 +197,22 @@ class BaseCheckpoint:
         if path not in self._handles:
             if stamp(path) != self.stamps.get(path, stamp(path)):
                 raise BaseChanged(
-                    f"{path} was changed or replaced during the run: put the original file back and resume"
+                    f"{path} was changed or replaced during the run: restore the original file and resume"
                 )
             self._handles[path] = open_safetensors(path)
         return self._handles[path]
 
     def release(self) -> None:
-        """Unmap the files, whose pages count as this process's memory once it has read
-        them; the next `read` maps them again. Tensors that were read stay."""
+        """Unmap the files, because pages that were read count as memory of this process.
+        The next `read` maps them again. Tensors from `read` stay valid."""
         self._handles.clear()
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
-        """Hex sha256 of the tensors' names, dtypes, shapes and checksums, but not
-        shards.
+        """Hex sha256 of the tensors' names, dtypes, shapes and checksums, independent
+        of the files' shards.
 
-        The first call reads every byte, at about memory speed; with `ranks` it is
-        collective, and each rank reads a slice of the tensors.
+        The first call reads every byte, at about memory speed. With `ranks` it is
+        collective, and each rank reads a part of the tensors.
         """
         if ranks is not None and ranks.world > 1:
             self._fingerprint = ranks.on_first(
@@ -227,8 +226,8 @@ class BaseCheckpoint:
                     key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of
                 }
                 slices = balanced(sizes, ranks.world)
-                of_ranks = ranks(lambda rank: self._lines(slices[rank]), len(slices))
-                lines = [line for of_rank in of_ranks for line in of_rank]
+                by_rank = ranks.map(lambda rank: self._lines(slices[rank]), len(slices))
+                lines = [line for rank_lines in by_rank for line in rank_lines]
             text = "".join(sorted(lines))
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return self._fingerprint
@@ -246,8 +245,7 @@ class BaseCheckpoint:
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Key -> file. Opens every file, so that a missing or truncated one is reported
-    now."""
+    """Key -> file. Opens every file, to report a missing or truncated one early."""
     single = folder / SINGLE_FILE
     index = folder / INDEX_FILE
     if single.is_file():
@@ -272,17 +270,17 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     for key, shard in weight_map.items():
         if key not in keys_of[shard]:
             raise UserError(
-                f"{folder / shard} has no tensor {key!r}, which {INDEX_FILE} lists"
+                f"{folder / shard} has no tensor {key!r}, although {INDEX_FILE} lists it"
             )
     return {key: folder / shard for key, shard in weight_map.items()}
 
 
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Parameter name -> key, for `names` of a transformers model: its own name, with or
-    without the prefix of the model without its head, what transformers renames or
-    stacks to it, or a tied one's. Raises `NotOneToOne` with all names that have no
-    key."""
-    # Tied parameter -> the parameter whose storage it shares
+    """Parameter name -> key, for `names` of a transformers model. The key may be the
+    name, with or without the base model's prefix; a key that transformers renames or
+    stacks at load; or the key of a tied parameter. Raises `NotOneToOne` that lists
+    names without a key."""
+    # Tied parameter -> the parameter that owns the storage
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     stored = base.keys()
     keys = {
@@ -297,19 +295,19 @@ def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[st
         return keys.get(name, keys.get(alias))
 
     mapping: dict[str, str] = {}
-    lost = []
+    missing = []
     for name in names:
         source = ties.get(name, name)
-        twins = [target for target, twin in ties.items() if twin == source]
-        key = next(filter(None, map(key_of, (source, name, *twins))), None)
+        tied = [target for target, owner in ties.items() if owner == source]
+        key = next(filter(None, map(key_of, (source, name, *tied))), None)
         if key is None:
-            lost.append(name)
+            missing.append(name)
         else:
             mapping[name] = key
-    if lost:
-        some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise NotOneToOne(
-            f"{base.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}"
+            f"{base.folder} has no tensor for {len(missing)} parameter(s) of the model: {some}"
         )
     return mapping
 
@@ -320,17 +318,18 @@ def write_own_base(
     tokenizer: Any = None,
     state_dict: Tensors | None = None,
 ) -> BaseCheckpoint:
-    """Saves a live transformers model (before injection) as a base, by its live names.
+    """Save a transformers model (before injection) as a base, with the parameter names
+    of the model.
 
-    Atomically replaces `folder`. `state_dict` is given where the model itself holds its
-    weights sharded. Raises `RunError` on a full disk.
+    Replaces `folder` atomically. `state_dict`: required if the model's weights are
+    sharded. Raises `RunError` on a full disk.
     """
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
         model.save_pretrained(
             partial, max_shard_size="5GB", save_original_format=False, **weights
         )
-        # The library makes weights readable for this user alone, whatever the umask is
+        # The library ignores the umask and makes weights readable for this user only
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)
         if tokenizer is not None:
@@ -344,20 +343,18 @@ def verify_against_model(
     tensors: Tensors,
     names: Iterable[str],
 ) -> None:
-    """Checks that every named tensor equals its base tensor, cast, bit for bit.
-
-    Raises `NotOneToOne` naming the first that does not.
-    """
+    """Check that every named tensor is bit-identical to its base tensor after a cast.
+    Raises `NotOneToOne` that names the first difference."""
     for name in names:
-        live = tensors[name].detach()
+        tensor = tensors[name].detach()
         key = mapping[name]
         stored, _ = base.shape_dtype(key)
-        if stored != tuple(live.shape):
+        if stored != tuple(tensor.shape):
             raise NotOneToOne(
-                f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}"
+                f"{name} is {tuple(tensor.shape)} in the model, {stored} in {base.folder}"
             )
-        original = base.read(key).to(live.device, live.dtype)
-        if not _same_bits(live, original):
+        base_tensor = base.read(key).to(tensor.device, tensor.dtype)
+        if not _same_bits(tensor, base_tensor):
             raise NotOneToOne(
                 f"{name} of the model is not the tensor {key!r} of {base.folder}"
             )
@@ -366,33 +363,33 @@ def verify_against_model(
 # -- checksum --------------------------------------------------------------------------
 
 _CHUNK = 1 << 15
-"""Number of 64-bit words that are hashed at a time: 256 KiB, as fit into a core's
-cache."""
+"""64-bit words per chunk: 256 KiB, which fit into a core's cache."""
 
-_CHUNKS_AT_ONCE = 256
-"""The same on a GPU, in chunks: 64 MiB, since the cost there is that of kernel
+_CHUNKS_PER_KERNEL = 256
+"""Chunks hashed at a time on a GPU: 64 MiB, to reduce the overhead of kernel
 launches."""
 
-_ODD = -7046029254386353131
-"""2**64 divided by the golden ratio, odd, so that multiplying by it is a bijection."""
+_MULTIPLIER = -7046029254386353131
+"""2**64 divided by the golden ratio. It is odd, so multiplying by it is a bijection."""
 
 
 def tensor_checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's bytes in order, the same on every device.
 
-    Within a chunk: sum of mix(word) * odd(position) mod 2**64, where mix is a bijection
-    and the odd factors are pseudo-random: a change of one word always changes the sum,
-    exchanged words do except with a probability of about 2**-32. The sums of the chunks
-    are hashed in order. Not secure against an adversary.
+    Per chunk: the sum of mix(word) * odd(position) mod 2**64, where mix is a bijection
+    and the odd factors are pseudo-random. A change of one word always changes the sum;
+    a swap of two words changes it except with a probability of about 2**-32. The sums
+    of all chunks are hashed in order. Not secure against an adversary.
     """
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     factors = _factors(raw.device)
     sums = []
-    chunks = 1 if raw.device.type == "cpu" else _CHUNKS_AT_ONCE
-    for piece in raw.split(chunks * _CHUNK * 8):
-        padding = -piece.numel() % (_CHUNK * 8)
-        words = F.pad(piece, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _ODD
-        # Masked, as the shift of a signed word copies its sign bit
+    chunks = 1 if raw.device.type == "cpu" else _CHUNKS_PER_KERNEL
+    for part in raw.split(chunks * _CHUNK * 8):
+        padding = -part.numel() % (_CHUNK * 8)
+        padded = F.pad(part, (0, padding))
+        words = padded.view(torch.int64).view(-1, _CHUNK) * _MULTIPLIER
+        # Masked, because the shift of a signed word copies its sign bit
         high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)
         sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
@@ -402,7 +399,8 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
-    """Compares tensors of one dtype as bits: NaN equals itself, and 0 not -0."""
+    """Whether two tensors of one dtype are bit-identical: NaN equals itself, 0 differs
+    from -0."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     word = words[one.itemsize]
     return torch.equal(one.view(word), another.view(word))

@@ -1,9 +1,9 @@
-"""The decoder layers of a model, and the frozen weights that belong to each alone: what
-can be held layer by layer.
+"""The decoder layers of a model, and the frozen weights that only one layer uses. These
+can be copied to the device layer by layer.
 
-find_decoder_layers(model)  name -> layer, in the order in which they run
+find_decoder_layers(model)  name -> layer, in execution order
 weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
-stored_bytes(tensors)       bytes of a buffer for them; `offsets` says where each lies in it
+stored_bytes(tensors)       size of a buffer for tensors, in bytes; `offsets`: their positions in it
 """
 
 from collections import Counter
@@ -19,16 +19,16 @@ from mora_ds.common.tensor_files import Tensors
 
 _ALIGNMENT = 256
 LINE = 64
-"""Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's
-allocator. On a CPU a tensor keeps its place within a cache line, the second: a matrix
-product may round otherwise at another one."""
+"""In bytes. Tensors in a buffer are aligned to `_ALIGNMENT`, as by CUDA's allocator. A
+tensor keeps its offset within a CPU cache line of `LINE` bytes, because matrix products
+may round differently at another offset."""
 
 
 def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The entries of the model's list of decoder layers: the `nn.ModuleList` with
-    num_hidden_layers entries; of several the one with most frozen elements. Nothing for
-    a model that has none."""
-    count = _count(model)
+    """Name -> decoder layer: the entries of the `nn.ModuleList` with num_hidden_layers
+    entries; if there are several, of the one with most frozen elements. Empty if there
+    is none."""
+    count = _layer_count(model)
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -46,23 +46,23 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
     return {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
 
 
-def _count(model: Any) -> int:
-    """num_hidden_layers of a transformers model; 0 for another one."""
+def _layer_count(model: Any) -> int:
+    """num_hidden_layers of a transformers model; 0 for other models."""
     return getattr(text_config(model), "num_hidden_layers", 0)
 
 
 def weights_of_layers(model: Any) -> dict[str, Tensors]:
-    """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
+    """Name of a decoder layer -> (name in the model -> frozen tensor), in execution
+    order.
 
-    Left out: tensors that something outside of the layer uses, too. Raises `UserError`
-    for a model without decoder layers, or whose layers have no frozen weights of their
-    own.
+    Excludes tensors that are also used outside of the layer. Raises `UserError` for a
+    model without decoder layers, and if no layer has such weights.
     """
     layers = find_decoder_layers(model)
     if not layers:
         raise UserError(
-            f"--base_device host: {type(model).__name__} has no list of {_count(model)} decoder layers, whose weights "
-            "could be held in turn: use --base_device device"
+            f"--base_device host: {type(model).__name__} has no list of {_layer_count(model)} decoder layers that "
+            "could be copied one by one: use --base_device device"
         )
     frozen = frozen_buffers(model)
     owners: dict[str, str] = {}
@@ -85,14 +85,15 @@ def weights_of_layers(model: Any) -> dict[str, Tensors]:
 
 
 def within_line(tensor: Tensor) -> int:
-    """Bytes from the start of a cache line to the tensor, in whole elements."""
+    """Offset of the tensor in its cache line, in bytes, rounded down to elements."""
     if tensor.is_meta:
         return 0
     return tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
 
 
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
-    """(id of a tensor -> its first byte in a buffer for all, bytes of the buffer)."""
+    """(id of a tensor -> its offset in a buffer for all, size of the buffer), in
+    bytes."""
     starts: dict[int, int] = {}
     size = 0
     for tensor in tensors:
@@ -105,12 +106,13 @@ def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of a buffer that holds each of these tensors once."""
+    """Size in bytes of a buffer with each of these tensors once."""
     return offsets(tensors)[1]
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements of memory from a tensor's first to its last one, in its own strides."""
+    """Number of elements in memory from a tensor's first to its last element, by its
+    strides."""
     if not tensor.numel():
         return 0
     sides = zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,12 +1,12 @@
-"""Bases in FP8 and MXFP4, as they are published: dequantized, tensor by tensor, into a
-base of the run's own.
+"""Dequantizes published bases in FP8 and MXFP4, tensor by tensor, to a base in the run's
+folder.
 
     FP8      NAME, NAME_scale_inv          rows x columns in e4m3; a scale for each block of weight_block_size
-    MXFP4    NAME_blocks, NAME_scales      two numbers a byte, transposed; an exponent for each 32 of them
+    MXFP4    NAME_blocks, NAME_scales      two numbers per byte, transposed; an exponent for each 32 of them
 
-What is written holds the weights in the run's dtype, each rounded once; merges and
-exports count from there. The record beside it says of which files it is, so that a
-resumed run makes it again only where they are others.
+The new base has weights in the run's dtype, each rounded once; merges and exports start
+from these. A record in its folder has the fingerprint of the quantized files, so that a
+resumed run repeats the conversion only if they changed.
 """
 
 from pathlib import Path
@@ -30,15 +30,15 @@ _EXPONENTS = "_scales"
 
 
 def is_quantized(config: Any) -> bool:
-    """Whether the weights of a model with this config are to be dequantized. Raises
-    `UserError` naming how they are quantized where that is not known here."""
+    """Whether a model with this config has quantized weights. Raises `UserError` that
+    names an unsupported quantization."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return False
     method = settings.get("quant_method")
     if method not in ("fp8", "mxfp4"):
         raise UserError(
-            f"{MODEL_FLAG}: the model holds quantized weights ({method}), of which only fp8 and mxfp4 are read: give "
+            f"{MODEL_FLAG}: the model has quantized weights ({method}), and only fp8 and mxfp4 are supported: give "
             "the unquantized model"
         )
     return True
@@ -50,9 +50,9 @@ def dequantized_base(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Path:
-    """`own_base`, in which rank 0 has written the weights of `folder`, for which
-    `is_quantized` holds, in `dtype`. Collective. Raises `UserError` for scales that are
-    missing or do not fit."""
+    """Dequantize the weights of `folder` to `own_base`, in `dtype`, on rank 0. Returns
+    `own_base`. Collective. Raises `UserError` for scales that are missing or do not
+    fit."""
     source = ranks.agree(
         "files of the model", lambda: BaseCheckpoint.open(folder, quantized=True)
     )
@@ -113,7 +113,7 @@ def _require_scales(
     shape: tuple[int, ...],
     is_floating: bool,
 ) -> None:
-    """Raise `UserError` unless `key` are numbers, one for each block."""
+    """Raise `UserError` unless tensor `key` has one number for each block."""
     if key in source:
         actual, dtype = source.shape_dtype(key)
         if actual == shape and dtype.is_floating_point is is_floating:
@@ -129,9 +129,9 @@ def dequantize_fp8(
     block: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """(rows, columns); `scales`: (row blocks, column blocks). The last blocks may be
-    smaller than `block`, which transformers 5.24 does not allow."""
+    """Dequantize a weight (rows, columns). `scales`: (row blocks, column blocks). The
+    last blocks may be smaller than `block`, which transformers 5.24 does not allow."""
     rows, columns = weight.shape
-    of_rows = scales.float().repeat_interleave(block[0], dim=0)[:rows]
-    of_numbers = of_rows.repeat_interleave(block[1], dim=1)[:, :columns]
-    return (weight.float() * of_numbers).to(dtype)
+    row_scales = scales.float().repeat_interleave(block[0], dim=0)[:rows]
+    full_scales = row_scales.repeat_interleave(block[1], dim=1)[:, :columns]
+    return (weight.float() * full_scales).to(dtype)

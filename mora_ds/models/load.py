@@ -1,10 +1,10 @@
-"""Loads the base: a Hugging Face folder or Hub name -> live model, original tensors on
-disk, names of both.
+"""Loads the base: a Hugging Face folder or Hub name -> the model in memory, its tensors on
+disk, and the names of both.
 
-Every rank reads the same files unsharded. Exact merging reads the original tensors
-again, so a base whose files do not hold the live tensors one to one (pickled weights,
-tensors fused at load, a model made from a config) is written once, with the live names,
-to a folder of the run.
+Every rank reads all files. Exact merging reads the base weights from disk again. So if
+the files do not match the model's parameters one to one (pickled weights, tensors fused
+at load, a model created from a config), the base is written once to the run's folder,
+with the parameter names of the model.
 """
 
 import copy
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LoadedBase:
-    """A live model and its original tensors on disk."""
+    """A model in memory and its base weights on disk."""
 
     model: Any
     base: BaseCheckpoint
@@ -55,9 +55,9 @@ class LoadedBase:
 
 
 def resolve_folder(name: str, ranks: Ranks) -> Path:
-    """The folder `name`, or that of a downloaded Hub repository. Collective.
+    """The folder `name`, or the folder of a downloaded Hub repository. Collective.
 
-    Raises `UserError` where there is none, and where only some ranks see the folder.
+    Raises `UserError` if there is neither, or if only some ranks see the folder.
     """
     folder = ranks.agree("folder of the model", lambda: local_folder(name))
     kind = "no folder, so a name on the Hub" if folder is None else "a folder"
@@ -73,13 +73,13 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder `name`; None for a name that can only be one of the Hub's."""
+    """The folder `name`; None if `name` can only be a name on the Hub."""
     folder = expanded(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
     is_gguf = folder.suffix == ".gguf" and folder.exists()
     if not is_model and (is_gguf or any(folder.glob("*.gguf"))):
         raise UserError(
-            f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of"
+            f"{MODEL_FLAG} {name}: GGUF is not supported: give the unquantized model that it was created from"
         )
     if folder.is_dir():
         if not is_model:
@@ -99,7 +99,7 @@ def download_model(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
-            # An older model, such as facebook/opt-125m, has pickled weights alone
+            # Older models, such as facebook/opt-125m, have only pickled weights
             wanted.append("pytorch_model*.bin")
             folder = Path(snapshot_download(name, allow_patterns=wanted))
         return folder
@@ -118,11 +118,12 @@ def load_base(
     trust_remote_code: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> LoadedBase:
-    """The live model in `dtype` on the CPU, and its parameters' originals. Collective.
+    """Load the model in `dtype` on the CPU, and open its base weights. Collective.
 
-    `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0
-    writes the base to `own_base`, in the precision of its files, if these are not one
-    to one. Raises `UserError` where weights are missing or do not fit the config.
+    `changes`: applied to the folder's config (`rope_changes`). If the files do not
+    match the parameters one to one, rank 0 writes the base to `own_base`, in the
+    precision of the files. Raises `UserError` if weights are missing or do not fit the
+    config.
     """
     load = partial(
         load_model,
@@ -132,15 +133,15 @@ def load_base(
         changes=changes,
     )
     model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
-    keys, difference = _one_to_one(model, folder, ranks)
-    originals_at = folder
+    keys, difference = _compare_with_files(model, folder, ranks)
+    base_folder = folder
     if difference:
         write = partial(
             original_tensors, model, folder, own_base, dtype, load, difference
         )
-        keys = ranks.on_first("originals of the model", write, long=True)
-        originals_at = own_base
-    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(originals_at))
+        keys = ranks.on_first("base of the run", write, long=True)
+        base_folder = own_base
+    base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(base_folder))
     return LoadedBase(model, base, keys)
 
 
@@ -151,7 +152,7 @@ def create_base(
     tokenizer: Any,
     vocab_size: int,
 ) -> Path:
-    """Writes a base with random weights from a config JSON, in fp32, on one rank."""
+    """Write a base with random fp32 weights from a config JSON. On one rank only."""
     torch.manual_seed(seed)
     config = read_model_config(config_file, vocab_size)
     model = make_model(config, f"--model_config {config_file}", dtype=torch.float32)
@@ -164,8 +165,8 @@ def read_model_config(
     vocab_size: int | None = None,
     flag: str = "--model_config",
 ) -> Any:
-    """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError`
-    naming `flag`."""
+    """The config in a JSON file such as `configs/models/tiny_llama.json`. Raises
+    `UserError` that names `flag`."""
     try:
         values = parse_json(config_file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -176,15 +177,15 @@ def read_model_config(
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {config_file}: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"{flag} {config_file}: no model_type in it")
+        raise UserError(f"{flag} {config_file}: it has no model_type")
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
     try:
         config = AutoConfig.for_model(**values)
     except Exception as error:
-        # Classes of configs have checks of their own, which raise errors of many kinds
+        # The checks of config classes raise any error
         raise UserError(f"{flag} {config_file}: {reason(error)}") from error
-    return _with_sizes(config, f"{flag} {config_file}")
+    return _checked_sizes(config, f"{flag} {config_file}")
 
 
 def folder_config(
@@ -192,25 +193,26 @@ def folder_config(
     trust_remote_code: bool = False,
     flag: str = MODEL_FLAG,
 ) -> Any:
-    """The config of a model folder. Raises `UserError` naming `flag`."""
+    """The config of a model folder. Raises `UserError` that names `flag`."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Classes of configs have checks of their own, which raise errors of many kinds
+        # The checks of config classes raise any error
         if "trust_remote_code" in str(error):
-            # The library's advice is for callers in Python
-            why = "its own code must be run: allow that with --trust_remote_code"
+            # The library's advice is for Python callers
+            why = "it needs its remote code: allow it with --trust_remote_code"
         elif isinstance(error.__cause__, HFValidationError):
-            # Transformers has found no such folder, and taken it for a name on the Hub
-            why = "no such folder, and no name that a model of the Hub can have"
+            # Transformers found no such folder and tried it as a name on the Hub
+            why = "no such folder, and not a valid name on the Hub"
         else:
             why = f"its config.json cannot be used: {reason(error)}"
         raise UserError(f"{flag} {folder}: {why}") from error
-    return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
+    return _checked_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 
 
-def _with_sizes(config: Any, where: str) -> Any:
-    """`config`, or `UserError`, after `where`, for a size that no model has."""
+def _checked_sizes(config: Any, where: str) -> Any:
+    """Return `config`. Raises `UserError` for an impossible size; `where` is the start
+    of the message."""
     text = config.get_text_config()
     for name in (
         "vocab_size",
@@ -231,14 +233,14 @@ def _with_sizes(config: Any, where: str) -> Any:
 
 
 MAX_LAYERS = 2048
-"""Most layers of a model: each takes milliseconds to make, even without weights."""
+"""Maximum number of layers: creating each takes milliseconds, even without weights."""
 
 
 def named_config(
     name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG
 ) -> Any:
-    """The config of a model folder, a Hub name or a config JSON, without any weights.
-    Raises `UserError` naming `flag`."""
+    """The config of a model folder, a Hub name or a config JSON. Needs no weights.
+    Raises `UserError` that names `flag`."""
     path = expanded(name, flag)
     if path.is_file() or path.suffix == ".json":
         return read_model_config(path, flag=flag)
@@ -249,13 +251,13 @@ _NOT_THE_FUNCTION = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions",
     "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward",
 }  # fmt: skip
-"""Settings of a config that do not change the model's function."""
+"""Settings of a config that do not affect the logits."""
 
 
 def config_digest(config: Any) -> str:
-    """16 hex digits that identify the model's function as its config describes it, such
-    as rope_theta and the number of heads, which the fingerprint of the weights does not
-    contain."""
+    """16 hex digits that identify all architectural settings of a config, such as
+    rope_theta and the number of heads, which the fingerprint of the weights does not
+    cover."""
     values = config.to_dict()
     for name in _NOT_THE_FUNCTION & values.keys():
         del values[name]
@@ -263,44 +265,45 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_of_attention(error: Exception) -> bool:
-    """Whether transformers has refused the implementation of attention."""
+def _is_attention_error(error: Exception) -> bool:
+    """Whether transformers rejects the attention implementation."""
     return "attn_implementation" in str(error) or "flash" in reason(error).lower()
 
 
 def make_model(config: Any, where: str, **options: Any) -> Any:
-    """A model with random weights. Raises `UserError`, after the words `where`."""
+    """Create a model with random weights. Raises `UserError`; `where` is the start of
+    the message."""
     try:
-        # A copy, as the class of the model may change it
+        # A copy, because the model class may change the config
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     except Exception as error:
-        # Classes of models have checks of their own, which raise errors of many kinds
+        # The checks of model classes raise any error
         attention = options.get("attn_implementation")
-        if attention is not None and _is_of_attention(error):
+        if attention is not None and _is_attention_error(error):
             where = f"--attn_implementation {attention}"
         raise UserError(
-            f"{where}: no model can be made of this config: {reason(error)}"
+            f"{where}: no model can be created from this config: {reason(error)}"
         ) from error
 
 
 def set_rope(
     config: Any, settings: Mapping[str, Any] | None, trust_remote_code: bool
 ) -> None:
-    """Change `config` as the `settings` of --rope_scaling say.
+    """Apply the `settings` of --rope_scaling to `config`, in place.
 
-    Raises `UserError` where a model of it does not compute with them.
+    Raises `UserError` if the model would ignore them.
     """
     if settings is not None:
         changed(config, rope_changes(config, settings))
         with torch.device("meta"):
-            sketch = make_model(config, ROPE, trust_remote_code=trust_remote_code)
-        check_used(sketch, settings["rope_type"])
+            meta_model = make_model(config, ROPE, trust_remote_code=trust_remote_code)
+        check_used(meta_model, settings["rope_type"])
 
 
 @contextmanager
 def unsharded_loading() -> Iterator[None]:
-    """Within the context `from_pretrained` does not shard what it loads, as it does at
-    stage 3 once `TrainingArguments` with a DeepSpeed config exist
+    """A context in which `from_pretrained` loads unsharded weights. Otherwise it shards
+    them at stage 3 if `TrainingArguments` with a DeepSpeed config exist
     (transformers/integrations/deepspeed.py, `_hf_deepspeed_config_weak_ref`)."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -313,26 +316,26 @@ def unsharded_loading() -> Iterator[None]:
 def kept_in_fp32(
     base: BaseCheckpoint, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> set[str]:
-    """Keys of the tensors that a model of the base has in fp32 though it is loaded in
-    `dtype`, such as routers. None of a model whose own code must not run."""
+    """Keys of the tensors that a model loaded in `dtype` keeps in fp32, such as routers.
+    Empty for a model with remote code that is not trusted."""
     if dtype in (None, torch.float32):
         return set()
     with suppress(UserError), torch.device("meta"), unsharded_loading():
         config = folder_config(base.folder, trust_remote_code)
-        sketch = make_model(
+        meta_model = make_model(
             config, MODEL_FLAG, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        # As from_pretrained chooses: by patterns of names (modeling_utils.py,
-        # `_get_dtype_plan`), or as the class makes a tensor (core_model_loading.py,
-        # `convert_and_load_state_dict_in_model`).
-        patterns = sketch._get_dtype_plan(dtype)
+        # from_pretrained decides by patterns of names (modeling_utils.py,
+        # `_get_dtype_plan`), or by the dtype that the class gives a tensor
+        # (core_model_loading.py, `convert_and_load_state_dict_in_model`).
+        patterns = meta_model._get_dtype_plan(dtype)
         names = [
             name
-            for name, tensor in sketch.state_dict().items()
+            for name, tensor in meta_model.state_dict().items()
             if tensor.dtype != dtype
             or any(re.search(pattern, name) for pattern in patterns)
         ]
-        return set(map_model(base, sketch, names).values())
+        return set(map_model(base, meta_model, names).values())
     return set()
 
 
@@ -344,9 +347,9 @@ def load_model(
     flag: str = MODEL_FLAG,
     changes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model of a folder on the CPU, with `changes` of its config (`rope_changes`).
-    Raises `UserError` naming `flag` where it cannot be loaded, and where weights are
-    missing or do not fit the config."""
+    """Load the model of a folder on the CPU, with `changes` of its config
+    (`rope_changes`). Raises `UserError` that names `flag` if it cannot be loaded, or if
+    weights are missing or do not fit the config."""
     config = changed(folder_config(folder, trust_remote_code, flag), changes or {})
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     count = layers
@@ -354,12 +357,12 @@ def load_model(
     try:
         count = len(BaseCheckpoint.open(folder).keys())
     except NotOneToOne:
-        # How many pickled weights there are is not known
+        # The number of pickled weights is unknown
         pass
     except UserError as error:
-        # Told below, where transformers may not name the file
+        # Used below, because the error of transformers may not name the file
         damage = str(error).removeprefix(f"{MODEL_FLAG}: ")
-    # Refused before so many layers are made
+    # Fail before a huge number of layers is created
     if layers > count:
         raise UserError(
             f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files"
@@ -372,13 +375,13 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            # These are refused below, with their names
+            # Reported below, with their names
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        # Of an unusable folder transformers and safetensors raise errors of many kinds
+        # transformers and safetensors raise any error for an invalid folder
         why = reason(error)
-        if _is_of_attention(error):
+        if _is_attention_error(error):
             raise UserError(
                 f"--attn_implementation {attn_implementation}: {why}"
             ) from error
@@ -399,9 +402,11 @@ def load_model(
     return model
 
 
-def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> tuple[dict[str, str], str]:
-    """(parameter name -> key in the folder's files, what is not one to one there; ""
-    where the files hold the live tensors). Collective: each rank compares a slice."""
+def _compare_with_files(
+    model: Any, folder: Path, ranks: Ranks
+) -> tuple[dict[str, str], str]:
+    """(parameter name -> key in the folder's files, first difference between parameters
+    and files or ""). Collective: each rank compares a part of the tensors."""
 
     def compare() -> tuple[dict[str, str], str]:
         try:
@@ -423,16 +428,16 @@ def original_tensors(
     load: Callable[[torch.dtype], Any],
     difference: str,
 ) -> dict[str, str]:
-    """The keys of the originals in `own_base`, which is written if needed.
+    """Write the base to `own_base` if necessary. Returns parameter name -> key in it.
 
-    `load` loads the model again in another dtype: `own_base` keeps the precision of the
-    files, not that of the run. `difference`: why the files in `folder` do not do.
+    `load` loads the model in another dtype, because `own_base` keeps the precision of
+    the files. `difference`: the reason why the files in `folder` cannot be used.
     """
     if own_base.exists() and own_base.samefile(folder):
         raise UserError(
-            f"{MODEL_FLAG} {folder}: {difference}; the run would write its base over it: move it"
+            f"{MODEL_FLAG} {folder}: {difference}; the run would write its base to the same folder: move the model"
         )
-    # A run that is resumed has written it before; one that does not fit is written anew
+    # A resumed run has already written it; if it does not fit, it is written again
     with suppress(UserError):
         return _map_and_verify(model, BaseCheckpoint.open(own_base))
     stored = _stored_dtype(folder)
@@ -441,20 +446,20 @@ def original_tensors(
             return _map_and_verify(model, write_own_base(load(stored), own_base))
         except NotOneToOne as error:
             logger.warning(
-                "warning: the weights of %s are %s and are kept in %s only, in which exports in more precision are"
-                " rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
+                "warning: the weights of %s are %s, but the run's base is saved in %s, so exports with a higher"
+                " precision are rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
             )  # fmt: skip
     return _map_and_verify(model, write_own_base(model, own_base))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The smallest dtype that holds the files' floating-point weights unrounded."""
+    """The smallest dtype that represents the files' floating-point weights exactly."""
     try:
         dtypes = BaseCheckpoint.open(folder).dtypes()
     except NotOneToOne:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
-            # The meta device loads dtypes and shapes, without the numbers
+            # The meta device loads only dtypes and shapes
             values = torch.load(path, map_location="meta", weights_only=True).values()
             dtypes |= {value.dtype for value in values if isinstance(value, Tensor)}
     floating = dtypes & set(COMPUTE_DTYPES.values())
@@ -467,7 +472,8 @@ def _map_and_verify(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, str]:
-    """Parameter name -> key of all tensors; of which every `world`-th is compared."""
+    """Parameter name -> key of all tensors. Compares every `world`-th tensor with its
+    file."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)
     verify_against_model(base, keys, tensors, list(tensors)[rank::world])

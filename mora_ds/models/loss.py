@@ -1,22 +1,22 @@
-"""The loss of a batch, optionally a few tokens at a time, so that the logits of a
-complete batch are never in memory.
+"""The loss of a batch, optionally in chunks of tokens, so that the logits of a full batch
+are never in memory.
 
-    chunk_loss(model)      after the adapters are in: `token_nll` then computes the loss inside the model's head
+    chunk_loss(model)      call after injecting adapters: `token_nll` then computes the loss inside the model's head
 
-Logits in fp32 and their gradient take 8 bytes x tokens x vocabulary, more than
-everything else where the vocabulary is large. With `chunk_loss` the head itself, where
-the model calls it, computes the logits of a chunk and reduces them:
+fp32 logits and their gradient take 8 bytes x tokens x vocabulary, which dominates memory
+for a large vocabulary. With `chunk_loss` the head computes the logits of one chunk at a
+time and reduces them:
 
-    frozen head      to losses and to their gradients with respect to the head's input, which backward only scales:
-                     no more arithmetic than with whole logits, and the head's weight is not read again
-    trained head     to losses; backward computes the logits again (torch.utils.checkpoint): a third more arithmetic
+    frozen head      to losses and their gradients by the head's input; backward only scales these. No additional
+                     arithmetic, and the head's weight is not read again
+    trained head     to losses; backward recomputes the logits (torch.utils.checkpoint): a third more arithmetic
 
-As the head remains a module that is called once, ZeRO-3 all-gathers a trained one in
+The head is still a module that is called once, so ZeRO-3 all-gathers a trained head in
 forward and backward as usual, tied or not.
 
-Not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs the head's backward in
-forward, before the loss is scaled, so that a trained head gets another gradient than
-the rest; torch's `linear_cross_entropy` (2.13) takes a bare weight, which ZeRO-3 has
+Alternatives that were not used: DeepSpeed's `TiledFusedLogitsLoss` (ulysses_sp.py) runs
+the head's backward in forward, before the loss is scaled, so a trained head would get a
+wrong gradient; torch's `linear_cross_entropy` (2.13) takes a weight, which ZeRO-3 has
 not gathered, and does not support capped or scaled logits.
 """
 
@@ -33,61 +33,63 @@ from torch.utils.checkpoint import checkpoint
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
-from mora_ds.data.documents import Rows
+from mora_ds.data.documents import Batch
 from mora_ds.models.attention import model_inputs
 
 FLAG = "--chunked_loss"
 
-CHUNK_NUMBERS = 2**24
-"""Number of logits in a chunk: 64 MiB in fp32."""
+CHUNK_LOGITS = 2**24
+"""Number of logits in a chunk on a CPU: 64 MiB in fp32."""
 
-GPU_CHUNK_NUMBERS = 2**27
-"""The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
+GPU_CHUNK_LOGITS = 2**27
+"""Number of logits in a chunk on a GPU: 512 MiB in fp32; smaller chunks would not
+utilize it."""
 
 _CPU_TOKENS = 256
-"""Tokens that a frozen head on a CPU computes at once, at most: enough for its
-products, and the logits stay in its cache."""
+"""Maximum number of tokens that a frozen head on a CPU computes at once: enough for
+efficient products, and the logits stay in cache."""
 
 _ATTRIBUTE = "_mora_chunked_head"
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss); infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def token_nll(model: Callable[..., object], batch: Rows) -> Tensor:
+def token_nll(model: Callable[..., object], batch: Batch) -> Tensor:
     """(): summed negative log-likelihood (nats, fp32) of a batch's labels.
 
     Labels are already shifted: labels[t] is the token after input_ids[t], or IGNORED.
-    Restarting `position_ids`, and the `documents` that follow from them, keep attention
-    inside each document. Computed in chunks where the model was given to `chunk_loss`.
+    Restarting `position_ids`, and the `documents` derived from them, keep attention
+    inside each document. Computed in chunks after `chunk_loss`.
     """
-    if (chunked := bound(model)) is not None:
+    if (chunked := chunked_head_of(model)) is not None:
         return chunked.token_losses(model, batch).sum()
     return _cross_entropy(model, batch, "sum")
 
 
-def row_nll(model: Callable[..., object], batch: Rows) -> Tensor:
-    """(B,): `token_nll` of each row."""
-    if (chunked := bound(model)) is not None:
+def sequence_nll(model: Callable[..., object], batch: Batch) -> Tensor:
+    """(B,): `token_nll` of each sequence."""
+    if (chunked := chunked_head_of(model)) is not None:
         return chunked.token_losses(model, batch).sum(dim=(1, 2))
     return _cross_entropy(model, batch, "none").view(batch["labels"].shape).sum(dim=-1)
 
 
 def _cross_entropy(
     model: Callable[..., object],
-    batch: Rows,
+    batch: Batch,
     reduction: str,
 ) -> Tensor:
     logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
-    rows = logits.flatten(0, -2).float()
+    logits = logits.flatten(0, -2).float()
     labels = batch["labels"].flatten()
-    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction=reduction)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction=reduction)
 
 
 class ChunkedHead:
-    """A model's output head that computes losses inside `token_losses`, else logits."""
+    """Patches a model's output head: it returns losses inside `token_losses`, and logits
+    otherwise."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class ChunkedHead:
         finish: Callable[[Tensor], Tensor],
         chunk_tokens: int,
     ) -> None:
-        """`finish`: what the model makes of the head's output."""
+        """`finish`: the function that the model applies to the head's output."""
         self.chunk_tokens = chunk_tokens
         self.finish = finish
         self._head = head
@@ -103,16 +105,16 @@ class ChunkedHead:
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
-        # Called after DeepSpeed's hooks, which let the output gather the weight in
+        # Runs after DeepSpeed's hooks, which make the output gather the weight in
         # backward
         self._hook = head.register_forward_hook(self._record)
 
     def remove(self) -> None:
-        """Leaves the head as it was."""
+        """Restore the original head."""
         self._head.forward = self._project
         self._hook.remove()
 
-    def token_losses(self, model: Callable[..., object], batch: Rows) -> Tensor:
+    def token_losses(self, model: Callable[..., object], batch: Batch) -> Tensor:
         """(B, T, 1): the negative log-likelihood of each label; 0 for IGNORED."""
         with self.recording() as outputs:
             self._labels = batch["labels"]
@@ -124,7 +126,8 @@ class ChunkedHead:
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Yields a list that receives the outputs of the head."""
+        """A context that appends the outputs of the head to a list, and yields the
+        list."""
         self._outputs = []
         try:
             yield self._outputs
@@ -172,7 +175,7 @@ class ChunkedHead:
         counts = (labels != IGNORED).unsqueeze(-1)
         label = labels.clamp(min=0).unsqueeze(-1)
         losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
-        # The gradient of a loss by its logits: the probabilities, less 1 at the label
+        # The gradient of a loss by its logits: the probabilities, minus 1 at the label
         minus_1 = values.new_full(label.shape, -1.0)
         values.exp_().scatter_add_(-1, label, minus_1).mul_(counts)
         (gradient,) = torch.autograd.grad(logits, hidden, values.to(logits.dtype))
@@ -188,18 +191,18 @@ class ChunkedHead:
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
-    """Losses of tokens through a frozen head, their gradients computed in forward.
+    """Losses of tokens through a frozen head, with gradients computed in forward.
 
-    A token's loss depends on its own row of the head's input alone, so that backward
-    multiplies rows with numbers, whatever the loss is scaled with.
+    A token's loss depends only on its row of the head's input, so backward multiplies
+    each row of the gradient with the loss's upstream gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
         results: list[tuple[Tensor, Tensor]] = []
         for inputs, targets in head._chunks(hidden, labels):
-            # Parts of one size, as products with a few tokens round otherwise than
-            # those with many
+            # Parts of equal size, because products with few tokens round differently
+            # from those with many
             on_cpu = inputs.device.type == "cpu"
             count = max(1, math.ceil(len(inputs) / _CPU_TOKENS)) if on_cpu else 1
             results += map(
@@ -218,42 +221,42 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 
 def is_frozen(head: Any) -> bool:
-    """Whether a head is a module without trained parameters."""
+    """Whether the head is a module without trainable parameters."""
     return isinstance(head, nn.Module) and not any(
         parameter.requires_grad for parameter in head.parameters()
     )
 
 
-def bound(model: Any) -> ChunkedHead | None:
-    """The `ChunkedHead` of a model, also in its engine; None without `chunk_loss`."""
+def chunked_head_of(model: Any) -> ChunkedHead | None:
+    """The `ChunkedHead` of a model or an engine; None without `chunk_loss`."""
     return vars(getattr(model, "module", model)).get(_ATTRIBUTE)
 
 
 def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
-    """Makes `token_nll` and `row_nll` of this transformers model, also through its
-    engine, compute in chunks: always better where the head is frozen (`is_frozen`),
-    less memory for more arithmetic where it is trained.
+    """Make `token_nll` and `sequence_nll` of a transformers model, also through its
+    engine, compute in chunks. Always better for a frozen head (`is_frozen`); for a
+    trained head it takes less memory, but more arithmetic.
 
-    `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU
-    `GPU_CHUNK_NUMBERS`. Raises `UserError` for a model without a head.
+    `chunk_tokens`: by default for `CHUNK_LOGITS` logits, on a GPU `GPU_CHUNK_LOGITS`.
+    Raises `UserError` for a model without a head.
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(
-            f"{FLAG}: this model names no output head ({type(model).__name__})"
+            f"{FLAG}: this model has no output head ({type(model).__name__})"
         )
     tensors = (*head.parameters(), *head.buffers())
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    numbers = CHUNK_NUMBERS if on_cpu else GPU_CHUNK_NUMBERS
-    chunk_tokens = chunk_tokens or max(1, numbers // config.vocab_size)
+    chunk_logits = CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS
+    chunk_tokens = chunk_tokens or max(1, chunk_logits // config.vocab_size)
     chunked = ChunkedHead(head, finish_of(config), chunk_tokens)
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
 
 
 def whole_loss(model: Any) -> None:
-    """Undoes `chunk_loss`."""
+    """Undo `chunk_loss`."""
     vars(model).pop(_ATTRIBUTE).remove()
 
 

@@ -27,7 +27,7 @@ from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.models.decoder_layers import LINE, within_line
-from mora_ds.runtime.node_memory import Offer, node_members, require_memory, trim
+from mora_ds.runtime.node_memory import SharedMemory, node_members, require_memory, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def _map(
     problem = ""
     if layout is not None and ranks.rank == members[0]:
         try:
-            mine = Offer.make(layout.size, layout.digest)
+            mine = SharedMemory.create(layout.size, layout.digest)
         # AttributeError where there is no memfd_create, which only Linux has
         except (OSError, AttributeError) as error:
             problem = f"no memory can be shared: {error}"

@@ -1,11 +1,10 @@
-"""Rotary position embeddings other than those of a base's config.json: --rope_scaling.
+"""--rope_scaling: changes the rotary position embeddings of a base's config.json.
 
-    settings -> rope_changes -> the settings of the text config that become others ->
-    changed, before the model is made
+    settings -> rope_changes -> changes of the text config -> changed(config, changes), before the model is created
 
-From transformers 5 on a model computes its frequencies when it is made, and never looks
-at its config again. The changes go into base.json, since the base's own config.json
-stays as it is: exports and `load_adapter` make them again.
+Since transformers 5 a model computes its frequencies when it is created, and later
+ignores its config. The changes are saved in base.json, because the base's config.json is
+never modified; exports and `load_adapter` apply them again.
 """
 
 import copy
@@ -24,10 +23,10 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> JsonObject:
-    """{name: value} of the text config of a model with `settings` (`rope_settings`).
+    """{name: value}: the changes of a text config for `settings` (`rope_settings`).
 
-    Raises `UserError` for a model without rotary embeddings, and for one whose kinds of
-    layers have their own.
+    Raises `UserError` for a model without rotary embeddings, and for a model whose
+    layer types have different ones.
     """
     if settings is None:
         return {}
@@ -35,13 +34,13 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> JsonObject:
     before = getattr(text, _PARAMETERS, None) or {}
     if "rope_theta" not in before:
         raise UserError(
-            f"{FLAG}: a {config.model_type} model has no rotary embeddings that are one for all layers"
+            f"{FLAG}: a {config.model_type} model has no rotary embeddings that are the same in all layers"
         )
     scaled = {"rope_theta": before["rope_theta"], **settings}
     if "partial_rotary_factor" in before:
         scaled["partial_rotary_factor"] = before["partial_rotary_factor"]
     if settings["rope_type"] not in ("yarn", "llama3"):
-        # Of other kinds transformers reads the original number from
+        # For other types transformers reads the original number from
         # max_position_embeddings
         return {_PARAMETERS: scaled}
     scaled.setdefault(_ORIGINAL, getattr(text, _LONGEST))
@@ -49,21 +48,22 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> JsonObject:
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """`config` itself, in which the text config has the `changes`."""
+    """Apply the `changes` to the text config of `config`, in place, and return
+    `config`."""
     config.get_text_config().update(copy.deepcopy(changes))
     return config
 
 
 def check_used(model: Any, rope_type: str) -> None:
-    """Raise `UserError` where the model does not compute such rotary embeddings, or its
-    config would be refused in a config.json. Its tensors may be on the meta device."""
+    """Raise `UserError` if the model ignores this rope_type, or if its config is
+    invalid for transformers. The model may be on the meta device."""
     text = model.config.get_text_config()
     try:
         text.validate_rope()
     except Exception as error:
-        # Classes of configs have checks of their own, which raise errors of many kinds
+        # The checks of config classes raise any error
         raise UserError(
-            f"{FLAG}: a {text.model_type} model cannot have these: {reason(error)}"
+            f"{FLAG}: not valid for a {text.model_type} model: {reason(error)}"
         ) from error
     if rope_type not in [
         getattr(module, "rope_type", None) for module in model.modules()
@@ -73,33 +73,37 @@ def check_used(model: Any, rope_type: str) -> None:
         )
 
 
-def longest_row(config: Any) -> int | None:
-    """How many positions a model has been made for; None where its config does not say.
+def max_positions(config: Any) -> int | None:
+    """The maximum sequence length of a model; None if its config does not have it.
 
-    max_position_embeddings counts them without the factor where the scaling is linear
-    or dynamic: transformers' and vLLM's reading.
+    For linear and dynamic scaling max_position_embeddings does not include the factor,
+    as in transformers and vLLM.
     """
     text = config.get_text_config()
-    longest: int | None = getattr(text, _LONGEST, None)
+    positions: int | None = getattr(text, _LONGEST, None)
     parameters = getattr(text, _PARAMETERS, None) or {}
-    is_without = parameters.get("rope_type") in ("linear", "dynamic")
-    if longest is None or not is_without:
-        return longest
-    return int(longest * parameters["factor"])
+    excludes_factor = parameters.get("rope_type") in ("linear", "dynamic")
+    if positions is None or not excludes_factor:
+        return positions
+    return int(positions * parameters["factor"])
 
 
 def changes_of(config: Any, folder: Path) -> JsonObject:
-    """What `rope_changes` has changed in a live config, against the base's folder."""
-    live = config.get_text_config().to_dict()
+    """The differences between the config of a model in memory and the base's folder, in
+    the settings that `rope_changes` changes."""
+    current = config.get_text_config().to_dict()
     stored = type(config).from_pretrained(folder).get_text_config().to_dict()
-    names = (_PARAMETERS, _LONGEST)
-    return {name: live[name] for name in names if live.get(name) != stored.get(name)}
+    return {
+        name: current[name]
+        for name in (_PARAMETERS, _LONGEST)
+        if current.get(name) != stored.get(name)
+    }
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Raise `UserError` for anything that `rope_changes` cannot have returned: a
-    base.json may come from anybody, and must not set other attributes of a config, such
-    as auto_map, which names code."""
+    """Raise `UserError` for changes that `rope_changes` cannot return. A base.json may be
+    untrusted, and must not set other settings of a config, such as auto_map, which
+    names code."""
     for name, value in changes.items():
         where = f"config_changes: {name}"
         if name == _PARAMETERS:
@@ -111,10 +115,10 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 
 
 def change_file(content: JsonObject, changes: Mapping[str, Any]) -> None:
-    """Make the `changes` in the `content` of a base's config.json."""
+    """Apply the `changes` to the `content` of a base's config.json, in place."""
     text = content.get("text_config", content)
     text.update(changes)
-    # Servers read the names of transformers 4
+    # Inference servers read the names of transformers 4
     if parameters := changes.get(_PARAMETERS):
         text["rope_scaling"] = parameters
         text["rope_theta"] = parameters["rope_theta"]

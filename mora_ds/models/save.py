@@ -1,8 +1,8 @@
-"""Writes a Hugging Face folder modelled on a base: weights tensor by tensor,
-config.json, tokenizer and other files.
+"""Writes a Hugging Face folder from a base: weights tensor by tensor, config.json,
+tokenizer and other files.
 
 keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) ->
-write_companions
+write_companions (other files)
 """
 
 import json
@@ -30,7 +30,7 @@ COPIED_FROM_BASE = (
     "LICENSE*",
     "vocabulary_extension.json",
 )
-"""Settings for sampling, code of a custom model, licence, record of the new rows."""
+"""Sampling settings, remote code, license, and the record of a vocabulary extension."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,8 +51,8 @@ def layout_of(
     dtype: torch.dtype | None,
     in_fp32: Collection[str] = (),
 ) -> Layout:
-    """The tensors `keys` of a base: floating-point ones in `dtype`, unless that is
-    None, and those of `in_fp32` in fp32."""
+    """Shapes and dtypes of the tensors `keys` of a base. Floating-point tensors have
+    `dtype` (None: as stored), those in `in_fp32` fp32."""
     layout: Layout = {}
     for key in keys:
         shape, stored = base.shape_dtype(key)
@@ -63,7 +63,7 @@ def layout_of(
 
 
 SHARD_BYTES = 5 << 30
-"""Largest weight file, where a tensor is not larger itself."""
+"""Maximum size of a weight file, unless a single tensor is larger."""
 
 
 def write_shards(
@@ -71,12 +71,11 @@ def write_shards(
     layout: Layout,
     tensor_of: Callable[[str, torch.dtype], Tensor],
 ) -> tuple[str, ...]:
-    """Writes the safetensors files, of at most `SHARD_BYTES` where a tensor is not
-    larger itself, and their index where there are several. Returns the names of the
-    files.
+    """Write the safetensors files, of at most `SHARD_BYTES` unless a single tensor is
+    larger, and an index if there are several. Returns the names of the files.
 
-    `tensor_of(key, dtype)` returns each tensor in the dtype of the layout; it is called
-    just before that is written.
+    `tensor_of(key, dtype)`: returns a tensor in the dtype of the layout; called
+    directly before the tensor is written.
     """
     split = split_state_dict_into_shards_factory(
         layout,
@@ -103,8 +102,8 @@ def write_companions(
     tokenizer: Path | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json with the new dtype (None: its own) and `changes` of the text
-    config, the base's other files, and a tokenizer (by default the base's)."""
+    """Write config.json with a new dtype (None: unchanged) and `changes` of the text
+    config, the base's other files, and a tokenizer (None: the base's)."""
     config = read_json(base.folder / "config.json")
     if dtype is not None:
         _set_dtype(config, dtype_name(dtype))
@@ -118,7 +117,7 @@ def write_companions(
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Sets the dtype wherever the config has one (`torch_dtype`: transformers 4)."""
+    """Set all dtypes in the config, in place (`torch_dtype`: transformers 4)."""
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):
             config[name] = dtype
@@ -130,19 +129,19 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and not (target / path.name).exists():
-                _require_own(path, source)
+                _require_inside(path, source)
                 shutil.copyfile(path, target / path.name)
 
 
-def _require_own(path: Path, folder: Path) -> None:
-    """Raises `UserError` for a link out of `folder`, which would copy a stranger's
-    choice of file into the model. The hub's cache keeps the files of snapshots/REVISION
-    in blobs/ beside it."""
+def _require_inside(path: Path, folder: Path) -> None:
+    """Raise `UserError` for a link that leads out of `folder`: an untrusted base could
+    copy any file into the model. Allowed are links of the Hub's cache from
+    snapshots/REVISION to ../../blobs."""
     if path.is_symlink():
         resolved = path.resolve()
-        home = folder.resolve()
-        allowed = (home, home.parent.parent / "blobs")
+        root = folder.resolve()
+        allowed = (root, root.parent.parent / "blobs")
         if not any(resolved.is_relative_to(parent) for parent in allowed):
             raise UserError(
-                f"{path} is a link to {resolved}, which is not copied: put the file itself in its place"
+                f"{path} is a link to {resolved}, outside of the folder, and is not copied: replace it by the file"
             )

@@ -1,12 +1,11 @@
-"""What tensors are called in a model's files and in the live model, where transformers
-changes that as it loads them.
+"""Names of tensors in a model's files and in the model in memory, which differ if
+transformers converts tensors at load.
 
-    renamed_keys      it only renames a tensor
-    stacked_files     it puts the experts of a mixture, a tensor each, into one: the key of a stack names them all
+    renamed_keys      tensors that are only renamed
+    stacked_files     experts of a mixture, stored as a tensor each, that are stacked to one tensor
 
-A key of a stack has * for the number of the expert, and several patterns joined by +
-where their rows follow each other: "layers.0.experts.*.w1.weight +
-layers.0.experts.*.w3.weight".
+The key of a stack has * in place of the expert's number. Tensors whose rows are
+concatenated are joined by +: "layers.0.experts.*.w1.weight + layers.0.experts.*.w3.weight".
 """
 
 import re
@@ -18,13 +17,13 @@ _EXPERT = re.compile(r"(.*\.experts\.)\d+(\..*)")
 
 
 def is_stack(key: str) -> bool:
-    """Whether a key names a stack of experts."""
+    """Whether this is the key of a stack of experts."""
     return "*" in key
 
 
 def members_of(key: str, known: Container[str]) -> list[list[str]]:
-    """The keys of a stack's tensors among the `known` ones: for each expert from 0 on,
-    those whose rows follow each other. Empty where there are none."""
+    """The keys of a stack's tensors among `known` keys: for each expert, from 0 on,
+    those that are concatenated along their rows. Empty if there are none."""
     sides = [pattern.partition("*") for pattern in key.split(_JOIN)]
     members: list[list[str]] = []
     while True:
@@ -35,11 +34,8 @@ def members_of(key: str, known: Container[str]) -> list[list[str]]:
 
 
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key, for tensors that are only renamed at load.
-
-    For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}. Not tensors that are
-    fused or split at load.
-    """
+    """Name in the model -> key, for tensors that are only renamed at load, not fused or
+    split. For example GPT-NeoX: {"lm_head.weight": "embed_out.weight"}."""
     return {
         name: key
         for key, name, converter, _ in _as_loaded(model, keys)
@@ -48,12 +44,11 @@ def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the live model -> key of the stack, for experts that transformers puts
-    into one tensor when it loads `model`: one after the other, and the rows of gate and
-    up of each below each other.
+    """Name in the model -> key of the stack, for experts that transformers stacks to one
+    tensor when it loads `model`, with the rows of an expert's gate and up concatenated.
 
-    Not what it transposes or interleaves. That it did no more is for
-    `verify_against_model` to say.
+    Excludes tensors that are transposed or interleaved. `verify_against_model` checks
+    that the values are unchanged.
     """
     by_pattern: dict[str, dict[str, str]] = {}
     orders: dict[str, list[str]] = {}
@@ -70,8 +65,8 @@ def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _only_stacks(converter: Any) -> bool:
-    """Whether a converter (core_model_loading.py, `WeightConverter.operations`) stacks
-    tensors, and does nothing else but to put the rows of several below each other."""
+    """Whether a converter (core_model_loading.py, `WeightConverter.operations`) only
+    stacks tensors and concatenates rows."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     wanted: list[tuple[type, int]] = [(MergeModulelist, 0)]
@@ -82,7 +77,8 @@ def _only_stacks(converter: Any) -> bool:
 
 
 def _as_loaded(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, Any, str]]:
-    """(key, live name, the converter that takes it or None, the pattern by which)."""
+    """(key, name in the model, converter or None, pattern of the converter) for each
+    key."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

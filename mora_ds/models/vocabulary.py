@@ -1,11 +1,11 @@
-"""Extends a model's vocabulary: new rows in the embeddings and the head, everything
-else unchanged.
+"""Extends a model's vocabulary by new rows in the embeddings and the head; everything else
+is unchanged.
 
 model folder + corpus -> new tokens (`data/extend_tokenizer.py`) -> their rows
                       -> tensors copied one at a time, config.json, tokenizer, vocabulary_extension.json
 
-The row of a new token is the mean of the rows of the tokens that it replaces. Rows
-without a token, up to a multiple of 64, are the mean of all old rows.
+The row of a new token is the mean of the rows of the tokens that it replaces. The table
+is padded to a multiple of 64 rows; rows without a token are the mean of all old rows.
 """
 
 import tempfile
@@ -43,7 +43,7 @@ from mora_ds.models.save import layout_of, write_companions, write_shards
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
 _COMPARED_BYTES = 4_000_000
-"""Bytes of text, from the corpus's start, on which both tokenizers are compared."""
+"""Bytes of text, from the start of the corpus, for comparing both tokenizers."""
 
 FLAG = "MODEL"
 
@@ -56,12 +56,12 @@ def extend_vocabulary(
     *,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Writes a model with `new_tokens` more tokens, learned from `corpus`, to `output`.
+    """Write a model with `new_tokens` more tokens, learned from `corpus`, to `output`.
 
     One tensor is in memory at a time. Returns lines to print. Raises `UserError` for a
     head that is neither tied nor linear, a corpus that yields fewer tokens, and a
     tokenizer that cannot be extended; `RunError` if the extended tokenizer does not
-    decode a text to itself, but the old one did.
+    decode a text to itself although the old one did.
     """
     if new_tokens < 1:
         raise UserError(f"--pieces must be at least 1, got {new_tokens}")
@@ -70,7 +70,7 @@ def extend_vocabulary(
     keys, old_rows = vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)
-    # Refuses what cannot be extended before the corpus is read
+    # Fail for other tokenizers before the corpus is read
     bpe_backend(tokenizer)
     candidates = candidate_tokens(corpus.texts(), new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +91,7 @@ def extend_vocabulary(
 
 
 def first_new_row(folder: Path) -> int:
-    """Index of the first row that an extension added. Raises `UserError` for a folder
+    """Index of the first new row of an extended model. Raises `UserError` for a folder
     without an extended model."""
     path = folder / EXTENSION_JSON
     if not path.is_file():
@@ -109,9 +109,9 @@ def check_same_tokens(
     flag: str,
     trust_remote_code: bool,
 ) -> None:
-    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder`
-    has every token of the one in `known`, each with the same id. Where `known` holds no
-    tokenizer there is nothing to compare."""
+    """Raise `UserError` that starts with `flag` unless the tokenizer in `folder` has
+    every token of the tokenizer in `known`, with the same id. Does nothing if `known`
+    has no tokenizer."""
     if not holds_tokenizer(known):
         return
     load = partial(load_tokenizer, trust_remote_code=trust_remote_code, flag=flag)
@@ -130,7 +130,7 @@ def check_same_tokens(
         )
 
 
-# -- which tensors ---------------------------------------------------------------------
+# -- tensors with a row per token ------------------------------------------------------
 
 
 def vocabulary_keys(
@@ -139,38 +139,38 @@ def vocabulary_keys(
     trust_remote_code: bool,
 ) -> tuple[set[str], int]:
     """(keys of the tensors with a row per token, number of rows). Raises `UserError`
-    for other kinds of heads."""
+    for unsupported heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
-    embedding, head = vocabulary_tables(model)
+    embedding, head = embedding_and_head(model)
     rows = embedding.num_embeddings
-    further = []
+    others = []
     for name, table in model.named_modules():
-        is_another = isinstance(table, nn.Embedding) and table is not embedding
-        if is_another and table.num_embeddings == rows:
-            further.append(name)
-    if further or head.out_features != rows:
+        is_other = isinstance(table, nn.Embedding) and table is not embedding
+        if is_other and table.num_embeddings == rows:
+            others.append(name)
+    if others or head.out_features != rows:
         raise UserError(
-            f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})"
+            f"{FLAG}: other tables also depend on the vocabulary ({', '.join(others) or 'the head'})"
         )
     wanted = {id(embedding.weight), *map(id, head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mapping = map_model(base, model, parameters)
     names = [name for name, parameter in parameters.items() if id(parameter) in wanted]
-    # A file may hold a tied table under each of its names
+    # Files may contain a tied table under several names
     keys = {mapping[name] for name in names} | {name for name in names if name in base}
     return keys, rows
 
 
-def vocabulary_tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
-    """The input embeddings, which may scale what they read, and the head. Raises
-    `UserError` for other kinds."""
+def embedding_and_head(model: Any) -> tuple[nn.Embedding, nn.Linear]:
+    """The input embeddings (subclasses may scale them) and the head. Raises `UserError`
+    for other types."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         kinds = f"a {type(embedding).__name__} and a {type(head).__name__}"
         raise UserError(
-            f"{FLAG}: embeddings and head are {kinds}, no table of rows and a linear layer"
+            f"{FLAG}: embeddings and head are {kinds}, not an nn.Embedding and an nn.Linear"
         )
     return embedding, head
 
@@ -181,9 +181,9 @@ def vocabulary_tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
 def compare_tokenizers(
     old: Any, new: Any, texts: Iterable[str]
 ) -> tuple[float, float, int]:
-    """(tokens per byte before and after, bytes), of the first texts.
+    """(tokens per byte of the old tokenizer, of the new one, bytes) for the first texts.
 
-    Raises `RunError` for a text that only the old one decodes to itself.
+    Raises `RunError` for a text that only the old tokenizer decodes to itself.
     """
     before = after = nbytes = 0
     for text in texts:
@@ -217,7 +217,8 @@ def write_extended(
         layout[key] = ((rows, *shape[1:]), dtype)
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        return grown(base.read(key), extension, rows) if key in keys else base.read(key)
+        tensor = base.read(key)
+        return extended_table(tensor, extension, rows) if key in keys else tensor
 
     write_shards(folder, layout, tensor_of)
     _, dtype = base.shape_dtype(min(keys))
@@ -230,10 +231,10 @@ def write_extended(
     write_json_atomic(folder / EXTENSION_JSON, content)
 
 
-def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:
-    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, taken in
-    fp32, of the rows that it replaces; rows without a token are the mean of all rows,
-    so that the head gives them no more than average probability."""
+def extended_table(table: Tensor, extension: Extension, rows: int) -> Tensor:
+    """(old rows, ...) -> (rows, ...). The row of a new token is the mean, computed in
+    fp32, of the rows of the tokens that it replaces. Rows without a token are the mean
+    of all old rows, so the head gives them at most average probability."""
     result = table.new_empty((rows, *table.shape[1:]))
     known = min(len(table), extension.first_id)
     result[: len(table)] = table

@@ -1,8 +1,9 @@
-"""What tensor and sequence parallelism cannot be used with: the one definition for
-flags, plans, engines and models.
+"""Settings that cannot be combined with tensor or sequence parallelism: the only
+definition, used for flags, plans, engines and models.
 
-Callers give what they know; the defaults mean "nothing wrong". Limits that depend on a
-model's heads and sizes are in `adapters/tp_plan.py` and `parallel/ulysses_checks.py`.
+Callers pass the settings that they know; the defaults are valid with everything. Limits
+by a model's heads and sizes are in `adapters/tp_plan.py` and
+`parallel/ulysses_checks.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ SEQUENCE = "--sequence_parallel_size"
 
 
 def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:
-    """Raises `UserError` unless groups of these sizes fill the `world`."""
+    """Raise `UserError` unless groups of these sizes divide the `world` ranks."""
     for flag, size in ((TENSOR, tensor), (SEQUENCE, sequence)):
         if size < 1 or world % size:
             divisors = [
@@ -39,7 +40,7 @@ def tensor_parallel_problems(
     zero_stage: int = 3,
     streams_base: bool = False,
 ) -> Iterator[str]:
-    """One message for each setting that tensor parallelism does not go with.
+    """One message for each setting that cannot be combined with tensor parallelism.
 
     `dropout`: probabilities by name.
     """
@@ -47,7 +48,7 @@ def tensor_parallel_problems(
         return
     setting = f"{TENSOR} {degree}"
     yield from unsupported(adapter, Capability.TENSOR_PARALLEL, setting)
-    drops = [
+    dropouts = [
         f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0
     ]
     limits = [
@@ -55,16 +56,16 @@ def tensor_parallel_problems(
         (experts, " splits linear layers, and --target_modules names experts: leave it at 1"),
         (sequence > 1, f" and {SEQUENCE} {sequence}: use one of them"),
         (zero_stage != 3, " needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)"),
-        (drops, f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}"),
-        (muon, ": --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw"),
-        (base_bits in (8, 4), f": --base_bits {base_bits} holds unsplit weights: use one of them"),
+        (dropouts, f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(dropouts[:3])}"),
+        (muon, ": --optimizer muon orthogonalizes unsharded MoRA matrices, which no rank has: use adamw"),
+        (base_bits in (8, 4), f": --base_bits {base_bits} has unsplit weights: use one of them"),
         (streams_base, ": --base_device host copies unsplit layers: use one of them"),
     ]  # fmt: skip
     yield from (f"{setting}{limit}" for holds, limit in limits if holds)
 
 
 def check_tensor_parallel(degree: int, **settings: object) -> None:
-    """Raises `UserError` with all of `tensor_parallel_problems`."""
+    """Raise `UserError` with all of `tensor_parallel_problems`."""
     refuse(tensor_parallel_problems(degree, **settings))  # type: ignore[arg-type]
 
 
@@ -73,7 +74,8 @@ def sequence_parallel_problems(
     seq_len: int,
     attention: str,
 ) -> Iterator[str]:
-    """One message for each setting that sequence parallelism does not go with."""
+    """One message for each setting that cannot be combined with sequence
+    parallelism."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
     if size > 1 and attention != "auto" and "flash_attention" not in attention:

@@ -1,15 +1,15 @@
-"""Tensor parallelism with the base unsharded: each process computes on views of W0 and
-stores a share of every M.
+"""Tensor parallelism with an unsharded base: each rank computes with views of W0 and
+stores a shard of every MoRA matrix M.
 
-    split_model(model, topology)      before `deepspeed.initialize`: from here on every layer computes its part
+    split_model(model, topology)      call before `deepspeed.initialize`; then every layer computes this rank's part
 
-    colwise   y[own] = (W0 x)[own] + update          own rows of W0, a view
-    rowwise   y = sum over the group of W0[:, own] x[own] + update      own columns, a view; one all-reduce
-    whole     y = W0 x + decompress(gather(M[own] compress(x)))         not split, but M's rows are
+    colwise   y[own] = (W0 x)[own] + update          a view of this rank's rows of W0
+    rowwise   y = sum over the group of W0[:, own] x[own] + update      a view of its columns; one all-reduce
+    whole     y = W0 x + decompress(gather(M[own] compress(x)))         only M is sharded
 
-A process stores its share of M's rows, which ZeRO shards over the data-parallel
-processes. The split layers gather M within one autograd function, in forward and in
-backward, and scatter the sum of its gradient. No weight of the base is copied, gathered
+A rank stores a shard of M's rows, which ZeRO shards further over the data-parallel
+group. Colwise and rowwise layers gather M within one autograd function, in forward and
+in backward, and reduce-scatter its gradient. No weight of the base is copied, gathered
 or reduced.
 """
 
@@ -34,16 +34,16 @@ from mora_ds.parallel.topology import (
     Topology,
     all_gather,
     mark_split,
-    share_of,
+    shard_info,
     sum_gradient,
 )
 from mora_ds.parallel.windows import Window
 
 
 def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
-    """Split an injected model in place, so that every layer computes its part and
-    stores its share of M. Returns the plan. Raises `UserError` for what cannot be
-    split: dropout, LoRA, matrices with fewer rows than processes."""
+    """Split an injected model in place: every layer then computes this rank's part and
+    stores this rank's shard of M. Returns the plan. Raises `UserError` for dropout,
+    LoRA, and matrices with fewer rows than ranks."""
     _check(model, topology.degree)
     plan = plan_of(model, topology.degree)
     layers = mora_layers(model)
@@ -51,7 +51,8 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         assert isinstance(layer, MoRALinear)
         split = LayerSplit(topology, plan.styles[name])
         square_shard = nn.Parameter(split.shard(layer.square.data).clone())
-        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat)
+        start, _ = topology.shard_range(layer.spec.r_hat)
+        mark_split(square_shard, start, layer.spec.r_hat)
         layer.split = split
         layer.square = square_shard
     for name, style in plan.styles.items():
@@ -62,24 +63,26 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         model.get_submodule(name).register_forward_pre_hook(
             partial(_sum_gradient, topology), with_kwargs=True
         )
-    _keep_equal(model, plan, topology)
+    _synchronize_gradients(model, plan, topology)
     return plan
 
 
-def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
-    """Give the other trained parameters (norms, embeddings, head) one gradient on all
-    processes of a group: the sum where each saw its own heads only, else the first
-    process's. The processes compute the latter alike, but not to the bit where a
-    device's kernels add in any order (attention's backward on GPUs), and parameters
-    that have drifted apart stay apart."""
+def _synchronize_gradients(
+    model: nn.Module, plan: TensorPlan, topology: Topology
+) -> None:
+    """Give the other trained parameters (norms, embeddings, head) equal gradients on
+    all ranks of a group: the sum if each rank sees only its heads, else that of the
+    first rank. In the latter case gradients are equal up to rounding, but kernels with
+    a random order of sums (attention's backward on GPUs) would let parameters drift
+    apart."""
     summed = {
         id(p) for name in plan.summed for p in model.get_submodule(name).parameters()
     }
     for parameter in model.parameters():
-        if parameter.requires_grad and share_of(parameter) is None:
-            agree = topology.sum_ if id(parameter) in summed else topology.first_
+        if parameter.requires_grad and shard_info(parameter) is None:
+            reduce = topology.sum_ if id(parameter) in summed else topology.broadcast_
             parameter.register_hook(
-                lambda gradient, agree=agree: agree(gradient.contiguous().clone())
+                lambda gradient, reduce=reduce: reduce(gradient.contiguous().clone())
             )
 
 
@@ -102,8 +105,8 @@ def _check(model: nn.Module, degree: int) -> None:
 
 
 def _dropouts(model: nn.Module) -> dict[str, float]:
-    """Every dropout probability above 0, by path: of dropout modules, and those that
-    attention modules hand on to functions."""
+    """Every dropout probability above 0, by path: of dropout modules, and attributes
+    that attention modules pass to functions."""
     dropouts = {}
     for path, module in model.named_modules():
         values = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
@@ -119,13 +122,13 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """How this process computes a layer, and which rows of its matrix it stores."""
+    """This rank's part of a layer: its inputs and outputs, and its shard of M."""
 
     topology: Topology
     style: Style
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
-        """(inputs, outputs) of the layer that this process computes."""
+        """(number of inputs, number of outputs) of this rank's part of the layer."""
         window = self._window(spec)
         return window.d_in, window.d_out
 
@@ -137,8 +140,8 @@ class LayerSplit:
         path: Compute,
     ) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise
-        layer's output are this process's slices. `square_shard`: this process's share
-        of M."""
+        layer's output are this rank's slices. `square_shard`: this rank's shard of
+        M."""
         if self.style is Style.WHOLE:
             y = F.linear(x, layer.stored_weight, layer.bias)
             return y + self._unsplit_update(layer.spec, square_shard, x)
@@ -152,21 +155,20 @@ class LayerSplit:
         )
 
     def shard(self, matrix: Tensor) -> Tensor:
-        """This process's share of M (r_hat, r_hat)."""
-        return matrix[slice(*self.topology.share(len(matrix)))]
+        """This rank's shard of M (r_hat, r_hat)."""
+        return matrix[slice(*self.topology.shard_range(len(matrix)))]
 
     def unshard(self, square_shard: Tensor) -> Tensor:
-        """M (r_hat, r_hat), from the shares of all processes of the group.
-        Collective."""
+        """M (r_hat, r_hat), gathered from all ranks of the group. Collective."""
         return self.topology.gather(square_shard, square_shard.shape[1])
 
     def _window(self, spec: OperatorSpec) -> Window:
         inputs = (0, spec.d_in)
         outputs = (0, spec.d_out)
         if self.style is Style.COLWISE:
-            outputs = self.topology.share(spec.d_out)
+            outputs = self.topology.shard_range(spec.d_out)
         elif self.style is Style.ROWWISE:
-            inputs = self.topology.share(spec.d_in)
+            inputs = self.topology.shard_range(spec.d_in)
         return Window(spec, inputs, outputs)
 
     def _unsplit_update(
@@ -175,15 +177,15 @@ class LayerSplit:
         square_shard: Tensor,
         x: Tensor,
     ) -> Tensor:
-        """The layer's update from all inputs to all outputs. Backward is made of sums
-        in a fixed order too, so that it is the same to the bit on all processes."""
+        """The update from all inputs to all outputs. Forward and backward sum in a fixed
+        order, so all ranks get identical bits."""
         z = sum_gradient(compress(spec, x), self.topology)
         u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
         return decompress(spec, u)
 
 
 def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:
-    """The forward of a frozen layer without a MoRA matrix, in a block that is split."""
+    """The forward of a frozen layer without a MoRA matrix, in a split block."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     weight, bias = _slices(topology, style, weight, module.bias)
     y = F.linear(x, weight, bias)
@@ -196,7 +198,7 @@ def _sum_gradient(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    """Before a split block: its input's gradient is summed over the processes."""
+    """Forward pre-hook of a split block: sums its input's gradient over the group."""
     x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
@@ -207,11 +209,12 @@ def _slices(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Views of W0 and of the bias that is added before a sum, none if rowwise."""
+    """This rank's views of W0 and of the bias; no bias if rowwise, as it is added after
+    the sum over the group."""
     if style is Style.COLWISE:
-        start, stop = topology.share(weight.shape[0])
+        start, stop = topology.shard_range(weight.shape[0])
         return weight[start:stop], None if bias is None else bias[start:stop]
-    start, stop = topology.share(weight.shape[1])
+    start, stop = topology.shard_range(weight.shape[1])
     return weight[:, start:stop], None
 
 
@@ -220,13 +223,13 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-# -- a window's steps ------------------------------------------------------------------
+# -- products of a window --------------------------------------------------------------
 
 
 class WindowProducts(LayerProducts):
-    """The steps of a window of an adapted layer: `square` is this process's share of M,
-    which is gathered wherever it is used. Neither M nor anything of the size of W0 is
-    saved for backward."""
+    """The products of a window of an adapted layer. `square` is this rank's shard of M,
+    gathered for each use. Neither M nor anything of the size of W0 is saved for
+    backward."""
 
     def __init__(self, window: Window, split: LayerSplit) -> None:
         super().__init__(window)

@@ -1,24 +1,24 @@
-"""Ulysses sequence parallelism with DeepSpeed's attention: s consecutive processes
-share every row.
+"""Ulysses sequence parallelism with DeepSpeed's attention: every sequence is split over s
+consecutive ranks.
 
-    rows (B, T), the same on all s processes -> process i takes tokens [i T/s, (i + 1) T/s)
-    -> embeddings, linear layers and adapters, head, loss: of those tokens only ->
-    attention: an all-to-all exchanges tokens for heads, so that a process has H/s heads
-    over all T tokens, and another exchanges them back
+    sequences (B, T), the same on all s ranks -> rank i takes tokens [i T/s, (i + 1) T/s)
+    -> embeddings, linear layers, adapters, head and loss of these tokens only
+    attention: an all-to-all exchanges tokens for heads, so that a rank has H/s heads
+    over all T tokens; a second one exchanges them back
 
-    share_rows          binds a model to its group of processes; None where nothing is shared
-    SequenceParallel    the group; split(batch) takes this process's part of rows
-    whole_rows          a context in which the bound model takes complete rows, on each process by itself
+    bind_sequence_parallel    binds a model to its group of ranks; None for a group of one
+    SequenceParallel          the group; split(batch) takes this rank's part of sequences
+    full_sequences            a context in which each rank computes full sequences by itself
 
 `UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the
-exchange. Of its surroundings:
+all-to-all. Differences to DeepSpeed's use of it:
 
-- `register_with_transformers` is not used: it needs a constant batch size and num_key_value_heads in the config, and
-  drops every mask. Here an instance is made for each shape of attention, attention is by documents, which every
-  process knows of the complete rows, and models that are not bound are unchanged.
-- DeepSpeed gets no mpu (deepspeed/utils/groups.py): to ZeRO all processes are equal. The loss is a sum over tokens, so
-  the gradient of the global batch is the sum over all processes, whichever tokens they hold; sharding, checkpoints and
-  merges do not depend on s.
+- `register_with_transformers` is not used, because it needs a constant batch size and num_key_value_heads in the
+  config, and drops every mask. Instead there is an instance for each shape of attention; document attention knows the
+  documents of the full sequences; and models that are not bound are unchanged.
+- DeepSpeed gets no mpu (deepspeed/utils/groups.py): for ZeRO all ranks are data parallel. The loss is a sum over
+  tokens, so the gradient of the global batch is the sum over all ranks, independent of which tokens they have.
+  Sharding, checkpoints and merges do not depend on s.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ _groups: dict[int, Any] = {}
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def share_rows(
+def bind_sequence_parallel(
     model: nn.Module,
     size: int,
     timeout_s: float | None = None,
 ) -> SequenceParallel | None:
-    """Let every `size` consecutive processes share each row; None for 1. Collective.
+    """Split each sequence over `size` consecutive ranks; returns None for size 1.
+    Collective.
 
-    `timeout_s`: of the collectives in a group (torch's default for None). Raises
-    `UserError` for a model that does not attend by documents: masks of complete rows
-    are not made.
+    `timeout_s`: timeout of collectives in a group (None: torch's default). Raises
+    `UserError` for a model without document attention, because masks are not split.
     """
     if size == 1:
         return None
     core = attention_of(model)
     if core != NAME and not is_flash(core):
         raise UserError(
-            f"{SEQUENCE}: {core} attention reads masks, which are not split: attend by documents"
+            f"{SEQUENCE}: {core} attention reads masks, which are not split: use document attention"
         )
     sequence = SequenceParallel(size, _group(size, timeout_s))
     _dispatch(core)
@@ -72,11 +72,11 @@ def share_rows(
 
 
 def check_heads(size: int, heads: int, kv_heads: int) -> None:
-    """Raises `UserError` unless the heads can be divided among the processes. Too few
+    """Raise `UserError` unless the heads can be divided among the ranks. Too few
     key-value heads are repeated."""
     if heads % size:
         raise UserError(
-            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each process takes some of them"
+            f"{SEQUENCE} {size} does not divide the model's {heads} attention heads: each rank takes some of them"
         )
     if kv_heads % size and size % kv_heads:
         raise UserError(
@@ -86,9 +86,9 @@ def check_heads(size: int, heads: int, kv_heads: int) -> None:
 
 
 @contextmanager
-def whole_rows(model: nn.Module) -> Iterator[None]:
-    """A bound model takes complete rows inside; for passes without gradients."""
-    sequence = bound(model)
+def full_sequences(model: nn.Module) -> Iterator[None]:
+    """A context in which a bound model takes full sequences. Without gradients only."""
+    sequence = sequence_parallel_of(model)
     if sequence is None:
         yield
         return
@@ -100,34 +100,34 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
         sequence.splits = before
 
 
-def bound(module: nn.Module) -> SequenceParallel | None:
-    """The group that `share_rows` bound a model (or a module of it) to; None for
-    others."""
+def sequence_parallel_of(module: nn.Module) -> SequenceParallel | None:
+    """The group that a model (or a module of it) is bound to; None if it is not
+    bound."""
     return module.__dict__.get(_BOUND)
 
 
 class SequenceParallel:
-    """The group of processes that share rows, and attention over it."""
+    """The group of ranks that split sequences, and attention over it."""
 
     def __init__(self, size: int, group: Any) -> None:
         self.size = size
         self.group = group
         self.rank = dist.get_rank(group)
         self.splits = True
-        """Whether the bound model is given parts of rows."""
+        """Whether the inputs of the bound model are parts of sequences."""
         self.saw_window = False
-        """Whether any attention has been given a sliding window."""
+        """Whether any attention was called with a sliding window."""
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
 
     def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must
-        have been shifted, so that the last token of a part still predicts the first of
-        the next one. `documents` stay those of the complete rows, which attention
-        sees."""
+        """This rank's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must
+        already be shifted, so that the last token of a part predicts the first token of
+        the next part. `documents` stay those of the full sequences, which attention
+        computes."""
         split = dict(batch)
-        for name, rows in batch.items():
-            if isinstance(rows, Tensor):
-                parts = rows.unflatten(1, (self.size, -1))
+        for name, tensor in batch.items():
+            if isinstance(tensor, Tensor):
+                parts = tensor.unflatten(1, (self.size, -1))
                 split[name] = parts[:, self.rank].contiguous()
         return split
 
@@ -141,10 +141,9 @@ class SequenceParallel:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D)
-        -> (B, T/s, H, D). `core` runs over complete rows."""
+        -> (B, T/s, H, D). `core`: attention over full sequences."""
         _check_call(key, value, kwargs)
-        # There is an attention sink for each head, and this process has some of the
-        # heads
+        # Attention sinks are per head: take those of this rank's heads
         if kwargs.get("s_aux") is not None:
             kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
@@ -155,7 +154,7 @@ class SequenceParallel:
             out, weights = ulysses(module, query, key, value, None, **kwargs)
         finally:
             if groups is not None:
-                # Ulysses changes it where it repeats key-value heads
+                # Ulysses changes it when it repeats key-value heads
                 module.num_key_value_groups = groups
         return out.unflatten(-1, (query.shape[1], -1)), weights
 
@@ -170,7 +169,7 @@ class SequenceParallel:
                 attn_head_count=heads,
                 attn_head_size=head_size,
                 kv_head_count=kv_heads,
-                # Read in a debugging mode only
+                # Used in a debug mode only
                 num_hidden_layers=1,
                 process_group=self.group,
                 seq_length_is_variable=True,
@@ -179,10 +178,10 @@ class SequenceParallel:
 
 
 def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Raises `UserError` for attention that Ulysses would compute wrongly."""
+    """Raise `UserError` for attention that Ulysses would compute wrongly."""
     if key.shape != value.shape:
         raise UserError(
-            f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support"
+            f"{SEQUENCE}: this model's keys and values have different shapes, which Ulysses does not support"
         )
     if arguments.get("position_ids") is None:
         raise UserError(
@@ -198,7 +197,7 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
 
 
 def _dispatch(name: str) -> None:
-    """Wrap transformers' attention `name`: bound modules take Ulysses, all others
+    """Wrap transformers' attention `name`: bound modules use Ulysses, all others do
     not."""
     if name in _dispatched:
         return
@@ -212,7 +211,7 @@ def _dispatch(name: str) -> None:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        sequence = bound(module)
+        sequence = sequence_parallel_of(module)
         if sequence is None or not sequence.splits:
             return core(module, query, key, value, attention_mask, **kwargs)
         return sequence.attend(core, module, query, key, value, **kwargs)
@@ -222,12 +221,12 @@ def _dispatch(name: str) -> None:
 
 
 def _group(size: int, timeout_s: float | None) -> Any:
-    """This process's group of `size` consecutive ranks, made once. Collective."""
+    """This rank's group of `size` consecutive ranks, created once. Collective."""
     if size not in _groups:
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         for first in range(0, dist.get_world_size(), size):
             members = list(range(first, first + size))
-            # Not by deepspeed.comm, whose function takes no timeout
+            # deepspeed.comm.new_group takes no timeout
             group = torch.distributed.new_group(members, timeout=timeout)
             if dist.get_rank() in members:
                 _groups[size] = group

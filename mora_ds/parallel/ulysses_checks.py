@@ -1,7 +1,7 @@
-"""Which models --sequence_parallel_size serves, from a model's config, before any text
-is read.
+"""Checks from a model's config whether it supports --sequence_parallel_size, before any
+text is read.
 
-`train/preflight.py` then compares a split row of the model itself to the complete row.
+Later `train/preflight.py` compares the model's logits of split and full sequences.
 """
 
 from typing import Any
@@ -16,9 +16,8 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
-    """Raises `UserError` for a model whose config shows that its rows cannot be split
-    over `size` processes. `attn_implementation`: what was asked for; None for attention
-    by documents."""
+    """Raise `UserError` if the config shows that sequences cannot be split over `size`
+    ranks. `attn_implementation`: the user's setting; None for document attention."""
     if size == 1:
         return
     text = config.get_text_config()
@@ -26,24 +25,24 @@ def check_config(config: Any, size: int, attn_implementation: str | None) -> Non
     check_heads(size, heads, kv_heads)
     if reason := why_dense(config, attn_implementation):
         raise UserError(
-            f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
+            f"{SEQUENCE}: only document attention can be split, and this model cannot use it, because {reason}"
         )
     parameters = getattr(text, "rope_parameters", None) or {}
-    # In some models each kind of layer has settings of its own
+    # In some models each layer type has separate settings
     for settings in (parameters, *parameters.values()):
         kind = settings.get("rope_type") if isinstance(settings, dict) else None
         if kind in _LENGTH_DEPENDENT:
             raise UserError(
-                f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of a complete row"
+                f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of the full sequence"
             )
 
 
 def describe(config: Any, size: int, seq_len: int) -> str:
-    """One line for the start of a run: what each process computes."""
+    """A log line about the work of each rank."""
     heads, _ = _heads(config.get_text_config())
     return (
-        f"sequence parallel: {size} processes share every row; each computes {seq_len // size} of its {seq_len} "
-        f"tokens, and in attention {heads // size} of {heads} heads over all of them"
+        f"sequence parallel: every sequence is split over {size} ranks; each computes {seq_len // size} of {seq_len} "
+        f"tokens, and in attention {heads // size} of {heads} heads over all tokens"
     )
 
 
@@ -52,6 +51,6 @@ def _heads(config: Any) -> tuple[int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise UserError(
-            f"{SEQUENCE}: this model's config has no number of attention heads to split over processes"
+            f"{SEQUENCE}: this model's config has no number of attention heads to split over ranks"
         )
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)

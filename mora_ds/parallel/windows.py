@@ -1,14 +1,13 @@
-"""The part of a MoRA operator that one process of a tensor-parallel group computes.
+"""The part of a MoRA operator that one rank of a tensor-parallel group computes.
 
-A window is a range of a layer's inputs and a range of its outputs. Of the update y =
-decompress(M compress(x)) it computes what its inputs contribute to its outputs. Windows
-over consecutive output ranges, concatenated, give the complete update
-(a colwise layer); windows over consecutive input ranges, summed, do too
-(a rowwise layer).
+A window is a range of a layer's inputs and a range of its outputs. It computes the
+contribution of its inputs to its outputs in the update y = decompress(M compress(x)).
+Windows over all output ranges, concatenated, give the full update (a colwise layer), and
+so do windows over all input ranges, summed (a rowwise layer).
 
-A window's maps are those of the operator (`index_tables`) without the inputs and
-outputs of other windows, so that the functions of `adapters.ops.mora` compute a window
-as they compute an operator.
+A window's maps are those of the operator (`index_tables`) without the inputs and outputs
+of other windows. So the functions of `adapters.ops.mora` work for a window as for an
+operator.
 """
 
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs and outputs of an operator."""
+    """A range of inputs and a range of outputs of an operator."""
 
     spec: OperatorSpec
     inputs: Range
@@ -64,7 +63,7 @@ class Window:
 
 @lru_cache(maxsize=1024)
 def tables_of_window(window: Window, device: torch.device) -> IndexTables:
-    """The window's maps on a device, of as few terms as the window has."""
+    """The maps on a device, with only the terms of the window."""
     with torch.inference_mode(False), torch.no_grad():
         tables = make_tables(window.spec, torch.device("cpu"))
         fold = _within(tables.fold.table, window.inputs)
@@ -79,7 +78,7 @@ def tables_of_window(window: Window, device: torch.device) -> IndexTables:
 
 
 def _within(table: Tensor, numbers: Range) -> Tensor:
-    """(K, Q) -> (K', Q): the terms in a range, counted from its start."""
+    """(K, Q) -> (K', Q): the terms in a range, relative to its start."""
     start, stop = numbers
     inside = (table >= start) & (table < stop)
     results = torch.arange(table.shape[1]).expand_as(table)

@@ -1,12 +1,11 @@
-"""MoRA as a method of Hugging Face's PEFT, on one process or under DDP. Needs the extra
-`peft`.
+"""MoRA as a PEFT method, for one process or DDP. Needs the extra `peft`.
 
     import mora_ds.peft                                                    registers the method
     model = get_peft_model(model, mora_ds.peft.MoraConfig(r=8))
     model.save_pretrained(folder); PeftModel.from_pretrained(base, folder); model.merge_and_unload()
 
-config, model   the method: the operators of `adapters.ops` in PEFT's layers
-register        PEFT's list of methods
+config, model   the operators of `adapters.ops` as layers of PEFT
+register        registers the method with PEFT
 """
 
 from mora_ds.peft.config import MoraConfig

@@ -1,4 +1,4 @@
-"""`MoraConfig`: the settings of an adapter as PEFT has them, in adapter_config.json."""
+"""`MoraConfig`: the PEFT config of a MoRA adapter, saved as adapter_config.json."""
 
 from dataclasses import dataclass
 
@@ -18,19 +18,19 @@ _TYPES = {
     "seed": int,
     "cycle": Count,
 }
-"""Types of the settings that decide which matrix a layer gets. PEFT itself takes any
-value that adapter_config.json has."""
+"""Types of the settings that determine a layer's matrix. PEFT does not check the values
+in adapter_config.json."""
 
 
 @dataclass
 class MoraConfig(PeftConfig):
-    """As `mora_ds.MoRAConfig`, with PEFT's names and way to choose modules. Raises
-    `UserError` for wrong values."""
+    """`mora_ds.MoRAConfig` with PEFT's names and selection of modules. Raises
+    `UserError` for invalid values."""
 
     r: int = 8
-    """LoRA rank that has as many parameters as a layer's matrix."""
+    """Rank of a LoRA with the same number of parameters as the MoRA matrix."""
     r_hat_multiple: int = R_HAT_MULTIPLE
-    """A matrix's side is a multiple of this."""
+    """The side of a MoRA matrix is a multiple of this."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or auto."""
     grouping: str = "permuted"
@@ -40,17 +40,17 @@ class MoraConfig(PeftConfig):
     seed: int = 42
     """Seed of the permutations, hashed with the layer's name."""
     cycle: int = 0
-    """Number of merges before: each cycle has other permutations."""
+    """Number of previous merges. Each cycle has different permutations."""
     target_modules: list[str] | str | None = "all-linear"
     """Names or a regular expression of modules, or all-linear."""
     exclude_modules: list[str] | str | None = None
-    """Modules to leave out."""
+    """Modules to exclude."""
     layers_to_transform: list[int] | int | None = None
-    """Numbers of layers."""
+    """Indices of layers."""
     layers_pattern: list[str] | str | None = None
     """Name of the list of layers."""
     modules_to_save: list[str] | None = None
-    """Modules that are trained themselves."""
+    """Modules that are trained in full and saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class MoraConfig(PeftConfig):
         self.adapter()
 
     def adapter(self) -> MoRAConfig:
-        """The settings as the rest of mora_ds has them."""
+        """The same settings as a `MoRAConfig` of mora_ds."""
         return MoRAConfig(
             rank=self.r,
             r_hat_multiple=self.r_hat_multiple,

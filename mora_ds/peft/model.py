@@ -1,7 +1,7 @@
-"""PEFT's model and layer of MoRA: a linear layer with a square matrix for each adapter.
+"""MoRA's model and layer for PEFT: a linear layer with a MoRA matrix for each adapter.
 
-Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an
-upgrade moves what is overridden.
+Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails if an upgrade
+moves an overridden method.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from mora_ds.peft.register import PREFIX
 class MoraLinear(nn.Module, BaseTunerLayer):
     """y = W0 x + b + sum over active adapters of decompress(M compress(dropout(x))).
 
-    Input (..., d_in), output (..., d_out). `base_layer` is an `nn.Linear` or `Conv1D`,
-    whose weight `merge` changes.
+    Input (..., d_in), output (..., d_out). `base_layer` is an `nn.Linear` or `Conv1D`;
+    `merge` changes its weight.
     """
 
-    # The name of this class must have the word Linear: by it PEFT's all-linear finds a
-    # layer that has adapters already.
+    # "Linear" must be in the name of this class, because PEFT's all-linear finds layers
+    # with adapters by it.
     adapter_layer_names = ("mora_square",)
     other_param_names = ("mora_spec", "mora_dropout")
 
@@ -37,13 +37,13 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_shape(base_layer)
         self.mora_square = nn.ParameterDict()
-        """Name of the adapter -> M (r_hat, r_hat)."""
+        """Adapter name -> M (r_hat, r_hat)."""
         self.mora_dropout = nn.ModuleDict()
         self.mora_spec: dict[str, OperatorSpec] = {}
         self.merged_adapters: list[str] = []
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
-        """Give the layer, called `name` in its model, an adapter whose M is zero."""
+        """Add an adapter with M = 0. `name`: the name of the layer in its model."""
         spec = config.adapter().operator_for(
             name, self.in_features, self.out_features, config.cycle
         )
@@ -69,22 +69,22 @@ class MoraLinear(nn.Module, BaseTunerLayer):
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        """Add the deltas of `adapter_names`, by default the active ones, to the weight:
-        summed in fp32, rounded once. Raises `UserError`, with `safe_merge`, for a sum
-        that is not finite; the weight is then as it was."""
+        """Add the deltas of `adapter_names` (None: the active ones) to the weight:
+        summed in fp32, rounded once. With `safe_merge`, raises `UserError` for a result
+        that is not finite and leaves the weight unchanged."""
         chosen = check_adapters_to_merge(self, adapter_names)
         names = [name for name in chosen if name in self.mora_square]
         self._add_to_weight(names, 1, safe_merge)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Subtract what `merge` has added. In low precision the weight comes back but
-        for its rounding."""
+        """Subtract the merged deltas. In low precision the original weight is restored
+        only up to rounding."""
         self._add_to_weight(self.merged_adapters, -1, False)
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the weight in its layout, in fp32: (d_out, d_in), of a `Conv1D`
+        """The delta in fp32, in the layout of the weight: (d_out, d_in), for a `Conv1D`
         (d_in, d_out)."""
         square = self.mora_square[adapter].detach().float()
         delta = delta_weight(self.mora_spec[adapter], square)
@@ -106,22 +106,22 @@ class MoraLinear(nn.Module, BaseTunerLayer):
 
 
 class MoraModel(BaseTuner):
-    """PEFT's wrapper of a model with MoRA layers; `get_peft_model` makes it."""
+    """PEFT's tuner for a model with MoRA layers, created by `get_peft_model`."""
 
     prefix = PREFIX
     tuner_layer_cls = MoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
-    """Empty: `target_modules` has a default that suits every architecture."""
+    """Empty, because the default of `target_modules` works for every architecture."""
 
     @contextmanager
     def _enable_peft_forward_hooks(
         self, *arguments: Any, **kwargs: Any
     ) -> Iterator[None]:
-        """Entered by PEFT around `forward` and `generate`, which never see
-        `adapter_names`, an adapter for each row."""
+        """PEFT enters this context around `forward` and `generate`. Rejects
+        `adapter_names`, an adapter for each sequence."""
         if kwargs.get("adapter_names") is not None:
             raise UserError(
-                "adapter_names: all rows of a batch have the same MoRA adapters, those of set_adapter"
+                "adapter_names: all sequences of a batch use the same MoRA adapters, those of set_adapter"
             )
         yield
 
@@ -141,7 +141,7 @@ class MoraModel(BaseTuner):
         layer = MoraLinear(target)
         layer._active_adapter = adapter_name
         layer.add(adapter_name, peft_config, current_key)
-        # A further adapter is not trained before `set_adapter` names it.
+        # An additional adapter is not trained until `set_adapter` activates it.
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

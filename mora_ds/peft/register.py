@@ -1,8 +1,8 @@
-"""The entry of MoRA in PEFT's list of methods.
+"""Registers MoRA as a PEFT method.
 
-`peft.utils.register_peft_method` takes only names that `PeftType` has, an enum in
-PEFT's source. The name is therefore added first. It is no other project's: a MoRA that
-PEFT may get itself would be called MORA.
+`peft.utils.register_peft_method` accepts only members of `PeftType`, an enum in PEFT's
+source, so a member is added first. Its name, MORA_DS, does not conflict with a MORA that
+PEFT may add.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ PEFT_TYPE = "MORA_DS"
 """`peft_type` in adapter_config.json."""
 
 PREFIX = "mora_"
-"""Names of the method's parameters begin with it."""
+"""Prefix of the method's parameter names."""
 
 
 def register(config: Any, model: Any) -> None:
-    """Make the method known to `get_peft_model` and `PeftModel.from_pretrained`."""
+    """Register the method for `get_peft_model` and `PeftModel.from_pretrained`."""
     if PEFT_TYPE in PeftType.__members__:
         return
-    # Python has no public way to add a member to an enum. Those of this one are texts,
-    # which are their own names.
+    # Python has no public way to add a member to an enum. Members of this one are
+    # strings that equal their names.
     member = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = member._value_ = PEFT_TYPE
     setattr(PeftType, PEFT_TYPE, member)

@@ -23,7 +23,7 @@ from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.common.errors import UserError, named_as_flags, reason
-from mora_ds.data.documents import Documents, Rows
+from mora_ds.data.documents import Batch, Documents
 from mora_ds.engine.device import BUFFERS
 from mora_ds.models.attention import use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
@@ -91,7 +91,7 @@ class _SingleRank(Topology):
         return shard.new_empty(size, *shard.shape[1:])
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
-        start, stop = self.share(len(whole))
+        start, stop = self.shard_range(len(whole))
         return whole[start:stop].clone()
 
 
@@ -286,12 +286,12 @@ def layer_period(config: Any) -> int:
     return len(kinds)
 
 
-def _batch(work: Work) -> Rows:
+def _batch(work: Work) -> Batch:
     # Ulysses exchanges tokens for heads: attention keeps as many bytes as that of the
     # rank's tokens with all heads.
     length = work.seq_len // work.sequence_parallel
     ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
-    documents = Documents.whole_rows(work.micro_batch, length, ids.device)
+    documents = Documents.one_per_sequence(work.micro_batch, length, ids.device)
     rows = {
         "input_ids": ids,
         "position_ids": torch.empty_like(ids),

@@ -166,7 +166,7 @@ class ReMoRA:
         {module name: norms} of the matrices that this process has merged."""
         if ring := ring_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
-            ring.forget()
+            ring.invalidate()
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)

@@ -1,18 +1,17 @@
-"""Measure the ranks of a model's weights, and plan which layers to adapt under a
-budget.
+"""Measure the ranks of a model's weights, and plan which layers to adapt for a budget.
 
-Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|^2 = sum of s_i^2:
+For the singular values s_1 >= s_2 >= ... of a weight, with energy |W|^2 = sum of s_i^2:
 
-    effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2: the entropy of the shares of energy
+    effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2
 
-A plan divides the budget in proportion to how much of its rank a weight uses:
+A plan divides the budget by how much of its rank each weight uses:
 
     score     of a layer: effective rank / shorter side
-    r_hat^2   = factor * score * (d_in + d_out)      MoRA's own size, r_hat^2 = rank * (d_in + d_out), with a rank in
-                                                     proportion to the score; the factor uses the budget up
+    r_hat^2   = factor * score * (d_in + d_out)      MoRA's size r_hat^2 = rank * (d_in + d_out), with a rank
+                                                     proportional to the score; the factor is the largest that fits
 
-A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget
-goes to the layers of the highest scores.
+A layer gets a matrix if its rank, factor * score, is at least 1, so a small budget goes
+to the layers with the highest scores.
 """
 
 import math
@@ -33,15 +32,15 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import table
 
 _EVEN = 2
-"""Every side is a multiple of it, as rotate needs."""
+"""Matrix sizes are multiples of this, as the operator rotate requires."""
 
 
 def layers_of(
     base: BaseCheckpoint, patterns: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[dict[str, str], int]:
-    """({layer: key of its weight}, parameters of the complete model) of a Hugging Face
-    folder; no weight is read. `patterns`: --target_modules. Raises `UserError` where
-    the files do not hold the model's weights one to one."""
+    """({layer: key of its weight}, number of parameters of the model) of a Hugging Face
+    folder. Reads no weights. `patterns`: --target_modules. Raises `UserError` if the
+    files do not match the model's weights one to one."""
     config = folder_config(base.folder, trust_remote_code, "MODEL")
     work = Work(config, None, seq_len=1, trust_remote_code=trust_remote_code)
     model = planned_model(work)
@@ -51,32 +50,31 @@ def layers_of(
     for name, module in layers.items():
         if isinstance(module, ExpertStack):
             raise UserError(
-                f"--target_modules includes {name}, experts, whose ranks no plan chooses: leave them out"
+                f"--target_modules includes {name}: plans do not support experts, leave them out"
             )
     return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
 
 
-# -- a weight --------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class WeightMeasures:
-    """How many directions a layer's weight uses."""
+    """The effective rank of a layer's weight."""
 
     layer: str
     shape: tuple[int, ...]
-    """Its sides, (d_out, d_in) or transposed."""
+    """(d_out, d_in) or transposed."""
     effective_rank: float
 
     @property
     def score(self) -> float:
-        """Effective rank / shorter side: the share of its directions that the layer
+        """Effective rank / shorter side: the fraction of its directions that the layer
         uses."""
         return self.effective_rank / min(self.shape)
 
     def side(self, factor: float) -> int:
-        """The side of the layer's matrix by the rule with this factor; 0 for a rank
-        below 1."""
+        """The side of the layer's MoRA matrix for this factor; 0 for a rank below 1."""
         rank = factor * self.score
         if rank < 1:
             return 0
@@ -87,16 +85,15 @@ class WeightMeasures:
 
 @torch.no_grad()
 def measure(layer: str, weight: Tensor) -> WeightMeasures:
-    """The measures of one weight, (d_out, d_in) or transposed, which has the same
-    singular values. Raises `RunError` for one that is not finite."""
+    """Measure a weight (d_out, d_in) or its transpose. Raises `RunError` for a weight
+    that is not finite."""
     if not weight.isfinite().all():
         raise RunError(f"{layer}.weight is not finite")
     matrix = weight.double()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny
-    # values, which count for nothing here, and takes a fraction of the time of a
-    # singular value decomposition.
+    # The eigenvalues of W W^T are the energies s_i^2. They are inaccurate for tiny s_i,
+    # which are negligible here, and much faster than a singular value decomposition.
     energies = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
     energy = energies.sum().item()
     effective_rank = 0.0
@@ -118,7 +115,7 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
                 f"{measures.score:.1%}",
             ]
         )
-    legend = "effective rank: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
+    legend = "effective rank: exp of the entropy of s_i^2 / |W|^2; of full: divided by the shorter side"
     return [*table(rows), legend]
 
 
@@ -126,8 +123,8 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
 
 
 def parse_budget(text: str, parameters: int) -> int:
-    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000"
-    stands for. Raises `UserError` where it is no budget."""
+    """A budget such as "0.5%" (of the model's `parameters`) or "250000" as a number of
+    parameters. Raises `UserError` for an invalid budget."""
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
@@ -138,14 +135,14 @@ def parse_budget(text: str, parameters: int) -> int:
 
 
 def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
-    """Layer -> side (0: no matrix), in the order of `weights`; the sum of squares is at
-    most the budget. Raises `UserError` for a budget that is too small for one
-    matrix."""
+    """Layer -> side (0: no matrix), in the order of `weights`. The number of parameters,
+    sum of side^2, is at most the budget. Raises `UserError` for a budget that is too
+    small for one matrix."""
 
     def cost(factor: float) -> int:
         return sum(measures.side(factor) ** 2 for measures in weights)
 
-    # Bisection: the cost never falls as the factor grows.
+    # Bisection: the cost is monotonic in the factor.
     low = 0.0
     high = 1.0
     while cost(high) <= budget and high < 1e12:

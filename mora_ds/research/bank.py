@@ -1,19 +1,19 @@
-"""Score many adapters of one base, and serve them side by side: each row has its own.
+"""Score many adapters of one base, and serve them in one batch, one per sequence.
 
     bank = AdapterBank.open(MODEL, DIR, cache=32)
-    with bank.use(["law", "code", None]):            one for each row; None: the base alone
+    with bank.use(["law", "code", None]):            one for each sequence; None: the base alone
         logits = bank.model(input_ids=ids).logits
     bank.generate(ids, adapters=["law", "code", "law"], max_new_tokens=20)
 
-DIR holds adapters by their names (`adapter_io.export_adapter`), checkpoints or folders
-of runs. In memory are the base once, the adapters used last, and the MoRA matrices of
-the current batch. Nothing is merged and the base is never written to. In fp32 a row's
-result is that of its adapter merged alone, up to rounding.
+DIR contains named adapters (`adapter_io.export_adapter`), checkpoints or run folders.
+Memory holds the base once, the most recently used adapters, and the MoRA matrices of the
+current batch. Nothing is merged, and the base is never modified. In fp32 the result of a
+sequence is that of its adapter merged alone, up to rounding.
 
-    y_b = W0 x_b + bias + sum over the cycles of b's adapter, merged or not: decompress(M compress(x_b))
+    y_b = W0 x_b + bias + sum over all cycles of b's adapter, merged or not: decompress(M compress(x_b))
 
-Rows whose adapters have the same operator in a cycle, as runs of one seed have, share
-one product.
+Sequences whose adapters have the same operator in a cycle, as runs with one seed have,
+are computed by one product.
 """
 
 from collections import defaultdict
@@ -38,35 +38,33 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
 
 Adapters = str | Sequence[str | None]
-"""One name for all rows, or one (None: the base alone) for each."""
+"""One name for all sequences, or one name (None: the base alone) for each."""
 
 Squares = dict[str, dict[OperatorSpec, Tensor]]
-"""Of one adapter: layer -> operator -> M, the sum over the cycles with that
-operator."""
+"""Layer -> operator -> M of one adapter, summed over the cycles with that operator."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """What the adapters of a batch with the same operator add to one layer."""
+    """The update of one layer by all adapters of a batch with the same operator."""
 
     spec: OperatorSpec
     tables: IndexTables
-    """The operator's tables, which stay cached as long as they are held."""
+    """The operator's tables. This reference keeps them cached."""
     rows: Tensor
-    """(n,) the rows that have an adapter with this operator."""
+    """(n,) indices of the sequences that have an adapter with this operator."""
     squares: Tensor
-    """(n, R, R), the matrix of each of them."""
+    """(n, R, R), the MoRA matrix of each of these sequences."""
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (B, T, O) plus the updates for x (B, T, D)."""
+        """y (B, T, O) plus the update for x (B, T, D)."""
         rows = x.index_select(0, self.rows)
         update = update_rows(self.spec, self.squares.to(x.dtype), rows)
         return y.index_add(0, self.rows, update)
 
 
 class AdapterBank:
-    """A model with a folder of adapters, made by `open`. One thread at a time may use
-    it."""
+    """A model with a folder of adapters. Create with `open`. Not thread-safe."""
 
     def __init__(
         self,
@@ -79,11 +77,11 @@ class AdapterBank:
         self.adapters = adapters
         self.dtype = dtype
         self.squares_of = lru_cache(maxsize=cache)(self._read)
-        """The MoRA matrices of an adapter; those used last stay in memory."""
+        """The MoRA matrices of an adapter; the most recently used ones are cached."""
         self._terms: dict[str, list[Term]] = {}
-        """What the current batch adds to each layer."""
+        """Layer -> its updates for the current batch."""
         self._rows: int | None = None
-        """How many rows the terms are for; None: one adapter for any number of rows."""
+        """Batch size of the updates; None: one adapter for any batch size."""
         layers: set[str] = set()
         layers.update(*(adapter.file.layers for adapter in adapters.values()))
         for layer in layers:
@@ -100,14 +98,14 @@ class AdapterBank:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ) -> "AdapterBank":
-        """Load the base, in evaluation mode, and open every adapter; MoRA matrices are
-        read when they are used.
+        """Load the base in evaluation mode and open every adapter. MoRA matrices are
+        read on first use.
 
-        `base`: the model folder that all were trained on. `cache`: adapters that stay
-        in memory after use; None: all. `dtype` "auto": the compute dtype of the
-        adapters' runs if it is the same for all, else float32. Raises `UserError`
-        naming an adapter that is damaged or does not fit: of another base, of another
-        kind of update, or with other trained tensors (modules_to_save).
+        `base`: the model folder of all adapters. `cache`: maximum number of adapters in
+        memory; None: all. `dtype` "auto": the compute dtype of the adapters' runs if
+        they have the same, else float32. Raises `UserError` that names a damaged or
+        unsupported adapter: of another base, with another kind of update, or with other
+        trained tensors (modules_to_save).
         """
         opened = BaseCheckpoint.open(base, "MODEL")
         adapters = {
@@ -124,12 +122,12 @@ class AdapterBank:
 
     @contextmanager
     def use(self, adapters: Adapters) -> Iterator[None]:
-        """Within the block every forward of `model` adds to each row the update of its
-        adapter.
+        """A context in which every forward of `model` adds to each sequence the update
+        of its adapter.
 
-        `adapters`: a name for all rows, or a name (None: the base alone) for each row
-        of the batches to come. Raises `UserError` for an unknown name, and in a forward
-        for a batch with another number of rows.
+        `adapters`: a name for all sequences, or a name (None: the base alone) for each
+        sequence of the batches. Raises `UserError` for an unknown name, and in a
+        forward for another batch size.
         """
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         terms = self._terms_of(names)
@@ -145,16 +143,16 @@ class AdapterBank:
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, adapters: Adapters, **settings: Any) -> Any:
-        """transformers' `generate` with an adapter for each row of `input_ids` (rows,
-        tokens), and its return value.
+        """transformers' `generate` with an adapter for each sequence of `input_ids`
+        (B, T).
 
-        Rows that differ in length are padded on the left, with `attention_mask` among
-        the settings. Raises `UserError` for another number of adapters than rows, and
-        for settings that compute several sequences of a row.
+        Pad sequences of different length on the left and pass `attention_mask` in
+        `settings`. Raises `UserError` if the number of adapters is not B, and for
+        settings that generate several outputs per sequence.
         """
         if not isinstance(adapters, str) and len(adapters) != len(input_ids):
             raise UserError(
-                f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}"
+                f"adapters are named for {len(adapters)} sequence(s), but the batch has {len(input_ids)}"
             )
         with self.use(adapters):
             return self.model.generate(input_ids, **settings)
@@ -163,9 +161,9 @@ class AdapterBank:
         adapter = self.adapters[name]
         layers: Squares = {}
         for layer, entry in adapter.file.layers.items():
-            live = (entry.operator, adapter.tensors.square(layer))
+            current = (entry.operator, adapter.tensors.square(layer))
             sums: dict[OperatorSpec, Tensor] = {}
-            for spec, square in [*adapter.ledger.squares_of(layer), live]:
+            for spec, square in [*adapter.ledger.squares_of(layer), current]:
                 operator = operator_of(spec, layer)
                 sums[operator] = sums[operator] + square if operator in sums else square
             layers[layer] = {
@@ -175,7 +173,7 @@ class AdapterBank:
         return layers
 
     def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Term]]:
-        """Layer -> what the adapters of all rows add to it."""
+        """Layer -> the updates by the adapters of all sequences."""
         chosen: dict[str, Squares] = {}
         for name in dict.fromkeys(names):
             if name is not None:
@@ -205,8 +203,8 @@ class AdapterBank:
             return y
         if self._rows is not None and (x.dim() < 3 or len(x) != self._rows):
             raise UserError(
-                f"adapters are named for {self._rows} row(s), but {layer} reads {tuple(x.shape)}; where it does not "
-                "see complete rows, give all rows one adapter"
+                f"adapters are named for {self._rows} sequence(s), but the input of {layer} is {tuple(x.shape)}; for a "
+                "layer whose input is not a batch of full sequences, use one adapter for all sequences"
             )
         count = self._rows or 1
         rows = x.reshape(count, -1, x.shape[-1])
@@ -217,36 +215,35 @@ class AdapterBank:
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """Name -> folder with adapter.json, sorted. Raises `UserError` where there is
-    none."""
+    """Name -> folder with adapter.json, sorted. Raises `UserError` if there is none."""
     if not folder.is_dir():
         raise UserError(f"DIR: no such folder: {folder}")
     adapters = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):  # it is being written
+        if path.name.startswith("."):  # not completely written yet
             continue
         checkpoint = adapter_folder(path)
         if checkpoint is not None:
             adapters[path.name] = checkpoint
     if not adapters:
-        raise UserError(f"DIR: no folder in {folder} holds an adapter ({ADAPTER_JSON})")
+        raise UserError(f"DIR: no folder in {folder} has an adapter ({ADAPTER_JSON})")
     return adapters
 
 
 def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
-    """An adapter, each byte of its files checked. Raises `UserError` unless it belongs
-    to the base and has one MoRA matrix a layer and nothing else."""
+    """Open an adapter and verify its files. Raises `UserError` unless it is of this base
+    and has only one MoRA matrix per layer."""
     try:
         adapter = Adapter.open(folder)
         adapter.reference.require_base(base, folder, "MODEL")
         for layer, entry in adapter.file.layers.items():
             operator_of(entry.operator, layer)
-        unserved = {
+        unsupported = {
             "MoRA matrices of domains": adapter.file.domains is not None,
             "other trained tensors than MoRA matrices": bool(adapter.file.trainables),
             "changes of the base's config": bool(adapter.reference.config_changes),
         }
-        for what, holds in unserved.items():
+        for what, holds in unsupported.items():
             if holds:
                 raise UserError(
                     f"it has {what}: evaluate it alone, with mora-ds evaluate"

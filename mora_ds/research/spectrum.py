@@ -1,6 +1,6 @@
 """Measure singular values and ranks of a run's merged update, for each layer and cycle.
 
-Each delta is formed, (d_out, d_in) in float64, and decomposed (`mora-ds spectrum`).
+Each delta (d_out, d_in) is computed and decomposed in float64 (`mora-ds spectrum`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,18 +22,16 @@ _FP32_EPS = torch.finfo(torch.float32).eps
 @dataclass(frozen=True)
 class Spectrum:
     """The sum of a layer's deltas after one cycle, with singular values s_1 >= s_2 >=
-    ..., and what the cycle has added."""
+    ..., and the contribution of the cycle."""
 
     rank: int
-    """How many s_i exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which
-    M is stored."""
+    """Number of s_i above s_1 * max(d_out, d_in) * eps of fp32, the precision of M."""
     stable_rank: float
     """sum of s_i^2 / s_1^2; 0 for zeros."""
     new_span: float
-    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span
-    of the earlier ones: what does not both read from the row space and write to the
-    column space of their sum. 0 as soon as that sum has full rank (rotate and decouple:
-    after one cycle)."""
+    """The fraction, 0 to 1, of the newest delta's energy (squared norm) outside the span
+    of the earlier ones, that is outside of the row space or the column space of their
+    sum. 0 if that sum has full rank (rotate and decouple: after one cycle)."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,14 @@ class Row:
     cycle: int
     step: int
     is_live: bool
-    """Whether this is the running cycle, which is not merged yet."""
+    """Whether this is the current cycle, which is not merged yet."""
     side: int
-    """min(d_in, d_out), the largest rank that the layer can have."""
+    """min(d_in, d_out), the maximum rank of the layer."""
     spectrum: Spectrum
 
 
 def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
-    """The spectrum after each of a layer's `updates`, in their order, in float64."""
+    """The spectrum after each of a layer's `updates`, in order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
     # Orthonormal bases of the sum so far: (d_out, rank) of its column space,
@@ -75,8 +73,7 @@ def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
 
 
 def histories(module: str, updates: Iterable[Term]) -> list[tuple[str, list[Term]]]:
-    """(name, its updates) of every matrix of a layer: of experts one after the
-    other."""
+    """(name, updates) of every matrix of a layer; experts have several."""
     by_update = [list(spec.members(module, value)) for spec, value in updates]
     by_matrix = []
     for history in zip(*by_update, strict=True):
@@ -86,9 +83,9 @@ def histories(module: str, updates: Iterable[Term]) -> list[tuple[str, list[Term
 
 
 def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
-    """The rows of a ledger's or a checkpoint's layers whose names match the shell-style
-    `pattern`: one a cycle, of experts one after the other, with the MoRA matrices of
-    one layer in memory at a time. Raises `UserError` when it matches no layer
+    """A row for each cycle of each layer in a ledger or checkpoint whose name matches
+    the shell-style `pattern`; experts are separate layers. The MoRA matrices of one
+    layer are in memory at a time. Raises `UserError` if no layer matches
     (`--layers`)."""
     ledger = location.open()
     adapter = live_adapter(location)
@@ -98,7 +95,7 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
     known = list(dict.fromkeys([*merged, *(adapter.layers if adapter else ())]))
     if not known:
         raise UserError(
-            f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint to see its live matrices"
+            f"{location.ledger} has no cycles: nothing was merged yet; give a checkpoint for its current matrices"
         )
     modules = [module for module in known if fnmatchcase(module, pattern)]
     if not modules:
@@ -117,7 +114,7 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
             live = AdapterTensors(location.checkpoint, adapter).square(module)
             updates.append((adapter.layers[module].operator, live))
         for spec, _ in updates:
-            # Only the file says how large a delta is, and may say anything.
+            # The size of a delta comes from a file, which may be wrong.
             what = f"{module}: a delta of {spec.d_out} x {spec.d_in}"
             require_memory(8 * spec.d_in * spec.d_out, what)
         for name, history in histories(module, updates):
@@ -129,7 +126,7 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
 
 
 def spectrum_lines(rows: Sequence[Row]) -> list[str]:
-    """A table with a line for each layer and cycle."""
+    """Lines of a table with a row for each layer and cycle."""
     titles = "layer,cycle,step,rank,of,stable,new span"
     cells = [titles.split(",")]
     for row in rows:
@@ -147,6 +144,6 @@ def spectrum_lines(rows: Sequence[Row]) -> list[str]:
         )
     return [
         *table(cells),
-        "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), and stable rank; new "
-        "span: share of the cycle's energy outside the span of the earlier sum; *: the running cycle, not merged yet",
+        "rank, stable: numerical and stable rank of the sum of deltas up to the cycle; of: min(d_in, d_out); new "
+        "span: fraction of the cycle's energy outside the span of the earlier sum; *: the current, unmerged cycle",
     ]

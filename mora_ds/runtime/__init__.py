@@ -1,10 +1,9 @@
-"""Everything about processes: ranks, nodes, signals, logging, exit codes. Imports
-nothing here.
+"""Processes: ranks, nodes, signals, logging, exit codes. This file imports nothing.
 
 cli          runs a program's main function and sets its exit code
 log_setup    configures the logger `mora_ds`
-ranks        `Ranks`: this process among all processes of the run, and collective calls on small objects
-nodes        the check that all nodes see the same output folder
-node_memory  memory that the processes of a node share, and how much of it there is
-signals      requests to stop, and how a process ends
+ranks        `Ranks`: rank and world size, and collective calls on small Python objects
+nodes        checks that all nodes see the same output folder
+node_memory  memory shared by the ranks of a node, and the amount of free memory
+signals      stop requests, and the end of a process
 """

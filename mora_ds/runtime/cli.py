@@ -1,8 +1,8 @@
-"""Runs the main function of a program and sets its exit code: 0, 2 (user error), 3
-(trained, but something beside it failed), 75 (stopped), 1 (failure).
+"""Runs the main function of a program and sets its exit code: 0, 1 (failure), 2 (user
+error), 3 (trained, but with a non-fatal failure), 75 (stopped).
 
-Rank 0 prints the error message, once; a rank that fails because another one has ended
-prints one line that says so.
+Only rank 0 prints the error message. A rank that fails because another rank has ended
+prints one line about it.
 """
 
 import argparse
@@ -29,42 +29,42 @@ from mora_ds.common.files import write_json_atomic
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import (
-    EXIT_FAILED_BESIDE,
     EXIT_FAILURE,
+    EXIT_NON_FATAL_FAILURE,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     leave,
 )
 
 _WAIT_FOR_RANK_0_S = 8.0
-"""How long other ranks hold an error back: the launcher ends them after rank 0."""
+"""Other ranks delay their error message this long. Usually the launcher ends them
+before, after rank 0."""
 
 _WAIT_FOR_FAILED_RANK_S = 3.0
-"""Launchers poll for ended ranks every second or more often."""
+"""Launchers check for ended ranks at least once a second."""
 
-_OF_GLOO = "gloo/transport/"
-"""In every message of gloo about another rank (gloo/common/logging.h)."""
-_OF_GLOO_DEVICE = "/device.cc"
-"""The file of those that are about this rank's own network interface."""
-_OF_STORE = ("DistNetworkError", "DistStoreError")
-"""Errors by which ranks find each other; by name, as some programs have no torch."""
+_GLOO_SOURCE = "gloo/transport/"
+"""Part of every message of gloo about another rank (gloo/common/logging.h)."""
+_GLOO_DEVICE_SOURCE = "/device.cc"
+"""Part of gloo's messages about this rank's network interface."""
+_STORE_ERRORS = ("DistNetworkError", "DistStoreError")
+"""Errors of the rendezvous, by name, because some programs do not import torch."""
 
 
 def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     """Run `main` with logging at INFO, then end the process. Never returns.
 
-    `restartable`: signals make the run save and stop (`runtime/signals.py`).
+    `restartable`: on a signal the run saves and stops (`runtime/signals.py`).
     """
-    # DeepSpeed calls the one, this program the other, on every rank: the user cannot
-    # change that
+    # The calls are in DeepSpeed and in this program: the user cannot change them
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
         warnings.filterwarnings(
             "ignore", f"`{deprecated}` is deprecated", FutureWarning
         )
-    logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
+    logging.getLogger("DeepSpeed").addFilter(_is_relevant)
     set_up_logging()
     if sys.__stderr__ is not None:
-        # Prints the stack of a bus error: a mapped file was truncated
+        # Prints the stack of a bus error, which a truncated mapped file causes
         faulthandler.enable(sys.__stderr__)
     try:
         try:
@@ -75,40 +75,39 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         except (Stopped, SystemExit):
             raise
         except BaseException as error:
-            # The error may be that of a collective in which a signal has come, as
-            # another rank left at its own: `Stopped` is then raised within `_fail`
+            # If all ranks get a signal, a collective may fail because another rank
+            # stopped first: then `_fail` raises this rank's `Stopped`
             _fail(error)
     except Stopped as stopped:
         signals.ignore_requests()
         if rank() == 0:
             print(stopped, file=sys.stderr)
         leave(EXIT_STOPPED)
-    except SystemExit as left:
+    except SystemExit as error:
         leave(
-            left.code
-            if isinstance(left.code, int)
+            error.code
+            if isinstance(error.code, int)
             else EXIT_FAILURE
-            if left.code
+            if error.code
             else 0
         )
     leave(0)
 
 
-def _can_be_acted_on(record: logging.LogRecord) -> bool:
-    """False for the warning of DeepSpeed that it has found no GPU, which each process
-    would print as it is imported (deepspeed/accelerator/real_accelerator.py,
-    `get_accelerator`). A run says itself where it computes."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's warning about a missing GPU, which every process would
+    print on import (deepspeed/accelerator/real_accelerator.py, `get_accelerator`). A
+    run logs its device itself."""
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _fail(error: BaseException) -> NoReturn:
-    # From here on the launcher's SIGTERM ends a rank, which only waits to repeat rank
-    # 0's message
+    # From now on the launcher's SIGTERM may end this rank
     signals.uninstall()
     expected = isinstance(error, (UserError, RunError))
     if not expected and isinstance(error, RuntimeError) and _is_lost_contact(error):
-        _lose_contact(error)
-    # Rank 0 has the error of all ranks, as `Ranks` raises it, at the same time
+        _exit_after_lost_contact(error)
+    # Rank 0 raises an error of `Ranks` at the same time and prints it
     if rank() != 0:
         is_shared = getattr(error, "is_shared", False)
         time.sleep(_WAIT_FOR_FAILED_RANK_S if is_shared else _WAIT_FOR_RANK_0_S)
@@ -118,20 +117,21 @@ def _fail(error: BaseException) -> NoReturn:
         print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
     if isinstance(error, FailedBeside):
-        leave(EXIT_FAILED_BESIDE)
+        leave(EXIT_NON_FATAL_FAILURE)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
-    """Whether another rank has died or cannot be reached."""
+    """Whether the error means that another rank has died or cannot be reached."""
     text = str(error)
-    if type(error).__name__ in _OF_STORE:
+    if type(error).__name__ in _STORE_ERRORS:
         return "EADDRINUSE" not in text
-    return _OF_GLOO in text and _OF_GLOO_DEVICE not in text
+    return _GLOO_SOURCE in text and _GLOO_DEVICE_SOURCE not in text
 
 
-def _lose_contact(error: RuntimeError) -> NoReturn:
-    """Report that another rank failed first, and let the launcher see its exit code."""
+def _exit_after_lost_contact(error: RuntimeError) -> NoReturn:
+    """Print that another rank failed first, and wait until the launcher has seen that
+    rank's exit code."""
     print(
         f"{rank_prefix()}error: lost contact with another rank, which has ended (see its own message), was killed or "
         f"cannot be reached: {str(error).splitlines()[0]}",
@@ -161,19 +161,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 own."""
 
 SHARED_FLAGS: dict[str, dict[str, Any]] = {
-    "--base": {"type": Path, "help": "where the base lies now, if it was moved"},
+    "--base": {"type": Path, "help": "new path of the base, if it was moved"},
     "--delta_scale": {
         "type": float,
         "default": 1.0,
         "metavar": "S",
-        "help": "multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
+        "help": "scale of the update: 0 is the base, 1 the trained model; values between restore old knowledge",
     },
-    "--device": {"default": "cpu", "help": "where to compute, such as cuda"},
+    "--device": {"default": "cpu", "help": "device to compute on, such as cuda"},
     "--domain": {
         "metavar": "NAME",
-        "help": "of a run with domain adapters: the domain, or 'shared' for none",
+        "help": "for a run with domain adapters: the domain, or 'shared' for none",
     },
-    "--json": {"type": Path, "metavar": "FILE", "help": "write all figures there too"},
+    "--json": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "also write all results to this file",
+    },
     "--onto": {
         "type": Path,
         "metavar": "DIR",
@@ -186,24 +190,24 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     },
     "--text_column": {
         "default": "text",
-        "help": "column or JSON key that holds the text",
+        "help": "column or JSON key of the text",
     },
     "--trust_remote_code": {
         "action": "store_true",
-        "help": "run code that comes with the model",
+        "help": "run code from the model's folder or repository",
     },
 }
-"""Flags that mean the same in several commands."""
+"""Flags with the same meaning in several commands."""
 
 
 def shared_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add some of `SHARED_FLAGS`."""
+    """Add the named flags of `SHARED_FLAGS`."""
     for name in names:
         parser.add_argument(name, **SHARED_FLAGS[name])
 
 
 def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """The parser of one action of a command, among its `add_subparsers`."""
+    """Add the parser of one action of a command. `actions`: from `add_subparsers`."""
     return actions.add_parser(
         name,
         help=text,
@@ -221,7 +225,7 @@ def say_loading() -> None:
 
 
 def say(*lines: str) -> None:
-    """Print the result of a command. Raises `RunError` where it cannot be written."""
+    """Print the result of a command. Raises `RunError` if stdout cannot be written."""
     try:
         print(*lines, sep="\n", flush=True)
     except OSError as error:
@@ -229,8 +233,8 @@ def say(*lines: str) -> None:
 
 
 def record_and_say(path: Path | None, content: Any, lines: Sequence[str]) -> None:
-    """Write what a command has measured to the file of --json, where one is named, and
-    print it. A full disk does not lose it."""
+    """Write the results of a command to the file of --json, if any, and print `lines`
+    even if writing fails."""
     try:
         if path is not None:
             write_json_atomic(path, content)
@@ -239,7 +243,7 @@ def record_and_say(path: Path | None, content: Any, lines: Sequence[str]) -> Non
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a text table, aligned to the right; the first row has titles."""
+    """Lines of a right-aligned text table. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -248,8 +252,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raise `UserError`, which names `flag`, where a file could not be written, or
-    would take the place of a folder or a device."""
+    """Raise `UserError` that names `flag` if no file can be written to `path`, or if
+    `path` is a folder or a device."""
     if path is None:
         return
     try:
@@ -263,9 +267,8 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise `UserError`, which names --device, where torch has no device of that
-    name."""
-    # Imported here, as the other programs of this module start without it
+    """Raise `UserError` that names --device if torch has no such device."""
+    # Imported here, because the other functions of this module do not need torch
     import torch
 
     try:

@@ -1,10 +1,10 @@
-"""gloo groups of all ranks, and objects between them, along a tree: a rank talks to
-about log2(N) others, not to all.
+"""gloo groups of all ranks, and a gather of Python objects along a binomial tree, in
+which a rank connects to about log2(N) others.
 
-    rank 0 <- 1      0 <- 2 <- 3      0 <- 4 <- 5 ...      each rank hands on what it has received, in one message
+    rank 0 <- 1      0 <- 2 <- 3      0 <- 4 <- 5 ...      each rank forwards all received objects in one message
 
-A gather in which rank 0 receives from every rank needs N - 1 connections there, and a
-ring needs N - 1 messages one after the other (both are what gloo has).
+gloo itself has a gather that needs N - 1 connections of rank 0, and a ring that needs
+N - 1 sequential messages.
 """
 
 import os
@@ -18,10 +18,11 @@ _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def new_group(timeout_s: float) -> Any:
-    """A gloo group of all ranks, which connect when they first talk. Collective.
+    """A gloo group of all ranks that connects two ranks on their first message.
+    Collective.
 
-    By default gloo connects all with all when a group is made: 1,023 sockets on each of
-    1,024 ranks, for each group. `_LAZY` is read by torch, ProcessGroupGloo.cpp,
+    By default gloo connects all pairs of ranks in each new group: 1,023 sockets on each
+    of 1,024 ranks. torch reads `_LAZY` in ProcessGroupGloo.cpp,
     `getDefaultGlooLazyInit`.
     """
     before = os.environ.get(_LAZY)
@@ -36,16 +37,14 @@ def new_group(timeout_s: float) -> Any:
 
 
 def gather_to_first(value: Any, group: Any) -> list[Any] | None:
-    """The `value` of every rank, in the order of ranks, on rank 0; None on the others.
-    Collective over `group`, a gloo group of all ranks. Each value is unpickled on rank
-    0 alone."""
+    """The values of all ranks, in rank order, on rank 0; None on other ranks.
+    Collective over `group`, a gloo group of all ranks. Only rank 0 unpickles values."""
     rank = dist.get_rank(group)
     world = dist.get_world_size(group)
     pickled_values = [pickle.dumps(value)]
     step = 1
     while step < world:
-        # A rank with this bit hands all that it has received on to the rank without it,
-        # and is done.
+        # A rank with this bit sends everything to the rank without it, then is done.
         if rank & step:
             dist.send_object_list([pickled_values], dst=rank - step, group=group)
             return None
@@ -58,9 +57,9 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
 
 
 def gather_to_all(value: Any, group: Any) -> list[Any]:
-    """The `value` of every rank, in the order of ranks. Collective over `group`, a gloo
-    group of all ranks."""
-    everyone = [gather_to_first(value, group)]
-    dist.broadcast_object_list(everyone, src=0, group=group)
-    assert everyone[0] is not None
-    return everyone[0]
+    """The values of all ranks, in rank order, on every rank. Collective over `group`, a
+    gloo group of all ranks."""
+    message = [gather_to_first(value, group)]
+    dist.broadcast_object_list(message, src=0, group=group)
+    assert message[0] is not None
+    return message[0]

@@ -1,11 +1,10 @@
-"""Configures the logger `mora_ds`: which messages a process prints, and where.
+"""Configures the logger `mora_ds`: the level and the stream of a process's messages.
 
     rank 0          INFO to stdout as plain text; WARNING and above to stderr
     other ranks     WARNING and above to stderr
 
-Modules log with `logging.getLogger(__name__)`. A program that only imports mora_ds
-configures nothing and prints nothing: `mora_ds/__init__.py` gives the logger a
-NullHandler.
+Modules log with `logging.getLogger(__name__)`. Importing mora_ds configures nothing and
+prints nothing: `mora_ds/__init__.py` adds a NullHandler to the logger.
 """
 
 import logging
@@ -19,7 +18,7 @@ LOGGER = "mora_ds"
 
 
 class LogLevel(str, Enum):
-    """Values of --log_level; each is the lower-case name of a level of `logging`."""
+    """Values of --log_level: lower-case names of `logging` levels."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -28,11 +27,11 @@ class LogLevel(str, Enum):
 
 
 def set_up_logging(level: str = LogLevel.INFO) -> None:
-    """Send this process's messages to stdout and stderr, from a level on.
+    """Print this process's messages of at least this level to stdout and stderr.
 
-    `level` holds for rank 0. The other ranks print from WARNING on, or from DEBUG on
-    where `level` is debug. A name that is no `LogLevel` counts as info: `validate`
-    reports it together with the other mistakes. Call it again to change the level.
+    `level` applies to rank 0. Other ranks print from WARNING on, or from DEBUG on if
+    `level` is debug. An unknown level is treated as info, because `validate` reports it
+    together with other errors. Call again to change the level.
     """
     threshold = (
         getattr(logging, level.upper()) if level in list(LogLevel) else logging.INFO
@@ -51,22 +50,21 @@ def rank() -> int:
 
 
 def rank_prefix() -> str:
-    """ "[rank 1] " before a message that any rank may print; "" in a run of one
-    process."""
+    """The prefix of a message that any rank may print, such as "[rank 1] "; empty for
+    one process."""
     return f"[rank {rank()}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 class _Console(logging.Handler):
-    """Writes to the streams that `sys` has, above a progress bar."""
+    """Writes to `sys.stdout` and `sys.stderr`, above progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_news = record.levelno < logging.WARNING
         stream = sys.stdout if is_news else sys.stderr
-        if stream is None:  # as `>&-` leaves it
+        if stream is None:  # closed by `>&-`
             return
         text = self.format(record)
-        # A run of weeks does not end with its log, on a full disk or before a dead
-        # reader
+        # A full disk or a closed pipe of the log must not end the run
         try:
             tqdm.write(text if is_news else rank_prefix() + text, file=stream)
             stream.flush()

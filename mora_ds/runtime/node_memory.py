@@ -1,12 +1,12 @@
-"""Memory that all processes of a node map, and how much of it there is.
+"""Memory that all ranks of a node map, and the amount of free memory.
 
-    first process of the node     an anonymous file: memfd_create(2)
-    the others                    map /proc/PID/fd/N of the first one
-    first process                 closes it: what is left are the mappings
+    local rank 0      creates an anonymous file: memfd_create(2)
+    other ranks       map /proc/PID/fd/N of local rank 0
+    local rank 0      closes the file; only the mappings remain
 
-As the file has no name, in /dev/shm or elsewhere, nothing is left of it when the
-processes have ended, however they end, and no later run can take it for its own. The
-size of /dev/shm does not limit it.
+The file has no name, in /dev/shm or elsewhere. So the memory is freed when the processes
+end, even if they are killed, no later run can find it, and the size of /dev/shm does not
+limit it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def node_members(ranks: Ranks) -> tuple[int, ...]:
-    """Ranks of this node's processes that see each other's memory. Collective.
+    """Ranks of this node that can map each other's memory. Collective.
 
-    A node begins at each process with local rank 0; processes in containers of their
-    own, which do not see each other, count as several nodes.
+    Each rank with local rank 0 starts a node. Ranks in different containers, which
+    cannot see each other, count as different nodes.
     """
     facts = ranks.gather("processes of the node", (ranks.local_rank, machine()))
     leader = 0
@@ -46,7 +46,8 @@ def node_members(ranks: Ranks) -> tuple[int, ...]:
 
 
 def machine() -> tuple[str, str]:
-    """The same for processes that can open each other's /proc/PID/fd."""
+    """An identity that is equal for processes that can open each other's
+    /proc/PID/fd."""
     try:
         return _BOOT_ID.read_text().strip(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -54,9 +55,9 @@ def machine() -> tuple[str, str]:
 
 
 def require_memory(nbytes: int, what: str, advice: str = "") -> None:
-    """Raise `UserError` where fewer bytes are free than `what` takes: memory is taken
-    when it is written to, and the kernel would end a process. `advice`: the end of the
-    message."""
+    """Raise `UserError` if fewer than `nbytes` are free. Memory is allocated on the
+    first write, so without this check the kernel would kill a process. `what`: the user
+    of the memory. `advice`: the end of the message."""
     free = free_bytes()
     if nbytes > free:
         raise UserError(
@@ -65,19 +66,21 @@ def require_memory(nbytes: int, what: str, advice: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What the first process of a node tells the others of it."""
+class SharedMemory:
+    """A handle of memory created by local rank 0, which it sends to its node's
+    ranks."""
 
     process: int
     descriptor: int
     size: int
     """Bytes."""
     layout: str
-    """A digest of what is to lie where; those who map it must have the same."""
+    """A digest of the positions of all tensors; ranks that map must have the same."""
 
     @classmethod
-    def make(cls, size: int, layout: str) -> Offer:
-        """New memory of `size` bytes, all zeros, not used yet. Raises `OSError`."""
+    def create(cls, size: int, layout: str) -> SharedMemory:
+        """Create `size` bytes of zeros, allocated on the first write. Raises
+        `OSError`."""
         descriptor = os.memfd_create("mora_ds-base")
         try:
             os.ftruncate(descriptor, size)
@@ -87,17 +90,16 @@ class Offer:
         return cls(os.getpid(), descriptor, size, layout)
 
     def map(self, layout: str) -> torch.UntypedStorage:
-        """The memory, mapped into this process. Raises `RunError` where it cannot
-        be."""
+        """Map the memory into this process. Raises `RunError` on failure."""
         if layout != self.layout:
             raise RunError(
-                "the processes of the node hold their tensors in different layouts"
+                "the ranks of the node have their tensors in different layouts"
             )
         path = f"/proc/{self.process}/fd/{self.descriptor}"
         try:
             if os.stat(path).st_size != self.size:
                 raise RunError(
-                    f"{path} is another file than the first process of the node means"
+                    f"{path} is not the file that local rank 0 of the node created"
                 )
             storage: Any = torch.UntypedStorage.from_file(
                 path, shared=True, nbytes=self.size
@@ -109,49 +111,47 @@ class Offer:
         return storage
 
     def close(self) -> None:
-        """Let go of the file, on the process that made the offer."""
+        """Close the file in the process that created it. Mappings stay valid."""
         os.close(self.descriptor)
 
 
 def trim() -> None:
-    """Return freed memory to the system, which glibc would keep in the heap."""
-    # Another C library has no such function
+    """Return freed heap memory to the system, which glibc would keep."""
+    # Other C libraries have no such function
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes() -> int:
-    """Bytes that the memory of this node, the limits of its control groups, and that of
-    this process (ulimit -v) leave."""
-    leave = [psutil.virtual_memory().available, *_cgroup_limits()]
+    """Free bytes: the minimum over the node's memory, the limits of its control groups,
+    and the limit of this process (ulimit -v)."""
+    free = [psutil.virtual_memory().available, *_cgroup_free_bytes()]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        leave.append(max(0, limit - psutil.Process().memory_info().vms))
-    return min(leave)
+        free.append(max(0, limit - psutil.Process().memory_info().vms))
+    return min(free)
 
 
-def _cgroup_limits() -> list[int]:
-    """What the limits of this process's control groups (a container, a Slurm job)
-    leave."""
-    limits = []
+def _cgroup_free_bytes() -> list[int]:
+    """Free bytes in each control group of this process that has a limit (a container, a
+    Slurm job)."""
+    free = []
     for folder in cgroup_folders():
-        # A group without a limit has the text "max", the outermost one has no such
-        # files
+        # Without a limit the file says "max"; the root group has no such files
         with suppress(OSError, ValueError):
             limit = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
             lines = (folder / "memory.stat").read_text().splitlines()
             facts = dict(line.split() for line in lines)
-            # The page cache is given up when memory is needed
+            # The kernel reclaims the page cache when memory is needed
             inactive = int(facts.get("inactive_file", 0))
             active = int(facts.get("active_file", 0))
-            limits.append(max(0, limit - used + inactive + active))
-    return limits
+            free.append(max(0, limit - used + inactive + active))
+    return free
 
 
 def cgroup_folders() -> list[Path]:
-    """The folders of this process's control group (version 2) and of those around
-    it."""
+    """The folders of this process's control group (version 2) and of its parents."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

@@ -1,6 +1,6 @@
-"""The one condition on the nodes of a run: they all see the same output folder.
+"""Checks the only requirement on the nodes of a run: all see the same output folder.
 
-Every rank writes its part of a checkpoint there, and reads what rank 0 has made:
+Every rank writes its part of a checkpoint there, and reads files that rank 0 creates:
 tokenizer, base.
 """
 
@@ -14,12 +14,12 @@ from mora_ds.runtime.ranks import Ranks
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raise `UserError` on all ranks unless they see one `folder`. Collective.
+    """Raise `UserError` on all ranks unless they all see the same `folder`. Collective.
 
-    Rank 0 creates a file, and the others look for it. Its name is new in every run:
-    clients of network file systems remember names that they did not find.
+    Rank 0 creates a file, and the others wait for it. Its name is random, because
+    clients of network file systems cache missing names.
     """
-    # All ranks take the name that rank 0 has drawn
+    # Every rank draws a name; rank 0's is used
     name = f".seen-by-all-{uuid4().hex}"
 
     def create() -> str:
@@ -31,10 +31,10 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         marker = folder / ranks.on_first("output folder of the nodes", create)
         seen = ranks.gather(
             "visibility of the output folder",
-            (_becomes_visible(marker), f"{folder} on {platform.node()}"),
+            (_is_found(marker), f"{folder} on {platform.node()}"),
         )
     except Exception as error:
-        # The others still look for the file, and see this error where they meet next
+        # The other ranks still wait for the file; their next check raises this error
         ranks.leave(error)
         raise
     finally:
@@ -49,7 +49,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
             )
 
 
-def _becomes_visible(path: Path) -> bool:
+def _is_found(path: Path) -> bool:
     try:
         await_file(path, size=0)
     except RunError:

@@ -1,17 +1,14 @@
-"""This process among all processes of the run: its rank, and how all ranks go through
-the checks of a start together.
-
-    every check has a name, and all ranks meet at it:
+"""Rank and world size, and named checks, at which all ranks synchronize and either
+continue or fail together.
 
     rank 0   "output folder"  ->  "settings" ------------.
-    rank 1   "output folder"  ->  "settings" -------------+->  all have the outcomes of all, and go on or fail alike
+    rank 1   "output folder"  ->  "settings" -------------+->  all ranks see all outcomes; all continue or all fail
     rank 2   "output folder"  ->  an error elsewhere ----'     (`Ranks.leave`)
 
-There is one way to meet, `Ranks._meet`, so no rank waits in one collective while
-another one waits in a different one: ranks at different checks see both names and fail,
-and a rank that fails between two checks reports it at the next. Where all is well a
-check is one all-reduce of three numbers; only errors, and values that are asked for,
-are exchanged one by one (`exchange`).
+All methods synchronize in `Ranks._meet`, so ranks never wait in different collectives:
+ranks at different checks see both names and fail, and a rank that fails between two
+checks reports its error at the next one. Without errors a check is one all-reduce of
+three numbers; only errors and gathered values are exchanged as objects (`exchange`).
 """
 
 from __future__ import annotations
@@ -34,48 +31,47 @@ from mora_ds.runtime.exchange import gather_to_all, new_group
 Result = TypeVar("Result")
 
 _LONG_S = 7 * 24 * 3600.0
-"""For long work: a rank that has ended is noticed by its closed connection."""
-_LEAVING_S = 15.0
-"""How long a rank that has failed waits for the others to come to a check and see
-why."""
+"""Timeout for long work. A rank that ends is detected by its closed connection."""
+_REPORT_TIMEOUT_S = 15.0
+"""How long a failed rank waits for the others to come to a check and get its error."""
 _ABSENT = "(none)"
 
 
 class _Outcome(NamedTuple):
-    """What one rank reports to the others at a check."""
+    """The report of one rank at a check."""
 
     check: str | None
-    """None: the rank has failed between two checks."""
+    """The name of the check; None: the rank failed between two checks."""
     value: Any
     error: Exception | None
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of this process and number of processes; all methods are collective.
+    """Rank of this process and number of ranks; all methods are collective.
 
-    Every method that takes a `check`, the name of what happens there for messages,
-    raises on all ranks alike: the error of the first rank that has one (a `UserError`
-    before others), a `UserError` when the ranks are at different checks, or a
-    `RunError` when a rank does not come in time. `long` marks work that may take hours.
+    A method with a `check`, a name for messages, raises the same error on all ranks:
+    the error of the first rank that has one (a `UserError` before others), a
+    `UserError` if ranks are at different checks, or a `RunError` after a timeout.
+    `long`: the work may take hours.
     """
 
     rank: int
     world: int
     local_rank: int
     group: Any
-    """A gloo group of all ranks, the same one for the whole process. It connects two
-    ranks when they first exchange something (`exchange.new_group`)."""
+    """A gloo group of all ranks, one per process. Two ranks connect on their first
+    message (`exchange.new_group`)."""
     timeout_s: float
-    """Seconds that ranks wait for each other at a check that is not `long`."""
+    """Timeout in seconds of a check that is not `long`."""
     last_timeout_s: ClassVar[float | None] = None
 
     @classmethod
     def current(cls, timeout_s: float | None = None) -> Ranks:
-        """Those of the running process group, and LOCAL_RANK of the launcher.
+        """The ranks of the default process group; LOCAL_RANK comes from the launcher.
 
-        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT
-        (minutes), or 30 minutes, where it never was.
+        `timeout_s` None: the last value given in this process, or else DEEPSPEED_TIMEOUT
+        (minutes), or else 30 minutes.
         """
         if timeout_s is not None:
             cls.last_timeout_s = timeout_s
@@ -87,7 +83,7 @@ class Ranks:
         )
 
     def separate(self) -> Ranks:
-        """The same ranks in another group, for another thread than the main one."""
+        """The same ranks with a new group, for use in another thread."""
         return replace(self, group=new_group(_LONG_S))
 
     @property
@@ -96,28 +92,29 @@ class Ranks:
 
     @property
     def is_local_first(self) -> bool:
-        """Whether it is the first of its node, which works for the others."""
+        """Whether this is local rank 0, which does shared work for its node."""
         return self.local_rank == 0
 
     def barrier(self, check: str, long: bool = False) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self._meet(check, long=long)
 
     def gather(self, check: str, value: Any) -> list[Any]:
-        """The `value` of every rank, in the order of ranks."""
+        """The values of all ranks, in rank order."""
         return self._meet(check, value, gathers=True)
 
     def agree(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
-        """Call `work` on every rank and return this one's result, or fail on all."""
+        """Call `work` on every rank and return this rank's result; raise on all ranks
+        if any fails."""
         result: Result | None = None
         error: Exception | None = None
         try:
             result = work()
         except Exception as raised:
             if _is_shared(raised):
-                # All ranks have it, by a check inside of `work`
+                # A check inside of `work` has raised it on all ranks
                 raise
             error = raised
         self._meet(check, None, error, long)
@@ -126,72 +123,71 @@ class Ranks:
     def on_first(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
-        """Call `work` on rank 0; return its result, or raise its error, on all
-        ranks."""
+        """Call `work` on rank 0; return its result or raise its error on all ranks."""
         result = [self.agree(check, work if self.is_first else lambda: None, long)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]  # type: ignore[return-value]
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
-        """Raise `UserError` that lists what differs between ranks, and on which ranks.
-
-        The values are compared as JSON.
-        """
+        """Raise `UserError` that lists the values that differ between ranks, with the
+        ranks. Values are compared as JSON."""
         mine = {
             name: json.dumps(value, sort_keys=True, default=str)
             for name, value in values.items()
         }
-        # One text a rank: thousands of ranks are compared at once where all are alike
+        # One string per rank makes the common case cheap: all are equal
         text = json.dumps(mine)
         texts: list[str] = self.gather(check, text)
         if all(other == text for other in texts):
             return
-        everyone: list[dict[str, str]] = [json.loads(other) for other in texts]
+        by_rank: list[dict[str, str]] = [json.loads(other) for other in texts]
         lines = []
-        for name in dict.fromkeys(name for mapping in everyone for name in mapping):
-            holders: dict[str, list[int]] = {}
-            for rank, rank_values in enumerate(everyone):
-                holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
-            if len(holders) > 1:
-                values_at = [
-                    f"{value} on {names_of_ranks(at)}" for value, at in holders.items()
+        for name in dict.fromkeys(name for mapping in by_rank for name in mapping):
+            ranks_with: dict[str, list[int]] = {}
+            for rank, rank_values in enumerate(by_rank):
+                ranks_with.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
+            if len(ranks_with) > 1:
+                differing = [
+                    f"{value} on {names_of_ranks(ranks)}"
+                    for value, ranks in ranks_with.items()
                 ]
-                lines.append(f"\n  {name}: {'; '.join(values_at)}")
+                lines.append(f"\n  {name}: {'; '.join(differing)}")
         if lines:
             raise UserError(
                 f"{check}: not the same on all ranks; give every rank the same{''.join(lines)}"
             )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor on the CPU. Not a check: all ranks must come to it."""
+        """Sum a CPU tensor over all ranks in place and return it. Not a check: errors
+        of other ranks are not reported here."""
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each computed by one of
-        them."""
-        name = "work shared by all ranks"
+    def map(self, work: Callable[[int], Any], count: int) -> list[Any]:
+        """[work(0), ..., work(count - 1)] on every rank; each item is computed by one
+        rank."""
+        name = "work split over all ranks"
         numbers = range(self.rank, count, self.world)
         mine = self.agree(
             name, lambda: {number: work(number) for number in numbers}, long=True
         )
-        everyone = [mine]
+        by_rank = [mine]
         if self.world > 1:
-            everyone = gather_to_all(mine, self.group)
-        return [everyone[number % self.world][number] for number in range(count)]
+            by_rank = gather_to_all(mine, self.group)
+        return [by_rank[number % self.world][number] for number in range(count)]
 
     def leave(self, error: Exception) -> None:
-        """Report an error that this rank alone may have, to be called before it ends.
+        """Report an error that only this rank may have. Call it before the rank ends.
 
-        The other ranks raise it at the check that they come to next. Returns after all
-        have seen it, or after 15 seconds, and at once for an error that all ranks have
-        already. Raises another rank's error where that one comes first.
+        The other ranks raise the error at their next check. Returns when all have it,
+        after 15 seconds, or immediately if all ranks raise it anyway. Raises another
+        rank's error if that one was first.
         """
         if self.world == 1 or _is_shared(error):
             return
-        # So that it is reported once
+        # Report it only once
         error.is_shared = True  # type: ignore[attr-defined]
         self._meet(None, None, error)
 
@@ -203,16 +199,16 @@ class Ranks:
         long: bool = False,
         gathers: bool = False,
     ) -> list[Any]:
-        """Come to a check. Where it `gathers`: every rank's value. An error of one rank
-        is raised on all of them."""
+        """Synchronize all ranks at a check. Returns the values of all ranks if it
+        `gathers`. Raises an error of any rank on all ranks."""
         if self.world == 1:
             if error is not None:
                 raise error
             return [value]
-        is_well = self._arrive(
+        is_ok = self._reduce_status(
             check, error, gathers, _LONG_S if long else self.timeout_s
         )
-        if is_well is None or (is_well and not gathers):
+        if is_ok is None or (is_ok and not gathers):
             return []
         sent = error
         if error is not None and not _is_expected(error):
@@ -224,22 +220,22 @@ class Ranks:
         if failure is None:
             return [outcome.value for outcome in outcomes]
         if error is not None and not _is_expected(error):
-            # On the rank that has raised it, it keeps its traceback
+            # Keep the traceback on the rank where it was raised
             failure = error
         failure.is_shared = True  # type: ignore[attr-defined]
         raise failure from error if failure is not error else None
 
-    def _arrive(
+    def _reduce_status(
         self,
         check: str | None,
         error: Exception | None,
         gathers: bool,
         timeout_s: float,
     ) -> bool | None:
-        """Wait for all ranks. Whether all are at this check without an error; None when
-        a rank that has failed waits in vain."""
+        """Wait for all ranks. Returns whether all are at this check without an error;
+        None if this rank has failed and the others did not come in time."""
         since = time.monotonic()
-        limit = _LEAVING_S if check is None else timeout_s
+        limit = _REPORT_TIMEOUT_S if check is None else timeout_s
         check_number = _number(f"{gathers} {check}")
         highest = torch.tensor([int(error is not None), check_number, -check_number])
         try:
@@ -254,29 +250,30 @@ class Ranks:
             if check is None:
                 return None
             if time.monotonic() - since < limit:
-                # A rank has ended: the connection to it was closed before the limit
+                # No timeout: the connection was closed because a rank has ended
                 raise
             raise RunError(
-                f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "
-                "still do something else, wait for a disk or a network, or cannot be reached"
+                f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); the missing ranks are "
+                "still busy, wait for a disk or a network, or cannot be reached"
             ) from raised
         failed, most, least = highest.tolist()
         return not failed and most == -least
 
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The names in `count` parts of about equal sizes, the largest ones first."""
-    names_in: list[list[str]] = [[] for _ in range(count)]
+    """Partition the names into `count` lists of about equal total size (greedy, largest
+    first)."""
+    partitions: list[list[str]] = [[] for _ in range(count)]
     sums = [0] * count
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         smallest = sums.index(min(sums))
         sums[smallest] += sizes[name]
-        names_in[smallest].append(name)
-    return names_in
+        partitions[smallest].append(name)
+    return partitions
 
 
 def _number(text: str) -> int:
-    """A digest of 56 bits, which a tensor can hold."""
+    """A digest of 56 bits, which fits an int64 tensor."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
@@ -290,8 +287,8 @@ def _is_shared(error: BaseException) -> bool:
 
 
 def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
-    """The error of the first rank that has a `UserError`, or else any error; its
-    message names a rank other than 0."""
+    """The error of the first rank with a `UserError`, or else of the first rank with
+    any error. The message names the rank if it is not 0."""
     failed = [
         (rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error
     ]
@@ -317,13 +314,13 @@ def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
 
 
 def names_of_ranks(ranks: list[int]) -> str:
-    """Such as "ranks 0, 1, 2": of many the first ones, and how many there are."""
+    """Such as "ranks 0, 1, 2"; a long list is cut after 8 ranks."""
     more = f" ... ({len(ranks)} in all)" if len(ranks) > 8 else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 _groups: dict[Any, Any] = {}
-"""The default group -> the one gloo group of its ranks, where they all meet."""
+"""Default process group -> the gloo group of its ranks for checks."""
 
 
 def _group() -> Any:

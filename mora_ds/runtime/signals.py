@@ -1,16 +1,15 @@
-"""Requests to stop a rank: signals, and a launcher that has ended.
+"""Stop requests to a rank: signals, and the end of the launcher.
 
-    SIGTERM, SIGUSR1, SIGINT, a launcher that has ended  -> in training: noted; all ranks agree at the end of the step
-                                                         -> before and after: `Stopped` in the main thread, at once
-    SIGINT again (a second later or more)                -> the process ends at once
+    SIGTERM, SIGUSR1, SIGINT, end of the launcher    -> in training: recorded; all ranks stop after the step
+                                                     -> before and after training: `Stopped` in the main thread
+    SIGINT again (a second later or more)            -> the process ends immediately
 
-The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another
-start does not correct, 3 done but for what stands beside training, 75 saved and
-stopped, to be started again.
+Exit codes for the scheduler: 0 done, 1 failed, 2 user error (a restart does not help), 3
+trained with a non-fatal failure, 75 saved and stopped (to be restarted).
 
-A thread notices the requests: Python runs its own handlers between bytecodes only, and
-a rank that waits in a collective executes none. `signal.set_wakeup_fd` wakes the thread
-at once.
+A thread receives the requests, because Python runs signal handlers only between
+bytecodes, and a rank that waits in a collective executes none. `signal.set_wakeup_fd`
+wakes the thread immediately.
 """
 
 import os
@@ -29,25 +28,25 @@ from mora_ds.runtime.log_setup import rank_prefix
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_FAILED_BESIDE = 3
-"""The run is done and saved; an evaluation, a task, a tracker or an upload has
+EXIT_NON_FATAL_FAILURE = 3
+"""The run is done and saved, but an evaluation, a task, a tracker or an upload has
 failed."""
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: neither done nor failed, to be started again."""
+"""EX_TEMPFAIL of sysexits.h: neither done nor failed, to be restarted."""
 EXIT_INTERRUPTED = 130
-"""The exit code that shells give a process that SIGINT ended."""
+"""The shells' exit code for a process ended by SIGINT."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TICK_S = 0.5
 SAME_CTRL_C_S = 1.0
-"""A terminal and torchrun both send SIGINT: within this time they are one request."""
-_PATIENCE_S = 10.0
-"""How long the main thread may take to raise `Stopped` where there is nothing to
-save."""
+"""On Ctrl-C a terminal and torchrun both send SIGINT: within this time they count as
+one request."""
+_STOP_TIMEOUT_S = 10.0
+"""How long the main thread may take to raise `Stopped` if there is nothing to save."""
 
 
 def install() -> None:
-    """Watch from now on. To be called in the main thread; later calls have no
+    """Start to handle stop requests. Call in the main thread; later calls have no
     effect."""
     global _watch
     if _watch is None:
@@ -57,14 +56,14 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give signals their default effect again: in a forked process, after an error."""
+    """Restore the default effect of signals: in a forked process, after an error."""
     if _watch is not None:
         _watch.stop()
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside the block requests are noted for `requested`, and nothing is raised."""
+    """A context in which requests are only recorded for `requested`, not raised."""
     if _watch is None:
         yield
         return
@@ -77,21 +76,21 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether this rank was asked to stop."""
+    """Whether this rank got a stop request."""
     return _watch is not None and _watch.requested_at is not None
 
 
 def ignore_requests() -> None:
-    """Everything is saved: ignore signals and the end of other processes."""
+    """Ignore signals and the end of other processes. Call when everything is saved."""
     if _watch is not None:
         _watch.ignores = True
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. By `os._exit`: gloo's threads often abort at interpreter exit
-    after correct results (2.13)."""
+    """Flush the streams and end the process by `os._exit`, because gloo's threads often
+    abort at interpreter exit (torch 2.13)."""
     for stream in (sys.stdout, sys.stderr):
-        # Where the reader has ended, or the disk is full, the exit code still counts
+        # A closed pipe or a full disk must not change the exit code
         with suppress(OSError):
             if stream is not None:
                 stream.flush()
@@ -99,17 +98,17 @@ def leave(code: int) -> NoReturn:
 
 
 class _Watch:
-    """Signal handlers and watching thread of this process."""
+    """Signal handlers and the thread that receives stop requests."""
 
     def __init__(self) -> None:
         self.requested_at: float | None = None
-        """Time of the first request (monotonic seconds), if there was one."""
+        """Time of the first request (monotonic seconds), if any."""
         self.defers = False
         self.ignores = False
         self._raised = False
         self._last_interrupt: float | None = None
-        # Without a launcher the parent is a shell, which a run in the background may
-        # outlive
+        # Without a launcher the parent is a shell, which may end before a run in the
+        # background
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -144,7 +143,7 @@ class _Watch:
         if number == signal.SIGINT:
             first = self._last_interrupt or now
             if now - first > SAME_CTRL_C_S:
-                _print("SIGINT again: leaving at once")
+                _print("SIGINT again: exiting immediately")
                 leave(EXIT_INTERRUPTED)
             self._last_interrupt = first
         self._request(signal.Signals(number).name, now)
@@ -154,7 +153,7 @@ class _Watch:
             self.requested_at = now
             _replace_broken_pipes()
             saves = "saving at the end of this step, then " if self.defers else ""
-            _print(f"{reason}: {saves}leaving")
+            _print(f"{reason}: {saves}exiting")
 
     def _check(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -162,13 +161,13 @@ class _Watch:
                 f"the launcher (process {self._launcher}) has ended", time.monotonic()
             )
             self._launcher = None
-            # The main thread raises `Stopped`, unless that is deferred
+            # Makes the main thread raise `Stopped`, unless deferred
             os.kill(os.getpid(), signal.SIGTERM)
         if self.requested_at is None:
             return
         _replace_broken_pipes()
-        if not self.defers and time.monotonic() - self.requested_at > _PATIENCE_S:
-            # The main thread waits for others, with nothing to save
+        if not self.defers and time.monotonic() - self.requested_at > _STOP_TIMEOUT_S:
+            # Nothing to save; the main thread waits for other ranks
             leave(EXIT_STOPPED)
 
 
@@ -176,7 +175,8 @@ _watch: _Watch | None = None
 
 
 def _replace_broken_pipes() -> None:
-    """Ctrl-C also ends the reader of `... | tee log`: writing a line must not fail."""
+    """Replace stdout and stderr by /dev/null if their reader has ended, as Ctrl-C also
+    ends the `tee` of `... | tee log`."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
@@ -187,7 +187,7 @@ def _replace_broken_pipes() -> None:
 
 
 def _print(text: str) -> None:
-    """To stderr, without locks of Python, which the main thread may hold."""
-    # A text that cannot be written must not end the thread that watches
+    """Print to stderr without Python's locks, which the main thread may hold."""
+    # A failed write must not end this thread
     with suppress(OSError):
         os.write(2, f"{rank_prefix()}{text}\n".encode())

@@ -1,16 +1,16 @@
-"""The main job: from settings to a trained and exported model. It may use every other
-package.
+"""The main job: from settings to a trained and exported model. This package may import
+every other one.
 
 pretrain        the pipeline from settings to a summary; demo runs it twice
-dry_run         --dry_run: the plan of a job in place of the job
-setup           processes that start together, DeepSpeed config, and what a run starts from
-output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
-data            files -> tokens -> batches; tokenizer: which one
-inputs          what a run reads, and that none of it lies where it writes
-base            the base model: where from, on the device or in host memory
-job             what a run trains: an adapter, every parameter, or nothing
-run             `mora_ds.Run`: resumes, merges, saves and exports, for loops written by users too
-preflight       every check of the live model before the first step
-trainer         the loop; loader: its batches, and who computes which rows; evaluator
+dry_run         --dry_run: logs the plan of a run instead of running it
+setup           start of the ranks, DeepSpeed config, and the context of a run
+output_folder   --output_dir: reservation, and names of its files; run_file: run.yaml
+data            files -> tokens -> batches; tokenizer: the tokenizer of a run
+inputs          check that a run does not overwrite its inputs
+base            the base model, on the device or in host memory
+job             sets up the training of an adapter, of all parameters, or of nothing
+run             `mora_ds.Run`: resume, merge, save and export, also for users' own loops
+preflight       checks of the model before the first step
+trainer         the training loop; loader: its batches; evaluator: evaluations during training
 metrics         step lines, metrics.jsonl, TensorBoard
 """

@@ -1,5 +1,5 @@
-"""The base model of a run: its folder, its config, its complete weights on this
-process, and whether they are on the device or in host memory."""
+"""The base model of a run: folder, config, unsharded weights on every rank, and their
+place (device or host memory)."""
 
 import logging
 from collections.abc import Callable
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
-    """(folder of the base, its config with --rope_scaling); no folder where
-    --model_config asks for random weights. Collective."""
+    """Return (folder of the base, its config with --rope_scaling applied). The folder
+    is None for --model_config, which asks for random weights. Collective."""
     folder = None
     if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
@@ -52,7 +52,7 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
         folder = resolve_folder(model.model_name_or_path, start.ranks)
         config = folder_config(folder, model.trust_remote_code)
     if is_quantized(config):
-        # The run computes with the dequantized weights.
+        # The run uses dequantized weights.
         del config.quantization_config
     set_rope(config, model.rope, model.trust_remote_code)
     start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
@@ -67,8 +67,8 @@ def prepare_base(
     dtype: torch.dtype,
     start: Start,
 ) -> LoadedBase:
-    """Load the complete base on this process: from `folder`, dequantized once where it
-    is quantized, or created from --model_config. Collective."""
+    """Load the unsharded base on every rank, from `folder` or, if that is None, newly
+    created from --model_config. A quantized base is dequantized once. Collective."""
     base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
@@ -104,9 +104,11 @@ def prepare_base(
 def choose_base_device(
     arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks
 ) -> Arguments:
-    """The arguments with "device" or "host" in place of "auto". Collective. Raises
-    `UserError` for --base_device host where the model's decoder layers are not found,
-    and where a node has too little memory for them."""
+    """Return the arguments with --base_device auto replaced by "device" or "host".
+
+    Collective. Raises `UserError` for "host" if the model's decoder layers are not
+    found, or if a node has too little memory for them.
+    """
     training = arguments.training
 
     def planner() -> Planner:
@@ -120,11 +122,11 @@ def choose_base_device(
         device = BaseDevice.DEVICE
     if device is BaseDevice.AUTO:
         device = ranks.on_first(
-            "where the base is", lambda: _by_plan(planner), long=True
+            "device of the base", lambda: _planned_device(planner), long=True
         )
     if device is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", layer_bytes, long=True)
-        advice = ": give the run more (the limit of a container or a job, too), or use --base_bits 8"
+        advice = ": give the run more (also raise the limit of its container or job), or use --base_bits 8"
         ranks.agree(
             "host memory for the base",
             lambda: require_memory(
@@ -138,15 +140,15 @@ def choose_base_device(
     return replace(arguments, training=replace(training, base_device=device.value))
 
 
-def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
-    """What auto means: host if the run does not fit otherwise."""
+def _planned_device(make: Callable[[], Planner]) -> BaseDevice:
+    """Resolve --base_device auto: host if the run does not fit on the device."""
     try:
         planner = make()
         placed = place_base(planner, BaseDevice.AUTO)
         if placed is planner:
             return BaseDevice.DEVICE
         placed.streamed()
-    # A plan is advice: a model that cannot be planned may well run.
+    # A plan is only advice: a model that cannot be planned may still run.
     except Exception as error:
         why = reason(error)
         logger.warning(

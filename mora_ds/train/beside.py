@@ -1,5 +1,5 @@
-"""What stands beside training: forward passes of evaluations, tasks, probes and checks,
-and failures that must not cost the run."""
+"""Contexts for forward passes outside of training (evaluations, tasks, checks), and for
+failures that must not end the run."""
 
 import logging
 from collections.abc import Iterator
@@ -10,40 +10,39 @@ import torch
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.common.errors import BESIDE, reason
-from mora_ds.parallel.ulysses import whole_rows
+from mora_ds.parallel.ulysses import full_sequences
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def training_goes_on(what: str, failures: list[str]) -> Iterator[None]:
-    """A context in which a failure gives `failures` a line, and the run goes on."""
+def non_fatal(what: str, failures: list[str]) -> Iterator[None]:
+    """A context that logs an error, appends it to `failures`, and suppresses it."""
     try:
         yield
-    # Packages of others raise what they like.
+    # Third-party packages may raise any error.
     except BESIDE as error:
         failures.append(f"{what}: {reason(error)}")
-        logger.error(f"{failures[-1]}. Training goes on")
+        logger.error(f"{failures[-1]}. Training continues")
 
 
 @contextmanager
 def beside_training(
     engine: Any, domain: str | None = None, whole: bool = False
 ) -> Iterator[None]:
-    """A context that sets all that layers read besides their input, so that nothing of
-    the last training batch acts on a pass: no gradients, no dropout, every row read as
-    of `domain` (None: by the shared matrices alone). Afterwards all is as it was
-    before.
+    """A context for forward passes that are independent of the training batch: no
+    gradients, no dropout, all sequences with the matrices of `domain` (None: the shared
+    matrices alone). Restores the previous state on exit.
 
-    `engine`: or a model. `whole`: each process computes complete rows by itself, also
-    where it shares those of training with others (--sequence_parallel_size).
+    `engine`: an engine or a model. `whole`: each rank computes full sequences, even if
+    training splits them over ranks (--sequence_parallel_size).
     """
     model = getattr(engine, "module", engine)
     was_training = model.training
     model.eval()
-    rows = whole_rows(model) if whole else nullcontext()
+    sequences = full_sequences(model) if whole else nullcontext()
     try:
-        with torch.no_grad(), domains_of(model).using(domain), rows:
+        with torch.no_grad(), domains_of(model).using(domain), sequences:
             yield
     finally:
         model.train(was_training)

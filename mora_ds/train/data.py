@@ -36,7 +36,7 @@ from mora_ds.data import (
     start_id,
     tokenizer_fingerprint,
 )
-from mora_ds.models.rope import longest_row
+from mora_ds.models.rope import max_positions
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Start
 from mora_ds.train.tokenizer import load_named_tokenizer, settle_tokenizer
@@ -51,7 +51,7 @@ Corpora: TypeAlias = dict[str, Corpus]
 
 @dataclass(frozen=True)
 class RunData:
-    """The tokenizer, and the data that it made."""
+    """The tokenizer and the tokenized data of a run."""
 
     tokenizer: Any
     train: Mixture
@@ -68,9 +68,9 @@ def load_data(
 ) -> RunData:
     """Read and tokenize all text of a run. Collective.
 
-    `model_folder` has the model's own tokenizer, where there is a model; a run that
-    resumes uses the tokenizer of its checkpoint. Raises `UserError` for files,
-    tokenizers and lengths that do not fit, where possible before anything is tokenized.
+    `model_folder`: holds the model's tokenizer; None for a model without a folder. A
+    resumed run uses the tokenizer of its checkpoint. Raises `UserError` for files,
+    tokenizers and lengths that do not fit, if possible before tokenizing.
     """
     plan = mixture_plan(data)
     ranks = start.ranks
@@ -79,7 +79,7 @@ def load_data(
     tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info(
-            "no token separates documents, as this tokenizer adds none: if pretraining used one, name it with "
+            "no token separates documents, because this tokenizer adds none: if pretraining used one, name it with "
             "--document_start"
         )
     first = block_start(tokenizer, data.document_start, model_config.model_type)
@@ -94,7 +94,7 @@ def load_data(
             sources[source.name] = tokenization.pack(corpus, seed)
     epochs = [source.epochs for source in plan.sources]
     state = None if start.state is None else start.state.stream
-    rows = training.rows_per_step(ranks.world)
+    rows = training.global_batch_size(ranks.world)
     train = Mixture(sources, plan.phases, epochs, data.seq_len, rows, state)
     train.check_batch_size()
     _log_mixture(plan, train)
@@ -113,12 +113,12 @@ def load_data(
 def fill_token_cache(
     model: ModelArguments, data: DataArguments, progress: bool
 ) -> list[tuple[str, TokenCache]]:
-    """Tokenize the text of a run ahead of it, in this process. A run with the same
-    settings finds the tokens.
+    """Tokenize the text of a later run in this process. A run with the same settings
+    finds the tokens in the cache.
 
-    Returns the token cache of every source that is not streamed and of every evaluation
-    set, with its name. Raises `UserError` for a tokenizer that only the run makes, and
-    for what `load_data` refuses.
+    Returns (name, token cache) of every source that is not streamed and of every
+    evaluation set. Raises `UserError` for a tokenizer that the run itself trains, and
+    for everything that `load_data` rejects.
     """
     if model.train_tokenizer_vocab:
         raise UserError(
@@ -142,8 +142,8 @@ def fill_token_cache(
 
 
 def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
-    """The corpus of every source, without the documents that are held out of training,
-    and of every evaluation set, one of which each source holds out."""
+    """Return (corpora for training, corpora for evaluation) by name. With
+    --held_out_share, the documents held out of each source become an evaluation set."""
     corpora = _sources(data, plan)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
@@ -157,15 +157,15 @@ def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
         set_name = HELD_OUT if len(corpora) == 1 else f"{HELD_OUT}_{name}"
         if set_name in evaluation:
             raise UserError(
-                f"{EVAL_FLAG}: {set_name} is the name of what --held_out_share holds out; choose another name"
+                f"{EVAL_FLAG}: the set of --held_out_share is named {set_name}; choose another name"
             )
         evaluation[set_name] = replace(corpus, keep=held_out)
     return {name: replace(corpora[name], keep=trained) for name in corpora}, evaluation
 
 
 def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
-    """The corpus of every source. Raises `UserError` naming one that is missing or
-    empty."""
+    """The corpus of every source. Raises `UserError` that names a missing or empty
+    source."""
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     corpora = {}
     for source in plan.sources:
@@ -180,11 +180,11 @@ def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
 
 
 def _check_positions(model_config: Any, seq_len: int) -> None:
-    longest = longest_row(model_config)
+    longest = max_positions(model_config)
     if longest is not None and seq_len > longest:
         raise UserError(
             f"--seq_len {seq_len} is longer than the model's {longest} positions "
-            "(max_position_embeddings in its config.json): --rope_scaling makes more of them"
+            "(max_position_embeddings in its config.json): --rope_scaling extends them"
         )
 
 
@@ -193,17 +193,17 @@ def _check_positions(model_config: Any, seq_len: int) -> None:
 
 @dataclass(frozen=True)
 class _Tokenization:
-    """How the text of this run becomes packed tokens; its methods are collective."""
+    """Turns the text of a run into packed tokens. Its methods are collective."""
 
     tokenizer: Any
     data: DataArguments
     ranks: Ranks
     block_start: int | None
-    """What every packed sequence begins with."""
+    """The token that every packed sequence starts with, if any."""
 
     def cache(self, corpus: Corpus) -> TokenCache:
-        """The tokens of a corpus. The first process of each node makes those that its
-        cache folder lacks."""
+        """The tokens of a corpus. Local rank 0 of each node builds those that are
+        missing in its cache folder."""
         name = f"token cache of {corpus.flag}"
 
         def build() -> TokenCache:
@@ -228,7 +228,7 @@ class _Tokenization:
     def stream(
         self, source: SourcePlan, corpus: Corpus, seed: int | str
     ) -> StreamSource:
-        """A training source that is tokenized while training."""
+        """A training source that is tokenized during training."""
         data = self.data
         encoder = Encoder.of(self.tokenizer, data.document_start)
         files = [
@@ -252,13 +252,13 @@ class _Tokenization:
             data.seq_len,
             data.document_mask,
             identity,
-            share=self.ranks,
+            map_over_ranks=self.ranks.map,
             ranks=self.ranks.world,
             block_start=self.block_start,
         )
-        # A source without text must not end a run that has begun: it is read once here.
+        # Fail on a source without text now, not in the middle of the run.
         check = f"start of source {source.name!r}"
-        self.ranks.on_first(check, lambda: bool(stream.probe(0)), long=True)
+        self.ranks.on_first(check, lambda: bool(stream.peek(0)), long=True)
         return stream
 
 
@@ -280,7 +280,7 @@ def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
 def cached(
     corpus: Corpus, tokenizer: Any, data: DataArguments, progress: bool
 ) -> TokenCache:
-    """The tokens of a corpus, from the token cache (--cache_dir) or made now."""
+    """The tokens of a corpus, read from the token cache (--cache_dir) or built now."""
     if data.cache_dir is not None:
         folder = expanded(data.cache_dir, "--cache_dir")
     else:

@@ -1,12 +1,12 @@
-"""The demo, which runs when neither a model nor text is named.
+"""The demo, which runs if neither a model nor text is named.
 
     prose (language reference, docstrings) + code (the standard library)      written from the running Python
     -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
-    -> continued on the code with embeddings, and merges                      the main job, the same as on 64 GPUs
-       (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
-    -> a table: what was learned, what was forgotten, what was communicated
+    -> trained further on the code, with embeddings and merges                the main job, the same as on 64 GPUs
+       (MoRA matrices with Muon, a separate learning rate for embeddings, 10% of every batch from the prose)
+    -> a table of learning, forgetting and communication
 
-It needs no network, only the text of Python itself.
+It needs no network: all text comes with Python.
 """
 
 import logging
@@ -78,23 +78,23 @@ RECIPE: Settings = {
     "train_embeddings": True,
     "embedding_learning_rate": 3e-3,
 }
-"""What configs/recipes/continual_embeddings.yaml adds, with the rates of a small
-model."""
+"""Additions of configs/recipes/continual_embeddings.yaml, with learning rates for a
+small model."""
 REPLAY = 0.1
-"""Share of every batch that is old text."""
-ROWS_PER_STEP = 8
-"""Global batch size, in sequences, divided among the processes."""
+"""Fraction of every batch that is old text."""
+GLOBAL_BATCH_SIZE = 8
+"""In sequences, over all ranks."""
 
 
 def run_demo(arguments: Arguments, ranks: Ranks) -> None:
-    """Run the demo on all `ranks`. Flags that the user gave hold for its second part,
-    the main job. Raises `UserError` as `pretrain` does, and where this Python comes
-    without its own sources."""
+    """Run the demo on all `ranks`. The user's flags apply to its second part, the main
+    job. Raises `UserError` as `pretrain` does, and if this Python has no sources of its
+    standard library."""
     training = arguments.training
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
-        # The settings of the main job are checked before anything is written.
+        # Check the settings of the main job before anything is written.
         job = continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:
@@ -105,22 +105,22 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
         )
         if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
             replicas = ranks.world // training.sequence_parallel_size
-            rows = max(1, ROWS_PER_STEP // replicas)
-            warm = warm_start_settings(paths, rows, training.seed)
+            batch_size = max(1, GLOBAL_BATCH_SIZE // replicas)
+            warm = warm_start_settings(paths, batch_size, training.seed)
             warm["deepspeed"] = training.deepspeed
             warm["sequence_parallel_size"] = training.sequence_parallel_size
             warm["attn_implementation"] = arguments.model.attn_implementation
             first_part = from_flat(warm)
             validate(first_part)
             logger.info(
-                f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps"
+                f"\n1. warm start: all parameters are trained on prose for {WARM_START['max_steps']} steps"
             )
             sharded = pretrain(first_part, ranks)
         logger.info(
-            "\n2. the main job: continued on code with MoRA, the base frozen and complete on every GPU"
+            "\n2. the main job: MoRA trains on code; the base is frozen and unsharded on every GPU"
         )
         summary = pretrain(job, ranks)
-    # What is made for the main job goes again where that does not begin.
+    # Remove the folder again if the main job does not start.
     except BaseException:
         if ranks.is_first:
             abandon(folder)
@@ -131,7 +131,7 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
 
 
 class DemoPaths:
-    """Where the demo keeps what it starts from."""
+    """Paths of the demo's inputs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -146,16 +146,16 @@ class DemoPaths:
         self.eval_files = [f"prose={prose}", f"code={code}"]
 
     def train_files(self, text: str) -> list[str]:
-        """`text`: general (prose) or domain (code)."""
+        """`text`: "general" (prose) or "domain" (code)."""
         return [str(self.corpus / f"{text}_train.jsonl")]
 
 
-def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
-    """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences
-    per process and step."""
+def warm_start_settings(paths: DemoPaths, batch_size: int, seed: int) -> Settings:
+    """Settings of the run that makes `paths.warm` from `paths.start`. `batch_size`:
+    sequences per rank and step."""
     return {
         **WARM_START,
-        "per_device_train_batch_size": rows,
+        "per_device_train_batch_size": batch_size,
         "model_name_or_path": str(paths.start),
         "train_files": paths.train_files("general"),
         "eval_files": paths.eval_files[:1],
@@ -167,8 +167,8 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
 
 
 def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
-    """Reserve the folder, and write corpora, tokenizer and untrained model, which a
-    resumed run has already."""
+    """Reserve the folder; unless the run resumes, write corpora, tokenizer and
+    untrained model."""
     resumes = training.resume_from_checkpoint is not None
     reserve(folder).prepare(
         training.overwrite_output_dir, resumes, training.export_merged
@@ -176,19 +176,18 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
     logger.info(
         "No --model_name_or_path and no --train_files: running the demo.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"
-        f"  everything is made here, without a network, and written to {folder}/"
+        f"  everything is created on this machine, without a network, and written to {folder}/"
     )
     if not paths.root.exists():
         write_inputs(paths, training.seed)
     elif not paths.warm.is_dir():
         raise UserError(
-            f"{paths.warm} is missing, with which the demo began: start it anew with --overwrite_output_dir"
+            f"{paths.warm}, the base of the demo, is missing: restart the demo with --overwrite_output_dir"
         )
 
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
-    """Write corpora, a tokenizer and an untrained model of this config into a new
-    folder."""
+    """Write corpora, a tokenizer and an untrained model of `config` to `paths`."""
     write_demo_corpus(paths.corpus, PROSE_BYTES, CODE_BYTES, EVAL_BYTES)
     corpus = load_corpus([*paths.train_files("general"), *paths.train_files("domain")])
     folder = train_sentencepiece(
@@ -199,8 +198,8 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
 
 
 def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
-    """The settings of the second part: the demo's, and over them those that the user
-    gave. Raises `UserError`."""
+    """The settings of the main job: the demo's, overridden by the user's. Raises
+    `UserError`."""
     user_settings = {
         name: value
         for name, value in dump(arguments).items()
@@ -209,13 +208,13 @@ def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Ar
     replicas = max(1, world // arguments.training.ranks_per_replica)
     settings = {
         **CONTINUE,
-        "per_device_train_batch_size": max(1, ROWS_PER_STEP // replicas),
+        "per_device_train_batch_size": max(1, GLOBAL_BATCH_SIZE // replicas),
         "model_name_or_path": str(paths.warm),
         "train_files": paths.train_files("domain"),
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-    # The recipe's learning rates are those of MoRA matrices under Muon.
+    # The recipe's learning rates are for MoRA matrices with Muon.
     is_mora = arguments.adapter.adapter == DEFAULT_ADAPTER
     chooses_optimizer = "optimizer" in arguments.set_by_user
     if is_mora and not chooses_optimizer and not arguments.research:
@@ -225,7 +224,7 @@ def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Ar
         if not (reasons := refusal(_check, job, world)):
             return job
         logger.info(
-            f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}"
+            f"The demo trains only MoRA matrices, with AdamW, because its recipe does not run here: {reasons[0]}"
         )
     job = with_flags(settings, user_settings)
     _check(job, world)
@@ -241,8 +240,8 @@ def _check(job: Arguments, world: int) -> None:
 
 
 def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:
-    """Log the results as a table. `sharded`: the summary of the warm start, whose base
-    was sharded."""
+    """Log the results as a table. `sharded`: the summary of the warm start, which
+    sharded its base."""
     before = summary["perplexity_before"]
     volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is not None:
@@ -255,9 +254,9 @@ def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> No
         label = f"perplexity on {name}"
         logger.info(f"{label:<24}{start:>12.2f}{after:>12.2f}{percent:>+9.1f}%")
     parameters = f"{summary['trainable_params']:,} of {summary['total_params']:,}"
-    share = summary["trainable_params"] / summary["total_params"]
+    fraction = summary["trainable_params"] / summary["total_params"]
     merges = f"{summary['merges']} merges in {summary['steps']} steps"
-    logger.info(f"{'trained':<24}{parameters} ({share:.2%}), {merges}")
+    logger.info(f"{'trained':<24}{parameters} ({fraction:.2%}), {merges}")
     logger.info(f"{'all-gather a step':<24}{volume}")
     logger.info(
         f"{'bytes of the base':<24}{summary['base_bytes_gathered']} in all collectives of the run"

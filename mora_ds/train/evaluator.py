@@ -1,4 +1,4 @@
-"""Evaluation during a run: perplexities, tasks, the best checkpoint, and forgetting."""
+"""Evaluation during a run: perplexity, tasks, the best checkpoint, and forgetting."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.mixture import HELD_OUT
 from mora_ds.data import IGNORED, PackedDataset
-from mora_ds.data.documents import Rows
+from mora_ds.data.documents import Batch
 from mora_ds.models.loss import perplexity
 from mora_ds.train.job import Job
 from mora_ds.train.loader import Replica, require_finite
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates a run's model on all evaluation sets, and puts the results into its
+    """Evaluates the model on all evaluation sets and stores the results in the run's
     state."""
 
     def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
@@ -40,8 +40,8 @@ class Evaluator:
     def evaluate(
         self, before_batch: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """Log and return the perplexity of each set over all processes. Collective;
-        `before_batch` is called too."""
+        """Log and return the perplexity of each set over all ranks. Collective, and so
+        is `before_batch`, which is called before every batch."""
         step = self.state.step
         perplexities = {}
         for name, data in self.sets.items():
@@ -53,12 +53,11 @@ class Evaluator:
             perplexities[name] = perplexity(nll)
         tasks = self.tasks if self._tasks_are_due else None
         if tasks is not None:
-            # This may end the run, which then evaluates again when it is resumed: so it
-            # comes before anything is logged.
+            # This may stop the run. When resumed, it evaluates again, so nothing may be
+            # logged before.
             before_batch()
         if perplexities:
-            # The first evaluation is what the others are compared with: its own change
-            # of 0 begins each curve.
+            # Later evaluations are compared with the first one, whose own change is 0.
             before = self.state.perplexity_before if step else perplexities
             self.log.evaluation(step, perplexities, before)
         costs = {} if tasks is None else self._evaluate_tasks(tasks)
@@ -80,8 +79,8 @@ class Evaluator:
 
     @property
     def forgotten(self) -> str | None:
-        """Why --stop_when_forgotten ends the run after the last evaluation, if it
-        does."""
+        """The reason if --stop_when_forgotten ends the run after the last
+        evaluation."""
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
         now = {**state.perplexity_last, **state.task_costs_last}
@@ -89,13 +88,13 @@ class Evaluator:
 
     @property
     def _tasks_are_due(self) -> bool:
-        """At the start, every --eval_tasks_steps, and at the end."""
+        """True at the start, every --eval_tasks_steps, and at the end."""
         step = self.state.step
         every = self.training.eval_tasks_steps
         return step in (0, self.state.total_steps) or (every > 0 and step % every == 0)
 
     def _evaluate_tasks(self, tasks: TaskSuite) -> dict[str, float]:
-        """{task: cost}, also in the run's state. Collective."""
+        """Return {task: cost} and store it in the run's state. Collective."""
         state = self.state
         results = tasks.evaluate()
         metrics = {name: result.metrics for name, result in results.items()}
@@ -111,9 +110,9 @@ class Evaluator:
 
     def counted_batches(
         self, data: PackedDataset, before_batch: Callable[[], None]
-    ) -> Iterator[Rows]:
-        """The batches of this replica; every process has equally many, as ZeRO-3
-        needs."""
+    ) -> Iterator[Batch]:
+        """The batches of this replica. Every rank gets the same number, as ZeRO-3
+        requires."""
         index = self.replica.index
         count = self.replica.count
         limit = self.training.max_eval_batches or sys.maxsize
@@ -124,8 +123,8 @@ class Evaluator:
             if round_ * count >= limit:
                 break
             before_batch()
-            # The limit counts the batches of all replicas: in its last round some of
-            # them compute a batch that counts for nothing.
+            # The limit counts the batches of all replicas. In the last round, replicas
+            # beyond it compute a batch without labels.
             if round_ * count + index >= limit:
                 batch["labels"].fill_(IGNORED)
             yield batch

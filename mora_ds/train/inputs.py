@@ -1,4 +1,4 @@
-"""What a run reads, and that none of it lies where the run writes or deletes."""
+"""The inputs of a run, and the check that the run does not overwrite or delete any."""
 
 import glob
 import os
@@ -20,27 +20,26 @@ Inputs = Iterator[tuple[str, str | None]]
 """(flag or setting, the path or the name on the Hub that it has)"""
 
 _READABLE = (BASE_FOLDER, DEMO)
-"""Folders of a run that it may read again when it resumes, as it replaces neither."""
+"""Output folders that a resumed run may read, because it does not replace them."""
 
 _CACHE = "--cache_dir"
-"""Its folders have names that no run uses, so that they may lie in the output
-folder."""
+"""This folder may be the output folder: no run uses the names that it contains."""
 
 
 def check_inputs(arguments: Arguments, folder: Path) -> None:
-    """Raise `UserError` for a flag that names a file which would be replaced or
-    deleted; for a model or text whose folder is the output folder, and for text that is
-    searched for in it or above it: what the run writes there would be taken for a part
-    of it.
+    """Raise `UserError` for an input that lies where the run writes.
 
-    `folder`: the one that the run writes to. Links are followed; another name of the
-    same file (a hard link) is safe, as a run replaces files and writes into none. A
-    resumed run may read what it has made and will not replace.
+    That is: a file that the run would replace or delete, a model or text folder that is
+    the output folder, or a pattern that would match files written by the run.
+
+    `folder`: the output folder. Links are followed. A hard link to an output is safe,
+    because a run replaces files and never writes into existing ones. A resumed run may
+    read its own outputs that it does not replace.
     """
     readable: tuple[str, ...] = ()
     if arguments.training.resume_from_checkpoint is not None and holds_run(folder):
         readable = _READABLE
-    # The demo has reserved the folder of its main job, and written what that one reads.
+    # The demo reserves the folder first and writes the inputs of its main job there.
     elif is_reserved(folder):
         readable = (DEMO,)
     output_dir = folder.resolve()
@@ -48,23 +47,23 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
     texts = list(_texts(arguments.data))
     for flag, named in _paths([*_settings(arguments), *texts]):
-        real = _real(named)
+        real = _real_path(named)
         is_output = any(path in outputs for path in (real, *real.parents))
         if is_output or (real == output_dir and flag != _CACHE):
-            raise _shared(flag, named, folder)
+            raise _input_in_output(flag, named, folder)
     for flag, name in texts:
-        if name and _searches(_real(expanded(name, flag)), output_dir):
-            raise _shared(flag, name, folder)
+        if name and _matches_output(_real_path(expanded(name, flag)), output_dir):
+            raise _input_in_output(flag, name, folder)
 
 
-def _real(path: Path) -> Path:
-    """The path without links. `realpath` follows a loop of links as far as it goes,
-    where `resolve` raises."""
+def _real_path(path: Path) -> Path:
+    """The path without links. For a loop of links `Path.resolve` raises; `realpath`
+    does not."""
     return Path(os.path.realpath(path))
 
 
-def _searches(text: Path, output_dir: Path) -> bool:
-    """Whether a folder or pattern of text comes upon what a run writes to `output_dir`,
+def _matches_output(text: Path, output_dir: Path) -> bool:
+    """Whether a text folder or pattern matches files that a run writes to `output_dir`,
     which need not exist yet."""
     if not glob.has_magic(str(text)):
         return text in output_dir.parents
@@ -75,7 +74,7 @@ def _searches(text: Path, output_dir: Path) -> bool:
     return any((output_dir / name).match(str(text)) for name in ("", *NAMES))
 
 
-def _shared(flag: str, named: object, folder: Path) -> UserError:
+def _input_in_output(flag: str, named: object, folder: Path) -> UserError:
     return UserError(
         f"{flag} {named}: the run would read it and also write, replace or delete files of it in --output_dir "
         f"{folder}: name a copy elsewhere, or another --output_dir"
@@ -83,7 +82,7 @@ def _shared(flag: str, named: object, folder: Path) -> UserError:
 
 
 def _settings(arguments: Arguments) -> Inputs:
-    """(flag, path or name on the Hub) of all inputs but the text."""
+    """(flag, path or name on the Hub) of all inputs except the text."""
     model = arguments.model
     yield "--model_name_or_path", model.model_name_or_path
     yield "--model_config", model.model_config
@@ -98,7 +97,7 @@ def _settings(arguments: Arguments) -> Inputs:
 
 
 def _texts(data: DataArguments) -> Inputs:
-    """The flags and patterns of all text."""
+    """(flag, pattern) of all text."""
     for source in mixture_plan(data).sources:
         for pattern in (*source.files, source.dataset):
             yield source.flag, pattern
@@ -107,7 +106,8 @@ def _texts(data: DataArguments) -> Inputs:
 
 
 def _paths(inputs: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, Path]]:
-    """(flag, path) of the files and folders that validated settings name or match."""
+    """(flag, path) of the files and folders that validated settings name or match by a
+    pattern."""
     for flag, name in inputs:
         if not name:
             continue

@@ -32,7 +32,7 @@ from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
@@ -76,7 +76,7 @@ class Job:
         # What follows has collectives of its own, in which no rank may wait for one
         # that has failed to load.
         start.ranks.barrier("model, tokenizer and text are loaded")
-        self.sequence = self._shared_rows()
+        self.sequence = self._sequence_parallel()
         if self.kind == Control.NONE:
             self._start_evaluation()
         elif self.kind == Control.FULL:
@@ -88,12 +88,13 @@ class Job:
     def is_trained(self) -> bool:
         return self.kind != Control.NONE
 
-    def _shared_rows(self) -> Any:
-        """The ranks that share each row (--sequence_parallel_size), if any do."""
+    def _sequence_parallel(self) -> Any:
+        """The groups of ranks that split each sequence (--sequence_parallel_size), if
+        there are any."""
         training = self.arguments.training
         size = training.sequence_parallel_size
         model = self.loaded.model
-        sequence = share_rows(model, size, training.collective_timeout_s)
+        sequence = bind_sequence_parallel(model, size, training.collective_timeout_s)
         if sequence is not None:
             logger.info(describe(model.config, size, self.data.train.seq_len))
         return sequence
@@ -194,7 +195,7 @@ class Job:
             "seq_len": data.train.seq_len,
             "document_mask": self.arguments.data.document_mask,
             "seed": training.seed,
-            "global_batch_size": training.rows_per_step(self.start.ranks.world),
+            "global_batch_size": training.global_batch_size(self.start.ranks.world),
             "merge_every": adapter.merge_every,
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if by_documents else "dense",

@@ -1,17 +1,16 @@
-"""The batches of a run, each prepared while the step before it computes, and who
-computes which rows.
+"""The batches of a run: prefetching, and the sequences that each rank computes.
 
-    world = replicas x processes_per_replica; the processes of a replica (`Replica`) have
-    consecutive ranks and are given the same rows
+    world = replicas x ranks_per_replica; the ranks of a replica (`Replica`) are
+    consecutive and get the same sequences
 
-    loader.take(step)         the micro-batches of a step; a thread begins with those of the next one
-    loader.labels_ahead()     waits for them; how many of their labels this process predicts
+    loader.take(step)           returns the micro-batches of a step; a thread starts to read the next ones
+    loader.next_labels(step)    waits for the thread; returns the number of labels of this rank
 
-Everything that needs the data on the host happens here, before anything is copied to
-the device: packing, this process's part of each row, the number of labels, pinned
-memory. The thread runs only between the two calls, so what is saved after a step is
-never the position of a batch that is still being read. An error is raised when the
-batch that it concerns is taken.
+All work on the host happens here, before the copy to the device: packing, this rank's
+part of each sequence, the number of labels, pinned memory. The thread runs only between
+the two calls. So a checkpoint, written after a step, never stores the position of a
+batch that is still being read. An error is raised by the `take` of the batch that
+failed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED, Mixture
-from mora_ds.data.documents import Rows
+from mora_ds.data.documents import Batch
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
@@ -36,14 +35,14 @@ from mora_ds.train.beside import beside_training
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What this process computes of one micro-batch."""
+    """This rank's part of one micro-batch."""
 
-    rows: Rows
-    """On the CPU; pinned where the device is a GPU."""
+    batch: Batch
+    """Tensors on the CPU; in pinned memory if the device is a GPU."""
     labels: list[int]
-    """The number of labels that count, for each row."""
+    """The number of labels of each sequence, without ignored ones."""
     sources: list[int]
-    """The source of each row in the mixture; empty where there is one source."""
+    """The source of each sequence in the mixture; empty if there is one source."""
 
 
 StepBatch = list[MicroBatch]
@@ -51,7 +50,7 @@ StepBatch = list[MicroBatch]
 
 
 class BatchLoader:
-    """This process's batches of the steps up to `last_step`."""
+    """This rank's batches of the steps up to `last_step`."""
 
     def __init__(
         self,
@@ -64,48 +63,49 @@ class BatchLoader:
         self.replica = replica
         self.training = training
         self.last_step = last_step
-        # Processes read a stream together (`Ranks.__call__`), so that each must read at
-        # the same moment as the others.
-        self._reads_together = data.has_streams and replica.world > 1
+        # Reading a stream is collective (`Ranks.map`), so all ranks must read at the
+        # same time.
+        self._is_collective = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
         self.ahead: Future[StepBatch] | None = None
-        """The batch that `take` returns next, if reading it has begun."""
+        """The batch that `take` returns next, if its reading was started."""
 
     def take(self, step: int) -> StepBatch:
-        """The micro-batches of `step`, before which as many steps are done. Raises what
-        reading them has raised."""
+        """The micro-batches of the step after `step` completed steps. Raises the error
+        of reading them."""
         if self.ahead is None:  # the first step of this process
-            self._begin(step)
+            self._start(step)
         assert self.ahead is not None, "there is a batch for every step of the run"
         batch = self.ahead.result()
         self.ahead = None
-        if not self._reads_together:
-            self._begin(step + 1)
+        if not self._is_collective:
+            self._start(step + 1)
         return batch
 
-    def labels_ahead(self, step: int) -> int:
-        """Labels of this process in the batch of `step`, which `take` returns next; 0
-        where there is none, or where `take` will raise. To be called once the work of
-        the step before is queued."""
+    def next_labels(self, step: int) -> int:
+        """This rank's number of labels in the batch that `take(step)` will return; 0 if
+        there is no such batch or `take` will raise. Call it when the kernels of the
+        previous step are queued."""
         if self.ahead is None:
-            self._begin(step)
+            self._start(step)
         if self.ahead is None or self.ahead.exception() is not None:
             return 0
         return labels_in(self.ahead.result())
 
     def position(self, index: int) -> slice:
-        """The rows of this replica's micro-batch `index` in a step's global batch."""
+        """The slice of a step's global batch that is this replica's micro-batch
+        `index`."""
         size = self.training.per_device_train_batch_size
         first = (index * self.replica.count + self.replica.index) * size
         return slice(first, first + size)
 
-    def _begin(self, step: int) -> None:
+    def _start(self, step: int) -> None:
         if step < self.last_step:
             self.ahead = self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> StepBatch:
-        # A thread begins with device 0: pinning memory would make a context there.
+        # A new thread uses device 0, and pinning memory would create a context there.
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         micro_batches = range(self.training.gradient_accumulation_steps)
@@ -113,8 +113,8 @@ class BatchLoader:
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
         position = self.position(index)
-        rows = self.replica.rows(self.data.batch(step, position))
-        # By numpy, since torch would start threads beside those that compute the step.
+        rows = self.replica.local_part(self.data.batch(step, position))
+        # numpy, because torch would start threads that compete with those of the step.
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()
         sources = (
             self.data.sources_of(step, position) if len(self.data.names) > 1 else []
@@ -125,21 +125,21 @@ class BatchLoader:
 
 
 def labels_in(batch: StepBatch) -> int:
-    """How many labels of a step's batch count."""
+    """The number of labels of a step's batch, without ignored ones."""
     return sum(sum(micro_batch.labels) for micro_batch in batch)
 
 
-# -- who computes what -----------------------------------------------------------------
+# -- replicas --------------------------------------------------------------------------
 
 
 class NotFinite(RunError):
-    """A loss is NaN or infinite after training has begun. The trainer adds the last
-    checkpoint."""
+    """A loss is NaN or infinite after the first step. The trainer adds the path of the
+    last checkpoint to the message."""
 
 
 def require_finite(value: float, what: str, step: int) -> None:
-    """Raise `NotFinite` with the message `what`, or `RunError` at step 0, for a NaN or
-    infinite value."""
+    """Raise `NotFinite` with the message `what` for a NaN or infinite value; at step 0
+    raise a plain `RunError`."""
     if math.isfinite(value):
         return
     if step == 0:
@@ -151,50 +151,51 @@ def require_finite(value: float, what: str, step: int) -> None:
 
 @dataclass
 class Replica:
-    """The replica of this process: its number, its rows of a batch, and sums over
-    all."""
+    """The replica of this rank: its index, its part of a batch, and sums over all
+    ranks."""
 
     engine: zero.Engine
-    processes_per_replica: int = 1
+    ranks_per_replica: int = 1
     sequence: SequenceParallel | None = None
-    """Gives this process its tokens of the replica's rows (--sequence_parallel_size);
-    None: it computes all of them."""
+    """Splits the replica's sequences over its ranks (--sequence_parallel_size); None:
+    this rank computes all tokens."""
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self.index = self.rank // self.processes_per_replica
-        self.count = self.world // self.processes_per_replica
+        self.index = self.rank // self.ranks_per_replica
+        self.count = self.world // self.ranks_per_replica
 
-    def rows(self, batch: Rows) -> Rows:
-        """This process's part of a batch of its replica, on the CPU as the batch."""
+    def local_part(self, batch: Batch) -> Batch:
+        """This rank's part of its replica's batch. Both are on the CPU."""
         return batch if self.sequence is None else self.sequence.split(batch)
 
-    def on_device(self, batch: Rows) -> Rows:
-        """The batch on the engine's device. The host does not wait for a pinned one."""
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch on the engine's device. The copy is asynchronous from pinned
+        memory."""
         device = self.engine.device
         return {
-            name: rows.to(device, non_blocking=True) for name, rows in batch.items()
+            name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()
         }
 
     def sum(self, value: float) -> float:
-        """The sum of `value` over all processes. Collective."""
+        """The sum of `value` over all ranks. Collective."""
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.item()
 
-    def nll(self, batch: Rows, domain: str | None) -> tuple[float, int]:
-        """(summed loss, number of predicted tokens) of this process's part of a batch,
-        as of `domain`. Collective under ZeRO-3."""
-        local_batch = self.rows(batch)
+    def nll(self, batch: Batch, domain: str | None) -> tuple[float, int]:
+        """(summed loss, number of predicted tokens) of this rank's part of a batch,
+        computed with the matrices of `domain`. Collective under ZeRO-3."""
+        local_batch = self.local_part(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
         with beside_training(self.engine, domain):
             nll = token_nll(self.engine, self.on_device(local_batch)).item()
         return nll, predicted
 
-    def mean_nll(self, batches: Iterable[Rows], domain: str | None) -> float:
-        """Mean loss over all predicted tokens of all processes. Each brings the same
-        number of batches. Collective."""
+    def mean_nll(self, batches: Iterable[Batch], domain: str | None) -> float:
+        """Mean loss over all predicted tokens of all ranks. Each rank must give the
+        same number of batches. Collective."""
         total = 0.0
         predicted = 0
         for batch in batches:
@@ -203,10 +204,10 @@ class Replica:
             predicted += tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
-    def replica_nll(self, batch: Rows, domain: str | None) -> float:
-        """Mean loss of a batch that is the same in every replica. Collective."""
+    def replica_nll(self, batch: Batch, domain: str | None) -> float:
+        """Mean loss of a batch that all replicas have. Collective."""
         nll, predicted = self.nll(batch, domain)
-        if self.processes_per_replica > 1:
+        if self.ranks_per_replica > 1:
             nll = self.sum(nll)
             predicted = int(self.sum(predicted))
         return nll / max(predicted, 1)

@@ -51,7 +51,7 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base
-from mora_ds.train.beside import training_goes_on
+from mora_ds.train.beside import non_fatal
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
@@ -342,7 +342,7 @@ def _total_steps(
     # The number is read as a decimal: 1.1 times 10 rows are 11, and not
     # 11.000000000000002.
     rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks
-    steps = max(1, math.ceil(rows / training.rows_per_step(world)))
+    steps = max(1, math.ceil(rows / training.global_batch_size(world)))
     return steps if limit is None else min(steps, limit)
 
 
@@ -413,7 +413,7 @@ def _push(training: TrainingArguments, job: Job, checkpoint: Path) -> None:
     repository = str(training.push_to_hub)
 
     def push() -> None:
-        with training_goes_on("the upload to the Hub", job.state.failures):
+        with non_fatal("the upload to the Hub", job.state.failures):
             if training.export_merged:
                 logger.info(push_folder(job.start.folder / MERGED_FOLDER, repository))
             else:

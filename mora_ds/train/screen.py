@@ -32,7 +32,7 @@ def opening(job: Job, total_steps: int) -> list[str]:
     rows = {"model": f"{model_type}, {_base_numel(job):,} parameters, from {origin}"}
     if job.is_trained:
         share = job.trainable_parameters / job.total_parameters
-        sequences = training.rows_per_step(world)
+        sequences = training.global_batch_size(world)
         tokens = sequences * job.data.train.seq_len
         first_step = f"from {job.state.step:,} to " if job.state.step else ""
         trained = f"{job.trainable_parameters:,} parameters ({share:.2%})"

@@ -1,10 +1,9 @@
-"""Tasks of the lm-eval harness on the live model, during a run: all ranks share the
-work.
+"""lm-eval tasks on the model during a run; the requests are split over all ranks.
 
-Every rank runs the harness with a part of each task's requests, and all get all
-answers. Ranks need unequal numbers of forward passes, but under ZeRO-3 each pass
-gathers MoRA matrices from all ranks: before each one they agree whether any still has
-work, and a rank without computes along with a row of one token, until none has.
+Every rank runs the harness on a part of each task's requests, then all ranks gather all
+answers. Ranks need different numbers of forward passes, but under ZeRO-3 each pass is
+collective, because it gathers MoRA matrices. So before each pass the ranks check whether
+any of them has work; a rank without work runs one token until no rank has any.
 
     rank 0    pass    pass    pass    done
     rank 1    pass    one token       done
@@ -34,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--eval_tasks"
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
-"""The metric that stands for a task: the first of these that it has, else its first
-one."""
-SMALLEST = 1e-3
-"""A score counts as at least this where its reciprocal is taken."""
+"""The main metric of a task is the first of these that it has, or else its first
+metric."""
+MIN_SCORE = 1e-3
+"""Lower bound of a score before its reciprocal is taken."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class TaskResult:
     """One task's metrics after an evaluation."""
 
     metrics: dict[str, float]
-    """Metric -> value, without errors of estimation."""
+    """Metric -> value, without standard errors."""
     cost: float
-    """The main metric, or its reciprocal where high is good: low is good, as of
+    """The main metric, or its reciprocal if higher is better: lower is better, as for
     perplexity."""
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Load the tasks, with their data, so that nothing is missing later. Raises
+    """Load the tasks with their data, to fail early if something is missing. Raises
     `UserError`."""
     try:
         _loaded(names)
@@ -63,8 +62,8 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def task_names(names: Sequence[str]) -> list[str]:
-    """What the tasks are called in results: names as they are, files by their key
-    "task". Raises `UserError`."""
+    """The names of the tasks in results; for a file, the value of its key "task".
+    Raises `UserError`."""
     called = []
     for name in names:
         task = (
@@ -79,7 +78,7 @@ def task_names(names: Sequence[str]) -> list[str]:
 
 
 def is_task_file(name: str) -> bool:
-    """Whether a value of --eval_tasks is a file of a task, not a name."""
+    """Whether a value of --eval_tasks is a task's file, not its name."""
     return name.endswith((".yaml", ".yml"))
 
 
@@ -93,7 +92,7 @@ def _loaded(names: Sequence[str]) -> Any:
     manager = TaskManager(include_path=folders or None)
     try:
         get_task_dict(known, manager)
-    # Whatever a task's data leads to.
+    # Loading a task's data can raise any error.
     except Exception as error:
         raise UserError(
             f"{FLAG} {' '.join(names)}: cannot be loaded: {reason(error)}"
@@ -102,12 +101,12 @@ def _loaded(names: Sequence[str]) -> Any:
 
 
 class TaskSuite:
-    """The tasks of a run on its engine. All ranks make it, and call it, together."""
+    """The tasks of a run on its engine. Construction and calls are collective."""
 
     def __init__(
         self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int
     ) -> None:
-        """`batch_size`: rows of a pass."""
+        """`batch_size`: sequences of a forward pass."""
         self.names = task_names(names)
         self._manager = _loaded(names)
         self._replica = replica
@@ -115,16 +114,16 @@ class TaskSuite:
         self._batch_size = batch_size
 
     def evaluate(self) -> dict[str, TaskResult]:
-        """Task (or group) -> its result, the same on all ranks. Collective. Random
-        states stay as they are."""
+        """Task (or group) -> its result, the same on all ranks. Collective. Keeps all
+        random states."""
         import lm_eval
 
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
-        in_step = _InStep(module, self._replica)
-        with _same_random_states(), beside_training(engine, whole=True), in_step:
+        lockstep = _Lockstep(module, self._replica)
+        with _kept_random_states(), beside_training(engine, whole=True), lockstep:
             results = lm_eval.simple_evaluate(
-                model=self._model(module, in_step),
+                model=self._model(module, lockstep),
                 tasks=list(self.names),
                 task_manager=self._manager,
                 log_samples=False,
@@ -135,44 +134,44 @@ class TaskSuite:
             "results of tasks", lambda: results_of(results, self.names)
         )
 
-    def _model(self, module: nn.Module, in_step: _InStep) -> Any:
-        """The live model as the harness sees it."""
+    def _model(self, module: nn.Module, lockstep: _Lockstep) -> Any:
+        """The model, wrapped for the harness."""
         from lm_eval.models.huggingface import HFLM
 
         replica = self._replica
 
-        class Shared(HFLM):
-            """Answers this replica's part of the requests, and gets the other parts."""
+        class DistributedLM(HFLM):
+            """Answers this replica's part of the requests and gathers the others."""
 
             def loglikelihood(self, requests: Any, **_: Any) -> Any:
-                return self._shared(super().loglikelihood, requests)
+                return self._distributed(super().loglikelihood, requests)
 
             def loglikelihood_rolling(self, requests: Any, **_: Any) -> Any:
-                return self._shared(super().loglikelihood_rolling, requests)
+                return self._distributed(super().loglikelihood_rolling, requests)
 
             def generate_until(self, requests: Any, **_: Any) -> Any:
-                return self._shared(super().generate_until, requests)
+                return self._distributed(super().generate_until, requests)
 
-            def _shared(
+            def _distributed(
                 self, answer: Callable[..., list[Any]], requests: list[Any]
             ) -> list[Any]:
-                share = requests[replica.index :: replica.count]
-                answers = answer(share, disable_tqdm=True) if share else []
-                in_step.wait_for_all()
+                own = requests[replica.index :: replica.count]
+                answers = answer(own, disable_tqdm=True) if own else []
+                lockstep.wait_for_all()
                 by_rank = Ranks.current().gather("answers to tasks", answers)
-                # Ranks of one replica have the same answers.
-                by_replica = by_rank[:: replica.processes_per_replica]
+                # All ranks of a replica have the same answers.
+                by_replica = by_rank[:: replica.ranks_per_replica]
                 joined: list[Any] = [None] * len(requests)
                 for index, answers_of_replica in enumerate(by_replica):
                     joined[index :: replica.count] = answers_of_replica
                 return joined
 
-        # The harness ties a model's weights (lm_eval/models/huggingface.py). They are
-        # tied already, and may be sharded by now.
+        # The harness would tie the weights again (lm_eval/models/huggingface.py), which
+        # may be sharded here.
         vars(module)["tie_weights"] = lambda *args, **kwargs: None
         tokenizer = self._tokenizer
         try:
-            return Shared(
+            return DistributedLM(
                 pretrained=module, tokenizer=tokenizer, batch_size=self._batch_size
             )
         finally:
@@ -180,7 +179,8 @@ class TaskSuite:
 
 
 def results_of(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
-    """The harness keys a metric as "acc,none": its name and the filter of answers."""
+    """Results by task. The harness's keys are "<metric>,<filter of answers>", such as
+    "acc,none"."""
     task_results = {}
     for name in names:
         values = {
@@ -197,22 +197,21 @@ def results_of(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
             is_score = not main.endswith("perplexity")
         cost = values[main]
         if is_score:
-            cost = 1 / max(cost, SMALLEST)
+            cost = 1 / max(cost, MIN_SCORE)
         task_results[name] = TaskResult(values, cost)
     return task_results
 
 
-class _InStep:
-    """While it is entered, a pass of the model begins on all ranks together, or on
-    none."""
+class _Lockstep:
+    """A context in which all ranks run the same number of forward passes."""
 
     def __init__(self, module: nn.Module, replica: Replica) -> None:
         self._module = module
         self._replica = replica
         self._is_idle = False
 
-    def __enter__(self) -> _InStep:
-        # First of the hooks: DeepSpeed's own may gather already.
+    def __enter__(self) -> _Lockstep:
+        # The first hook, because DeepSpeed's hooks may gather.
         self._hook = self._module.register_forward_pre_hook(
             self._before_pass, prepend=True
         )
@@ -223,26 +222,27 @@ class _InStep:
 
     def _before_pass(self, module: nn.Module, args: Any) -> None:
         if not self._is_idle:
-            self._anyone_works(True)
+            self._any_rank_works(True)
 
-    def _anyone_works(self, works: bool) -> bool:
+    def _any_rank_works(self, works: bool) -> bool:
         return self._replica.sum(works) > 0
 
     def wait_for_all(self) -> None:
-        """Compute along until every rank has come here."""
+        """Run passes of one token until every rank has called this."""
         self._is_idle = True
         device = self._replica.engine.device
         one_token = torch.zeros(1, 1, dtype=torch.long, device=device)
         try:
-            while self._anyone_works(False):
+            while self._any_rank_works(False):
                 self._module(input_ids=one_token, use_cache=False)
         finally:
             self._is_idle = False
 
 
 @contextlib.contextmanager
-def _same_random_states() -> Iterator[None]:
-    """The harness seeds Python, numpy and torch; a run's dropout must not notice."""
+def _kept_random_states() -> Iterator[None]:
+    """A context that restores random states: the harness seeds Python, numpy and torch,
+    which must not change the run's dropout."""
     python = random.getstate()
     numbers = np.random.get_state()
     with torch.random.fork_rng():

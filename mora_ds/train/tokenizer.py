@@ -1,4 +1,4 @@
-"""The tokenizer of a run: the model's, a named one, or one that it trains on its
+"""The tokenizer of a run: the model's, a named one, or one trained on the run's
 text."""
 
 import shutil
@@ -22,10 +22,10 @@ from mora_ds.data import (
 from mora_ds.train.setup import Start
 
 
-def _begin(target: Path, checkpoint: Path | None) -> None:
-    """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint,
-    empty `target`. Checkpoints of full training hold no tokenizer: `target` then
-    stays."""
+def _restore(target: Path, checkpoint: Path | None) -> None:
+    """Replace `target` with the (verified) tokenizer of the checkpoint; delete `target`
+    if there is no checkpoint. A checkpoint of full training has no tokenizer: keep
+    `target`."""
     saved = None if checkpoint is None else tokenizer_of(local_copy(checkpoint))
     if checkpoint is not None and saved is None:
         return
@@ -41,15 +41,17 @@ def settle_tokenizer(
     corpora: Mapping[str, Corpus],
     start: Start,
 ) -> Any:
-    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the
-    run's folder afterwards. Collective. Raises `UserError` naming the flag where it
-    does not fit the model.
+    """Return the tokenizer of the checkpoint or of the flags, and save it in the run's
+    folder. Collective. Raises `UserError` that names the flag if the tokenizer does not
+    fit the model.
 
-    `corpora`: the text on which --train_tokenizer_vocab trains one.
+    `corpora`: the text for --train_tokenizer_vocab.
     """
     ranks = start.ranks
     target = start.folder / TOKENIZER_FOLDER
-    ranks.on_first("folder of the tokenizer", lambda: _begin(target, start.checkpoint))
+    ranks.on_first(
+        "folder of the tokenizer", lambda: _restore(target, start.checkpoint)
+    )
     flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
 
@@ -80,17 +82,17 @@ def settle_tokenizer(
 
 
 def load_named_tokenizer(model: ModelArguments, model_folder: str | Path | None) -> Any:
-    """Load the tokenizer of --tokenizer_name, or else that of the model."""
+    """Load the tokenizer of --tokenizer_name, or else the model's."""
     source = model_folder if model.tokenizer_name is None else model.tokenizer_name
     assert source is not None, (
-        "a model without a folder has a tokenizer named or trained"
+        "a model without a folder needs --tokenizer_name or --train_tokenizer_vocab"
     )
     flag = tokenizer_flag(model)
     return load_tokenizer(source, trust_remote_code=model.trust_remote_code, flag=flag)
 
 
 def tokenizer_flag(model: ModelArguments) -> str:
-    """The flag that says which tokenizer a run has."""
+    """The flag that selects the tokenizer of a run."""
     if model.train_tokenizer_vocab:
         return "--train_tokenizer_vocab"
     return (

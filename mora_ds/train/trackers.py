@@ -1,13 +1,13 @@
-"""Where a run's curves go besides metrics.jsonl: TensorBoard, and Weights & Biases.
+"""Experiment trackers in addition to metrics.jsonl: TensorBoard and Weights & Biases.
 
-Both get the same curves under the same names. One that fails is reported once and left
-out, and the run goes on. Rank 0 alone uses this module. TensorBoard reads
-OUTPUT_DIR/tensorboard.
+Both get the same curves under the same names. A tracker that fails is reported once and
+disabled; the run continues. Only rank 0 uses this module. TensorBoard files are in
+OUTPUT_DIR/tensorboard, those of Weights & Biases in OUTPUT_DIR/wandb.
 
-Weights & Biases is set by its environment variables, such as WANDB_PROJECT, WANDB_NAME
-and WANDB_MODE; a resumed run goes on in the same run there where WANDB_RUN_ID names it.
-That run takes no points of steps up to the last one that it has: of what was pending
-there, metrics.jsonl has the only record. OUTPUT_DIR/wandb has its files.
+Weights & Biases is configured by its environment variables, such as WANDB_PROJECT,
+WANDB_NAME and WANDB_MODE. A resumed run continues the tracked run of WANDB_RUN_ID. That
+one ignores points up to its last step, so points of repeated steps are only in
+metrics.jsonl.
 """
 
 import importlib.util
@@ -20,19 +20,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.train.beside import training_goes_on
+from mora_ds.train.beside import non_fatal
 
 Numbers: TypeAlias = Mapping[str, float]
 """Curve -> its value at a step."""
 
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
-"""The tracker, its package, the extra that has the package, and the folder of its
-files."""
+"""Name of the tracker, of its package, of our extra for it, and of its folder."""
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raise `UserError` that names the extra of Weights & Biases where it is
+    """Raise `UserError` that names the extra to install if Weights & Biases is
     missing."""
     if WANDB in names and importlib.util.find_spec(WANDB) is None:
         raise UserError(
@@ -41,7 +40,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """TensorBoard or Weights & Biases, until a call of it fails."""
+    """TensorBoard or Weights & Biases; disabled after the first failure."""
 
     def __init__(
         self,
@@ -51,13 +50,13 @@ class Tracker:
         first_step: int,
         failures: list[str],
     ) -> None:
-        """`folder`: of the run. `config`: its settings, as Weights & Biases shows them.
-        `first_step`: TensorBoard drops the points from this step on, which come again.
-        `failures`: gets a line where the tracker fails."""
+        """`folder`: the output folder. `config`: the run's settings, shown by Weights &
+        Biases. `first_step`: TensorBoard drops older points from this step on, because
+        they are logged again. `failures`: gets a line if the tracker fails."""
         self.name = name
         self._failures = failures
         self._works = False
-        with training_goes_on(f"--report_to {name} at the start", failures):
+        with non_fatal(f"--report_to {name} at the start", failures):
             if name == WANDB:
                 self._log, self._close = _start_wandb(folder, config)
             else:
@@ -67,22 +66,18 @@ class Tracker:
     def log(self, numbers: Numbers, step: int) -> None:
         if self._works:
             self._works = False
-            with training_goes_on(
-                f"--report_to {self.name} at step {step}", self._failures
-            ):
+            with non_fatal(f"--report_to {self.name} at step {step}", self._failures):
                 self._log(numbers, step)
                 self._works = True
 
     def close(self) -> None:
         if self._works:
-            with training_goes_on(
-                f"--report_to {self.name} at the end", self._failures
-            ):
+            with non_fatal(f"--report_to {self.name} at the end", self._failures):
                 self._close()
 
 
 _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
-"""(function that logs the curves of a step, function that ends the tracker)"""
+"""(function that logs the curves of a step, function that closes the tracker)"""
 
 
 def _start_tensorboard(folder: Path, first_step: int) -> _Client:

@@ -131,7 +131,7 @@ def test_no_tool_follows_a_link(checkpoint, tmp_path, tool, link):
 def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path, merged):
     (tmp_path / "secret").write_text("of the user")
     (tmp_path / "base/LICENSE").symlink_to(tmp_path / "secret")
-    assert_refused(export_merged, checkpoint, merged, "which is not copied")
+    assert_refused(export_merged, checkpoint, merged, "and is not copied")
 
 
 def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, merged):

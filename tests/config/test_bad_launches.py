@@ -86,7 +86,7 @@ LAUNCHES = r"""
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --merge_every 3 --restart_warmup_steps 0 | --restart_warmup_steps must be at least 1
 --held_out_share 1 | --held_out_share must be at least 0 and below 1
---document_start nothing | --document_start 'nothing' is no token of the tokenizer | '</s>'
+--document_start nothing | --document_start 'nothing' is not a token of the tokenizer | '</s>'
 --preprocessing_workers 0 | --preprocessing_workers must be at least 1
 --shuffle_buffer -1 | --shuffle_buffer must be at least 0
 --text_column '' | --text_column must not be empty
@@ -200,13 +200,13 @@ stray | 'stray'
 --train_files {bad}/text/column.jsonl | column.jsonl, line 1 | 'text' | txt | --text_column
 --train_files {bad}/text/short.txt | --train_files | shorter than one batch
 --train_files {bad}/text/*.nothing | no file matches | *.nothing
---train_files a={user}/train.jsonl:0.5 b={bad}/text/torn.jsonl:0.5 | source 'b' | torn.jsonl, line 2 | broken JSON
---train_files {bad}/text/torn.jsonl | torn.jsonl, line 2 | broken JSON
+--train_files a={user}/train.jsonl:0.5 b={bad}/text/torn.jsonl:0.5 | source 'b' | torn.jsonl, line 2 | invalid JSON
+--train_files {bad}/text/torn.jsonl | torn.jsonl, line 2 | invalid JSON
 --train_files {bad}/text/number.jsonl | number.jsonl, line 1 | --text_column
 --train_files {bad}/text/torn.parquet | torn.parquet cannot be read
 --train_files {bad}/text/torn.jsonl.gz | torn.jsonl.gz cannot be read
 --train_files {bad}/text/torn.txt.zst | torn.txt.zst cannot be read
---train_files {bad}/text/notes.docx | notes.docx | .docx files are not read
+--train_files {bad}/text/notes.docx | notes.docx | .docx files are not supported
 -train_files --dataset_name {bad}/emptydir | --dataset_name | emptydir
 --tokenizer_name /nowhere | --tokenizer_name | '/nowhere'
 --tokenizer_name {bad}/text/torn.model | --tokenizer_name | no tokenizer can be loaded from
@@ -287,7 +287,7 @@ stray | 'stray'
 --model_name_or_path {bad}/models/rope | --model_name_or_path | cannot be loaded | spiral
 --model_name_or_path {bad}/models/type | --model_name_or_path | config.json | lama
 --model_name_or_path {bad}/models/no_type | --model_name_or_path | config.json | model type
---model_name_or_path {bad}/models/quantized | --model_name_or_path | holds quantized weights (gptq)
+--model_name_or_path {bad}/models/quantized | --model_name_or_path | has quantized weights (gptq)
 --model_name_or_path {bad}/models/more_layers | --model_name_or_path | weights are missing | model.layers.2
 --model_name_or_path {bad}/models/wider | --model_name_or_path | weights do not fit the config | mlp
 --model_name_or_path {bad}/gone | --model_name_or_path | no such folder

@@ -112,7 +112,7 @@ extend_vocab {user}/model --corpus {user}/held.txt --pieces 1000000000 --output 
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces
 extend_vocab {bad}/models/merges --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | MergeType
 extend_vocab {bad}/models/tokenizer_length --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | 'list'
-extend_vocab {bad}/models/padding --corpus {user}/held.txt --pieces 8 --output {new} | no model can be made of this
+extend_vocab {bad}/models/padding --corpus {user}/held.txt --pieces 8 --output {new} | no model can be created from this
 extend_vocab {bad}/models/string --corpus {user}/held.txt --pieces 8 --output {new} | config.json
 """
 

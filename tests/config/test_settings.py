@@ -82,7 +82,7 @@ def test_the_engine_has_every_setting_of_the_flags():
         fp16=True,
         optimizer=OptimizerKind.MUON,
     )
-    assert training.rows_per_step(8) == 3 * 5 * 2
+    assert training.global_batch_size(8) == 3 * 5 * 2
 
 
 def test_adapter_settings_become_the_adapters_config():

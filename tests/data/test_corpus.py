@@ -49,7 +49,7 @@ def test_the_column_of_a_table_is_named(tmp_path):
     assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
     message = error(tmp_path / "a.parquet")
     assert (
-        "a.parquet: no field 'text'; there are: other, body. Name it with --text_column"
+        "a.parquet: no field 'text'; its fields are: other, body. Name one with --text_column"
         in message
     )
 
@@ -69,7 +69,7 @@ def test_a_saved_dataset(tmp_path):
             load_corpus([str(tmp_path / name)])
     with user_error(r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
-    with user_error(r"--dataset_name.*no field 'txt'; there are: text"):
+    with user_error(r"--dataset_name.*no field 'txt'; its fields are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
 
@@ -112,7 +112,7 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
         assert "__init__.py is empty" in error(named)
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
     (tmp_path / "b.py").symlink_to("gone")
-    assert "b.py is no file" in error(tmp_path / "*.py")
+    assert "b.py is not a regular file" in error(tmp_path / "*.py")
 
 
 def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
@@ -122,7 +122,7 @@ def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
     os.write(writer, b"text")
     os.mkfifo(tmp_path / "a.txt")
     for path in (Path(f"/dev/fd/{reader}"), tmp_path / "a.txt", Path("/dev/zero")):
-        assert "is no file (a pipe, a device" in error(path)
+        assert "is not a regular file (a pipe, a device" in error(path)
     assert os.read(reader, 8) == b"text"
     os.close(reader)
     os.close(writer)
@@ -164,16 +164,14 @@ def test_a_document_in_chunks_is_on_one_side():
 def test_a_source_without_a_weight_is_named(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("{}")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path
-    assert error(named).endswith(
-        f"A source that has a name needs a weight, too: {named}:1"
-    )
+    assert error(named).endswith(f"A named source also needs a weight: {named}:1")
 
 
 FIRST = json_lines(TEXTS).encode()
 RECORDS = r"""
-{"text": "cut | line 4, column 10: broken JSON
-["text"] | line 4: a list where an object with a field 'text' should be; one
-{"txt": "a", "id": 3} | line 4: no field 'text'; there are: txt, id. Name it with --text_column. Did you
+{"text": "cut | line 4, column 10: invalid JSON
+["text"] | line 4: a list instead of an object with a field 'text'; the
+{"txt": "a", "id": 3} | line 4: no field 'text'; its fields are: txt, id. Name one with --text_column. Did you
 {"text": 3} | line 4: field 'text' holds int, not text
 {"text": null} | line 4: field 'text' holds NoneType, not text
 {"text": "\ud800"} | line 4: field 'text' holds half a surrogate pair
@@ -197,12 +195,12 @@ WRONG = [
     (
         "a.json",
         b'[\n{"text": "a"}\n]',
-        "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq",
+        "line 1, column 2: invalid JSON: Expecting value; the format is one object per line (jq",
     ),
     (
         "a.json",
         b'{\n"text": "a"\n}',
-        "one object a line is read (jq -c . makes a line of an object",
+        "the format is one object per line (jq -c . makes a line of an object",
     ),
     (
         "a.jsonl",
@@ -216,7 +214,7 @@ WRONG = [
     ),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
     *(
-        (name, b"x", "files are not read; give text, JSON lines")
+        (name, b"x", "files are not supported; give text, JSON lines")
         for name in UNREAD.split()
     ),
 ]
@@ -266,7 +264,7 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path, monkeypatch):
     tracemalloc.start()
     try:
         assert (
-            "line 1: longer than 1 MiB, and a record is parsed at once; split it, or give"
+            "line 1: longer than 1 MiB, the maximum for a record; split it, or give"
             in error(path)
         )
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
@@ -285,7 +283,7 @@ def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_pa
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
-    assert "c.parquet: no field 'text'; there are: text, text" in error(
+    assert "c.parquet: no field 'text'; its fields are: text, text" in error(
         tmp_path / "c.parquet"
     )
 
@@ -298,7 +296,7 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path):
         {"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)}
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(
+    assert "a.parquet: not UTF-8 in row 1025 or one of the next 1024" in error(
         tmp_path / "a.parquet"
     )
 

@@ -38,8 +38,8 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import (
     EXTENSION_JSON,
     extend_vocabulary,
+    extended_table,
     first_new_row,
-    grown,
 )
 from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
@@ -209,7 +209,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, out):
     unigram.save_pretrained(folder)
     texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
     with user_error(
-        "the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"
+        "only BPE vocabularies can be extended, and this is a Unigram tokenizer"
     ):
         extend_vocabulary(folder, cast(Any, texts), 1, out)
     assert not out.exists()
@@ -269,7 +269,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
     """Rows 6 and 7 of the table have no token, and count for no mean."""
     table = torch.arange(24.0).view(8, 3).square().bfloat16()
     table[6:] = 1e6
-    result = grown(table, extension_of(tmp_path), 10)
+    result = extended_table(table, extension_of(tmp_path), 10)
     assert result.dtype == torch.bfloat16
     assert torch.equal(result[:6], table[:6])
     for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
@@ -277,7 +277,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
             result[row], table[list(old)].float().mean(dim=0).bfloat16()
         ), row
     bias = torch.arange(8.0)
-    assert grown(bias, extension_of(tmp_path), 9).tolist() == [
+    assert extended_table(bias, extension_of(tmp_path), 9).tolist() == [
         0,
         1,
         2,

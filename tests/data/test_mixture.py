@@ -169,7 +169,7 @@ def test_sources_keep_their_own_order_and_epochs():
     assert drawn[marks == 1][:9].tolist() == wanted, (
         "another source does not reorder it"
     )
-    measured = data.first_rows(33)["input_ids"][:, 0].tolist()
+    measured = data.first_sequences(33)["input_ids"][:, 0].tolist()
     assert measured == [10_000 + 4 * (index % 31) for index in range(33)], (
         "of the first source, from its start"
     )
@@ -381,7 +381,6 @@ def test_a_plain_run_may_hold_out_too(user, tmp_path):
     summary = run(1, user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share 1e-09")
-    assert (
-        "every document is empty, or on the other side of --held_out_share 1e-09"
-        in refusal(nothing)
+    assert "every document is empty, or excluded by --held_out_share 1e-09" in refusal(
+        nothing
     )

@@ -199,7 +199,7 @@ def test_documents_begin_with_rows_and_where_positions_restart():
     assert documents.tokens == 18
     assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18]
     assert documents.bounds.dtype is torch.int32
-    reference = Documents.whole_rows(3, 6)
+    reference = Documents.one_per_sequence(3, 6)
     assert reference.bounds.tolist() == [0, 6, 12, 18]
     assert reference.lengths == (6, 6, 6)
 
@@ -207,7 +207,11 @@ def test_documents_begin_with_rows_and_where_positions_restart():
 def test_a_batch_knows_its_documents():
     data = PackedDataset(make_cache(LENGTHS), 7, seed=1)
     batches = batches_of(data, 12)
-    for batch in (batches.batch(3), batches.first_rows(2), *data.eval_batches(0, 2, 3)):
+    for batch in (
+        batches.batch(3),
+        batches.first_sequences(2),
+        *data.eval_batches(0, 2, 3),
+    ):
         assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths
         assert batch["documents"].tokens == batch["input_ids"].numel()
     crossing = PackedDataset(make_cache(LENGTHS), 7, seed=1, document_mask=False)

@@ -69,7 +69,7 @@ def test_a_dataset_without_rows_is_empty(tmp_path):
     none.save_to_disk(tmp_path / "none")
     with user_error(r"none' .* cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "none"))
-    with user_error("rows is empty: it holds no row"):
+    with user_error("rows is empty: it has no rows"):
         list(members.DatasetMember("rows", none, "text").marked(readers.START))
 
 

@@ -55,7 +55,7 @@ def test_a_stream_is_the_cache_token_by_token(tokenizer, tmp_path, kind, mask):
     cached = InOrder(cache, T, document_mask=mask, block_start=first)
     blocks = [cached.sample(number) for number in range(2 * cached.n_blocks + 3)]
     streamed = source(corpus, tokenizer, mask=mask, block_start=first)
-    assert_equal([streamed.probe(number) for number in range(9)], blocks[:9])
+    assert_equal([streamed.peek(number) for number in range(9)], blocks[:9])
     assert_equal(taken(streamed, 0, len(blocks)), blocks)
 
 

@@ -45,7 +45,7 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, merged, monkey
     export_merged(run.checkpoint, tmp_path / "plain")
     assert (tmp_path / "plain/modeling_own.py").is_file()
     with user_error(
-        r"base.*its own code must be run: allow that with --trust_remote_code"
+        r"base.*it needs its remote code: allow it with --trust_remote_code"
     ):
         export_merged(run.checkpoint, tmp_path / "refused", verify=True)
     export_merged(run.checkpoint, merged, verify=True, trust_remote_code=True)

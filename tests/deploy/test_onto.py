@@ -377,7 +377,7 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
     files.write_json_atomic(
         pair.folder / "target/config.json", {**config, "quantization_config": {}}
     )
-    assert_refused(pair, "`onto`: .*holds quantized weights")
+    assert_refused(pair, "`onto`: .*has quantized weights")
 
 
 def test_the_base_itself_and_a_check_of_logits_are_refused(pair, tmp_path):

@@ -134,7 +134,7 @@ def trained(case, streamed):
 def change(model):
     """Changes the weights as a merge does."""
     if prefetcher := ring_of(model):
-        prefetcher.forget()
+        prefetcher.invalidate()
     layers = mora_layers(model)
     node = node_base_of(model)
 
@@ -244,7 +244,7 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
         assert tensor is host[name], name
         assert torch.equal(tensor, contents[name]), name
     names = base_ring.names_on_host(model)
-    with prefetcher.aside():
+    with prefetcher.device_bound():
         aside = frozen_buffers(model)
         storages = {aside[name].untyped_storage().data_ptr() for name in names}
     assert storages == {slot.data_ptr() for slot in prefetcher.slots}
@@ -327,7 +327,7 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
                 for tensors in weights_of_layers(model).values()
                 for tensor in tensors.values()
             )
-            with prefetcher.aside():
+            with prefetcher.device_bound():
                 model.to(device)
             for _ in range(3):
                 model.zero_grad()

@@ -275,7 +275,7 @@ WRONG = """
 {zero_optimization: {stage: true}} | stage must be 1, 2 or 3, got true
 {zero_optimization: {stage: 0}} | stage must be 1, 2 or 3, got 0; 1 shards the least
 {zero_optimization: {offload_optimizer: {device: cpu, ratio: 0.0}}} | ratio must stay 1
-{optimizer: {params: {fused: true, foreach: true}}} | fused and foreach are two ways
+{optimizer: {params: {fused: true, foreach: true}}} | fused and foreach exclude each other
 {gradient_allreduce_op: sum} | average over tokens
 {managed_gradient_accumulation: false} | must stay true
 {steps_per_print: auto} | steps_per_print: "auto" works only for settings that

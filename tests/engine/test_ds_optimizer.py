@@ -37,7 +37,7 @@ WRONG = """
 {optimizer: {params: {lr: 1.0}}} | lr = 1.0 but --embedding_learning_rate = 0.0004
 {optimizer: {params: {momentum: 0.5}}} | momentum = 0.5 but it is 0.95 here
 {optimizer: {params: {adam_lr: 0.5}}} | "lr" is the learning rate of AdamW
-{optimizer: {params: {per_head_muon: true}}} | a MoRA matrix is no attention projection
+{optimizer: {params: {per_head_muon: true}}} | a MoRA matrix is not an attention projection
 {optimizer: {params: {fused: true}}} | fused is not for Muon
 {optimizer: {params: {torch_adam: false}}} | torch_adam = false but DeepSpeed's own Adam
 {optimizer: {params: {ns_method: newton}}} | ns_method must be "gram" or "standard"

@@ -80,7 +80,9 @@ def with_and_without(setting, module=initialize_module, **replaced):
     """How many modules have DeepSpeed's hooks: with `replaced` in `module`, every one by
     default, and without it.
     """
-    with patch.multiple(module, **(replaced or {"drop_idle_hooks": lambda engine: []})):
+    with patch.multiple(
+        module, **(replaced or {"remove_unused_hooks": lambda engine: []})
+    ):
         losses, values, everywhere = trained(setting)
     actual, actual_values, hooked = trained(setting)
     assert actual == losses

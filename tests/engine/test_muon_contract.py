@@ -43,7 +43,7 @@ def test_heads_of_an_attention_are_not_taken_for_columns():
     """`load_kernels` replaces the function for every engine of the process."""
     muon.load_kernels()
     per_head = import_module(KERNELS)._per_head_orthogonalize
-    with pytest.raises(RuntimeError, match="Muon by attention heads"):
+    with pytest.raises(RuntimeError, match="Muon per attention head"):
         per_head(torch.randn(8, 4), 4, 5, "standard")
 
 

@@ -131,7 +131,7 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
 
 
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
-    monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
+    monkeypatch.setattr(perplexity, "_SORTED_BATCHES", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
     batches = list(perplexity.sorted_batches(iter(windows), 2))
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [
@@ -148,7 +148,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     nats = evaluate(target, [Document("one text")], Windows(64, 32)).nats
     assert nats != torch.tensor(nats).bfloat16().item(), "losses are in fp32"
     assert not target.model.training
-    with user_error("--domain belongs to a checkpoint"):
+    with user_error("--domain is for checkpoints"):
         load_target(user.model, domain="law")
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     target = load_target(user.model)
     for window, stride, message in (
         (4096, None, "--window must be from 3 to the model's 128 positions, got 4096"),
-        (64, 63, r"--stride must be from 1 to --window less 2 \(62\), got 63"),
+        (64, 63, r"--stride must be from 1 to --window minus 2 \(62\), got 63"),
         (64, 0, "--stride"),
         (2, None, "--window must be from 3"),
     ):
@@ -226,9 +226,9 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     )
     with user_error("neither a Hugging Face model nor a run or checkpoint"):
         load_target(tmp_path)
-    with user_error("--base belongs to a checkpoint"):
+    with user_error("--base is for checkpoints"):
         load_target(user.model, base=user.model)
-    with user_error("a would name two sets"):
+    with user_error("two sets have the name a"):
         named_sets(["a=x.txt", "b/a.txt"])
     assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
         "a": "x=y.txt",
@@ -237,5 +237,5 @@ def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     }
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
-    with user_error("not a single token"):
+    with user_error("no tokens to score"):
         evaluate(target, load_corpus([str(empty)]), Windows(64, 32))

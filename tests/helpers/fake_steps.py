@@ -34,10 +34,10 @@ from mora_ds.engine import zero
 from mora_ds.engine.base_ring import BaseRing, names_on_host
 from mora_ds.engine.host_copies import Copies
 from mora_ds.models.attention import use_documents
-from mora_ds.models.loss import chunk_loss, row_nll, token_nll
+from mora_ds.models.loss import chunk_loss, sequence_nll, token_nll
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses import bind_sequence_parallel
 from tests.helpers.fake_cuda import CUDA, FakeCuda, Permits, pin
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.pairwise import pairwise_cases
@@ -142,12 +142,14 @@ def prepare(model, arguments, dense):
     )
     if not dense:
         use_documents(model)
-        share_rows(model, training.sequence_parallel_size)
+        bind_sequence_parallel(model, training.sequence_parallel_size)
     if training.tensor_parallel_size > 1:
         split_model(model, Topology.of(WORLD))
     streams = training.base_device == "host"
     move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
-    with BaseRing(model, CUDA, FakeCopies()).aside() if streams else nullcontext():
+    with (
+        BaseRing(model, CUDA, FakeCopies()).device_bound() if streams else nullcontext()
+    ):
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(CUDA))
@@ -181,7 +183,9 @@ def step(model, settings, first):
         for name, part in rows.items()
     }
     loss = (
-        row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
+        sequence_nll(model, rows).sum()
+        if settings.get("by_row")
+        else token_nll(model, rows)
     )
     loss.backward()
     for name, parameter in model.named_parameters():

@@ -80,7 +80,7 @@ bloom | {} | transformers calls the attention of BloomForCausalLM directly
 # though one is chosen
 stablelm | {} | transformers calls the attention of StableLmForCausalLM directly
 # of its text model
-llama4 | {} | the model has layers of the kind chunked_attention
+llama4 | {} | the model has layers of the type chunked_attention
 """
 
 
@@ -89,9 +89,7 @@ def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
     config = AutoConfig.for_model(kind, **parsed(settings))
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
-    assert (
-        why_dense(OwnConfig(), None) == "the code of the model is not transformers' own"
-    )
+    assert why_dense(OwnConfig(), None) == "the model's code is not in transformers"
 
 
 def test_document_attention_is_used_where_the_model_supports_it():

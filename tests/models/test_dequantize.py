@@ -203,7 +203,7 @@ def test_scales_that_do_not_fit_are_named(user, model_folder, out, damage):
 def test_gguf_is_named(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
-        with user_error("GGUF is not read: give the unquantized model"):
+        with user_error("GGUF is not supported: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
     assert local_folder(str(tmp_path)) == tmp_path, "a model next to it"

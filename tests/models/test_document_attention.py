@@ -274,8 +274,8 @@ def test_capped_scores_keep_no_scores_and_no_mask_for_backward(monkeypatch):
         masks.append(weakref.ref(mask))
         return mask
 
-    seen = module_under_test.seen_keys
-    monkeypatch.setattr(module_under_test, "seen_keys", noted)
+    seen = module_under_test.causal_mask
+    monkeypatch.setattr(module_under_test, "causal_mask", noted)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id
     ):

@@ -77,7 +77,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(
         lambda: load.load_base(folder, base_folder, alone(), torch.float32, None),
     ):
         with user_error(
-            "/own: its own code must be run: allow that with --trust_remote_code"
+            "/own: it needs its remote code: allow it with --trust_remote_code"
         ):
             use()
 
@@ -99,7 +99,7 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
 
 def test_a_mistyped_path_is_no_name_of_the_hub():
     with user_error(
-        r"--model_name_or_path \./no/such/model: no such folder, and no name"
+        r"--model_name_or_path \./no/such/model: no such folder, and not a valid name"
     ):
         load.named_config("./no/such/model")
 
@@ -188,7 +188,9 @@ def test_the_base_of_another_model_is_replaced(own_base, model_folder):
 
 
 def test_a_base_is_not_written_over_the_files_that_are_read(tmp_path):
-    with user_error("only pickled; the run would write its base over it: move it"):
+    with user_error(
+        "only pickled; the run would write its base to the same folder: move the model"
+    ):
         load.original_tensors(
             None, tmp_path, tmp_path, torch.float32, None, "only pickled"
         )
@@ -208,4 +210,4 @@ def test_precision_that_cannot_be_kept_is_said(own_base, model_folder, caplog):
         lambda dtype: AutoModelForCausalLM.from_pretrained(model_folder),
         "pickled",
     )
-    assert "are float32 and are kept in bfloat16 only" in caplog.text
+    assert "are float32, but the run's base is saved in bfloat16" in caplog.text

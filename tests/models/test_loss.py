@@ -22,10 +22,10 @@ from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.loss import (
     ChunkedHead,
-    bound,
     chunk_loss,
+    chunked_head_of,
     is_frozen,
-    row_nll,
+    sequence_nll,
     token_nll,
     whole_loss,
 )
@@ -221,7 +221,7 @@ def test_losses_are_summed_in_fp32(chunked, train_head):
     )
     if chunked:
         chunk_loss(model, CHUNK)
-    rows = row_nll(model, batch)
+    rows = sequence_nll(model, batch)
     total = token_nll(model, batch)
     assert rows.dtype == total.dtype == torch.float32
     assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
@@ -233,8 +233,8 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
     batch = batch_of()
     logits = model(batch["input_ids"]).logits
     chunked = chunk_loss(model, CHUNK)
-    assert bound(model) is chunked
-    assert bound(SimpleNamespace(module=model)) is chunked
+    assert chunked_head_of(model) is chunked
+    assert chunked_head_of(SimpleNamespace(module=model)) is chunked
     failing = mock.Mock(side_effect=KeyError("of a chunk"))
     monkeypatch.setattr(chunked, "finish", failing)
     with pytest.raises(KeyError, match="of a chunk"):
@@ -242,7 +242,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(model(batch["input_ids"]).logits, logits)
     whole_loss(model)
-    assert bound(model) is None
+    assert chunked_head_of(model) is None
     with chunked.recording() as outputs:
         model(batch["input_ids"])
     assert not outputs
@@ -252,7 +252,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
 
 
 def test_a_model_without_a_head_is_refused():
-    with user_error("--chunked_loss: this model names no output head"):
+    with user_error("--chunked_loss: this model has no output head"):
         chunk_loss(tiny_model().model)
 
 
@@ -359,8 +359,8 @@ def test_a_model_that_changes_its_logits_is_trained_without_chunks(user, tmp_pat
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
     text, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
-    reason = "this model does more to its logits"
-    assert f"loss: from the logits of complete batches, because {reason}" in text
+    reason = "this model changes the output of its head"
+    assert f"loss: computed from all logits at once, because {reason}" in text
     assert f"--chunked_loss: {reason}" in message
     assert not chunks_in(out)
 

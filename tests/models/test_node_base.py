@@ -20,7 +20,7 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
 from mora_ds.models.node_base import NodeBase, node_base_of
 from mora_ds.runtime import node_memory
-from mora_ds.runtime.node_memory import Offer, free_bytes
+from mora_ds.runtime.node_memory import SharedMemory, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config, half_precision
@@ -72,7 +72,9 @@ def merged(folder, choice, case):
     config = MoRAConfig(rank=4, compute="weight", **adapter)
     inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]))
     zero3 = ds_config(3, 2, 1, **half_precision(dtype))
-    alone = mock.patch.object(Offer, "make", side_effect=OSError("no memory to share"))
+    alone = mock.patch.object(
+        SharedMemory, "create", side_effect=OSError("no memory to share")
+    )
     with alone if choice == "private" else nullcontext():
         engine, *_ = initialize(model=loaded.model, config=zero3)
     run = Run(
@@ -188,7 +190,9 @@ def test_an_error_of_one_process_is_one_of_all():
 
 def interrupted_with_private_bases(argv, step):
     """A run on processes that cannot share memory, which stops dead after `step`."""
-    with mock.patch.object(Offer, "make", side_effect=OSError("no memory to share")):
+    with mock.patch.object(
+        SharedMemory, "create", side_effect=OSError("no memory to share")
+    ):
         interrupted_job(argv, step)
 
 
@@ -246,7 +250,7 @@ def named_memory():
 
 def test_memory_has_no_name_and_ends_with_its_last_mapping():
     before = named_memory()
-    offer = Offer.make(1 << 16, "layout")
+    offer = SharedMemory.create(1 << 16, "layout")
     descriptors = len(os.listdir("/proc/self/fd"))
     one = offer.map("layout")
     twin = offer.map("layout")

@@ -58,15 +58,15 @@ def test_logits_are_those_of_transformers_own_model(family, text, longest, tmp_p
     ids = tokens(2, 200)  # beyond the 128 positions, from where on dynamic differs
     assert torch.equal(model(ids).logits, theirs(ids).logits)
     assert not torch.equal(model(ids).logits, plain(ids).logits)
-    assert rope.longest_row(model.config) == int(longest)
+    assert rope.max_positions(model.config) == int(longest)
     # None of which a reader of base.json refuses
     assert rope.changes_of(model.config, tmp_path) == changes
 
 
 OF_OTHERS = """
-gpt2 | --rope_scaling: a gpt2 model has no rotary embeddings that are one for all layers
-gemma3_text | --rope_scaling: a gemma3_text model has no rotary embeddings that are one for all layers
-phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type field must be one of
+gpt2 | --rope_scaling: a gpt2 model has no rotary embeddings that are the same in all layers
+gemma3_text | --rope_scaling: a gemma3_text model has no rotary embeddings that are the same in all layers
+phi3 | --rope_scaling: not valid for a phi3 model: `rope_parameters`'s type field must be one of
 """
 
 
@@ -116,7 +116,7 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
         f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
     )
     message = refusal(user.flags(tmp_path / "short", longer))
-    assert "--rope_scaling makes more of them" in message
+    assert "--rope_scaling extends them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))
     model = load_model(user.model, torch.float32)
     rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.engine import zero
 from mora_ds.models.base import tensor_checksum
-from mora_ds.parallel.topology import share_of
+from mora_ds.parallel.topology import shard_info
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import ACCUMULATION, CLIP, ds_config
@@ -87,7 +87,7 @@ def trained_in(dtype, case, degree, folder):
 def replicated(engine):
     """Checksums of the fp32 master weights that are the same on all ranks of a group."""
     parameters = {
-        name: p for name, p in engine.module.named_parameters() if share_of(p) is None
+        name: p for name, p in engine.module.named_parameters() if shard_info(p) is None
     }
     masters = {
         name: zero.full_fp32(parameter) for name, parameter in parameters.items()

@@ -36,4 +36,4 @@ def test_consecutive_ranks_are_a_group():
         assert result["replicas"] == [result["rank"] % 2, result["rank"] % 2 + 2]
         assert result["full"] == [0, 1, 10, 11, 12]
         assert result["scattered"] == ([1, 3] if result["rank"] % 2 == 0 else [5, 7, 9])
-        assert "this process has groups of 2 already" in result["other"]
+        assert "this process already has groups of 2" in result["other"]

@@ -18,7 +18,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.attention import use_documents
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
-from mora_ds.parallel.ulysses import share_rows
+from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.train.preflight import check_split
 from tests.helpers.engines import ds_config, plain_steps, trained_values
 from tests.helpers.gloo import run_ranks
@@ -100,7 +100,7 @@ def split_run(case, size):
     micro = ROWS // replicas
     model = model_of(case)
     use_documents(model)
-    sequence = share_rows(model, size)
+    sequence = bind_sequence_parallel(model, size)
     config = ds_config(3, micro, ACCUMULATION)
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
     engine, *_ = initialize(model=model, config=config)

@@ -10,7 +10,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
 from mora_ds.models.attention import prefer_documents, use_documents
-from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
+from mora_ds.parallel.ulysses import (
+    SequenceParallel,
+    bind_sequence_parallel,
+    full_sequences,
+    sequence_parallel_of,
+)
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.train.preflight import check_split
 from tests.helpers.errors import user_error
@@ -26,7 +31,7 @@ LENGTH = 24
 
 
 def in_and_out_of_the_way():
-    """A bound model, within `whole_rows`, and another model in the same process compute
+    """A bound model, within `full_sequences`, and another model in the same process compute
     what plain ones do.
     """
     ids = tokens(3, LENGTH, seed=5)
@@ -34,9 +39,9 @@ def in_and_out_of_the_way():
         prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3)
     )
     expected = plain(input_ids=ids, use_cache=False).logits
-    sequence = share_rows(bound_one, 2)
-    assert sequence is bound(bound_one)
-    assert bound(unbound) is None
+    sequence = bind_sequence_parallel(bound_one, 2)
+    assert sequence is sequence_parallel_of(bound_one)
+    assert sequence_parallel_of(unbound) is None
     positions = torch.arange(LENGTH).expand(3, -1)
     with torch.no_grad():
         local_batch = sequence.split({"input_ids": ids, "position_ids": positions})
@@ -45,7 +50,7 @@ def in_and_out_of_the_way():
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)
         # twice: what Ulysses leaves behind must not matter
         for _ in range(2):
-            with whole_rows(bound_one):
+            with full_sequences(bound_one):
                 full = bound_one(input_ids=ids, use_cache=False).logits
             assert torch.equal(full, expected)
             assert torch.equal(bound_one(**local_batch, use_cache=False).logits, mine)
@@ -89,7 +94,7 @@ def handed_to_flash_attention():
 
     ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
     model.config._attn_implementation = "flash_attention_2"
-    sequence = share_rows(model, 2)
+    sequence = bind_sequence_parallel(model, 2)
     with torch.no_grad():
         logits = model(**sequence.split(batch), use_cache=False).logits
     return float((logits - sequence.split({"logits": expected})["logits"]).abs().max())
@@ -181,7 +186,7 @@ llama | {} | 3 | 4 attention heads
 llama | {num_attention_heads: 8, num_key_value_heads: 6} | 4 | 6 key-value heads
 bloom | {hidden_size: 32, n_layer: 2, n_head: 4} | 2 | attention of BloomForCausalLM
 mamba | {hidden_size: 32, num_hidden_layers: 2} | 2 | no number of attention heads
-llama4_text | {} | 2 | layers of the kind chunked_attention
+llama4_text | {} | 2 | layers of the type chunked_attention
 gemma3_text | {rope_parameters: {full_attention: {rope_type: dynamic, rope_theta: 1.0e+6, factor: 4.0}, \
 sliding_attention: {rope_type: default, rope_theta: 10000.0}}} | 2 | rope_type dynamic depend
 llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}} | 2 | rope_type dynamic depend
@@ -221,7 +226,7 @@ def split_checked(kinds):
         use_documents(model)
         engine = model
         try:
-            sequence = share_rows(model, 2)
+            sequence = bind_sequence_parallel(model, 2)
             check_split(engine, model, sequence, document_mask=kind != "lfm2")
             said[kind] = ""
         except UserError as error:
@@ -244,4 +249,4 @@ def test_models_that_cannot_be_split_fail_in_forward():
     for said in run_pooled(2, split_checked, MIXING):
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]
-        assert "keys and values differ in shape" in said["deepseek_v3"]
+        assert "keys and values have different shapes" in said["deepseek_v3"]

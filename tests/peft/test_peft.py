@@ -176,7 +176,9 @@ def test_several_adapters_are_chosen_by_name(tmp_path):
     physics = logits(model)
     assert not torch.equal(law, physics)
     assert {name.split(".")[-1] for name in trained_names(model)} == {"physics"}
-    with user_error("adapter_names: all rows of a batch have the same MoRA adapters"):
+    with user_error(
+        "adapter_names: all sequences of a batch use the same MoRA adapters"
+    ):
         model(input_ids=IDS, adapter_names=["law", "physics", "law"])
     with model.disable_adapter():
         assert torch.equal(logits(model), base)

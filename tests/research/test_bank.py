@@ -180,11 +180,11 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating):
     for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
         alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
         assert torch.equal(generated[row, -8:], alone[0, -8:]), row
-    with user_error(r"named for 2 row\(s\), but the batch has 4"):
+    with user_error(r"named for 2 sequence\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
-    with user_error(r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
+    with user_error(r"named for 4 sequence\(s\), but the input of .* is \(12, 7, 32\)"):
         bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
-    with user_error(r"named for 12 row\(s\), but the batch has 4"):
+    with user_error(r"named for 12 sequence\(s\), but the batch has 4"):
         bank.generate(
             ids, adapters=3 * names, attention_mask=mask, num_beams=3, **settings
         )
@@ -263,17 +263,19 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(
     ):
         pass
     with bank.use(["one", "three"]):
-        with user_error(r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
+        with user_error(
+            r"named for 2 sequence\(s\), but the input of .*q_proj is \(4, 16, 32\)"
+        ):
             logits(bank.model, tokens(4))
         layer = bank.model.model.layers[0].mlp.up_proj
         with user_error(
-            r"up_proj reads \(2, 32\); where it does not see complete rows, give all"
+            r"up_proj is \(2, 32\); for a layer whose input is not a batch of full"
         ):
             layer(torch.zeros(2, 32))
     with bank.use("one"):
         layer(torch.zeros(2, 32))
     (tmp_path / "empty/x").mkdir(parents=True)
-    with user_error("no folder in .*empty holds an adapter"):
+    with user_error("no folder in .*empty has an adapter"):
         AdapterBank.open(rotating.folder / "base", tmp_path / "empty")
     with user_error("no such folder"):
         AdapterBank.open(rotating.folder / "base", tmp_path / "nowhere")

@@ -279,7 +279,7 @@ WRONG = """
 {train_files: [x.txt]} | needs several named sources
 {adapter: lora} | research.domain_adapters: --adapter lora does not support domains
 {adapter: full} | research.domain_adapters: --adapter full does not support domains
-{compute: weight} | --compute weight forms one weight for all rows
+{compute: weight} | --compute weight uses one weight for all sequences
 {tensor_parallel_size: 2} | leave --tensor_parallel_size at 1
 {train_files: ["shared=x:1", "b=y:1"]} | 'shared' stands for the shared MoRA matrix
 {train_files: ["..=x:1", "b=y:1"]} | '..' cannot be a domain's name

@@ -94,7 +94,7 @@ def test_the_command_prints_and_plans(user, tmp_path, capsys):
 
 MISTAKES = """
 --target_modules experts | --target_modules 'experts' matches no linear layer
---write plan.yaml | --trainable_budget and --write belong together
+--write plan.yaml | --trainable_budget and --write need each other
 --write /nowhere/x --trainable_budget 3% | --write /nowhere/x
 --write plan.yaml --trainable_budget much | --trainable_budget must be like 0.5% or 250000
 """
@@ -174,7 +174,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 
 NO_PLANS = """
 layers: [ | is no valid YAML
-{format: 2, fingerprint: a, layers: {a: 2}} | format is 2, and only 1 is known
+{format: 2, fingerprint: a, layers: {a: 2}} | format is 2, and only 1 is supported
 {format: 1, layers: {a: 2}} | fingerprint is missing
 {format: 1, fingerprint: a, layers: [a]} | layers must be a mapping
 {format: 1, fingerprint: a, layers: {a: 2.5}} | layers: a must be a whole number, got 2.5
@@ -204,7 +204,7 @@ def test_files_that_are_no_plan(tmp_path, text, message):
 def test_sides_that_do_not_fit_are_named(layer, side, message):
     with user_error(message):
         inject(
-            tiny_model(), TargetPlan("f", {layer: side}).put_into(MoRAConfig(rank=8))
+            tiny_model(), TargetPlan("f", {layer: side}).apply_to(MoRAConfig(rank=8))
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.node_memory import (
-    Offer,
+    SharedMemory,
     free_bytes,
     machine,
     node_members,
@@ -101,9 +101,9 @@ def test_a_machine_is_the_same_for_its_processes(monkeypatch):
 def test_a_descriptor_that_means_another_file_is_not_mapped():
     """Example: the descriptor of a process that has ended and whose number another one
     has."""
-    offer = Offer.make(4096, "layout")
+    offer = SharedMemory.create(4096, "layout")
     os.ftruncate(offer.descriptor, 8192)
-    with run_error("another file than the first process"):
+    with run_error("is not the file that local rank 0"):
         offer.map("layout")
     offer.close()
 

@@ -66,7 +66,7 @@ def meetings(rank):
         ),
         "between checks": between,
         "nested": nested,
-        "shared work": lambda: ranks(
+        "shared work": lambda: ranks.map(
             lambda number: fail(UserError(odd)) if number == rank else 0,
             dist.get_world_size(),
         ),

@@ -122,7 +122,7 @@ def test_a_leak_at_one_batch_size_is_found(rows):
 
     check_document_mask(model)
     model.forward = leaks
-    with user_error(f"in batches of {rows} rows"):
+    with user_error(f"batch size {rows}"):
         check_document_mask(model)
 
 
@@ -198,5 +198,5 @@ def with_lost_window():
 
 
 def test_a_window_that_does_not_reach_attention_is_noticed():
-    with user_error("its attention does not receive: give --attn_implementation sdpa"):
+    with user_error("of its config to its attention: give --attn_implementation sdpa"):
         check_attention(with_lost_window(), document_mask=False)

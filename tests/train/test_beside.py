@@ -201,9 +201,9 @@ MetricsLog evaluation | 6 | ValueError | FailedBeside | 6
 MetricsLog step | 4 | RuntimeError | RuntimeError | 4
 MetricsLog record | 3 | RuntimeError | RuntimeError | 2
 ReMoRA _start_cycle | 0 | RuntimeError | RuntimeError | 2
-Trainer _probe_loss | 0 | RuntimeError | RuntimeError | 0
-Trainer _probe_loss | 3 | RuntimeError | RuntimeError | 2
-Trainer _probe_loss | 5 | RuntimeError | RuntimeError | 6
+Trainer _reference_loss | 0 | RuntimeError | RuntimeError | 0
+Trainer _reference_loss | 3 | RuntimeError | RuntimeError | 2
+Trainer _reference_loss | 5 | RuntimeError | RuntimeError | 6
 """
 """A method | which of its calls fails | with what | how a run of 6 steps ends, which saves
 every 2 and merges after 3 | the step of its newest checkpoint."""
@@ -295,8 +295,8 @@ IN_A_CALL = """
 MetricsLog evaluation | 1 | 4
 # half a merge; the probes before one and after one
 ReMoRA _start_cycle | 0 | 4
-Trainer _probe_loss | 1 | 4
-Trainer _probe_loss | 2 | 4
+Trainer _reference_loss | 1 | 4
+Trainer _reference_loss | 2 | 4
 Evaluator evaluate | 2 | 6
 """
 ALSO_IN_A_CALL = """

@@ -39,7 +39,7 @@ def test_document_start_is_bos_by_default(user):
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
         with user_error(
-            f"--document_start '{start}' is no token .* special tokens are '"
+            f"--document_start '{start}' is not a token .* special tokens are '"
         ):
             start_id(tokenizer, start)
 
@@ -115,7 +115,7 @@ def test_an_evaluation_starts_documents_with_the_token(user, tmp_path):
     sets = ("--sets", f"code={user.other}", "--window 64 --stride 32 --json", report)
     call("evaluate", user.model, *sets, START)
     assert read_json(report)["sets"]["code"]["nats"] == scores[TOKEN]
-    with user_error("--document_start '<x>' is no token"):
+    with user_error("--document_start '<x>' is not a token"):
         call("evaluate", user.model, *sets, "--document_start <x>")
 
 

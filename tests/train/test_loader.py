@@ -19,7 +19,7 @@ class Data:
     """Rows whose tokens are the numbers of their samples; `fails_at` a batch."""
 
     names = ("one",)
-    rows_per_step = 4
+    global_batch_size = 4
     has_streams = False
 
     def __init__(self, fails_at=-1):
@@ -30,7 +30,7 @@ class Data:
         self.threads.append(threading.current_thread().name)
         if step == self.fails_at:
             raise UserError(f"line {step} is damaged")
-        size = self.rows_per_step
+        size = self.global_batch_size
         samples = torch.arange(step * size, (step + 1) * size)[rows]
         ids = samples[:, None].repeat(1, T)
         return {"input_ids": ids, "labels": torch.where(ids % 2 == 0, ids, IGNORED)}
@@ -45,7 +45,7 @@ def loader(data, replica=0, replicas=1, accumulation=2, size=2):
         count=replicas,
         world=replicas,
         engine=SimpleNamespace(device="cpu"),
-        rows=lambda batch: batch,
+        local_part=lambda batch: batch,
     )
     return BatchLoader(data, process, training, 5)
 
@@ -69,22 +69,22 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order():
     batch_loader = loader(data)
     for step in range(3, 5):
         batch = batch_loader.take(step)
-        ids = torch.cat([micro.rows["input_ids"][:, 0] for micro in batch])
+        ids = torch.cat([micro.batch["input_ids"][:, 0] for micro in batch])
         assert ids.tolist() == list(range(step * 4, (step + 1) * 4))
         for micro_batch in batch:
-            counted = (micro_batch.rows["labels"] != IGNORED).sum(dim=1)
+            counted = (micro_batch.batch["labels"] != IGNORED).sum(dim=1)
             assert micro_batch.labels == counted.tolist()
             assert sum(micro_batch.labels) == T
-        assert batch_loader.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
+        assert batch_loader.next_labels(step + 1) == (2 * T if step < 4 else 0)
     assert data.threads == ["mora_ds batches_0"] * 4, "and nothing beyond the last step"
 
 
 def test_an_error_is_raised_when_its_batch_is_taken():
     batch_loader = loader(Data(fails_at=2))
     batch_loader.take(0)
-    assert batch_loader.labels_ahead(1) == 2 * T
+    assert batch_loader.next_labels(1) == 2 * T
     batch_loader.take(1)
-    assert batch_loader.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
+    assert batch_loader.next_labels(2) == 0, "step 1 is still to be finished and saved"
     for _ in range(2):
         with user_error("line 2 is damaged"):
             batch_loader.take(2)
@@ -97,11 +97,11 @@ def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
     for world in (1, 2):
         stream = Data()
         stream.has_streams = True
-        stream.rows_per_step = 4 * world
+        stream.global_batch_size = 4 * world
         batch_loader = loader(stream, 0, world)
         batch_loader.take(0)
         assert (batch_loader.ahead is None) == (world == 2)
-        assert batch_loader.labels_ahead(1) == 2 * T
+        assert batch_loader.next_labels(1) == 2 * T
         assert len(stream.threads) == 4
 
 
@@ -113,9 +113,9 @@ def test_counts_are_those_of_the_part_that_a_process_computes():
         split=lambda rows: {name: values[:, :1] for name, values in rows.items()}
     )
     vars(batch_loader.replica).update(
-        vars(loader(Data()).replica), processes_per_replica=1, sequence=first_token
+        vars(loader(Data()).replica), ranks_per_replica=1, sequence=first_token
     )
-    del batch_loader.replica.rows
+    del batch_loader.replica.local_part
     (first, second) = batch_loader.take(0)
-    assert first.rows["labels"].shape == (2, 1)
+    assert first.batch["labels"].shape == (2, 1)
     assert labels_in([first, second]) == 2

@@ -64,7 +64,7 @@ def test_a_failing_tracker_is_reported_once(tmp_path, wandb, caplog, failing, er
     wandb.configure_mock(**{f"{failing}.side_effect": error("no route to host")})
     (failure,) = logged(tmp_path)
     (record,) = caplog.records
-    assert record.getMessage() == f"{failure}. Training goes on"
+    assert record.getMessage() == f"{failure}. Training continues"
     assert failure.startswith("--report_to wandb ")
     assert "no route to host" in failure
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

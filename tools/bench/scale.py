@@ -64,7 +64,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.initialize import initialize_full
-from mora_ds.engine.module_hooks import drop_idle_hooks
+from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.shards import layout_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
@@ -237,7 +237,7 @@ class _MatrixModel(nn.Module):
 def _engine(model: nn.Module, completed: dict[str, Any]) -> Any:
     engine = initialize_full(model=model, config=completed)[0]
     if completed["zero_optimization"]["stage"] == 3:
-        drop_idle_hooks(engine)
+        remove_unused_hooks(engine)
     return engine
 
 
