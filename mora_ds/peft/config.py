@@ -18,6 +18,7 @@ _TYPES = {
     "mora_dropout": float,
     "seed": int,
     "cycle": Count,
+    "init_weights": bool,
 }
 """Types of the settings that decide which matrix a layer gets. PEFT itself takes any
 value that adapter_config.json has."""
@@ -52,6 +53,8 @@ class MoraConfig(PeftConfig):
     """Name of the list of layers."""
     modules_to_save: list[str] | None = None
     """Modules that are trained themselves."""
+    init_weights: bool = True
+    """Whether M starts at zero. False: small random numbers, for tests."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -91,14 +91,17 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
-        """Give the layer, called `name` in its model, an adapter whose M is zero."""
+        """Give the layer, called `name` in its model, an adapter."""
         spec = config.adapter().operator_for(
             name, self.in_features, self.out_features, config.cycle
         )
         self.mora_spec[adapter] = spec
         self.mora_seed[adapter] = spec.seed
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
-        self.mora_square[adapter] = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat))
+        mora_matrix = torch.zeros(spec.r_hat, spec.r_hat)
+        if not config.init_weights:
+            mora_matrix.normal_(std=spec.r_hat**-0.5)
+        self.mora_square[adapter] = nn.Parameter(mora_matrix)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
