@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
+from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import Count, typed
 from mora_ds.peft.register import PEFT_TYPE
 
@@ -17,6 +18,7 @@ _TYPES = {
     "mora_dropout": float,
     "seed": int,
     "cycle": Count,
+    "init_weights": bool,
 }
 """Types of the settings that determine a layer's matrix. PEFT does not check the values
 in adapter_config.json."""
@@ -51,14 +53,26 @@ class MoraConfig(PeftConfig):
     """Name of the list of layers."""
     modules_to_save: list[str] | None = None
     """Modules that are trained in full and saved."""
+    init_weights: bool = True
+    """Whether M starts at zero. False: small random numbers, for tests."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PeftType(PEFT_TYPE)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"`{name}` has no effect when `target_modules` is a str: give a list of names"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError(
+                "`layers_pattern` needs `layers_to_transform`: give the numbers of layers"
+            )
         for name, hint in _TYPES.items():
             typed(hint, getattr(self, name), name)
         self.adapter()

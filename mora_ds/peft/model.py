@@ -6,6 +6,7 @@ moves an overridden method.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,52 @@ from mora_ds.peft.config import MoraConfig
 from mora_ds.peft.register import PREFIX
 
 
+class OperatorSeeds(nn.Module):
+    """Name of the adapter -> seed of its permutations, as a buffer that is saved and
+    loaded with the adapter's weights.
+
+    The seed was drawn from the module's name when the adapter was made. A model that
+    loads the adapter may name the module otherwise (`key_mapping`, `AutoModel` for a
+    `ForCausalLM`), so that the seed must not be drawn again from the new name.
+    """
+
+    def __init__(self, specs: dict[str, OperatorSpec]) -> None:
+        """`specs`: the layer's operators, which get the loaded seeds."""
+        super().__init__()
+        self.specs = specs
+
+    def __setitem__(self, adapter: str, seed: int) -> None:
+        self.register_buffer(adapter, torch.tensor(seed))
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._buffers[adapter]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._buffers
+
+    def keys(self) -> list[str]:
+        return list(self._buffers)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers assigns loaded tensors (core_model_loading.py,
+        # set_param_for_module).
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", {}):
+            self._use(name)
+
+    def _load_from_state_dict(self, *arguments: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*arguments, **kwargs)
+        for adapter in self._buffers:
+            self._use(adapter)
+
+    def _use(self, adapter: str) -> None:
+        """Give the operator of an adapter the seed of its buffer."""
+        seed = self._buffers[adapter]
+        if seed is not None and not seed.is_meta:
+            spec = self.specs[adapter]
+            self.specs[adapter] = replace(spec, seed=int(seed))
+
+
 class MoraLinear(nn.Module, BaseTunerLayer):
     """y = W0 x + b + sum over active adapters of decompress(M compress(dropout(x))).
 
@@ -30,7 +77,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
     # "Linear" must be in the name of this class, because PEFT's all-linear finds layers
     # with adapters by it.
     adapter_layer_names = ("mora_square",)
-    other_param_names = ("mora_spec", "mora_dropout")
+    other_param_names = ("mora_seed", "mora_spec", "mora_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -40,16 +87,21 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         """Adapter name -> M (r_hat, r_hat)."""
         self.mora_dropout = nn.ModuleDict()
         self.mora_spec: dict[str, OperatorSpec] = {}
+        self.mora_seed = OperatorSeeds(self.mora_spec)
         self.merged_adapters: list[str] = []
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
-        """Add an adapter with M = 0. `name`: the name of the layer in its model."""
+        """Add an adapter. `name`: the name of the layer in its model."""
         spec = config.adapter().operator_for(
             name, self.in_features, self.out_features, config.cycle
         )
         self.mora_spec[adapter] = spec
+        self.mora_seed[adapter] = spec.seed
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
-        self.mora_square[adapter] = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat))
+        mora_matrix = torch.zeros(spec.r_hat, spec.r_hat)
+        if not config.init_weights:
+            mora_matrix.normal_(std=spec.r_hat**-0.5)
+        self.mora_square[adapter] = nn.Parameter(mora_matrix)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -70,8 +122,9 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Add the deltas of `adapter_names` (None: the active ones) to the weight:
-        summed in fp32, rounded once. With `safe_merge`, raises `UserError` for a result
-        that is not finite and leaves the weight unchanged."""
+        summed in fp32, or in the weight's dtype if that has more bits, and rounded
+        once. With `safe_merge`, raises `UserError` for a rounded weight that is not
+        finite and leaves the weight unchanged."""
         chosen = check_adapters_to_merge(self, adapter_names)
         names = [name for name in chosen if name in self.mora_square]
         self._add_to_weight(names, 1, safe_merge)
@@ -95,9 +148,10 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight: Any = self.get_base_layer().weight
-        total = weight.float()
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:
             total = total + sign * self.get_delta_weight(name)
+        total = total.to(weight.dtype)
         if check and not total.isfinite().all():
             raise UserError(
                 f"merging {', '.join(names)} gives a weight that is not finite"

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from transformers import AutoModel, AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.adapters.inject import inject, mora_layers
@@ -90,6 +92,56 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
         assert bool(trained_names(loaded)) == ("is_trainable" in how)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """(base, adapter, logits): folders of a model and of an adapter, and what it
+    computes with that adapter."""
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = MoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return base, tmp_path / "adapter", logits(model)
+
+
+def test_transformers_loads_an_adapter(saved):
+    base, adapter, expected = saved
+    assert PeftConfig.from_pretrained(adapter).peft_type is PeftType(PEFT_TYPE)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
+
+
+def test_an_adapter_keeps_its_permutations_where_modules_have_other_names(saved):
+    """`AutoModel` has no prefix `model.`, from which other permutations would be
+    drawn."""
+    base, adapter, expected = saved
+    head = AutoModelForCausalLM.from_pretrained(base).lm_head
+    for load in (
+        lambda model: PeftModel.from_pretrained(
+            model, adapter, key_mapping={r"^model\.": ""}, adapter_name="other"
+        ),
+        lambda model: model.load_adapter(
+            peft_config=PeftConfig.from_pretrained(adapter),
+            adapter_state_dict={
+                key.removeprefix("base_model.model.model."): tensor
+                for key, tensor in load_file(
+                    adapter / "adapter_model.safetensors"
+                ).items()
+            },
+        ),
+    ):
+        model = AutoModel.from_pretrained(base)
+        loaded = load(model)
+        model = loaded if isinstance(loaded, PeftModel) else model
+        with torch.no_grad():
+            hidden = model.eval()(input_ids=IDS)[0]
+        assert torch.equal(head(hidden), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_keeps_the_model(family, dtype):
@@ -132,7 +184,22 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused():
         layer.merge(safe_merge=True, adapter_names=["a1"])
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged_adapters
+    # Finite in fp32, but beyond fp16
+    layer.half()
+    layer.mora_square["a1"].data.fill_(60_000)
+    layer.base_layer.weight.data.fill_(60_000)
+    with user_error("merging a1 gives a weight that is not finite"):
+        layer.merge(safe_merge=True, adapter_names=["a1"])
+    assert layer.base_layer.weight.isfinite().all()
     assert layer.bfloat16().get_delta_weight("a0").dtype == torch.float32
+
+
+def test_a_merge_into_fp64_keeps_its_bits():
+    model = get_peft_model(tiny_model(dtype=torch.float64), MoraConfig(r=4))
+    layer = next(iter(layers(model).values()))
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_a_config_means_what_it_does_in_a_run():
@@ -241,6 +308,10 @@ def test_values_of_another_type_are_named(tmp_path, settings, message):
 
 
 def test_wrong_settings_are_named():
+    with user_error("`layers_to_transform` has no effect"):
+        MoraConfig(layers_to_transform=[0])
+    with user_error("`layers_pattern` needs `layers_to_transform`"):
+        MoraConfig(target_modules=["q_proj"], layers_pattern="layers")
     with user_error("rank"):
         MoraConfig(r=0)
     with user_error("embed_tokens"):
