@@ -162,7 +162,7 @@ train/run.py Run._restore | checkpoint/test_resume_checks.py
 + different_keys(live, live)
 
 # a step may be saved after a later one
-train/run.py Run._check_call | train/test_run_calls.py
+train/run.py TrainingRun._check_step | train/test_run_calls.py
 - max(earliest, self.state.step)
 + earliest
 
@@ -247,7 +247,7 @@ train/trainer.py Trainer.after_step | train/test_beside.py
 + False
 
 # a merge may come between a backward pass and its step
-train/run.py Run._check_call | train/test_run_calls.py
+train/run.py Run._check_step | train/test_run_calls.py
 - any_gradient == self.engine.micro_steps
 + False
 
@@ -312,7 +312,7 @@ data/cache.py damage | data/test_cache_damage.py
 + False
 
 # elements that two shards hold are accepted
-engine/shards.py _tile | engine/test_shards.py
+checkpoint/shard_table.py _tile | engine/test_shards.py
 - (number, start) != (parameter, end)
 + number != parameter or start > end
 
@@ -397,7 +397,7 @@ common/untrusted.py typed | checkpoint/test_crafted.py
 + any_adapter.validate_json(text, extra="forbid")
 
 # step counts that differ between two shards are accepted
-engine/shards.py EngineShards.state | engine/test_shards.py
+checkpoint/shard_table.py EngineShards.state | engine/test_shards.py
 - first is not None and state != first
 + first is None and state == first
 
@@ -412,7 +412,7 @@ models/base.py write_own_base | train/test_output_run.py
 + None
 
 # a disk that hangs in the background is forgotten
-checkpoint/writer.py Background.wait | checkpoint/test_async_save.py
+checkpoint/manager.py Background.wait | checkpoint/test_async_save.py
 - any_thread.is_alive() and timeout_s is not None
 + any_thread.is_alive()
 
@@ -442,7 +442,7 @@ train/inputs.py check_inputs | train/test_inputs.py
 + False
 
 # a run writes into the folder of its text
-train/inputs.py _searches | train/test_inputs.py
+train/inputs.py _matches_output | train/test_inputs.py
 - ("", *NAMES)
 + ()
 
@@ -612,7 +612,7 @@ engine/device.py take_device | engine/test_device.py
 + local_rank > count
 
 # grouped heads make torch keep all scores
-models/document_attention.py _fused | gpu/test_fake_cuda.py
+models/document_attention.py _sdpa | gpu/test_fake_cuda.py
 - is_grouped and query.is_cuda
 + is_grouped and query.is_meta
 
@@ -652,7 +652,7 @@ adapters/ops/index_tables.py IndexMap.__call__ | adapters/ops/test_mora.py
 + len(self.additions) > 9 and x.dtype in LOW_PRECISION
 
 # Muon's momentum takes in gradients that are not finite
-engine/muon.py _repair_stage_3.clip_and_orthogonalise | engine/test_muon.py
+engine/muon.py _repair_stage_3.clip_and_orthogonalize | engine/test_muon.py
 - if factor is None: return
 + factor = factor or 1.0
 
