@@ -290,7 +290,7 @@ def test_the_public_names_are_there():
 
 
 def test_ranks_meet_before_anything_slow_is_imported():
-    """Ranks whose settings differ are told so within seconds of their start
+    """Ranks whose settings differ fail within seconds of their start
     (`commands/pretrain.py`), and no engine loads torch's compiler."""
     source = """
         import sys

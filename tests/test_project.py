@@ -51,9 +51,9 @@ def test_pre_commit_runs_the_linters_of_ci():
     assert commands == wanted
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_issue_forms_have_required_fields(form):
-    content = read(f".github/ISSUE_TEMPLATE/{form}")
+@pytest.mark.parametrize("name", FORMS)
+def test_issue_forms_have_required_fields(name):
+    content = read(f".github/ISSUE_TEMPLATE/{name}")
     assert content["name"]
     assert content["description"]
     fields = [field for field in content["body"] if field["type"] != "markdown"]

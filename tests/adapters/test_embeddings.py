@@ -68,7 +68,8 @@ def low_rank_model(tied, family="llama"):
 
 
 def assert_alone_trained(model, kind, tied):
-    """Beside the MoRA matrices, once where the tables are one."""
+    """The only trained parameters besides the MoRA matrices, once where the tables are
+    tied."""
     names = {
         name for name, _ in model.named_parameters() if not name.endswith("square")
     }
@@ -278,7 +279,7 @@ def test_a_head_keeps_its_bias():
     assert_close(head(x), table(x))
 
 
-# -- plans and refusals ----------------------------------------------------------------
+# -- plans and errors ------------------------------------------------------------------
 
 
 def test_a_dry_run_counts_new_rows(extended, out, monkeypatch, capsys):

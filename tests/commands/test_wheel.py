@@ -122,11 +122,11 @@ def test_the_watch_notices_the_checkout(programs, tmp_path):
 
 
 def test_the_wheel_is_what_runs(programs, tmp_path):
-    told = call(
+    location = call(
         programs, tmp_path, "python", "-c", "import mora_ds; print(mora_ds.__file__)"
     )
-    assert Path(told.strip()).is_relative_to(programs.parent)
-    assert (Path(told.strip()).parent / "py.typed").is_file()
+    assert Path(location.strip()).is_relative_to(programs.parent)
+    assert (Path(location.strip()).parent / "py.typed").is_file()
     assert (
         call(programs, tmp_path, "mora-ds", "--version") == f"mora_ds {__version__}\n"
     )

@@ -133,6 +133,6 @@ def test_whole_numbers_of_numpy_become_ints():
 
 
 def test_a_program_names_flags_where_a_function_names_arguments():
-    told = user_error(r"^--mora_rank 0 and --verify: `hidden_size` of others$")
-    with told, named_as_flags("verify", rank="--mora_rank"):
+    error = user_error(r"^--mora_rank 0 and --verify: `hidden_size` of others$")
+    with error, named_as_flags("verify", rank="--mora_rank"):
         raise UserError("`rank` 0 and `verify`: `hidden_size` of others")

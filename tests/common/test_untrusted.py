@@ -30,7 +30,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
 
-class ColourKind(str, Enum):
+class Color(str, Enum):
     RED = "red"
 
 
@@ -52,7 +52,7 @@ LONG = "\u00e4" * 120
 HINTS = {
     "int": int, "float": float, "bool": bool, "str": str, "Count": Count, "Side": Side, "int or none": int | None,
     "FileName": FileName, "RelativePath": RelativePath, "AnyPath": AnyPath, "list": list[int], "pair": tuple[int, int],
-    "mapping": dict[str, int], "files": dict[FileName, int], "Entry": Entry, "ColourKind": ColourKind,
+    "mapping": dict[str, int], "files": dict[FileName, int], "Entry": Entry, "Color": Color,
 }  # fmt: skip
 ALLOWED = r"""
 int | 9223372036854775807
@@ -93,7 +93,7 @@ def test_what_is_as_large_as_it_may_be_is_returned_as_it_is():
 
 def test_instances_are_made_of_dataclasses_enums_and_tuples():
     assert typed(Entry, {"number": 3}, "file") == Entry(3)
-    assert typed(ColourKind, "red", "file") is ColourKind.RED
+    assert typed(Color, "red", "file") is Color.RED
     assert typed(tuple[int, str], [1, "a"], "file") == (1, "a")
     assert typed(tuple[int, ...], [], "file") == ()
 
@@ -137,21 +137,23 @@ Entry | {} | number is missing
 Entry | {number: 1, nam: a} | file: nam is unknown
 Entry | {number: 13} | file: 13 is no number
 Entry | {number: 1, made: 2} | file: made is unknown
-ColourKind | rad | should be 'red', got 'rad'
-ColourKind | [red] | should be 'red'
+Color | rad | should be 'red', got 'rad'
+Color | [red] | should be 'red'
 """
 TOO_MUCH = [
     (Side, MAX_SIDE + 1, "at most"),
     (FileName, LONG + "b", "too long"), (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
 ]  # fmt: skip
-REFUSALS = [
+WRONG_VALUES = [
     *((HINTS[hint], parsed(value), words) for hint, value, words in rows(REFUSED)),
     *TOO_MUCH,
 ]
 
 
 @pytest.mark.parametrize(
-    "hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))]
+    "hint, value, words",
+    WRONG_VALUES,
+    ids=[f"{index}" for index in range(len(WRONG_VALUES))],
 )
 def test_what_is_refused_is_named_with_its_place(hint, value, words):
     with user_error(words) as caught:

@@ -180,7 +180,7 @@ def test_the_second_call_only_opens(
         load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache"
     )
     assert again.folder == built.folder
-    os.utime(files[0])  # touched, not changed: read again, but not tokenised
+    os.utime(files[0])  # touched, not changed: read again, but not tokenized
     copied = [
         shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files
     ]

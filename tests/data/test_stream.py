@@ -209,6 +209,6 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
 
 
 def job_in_small_batches(argv):
-    """So that each rank tokenises some."""
+    """So that each rank tokenizes some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)

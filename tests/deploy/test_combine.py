@@ -245,13 +245,13 @@ def test_domains_are_summed_too(maker, tmp_path, sum_folder):
         assert_close(total, 0.5 * a + 2 * b)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def test_bases_layers_and_trained_tensors_must_be_the_same(
     maker, tmp_path, sum_folder, base_folder
 ):
-    """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
+    """Other errors are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}

@@ -50,7 +50,7 @@ def check(run, output, dtype):
         for name in run.expected
         if not torch.equal(run.expected[name], run.live.get_parameter(name))
     ]
-    # The live squares are in the export and not in the live weights
+    # The current MoRA matrices are in the export and not in the model's weights
     assert len(changed) == len(run.adapter.layers)
 
 
@@ -197,7 +197,7 @@ def test_export_finds_a_moved_base(tmp_path, merged):
     assert not (tmp_path / "merged-2").exists()
 
 
-# -- damage and refusals ---------------------------------------------------------------
+# -- damage and errors -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.helpers.tables import parsed, rows
 from tests.helpers.tools import call
 
 RANK = 3
-SQUARE = ("q_proj", "o_proj", "gate_proj", "up_proj")
+EQUAL_SIDES = ("q_proj", "o_proj", "gate_proj", "up_proj")
 """Layers of which type 6 drops no input."""
 NARROWING = ("k_proj", "v_proj", "down_proj")
 
@@ -109,7 +109,9 @@ class Fork:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path, kind):
-    fork = Fork(tmp_path, kind, SQUARE if kind == 6 else (*SQUARE, *NARROWING))
+    fork = Fork(
+        tmp_path, kind, EQUAL_SIDES if kind == 6 else (*EQUAL_SIDES, *NARROWING)
+    )
     call("convert", "mora", fork.path, "--output", tmp_path / "adapter")
     expected = fork.logits()
     bare = AutoModelForCausalLM.from_pretrained(fork.base).eval()
@@ -153,13 +155,13 @@ SETTINGS = r"""
 
 @pytest.mark.parametrize("changes, words", rows(SETTINGS))
 def test_settings_that_are_not_read_are_refused(tmp_path, changes, words):
-    fork = Fork(tmp_path, 1, SQUARE)
+    fork = Fork(tmp_path, 1, EQUAL_SIDES)
     fork.write(**parsed(changes))
     assert_refused(fork, words)
 
 
 TENSORS = r"""
-# beside good ones, and alone
+# with good ones, and alone
 model.layers.0.self_attn.q_proj.lora_B | [14, 14] | true | is no matrix of MoRA
 model.layers.0.self_attn.q_proj.lora_A | [3, 32] | true | is no matrix of MoRA
 model.layers.0.self_attn.q_proj.lora_C | [14, 14] | true | is no matrix of MoRA
@@ -170,20 +172,18 @@ model.layers.0.self_attn.q_proj.lora_A | [64, 64] | false | a matrix of side 64 
 """
 
 
-@pytest.mark.parametrize("name, shape, beside_good, words", rows(TENSORS))
-def test_what_is_more_than_matrices_is_refused(
-    tmp_path, name, shape, beside_good, words
-):
-    fork = Fork(tmp_path, 1, SQUARE)
+@pytest.mark.parametrize("name, shape, with_good, words", rows(TENSORS))
+def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, with_good, words):
+    fork = Fork(tmp_path, 1, EQUAL_SIDES)
     path = fork.path / "adapter_model.safetensors"
-    good = load_file(path) if parsed(beside_good) else {}
+    good = load_file(path) if parsed(with_good) else {}
     tensor = torch.zeros(parsed(shape))
     save_file({**good, f"base_model.model.{name}.weight": tensor}, path)
     assert_refused(fork, words)
 
 
 def test_an_adapter_without_matrices_and_a_file_that_is_cut_off_are_refused(tmp_path):
-    fork = Fork(tmp_path, 1, SQUARE)
+    fork = Fork(tmp_path, 1, EQUAL_SIDES)
     path = fork.path / "adapter_model.safetensors"
     save_file({}, path)
     assert_refused(fork, "holds no matrix")
@@ -192,6 +192,6 @@ def test_an_adapter_without_matrices_and_a_file_that_is_cut_off_are_refused(tmp_
 
 
 def test_other_commands_say_how_such_an_adapter_is_read(tmp_path):
-    fork = Fork(tmp_path, 1, SQUARE)
+    fork = Fork(tmp_path, 1, EQUAL_SIDES)
     with user_error("mora-ds convert mora reads"):
         load_adapter(fork.base, fork.path)

@@ -100,8 +100,8 @@ def uploading_job(folder, argv):
 
 
 def failing_job(is_offline, argv):
-    """What failed beside a run that the Hub refuses, or that has no network. For
-    `run_ranks`.
+    """What failed in a run that the Hub rejects, or that has no network; training goes on.
+    For `run_ranks`.
     """
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)

@@ -93,7 +93,7 @@ class Update:
         )
 
     def merge_onto_target(self, **settings):
-        """The export onto the model in "target", a folder beside it."""
+        """The export onto the model in "target", a folder next to it."""
         merged = self.folder / "merged"
         export_merged(self.checkpoint, merged, onto=self.folder / "target", **settings)
         return merged
@@ -324,7 +324,7 @@ def test_the_command_measures_what_it_would_write(pair, tmp_path, out):
         call("evaluate", target, "--onto", target, *flags)
 
 
-# -- refusals --------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def assert_refused(update, words, target=None, **settings):
@@ -370,10 +370,10 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
         r"2 tensor\(s\) .*lm_head.weight \(120, 32\), not \(128, 32\)",
         model("short", vocab_size=120),
     )
-    relabelled = model("relabelled", vocab_size=136)
-    config = read_json(relabelled / "config.json")
-    files.write_json_atomic(relabelled / "config.json", {**config, "vocab_size": 128})
-    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabelled)
+    relabeled = model("relabeled", vocab_size=136)
+    config = read_json(relabeled / "config.json")
+    files.write_json_atomic(relabeled / "config.json", {**config, "vocab_size": 128})
+    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabeled)
     files.write_json_atomic(
         pair.folder / "target/config.json", {**config, "quantization_config": {}}
     )

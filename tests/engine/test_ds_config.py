@@ -213,7 +213,7 @@ def test_large_gradients_keep_the_collectives_that_send_less():
     assert avoid_slices(config, [10**8] * 224, 64) == ""
 
 
-WHOLE_BUCKETS = """
+FULL_BUCKETS = """
 2 | bf16 | 255  | {} | no
 2 | bf16 | 256  | {} | yes
 2 | fp32 | 4096 | {} | yes
@@ -228,7 +228,7 @@ WHOLE_BUCKETS = """
 """
 
 
-@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(WHOLE_BUCKETS))
+@pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(FULL_BUCKETS))
 def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
     stage, dtype, ranks, written, chosen
 ):

@@ -122,15 +122,15 @@ def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(
             cuda.current, "copy", source, non_blocking
         )
     )
-    ticket = copies.start([(target, "a"), (target, "b")])
-    copies.wait(ticket)
+    event = copies.start([(target, "a"), (target, "b")])
+    copies.wait(event)
     copies.finish()
     assert cuda.calls == [
         ("copies", "waits for", "arithmetic"),
         ("copies", "copy", "a", True),
         ("copies", "copy", "b", True),
         ("record", "copies", "copies"),
-        ("arithmetic", "waits for", ticket),
+        ("arithmetic", "waits for", event),
         ("copies", "is waited for"),
     ]
 

@@ -224,7 +224,7 @@ def worst(tensors, expected, unit):
 
 def assert_follows(ranks, expected, tolerance):
     """A step moves a matrix by one learning rate: an update that is clipped itself, or
-    orthogonalised in parts, is off by more than that."""
+    orthogonalized in parts, is off by more than that."""
     for rank in ranks:
         assert rank["muon"] == [True, False]
         assert worst(rank["squares"], expected["squares"], RATE) < tolerance

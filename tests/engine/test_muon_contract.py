@@ -47,7 +47,7 @@ def test_heads_of_an_attention_are_not_taken_for_columns():
         per_head(torch.randn(8, 4), 4, 5, "standard")
 
 
-# -- behaviour, on two ranks -----------------------------------------------------------
+# -- behavior, on two ranks ------------------------------------------------------------
 
 
 class Small(nn.Module):

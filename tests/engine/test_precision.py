@@ -217,7 +217,7 @@ def sharded_run(case, folder):
         result["skipped"].append(getattr(engine.optimizer, "overflow", False))
         if step + 1 == MERGE_AFTER:
             result["probes"].append(probe(engine))
-            masters_before = masters(engine, other_parameters)
+            weights_before = masters(engine, other_parameters)
             merger.merge(step + 1)
             result["left"] = largest(masters(engine, squares))
             result["state"] = {
@@ -225,7 +225,7 @@ def sharded_run(case, folder):
                 for key, tensor in state_tensors(engine, 0)
             }
             result["others_kept"] = same(
-                masters_before, masters(engine, other_parameters)
+                weights_before, masters(engine, other_parameters)
             )
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))

@@ -78,9 +78,9 @@ def test_collectives_carry_only_mora_matrices(row):
         assert result["base_bytes"] == 0
 
 
-def padding_of_masters():
-    """Whether all elements of this process's masters are numbers, where memory holds none
-    before it is written to."""
+def padding_is_finite():
+    """Whether all elements of this process's fp32 master weights are finite, although
+    memory holds NaN before it is written to."""
     torch.use_deterministic_algorithms(True)
     try:
         engine, *_ = initialize(model=adapted_model(), config=ds_config(3, 2, 1))
@@ -90,7 +90,7 @@ def padding_of_masters():
 
 
 def test_what_fills_a_master_up_is_zero():
-    assert run_pooled(3, padding_of_masters) == [True] * 3
+    assert run_pooled(3, padding_is_finite) == [True] * 3
 
 
 def set_and_reset():

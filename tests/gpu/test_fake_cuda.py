@@ -1,5 +1,5 @@
-"""Every step that ships, on a CUDA device without numbers: nothing is misplaced, and the
-host waits for nothing.
+"""Every kind of step, on a CUDA device without numbers: nothing is misplaced, and the host
+waits for nothing.
 """
 
 import json

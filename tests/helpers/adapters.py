@@ -63,12 +63,12 @@ class Maker:
         domains=(),
         **reference,
     ):
-        """An adapter after `cycles` merges, with random squares drawn from the config's
-        seed; what is in it.
+        """An adapter after `cycles` merges, with random MoRA matrices drawn from the
+        config's seed; what is in it.
 
-        `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place
-        of the config's. `facts`: of adapter.json. `domains`: each has a copy of the
-        squares. `reference`: other facts for base.json.
+        `trained`: other trained tensors. `layers_of`: the layers of a cycle, in place of
+        the config's. `facts`: of adapter.json. `domains`: each has a copy of the MoRA
+        matrices. `reference`: other facts for base.json.
         """
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(config.seed)
@@ -112,8 +112,8 @@ class Maker:
 
 @torch.no_grad()
 def summed(original, updates, transposed, dtype):
-    """What `live_weight` must return, to the bit, by complete deltas: the original in fp32,
-    plus the delta of each update in turn, rounded to `dtype` once."""
+    """The merged weight to the bit, by complete deltas: the original in fp32, plus the
+    delta of each update in turn, rounded to `dtype` once."""
     total = (original.T if transposed else original).float()
     for spec, value in updates:
         total = total + spec.delta_weight(value.float())

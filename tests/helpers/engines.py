@@ -190,8 +190,8 @@ def merging_run(folder, config, stage, dtype, merges):
 
 
 def assert_replayed(ranks, folder):
-    """The live weights that each rank of `merging_run` holds are the originals with all
-    cycles of the ledger, to the bit.
+    """The merged weights of each rank of `merging_run` equal the base with all cycles of
+    the ledger, to the bit.
     """
     base = BaseCheckpoint.open(folder / "base")
     ledger = Ledger.open(folder / "out/ledger")

@@ -93,7 +93,7 @@ def fake_run(
         *merged, (spec, square) = updates[name]
         module = model.get_submodule(name)
         module.weight.data.copy_(summed(original, merged, entry.transposed, compute))
-        module.register_forward_hook(add_square(spec, square))
+        module.register_forward_hook(add_update(spec, square))
     for name, value in values.items():
         parameters[name].data.copy_(value)
         for twin in parameters:
@@ -135,7 +135,7 @@ def layers_of(model, cycle):
     return layers
 
 
-def add_square(spec, square):
+def add_update(spec, square):
     return lambda _, inputs, output: (
         output + mora_update(spec, square.to(output.dtype), inputs[0])
     )

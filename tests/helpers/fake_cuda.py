@@ -57,9 +57,7 @@ class Permits(Enum):
 
     NOTHING = "wait for nothing: a step"
     COPIES = "wait for copies to the device: a first step, which makes tables"
-    READS = (
-        "ask for numbers, and be told yes and zero: a merge, a checkpoint, an export"
-    )
+    READS = "ask for numbers, and get yes and zero: a merge, a checkpoint, an export"
 
 
 def build_shim(folder):

@@ -1,5 +1,5 @@
-"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), of
-everything that ships.
+"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), for
+every operator, grouping and recipe.
 
 LD_PRELOAD=SHIM python -m tests.helpers.fake_steps FILE NAME...      writes {name: what went wrong, or ""} as JSON
 """
@@ -166,7 +166,7 @@ def prepare(model, arguments, dense):
 
 
 def step(model, settings, first):
-    """Forward and backward of rows whose first document has so many tokens; every trained
+    """Forward and backward of rows whose first document has `first` tokens; every trained
     tensor gets a gradient.
     """
     positions = (

@@ -123,7 +123,7 @@ def _stop(_, __):
 
 
 SEEDS_OF_A_PROCESS = 100
-"""What a call leaves in memory is at most so many later ones' too."""
+"""Seeds per process: what a call leaves in memory reaches at most this many later calls."""
 
 
 def judged_in_processes(judge, subject, seeds, scratch, seeds_of_a_process, died):

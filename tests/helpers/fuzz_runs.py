@@ -264,9 +264,9 @@ def attempts(seed, user):
 
 
 def _resumed(settings, user, changed=""):
-    """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on
-    with from its first checkpoint: equal to the bit, or what has `changed` is refused or
-    told by its name."""
+    """(resumed, named, refused, diverged or fault; the output) of the run `whole`, resumed
+    from its first checkpoint: it is equal to the bit, or the setting `changed` is refused
+    or named."""
     shutil.rmtree("out", ignore_errors=True)
     shutil.copytree("whole", "out", symlinks=True)
     checkpoints = Path("out/checkpoints")
@@ -282,7 +282,7 @@ def _resumed(settings, user, changed=""):
             kind if changed in named_in(said, settings) else "fault"
         ), f"{changed}: {said}"
     if kind != "ok" or re.search(rf"changed since.*--{changed} .* -> ", said):
-        return ("told" if kind == "ok" else kind), said
+        return ("named" if kind == "ok" else kind), said
     try:
         assert_same_outcome(Path("out"), Path("whole"))
     except AssertionError as error:
@@ -304,7 +304,7 @@ def _judged(user, seeds, scratch):
 
 def fuzz(user, seeds, scratch):
     """Every attempt of the cases with these seeds: seed; ok, diverged, refused, resumed,
-    told or fault; what was said; the settings.
+    named or fault; what was said; the settings.
     """
     return judged_in_processes(
         _judged,

@@ -98,7 +98,7 @@ def trainer_in(
 
 
 def matrices(engine):
-    """The unsharded MoRA matrices and the live weights. Collective."""
+    """The unsharded MoRA matrices and the merged weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
     squares = {
         name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()

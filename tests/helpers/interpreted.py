@@ -185,10 +185,9 @@ def check_wide():
         check_rows(wide_outputs, KernelTables(wide_outputs, CPU), torch.float32)
 
 
-def check_pieces(spec):
-    """What programs read is what `traffic` counts: of a tensor in pieces, programs of other
-    pieces read other numbers; of a tensor that no two programs share, each reads its
-    own."""
+def check_reads(spec):
+    """Programs read what `traffic` counts: programs of different parts of a tensor read
+    different numbers; of a tensor that no two programs share, each reads its own."""
     builder = interpreter.interpreter_builder
     load = builder.create_masked_load
     addresses = {}
@@ -206,15 +205,17 @@ def check_pieces(spec):
         addresses.clear()
         with patch.object(builder, "create_masked_load", noted):
             launch()
-        pieces = traffic.pieces(launch)
+        parts_read = traffic.parts_read(launch)
         for argument, tensor in traffic.operands(launch).items():
             start = tensor.data_ptr()
             read = {}
             for program, loads in addresses.items():
-                piece = (
-                    int(pieces[argument][program]) if argument in pieces else program
+                part = (
+                    int(parts_read[argument][program])
+                    if argument in parts_read
+                    else program
                 )
-                read.setdefault(piece, set()).update(
+                read.setdefault(part, set()).update(
                     np.concatenate(loads, axis=None).tolist()
                 )
             inside = [
@@ -291,7 +292,7 @@ def main():
     with variant(VARIANTS["parts"]):  # the interpreter alone tells what is read
         for kind in (OperatorKind.ROTATE, OperatorKind.SHARE) if DEVICE == CPU else ():
             for d_in, d_out in ((80, 36), (36, 80)):
-                check_pieces(
+                check_reads(
                     OperatorSpec(kind, d_in, d_out, 18, Grouping.PERMUTED, seed=1)
                 )
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -144,7 +144,7 @@ def job(argv):
 
 
 def run(ranks, argv):
-    """A run on so many ranks of this machine; rank 0's summary."""
+    """A run on `ranks` ranks of this machine; rank 0's summary."""
     return run_ranks(ranks, job, argv)[0]
 
 
@@ -160,13 +160,13 @@ def finished_run(ranks, user, folders, *more):
 def printed(argv):
     """What a run prints, to stdout and stderr. For `run_ranks`."""
     with (
-        contextlib.redirect_stdout(io.StringIO()) as told,
-        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(io.StringIO()) as captured,
+        contextlib.redirect_stderr(captured),
     ):
         arguments = parse(argv)
         set_up_logging(arguments.training.log_level)
         pretrain(arguments)
-    return told.getvalue()
+    return captured.getvalue()
 
 
 def refused(argv, may_change=False):

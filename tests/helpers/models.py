@@ -27,7 +27,7 @@ NO_SDPA = ("gemma2", "gpt_oss")
 
 
 def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
-    """A randomly initialised causal LM; the same on every call with the same arguments."""
+    """A randomly initialized causal LM; the same on every call with the same arguments."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family, **{**{**FAMILIES, **MIXTURES}[family], **changes}

@@ -53,7 +53,7 @@ def adapt(base, spec, path=Compute.AUTO):
 
 
 def in_bits(layer, bits):
-    """The layer with its frozen weight in so many bits."""
+    """The layer with its frozen weight in `bits` bits."""
     layer.quantize(layer.weight, bits)
     return layer
 
@@ -68,9 +68,9 @@ def found_by(layer, spec):
 
 
 def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
-    """A layer over few bits, beside which the cycles `merged` act, finds what the layer
-    over the dense weight plus all their deltas does: by both paths, as on a CPU and on a
-    GPU, in a linear layer and in a Conv1D."""
+    """A layer over a quantized weight and the merged cycles `merged` computes what a layer
+    over the dense weight plus all their deltas computes: by both paths, as on a CPU and on
+    a GPU, in a linear layer and in a Conv1D."""
     for sums, path, conv in product(
         (True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)
     ):

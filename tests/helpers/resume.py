@@ -73,8 +73,8 @@ def assert_one_run(flags, folder, wide_job=job):
 
 
 def checkpoint_tensors(out):
-    """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint
-    has them.
+    """MoRA matrices, other trained tensors and every cycle of the ledger in the last
+    checkpoint.
     """
     latest = out / "checkpoints/latest"
     tensors = load_file(latest / "adapter.safetensors")

@@ -32,5 +32,5 @@ def parsed(cell):
 
 
 def heavy(*values):
-    """Values of a parametrised test that the heavy tests alone take."""
+    """Values of a parametrized test that only the heavy tests take."""
     return pytest.param(*values, marks=pytest.mark.heavy)

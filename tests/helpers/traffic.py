@@ -180,12 +180,12 @@ def operands(launch):
     }
 
 
-def pieces(launch):
-    """Name of a tensor that programs share -> which piece of it each of them reads, in the
-    order in which they start.
+def parts_read(launch):
+    """Name of a tensor that programs share -> the number of the part that each of them
+    reads, in the order in which they start.
 
-    Of tensors that are left out, programs read or write a part each. A piece 0 of every
-    program is the whole tensor.
+    Of tensors that are left out, programs read or write a part each. If the number is 0
+    for every program, each of them reads the complete tensor.
     """
     program = np.arange(math.prod(launch.grid))
     first = program % launch.grid[0]
@@ -219,7 +219,7 @@ def pieces(launch):
 
 def launch_bytes(launch):
     """Bytes from and to memory."""
-    shared = pieces(launch)
+    shared = parts_read(launch)
     tensors = operands(launch)
     streamed = sum(
         tensor.nbytes for name, tensor in tensors.items() if name not in shared
@@ -230,7 +230,7 @@ def launch_bytes(launch):
     )
     waves = int(wave[-1]) + 1
     touched = {
-        name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors
+        name: _by_wave(part, wave) for name, part in shared.items() if name in tensors
     }
     sizes = {
         name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched
@@ -244,18 +244,18 @@ def launch_bytes(launch):
     )
 
 
-def _by_wave(piece, wave):
-    """(piece, wave) of each piece that a wave reads, once, in order."""
+def _by_wave(part, wave):
+    """(part, wave) of each part that a wave reads, once, in order."""
     waves = int(wave[-1]) + 1
-    both = np.unique(piece * waves + wave)
+    both = np.unique(part * waves + wave)
     return both // waves, both % waves
 
 
-def _reads(piece, wave, passed):
-    """How often a piece comes from memory. `passed`: bytes up to the end of each wave."""
-    again = piece[1:] == piece[:-1]
+def _reads(part, wave, passed):
+    """How often a part comes from memory. `passed`: bytes up to the end of each wave."""
+    again = part[1:] == part[:-1]
     in_l2 = passed[wave[1:]] - passed[wave[:-1]] <= L2
-    return len(piece) - int((again & in_l2).sum())
+    return len(part) - int((again & in_l2).sum())
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Code:
     shared: int
 
     def loads(self, bits):
-        """Loads from global memory of so many bits a thread, to registers or, of 128 bits,
+        """Loads of `bits` bits per thread from global memory, to registers or, for 128 bits,
         to shared memory.
         """
         sizes = {
@@ -68,7 +68,7 @@ class Code:
 
 def compile_launch(launch, capability):
     """Compiles what `launch` would start on a GPU of compute capability 80 or 90, by the
-    code that would start it, with its checks of arguments and its specialisations. `launch`
+    code that would start it, with its checks of arguments and its specializations. `launch`
     may be made of meta tensors."""
     # `reset_active` would look for a GPU
     with patch.object(driver, "_active", _Device(capability)):

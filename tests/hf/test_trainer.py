@@ -62,10 +62,12 @@ def interrupted_and_not(root):
             rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"
         ):
             without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
-    told = hf.trainer_in(Path(root), "out", merges=0, max_steps=7, save_strategy="no")
-    told.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
+    without_merges = hf.trainer_in(
+        Path(root), "out", merges=0, max_steps=7, save_strategy="no"
+    )
+    without_merges.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
     return {
-        "told": told.run.state.merges,
+        "without_merges": without_merges.run.state.merges,
         "evaluated": before,
         "seed": whole.run.identity["seed"],
         "expected": expected,
@@ -90,7 +92,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     for rank in both:
         assert rank["history"][0] == rank["history"][1]
         assert rank["base_bytes"] == 0
-        assert rank["told"] == [3], "MoRACallback(0) ends the merges, that of step 6"
+        assert rank["without_merges"] == [3], (
+            "MoRACallback(0) ends the merges, that of step 6"
+        )
         assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
         assert rank["seed"] == 3
         assert_same_tensors(rank["resumed"], rank["expected"])

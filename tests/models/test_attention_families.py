@@ -95,9 +95,7 @@ def test_attention_that_must_stay_dense_has_a_reason(kind, settings, reason):
 
 
 def test_document_attention_is_used_where_the_model_supports_it():
-    """FlashAttention stays, and is told nothing of documents by who has not asked for
-    them.
-    """
+    """FlashAttention stays, and without the option it gets no documents."""
     batch = batch_of(4)
     assert "documents" not in model_inputs(tiny_model(), batch)
     model = prefer_documents(tiny_model())
@@ -158,17 +156,17 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
 # -- FlashAttention --------------------------------------------------------------------
 
 
-def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **told):
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     """A stand-in for `flash_attn_varlen_func`: (N, H, D), documents by their bounds."""
-    assert told["causal"]
+    assert options["causal"]
     assert cu_seqlens_q is cu_seqlens_k
     assert cu_seqlens_q.dtype is torch.int32
     lengths = cu_seqlens_q.diff()
     assert int(cu_seqlens_q[-1]) == len(q)
-    assert told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
-    window = told["window_size"][0] + 1 if "window_size" in told else None
+    assert options["max_seqlen_q"] == options["max_seqlen_k"] == int(lengths.max())
+    window = options["window_size"][0] + 1 if "window_size" in options else None
     return _by_documents(
-        q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"])
+        q, k, v, tuple(lengths.tolist()), window, Scores(options["softmax_scale"])
     )
 
 
@@ -179,7 +177,7 @@ def unused(*args, **kwargs):
 @pytest.mark.parametrize("rows", LAYOUTS)
 def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     """transformers' own code around a stand-in for the kernel: it takes rows for packed
-    ones at one row only, but flattens any number of them where it is told the bounds."""
+    ones at one row only, but flattens any number of them if it gets the bounds."""
     supports = {
         name: name in ("dropout_p", "window_size", "max_seqlen_q", "max_seqlen_k")
         for name in (

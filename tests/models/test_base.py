@@ -1,4 +1,4 @@
-"""Original weights on disk: opening, mapping, fingerprints, checksums."""
+"""Base weights on disk: opening, mapping, fingerprints, checksums."""
 
 import errno
 import json

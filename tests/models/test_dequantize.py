@@ -218,4 +218,4 @@ def test_gguf_is_named(tmp_path):
         with user_error("GGUF is not read: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
-    assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"
+    assert _local_folder(str(tmp_path)) == tmp_path, "a model next to it"

@@ -54,10 +54,10 @@ def test_document_attention_equals_dense_attention(layout, window, kind, monkeyp
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
         *inputs, sinks = parts(len(positions), LENGTH, shared, value_size)
         scores = of_kind(kind, sinks)
-        told = {"scaling": 0.3, "sliding_window": window, "position_ids": positions}
+        options = {"scaling": 0.3, "sliding_window": window, "position_ids": positions}
         trained = [*inputs, sinks] if kind == "sinks" else inputs
         for documents in (Documents.of(positions), None):
-            out = attend(*inputs, documents=documents, **scores, **told)
+            out = attend(*inputs, documents=documents, **scores, **options)
             expected = reference(*inputs, positions, 0.3, window, *scores.values())
             assert_same_attention(out, expected, trained)
 
@@ -67,8 +67,8 @@ def test_block_windows_equal_dense_attention():
     positions = torch.cat([torch.arange(500), torch.arange(140)])[None]
     *inputs, sinks = parts(1, 640, 2)
     for window, used_sinks in product((30, 200), (None, sinks)):
-        told = {"sliding_window": window, "s_aux": used_sinks}
-        out = attend(*inputs, position_ids=positions, **told)
+        options = {"sliding_window": window, "s_aux": used_sinks}
+        out = attend(*inputs, position_ids=positions, **options)
         expected = reference(*inputs, positions, SIZE**-0.5, window, None, used_sinks)
         assert_same_attention(out, expected, inputs)
 
@@ -133,9 +133,9 @@ def test_dropout_is_applied(window, kind, masked):
     """
     *inputs, sinks = parts(2, LENGTH, 2)
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
-    told = {"dropout": 0.999, "sliding_window": window, **of_kind(kind, sinks)}
+    options = {"dropout": 0.999, "sliding_window": window, **of_kind(kind, sinks)}
     torch.manual_seed(0)
-    out = attend(*inputs, mask, layer_of(2), **told)
+    out = attend(*inputs, mask, layer_of(2), **options)
     assert (out == 0).double().mean() > 0.8
 
 
@@ -183,14 +183,14 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
     make = module_under_test._mask
     assert make(4, 4, batch_size=1) is None
     hidden = torch.tensor([[False, True, True, True]])
-    told = {
+    options = {
         "use_vmap": True,
         "allow_is_causal_skip": False,
         "mask_function": lambda batch, head, query, key: key > 0,
     }
     for mask in (
         make(4, 4, batch_size=1, attention_mask=hidden),
-        make(4, 4, batch_size=1, **told),
+        make(4, 4, batch_size=1, **options),
     ):
         assert not mask[..., 0].any()
     cached = make(2, 4, batch_size=1, q_offset=2)
@@ -266,9 +266,9 @@ def test_no_tensor_has_t_times_t_numbers(lengths, kind, device):
         torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes
     )
     window = 128 if kind == "window" else None
-    told = {"documents": documents, "sliding_window": window, **of_kind(kind, sinks)}
+    options = {"documents": documents, "sliding_window": window, **of_kind(kind, sinks)}
     with Largest() as largest:
-        attend(query, key, value, **told).sum().backward()
+        attend(query, key, value, **options).sum().backward()
     assert query.grad.shape == query.shape
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 

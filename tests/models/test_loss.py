@@ -292,7 +292,7 @@ def zero3_gradients(family):
 
     first, gradient = full_gradients()
     engine.optimizer.zero_grad()
-    # Once more, after gathering has learnt the order of the modules
+    # Once more, after gathering has recorded the order of the modules
     assert_close(full_gradients()[1], gradient, rtol=0, atol=1e-5)
     engine.step()
     with torch.no_grad():
@@ -334,7 +334,7 @@ KEPT = "--max_steps 6 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
 
 def whole(argv, step=None):
-    """A run with whole logits, stopped after `step` where one is given. For `run_ranks`."""
+    """A run without chunks, stopped after `step` if one is given. For `run_ranks`."""
     pretrain.is_frozen = lambda head: False  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)
 
@@ -367,9 +367,9 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
 def test_a_model_that_changes_its_logits_is_trained_without_chunks(user, tmp_path):
     out = tmp_path / "out"
     chunked = user.flags(tmp_path / "other", "--chunked_loss")
-    told, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
+    text, (_, message) = run_alone(with_changed_logits, user.flags(out), chunked)
     reason = "this model does more to its logits"
-    assert f"loss: from the logits of complete batches, because {reason}" in told
+    assert f"loss: from the logits of complete batches, because {reason}" in text
     assert f"--chunked_loss: {reason}" in message
     assert not chunks_in(out)
 

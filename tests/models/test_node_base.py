@@ -162,7 +162,7 @@ def test_nodes_of_one_and_of_two_processes(tmp_path):
 
 
 def faults():
-    """What goes wrong on one process only is told to all."""
+    """An error of one process is raised on all."""
     model = model_with_mora()
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
@@ -170,10 +170,10 @@ def faults():
 
     def work(name, item):
         if is_odd:
-            raise RunError(f"no room for {name}")
+            raise RunError(f"no memory for {name}")
 
     items = [(name, None) for name in node.layers(model)]
-    with run_error("rank 1: no room for"):
+    with run_error("rank 1: no memory for"):
         node.form(model, items, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
@@ -215,7 +215,7 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
-    """Such as a head that is adapted on a GPU, beside a base in host memory."""
+    """Such as a head that is adapted on a GPU, with the base in host memory."""
     model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
     slots = {

@@ -96,12 +96,12 @@ def test_a_family_that_ignores_rope_scaling_is_named(
         call("plan", "--gpus 8 --model", model, "--rope_scaling", YARN)
 
 
-@pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
-def test_a_changed_config_keeps_nothing_of_the_scaling_before(form, tmp_path):
+@pytest.mark.parametrize("version", ["of transformers 5", "of transformers 4"])
+def test_a_changed_config_keeps_nothing_of_the_scaling_before(version, tmp_path):
     """Both names are written: transformers 5 and 4 read the same."""
     model, changes = asked("llama", tmp_path, YARN)
     content = read_json(tmp_path / "config.json")
-    if form == "of transformers 4":
+    if version == "of transformers 4":
         del content["rope_parameters"]
         content.update(
             rope_theta=5.0, rope_scaling={"rope_type": "linear", "factor": 3.0}

@@ -130,7 +130,7 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
 
 
 def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, out):
-    """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
+    """The cache keeps the files of snapshots/REVISION in blobs/, next to snapshots/."""
     hub = tmp_path / "hub"
     (hub / "snapshots").mkdir(parents=True)
     base = base_folder(hub / "snapshots/1a2b", {"model_type": "llama"})

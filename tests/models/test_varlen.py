@@ -44,16 +44,16 @@ def as_varlen(q, k, v, bounds, left, scale):
     ), values
 
 
-def forward_stand_in(q, k, v, *lengths, return_debug_mask, **told):
+def forward_stand_in(q, k, v, *lengths, return_debug_mask, **options):
     assert return_debug_mask is False
-    scores, values = as_varlen(q, k, v, *told_of(q, k, v, lengths, told))
+    scores, values = as_varlen(q, k, v, *options_of(q, k, v, lengths, options))
     out = (scores.softmax(-1) @ values).transpose(0, 1)
     nothing = torch.empty(0)
     # No state of dropout, as there is none
     return out, scores.logsumexp(-1), None, None, nothing
 
 
-def told_of(q, k, v, lengths, told):
+def options_of(q, k, v, lengths, options):
     """The documents' bounds, the keys that a query sees and the scale, all as torch's flash
     attention wants them.
     """
@@ -63,9 +63,9 @@ def told_of(q, k, v, lengths, told):
     assert len(q) == int(begins[-1])
     assert q.shape[2] == k.shape[2] == v.shape[2]
     assert q.shape[2] % 8 == 0
-    left = told.pop("window_size_left")
-    scale = told.pop("scale")
-    assert told == {"window_size_right": 0}
+    left = options.pop("window_size_left")
+    scale = options.pop("scale")
+    assert options == {"window_size_right": 0}
     assert dropout == 0
     assert is_causal is (left < 0)
     return begins, left, scale
@@ -80,8 +80,8 @@ def test_varlen_is_called_for_dense_attention(layout, window, monkeypatch):
     for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
         inputs = parts(len(positions), LENGTH, shared, value_size)[:3]
         documents = Documents.of(positions)
-        told = {"sliding_window": window, "documents": documents}
-        output, _ = document_attention(torch.nn.Module(), *inputs, None, **told)
+        options = {"sliding_window": window, "documents": documents}
+        output, _ = document_attention(torch.nn.Module(), *inputs, None, **options)
         assert documents.windows == {window}
         expected = reference(*inputs, positions, SIZE**-0.5, window, None, None)
         assert_same_attention(output, expected, inputs)

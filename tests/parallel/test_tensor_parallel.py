@@ -92,7 +92,7 @@ decouple: {operator: decouple}
 truncate: {operator: truncate}
 share, alternate: {operator: share, grouping: alternate}
 """)
-FORMS = yaml.safe_load("""
+VARIANTS = yaml.safe_load("""
 others trained: {train_norms: true, train_embeddings: true}
 over the weight: {compute: weight, checkpointing: true}
 documents: {documents: true, checkpointing: true}
@@ -111,7 +111,7 @@ EVERY_TWO = pairwise_cases(
         "family": FAMILIES,
         "ranks": RANKS,
         "operator": list(OPERATORS),
-        "form": list(FORMS),
+        "variant": list(VARIANTS),
         "kv_heads": [None, 4],
     },
     has_heads,
@@ -120,7 +120,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("ranks", RANKS)
-def test_every_two_of_family_operator_and_form(ranks):
+def test_pairs_of_family_operator_and_variant(ranks):
     cases = [
         {
             "family": case["family"],
@@ -128,7 +128,7 @@ def test_every_two_of_family_operator_and_form(ranks):
             if case["kv_heads"]
             else {},
             **OPERATORS[case["operator"]],
-            **FORMS[case["form"]],
+            **VARIANTS[case["variant"]],
         }
         for case in EVERY_TWO
         if case["ranks"] == ranks

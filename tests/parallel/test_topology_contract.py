@@ -1,4 +1,4 @@
-"""What `topology` gathers, sums and names, beside the groups of DeepSpeed that it reads."""
+"""What `topology` gathers, sums and names, against the groups of DeepSpeed that it reads."""
 
 import torch
 import torch.distributed as dist

@@ -72,21 +72,21 @@ def handed_to_flash_attention():
     expected = model(**batch, use_cache=False).logits
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def kernel(module, query, key, value, mask, **told):
+    def kernel(module, query, key, value, mask, **options):
         assert mask is None
         assert query.shape[1:3] == (2, LENGTH)
         assert key.shape[1:3] == (1, LENGTH)
         index = torch.arange(LENGTH)
         document = (
-            told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1
+            options["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1
         ).cumsum(1)
         distance = index[:, None] - index
         seen = (
             (distance >= 0)
-            & (distance < told["sliding_window"])
+            & (distance < options["sliding_window"])
             & (document == document.T)
         )
-        return sdpa(module, query, key, value, seen[None, None], **told)
+        return sdpa(module, query, key, value, seen[None, None], **options)
 
     ALL_ATTENTION_FUNCTIONS.register("flash_attention_2", kernel)
     model.config._attn_implementation = "flash_attention_2"
@@ -131,14 +131,14 @@ def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
 def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch):
     sequence = part_of(rank)
     module = nn.Module()
-    told = []
+    received = []
     module.num_key_value_groups = 2
 
     def split_attention(module, query, key, value, mask, **kwargs):
         module.num_key_value_groups = (
             1  # as Ulysses does where it repeats key-value heads
         )
-        told.append(kwargs["s_aux"])
+        received.append(kwargs["s_aux"])
         if kwargs.get("fails"):
             raise ValueError
         return query.transpose(1, 2).flatten(2), None
@@ -147,16 +147,16 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch
     query = torch.randn(2, 4, 3, 8)
     key = torch.randn(2, 2, 3, 8)
     sinks = torch.arange(4.0)
-    told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
+    layer_options = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
     split_attention.attn = None
 
     def attend(**more):
-        arguments = {**told_layer, **more}
+        arguments = {**layer_options, **more}
         return sequence.attend(lambda: None, module, query, key, key, **arguments)
 
     out, _ = attend()
     assert torch.equal(out, query.transpose(1, 2))
-    assert torch.equal(told[0], sinks.view(PARTS, 2)[rank])
+    assert torch.equal(received[0], sinks.view(PARTS, 2)[rank])
     assert module.num_key_value_groups == 2
     assert not sequence.saw_window
     with pytest.raises(ValueError):

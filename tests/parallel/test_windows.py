@@ -52,14 +52,14 @@ def test_windows_make_up_the_operator(spec):
         formed = effective_weight(spec, square, weight)
         for windows in (colwise, rowwise):
             results = [computed(window, weight, square, x, g) for window in windows]
-            outputs, gradients, of_square, of_square_by_weight, weights = zip(
+            outputs, gradients, of_m, of_m_by_weight, weights = zip(
                 *results, strict=True
             )
             is_colwise = windows is colwise
             assert_close(joined(outputs, is_colwise), y)
             assert_close(joined(gradients, not is_colwise), g_x)
-            assert_close(sum(of_square), g_square)
-            assert_close(sum(of_square_by_weight), g_square)
+            assert_close(sum(of_m), g_square)
+            assert_close(sum(of_m_by_weight), g_square)
             assert torch.equal(torch.cat(weights, dim=0 if is_colwise else 1), formed)
 
 

@@ -195,15 +195,17 @@ def measured(case):
     engine, optimizer, *_ = initialize(
         model=model, config=case.deepspeed(), base_on_host=case.base_on_host
     )
-    ring = ring_of(model)
+    prefetcher = ring_of(model)
     copied = 0
-    slots, on_host = (ring.slots, names_on_host(model)) if ring else ([], set())
+    slots, on_host = (
+        (prefetcher.slots, names_on_host(model)) if prefetcher else ([], set())
+    )
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting():
         # ZeRO-3 knows the order of modules from the third micro-batch on
         for _ in range(3):
             counter.reset()
-            copied = ring.copied if ring else 0
+            copied = prefetcher.copied if prefetcher else 0
             for _ in range(case.accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
@@ -221,7 +223,7 @@ def measured(case):
         "reduced": counter.bytes["reduce_scatter_tensor"],
         "base_sent": counter.base_bytes,
         "base": sum({id(tensor): tensor.nbytes for tensor in on_device}.values()),
-        "copied": ring.copied - copied if ring else 0,
+        "copied": prefetcher.copied - copied if prefetcher else 0,
         "squares": optimizer.lp_param_buffer.nbytes,
         "masters": sum(masters.values()),
         "moments": sum(tensor.nbytes for tensor in moments),

@@ -1,5 +1,5 @@
-"""The ledger: what it holds, what it refuses, what a kill leaves, and the one function that
-forms live weights.
+"""The ledger: what it holds, which files it refuses, what a kill leaves, and the one
+function that computes merged weights.
 """
 
 import hashlib
@@ -262,7 +262,7 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatc
     assert Ledger.open(another.folder, BASE).cycles == 0
 
 
-# -- live weights ----------------------------------------------------------------------
+# -- merged weights --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transposed", [False, True])

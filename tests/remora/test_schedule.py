@@ -69,7 +69,7 @@ def test_rewarmup_after_a_merge_is_linear():
 
 MERGES = """
 {} | [25, 50, 75]
-# the last one that leaves a step at the full rate
+# the last one that leaves a step at the full learning rate
 {total_steps: 80} | [25, 50, 75]
 {total_steps: 79} | [25, 50]
 # none within the first warm-up
@@ -87,7 +87,7 @@ def test_merges_keep_off_the_first_warmup_and_the_end(changes, merges):
     planned = parsed(merges)
     assert merge_steps(schedule) == schedule.merges_left(0) == planned
     assert schedule.merges_left(50) == [step for step in planned if step > 50]
-    # Without a merge there is no ramp
+    # Without a merge there is no re-warmup
     for step in range(schedule.total_steps):
         assert schedule.learning_rate(step) == schedule.curve(step)
 

@@ -291,7 +291,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         )
         for cycles, name in enumerate(("a", "b"))
     }
-    # Of a run with --tokenizer_name: fewer pieces
+    # A run with --tokenizer_name has fewer tokens
     own_tokenizer = tmp_path / "bank/b/tokenizer"
     trained = train_sentencepiece(user.texts(), 360, tmp_path)
     load_tokenizer(trained).save_pretrained(own_tokenizer)

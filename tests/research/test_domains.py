@@ -1,4 +1,4 @@
-"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete
+"""A MoRA matrix for each domain: sums over rows, merges, errors, sharded ranks, complete
 runs.
 """
 

@@ -22,11 +22,11 @@ class Left(BaseException):
 def pauses(monkeypatch, unchanged_logger):
     """How long each error was held back."""
 
-    def leave(code):
+    def abort(code):
         raise Left(code)
 
     waits = []
-    monkeypatch.setattr(cli, "leave", leave)
+    monkeypatch.setattr(cli, "leave", abort)
     monkeypatch.setattr(cli.time, "sleep", waits.append)
     monkeypatch.setattr(
         sys, "__stderr__", None
@@ -55,7 +55,7 @@ SystemExit | null | 0 | nothing
 SystemExit | 3 | 3 | nothing
 SystemExit | words | 1 | nothing
 Stopped | stopped at step 3 | 75 | stopped at step 3
-UserError | mend --seed | 2 | error: mend --seed
+UserError | fix --seed | 2 | error: fix --seed
 RunError | NaN loss | 1 | error: NaN loss
 RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer\nstack" | 1 | lost contact
 RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:488] Application timeout caused pair closure" | 1 | lost contact
@@ -74,18 +74,18 @@ KeyError | name | 1 | Traceback
 """What a program ends with, its message, the code, and what is printed."""
 
 
-@pytest.mark.parametrize("kind, message, code, told", rows(ENDS))
+@pytest.mark.parametrize("kind, message, code, expected", rows(ENDS))
 def test_the_code_and_the_message_of_each_end(
-    capsys, pauses, kind, message, code, told
+    capsys, pauses, kind, message, code, expected
 ):
     assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
-    assert told in text if text else told == "nothing"
-    assert ("Traceback" in text) == (told == "Traceback"), (
+    assert expected in text if text else expected == "nothing"
+    assert ("Traceback" in text) == (expected == "Traceback"), (
         "what is expected has no traceback"
     )
     assert "stack" not in text
-    assert bool(pauses) == ("lost contact" in told), (
+    assert bool(pauses) == ("lost contact" in expected), (
         "the launcher is to see the other's code"
     )
 
@@ -98,7 +98,7 @@ def test_other_ranks_delay_their_message_and_name_their_rank(
     assert code_of(UserError("mine")) == 2
     assert code_of(shared(UserError("of all"))) == 2
     assert pauses == [cli._WAIT_FOR_RANK_0_S, cli._WAIT_FOR_FAILED_RANK_S]
-    assert code_of(Stopped("told by rank 0")) == 75
+    assert code_of(Stopped("requested by rank 0")) == 75
     assert capsys.readouterr().err == "[rank 1] error: mine\n[rank 1] error: of all\n"
 
 
@@ -130,9 +130,9 @@ def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
     words = ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="]
     monkeypatch.setattr(sys, "argv", words)
     assert code_of(AssertionError("the program ran")) == 2
-    told = capsys.readouterr().err
-    assert "--output must not be empty" in told
-    assert "--device must not be empty" in told
+    stderr = capsys.readouterr().err
+    assert "--output must not be empty" in stderr
+    assert "--device must not be empty" in stderr
 
 
 def test_a_name_that_is_not_read_as_utf_8_is_refused(capsys, pauses, monkeypatch):

@@ -54,12 +54,12 @@ def counted():
 
 
 def test_ranks_are_connected_where_they_talk_and_not_before():
-    """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7
-    connections more as soon as the group is made."""
+    """If gloo did not wait (`exchange.new_group`), each of 8 ranks would have 7 more
+    connections as soon as the group is made."""
     for before, with_group, after in run_ranks(8, counted):
         assert with_group - before <= 3, "the group's own listening sockets"
         assert after - with_group <= 6, (
-            "neighbours in the tree and in the ring, of 7 other ranks"
+            "neighbors in the tree and in the ring, of 7 other ranks"
         )
 
 

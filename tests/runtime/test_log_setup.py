@@ -40,9 +40,9 @@ def test_rank_and_level_decide(
         set_up_logging(level)
     for name in ("debug", "info", "warning"):
         log.log(getattr(logging, name.upper()), "%s", name)
-    told = capsys.readouterr()
-    assert told.out.split() == out.replace("-", "").split()
-    assert told.err.splitlines() == [line for line in (err,) if line != "-"]
+    printed = capsys.readouterr()
+    assert printed.out.split() == out.replace("-", "").split()
+    assert printed.err.splitlines() == [line for line in (err,) if line != "-"]
 
 
 class _Full(io.StringIO):

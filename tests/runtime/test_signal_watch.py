@@ -13,10 +13,10 @@ class Left(BaseException):
 
 
 def test_a_rank_with_nothing_to_save_is_given_some_seconds(monkeypatch):
-    def leave(code):
+    def exit_process(code):
         raise Left(code)
 
-    monkeypatch.setattr(signals.os, "_exit", leave)
+    monkeypatch.setattr(signals.os, "_exit", exit_process)
     monkeypatch.setattr(signals, "_replace_broken_pipes", lambda: None)
     watch = object.__new__(signals._Watch)
     asked_now = {"requested_at": time.monotonic(), "ignores": False, "_launcher": None}

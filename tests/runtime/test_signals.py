@@ -51,7 +51,7 @@ def whole(user, tmp_path_factory):
 # -- agreement, on forked ranks --------------------------------------------------------
 
 
-def signalled_job(argv, number, rank, method, step):
+def signaled_job(argv, number, rank, method, step):
     """A run in which `rank` receives the signal when it enters `method` of the trainer at
     `step`; the message of `Stopped`."""
     signals.install()
@@ -93,9 +93,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
 ):
     argv = user.flags(out, MERGING)
     hit = (signal.Signals[name], int(rank), method, int(step))
-    told = run_ranks(2, signalled_job, argv, *hit)
-    assert told[0] == told[1]
-    assert f"stopped at step {saved}" in told[0]
+    output = run_ranks(2, signaled_job, argv, *hit)
+    assert output[0] == output[1]
+    assert f"stopped at step {saved}" in output[0]
     state = TrainerState.read(out / "checkpoints/latest")
     assert (state.step, state.finished) == (int(saved), False)
     run(2, user.flags(out, MERGING, AUTO))
@@ -104,8 +104,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, out):
     flags = user.flags(out, MERGING, AUTO)
-    told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
-    assert "before the first step" in told[0]
+    output = run_ranks(2, signaled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
+    assert "before the first step" in output[0]
     assert not (out / "checkpoints").exists()
     run(2, flags)
     assert_same_run(out, whole)
@@ -173,10 +173,10 @@ def ready(process):
 def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number):
     process = ready(script("starting"))
     process.send_signal(number)
-    _, told = process.communicate(timeout=5)
+    _, output = process.communicate(timeout=5)
     assert process.returncode == EXIT_STOPPED
-    assert number.name in told
-    assert "nothing to save" in told
+    assert number.name in output
+    assert "nothing to save" in output
 
 
 def test_sigint_again_ends_a_process_whatever_it_does():
@@ -187,9 +187,9 @@ def test_sigint_again_ends_a_process_whatever_it_does():
     time.sleep(signals._SAME_CTRL_C_S)
     assert process.poll() is None, "one Ctrl-C is one, however often it arrives"
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=5)
+    _, output = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert "at once" in told
+    assert "at once" in output
 
 
 def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
@@ -200,8 +200,8 @@ def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
 
 
 def test_the_end_of_a_pool_is_no_request_to_stop():
-    out, told = script("pooled").communicate(timeout=20)
-    assert out == "requested False\n", told
+    out, errors = script("pooled").communicate(timeout=20)
+    assert out == "requested False\n", errors
 
 
 # -- whole jobs under the launcher -----------------------------------------------------
@@ -358,10 +358,10 @@ def test_an_exception_on_one_rank_is_printed_once_by_that_rank(start, tmp_path):
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script)
     assert process.wait(timeout=60) == 1
-    told = log.read_text()
-    assert told.count("Traceback") == 1
-    assert "[rank 1] Traceback" in told
-    assert told.count("ZeroDivisionError: on one rank only") == 1
+    output = log.read_text()
+    assert output.count("Traceback") == 1
+    assert "[rank 1] Traceback" in output
+    assert output.count("ZeroDivisionError: on one rank only") == 1
 
 
 def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):

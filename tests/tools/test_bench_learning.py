@@ -1,4 +1,4 @@
-"""tools/bench/learning.py: what it refuses, which rate it calls the best, and that a
+"""tools/bench/learning.py: wrong flags, the choice of the best learning rate, and that a
 finished run is not repeated.
 """
 

@@ -39,7 +39,7 @@ def test_the_small_base_learns_what_digits_are_and_is_made_once(
     assert bench._small_base(tmp_path) == folder
 
 
-def learned_by_heart(folder, user, *flags):
+def memorized(folder, user, *flags):
     """Results of two pairs on the tiny model, and what was printed."""
     toy = "--pairs 2 --batch 4 --micro_batch 2 --steps 80 --rank 4"
     files = ("--work", folder, "--base", user.model, "--json", folder / "all.json")
@@ -56,7 +56,7 @@ def learned_by_heart(folder, user, *flags):
 @pytest.mark.heavy
 def test_two_pairs_are_memorized(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
-    results, told = learned_by_heart(tmp_path, user, "--seeds 1 --rates 1e-2")
+    results, output = memorized(tmp_path, user, "--seeds 1 --rates 1e-2")
     named = {result["method"]: result for result in results}
     assert set(named) == {"full", "lora", "mora", "remora"}
     assert len(results) == 4
@@ -64,4 +64,4 @@ def test_two_pairs_are_memorized(tmp_path, user):
     assert trained["mora"] == trained["remora"] <= trained["lora"] < trained["full"]
     assert named["full"]["accuracy"][-1] >= 0.9
     assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
-    assert "with 90% of each seed" in told
+    assert "with 90% of each seed" in output

@@ -116,7 +116,7 @@ def test_a_relative_model_folder_that_one_node_does_not_have(
 
 
 def refused_on_its_node(argv):
-    """Every rank is the first one of a node, which tokenises for itself."""
+    """Every rank is the first one of a node, which tokenizes for itself."""
     os.environ["LOCAL_RANK"] = "0"
     return refused(argv[dist.get_rank()])
 

@@ -42,16 +42,16 @@ def deep(user, out, *more):
 
 def counted(argv):
     """A run's summary, and the bytes that it copied to the buffers."""
-    rings = []
+    prefetchers = []
     original = BaseRing.__init__
 
-    def noted(ring, *args):
-        original(ring, *args)
-        rings.append(ring)
+    def noted(prefetcher, *args):
+        original(prefetcher, *args)
+        prefetchers.append(prefetcher)
 
     with patch.object(BaseRing, "__init__", noted):
         summary = pretrain(parse(argv))
-    return summary, sum(ring.copied for ring in rings)
+    return summary, sum(prefetcher.copied for prefetcher in prefetchers)
 
 
 def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):

@@ -1,5 +1,5 @@
-"""What fails beside training: the run goes on to its end and its last checkpoint, and says
-so by an exit code.
+"""Failures outside of training: the run goes on to its end and its last checkpoint, and the
+exit code says so.
 """
 
 import builtins
@@ -208,8 +208,8 @@ def ends_of_runs(failures):
 
 
 def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_path):
-    """An evaluation fails beside the run. What the run cannot do without ends it,
-    --save_steps after a checkpoint at most."""
+    """A failed evaluation does not end the run. A failure that ends it comes at most
+    --save_steps after a checkpoint."""
     more = "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none"
     failures = []
     table = rows_of(FAILURES)

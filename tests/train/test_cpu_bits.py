@@ -1,5 +1,5 @@
-"""The same command gives the same bits: beside other work too, and a merge ledger on every
-kind of CPU.
+"""The same command gives the same bits: under load too, and a merge ledger on every kind of
+CPU.
 """
 
 import os
@@ -17,7 +17,7 @@ INSTRUCTIONS = {
     "AVX2": ("default", "avx2"),
     "AVX512": ("default", "avx2", "avx512"),
 }
-"""What torch can be told to use, by what this CPU has."""
+"""Instructions of this CPU -> the settings of ATEN_CPU_CAPABILITY that it supports."""
 
 REPLAY = """
 import hashlib, sys

@@ -1,5 +1,5 @@
-"""--decay_from: a branch that decays from a checkpoint is the run that was told so from the
-beginning.
+"""--decay_from: a branch that decays from a checkpoint equals a run that has this decay from
+its start.
 """
 
 import shutil
@@ -103,24 +103,25 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 
 
 def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):
-    def told(checkpoint, *more):
+    def message_of(checkpoint, *more):
         steps = ("--max_steps", DECAY, "--decay_from", checkpoint)
         return refusal(user.flags(tmp_path / "a", STABLE, *steps, *more))
 
     checkpoints = parent / "checkpoints"
     stable = checkpoints / "step-000004"
     with untouched(parent):
-        assert "its learning rate is not at the peak" in told(
+        assert "its learning rate is not at the peak" in message_of(
             checkpoints / "step-000010"
         )
-        assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(
-            parent
+        assert (
+            "must be a checkpoint, such as RUN/checkpoints/step-000500"
+            in message_of(parent)
         )
-        message = told(stable, "--output_dir", parent, "--overwrite_output_dir")
+        message = message_of(stable, "--output_dir", parent, "--overwrite_output_dir")
         assert "lies in --output_dir: give the branch a folder of its own" in message
-        assert "no checkpoint at" in told(checkpoints / "step-000005")
+        assert "no checkpoint at" in message_of(checkpoints / "step-000005")
     out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
-    message = told(stable, "--output_dir", out, "--resume_from_checkpoint auto")
+    message = message_of(stable, "--output_dir", out, "--resume_from_checkpoint auto")
     assert "step of --decay_from: None there, 4 here" in message
 
 

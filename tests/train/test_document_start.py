@@ -77,7 +77,7 @@ def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
 
 
 def test_a_document_in_several_parts_has_one_start_token(user):
-    """Which is read, and tokenised, in parts."""
+    """A long document is read and tokenized in parts."""
     encoder = Encoder.of(load_tokenizer(user.model), "<s>")
     pieces = [
         Document("def f(x):\n", ends=False),
@@ -103,8 +103,8 @@ def test_a_run_prints_that_documents_have_no_start_token(user, tmp_path, model_f
             "--model_name_or_path",
             folder,
         )
-        told = run_alone(printed, user.flags(tmp_path / str(number), *flags))
-        assert ("nothing stands before a document" in told) == says
+        output = run_alone(printed, user.flags(tmp_path / str(number), *flags))
+        assert ("nothing stands before a document" in output) == says
 
 
 @pytest.mark.parametrize("more", ["--streaming true", heavy("--streaming false")])

@@ -60,21 +60,21 @@ def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
 
 def test_each_batch_is_announced_before_its_forward_and_none_beyond_the_limit():
     """A run that is asked to stop leaves an evaluation at the next batch."""
-    told = []
+    calls = []
 
     def batches(index, replicas, size):
         for number in range(4):
-            told.append(f"made {number}")
+            calls.append(f"made {number}")
             yield {"labels": torch.ones(size, 2, dtype=torch.long)}
 
     for limit, computed, beyond in ((None, 4, []), (2, 2, ["made 2"])):
-        told.clear()
+        calls.clear()
         expected = []
-        for _ in batches_of(batches, lambda: told.append("asked"), limit):
-            told.append("computed")
+        for _ in batches_of(batches, lambda: calls.append("asked"), limit):
+            calls.append("computed")
         for number in range(computed):
             expected += [f"made {number}", "asked", "computed"]
-        assert told == expected + beyond
+        assert calls == expected + beyond
 
 
 class Log:

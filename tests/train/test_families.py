@@ -201,7 +201,7 @@ def test_what_else_was_trained_is_in_the_export(results):
 
 
 def test_no_family_needs_a_converted_base(results):
-    """Files hold the live weights one to one, or experts that are put into one tensor:
+    """Files hold the model's weights one to one, or experts that are put into one tensor:
     nothing is written twice.
     """
     _, ranks = results

@@ -55,7 +55,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path):
 
 
 def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
-    """Of every so many steps one is, and the last one always."""
+    """One step of every --logging_steps is logged, and always the last one."""
     logged = []
     trainer = Trainer.__new__(Trainer)
     vars(trainer).update(

@@ -253,7 +253,7 @@ def assert_fit_for_reading(done):
     before, _, after = done.stdout.partition("step 4/4")
     assert re.search(FIRST_LINES, before), before
     assert re.search(LAST_LINES, after), after
-    assert "tokenising" not in done.stderr
+    assert "tokeni" not in done.stderr
     # Others are the launcher's
     own_lines = [
         line for line in done.stdout.splitlines() if not line.startswith("[20")

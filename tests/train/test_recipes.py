@@ -107,15 +107,15 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)
     arguments = parse(dry_run_of(path, model_config(size, tmp_path), out))
     pretrain(arguments)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert not out.exists()
-    assert f"plan: {ranks} ranks" in told
+    assert f"plan: {ranks} ranks" in output
     if (
         not arguments.adapter.train_embeddings
     ):  # what is trained comes on top of the model
         elements = planned(arguments, ranks)[0].base_elements
         assert elements == pytest.approx(PARAMETERS[size], rel=0.01)
-    (highest,) = numbers(r"= peak +([\d.]+) GB", told)
+    (highest,) = numbers(r"= peak +([\d.]+) GB", output)
     assert highest <= USABLE * memory
     as_highest = pytest.approx(highest, abs=0.06)
     if asked:
@@ -123,7 +123,7 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     said = numbers(r"([\d.]+) GB on the network of a GPU and step", text)
     assert bool(said) == (path.stem in ("continual", "continual_embeddings"))
     if said:
-        (sent,) = numbers(r"sent a step and GPU +([\d.]+) GB", told)
+        (sent,) = numbers(r"sent a step and GPU +([\d.]+) GB", output)
         assert said[0] == round(sent, 1)
     page = (CONFIGS.parent / "docs/recipes/choosing.md").read_text()
     (row,) = re.findall(rf"^\|.*`{path.stem}`.*$", page, re.MULTILINE)
@@ -152,9 +152,9 @@ def test_experiments_are_planned(flags, tmp_path, out, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)
     recipe = CONFIGS / "recipes/tier_a_olmo2_1b.yaml"
     pretrain(parse([*dry_run_of(recipe, model_config("1b", tmp_path), out), *flags]))
-    told = capsys.readouterr().out
-    assert "524,288 tokens a step" in told
-    assert numbers(r"= peak +([\d.]+) GB", told)[0] <= USABLE * 80.0
+    output = capsys.readouterr().out
+    assert "524,288 tokens a step" in output
+    assert numbers(r"= peak +([\d.]+) GB", output)[0] <= USABLE * 80.0
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])

@@ -97,9 +97,9 @@ def test_a_resume_tells_which_settings_have_changed(user, copied, tmp_path):
     start = "changed since the run was last started: "
     longer = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps 10")
     flags = [*longer, "--learning_rate", "0.5", "--lr_scheduler_type", "constant"]
-    told = run_alone(printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
+    output = run_alone(printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
     changes = "--max_steps 9 -> 10, --learning_rate 0.01 -> 0.5, --lr_scheduler_type linear -> constant"
-    assert f"{start}{changes}" in told.splitlines()
+    assert f"{start}{changes}" in output.splitlines()
     assert start not in run_alone(printed, flags)
 
 
@@ -127,8 +127,8 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     user, copied, whole
 ):
     again = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps")
-    told = run_alone(printed, [*again, "12"])
-    assert "it was on its way to 9 steps and has 12 now" in told
+    output = run_alone(printed, [*again, "12"])
+    assert "it was on its way to 9 steps and has 12 now" in output
     assert torch.equal(losses(copied)[:9], losses(whole))
     assert len(losses(copied)) == 12
     message = refusal([*again, "7"])

@@ -75,8 +75,8 @@ inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no l
 inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', which `train_head` trains itself
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
 delta_weight | {spec: SPEC, square: NARROW} | delta_weight: `square` must have the shape (4, 4), got (3, 3)
-mora_update | {spec: SPEC, square: SQUARE, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
-mora_update | {spec: SPEC, square: NARROW, x: SQUARE} | mora_update: `square` must have the shape (4, 4), got (3, 3)
+mora_update | {spec: SPEC, square: MATRIX, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
+mora_update | {spec: SPEC, square: NARROW, x: MATRIX} | mora_update: `square` must have the shape (4, 4), got (3, 3)
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
@@ -255,7 +255,7 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
         "COMPILED": torch.compile(model),
         "COMPILED_ADAPTED": torch.compile(adapted),
         "SPEC": OperatorSpec("share", 8, 8, 4),
-        "SQUARE": torch.zeros(4, 4),
+        "MATRIX": torch.zeros(4, 4),
         "NARROW": torch.zeros(3, 3),
         "LAYER": torch.nn.Linear(8, 8),
         "LAYERS": torch.nn.Sequential(torch.nn.Linear(8, 8)),

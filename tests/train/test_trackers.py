@@ -76,10 +76,10 @@ def test_an_interrupt_is_not_a_failing_tracker(tmp_path, wandb):
         tracker.log({"a": 1.0}, 1)
 
 
-@pytest.mark.parametrize("told", ["steps", "at the end"])
+@pytest.mark.parametrize("reported", ["steps", "at the end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(
-    tmp_path, monkeypatch, told
+    tmp_path, monkeypatch, reported
 ):
     """The error comes with a later call. What the run itself writes on that disk fails in
     its own place.
@@ -92,7 +92,7 @@ def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(
 
     for method in ("write", "flush"):
         monkeypatch.setattr(RecordWriter, method, write)
-    for step in range(0 if told == "at the end" else 100):
+    for step in range(0 if reported == "at the end" else 100):
         tracker.log({"loss": 1.0}, step)
         time.sleep(0.01)
     tracker.close()

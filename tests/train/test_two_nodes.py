@@ -56,7 +56,7 @@ SCRIPT = REPOSITORY / "launch/pretrain.py"
 
 
 def program(name):
-    """One that is installed beside the Python of the tests."""
+    """A program that is installed next to the Python of the tests."""
     return Path(sys.executable).with_name(name)
 
 
@@ -70,7 +70,7 @@ def start(how, nodes, folder, flags):
     return started
 
 
-def told(folder):
+def log_of(folder):
     """What both nodes have printed."""
     return "".join(
         f"-- node {number}\n{(folder / f'log{number}').read_text()}"
@@ -82,18 +82,18 @@ def codes_of(processes, folder, within_s):
     try:
         return [process.wait(timeout=within_s) for process in processes]
     except subprocess.TimeoutExpired:
-        pytest.fail(f"a node goes on after {within_s} s:\n{told(folder)}")
+        pytest.fail(f"a node goes on after {within_s} s:\n{log_of(folder)}")
 
 
 def finish(processes, folder):
-    assert codes_of(processes, folder, within_s=200) == [0, 0], told(folder)
+    assert codes_of(processes, folder, within_s=200) == [0, 0], log_of(folder)
 
 
 def assert_ends_soon(processes, folder):
     """A run that has lost a node must not wait for its half hour."""
     began = time.monotonic()
     codes = codes_of(processes, folder, within_s=90)
-    text = told(folder)
+    text = log_of(folder)
     assert 0 not in codes, text
     assert time.monotonic() - began < 60, text
     assert any(message in text for message in MISSED), text
@@ -153,6 +153,6 @@ def test_nodes_with_disks_of_their_own_are_refused(user, nodes, tmp_path, out):
     nodes[1].mount(out)
     processes = start("torchrun", nodes, tmp_path, user.flags(out, MORE))
     assert 0 not in codes_of(processes, tmp_path, within_s=200)
-    assert f"--output_dir: {out} on " in told(tmp_path)
-    assert "is another folder than" in told(tmp_path)
+    assert f"--output_dir: {out} on " in log_of(tmp_path)
+    assert "is another folder than" in log_of(tmp_path)
     assert not any(out.iterdir())

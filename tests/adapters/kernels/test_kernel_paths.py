@@ -83,9 +83,9 @@ def test_both_paths_of_no_tokens(path):
             path,
         )
         assert y.shape == (0, spec.d_out)
-        of_x, of_square = torch.autograd.grad(y.sum(), (x, square))
+        of_x, of_m = torch.autograd.grad(y.sum(), (x, square))
         assert of_x.shape == x.shape
-        assert torch.equal(of_square, torch.zeros_like(square))
+        assert torch.equal(of_m, torch.zeros_like(square))
 
 
 @both_paths
@@ -133,9 +133,9 @@ def check_formed(spec):
     transposed = form_weight(weight.T.contiguous().T, square, KernelTables(spec, CPU))
     assert torch.equal(formed, transposed)
     small = Int8Weight(*quantize(weight))
-    dequantised = small.values * small.scales.unsqueeze(1)
+    dequantized = small.values * small.scales.unsqueeze(1)
     in_8_bits = form_weight(small, square, KernelTables(spec, CPU))
-    assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
+    assert torch.equal(in_8_bits, effective_weight(spec, square, dequantized))
 
 
 def test_a_quantized_weight_has_the_product_of_its_dense_one():

@@ -44,8 +44,8 @@ def test_rows_read_again_by_distant_programs_count_again(monkeypatch):
     spec = traffic.layer_spec(OperatorKind.ROTATE, 8, (28672, 8192))
     fold = traffic.launches(spec, torch.bfloat16, tokens=16384)["fold"]
     least = sum(tensor.nbytes for tensor in traffic.operands(fold).values())
-    by_neighbours = traffic.pieces(fold)
+    by_neighbors = traffic.parts_read(fold)
     (programs,) = fold.grid
-    by_distant = {**by_neighbours, "x": np.arange(programs) % (16384 // 4)}
-    monkeypatch.setattr(traffic, "pieces", lambda launch: by_distant)
+    by_distant = {**by_neighbors, "x": np.arange(programs) % (16384 // 4)}
+    monkeypatch.setattr(traffic, "parts_read", lambda launch: by_distant)
     assert traffic.launch_bytes(fold) > 5 * least

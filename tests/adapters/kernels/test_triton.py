@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 SLICES = 4
 SHORT = 40
-"""Of so many operators the default tests try one."""
+"""The default tests try one of this many operators."""
 
 REGISTERS = 65536
 """Of a multiprocessor, sm_80 and sm_90."""

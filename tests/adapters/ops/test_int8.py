@@ -51,7 +51,7 @@ def matrix(rows, columns, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
-    weight = matrix(400, 700, dtype)  # more than one piece of work
+    weight = matrix(400, 700, dtype)  # more than one block
     values, scales = quantize(weight)
     assert Int8Weight(values, scales).largest_error == pytest.approx(
         float(scales.max()) / 2
@@ -78,7 +78,7 @@ def test_rows_of_zeros_and_subnormal_scales():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dense_is_the_product_rounded_once(dtype):
-    values, scales = quantize(matrix(500, 1100))  # more than one piece of work
+    values, scales = quantize(matrix(500, 1100))  # more than one block
     expected = (values.float() * scales.unsqueeze(1)).to(dtype)
     assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
     view = values.T.contiguous().T
