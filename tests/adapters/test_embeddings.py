@@ -85,18 +85,18 @@ MODELS = [("llama", True), ("llama", False), ("gemma2", True), ("gemma3_text", F
 def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(family, tied):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
     model = low_rank_model(tied, family)
-    whole = tiny_model(family, tie_word_embeddings=tied)
+    full = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(3)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(modules[0], LowRankEmbedding)
     assert isinstance(modules[1], LowRankHead)
     assert (modules[0].low_rank is modules[1].low_rank) == tied
-    tables = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tables = full.get_input_embeddings(), full.get_output_embeddings()
     for module, table in zip(modules[: 1 if tied else 2], tables, strict=False):
         table.weight.data = with_product(table.weight.data, module.low_rank.data)
-    for variant in (model, whole):
+    for variant in (model, full):
         causal_loss(variant, ids).backward()
-    assert torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5)
+    assert torch.allclose(model(ids).logits, full(ids).logits, atol=1e-5)
     for module, table in zip(modules, tables, strict=True):
         tall, wide = module.low_rank.data.split((128, 32))
         wanted = torch.cat([table.weight.grad @ wide, table.weight.grad.T @ tall])
@@ -207,22 +207,22 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(family, tied)
     are trained.
     """
     model = model_with_new_rows(tied, family)
-    whole = tiny_model(family, tie_word_embeddings=tied)
+    full = tiny_model(family, tie_word_embeddings=tied)
     ids = tokens(9)
     assert {FIRST - 1, FIRST, 127} <= set(ids.flatten().tolist())
-    for variant in (model, whole):
+    for variant in (model, full):
         causal_loss(variant, ids).backward()
-    assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
+    assert causal_loss(model, ids).item() == causal_loss(full, ids).item()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     assert isinstance(embedding, NewRowEmbedding)
     assert isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
-    wanted = whole.get_input_embeddings().weight.grad[FIRST:]
+    wanted = full.get_input_embeddings().weight.grad[FIRST:]
     assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7)
     assert wanted.abs().max() > 1e-3
     assert torch.allclose(
-        head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
+        head.new_rows.grad, full.get_output_embeddings().weight.grad[FIRST:], atol=1e-7
     )
     assert_alone_trained(model, "new_rows", tied)
 

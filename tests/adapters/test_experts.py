@@ -253,7 +253,7 @@ def test_a_stack_is_its_members():
             spec.delta_weight(value)[index], member_spec.delta_weight(square)
         )
     original = torch.randn(4, spec.d_out, spec.d_in)
-    whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
+    full = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
     turned = live_weight(
         original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16
     )
@@ -261,8 +261,8 @@ def test_a_stack_is_its_members():
         live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16)
         for e in range(4)
     ]
-    assert torch.equal(whole, torch.stack(matrices))
-    assert torch.equal(whole, turned.mT)
+    assert torch.equal(full, torch.stack(matrices))
+    assert torch.equal(full, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
     assert [name for name, _ in both] == [f"a.{index}" for index in range(4)]
     assert len(both[0][1]) == 2

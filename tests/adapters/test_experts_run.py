@@ -49,9 +49,9 @@ def model_folder(user, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(user, model_folder, tmp_path_factory):
+def reference(user, model_folder, tmp_path_factory):
     """Two ranks, two merges, and an unmerged cycle."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("reference")
     summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
     assert summary["merges"] == 2
     assert summary["base_bytes_gathered"] == 0
@@ -67,7 +67,7 @@ def logits(model):
 
 
 def test_one_rank_has_the_losses_and_matrices_of_two(
-    user, model_folder, whole, tmp_path
+    user, model_folder, reference, tmp_path
 ):
     """Of which each holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
@@ -77,8 +77,8 @@ def test_one_rank_has_the_losses_and_matrices_of_two(
             tmp_path, *flags, "--per_device_train_batch_size 4 --gradient_checkpointing"
         ),
     )
-    assert_close_runs(tmp_path, whole)
-    latest = whole / "checkpoints/latest"
+    assert_close_runs(tmp_path, reference)
+    latest = reference / "checkpoints/latest"
     elements = sum(
         matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values()
     )
@@ -89,22 +89,22 @@ def test_one_rank_has_the_losses_and_matrices_of_two(
 
 
 def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
-    user, model_folder, whole, tmp_path
+    user, model_folder, reference, tmp_path
 ):
     out = tmp_path / "killed"
     stop_and_resume(
         2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4
     )
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 def test_exports_are_the_merged_model_in_the_files_of_the_base(
-    model_folder, whole, tmp_path, merged
+    model_folder, reference, tmp_path, merged
 ):
-    report = export_merged(whole, merged, verify=True)
+    report = export_merged(reference, merged, verify=True)
     assert report.comparison is not None
-    assert_good(whole)
-    assert_good(whole / "ledger")
+    assert_good(reference)
+    assert_good(reference / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")[
         "weight_map"
     ].keys()
@@ -112,7 +112,7 @@ def test_exports_are_the_merged_model_in_the_files_of_the_base(
         "each expert under its own name"
     )
     plain = AutoModelForCausalLM.from_pretrained(merged).eval()
-    export_adapter(whole, tmp_path / "adapter")
+    export_adapter(reference, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
     assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
     for name, layer in mora_layers(loaded).items():
@@ -127,9 +127,9 @@ def test_exports_are_the_merged_model_in_the_files_of_the_base(
             )
 
 
-def test_experts_are_refused_as_an_adapter_of_peft(whole, tmp_path):
+def test_experts_are_refused_as_an_adapter_of_peft(reference, tmp_path):
     with user_error(r"experts\.gate_up_proj are experts, which PEFT"):
-        export_peft(whole, tmp_path / "peft")
+        export_peft(reference, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
@@ -180,17 +180,18 @@ def test_a_run_with_experts_resumes_at_other_numbers_of_ranks(
     """
     auto = "--resume_from_checkpoint auto"
     settings = ("--model_name_or_path", model_folder, *MERGING, auto)
-    run(2, user.flags(tmp_path / "whole", *settings))
+    run(2, user.flags(tmp_path / "reference", *settings))
     for world in (1, 4):
         out = tmp_path / str(world)
-        shutil.copytree(tmp_path / "whole", out, symlinks=True)
+        shutil.copytree(tmp_path / "reference", out, symlinks=True)
         shutil.rmtree(out / "checkpoints/step-000006")
         run(
             world,
             user.flags(out, *settings, "--per_device_train_batch_size", 4 // world),
         )
-        assert_close_losses(out, tmp_path / "whole")
+        assert_close_losses(out, tmp_path / "reference")
         merged_cycle = "ledger/cycle-00000.safetensors"
         assert_same_tensors(
-            load_file(out / merged_cycle), load_file(tmp_path / "whole" / merged_cycle)
+            load_file(out / merged_cycle),
+            load_file(tmp_path / "reference" / merged_cycle),
         )

@@ -21,7 +21,7 @@ from tests.helpers.tables import rows
 
 def test_manifest_names_each_damage(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
+    for name in ("good", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
     for _ in range(2):  # it does not list itself
         files.write_manifest(tmp_path)

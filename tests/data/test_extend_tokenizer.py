@@ -242,16 +242,16 @@ class Letters:
 
 
 def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
-    whole = Letters()
+    full = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
     compare = vocabulary._compare
-    assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
+    assert compare(full, full, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
     assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), (
         "the old one has lost of it too"
     )
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
-        compare(whole, lossy, ["b", "aé"])
+        compare(full, lossy, ["b", "aé"])
 
 
 # -- rows ------------------------------------------------------------------------------

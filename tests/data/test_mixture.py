@@ -285,15 +285,15 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
         return mixture_flags(user, folder, mix, more, *batch)
 
     assert_one_run(flags, tmp_path)
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     wide = tmp_path / "wide"
-    for one, another in zip(source_rows(wide), source_rows(whole), strict=True):
+    for one, another in zip(source_rows(wide), source_rows(reference), strict=True):
         for name in ("new", "old"):
             assert one[name]["tokens"] == another[name]["tokens"]
             assert one[name]["loss"] == pytest.approx(another[name]["loss"], rel=1e-5)
-    shown = source_rows(whole)
+    shown = source_rows(reference)
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
-    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    board = EventAccumulator(str(reference / "tensorboard")).Reload()
     assert len(board.Scalars("8_sources/old/perplexity")) == 6
     write_mixture(user, mix)  # without the phase
     resumed = flags(

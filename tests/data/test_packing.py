@@ -116,7 +116,7 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
 def test_a_batch_is_the_same_for_any_number_of_ranks(world):
-    whole = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
+    reference = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
         rank_batches = []
@@ -126,7 +126,7 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world):
             local = of_rank.batch(step, slice(rank * rows, (rank + 1) * rows))
             assert local["labels"].shape == (rows, 7)
             rank_batches.insert(0, local)
-        batch = whole.batch(step)
+        batch = reference.batch(step)
         for key in KEYS:
             assert torch.equal(
                 batch[key], torch.cat([local[key] for local in rank_batches])
@@ -201,9 +201,9 @@ def test_documents_begin_with_rows_and_where_positions_restart():
     assert documents.tokens == 18
     assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18]
     assert documents.bounds.dtype is torch.int32
-    whole = Documents.whole_rows(3, 6)
-    assert whole.bounds.tolist() == [0, 6, 12, 18]
-    assert whole.lengths == (6, 6, 6)
+    reference = Documents.whole_rows(3, 6)
+    assert reference.bounds.tolist() == [0, 6, 12, 18]
+    assert reference.lengths == (6, 6, 6)
 
 
 def test_a_batch_knows_its_documents():

@@ -39,13 +39,13 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
         else load_corpus([str(path)])
     )
     (member,) = corpus.members
-    whole = list(member.marked(readers.START))
-    assert [document.text for document, _ in whole] == rows
-    assert all(document.begins and document.ends for document, _ in whole)
-    for count, (_, mark) in enumerate(whole, start=1):
-        assert list(member.marked(mark)) == whole[count:]
+    full = list(member.marked(readers.START))
+    assert [document.text for document, _ in full] == rows
+    assert all(document.begins and document.ends for document, _ in full)
+    for count, (_, mark) in enumerate(full, start=1):
+        assert list(member.marked(mark)) == full[count:]
     numbers = [1, 3, 5, 6, 7, 8, 9] if kind.startswith("jsonl") else list(range(1, 8))
-    assert [mark.record for _, mark in whole] == numbers
+    assert [mark.record for _, mark in full] == numbers
 
 
 def test_a_text_file_is_read_once(tmp_path, monkeypatch):

@@ -70,12 +70,12 @@ def test_a_stream_is_resumed_at_any_sample(
     monkeypatch.setattr(readers, "_ROWS_PER_BATCH", 3)
     monkeypatch.setattr(stream, "IN_ORDER_WINDOW", 4)
     corpus = corpus_of(tmp_path / "shards", kind, 60)
-    whole = taken(source(corpus, tokenizer, buffer), 0, 700)
+    reference = taken(source(corpus, tokenizer, buffer), 0, 700)
     state = source(corpus, tokenizer, buffer).state()
     for number in range(0, 700, 7):
         fresh = source(corpus, tokenizer, buffer)
         fresh.restore(json.loads(json.dumps(state)))
-        assert_equal(taken(fresh, number, number + 7), whole[number : number + 7])
+        assert_equal(taken(fresh, number, number + 7), reference[number : number + 7])
         state = fresh.state()
 
 
@@ -165,7 +165,7 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
         return mixture(source(left, tokenizer), states)
 
     cached = mixture(packed[0])
-    whole = made()
+    reference = made()
     state = None
     for step in range(20):
         if step % 3 == 0:
@@ -173,11 +173,11 @@ def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
         # Ranks and micro-batches, some twice
         for row_range in (slice(6, 12), slice(0, 6), slice(0, 6)):
             wanted = cached.batch(step, row_range)
-            batch = whole.batch(step, row_range)
+            batch = reference.batch(step, row_range)
             for key in ("input_ids", "labels", "position_ids"):
                 assert torch.equal(batch[key], wanted[key])
                 assert torch.equal(resumed.batch(step, row_range)[key], wanted[key])
-        assert resumed.states_at(step) == whole.states_at(step)
+        assert resumed.states_at(step) == reference.states_at(step)
         state = resumed.states_at(step + 1)
     late = made()
     assert torch.equal(late.batch(7)["input_ids"], cached.batch(7)["input_ids"]), (

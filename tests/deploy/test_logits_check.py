@@ -95,19 +95,19 @@ def test_the_coarser_dtype_of_run_and_export_counts(tmp_path, merged):
 def test_incomparable_exports_are_named(tmp_path, merged):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, merged)
-    whole = load_file(run.checkpoint / "probe.safetensors")
+    full = load_file(run.checkpoint / "probe.safetensors")
     one_row = {
-        "input_ids": whole["input_ids"].flatten(),
-        "logits": whole["logits"].flatten(0, 1),
+        "input_ids": full["input_ids"].flatten(),
+        "logits": full["logits"].flatten(0, 1),
     }
-    wider = {"logits": torch.nn.functional.pad(whole["logits"], (0, 1))}
+    wider = {"logits": torch.nn.functional.pad(full["logits"], (0, 1))}
     for change, error, words in (
         (one_row, UserError, "tokens of shape"),
-        ({"input_ids": whole["input_ids"].float()}, UserError, "holds tokens of shape"),
+        ({"input_ids": full["input_ids"].float()}, UserError, "holds tokens of shape"),
         (wider, RunError, "the export gives logits of shape"),
     ):
         write_safetensors_atomic(
-            tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"}
+            tmp_path / "probe.safetensors", {**full, **change}, {"dtype": "float32"}
         )
         with pytest.raises(error, match=words):
             compare_logits(merged, tmp_path / "probe.safetensors", torch.float32)

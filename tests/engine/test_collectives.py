@@ -63,11 +63,11 @@ def with_the_collectives_for_few_and_for_many(cases):
     for case in cases:
         curve, matrices, sliced_bytes, slicings = trained(case)
         with patch.object(ds_config_module, "MANY_RANKS", 0):
-            actual, actual_matrices, whole_bytes, whole_slicings = trained(case)
+            actual, actual_matrices, full_bytes, full_slicings = trained(case)
         assert actual == curve, case
         assert curve[0] != curve[-1], case
         assert_same_tensors(actual_matrices, matrices, case)
-        counts.append(((sliced_bytes, slicings), (whole_bytes, whole_slicings)))
+        counts.append(((sliced_bytes, slicings), (full_bytes, full_slicings)))
     return counts
 
 
@@ -77,7 +77,7 @@ def test_full_buckets_give_the_same_bits_for_the_same_bytes(ranks):
     for counts in run_pooled(
         ranks, with_the_collectives_for_few_and_for_many, list(CASES)
     ):
-        for case, (sliced, whole) in zip(CASES, counts, strict=True):
-            assert sliced[0] == whole[0] > 0, case
+        for case, (sliced, full) in zip(CASES, counts, strict=True):
+            assert sliced[0] == full[0] > 0, case
             assert sliced[1] > 0, case
-            assert whole[1] == 0, case
+            assert full[1] == 0, case

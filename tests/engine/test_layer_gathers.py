@@ -82,7 +82,7 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(
     )
     free_quickly(parameter)
     parameter.partition(**kwargs)
-    whole = {
+    gathered = {
         "param_list": None,
         "hierarchy": 0,
         "has_been_updated": False,
@@ -90,5 +90,5 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(
         **kwargs,
     }
     assert freed == ([parameter] if is_quick else [])
-    assert partitioned == ([] if is_quick else [tuple(whole.values())])
+    assert partitioned == ([] if is_quick else [tuple(gathered.values())])
     assert parameter.ds_status.name == ("NOT_AVAILABLE" if is_quick else status)

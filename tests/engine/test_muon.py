@@ -357,11 +357,11 @@ JOB = (
 
 
 def test_the_job_learns_merges_and_resumes_bit_for_bit(user, tmp_path, out):
-    whole = tmp_path / "whole"
-    run(2, user.flags(whole, JOB))
+    reference = tmp_path / "reference"
+    run(2, user.flags(reference, JOB))
     run_ranks(2, interrupted_job, user.flags(out, JOB), 5)
     run(2, user.flags(out, JOB, "--resume_from_checkpoint latest"))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     steps = [row for row in rows(out) if "loss" in row]
     assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
     assert max(row["learning_rate"] for row in steps) <= 0.05

@@ -106,10 +106,10 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
         ([0, 9], 1),
     ]
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
-    whole = Score()
-    pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
+    total = Score()
+    pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, total))
     assert pieces[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
-    assert whole.text_bytes == 11, "bytes, not characters"
+    assert total.text_bytes == 11, "bytes, not characters"
     shared = list(perplexity._windows(corpus, tokenizer, Windows(5, 3), 1, Score()))
     assert shared[2] == ([4, 5, 6, 7, 8], 3), "as much as two windows share"
     tokenizer.get_vocab = lambda: {"b": 2, "<s>": 0}

@@ -1,4 +1,4 @@
-"""A whole checkpoint made without training, for tests that change its files and reseal
+"""A complete checkpoint made without training, for tests that change its files and reseal
 them.
 """
 

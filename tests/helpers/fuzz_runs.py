@@ -251,7 +251,7 @@ def attempts(seed, user):
         and seed % 3 == 0
         and len(complete_checkpoints(Path("out/checkpoints"))) > 1
     ):
-        os.rename("out", "whole")
+        os.rename("out", "reference")
         settings["resume_from_checkpoint"] = "latest"
         yield *_resumed(settings, user), dict(settings)
         name = draw.choice(
@@ -264,11 +264,11 @@ def attempts(seed, user):
 
 
 def _resumed(settings, user, changed=""):
-    """(resumed, named, refused, diverged or fault; the output) of the run `whole`, resumed
+    """(resumed, named, refused, diverged or fault; the output) of the run `reference`, resumed
     from its first checkpoint: it is equal to the bit, or the setting `changed` is refused
     or named."""
     shutil.rmtree("out", ignore_errors=True)
-    shutil.copytree("whole", "out", symlinks=True)
+    shutil.copytree("reference", "out", symlinks=True)
     checkpoints = Path("out/checkpoints")
     first, *later = complete_checkpoints(checkpoints)
     for folder in later:
@@ -284,7 +284,7 @@ def _resumed(settings, user, changed=""):
     if kind != "ok" or re.search(rf"changed since.*--{changed} .* -> ", said):
         return ("named" if kind == "ok" else kind), said
     try:
-        assert_same_outcome(Path("out"), Path("whole"))
+        assert_same_outcome(Path("out"), Path("reference"))
     except AssertionError as error:
         return "fault", f"{changed}: {error}"
     return "resumed", ""

@@ -1,5 +1,5 @@
 """Combinations in which every two values of different parameters meet, in place of the
-whole product.
+complete product.
 
     @pairwise({"stage": [0, 1, 2, 3], "dtype": ["fp32", "bf16"], "offload": [False, True]})
     def test_it(stage, dtype, offload): ...

@@ -56,20 +56,20 @@ def stop_and_resume(ranks, argv, *steps):
 
 
 def assert_one_run(flags, folder, wide_job=job):
-    """A run of one rank, in folder/whole, is the same to the bit where it is stopped twice
+    """A run of one rank, in folder/reference, is the same to the bit where it is stopped twice
     and resumed, in folder/out, and has the same losses on two ranks with micro-batches of
     one row, in folder/wide.
 
     `flags`: makes a command line of an output folder and more flags.
     """
-    whole = folder / "whole"
+    reference = folder / "reference"
     wide = folder / "wide"
-    run(1, flags(whole, "--per_device_train_batch_size", 4))
+    run(1, flags(reference, "--per_device_train_batch_size", 4))
     stop_and_resume(1, flags(folder / "out", "--per_device_train_batch_size", 4), 3, 5)
-    assert_same_run(folder / "out", whole)
+    assert_same_run(folder / "out", reference)
     rows = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
     run_ranks(2, wide_job, flags(wide, rows))
-    assert_close_losses(wide, whole)
+    assert_close_losses(wide, reference)
 
 
 def checkpoint_tensors(out):
@@ -95,20 +95,20 @@ def assert_same_tensors(one, another, where=""):
         assert torch.equal(one[name], another[name]), (name, where)
 
 
-def assert_same_result(out, whole):
+def assert_same_result(out, reference):
     """The same losses and the same last checkpoint, whatever else was logged."""
-    assert torch.equal(losses(out), losses(whole))
-    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
+    assert torch.equal(losses(out), losses(reference))
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(reference))
 
 
-def assert_same_run(out, whole):
-    assert curve(out) == curve(whole)
-    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
+def assert_same_run(out, reference):
+    assert curve(out) == curve(reference)
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(reference))
 
 
-def assert_close_runs(out, whole):
+def assert_close_runs(out, reference):
     """The same losses and the same last checkpoint, up to the order in which ranks sum."""
-    assert_close_losses(out, whole)
+    assert_close_losses(out, reference)
     tensors = checkpoint_tensors(out)
-    for name, tensor in checkpoint_tensors(whole).items():
+    for name, tensor in checkpoint_tensors(reference).items():
         assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -113,18 +113,18 @@ def split_run(case, degree, steps=STEPS, **zero_settings):
             loss = loss_of(case, engine, ids[replica * micro :][:micro])
             engine.backward(loss)
             if step == 0 and index == ACCUMULATION - 1:
-                results["gradients"] = whole(engine, safe_get_full_grad)
+                results["gradients"] = unsharded(engine, safe_get_full_grad)
             engine.step()
             total += loss.item() / ACCUMULATION
         mean = torch.tensor(total, dtype=torch.float64)
         dist.all_reduce(mean)
         results["losses"].append(mean.item() / dist.get_world_size())
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = whole(engine, lambda parameter: zero.full_fp32(parameter))
+    results["values"] = unsharded(engine, lambda parameter: zero.full_fp32(parameter))
     return results
 
 
-def whole(engine, get):
+def unsharded(engine, get):
     layers = {
         f"{name}.square": layer for name, layer in mora_layers(engine.module).items()
     }

@@ -190,23 +190,28 @@ def parts_read(launch):
     program = np.arange(math.prod(launch.grid))
     first = program % launch.grid[0]
     second = program // launch.grid[0]
-    whole = np.zeros_like(program)
+    everything = np.zeros_like(program)
     constants = launch.constants
     arguments = launch.arguments
     match launch.kernel.fn.__name__:
         case "_gather_sum":
             chunks = -(-arguments["columns"] // constants["PART"])
-            return {"x": program // chunks, "table": whole, "cos": whole, "sin": whole}
+            return {
+                "x": program // chunks,
+                "table": everything,
+                "cos": everything,
+                "sin": everything,
+            }
         case "_form_groups":
             return {
                 "square": second,
-                "unfold": whole,
-                "members": whole,
-                "scales": whole,
+                "unfold": everything,
+                "members": everything,
+                "scales": everything,
             }
         case "_form_blocks":
             return dict.fromkeys(
-                ("square", "unfold", "slots", "cos", "sin", "scales"), whole
+                ("square", "unfold", "slots", "cos", "sin", "scales"), everything
             )
         case "_product":
             tiles = -(-arguments["r_hat"] // constants["TILE"])

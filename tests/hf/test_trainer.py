@@ -42,13 +42,13 @@ def interrupted_and_not(root):
     """
     every = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
     steps = {**every, "save_steps": 2, "eval_steps": 4}
-    whole = hf.trainer_in(Path(root), "out", **steps)
-    before = whole.evaluate()["eval_loss"]
-    whole.train()
-    expected = hf.matrices(whole.deepspeed)
-    history = _later_rows(whole)
-    whole.save_model(f"{root}/saved")
-    counter = CollectiveCounter(frozen_buffers(whole.model).values())
+    reference = hf.trainer_in(Path(root), "out", **steps)
+    before = reference.evaluate()["eval_loss"]
+    reference.train()
+    expected = hf.matrices(reference.deepspeed)
+    history = _later_rows(reference)
+    reference.save_model(f"{root}/saved")
+    counter = CollectiveCounter(frozen_buffers(reference.model).values())
     resumed = hf.trainer_in(Path(root), "out", **steps)
     with counter.counting():
         resumed.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
@@ -69,7 +69,7 @@ def interrupted_and_not(root):
     return {
         "without_merges": without_merges.run.state.merges,
         "evaluated": before,
-        "seed": whole.run.identity["seed"],
+        "seed": reference.run.identity["seed"],
         "expected": expected,
         "resumed": hf.matrices(resumed.deepspeed),
         "history": (history, resumed_history),

@@ -143,14 +143,14 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
             for variant in (model, original)
         )
         assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
-        whole = original(ids).logits
+        full = original(ids).logits
         cache = None
         chunk_logits = []
         for chunk in ids.split([4, 25, 1], dim=1):
             output = model(chunk, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             chunk_logits.append(output.logits)
-        assert_close(torch.cat(chunk_logits, dim=1), whole, rtol=1e-4, atol=1e-4)
+        assert_close(torch.cat(chunk_logits, dim=1), full, rtol=1e-4, atol=1e-4)
 
 
 # -- FlashAttention --------------------------------------------------------------------

@@ -79,12 +79,12 @@ def test_documents_are_read_from_the_positions_of_all_rows():
     """
     inputs = parts(2, LENGTH, 2)[:3]
     split = positions_of([[40, 56]])
-    whole = attend(*inputs)
+    full = attend(*inputs)
     by_documents = attend(*inputs, position_ids=split)
     assert torch.equal(by_documents, attend(*inputs, position_ids=split.expand(2, -1)))
-    assert not torch.equal(by_documents, whole)
+    assert not torch.equal(by_documents, full)
     for silent in (split.expand(3, 2, -1), split[:, :-1], split.to("meta")):
-        assert torch.equal(attend(*inputs, position_ids=silent), whole)
+        assert torch.equal(attend(*inputs, position_ids=silent), full)
     square = parts(4, 4, 2)[:3]  # as many rows as tokens
     axes = attend(*square, position_ids=torch.zeros(3, 4, 4))
     assert torch.equal(axes, attend(*square))

@@ -314,18 +314,18 @@ def test_a_trained_head_that_zero_3_shards(family):
         assert_same((torch.tensor(loss), sharded), (nll, expected))
 
 
-# -- whole runs ------------------------------------------------------------------------
+# -- complete runs ---------------------------------------------------------------------
 
 
 def test_a_split_run_has_the_losses_of_one_process_without_chunks(user, tmp_path):
-    whole = tmp_path / "whole"
-    expected = run(1, user.flags(whole))
+    reference = tmp_path / "reference"
+    expected = run(1, user.flags(reference))
     for split in ("sequence", "tensor"):
         chunked = tmp_path / split
         summary = run(
             2, user.flags(chunked, f"--chunked_loss --{split}_parallel_size 2")
         )
-        assert_close_losses(chunked, whole)
+        assert_close_losses(chunked, reference)
         after = expected["perplexity_after"]
         assert summary["perplexity_after"] == pytest.approx(after, rel=1e-5)
 
@@ -333,7 +333,7 @@ def test_a_split_run_has_the_losses_of_one_process_without_chunks(user, tmp_path
 KEPT = "--max_steps 6 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
 
-def whole(argv, step=None):
+def unchunked_run(argv, step=None):
     """A run without chunks, stopped after `step` if one is given. For `run_ranks`."""
     pretrain.is_frozen = lambda head: False  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)
@@ -344,7 +344,7 @@ def chunks_in(out):
 
 
 def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
-    """A new run with a frozen head computes it in chunks; one that has begun with whole
+    """A new run with a frozen head computes it in chunks; one that has begun with complete
     logits goes on with them.
     """
     new, resumed, old, gone_on = (
@@ -353,8 +353,8 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     run(1, user.flags(new, KEPT))
     stop_and_resume(1, user.flags(resumed, KEPT), 4)
     assert_same_run(resumed, new)
-    run_alone(whole, user.flags(old, KEPT))
-    run_alone(whole, user.flags(gone_on, KEPT), 4)
+    run_alone(unchunked_run, user.flags(old, KEPT))
+    run_alone(unchunked_run, user.flags(gone_on, KEPT), 4)
     run(1, user.flags(gone_on, KEPT, "--resume_from_checkpoint auto"))
     assert_same_run(gone_on, old)
     assert_close_losses(new, old)

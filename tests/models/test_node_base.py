@@ -196,11 +196,11 @@ def interrupted_with_private_bases(argv, step):
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, out):
     texts = ("--eval_files", f"short={user.other}")
     flags = user.flags(out, STEPS, *texts, "--resume_from_checkpoint auto")
-    whole = tmp_path / "whole"
-    run(2, [*flags, "--output_dir", str(whole)])
+    reference = tmp_path / "reference"
+    run(2, [*flags, "--output_dir", str(reference)])
     run_ranks(2, interrupted_with_private_bases, flags, 4)
     run(2, flags)
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, reference)
 
 
 # -- one process -----------------------------------------------------------------------

@@ -59,9 +59,9 @@ def test_an_index_is_written_for_several_files_alone(tmp_path, monkeypatch):
         monkeypatch.setattr("mora_ds.models.save.SHARD_BYTES", limit)
         return write_shards(folder, layout, lambda key, dtype: base.read(key).to(dtype))
 
-    whole = tmp_path / "whole"
-    assert written(whole, 100) == ("model.safetensors",)
-    assert [path.name for path in whole.iterdir()] == ["model.safetensors"]
+    unsharded = tmp_path / "unsharded"
+    assert written(unsharded, 100) == ("model.safetensors",)
+    assert [path.name for path in unsharded.iterdir()] == ["model.safetensors"]
     split = tmp_path / "split"
     first, second = written(split, 20)
     assert first == "model-00001-of-00002.safetensors"

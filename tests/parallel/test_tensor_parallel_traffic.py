@@ -60,16 +60,16 @@ def test_no_byte_is_of_the_base():
             assert counted_bytes["base"] == 0
             gathered = counted_bytes["bytes"]["all_gather_into_tensor"]
             reduced = counted_bytes["bytes"]["reduce_scatter_tensor"]
-            # Attention whole: its u is gathered, the gradient of its z summed; the MLP is
+            # Attention unsplit: its u is gathered, the gradient of its z summed; the MLP is
             # split
             if name == "fallback":
-                whole = [
+                unsplit = [
                     layer
                     for path, layer in mora_layers(model).items()
                     if "self_attn" in path
                 ]
-                lanes = 4 * ROWS * LENGTH * sum(layer.spec.r_hat for layer in whole)
-                of_mlp = matrices - 4 * sum(layer.value.numel() for layer in whole)
+                lanes = 4 * ROWS * LENGTH * sum(layer.spec.r_hat for layer in unsplit)
+                of_mlp = matrices - 4 * sum(layer.value.numel() for layer in unsplit)
                 assert gathered == 2 * (shares + of_mlp) + lanes
                 assert reduced == shares + of_mlp
                 assert counted_bytes["bytes"]["all_reduce"] == blocks * outputs + lanes

@@ -12,7 +12,7 @@ from tests.helpers.gloo import run_ranks
 def places():
     topology = Topology.of(2)
     shard = torch.arange(2 + topology.index) + 10 * topology.index  # uneven shares of 5
-    whole = topology.gather(shard.float(), 5)
+    full = topology.gather(shard.float(), 5)
     scattered = topology.sum_scatter(torch.arange(5.0) + topology.index)
     try:
         Topology.of(4)
@@ -23,7 +23,7 @@ def places():
         "rank": dist.get_rank(),
         "group": dist.get_process_group_ranks(topology.group),
         "replicas": dist.get_process_group_ranks(groups.get_data_parallel_group()),
-        "whole": whole.tolist(),
+        "full": full.tolist(),
         "scattered": scattered.tolist(),
         "other": message,
     }
@@ -34,6 +34,6 @@ def test_consecutive_ranks_are_a_group():
         first = result["rank"] // 2 * 2
         assert result["group"] == [first, first + 1]
         assert result["replicas"] == [result["rank"] % 2, result["rank"] % 2 + 2]
-        assert result["whole"] == [0, 1, 10, 11, 12]
+        assert result["full"] == [0, 1, 10, 11, 12]
         assert result["scattered"] == ([1, 3] if result["rank"] % 2 == 0 else [5, 7, 9])
         assert "this process has groups of 2 already" in result["other"]

@@ -143,9 +143,9 @@ def split_run(case, size):
     return results
 
 
-def add_deltas(model, whole):
+def add_deltas(model, unsharded):
     for layer in mora_layers(model).values():
-        delta = delta_weight(layer.spec, whole(layer.square))
+        delta = delta_weight(layer.spec, unsharded(layer.square))
         # Processes may share it
         layer.weight = layer.weight + (delta.T if layer.transposed else delta)
 

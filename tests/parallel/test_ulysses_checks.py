@@ -47,8 +47,8 @@ def in_and_out_of_the_way():
         # twice: what Ulysses leaves behind must not matter
         for _ in range(2):
             with whole_rows(bound_one):
-                whole = bound_one(input_ids=ids, use_cache=False).logits
-            assert torch.equal(whole, expected)
+                full = bound_one(input_ids=ids, use_cache=False).logits
+            assert torch.equal(full, expected)
             assert torch.equal(bound_one(**local_batch, use_cache=False).logits, mine)
         if dist.get_rank() == 0:  # alone: nobody else takes part
             alone = unbound(input_ids=ids, use_cache=False).logits

@@ -116,7 +116,7 @@ def job_in_fp32(argv):
 @pytest.mark.parametrize("variant, more", rows_of(VARIANTS))
 def test_variants(user, tmp_path, variant, more):
     ours = tmp_path / "split"
-    theirs = tmp_path / "whole"
+    theirs = tmp_path / "reference"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
         argv = flags(user, out, ranks, size, more)
         summary, *_ = run_ranks(ranks, job_in_fp32, argv)

@@ -250,12 +250,12 @@ def plan_for(ranks, case):
 
 def test_persistent_mora_matrices_are_gathered_after_the_optimizer_step():
     plan = plan_for(8, Case(zero={P: 100_000}))
-    whole = sum(plan.trained.numels) * 4
+    full = sum(plan.trained.numels) * 4
     assert plan.trained.persistent == plan.trained.numels
-    assert plan.memory.optimizer_step == 2 * whole, "with the gather's output buffer"
+    assert plan.memory.optimizer_step == 2 * full, "with the gather's output buffer"
     # Three temporary tensors of a half
     sharded = plan_for(2, Case(zero={P: 0}))
-    assert sharded.memory.optimizer_step == pytest.approx(1.5 * whole, rel=1e-3)
+    assert sharded.memory.optimizer_step == pytest.approx(1.5 * full, rel=1e-3)
 
 
 @pytest.mark.parametrize("operator", ["rotate", "share"])

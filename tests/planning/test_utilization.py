@@ -34,13 +34,13 @@ def test_flops_of_full_training_equal_the_count_of_torch(family):
 
 @pytest.mark.parametrize("operator", ["share", "rotate"])
 def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator):
-    whole = token_flops(tiny_model("llama"), LENGTH)
+    full = token_flops(tiny_model("llama"), LENGTH)
     head = 128 * 32
     model = model_with_mora(operator=operator)
     layers = mora_layers(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     matrices = sum(layer.value.numel() * layer.spec.blocks for layer in layers)
-    assert token_flops(model, LENGTH) == whole - 2 * (weights + head) + 6 * matrices
+    assert token_flops(model, LENGTH) == full - 2 * (weights + head) + 6 * matrices
 
 
 WEIGHTS_OF_TWO_EXPERTS = 2 * 2 * (32 * 48 + 24 * 32)

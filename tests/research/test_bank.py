@@ -209,12 +209,12 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path):
     """
     trained = fake_run(tmp_path / "run", cycles=2)
     (tmp_path / "bank").mkdir()
-    (tmp_path / "bank/whole").symlink_to(trained.output)
+    (tmp_path / "bank/complete").symlink_to(trained.output)
     shutil.copytree(trained.checkpoint, tmp_path / "bank/step")
     bank = AdapterBank.open(trained.base, tmp_path / "bank", cache=1)
     ids = tokens(2)
     expected = logits(trained.live, ids)
-    for names in ("whole", ["step", "whole"]):
+    for names in ("complete", ["step", "complete"]):
         with bank.use(names):
             assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
         assert bank.squares_of.cache_info().currsize == 1

@@ -218,11 +218,11 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     domain's model is live.
     """
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     flags = (MERGING, "--eval_files", f"old={user.held}", f"plain={user.held}")
-    summary = run(2, domain_flags(user, whole, mix, *flags))
+    summary = run(2, domain_flags(user, reference, mix, *flags))
     assert summary["merges"] == 1
-    block = yaml.safe_load((whole / RUN_FILE).read_text())["research"]
+    block = yaml.safe_load((reference / RUN_FILE).read_text())["research"]
     assert block == {"domain_adapters": True}, "run.yaml repeats the block"
     after = summary["perplexity_after"]
     assert after["old"] != after["plain"], "one text, read with a domain and with none"
@@ -230,10 +230,10 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     argv = domain_flags(user, out, mix, *resume)
     run_alone(interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
     run(2, argv)
-    assert_close_runs(out, whole)
-    assert_good(whole)
+    assert_close_runs(out, reference)
+    assert_good(reference)
 
-    latest = whole / "checkpoints/latest"
+    latest = reference / "checkpoints/latest"
     facts = read_json(latest / "adapter.json")
     assert facts["domains"]["names"] == ["new", "old"]
     assert facts["cycle"] == 1
@@ -253,7 +253,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     for another in ("old", "shared"):
         assert (live["new"] - live[another]).abs().max() > 1e-3
     assert "| domain | old |" in (tmp_path / "old/README.md").read_text()
-    assert_choices_are_named(user, whole, tmp_path)
+    assert_choices_are_named(user, reference, tmp_path)
 
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
     message = refusal(domain_flags(user, out, mix, *resume), ranks=2)
@@ -369,15 +369,15 @@ configs/zero3.json | 4 | 1 | 2
 def test_two_ranks_follow_one(user, tmp_path):
     """However they share the work, with gradient checkpointing."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
 
     def flags(out, row_count, *more):
         batch = f"--per_device_train_batch_size {row_count} --gradient_checkpointing"
         return domain_flags(user, out, mix, MERGING, batch, *more)
 
-    run(1, flags(whole, 4))
+    run(1, flags(reference, 4))
     for number, (config, row_count, micro_batches, shared) in enumerate(rows(SHARDED)):
         out = tmp_path / str(number)
         split = f"--gradient_accumulation_steps {micro_batches} --sequence_parallel_size {shared}"
         run(2, flags(out, row_count, split, "--deepspeed", REPOSITORY / config))
-        assert_close_runs(out, whole)
+        assert_close_runs(out, reference)

@@ -43,7 +43,7 @@ AUTO = "--resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     """The uninterrupted run."""
     return finished_run(2, user, tmp_path_factory, MERGING)
 
@@ -89,7 +89,7 @@ saved; the last two are for the heavy tests."""
     [*rows_of(STOPS)[:3], *(heavy(*row) for row in rows_of(STOPS)[3:])],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
-    user, whole, out, name, rank, method, step, saved
+    user, reference, out, name, rank, method, step, saved
 ):
     argv = user.flags(out, MERGING)
     hit = (signal.Signals[name], int(rank), method, int(step))
@@ -99,16 +99,16 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     state = TrainerState.read(out / "checkpoints/latest")
     assert (state.step, state.finished) == (int(saved), False)
     run(2, user.flags(out, MERGING, AUTO))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, out):
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, reference, out):
     flags = user.flags(out, MERGING, AUTO)
     output = run_ranks(2, signaled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
     assert "before the first step" in output[0]
     assert not (out / "checkpoints").exists()
     run(2, flags)
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 # -- one process, no torch -------------------------------------------------------------
@@ -299,17 +299,19 @@ def torchrun(more, flags):
     return words(program, start, REPOSITORY / "launch/pretrain.py", *flags)
 
 
-def test_torchrun_starts_the_same_run(user, whole, tmp_path, out):
+def test_torchrun_starts_the_same_run(user, reference, tmp_path, out):
     line = torchrun("", user.flags(out, MERGING))
     done = subprocess.run(
         line, cwd=tmp_path, env=environment(), capture_output=True, timeout=180
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path, out):
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
+    user, reference, tmp_path, out
+):
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for
     each start. In the one that torch 2.13 shares by default, processes which are started
     again find the addresses of the dead ones."""
@@ -326,7 +328,7 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path,
         finally:
             process.kill()
     assert "resumed from" in (tmp_path / "log").read_text()
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 FAULTY = """

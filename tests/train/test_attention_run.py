@@ -1,4 +1,4 @@
-"""The attention of whole runs: what is chosen, and what dense attention stays. Resumed
+"""The attention of complete runs: what is chosen, and what dense attention stays. Resumed
 runs: test_resume.
 """
 

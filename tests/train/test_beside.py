@@ -82,7 +82,7 @@ def last_state(out):
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def ranks_and_whole(request, user, tmp_path_factory):
+def ranks_and_reference(request, user, tmp_path_factory):
     """A number of ranks, and the output folder of their undisturbed run."""
     return request.param, finished_run(request.param, user, tmp_path_factory, FLAGS)
 
@@ -96,24 +96,26 @@ EVALUATIONS = """
 
 
 @pytest.mark.parametrize("steps", [steps for (steps,) in rows_of(EVALUATIONS)])
-def test_a_failed_evaluation_does_not_end_the_run(user, ranks_and_whole, out, steps):
+def test_a_failed_evaluation_does_not_end_the_run(
+    user, ranks_and_reference, out, steps
+):
     calls = [int(step) for step in steps.split()]
     assert_goes_on(
-        ranks_and_whole, out, user.flags(out, FLAGS), Evaluator, calls, steps
+        ranks_and_reference, out, user.flags(out, FLAGS), Evaluator, calls, steps
     )
 
 
 @pytest.mark.heavy
-def test_failed_tasks_do_not_end_the_run(user, tmp_path, ranks_and_whole, out):
+def test_failed_tasks_do_not_end_the_run(user, tmp_path, ranks_and_reference, out):
     """Within the run and at its end."""
     tasks = task_files(tmp_path)["choices"]
     argv = user.flags(out, FLAGS, "--eval_tasks", tasks, "--eval_tasks_steps 2")
-    assert_goes_on(ranks_and_whole, out, argv, TaskSuite, [1, 2], "2 4")
+    assert_goes_on(ranks_and_reference, out, argv, TaskSuite, [1, 2], "2 4")
 
 
-def assert_goes_on(ranks_and_whole, out, argv, target, calls, steps):
+def assert_goes_on(ranks_and_reference, out, argv, target, calls, steps):
     """These calls of `evaluate` fail, which are those after `steps`."""
-    ranks, whole = ranks_and_whole
+    ranks, reference = ranks_and_reference
     for kind, message in run_ranks(
         ranks, failing, argv, target, "evaluate", NO_EVALUATION, calls
     ):
@@ -123,7 +125,7 @@ def assert_goes_on(ranks_and_whole, out, argv, target, calls, steps):
             r"after step (\d): RuntimeError: no evaluation today", message
         )
         assert failed == steps.split()
-    assert losses(out).equal(losses(whole)), "training is what it would have been"
+    assert losses(out).equal(losses(reference)), "training is what it would have been"
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
     assert not last_state(out).evaluation_pending
@@ -154,15 +156,15 @@ def without_room_for_traces(argv):
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(
-    user, ranks_and_whole, out
+    user, ranks_and_reference, out
 ):
-    ranks, whole = ranks_and_whole
+    ranks, reference = ranks_and_reference
     argv = user.flags(out, FLAGS, "--profile 1")
     for kind, message in run_ranks(ranks, without_room_for_traces, argv):
         assert kind == "FailedBeside"
         assert f"--profile: {out / 'profile'} got no complete trace: " in message
         assert "No space left on device" in message
-    assert losses(out).equal(losses(whole))
+    assert losses(out).equal(losses(reference))
     assert last_state(out).finished
 
 
@@ -283,7 +285,7 @@ DUE = "--save_steps 4 --eval_steps 4 --merge_every 4 --restart_warmup_steps 1"
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     """A run in whose fourth step a checkpoint, an evaluation and a merge are due."""
     return finished_run(1, user, tmp_path_factory, DUE)
 
@@ -309,14 +311,14 @@ MetricsLog evaluation | 2 | 6
     [*rows_of(IN_A_CALL), *(heavy(*row) for row in rows_of(ALSO_IN_A_CALL))],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user, whole, out, method, call, step
+    user, reference, out, method, call, step
 ):
     """And the run that resumes there does what was pending, once."""
     owner, name = method.split()
     run_alone(ended_within, user.flags(out, DUE), TARGETS[owner], name, int(call))
     assert TrainerState.read(out / "checkpoints/latest").step == int(step)
     run(1, user.flags(out, DUE, "--resume_from_checkpoint auto"))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     merged = TrainerState.read(out / "checkpoints/step-000004")
     assert not merged.merge_pending
 

@@ -44,11 +44,13 @@ def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path
     """In its weights, and in what it has logged; ended in between and resumed, when a link
     to its parent has moved.
     """
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
     run(
         1,
-        user.flags(whole, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio),
+        user.flags(
+            reference, STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio
+        ),
     )
     out = tmp_path / "branch"
     checkpoint = parent / "checkpoints/step-000004"
@@ -72,8 +74,8 @@ def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path
     run_alone(interrupted_job, by_link, START + 4)
     run(1, [*branch, str(checkpoint)])
     elsewhere.rename(parent)
-    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
-    assert torch.equal(losses(out), losses(whole)[START:])
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(reference))
+    assert torch.equal(losses(out), losses(reference)[START:])
     assert [row["step"] for row in rows(out) if "merge" in row] == [6]
 
 
@@ -91,15 +93,15 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 
     run(1, flags("parent", "--max_steps 6 --decay_ratio 0.25"))
     # Of the 4 steps after that of warm-up
-    run(1, flags("whole", "--max_steps 5 --decay_ratio 0.75"))
+    run(1, flags("reference", "--max_steps 5 --decay_ratio 0.75"))
     start = tmp_path / "parent/checkpoints/step-000002"
     run(1, flags("branch", "--max_steps 3 --decay_from", start))
-    branch, whole = (
+    branch, reference = (
         load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors")
-        for name in ("branch", "whole")
+        for name in ("branch", "reference")
     )
-    assert_same_tensors(branch, whole)
-    assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
+    assert_same_tensors(branch, reference)
+    assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "reference")[2:])
 
 
 def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):

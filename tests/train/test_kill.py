@@ -26,25 +26,25 @@ def command(user, out, precision, *more):
 
 
 @pytest.fixture(scope="module")
-def whole_of(user, tmp_path_factory):
+def reference_of(user, tmp_path_factory):
     """(ranks, precision, more flags) -> the output folder of a run that nothing has
     disturbed.
     """
     done = {}
 
-    def whole(ranks, precision, more):
+    def reference(ranks, precision, more):
         key = (ranks, precision, more)
         if key not in done:
-            done[key] = tmp_path_factory.mktemp("whole") / "out"
+            done[key] = tmp_path_factory.mktemp("reference") / "out"
             run(ranks, command(user, done[key], precision, *more, AUTO))
         return done[key]
 
-    return whole
+    return reference
 
 
-def prepare(out, whole, start):
+def prepare(out, reference, start):
     if start in (Start.FINISHED, Start.UNNAMED):
-        shutil.copytree(whole, out, symlinks=True)
+        shutil.copytree(reference, out, symlinks=True)
     if start is Start.UNNAMED:
         (out / "summary.json").unlink()
         shutil.rmtree(out / "merged")
@@ -68,11 +68,11 @@ def prepare(out, whole, start):
         (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")
 
 
-def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision):
+def kill_and_run_again(user, tmp_path, reference, moment, victims, ranks, precision):
     out = tmp_path / "out"
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start
-    prepare(out, whole, start)
+    prepare(out, reference, start)
     how = OVERWRITE if start is Start.ANOTHER else AUTO
     own_cache = (
         ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
@@ -80,7 +80,7 @@ def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
     again = command(user, out, precision, *MOMENTS[moment].more, how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, reference)
     names = {path.name for path in cache.rglob("*")}
     assert not [name for name in names if "partial" in name or name.startswith("tmp")]
 
@@ -124,21 +124,21 @@ HEAVY = [
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_a_killed_run_resumes_to_the_same_bits(
-    user, whole_of, tmp_path, moment, who, ranks, precision
+    user, reference_of, tmp_path, moment, who, ranks, precision
 ):
-    whole = whole_of(ranks, precision, MOMENTS[moment].more)
+    reference = reference_of(ranks, precision, MOMENTS[moment].more)
     victims = victims_of(moment, ranks)[who]
-    kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision)
+    kill_and_run_again(user, tmp_path, reference, moment, victims, ranks, precision)
 
 
-def test_a_run_that_another_had_set_aside_goes_on(user, whole_of, out):
+def test_a_run_that_another_had_set_aside_goes_on(user, reference_of, out):
     """--overwrite_output_dir was a mistake and was killed before its run began; then the
     old run is resumed.
     """
-    whole = whole_of(2, "fp32", ())
-    prepare(out, whole, Start.UNNAMED)
+    reference = reference_of(2, "fp32", ())
+    prepare(out, reference, Start.UNNAMED)
     overwriting = command(user, out, "fp32", OVERWRITE)
     killed_run(2, overwriting, "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()
     run(2, command(user, out, "fp32", AUTO))
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, reference)

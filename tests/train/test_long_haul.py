@@ -114,13 +114,13 @@ def _last_step(out):
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
 def test_a_long_run_with_kills_equals_an_uninterrupted_one(user, tmp_path, out):
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
 
     def flags(folder):
         return user.flags(folder, FLAGS, "--eval_files", f"short={user.other}")
 
     for rank, seen in enumerate(
-        run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)
+        run_ranks(RANKS, watched_job, flags(reference), timeout_s=3600)
     ):
         assert_flat(seen, rank)
     dice = random.Random(SEED)
@@ -132,5 +132,5 @@ def test_a_long_run_with_kills_equals_an_uninterrupted_one(user, tmp_path, out):
     print(f"{done} kills of {KILLS} met a running job, at or after steps {steps}")
     assert done >= 0.8 * KILLS
     run_ranks(RANKS, job, flags(out), timeout_s=3600)
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, reference)
     assert sum("merge" in row for row in rows(out)) == STEPS // MERGE_EVERY - 1

@@ -164,12 +164,12 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, ou
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert model.config.vocab_size == 420 == len(tokenizer)
     export_merged(out / "checkpoints/latest", tmp_path / "verified", verify=True)
-    whole = losses(out)
+    reference = losses(out)
     tokenizer_file = out / "tokenizer/tokenizer.model"
     written = tokenizer_file.stat().st_mtime_ns
     shutil.rmtree(out / "checkpoints/step-000006")
     run(1, [*argv, "--resume_from_checkpoint", "auto"])
-    assert torch.equal(losses(out), whole)
+    assert torch.equal(losses(out), reference)
     assert tokenizer_file.stat().st_mtime_ns == written, "trained once"
 
 

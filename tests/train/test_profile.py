@@ -29,16 +29,16 @@ def steps_in(trace):
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     """A run of two ranks without a profiler."""
     return finished_run(2, user, tmp_path_factory, FLAGS)
 
 
 def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
-    user, out, whole
+    user, out, reference
 ):
     run(2, user.flags(out, FLAGS, "--profile 2"))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     (trace,) = traces(out)
     assert steps_in(trace) == {"ProfilerStep#3", "ProfilerStep#4"}
     products = [event for event in trace if event.get("name") == "aten::mm"]
@@ -47,12 +47,12 @@ def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
 
 
 def test_a_run_that_ends_within_writes_what_there_is_and_a_resumed_one_records_anew(
-    user, out, whole
+    user, out, reference
 ):
     argv = user.flags(out, FLAGS, "--profile 5 --resume_from_checkpoint auto")
     run_ranks(2, interrupted_job, argv, 3)
     run(2, argv)
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     assert [steps_in(trace) for trace in traces(out)] == [
         {"ProfilerStep#3"},
         {"ProfilerStep#6"},

@@ -234,13 +234,13 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     user, tmp_path, merged, out, ranks, bits
 ):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     flags = f"{MERGING} --base_bits {bits} --per_device_train_batch_size 2"
-    summary = run(ranks, user.flags(whole, flags))
+    summary = run(ranks, user.flags(reference, flags))
     assert summary["base_bytes_gathered"] == 0
     assert summary["merges"] == 2
     stop_and_resume(ranks, user.flags(out, flags), 5)
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     comparison = export_merged(out, merged, verify=True).comparison
     assert comparison.error < 0.6 * comparison.tolerance
     exported = load_file(merged / "model.safetensors")
@@ -278,7 +278,7 @@ def plan_of(bits):
 def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bits):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
     small = plan_of(bits)
-    whole = plan_of(16)
+    unquantized = plan_of(16)
     model = planned_model(work_of(bits))
     layers = mora_layers(model).values()
     in_few_bits = sum(
@@ -286,16 +286,18 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
     )
     assert small.quantized == in_few_bits
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
-    assert whole.memory.base - small.memory.base == in_bf16 - in_few_bits
-    assert small.memory.activations == whole.memory.activations
-    assert small.files == 2 * whole.base_elements, "the files have all of their bits"
+    assert unquantized.memory.base - small.memory.base == in_bf16 - in_few_bits
+    assert small.memory.activations == unquantized.memory.activations
+    assert small.files == 2 * unquantized.base_elements, (
+        "the files have all of their bits"
+    )
     assert "of it quantized" in report(small)
-    assert "quantized" not in report(whole)
+    assert "quantized" not in report(unquantized)
     assert ("each merge adds" in report(small)) == (bits == 4)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
     squares = sum(2 * layer.value.numel() for layer in layers)
     assert small.a_merge_adds == (squares + tables if bits == 4 else 0)
-    assert whole.a_merge_adds == whole.quantized == 0
+    assert unquantized.a_merge_adds == unquantized.quantized == 0
 
 
 def test_a_plan_counts_the_dense_weight():
@@ -331,12 +333,12 @@ def test_a_recommendation_may_use_a_quantized_base():
 def refused_by_the_plugin(folder, bits):
     """For `run_ranks`."""
     config = replace(SHARE, base_bits=bits)
-    split, whole = (tiny_model("llama") for _ in range(2))
+    split, full = (tiny_model("llama") for _ in range(2))
     inject(split, config)
-    inject(whole, config)
+    inject(full, config)
     with user_error("--tensor_parallel_size 2"):
         initialize(model=split, config=ds_config(3, 2, 1), tensor_parallel_size=2)
-    engine, *_ = initialize(model=whole, config=ds_config(3, 2, 1))
+    engine, *_ = initialize(model=full, config=ds_config(3, 2, 1))
     another = tiny_model("llama")
     another.model.layers[1].mlp.down_proj.weight.data.neg_()
     write_own_base(another, folder / "other")

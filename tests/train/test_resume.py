@@ -38,29 +38,29 @@ from tests.helpers.snapshot import untouched
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out):
     more = f"{MERGING} --mora_dropout 0.2 --train_norms true"
-    whole = tmp_path / "whole"
-    run(2, user.flags(whole, more))
+    reference = tmp_path / "reference"
+    run(2, user.flags(reference, more))
     # After a merge not saved yet, then between checkpoints
     stop_and_resume(2, user.flags(out, more), 3, 7)
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
     assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     """An uninterrupted run with all its checkpoints."""
     return finished_run(1, user, tmp_path_factory, MERGING)
 
 
 @pytest.fixture
-def copied(whole, out):
+def copied(reference, out):
     """A copy of that run, which goes on in it."""
-    return Path(shutil.copytree(whole, out, symlinks=True))
+    return Path(shutil.copytree(reference, out, symlinks=True))
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
+def test_resume_from_a_path_rolls_the_ledger_back(user, copied, reference, step):
     """From before the first merge, with both merges done since, and from right after the
     second.
     """
@@ -74,7 +74,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(copied)) == step + 1
     run(1, argv)
-    assert_same_run(copied, whole)
+    assert_same_run(copied, reference)
 
 
 def stopped_at_once(argv):
@@ -103,12 +103,12 @@ def test_a_resume_tells_which_settings_have_changed(user, copied, tmp_path):
     assert start not in run_alone(printed, flags)
 
 
-def test_resume_into_a_new_folder(user, whole, tmp_path):
+def test_resume_into_a_new_folder(user, reference, tmp_path):
     out = tmp_path / "elsewhere"
-    checkpoint = whole / "checkpoints/step-000006"
+    checkpoint = reference / "checkpoints/step-000006"
     run(1, user.flags(out, MERGING, "--resume_from_checkpoint", checkpoint))
-    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
-    assert torch.equal(losses(out), losses(whole)[6:])
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(reference))
+    assert torch.equal(losses(out), losses(reference)[6:])
 
 
 def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copied):
@@ -124,12 +124,12 @@ def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copi
 
 
 def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
-    user, copied, whole
+    user, copied, reference
 ):
     again = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps")
     output = run_alone(printed, [*again, "12"])
     assert "it was on its way to 9 steps and has 12 now" in output
-    assert torch.equal(losses(copied)[:9], losses(whole))
+    assert torch.equal(losses(copied)[:9], losses(reference))
     assert len(losses(copied)) == 12
     message = refusal([*again, "7"])
     assert "--max_steps" in message
@@ -140,12 +140,12 @@ def test_auto_without_a_checkpoint_starts_afresh(user, tmp_path, out):
     """Also over what a run has left that was killed before its first checkpoint, merges
     included.
     """
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     more = f"{MERGING} --save_steps 0 --resume_from_checkpoint auto"
-    run(1, user.flags(whole, more))
+    run(1, user.flags(reference, more))
     run_alone(interrupted_job, user.flags(out, more, "--learning_rate 0.5"), 7)
     run(1, user.flags(out, more))
-    assert_same_run(out, whole)
+    assert_same_run(out, reference)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
@@ -181,9 +181,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
         assert "--train_files" in differing("--train_files", user.held)
 
 
-def test_ranks_that_cannot_share_the_batch_are_refused(user, whole):
+def test_ranks_that_cannot_share_the_batch_are_refused(user, reference):
     flags = user.flags(
-        whole, MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1"
+        reference,
+        MERGING,
+        "--resume_from_checkpoint auto --per_device_train_batch_size 1",
     )
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message

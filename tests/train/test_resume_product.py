@@ -52,6 +52,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     if dtype != "fp32":
         more.append(f"--{dtype}")
     more += ["--deepspeed", ds_config(tmp_path, stage, offload)]
-    run(2, user.flags(tmp_path / "whole", *more))
+    run(2, user.flags(tmp_path / "reference", *more))
     stop_and_resume(2, user.flags(out, *more), 4)
-    assert_same_outcome(out, tmp_path / "whole")
+    assert_same_outcome(out, tmp_path / "reference")

@@ -193,11 +193,11 @@ def scheduled(folder, name, stage, resume, last_step):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
-    (whole,) = run_pooled(1, scheduled, str(tmp_path), "whole", stage, None, 4)
+    (reference,) = run_pooled(1, scheduled, str(tmp_path), "reference", stage, None, 4)
     run_pooled(1, scheduled, str(tmp_path), "out", stage, None, 3)
     (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
-    assert whole[:4] == [LEARNING_RATE * 0.5**step for step in range(4)]
-    assert resumed == whole[2:]
+    assert reference[:4] == [LEARNING_RATE * 0.5**step for step in range(4)]
+    assert resumed == reference[2:]
 
 
 def test_a_scheduler_that_json_would_change_is_refused():

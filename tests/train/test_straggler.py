@@ -42,13 +42,13 @@ def slow_job(argv, rank):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("saving", ["--async_save false", "--async_save true"])
 def test_a_straggler_changes_nothing(user, tmp_path, rank, saving):
-    whole = tmp_path / "whole"
+    reference = tmp_path / "reference"
     slow = tmp_path / "slow"
-    run(3, user.flags(whole, MERGING))
+    run(3, user.flags(reference, MERGING))
     run_ranks(3, slow_job, user.flags(slow, MERGING, saving), rank)
-    assert_same_run(slow, whole)
+    assert_same_run(slow, reference)
     slow_steps, steps = (
         [folder.name for folder in complete_checkpoints(out / "checkpoints")]
-        for out in (slow, whole)
+        for out in (slow, reference)
     )
     assert slow_steps == steps

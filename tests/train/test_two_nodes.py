@@ -30,7 +30,7 @@ a check.
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def reference(user, tmp_path_factory):
     return finished_run(2, user, tmp_path_factory, MORE)
 
 
@@ -100,12 +100,14 @@ def assert_ends_soon(processes, folder):
 
 
 @pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
-def test_two_nodes_are_one_run(user, whole, nodes, tmp_path, out, how):
+def test_two_nodes_are_one_run(user, reference, nodes, tmp_path, out, how):
     finish(start(how, nodes, tmp_path, user.flags(out, MORE)), tmp_path)
-    assert_same_result(out, whole)
+    assert_same_result(out, reference)
 
 
-def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_path, out):
+def test_the_ssh_launcher_makes_one_run_of_two_nodes(
+    user, reference, nodes, tmp_path, out
+):
     """Everything of DeepSpeed's but the connection; a node gets what it needs to know from
     .deepspeed_env alone.
     """
@@ -130,7 +132,7 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_pat
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_result(out, whole)
+    assert_same_result(out, reference)
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):

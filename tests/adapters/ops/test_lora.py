@@ -134,15 +134,15 @@ def set_everywhere():
             half = {section: {"enabled": True}} if section else {}
             engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1, **half))
             for layer in mora_layers(model).values():
-                whole = random_factors(layer.spec)
-                zero.set_fp32(engine, {layer.value: whole})
+                full = random_factors(layer.spec)
+                zero.set_fp32(engine, {layer.value: full})
                 master = zero.full_fp32(layer.value)
                 with deepspeed.zero.GatheredParameters(
                     [layer.value], enabled=stage == 3
                 ):
                     low = layer.value.detach().clone()
-                if not torch.equal(master, whole) or not torch.equal(
-                    low, whole.to(dtype)
+                if not torch.equal(master, full) or not torch.equal(
+                    low, full.to(dtype)
                 ):
                     wrong.append(f"stage {stage} {dtype}")
     return wrong
