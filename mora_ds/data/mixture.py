@@ -210,7 +210,7 @@ class Mixture:
         in_samples = [(step * rows_per_step, weights) for step, weights in phases]
         self.schedule = SampleSchedule(in_samples, caps)
         weights_from = {
-            f"from step {step}": dict(zip(sources, weights, strict=True))
+            f"from_step_{step}": dict(zip(sources, weights, strict=True))
             for step, weights in phases
         }
         self.identity: JsonObject = {

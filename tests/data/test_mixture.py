@@ -300,7 +300,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
         out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto"
     )
     assert (
-        "weights of --mixture, --train_files or --replay, from step 4.old"
+        "weights of --mixture, --train_files or --replay, from_step_4.old"
         in refusal(resumed)
     )
 
