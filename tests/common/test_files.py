@@ -216,7 +216,7 @@ def names_below(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").write_text("old")

@@ -229,7 +229,7 @@ FULL_BUCKETS = """
 
 
 @pytest.mark.parametrize("stage, dtype, ranks, written, chosen", rows(FULL_BUCKETS))
-def test_many_ranks_of_the_lower_stages_reduce_whole_buckets(
+def test_many_ranks_of_the_lower_stages_reduce_full_buckets(
     stage, dtype, ranks, written, chosen
 ):
     settings = parsed(written)

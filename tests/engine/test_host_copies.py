@@ -42,7 +42,7 @@ RANGES = """
 
 
 @pytest.mark.parametrize("tensors, ranges", rows(RANGES))
-def test_whole_pages_once_and_in_order(tensors, ranges, monkeypatch):
+def test_complete_pages_are_locked_once_and_in_order(tensors, ranges, monkeypatch):
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
     pieces = [Memory(*tensor) for tensor in parsed(tensors)]

@@ -183,7 +183,7 @@ def assert_equal_run(results, expected, case):
     ],
     ids=["s4", "s2 x dp2"],
 )
-def test_split_rows_are_whole_rows(ranks, size, case):
+def test_split_rows_equal_unsplit_rows(ranks, size, case):
     """Of two ranks that share rows: the heavy tests, and test_ulysses_run.py."""
     assert_equal_runs([case], ranks, size)
 

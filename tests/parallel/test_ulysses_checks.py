@@ -55,7 +55,7 @@ def in_and_out_of_the_way():
             assert torch.equal(alone, expected)
 
 
-def test_whole_rows_and_models_that_are_not_bound():
+def test_unsplit_rows_and_models_that_are_not_bound():
     run_pooled(2, in_and_out_of_the_way)
 
 
@@ -96,7 +96,7 @@ def handed_to_flash_attention():
     return float((logits - sequence.split({"logits": expected})["logits"]).abs().max())
 
 
-def test_a_flash_attention_is_handed_whole_rows():
+def test_flash_attention_gets_unsplit_rows():
     assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
 
 
@@ -113,7 +113,7 @@ def part_of(rank):
     return sequence
 
 
-def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
+def test_a_part_is_a_ranks_tokens_and_documents_stay_complete():
     ids = tokens(3, LENGTH, seed=5)
     documents = object()
     batches = [
