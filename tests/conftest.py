@@ -144,7 +144,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory):
-    """What a user has: a model, a tokenizer, files. Each file of tests has its own."""
+    """A user's model, tokenizer and files. Each file of tests has its own."""
     from tests.helpers.jobs import playground  # not above: it imports torch
 
     return playground(tmp_path_factory.mktemp("user"))

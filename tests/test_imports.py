@@ -53,7 +53,7 @@ it is asked for.
 """
 
 ROOT_ENTRIES = 21
-"""What a newcomer meets in `mora_ds/`, at most."""
+"""The most entries that `mora_ds/` may have."""
 
 DEEPSPEED = {"engine", "parallel"}
 """The packages whose modules may import deepspeed."""
@@ -131,9 +131,7 @@ def libraries(module):
 
 
 def forbidden(package, imported):
-    """Those of the `imported` modules that the table does not grant to a module of
-    `package`.
-    """
+    """The `imported` modules that the table does not grant to a module of `package`."""
     granted = MAY_IMPORT[package] | {COMMON, package}
     return {module for module in imported if package_of(module) not in granted}
 
@@ -246,7 +244,7 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
 
 
 def test_research_is_imported_by_one_module():
-    """By name, which the imports above do not show."""
+    """Modules are loaded by name, which the imports above do not show."""
     doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
     code = {
         name: ast.unparse(ast.parse(path.read_text())) for name, path in MODULES.items()

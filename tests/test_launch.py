@@ -38,9 +38,8 @@ STAND_INS = {
 
 
 def sbatch(folder, code, **environment):
-    """What the script leaves with, and the log of the stand-ins, where every rank ends with
-    a code.
-    """
+    """The exit code of the script and the log of the stand-ins, when every rank ends
+    with a code."""
     for name, script in STAND_INS.items():
         stand_in = folder / name
         stand_in.write_text(f"#!/bin/bash\n{script}\n")
@@ -92,7 +91,7 @@ def test_slurm_starts_again_what_may_go_better(tmp_path, code, starts, requeued)
 
 
 def started(words):
-    """What torchrun makes of its command line, and what mora_ds makes of the rest."""
+    """The command line as torchrun parses it, and the rest as mora_ds parses it."""
     options = get_args_parser().parse_args(words)
     flags = options.training_script_args
     return options, parse(flags[1:] if options.module else flags)

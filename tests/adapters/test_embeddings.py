@@ -51,7 +51,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def low_rank_model(tied, family="llama"):
-    """With products that are not zero."""
+    """A model whose embedding products are not zero."""
     model = tiny_model(family, tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
     assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)

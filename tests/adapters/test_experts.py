@@ -46,7 +46,8 @@ STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 
 
 def adapted(family="mixtral", **settings):
-    """With matrices that are not zero, everywhere unless `settings` say otherwise."""
+    """A model whose matrices are not zero, in all layers unless `settings` say
+    otherwise."""
     everywhere = {"operator": OPERATORS[family], "target_modules": EVERYWHERE}
     return adapted_model(family, **{**everywhere, **settings})
 
@@ -81,9 +82,8 @@ def stacks_in(model):
 def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(
     family,
 ):
-    """Also a contract: each class of transformers computes, by its own code, what its marks
-    say.
-    """
+    """Each class of transformers computes, by its own code, what its marks say. This is
+    also a contract test."""
     model = adapted(family)
     ids = tokens(2)
     live = live_of(model, family)

@@ -69,7 +69,7 @@ def logits(model):
 def test_one_rank_has_the_losses_and_matrices_of_two(
     user, model_folder, reference, tmp_path
 ):
-    """Of which each holds half of every stack of matrices."""
+    """Each rank holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
     run(
         1,

@@ -114,7 +114,7 @@ class Router(nn.Linear):
 
 
 def test_a_layer_is_linear_by_what_it_computes():
-    """In others a delta in the weight may mean something else."""
+    """In other layers a delta of the weight may mean something else."""
     for layer in (
         nn.Linear(6, 4),
         Conv1D(4, 6),

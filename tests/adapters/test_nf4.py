@@ -194,7 +194,8 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
 
 
 def test_a_layer_keeps_the_tables_of_its_merged_cycles(monkeypatch):
-    """As those of its own cycle, however many other operators a model has."""
+    """Merged cycles keep their tables as the current cycle does, however many other
+    operators a model has."""
     specs = specs_of_tables(monkeypatch)
     layer = in_4_bits(adapt(base_of(SHARE, False, torch.float32), SHARE))
     layer.set_merged(some_terms(SHARE))

@@ -90,8 +90,8 @@ def test_a_projection_that_the_mixer_calls_is_adapted():
 
 
 def test_the_table_is_what_transformers_reads():
-    """In the sources, as the fused kernels run on a GPU alone: an upgrade with another
-    module of this kind fails here."""
+    """The test reads the sources, because the fused kernels run on GPUs only: it fails
+    after an upgrade that adds such a module."""
     found = set()
     models = Path(transformers.__file__).parent / "models"
     for path in models.glob("*/modeling_*.py"):

@@ -144,9 +144,8 @@ def test_the_wheel_has_what_every_command_imports(programs, tmp_path):
 
 
 def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path, out):
-    """In two processes, that DeepSpeed's launcher starts from the package; the recipe is
-    the package's own.
-    """
+    """DeepSpeed's launcher starts two processes from the package; the recipe is the
+    package's own."""
     flags = (
         f"--num_gpus 2 --master_port {free_port()} --deepspeed configs/zero3.json --max_steps 6 "
         "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --eval_steps 6"

@@ -107,7 +107,7 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path):
 
 
 def recorded(patch):
-    """What is flushed and renamed from now on, in order."""
+    """Files that are flushed and renamed from now on, in order."""
     events = []
     flush = os.fsync
     rename = os.rename
@@ -174,7 +174,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, name, words):
 
 @pytest.mark.parametrize("kind", [Exception, SafetensorError])
 def test_libraries_that_name_the_full_disk_in_words(tmp_path, kind):
-    """What tokenizers and safetensors raise."""
+    """An error as tokenizers and safetensors raise it."""
     full = "the disk that holds .* is full: No space left on device$"
     with run_error(full), files.disk_errors(tmp_path):
         raise kind("I/O error: No space left on device (os error 28)")

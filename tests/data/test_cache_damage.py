@@ -38,7 +38,7 @@ def test_a_damaged_cache_is_named_and_built_anew(build, caplog, name, harm):
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
 def test_a_damaged_entry_of_the_index_is_not_believed(build, where):
-    """It would name another cache, and with it another run."""
+    """A wrong entry would name another cache, and so another run."""
     built = build()
     (entry,) = (built.folder.parent / "index").iterdir()
     content = entry.read_text()

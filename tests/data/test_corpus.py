@@ -116,9 +116,8 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
 
 
 def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
-    """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be
-    missing.
-    """
+    """A pipe like that of <(zcat a.gz) in a shell: the first read would consume a part
+    of it."""
     reader, writer = os.pipe()
     os.write(writer, b"text")
     os.mkfifo(tmp_path / "a.txt")

@@ -77,9 +77,7 @@ LLAMA = {
     "num_threads": 1,
     "minloglevel": 2,
 }
-"""As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and
-normalizer_spec).
-"""
+"""The trainer_spec and normalizer_spec of Llama's and Mistral's tokenizer.model."""
 
 
 def spm(folder, settings):
@@ -113,9 +111,8 @@ def folder_trained_here(folder):
 
 
 def byte_level_folder(folder, **model):
-    """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of
-    its config.
-    """
+    """A model like GPT-2, Llama 3 and SmolLM: byte-level BPE, tied head. `model`:
+    changes of its config."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -301,7 +298,8 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
 
 
 def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out):
-    """Also in a config that holds the text model's own, and for a head with a bias."""
+    """The config may contain the text model's own config, and the head may have a
+    bias."""
     folder = tmp_path / "model"
     out.mkdir()
     settings = {

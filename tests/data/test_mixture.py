@@ -253,7 +253,7 @@ WRONG = """
 {sources: {'1': {files: x}, 1: {files: y}}} | 1 is given twice
 {sources: {1: {files: x}}, phases: [{from_step: 5, weights: {1: 1, '1': 2}}]} | '1' is given twice
 """
-"""What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
+"""Wrong flags of mixtures are in tests/config/test_bad_launches.py."""
 
 
 @pytest.mark.parametrize(
@@ -345,8 +345,8 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
 
 
 def test_no_held_out_document_is_trained_on(user, tmp_path):
-    """By hash, in every source: also where a document lies in two of them, in other
-    letters or with other white space."""
+    """The hash of a document decides, in every source: also for a document that is in
+    two sources, with other case or white space."""
     texts = user.texts()
     assert document_hash("Caf\u00e9 au\nlait") == document_hash(" cafe\u0301 AU lait ")
     again = tmp_path / "again.jsonl"

@@ -28,7 +28,7 @@ def make_cache(lengths):
 
 
 def batches_of(data, size):
-    """What a run draws from one plain source."""
+    """The batches that a run draws from one plain source."""
     return Mixture({"train": data}, [(0, (1.0,))], [None], data.seq_len, size)
 
 
@@ -63,9 +63,8 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
 @pytest.mark.parametrize("start", [7777, 0])
 @pytest.mark.parametrize("mask", [True, False])
 def test_every_block_begins_with_a_block_start(mask, start):
-    """In place of a token that the block before has predicted; what came after that one is
-    not predicted. All else is as without it.
-    """
+    """The block start replaces a token that the previous block has predicted; the token
+    after it is not predicted. All else is unchanged."""
     cache = make_cache(LENGTHS)
     documents = [0, *cache.ends[:-1].tolist()]
     cache.tokens[documents] = start
@@ -89,9 +88,8 @@ def test_every_block_begins_with_a_block_start(mask, start):
 
 @pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
 def test_document_mask_keeps_documents_and_padding_apart(seq_len):
-    """As transformers reads the positions: same sequence if and only if same document
-    within the block.
-    """
+    """transformers reads the positions so: two tokens are in one sequence if and only
+    if they are in one document of the block."""
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len)
     owner = np.searchsorted(cache.ends, np.arange(cache.n_tokens), side="right")

@@ -114,7 +114,8 @@ def test_columns_that_hold_text(kind, message):
 
 
 def test_suffixes_say_what_a_file_is(tmp_path):
-    """In either case, and below that of a compressed file."""
+    """The suffix is read in upper and lower case, and below that of a compressed
+    file."""
     (tmp_path / ".hidden").mkdir()
     names = (
         "A.TXT b.JSONL.GZ b.json.zst c.pdf d.gz e.md.bz2 .hidden/f.txt z/.i.txt z/g.txt "

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def sum_folder(tmp_path):
-    """Where a sum is written."""
+    """The folder of the sum."""
     return tmp_path / "sum"
 
 
@@ -73,7 +73,7 @@ def assert_same_model(one, another):
 
 
 def by_hand(terms):
-    """What the sum must be in every tensor, formed in fp64 from complete deltas."""
+    """The expected sum of every tensor, computed in fp64 from complete deltas."""
     reference = BaseReference.read(terms[0][1])
     original = content((terms[0][1] / reference.folder).resolve())
     total = {key: tensor.double() for key, tensor in original.items()}
@@ -167,9 +167,8 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path, merged):
 
 
 def test_a_sum_stands_alone(run, tmp_path, sum_folder):
-    """With the tokenizer of its last source, the base where it was said to be, and hashes
-    of all that.
-    """
+    """The sum has the tokenizer of its last source, the base from `base_folder`, and
+    hashes of all files."""
     source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
     (source / "tokenizer").mkdir()
     (source / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')

@@ -210,7 +210,7 @@ def test_export_finds_a_moved_base(tmp_path, merged):
     ],
 )
 def test_damage_shows_without_a_manifest_too(tmp_path, merged, name, damage, words):
-    """With one: tests/checkpoint/test_damage.py."""
+    """tests/checkpoint/test_damage.py tests damage with a manifest."""
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
     (run.checkpoint / "manifest.json").unlink()

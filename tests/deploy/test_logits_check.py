@@ -72,9 +72,8 @@ float16  | 8 | 4.0 | 0.005859375
 
 @pytest.mark.parametrize("name, layers, largest, tolerance", rows(TOLERANCES))
 def test_tolerance(name, layers, largest, tolerance):
-    """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of
-    all logits.
-    """
+    """The tolerance is absolute in fp32, otherwise relative to the norm of all
+    logits."""
     dtype = COMPUTE_DTYPES[name]
     live = torch.tensor([float(largest), -0.1, 0.2])
     exported = live + torch.tensor([0.0, 3e-3, -4e-3])

@@ -25,7 +25,7 @@ def logits_of(model):
 
 @pytest.fixture
 def lora_folder(tmp_path):
-    """Where an adapter of PEFT is written."""
+    """The folder of the PEFT adapter."""
     return tmp_path / "lora"
 
 

@@ -132,7 +132,7 @@ def trained(case, streamed):
 
 
 def change(model):
-    """As a merge does."""
+    """Changes the weights as a merge does."""
     if prefetcher := ring_of(model):
         prefetcher.forget()
     layers = mora_layers(model)

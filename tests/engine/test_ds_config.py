@@ -133,7 +133,8 @@ def test_compute_dtype_follows_the_flag(flag, dtype, written):
 
 
 def zero_sizes(numels, settings=SETTINGS):
-    """What is filled in for trained parameters with these numbers of elements."""
+    """The settings that are filled in for trained parameters with these numbers of
+    elements."""
     config = resolve_ds_config({}, settings, 2)
     return fill_bucket_sizes(config, numels)["zero_optimization"]
 

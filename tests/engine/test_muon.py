@@ -105,9 +105,8 @@ def orthogonal(matrix):
 
 
 def orthogonal_factors(factors, d_in):
-    """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix,
-    which B is.
-    """
+    """The factors of [A | B^T]: A and B separately; Muon multiplies the update of a
+    tall matrix such as B."""
     down = orthogonal(factors[:, :d_in])
     up = orthogonal(factors[:, d_in:])
     return torch.cat([down, up * (up.shape[1] / len(up)) ** 0.5], dim=1)
@@ -300,7 +299,8 @@ def momentum_over_a_dropped_step():
 
 
 def test_a_step_that_is_dropped_leaves_the_momentum_as_it_was():
-    """That of the other matrices too, which DeepSpeed itself would change at stage 3."""
+    """The momentum of the other matrices too, which DeepSpeed itself would change at
+    stage 3."""
     for before, after in run_pooled(2, momentum_over_a_dropped_step):
         assert before
         assert all(map(torch.equal, before, after))
@@ -342,7 +342,7 @@ def numels_of(groups):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_mora_matrices_are_group_0_and_all_of_muon_whatever_the_names(family):
-    """By names, GPT-2's embeddings would get Muon."""
+    """If names decided, GPT-2's embeddings would get Muon."""
     ((numels, expected),) = run_pooled(1, groups_of, family)
     assert numels == expected
 

@@ -64,7 +64,7 @@ class Small(nn.Module):
 
 
 def plain_engine(stage, **zero_settings):
-    """What DeepSpeed does by itself, but for compiling."""
+    """DeepSpeed's own behavior, without compilation."""
     muon.load_kernels()
     model = Small()
     config = {

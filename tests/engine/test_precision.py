@@ -134,7 +134,7 @@ def case_of(tied=False, **settings):
 
 
 def cases_of(table):
-    """By the name in front of its settings."""
+    """{name: its case}. A row of the table has the name before the settings."""
     return {name: case_of(**parsed(settings)) for name, settings in rows(table)}
 
 
@@ -303,7 +303,7 @@ def all_cases(cases, root):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What each rank saw in each case."""
+    """The result of each rank in each case."""
     root = tmp_path_factory.mktemp("precision")
     for family in ("llama", "qwen2", "gpt2"):
         tiny_model(family).save_pretrained(root / family)

@@ -69,7 +69,7 @@ def layout(**more):
 
 
 def shards_of(folder, common, shards, stride=1):
-    """Those of ranks with these extents."""
+    """The shards of ranks with these extents."""
     of_all = [
         RankShard.of(common, rank, f"{rank}.st", flats, stride=stride)
         for rank, flats in enumerate(shards)
@@ -194,7 +194,8 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
 
 
 def test_runs_are_the_extents_of_all_ranks():
-    """Of parameters on following ranks, in equal parts but for the first and the last."""
+    """Runs of parameters on following ranks, in equal parts except for the first and
+    the last."""
     random.seed(0)
     for world in range(1, 41):
         ranks = [[[]] for _ in range(world)]
@@ -233,7 +234,7 @@ def test_a_run_passes_over_the_ranks_of_other_slices():
 
 
 RUNS = [[0, 0, 4, 0, 0, 0, 1, 2], [0, 8, 2, 2, 0, 0, 1, 1]]
-"""Of one parameter with 10 elements, on three ranks."""
+"""Extents of one parameter with 10 elements, on three ranks."""
 NO_RUNS = f"""
 1 0 4 0 0 0 1 2
 -1 0 4 0 0 0 1 2
@@ -254,7 +255,8 @@ NO_RUNS = f"""
 0 0 4 0 0 0 1 {2**62 + 2}
 0 8 2 2 0 0 1 1
 """
-"""In place of the first row: beyond a parameter or a rank, with a hole, or twice."""
+"""Rows that replace the first one: beyond a parameter or a rank, with a hole, or
+twice."""
 
 
 def opened(folder, rows):

@@ -49,7 +49,7 @@ STREAMS = {
     **dict.fromkeys(("current_stream", "default_stream"), arithmetic),
     "stream": lambda self, stream: nullcontext(),
 }
-"""What DeepSpeed asks an accelerator about streams."""
+"""The methods for streams that DeepSpeed calls on an accelerator."""
 
 
 def micro_batches(streams, repaired, zero_settings):

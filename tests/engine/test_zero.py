@@ -1,6 +1,5 @@
-"""What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these
-matrices and resets them.
-"""
+"""ZeRO communicates the MoRA matrices and nothing of the base; how these matrices are
+set and reset."""
 
 import pytest
 import torch
@@ -94,9 +93,7 @@ def test_what_fills_a_master_up_is_zero():
 
 
 def set_and_reset():
-    """What the first matrix holds, which forward reads, once it is set to 1, and after a
-    reset.
-    """
+    """The first matrix as forward reads it, after it is set to 1 and after a reset."""
     model = adapted_model().to(torch.bfloat16)
     config = ds_config(
         1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}

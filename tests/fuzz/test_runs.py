@@ -20,7 +20,7 @@ from tests.helpers.fuzz_runs import SETTINGS, SMALL, fuzz, prepare
 from tests.helpers.tables import rows
 
 CASES = 70
-"""Of a commit: about 200 runs, and 30 resumes."""
+"""Seeds for each commit: about 200 runs, and 30 resumes."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
 ELSEWHERE = {
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "dataset_name",
     "research.targets",
 }
-"""What needs a network, another kind of model, of text, and a plan."""
+"""Settings that need a network, another kind of model or text, or a plan."""
 
 
 def test_every_setting_is_tried():

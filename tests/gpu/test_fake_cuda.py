@@ -32,7 +32,7 @@ NAMED = [
 
 
 def faults_of(names, folder):
-    """What went wrong in each configuration, in a process of its own with the shim."""
+    """The errors of each configuration, in a process of its own with the shim."""
     report = folder / "faults.json"
     command = [
         sys.executable,

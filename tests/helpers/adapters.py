@@ -43,7 +43,7 @@ class Maker:
         )
 
     def layers(self, config, cycle):
-        """Of a cycle, for every layer that the config targets."""
+        """The layers of a cycle: every layer that the config targets."""
         entries = {}
         for name, module in match_targets(self.model, config.target_modules).items():
             spec = config.operator_for(name, *linear_shape(module), cycle)

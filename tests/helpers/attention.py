@@ -75,7 +75,7 @@ def reference(
 
 
 def gradients(out, inputs):
-    """Those of a fixed random sum of the output."""
+    """Gradients of a fixed random sum of the output."""
     weights = torch.randn(
         out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype
     )
@@ -83,7 +83,7 @@ def gradients(out, inputs):
 
 
 def assert_same_attention(output, expected, inputs):
-    """Of outputs in fp64, and of their gradients with respect to `inputs`."""
+    """Compares outputs in fp64, and their gradients with respect to `inputs`."""
     assert_close(output, expected, rtol=1e-6, atol=1e-6)
     for one, another in zip(
         gradients(output, inputs), gradients(expected, inputs), strict=True

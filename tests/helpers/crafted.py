@@ -18,9 +18,8 @@ SHARD = "rank-00000.safetensors"
 
 
 def whole_checkpoint(folder):
-    """As `fake_run`, with the shards of one process, random states, and a tokenizer's
-    folder.
-    """
+    """A `fake_run` with the shards of one process, random states, and a tokenizer's
+    folder."""
     run = fake_run(
         folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",)
     )

@@ -103,7 +103,8 @@ def trained_values(engine):
 
 
 def half_precision(dtype):
-    """What a DeepSpeed config says of bf16, summed in fp32; nothing for another dtype."""
+    """The bf16 section of a DeepSpeed config, summed in fp32; empty for another
+    dtype."""
     if dtype not in ("bfloat16", torch.bfloat16):
         return {}
     return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

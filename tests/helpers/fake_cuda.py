@@ -37,7 +37,7 @@ CUDA = torch.device("cuda", 0)
 SHIM = Path(__file__).with_suffix(".cpp")
 
 _FAKE = FakeTensorMode()
-"""One for the process: tables that a cache holds may be read under the next `FakeCuda`."""
+"""One per process: tables that a cache holds may be read under the next `FakeCuda`."""
 _PATCHES = (
     patch.object(torch.cuda, "_lazy_init", lambda: None),
     patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
@@ -53,7 +53,7 @@ class Fault(AssertionError):
 
 
 class Permits(Enum):
-    """What the host may do."""
+    """The reads and copies that the host may do."""
 
     NOTHING = "wait for nothing: a step"
     COPIES = "wait for copies to the device: a first step, which makes tables"
@@ -149,9 +149,8 @@ class FakeCuda(TorchDispatchMode):
 
 
 def _operand(tensor):
-    """What stands for a tensor that the device computes with: of the host's, single numbers
-    only.
-    """
+    """The stand-in for a tensor that the device computes with; of the host's tensors,
+    only single numbers."""
     if tensor.device.type == "cpu" and tensor.dim():
         raise Fault(
             f"a tensor {tuple(tensor.shape)} on the host is among those on the device"

@@ -132,9 +132,8 @@ def run(settings):
 
 
 def prepare(model, arguments, dense):
-    """What `load_base` and `initialize` make of an injected model: split, and on the
-    device.
-    """
+    """An injected model as `load_base` and `initialize` leave it: split, and on the
+    device."""
     training = arguments.training
     dtype = (
         torch.bfloat16
@@ -242,7 +241,7 @@ PLANTS = {
         lambda x: torch.ones(1).to(x, non_blocking=True)
     ),
 }
-"""What is replaced, by what, in layers of plain torch."""
+"""Planted faults: what replaces which code in layers of plain torch."""
 
 
 def main():

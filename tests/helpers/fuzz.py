@@ -37,9 +37,7 @@ def seed_of_commit():
 
 SECONDS = 10
 NBYTES = 2**30
-"""What one call may take: seconds of its own, on a machine that others use too, and
-bytes.
-"""
+"""The limits of one call: CPU seconds, on a machine that others use too, and bytes."""
 
 Tool = tuple[str, ...]
 """A tool and its flags, with {case} for the case's folder and {out} for the output."""
@@ -141,7 +139,7 @@ def judged_in_processes(judge, subject, seeds, scratch, seeds_of_a_process, died
 
 
 def fuzz(made, seeds, scratch):
-    """What one call for each seed has done wrong: its seed, tool, changes and error."""
+    """The errors of one call for each seed: its seed, tool, changes and error."""
     return judged_in_processes(
         _judged,
         made,
@@ -153,7 +151,7 @@ def fuzz(made, seeds, scratch):
 
 
 def _judged(made, seeds, scratch):
-    """What goes wrong with these seeds, on one rank."""
+    """The errors with these seeds, on one rank."""
     for subject in made:
         for name, *_ in subject.tools:
             tool(name)  # imported before memory is bounded

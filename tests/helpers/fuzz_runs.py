@@ -133,10 +133,10 @@ SMALL = {
     "save_steps": "2",
     "report_to": "none",
 }
-"""What a case has where it draws no other value."""
+"""The default of each setting of a case."""
 
 SECONDS = 60
-"""What one run may take, on a machine that others use too."""
+"""The limit of one run, on a machine that others use too."""
 
 CASES_OF_A_PROCESS = 20
 

@@ -72,9 +72,8 @@ def start_ranks(world, function, *arguments):
 
 
 def collect(pipes, deadline):
-    """What every rank sends, in rank order. Raises `RankFailed` where one fails, dies, or
-    is late.
-    """
+    """The values of all ranks, in rank order. Raises `RankFailed` if one fails, dies,
+    or is late."""
     results = {}
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}

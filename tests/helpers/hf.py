@@ -20,7 +20,7 @@ RATE = 1e-2
 
 
 class Trainer(MoRATrainer, transformers.Trainer):
-    """What a user writes."""
+    """The code that a user writes."""
 
 
 def ds_config(stage=3):
@@ -110,7 +110,7 @@ def matrices(engine):
 
 
 def assert_same_parameters(one, another):
-    """To the bit, in order."""
+    """Equal to the bit, in order."""
     assert all(
         torch.equal(a, b)
         for a, b in zip(one.parameters(), another.parameters(), strict=True)

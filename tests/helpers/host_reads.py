@@ -37,7 +37,8 @@ FOLDERS = {
 
 
 class HostReads:
-    """Those of the thread that enters it. A read within another one counts once."""
+    """Host reads of the thread that enters it. A read within another one counts
+    once."""
 
     def __init__(self):
         self.places = Counter()

@@ -52,8 +52,8 @@ VARIANTS = {
 
 
 def same(result, expected, what):
-    """To the bit in fp32 and fp64. In half precision within one unit in the last place, as
-    the interpreter cuts bf16 off where torch rounds."""
+    """Equal to the bit in fp32 and fp64. In half precision within one unit in the last
+    place: the interpreter truncates bf16 where torch rounds."""
     assert result.shape == expected.shape, what
     assert result.dtype == expected.dtype, what
     if result.dtype in (torch.float32, torch.float64):
@@ -72,9 +72,8 @@ def _ordinal(x):
 
 
 def launched(kernel, *operands):
-    """What a kernel makes of operands, which are not written to: of one that works in
-    place, its first operand.
-    """
+    """The output of a kernel, without a write to its operands; of one that works in
+    place, its first operand."""
     on_device = [
         operand.to(DEVICE, copy=True) if isinstance(operand, Tensor) else operand
         for operand in operands

@@ -40,7 +40,7 @@ VOCABULARY = 400
 
 @dataclass(frozen=True)
 class Playground:
-    """What a user brings along."""
+    """The files of a user."""
 
     root: Path
     model: Path
@@ -158,7 +158,7 @@ def finished_run(ranks, user, folders, *more):
 
 
 def printed(argv):
-    """What a run prints, to stdout and stderr. For `run_ranks`."""
+    """The output of a run, to stdout and stderr. For `run_ranks`."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as captured,
         contextlib.redirect_stderr(captured),

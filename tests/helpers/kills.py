@@ -287,7 +287,7 @@ def call_of(text):
 
 
 def installer(outer, death):
-    """What patches a process so that it dies so, in the call `outer` unless that is "-"."""
+    """The patch with which a process dies, in the call `outer` unless that is "-"."""
 
     def install():
         when, _, call = death.partition(" ")

@@ -62,8 +62,8 @@ class Mappings:
         return cls(sorted(mappings))
 
     def place_of(self, tensor):
-        """Where the tensor's bytes come from; None for one on another device, in memory of
-        its own, or in a mapped file some of which this process has written to."""
+        """The file of the tensor's bytes; None for a tensor on another device, in
+        memory of its own, or in a mapped file that this process has written to."""
         if (
             tensor.device.type != "cpu"
             or not tensor.is_contiguous()

@@ -127,7 +127,7 @@ def micro_step(engine, ids):
 
 
 def alone():
-    """What `load_base` asks of the ranks of a run, in one process without a group."""
+    """The ranks that `load_base` needs, in one process without a group."""
     return SimpleNamespace(
         agree=lambda what, work, long=False: work(),
         on_first=lambda what, work, long=False: work(),

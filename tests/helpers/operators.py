@@ -70,8 +70,8 @@ def spec_id(spec):
 
 
 def blocks_onto_wrapped_outputs(spec):
-    """One number of all blocks after the other onto one output after the other, from the
-    first again: an output reads several blocks, in each another row of M."""
+    """One number of each block in turn onto one output in turn, from the first again:
+    an output reads several blocks, each with another row of M."""
     numbers = torch.arange(spec.blocks_in * spec.r_hat).unsqueeze(0)
     return numbers % spec.d_in, numbers % spec.d_out
 

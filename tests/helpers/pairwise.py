@@ -62,9 +62,8 @@ def _pairs(case, parameters):
 
 
 def _name(case):
-    """Such as "stage=3-bf16-offload": a string stands for itself, True for its parameter,
-    False for nothing.
-    """
+    """A test id such as "stage=3-bf16-offload": a string stands for itself, True for
+    its parameter, False for nothing."""
     words = []
     for name, value in case.items():
         if isinstance(value, bool):

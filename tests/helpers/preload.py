@@ -1,6 +1,4 @@
-"""What the fork server of `tests/helpers/gloo.py` loads once, so that no rank pays for
-it.
-"""
+"""Modules that the fork server of `tests/helpers/gloo.py` loads once for all ranks."""
 
 # isort: off
 import functools

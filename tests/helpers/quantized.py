@@ -137,7 +137,7 @@ def assert_not_finite_is_refused(quantize, words):
 
 
 def assert_layer_that_is_not_finite_is_named(bits):
-    """By its name in the model."""
+    """The error names the layer as the model does."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
     with user_error(rf"`base_bits` {bits}: 1.weight: .* not finite"):

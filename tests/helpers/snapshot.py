@@ -1,4 +1,4 @@
-"""What a folder holds, to the byte: for tests that nothing of it was touched."""
+"""The content of a folder, to the byte: for tests that it was not changed."""
 
 import os
 import stat

@@ -23,7 +23,7 @@ class Letters:
 
 
 def documents(count=90):
-    """Of all lengths, empty ones among them."""
+    """Documents of all lengths, with empty ones among them."""
     return [
         "" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23)
         for n in range(count)

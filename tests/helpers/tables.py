@@ -27,7 +27,8 @@ def words(*texts):
 
 
 def parsed(cell):
-    """What a cell means that is written as YAML, such as "{optimizer: {type: Lamb}}"."""
+    """The value of a cell that is written as YAML, such as "{optimizer: {type:
+    Lamb}}"."""
     return yaml.safe_load(cell)
 
 

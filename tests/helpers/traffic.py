@@ -27,7 +27,7 @@ from tools.bench.report import Report, bench_parser
 
 PROCESSORS = 132
 THREADS = 512
-"""Of a processor, with 128 registers each."""
+"""Threads of a processor, with 128 registers each."""
 L2 = 40 << 20
 """Bytes."""
 
@@ -131,7 +131,7 @@ def step_bytes(spec, tokens):
 
 
 def launches(spec, dtype, int8=False, tokens=4096, device=META):
-    """What one layer starts, by name."""
+    """The kernels that one layer starts, by name."""
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class _Device:
-    """What triton asks its driver before it compiles, for a GPU that is not there
+    """The driver that triton queries before it compiles, for a GPU that is not there
     (triton/runtime/jit.py, `JITFunction.run`)."""
 
     capability: int

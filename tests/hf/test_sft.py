@@ -23,7 +23,7 @@ def fine_tuned(root):
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(MoRATrainer, SFTTrainer):
-        """What a user writes."""
+        """The code that a user writes."""
 
     if dist.get_rank() == 0:
         playground(Path(root))

@@ -37,9 +37,8 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path):
 
 
 def interrupted_and_not(root):
-    """One run to its end, and another one that begins at its checkpoint-4 anew, after one
-    merge and before another.
-    """
+    """One run to its end, and another one that starts from its checkpoint-4, after one
+    merge and before another."""
     every = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
     steps = {**every, "save_steps": 2, "eval_steps": 4}
     reference = hf.trainer_in(Path(root), "out", **steps)
@@ -78,7 +77,7 @@ def interrupted_and_not(root):
 
 
 def _later_rows(trainer):
-    """What was logged after step 4, without times."""
+    """The log after step 4, without times."""
     measured = ("runtime", "per_second", "preparation_time")
     return [
         {key: value for key, value in row.items() if not key.endswith(measured)}

@@ -70,7 +70,7 @@ def assert_same_step(model, dense, batch):
 
 
 class OwnConfig(LlamaConfig):
-    """As in code that comes with a model."""
+    """A config as in code that comes with a model."""
 
 
 DENSE = """

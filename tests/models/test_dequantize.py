@@ -36,7 +36,7 @@ SIZES = {"vocab_size": VOCABULARY, "intermediate_size": 64}
 
 
 def to_fp8(name, weight):
-    """By transformers' own quantizer."""
+    """The tensors of this weight, quantized by transformers' own quantizer."""
     quantizer = SimpleNamespace(
         quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16))
     )
@@ -109,7 +109,7 @@ def dequantized_by_transformers(kind, folder, target, dtype):
 def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
     user, tmp_path, kind, dtype
 ):
-    """With two merges; its export is verified, and has nothing of the quantization left."""
+    """The run has two merges; its export is verified and no longer quantized."""
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
     ours = tmp_path / "of-quantized"
@@ -149,7 +149,8 @@ def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_othe
 
 
 def test_blocks_at_the_edge_may_be_smaller():
-    """As DeepSeek-V3's of 576 rows in blocks of 128, where transformers gives up."""
+    """DeepSeek-V3 has 576 rows in blocks of 128, which transformers does not
+    dequantize."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2, generator=generator)

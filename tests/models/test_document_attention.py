@@ -128,9 +128,7 @@ def layer_of(shared):
 
 @pairwise({"window": [None, 12], "kind": KINDS, "masked": [False, True]})
 def test_dropout_is_applied(window, kind, masked):
-    """Of all weights but one in a thousand nothing is left, whichever way they are
-    computed.
-    """
+    """Dropout leaves one weight in a thousand, by either path."""
     *inputs, sinks = parts(2, LENGTH, 2)
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
     options = {"dropout": 0.999, "sliding_window": window, **of_kind(kind, sinks)}

@@ -83,7 +83,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(
 
 
 def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read():
-    """As by a plan of the model."""
+    """Example: a plan of the model."""
     with user_error(
         r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"
     ):
@@ -152,7 +152,7 @@ float16 | bfloat16 | float16
 bfloat16 | bfloat16 | bfloat16
 bfloat16 | float32 | float32
 """
-"""Of the pickled weights | of the run | of the base that it writes."""
+"""Precision of the pickled weights | of the run | of the base that it writes."""
 
 
 @pytest.mark.parametrize("stored, dtype, of_base", rows(PRECISIONS))

@@ -139,7 +139,8 @@ def test_evaluation_with_and_without_chunks_is_equal():
 
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_gradients_through_a_frozen_head_in_half_precision(dtype, near):
-    """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
+    """The difference from fp32 is within the dtype's rounding, in fp16 with a scaled
+    loss."""
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
     hidden = torch.randn(5, 64).to(dtype)
@@ -172,9 +173,8 @@ def sizes_of_chunks(chunked):
 
 @pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
 def test_no_more_logits_than_a_chunk_are_ever_made(train_head, times):
-    """Nothing of the size of logits is kept for backward, which makes them again where the
-    head is trained.
-    """
+    """Nothing of the size of logits is saved for backward, which computes them again if
+    the head is trained."""
     model = model_of("llama", train_head)
     batch = batch_of()
     sizes = sizes_of_chunks(chunk_loss(model, CHUNK))
@@ -214,7 +214,7 @@ def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_losses_are_summed_in_fp32(chunked, train_head):
-    """Of logits in bf16, whose own losses would have two digits."""
+    """The logits are in bf16, in which losses would have two digits."""
     model = model_of("llama", train_head).bfloat16()
     batch = batch_of()
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -265,7 +265,8 @@ def test_a_model_without_a_head_is_refused():
 
 
 def zero3_gradients(family):
-    """Of the same batch on every rank, the head sharded over them."""
+    """Gradients of the same batch on every rank, with the head sharded over the
+    ranks."""
     model = model_of(family)
     batch = batch_of()
     config = {
@@ -375,9 +376,8 @@ def test_a_model_that_changes_its_logits_is_trained_without_chunks(user, tmp_pat
 
 
 def with_changed_logits(argv, chunked):
-    """What two runs say whose model scales its logits unlike any that is known, the second
-    with --chunked_loss.
-    """
+    """The output of two runs whose model scales its logits in an unknown way, the
+    second with --chunked_loss."""
     LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # in this rank alone
     return printed(argv), refused(chunked)
 

@@ -215,7 +215,7 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
-    """Such as a head that is adapted on a GPU, with the base in host memory."""
+    """Example: a head that is adapted on a GPU, with the base in host memory."""
     model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
     slots = {

@@ -85,7 +85,7 @@ phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type 
 def test_a_family_that_ignores_rope_scaling_is_named(
     user, tmp_path, out, family, words
 ):
-    """By the run, its dry run and its plan."""
+    """The run, its dry run and its plan name it."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = tmp_path / family
     files = ("--model_name_or_path", model, "--tokenizer_name", user.model)
@@ -121,9 +121,8 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(version, tmp_path)
 def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
     user, tmp_path, base_folder, out
 ):
-    """To the bit, with merges, resumed; and what is exported of it is that model, whose
-    config is the run's.
-    """
+    """Equal to the bit, with merges and a resume; the export is that model, with the
+    run's config."""
     longer = (
         f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
     )

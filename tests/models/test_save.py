@@ -1,6 +1,5 @@
-"""What is written: which tensor is in which file, what the base's other files become, and
-every dtype.
-"""
+"""Written models: which tensor is in which file, the base's other files, and every
+dtype."""
 
 import json
 import os

@@ -33,9 +33,8 @@ PRECISIONS = {
     "float16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
 }
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
-"""Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that
-of the other tests.
-"""
+"""Tolerance of the loss: half a unit in the last place of the dtype; in fp32 that of
+the other tests."""
 EVERYTHING = {"train_norms": True, "train_embeddings": True, "train_head": True}
 CASES = [
     # q_norm and k_norm see a rank's heads alone

@@ -1,4 +1,4 @@
-"""What tensor parallelism puts on the wire, counted: nothing of the base."""
+"""The bytes that tensor parallelism communicates: none of the base."""
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.engine.traffic import CollectiveCounter

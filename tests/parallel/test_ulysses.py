@@ -184,7 +184,8 @@ def assert_equal_run(results, expected, case):
     ids=["s4", "s2 x dp2"],
 )
 def test_split_rows_equal_unsplit_rows(ranks, size, case):
-    """Of two ranks that share rows: the heavy tests, and test_ulysses_run.py."""
+    """Two ranks that share rows are tested by the heavy tests and
+    test_ulysses_run.py."""
     assert_equal_runs([case], ranks, size)
 
 

@@ -1,6 +1,5 @@
-"""What a model bound to sequence parallelism leaves alone, and what is refused before a
-step is made.
-"""
+"""What a model bound to sequence parallelism does not change, and errors before the
+first step."""
 
 import pytest
 import torch
@@ -213,7 +212,7 @@ def test_configs_that_pass(family):
 
 
 def split_checked(kinds):
-    """What `check_split` says of each model with documents in its rows."""
+    """The message of `check_split` for each model with documents in its rows."""
     said = {}
     for kind, values in kinds.items():
         torch.manual_seed(0)

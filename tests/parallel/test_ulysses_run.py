@@ -100,7 +100,7 @@ muon | --optimizer muon
 base in 8 bits | --base_bits 8
 ZeRO-1 | --deepspeed configs/zero1.json
 """
-"""Where there is no adapter, what `RUN` says of one is taken back."""
+"""Without an adapter, the adapter settings of `RUN` are reset."""
 
 
 def job_in_fp32(argv):

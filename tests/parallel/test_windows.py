@@ -64,9 +64,8 @@ def test_windows_make_up_the_operator(spec):
 
 
 def computed(window, weight, square, x, g):
-    """Of a window: output, gradients of its inputs and of M on either path, and the weight
-    that it forms.
-    """
+    """A window's output, gradients of its inputs and of M on either path, and its
+    rebuilt weight."""
     products = LayerProducts(window)
     x = x[:, slice(*window.inputs)]
     g = g[:, slice(*window.outputs)].contiguous()

@@ -229,9 +229,8 @@ TYPES = """
 
 @pytest.mark.parametrize("settings, message", rows(TYPES))
 def test_values_of_another_type_are_named(tmp_path, settings, message):
-    """Those of adapter_config.json too, whose matrices would else be read under other
-    permutations, or not at all.
-    """
+    """Also settings of adapter_config.json, with which its matrices would be read under
+    other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**read_json(path), **parsed(settings)}))

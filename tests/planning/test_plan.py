@@ -127,7 +127,7 @@ def compare(work, family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_deep_models_are_measured_by_shallow_ones(checkpointing):
-    """Also where layers are of two kinds in turn."""
+    """Layers may alternate between two kinds."""
     for family in ("llama", "gemma2"):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
         work.config.num_hidden_layers = 9
@@ -184,9 +184,8 @@ CASES = [
 
 
 def measured(case):
-    """Of one step of this rank, the third micro-batch or a later one, and what the engine
-    holds after it.
-    """
+    """Counts of one step of this rank, the third micro-batch or a later one, and of
+    what the engine holds after it."""
     model = tiny_model("llama", dtype=case.dtype, **SHAPE)
     if case.checkpointing:
         enable_checkpointing(model)

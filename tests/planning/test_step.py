@@ -1,6 +1,5 @@
-"""What a step is planned from: figures of a config, layers that repeat, and weights that
-are copied from the host.
-"""
+"""The inputs of a step's plan: figures of a config, layers that repeat, and weights
+that are copied from the host."""
 
 from types import SimpleNamespace
 

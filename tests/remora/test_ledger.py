@@ -60,7 +60,7 @@ def test_mora_matrices_are_read_in_the_order_of_cycles(folder):
 
 
 def test_file_format(folder):
-    """As the plan's readers expect it."""
+    """The keys of ledger.json."""
     content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
     assert set(content["cycles"][0]) == {
@@ -101,7 +101,7 @@ def test_a_snapshot_stays_as_it_is(folder):
 
 
 def exchange(first):
-    """With the last cycle."""
+    """Exchanges the file with that of the last cycle."""
     last = first.with_name("cycle-00002.safetensors")
     content = first.read_bytes()
     first.write_bytes(last.read_bytes())

@@ -56,7 +56,7 @@ def norm(tensors):
 
 
 def check_norms(report, base, ledger):
-    """Those of the first merge; returns its deltas."""
+    """Checks the first merge; returns its deltas."""
     entries = ledger.layers(0)
     deltas = [
         entry.operator.delta_weight(ledger.square(0, name))
@@ -72,7 +72,7 @@ def check_norms(report, base, ledger):
 
 
 def check_rounding(results, folder):
-    """What bf16 does not take up of a merge."""
+    """The part of a merge that is lost to rounding in bf16."""
     (report,) = results["reports"]
     base = BaseCheckpoint.open(folder / "base")
     ledger = Ledger.open(folder / "out/ledger")

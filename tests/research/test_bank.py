@@ -98,9 +98,8 @@ qwen2 | rotate | 2
 def test_every_row_of_a_mixed_batch_is_its_merged_model(
     tmp_path, base_folder, family, operator, rank
 ):
-    """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values,
-    and the bare base.
-    """
+    """One batch with 0, 1 and 3 merged cycles, Conv1D, biases, narrow keys and values,
+    and the bare base."""
     model = tiny_model(family)
     for name, module in model.named_modules():
         if getattr(module, "bias", None) is not None and "norm" not in name:
@@ -233,9 +232,8 @@ def test_a_damaged_adapter_is_named(rotating, tmp_path, file):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
-    """Of another base, of another update, with other trained tensors, with several matrices
-    a layer.
-    """
+    """An adapter of another base, of another update, with other trained tensors, or
+    with several matrices per layer."""
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}

@@ -49,7 +49,7 @@ NAMES = ("law", "code", "news", "prose")
 
 
 def domain_model(operator, family="llama", cycle=0, **config):
-    """With matrices that are not zero, so that every path carries a gradient."""
+    """A model whose matrices are not zero, so that every path carries a gradient."""
     model = tiny_model(family)
     wanted = MoRAConfig(rank=4, operator=operator, domains=NAMES, **config)
     inject(model, wanted)
@@ -124,7 +124,7 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
 
 
 def assert_close(gradient, expected):
-    """To within a few millionths of the largest element."""
+    """Equal within a few millionths of the largest element."""
     assert (gradient - expected).abs().max() <= 5e-6 * max(
         1.0, expected.abs().max().item()
     )
@@ -132,9 +132,8 @@ def assert_close(gradient, expected):
 
 @pytest.mark.parametrize("kind", OperatorKind)
 def test_gradients_of_rows(kind):
-    """By finite differences, also where r_hat is larger than a side, or divides none; a row
-    without a domain.
-    """
+    """Against finite differences, also if r_hat is larger than a side or divides none;
+    one row has no domain."""
     third = [0.0, 0.0, 1.0]
     choice = torch.tensor([third, [0.0] * 3, third], dtype=torch.float64)
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):

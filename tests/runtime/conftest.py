@@ -1,4 +1,4 @@
-"""What the tests of this folder share: the project's logger, put back."""
+"""Restores the project's logger, for the tests of this folder."""
 
 import logging
 

@@ -15,7 +15,7 @@ from tests.helpers.tables import parsed, rows
 
 
 class Left(BaseException):
-    """In place of the end of the process."""
+    """Raised in place of the end of the process."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def code_of(error):
 
 
 def shared(error):
-    """As `Ranks` raises it, on all ranks at the same time."""
+    """An error as `Ranks` raises it, on all ranks at the same time."""
     error.is_shared = True
     return error
 
@@ -71,7 +71,7 @@ RunError | Broken pipe | 1 | error: Broken pipe
 RuntimeError | of torch | 1 | Traceback
 KeyError | name | 1 | Traceback
 """
-"""What a program ends with, its message, the code, and what is printed."""
+"""How a program ends, its message, the exit code, and what is printed."""
 
 
 @pytest.mark.parametrize("kind, message, code, expected", rows(ENDS))

@@ -85,9 +85,8 @@ def waiting(connected, folder):
 
 @pytest.mark.parametrize("connected", [True, False])
 def test_ranks_do_not_wait_for_one_that_has_ended(tmp_path, connected):
-    """Also where they were never connected to it, so that no broken connection tells
-    them.
-    """
+    """Also if they were never connected to it, so that they see no broken
+    connection."""
     _, processes = start_ranks(3, waiting, connected, tmp_path)
     try:
         for process in processes:

@@ -72,7 +72,7 @@ cli.run(lambda: logging.getLogger("mora_ds").info("said to nobody"))
 
 
 def test_a_full_disk_for_output_does_not_change_the_exit_code():
-    """What Python could not write stays in its buffer, and fails again at the end."""
+    """Bytes that Python could not write stay in its buffer, and fail again at exit."""
     program = """
 import logging
 from mora_ds.runtime import cli

@@ -1,4 +1,4 @@
-"""What the processes of a node have in common: its control groups, its ranks, its pages."""
+"""Resources that the processes of a node share: control groups, ranks, pages."""
 
 import mmap
 import os
@@ -49,9 +49,8 @@ def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
 
 @pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
 def test_memory_that_is_there(free, limit, monkeypatch):
-    """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of
-    the 1300 that it may have.
-    """
+    """1000 bytes are left: on the machine, or to the process, which uses 300 of its
+    1300."""
     psutil = SimpleNamespace(
         virtual_memory=lambda: SimpleNamespace(available=free),
         Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
@@ -100,7 +99,8 @@ def test_a_machine_is_the_same_for_its_processes(monkeypatch):
 
 
 def test_a_descriptor_that_means_another_file_is_not_mapped():
-    """As that of a process which has ended, and whose number another one has."""
+    """Example: the descriptor of a process that has ended and whose number another one
+    has."""
     offer = Offer.make(4096, "layout")
     os.ftruncate(offer.descriptor, 8192)
     with run_error("another file than the first process"):

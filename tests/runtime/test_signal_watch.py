@@ -1,4 +1,4 @@
-"""What the thread that watches a rank's launcher does, without the thread."""
+"""The thread that watches a rank's launcher, tested without the thread."""
 
 import time
 
@@ -9,7 +9,7 @@ from mora_ds.runtime.signals import EXIT_STOPPED
 
 
 class Left(BaseException):
-    """In place of the end of the process."""
+    """Raised in place of the end of the process."""
 
 
 def test_a_rank_with_nothing_to_save_is_given_some_seconds(monkeypatch):

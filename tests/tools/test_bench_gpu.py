@@ -67,7 +67,7 @@ def test_every_question_runs_on_a_gpu(tmp_path):
 
 
 def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
-    """With a stand-in for what torch does on CUDA."""
+    """A stand-in replaces what torch does on CUDA."""
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     called = "called a synchronizing CUDA operation"

@@ -38,7 +38,7 @@ DIFFERENT = """
 --train_files /nowhere.txt | rank 1: | /nowhere.txt
 --model_name_or_path /nowhere | rank 1: | --model_name_or_path /nowhere
 """
-"""What rank 1 is given in addition, and what is in the message that both ranks end with."""
+"""Additional flags of rank 1, and what is in the message that both ranks end with."""
 
 
 def refused_each(cases):
@@ -77,7 +77,7 @@ def test_ranks_with_different_settings(user, out):
 
 
 def messages_of(work, *arguments):
-    """Those of the `UserError`s with which two ranks end."""
+    """The messages of the `UserError`s with which two ranks end."""
     ends = run_ranks(2, work, *arguments, timeout_s=60)
     assert [kind for kind, _ in ends] == ["UserError"] * 2, ends
     return [message for _, message in ends]

@@ -39,7 +39,7 @@ def dense(user, tmp_path_factory):
 
 
 def attention_in(out):
-    """What the last checkpoint says."""
+    """The attention that the last checkpoint states."""
     return str(TrainerState.read(out / "checkpoints/latest").identity["attention"])
 
 

@@ -117,7 +117,7 @@ def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
 
 
 def chosen_device(argv, memory):
-    """What auto becomes on a GPU with so much memory."""
+    """The device that auto chooses on a GPU with this much memory."""
     start_distributed()
     arguments = parse(argv)
     config = AutoConfig.from_pretrained(arguments.model.model_config)

@@ -36,7 +36,7 @@ def overwrite(weights, word):
 
 
 def messages_of(user, argv, change):
-    """What two ranks end with, each of which names the changed file."""
+    """The messages of two ranks; each names the changed file."""
     messages = []
     changed = "model.safetensors was changed or replaced during the run"
     for kind, message in run_ranks(2, disturbed_job, argv, user.model, change):
@@ -47,7 +47,7 @@ def messages_of(user, argv, change):
 
 @pytest.fixture
 def copied_user(user, model_folder):
-    """With a model folder of its own, to change."""
+    """A user with a model folder of its own, to change."""
     return replace(user, model=Path(shutil.copytree(user.model, model_folder)))
 
 

@@ -177,9 +177,8 @@ def interrupted(argv):
 
 
 def test_a_failed_evaluation_is_reported_at_the_end_of_a_stopped_run(user, out):
-    """That after step 1, whose model a checkpoint does not hold; that after step 2 is made
-    by the resumed run.
-    """
+    """The evaluation after step 1 is lost, because no checkpoint has its model; the
+    resumed run repeats that after step 2."""
     argv = user.flags(out, FLAGS, "--resume_from_checkpoint auto")
     run_alone(interrupted, argv)
     kind, message = run_alone(ended, argv)

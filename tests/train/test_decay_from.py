@@ -41,9 +41,8 @@ def parent(user, tmp_path_factory):
 
 
 def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path):
-    """In its weights, and in what it has logged; ended in between and resumed, when a link
-    to its parent has moved.
-    """
+    """Its weights and its log are equal; it was stopped and resumed, after a link to
+    its parent had moved."""
     reference = tmp_path / "reference"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
     run(

@@ -1,6 +1,5 @@
-"""What the demo trains with: the recipe with embeddings, or less where the user's flags ask for
-something else.
-"""
+"""The recipe of the demo: with embeddings, or plain if the user's flags contradict
+that."""
 
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def settings(folder, flags):
 
 
 def choices_of(job):
-    """What the recipe asks for and a plain demo does without."""
+    """The settings that the recipe has and a plain demo has not."""
     return [
         job.training.optimizer == "muon",
         job.adapter.train_embeddings,

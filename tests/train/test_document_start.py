@@ -68,7 +68,7 @@ def of_gemma(argv):
 
 @pytest.mark.parametrize("more", ["--streaming false", "--streaming true"])
 def test_sequences_of_gemma_begin_with_bos(user, tmp_path, more):
-    """In training and in evaluations, other models' do not."""
+    """In training and in evaluations; sequences of other models do not."""
     flags = "--max_steps 2 --eval_files", user.held, *more.split()
     plain = run(1, user.flags(tmp_path / "plain", *flags))
     changed = run_alone(of_gemma, user.flags(tmp_path / "changed", *flags))

@@ -24,7 +24,7 @@ BATCHES = 7
 
 
 def batches_of(eval_batches, before_batch, limit, index=0, count=1):
-    """What replica `index` of `count` evaluates of a set with these batches."""
+    """The batches of a set that replica `index` of `count` evaluates."""
     evaluation = Evaluator.__new__(Evaluator)
     evaluation.training = TrainingArguments(
         output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit
@@ -78,7 +78,7 @@ def test_each_batch_is_announced_before_its_forward_and_none_beyond_the_limit():
 
 
 class Log:
-    """What an evaluation logs, in order."""
+    """The rows that an evaluation logs, in order."""
 
     def __init__(self):
         self.rows = []
@@ -204,7 +204,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_set():
 
 
 def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation():
-    """It is made again when the run resumes, at the same step."""
+    """The resumed run repeats the evaluation, at the same step."""
     evaluation = evaluator({})
 
     evaluation.state.evaluation_pending = True

@@ -67,7 +67,7 @@ def adapter(family):
 
 
 def write_model(family, folder):
-    """With norms and biases that are not at the ones and zeros they start from."""
+    """A model whose norms and biases differ from their initial ones and zeros."""
     model = tiny_model(family)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -233,7 +233,7 @@ def adapted(family, attention):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_of_no_family_see_each_other(family):
-    """That the check finds a leak: test_attention_run.py."""
+    """test_attention_run.py shows that the check finds a leak."""
     check_document_mask(adapted(family, "eager"))
     if family not in NO_SDPA:
         check_document_mask(adapted(family, "sdpa"))

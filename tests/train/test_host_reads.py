@@ -25,9 +25,8 @@ MORE = ("", "--tensor_parallel_size 2")
 
 
 def reads_of_steps(argv):
-    """By file, the reads of each step but the first, which compares ranks and has no batch
-    ready.
-    """
+    """Host reads of each step by file. The first step is left out: it compares ranks
+    and has no batch ready."""
     counts = []
     original = Trainer.train_step
 

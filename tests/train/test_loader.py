@@ -51,7 +51,7 @@ def loader(data, replica=0, replicas=1, accumulation=2, size=2):
 
 
 def first_rows(replica, replicas, micro_batches, size):
-    """Where each micro-batch of a replica begins, all of which have `size` rows."""
+    """The first row of each micro-batch of a replica; each has `size` rows."""
     batch_loader = loader(Data(), replica, replicas, micro_batches, size)
     positions = [batch_loader.position(index) for index in range(micro_batches)]
     assert {rows.stop - rows.start for rows in positions} == {size}

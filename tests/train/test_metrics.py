@@ -74,7 +74,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
 
 
 def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
-    """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
+    """A stand-in replaces the allocator; it holds 5 bytes after its peak is reset."""
     peaks = iter([7, 30, 12, 9, 20, 5, 5])
     restarts = []
     memory = PhaseMemory()
@@ -183,7 +183,7 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
 def test_weights_and_biases_does_not_get_the_other_rows_of_a_pending_step(
     tmp_path, monkeypatch
 ):
-    """It has them."""
+    """W&B has these rows already."""
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = MetricsLog(tmp_path, 9, True)

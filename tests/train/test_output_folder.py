@@ -59,7 +59,7 @@ def put(folder, name, text):
 
 
 def forget(folder):
-    """As if the process had ended."""
+    """Ends the run as if the process had ended."""
     output_folder._reservations.pop(folder.resolve(), None)
     output_folder._locks.pop(folder.resolve(), None)
 

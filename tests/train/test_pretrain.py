@@ -307,7 +307,7 @@ def job_with_home(home, argv):
 
 
 def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path, model_folder):
-    """As in a YAML recipe, or behind --flag=~/..."""
+    """Examples: a value in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, model_folder)
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(ZERO3, tmp_path)

@@ -113,9 +113,8 @@ def loop_of(folder, config, stage, merges, dtype="float32"):
 def test_after_ten_merges_every_rank_holds_the_base_plus_all_deltas_rounded_once(
     tmp_path, base_folder, file_dtype
 ):
-    """In bf16, on a base whose files are in the same dtype or another: the same numbers,
-    rounded.
-    """
+    """The run is in bf16, and the base's files in the same dtype or another: the same
+    numbers, rounded."""
     write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), base_folder)
     results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
     base = BaseCheckpoint.open(base_folder)
@@ -301,7 +300,8 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
 
 
 def test_a_plan_counts_the_dense_weight():
-    """Of the largest layer, in 8 bits; few tokens, so that weights outweigh activations."""
+    """The dense weight of the largest layer, in 8 bits; few tokens, so that weights
+    outweigh activations."""
     few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}
     steps = {
         bits: measure_step(planned_model(work), work) for bits, work in few.items()

@@ -29,7 +29,7 @@ LONG = (
     "tensor_parallel_2",
     "tier_b_llama2_7b",
 )
-"""To plan."""
+"""Recipes that take long to plan."""
 
 SHAPES = parsed("""
 1b:
@@ -84,7 +84,7 @@ def dry_run_of(recipe, config, out):
 
 
 def numbers(pattern, text):
-    """What `pattern` finds in `text`."""
+    """The numbers that `pattern` finds in `text`."""
     return [float(number) for number in re.findall(pattern, text)]
 
 

@@ -137,9 +137,8 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
 
 
 def test_auto_without_a_checkpoint_starts_afresh(user, tmp_path, out):
-    """Also over what a run has left that was killed before its first checkpoint, merges
-    included.
-    """
+    """Also over the files of a run that was killed before its first checkpoint, with
+    merges."""
     reference = tmp_path / "reference"
     more = f"{MERGING} --save_steps 0 --resume_from_checkpoint auto"
     run(1, user.flags(reference, more))

@@ -112,8 +112,9 @@ Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausa
 
 
 def assert_refused(calls, scope, **objects):
-    """Of each row's function, found in `scope`, with its arguments: the message begins so.
-    An argument that is the name of one of `objects` is that one."""
+    """Calls each row's function, found in `scope`, with its arguments: the error's
+    message starts with the row's. An argument that is the name of one of `objects`
+    stands for that object."""
     for function, settings, message in rows(calls):
         arguments = {
             name: objects.get(str(value), value)

@@ -1,6 +1,5 @@
-"""What a run prints after its last step, by what it was asked for; a launched run's lines
-are in test_pretrain.py.
-"""
+"""The output of a run after its last step, by its settings; a launched run's lines are
+in test_pretrain.py."""
 
 import shlex
 from dataclasses import replace

@@ -62,9 +62,8 @@ def test_a_task_that_is_missing_is_named(tmp_path):
 @pytest.mark.heavy
 @pytest.mark.parametrize("domains", [False, True])
 def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
-    """With domains it is the shared matrices' model, whatever the rows of the training
-    batch before were.
-    """
+    """With domains the shared matrices' model is evaluated, whatever the rows of the
+    training batch before were."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

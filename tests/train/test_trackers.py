@@ -30,7 +30,8 @@ def wandb(monkeypatch):
 
 
 def logged(folder):
-    """What fails of the tracker of a run that reports a merge and an evaluation."""
+    """The failed calls of the tracker of a run that reports a merge and an
+    evaluation."""
     failures = []
     tracker = Tracker("wandb", folder, CONFIG, 0, failures)
     log = MetricsLog(folder, 9, True, trackers=[tracker])

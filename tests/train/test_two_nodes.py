@@ -24,9 +24,8 @@ MORE = "--max_steps 40 --merge_every 9 --restart_warmup_steps 1 --save_steps 4"
 PORT = "29511"
 """Used by nothing else: the nodes have a separate network."""
 MISSED = ("lost contact with another rank", "not all ranks came within")
-"""What a rank says of another one that it cannot reach: in a collective of training, and at
-a check.
-"""
+"""The message of a rank that cannot reach another one: in a collective of training, and
+at a check."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def start(how, nodes, folder, flags):
 
 
 def log_of(folder):
-    """What both nodes have printed."""
+    """The output of both nodes."""
     return "".join(
         f"-- node {number}\n{(folder / f'log{number}').read_text()}"
         for number in (0, 1)

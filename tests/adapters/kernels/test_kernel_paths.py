@@ -26,7 +26,7 @@ by_kind = pytest.mark.parametrize("kind", list(OperatorKind))
 both_paths = pytest.mark.parametrize("path", [Compute.ACTIVATION, Compute.WEIGHT])
 
 MOST_KERNELS = {OperatorKind.SHARE: 10, OperatorKind.ROTATE: 14}
-"""Of a layer, forward and backward."""
+"""Kernels that a layer starts in forward and backward."""
 
 SYNCS = {
     "_local_scalar_dense",
@@ -70,7 +70,7 @@ def test_both_paths_are_base_plus_delta(kind, path):
 
 @both_paths
 def test_both_paths_of_no_tokens(path):
-    """As an expert that is a module of its own gets them."""
+    """An expert that is a module of its own may get no tokens."""
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
         square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
@@ -155,9 +155,8 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one():
 
 
 def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch):
-    """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain
-    operations.
-    """
+    """The kernels are replaced by plain torch. The tables follow the cycle; a merge has
+    the bits of plain operations."""
     monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     base = nn.Linear(12, 8)

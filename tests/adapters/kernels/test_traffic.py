@@ -13,9 +13,8 @@ MOST = 1.15
 """Bytes of a step of a layer, by the least that it can do with."""
 
 MOST_BY_ARITHMETIC = 1.95
-"""Of M's gradient at a side of 3,072: its 576 tiles are more than an H100 sums at once, so
-that operands come again.
-"""
+"""The same for M's gradient at a side of 3,072: its 576 tiles are more than an H100
+sums at once, so operands are read again."""
 
 FLOPS = 620e12
 BYTES = 2.8e12

@@ -26,7 +26,7 @@ SHORT = 40
 """The default tests try one of this many operators."""
 
 REGISTERS = 65536
-"""Of a multiprocessor, sm_80 and sm_90."""
+"""Registers of a multiprocessor, sm_80 and sm_90."""
 
 
 # -- results ---------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def _no_cache_at_home(tmp_path_factory):
 
 SHARE = OperatorSpec(OperatorKind.SHARE, 4096, 11008, 1936, Grouping.PERMUTED, seed=1)
 ROTATE = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, 336, Grouping.PERMUTED, seed=1)
-"""Of a 7B Llama's MLP at ranks 256 and 8."""
+"""Layers of a 7B Llama's MLP at ranks 256 and 8."""
 
 
 @pytest.mark.parametrize("capability", [80, 90])

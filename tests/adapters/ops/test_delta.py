@@ -62,7 +62,7 @@ def test_the_same_bits_as_forming_the_delta(kind):
 
 
 def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch):
-    """Also where the weight is processed in parts."""
+    """The weight may be processed in parts."""
     monkeypatch.setattr(mora, "_CHUNK", 100)
     kinds = ["share", "rotate", "share", "truncate", "share"] * 3
     chain = [

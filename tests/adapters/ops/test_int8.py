@@ -204,9 +204,8 @@ def test_many_merges_of_a_conv1d_are_one():
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_norms_of_a_merge(bits, conv):
-    """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or
-    bf16 keeps out of it.
-    """
+    """Norms of the matrix, of its delta, of the weight before the merge, and of the
+    rounding error in 8 bits or bf16."""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
     original = base.weight.data.clone()

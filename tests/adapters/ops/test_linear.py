@@ -48,7 +48,7 @@ def test_all_paths_are_base_plus_delta(spec, monkeypatch):
     "spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id
 )
 def test_all_paths_in_bf16(spec, path):
-    """By other products than in fp32: within what bf16 rounds."""
+    """The products differ from fp32, within the rounding of bf16."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for result, right in zip(
         outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)),
@@ -89,7 +89,8 @@ def test_input_without_a_batch_dimension(kind, path):
 @all_paths
 @pytest.mark.parametrize("sums", [True, False])
 def test_operator_share_saves_only_the_folded_input(path, sums, monkeypatch):
-    """In plain torch, as on a CPU and as on a GPU, and by the operations of the kernels."""
+    """Checked in plain torch, as on a CPU and as on a GPU, and with the operations of
+    the kernels."""
     monkeypatch.setattr(mora, "on_cpu", lambda x: sums)
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
     x = torch.randn(40, 64, requires_grad=True)
@@ -139,7 +140,8 @@ def test_the_rule_counts_the_part_of_a_layer_that_a_process_computes():
 
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_auto_computes_what_the_named_path_computes(tokens):
-    """To the bit, with the tokens of all rows counted; and each call by its own tokens."""
+    """Equal to the bit. The tokens of all rows are counted, for each call
+    separately."""
     spec = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1)
     base = nn.Linear(16, 16)
     square = random(8, 8).float()

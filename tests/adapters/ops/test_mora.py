@@ -187,7 +187,7 @@ def blocks_onto_few_outputs(spec):
 def test_an_operator_from_two_maps_has_update_and_delta(
     operator, sizes, grouping, monkeypatch
 ):
-    """It takes the name of one that is."""
+    """The new operator takes the name of a packaged one."""
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
     spec = OperatorSpec(OperatorKind.TRUNCATE, *sizes, grouping, seed=4)
