@@ -82,7 +82,7 @@ def test_one_rank_has_the_losses_and_matrices_of_two(
     elements = sum(
         matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values()
     )
-    # fp32 masters and two moments, random states, and a header
+    # fp32 master weights and two moments, random states, and a header
     random_state = torch.get_rng_state().numel()
     for shard in (latest / "engine").glob("rank-*.safetensors"):
         assert 0 < shard.stat().st_size - 12 * elements // 2 - random_state < 1000

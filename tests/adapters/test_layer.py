@@ -84,7 +84,7 @@ def test_low_precision(dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
     assert layer.square.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
-    # A square kept in fp32 computes in the input's dtype
+    # A matrix kept in fp32 computes in the input's dtype
     layer.square.data = layer.square.data.float()
     assert layer(inputs().to(dtype)).dtype is dtype
 

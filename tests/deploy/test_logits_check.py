@@ -18,7 +18,7 @@ from tests.helpers.tables import rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
+@pytest.mark.parametrize("fault", ["matrix forgotten", "cycle forgotten"])
 def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch):
     run = fake_run(tmp_path, dtype=dtype)
 
@@ -26,7 +26,7 @@ def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch
         updates = list(updates)
         return live_weight(
             original,
-            updates[:-1] if fault == "square forgotten" else updates[1:],
+            updates[:-1] if fault == "matrix forgotten" else updates[1:],
             *rest,
         )
 

@@ -150,7 +150,7 @@ def test_small_mora_matrices_persist_and_large_ones_are_partitioned():
     assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
     squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
     large = zero_sizes([*squares, *[4096] * 65], bf16)
-    assert large[PERSISTENT] == 4096, "the norms persist, the squares do not"
+    assert large[PERSISTENT] == 4096, "the norms persist, the matrices do not"
     assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
     assert zero_sizes(squares, bf16)[PERSISTENT] == 0
 

@@ -92,8 +92,8 @@ def one_step(engine):
 
 
 def moved(stage):
-    """Norm of the first update of the square in learning rates: about sqrt(5) for an
-    orthogonal matrix.
+    """Norm of the first update of the matrix in learning rates: about sqrt(5) if it is
+    orthogonal.
     """
     engine = plain_engine(stage)
     before = zero.full_fp32(engine.module.square).clone()

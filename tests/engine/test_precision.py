@@ -99,7 +99,7 @@ class Case:
 
 EXACT = """
 checkpointing, truncate | {checkpointing: true, adapter: {operator: truncate}}
-squares kept gathered | {zero: {stage3_param_persistence_threshold: 1000000}, accumulation: 2}
+persistent matrices | {zero: {stage3_param_persistence_threshold: 1000000}, accumulation: 2}
 activations, decouple | {adapter: {compute: activation, operator: decouple}, checkpointing: true}
 weights, rotate | {adapter: {compute: weight, operator: rotate}, checkpointing: true}
 tied embeddings, kept gathered | {tied: true, zero: {stage3_param_persistence_threshold: 1000000}}

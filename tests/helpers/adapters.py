@@ -1,5 +1,5 @@
-"""Portable adapters for tests and benchmarks, written from random squares by the project's
-own writers: no training.
+"""Portable adapters for tests and benchmarks, written from random MoRA matrices by the
+project's own writers: no training.
 """
 
 from dataclasses import replace

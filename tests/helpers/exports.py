@@ -53,7 +53,7 @@ def fake_run(
     twice=False,
     **changes,
 ):
-    """A checkpoint after `cycles` merges with live squares, made without any training.
+    """A checkpoint after `cycles` merges and in a running cycle, made without any training.
     `twice`: the base's file holds tied weights under each of their names."""
     base_folder = folder / "base"
     checkpoint = folder / "out/checkpoints/step-000007"

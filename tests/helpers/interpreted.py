@@ -227,7 +227,7 @@ def check_reads(spec):
 
 
 def check_outputs_that_read_several_rows():
-    """`form` of an operator that is not shipped, turned and not."""
+    """`form` of an operator that is not packaged, rotated and not."""
     shipped = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
         OPERATORS[OperatorKind.TRUNCATE] = Operator(

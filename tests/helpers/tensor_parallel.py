@@ -34,8 +34,8 @@ def config_of(case):
 
 
 def model_of(case):
-    """A tiny model whose squares are not zero, and whose norms and biases are not ones and
-    zeros.
+    """A tiny model whose MoRA matrices are not zero, and whose norms and biases are not
+    ones and zeros.
     """
     model = tiny_model(case["family"], **case.get("model", {}))
     generator = torch.Generator().manual_seed(1)
@@ -155,7 +155,7 @@ def assert_same_run(results, expected, where=""):
     first, *later = results["norms"]
     first_expected, *later_expected = expected["norms"]
     assert_same(first, first_expected, rtol=2e-6)
-    # Of squares that Adam has moved: a rounding in the first step is larger there
+    # Adam has moved the MoRA matrices: a rounding in the first step is larger there
     assert_same(later, later_expected, rtol=1e-4)
     assert results["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():

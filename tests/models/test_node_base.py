@@ -266,7 +266,7 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
 
 
 def without_memory(argv):
-    """The refusal of a run on a node that is nearly full."""
+    """The error of a run on a node that is nearly full."""
     node_memory.free_bytes = lambda: 1000
     return refused(argv)
 

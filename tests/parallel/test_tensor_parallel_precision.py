@@ -84,7 +84,7 @@ def trained_in(dtype, case, degree, folder):
 
 
 def replicated(engine):
-    """Checksums of the masters that all ranks of a group hold alike."""
+    """Checksums of the fp32 master weights that are the same on all ranks of a group."""
     parameters = {
         name: p for name, p in engine.module.named_parameters() if share_of(p) is None
     }

@@ -34,20 +34,20 @@ def trained(stage, **changes):
 
 
 @pytest.mark.parametrize(
-    "stage, squares, moments, gradients",
+    "stage, weights, moments, gradients",
     [(1, 338, 344, 676), (2, 338, 344, 172), (3, 88, 352, 176)],
 )
-def test_what_a_rank_holds_at_each_stage(stage, squares, moments, gradients):
+def test_what_a_rank_holds_at_each_stage(stage, weights, moments, gradients):
     gathered = GATHERED if stage == 3 else Gathers()
     memory = rank_memory(1000, 70, STEP, trained(stage), gathered)
     shard = 44 if stage == 3 else 43
     stays = 14 if stage == 3 else 0
-    assert memory.squares == squares
+    assert memory.squares == weights
     assert memory.masters == 4 * shard
     assert memory.moments == moments
     assert memory.gradients == gradients
     assert memory.bucket == 100
-    in_engine = squares + 4 * shard + moments + gradients + 100
+    in_engine = weights + 4 * shard + moments + gradients + 100
     assert memory.static == 1000 + 20 + in_engine
     assert memory.activations == 300
     assert memory.host_save == 4 * 169

@@ -1,4 +1,4 @@
-"""The learning rate at its corners, and the steps at which squares are merged."""
+"""The learning rate at its corners, and the steps of the merges."""
 
 import dataclasses
 import itertools

@@ -47,7 +47,7 @@ class Bench:
         )
 
     def merged(self, name):
-        """A plain model with all squares of an adapter merged; the same one every time."""
+        """A plain model with all cycles of an adapter merged; the same one every time."""
         model = self.maker.model.eval()
         weights = self.maker.weights
         for weight, original in weights.items():

@@ -63,8 +63,8 @@ def size_of(path):
 
 
 def model_config(size, folder):
-    """The shipped one of a model that is trained from scratch; otherwise one of the size
-    that the recipe is for.
+    """The packaged config of a model that is trained from scratch; otherwise one of the
+    size that the recipe is for.
     """
     shipped = CONFIGS / "models" / f"llama_{size}.json"
     if shipped.is_file():

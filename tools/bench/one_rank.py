@@ -76,10 +76,10 @@ class OneRank:
         for module in (exchange, ranks):
             module.new_group = lambda timeout_s: dist.group.WORLD  # type: ignore[attr-defined]
         for module in (exchange, writer):
-            module.gather_to_first = self._gather_to_first  # type: ignore[attr-defined]
+            module.gather_to_first = self._gather_to_rank0  # type: ignore[attr-defined]
         for module in (exchange, ranks):
             module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]
-        ranks.Ranks.on_first = self._on_first  # type: ignore[method-assign, assignment]
+        ranks.Ranks.on_first = self._run_on_rank0  # type: ignore[method-assign, assignment]
         # Compared with what rank 0 broadcasts
         lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]
         lengths.get_lst_from_rank0 = lambda value: value
@@ -136,14 +136,16 @@ class OneRank:
         with self.outside_of_the_clock():
             return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
-    def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
+    def _gather_to_rank0(self, value: Any, group: Any) -> list[Any] | None:
         self.gathered = value
         return self._everyone(value) if self.rank == 0 else None
 
     def _gather_to_all(self, value: Any, group: Any) -> list[Any]:
         return self._everyone(value)
 
-    def _on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
+    def _run_on_rank0(
+        self, check: str, work: Callable[[], Any], long: bool = False
+    ) -> Any:
         if self.rank == 0:
             return work()
         with self.outside_of_the_clock():
