@@ -7,7 +7,7 @@ the spelling is American.
 banned: a regular expression from the start of a word, whose spaces stand for any
 whitespace. `names` are identifiers, split at underscores and capitals: `square_size` and
 `SquareSize` both read as "square size", and `^` and `$` are the ends of the identifier.
-`prose` is pages, docstrings, comments, messages and the names of tests.
+`prose` is pages, docstrings, comments and messages.
 """
 
 import re
@@ -78,34 +78,36 @@ both   license, defense, artifact     licence|defence|offence|artefact
 both   catalog, program, gray         catalogue|programmes?\b|judgement|ageing\b|whilst\b|learnt\b|spelt\b|grey
 """
 READ = """
-*.md docs/**/*.md tools/**/*.md configs/**/*.md configs/**/*.yaml launch/*
-mora_ds/**/*.py tools/**/*.py tools/**/*.yaml tests/**/*.py tests/**/*.yaml
+*.py *.md docs/**/*.md tools/**/*.md configs/**/*.md configs/**/*.yaml
+launch/*.* mora_ds/**/*.py tools/**/*.py tools/**/*.yaml tests/**/*.py tests/**/*.yaml
 """
-NOT_READ = "CHANGELOG.md test_words.py"
+NOT_READ = ("CHANGELOG.md", "test_words.py")
 
-NAME = r"[^\W\d]\w*"
+# Not torch's `.square()`
+NAME = r"\b(?!(?<=\.)square_?\()[^\W\d]\w*"
 WORD_IN_NAME = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
 # Not a string of one word, such as a key
 PLAIN_WORD = r"(?<!\A.)\b[A-Za-z]?[a-z]+\b|\b[a-z]+\b(?!.\Z)"
-SQUARED = r"\.square_?\("
 
 STRING = r"""[rbf]{0,2}(?:"{3}.*?"{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
-# One text: comments on lines that follow each other, or strings that Python joins
-TEXT = rf"(?s)#[^\n]*(?:\s+#[^\n]*)*|{STRING}(?:\s+{STRING})*"
-# Quotes between joined strings, code, values and flags
-NOT_PROSE_IN_TEXT = r"""\A["']\w+["']\Z|["']\s+[rbf]*["']|\n *#|``?[^`\n]+``?|\{[^{}]*\}|--\w+|[\w.]*_\w*"""
-# Code, comments, targets of links, quoted messages and mathematics
-NOT_PROSE_ON_PAGE = (
-    r"(?m)(?s:^```.*?^```$|<!--.*?-->)|``?[^`\n]+``?|\]\([^)]*\)|^(?:>| {4}).*$"
+# Comments on lines that follow each other, or strings that Python joins; what is no prose
+# in them: keys, the quotes in between, code, values and flags
+CODE = (
+    rf"(?s)#[^\n]*(?:\s+#[^\n]*)*|{STRING}(?:\s+{STRING})*",
+    r"""\A["']\w+["']\Z|["']\s+[rbf]*["']|\n *#|``?[^`\n]+``?|\{[^{}]*\}|--\w+|[\w.]*_\w*""",
+)
+# All of it; what is no prose: code, comments, links, quoted messages, mathematics
+PAGE = (
+    r"(?s).+",
+    r"(?m)(?s:^```.*?^```$|<!--.*?-->)|``?[^`\n]+``?|\]\([^)]*\)|^(?:>| {4}).*$",
 )
 
 
 def rows_of(place):
-    """The terms of one place's rows, and a pattern that has a group for each of them."""
-    rows = [re.split("  +", row, maxsplit=2) for row in RULES.strip().splitlines()]
-    rows = [row for row in rows if row[0] in (place, "both")]
-    groups = "|".join(rf"\b({pattern})" for _, _, pattern in rows).replace(" ", r"\s+")
-    return [term for _, term, _ in rows], re.compile(groups, re.IGNORECASE)
+    """(term, pattern) of one place's rows, and a pattern with a group for each of them."""
+    rows = re.findall(rf"(?m)^(?:{place}|both) +(.+?)  +(.+)", RULES)
+    groups = "|".join(rf"\b({pattern})" for _, pattern in rows)
+    return rows, re.compile(groups.replace(" ", r"\s+"), re.IGNORECASE)
 
 
 NAMES = rows_of("names")
@@ -114,19 +116,18 @@ PROSE = rows_of("prose")
 
 def banned(text, rules=PROSE):
     """(offset, word, the term to use) of each banned word."""
-    terms, pattern = rules
+    rows, pattern = rules
     for word in pattern.finditer(text):
-        term = terms[word.lastindex - 1]
+        term, _ = rows[word.lastindex - 1]
         if term != "(allowed)":
             yield word.start(), word[0], term
 
 
 @cache
 def terms_of_name(name):
-    """What to say in place of an identifier. The names of tests are sentences."""
+    """What to say in place of an identifier."""
     words = " ".join(re.findall(WORD_IN_NAME, name))
-    found = banned(words, PROSE if name.startswith("test_") else NAMES)
-    return [term for _, _, term in found]
+    return [term for _, _, term in banned(words, NAMES)]
 
 
 def banned_names(code):
@@ -140,31 +141,24 @@ def blanked(pattern, text):
     return re.sub(pattern, lambda match: re.sub(r"\S", " ", match[0]), text)
 
 
-def in_page(page):
-    yield from banned_names(blanked(PLAIN_WORD, page))
-    yield from banned(blanked(NOT_PROSE_ON_PAGE, page))
-
-
-def in_source(source):
-    code = re.sub(TEXT, lambda text: blanked(PLAIN_WORD, text[0]), source)
-    yield from banned_names(blanked(SQUARED, code))
-    for text in re.finditer(TEXT, source):
-        for offset, word, term in banned(blanked(NOT_PROSE_IN_TEXT, text[0])):
-            yield text.start() + offset, word, term
+def banned_in(source, text, not_prose):
+    """Identifiers outside of what `text` matches, identifiers within it that are no plain
+    words, and its prose."""
+    code = re.sub(text, lambda found: blanked(PLAIN_WORD, found[0]), source)
+    yield from banned_names(code)
+    for found in re.finditer(text, source):
+        for offset, word, term in banned(blanked(not_prose, found[0])):
+            yield found.start() + offset, word, term
 
 
 def findings(root):
     """A line for each banned word in the files of a tree."""
-    paths = {path for pattern in READ.split() for path in root.glob(pattern)}
-    for path in sorted(paths):
-        if path.name in NOT_READ:
-            continue
-        text = path.read_text()
-        found = in_page(text) if path.suffix == ".md" else in_source(text)
-        for offset, word, term in sorted(found):
-            line = text.count("\n", 0, offset) + 1
-            words = " ".join(word.split())
-            yield f"{path.relative_to(root)}:{line}: {words}: say {term}"
+    for path in sorted({path for place in READ.split() for path in root.glob(place)}):
+        source = path.read_text() if path.name not in NOT_READ else ""
+        texts = PAGE if path.suffix == ".md" else CODE
+        for offset, word, term in banned_in(source, *texts):
+            line = source.count("\n", 0, offset) + 1
+            yield f"{path.relative_to(root)}:{line}: {word!r}: say {term}"
 
 
 def test_no_banned_word():
@@ -172,7 +166,7 @@ def test_no_banned_word():
     assert not found, found
 
 
-SOURCE = '''"""A Square of `told_of` and
+PROGRAM = '''"""A Square of `told_of` and
 a whole
 model."""
 
@@ -185,35 +179,33 @@ class SquareSum:  # a comment, and
 
 def test_a_whole_number_is_tokenised(): masters["its square"]
 '''
-PAGE = """The `mora_square` is
+README = """The `mora_square` is
 held all the time.
 
 > told
 
     square_size: 1 <!-- told -->
 """
-FOUND = """
-README.md:1: mora_square: say mora_matrix, MoRA matrix, M
-README.md:2: held all the time: say static memory
-README.md:6: square_size: say mora_matrix, MoRA matrix, M
-mora_ds/module.py:1: Square: say mora_matrix, MoRA matrix, M
-mora_ds/module.py:1: told_of: say printed, named, reported
-mora_ds/module.py:2: whole model: say unsharded, complete
-mora_ds/module.py:5: SquareSum: say squared_norm
-mora_ds/module.py:6: live weight: say merged weight
-mora_ds/module.py:8: base whole: say unsharded, complete
-mora_ds/module.py:9: is_first: say run_on_rank0, is_rank0
-mora_ds/module.py:12: test_a_whole_number_is_tokenised: say -ize
-mora_ds/module.py:12: masters: say master weights
-mora_ds/module.py:12: square: say mora_matrix, MoRA matrix, M
+FOUND = r"""
+README.md:1: 'mora_square': say mora_matrix, MoRA matrix, M
+README.md:6: 'square_size': say mora_matrix, MoRA matrix, M
+README.md:2: 'held all the time': say static memory
+program.py:1: 'told_of': say printed, named, reported
+program.py:5: 'SquareSum': say squared_norm
+program.py:9: 'is_first': say run_on_rank0, is_rank0
+program.py:12: 'test_a_whole_number_is_tokenised': say -ize
+program.py:12: 'masters': say master weights
+program.py:1: 'Square': say mora_matrix, MoRA matrix, M
+program.py:2: 'whole\nmodel': say unsharded, complete
+program.py:6: 'live weight': say merged weight
+program.py:8: 'base  \n          whole': say unsharded, complete
+program.py:12: 'square': say mora_matrix, MoRA matrix, M
 """
 
 
 def test_banned_words_are_found(tmp_path):
-    (tmp_path / "mora_ds").mkdir()
-    (tmp_path / "mora_ds/module.py").write_text(SOURCE)
-    (tmp_path / "README.md").write_text(PAGE)
-    (tmp_path / "CHANGELOG.md").write_text("squares\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "README.md").write_text(README)
     assert "\n".join(findings(tmp_path)) == FOUND.strip()
 
 

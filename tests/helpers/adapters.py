@@ -22,7 +22,7 @@ from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
-"""Module name -> (operator, square) of every cycle, the live one last."""
+"""Module name -> (operator, MoRA matrix) of every cycle, the running one last."""
 
 
 class Maker:
