@@ -714,7 +714,7 @@ def is_noticed(fault, root):
     files = [f"tests/{name}" for name in fault.tests.split()]
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True)
     path.write_text(sound)
     # 2: the tests cannot even be imported; other codes are those of no test at all
     return done.returncode in (1, 2)

@@ -5,48 +5,55 @@ from collections.abc import Iterable
 
 from tools.tables import cell, ruler, table_row
 
-OPTIONS = {
-    "ReMoRA (`--merge_every`)": "--merge_every 100",
-    "`--adapter lora`": "--adapter lora",
-    "`--adapter full`": "--adapter full",
-    "`--operator truncate`": "--operator truncate",
-    "`--operator share`": "--operator share",
-    "`--operator decouple`": "--operator decouple",
-    "`--operator rotate`": "--operator rotate",
-    "`--target_modules experts`": "--target_modules all-linear experts",
-    "`--train_embeddings`, `--train_head`": "--train_embeddings --train_head",
-    "`--train_new_embeddings`": "--train_new_embeddings",
-    "`--train_embedding_rank`": "--train_embedding_rank 16",
-    "`--optimizer muon`": "--optimizer muon",
-    "`--mora_dropout`": "--mora_dropout 0.1",
-    "`--compute weight`": "--compute weight",
-    "`--chunked_loss`": "--chunked_loss",
-    "`--gradient_checkpointing`": "--gradient_checkpointing",
-    "`--base_bits 8`": "--base_bits 8",
-    "`--base_bits 4`": "--base_bits 4",
-    "`--base_device host`": "--base_device host",
-    "`--tensor_parallel_size`": "--tensor_parallel_size 2",
-    "`--sequence_parallel_size`": "--sequence_parallel_size 2",
-    "`--rope_scaling`": '--rope_scaling {"rope_type":"yarn","factor":4}',
-    "`--decay_from`": "--decay_from step-000100 --lr_scheduler_type wsd",
-    "`--streaming`": "--streaming",
-    "`--async_save`": "--async_save",
-}
-COLUMNS = {
-    "ReMoRA merges": OPTIONS["ReMoRA (`--merge_every`)"],
-    "ZeRO 1": "--deepspeed configs/zero1.json",
-    "ZeRO 2": "--deepspeed configs/zero2.json",
-    "ZeRO-3": "--deepspeed configs/zero3.json",
-    "offload": "--deepspeed configs/zero3_offload_optimizer.json",
-    "Muon": OPTIONS["`--optimizer muon`"],
-    "LoRA": OPTIONS["`--adapter lora`"],
-    "tensor parallel": OPTIONS["`--tensor_parallel_size`"],
-    "sequence parallel": OPTIONS["`--sequence_parallel_size`"],
-    "8-bit base": OPTIONS["`--base_bits 8`"],
-    "4-bit base": OPTIONS["`--base_bits 4`"],
-    "base on the host": OPTIONS["`--base_device host`"],
-    "streaming": OPTIONS["`--streaming`"],
-}
+
+def options_in(text: str) -> dict[str, str]:
+    """A name and its flags a line."""
+    lines = text.strip().splitlines()
+    return dict(line.split(" | ") for line in lines)
+
+
+OPTIONS = options_in("""
+ReMoRA (`--merge_every`) | --merge_every 100
+`--adapter lora` | --adapter lora
+`--adapter full` | --adapter full
+`--operator truncate` | --operator truncate
+`--operator share` | --operator share
+`--operator decouple` | --operator decouple
+`--operator rotate` | --operator rotate
+`--target_modules experts` | --target_modules all-linear experts
+`--train_embeddings`, `--train_head` | --train_embeddings --train_head
+`--train_new_embeddings` | --train_new_embeddings
+`--train_embedding_rank` | --train_embedding_rank 16
+`--optimizer muon` | --optimizer muon
+`--mora_dropout` | --mora_dropout 0.1
+`--compute weight` | --compute weight
+`--chunked_loss` | --chunked_loss
+`--gradient_checkpointing` | --gradient_checkpointing
+`--base_bits 8` | --base_bits 8
+`--base_bits 4` | --base_bits 4
+`--base_device host` | --base_device host
+`--tensor_parallel_size` | --tensor_parallel_size 2
+`--sequence_parallel_size` | --sequence_parallel_size 2
+`--rope_scaling` | --rope_scaling {"rope_type":"yarn","factor":4}
+`--decay_from` | --decay_from step-000100 --lr_scheduler_type wsd
+`--streaming` | --streaming
+`--async_save` | --async_save
+""")
+COLUMNS = options_in("""
+ReMoRA merges | --merge_every 100
+ZeRO 1 | --deepspeed configs/zero1.json
+ZeRO 2 | --deepspeed configs/zero2.json
+ZeRO-3 | --deepspeed configs/zero3.json
+offload | --deepspeed configs/zero3_offload_optimizer.json
+Muon | --optimizer muon
+LoRA | --adapter lora
+tensor parallel | --tensor_parallel_size 2
+sequence parallel | --sequence_parallel_size 2
+8-bit base | --base_bits 8
+4-bit base | --base_bits 4
+base on the host | --base_device host
+streaming | --streaming
+""")
 
 
 def refusal(row: str, column: str) -> str | None:
@@ -65,12 +72,9 @@ def refusal(row: str, column: str) -> str | None:
     try:
         arguments = parse(f"{row} {column} {run}".split())
         validate(arguments)
-        config = resolve_ds_config(
-            arguments.training.deepspeed,
-            arguments.training.engine_settings(),
-            2,
-        )
-        check_splittable(config, arguments.training.tensor_parallel_size)
+        training = arguments.training
+        config = resolve_ds_config(training.deepspeed, training.engine_settings(), 2)
+        check_splittable(config, training.tensor_parallel_size)
     except UserError as error:
         return str(error)
     return None

@@ -11,23 +11,33 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "data"
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False, "vocab_size": 32000, "max_position_embeddings": 4096,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "7B": {
-        **LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "70B": {
-        **LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = yaml.safe_load("""
+7B: &llama
+  architectures: [LlamaForCausalLM]
+  model_type: llama
+  hidden_act: silu
+  rms_norm_eps: 1.0e-5
+  tie_word_embeddings: false
+  vocab_size: 32000
+  max_position_embeddings: 4096
+  hidden_size: 4096
+  intermediate_size: 11008
+  num_hidden_layers: 32
+  num_attention_heads: 32
+  num_key_value_heads: 32
+70B:
+  <<: *llama
+  hidden_size: 8192
+  intermediate_size: 28672
+  num_hidden_layers: 80
+  num_attention_heads: 64
+  num_key_value_heads: 8
+""")
 METHODS = {
     "MoRA r=8": "--mora_rank 8",
     "default recipe": "--mora_rank 8 --operator rotate --train_embedding_rank 16",
