@@ -83,7 +83,7 @@ STARTS_PROCESSES = frozenset(
         "start_ranks",
         "run",
         "called",
-        "refusal",
+        "validation_errors_of",
         "launch",
         "launcher",
         "killed_run",

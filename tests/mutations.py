@@ -137,12 +137,12 @@ adapters/ops/linear.py cheaper_path | adapters/ops/test_linear.py
 + tokens * (d_in + d_out)
 
 # a pass beside training reads its rows as the batch before it
-train/beside.py beside_training | train/test_beside_training.py
+train/non_fatal.py eval_mode | train/test_beside_training.py
 - domains_of(model).using(domain)
 + nullcontext()
 
 # evaluations drop out
-train/beside.py beside_training | train/test_beside_training.py
+train/non_fatal.py eval_mode | train/test_beside_training.py
 - model.eval()
 + None
 
@@ -153,7 +153,7 @@ common/errors.py | train/test_trackers.py
 
 # a failed evaluation ends the run
 train/trainer.py Trainer._evaluate | train/test_beside.py
-- BESIDE
+- NON_FATAL_ERRORS
 + ImportError
 
 # a stored operator is not compared with the live one
@@ -187,7 +187,7 @@ train/run_file.py changed_settings | train/test_resume.py
 + before.get(name, value) is None
 
 # a flag without effect is taken
-config/effects.py idle_settings | config/test_effects.py
+config/effects.py unused_options | config/test_effects.py
 - not any_effect.present(arguments)
 + any_effect.present is None
 
@@ -202,7 +202,7 @@ common/files.py file_problem | checkpoint/test_damage.py remora/test_ledger.py
 + not sha256_file(path)
 
 # the live weight is rounded twice
-adapters/ops/delta.py live_weight | remora/test_ledger.py
+adapters/ops/delta.py merged_weight | remora/test_ledger.py
 - original.to(device)
 + original.to(device, dtype)
 
@@ -227,9 +227,9 @@ remora/schedule.py rewarmed | remora/test_schedule.py
 + step - merged_at + 2
 
 # the last cycle is left out of an export
-deploy/export.py OpenedRun.updates | deploy/test_export.py
-- list(self.ledger.squares_of(any_module))
-+ list(self.ledger.squares_of(any_module))[:-1]
+deploy/export.py MergedModelSource.updates | deploy/test_export.py
+- list(self.ledger.mora_matrices_of(any_module))
++ list(self.ledger.mora_matrices_of(any_module))[:-1]
 
 # rows of a batch get each other's adapters
 research/bank.py AdapterBank._terms_of | research/test_bank.py
@@ -252,7 +252,7 @@ train/run.py Run._check_step | train/test_run_calls.py
 + False
 
 # a request to stop is not heard
-train/trainer.py Trainer._sum_and_hear_requests | runtime/test_signals.py
+train/trainer.py Trainer._reduce_metrics_and_stop_flag | runtime/test_signals.py
 - self.replica.sum(signals.requested()) > 0
 + self.replica.sum(signals.requested()) < 0
 
@@ -617,7 +617,7 @@ models/document_attention.py _sdpa | gpu/test_fake_cuda.py
 + is_grouped and query.is_meta
 
 # a merge casts an original before it copies it to the GPU
-adapters/ops/delta.py live_weight | gpu/test_fake_cuda.py
+adapters/ops/delta.py merged_weight | gpu/test_fake_cuda.py
 - original.to(device)
 + original
 
@@ -642,7 +642,7 @@ deploy/fork_adapters.py convert_fork | deploy/test_fork_adapters.py
 + spec.blocks_in > 2 * spec.blocks_out
 
 # the gradient of M is that of a micro-batch's last tokens
-adapters/ops/mora.py square_gradient | adapters/ops/test_linear.py
+adapters/ops/mora.py mora_matrix_gradient | adapters/ops/test_linear.py
 - products.baddbmm_(any_c, any_z)
 + products.baddbmm_(any_c, any_z, beta=0)
 
@@ -662,7 +662,7 @@ engine/shards.py | checkpoint/test_elastic.py
 + "cur_iter"
 
 # the seed may change at a resume
-train/job.py Job._common_identity | train/test_pretrain.py
+train/training_setup.py Job._common_identity | train/test_pretrain.py
 - training.seed
 + None
 

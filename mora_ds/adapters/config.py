@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from mora_ds.adapters.domain_names import domain_complaints
-from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
+from mora_ds.adapters.domain_names import domain_validation_errors
+from mora_ds.adapters.ops.index_tables import OPERATORS, mora_matrix_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
-from mora_ds.common.errors import UserError, refuse, unknown
+from mora_ds.common.errors import UserError, raise_validation_errors, unknown
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
@@ -82,11 +82,11 @@ class AdapterConfig:
         # PEFT's configs give a set
         if isinstance(self.target_modules, set | frozenset):
             object.__setattr__(self, "target_modules", sorted(self.target_modules))
-        refuse(wrong_types(self))
+        raise_validation_errors(wrong_types(self))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        refuse(self._complaints())
+        raise_validation_errors(self._validation_errors())
 
-    def _complaints(self) -> Iterator[str]:
+    def _validation_errors(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"`rank` must be at least 1, got {self.rank}"
         if capability := PACKED_BASES.get(self.base_bits):
@@ -157,8 +157,8 @@ class LoRAConfig(AdapterConfig):
     alpha: float | None = None
     """The update is (alpha / rank) B A; None stands for twice the rank."""
 
-    def _complaints(self) -> Iterator[str]:
-        yield from super()._complaints()
+    def _validation_errors(self) -> Iterator[str]:
+        yield from super()._validation_errors()
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             yield f"`alpha` must be above 0, got {self.alpha}"
 
@@ -217,14 +217,14 @@ class MoRAConfig(AdapterConfig):
         super().__post_init__()
         object.__setattr__(self, "domains", tuple(self.domains))
 
-    def _complaints(self) -> Iterator[str]:
-        yield from super()._complaints()
+    def _validation_errors(self) -> Iterator[str]:
+        yield from super()._validation_errors()
         for name, size in self.layer_sizes:
             if size < 1 or size % self.step:
                 even = ", and even for rotate" if self.step == 2 else ""
                 yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
                 break
-        yield from domain_complaints(self.domains)
+        yield from domain_validation_errors(self.domains)
         choices = {
             "operator": ["auto", *(kind.value for kind in OPERATORS)],
             "grouping": [ALTERNATE, *(grouping.value for grouping in Grouping)],
@@ -290,12 +290,14 @@ class MoRAConfig(AdapterConfig):
             operator=self.kind.value,
         )
 
-    def square_size(self, d_in: int, d_out: int) -> int:
+    def mora_matrix_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
         largest = round_side(
             self.largest_size(d_in, d_out), self.r_hat_multiple, self.step
         )
-        of_paper = square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple)
+        of_paper = mora_matrix_size(
+            d_in, d_out, self.rank, self.kind, self.r_hat_multiple
+        )
         r_hat = min(of_paper, largest)
         if r_hat < 1:
             raise UserError(
@@ -310,10 +312,10 @@ class MoRAConfig(AdapterConfig):
         return longest - longest % self.step
 
     def size_of(self, layer: str, d_in: int, d_out: int) -> int:
-        """r_hat of the layer: the plan's, or `square_size`. Raises `UserError` for a
+        """r_hat of the layer: the plan's, or `mora_matrix_size`. Raises `UserError` for a
         planned one above `largest_size`, and for a layer that the plan leaves out."""
         if not self.layer_sizes:
-            return self.square_size(d_in, d_out)
+            return self.mora_matrix_size(d_in, d_out)
         size = dict(self.layer_sizes).get(layer)
         if size is None:
             raise UserError(f"research.targets: the plan gives {layer} no MoRA matrix")

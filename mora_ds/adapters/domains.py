@@ -25,16 +25,16 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, unknown
 
-OWN = "domain_squares"
+OWN = "domain_mora_matrices"
 """Name of the parameter (K, r_hat, r_hat) of the domains' matrices, in files too."""
 
 
 class DomainLinear(MoRALinear):
-    """`MoRALinear` with another tensor, `domain_squares` (K, r_hat, r_hat)."""
+    """`MoRALinear` with another tensor, `domain_mora_matrices` (K, r_hat, r_hat)."""
 
-    domain_squares: nn.Parameter
+    domain_mora_matrices: nn.Parameter
     own_spec: OperatorSpec
-    """The spec of `domain_squares`; `spec`, of the shared matrix, changes with
+    """The spec of `domain_mora_matrices`; `spec`, of the shared matrix, changes with
     merges."""
 
     def __init__(
@@ -49,8 +49,10 @@ class DomainLinear(MoRALinear):
         self.domains = domains
         self.own_spec = spec
         self._own_held: object = None
-        squares = self.square.data.new_zeros(len(domains.names), *self.square.shape)
-        self.register_parameter(OWN, nn.Parameter(squares))
+        mora_matrices = self.mora_matrix.data.new_zeros(
+            len(domains.names), *self.mora_matrix.shape
+        )
+        self.register_parameter(OWN, nn.Parameter(mora_matrices))
 
     def forward(self, x: Tensor) -> Tensor:
         choice = self.domains.choice(x)
@@ -61,11 +63,15 @@ class DomainLinear(MoRALinear):
                 )
             return super().forward(x)
         self._own_held = tables_of(self.own_spec, x.device)
-        row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
+        row_mora_matrices = mora_matrices_of_rows(
+            self.domain_mora_matrices.to(x.dtype), choice
+        )
         rows = x.reshape(len(choice), -1, self.in_features)
         rows = nn.functional.dropout(rows, self.dropout, self.training)
         y = super().forward(x)
-        return y + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
+        return y + update_rows(self.own_spec, row_mora_matrices, rows).view(
+            *x.shape[:-1], -1
+        )
 
 
 def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
@@ -155,13 +161,13 @@ class Domains:
         return torch.tensor(one_hot)
 
 
-def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
+def mora_matrices_of_rows(mora_matrices: Tensor, choice: Tensor) -> Tensor:
     """(K, R, R), (B, K) -> (B, R, R): the matrix of each row, or zeros."""
-    return (choice @ squares.flatten(1)).unflatten(1, squares.shape[1:])
+    return (choice @ mora_matrices.flatten(1)).unflatten(1, mora_matrices.shape[1:])
 
 
-def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
+def update_rows(spec: OperatorSpec, mora_matrices: Tensor, x: Tensor) -> Tensor:
     """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x
     (B, ..., D) -> (B, ..., O)."""
     z = compress(spec, x)
-    return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
+    return decompress(spec, torch.bmm(z.flatten(1, -2), mora_matrices.mT).view(z.shape))

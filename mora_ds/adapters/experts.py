@@ -56,7 +56,7 @@ class MoRAExperts(AdaptedLinear):
     """One projection of all experts: `MoRALinear` for each row, by the row's expert."""
 
     spec: StackSpec
-    square: nn.Parameter
+    mora_matrix: nn.Parameter
 
     def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float) -> None:
         super().__init__(base, spec, dropout)
@@ -72,7 +72,7 @@ class MoRAExperts(AdaptedLinear):
             x = rows.spread(x)
             z = rows.spread(z)
         ends_in_z = rows.ends * expert_spec.blocks
-        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), ends_in_z)
+        u = grouped_linear(z.flatten(0, -2), self.mora_matrix.to(x.dtype), ends_in_z)
         y = grouped_linear(x, self.frozen, rows.ends)
         return y + decompress(expert_spec, u.view_as(z))
 

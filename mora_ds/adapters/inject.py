@@ -67,14 +67,14 @@ class InjectionReport:
     """What is trained in the layers: matrices, or factors."""
     size: str
     """What `ShapeRow.size` is: r_hat, or rank."""
-    square_params: int
+    adapter_params: int
     """Parameters of all these."""
     other_trainable_params: int
     total_params: int
 
     @property
     def trainable_params(self) -> int:
-        return self.square_params + self.other_trainable_params
+        return self.adapter_params + self.other_trainable_params
 
     def __str__(self) -> str:
         head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {self.size:>6} {self.values:>13}"
@@ -86,7 +86,7 @@ class InjectionReport:
         share = 100 * self.trainable_params / self.total_params
         lines.append(
             f"operator {self.operator}: trainable {self.trainable_params:,} "
-            f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
+            f"({self.values} {self.adapter_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
         return "\n".join(lines)
@@ -183,7 +183,7 @@ def inject(
         operator=config.title,
         values=adapter.weights_title,
         size=adapter.size_title,
-        square_params=values,
+        adapter_params=values,
         other_trainable_params=other_trainable,
         total_params=total + values,
     )

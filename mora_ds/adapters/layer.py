@@ -23,7 +23,7 @@ from mora_ds.adapters.kernels.ops import KERNEL_DEVICES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops import int8
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
@@ -35,7 +35,7 @@ from mora_ds.adapters.ops.linear import (
 )
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import AdditiveTerm, Term, UpdateSpec
+from mora_ds.adapters.ops.spec import AdditiveTerm, Delta, UpdateSpec
 from mora_ds.adapters.ops.terms import join
 
 
@@ -50,7 +50,7 @@ class Split(Protocol):
         self,
         layer: MoRALinear,
         x: Tensor,
-        square_shard: Tensor,
+        mora_matrix_shard: Tensor,
         path: Compute,
     ) -> Tensor:
         """This rank's part of the layer's output, from its shard of M."""
@@ -58,14 +58,14 @@ class Split(Protocol):
     def shard(self, matrix: Tensor) -> Tensor:
         """This rank's shard of M."""
 
-    def unshard(self, square_shard: Tensor) -> Tensor:
+    def unshard(self, mora_matrix_shard: Tensor) -> Tensor:
         """M, from the shards of all ranks. Collective."""
 
 
 class MergeNorms(NamedTuple):
     """Frobenius norms of a merge, each a scalar on the layer's device."""
 
-    square: Tensor
+    mora_matrix: Tensor
     delta: Tensor
     """Of the change of the weight; `weight` is that of the frozen weight before the merge."""
     weight: Tensor
@@ -213,7 +213,7 @@ class AdaptedLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the layer computes; the weight may wait elsewhere
-        (`engine.base_ring`)."""
+        (`engine.layer_prefetcher`)."""
         return self.value.device
 
     @property
@@ -232,7 +232,7 @@ class AdaptedLinear(nn.Module):
         self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
-    def form(self, original: Tensor, updates: Iterable[Term]) -> None:
+    def rebuild_weight(self, original: Tensor, updates: Iterable[Delta]) -> None:
         """Forms the frozen weight anew: `original` with all updates merged, in fp32.
 
         It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
@@ -250,7 +250,7 @@ class AdaptedLinear(nn.Module):
             self.set_merged(updates)
             return
         dtype = self.weight.dtype if scales is None else torch.float32
-        weight = live_weight(original, updates, self.transposed, dtype, self.device)
+        weight = merged_weight(original, updates, self.transposed, dtype, self.device)
         if scales is None:
             self.weight.copy_(weight)
             return
@@ -262,17 +262,17 @@ class AdaptedLinear(nn.Module):
     def merge(
         self,
         original: Tensor,
-        updates: Iterable[Term],
-        square: Tensor,
+        updates: Iterable[Delta],
+        mora_matrix: Tensor,
     ) -> MergeNorms:
-        """Form the weight with this cycle's M, the unsharded fp32 `square`, which is
+        """Form the weight with this cycle's M, the unsharded fp32 `mora_matrix`, which is
         the last of `updates`. Returns the norms of the merge."""
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             # The original's 4 bits stay as they are
             self.set_merged(updates)
         else:
-            self.form(original, updates)
+            self.rebuild_weight(original, updates)
         before = _norm(dense(old, torch.float32))
         moved = None
         if self.weight.dtype is not torch.float32:
@@ -281,11 +281,11 @@ class AdaptedLinear(nn.Module):
         base = None if self.spec.is_additive else dense(old, torch.float32).float()
         # Its memory is free before the delta takes as much
         del old
-        delta = self.spec.weight_change(base, square)
+        delta = self.spec.weight_change(base, mora_matrix)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
-        return MergeNorms(_norm(square), _norm(delta), before, lost)
+        return MergeNorms(_norm(mora_matrix), _norm(delta), before, lost)
 
-    def set_merged(self, updates: Iterable[Term]) -> None:
+    def set_merged(self, updates: Iterable[Delta]) -> None:
         """Let the layer add these updates of merged cycles to a packed weight from now
         on, in place of earlier ones."""
         device = self.device
@@ -327,7 +327,7 @@ class MoRALinear(AdaptedLinear):
     trained."""
 
     spec: OperatorSpec
-    square: nn.Parameter
+    mora_matrix: nn.Parameter
 
     def __init__(
         self,
@@ -355,9 +355,9 @@ class MoRALinear(AdaptedLinear):
         if self.split is None and self.training and self.dropout:
             return super().forward(x)
         path = self.path(x.numel() // x.shape[-1])
-        square = self.square.to(x.dtype)
+        mora_matrix = self.mora_matrix.to(x.dtype)
         if self.split is not None:
-            return self.split(self, x, square, path)
+            return self.split(self, x, mora_matrix, path)
         weight = self.frozen_for(x)
         products: LayerProducts
         if x.device.type in KERNEL_DEVICES:
@@ -366,7 +366,7 @@ class MoRALinear(AdaptedLinear):
             # Kept as long as the layer uses them, however many other layers there are
             self._tables_in_use = tables_of(self.spec, x.device)
             products = LayerProducts(self.spec)
-        return mora_linear(x, weight, self.bias, square, products, path)
+        return mora_linear(x, weight, self.bias, mora_matrix, products, path)
 
     def kernel_tables(self, device: torch.device) -> KernelTables:
         """The operator's index tables on a device, made anew for another operator."""
@@ -376,7 +376,7 @@ class MoRALinear(AdaptedLinear):
         return tables
 
     def update(self, x: Tensor) -> Tensor:
-        return mora_update(self.spec, self.square.to(x.dtype), x)
+        return mora_update(self.spec, self.mora_matrix.to(x.dtype), x)
 
 
 class LoRALinear(AdaptedLinear):

@@ -68,19 +68,19 @@ def train_low_rank(model: Any, rank: int, seed: int) -> None:
         raise UserError(
             f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out"
         )
-    values = _first_values(
+    values = _init_weights(
         embedding.weight, rank, permutation_seed(seed, "embeddings", 0)
     )
     head_values = values
     if not is_tied(embedding, head):
-        head_values = _first_values(
+        head_values = _init_weights(
             head.weight, rank, permutation_seed(seed, "head", 0)
         )
     replace(model, embedding, LowRankEmbedding(embedding, values))
     replace(model, head, LowRankHead(head, head_values))
 
 
-def _first_values(table: Tensor, rank: int, seed: int) -> nn.Parameter:
+def _init_weights(table: Tensor, rank: int, seed: int) -> nn.Parameter:
     """A of zeros, B uniform within 1 / sqrt(d) of 0, as LoRA's A, on every process."""
     tokens, width = table.shape
     wide = (

@@ -18,7 +18,7 @@ from enum import Enum
 from importlib import import_module
 from typing import Any, TypeAlias
 
-from mora_ds.common.errors import UserError, refuse, unknown
+from mora_ds.common.errors import UserError, raise_validation_errors, unknown
 
 ClassPath: TypeAlias = type | str
 """A class, or "module:name" of one that is imported when it is used."""
@@ -144,7 +144,7 @@ def unsupported(name: str, capability: Capability, setting: str) -> Iterator[str
 
 def require(name: str, capability: Capability, setting: str) -> None:
     """Raises `UserError` with the message of `unsupported`."""
-    refuse(unsupported(name, capability, setting))
+    raise_validation_errors(unsupported(name, capability, setting))
 
 
 # -- the adapters of mora_ds -----------------------------------------------------------

@@ -60,7 +60,7 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
         if isinstance(module, AdaptedLinear) or is_linear(module)
     ]
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    styles = dict.fromkeys(names, Style.WHOLE)
+    styles = dict.fromkeys(names, Style.FULL)
     reasons = {}
     blocks = []
     summed = []

@@ -5,9 +5,9 @@ Three files, each written atomically; merged cycles are in the merge ledger, a f
 its own (`remora.ledger`).
 
     adapter.json          AdapterFile: config, layers and operators of the current cycle, dtype, cycle, step, facts
-    adapter.safetensors   "<module name>.square" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
+    adapter.safetensors   "<module name>.mora_matrix" fp32 (r_hat, r_hat) (LoRA: ".factors", (rank, d_in + d_out));
                           other trained tensors (modules_to_save) fp32, by parameter name; with domains
-                          "<module name>.domain_squares" fp32 (K, r_hat, r_hat), in the order of adapter.json
+                          "<module name>.domain_mora_matrices" fp32 (K, r_hat, r_hat), in the order of adapter.json
     base.json             BaseReference: folder, fingerprint, and parameter name -> key in its safetensors
 """
 
@@ -70,7 +70,7 @@ from mora_ds.remora.ledger import (
 
 
 @dataclass(frozen=True)
-class DomainSquares:
+class DomainMatrices:
     """The entry "domains" of adapter.json: matrices on top of the shared ones."""
 
     names: tuple[FileName, ...]
@@ -91,7 +91,7 @@ class DomainSquares:
 
 
 def chosen_domain(
-    domains: DomainSquares | None, wanted: str | None, flag: str
+    domains: DomainMatrices | None, wanted: str | None, flag: str
 ) -> str | None:
     """The domain that a user names; None for `shared`, and for an adapter without
     domains. Raises `UserError` where none is named or it is unknown."""
@@ -127,7 +127,7 @@ class AdapterFile:
     """Names of other trained parameters (modules_to_save): embeddings, norms, head."""
     facts: JsonObject = field(default_factory=dict)
     """Anything else worth recording."""
-    domains: DomainSquares | None = None
+    domains: DomainMatrices | None = None
 
     def to_dict(self) -> JsonObject:
         return {
@@ -145,7 +145,8 @@ class AdapterFile:
     def expected(self) -> dict[str, Shape]:
         """Name -> shape of every MoRA matrix in the file, those of domains included."""
         shapes: dict[str, Shape] = {
-            layer.square: layer.operator.value_shape for layer in self.layers.values()
+            layer.mora_matrix: layer.operator.value_shape
+            for layer in self.layers.values()
         }
         if self.domains is not None:
             count = len(self.domains.names)
@@ -169,13 +170,13 @@ class AdapterFile:
 def write_adapter(
     folder: Path,
     adapter: AdapterFile,
-    squares: Tensors,
+    mora_matrices: Tensors,
     trained: Tensors,
-    domain_squares: Tensors | None = None,
+    domain_mora_matrices: Tensors | None = None,
 ) -> None:
     """Writes adapter.safetensors in fp32, then adapter.json, each atomically. Raises
     `RunError` on a full disk. Arguments as of `adapter_tensors`."""
-    stored = adapter_tensors(adapter, squares, trained, domain_squares)
+    stored = adapter_tensors(adapter, mora_matrices, trained, domain_mora_matrices)
     write_safetensors_atomic(
         folder / ADAPTER_TENSORS, stored, {"step": str(adapter.step)}
     )
@@ -184,20 +185,23 @@ def write_adapter(
 
 def adapter_tensors(
     adapter: AdapterFile,
-    squares: Tensors,
+    mora_matrices: Tensors,
     trained: Tensors,
-    domain_squares: Tensors | None = None,
+    domain_mora_matrices: Tensors | None = None,
 ) -> Tensors:
     """What adapter.safetensors holds, in fp32.
 
-    `squares`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
-    parameter name -> tensor, for exactly `adapter.trainables`. `domain_squares`: module
+    `mora_matrices`: module name -> (r_hat, r_hat), for exactly `adapter.layers`. `trained`:
+    parameter name -> tensor, for exactly `adapter.trainables`. `domain_mora_matrices`: module
     name -> (K, r_hat, r_hat), where there are domains.
     """
-    tensors = {adapter.layers[name].square: square for name, square in squares.items()}
+    tensors = {
+        adapter.layers[name].mora_matrix: mora_matrix
+        for name, mora_matrix in mora_matrices.items()
+    }
     tensors.update(trained)
-    for name, stack in (domain_squares or {}).items():
-        tensors[DomainSquares.tensor(name)] = stack
+    for name, stack in (domain_mora_matrices or {}).items():
+        tensors[DomainMatrices.tensor(name)] = stack
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
     return {name: tensor.detach().float() for name, tensor in tensors.items()}
@@ -262,17 +266,17 @@ class AdapterTensors:
         for name in self._handle.keys():  # noqa: SIM118
             yield name, self._handle.get_tensor(name)
 
-    def square(self, module: str) -> Tensor:
+    def mora_matrix(self, module: str) -> Tensor:
         """The MoRA matrix (or LoRA's factors) of the current cycle."""
-        return self._handle.get_tensor(self._adapter.layers[module].square)
+        return self._handle.get_tensor(self._adapter.layers[module].mora_matrix)
 
-    def domain_square(self, module: str, domain: str) -> Tensor:
+    def domain_mora_matrix(self, module: str, domain: str) -> Tensor:
         """(r_hat, r_hat): the matrix of one domain."""
         domains = self._adapter.domains
         assert domains is not None
         index = domains.names.index(domain)
-        squares = self._handle.get_slice(domains.tensor(module))
-        return squares[index : index + 1].squeeze(0)
+        mora_matrices = self._handle.get_slice(domains.tensor(module))
+        return mora_matrices[index : index + 1].squeeze(0)
 
     def trained(self, name: str) -> Tensor:
         """Another trained tensor."""

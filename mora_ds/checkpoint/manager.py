@@ -53,7 +53,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.common.untrusted import expanded
-from mora_ds.runtime.exchange import gather_to_first
+from mora_ds.runtime.exchange import gather_to_rank0
 from mora_ds.runtime.ranks import Ranks, Result
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class CheckpointManager:
         final = step_name(step)
         written = f".{final}{WRITING}"
         with self._deleted_on_failure(written), files.disk_errors(self.storage.root):
-            if self._ranks.is_first:
+            if self._ranks.is_rank0:
                 self._clean(written)
             dist.barrier()
             work = self._prepared(written, step, keep, best)
@@ -151,7 +151,7 @@ class CheckpointManager:
             with self._deleted_on_failure(written):
                 together("files of each rank", lambda: _write(own, tensors, gathered))
                 facts = [part.facts for part in gathered]
-                shares = gather_to_first((own.recorded, facts), ranks.group)
+                shares = gather_to_rank0((own.recorded, facts), ranks.group)
                 together(
                     "manifest", lambda: self._finish(own, shares, step, keep, best)
                 )
@@ -234,7 +234,9 @@ class CheckpointManager:
             check_sections(checkpoint, self.sections)
             return EngineShards.open(local(ENGINE_TAG))
 
-        shards = self._ranks.on_first("sections of the checkpoint", table, long=True)
+        shards = self._ranks.run_on_rank0(
+            "sections of the checkpoint", table, long=True
+        )
         shards = replace(
             shards,
             folder=checkpoint / ENGINE_TAG,

@@ -26,7 +26,7 @@ from mora_ds.adapters.layer import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
     BaseReference,
-    DomainSquares,
+    DomainMatrices,
     adapter_tensors,
     read_adapter,
 )
@@ -145,7 +145,7 @@ class Section:
 
 
 class EngineSection(Section):
-    """Masters, optimizer state and counters, by any number of ranks at any ZeRO stage.
+    """MasterWeights, optimizer state and counters, by any number of ranks at any ZeRO stage.
 
     With the number of ranks that saved them the run continues bit for bit. With another
     one masters, moments and step counts are the same to the bit, but sums over ranks
@@ -284,7 +284,7 @@ class LedgerSection(Section):
             Ledger.open(there, fingerprint, hashes=False).copy_to(folder)
             Ledger.open(folder, fingerprint)
 
-        saved.ranks.on_first("writing of the merge ledger", write, long=True)
+        saved.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
         self.remora.ledger = saved.ranks.agree(
             "merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False)
         )
@@ -336,27 +336,27 @@ class AdapterSection(Section):
         model = self.remora.engine.module
         layers = mora_layers(model)
         domains = domain_layers(model)
-        squares = _on_first(
+        mora_matrices = _run_on_rank0(
             (name, layer.unshard(zero.full_fp32(layer.value)))
             for name, layer in layers.items()
         )
         # What is trained besides, embeddings, norms and head, each tied one by its
         # first name.
         adapted = value_names(model)
-        trained = _on_first(
+        trained = _run_on_rank0(
             (name, zero.full_fp32(value))
             for name, value in model.named_parameters()
             if name not in adapted
         )
-        domain_squares = _on_first(
-            (name, zero.full_fp32(layer.domain_squares))
+        domain_mora_matrices = _run_on_rank0(
+            (name, zero.full_fp32(layer.domain_mora_matrices))
             for name, layer in domains.items()
         )
         probe = self.probe()
         of_domains = None
         if domains:
             operators = {name: layer.own_spec for name, layer in domains.items()}
-            of_domains = DomainSquares(domains_of(model).names, operators)
+            of_domains = DomainMatrices(domains_of(model).names, operators)
         adapter = AdapterFile(
             layers=layer_entries(model),
             config=self.remora.config,
@@ -371,7 +371,9 @@ class AdapterSection(Section):
         def write(files: CheckpointFiles) -> None:
             if torch.distributed.get_rank() != 0:
                 return
-            tensors = adapter_tensors(adapter, squares, trained, domain_squares)
+            tensors = adapter_tensors(
+                adapter, mora_matrices, trained, domain_mora_matrices
+            )
             files.tensors(ADAPTER_TENSORS, tensors, {"step": str(step)})
             files.json(ADAPTER_JSON, adapter.to_dict())
             files.json(BASE_JSON, self.reference.to_dict())
@@ -456,8 +458,8 @@ def scheduler_state(scheduler: Any) -> JsonObject | None:
     return state
 
 
-def _on_first(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+def _run_on_rank0(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
     """{name: copy in host memory} on rank 0, nothing on other ranks. `tensors` may
     gather each one as it is asked for, so that all ranks go through them."""
-    is_first = torch.distributed.get_rank() == 0
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if is_first}
+    is_rank0 = torch.distributed.get_rank() == 0
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if is_rank0}

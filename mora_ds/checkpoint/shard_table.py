@@ -197,7 +197,7 @@ class EngineShards:
                     f"{path}: it lists {len(files)} files of {layout.world_size} ranks"
                 )
             shards = cls(folder, layout, files, runs)
-            shards._check_whole()
+            shards._check_complete()
         return shards
 
     @property
@@ -239,7 +239,7 @@ class EngineShards:
         ]
         return torch.cat(pieces)
 
-    def whole(self, name: str, key: str) -> Tensor:
+    def full(self, name: str, key: str) -> Tensor:
         """A complete master or moment in the parameter's shape."""
         return self.read(name, key).view(self.layout.shapes[name])
 
@@ -278,7 +278,7 @@ class EngineShards:
         tables = np.split(self.runs, first_rows)
         return {name: rows.tolist() for name, rows in zip(names, tables, strict=True)}
 
-    def _check_whole(self) -> None:
+    def _check_complete(self) -> None:
         """Raises `UserError` unless the shards hold every element of each parameter, in
         order."""
         for number, (name, shape) in enumerate(self.layout.shapes.items()):

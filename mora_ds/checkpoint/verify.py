@@ -42,7 +42,7 @@ from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.shard_table import EngineShards
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.storage import local_copy, storage_of
-from mora_ds.common.errors import RunError, UserError, refuse
+from mora_ds.common.errors import RunError, UserError, raise_validation_errors
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.common.tensor_files import open_safetensors
 from mora_ds.common.untrusted import expanded, shown
@@ -152,7 +152,7 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
     try:
         verdict.facts.extend(check(verdict.folder))
     except UserError as error:
-        # `refuse` raises all problems at once, one a line
+        # `raise_validation_errors` raises all problems at once, one a line
         verdict.problems.extend(str(error).split("\n"))
     except (RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
@@ -174,7 +174,7 @@ def _is_adapter_alone(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    refuse(verify_manifest(folder))
+    raise_validation_errors(verify_manifest(folder))
     listed = listed_files(folder)
     nbytes = sum(facts.size for facts in listed.values())
     yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
@@ -211,7 +211,7 @@ def _shards(folder: Path) -> Iterator[str]:
             keys.add(key)
             if not torch.isfinite(shards.read(name, key)).all():
                 problems.append(f"{shards.folder}: {key} of {name} is not finite")
-    refuse(problems)
+    raise_validation_errors(problems)
     what = f"{len(shards.layout.shapes)} tensors ({', '.join(sorted(keys))})"
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
@@ -221,7 +221,7 @@ def _adapter(folder: Path) -> Iterator[str]:
     tensors = AdapterTensors(folder, adapter)
     if not _is_adapter_alone(folder):
         open_safetensors(folder / PROBE_FILE)
-    refuse(
+    raise_validation_errors(
         f"{folder / ADAPTER_TENSORS}: {name} is not finite"
         for name, tensor in tensors.items()
         if not torch.isfinite(tensor).all()
@@ -244,11 +244,11 @@ def _ledger(folder: Path) -> Iterator[str]:
 
 
 def _cycles(ledger: Ledger) -> Iterator[str]:
-    refuse(
+    raise_validation_errors(
         f"{ledger.folder / record.file}: the MoRA matrix of {module} is not finite"
         for record in ledger.records
         for module in ledger.layers(record.cycle)
-        if not torch.isfinite(ledger.square(record.cycle, module)).all()
+        if not torch.isfinite(ledger.mora_matrix(record.cycle, module)).all()
     )
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
@@ -262,9 +262,9 @@ def _agreement(folder: Path) -> Iterator[str]:
         raise UserError(
             f"{path} and the shards do not hold the same tensors, e.g. {different[0]}"
         )
-    refuse(
+    raise_validation_errors(
         f"{path}: {name} is not what the shards hold"
         for name, tensor in tensors.items()
-        if not torch.equal(tensor, shards.whole(name, MASTER).float())
+        if not torch.equal(tensor, shards.full(name, MASTER).float())
     )
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"

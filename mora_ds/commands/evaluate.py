@@ -16,7 +16,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
+from mora_ds.common.errors import (
+    COUNT,
+    UserError,
+    named_as_flags,
+    raise_validation_errors,
+    wrong_values,
+)
 from mora_ds.runtime.cli import (
     DTYPES,
     check_device,
@@ -71,7 +77,9 @@ def check_scoring(options: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     check_writable("--json", options.json)
     check_device(options.device)
-    refuse(wrong_values(options, {"batch_size": COUNT, "max_documents": COUNT}))
+    raise_validation_errors(
+        wrong_values(options, {"batch_size": COUNT, "max_documents": COUNT})
+    )
 
 
 def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:

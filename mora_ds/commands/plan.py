@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mora_ds.common.errors import POSITIVE, refuse, wrong_values
-from mora_ds.common.files import shipped
+from mora_ds.common.errors import POSITIVE, raise_validation_errors, wrong_values
+from mora_ds.common.files import packaged
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.settings import BaseDevice
@@ -36,7 +36,7 @@ SMALLEST = "nothing fits; the smallest there is:"
 def main() -> None:
     options, settings = _parser().parse_known_args()
     counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "assume_mfu")
-    refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
+    raise_validation_errors(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
     say_loading()
     validate(arguments)
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of
     `mora-ds pretrain`. Raises `UserError`."""
-    flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
+    flags = ["--model_name_or_path", packaged(options.model), "--dry_run"]
     if options.micro_batch is not None:
         flags += ["--per_device_train_batch_size", str(options.micro_batch)]
     arguments = parse([*settings, *flags])

@@ -1,4 +1,4 @@
-"""Tokenise the text of a training run ahead of it, on a machine without GPUs for
+"""Tokenize the text of a training run ahead of it, on a machine without GPUs for
 example.
 
     mora-ds prepare-corpus [RECIPE.yaml] --cache_dir /shared/tokens --preprocessing_workers 32 [the flags of the run]
@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     if not arguments.data.names_text:
         raise UserError(
-            "there is no text to tokenise: name it with --train_files, --dataset_name or --mixture"
+            "there is no text to tokenize: name it with --train_files, --dataset_name or --mixture"
         )
     validate(arguments)
     from mora_ds.train.data import fill_token_cache

@@ -20,10 +20,10 @@ from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.launcher import (
     accelerators,
-    become_the_only_rank,
     command,
     is_one_of_several,
     launcher_flags,
+    set_single_process_env,
 )
 from mora_ds.runtime.cli import say_loading
 from mora_ds.runtime.log_setup import set_up_logging
@@ -49,7 +49,7 @@ def start() -> None:
         # Of several that do not know each other, each would train a run of its own:
         # `start_distributed` tells what is missing.
         elif not is_one_of_several():
-            become_the_only_rank()
+            set_single_process_env()
     main()
 
 

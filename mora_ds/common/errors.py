@@ -1,7 +1,7 @@
 """The exceptions of mora_ds, and the messages that settings have in common.
 
 `runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for
-`FailedBeside`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a
+`NonFatalFailure`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a
 method `problems()` that lists what is wrong with their values, one message each.
 """
 
@@ -27,7 +27,7 @@ class RunError(RuntimeError):
     """A failure while running: NaN loss, full disk, damaged checkpoint."""
 
 
-class FailedBeside(RunError):
+class NonFatalFailure(RunError):
     """The run is trained to its end and saved, but something beside training has
     failed: an evaluation, a task, a tracker, an upload. All processes raise it
     alike."""
@@ -35,7 +35,7 @@ class FailedBeside(RunError):
     is_shared = True
 
 
-BESIDE = (Exception, SystemExit)
+NON_FATAL_ERRORS = (Exception, SystemExit)
 """What is caught of what stands beside training: packages may even call sys.exit."""
 
 
@@ -46,13 +46,13 @@ class Stopped(BaseException):
     """
 
 
-def refuse(problems: Iterable[str]) -> None:
+def raise_validation_errors(problems: Iterable[str]) -> None:
     """Raises one `UserError` with all `problems`, a line each, if there are any."""
     if lines := list(dict.fromkeys(problems)):
         raise UserError("\n".join(lines))
 
 
-def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
+def validation_errors_of(check: Callable[..., object], *arguments: object) -> list[str]:
     """The lines of the `UserError` that `check(*arguments)` raises, if it does."""
     try:
         check(*arguments)

@@ -88,7 +88,7 @@ def config_path(name: str) -> Path:
     )
 
 
-def shipped(path: str) -> str:
+def packaged(path: str) -> str:
     """`path`, or the package's file where configs/ is not in the working directory."""
     packaged = CONFIGS.parent / path
     if path.startswith("configs/") and packaged.is_file() and not Path(path).exists():
@@ -188,7 +188,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
+def stat_signature(path: Path) -> tuple[int, int, int] | None:
     """Size, time of change (nanoseconds) and inode of a file; None where there is
     none."""
     try:

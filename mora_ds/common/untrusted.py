@@ -27,7 +27,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from mora_ds.common.errors import Bounds, UserError, refusal
+from mora_ds.common.errors import Bounds, UserError, validation_errors_of
 
 MAX_BYTES = 32 * 2**20
 """Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout
@@ -227,7 +227,9 @@ def wrong_types(settings: Any) -> Iterator[str]:
     hints = get_type_hints(settings.__class__, include_extras=True)
     for field in fields(settings):
         name = field.name
-        yield from refusal(typed, hints[name], getattr(settings, name), name)
+        yield from validation_errors_of(
+            typed, hints[name], getattr(settings, name), name
+        )
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:

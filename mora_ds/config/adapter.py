@@ -20,7 +20,7 @@ from mora_ds.adapters.registry import (
     unsupported,
 )
 from mora_ds.adapters.target_patterns import ALL_LINEAR, names_experts
-from mora_ds.common.errors import named_as_flags, refusal, unknown
+from mora_ds.common.errors import named_as_flags, unknown, validation_errors_of
 from mora_ds.config.flags import documented
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class AdapterArguments:
             return
         from mora_ds.adapters.config import FLAGS
 
-        yield from refusal(named_as_flags(**FLAGS)(self.config), 0)
+        yield from validation_errors_of(named_as_flags(**FLAGS)(self.config), 0)
         if self.adapts_experts:
             setting = "--target_modules names experts"
             yield from unsupported(self.adapter, Capability.EXPERTS, setting)

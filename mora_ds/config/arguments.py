@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import shipped
+from mora_ds.common.files import packaged
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.effects import idle_settings
+from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings, parse_flat
 from mora_ds.config.research import RESEARCH, ResearchSettings
 from mora_ds.config.training import TrainingArguments
@@ -82,8 +82,8 @@ _GROUPS: dict[str, Any] = {
 }
 
 
-_SHIPPED = ("deepspeed", "mixture", "model_config")
-"""Settings whose file may be one of the package's own (`files.shipped`)."""
+_PACKAGED = ("deepspeed", "mixture", "model_config")
+"""Settings whose file may be one of the package's own (`files.packaged`)."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -96,9 +96,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     groups = list(_GROUPS.values())
     recipe, flags = parse_flat(groups, {RESEARCH: ResearchSettings}, argv)
     for settings in (recipe, flags):
-        for name in _SHIPPED:
+        for name in _PACKAGED:
             if settings.get(name) is not None:
-                settings[name] = shipped(settings[name])
+                settings[name] = packaged(settings[name])
     return with_flags(recipe, flags)
 
 
@@ -106,9 +106,9 @@ def with_flags(recipe: Settings, flags: Settings) -> Arguments:
     """Arguments from {field: value} of a recipe, and of flags, which win over it and
     may leave keys of it without effect."""
     # What the recipe itself leaves without effect, `validate` refuses.
-    mistakes = idle_settings(from_flat(recipe)).keys()
+    mistakes = unused_options(from_flat(recipe)).keys()
     idle = (
-        idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
+        unused_options(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
     )
     effective = {name: value for name, value in recipe.items() if name not in idle}
     left_out = tuple(name for name in recipe if name in idle)

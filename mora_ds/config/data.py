@@ -4,7 +4,7 @@ import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mora_ds.common.errors import refusal
+from mora_ds.common.errors import validation_errors_of
 from mora_ds.common.files import JsonObject, named_path
 from mora_ds.common.rope import rope_settings
 from mora_ds.config.flags import documented
@@ -56,7 +56,7 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(lambda: self.rope)
+        yield from validation_errors_of(lambda: self.rope)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DataArguments:
     """Share of the documents, chosen by a hash of each, that is never trained on and
     evaluated under the name held_out."""
     streaming: bool = False
-    """Read and tokenise the training text while training instead of caching it first. Needs
+    """Read and tokenize the training text while training instead of caching it first. Needs
     --max_steps.
     """
     shuffle_buffer: int = 10000
@@ -99,7 +99,7 @@ class DataArguments:
     """Restart positions at every document and keep attention inside it;
     --no_document_mask lets it cross."""
     preprocessing_workers: int = 1
-    """Number of processes that tokenise on each node."""
+    """Number of processes that tokenize on each node."""
     cache_dir: str | None = None
     """Folder of the token cache. Default: one in the user's cache folder."""
 

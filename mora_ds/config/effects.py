@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mora_ds.adapters.registry import ADAPTERS, Control
-from mora_ds.common.errors import refusal
+from mora_ds.common.errors import validation_errors_of
 from mora_ds.config.adapter import settings_of
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
@@ -112,11 +112,11 @@ EFFECTS = (
 )
 
 
-def idle_settings(arguments: Arguments) -> dict[str, str]:
+def unused_options(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
     name = arguments.adapter.adapter
-    if name not in (*ADAPTERS, *Control) or refusal(_curve, arguments):
+    if name not in (*ADAPTERS, *Control) or validation_errors_of(_curve, arguments):
         return {}  # `validate` reports the names
     changed = set()
     for group in (

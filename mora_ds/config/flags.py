@@ -28,8 +28,13 @@ from typing import (
 )
 
 from mora_ds.adapters.registry import ADAPTERS, Control
-from mora_ds.common.errors import UserError, nearest, refuse, unusable_words
-from mora_ds.common.files import load_yaml, shipped
+from mora_ds.common.errors import (
+    UserError,
+    nearest,
+    raise_validation_errors,
+    unusable_words,
+)
+from mora_ds.common.files import load_yaml, packaged
 from mora_ds.common.untrusted import typed
 from mora_ds.runtime.cli import StrictParser
 
@@ -81,21 +86,23 @@ def parse_flat(
     dataclasses `groups`; what is not given is absent. `blocks`: key of a recipe -> the
     dataclass whose fields it holds, {field: value} too. Raises `UserError`; `-h` prints
     help and raises SystemExit(0)."""
-    refuse(unusable_words(argv))
+    raise_validation_errors(unusable_words(argv))
     arguments = [word for word in argv if not _LOCAL_RANK.fullmatch(word)]
     hints = {
         name: hint for group in groups for name, hint in get_type_hints(group).items()
     }
     of_recipe = {}
     if arguments and not arguments[0].startswith("-"):
-        of_recipe = read_recipe(shipped(arguments.pop(0)), {**hints, **blocks})
+        of_recipe = read_recipe(packaged(arguments.pop(0)), {**hints, **blocks})
     parsed, unknown = _parser(groups, hints).parse_known_args(
         arguments, argparse.Namespace(**dict.fromkeys(hints, _NOT_GIVEN))
     )
     if unknown:
         known = [f"--{name}" for name in hints]
         flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
-        refuse(f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags)
+        raise_validation_errors(
+            f"unknown flag {flag}.{nearest(flag, known)}" for flag in flags
+        )
         raise UserError(
             f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
         )
@@ -205,7 +212,7 @@ def typed_values(
             problems.append(str(error))
         if value == "":
             problems.append(f"{where} must not be empty")
-    refuse(problems)
+    raise_validation_errors(problems)
     return values
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mora_ds.adapters.domain_names import domain_complaints
+from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.registry import Capability, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
 from mora_ds.config.mixture import mixture_plan
@@ -58,7 +58,7 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
     names = domain_names(arguments)
     if len(names) < 2:
         yield f"{DOMAINS} needs a named source per domain, several: --mixture, or --train_files NAME=FILES:WEIGHT ..."
-    yield from domain_complaints(names)
+    yield from domain_validation_errors(names)
     contradictions = {
         "it needs unsplit MoRA matrices: leave --tensor_parallel_size at 1": (
             training.tensor_parallel_size > 1

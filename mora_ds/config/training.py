@@ -9,8 +9,8 @@ from mora_ds.common.errors import (
     POSITIVE,
     Bounds,
     out_of_bounds,
-    refusal,
     unknown,
+    validation_errors_of,
 )
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
@@ -164,7 +164,7 @@ class TrainingArguments:
     """Write checkpoints in the background: training waits only for the copy into host
     memory."""
     seed: int = 42
-    """Seed of data order, initialisation, dropout and permutations."""
+    """Seed of data order, initialization, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
     push_to_hub: str | None = None
@@ -234,7 +234,7 @@ class TrainingArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(schedule_kind, self.lr_scheduler_type)
+        yield from validation_errors_of(schedule_kind, self.lr_scheduler_type)
         for name in self.report_to:
             if name not in TRACKERS:
                 yield unknown("--report_to", name, TRACKERS)
@@ -248,7 +248,7 @@ class TrainingArguments:
                 yield "--decay_from: give the steps of the decay with --max_steps"
             if self.lr_scheduler_type not in ("warmup_stable_decay", "wsd"):
                 yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
-        yield from refusal(expanded, self.output_dir, "--output_dir")
+        yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
         is_number = NOT_NEGATIVE.allow(self.warmup_steps)
         if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
             yield f"--warmup_steps must be whole, or a share of the run below 1, got {self.warmup_steps}"
@@ -260,6 +260,8 @@ class TrainingArguments:
                 f"--eval_tasks_steps {self.eval_tasks_steps}: tasks are evaluated with the evaluation sets, so it must "
                 f"be a multiple of --eval_steps, {self.eval_steps}"
             )
-        yield from refusal(Watch.of, self.stop_when_forgotten, self.best_by)
+        yield from validation_errors_of(
+            Watch.of, self.stop_when_forgotten, self.best_by
+        )
         if self.stop_when_forgotten and not self.eval_on_start:
             yield "--stop_when_forgotten compares with the start: leave out --no_eval_on_start"

@@ -24,14 +24,14 @@ from mora_ds.common.errors import (
     POSITIVE,
     SECONDS,
     Bounds,
-    refusal,
-    refuse,
+    raise_validation_errors,
+    validation_errors_of,
     wrong_values,
 )
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.effects import idle_settings
+from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.research import research_problems
@@ -126,8 +126,8 @@ def validate(arguments: Arguments) -> None:
         steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )
     # The config of an adapter checks fields that have bounds here too
-    refuse(dict.fromkeys(problems))
-    refuse(idle_settings(arguments).values())
+    raise_validation_errors(dict.fromkeys(problems))
+    raise_validation_errors(unused_options(arguments).values())
 
 
 def _both_given(settings: Settings) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _contradictions(
     names_tokenizer = (
         model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
     )
-    wrong_sources = refusal(mixture_plan, data)
+    wrong_sources = validation_errors_of(mixture_plan, data)
     streams = not wrong_sources and mixture_plan(data).streams
     rules = {
         "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": (

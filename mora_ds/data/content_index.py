@@ -29,8 +29,8 @@ def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
 
 
 def _content_hash(cache_dir: Path, member: Member) -> str:
-    stamp = {"format": _FORMAT, **member.stamp()}
-    entry = cache_dir / "index" / f"{json_digest(stamp)[:32]}.json"
+    stat_signature = {"format": _FORMAT, **member.stat_signature()}
+    entry = cache_dir / "index" / f"{json_digest(stat_signature)[:32]}.json"
     content_hash = _read_entry(entry)
     if content_hash is None:
         content_hash = member.content_hash()

@@ -48,7 +48,7 @@ class FileMember:
         content = f"{kind} {sha256_file(self.path)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def stamp(self) -> JsonObject:
+    def stat_signature(self) -> JsonObject:
         status = self.path.stat()
         return {
             "path": str(self.path.resolve()),
@@ -79,7 +79,7 @@ class DatasetMember:
     def content_hash(self) -> str:
         return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()
 
-    def stamp(self) -> JsonObject:
+    def stat_signature(self) -> JsonObject:
         return {"dataset": self.label, "fingerprint": self.dataset._fingerprint}
 
     def size_bytes(self) -> int:
@@ -109,7 +109,7 @@ class StreamedDatasetMember:
     def content_hash(self) -> str:
         raise AssertionError("the contents of a streamed dataset are unknown")
 
-    def stamp(self) -> JsonObject:
+    def stat_signature(self) -> JsonObject:
         return {"dataset": self.label}
 
     def size_bytes(self) -> int:

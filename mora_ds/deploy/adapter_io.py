@@ -145,7 +145,7 @@ def load_adapter(
                 )
         layer.spec = facts.layers[name].operator
         original = files.read(opened.original_key(files, facts.layers[name].weight))
-        layer.form(original, opened.ledger.squares_of(name))
+        layer.rebuild_weight(original, opened.ledger.mora_matrices_of(name))
         if facts.domains is not None:
             assert isinstance(layer, DomainLinear)
             layer.own_spec = facts.domains.operators[name]

@@ -145,7 +145,7 @@ def combine_adapters(
             ) as writer,
         ):
             for module, entry in combined.layers.items():
-                writer.write(entry.square, live.value(module))
+                writer.write(entry.mora_matrix, live.value(module))
                 if combined.domains is not None:
                     name = combined.domains.tensor(module)
                     writer.write(name, _rounded_sum(trained.weighted(name), name))
@@ -183,7 +183,7 @@ def _check_pair(adapter: Adapter, last: Adapter) -> None:
 
 
 @dataclass(eq=False)
-class _Term:
+class _Delta:
     """Values of all layers with the same operators."""
 
     step: int
@@ -206,18 +206,18 @@ class _Term:
         return _rounded_sum(summands, module)
 
 
-def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
+def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Delta]:
     """The live term of the last adapter comes last."""
-    terms: list[_Term] = []
+    terms: list[_Delta] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         ledger = adapter.ledger
         cycles = []
         for record in ledger.records:
-            square = partial(ledger.square, record.cycle)
+            mora_matrix = partial(ledger.mora_matrix, record.cycle)
             layers = ledger.layers(record.cycle)
-            cycles.append(_Term(record.step, layers, [(weight, square)]))
-        live = adapter.tensors.square
-        cycles.append(_Term(adapter.file.step, adapter.file.layers, [(weight, live)]))
+            cycles.append(_Delta(record.step, layers, [(weight, mora_matrix)]))
+        live = adapter.tensors.mora_matrix
+        cycles.append(_Delta(adapter.file.step, adapter.file.layers, [(weight, live)]))
         for cycle in cycles:
             equal = [term for term in terms if term.layers == cycle.layers]
             if equal and cycle.sums_values:

@@ -2,7 +2,7 @@
 loads.
 
     checkpoint (manifest checked) -> base, merge ledger, live MoRA matrices, other trained tensors
-    every tensor of the base:  replaced | base with all updates, by `live_weight` | unchanged  -> cast -> shard
+    every tensor of the base:  replaced | base with all updates, by `merged_weight` | unchanged  -> cast -> shard
     also config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
 
 With `onto` the model is another one of the base's shapes, such as an instruct model of
@@ -26,7 +26,7 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
@@ -82,7 +82,7 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
-class OpenedRun(Adapter):
+class MergedModelSource(Adapter):
     """An opened adapter with its base. Make one with `open_run`."""
 
     base: BaseCheckpoint
@@ -99,12 +99,12 @@ class OpenedRun(Adapter):
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
         """(operator, value) of all that is added to a layer's original weight, in
         order."""
-        updates = list(self.ledger.squares_of(entry.module))
-        updates.append((entry.operator, self.tensors.square(entry.module)))
+        updates = list(self.ledger.mora_matrices_of(entry.module))
+        updates.append((entry.operator, self.tensors.mora_matrix(entry.module)))
         domains = self.file.domains
         if self.domain is not None and domains is not None:
-            square = self.tensors.domain_square(entry.module, self.domain)
-            updates.append((domains.operators[entry.module], square))
+            mora_matrix = self.tensors.domain_mora_matrix(entry.module, self.domain)
+            updates.append((domains.operators[entry.module], mora_matrix))
         return updates
 
     def trained(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -235,7 +235,7 @@ def open_run(
     domain: str | None,
     onto: Path | None = None,
     trust_remote_code: bool = False,
-) -> OpenedRun:
+) -> MergedModelSource:
     """Open the base of an adapter, and the model in the folder `onto`, which gets the
     update. Raises `UserError` where anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
@@ -247,12 +247,12 @@ def open_run(
     target = (
         base if onto is None else open_target(onto, adapter, base, trust_remote_code)
     )
-    run = OpenedRun(**vars(adapter), base=base, domain=domain, target=target)
+    run = MergedModelSource(**vars(adapter), base=base, domain=domain, target=target)
     _check_layers(run)
     return run
 
 
-def _check_layers(run: OpenedRun) -> None:
+def _check_layers(run: MergedModelSource) -> None:
     """Raise `UserError` unless every layer and trained tensor has a tensor of its shape
     in the base, and no tied weight is adapted at one of its places alone."""
     users: dict[str, list[str]] = {}
@@ -275,7 +275,9 @@ def _check_layers(run: OpenedRun) -> None:
         _check_shape(run, stands_for(name), shape)
 
 
-def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> None:
+def _check_shape(
+    run: MergedModelSource, name: str, shape: tuple[int | None, ...]
+) -> None:
     """`shape`: None stands for any length."""
     actual = run.base.shape_dtype(run.original_key(run.base, name))[0]
     fits = len(actual) == len(shape) and all(
@@ -313,7 +315,7 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
 # -- weights ---------------------------------------------------------------------------
 
 
-def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
+def updated_tensors(run: MergedModelSource) -> Callable[[str, torch.dtype], Tensor]:
     """What each tensor of the target becomes, by its key, in a given dtype: replaced,
     merged, or unchanged.
 
@@ -390,7 +392,7 @@ def load_onto(
     return model.eval()
 
 
-def _rounding(run: OpenedRun) -> Callable[[Any], None]:
+def _rounding(run: MergedModelSource) -> Callable[[Any], None]:
     """A function that gives a loaded export the rounding of --base_bits, with which it
     is the live model up to rounding of sums.
 
@@ -403,8 +405,8 @@ def _rounding(run: OpenedRun) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         for entry in run.file.layers.values():
             original = run.base.read(run.reference.keys[entry.weight])
-            merged = run.ledger.squares_of(entry.module) if bits == 8 else ()
-            exact = live_weight(original, merged, entry.transposed, torch.float32)
+            merged = run.ledger.mora_matrices_of(entry.module) if bits == 8 else ()
+            exact = merged_weight(original, merged, entry.transposed, torch.float32)
             # (d_out, d_in), or a stack of such.
             exact = exact.mT if entry.transposed else exact
             frozen: QuantizedWeight

@@ -65,7 +65,7 @@ def convert_fork(
     source = path / CONFIG_FILE
     settings = read_json(source)
     kind, grouping = _operator(settings, source)
-    squares = _matrices(path / WEIGHTS_FILE)
+    mora_matrices = _matrices(path / WEIGHTS_FILE)
     flag = "`base_folder`"
     if base_folder is None:
         base_folder = entry(settings, "base_model_name_or_path", str, source)
@@ -74,7 +74,7 @@ def convert_fork(
         model = make_model(folder_config(base.folder, flag=flag), flag)
     keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
     layers: Layers = {}
-    for module, square in squares.items():
+    for module, mora_matrix in mora_matrices.items():
         weight = f"{module}.weight"
         shape = base.shape_dtype(keys[weight])[0] if weight in keys else ()
         if len(shape) != 2:
@@ -82,12 +82,12 @@ def convert_fork(
                 f"{path / WEIGHTS_FILE}: {base.folder} has no linear layer {module}"
             )
         d_out, d_in = shape
-        if len(square) > max(d_in, d_out):
+        if len(mora_matrix) > max(d_in, d_out):
             raise UserError(
-                f"{path / WEIGHTS_FILE}: a matrix of side {len(square)} is too large for {module} of {base.folder}, "
+                f"{path / WEIGHTS_FILE}: a matrix of side {len(mora_matrix)} is too large for {module} of {base.folder}, "
                 f"which has {d_in} inputs and {d_out} outputs"
             )
-        spec = OperatorSpec(kind, d_in, d_out, len(square), grouping)
+        spec = OperatorSpec(kind, d_in, d_out, len(mora_matrix), grouping)
         if spec.blocks_in > spec.blocks_out and kind is OperatorKind.ROTATE:
             raise UserError(
                 f"{source}: mora_type 6 leaves inputs of {module} ({d_in} inputs, {d_out} outputs) without any effect,"
@@ -98,7 +98,9 @@ def convert_fork(
         rank=entry(settings, "r", Count, source),
         operator=kind.value,
         grouping=grouping.value,
-        layer_sizes=tuple((module, len(square)) for module, square in squares.items()),
+        layer_sizes=tuple(
+            (module, len(mora_matrix)) for module, mora_matrix in mora_matrices.items()
+        ),
     )
     dtype = dtype_name(base.shape_dtype(keys[next(iter(layers.values())).weight])[1])
     adapter = AdapterFile(
@@ -111,7 +113,7 @@ def convert_fork(
     )
     with atomic_folder(output.absolute()) as partial:
         Ledger.create(partial / LEDGER_FOLDER, base.fingerprint())
-        write_adapter(partial, adapter, squares, {})
+        write_adapter(partial, adapter, mora_matrices, {})
         BaseReference(str(base.folder), base.fingerprint(), keys, dtype).write(partial)
         write_manifest(partial)
     contents = f"{len(layers)} layers, {kind.value}/{grouping.value}"
@@ -138,23 +140,25 @@ def _operator(settings: JsonObject, source: Path) -> tuple[OperatorKind, Groupin
 def _matrices(path: Path) -> Tensors:
     """Module name -> M (r_hat, r_hat). Raises `UserError` for any other tensor."""
     file = open_safetensors(path)
-    squares: Tensors = {}
+    mora_matrices: Tensors = {}
     # Sorted, lora_A comes before lora_B, which is the same matrix once more.
     for name in sorted(file.keys()):
         module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
         tensor = file.get_tensor(name).float()
-        is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
-        if ending == "A.weight" and is_square:
-            squares[module] = tensor
+        has_equal_sides = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+        if ending == "A.weight" and has_equal_sides:
+            mora_matrices[module] = tensor
             continue
-        is_repeated = module in squares and torch.equal(tensor, squares[module])
+        is_repeated = module in mora_matrices and torch.equal(
+            tensor, mora_matrices[module]
+        )
         if ending != "B.weight" or not is_repeated:
             raise UserError(
                 f"{path}: {name} {tuple(tensor.shape)} is no matrix of MoRA, and is not read"
             )
-    if not squares:
+    if not mora_matrices:
         raise UserError(f"{path} holds no matrix")
-    return squares
+    return mora_matrices
 
 
 @contextmanager

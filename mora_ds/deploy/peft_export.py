@@ -38,7 +38,7 @@ from mora_ds.common.files import (
     write_json_atomic,
 )
 from mora_ds.common.tensor_files import SafetensorsWriter
-from mora_ds.deploy.export import OpenedRun, open_run
+from mora_ds.deploy.export import MergedModelSource, open_run
 from mora_ds.deploy.model_card import card
 from mora_ds.deploy.svd import leading_vectors
 from mora_ds.remora.ledger import LayerEntry
@@ -110,7 +110,7 @@ def export_peft(
     return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
 
-def _require_all_are_loaded(run: OpenedRun) -> None:
+def _require_all_are_loaded(run: MergedModelSource) -> None:
     """Raise `UserError` where PEFT, if installed, would leave layers out. In some
     mixtures it takes the names of their projections for those of fused experts
     (utils/transformers_weight_conversion.py, `_convert_peft_config_moe`)."""
@@ -139,7 +139,7 @@ def _require_all_are_loaded(run: OpenedRun) -> None:
 # -- factors ---------------------------------------------------------------------------
 
 
-def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
+def _plan(run: MergedModelSource, entry: LayerEntry, limit: int | None) -> _Plan:
     side = min(entry.operator.d_in, entry.operator.d_out)
     ranks = [_bound(spec) for spec, _ in run.updates(entry)]
     total = sum(ranks)
@@ -160,7 +160,7 @@ def _bound(spec: UpdateSpec) -> float:
     return math.inf if factors is None else len(factors[0])
 
 
-def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
+def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     """A (rank, d_in), B (d_out, rank), and the share of the update's energy
     (its squared norm) that they lack."""
     spec = plan.entry.operator
@@ -187,7 +187,7 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
 
 
 def _write_tensors(
-    run: OpenedRun, plans: list[_Plan], folder: Path
+    run: MergedModelSource, plans: list[_Plan], folder: Path
 ) -> dict[str, float]:
     """Write the weights' file, one layer in memory at a time. Returns the share that
     each layer lacks."""
@@ -217,7 +217,7 @@ def _write_tensors(
     return lost
 
 
-def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
+def _saved(run: MergedModelSource) -> Iterator[tuple[str, tuple[str, str | None]]]:
     """(parameter, (key in the base, trained tensor)) of all modules with a trained
     parameter. A module is saved whole, and so is one whose parameter is tied to a
     trained one: PEFT copies a module that it saves, which unties it."""
@@ -229,7 +229,7 @@ def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
             yield name, (key, trained.get(key))
 
 
-def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
+def _config(run: MergedModelSource, plans: list[_Plan]) -> dict[str, Any]:
     """adapter_config.json. Alpha is the rank everywhere, so that every scaling is 1."""
     ranks = {plan.entry.module: plan.rank for plan in plans}
     largest = max(ranks.values())
@@ -252,7 +252,9 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
     }
 
 
-def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[str]:
+def _report(
+    run: MergedModelSource, plans: list[_Plan], lost: dict[str, float]
+) -> list[str]:
     ranks = sorted({plan.rank for plan in plans})
     lines = [
         f"ranks {', '.join(map(str, ranks))}; servers need to allow rank {ranks[-1]}"

@@ -1,7 +1,7 @@
 """Leading right singular vectors of a matrix.
 
 Exact (LAPACK, float64) where the matrix is small or most of its vectors are needed;
-otherwise by randomised subspace iteration (Halko, Martinsson & Tropp 2011,
+otherwise by randomized subspace iteration (Halko, Martinsson & Tropp 2011,
 `torch.svd_lowrank`), whose vectors are orthonormal too, but mix those of singular
 values that are close together. The sign of a vector is arbitrary: its largest entry is
 made positive. Seeds are hashes of names, so that one machine computes the same bits
@@ -17,7 +17,7 @@ EXACT_NUMBERS = 2**22
 """Largest number of elements (2048 x 2048) of a matrix that is decomposed exactly."""
 
 OVERSAMPLED = 32
-"""Number of additional vectors in the randomised iteration."""
+"""Number of additional vectors in the randomized iteration."""
 _ITERATIONS = 4
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
-from mora_ds.common.errors import UserError, nearest, reason, refuse
+from mora_ds.common.errors import UserError, nearest, raise_validation_errors, reason
 from mora_ds.common.untrusted import parse_json
 from mora_ds.engine.ds_keys import (
     AUTO,
@@ -52,7 +52,7 @@ PREFETCH_PARAMETERS = 8
 FEW_SLICES = 1 << 13
 """Slices (parameters times ranks) that take ZeRO-3 little time against a step."""
 
-WORTH_A_SLICE = 300_000
+BYTES_PER_SLICE_OVERHEAD = 300_000
 """Bytes that a GPU sends (50 GB/s) while Python goes through a slice (6 us)."""
 
 MANY_RANKS = 256
@@ -161,7 +161,7 @@ def resolve_ds_config(
         problems += _left_auto(resolved)
     if not problems:
         problems = _refused_by_deepspeed(resolved)
-    refuse(f"{source}: {problem}" for problem in problems)
+    raise_validation_errors(f"{source}: {problem}" for problem in problems)
     return resolved
 
 
@@ -277,7 +277,11 @@ def _avoid_slices_of_parameters(
     added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
     flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
     chosen = {key: value for key, value in flat.items() if key not in zero}
-    if slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
+    if (
+        slices <= FEW_SLICES
+        or added_bytes > slices * BYTES_PER_SLICE_OVERHEAD
+        or not chosen
+    ):
         return ""
     zero.update(chosen)
     sends_more = ""

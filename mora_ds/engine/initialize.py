@@ -34,7 +34,6 @@ from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.adapters.registry import Capability, adapter_type, require
 from mora_ds.common.errors import RunError, UserError, whole_number
 from mora_ds.engine import muon, zero
-from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
 from mora_ds.engine.ds_config import (
     avoid_slices,
@@ -45,13 +44,14 @@ from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.launcher import (
     accelerators,
-    become_the_only_rank,
     is_one_of_several,
+    set_single_process_env,
 )
+from mora_ds.engine.layer_prefetcher import names_on_host, stream_base
 from mora_ds.engine.module_hooks import remove_unused_hooks
+from mora_ds.engine.node_base import share_base
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
-from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -118,7 +118,7 @@ def initialize(
     consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`). With `base_on_host` the decoder layers' frozen
     weights stay in host memory, and the device holds those of two layers at a time
-    (`engine/base_ring.py`). Raises `UserError` for a model without adapter, and
+    (`engine/layer_prefetcher.py`). Raises `UserError` for a model without adapter, and
     `RunError` when the processes hold different bases.
     """
     # Refuses a model without an adapter
@@ -276,9 +276,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     (engine.py, `_muon_param_groups`): all MoRA matrices get Muon and all others AdamW,
     so neither group is split.
     """
-    squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
-    remaining = [weight for weight in model.parameters() if id(weight) not in squares]
-    groups = [{"params": list(squares.values())}, {"params": remaining}]
+    mora_matrices = {
+        id(layer.value): layer.value for layer in mora_layers(model).values()
+    }
+    remaining = [
+        weight for weight in model.parameters() if id(weight) not in mora_matrices
+    ]
+    groups = [{"params": list(mora_matrices.values())}, {"params": remaining}]
     return [group for group in groups if group["params"]]
 
 
@@ -307,7 +311,7 @@ def _require_launcher() -> None:
     missing = [name for name in needed if name not in os.environ]
     is_alone = len(missing) == len(needed) and not is_one_of_several()
     if is_alone and accelerators() <= 1:
-        become_the_only_rank()
+        set_single_process_env()
     elif missing and find_spec("mpi4py") is None:
         raise UserError(
             f"no launcher has started this process ({', '.join(missing)} not set): "

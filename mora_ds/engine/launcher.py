@@ -63,7 +63,7 @@ def is_one_of_several() -> bool:
     return any(os.environ.get(name, "1") != "1" for name in TASKS)
 
 
-def become_the_only_rank() -> None:
+def set_single_process_env() -> None:
     """Set the environment variables of a launcher for a run of one process.
 
     Port 0: torch's store chooses a free port, which no other process needs to know.

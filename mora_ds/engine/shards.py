@@ -4,7 +4,7 @@ number of processes. Files are no matter of this module (`checkpoint.shard_table
     partitions_of   what this process holds: fp32 masters, optimizer state, which extents of which parameters they are
     restore         masters, low-precision copies, optimizer state and counters, from what a `SavedState` holds
 
-Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies
+MasterWeights and moments go by `OptimizerView.flats`: which extent of which parameter lies
 where in the tensors that the optimizer steps on. Written against DeepSpeed 0.19.8;
 tests/checkpoint/test_elastic.py fails where an upgrade lays something out in another
 way.
@@ -137,13 +137,13 @@ class _Parameter(NamedTuple):
 
 def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
     """id of every parameter of an engine's model -> what is known of it."""
-    is_first = engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0
+    is_rank0 = engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0
     parameters = {}
     for name, parameter in engine.module.named_parameters():
         share = shard_info(parameter)
         if share is None:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_first)
+            parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_rank0)
         else:
             shape = (share.r_hat, share.r_hat)
             parameters[id(parameter)] = _Parameter(
@@ -221,8 +221,8 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
     # Muon's momentum holds its matrices whole: other ranks save what they have of them
     # in their masters.
     moments = value.new_zeros(flat.master.numel())
-    for whole, span in zip(flat.state_spans, flat.spans, strict=True):
-        first = whole.offset + span.start
+    for full, span in zip(flat.state_spans, flat.spans, strict=True):
+        first = full.offset + span.start
         moments_here = value[first : first + span.numel]
         moments[span.offset : span.offset + span.numel] = moments_here
     return moments

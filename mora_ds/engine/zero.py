@@ -50,7 +50,7 @@ def prepare_backend() -> None:
     deepspeed_logger.setLevel(logging.WARNING)
 
 
-def whole_parameter(
+def gathered_parameter(
     engine: Engine, parameter: nn.Parameter
 ) -> AbstractContextManager[None]:
     """A context in which a trained parameter is unsharded on every rank. Collective."""
@@ -145,7 +145,7 @@ class Span(NamedTuple):
 Groups: TypeAlias = list[list[nn.Parameter]]
 """The parameters of each parameter group."""
 
-Masters: TypeAlias = Iterator[tuple[int, Tensor, list[Span]]]
+MasterWeights: TypeAlias = Iterator[tuple[int, Tensor, list[Span]]]
 """(index of the parameter group, flat fp32 master weights, their spans)"""
 
 
@@ -179,12 +179,12 @@ class OptimizerView:
 
     def flats(self, group: int | None = None) -> Iterator[Flat]:
         """The master weights of this rank, of one parameter group or of all."""
-        for index, master, spans in self._masters():
+        for index, master, spans in self._master_weights():
             if group in (None, index):
                 state = self.engine.basic_optimizer.state[master]
                 yield Flat(index, master, state, spans, self._state_spans(index, spans))
 
-    def _masters(self) -> Masters:
+    def _master_weights(self) -> MasterWeights:
         """The master weights of this rank."""
         raise NotImplementedError
 
@@ -220,7 +220,7 @@ class Stage3View(OptimizerView):
             groups[self.optimizer.sub_group_to_group_id[index]] += parameters
         return groups
 
-    def _masters(self) -> Masters:
+    def _master_weights(self) -> MasterWeights:
         optimizer = self.optimizer
         for index, parameters in enumerate(optimizer.fp16_groups):
             sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
@@ -287,11 +287,11 @@ class _MappedView(OptimizerView):
     """Optimizers that store their fragments as attributes of parameters
     (utils/tensor_fragment.py)."""
 
-    masters_name: ClassVar[str]
+    master_weights_name: ClassVar[str]
 
-    def _masters(self) -> Masters:
-        masters = getattr(self.optimizer, self.masters_name)
-        groups = zip(self.groups(), masters, strict=True)
+    def _master_weights(self) -> MasterWeights:
+        master_weights = getattr(self.optimizer, self.master_weights_name)
+        groups = zip(self.groups(), master_weights, strict=True)
         for index, (parameters, master) in enumerate(groups):
             spans = []
             for parameter in parameters:
@@ -308,7 +308,7 @@ class _MappedView(OptimizerView):
 class ZeroView(_MappedView):
     """ZeRO-1 and ZeRO-2, deepspeed/runtime/zero/stage_1_and_2.py."""
 
-    masters_name = "single_partition_of_fp32_groups"
+    master_weights_name = "single_partition_of_fp32_groups"
 
     def groups(self) -> Groups:
         return self.optimizer.bit16_groups
@@ -329,7 +329,7 @@ class ZeroView(_MappedView):
 class BF16View(_MappedView):
     """ZeRO-1 in bf16, deepspeed/runtime/bf16_optimizer.py."""
 
-    masters_name = "fp32_groups_flat_partition"
+    master_weights_name = "fp32_groups_flat_partition"
 
     def groups(self) -> Groups:
         return self.optimizer.bf16_groups

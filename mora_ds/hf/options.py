@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mora_ds.common.errors import refuse
+from mora_ds.common.errors import raise_validation_errors
 from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
 from mora_ds.engine.ds_keys import AUTO, DsConfig, at
 
@@ -34,7 +34,7 @@ WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
     """Raise one `UserError` that lists all unsupported options. `args`: the
     `TrainingArguments`; `arguments`: other arguments of the Trainer, by name."""
-    refuse(_problems(args, arguments))
+    raise_validation_errors(_problems(args, arguments))
 
 
 def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -68,7 +68,7 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
     sizes are those for the adapter's parameters; transformers would use the model's
     hidden size. Raises `UserError` for a section that is not a JSON object."""
     config = args.hf_deepspeed_config.config
-    refuse(clean_sections(config))
+    raise_validation_errors(clean_sections(config))
     optimizer: DsConfig = config.setdefault("optimizer", {})
     if optimizer.get("type", AUTO) == AUTO:
         optimizer["type"] = "AdamW"

@@ -40,7 +40,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import resolve_folder, unsharded_loading
 from mora_ds.remora.merge import MergeReport
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run, RunContext
+from mora_ds.train.run import Run, RunOptions
 
 _Base: Any = object
 """Type checking: the mixin calls methods of a Trainer."""
@@ -168,7 +168,7 @@ class MoRATrainer(_Base):
             folder=self.args.output_dir,
             resume=resume,
             overwrite=True,
-            context=RunContext(
+            options=RunOptions(
                 keys=keys,
                 identity={"seed": self.args.seed},
                 facts={
@@ -177,7 +177,7 @@ class MoRATrainer(_Base):
             ),
         )
         if earlier is not None:
-            self.run.remora.form_base()
+            self.run.remora.rebuild_base()
         if resume is not None:
             merged_every = read_adapter(Path(resume)).facts.get(MERGE_EVERY, 0)
             if merged_every and not self._merging:
@@ -263,7 +263,7 @@ class MoRATrainer(_Base):
     def _write_merged(self, folder: Path) -> None:
         run = self._open_run
         saving = folder / _SAVING
-        run.ranks.on_first(
+        run.ranks.run_on_rank0(
             "folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True)
         )
         run.save(self.state.global_step, folder=saving)
@@ -274,7 +274,7 @@ class MoRATrainer(_Base):
                 os.replace(path, folder / path.name)
             shutil.rmtree(saving)
 
-        run.ranks.on_first("merged model", move, long=True)
+        run.ranks.run_on_rank0("merged model", move, long=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._open_run.save(self.state.global_step, folder=output_dir)

@@ -7,7 +7,7 @@
 Each parameter of a run's model must equal one tensor of the files, cast to the run's
 dtype, or a stack of them, as for the experts of a mixture (`stored_names`). Otherwise
 (only pickled files, weights that transformers converts at load, a new model from a
-config) `NotOneToOne` is raised, and the caller can save the model in memory as a base
+config) `WeightMappingError` is raised, and the caller can save the model in memory as a base
 with `write_own_base`.
 """
 
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import atomic_folder, read_json, stamp
+from mora_ds.common.files import atomic_folder, read_json, stat_signature
 from mora_ds.common.tensor_files import (
     Shape,
     Tensors,
@@ -52,7 +52,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MODEL_FLAG = "--model_name_or_path"
 
 
-class NotOneToOne(UserError):
+class WeightMappingError(UserError):
     """The tensors of the folder and the parameters of the model do not match one to
     one."""
 
@@ -71,7 +71,7 @@ class BaseCheckpoint:
         self._handles: dict[Path, Any] = {}
         self._members: dict[str, list[list[str]]] = {}
         self._fingerprint: str | None = None
-        self.stamps = {path: stamp(path) for path in self.files()}
+        self.stat_signatures = {path: stat_signature(path) for path in self.files()}
         """The stat signature of each file when it was last known to be unchanged."""
 
     @classmethod
@@ -85,7 +85,7 @@ class BaseCheckpoint:
         its shards. `quantized`: accept quantized weights.
 
         Raises `UserError` that names `flag` and the invalid file, and its subclass
-        `NotOneToOne` if there are only pickled weights.
+        `WeightMappingError` if there are only pickled weights.
         """
         folder = expanded(folder, flag).absolute()
         if not folder.is_dir():
@@ -101,7 +101,7 @@ class BaseCheckpoint:
                     f"{folder} has quantized weights; give the unquantized model, or OUTPUT_DIR/base of a run"
                 )
             return cls(folder, _locate_tensors(folder))
-        except NotOneToOne:
+        except WeightMappingError:
             raise
         except UserError as error:
             raise UserError(f"{flag}: {error}") from error
@@ -120,7 +120,11 @@ class BaseCheckpoint:
     def changed_files(self) -> list[Path]:
         """Files whose size, time or inode changed since they were opened. Reads no
         contents."""
-        return [path for path, before in self.stamps.items() if stamp(path) != before]
+        return [
+            path
+            for path, before in self.stat_signatures.items()
+            if stat_signature(path) != before
+        ]
 
     def require_unchanged(self, fingerprint: str) -> None:
         """Raise `BaseChanged` if `changed_files` have other weights. The files are
@@ -132,7 +136,7 @@ class BaseCheckpoint:
         """
         if not (changed := self.changed_files()):
             return
-        stamps = {path: stamp(path) for path in self.stamps}
+        stat_signatures = {path: stat_signature(path) for path in self.stat_signatures}
         try:
             is_same = BaseCheckpoint.open(self.folder).fingerprint() == fingerprint
         except (UserError, RunError):
@@ -145,7 +149,7 @@ class BaseCheckpoint:
         logger.info(
             "%s: files were touched, but their weights are unchanged", self.folder
         )
-        self.stamps = stamps
+        self.stat_signatures = stat_signatures
 
     def dtypes(self) -> set[torch.dtype]:
         """The dtypes of all tensors, read from the file headers."""
@@ -195,7 +199,9 @@ class BaseCheckpoint:
     def _handle(self, key: str) -> Any:
         path = self._file_of[key]
         if path not in self._handles:
-            if stamp(path) != self.stamps.get(path, stamp(path)):
+            if stat_signature(path) != self.stat_signatures.get(
+                path, stat_signature(path)
+            ):
                 raise BaseChanged(
                     f"{path} was changed or replaced during the run: restore the original file and resume"
                 )
@@ -215,7 +221,7 @@ class BaseCheckpoint:
         collective, and each rank reads a part of the tensors.
         """
         if ranks is not None and ranks.world > 1:
-            self._fingerprint = ranks.on_first(
+            self._fingerprint = ranks.run_on_rank0(
                 "known fingerprint of the base", lambda: self._fingerprint
             )
         if self._fingerprint is None:
@@ -254,7 +260,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         names = sorted(path.name for path in folder.iterdir())
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         if pickled:
-            raise NotOneToOne(
+            raise WeightMappingError(
                 f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"
             )
         raise UserError(
@@ -278,7 +284,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> key, for `names` of a transformers model. The key may be the
     name, with or without the base model's prefix; a key that transformers renames or
-    stacks at load; or the key of a tied parameter. Raises `NotOneToOne` that lists
+    stacks at load; or the key of a tied parameter. Raises `WeightMappingError` that lists
     names without a key."""
     # Tied parameter -> the parameter that owns the storage
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
@@ -306,7 +312,7 @@ def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[st
             mapping[name] = key
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise NotOneToOne(
+        raise WeightMappingError(
             f"{base.folder} has no tensor for {len(missing)} parameter(s) of the model: {some}"
         )
     return mapping
@@ -344,18 +350,18 @@ def verify_against_model(
     names: Iterable[str],
 ) -> None:
     """Check that every named tensor is bit-identical to its base tensor after a cast.
-    Raises `NotOneToOne` that names the first difference."""
+    Raises `WeightMappingError` that names the first difference."""
     for name in names:
         tensor = tensors[name].detach()
         key = mapping[name]
         stored, _ = base.shape_dtype(key)
         if stored != tuple(tensor.shape):
-            raise NotOneToOne(
+            raise WeightMappingError(
                 f"{name} is {tuple(tensor.shape)} in the model, {stored} in {base.folder}"
             )
         base_tensor = base.read(key).to(tensor.device, tensor.dtype)
         if not _same_bits(tensor, base_tensor):
-            raise NotOneToOne(
+            raise WeightMappingError(
                 f"{name} of the model is not the tensor {key!r} of {base.folder}"
             )
 

@@ -64,7 +64,7 @@ def dequantized_base(
                 _write(source, partial, dtype)
                 write_json_atomic(partial / RECORD, record)
 
-    ranks.on_first("dequantization of the base", write, long=True)
+    ranks.run_on_rank0("dequantization of the base", write, long=True)
     return own_base
 
 

@@ -33,7 +33,7 @@ from mora_ds.common.untrusted import expanded, parse_json
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
-    NotOneToOne,
+    WeightMappingError,
     map_model,
     verify_against_model,
     write_own_base,
@@ -66,7 +66,7 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
         return folder
     ranks.agree(
         "download of the model",
-        lambda: download_model(name) if ranks.is_local_first else None,
+        lambda: download_model(name) if ranks.is_local_rank0 else None,
         long=True,
     )
     return ranks.agree("downloaded model", lambda: download_model(name))
@@ -139,7 +139,7 @@ def load_base(
         write = partial(
             original_tensors, model, folder, own_base, dtype, load, difference
         )
-        keys = ranks.on_first("base of the run", write, long=True)
+        keys = ranks.run_on_rank0("base of the run", write, long=True)
         base_folder = own_base
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(base_folder))
     return LoadedBase(model, base, keys)
@@ -247,7 +247,7 @@ def named_config(
     return folder_config(path if path.is_dir() else name, trust_remote_code, flag)
 
 
-_NOT_THE_FUNCTION = {
+_NON_ARCHITECTURAL_KEYS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions",
     "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward",
 }  # fmt: skip
@@ -259,7 +259,7 @@ def config_digest(config: Any) -> str:
     rope_theta and the number of heads, which the fingerprint of the weights does not
     cover."""
     values = config.to_dict()
-    for name in _NOT_THE_FUNCTION & values.keys():
+    for name in _NON_ARCHITECTURAL_KEYS & values.keys():
         del values[name]
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -356,7 +356,7 @@ def load_model(
     damage = ""
     try:
         count = len(BaseCheckpoint.open(folder).keys())
-    except NotOneToOne:
+    except WeightMappingError:
         # The number of pickled weights is unknown
         pass
     except UserError as error:
@@ -412,7 +412,7 @@ def _compare_with_files(
         try:
             base = BaseCheckpoint.open(folder)
             return _map_and_verify(model, base, ranks.rank, ranks.world), ""
-        except NotOneToOne as error:
+        except WeightMappingError as error:
             return {}, str(error)
 
     keys, difference = ranks.agree("weights of the model", compare, long=True)
@@ -444,7 +444,7 @@ def original_tensors(
     if torch.promote_types(stored, dtype) != dtype:
         try:
             return _map_and_verify(model, write_own_base(load(stored), own_base))
-        except NotOneToOne as error:
+        except WeightMappingError as error:
             logger.warning(
                 "warning: the weights of %s are %s, but the run's base is saved in %s, so exports with a higher"
                 " precision are rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
@@ -456,7 +456,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """The smallest dtype that represents the files' floating-point weights exactly."""
     try:
         dtypes = BaseCheckpoint.open(folder).dtypes()
-    except NotOneToOne:
+    except WeightMappingError:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
             # The meta device loads only dtypes and shapes

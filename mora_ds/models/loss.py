@@ -255,7 +255,7 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     return chunked
 
 
-def whole_loss(model: Any) -> None:
+def unchunked_loss(model: Any) -> None:
     """Undo `chunk_loss`."""
     vars(model).pop(_ATTRIBUTE).remove()
 

@@ -9,7 +9,7 @@ by a model's heads and sizes are in `adapters/tp_plan.py` and
 from collections.abc import Iterator, Mapping
 
 from mora_ds.adapters.registry import DEFAULT_ADAPTER, Capability, unsupported
-from mora_ds.common.errors import UserError, refuse
+from mora_ds.common.errors import UserError, raise_validation_errors
 
 TENSOR = "--tensor_parallel_size"
 SEQUENCE = "--sequence_parallel_size"
@@ -66,7 +66,7 @@ def tensor_parallel_problems(
 
 def check_tensor_parallel(degree: int, **settings: object) -> None:
     """Raise `UserError` with all of `tensor_parallel_problems`."""
-    refuse(tensor_parallel_problems(degree, **settings))  # type: ignore[arg-type]
+    raise_validation_errors(tensor_parallel_problems(degree, **settings))  # type: ignore[arg-type]
 
 
 def sequence_parallel_problems(

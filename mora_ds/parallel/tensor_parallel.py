@@ -50,13 +50,13 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
         split = LayerSplit(topology, plan.styles[name])
-        square_shard = nn.Parameter(split.shard(layer.square.data).clone())
+        mora_matrix_shard = nn.Parameter(split.shard(layer.mora_matrix.data).clone())
         start, _ = topology.shard_range(layer.spec.r_hat)
-        mark_split(square_shard, start, layer.spec.r_hat)
+        mark_split(mora_matrix_shard, start, layer.spec.r_hat)
         layer.split = split
-        layer.square = square_shard
+        layer.mora_matrix = mora_matrix_shard
     for name, style in plan.styles.items():
-        if style is not Style.WHOLE and name not in layers:
+        if style is not Style.FULL and name not in layers:
             module: Any = model.get_submodule(name)
             module.forward = partial(_split_forward, module, topology, style)
     for name in plan.blocks:
@@ -136,20 +136,20 @@ class LayerSplit:
         self,
         layer: MoRALinear,
         x: Tensor,
-        square_shard: Tensor,
+        mora_matrix_shard: Tensor,
         path: Compute,
     ) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise
-        layer's output are this rank's slices. `square_shard`: this rank's shard of
+        layer's output are this rank's slices. `mora_matrix_shard`: this rank's shard of
         M."""
-        if self.style is Style.WHOLE:
+        if self.style is Style.FULL:
             y = F.linear(x, layer.stored_weight, layer.bias)
-            return y + self._unsplit_update(layer.spec, square_shard, x)
+            return y + self._unsplit_update(layer.spec, mora_matrix_shard, x)
         weight, bias = _slices(
             self.topology, self.style, layer.stored_weight, layer.bias
         )
         products = WindowProducts(self._window(layer.spec), self)
-        y = mora_linear(x, weight, bias, square_shard, products, path)
+        y = mora_linear(x, weight, bias, mora_matrix_shard, products, path)
         return (
             y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
         )
@@ -158,9 +158,9 @@ class LayerSplit:
         """This rank's shard of M (r_hat, r_hat)."""
         return matrix[slice(*self.topology.shard_range(len(matrix)))]
 
-    def unshard(self, square_shard: Tensor) -> Tensor:
+    def unshard(self, mora_matrix_shard: Tensor) -> Tensor:
         """M (r_hat, r_hat), gathered from all ranks of the group. Collective."""
-        return self.topology.gather(square_shard, square_shard.shape[1])
+        return self.topology.gather(mora_matrix_shard, mora_matrix_shard.shape[1])
 
     def _window(self, spec: OperatorSpec) -> Window:
         inputs = (0, spec.d_in)
@@ -174,13 +174,13 @@ class LayerSplit:
     def _unsplit_update(
         self,
         spec: OperatorSpec,
-        square_shard: Tensor,
+        mora_matrix_shard: Tensor,
         x: Tensor,
     ) -> Tensor:
         """The update from all inputs to all outputs. Forward and backward sum in a fixed
         order, so all ranks get identical bits."""
         z = sum_gradient(compress(spec, x), self.topology)
-        u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
+        u = all_gather(F.linear(z, mora_matrix_shard), self.topology, spec.r_hat)
         return decompress(spec, u)
 
 
@@ -227,7 +227,7 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class WindowProducts(LayerProducts):
-    """The products of a window of an adapted layer. `square` is this rank's shard of M,
+    """The products of a window of an adapted layer. `mora_matrix` is this rank's shard of M,
     gathered for each use. Neither M nor anything of the size of W0 is saved for
     backward."""
 
@@ -235,8 +235,8 @@ class WindowProducts(LayerProducts):
         super().__init__(window)
         self.split = split
 
-    def whole(self, square: Tensor) -> Tensor:
-        return self.split.unshard(square)
+    def full(self, mora_matrix: Tensor) -> Tensor:
+        return self.split.unshard(mora_matrix)
 
     def share_of_gradient(self, gradient: Tensor) -> Tensor:
         return self.split.topology.sum_scatter(gradient)

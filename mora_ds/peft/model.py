@@ -76,14 +76,14 @@ class MoraLinear(nn.Module, BaseTunerLayer):
 
     # "Linear" must be in the name of this class, because PEFT's all-linear finds layers
     # with adapters by it.
-    adapter_layer_names = ("mora_square",)
+    adapter_layer_names = ("mora_matrix",)
     other_param_names = ("mora_seed", "mora_spec", "mora_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_shape(base_layer)
-        self.mora_square = nn.ParameterDict()
+        self.mora_matrix = nn.ParameterDict()
         """Adapter name -> M (r_hat, r_hat)."""
         self.mora_dropout = nn.ModuleDict()
         self.mora_spec: dict[str, OperatorSpec] = {}
@@ -101,7 +101,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         mora_matrix = torch.zeros(spec.r_hat, spec.r_hat)
         if not config.init_weights:
             mora_matrix.normal_(std=spec.r_hat**-0.5)
-        self.mora_square[adapter] = nn.Parameter(mora_matrix)
+        self.mora_matrix[adapter] = nn.Parameter(mora_matrix)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -112,10 +112,12 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
-            if name in self.mora_square:
-                square = self.mora_square[name].to(x.dtype)
+            if name in self.mora_matrix:
+                mora_matrix = self.mora_matrix[name].to(x.dtype)
                 dropped = self.mora_dropout[name](x)
-                result = result + mora_update(self.mora_spec[name], square, dropped)
+                result = result + mora_update(
+                    self.mora_spec[name], mora_matrix, dropped
+                )
         return result
 
     def merge(
@@ -126,7 +128,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         once. With `safe_merge`, raises `UserError` for a rounded weight that is not
         finite and leaves the weight unchanged."""
         chosen = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in chosen if name in self.mora_square]
+        names = [name for name in chosen if name in self.mora_matrix]
         self._add_to_weight(names, 1, safe_merge)
         self.merged_adapters += names
 
@@ -139,8 +141,8 @@ class MoraLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The delta in fp32, in the layout of the weight: (d_out, d_in), for a `Conv1D`
         (d_in, d_out)."""
-        square = self.mora_square[adapter].detach().float()
-        delta = delta_weight(self.mora_spec[adapter], square)
+        mora_matrix = self.mora_matrix[adapter].detach().float()
+        delta = delta_weight(self.mora_spec[adapter], mora_matrix)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     @torch.no_grad()

@@ -129,9 +129,9 @@ class RankMemory:
     """The frozen base, or its part on the device, and the model's other buffers."""
     tables: int
     """Index tables of the operators."""
-    squares: int
+    mora_matrices: int
     """The rank's shards of everything trained, in the compute dtype."""
-    masters: int
+    master_weights: int
     """Master weights in fp32."""
     moments: int
     gradients: int
@@ -159,8 +159,8 @@ class RankMemory:
     @property
     def static(self) -> int:
         """What is allocated all the time."""
-        of_optimizer = self.masters + self.moments + self.gradients + self.bucket
-        return self.base + self.tables + self.squares + of_optimizer
+        of_optimizer = self.master_weights + self.moments + self.gradients + self.bucket
+        return self.base + self.tables + self.mora_matrices + of_optimizer
 
     @property
     def _on_top(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ def rank_memory(
     return RankMemory(
         base=base_bytes - streamed.total + streamed.on_device,
         tables=step.tables,
-        squares=weights * itemsize,
+        mora_matrices=weights * itemsize,
         **on_device,
         bucket=trained.zero["reduce_bucket_size"] * itemsize,
         gathered=unsharded,
@@ -236,7 +236,7 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
     matrix_shard = trained.matrix_numel * (shard / max(trained.total, 1))
     without_second_moment = matrix_shard if trained.muon else 0
     return {
-        "masters": shard * FP32,
+        "master_weights": shard * FP32,
         "moments": round((2 * shard - without_second_moment) * FP32),
         "gradients": (trained.total if trained.stage == 1 else shard) * FP32,
     }

@@ -82,7 +82,7 @@ class Plan:
     """Bytes of the base's weights in 8 or 4 bits, with their scales."""
     copied: int
     """Bytes of the base that are copied from host memory to a device in a step."""
-    a_merge_adds: int
+    bytes_per_merge: int
     """Bytes on every rank (`merge_bytes`), not in `memory`: nobody knows how many
     merges."""
 
@@ -180,7 +180,7 @@ class Planner:
             base_elements=model.base_elements,
             quantized=model.quantized,
             copied=streamed.copied * self.accumulation,
-            a_merge_adds=model.a_merge_adds,
+            bytes_per_merge=model.bytes_per_merge,
             token_flops=model.token_flops,
         )
 
@@ -246,7 +246,7 @@ class _MeasuredModel:
         self.base_bytes = base_bytes(model)
         self.quantized = quantized_bytes(model)
         self.merge = measure_merge(model)
-        self.a_merge_adds = merge_bytes(model)
+        self.bytes_per_merge = merge_bytes(model)
 
 
 def place_base(planner: Planner, device: BaseDevice) -> Planner:

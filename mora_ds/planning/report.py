@@ -70,7 +70,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     memory = plan.memory
     in_host_memory = "in host memory" if plan.trained.offloads else ""
     share = f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""
-    matrix_bytes = memory.squares * plan.trained.matrix_numel / plan.trained.total
+    matrix_bytes = memory.mora_matrices * plan.trained.matrix_numel / plan.trained.total
     activations = f"activations {size_text(memory.activations)}"
     gathered = f"gathered parameters {size_text(memory.gathered)}"
     collected = f"rank 0 collects {size_text(memory.host_save)} in host memory"
@@ -83,8 +83,8 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
         ("MoRA matrices, this shard", matrix_bytes, share),
-        ("embeddings and others", memory.squares - matrix_bytes, share),
-        ("fp32 master weights", memory.masters, in_host_memory),
+        ("embeddings and others", memory.mora_matrices - matrix_bytes, share),
+        ("fp32 master weights", memory.master_weights, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
         ("gradients", memory.gradients, ""),
         ("gradient bucket", memory.bucket, ""),
@@ -103,9 +103,9 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("sent per GPU per step", plan.sent, "by ZeRO"),
         ("a checkpoint", plan.checkpoint, "and the merge ledger"),
     ]
-    if plan.a_merge_adds:
+    if plan.bytes_per_merge:
         kinds = "its matrices, unsharded, and index tables"
-        rows.append(("each merge adds", plan.a_merge_adds, kinds))
+        rows.append(("each merge adds", plan.bytes_per_merge, kinds))
     if plan.copied:
         rows.append(
             ("copied from host memory", plan.copied, "the base, per GPU per step")
@@ -141,7 +141,7 @@ def as_json(plan: Plan) -> JsonObject:
             "peak": plan.memory.peak,
         },
         "host_bytes_of_node": plan.host_memory,
-        "bytes_a_merge_adds": plan.a_merge_adds,
+        "bytes_a_merge_adds": plan.bytes_per_merge,
         "bytes_gathered": plan.gathered,
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,

@@ -90,9 +90,9 @@ class _SingleRank(Topology):
     def gather(self, shard: Tensor, size: int) -> Tensor:
         return shard.new_empty(size, *shard.shape[1:])
 
-    def sum_scatter(self, whole: Tensor) -> Tensor:
-        start, stop = self.shard_range(len(whole))
-        return whole[start:stop].clone()
+    def sum_scatter(self, full: Tensor) -> Tensor:
+        start, stop = self.shard_range(len(full))
+        return full[start:stop].clone()
 
 
 def step_memory(work: Work) -> StepMemory:
@@ -221,7 +221,7 @@ def base_bytes(model: nn.Module) -> int:
 @dataclass(frozen=True)
 class Streamed:
     """The frozen weights in host memory, and what a device has of them
-    (`base_ring`)."""
+    (`layer_prefetcher`)."""
 
     layers: tuple[int, ...]
     """Bytes of each decoder layer's."""

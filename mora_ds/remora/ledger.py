@@ -5,10 +5,10 @@ chained by hashes.
     (of adapters whose update is no delta: cast( merged_weight(... merged_weight(W_original, value_0), ...) ), in fp32)
 
 The base on disk never changes; the ledger holds all that a run has merged into it.
-Merge, resume and export form live weights by one function, `live_weight`, so that they
+Merge, resume and export form live weights by one function, `merged_weight`, so that they
 agree bit for bit.
 
-    folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
+    folder/cycle-00000.safetensors   "<module name>.mora_matrix" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
 
@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import Term, UpdateSpec
+from mora_ds.adapters.ops.spec import Delta, UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
@@ -68,7 +68,7 @@ class LayerEntry:
         return self.operator.weight_name(self.module)
 
     @property
-    def square(self) -> str:
+    def mora_matrix(self) -> str:
         """The name of its matrix (or LoRA's factors) in safetensors files."""
         return f"{self.module}.{self.operator.value_name}"
 
@@ -227,32 +227,32 @@ class Ledger:
                 self._layers[cycle] = layers_from_dict(plain_json(text, "layers"))
         return self._layers[cycle]
 
-    def square(self, cycle: int, module: str) -> Tensor:
+    def mora_matrix(self, cycle: int, module: str) -> Tensor:
         """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
-        return self._handle(cycle).get_tensor(self.layers(cycle)[module].square)
+        return self._handle(cycle).get_tensor(self.layers(cycle)[module].mora_matrix)
 
-    def squares_of(self, module: str) -> Iterator[Term]:
+    def mora_matrices_of(self, module: str) -> Iterator[Delta]:
         """(operator, matrix) of a layer for each cycle that adapted it, in order."""
         for cycle in range(self.cycles):
             if layer := self.layers(cycle).get(module):
-                yield layer.operator, self.square(cycle, module)
+                yield layer.operator, self.mora_matrix(cycle, module)
 
     def append(
         self,
         step: int,
         layers: Layers,
-        squares: Iterable[tuple[str, Tensor]],
+        mora_matrices: Iterable[tuple[str, Tensor]],
     ) -> int:
         """Adds a cycle and returns its number.
 
-        `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys
+        `mora_matrices` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys
         of `layers`, in any order. Raises `RunError` for a full disk or a matrix that is
         not finite; the ledger is then unchanged.
         """
         cycle = self.cycles
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
         with atomic_path(path) as beside:
-            _write_cycle(beside, cycle, step, layers, squares)
+            _write_cycle(beside, cycle, step, layers, mora_matrices)
             sha256 = sha256_file(beside)
             size = beside.stat().st_size
         chain = _link(self._head(), sha256)
@@ -300,7 +300,8 @@ class Ledger:
             layers = self.layers(record.cycle)
             agree_on_layers(known, layers, path)
             shapes = {
-                layer.square: layer.operator.value_shape for layer in layers.values()
+                layer.mora_matrix: layer.operator.value_shape
+                for layer in layers.values()
             }
             if set(handle.keys()) != shapes.keys():
                 raise UserError(
@@ -363,10 +364,10 @@ def _write_cycle(
     cycle: int,
     step: int,
     layers: Layers,
-    squares: Iterable[tuple[str, Tensor]],
+    mora_matrices: Iterable[tuple[str, Tensor]],
 ) -> None:
     layout = {
-        layer.square: (layer.operator.value_shape, torch.float32)
+        layer.mora_matrix: (layer.operator.value_shape, torch.float32)
         for layer in layers.values()
     }
     metadata = {
@@ -375,9 +376,9 @@ def _write_cycle(
         "step": str(step),
     }
     with SafetensorsWriter(path, layout, metadata) as writer:
-        for module, square in squares:
-            if not torch.isfinite(square).all():
+        for module, mora_matrix in mora_matrices:
+            if not torch.isfinite(mora_matrix).all():
                 raise RunError(
-                    f"step {step}: {layers[module].square} is not finite and cannot be merged"
+                    f"step {step}: {layers[module].mora_matrix} is not finite and cannot be merged"
                 )
-            writer.write(layers[module].square, square)
+            writer.write(layers[module].mora_matrix, mora_matrix)

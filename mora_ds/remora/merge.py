@@ -7,7 +7,7 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
     live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
                   of an adapter whose update is no delta its `merged_weight`, of the original and cycle by cycle;
                   with --base_bits 4, quantize of the original, and M stays in the layer of every process;
-                  where the processes of a node share the base, each forms a part of the layers (`models/node_base.py`)
+                  where the processes of a node share the base, each forms a part of the layers (`engine/node_base.py`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
     M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
@@ -22,14 +22,14 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import MergeNorms
-from mora_ds.adapters.ops.spec import Term
+from mora_ds.adapters.ops.spec import Delta
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.engine import zero
-from mora_ds.engine.base_ring import ring_of
+from mora_ds.engine.layer_prefetcher import prefetcher_of
+from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 
 PROBE_TOLERANCE = {
@@ -125,7 +125,7 @@ class ReMoRA:
         entries = layer_entries(model)
         recorded: Tensors = {}
         before = probe() if probe else None
-        rows = self._form(self._matrices(recorded))
+        rows = self._rebuild_weight(self._matrices(recorded))
         norms = node_base_of(model).gather_rows(
             rows, list(entries), len(MergeNorms._fields)
         )
@@ -133,14 +133,14 @@ class ReMoRA:
         self._start_cycle(self.cycle)
         after = probe() if probe else None
         self.check_probe(step, before, after)
-        square_sum, delta_sum, weight_sum, lost_sum = (
+        squared_norm, delta_sum, weight_sum, lost_sum = (
             sum(norm**2 for norm in column) for column in norms.T.tolist()
         )
         return MergeReport(
             cycle=cycle,
             step=step,
             layers=len(entries),
-            mora_matrix_norm=square_sum**0.5,
+            mora_matrix_norm=squared_norm**0.5,
             delta_norm=delta_sum**0.5,
             weight_norm=weight_sum**0.5,
             rounding_loss=(lost_sum / delta_sum) ** 0.5 if delta_sum else 0.0,
@@ -152,52 +152,52 @@ class ReMoRA:
         """Yield the name of each adapted module with its M, unsharded and in fp32.
         Rank 0 also puts a copy into `recorded`, for the ledger. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
-            square = layer.unshard(zero.full_fp32(layer.value))
+            mora_matrix = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
-                recorded[name] = square.cpu()
-            yield name, square
+                recorded[name] = mora_matrix.cpu()
+            yield name, mora_matrix
 
-    def _form(
-        self, squares: Iterable[tuple[str, Tensor | None]]
+    def _rebuild_weight(
+        self, mora_matrices: Iterable[tuple[str, Tensor | None]]
     ) -> dict[str, MergeNorms]:
         """Form every live weight anew: its original, all deltas of the ledger, and that
-        of the current cycle's M where `squares` has one and not None. Where the
+        of the current cycle's M where `mora_matrices` has one and not None. Where the
         processes of a node share the base, each layer is formed by one of them. Returns
         {module name: norms} of the matrices that this process has merged."""
-        if ring := ring_of(self.engine.module):
+        if prefetcher := prefetcher_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
-            ring.invalidate()
+            prefetcher.invalidate()
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
         written_here = set(node.layers(model))
 
-        def updates(name: str, square: Tensor | None) -> Iterator[Term]:
-            yield from self.ledger.squares_of(name)
-            if square is not None:
-                yield layers[name].spec, square
+        def updates(name: str, mora_matrix: Tensor | None) -> Iterator[Delta]:
+            yield from self.ledger.mora_matrices_of(name)
+            if mora_matrix is not None:
+                yield layers[name].spec, mora_matrix
 
         def items() -> Iterator[tuple[str, Tensor | None]]:
-            for name, square in squares:
+            for name, mora_matrix in mora_matrices:
                 if name in written_here:
-                    if square is not None and node.ranks is not None:
+                    if mora_matrix is not None and node.ranks is not None:
                         # All matrices wait for the other processes, off the device
-                        square = square.cpu()
-                    yield name, square
+                        mora_matrix = mora_matrix.cpu()
+                    yield name, mora_matrix
                 elif layers[name].is_packed:
                     # Matrices beside packed weights stay in every process
-                    layers[name].set_merged(updates(name, square))
+                    layers[name].set_merged(updates(name, mora_matrix))
 
-        def form(name: str, square: Tensor | None) -> MergeNorms | None:
+        def rebuild_weight(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
             original = self.base.read(self.keys[layer.spec.weight_name(name)])
-            if square is None:
-                layer.form(original, updates(name, None))
+            if mora_matrix is None:
+                layer.rebuild_weight(original, updates(name, None))
                 return None
-            square = square.to(layer.device)
-            return layer.merge(original, updates(name, square), square)
+            mora_matrix = mora_matrix.to(layer.device)
+            return layer.merge(original, updates(name, mora_matrix), mora_matrix)
 
-        formed = node.form(model, items(), form)
+        formed = node.rebuild_weight(model, items(), rebuild_weight)
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
@@ -219,23 +219,23 @@ class ReMoRA:
     def replay(self) -> None:
         """Bring the live base and the operators to the ledger's state."""
         if self.cycle:
-            self.form_base()
+            self.rebuild_base()
         set_cycle(self.engine.module, self.config, self.cycle)
 
-    def form_base(self) -> None:
+    def rebuild_base(self) -> None:
         """Form every live weight from its original and the ledger. Collective."""
-        self._form((name, None) for name in mora_layers(self.engine.module))
+        self._rebuild_weight((name, None) for name in mora_layers(self.engine.module))
 
     def _record(
         self,
         step: int,
         entries: Layers,
-        squares: Tensors,
+        mora_matrices: Tensors,
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
         cycle = self.cycle
         if dist.get_rank() == 0:
-            self.ledger.append(step, entries, squares.items())
+            self.ledger.append(step, entries, mora_matrices.items())
         dist.barrier()
         before = self.ledger
         self.ledger = Ledger.open(before.folder, before.base_fingerprint, hashes=False)
@@ -249,12 +249,12 @@ class ReMoRA:
         layers = mora_layers(self.engine.module)
         zero.reset_group(self.engine, 0)
         set_cycle(self.engine.module, self.config, cycle)
-        first_values = {}
+        init_weights = {}
         for name, layer in layers.items():
             seed = self.config.first_seed(name, cycle)
             first = layer.spec.init_weight(layer.frozen, seed)
             # LoRA's A; MoRA matrices are zero, as `reset_group` leaves them
             if first.any():
-                first_values[layer.value] = layer.shard(first)
-        if first_values:
-            zero.set_fp32(self.engine, first_values)
+                init_weights[layer.value] = layer.shard(first)
+        if init_weights:
+            zero.set_fp32(self.engine, init_weights)

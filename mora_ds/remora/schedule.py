@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.common.errors import UserError, refuse, unknown
+from mora_ds.common.errors import UserError, raise_validation_errors, unknown
 
 
 class ScheduleKind(str, Enum):
@@ -115,7 +115,7 @@ class Schedule:
     decays."""
 
     def __post_init__(self) -> None:
-        refuse(
+        raise_validation_errors(
             conflicts(
                 self.total_steps,
                 self.warmup_steps,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.spec import Term
+from mora_ds.adapters.ops.delta import merged_weight
+from mora_ds.adapters.ops.spec import Delta
 from mora_ds.common.tensor_files import Shape
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.stored_names import is_stack
@@ -35,16 +35,16 @@ class StoredWeight:
     def live(
         self,
         read: Callable[[str], Tensor],
-        updates: Iterable[Term],
+        updates: Iterable[Delta],
         dtype: torch.dtype,
     ) -> Tensor:
-        """The tensor with the updates of its layer, summed as `live_weight` sums them.
+        """The tensor with the updates of its layer, summed as `merged_weight` sums them.
         `read`: an original by key."""
         originals = [read(key) for key in self.keys]
         original = torch.cat(originals) if len(originals) > 1 else originals[0]
         if self.expert is not None:
             updates = (spec.single(value, self.expert) for spec, value in updates)
-        return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
+        return merged_weight(original, updates, self.entry.transposed, dtype)[self.rows]
 
 
 def stored_weights(

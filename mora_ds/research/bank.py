@@ -45,7 +45,7 @@ Squares = dict[str, dict[OperatorSpec, Tensor]]
 
 
 @dataclass(frozen=True)
-class Term:
+class Delta:
     """The update of one layer by all adapters of a batch with the same operator."""
 
     spec: OperatorSpec
@@ -53,13 +53,13 @@ class Term:
     """The operator's tables. This reference keeps them cached."""
     rows: Tensor
     """(n,) indices of the sequences that have an adapter with this operator."""
-    squares: Tensor
+    mora_matrices: Tensor
     """(n, R, R), the MoRA matrix of each of these sequences."""
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, O) plus the update for x (B, T, D)."""
         rows = x.index_select(0, self.rows)
-        update = update_rows(self.spec, self.squares.to(x.dtype), rows)
+        update = update_rows(self.spec, self.mora_matrices.to(x.dtype), rows)
         return y.index_add(0, self.rows, update)
 
 
@@ -76,9 +76,9 @@ class AdapterBank:
         self.model = model
         self.adapters = adapters
         self.dtype = dtype
-        self.squares_of = lru_cache(maxsize=cache)(self._read)
+        self.mora_matrices_of = lru_cache(maxsize=cache)(self._read)
         """The MoRA matrices of an adapter; the most recently used ones are cached."""
-        self._terms: dict[str, list[Term]] = {}
+        self._terms: dict[str, list[Delta]] = {}
         """Layer -> its updates for the current batch."""
         self._rows: int | None = None
         """Batch size of the updates; None: one adapter for any batch size."""
@@ -161,37 +161,39 @@ class AdapterBank:
         adapter = self.adapters[name]
         layers: Squares = {}
         for layer, entry in adapter.file.layers.items():
-            current = (entry.operator, adapter.tensors.square(layer))
+            current = (entry.operator, adapter.tensors.mora_matrix(layer))
             sums: dict[OperatorSpec, Tensor] = {}
-            for spec, square in [*adapter.ledger.squares_of(layer), current]:
+            for spec, mora_matrix in [*adapter.ledger.mora_matrices_of(layer), current]:
                 operator = operator_of(spec, layer)
-                sums[operator] = sums[operator] + square if operator in sums else square
+                sums[operator] = (
+                    sums[operator] + mora_matrix if operator in sums else mora_matrix
+                )
             layers[layer] = {
-                operator: square.to(self.model.device, self.dtype)
-                for operator, square in sums.items()
+                operator: mora_matrix.to(self.model.device, self.dtype)
+                for operator, mora_matrix in sums.items()
             }
         return layers
 
-    def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Term]]:
+    def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Delta]]:
         """Layer -> the updates by the adapters of all sequences."""
         chosen: dict[str, Squares] = {}
         for name in dict.fromkeys(names):
             if name is not None:
                 if name not in self.adapters:
                     raise UserError(unknown("adapter", name, self.adapters))
-                chosen[name] = self.squares_of(name)
-        squares_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]]
-        squares_by_row = defaultdict(dict)
+                chosen[name] = self.mora_matrices_of(name)
+        mora_matrices_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]]
+        mora_matrices_by_row = defaultdict(dict)
         for row, name in enumerate(names):
-            for layer, squares in chosen.get(name or "", {}).items():
-                for spec, square in squares.items():
-                    squares_by_row[layer, spec][row] = square
+            for layer, mora_matrices in chosen.get(name or "", {}).items():
+                for spec, mora_matrix in mora_matrices.items():
+                    mora_matrices_by_row[layer, spec][row] = mora_matrix
         device = self.model.device
-        terms: dict[str, list[Term]] = defaultdict(list)
-        for (layer, spec), by_row in squares_by_row.items():
+        terms: dict[str, list[Delta]] = defaultdict(list)
+        for (layer, spec), by_row in mora_matrices_by_row.items():
             rows = torch.tensor(list(by_row), device=device)
             stack = torch.stack(list(by_row.values()))
-            terms[layer].append(Term(spec, tables_of(spec, device), rows, stack))
+            terms[layer].append(Delta(spec, tables_of(spec, device), rows, stack))
         return terms
 
     def _add_terms(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from mora_ds.adapters.ops.spec import Term, additive
+from mora_ds.adapters.ops.spec import Delta, additive
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.common.errors import UserError, nearest
@@ -48,7 +48,7 @@ class Row:
     spectrum: Spectrum
 
 
-def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
+def layer_spectra(updates: Sequence[Delta]) -> Iterator[Spectrum]:
     """The spectrum after each of a layer's `updates`, in order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
@@ -72,13 +72,15 @@ def layer_spectra(updates: Sequence[Term]) -> Iterator[Spectrum]:
         )
 
 
-def histories(module: str, updates: Iterable[Term]) -> list[tuple[str, list[Term]]]:
+def histories(module: str, updates: Iterable[Delta]) -> list[tuple[str, list[Delta]]]:
     """(name, updates) of every matrix of a layer; experts have several."""
     by_update = [list(spec.members(module, value)) for spec, value in updates]
     by_matrix = []
     for history in zip(*by_update, strict=True):
         name = history[0][0]
-        by_matrix.append((name, [(spec, square) for _, spec, square in history]))
+        by_matrix.append(
+            (name, [(spec, mora_matrix) for _, spec, mora_matrix in history])
+        )
     return by_matrix
 
 
@@ -107,11 +109,11 @@ def spectra(location: LedgerLocation, pattern: str = "*") -> Iterator[Row]:
             cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)
         ]
         origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
-        updates = list(ledger.squares_of(module))
+        updates = list(ledger.mora_matrices_of(module))
         if adapter is not None and module in adapter.layers:
             assert location.checkpoint is not None, "a live adapter is in a checkpoint"
             origins.append((ledger.cycles, adapter.step, True))
-            live = AdapterTensors(location.checkpoint, adapter).square(module)
+            live = AdapterTensors(location.checkpoint, adapter).mora_matrix(module)
             updates.append((adapter.layers[module].operator, live))
         for spec, _ in updates:
             # The size of a delta comes from a file, which may be wrong.

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mora_ds.common.errors import (
-    FailedBeside,
+    NonFatalFailure,
     RunError,
     Stopped,
     UserError,
-    refuse,
+    raise_validation_errors,
     unusable_words,
 )
 from mora_ds.common.files import write_json_atomic
@@ -70,7 +70,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         try:
             if restartable:
                 signals.install()
-            refuse(unusable_words(sys.argv[1:]))
+            raise_validation_errors(unusable_words(sys.argv[1:]))
             main()
         except (Stopped, SystemExit):
             raise
@@ -116,7 +116,7 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
-    if isinstance(error, FailedBeside):
+    if isinstance(error, NonFatalFailure):
         leave(EXIT_NON_FATAL_FAILURE)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
 

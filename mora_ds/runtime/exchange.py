@@ -36,7 +36,7 @@ def new_group(timeout_s: float) -> Any:
             os.environ[_LAZY] = before
 
 
-def gather_to_first(value: Any, group: Any) -> list[Any] | None:
+def gather_to_rank0(value: Any, group: Any) -> list[Any] | None:
     """The values of all ranks, in rank order, on rank 0; None on other ranks.
     Collective over `group`, a gloo group of all ranks. Only rank 0 unpickles values."""
     rank = dist.get_rank(group)
@@ -59,7 +59,7 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
 def gather_to_all(value: Any, group: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank. Collective over `group`, a
     gloo group of all ranks."""
-    message = [gather_to_first(value, group)]
+    message = [gather_to_rank0(value, group)]
     dist.broadcast_object_list(message, src=0, group=group)
     assert message[0] is not None
     return message[0]

@@ -28,7 +28,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         return name
 
     try:
-        marker = folder / ranks.on_first("output folder of the nodes", create)
+        marker = folder / ranks.run_on_rank0("output folder of the nodes", create)
         seen = ranks.gather(
             "visibility of the output folder",
             (_is_found(marker), f"{folder} on {platform.node()}"),
@@ -38,7 +38,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         ranks.leave(error)
         raise
     finally:
-        if ranks.is_first:
+        if ranks.is_rank0:
             (folder / name).unlink(missing_ok=True)
     _, first_place = seen[0]
     for rank, (is_visible, rank_folder) in enumerate(seen):

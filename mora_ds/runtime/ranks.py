@@ -87,11 +87,11 @@ class Ranks:
         return replace(self, group=new_group(_LONG_S))
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
-    def is_local_first(self) -> bool:
+    def is_local_rank0(self) -> bool:
         """Whether this is local rank 0, which does shared work for its node."""
         return self.local_rank == 0
 
@@ -120,11 +120,11 @@ class Ranks:
         self._meet(check, None, error, long)
         return result  # type: ignore[return-value]
 
-    def on_first(
+    def run_on_rank0(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
         """Call `work` on rank 0; return its result or raise its error on all ranks."""
-        result = [self.agree(check, work if self.is_first else lambda: None, long)]
+        result = [self.agree(check, work if self.is_rank0 else lambda: None, long)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]  # type: ignore[return-value]

@@ -36,12 +36,12 @@ from mora_ds.planning.report import size_text
 from mora_ds.runtime.node_memory import require_memory
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
-from mora_ds.train.setup import Start
+from mora_ds.train.setup import RunContext
 
 logger = logging.getLogger(__name__)
 
 
-def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
+def find_model(model: ModelArguments, context: RunContext) -> tuple[Path | None, Any]:
     """Return (folder of the base, its config with --rope_scaling applied). The folder
     is None for --model_config, which asks for random weights. Collective."""
     folder = None
@@ -49,13 +49,13 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
         assert model.model_config is not None, "validated"
         config = read_model_config(expanded(model.model_config, "--model_config"))
     else:
-        folder = resolve_folder(model.model_name_or_path, start.ranks)
+        folder = resolve_folder(model.model_name_or_path, context.ranks)
         config = folder_config(folder, model.trust_remote_code)
     if is_quantized(config):
         # The run uses dequantized weights.
         del config.quantization_config
     set_rope(config, model.rope, model.trust_remote_code)
-    start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
+    context.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
 
 
@@ -65,30 +65,30 @@ def prepare_base(
     folder: Path | None,
     tokenizer: Any,
     dtype: torch.dtype,
-    start: Start,
+    context: RunContext,
 ) -> LoadedBase:
     """Load the unsharded base on every rank, from `folder` or, if that is None, newly
     created from --model_config. A quantized base is dequantized once. Collective."""
-    base_folder = start.folder / BASE_FOLDER
+    base_folder = context.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
         vocabulary = largest_id(tokenizer)[1] + 1
 
         def create() -> None:
-            if start.checkpoint is None or not (base_folder / "config.json").exists():
+            if context.checkpoint is None or not (base_folder / "config.json").exists():
                 create_base(
                     config_file, base_folder, training.seed, tokenizer, vocabulary
                 )
 
-        start.ranks.on_first("creation of the base", create, long=True)
+        context.ranks.run_on_rank0("creation of the base", create, long=True)
         folder = base_folder
     elif is_quantized(folder_config(folder, model.trust_remote_code)):
-        folder = dequantized_base(folder, base_folder, dtype, start.ranks)
+        folder = dequantized_base(folder, base_folder, dtype, context.ranks)
     changes = rope_changes(folder_config(folder, model.trust_remote_code), model.rope)
     loaded = load_base(
         folder,
         base_folder,
-        start.ranks,
+        context.ranks,
         dtype,
         model.implementation,
         model.trust_remote_code,
@@ -121,11 +121,11 @@ def choose_base_device(
     if device is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         device = BaseDevice.DEVICE
     if device is BaseDevice.AUTO:
-        device = ranks.on_first(
+        device = ranks.run_on_rank0(
             "device of the base", lambda: _planned_device(planner), long=True
         )
     if device is BaseDevice.HOST:
-        needed = ranks.on_first("decoder layers", layer_bytes, long=True)
+        needed = ranks.run_on_rank0("decoder layers", layer_bytes, long=True)
         advice = ": give the run more (also raise the limit of its container or job), or use --base_bits 8"
         ranks.agree(
             "host memory for the base",

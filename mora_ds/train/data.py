@@ -38,7 +38,7 @@ from mora_ds.data import (
 )
 from mora_ds.models.rope import max_positions
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.setup import Start
+from mora_ds.train.setup import RunContext
 from mora_ds.train.tokenizer import load_named_tokenizer, settle_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_data(
     training: TrainingArguments,
     model_folder: Path | None,
     model_config: Any,
-    start: Start,
+    context: RunContext,
 ) -> RunData:
     """Read and tokenize all text of a run. Collective.
 
@@ -73,10 +73,10 @@ def load_data(
     tokenizers and lengths that do not fit, if possible before tokenizing.
     """
     plan = mixture_plan(data)
-    ranks = start.ranks
+    ranks = context.ranks
     corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
-    tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, start)
+    tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, context)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info(
             "no token separates documents, because this tokenizer adds none: if pretraining used one, name it with "
@@ -93,7 +93,7 @@ def load_data(
         else:
             sources[source.name] = tokenization.pack(corpus, seed)
     epochs = [source.epochs for source in plan.sources]
-    state = None if start.state is None else start.state.stream
+    state = None if context.state is None else context.state.stream
     rows = training.global_batch_size(ranks.world)
     train = Mixture(sources, plan.phases, epochs, data.seq_len, rows, state)
     train.check_batch_size()
@@ -207,10 +207,10 @@ class _Tokenization:
         name = f"token cache of {corpus.flag}"
 
         def build() -> TokenCache:
-            return cached(corpus, self.tokenizer, self.data, self.ranks.is_first)
+            return cached(corpus, self.tokenizer, self.data, self.ranks.is_rank0)
 
         def build_first() -> None:
-            if self.ranks.is_local_first:
+            if self.ranks.is_local_rank0:
                 build()
 
         self.ranks.agree(f"building of the {name}", build_first, long=True)
@@ -240,7 +240,7 @@ class _Tokenization:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }
         if encoder.start_id != start_id(self.tokenizer):
-            facts["start"] = encoder.start_id
+            facts["context"] = encoder.start_id
         identity = {
             "text": json_digest(facts)[:32],
             "shuffle_buffer": data.shuffle_buffer,
@@ -258,7 +258,7 @@ class _Tokenization:
         )
         # Fail on a source without text now, not in the middle of the run.
         check = f"start of source {source.name!r}"
-        self.ranks.on_first(check, lambda: bool(stream.peek(0)), long=True)
+        self.ranks.run_on_rank0(check, lambda: bool(stream.peek(0)), long=True)
         return stream
 
 

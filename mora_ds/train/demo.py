@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mora_ds.adapters.registry import DEFAULT_ADAPTER
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
-from mora_ds.common.errors import UserError, refusal
+from mora_ds.common.errors import UserError, validation_errors_of
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump, from_flat, with_flags
@@ -98,12 +98,12 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
         job = continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:
-        ranks.on_first(
+        ranks.run_on_rank0(
             "files of the demo",
             lambda: _prepare(job.training, folder, paths),
             long=True,
         )
-        if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
+        if not ranks.run_on_rank0("warm start of the demo", paths.warm.is_dir):
             replicas = ranks.world // training.sequence_parallel_size
             batch_size = max(1, GLOBAL_BATCH_SIZE // replicas)
             warm = warm_start_settings(paths, batch_size, training.seed)
@@ -122,10 +122,10 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
         summary = pretrain(job, ranks)
     # Remove the folder again if the main job does not start.
     except BaseException:
-        if ranks.is_first:
+        if ranks.is_rank0:
             abandon(folder)
         raise
-    if ranks.is_first:
+    if ranks.is_rank0:
         _report(folder, summary, sharded)
     ranks.barrier("end of the demo")
 
@@ -221,7 +221,7 @@ def continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Ar
         (text,) = paths.train_files("general")
         recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
         job = with_flags(recipe, user_settings)
-        if not (reasons := refusal(_check, job, world)):
+        if not (reasons := validation_errors_of(_check, job, world)):
             return job
         logger.info(
             f"The demo trains only MoRA matrices, with AdamW, because its recipe does not run here: {reasons[0]}"

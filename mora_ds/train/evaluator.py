@@ -10,10 +10,10 @@ from mora_ds.config.mixture import HELD_OUT
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.data.documents import Batch
 from mora_ds.models.loss import perplexity
-from mora_ds.train.job import Job
 from mora_ds.train.loader import Replica, require_finite
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.tasks import TaskSuite
+from mora_ds.train.training_setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +22,18 @@ class Evaluator:
     """Evaluates the model on all evaluation sets and stores the results in the run's
     state."""
 
-    def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
-        training = job.arguments.training
+    def __init__(self, setup: TrainingSetup, replica: Replica, log: MetricsLog) -> None:
+        training = setup.arguments.training
         self.training = training
         self.replica = replica
         self.log = log
-        self.sets = job.data.evaluation
-        self.state = job.state
-        self.domains = domains_of(job.loaded.model)
+        self.sets = setup.data.evaluation
+        self.state = setup.state
+        self.domains = domains_of(setup.loaded.model)
         self.watch = Watch.of(training.stop_when_forgotten, training.best_by)
         self.tasks: TaskSuite | None = None
         if training.eval_tasks:
-            tokenizer = job.data.tokenizer
+            tokenizer = setup.data.tokenizer
             batch_size = training.per_device_eval_batch_size
             self.tasks = TaskSuite(training.eval_tasks, replica, tokenizer, batch_size)
 

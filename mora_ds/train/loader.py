@@ -30,7 +30,7 @@ from mora_ds.data.documents import Batch
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
-from mora_ds.train.beside import beside_training
+from mora_ds.train.non_fatal import eval_mode
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Replica:
         computed with the matrices of `domain`. Collective under ZeRO-3."""
         local_batch = self.local_part(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
-        with beside_training(self.engine, domain):
+        with eval_mode(self.engine, domain):
             nll = token_nll(self.engine, self.on_device(local_batch)).item()
         return nll, predicted
 

@@ -25,9 +25,9 @@ from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel
-from mora_ds.train.beside import beside_training
-from mora_ds.train.job import Job
 from mora_ds.train.loader import Batch
+from mora_ds.train.non_fatal import eval_mode
+from mora_ds.train.training_setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -54,23 +54,23 @@ _SPLIT_ROUNDING = 16
 hardly differ."""
 
 
-def preflight(job: Job, arguments: Arguments) -> None:
+def preflight(setup: TrainingSetup, arguments: Arguments) -> None:
     """Run all checks. Collective. Raises `UserError` that names the flag to change."""
-    model = job.loaded.model
+    model = setup.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
-    with beside_training(job.engine, whole=True):
-        if job.state.chunked_loss and not logits_are_known(job.engine):
+    with eval_mode(setup.engine, full=True):
+        if setup.state.chunked_loss and not logits_are_known(setup.engine):
             problem = "this model changes the output of its head by more than a known scale or cap"
             if training.chunked_loss:
                 raise UserError(f"{loss.FLAG}: {problem}: leave it out")
             logger.info(f"loss: computed from all logits at once, because {problem}")
-            loss.whole_loss(model)
-            job.state.chunked_loss = False
-        check_domains(job.engine)
-        check_attention(job.engine, document_mask)
-    if job.sequence is not None:
-        check_split(job.engine, model, job.sequence, document_mask)
+            loss.unchunked_loss(model)
+            setup.state.chunked_loss = False
+        check_domains(setup.engine)
+        check_attention(setup.engine, document_mask)
+    if setup.sequence is not None:
+        check_split(setup.engine, model, setup.sequence, document_mask)
 
 
 def check_domains(engine: Any) -> None:
@@ -83,7 +83,7 @@ def check_domains(engine: Any) -> None:
     batch = {**_batch(ids, torch.arange(8)), "labels": ids}
     first, second = domains.names[:2]
     try:
-        with beside_training(engine), domains.of_rows([first, second, first]):
+        with eval_mode(engine), domains.of_rows([first, second, first]):
             loss.token_nll(engine, batch)
     except RunError as error:
         raise UserError(f"{DOMAINS}: {error}") from error
@@ -132,7 +132,7 @@ def _effect(engine: Any, batch_size: int, positions: Tensor) -> float:
     ids = _random_ids(engine, 2, 2 * _DOCUMENT)
     ids[1, _DOCUMENT:] = ids[0, _DOCUMENT:]
     logits = []
-    with beside_training(engine):
+    with eval_mode(engine):
         for group in ids.split(batch_size):
             inputs = model_inputs(engine, _batch(group, positions))
             logits += engine(**inputs).logits[:, _DOCUMENT:].double()
@@ -154,7 +154,7 @@ def check_window(engine: Any) -> None:
     """Raise `UserError` if the config has a sliding window that the model does not pass
     to document attention. Collective: a forward pass of one short sequence."""
     batch = _batch(_random_ids(engine, 1, 2 * _DOCUMENT), torch.arange(2 * _DOCUMENT))
-    with beside_training(engine):
+    with eval_mode(engine):
         engine(**model_inputs(engine, batch))
     if batch["documents"].windows == {None}:
         raise UserError(
@@ -175,7 +175,7 @@ def logits_are_known(engine: Any) -> bool:
     capped. Collective: a forward pass of one short sequence."""
     chunked = loss.chunked_head_of(engine)
     assert chunked is not None, "chunk_loss comes first"
-    with beside_training(engine), chunked.recording() as raw:
+    with eval_mode(engine), chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, 1, 16), use_cache=False).logits
         if not raw:
             return False
@@ -206,11 +206,11 @@ def check_split(
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
     batch = _batch(ids, positions)
     local_batch = sequence.split(batch)
-    with beside_training(engine):
+    with eval_mode(engine):
         split = engine(**model_inputs(engine, local_batch)).logits
     own_documents = Documents.of(local_batch["position_ids"].cpu())
     local_batch["documents"] = own_documents.to(engine.device)
-    with beside_training(engine, whole=True):
+    with eval_mode(engine, full=True):
         full = {"logits": engine(**model_inputs(engine, batch)).logits}
         expected = sequence.split(full)["logits"]
         alone = engine(**model_inputs(engine, local_batch)).logits

@@ -33,7 +33,7 @@ from mora_ds.checkpoint.manager import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.checkpoint.storage import local_copy, located, storage_of
-from mora_ds.common.errors import FailedBeside, UserError, named_as_flags
+from mora_ds.common.errors import NonFatalFailure, UserError, named_as_flags
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
@@ -51,20 +51,20 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base
-from mora_ds.train.beside import non_fatal
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.inputs import check_inputs
-from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, without_nan
+from mora_ds.train.non_fatal import non_fatal
 from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import Start, engine_config
+from mora_ds.train.setup import RunContext, engine_config
 from mora_ds.train.start_up import start_up
 from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed
 from mora_ds.train.trainer import Trainer
+from mora_ds.train.training_setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ def pretrain(arguments: Arguments, ranks: Ranks) -> JsonObject:
                 check_bitsandbytes()
         if training.push_to_hub is not None:
             check_repository(training.push_to_hub)
-        job, schedule = _prepare(arguments, ranks)
-    return _run(arguments, job, schedule)
+        setup, schedule = _prepare(arguments, ranks)
+    return _run(arguments, setup, schedule)
 
 
-def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
+def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedule]:
     """Everything before the first step. Collective: an error of one rank is one of
     all."""
     model = arguments.model
@@ -102,9 +102,9 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     training = arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     if training.eval_tasks:
-        ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
-    with _output_folder(arguments, ranks) as start:
-        folder, config = find_model(model, start)
+        ranks.run_on_rank0("tasks", lambda: check_tasks(training.eval_tasks), long=True)
+    with _output_folder(arguments, ranks) as context:
+        folder, config = find_model(model, context)
         check_config(config, training.sequence_parallel_size, model.implementation)
         # Torch's FlexAttention has no backward pass on CPUs.
         if model.implementation == "flex_attention" and is_cpu():
@@ -113,60 +113,60 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             )
         arguments = choose_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
-        data = load_data(model, arguments.data, training, folder, config, start)
+        data = load_data(model, arguments.data, training, folder, config, context)
         _check_evaluation_sets(arguments, data)
-        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, start)
+        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, context)
         if reason := why_dense(config, model.implementation):
             logger.info(f"attention: dense, because {reason}")
         else:
             use_documents(loaded.model)
-        job = Job(arguments, loaded, ds_config, data, start)
+        setup = TrainingSetup(arguments, loaded, ds_config, data, context)
         # A run that resumes goes on as it began: the two ways to compute the loss round
         # differently. A new one takes chunks where they cost nothing.
-        if start.checkpoint is None:
-            job.state.chunked_loss = is_frozen(loaded.model.get_output_embeddings())
-        job.state.chunked_loss |= training.chunked_loss
-        if job.state.chunked_loss:
+        if context.checkpoint is None:
+            setup.state.chunked_loss = is_frozen(loaded.model.get_output_embeddings())
+        setup.state.chunked_loss |= training.chunked_loss
+        if setup.state.chunked_loss:
             chunk_loss(loaded.model)
-        preflight(job, arguments)
-        decay_start = start.branch.get(BRANCH_STEP)
+        preflight(setup, arguments)
+        decay_start = context.branch.get(BRANCH_STEP)
         steps = _total_steps(training, data.train, ranks.world, decay_start or 0)
         schedule = arguments.schedule(steps, decay_start)
-        if start.state is not None and start.state.step > schedule.total_steps:
+        if context.state is not None and context.state.step > schedule.total_steps:
             raise UserError(
-                f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
+                f"{context.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
                 "--num_train_epochs"
             )
         ranks.barrier("end of all checks", long=True)
-        if ranks.is_first:
-            _record(arguments, job, _steps(job, schedule))
-    return job, schedule
+        if ranks.is_rank0:
+            _record(arguments, setup, _steps(setup, schedule))
+    return setup, schedule
 
 
-def _record(arguments: Arguments, job: Job, steps: int) -> None:
+def _record(arguments: Arguments, setup: TrainingSetup, steps: int) -> None:
     """Write the run's run.yaml, and log what has changed since its last start."""
-    start = job.start
+    context = setup.context
     settings = dump(arguments)
-    facts = {"world_size": start.ranks.world, "steps": steps}
-    if job.is_trained:
-        facts |= {"deepspeed": job.engine.config, **job.data.train.identity}
-    if start.checkpoint is not None:
-        run_folder = start.checkpoint.resolve().parents[1]
+    facts = {"world_size": context.ranks.world, "steps": steps}
+    if setup.is_trained:
+        facts |= {"deepspeed": setup.engine.config, **setup.data.train.identity}
+    if context.checkpoint is not None:
+        run_folder = context.checkpoint.resolve().parents[1]
         if changes := changed_settings(run_folder, settings):
             logger.info(f"changed since the run was last started: {', '.join(changes)}")
-    names = names_of_run(start.folder, arguments.training.export_merged)
-    write_run_file(start.folder, settings, facts, names)
+    names = names_of_run(context.folder, arguments.training.export_merged)
+    write_run_file(context.folder, settings, facts, names)
 
 
-def _steps(job: Job, schedule: Schedule) -> int:
-    return schedule.total_steps if job.is_trained else 0
+def _steps(setup: TrainingSetup, schedule: Schedule) -> int:
+    return schedule.total_steps if setup.is_trained else 0
 
 
 # -- the output folder -----------------------------------------------------------------
 
 
 @contextmanager
-def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
+def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
     The folder becomes the run's when the block has passed, and is as it was when the
@@ -178,20 +178,20 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
         from mora_ds.research.targets import plan_of
 
         # It may lie in the folder
-        targets = ranks.on_first(TARGETS, lambda: plan_of(arguments))
+        targets = ranks.run_on_rank0(TARGETS, lambda: plan_of(arguments))
     try:
-        beginning = ranks.on_first(
+        beginning = ranks.run_on_rank0(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
         )
-        if not ranks.is_first:
+        if not ranks.is_rank0:
             join(root)
         check_shared(root, ranks)
         checkpoint, state, branch = beginning
-        yield Start(ranks, root, checkpoint, state, branch, targets)
+        yield RunContext(ranks, root, checkpoint, state, branch, targets)
     except BaseException:
         abandon(root)
         raise
-    if ranks.is_first:
+    if ranks.is_rank0:
         reserve(root).commit()
         _begin_checkpoints(root / CHECKPOINTS, checkpoint, state)
 
@@ -349,13 +349,13 @@ def _total_steps(
 # -- the run ---------------------------------------------------------------------------
 
 
-def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
+def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> JsonObject:
     """Train, or only evaluate the base; write summary.json, which is returned, and the
     merged model."""
-    folder = job.start.folder
-    ranks = job.start.ranks
-    state = job.state
-    steps = _steps(job, schedule)
+    folder = setup.context.folder
+    ranks = setup.context.ranks
+    state = setup.state
+    steps = _steps(setup, schedule)
     pending = ["merge"] if state.merge_pending else []
     if state.evaluation_pending:
         pending += ["eval_perplexity", "tasks"]
@@ -363,15 +363,15 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     # it.
     first_step = state.step + 1 if state.step and not pending else state.step
     trackers = []
-    if ranks.is_first:
+    if ranks.is_rank0:
         for name in dict.fromkeys(arguments.training.report_to):
             if name != NO_TRACKER:
                 settings = dump(arguments)
                 tracker = Tracker(name, folder, settings, first_step, state.failures)
                 trackers.append(tracker)
-    log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
-    if job.start.checkpoint is not None:
-        logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
+    log = MetricsLog(folder, steps, ranks.is_rank0, state.step, trackers, pending)
+    if setup.context.checkpoint is not None:
+        logger.info(f"resumed from {setup.context.checkpoint} at step {state.step}")
         if state.total_steps != steps:
             lengths = (
                 f"it was on its way to {state.total_steps} steps and has {steps} now"
@@ -380,55 +380,57 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
                 f"{lengths}: the learning rate follows the new length from here on"
             )
     state.total_steps = steps
-    trainer = Trainer(job, schedule, log)
-    for line in opening(job, steps):
+    trainer = Trainer(setup, schedule, log)
+    for line in opening(setup, steps):
         logger.info(line)
     was_finished = trainer.is_finished
-    if job.is_trained:
+    if setup.is_trained:
         trainer.run()
     else:
         state.perplexity_before = trainer.evaluator.evaluate()
-    summary = _summary(job, trainer)
-    if ranks.is_first and not (was_finished and (folder / SUMMARY_FILE).exists()):
+    summary = _summary(setup, trainer)
+    if ranks.is_rank0 and not (was_finished and (folder / SUMMARY_FILE).exists()):
         write_json_atomic(folder / SUMMARY_FILE, summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         merged = folder / MERGED_FOLDER
         logger.info(f"writing the merged model to {merged}")
-        job.export(trainer.last_checkpoint, merged)
+        setup.export(trainer.last_checkpoint, merged)
     log.close()
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
-        _push(arguments.training, job, trainer.last_checkpoint)
-    failures = ranks.on_first("end of the run", lambda: state.failures, long=True)
+        _push(arguments.training, setup, trainer.last_checkpoint)
+    failures = ranks.run_on_rank0("end of the run", lambda: state.failures, long=True)
     if failures:
         done = f"the run is done, {trainer.last_checkpoint} is its end"
         lines = "\n".join(f"  {failure}" for failure in failures)
-        raise FailedBeside(f"{done}; beside training failed:\n{lines}")
+        raise NonFatalFailure(f"{done}; beside training failed:\n{lines}")
     return summary
 
 
-def _push(training: TrainingArguments, job: Job, checkpoint: Path) -> None:
+def _push(training: TrainingArguments, setup: TrainingSetup, checkpoint: Path) -> None:
     """--push_to_hub, which fails beside the run."""
     repository = str(training.push_to_hub)
 
     def push() -> None:
-        with non_fatal("the upload to the Hub", job.state.failures):
+        with non_fatal("the upload to the Hub", setup.state.failures):
             if training.export_merged:
-                logger.info(push_folder(job.start.folder / MERGED_FOLDER, repository))
+                logger.info(
+                    push_folder(setup.context.folder / MERGED_FOLDER, repository)
+                )
             else:
                 logger.info(push_adapter(local_copy(checkpoint), repository))
 
-    job.start.ranks.on_first("upload to the Hub", push, long=True)
+    setup.context.ranks.run_on_rank0("upload to the Hub", push, long=True)
 
 
-def _summary(job: Job, trainer: Trainer) -> JsonObject:
-    state = job.state
+def _summary(setup: TrainingSetup, trainer: Trainer) -> JsonObject:
+    state = setup.state
     summary = {
         "steps": state.step,
         "tokens": state.tokens,
-        "trainable_params": job.trainable_parameters,
-        "total_params": job.total_parameters,
+        "trainable_params": setup.trainable_parameters,
+        "total_params": setup.total_parameters,
         "merges": len(state.merges),
         "perplexity_before": state.perplexity_before,
         "perplexity_after": state.perplexity_last,
@@ -440,6 +442,6 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "peak_memory_bytes": trainer.memory.peak,
         "peak_memory_by_phase": trainer.memory.by_phase,
     }
-    if job.arguments.training.best_by:
+    if setup.arguments.training.best_by:
         summary["best_step"] = state.best_step
     return dict(without_nan(summary))

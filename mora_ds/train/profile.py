@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 
-from mora_ds.train.beside import non_fatal
+from mora_ds.train.non_fatal import non_fatal
 
 PROFILE = "profile"
 """The folder of traces in an output folder."""

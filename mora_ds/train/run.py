@@ -47,21 +47,21 @@ from mora_ds.common.files import as_path
 from mora_ds.common.tensor_files import Tensors, dtype_name
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
-from mora_ds.engine.base_ring import ring_of
+from mora_ds.engine.layer_prefetcher import prefetcher_of
+from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import (
     BaseCheckpoint,
-    NotOneToOne,
+    WeightMappingError,
     map_model,
     verify_against_model,
     write_own_base,
 )
-from mora_ds.models.node_base import node_base_of
 from mora_ds.models.rope import changes_of
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.beside import beside_training
+from mora_ds.train.non_fatal import eval_mode
 
 PROBE_IDS = torch.arange(3, 11).unsqueeze(0)
 """(1, T): the tokens of the recorded probe, whose logits take 4 * T * vocabulary
@@ -156,19 +156,19 @@ def export_live(engine: zero.Engine, target: Path, tokenizer: Any) -> None:
     """Write the model that an engine trains completely as a Hugging Face folder;
     gathered one parameter at a time onto rank 0. Collective."""
     model = engine.module
-    is_first = dist.get_rank() == 0
+    is_rank0 = dist.get_rank() == 0
     gathered: Tensors = {}
     for name, parameter in model.named_parameters():
-        with zero.whole_parameter(engine, parameter):
-            if is_first:
+        with zero.gathered_parameter(engine, parameter):
+            if is_rank0:
                 gathered[name] = parameter.detach().cpu().clone()
-    if is_first:
+    if is_rank0:
         write_own_base(model, target, tokenizer, state_dict=gathered)
     dist.barrier()
 
 
 @dataclass(frozen=True)
-class RunContext:
+class RunOptions:
     """What the main job, or another trainer, knows of a run; a loop written by a user
     needs none of it."""
 
@@ -210,27 +210,27 @@ class Run(TrainingRun):
         resume: Path | str | None = None,
         overwrite: bool = False,
         async_save: bool = False,
-        context: RunContext | None = None,
+        options: RunOptions | None = None,
     ) -> None:
-        """`context`: what callers other than a user's loop know already."""
+        """`options`: what callers other than a user's loop know already."""
         base = _checked_arguments(engine, base, resume)
         folder = as_path(folder, "Run: `folder`")
-        context = context or RunContext()
-        ranks = context.ranks or _ranks_that_see(folder)
+        options = options or RunOptions()
+        ranks = options.ranks or _ranks_that_see(folder)
         config = config_of(engine.module)
-        keys = context.keys
+        keys = options.keys
         if keys is None:
             keys = mapped_keys(engine.module, base, ranks)
         fingerprint = base.fingerprint(ranks=ranks)
-        self.identity = run_identity(fingerprint, config, context.identity)
-        checkpoint, state = self._start(folder, ranks, resume, overwrite, context.state)
+        self.identity = run_identity(fingerprint, config, options.identity)
+        checkpoint, state = self._start(folder, ranks, resume, overwrite, options.state)
 
         ledger = Ledger(folder / LEDGER_FOLDER, fingerprint, [])
         self.remora = ReMoRA(engine, config, ledger, base, dict(keys))
-        facts = {"operator": config.title, **(context.facts or {})}
+        facts = {"operator": config.title, **(options.facts or {})}
         reference = _reference(engine.module, base, fingerprint, dict(keys))
         adapter = AdapterSection(self.remora, reference, facts, self._probe)
-        sections = adapter_sections(adapter, state, context.tokenizer_folder)
+        sections = adapter_sections(adapter, state, options.tokenizer_folder)
         super().__init__(engine, folder, ranks, state, sections, async_save)
         self._watch_gradients()
         if checkpoint is None:
@@ -238,11 +238,11 @@ class Run(TrainingRun):
         else:
             self.checkpoints.load(checkpoint)
             self.remora.replay()
-        is_as_loaded = context.keys is not None or config.base_bits == AS_LOADED
+        is_as_loaded = options.keys is not None or config.base_bits == AS_LOADED
         if not is_as_loaded and not self.remora.cycle:
             # The model may have been loaded in another dtype than its files have: fewer
             # bits are those of the original numbers, as after a merge.
-            self.remora.form_base()
+            self.remora.rebuild_base()
         base.release()
 
     def _start(
@@ -261,11 +261,11 @@ class Run(TrainingRun):
             return resume, state
         if resume is None:
             if not overwrite:
-                ranks.on_first(
+                ranks.run_on_rank0(
                     "another run in the output folder", lambda: _check_new(folder)
                 )
             return None, TrainerState(world_size=ranks.world, identity=self.identity)
-        checkpoint = ranks.on_first(
+        checkpoint = ranks.run_on_rank0(
             "checkpoint to resume from",
             lambda: resume_checkpoint(str(resume), root, "Run: `resume`"),
             long=True,
@@ -284,7 +284,7 @@ class Run(TrainingRun):
         def write() -> None:
             Ledger.create(ledger.folder, ledger.base_fingerprint, replace=True)
 
-        self.ranks.on_first("writing of the merge ledger", write, long=True)
+        self.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
 
     def _watch_gradients(self) -> None:
         """Note at which micro-step the newest gradient came."""
@@ -367,16 +367,16 @@ class Run(TrainingRun):
                     trust_remote_code=has_own_code,
                 )
 
-        self.ranks.on_first("export of the merged model", export, long=True)
+        self.ranks.run_on_rank0("export of the merged model", export, long=True)
 
     @property
     def base_tensors(self) -> list[Tensor]:
         """The frozen weights, wherever they lie: none of them may be communicated."""
         model = self.engine.module
         tensors = list(frozen_buffers(model).values())
-        ring = ring_of(model)
-        if ring is not None:
-            tensors += ring.slots
+        prefetcher = prefetcher_of(model)
+        if prefetcher is not None:
+            tensors += prefetcher.slots
         # Some of the slots are used from the first merge on.
         tensors += node_base_of(model).slots.values()
         return tensors
@@ -388,7 +388,7 @@ class Run(TrainingRun):
         ids = PROBE_IDS.to(engine.device)
         probe = {"input_ids": PROBE_IDS}
         for domain in (None, *domains_of(engine.module).names):
-            with beside_training(engine, domain, whole=True):
+            with eval_mode(engine, domain, full=True):
                 logits = engine(input_ids=ids, use_cache=False).logits
             probe[logits_name(domain)] = logits.float().cpu()
         return probe
@@ -417,7 +417,9 @@ def _checked_arguments(
 def _ranks_that_see(folder: Path) -> Ranks:
     """All ranks, when they have found that they see the same folder. Collective."""
     ranks = Ranks.current()
-    ranks.on_first("output folder", lambda: folder.mkdir(parents=True, exist_ok=True))
+    ranks.run_on_rank0(
+        "output folder", lambda: folder.mkdir(parents=True, exist_ok=True)
+    )
     check_shared(folder, ranks)
     return ranks
 
@@ -461,7 +463,7 @@ def mapped_keys(model: Any, base: BaseCheckpoint, ranks: Ranks) -> dict[str, str
         lambda: verify_against_model(base, keys, unquantized, share),
         long=True,
     )
-    ranks.on_first(
+    ranks.run_on_rank0(
         "quantized weights of the base",
         lambda: _verify_rounded(base, keys, rounded),
         long=True,
@@ -472,7 +474,7 @@ def mapped_keys(model: Any, base: BaseCheckpoint, ranks: Ranks) -> dict[str, str
 def _verify_rounded(
     base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]
 ) -> None:
-    """Raise `NotOneToOne` naming the first quantized weight that differs from its
+    """Raise `WeightMappingError` naming the first quantized weight that differs from its
     original by more than rounding, the quantization's and that of the dtype in which
     the model was loaded."""
     for name, layer in layers.items():
@@ -486,6 +488,6 @@ def _verify_rounded(
             rounding = 2 * frozen.largest_error
             is_same = torch.allclose(layer.read(), original, rtol=2**-8, atol=rounding)
         if not is_same:
-            raise NotOneToOne(
+            raise WeightMappingError(
                 f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
             )

@@ -12,47 +12,47 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments
 from mora_ds.data import Mixture
-from mora_ds.train.job import Job
 from mora_ds.train.metrics import duration, peak_memory_bytes
 from mora_ds.train.run_file import Facts
 from mora_ds.train.trackers import TENSORBOARD
+from mora_ds.train.training_setup import TrainingSetup
 
 _LABEL = 12
 """Characters of the column of labels."""
 
 
-def opening(job: Job, total_steps: int) -> list[str]:
+def opening(setup: TrainingSetup, total_steps: int) -> list[str]:
     """The lines before the first step: model, trained parameters, data, steps,
     memory."""
-    arguments = job.arguments
+    arguments = setup.arguments
     training = arguments.training
-    world = job.start.ranks.world
-    model_type = job.loaded.model.config.model_type
+    world = setup.context.ranks.world
+    model_type = setup.loaded.model.config.model_type
     origin = arguments.model.model_name_or_path or arguments.model.model_config
-    rows = {"model": f"{model_type}, {_base_numel(job):,} parameters, from {origin}"}
-    if job.is_trained:
-        share = job.trainable_parameters / job.total_parameters
+    rows = {"model": f"{model_type}, {_base_numel(setup):,} parameters, from {origin}"}
+    if setup.is_trained:
+        share = setup.trainable_parameters / setup.total_parameters
         sequences = training.global_batch_size(world)
-        tokens = sequences * job.data.train.seq_len
-        first_step = f"from {job.state.step:,} to " if job.state.step else ""
-        trained = f"{job.trainable_parameters:,} parameters ({share:.2%})"
+        tokens = sequences * setup.data.train.seq_len
+        first_step = f"from {setup.state.step:,} to " if setup.state.step else ""
+        trained = f"{setup.trainable_parameters:,} parameters ({share:.2%})"
         rows["trained"] = f"{trained}: {names_of_trained(arguments.adapter)}"
-        batch = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens"
+        batch = f"{sequences:,} sequences of {setup.data.train.seq_len:,} tokens"
         rows["data"] = f"{batch}, {tokens:,} tokens per step"
         rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens)"
-        if epochs := _epochs(job.data.train, total_steps):
+        if epochs := _epochs(setup.data.train, total_steps):
             rows["epochs"] = epochs
     processes = "1 process" if world == 1 else f"each of {world} processes"
     device = "a GPU" if torch.cuda.is_available() else "CPUs"
     memory = f"{peak_memory_bytes() / 2**30:.2f} GiB"
     rows["memory"] = f"{memory} in {processes} on {device}, after loading"
-    return _labelled(rows)
+    return _labeled(rows)
 
 
-def _base_numel(job: Job) -> int:
+def _base_numel(setup: TrainingSetup) -> int:
     """Elements of the base's weights, without what the adapter adds."""
-    base = job.loaded.base
-    shapes = [base.shape_dtype(key)[0] for key in set(job.loaded.keys.values())]
+    base = setup.loaded.base
+    shapes = [base.shape_dtype(key)[0] for key in set(setup.loaded.keys.values())]
     return sum(map(math.prod, shapes))
 
 
@@ -88,7 +88,7 @@ def names_of_trained(adapter: AdapterArguments) -> str:
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, what comes next."""
     if arguments.adapter.adapter == Control.NONE:
-        return _labelled({"done": f"evaluated in {duration(seconds)}"})
+        return _labeled({"done": f"evaluated in {duration(seconds)}"})
     folder = expanded(arguments.training.output_dir)
     checkpoint = folder / CHECKPOINTS / LATEST
     latest = quote(str(checkpoint))
@@ -110,8 +110,8 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
         rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
     if is_one_adapter or arguments.training.export_merged:
         rows["serve"] = f"vllm serve {merged}"
-    return _labelled(rows)
+    return _labeled(rows)
 
 
-def _labelled(rows: Mapping[str, str]) -> list[str]:
+def _labeled(rows: Mapping[str, str]) -> list[str]:
     return [f"{label:<{_LABEL}}{text}" for label, text in rows.items()]

@@ -67,7 +67,7 @@ _REPORT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Start:
+class RunContext:
     """The output folder of a run, and the checkpoint that it starts from."""
 
     ranks: Ranks
@@ -104,7 +104,7 @@ def start_processes(arguments: Arguments) -> Ranks:
     start_distributed(timeout_s=training.collective_timeout_s)
     ranks = Ranks.current(training.collective_timeout_s)
     ranks.same("settings", settings_in_common(arguments))
-    if not (ranks.is_first and sys.stderr.isatty()):
+    if not (ranks.is_rank0 and sys.stderr.isatty()):
         disable_progress_bar()
     return ranks
 

@@ -26,8 +26,8 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import expanded
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.beside import beside_training
 from mora_ds.train.loader import Replica
+from mora_ds.train.non_fatal import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class TaskSuite:
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
         lockstep = _Lockstep(module, self._replica)
-        with _kept_random_states(), beside_training(engine, whole=True), lockstep:
+        with _kept_random_states(), eval_mode(engine, full=True), lockstep:
             results = lm_eval.simple_evaluate(
                 model=self._model(module, lockstep),
                 tasks=list(self.names),
@@ -130,7 +130,7 @@ class TaskSuite:
                 bootstrap_iters=0,
             )
         ranks = Ranks.current()
-        return ranks.on_first(
+        return ranks.run_on_rank0(
             "results of tasks", lambda: results_of(results, self.names)
         )
 

@@ -19,7 +19,7 @@ from mora_ds.data import (
     load_tokenizer,
     train_sentencepiece,
 )
-from mora_ds.train.setup import Start
+from mora_ds.train.setup import RunContext
 
 
 def _restore(target: Path, checkpoint: Path | None) -> None:
@@ -39,7 +39,7 @@ def settle_tokenizer(
     model_folder: Path | None,
     model_config: Any,
     corpora: Mapping[str, Corpus],
-    start: Start,
+    context: RunContext,
 ) -> Any:
     """Return the tokenizer of the checkpoint or of the flags, and save it in the run's
     folder. Collective. Raises `UserError` that names the flag if the tokenizer does not
@@ -47,10 +47,10 @@ def settle_tokenizer(
 
     `corpora`: the text for --train_tokenizer_vocab.
     """
-    ranks = start.ranks
-    target = start.folder / TOKENIZER_FOLDER
-    ranks.on_first(
-        "folder of the tokenizer", lambda: _restore(target, start.checkpoint)
+    ranks = context.ranks
+    target = context.folder / TOKENIZER_FOLDER
+    ranks.run_on_rank0(
+        "folder of the tokenizer", lambda: _restore(target, context.checkpoint)
     )
     flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
@@ -63,7 +63,7 @@ def settle_tokenizer(
                 with disk_errors(target):
                     train_sentencepiece(texts, model.train_tokenizer_vocab, target)
 
-        ranks.on_first("training of the tokenizer", train_once, long=True)
+        ranks.run_on_rank0("training of the tokenizer", train_once, long=True)
         tokenizer = load_tokenizer(target, flag=flag)
     else:
         tokenizer = load_named_tokenizer(model, model_folder)
@@ -77,7 +77,7 @@ def settle_tokenizer(
             with disk_errors(target):
                 tokenizer.save_pretrained(target)
 
-    ranks.on_first("copy of the tokenizer", check_and_save)
+    ranks.run_on_rank0("copy of the tokenizer", check_and_save)
     return tokenizer
 
 

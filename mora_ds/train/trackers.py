@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.train.beside import non_fatal
+from mora_ds.train.non_fatal import non_fatal
 
 Numbers: TypeAlias = Mapping[str, float]
 """Curve -> its value at a step."""

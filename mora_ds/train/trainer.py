@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.layout import step_of
-from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
+from mora_ds.common.errors import NON_FATAL_ERRORS, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
@@ -30,7 +30,6 @@ from mora_ds.models.loss import perplexity, sequence_nll, token_nll
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.job import Job
 from mora_ds.train.loader import (
     BatchLoader,
     MicroBatch,
@@ -42,6 +41,7 @@ from mora_ds.train.loader import (
 from mora_ds.train.metrics import MetricsLog, PhaseMemory, source_facts
 from mora_ds.train.profile import step_profiler
 from mora_ds.train.run import Run
+from mora_ds.train.training_setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -60,23 +60,27 @@ background."""
 class Trainer:
     """Trains until the schedule ends."""
 
-    def __init__(self, job: Job, schedule: Schedule, log: MetricsLog) -> None:
-        training = job.arguments.training
-        self.job = job
-        self.ranks = job.start.ranks
+    def __init__(
+        self, setup: TrainingSetup, schedule: Schedule, log: MetricsLog
+    ) -> None:
+        training = setup.arguments.training
+        self.setup = setup
+        self.ranks = setup.context.ranks
         self.schedule = schedule
         self.total_steps = schedule.total_steps
         self.training = training
         self.log = log
-        self.engine = job.engine
-        self.state = job.state
-        self.domains = domains_of(job.loaded.model)
-        self.train_data = job.data.train
-        self.last_checkpoint = job.start.checkpoint
+        self.engine = setup.engine
+        self.state = setup.state
+        self.domains = domains_of(setup.loaded.model)
+        self.train_data = setup.data.train
+        self.last_checkpoint = setup.context.checkpoint
         self.memory = PhaseMemory()
-        self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
-        self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
-        self.evaluator = Evaluator(job, self.replica, log)
+        self.counter = CollectiveCounter(
+            setup.run.base_tensors if setup.is_trained else ()
+        )
+        self.replica = Replica(setup.engine, training.ranks_per_replica, setup.sequence)
+        self.evaluator = Evaluator(setup, self.replica, log)
         self.loader = BatchLoader(
             self.train_data, self.replica, training, self.total_steps
         )
@@ -90,14 +94,14 @@ class Trainer:
         self._saved_step: int | None = None
         """The step of the newest checkpoint; None if it differs from the current model:
         after a merge, and after a resume from an older checkpoint."""
-        checkpoint = job.start.checkpoint
-        if checkpoint is not None and job.is_trained:
+        checkpoint = setup.context.checkpoint
+        if checkpoint is not None and setup.is_trained:
 
             def is_latest() -> bool:
-                latest = job.run.checkpoints.latest()
+                latest = setup.run.checkpoints.latest()
                 return latest is not None and latest.resolve() == checkpoint.resolve()
 
-            if self.ranks.on_first("newest checkpoint", is_latest):
+            if self.ranks.run_on_rank0("newest checkpoint", is_latest):
                 self._saved_step = self.state.step
         self._mixture = self.train_data if len(self.train_data.names) > 1 else None
 
@@ -119,18 +123,18 @@ class Trainer:
             self._run()
         except BaseException as error:
             with suppress(RunError):  # report `error` instead
-                self.job.run.wait(SAVE_TIMEOUT_S)
+                self.setup.run.wait(SAVE_TIMEOUT_S)
             if isinstance(error, (NotFinite, BaseChanged)):
                 raise RunError(self._message_of(error)) from error
             raise
-        self.job.run.wait()
+        self.setup.run.wait()
 
     def _message_of(self, error: NotFinite | BaseChanged) -> str:
         """The message of an error that all ranks raise, with the checkpoint to resume
         from."""
         try:
             # Overwritten base weights may be the cause of a NaN: report that instead.
-            self.job.run.check_base()
+            self.setup.run.check_base()
         except BaseChanged as changed:
             error = changed
         last = self.last_checkpoint
@@ -150,7 +154,7 @@ class Trainer:
             logger.info(evaluator.forgotten or done)
             return
         state.finished = False
-        self.memory.end("start")
+        self.memory.end("context")
         if self.schedule.merge_every:
             merges = self.schedule.merges_left(state.step)
             steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
@@ -161,9 +165,12 @@ class Trainer:
                     "and trains plain MoRA: the re-warmup after a merge must end before the run does"
                 )
         profiler = None
-        if self.training.profile is not None and self.ranks.is_first:
+        if self.training.profile is not None and self.ranks.is_rank0:
             profiler = step_profiler(
-                self.training.profile, state.step, self.job.start.folder, state.failures
+                self.training.profile,
+                state.step,
+                self.setup.context.folder,
+                state.failures,
             )
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
@@ -227,9 +234,11 @@ class Trainer:
 
         # The only place of a step where the host waits for the device. The base's
         # files, which may be on network storage, are checked in logged steps only.
-        base_changed = self._is_logged(step) and bool(self.job.run.changed_base_files())
+        base_changed = self._is_logged(step) and bool(
+            self.setup.run.changed_base_files()
+        )
         next_labels = self.loader.next_labels(step)
-        total_nll, *source_sums, self._next_labels = self._sum_and_hear_requests(
+        total_nll, *source_sums, self._next_labels = self._reduce_metrics_and_stop_flag(
             [nll, by_source.flatten()], [next_labels], base_changed
         )
         mean_loss = total_nll / total_labels
@@ -258,7 +267,7 @@ class Trainer:
         by_source.index_add_(1, index, torch.stack([losses.detach().double(), labels]))
         return losses.sum()
 
-    def _sum_and_hear_requests(
+    def _reduce_metrics_and_stop_flag(
         self,
         on_device: Sequence[Tensor] = (),
         on_host: Sequence[float] = (),
@@ -276,7 +285,7 @@ class Trainer:
         dist.all_reduce(sums)
         *totals, flags = sums.tolist()
         if flags > 0:
-            self.job.run.check_base()
+            self.setup.run.check_base()
             self._stop_requested |= self.replica.sum(signals.requested()) > 0
         return totals
 
@@ -307,7 +316,7 @@ class Trainer:
             "peak_memory_bytes": self.memory.peak,
             "bytes_gathered": self.bytes_gathered_per_step,
         }
-        utilization = self.job.utilization(tokens / seconds)
+        utilization = self.setup.utilization(tokens / seconds)
         if utilization is not None:
             metrics["mfu"] = utilization
         self.log.step(metrics)
@@ -337,7 +346,7 @@ class Trainer:
         merges = self.state.merge_pending
         if merges:
             self._merge()
-        self._leave_if_asked(hear_again=merges)
+        self._stop_if_requested(resync=merges)
         if self._save_is_due and self._saved_step != self.state.step:
             self._save()
         if self.state.evaluation_pending:
@@ -347,7 +356,7 @@ class Trainer:
             if self.state.best_step == self.state.step:
                 self._save()
         if self._save_is_due:
-            self._leave_if_asked()
+            self._stop_if_requested()
 
     @property
     def _save_is_due(self) -> bool:
@@ -357,18 +366,18 @@ class Trainer:
         every = self.training.save_steps
         return bool(every) and step % every == 0 and 0 < step < self.total_steps
 
-    def _leave_if_asked(self, hear_again: bool = True) -> None:
-        """Save and raise `Stopped` if any rank got a stop request. `hear_again`:
+    def _stop_if_requested(self, resync: bool = True) -> None:
+        """Save and raise `Stopped` if any rank got a stop request. `resync`:
         exchange requests first (collective), because the step's all-reduce may be long
         ago."""
-        if hear_again:
-            self._sum_and_hear_requests()
+        if resync:
+            self._reduce_metrics_and_stop_flag()
         if not self._stop_requested:
             return
         step = self.state.step
         if step > 0 and self._saved_step != step:
             self._save()
-        self.job.run.wait()
+        self.setup.run.wait()
         signals.ignore_requests()
         self.log.close()
         # No rank may exit before all ranks ignore signals and the exit of others.
@@ -387,7 +396,7 @@ class Trainer:
         self.memory.end(BETWEEN)
         # Before the loss, which reads the base: reading beyond the end of a mapped file
         # that was truncated kills the process.
-        self.job.run.check_base()
+        self.setup.run.check_base()
         # Summed over all ranks, because a single rank may read a damaged base.
         loss = self.replica.sum(self._reference_loss())
         problem = f"after step {step} the loss of the reference batch is {loss}"
@@ -397,13 +406,13 @@ class Trainer:
         if keep is not None and self.state.evaluation_pending:
             # If the evaluation finds NaN, the previous checkpoint is the last good one.
             keep = max(keep, 2)
-        self.last_checkpoint = self.job.run.save(step, keep)
+        self.last_checkpoint = self.setup.run.save(step, keep)
         self._saved_step = step
         self.memory.end("save")
 
     def _merge(self) -> None:
         self.memory.end(BETWEEN)
-        run = self.job.run
+        run = self.setup.run
         assert isinstance(run, Run), "full training has no merges"
         merge = run.merge(self.state.step, self._reference_loss)
         self.state.merge_pending = False
@@ -433,14 +442,14 @@ class Trainer:
         """Return the perplexity of each evaluation set. A failed evaluation or task is
         logged and training continues. Before the first step, when no training can be
         lost, it ends the run."""
-        self.job.run.check_base()
+        self.setup.run.check_base()
         step = self.state.step
         state_before = dict(vars(self.state))
         perplexities: dict[str, float] = {}
         failure = None
         try:
-            perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
-        except BESIDE as error:
+            perplexities = self.evaluator.evaluate(before_batch=self._stop_if_requested)
+        except NON_FATAL_ERRORS as error:
             # All ranks detect a broken model, and none can continue. After a stop
             # request, the error comes from saving the last checkpoint.
             is_model_error = isinstance(error, (NotFinite, BaseChanged))

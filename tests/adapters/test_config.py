@@ -8,7 +8,7 @@ import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.common.errors import refusal
+from mora_ds.common.errors import validation_errors_of
 from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
@@ -32,7 +32,7 @@ mora | {domains: [a, a]} | research.domain_adapters:
 @pytest.mark.parametrize("kind, values, flags", rows(PROBLEMS))
 def test_all_wrong_values_are_reported_together(kind, values, flags):
     config = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
-    problems = refusal(lambda: config(**parsed(values)))
+    problems = validation_errors_of(lambda: config(**parsed(values)))
     assert [
         problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems
     ] == flags.split()

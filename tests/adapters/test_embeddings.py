@@ -30,7 +30,7 @@ from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import assert_close_losses, losses, refusal, run
+from tests.helpers.jobs import assert_close_losses, losses, run, validation_errors_of
 from tests.helpers.models import (
     causal_loss,
     model_with_mora,
@@ -67,7 +67,7 @@ def assert_alone_trained(model, kind, tied):
     """The only trained parameters besides the MoRA matrices, once where the tables are
     tied."""
     names = {
-        name for name, _ in model.named_parameters() if not name.endswith("square")
+        name for name, _ in model.named_parameters() if not name.endswith("mora_matrix")
     }
     tables = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
     assert names == {f"{table}.{kind}" for table in tables}
@@ -147,7 +147,7 @@ def test_a_run_resumes_combines_and_exports_products(user, tmp_path, merged):
     )
     out, earlier = merged_and_resumed(user, tmp_path, more)
     wider = "--train_embedding_rank 5 --resume_from_checkpoint"
-    message = refusal(user.flags(tmp_path / "no", wider, earlier))
+    message = validation_errors_of(user.flags(tmp_path / "no", wider, earlier))
     assert "--train_embedding_rank: 3 there, 5 here" in message
 
     assert export_merged(out, merged, verify=True).replaced == 2
@@ -348,5 +348,5 @@ def test_models_without_suitable_embeddings_are_refused():
 
 
 def test_a_model_without_new_rows_is_refused(user, out):
-    message = refusal(user.flags(out, "--train_new_embeddings"))
+    message = validation_errors_of(user.flags(out, "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")

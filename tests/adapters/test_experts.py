@@ -16,7 +16,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.experts import MoRAExperts, find_stacks
 from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import grouped, index_tables
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.grouped import grouped_linear
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
@@ -60,7 +60,7 @@ def live_of(model, family):
     live.set_experts_implementation("eager")
     parameters = dict(live.named_parameters())
     for name, layer in mora_layers(model).items():
-        delta = layer.spec.delta_weight(layer.square.data)
+        delta = layer.spec.delta_weight(layer.mora_matrix.data)
         parameters[layer.spec.weight_name(name)].data += (
             delta.mT if layer.transposed else delta
         )
@@ -104,7 +104,10 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
         else:
             wanted = adjoint(layer.spec, gradient)
         assert_close(
-            layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+            layer.mora_matrix.grad,
+            wanted,
+            rtol=1e-4,
+            atol=1e-5 * float(wanted.abs().max()),
         )
 
 
@@ -128,7 +131,7 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation():
     for one, another in zip(
         mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True
     ):
-        assert torch.equal(one.square.grad, another.square.grad)
+        assert torch.equal(one.mora_matrix.grad, another.mora_matrix.grad)
 
 
 def test_bf16_and_8_bits_compute_what_their_weights_say():
@@ -143,13 +146,14 @@ def test_bf16_and_8_bits_compute_what_their_weights_say():
             weight = live.get_parameter(layer.spec.weight_name(name))
             assert layer.weight.dtype is torch.int8
             assert layer.weight.shape == weight.shape
-            delta = layer.spec.delta_weight(layer.square.data)
+            delta = layer.spec.delta_weight(layer.mora_matrix.data)
             weight.data = layer.read() + (delta.mT if layer.transposed else delta)
         loss = causal_loss(model, ids)
         loss.backward()
         assert loss.item() == pytest.approx(causal_loss(live, ids).item(), rel=1e-5)
         assert all(
-            layer.square.grad.abs().sum() > 0 for layer in mora_layers(model).values()
+            layer.mora_matrix.grad.abs().sum() > 0
+            for layer in mora_layers(model).values()
         )
 
 
@@ -243,22 +247,26 @@ def test_a_stack_is_its_members():
     model = adapted()
     layer = next(iter(stacks_in(model).values()))
     spec = layer.spec
-    value = layer.square.data
+    value = layer.mora_matrix.data
     assert spec_from_dict(spec.to_dict()) == spec
     assert hash(spec) == hash(replace(spec))
     assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
-    for index, (name, member_spec, square) in enumerate(spec.members("a", value)):
+    for index, (name, member_spec, mora_matrix) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
         assert torch.equal(
-            spec.delta_weight(value)[index], member_spec.delta_weight(square)
+            spec.delta_weight(value)[index], member_spec.delta_weight(mora_matrix)
         )
     original = torch.randn(4, spec.d_out, spec.d_in)
-    full = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
-    turned = live_weight(
+    full = merged_weight(
+        original, [(spec, value), (spec, value)], False, torch.bfloat16
+    )
+    turned = merged_weight(
         original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16
     )
     matrices = [
-        live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16)
+        merged_weight(
+            original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16
+        )
         for e in range(4)
     ]
     assert torch.equal(full, torch.stack(matrices))
@@ -270,7 +278,7 @@ def test_a_stack_is_its_members():
         with pytest.raises(UserError):
             spec_from_dict({**spec.to_dict(), **damaged})
     with user_error("no operator of a stack"):
-        live_weight(original, [(spec.operator, value[0])], False, torch.float32)
+        merged_weight(original, [(spec.operator, value[0])], False, torch.float32)
 
 
 def test_the_rank_of_an_expert_and_fresh_permutations():
@@ -284,9 +292,9 @@ def test_the_rank_of_an_expert_and_fresh_permutations():
     by_rule = sides()
     # 16, and two experts a token
     linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)
-    assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
-    assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
-    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(
+    assert by_rule["down_proj"].r_hat == linear.mora_matrix_size(24, 32)
+    assert by_rule["gate_up_proj"].r_hat == linear.mora_matrix_size(32, 48)
+    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).mora_matrix_size(
         24, 32
     ), "not rank 1 // 2"
     by_rank = sides(operator="auto", rank=64)["down_proj"].operator

@@ -117,7 +117,7 @@ def test_exports_are_the_merged_model_in_the_files_of_the_base(
     for name, layer in mora_layers(loaded).items():
         # A stack: live + the unmerged cycle = exported
         if layer.spec.weight_name(name) == name:
-            delta = layer.spec.delta_weight(layer.square.data)
+            delta = layer.spec.delta_weight(layer.mora_matrix.data)
             assert_close(
                 plain.get_parameter(name).data,
                 layer.weight + delta,

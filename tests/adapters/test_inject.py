@@ -147,9 +147,9 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     before = {name: tensor.clone() for name, tensor in parameters.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in parameters.items()}
     inject(model, MoRAConfig(rank=2))
-    squares = [f"{name}.square" for name in mora_layers(model)]
-    assert [name for name, _ in model.named_parameters()] == squares
-    assert list(model.state_dict()) == squares
+    mora_matrices = [f"{name}.mora_matrix" for name in mora_layers(model)]
+    assert [name for name, _ in model.named_parameters()] == mora_matrices
+    assert list(model.state_dict()) == mora_matrices
     frozen = frozen_buffers(model)
     assert {name: tensor.data_ptr() for name, tensor in frozen.items()} == addresses
     assert_same_tensors(frozen, before)
@@ -178,7 +178,7 @@ def test_moving_the_base_moves_no_mora_matrix_and_no_buffer_of_the_model():
     assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {
         torch.bfloat16
     }
-    assert {layer.square.dtype for layer in mora_layers(model).values()} == {
+    assert {layer.mora_matrix.dtype for layer in mora_layers(model).values()} == {
         torch.float32
     }
     # bf16 would ruin the positions
@@ -192,7 +192,7 @@ def trained(model):
     return {
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if not name.endswith(".square")
+        if not name.endswith(".mora_matrix")
     }
 
 
@@ -258,15 +258,18 @@ def test_the_report_counts_exactly():
     report = inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
     # Two layers, rank 4: sqrt((d_in + d_out) * 4), made even, squared; key and value heads
     # are half as wide.
-    squares = 2 * (2 * 16**2 + 2 * 12**2 + 3 * 18**2)
+    mora_matrices = 2 * (2 * 16**2 + 2 * 12**2 + 3 * 18**2)
     norms = 5 * 32
-    assert (report.square_params, report.other_trainable_params) == (squares, norms)
+    assert (report.adapter_params, report.other_trainable_params) == (
+        mora_matrices,
+        norms,
+    )
     assert (
         report.trainable_params
-        == squares + norms
+        == mora_matrices + norms
         == sum(p.numel() for p in model.parameters())
     )
-    assert report.total_params == base + squares == count_parameters(model)
+    assert report.total_params == base + mora_matrices == count_parameters(model)
     lines = str(report).splitlines()
     assert len(lines[2:-1]) == 7
     for row in (
@@ -290,9 +293,10 @@ def test_a_size_larger_than_the_layer_is_reduced():
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     sizes = {row.name: row.size for row in report.rows}
     assert (sizes["q_proj"], sizes["down_proj"]) == (32, 48)
-    assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
+    assert MoRAConfig(rank=100, operator="rotate").mora_matrix_size(7, 5) == 6, "even"
     assert (
-        MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
+        MoRAConfig(rank=100, operator="share", r_hat_multiple=1).mora_matrix_size(7, 5)
+        == 7
     )
 
 

@@ -46,14 +46,14 @@ def test_output_is_base_plus_delta_merged_or_not(kind, operator):
     x = inputs()
     expected = base(x)
     layer = MoRALinear(base, spec(operator))
-    assert torch.equal(layer.square, torch.zeros(R_HAT, R_HAT))
+    assert torch.equal(layer.mora_matrix, torch.zeros(R_HAT, R_HAT))
     assert_close(layer(x), expected, rtol=0, atol=1e-6)
-    layer.square.data.normal_()
-    delta = delta_weight(layer.spec, layer.square.data)
+    layer.mora_matrix.data.normal_()
+    delta = delta_weight(layer.spec, layer.mora_matrix.data)
     expected = expected + x @ delta.T
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     layer.weight += delta.T if layer.transposed else delta
-    layer.square.data.zero_()
+    layer.mora_matrix.data.zero_()
     assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -63,11 +63,11 @@ def test_dropout_applies_to_the_input_of_m_and_only_in_training():
     base_output = base(x).detach()
     layer = MoRALinear(base, spec(), dropout=0.5)
     assert_close(layer(x), base_output, rtol=0, atol=1e-6)  # the base sees all of x
-    layer.square.data.normal_()
+    layer.mora_matrix.data.normal_()
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     plain = MoRALinear(base_layer("linear"), layer.spec)
-    plain.square.data = layer.square.data
+    plain.mora_matrix.data = layer.mora_matrix.data
     assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
     layer.train()
     assert not torch.equal(layer(x), layer(x))
@@ -75,17 +75,17 @@ def test_dropout_applies_to_the_input_of_m_and_only_in_training():
         dim=0
     )
     # Dropout rescales: right on average
-    expected = x @ delta_weight(layer.spec, layer.square.data).T
+    expected = x @ delta_weight(layer.spec, layer.mora_matrix.data).T
     assert (update - expected).norm() <= 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
-    assert layer.square.dtype is dtype
+    assert layer.mora_matrix.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
     # A matrix kept in fp32 computes in the input's dtype
-    layer.square.data = layer.square.data.float()
+    layer.mora_matrix.data = layer.mora_matrix.data.float()
     assert layer(inputs().to(dtype)).dtype is dtype
 
 

@@ -14,7 +14,7 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.terms import join
@@ -161,10 +161,10 @@ def test_merges_and_a_replay_never_round_a_conv1d_again():
     merged, replayed = (
         in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE)) for _ in range(2)
     )
-    right = live_weight(merged.read(), updates, True, torch.float32)
+    right = merged_weight(merged.read(), updates, True, torch.float32)
     for cycle, (_, value) in enumerate(updates, start=1):
         merged.merge(original, updates[:cycle], value)
-    replayed.form(original, updates)
+    replayed.rebuild_weight(original, updates)
     assert torch.equal(merged.read(), right)
     assert torch.equal(replayed.read(), right)
 
@@ -215,8 +215,8 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert base_bits_of(model) == 4
     plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
-    squares = sum(layer.value.numel() for layer in layers.values())
-    assert merge_bytes(plain) == 4 * squares, (
+    mora_matrices = sum(layer.value.numel() for layer in layers.values())
+    assert merge_bytes(plain) == 4 * mora_matrices, (
         "all layers of one shape have the same tables"
     )
     for layer in layers.values():

@@ -162,7 +162,7 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, dora, adap
     for name, layer in mora_layers(live).items():
         weight = base.read(f"{name}.weight").float()
         exact = weight.double()
-        for spec, value in ledger.squares_of(name):
+        for spec, value in ledger.mora_matrices_of(name):
             weight = spec.merged_weight(weight, value)
             exact = BY_HAND[adapter](exact, spec, value)
         torch.testing.assert_close(weight, exact.float())

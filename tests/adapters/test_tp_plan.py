@@ -41,7 +41,7 @@ def test_split_layers_of_each_family(family):
     )
     assert len(plan.blocks) == 2 * len(kinds)
     assert set(plan.reasons) == {
-        name for name, style in plan.styles.items() if style is Style.WHOLE
+        name for name, style in plan.styles.items() if style is Style.FULL
     }
     assert bool(plan.summed) == (family in ("qwen3", "qwen3_moe", "gemma3_text"))
     inject(model, MoRAConfig(rank=4))

@@ -23,7 +23,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.damage import change_json, flip, set_value
 from tests.helpers.errors import user_error
-from tests.helpers.ledgers import entry, layers_of, squares_for
+from tests.helpers.ledgers import entry, layers_of, mora_matrices_for
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import rows
 
@@ -39,7 +39,7 @@ def adapter(tmp_path):
     write_adapter(
         tmp_path,
         adapter,
-        squares_for(layers, 0),
+        mora_matrices_for(layers, 0),
         {"n.weight": torch.ones(5).bfloat16()},
     )
     return adapter
@@ -50,7 +50,9 @@ def ledger(adapter, tmp_path):
     """Of two cycles with the adapter's layers, in its folder."""
     ledger = Ledger.create(tmp_path / "ledger", "f")
     for step in (1, 2):
-        ledger.append(step, adapter.layers, squares_for(adapter.layers, step).items())
+        ledger.append(
+            step, adapter.layers, mora_matrices_for(adapter.layers, step).items()
+        )
     return ledger
 
 
@@ -58,7 +60,9 @@ def test_adapter_round_trip(adapter, tmp_path):
     assert read_adapter(tmp_path) == adapter
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
     tensors = AdapterTensors(tmp_path, adapter)
-    assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
+    assert torch.equal(
+        tensors.mora_matrix("a.v"), mora_matrices_for(adapter.layers, 0)["a.v"]
+    )
     assert tensors.trained("n.weight").dtype == torch.float32
     assert tensors.trained_shape("n.weight") == (5,)
 
@@ -92,17 +96,19 @@ def test_a_missing_adapter_file_is_named(tmp_path):
 
 def test_adapter_tensors_must_fit(adapter, tmp_path):
     fewer = replace(adapter, layers={"a.q": adapter.layers["a.q"]})
-    with user_error(r"a\.v\.square"):
+    with user_error(r"a\.v\.mora_matrix"):
         AdapterTensors(tmp_path, fewer)
     wider = replace(adapter, layers={**adapter.layers, "a.q": entry("a.q", r_hat=8)})
-    with user_error(r"a\.q\.square is \(6, 6\)"):
+    with user_error(r"a\.q\.mora_matrix is \(6, 6\)"):
         AdapterTensors(tmp_path, wider)
     tensors = load_file(tmp_path / "adapter.safetensors")
     save_file(
-        {**tensors, "a.q.square": tensors["a.q.square"].half()},
+        {**tensors, "a.q.mora_matrix": tensors["a.q.mora_matrix"].half()},
         tmp_path / "adapter.safetensors",
     )
-    with user_error(r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
+    with user_error(
+        r"a\.q\.mora_matrix is \(6, 6\) torch\.float16, which does not fit"
+    ):
         AdapterTensors(tmp_path, adapter)
     with pytest.raises(ValueError, match="not those that the adapter lists"):
         write_adapter(tmp_path, adapter, {}, {})

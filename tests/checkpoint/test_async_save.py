@@ -25,7 +25,7 @@ MORE = (
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def full(user, tmp_path_factory):
     """A run that writes its checkpoints at once."""
     return finished_run(2, user, tmp_path_factory, *MORE)
 
@@ -63,7 +63,7 @@ def slow_job(argv):
     return beside, summary
 
 
-def test_the_same_checkpoints_while_training_goes_on(user, whole, out):
+def test_the_same_checkpoints_while_training_goes_on(user, full, out):
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the
     other one bit for bit.
     """
@@ -72,7 +72,7 @@ def test_the_same_checkpoints_while_training_goes_on(user, whole, out):
     ):
         assert beside >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
-    assert_same_outcome(out, whole)
+    assert_same_outcome(out, full)
 
 
 def faulty_job(argv, fault):

@@ -27,11 +27,11 @@ from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import (
     golden_flags,
     output_of,
-    refusal,
     refused,
     refused_each,
     rows,
     run,
+    validation_errors_of,
 )
 from tests.helpers.outcome import assert_same_outcome, tree
 from tests.helpers.resume import disturb
@@ -155,7 +155,7 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
     root = out / "checkpoints"
     flip(out / "ledger/cycle-00000.safetensors", 0.9)
     argv = golden_flags(user, out, "--resume_from_checkpoint", "auto")
-    message = refusal(argv, ranks=2)
+    message = validation_errors_of(argv, ranks=2)
     assert f"no checkpoint in {root} is intact" in message
     for step in (2, 4, 6):
         assert f"step-00000{step}/ledger/cycle-00000.safetensors" in message
@@ -315,10 +315,10 @@ def test_a_cache_on_a_full_disk(user, disk):
 def test_a_cycle_on_a_full_disk(out, disk):
     book = Ledger.open(out / "ledger").copy_to(disk / "ledger")
     fill(disk, 4_096)
-    squares = {name: book.square(1, name) for name in book.layers(1)}
+    mora_matrices = {name: book.mora_matrix(1, name) for name in book.layers(1)}
     before = tree(disk / "ledger")
     with run_error(f"{disk / 'ledger'} is full"):
-        book.append(9, book.layers(1), squares.items())
+        book.append(9, book.layers(1), mora_matrices.items())
     assert tree(disk / "ledger") == before
     assert Ledger.open(disk / "ledger").cycles == book.cycles == 2
 
@@ -336,7 +336,7 @@ def test_an_output_folder_that_cannot_be_written_to(user, out, read_only):
     (out / "checkpoints/.step-000008.writing").mkdir()
     read_only(out)
     for more in ("--resume_from_checkpoint auto", "--overwrite_output_dir", "--seed 1"):
-        message = refusal(golden_flags(user, out, more))
+        message = validation_errors_of(golden_flags(user, out, more))
         assert f"--output_dir {out} cannot be written to" in message
 
 
@@ -388,4 +388,4 @@ def test_a_shared_cache_may_be_read_only(user, tmp_path, read_only):
         user, tmp_path / "third", *more, "--train_files", user.held
     )
     words = f"--cache_dir {cache} cannot be written to: Read-only file system"
-    assert words in refusal(other_text)
+    assert words in validation_errors_of(other_text)

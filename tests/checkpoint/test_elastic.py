@@ -21,7 +21,7 @@ from mora_ds.engine import shards as shard_module
 from mora_ds.engine import zero
 from mora_ds.engine.shards import MASTER
 from mora_ds.engine.zero import view_of
-from mora_ds.runtime.exchange import gather_to_first
+from mora_ds.runtime.exchange import gather_to_rank0
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
@@ -87,7 +87,7 @@ def save_engine(engine, folder):
     shard = RankShard.of_engine(dist.get_rank(), held)
     (folder / "engine").mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "engine" / shard.file, rank_tensors(held), {})
-    of_all = gather_to_first(shard, Ranks.current().group)
+    of_all = gather_to_rank0(shard, Ranks.current().group)
     if of_all is not None:
         table = EngineShards.of(folder / "engine", held.layout, of_all)
         table.write_table(table.where)
@@ -111,7 +111,7 @@ def trained(combination):
 
 
 def live(engine):
-    """Masters as the engine gathers them itself, and the parameters that forward reads."""
+    """MasterWeights as the engine gathers them itself, and the parameters that forward reads."""
     model = engine.module
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -125,7 +125,7 @@ def live(engine):
     return tensors
 
 
-def whole(folder):
+def full(folder):
     """Everything that the shards in a folder hold, put together."""
     shards = EngineShards.open(folder / "engine")
     assert set(shards.layout.shapes) == {"first", "second"}
@@ -134,7 +134,7 @@ def whole(folder):
         keys, counts = shards.state(name)
         assert keys == MOMENTS
         for key in (MASTER, *MOMENTS):
-            tensors[f"{name}.{key}"] = shards.whole(name, key).clone()
+            tensors[f"{name}.{key}"] = shards.full(name, key).clone()
         (step,) = counts.values()
         tensors[f"{name}.step"] = torch.as_tensor(step).double()
     return tensors
@@ -229,19 +229,19 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
                 )
     for before, after in pairs:
         assert_same_tensors(
-            whole(place(str(tmp_path), before) / str(after)),
-            whole(place(root, before)),
+            full(place(str(tmp_path), before) / str(after)),
+            full(place(root, before)),
             (before, after),
         )
 
 
 def test_steps_and_what_a_shard_holds(saved):
-    """`whole` is not compared with itself alone: its masters are the engine's, its state is
+    """`full` is not compared with itself alone: its masters are the engine's, its state is
     what the run must have.
     """
     root, expected = saved
     for combination in COMBINATIONS:
-        stored = whole(place(root, combination))
+        stored = full(place(root, combination))
         for name in ("first", "second"):
             assert torch.equal(
                 stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]

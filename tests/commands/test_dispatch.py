@@ -9,7 +9,7 @@ import pytest
 from deepspeed.launcher import runner
 
 from mora_ds.commands import dispatch, pretrain, recipes
-from mora_ds.common.files import CONFIGS, shipped
+from mora_ds.common.files import CONFIGS, packaged
 from mora_ds.config.arguments import parse
 from mora_ds.engine import launcher
 from tests.helpers.errors import user_error
@@ -68,7 +68,7 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path, monkeypatch)
     local_file = tmp_path / "configs/zero3.json"
     local_file.parent.mkdir()
     local_file.write_text("{}")
-    assert shipped("configs/zero3.json") == "configs/zero3.json", (
+    assert packaged("configs/zero3.json") == "configs/zero3.json", (
         "a file of the user's comes first"
     )
 

@@ -18,10 +18,10 @@ from mora_ds.common.errors import (
     named_as_flags,
     nearest,
     out_of_bounds,
+    raise_validation_errors,
     reason,
-    refusal,
-    refuse,
     unknown,
+    validation_errors_of,
     whole_number,
     wrong_values,
 )
@@ -35,12 +35,15 @@ class Kind(str, Enum):
 
 
 def test_each_problem_is_named_once():
-    refuse([])
+    raise_validation_errors([])
     with pytest.raises(UserError) as caught:
-        refuse(["--a", "--b", "--a"])
+        raise_validation_errors(["--a", "--b", "--a"])
     assert str(caught.value) == "--a\n--b"
-    assert refusal(refuse, ["--a", "--b"]) == ["--a", "--b"]
-    assert refusal(refuse, []) == []
+    assert validation_errors_of(raise_validation_errors, ["--a", "--b"]) == [
+        "--a",
+        "--b",
+    ]
+    assert validation_errors_of(raise_validation_errors, []) == []
 
 
 def test_a_word_is_not_its_own_nearest():

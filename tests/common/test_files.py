@@ -245,17 +245,17 @@ def test_a_link_or_a_copy(tmp_path, monkeypatch):
         assert target.samefile(source)
         assert not list(tmp_path.glob(".*"))
 
-    def refuse(code):
+    def raise_validation_errors(code):
         def link(*names):
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "link", link)
 
-    refuse(errno.EXDEV)
+    raise_validation_errors(errno.EXDEV)
     files.link_or_copy(source, tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "content"
     assert not (tmp_path / "copy").samefile(source)
-    refuse(errno.EDQUOT)
+    raise_validation_errors(errno.EDQUOT)
     with run_error("is full"):
         files.link_or_copy(source, tmp_path / "other")
     assert names_below(tmp_path) == ["copy", "source", "target"]

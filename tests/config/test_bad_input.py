@@ -20,10 +20,10 @@ from tests.helpers.jobs import (
     finished_run,
     held_folder,
     launch,
-    refusal,
     refused,
     refused_each,
     run,
+    validation_errors_of,
 )
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import untouched
@@ -58,7 +58,7 @@ def test_documents_that_would_see_each_other(user, tmp_path, out):
     )
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "bloom")
     argv = user.flags(out, "--model_name_or_path", tmp_path / "bloom")
-    assert "--no_document_mask" in refusal(argv)
+    assert "--no_document_mask" in validation_errors_of(argv)
     assert not out.exists()
     assert run(1, [*argv, "--no_document_mask"])["steps"] == 6
 
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_would_come_back_as_another_one(
         "--tokenizer_name",
         path,
     )
-    message = refusal(argv)
+    message = validation_errors_of(argv)
     assert "--tokenizer_name" in message
     assert "qwen2" in message
 

@@ -9,7 +9,7 @@ import pytest
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import dump, from_flat, parse
-from mora_ds.config.effects import EFFECTS, idle_settings
+from mora_ds.config.effects import EFFECTS, unused_options
 from mora_ds.config.validate import validate
 from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
@@ -96,7 +96,7 @@ def test_every_setting_of_the_table_exists_and_stands_there_once():
 def test_a_setting_without_effect_is_refused(setting, beside):
     arguments = arguments_of(setting, beside)
     name = setting.partition(":")[0]
-    assert list(idle_settings(arguments)) == [name]
+    assert list(unused_options(arguments)) == [name]
     with user_error(rf"--{name} "):
         validate(arguments)
 
@@ -118,9 +118,9 @@ and has no effect here: leave it out
 
 @pytest.mark.parametrize("flags, message", rows(MESSAGES))
 def test_the_message_says_what_a_setting_is_for(flags, message):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as validation_errors_of:
         validate(parse(flags.split()))
-    assert str(refusal.value) == message
+    assert str(validation_errors_of.value) == message
 
 
 def test_flags_may_leave_keys_of_a_recipe_without_effect():

@@ -91,18 +91,18 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
     --save_total_limit, resumed alike.
     """
     more = "--save_total_limit 1 --best_by held:1 short:0.5"
-    whole = tmp_path / "whole"
-    summary = run(1, forgetting(user, whole, more))
+    full = tmp_path / "full"
+    summary = run(1, forgetting(user, full, more))
     scores = {
         row["step"]: math.log(row["eval_perplexity"]["held"])
         + 0.5 * math.log(row["eval_perplexity"]["short"])
-        for row in rows(whole)
+        for row in rows(full)
         if "eval_perplexity" in row and row["step"] > 0
     }
     best = min(scores, key=lambda step: scores[step])
     assert 0 < best < 9, scores
     assert summary["best_step"] == best
-    root = whole / "checkpoints"
+    root = full / "checkpoints"
     assert (root / "best").resolve().name == f"step-{best:06d}"
     assert sorted(path.name for path in root.glob("step-*")) == [
         f"step-{best:06d}",
@@ -114,5 +114,5 @@ def test_the_best_checkpoint_stays(user, tmp_path, out):
         run_alone(interrupted_job, argv, step)
     (out / "checkpoints/best").unlink()  # as a kill between two renames would leave it
     run(1, argv)
-    assert_same_run(out, whole)
+    assert_same_run(out, full)
     assert (out / "checkpoints/best").resolve().name == f"step-{best:06d}"

@@ -110,10 +110,10 @@ def test_model_configs_build_a_model(path):
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shipped = read_json(path)
-    unknown = [key for key in shipped if key not in config.to_dict()]
+    packaged = read_json(path)
+    unknown = [key for key in packaged if key not in config.to_dict()]
     assert model.get_input_embeddings().weight.shape == (
-        shipped["vocab_size"],
-        shipped["hidden_size"],
+        packaged["vocab_size"],
+        packaged["hidden_size"],
     )
     assert unknown == ["rope_theta"] or not unknown

@@ -25,7 +25,7 @@ from mora_ds.data import (
 )
 from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import curve, losses, refusal, rows, run
+from tests.helpers.jobs import curve, losses, rows, run, validation_errors_of
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
@@ -301,7 +301,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     )
     assert (
         "weights of --mixture, --train_files or --replay, from_step_4.old"
-        in refusal(resumed)
+        in validation_errors_of(resumed)
     )
 
 
@@ -334,7 +334,9 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
         f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n"
     )
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
-    assert "--max_steps 10000: all sources are used up after" in refusal(too_many)
+    assert "--max_steps 10000: all sources are used up after" in validation_errors_of(
+        too_many
+    )
     all_of_it = "--max_steps -1 --per_device_train_batch_size 128 --logging_steps 4"
     summary = run(1, mixture_flags(user, tmp_path / "out", mix, all_of_it))
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
@@ -381,6 +383,7 @@ def test_a_plain_run_may_hold_out_too(user, tmp_path):
     summary = run(1, user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share 1e-09")
-    assert "every document is empty, or excluded by --held_out_share 1e-09" in refusal(
-        nothing
+    assert (
+        "every document is empty, or excluded by --held_out_share 1e-09"
+        in validation_errors_of(nothing)
     )

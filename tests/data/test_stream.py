@@ -18,7 +18,7 @@ from mora_ds.data import (
     stream,
 )
 from mora_ds.data.stream import StreamPosition
-from tests.helpers.jobs import job, refusal
+from tests.helpers.jobs import job, validation_errors_of
 from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_one_run
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
@@ -203,7 +203,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
     resumed = flags(
         out, "--per_device_train_batch_size 4 --resume_from_checkpoint auto"
     )
-    message = refusal([*resumed, "--shuffle_buffer", "8"])
+    message = validation_errors_of([*resumed, "--shuffle_buffer", "8"])
     assert "--shuffle_buffer" in message
     assert "train.shuffle_buffer: 7 there, 8 here" in message
 

@@ -60,8 +60,8 @@ def adapter(maker, tmp_path):
 
 
 UNFIT = r"""
-adapter.json | config.rank = 5 | the shape of .*up_proj.square is
-adapter.json | config.target_modules = [q_proj] | the shape of .*up_proj.square is .* there, None here
+adapter.json | config.rank = 5 | the shape of .*up_proj.mora_matrix is
+adapter.json | config.target_modules = [q_proj] | the shape of .*up_proj.mora_matrix is .* there, None here
 adapter.json | config.train_norms = false | the shape of .*0.input_layernorm.weight is \(32,\) there, None here
 base.json | keys = {} | names no tensor of
 """

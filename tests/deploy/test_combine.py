@@ -21,7 +21,7 @@ from mora_ds.models.base import BaseCheckpoint
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.exports import fake_run, layers_of
-from tests.helpers.ledgers import shortened, squares_for
+from tests.helpers.ledgers import mora_matrices_for, shortened
 from tests.helpers.models import tiny_model
 from tests.helpers.resume import assert_same_tensors
 from tests.helpers.tables import parsed, rows
@@ -49,7 +49,7 @@ def run(tmp_path_factory):
     write_adapter(
         earlier,
         replace(opened.file, layers=layers, cycle=1, step=3),
-        squares_for(layers, 77, scale=0.02),
+        mora_matrices_for(layers, 77, scale=0.02),
         trained,
     )
     files.write_manifest(earlier)
@@ -81,8 +81,8 @@ def by_hand(terms):
         opened = Adapter.open(folder)
         for module, entry in opened.file.layers.items():
             for spec, value in [
-                *opened.ledger.squares_of(module),
-                (entry.operator, opened.tensors.square(module)),
+                *opened.ledger.mora_matrices_of(module),
+                (entry.operator, opened.tensors.mora_matrix(module)),
             ]:
                 delta = weight * spec.delta_weight(value.double())
                 total[reference.keys[entry.weight]] += (
@@ -133,8 +133,8 @@ def test_a_sum_is_rounded_once(run, tmp_path):
     before = Adapter.open(run.checkpoint)
     after = Adapter.open(tmp_path / "scaled")
     for module in before.file.layers:
-        exact = 0.3 * before.tensors.square(module).double()
-        assert torch.equal(after.tensors.square(module), exact.float())
+        exact = 0.3 * before.tensors.mora_matrix(module).double()
+        assert torch.equal(after.tensors.mora_matrix(module), exact.float())
 
 
 def test_rows_of_new_tokens_are_summed_with_those_of_the_base(tmp_path, base_folder):
@@ -239,7 +239,7 @@ def test_domains_are_summed_too(maker, tmp_path, sum_folder):
     adapters = [Adapter.open(tmp_path / name) for name in ("a", "b", "sum")]
     for module in adapters[-1].file.layers:
         a, b, total = (
-            adapter.tensors.domain_square(module, "code") for adapter in adapters
+            adapter.tensors.domain_mora_matrix(module, "code") for adapter in adapters
         )
         assert_close(total, 0.5 * a + 2 * b)
 

@@ -105,7 +105,10 @@ def test_dtype_can_be_chosen(tmp_path, merged):
     base = BaseCheckpoint.open(run.base)
     exported = load_file(merged / "model.safetensors")
     for name, entry in run.adapter.layers.items():
-        updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
+        updates = [
+            *ledger.mora_matrices_of(name),
+            (entry.operator, run.mora_matrices[name]),
+        ]
         assert torch.equal(
             exported[entry.weight],
             summed(base.read(entry.weight), updates, False, torch.float32),
@@ -166,7 +169,7 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path, merge
     }
     files.write_json_atomic(run.output / "summary.json", summary)
     adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
-    write_adapter(run.checkpoint, adapter, run.squares, {})
+    write_adapter(run.checkpoint, adapter, run.mora_matrices, {})
     files.write_manifest(run.checkpoint)
     export_merged(run.output, merged)
     card = (merged / "README.md").read_text()
@@ -221,8 +224,10 @@ def test_mora_matrix_on_one_of_two_tied_weights_is_refused(tmp_path, merged):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
     layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", False, spec)}
-    squares = {**run.squares, "lm_head": torch.ones(4, 4)}
-    write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
+    mora_matrices = {**run.mora_matrices, "lm_head": torch.ones(4, 4)}
+    write_adapter(
+        run.checkpoint, replace(run.adapter, layers=layers), mora_matrices, {}
+    )
     files.write_manifest(run.checkpoint)
     assert_refused(
         run,
@@ -233,7 +238,9 @@ def test_mora_matrix_on_one_of_two_tied_weights_is_refused(tmp_path, merged):
 
 def test_a_trained_tensor_of_another_shape_is_refused(tmp_path, merged):
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
-    write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
+    write_adapter(
+        run.checkpoint, run.adapter, run.mora_matrices, {HEADS[1]: torch.ones(31)}
+    )
     files.write_manifest(run.checkpoint)
     assert_refused(
         run,

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from mora_ds.common.errors import FailedBeside
+from mora_ds.common.errors import NonFatalFailure
 from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.errors import run_error
@@ -103,7 +103,10 @@ def failing_job(is_offline, argv):
     """What failed in a run that the Hub rejects, or that has no network; training goes on.
     For `run_ranks`.
     """
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(NonFatalFailure) as failure,
+    ):
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
         with nullcontext() if is_offline else uploads_to(Path(), NO_PERMISSION):
             job(argv)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
@@ -24,13 +24,13 @@ def test_verify_finds_a_wrong_export(tmp_path, merged, dtype, fault, monkeypatch
 
     def wrong(original, updates, *rest):
         updates = list(updates)
-        return live_weight(
+        return merged_weight(
             original,
             updates[:-1] if fault == "matrix forgotten" else updates[1:],
             *rest,
         )
 
-    monkeypatch.setattr(stored_weights, "live_weight", wrong)
+    monkeypatch.setattr(stored_weights, "merged_weight", wrong)
     with run_error(r"does not match: logits .* error"):
         export_merged(run.checkpoint, merged, verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

@@ -10,7 +10,7 @@ import pytest
 from mora_ds.common.version import __version__
 from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
-from tools.docs_matrix import COLUMNS, OPTIONS, refusal
+from tools.docs_matrix import COLUMNS, OPTIONS, validation_errors_of
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -64,11 +64,19 @@ def test_the_support_matrix_asks_the_checks_of_a_run():
     lora = OPTIONS["`--adapter lora`"]
     full = OPTIONS["`--adapter full`"]
     assert "--tensor_parallel_size 2" in (
-        refusal(lora, COLUMNS["tensor parallel"]) or ""
+        validation_errors_of(lora, COLUMNS["tensor parallel"]) or ""
     )
-    assert "--merge_every" in (refusal(full, COLUMNS["ReMoRA merges"]) or "")
-    assert refusal(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"]) is None
-    assert refusal(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"]) is not None
+    assert "--merge_every" in (
+        validation_errors_of(full, COLUMNS["ReMoRA merges"]) or ""
+    )
+    assert (
+        validation_errors_of(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"])
+        is None
+    )
+    assert (
+        validation_errors_of(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"])
+        is not None
+    )
 
 
 def test_the_readme_is_one_screen_of_reading():

@@ -40,7 +40,7 @@ SETTINGS = EngineSettings(
 )
 
 
-def refusal(config):
+def validation_errors_of(config):
     """The message with which a config is refused."""
     with pytest.raises(UserError) as caught:
         resolve_ds_config(config, SETTINGS, world_size=3)
@@ -139,11 +139,11 @@ def test_small_mora_matrices_persist_and_large_ones_are_partitioned():
     assert small[PERSISTENT] == 362 * 362
     assert small["reduce_bucket_size"] == 7 * (256**2 + 362**2)
     assert small["stage3_prefetch_bucket_size"] == 8 * 362**2
-    squares = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
-    large = zero_sizes([*squares, *[4096] * 65], bf16)
+    mora_matrices = [1448**2] * 128 + [1944**2] * 96  # Llama-2-7B at rank 256
+    large = zero_sizes([*mora_matrices, *[4096] * 65], bf16)
     assert large[PERSISTENT] == 4096, "the norms persist, the matrices do not"
     assert large["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL
-    assert zero_sizes(squares, bf16)[PERSISTENT] == 0
+    assert zero_sizes(mora_matrices, bf16)[PERSISTENT] == 0
 
 
 def test_persistence_budget_is_in_bytes_of_the_compute_dtype():
@@ -255,7 +255,7 @@ CONTRADICTIONS = """{
 def test_contradictions_are_listed_at_once(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(CONTRADICTIONS)
-    assert refusal(path).splitlines() == [
+    assert validation_errors_of(path).splitlines() == [
         f'{path}: train_micro_batch_size_per_gpu = 8 but --per_device_train_batch_size = 4; set it to "auto"',
         f'{path}: gradient_accumulation_steps = 1 but --gradient_accumulation_steps = 2; set it to "auto"',
         f'{path}: gradient_clipping = 0.5 but --max_grad_norm = 1.0; set it to "auto"',
@@ -285,7 +285,7 @@ WRONG = """
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
 def test_each_wrong_setting_is_named(config, message):
-    text = refusal(parsed(config))
+    text = validation_errors_of(parsed(config))
     assert message in text
     assert len(text.splitlines()) == 1
 
@@ -310,7 +310,9 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path):
             value = {key: value}
         return value
 
-    assert REFUSED[path] in refusal(nested({"enabled": True, "device": "cpu"}))
+    assert REFUSED[path] in validation_errors_of(
+        nested({"enabled": True, "device": "cpu"})
+    )
     for off in (False, None, {"enabled": False}):
         assert resolve_ds_config(nested(off), SETTINGS, 1)
 

@@ -224,9 +224,9 @@ def test_tensor_parallelism_needs_stage_3():
 
 def test_mora_matrices_have_their_own_parameter_group():
     model = model_with_mora(train_norms=True)
-    squares, remaining = parameter_groups(model)
-    assert {id(p) for p in squares["params"]} == {
-        id(layer.square) for layer in mora_layers(model).values()
+    mora_matrices, remaining = parameter_groups(model)
+    assert {id(p) for p in mora_matrices["params"]} == {
+        id(layer.mora_matrix) for layer in mora_layers(model).values()
     }
     assert all(
         isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in remaining["params"]

@@ -245,7 +245,7 @@ def gathered_when_needed():
         statuses = {parameter.ds_status.name for parameter in persistent}
         assert torch.isfinite(micro_step(engine, tokens(2, seed=step)))
         history.append(("NOT_AVAILABLE" in statuses, engine.optimizer.overflow))
-    with zero.whole_parameter(engine, persistent[0]):
+    with zero.gathered_parameter(engine, persistent[0]):
         pass
     with torch.no_grad():
         assert torch.isfinite(causal_loss(engine, tokens(2, seed=0)))

@@ -21,7 +21,7 @@ from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import refusal, rows, run
+from tests.helpers.jobs import rows, run, validation_errors_of
 from tests.helpers.models import (
     adapted_model,
     causal_loss,
@@ -81,14 +81,16 @@ def small_model(lora=False):
     return model
 
 
-def squares_of(model):
+def mora_matrices_of(model):
     return [layer.value for layer in mora_layers(model).values()]
 
 
 def others_of(model):
-    squares = {id(square) for square in squares_of(model)}
+    mora_matrices = {id(mora_matrix) for mora_matrix in mora_matrices_of(model)}
     return [
-        parameter for parameter in model.parameters() if id(parameter) not in squares
+        parameter
+        for parameter in model.parameters()
+        if id(parameter) not in mora_matrices
     ]
 
 
@@ -129,9 +131,9 @@ def plain_run(merge_at=None, lora=False):
     """
     model = small_model(lora)
     layers = list(mora_layers(model).values())
-    squares = squares_of(model)
+    mora_matrices = mora_matrices_of(model)
     adam_parameters = others_of(model)
-    momentum = [torch.zeros_like(square) for square in squares]
+    momentum = [torch.zeros_like(mora_matrix) for mora_matrix in mora_matrices]
     adam = torch.optim.AdamW(
         adam_parameters, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY
     )
@@ -142,23 +144,25 @@ def plain_run(merge_at=None, lora=False):
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         adam.step()
         with torch.no_grad():
-            for layer, square, moving in zip(layers, squares, momentum, strict=True):
-                moving.lerp_(square.grad, 1 - BETA)
-                blended = square.grad.lerp(moving, BETA)
+            for layer, mora_matrix, moving in zip(
+                layers, mora_matrices, momentum, strict=True
+            ):
+                moving.lerp_(mora_matrix.grad, 1 - BETA)
+                blended = mora_matrix.grad.lerp(moving, BETA)
                 if lora:
                     update = orthogonal_factors(blended, layer.spec.d_in)
                 else:
                     update = orthogonal(blended)
-                square.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
+                mora_matrix.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
         if step + 1 == merge_at:
             for layer, moving in zip(
                 mora_layers(model).values(), momentum, strict=True
             ):
-                layer.weight += delta_weight(layer.spec, layer.square.data)
-                layer.square.data.zero_()
+                layer.weight += delta_weight(layer.spec, layer.mora_matrix.data)
+                layer.mora_matrix.data.zero_()
                 moving.zero_()
     return {
-        "squares": squares,
+        "mora_matrices": mora_matrices,
         "others": adam_parameters,
         "norms": norms,
         "momentum": _norm(momentum),
@@ -206,7 +210,9 @@ def sharded_run(stage, merge_at=None, precision="fp32", lora=False):
     return {
         "optimizer": type(engine.optimizer).__name__,
         "muon": [group["use_muon"] for group in engine.optimizer.param_groups],
-        "squares": [zero.full_fp32(square) for square in squares_of(model)],
+        "mora_matrices": [
+            zero.full_fp32(mora_matrix) for mora_matrix in mora_matrices_of(model)
+        ],
         "others": [zero.full_fp32(parameter) for parameter in others_of(model)],
         "norms": norms,
         "state": {(key, dtype) for key, dtype, _ in state},
@@ -228,11 +234,13 @@ def assert_follows(ranks, expected, tolerance):
     orthogonalized in parts, is off by more than that."""
     for rank in ranks:
         assert rank["muon"] == [True, False]
-        assert worst(rank["squares"], expected["squares"], RATE) < tolerance
+        assert worst(rank["mora_matrices"], expected["mora_matrices"], RATE) < tolerance
         # half: AdamW of small gradients
         assert worst(rank["others"], expected["others"], OTHERS_RATE) < 3 * tolerance
         assert rank["norms"] == pytest.approx(expected["norms"], rel=tolerance)
-        for one, another in zip(rank["squares"], ranks[0]["squares"], strict=True):
+        for one, another in zip(
+            rank["mora_matrices"], ranks[0]["mora_matrices"], strict=True
+        ):
             assert torch.equal(one, another), "ranks have moved apart"
         assert rank["state"] == {("momentum_buffer", torch.float32)}
         assert rank["frames"] == 0, "something was compiled"
@@ -292,7 +300,7 @@ def momentum_over_a_dropped_step():
     model = small_model()
     engine, *_ = initialize(model=model, config=muon_config(3, ROWS // 2, 1))
     factors = iter((1.0, math.nan))
-    squares_of(model)[0].register_hook(lambda gradient: gradient * next(factors))
+    mora_matrices_of(model)[0].register_hook(lambda gradient: gradient * next(factors))
     states = []
     for _ in range(2):
         micro_step(engine, tokens(ROWS // 2))
@@ -332,7 +340,7 @@ def test_schedule_keeps_the_ratio_of_the_two_learning_rates():
 def groups_of(family):
     """Elements of each parameter group, as the optimizer has them and as they should be."""
     model = adapted_model(family, train_embeddings=True, train_head=True)
-    expected = [squares_of(model), others_of(model)]
+    expected = [mora_matrices_of(model), others_of(model)]
     engine, *_ = initialize(model=model, config=muon_config(1, 2))
     assert engine.optimizer_name() == "muon"
     return numels_of(view_of(engine).groups()), numels_of(expected)
@@ -368,7 +376,7 @@ def test_the_job_learns_merges_and_resumes_bit_for_bit(user, tmp_path, out):
     assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
     assert max(row["learning_rate"] for row in steps) <= 0.05
     flags = user.flags(out, JOB, "--resume_from_checkpoint latest --optimizer adamw")
-    assert "--optimizer" in refusal(flags, ranks=2)
+    assert "--optimizer" in validation_errors_of(flags, ranks=2)
 
 
 def carried():
@@ -381,11 +389,13 @@ def carried():
         for step in range(2):
             counter.reset()
             micro_step(engine, tokens(3, seed=step))
-    padded = sum(-(-square.ds_numel // 2) * 2 for square in squares_of(model))
+    padded = sum(
+        -(-mora_matrix.ds_numel // 2) * 2 for mora_matrix in mora_matrices_of(model)
+    )
     return {
         "gathered": counter.gathered_bytes,
         "all": sum(counter.bytes.values()),
-        "squares": 4 * padded,
+        "mora_matrices": 4 * padded,
     }
 
 
@@ -394,6 +404,11 @@ def test_a_step_gathers_the_mora_matrices_five_times():
     Newton-Schulz, both again after.
     """
     for traffic in run_pooled(2, carried):
-        assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart
+        assert (
+            4.9 < traffic["gathered"] / traffic["mora_matrices"] < 5.5
+        )  # padding apart
         # The gradients' reduction
-        assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024
+        assert (
+            traffic["all"] - traffic["gathered"]
+            <= 1.1 * traffic["mora_matrices"] + 1024
+        )

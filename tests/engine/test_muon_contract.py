@@ -56,11 +56,11 @@ class Small(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.square = nn.Parameter(torch.randn(5, 5))
+        self.mora_matrix = nn.Parameter(torch.randn(5, 5))
         self.other = nn.Parameter(torch.randn(5))
 
     def forward(self, x):
-        return ((x @ self.square).sin() * self.other).square().mean()
+        return ((x @ self.mora_matrix).sin() * self.other).square().mean()
 
 
 def plain_engine(stage, **zero_settings):
@@ -82,7 +82,7 @@ def plain_engine(stage, **zero_settings):
         },
         "steps_per_print": 10**9,
     }
-    groups = [{"params": [model.square]}, {"params": [model.other]}]
+    groups = [{"params": [model.mora_matrix]}, {"params": [model.other]}]
     return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
 
 
@@ -96,9 +96,9 @@ def moved(stage):
     orthogonal.
     """
     engine = plain_engine(stage)
-    before = zero.full_fp32(engine.module.square).clone()
+    before = zero.full_fp32(engine.module.mora_matrix).clone()
     one_step(engine)
-    return ((zero.full_fp32(engine.module.square) - before).norm() / 0.1).item()
+    return ((zero.full_fp32(engine.module.mora_matrix) - before).norm() / 0.1).item()
 
 
 def everything(folder):
@@ -112,7 +112,7 @@ def everything(folder):
     for one in (engine, resumed):
         one_step(one)
     same = torch.equal(
-        *(zero.full_fp32(one.module.square) for one in (engine, resumed))
+        *(zero.full_fp32(one.module.mora_matrix) for one in (engine, resumed))
     )
     return {
         "clipped": clipped,

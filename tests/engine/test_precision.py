@@ -150,7 +150,9 @@ def plain_run(case):
     """The complete global batch at once, in fp32."""
     case = replace(case, dtype="float32", checkpointing=False)
     model = case.model()
-    squares = {name: layer.square for name, layer in mora_layers(model).items()}
+    mora_matrices = {
+        name: layer.mora_matrix for name, layer in mora_layers(model).items()
+    }
     optimizer = torch.optim.AdamW(
         list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0
     )
@@ -165,16 +167,16 @@ def plain_run(case):
         losses.append(loss.item())
         if step + 1 == MERGE_AFTER:
             for layer in mora_layers(model).values():
-                delta = delta_weight(layer.spec, layer.square.data)
+                delta = delta_weight(layer.spec, layer.mora_matrix.data)
                 layer.weight += delta.T if layer.transposed else delta
-                layer.square.data.zero_()
-                optimizer.state.pop(layer.square)
+                layer.mora_matrix.data.zero_()
+                optimizer.state.pop(layer.mora_matrix)
             set_cycle(model, case.mora(), 1)
-    other_parameters = others_of(model, squares)
+    other_parameters = others_of(model, mora_matrices)
     return {
         "losses": losses,
         "norms": norms,
-        "squares": detached(squares),
+        "mora_matrices": detached(mora_matrices),
         "others": detached(other_parameters),
     }
 
@@ -186,8 +188,8 @@ def batch(step, accumulation):
     )
 
 
-def others_of(model, squares):
-    ids = {id(square) for square in squares.values()}
+def others_of(model, mora_matrices):
+    ids = {id(mora_matrix) for mora_matrix in mora_matrices.values()}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -206,34 +208,36 @@ def sharded_run(case, folder):
     model = case.model()
     engine, *_ = initialize(model=model, config=case.deepspeed())
     merger = new_merger(case, engine, folder)
-    squares = {name: layer.square for name, layer in mora_layers(model).items()}
-    other_parameters = others_of(model, squares)
+    mora_matrices = {
+        name: layer.mora_matrix for name, layer in mora_layers(model).items()
+    }
+    other_parameters = others_of(model, mora_matrices)
     result = {"losses": [], "norms": [], "skipped": [], "probes": []}
     for step in range(STEPS):
         result["losses"].append(train_step(engine, batch(step, case.accumulation)))
         if step == 0:
-            result["start"] = largest(masters(engine, squares))
+            result["start"] = largest(master_weights(engine, mora_matrices))
         result["norms"].append(zero.gradient_norm(engine))
         result["skipped"].append(getattr(engine.optimizer, "overflow", False))
         if step + 1 == MERGE_AFTER:
             result["probes"].append(probe(engine))
-            weights_before = masters(engine, other_parameters)
+            weights_before = master_weights(engine, other_parameters)
             merger.merge(step + 1)
-            result["left"] = largest(masters(engine, squares))
+            result["left"] = largest(master_weights(engine, mora_matrices))
             result["state"] = {
                 key: tensor.abs().max().item()
                 for key, tensor in state_tensors(engine, 0)
             }
             result["others_kept"] = same(
-                weights_before, masters(engine, other_parameters)
+                weights_before, master_weights(engine, other_parameters)
             )
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))
         if step == MERGE_AFTER:
-            result["first"] = largest(masters(engine, squares))
+            result["first"] = largest(master_weights(engine, mora_matrices))
     result |= {
-        "squares": masters(engine, squares),
-        "others": masters(engine, other_parameters),
+        "mora_matrices": master_weights(engine, mora_matrices),
+        "others": master_weights(engine, other_parameters),
     }
     result["dtypes"] = {str(tensor.dtype) for tensor in frozen_buffers(model).values()}
     result["positions"] = {
@@ -269,7 +273,7 @@ def probe(engine):
     return causal_loss(engine, PROBE).item()
 
 
-def masters(engine, parameters):
+def master_weights(engine, parameters):
     return {
         name: zero.full_fp32(parameter).clone()
         for name, parameter in parameters.items()
@@ -322,7 +326,7 @@ def test_fp32_follows_one_process_across_a_merge(name, runs):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         assert result["probes"][1] == pytest.approx(result["probes"][0], abs=1e-6)
-        for group in ("squares", "others"):
+        for group in ("mora_matrices", "others"):
             assert result[group].keys() == expected[group].keys()
             for key, tensor in expected[group].items():
                 # Adam turns rounding of a gradient near zero into a step
@@ -379,5 +383,6 @@ def test_a_skipped_step_can_be_followed_by_a_merge(name, runs):
         assert after == before
         assert result["left"] == 0.0
         assert all(
-            torch.isfinite(square).all() for square in result["squares"].values()
+            torch.isfinite(mora_matrix).all()
+            for mora_matrix in result["mora_matrices"].values()
         )

@@ -111,7 +111,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
                     )
                 tail = shards.read(name, key, start)
                 assert tail.tolist() == (values[start:] + plus).tolist()
-        assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
+        assert shards.full(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
 
 
@@ -210,7 +210,7 @@ def test_runs_are_the_extents_of_all_ranks():
                 rows.append([number, start, end - start, rank, 0, 0, 1, 1])
         common = layout(world_size=world, groups=[{"a": [99], "b": [99]}])
         shards = shards_of(None, common, ranks)
-        shards._check_whole()
+        shards._check_complete()
         plain = EngineShards(None, common, shards.files, np.array(rows))
         for start, end in itertools.combinations(range(100), 2):
             pieces = shards._pieces("b", start, end - start)

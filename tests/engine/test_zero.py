@@ -32,9 +32,9 @@ def count_bytes(accumulation, zero_settings):
             for _ in range(accumulation):
                 micro_step(engine, tokens(3, seed=step))
         gathered = counter.gathered_bytes
-    trainable = sum(layer.square.ds_numel for layer in mora_layers(model).values())
+    trainable = sum(layer.mora_matrix.ds_numel for layer in mora_layers(model).values())
     padded = sum(
-        -(-layer.square.ds_numel // 2) * 2 for layer in mora_layers(model).values()
+        -(-layer.mora_matrix.ds_numel // 2) * 2 for layer in mora_layers(model).values()
     )
     base = sum(
         {t.data_ptr(): t.numel() for t in frozen_buffers(model).values()}.values()
@@ -100,11 +100,11 @@ def set_and_reset():
     )
     engine, *_ = initialize(model=model, config=config)
     assert isinstance(engine.optimizer, BF16_Optimizer), "else this tests another one"
-    squares = [layer.square for layer in mora_layers(model).values()]
-    zero.set_fp32(engine, {squares[0]: torch.ones(squares[0].shape)})
-    was_set = squares[0].float().unique().tolist()
+    mora_matrices = [layer.mora_matrix for layer in mora_layers(model).values()]
+    zero.set_fp32(engine, {mora_matrices[0]: torch.ones(mora_matrices[0].shape)})
+    was_set = mora_matrices[0].float().unique().tolist()
     zero.reset_group(engine, 0)
-    return was_set + squares[0].float().unique().tolist()
+    return was_set + mora_matrices[0].float().unique().tolist()
 
 
 def test_a_matrix_in_bf16_with_gradients_in_fp32_is_set_and_reset_as_forward_reads_it():

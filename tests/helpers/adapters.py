@@ -13,7 +13,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
     BaseReference,
-    DomainSquares,
+    DomainMatrices,
     write_adapter,
 )
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
@@ -79,14 +79,16 @@ class Maker:
             layers = (
                 self.layers(config, cycle) if layers_of is None else layers_of(cycle)
             )
-            squares = {}
+            mora_matrices = {}
             for name, entry in layers.items():
-                squares[name] = scale * torch.randn(
+                mora_matrices[name] = scale * torch.randn(
                     entry.operator.value_shape, generator=generator
                 )
-                updates.setdefault(name, []).append((entry.operator, squares[name]))
+                updates.setdefault(name, []).append(
+                    (entry.operator, mora_matrices[name])
+                )
             if cycle < cycles:
-                ledger.append(cycle + 1, layers, squares.items())
+                ledger.append(cycle + 1, layers, mora_matrices.items())
         extra = dict(trained or {})
         operators = {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
@@ -97,14 +99,14 @@ class Maker:
             step=7,
             trainables=tuple(extra),
             facts=dict(facts or {}),
-            domains=DomainSquares(domains, operators) if domains else None,
+            domains=DomainMatrices(domains, operators) if domains else None,
         )
-        domain_squares = {
-            name: square.expand(len(domains), -1, -1)
-            for name, square in squares.items()
+        domain_mora_matrices = {
+            name: mora_matrix.expand(len(domains), -1, -1)
+            for name, mora_matrix in mora_matrices.items()
             if domains
         }
-        write_adapter(folder, adapter, squares, extra, domain_squares)
+        write_adapter(folder, adapter, mora_matrices, extra, domain_mora_matrices)
         about.write(folder)
         files.write_manifest(folder)
         return updates

@@ -13,10 +13,10 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
+from mora_ds.engine.node_base import node_base_of
 from mora_ds.engine.traffic import nbytes_of
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
 from tests.helpers.adapters import summed
@@ -124,12 +124,16 @@ def merge_by_hand(engine):
     model = engine.module
     layers = mora_layers(model)
     node = node_base_of(model)
-    squares = {name: zero.full_fp32(layer.square) for name, layer in layers.items()}
+    mora_matrices = {
+        name: zero.full_fp32(layer.mora_matrix) for name, layer in layers.items()
+    }
 
-    def add(name, square):
-        layers[name].weight += delta_weight(layers[name].spec, square)
+    def add(name, mora_matrix):
+        layers[name].weight += delta_weight(layers[name].spec, mora_matrix)
 
-    node.form(model, [(name, squares[name]) for name in node.layers(model)], add)
+    node.rebuild_weight(
+        model, [(name, mora_matrices[name]) for name in node.layers(model)], add
+    )
     zero.reset_group(engine, 0)
 
 
@@ -199,6 +203,8 @@ def assert_replayed(ranks, folder):
     for result in ranks:
         for name, weight in result["weights"].items():
             original = base.read(f"{name}.weight")
-            replayed = summed(original, ledger.squares_of(name), False, weight.dtype)
+            replayed = summed(
+                original, ledger.mora_matrices_of(name), False, weight.dtype
+            )
             assert torch.equal(weight, replayed), name
             assert not torch.equal(weight, original), name

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.ops.index_tables import square_size
+from mora_ds.adapters.ops.index_tables import mora_matrix_size
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
@@ -38,7 +38,7 @@ class FakeRun:
     """Live parameter name -> value, in the compute dtype."""
     live: Any
     adapter: AdapterFile
-    squares: dict[str, torch.Tensor]
+    mora_matrices: dict[str, torch.Tensor]
 
 
 def fake_run(
@@ -90,10 +90,10 @@ def fake_run(
         expected[entry.weight] = summed(
             original, updates[name], entry.transposed, compute
         )
-        *merged, (spec, square) = updates[name]
+        *merged, (spec, mora_matrix) = updates[name]
         module = model.get_submodule(name)
         module.weight.data.copy_(summed(original, merged, entry.transposed, compute))
-        module.register_forward_hook(add_update(spec, square))
+        module.register_forward_hook(add_update(spec, mora_matrix))
     for name, value in values.items():
         parameters[name].data.copy_(value)
         for twin in parameters:
@@ -106,9 +106,11 @@ def fake_run(
         write_probe(checkpoint, model, dtype)
     files.write_manifest(checkpoint)
     files.replace_symlink(checkpoint.parent / "latest", checkpoint.name)
-    squares = {name: layer_updates[-1][1] for name, layer_updates in updates.items()}
+    mora_matrices = {
+        name: layer_updates[-1][1] for name, layer_updates in updates.items()
+    }
     return FakeRun(
-        folder / "out", checkpoint, base_folder, expected, model, adapter, squares
+        folder / "out", checkpoint, base_folder, expected, model, adapter, mora_matrices
     )
 
 
@@ -127,7 +129,7 @@ def layers_of(model, cycle):
                 kind,
                 d_in,
                 d_out,
-                square_size(d_in, d_out, 8, kind),
+                mora_matrix_size(d_in, d_out, 8, kind),
                 Grouping.PERMUTED,
                 seed,
             )
@@ -135,9 +137,9 @@ def layers_of(model, cycle):
     return layers
 
 
-def add_update(spec, square):
+def add_update(spec, mora_matrix):
     return lambda _, inputs, output: (
-        output + mora_update(spec, square.to(output.dtype), inputs[0])
+        output + mora_update(spec, mora_matrix.to(output.dtype), inputs[0])
     )
 
 

@@ -31,8 +31,8 @@ from mora_ds.adapters.ops.linear import mora_linear
 from mora_ds.config.arguments import from_flat
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
-from mora_ds.engine.base_ring import BaseRing, names_on_host
 from mora_ds.engine.host_copies import Copies
+from mora_ds.engine.layer_prefetcher import LayerPrefetcher, names_on_host
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, sequence_nll, token_nll
 from mora_ds.parallel.tensor_parallel import split_model
@@ -148,7 +148,9 @@ def prepare(model, arguments, dense):
     streams = training.base_device == "host"
     move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
     with (
-        BaseRing(model, CUDA, FakeCopies()).device_bound() if streams else nullcontext()
+        LayerPrefetcher(model, CUDA, FakeCopies()).device_bound()
+        if streams
+        else nullcontext()
     ):
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -197,9 +199,9 @@ def step(model, settings, first):
 
 
 def merge(layer):
-    square = layer.unshard(layer.value.detach()).float()
+    mora_matrix = layer.unshard(layer.value.detach()).float()
     norms = layer.merge(
-        torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square
+        torch.randn(layer.shape).bfloat16(), [(layer.spec, mora_matrix)], mora_matrix
     )
     assert {norm.device for norm in norms} == {CUDA}
 

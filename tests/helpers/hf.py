@@ -100,11 +100,11 @@ def trainer_in(
 def matrices(engine):
     """The unsharded MoRA matrices and the merged weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
-    squares = {
+    mora_matrices = {
         name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()
     }
     return {
-        **squares,
+        **mora_matrices,
         **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()},
     }
 

@@ -89,7 +89,7 @@ def check_kernels(spec, dtype):
 
 
 def check_rows(spec, tables, dtype):
-    """All kernels but `form`: what they make of rows of tokens."""
+    """All kernels but `rebuild_weight`: what they make of rows of tokens."""
     rotation = tables.rotation
     x = random(TOKENS, spec.d_in).to(dtype)
     g = random(TOKENS, spec.d_out, seed=1).to(dtype)
@@ -132,27 +132,31 @@ def check_rows(spec, tables, dtype):
 
 
 def check_form(spec, tables, dtype):
-    square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
+    mora_matrix = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
     weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
     operands = (
-        square,
+        mora_matrix,
         tables.unfold,
         tables.slots,
         tables.members,
         *tables.rotation,
         tables.blocks_out,
     )
-    expected = plain.form(weight, None, *operands)
-    same(launched(triton_ops.form, weight, None, *operands), expected, "form")
+    expected = plain.rebuild_weight(weight, None, *operands)
     same(
-        launched(triton_ops.form, weight.T.contiguous().T, None, *operands),
+        launched(triton_ops.rebuild_weight, weight, None, *operands),
+        expected,
+        "rebuild_weight",
+    )
+    same(
+        launched(triton_ops.rebuild_weight, weight.T.contiguous().T, None, *operands),
         expected,
         "form of a transposed weight",
     )
     values, scales = quantize(weight)
     same(
-        launched(triton_ops.form, values, scales, *operands),
-        plain.form(values, scales, *operands),
+        launched(triton_ops.rebuild_weight, values, scales, *operands),
+        plain.rebuild_weight(values, scales, *operands),
         "form of int8",
     )
 
@@ -227,15 +231,15 @@ def check_reads(spec):
 
 
 def check_outputs_that_read_several_rows():
-    """`form` of an operator that is not packaged, rotated and not."""
-    shipped = OPERATORS[OperatorKind.TRUNCATE]
+    """`rebuild_weight` of an operator that is not packaged, rotated and not."""
+    packaged = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
         OPERATORS[OperatorKind.TRUNCATE] = Operator(
             blocks_onto_wrapped_outputs, in_blocks=True, rotates=rotates
         )
         spec = OperatorSpec(OperatorKind.TRUNCATE, 18, 11, 4, Grouping.PERMUTED)
         check_form(spec, KernelTables(spec, CPU), torch.float32)
-    OPERATORS[OperatorKind.TRUNCATE] = shipped
+    OPERATORS[OperatorKind.TRUNCATE] = packaged
 
 
 def check_layer(spec):
@@ -243,12 +247,14 @@ def check_layer(spec):
     products = linear.KernelProducts(KernelTables(spec, DEVICE))
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
 
-        def layer(x, weight, bias, square, path=path):
-            x, weight, bias, square = (
-                tensor.to(DEVICE) for tensor in (x, weight, bias, square)
+        def layer(x, weight, bias, mora_matrix, path=path):
+            x, weight, bias, mora_matrix = (
+                tensor.to(DEVICE) for tensor in (x, weight, bias, mora_matrix)
             )
-            with_bias = mora_linear(x, weight, bias, square, products, path)
-            bias_after = mora_linear(x, weight, None, square, products, path) + bias
+            with_bias = mora_linear(x, weight, bias, mora_matrix, products, path)
+            bias_after = (
+                mora_linear(x, weight, None, mora_matrix, products, path) + bias
+            )
             return ((with_bias + bias_after) / 2).to(CPU)
 
         expected = outputs_and_gradients(spec, torch.float64, layer)

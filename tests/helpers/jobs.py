@@ -179,7 +179,7 @@ def output_of(argv):
     return Path([*["out"], *named][-1])
 
 
-def refusal(argv, ranks=1):
+def validation_errors_of(argv, ranks=1):
     """The message of the `UserError` with which all ranks refuse a run."""
     ((kind, message),) = set(run_ranks(ranks, refused, argv))
     assert kind == "UserError", message
@@ -266,11 +266,14 @@ def environment():
 def rows(out):
     """`metrics.jsonl`, read as strictly as any JSON reader would (no NaN, no Infinity)."""
 
-    def refuse(name):
+    def raise_validation_errors(name):
         raise AssertionError(f"{name} is no JSON")
 
     text = (out / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [
+        json.loads(line, parse_constant=raise_validation_errors)
+        for line in text.splitlines()
+    ]
 
 
 MEASURED = (

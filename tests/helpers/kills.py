@@ -145,17 +145,17 @@ def half_a_tokenizer():
 def half_a_layer(nth):
     """Die when half of the n-th frozen weight that is written has its new numbers."""
     calls = itertools.count(1)
-    form = AdaptedLinear.form
+    rebuild_weight = AdaptedLinear.rebuild_weight
 
     def patched(layer, original, updates):
         before = layer.weight.clone()
-        form(layer, original, updates)
+        rebuild_weight(layer, original, updates)
         if next(calls) == nth:
             half = len(before) // 2
             layer.weight[half:].copy_(before[half:])
             die()
 
-    AdaptedLinear.form = patched
+    AdaptedLinear.rebuild_weight = patched
 
 
 def cycle_without_its_line():
@@ -173,7 +173,7 @@ def cycle_without_its_line():
 # -- the moments -----------------------------------------------------------------------
 
 
-class Start(Enum):
+class RunContext(Enum):
     """The content of the output folder before the run that is killed."""
 
     NOTHING = "nothing"
@@ -194,7 +194,7 @@ class Moment:
     install: Install
     """Patches a process so that it dies then."""
     passes: Passes
-    start: Start
+    start: RunContext
     more: tuple[str, ...] = ()
     """Flags in addition to `STEPS`."""
     only_heavy: bool = False
@@ -233,7 +233,7 @@ half_a_row_of_metrics | first | nothing | - | half a row
 # a checkpoint
 matrices_are_gathered | all | nothing | .checkpoint.sections.AdapterSection.gather 3 | before .engine.zero.full_fp32 5
 engine_shard_half_written | all | nothing | .checkpoint.manager.CheckpointManager.save 3 | half a shard
-after_the_shards | all | nothing | - | before .checkpoint.manager.gather_to_first 3
+after_the_shards | all | nothing | - | before .checkpoint.manager.gather_to_rank0 3
 adapter_half_written | first | nothing | .checkpoint.sections.adapter_tensors 3 | \
 after .common.tensor_files.SafetensorsWriter.write 4
 ledger_half_copied | first | nothing | .checkpoint.sections._write_ledger 5 | before .checkpoint.storage.link_or_copy 2
@@ -273,7 +273,7 @@ old_run_half_deleted | first | another | - | half of a run deleted
 ledger_half_restored | first | unnamed | .checkpoint.sections.LedgerSection.load 1 | \
 before .remora.ledger.link_or_copy 2
 before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
-some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.form 3
+some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.rebuild_weight 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
 """
 """Moment | processes that reach it | content of the output folder at the start | call in
@@ -310,7 +310,9 @@ def installer(outer, death):
 
 
 MOMENTS = {
-    name: Moment(installer(outer, death), Passes[passes.upper()], Start[start.upper()])
+    name: Moment(
+        installer(outer, death), Passes[passes.upper()], RunContext[start.upper()]
+    )
     for name, passes, start, outer, death in rows(TABLE)
 }
 MOMENTS["after_the_best"].more = BEST

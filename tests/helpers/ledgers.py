@@ -19,7 +19,7 @@ def layers_of(cycle, modules=("a.q", "a.v")):
     return {module: entry(module, cycle) for module in modules}
 
 
-def squares_for(layers, seed, scale=1.0):
+def mora_matrices_for(layers, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: layer.operator.r_hat for name, layer in layers.items()}
     return {

@@ -98,8 +98,8 @@ def adapted_model(family="llama", checkpointing=False, model=None, **adapter):
     inject(adapted, MoRAConfig(**{"rank": 4, "operator": "share", **adapter}))
     for index, layer in enumerate(mora_layers(adapted).values()):
         generator = torch.Generator().manual_seed(index)
-        drawn = torch.randn(layer.square.shape, generator=generator)
-        layer.square.data = (0.02 * drawn).to(layer.square.dtype)
+        drawn = torch.randn(layer.mora_matrix.shape, generator=generator)
+        layer.mora_matrix.data = (0.02 * drawn).to(layer.mora_matrix.dtype)
     return adapted
 
 
@@ -130,7 +130,7 @@ def alone():
     """The ranks that `load_base` needs, in one process without a group."""
     return SimpleNamespace(
         agree=lambda what, work, long=False: work(),
-        on_first=lambda what, work, long=False: work(),
+        run_on_rank0=lambda what, work, long=False: work(),
         gather=lambda what, value: [value],
         rank=0,
         world=1,

@@ -129,26 +129,26 @@ def outputs_and_gradients(spec, dtype, layer):
     do with a layer's output.
     """
     x = random(2, 3, spec.d_in)
-    square = random(spec.r_hat, spec.r_hat, seed=1)
+    mora_matrix = random(spec.r_hat, spec.r_hat, seed=1)
     weight = random(spec.d_out, spec.d_in, seed=2)
     bias = random(spec.d_out, seed=3)
     g = random(2, 3, spec.d_out, seed=4)
     x = x.to(dtype).requires_grad_()
-    square = square.to(dtype).requires_grad_()
-    y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
+    mora_matrix = mora_matrix.to(dtype).requires_grad_()
+    y = layer(x, weight.to(dtype), bias.to(dtype), mora_matrix).mul_(2)
     return tuple(
         tensor.double()
-        for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype)))
+        for tensor in (y, *torch.autograd.grad(y, (x, mora_matrix), g.to(dtype)))
     )
 
 
 def by_definition(spec):
-    return lambda x, weight, bias, square: F.linear(
-        x, weight + delta_weight(spec, square), bias
+    return lambda x, weight, bias, mora_matrix: F.linear(
+        x, weight + delta_weight(spec, mora_matrix), bias
     )
 
 
 def by_path(spec, path):
-    return lambda x, weight, bias, square: mora_linear(
-        x, weight, bias, square, LayerProducts(spec), path
+    return lambda x, weight, bias, mora_matrix: mora_linear(
+        x, weight, bias, mora_matrix, LayerProducts(spec), path
     )

@@ -36,10 +36,10 @@ def gather_add_(
     y.copy_(_sums(x, table, cos, sin, back).add_(y))
 
 
-def form(
+def rebuild_weight(
     weight,
     scales,
-    square,
+    mora_matrix,
     unfold,
     slots,
     members,
@@ -47,12 +47,12 @@ def form(
     sin,
     blocks,
 ):
-    """See `ops.form`."""
+    """See `ops.rebuild_weight`."""
     del members
-    r_hat = len(square)
+    r_hat = len(mora_matrix)
     turned_blocks = blocks if cos is None else len(cos)
     padded = F.pad(
-        _wide(square), (0, 0, 0, 1)
+        _wide(mora_matrix), (0, 0, 0, 1)
     )  # one more row of zeros, which index -1 is
     read = [
         padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots
@@ -72,7 +72,7 @@ def form(
         if scales is None
         else weight * scales.unsqueeze(1).to(delta.dtype)
     )
-    return delta.add_(base).to(square.dtype)
+    return delta.add_(base).to(mora_matrix.dtype)
 
 
 def product(c, z):

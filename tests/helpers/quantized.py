@@ -104,7 +104,7 @@ def model_in_few_bits(config):
     report = inject(model, config)
     layers = mora_layers(model)
     assert (
-        report.total_params == before + report.square_params == count_parameters(model)
+        report.total_params == before + report.adapter_params == count_parameters(model)
     )
     few_bits = torch.int8 if config.base_bits == 8 else torch.uint8
     for name, tensor in frozen_buffers(model).items():

@@ -46,7 +46,9 @@ def model_of(case):
         enable_checkpointing(model)
     inject(model, config_of(case))
     for layer in mora_layers(model).values():
-        layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=generator)
+        layer.mora_matrix.data = 0.02 * torch.randn(
+            layer.mora_matrix.shape, generator=generator
+        )
     return model.train()
 
 
@@ -126,7 +128,8 @@ def split_run(case, degree, steps=STEPS, **zero_settings):
 
 def unsharded(engine, get):
     layers = {
-        f"{name}.square": layer for name, layer in mora_layers(engine.module).items()
+        f"{name}.mora_matrix": layer
+        for name, layer in mora_layers(engine.module).items()
     }
     tensors = {}
     for name, parameter in engine.module.named_parameters():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mora_ds.adapters.kernels import triton_ops
 from mora_ds.adapters.kernels.tables import KernelTables, empty_product
-from mora_ds.adapters.ops.index_tables import square_size
+from mora_ds.adapters.ops.index_tables import mora_matrix_size
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.runtime import cli
@@ -45,7 +45,7 @@ SHAPES = (
 TOKENS = (4096, 16384)
 STEPS = {
     "fold": ("fold",),
-    "form": ("form",),
+    "rebuild_weight": ("rebuild_weight",),
     "collect": ("collect",),
     "dM": ("product", "sum_parts"),
     "spread": ("spread",),
@@ -93,7 +93,7 @@ def main():
 
 def layer_spec(kind, rank, shape):
     return OperatorSpec(
-        kind, *shape, square_size(*shape, rank, kind), Grouping.PERMUTED, seed=1
+        kind, *shape, mora_matrix_size(*shape, rank, kind), Grouping.PERMUTED, seed=1
     )
 
 
@@ -142,10 +142,10 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
     y = tensor(tokens, spec.d_out)
     z = tensor(tokens, tables.fold.shape[1])
     c = tensor(tokens, tables.collect.shape[1])
-    square = tensor(side, side)
+    mora_matrix = tensor(side, side)
     weight = tensor(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
     scales = tensor(spec.d_out, dtype=torch.float32) if int8 else None
-    base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
+    base = tensor(spec.d_out, spec.d_in), weight, scales, mora_matrix, tables.unfold
     z_blocks = z.view(tokens, -1, side)
     c_blocks = c.view(tokens, -1, side)
     empty = empty_product(c_blocks, z_blocks, 2 * PROCESSORS)
@@ -159,11 +159,11 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
             x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False
         ),
         "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "form": triton_ops.plan_form(
+        "rebuild_weight": triton_ops.plan_form(
             *base, tables.slots, tables.members, *rotation, tables.blocks_out
         ),
         "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
-        "sum_parts": triton_ops.plan_sum_parts(square, parts),
+        "sum_parts": triton_ops.plan_sum_parts(mora_matrix, parts),
     }
 
 
@@ -203,14 +203,14 @@ def parts_read(launch):
             }
         case "_form_groups":
             return {
-                "square": second,
+                "mora_matrix": second,
                 "unfold": everything,
                 "members": everything,
                 "scales": everything,
             }
         case "_form_blocks":
             return dict.fromkeys(
-                ("square", "unfold", "slots", "cos", "sin", "scales"), everything
+                ("mora_matrix", "unfold", "slots", "cos", "sin", "scales"), everything
             )
         case "_product":
             tiles = -(-arguments["r_hat"] // constants["TILE"])

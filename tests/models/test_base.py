@@ -15,7 +15,7 @@ from mora_ds.common.files import read_json
 from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
-    NotOneToOne,
+    WeightMappingError,
     map_model,
     tensor_checksum,
     verify_against_model,
@@ -95,7 +95,7 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path):
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(
-        NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"
+        WeightMappingError, match=r"only pickled weights \(pytorch_model.bin\)"
     ):
         BaseCheckpoint.open(folder)
     base = write_own_base(
@@ -196,7 +196,8 @@ def test_tie_is_symmetric_and_prefers_the_twin(llama):
 
 def test_unmapped_names_are_listed(llama):
     with pytest.raises(
-        NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"
+        WeightMappingError,
+        match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$",
     ):
         map_model(
             BaseCheckpoint.open(llama),
@@ -213,11 +214,13 @@ def test_first_differing_tensor_is_named(llama):
     norm = tensors["model.norm.weight"].data
     norm[3] = torch.nextafter(norm[3], torch.tensor(9.0))
     with pytest.raises(
-        NotOneToOne, match=r"model\.norm\.weight of the model is not the tensor"
+        WeightMappingError, match=r"model\.norm\.weight of the model is not the tensor"
     ):
         verify_against_model(base, mapping, tensors, mapping)
     tensors["lm_head.weight"] = torch.zeros(130, 32)
-    with pytest.raises(NotOneToOne, match=r"\(130, 32\) in the model, \(128, 32\)"):
+    with pytest.raises(
+        WeightMappingError, match=r"\(130, 32\) in the model, \(128, 32\)"
+    ):
         verify_against_model(base, mapping, tensors, ["lm_head.weight"])
 
 

@@ -16,7 +16,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
 from mora_ds.models.load import local_folder, resolve_folder
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import VOCABULARY, losses, refusal, run
+from tests.helpers.jobs import VOCABULARY, losses, run, validation_errors_of
 from tests.helpers.models import alone, tiny_model
 from tests.helpers.resume import MERGING, assert_same_tensors
 
@@ -142,7 +142,9 @@ def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_othe
     assert weights.stat().st_ino == before
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     write(model_folder, {**tensors, name: tensors[name] * 2}, FP8)
-    assert "weights of --model_name_or_path" in refusal([*flags, "--max_steps", "4"])
+    assert "weights of --model_name_or_path" in validation_errors_of(
+        [*flags, "--max_steps", "4"]
+    )
     assert BaseCheckpoint.open(out / "base").dtypes() == {torch.float32}
 
 
@@ -193,7 +195,7 @@ def test_scales_that_do_not_fit_are_named(user, model_folder, out, damage):
     tensors = quantized_model("fp8", model_folder)
     damage(tensors)
     write(model_folder, tensors, FP8)
-    message = refusal(user.flags(out, *flags_of(model_folder, user.model)))
+    message = validation_errors_of(user.flags(out, *flags_of(model_folder, user.model)))
     words = f"has no {SCALES} of shape (4, 2)"
     if damage is with_another_float8:
         words = f"{UP} is torch.float8_e5m2 without block scales"

@@ -92,9 +92,9 @@ def test_documents_are_read_from_the_positions_of_all_rows():
     assert not torch.equal(by_documents, full)
     for silent in (split.expand(3, 2, -1), split[:, :-1], split.to("meta")):
         assert torch.equal(attend(*inputs, position_ids=silent), full)
-    square = parts(4, 4, 2)[:3]  # as many rows as tokens
-    axes = attend(*square, position_ids=torch.zeros(3, 4, 4))
-    assert torch.equal(axes, attend(*square))
+    mora_matrix = parts(4, 4, 2)[:3]  # as many rows as tokens
+    axes = attend(*mora_matrix, position_ids=torch.zeros(3, 4, 4))
+    assert torch.equal(axes, attend(*mora_matrix))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,7 +27,7 @@ from mora_ds.models.loss import (
     is_frozen,
     sequence_nll,
     token_nll,
-    whole_loss,
+    unchunked_loss,
 )
 from mora_ds.train import pretrain
 from mora_ds.train.preflight import logits_are_known
@@ -125,7 +125,7 @@ def test_evaluation_with_and_without_chunks_is_equal():
         chunk_loss(model, CHUNK)
         assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
         assert torch.equal(model(batch["input_ids"]).logits, logits)
-        whole_loss(model)
+        unchunked_loss(model)
         assert torch.equal(token_nll(model, batch), expected)
 
 
@@ -241,7 +241,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
         token_nll(model, batch)
     monkeypatch.undo()
     assert torch.equal(model(batch["input_ids"]).logits, logits)
-    whole_loss(model)
+    unchunked_loss(model)
     assert chunked_head_of(model) is None
     with chunked.recording() as outputs:
         model(batch["input_ids"])

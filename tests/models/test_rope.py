@@ -19,7 +19,7 @@ from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models import rope
 from mora_ds.models.load import folder_config, load_model
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import assert_close_losses, losses, refusal, run
+from tests.helpers.jobs import assert_close_losses, losses, run, validation_errors_of
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.resume import MERGING, assert_same_tensors
 from tests.helpers.tables import rows
@@ -80,7 +80,7 @@ def test_a_family_that_ignores_rope_scaling_is_named(
     files = ("--model_name_or_path", model, "--tokenizer_name", user.model)
     for dry_run in (False, True):
         flags = (*files, "--rope_scaling", YARN, "--dry_run", dry_run)
-        assert words in refusal(user.flags(out, *flags))
+        assert words in validation_errors_of(user.flags(out, *flags))
     with user_error(words):
         call("plan", "--gpus 8 --model", model, "--rope_scaling", YARN)
 
@@ -115,7 +115,7 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
     longer = (
         f"{MERGING} --seq_len 160 --per_device_train_batch_size 1 --train_norms true"
     )
-    message = refusal(user.flags(tmp_path / "short", longer))
+    message = validation_errors_of(user.flags(tmp_path / "short", longer))
     assert "--rope_scaling extends them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))
     model = load_model(user.model, torch.float32)
@@ -139,7 +139,9 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
 
     resume = f"{longer} --resume_from_checkpoint auto --max_steps 10"
     for scaling in ((), ("--rope_scaling", YARN.replace("4.0", "2.0"))):
-        assert "--rope_scaling" in refusal(user.flags(out, resume, *scaling))
+        assert "--rope_scaling" in validation_errors_of(
+            user.flags(out, resume, *scaling)
+        )
     export_peft(out, tmp_path / "peft", rank=4)
     changes = BaseReference.read(out / "checkpoints/latest").config_changes
     assert json.dumps(changes) in (tmp_path / "peft/README.md").read_text()
@@ -155,7 +157,7 @@ def test_rows_that_are_split_over_ranks_are_scaled_alike(user, tmp_path):
     assert_close_losses(tmp_path / "two", tmp_path / "one")
     # Which follows a complete row's length
     dynamic = user.flags(tmp_path / "dynamic", split, YARN.replace("yarn", "dynamic"))
-    assert "rope_type dynamic" in refusal(dynamic, ranks=2)
+    assert "rope_type dynamic" in validation_errors_of(dynamic, ranks=2)
 
 
 MISTAKES = """

@@ -89,11 +89,12 @@ def replicated(engine):
     parameters = {
         name: p for name, p in engine.module.named_parameters() if shard_info(p) is None
     }
-    masters = {
+    master_weights = {
         name: zero.full_fp32(parameter) for name, parameter in parameters.items()
     }
     return {
-        name: tensor_checksum(master.contiguous()) for name, master in masters.items()
+        name: tensor_checksum(master.contiguous())
+        for name, master in master_weights.items()
     }
 
 

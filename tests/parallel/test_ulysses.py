@@ -85,7 +85,7 @@ def plain_run(case):
         return [token_nll(model, batch) / (batch["labels"] != IGNORED).sum()]
 
     results = plain_steps(model, losses_of, STEPS, LEARNING_RATE)
-    add_deltas(model, lambda square: square.data)
+    add_deltas(model, lambda mora_matrix: mora_matrix.data)
     results["base"] = {
         name: tensor.clone() for name, tensor in frozen_buffers(model).items()
     }
@@ -132,7 +132,7 @@ def split_run(case, size):
         results["losses"].append(total.item() / predicted)
         results["norms"].append(zero.gradient_norm(engine))
     results["values"] = trained_values(engine)
-    add_deltas(model, lambda square: zero.full_fp32(square))
+    add_deltas(model, lambda mora_matrix: zero.full_fp32(mora_matrix))
     base = frozen_buffers(model)
     results["checksums"] = {
         name: tensor_checksum(tensor) for name, tensor in base.items()
@@ -145,7 +145,7 @@ def split_run(case, size):
 
 def add_deltas(model, unsharded):
     for layer in mora_layers(model).values():
-        delta = delta_weight(layer.spec, unsharded(layer.square))
+        delta = delta_weight(layer.spec, unsharded(layer.mora_matrix))
         # Processes may share it
         layer.weight = layer.weight + (delta.T if layer.transposed else delta)
 

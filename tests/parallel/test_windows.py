@@ -39,30 +39,32 @@ def bounds(size):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_windows_make_up_the_operator(spec):
-    square = random(spec.r_hat, spec.r_hat, seed=1).requires_grad_()
+    mora_matrix = random(spec.r_hat, spec.r_hat, seed=1).requires_grad_()
     weight = random(spec.d_out, spec.d_in, seed=2)
     x = random(6, spec.d_in, seed=3).requires_grad_()
     g = random(6, spec.d_out, seed=4)
-    y = x @ weight.T + mora_update(spec, square, x)
-    g_x, g_square = torch.autograd.grad(y, (x, square), g)
+    y = x @ weight.T + mora_update(spec, mora_matrix, x)
+    g_x, g_mora_matrix = torch.autograd.grad(y, (x, mora_matrix), g)
     colwise = [Window(spec, (0, spec.d_in), span) for span in bounds(spec.d_out)]
     rowwise = [Window(spec, span, (0, spec.d_out)) for span in bounds(spec.d_in)]
     with torch.no_grad():
-        formed = LayerProducts(spec).form(weight, square)
+        formed = LayerProducts(spec).rebuild_weight(weight, mora_matrix)
         for windows in (colwise, rowwise):
-            results = [computed(window, weight, square, x, g) for window in windows]
+            results = [
+                computed(window, weight, mora_matrix, x, g) for window in windows
+            ]
             outputs, gradients, of_m, of_m_by_weight, weights = zip(
                 *results, strict=True
             )
             is_colwise = windows is colwise
             assert_close(joined(outputs, is_colwise), y)
             assert_close(joined(gradients, not is_colwise), g_x)
-            assert_close(sum(of_m), g_square)
-            assert_close(sum(of_m_by_weight), g_square)
+            assert_close(sum(of_m), g_mora_matrix)
+            assert_close(sum(of_m_by_weight), g_mora_matrix)
             assert torch.equal(torch.cat(weights, dim=0 if is_colwise else 1), formed)
 
 
-def computed(window, weight, square, x, g):
+def computed(window, weight, mora_matrix, x, g):
     """A window's output, gradients of its inputs and of M on either path, and its
     rebuilt weight."""
     products = LayerProducts(window)
@@ -72,11 +74,11 @@ def computed(window, weight, square, x, g):
     saved = products.saved_input(x)
     collected = products.collect_once(g)
     return (
-        products.output(x, weight, None, square, saved),
-        products.input_gradient(g, weight, square, collected),
-        products.square_gradient(saved, g, collected, by_weight=False),
-        products.square_gradient(saved, g, None, by_weight=True),
-        products.form(weight, square),
+        products.output(x, weight, None, mora_matrix, saved),
+        products.input_gradient(g, weight, mora_matrix, collected),
+        products.mora_matrix_gradient(saved, g, collected, by_weight=False),
+        products.mora_matrix_gradient(saved, g, None, by_weight=True),
+        products.rebuild_weight(weight, mora_matrix),
     )
 
 

@@ -41,8 +41,10 @@ def layers(model):
 def fill(model, adapter="default", seed=1):
     """Matrices that are not zero."""
     for index, layer in enumerate(layers(model).values()):
-        square = layer.mora_square[adapter]
-        square.data = 0.05 * random(*square.shape, seed=100 * seed + index).to(square)
+        mora_matrix = layer.mora_matrix[adapter]
+        mora_matrix.data = 0.05 * random(
+            *mora_matrix.shape, seed=100 * seed + index
+        ).to(mora_matrix)
 
 
 def trained_names(model):
@@ -62,20 +64,22 @@ def test_logits_and_gradients_equal_those_of_mora_layers(family, operator):
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
     theirs = get_peft_model(theirs, MoraConfig(r=4, operator=operator))
     fill(theirs)
-    squares = {
-        name: layer.mora_square["default"] for name, layer in layers(theirs).items()
+    mora_matrices = {
+        name: layer.mora_matrix["default"] for name, layer in layers(theirs).items()
     }
-    assert squares.keys() == mora_layers(ours).keys()
+    assert mora_matrices.keys() == mora_layers(ours).keys()
     for name, layer in mora_layers(ours).items():
-        layer.square.data = squares[name].detach().clone()
+        layer.mora_matrix.data = mora_matrices[name].detach().clone()
     for model in (ours, theirs):
         causal_loss(model, IDS).backward()
     assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     for name, layer in mora_layers(ours).items():
-        assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
+        assert_close(
+            mora_matrices[name].grad, layer.mora_matrix.grad, rtol=1e-4, atol=1e-6
+        )
     names = trained_names(theirs)
-    assert len(names) == len(squares)
-    assert all("mora_square.default" in name for name in names)
+    assert len(names) == len(mora_matrices)
+    assert all("mora_matrix.default" in name for name in names)
 
 
 def test_an_adapter_is_saved_and_loaded(tmp_path):
@@ -171,7 +175,7 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused():
     layer = next(iter(layers(model).values()))
     before = layer.base_layer.weight.detach().clone()
     for adapter in names:
-        layer.mora_square[adapter].data.fill_(2e-5)
+        layer.mora_matrix[adapter].data.fill_(2e-5)
     wanted = before.float() + sum(layer.get_delta_weight(adapter) for adapter in names)
     layer.merge(adapter_names=names)
     assert layer.merged_adapters == names
@@ -179,14 +183,14 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused():
     assert not torch.equal(layer.base_layer.weight, before)
     layer.unmerge()
     before = layer.base_layer.weight.detach().clone()
-    layer.mora_square["a1"].data[0, 0] = torch.nan
+    layer.mora_matrix["a1"].data[0, 0] = torch.nan
     with user_error("merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged_adapters
     # Finite in fp32, but beyond fp16
     layer.half()
-    layer.mora_square["a1"].data.fill_(60_000)
+    layer.mora_matrix["a1"].data.fill_(60_000)
     layer.base_layer.weight.data.fill_(60_000)
     with user_error("merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
@@ -261,7 +265,7 @@ def test_several_adapters_are_chosen_by_name(tmp_path):
     loaded.delete_adapter("law")
     assert torch.equal(logits(loaded), physics)
     for layer in layers(loaded).values():
-        for of_adapters in (layer.mora_spec, layer.mora_dropout, layer.mora_square):
+        for of_adapters in (layer.mora_spec, layer.mora_dropout, layer.mora_matrix):
             assert [*of_adapters] == ["physics"]
 
 
@@ -278,8 +282,8 @@ def test_a_further_adapter_is_trained_once_it_is_chosen():
     model.set_adapter("y")
     assert trained_modules() == {"q_proj.y", "down_proj.y"}
     for layer in layers(model).values():
-        for name, square in layer.mora_square.items():
-            square.data.fill_({"x": 0.01, "y": 0.02}[name])
+        for name, mora_matrix in layer.mora_matrix.items():
+            mora_matrix.data.fill_({"x": 0.01, "y": 0.02}[name])
     model.base_model.set_adapter(["x", "y"])
     both = logits(model)
     model.merge_adapter()
@@ -339,11 +343,11 @@ def trained(world):
         causal_loss(wrapped, rows).backward()
         optimizer.step()
         optimizer.zero_grad()
-    squares = [layer.mora_square["default"] for layer in layers(model).values()]
-    return [square.detach() for square in squares]
+    mora_matrices = [layer.mora_matrix["default"] for layer in layers(model).values()]
+    return [mora_matrix.detach() for mora_matrix in mora_matrices]
 
 
 def test_two_processes_under_ddp_train_as_one():
     expected = trained(1)
-    for squares in run_ranks(2, trained, 2):
-        assert_close(squares, expected, rtol=0, atol=1e-6)
+    for mora_matrices in run_ranks(2, trained, 2):
+        assert_close(mora_matrices, expected, rtol=0, atol=1e-6)

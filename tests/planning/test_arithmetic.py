@@ -42,8 +42,8 @@ def test_what_a_rank_holds_at_each_stage(stage, weights, moments, gradients):
     memory = rank_memory(1000, 70, STEP, trained(stage), gathered)
     shard = 44 if stage == 3 else 43
     stays = 14 if stage == 3 else 0
-    assert memory.squares == weights
-    assert memory.masters == 4 * shard
+    assert memory.mora_matrices == weights
+    assert memory.master_weights == 4 * shard
     assert memory.moments == moments
     assert memory.gradients == gradients
     assert memory.bucket == 100
@@ -65,7 +65,7 @@ def test_what_a_rank_holds_at_each_stage(stage, weights, moments, gradients):
 def test_where_else_states_of_the_optimizer_are():
     offloaded = trained(2, zero={"offload_optimizer": {"device": "cpu"}})
     memory = rank_memory(0, 0, STEP, offloaded, GATHERED)
-    for name in ("masters", "moments", "gradients", "optimizer_step", "merge"):
+    for name in ("master_weights", "moments", "gradients", "optimizer_step", "merge"):
         assert getattr(memory, name) == 0
     assert memory.host_optimizer == 172 + 344 + 172
     on_cpu = rank_memory(0, 0, STEP, trained(2, on_cpu=True), GATHERED)

@@ -49,10 +49,10 @@ def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path):
 
 
 def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path, monkeypatch):
-    def refuse(*_):
+    def raise_validation_errors(*_):
         raise UserError("--base_bits 8: this model casts activations")
 
-    monkeypatch.setattr(step, "token_nll", refuse)
+    monkeypatch.setattr(step, "token_nll", raise_validation_errors)
     with user_error(r"^--base_bits 8: this model casts activations$"):
         planned_with(dry_run_of(tmp_path))
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.ops import mora
-from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
+from mora_ds.engine.layer_prefetcher import names_on_host, prefetcher_of
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, token_nll
@@ -194,7 +194,7 @@ def measured(case):
     engine, optimizer, *_ = initialize(
         model=model, config=case.deepspeed(), base_on_host=case.base_on_host
     )
-    prefetcher = ring_of(model)
+    prefetcher = prefetcher_of(model)
     copied = 0
     slots, on_host = (
         (prefetcher.slots, names_on_host(model)) if prefetcher else ([], set())
@@ -209,12 +209,12 @@ def measured(case):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
     moments = [value for key, value in state_tensors(engine, 0) if key != "step"]
-    masters = {
+    master_weights = {
         tensor.untyped_storage().data_ptr(): tensor.nbytes
         for tensor in optimizer.fp32_partitioned_groups_flat
     }
     # An upgrade might share them in fp32
-    masters.pop(optimizer.lp_param_buffer.untyped_storage().data_ptr(), None)
+    master_weights.pop(optimizer.lp_param_buffer.untyped_storage().data_ptr(), None)
     frozen = frozen_buffers(model)
     on_device = [*slots, *(frozen[name] for name in frozen.keys() - on_host)]
     return {
@@ -223,8 +223,8 @@ def measured(case):
         "base_sent": counter.base_bytes,
         "base": sum({id(tensor): tensor.nbytes for tensor in on_device}.values()),
         "copied": prefetcher.copied - copied if prefetcher else 0,
-        "squares": optimizer.lp_param_buffer.nbytes,
-        "masters": sum(masters.values()),
+        "mora_matrices": optimizer.lp_param_buffer.nbytes,
+        "master_weights": sum(master_weights.values()),
         "moments": sum(tensor.nbytes for tensor in moments),
         "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
         "bucket": sum(
@@ -278,7 +278,7 @@ def assert_as_planned(plan, measured_bytes, case):
     memory = plan.memory
     # With the rotary frequencies
     assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case
-    for name in ("squares", "masters", "moments", "gradients", "bucket"):
+    for name in ("mora_matrices", "master_weights", "moments", "gradients", "bucket"):
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 

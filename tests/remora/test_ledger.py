@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common import files
@@ -19,7 +19,7 @@ from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.damage import change_json, cut, flip, gone, set_value
 from tests.helpers.errors import run_error, user_error
-from tests.helpers.ledgers import entry, layers_of, shortened, squares_for
+from tests.helpers.ledgers import entry, layers_of, mora_matrices_for, shortened
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.tables import rows
 
@@ -29,7 +29,9 @@ BASE = "f" * 64
 def append(ledger, modules=("a.q", "a.v")):
     layers = layers_of(ledger.cycles, modules)
     ledger.append(
-        100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items()
+        100 * (ledger.cycles + 1),
+        layers,
+        mora_matrices_for(layers, ledger.cycles).items(),
     )
 
 
@@ -42,8 +44,10 @@ def folder(tmp_path):
 
 
 def state(ledger):
-    pairs = [pair for module in ("a.q", "a.v") for pair in ledger.squares_of(module)]
-    return [(spec, square.flatten().tolist()) for spec, square in pairs]
+    pairs = [
+        pair for module in ("a.q", "a.v") for pair in ledger.mora_matrices_of(module)
+    ]
+    return [(spec, mora_matrix.flatten().tolist()) for spec, mora_matrix in pairs]
 
 
 # -- contents --------------------------------------------------------------------------
@@ -52,9 +56,11 @@ def state(ledger):
 def test_mora_matrices_are_read_in_the_order_of_cycles(folder):
     ledger = Ledger.open(folder, BASE)
     assert ledger.cycles == 3
-    for cycle, (spec, square) in enumerate(ledger.squares_of("a.v")):
+    for cycle, (spec, mora_matrix) in enumerate(ledger.mora_matrices_of("a.v")):
         assert spec == layers_of(cycle)["a.v"].operator
-        assert torch.equal(square, squares_for(layers_of(cycle), cycle)["a.v"])
+        assert torch.equal(
+            mora_matrix, mora_matrices_for(layers_of(cycle), cycle)["a.v"]
+        )
     assert ledger.layers(1) == layers_of(1)
     assert [record.step for record in ledger.records] == [100, 200, 300]
 
@@ -76,7 +82,7 @@ def test_file_format(folder):
         chain = hashlib.sha256((chain + record["sha256"]).encode()).hexdigest()
         assert record["chain"] == chain
     with safe_open(str(folder / "cycle-00002.safetensors"), "pt") as handle:
-        assert set(handle.keys()) == {"a.q.square", "a.v.square"}
+        assert set(handle.keys()) == {"a.q.mora_matrix", "a.v.mora_matrix"}
         metadata = handle.metadata()
     assert (metadata["cycle"], metadata["step"]) == ("2", "300")
     assert json.loads(metadata["layers"])["a.q"]["weight"] == "a.q.weight"
@@ -87,7 +93,7 @@ def test_a_layer_may_start_at_a_later_cycle(tmp_path):
     append(ledger)
     append(ledger, ("a.q", "b.q"))
     for module, cycles in {"a.q": 2, "a.v": 1, "b.q": 1, "none": 0}.items():
-        assert len(list(ledger.squares_of(module))) == cycles
+        assert len(list(ledger.mora_matrices_of(module))) == cycles
 
 
 def test_a_snapshot_stays_as_it_is(folder):
@@ -153,7 +159,7 @@ def test_matrices_that_are_not_those_of_the_header_are_named(folder):
     ):
         ledger.verify()
     ledger._layers[1] = {name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}
-    with user_error(r"a\.q\.square is not fp32 \(8, 8\)"):
+    with user_error(r"a\.q\.mora_matrix is not fp32 \(8, 8\)"):
         ledger.verify()
 
 
@@ -175,10 +181,10 @@ def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder):
 def test_a_mora_matrix_that_is_not_finite_is_not_merged(folder, bad):
     ledger = Ledger.open(folder)
     layers = layers_of(3)
-    squares = squares_for(layers, 3)
-    squares["a.v"][0, 0] = bad
-    with run_error(r"a\.v\.square is not finite"):
-        ledger.append(400, layers, squares.items())
+    mora_matrices = mora_matrices_for(layers, 3)
+    mora_matrices["a.v"][0, 0] = bad
+    with run_error(r"a\.v\.mora_matrix is not finite"):
+        ledger.append(400, layers, mora_matrices.items())
     assert ledger.cycles == 3
     assert Ledger.open(folder).cycles == 3
 
@@ -197,11 +203,11 @@ def test_process_killed_while_writing(folder):
     child = os.fork()
     if child == 0:
 
-        def squares():
+        def mora_matrices():
             yield "a.q", torch.ones(6, 6)
             os._exit(9)
 
-        Ledger.open(folder).append(400, layers_of(3), squares())
+        Ledger.open(folder).append(400, layers_of(3), mora_matrices())
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert (folder / ".cycle-00003.safetensors.partial").exists()
@@ -272,16 +278,18 @@ def test_merged_weight_is_the_sum_in_order_rounded_once(
     original = original if stored_as_fp32 else original.to(dtype)
     before = original.clone()
     expected = original.float()
-    for spec, square in updates:
-        delta = delta_weight(spec, square)
+    for spec, mora_matrix in updates:
+        delta = delta_weight(spec, mora_matrix)
         expected = expected + (delta.T if transposed else delta)
-    live = live_weight(original, iter(updates), transposed, dtype)
+    live = merged_weight(original, iter(updates), transposed, dtype)
     assert live.dtype == dtype
     assert torch.equal(live, expected.to(dtype))
     assert torch.equal(original, before)
-    assert torch.equal(live_weight(original, [], transposed, dtype), original.to(dtype))
+    assert torch.equal(
+        merged_weight(original, [], transposed, dtype), original.to(dtype)
+    )
     assert (
-        live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
+        merged_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
     )
 
 
@@ -293,5 +301,5 @@ def test_merged_weight_has_the_same_bits_for_any_number_of_threads():
     updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]
     original = torch.randn(500, 700, generator=generator)
     assert_same_bits_for_every_number_of_threads(
-        lambda: live_weight(original, updates, False, torch.float32)
+        lambda: merged_weight(original, updates, False, torch.float32)
     )

@@ -59,11 +59,11 @@ def check_norms(report, base, ledger):
     """Checks the first merge; returns its deltas."""
     entries = ledger.layers(0)
     deltas = [
-        entry.operator.delta_weight(ledger.square(0, name))
+        entry.operator.delta_weight(ledger.mora_matrix(0, name))
         for name, entry in entries.items()
     ]
     norms = {
-        "mora_matrix_norm": norm(ledger.square(0, name) for name in entries),
+        "mora_matrix_norm": norm(ledger.mora_matrix(0, name) for name in entries),
         "delta_norm": norm(deltas),
         "weight_norm": norm(base.read(f"{name}.weight") for name in entries),
     }

@@ -132,7 +132,9 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path):
     names = list(bank.adapters)
     check_rows(bench, bank, names, tokens(len(names)))
     layer = "model.layers.0.mlp.up_proj"
-    counts = {name: len(bank.squares_of(name).get(layer, {})) for name in bank.adapters}
+    counts = {
+        name: len(bank.mora_matrices_of(name).get(layer, {})) for name in bank.adapters
+    }
     assert counts == {
         "permuted": 4,
         "plain": 1,
@@ -199,7 +201,7 @@ def test_the_lines_of_the_guide_run(rotating, tmp_path, monkeypatch):
     names = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
     exec(code_with("AdapterBank", "docs/research/bank.md"), names)
     assert names["logits"].shape == (3, 16, 128)
-    assert names["bank"].squares_of.cache_info().currsize == 2
+    assert names["bank"].mora_matrices_of.cache_info().currsize == 2
 
 
 def test_runs_and_checkpoints_are_adapters_too(tmp_path):
@@ -216,7 +218,7 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path):
     for names in ("complete", ["step", "complete"]):
         with bank.use(names):
             assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
-        assert bank.squares_of.cache_info().currsize == 1
+        assert bank.mora_matrices_of.cache_info().currsize == 1
 
 
 # -- what is refused -------------------------------------------------------------------

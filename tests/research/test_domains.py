@@ -16,7 +16,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import (
     domain_layers,
     domains_of,
-    squares_of_rows,
+    mora_matrices_of_rows,
     update_rows,
 )
 from mora_ds.adapters.inject import inject, set_cycle
@@ -36,9 +36,9 @@ from tests.helpers.errors import run_error, user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
     REPOSITORY,
-    refusal,
     research,
     run,
+    validation_errors_of,
 )
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import tiny_model, tokens
@@ -58,7 +58,7 @@ def domain_model(operator, family="llama", cycle=0, **config):
     set_cycle(model, wanted, cycle)
     generator = torch.Generator().manual_seed(0)
     for layer in domain_layers(model).values():
-        for value in (layer.square, layer.domain_squares):
+        for value in (layer.mora_matrix, layer.domain_mora_matrices):
             value.data = 0.02 * torch.randn(value.shape, generator=generator)
     return model
 
@@ -103,25 +103,29 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(
     domains_of(model).set(ROWS)
     mixed = row_losses(model, ids)
     mixed.sum().backward()
-    shared = {name: torch.zeros_like(layer.square) for name, layer in layers.items()}
+    shared = {
+        name: torch.zeros_like(layer.mora_matrix) for name, layer in layers.items()
+    }
     for index, domain in enumerate(NAMES):
         chosen = torch.tensor([name == domain for name in ROWS])
         plain = tiny_model(family)
         weights = {name: plain.get_parameter(f"{name}.weight") for name in layers}
         for name, layer in layers.items():
-            delta = delta_weight(layer.spec, layer.square.data)
-            delta += delta_weight(layer.own_spec, layer.domain_squares.data[index])
+            delta = delta_weight(layer.spec, layer.mora_matrix.data)
+            delta += delta_weight(
+                layer.own_spec, layer.domain_mora_matrices.data[index]
+            )
             weights[name].data += delta.T if layer.transposed else delta
         alone = row_losses(plain, ids[chosen])
         alone.sum().backward()
         torch.testing.assert_close(mixed[chosen], alone, rtol=1e-5, atol=0)
         for name, layer in layers.items():
             gradient = weights[name].grad.T if layer.transposed else weights[name].grad
-            of_domain = layer.domain_squares.grad[index]
+            of_domain = layer.domain_mora_matrices.grad[index]
             assert_close(of_domain, adjoint(layer.own_spec, gradient))
             shared[name] += adjoint(layer.spec, gradient)
     for name, layer in layers.items():
-        assert_close(layer.square.grad, shared[name])
+        assert_close(layer.mora_matrix.grad, shared[name])
         assert shared[name].abs().max() > 1e-3
 
 
@@ -141,12 +145,12 @@ def test_gradients_of_rows(kind):
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
         spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=3)
 
-        def update(squares, x, spec=spec):
-            return update_rows(spec, squares_of_rows(squares, choice), x)
+        def update(mora_matrices, x, spec=spec):
+            return update_rows(spec, mora_matrices_of_rows(mora_matrices, choice), x)
 
-        squares = random(3, r_hat, r_hat).requires_grad_()
+        mora_matrices = random(3, r_hat, r_hat).requires_grad_()
         x = random(3, 2, d_in, seed=1).requires_grad_()
-        assert torch.autograd.gradcheck(update, (squares, x))
+        assert torch.autograd.gradcheck(update, (mora_matrices, x))
 
 
 def test_a_row_without_a_mora_matrix_is_refused_by_name():
@@ -255,7 +259,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out
     assert_choices_are_named(user, reference, tmp_path)
 
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
-    message = refusal(domain_flags(user, out, mix, *resume), ranks=2)
+    message = validation_errors_of(domain_flags(user, out, mix, *resume), ranks=2)
     assert "research.domain_adapters" in message
     assert "['new', 'old'] there, ['new', 'older'] here" in message
 

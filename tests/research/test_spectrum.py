@@ -22,7 +22,7 @@ from tests.helpers.operators import random
 from tests.helpers.tables import rows
 
 
-def square(side, seed=0):
+def mora_matrix(side, seed=0):
     return random(side, side, seed=seed).float()
 
 
@@ -41,7 +41,8 @@ rotate | permuted
 def test_history_equals_that_of_the_summed_deltas(kind, grouping):
     spec = OperatorSpec(kind, 18, 23, 6, grouping)
     updates = [
-        (replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)
+        (replace(spec, seed=seed), mora_matrix(6, seed) / (seed + 1))
+        for seed in range(3)
     ]
     total = torch.zeros(23, 18, dtype=torch.float64)
     for cycle, spectrum in enumerate(layer_spectra(updates)):
@@ -58,7 +59,7 @@ def test_history_equals_that_of_the_summed_deltas(kind, grouping):
 
 def test_zeros_have_no_rank():
     spec = OperatorSpec(OperatorKind.TRUNCATE, 18, 23, 6)
-    first, second = layer_spectra([(spec, torch.zeros(6, 6)), (spec, square(6))])
+    first, second = layer_spectra([(spec, torch.zeros(6, 6)), (spec, mora_matrix(6))])
     assert set(vars(first).values()) == {0}
     assert (second.rank, second.new_span) == (6, 1.0)
 
@@ -91,11 +92,11 @@ def checkpoint(tmp_path):
     folder = tmp_path / "step"
     ledger = Ledger.create(folder / "ledger", "f" * 64)
     for cycle, names in enumerate((("a.q",), ("a.q", "a.v"))):
-        squares = [(name, square(6, cycle)) for name in names]
-        ledger.append(10 * cycle + 10, entries(cycle, names), squares)
+        mora_matrices = [(name, mora_matrix(6, cycle)) for name in names]
+        ledger.append(10 * cycle + 10, entries(cycle, names), mora_matrices)
     live = entries(2, ("a.q", "a.v"))
     adapter = AdapterFile(live, MoRAConfig(), "float32", 2, 25)
-    write_adapter(folder, adapter, {name: square(6, 2) for name in live}, {})
+    write_adapter(folder, adapter, {name: mora_matrix(6, 2) for name in live}, {})
     BaseReference("base", "f" * 64, {}, "float32").write(folder)
     return folder
 
@@ -106,7 +107,9 @@ def test_last_rows_of_a_checkpoint_are_its_current_mora_matrices(checkpoint):
     assert cycles == [("a.q", 0), ("a.q", 1), ("a.q", 2), ("a.v", 1), ("a.v", 2)]
     assert [row.step for row in table] == [10, 20, 25, 20, 25]
     assert [row.is_live for row in table] == [row.cycle == 2 for row in table]
-    updates = [(entries(n, ("a.q",))["a.q"].operator, square(6, n)) for n in range(3)]
+    updates = [
+        (entries(n, ("a.q",))["a.q"].operator, mora_matrix(6, n)) for n in range(3)
+    ]
     assert [row.spectrum for row in table[:3]] == list(layer_spectra(updates))
     assert not any(row.is_live for row in spectra(find_ledger(checkpoint / "ledger")))
 

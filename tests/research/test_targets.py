@@ -24,7 +24,7 @@ from mora_ds.research.analyze import (
 from mora_ds.research.targets import TargetPlan, read_plan
 from mora_ds.train.dry_run import planned
 from tests.helpers.errors import run_error, user_error
-from tests.helpers.jobs import refusal, research, run
+from tests.helpers.jobs import research, run, validation_errors_of
 from tests.helpers.mistakes import command
 from tests.helpers.models import tiny_model
 from tests.helpers.operators import random as normal
@@ -245,11 +245,13 @@ def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user, tmp_pa
 
     text = path.read_text()
     path.write_text(text.replace(f"{QUERY}: 10", f"{QUERY}: 12"))
-    message = refusal(resume, ranks=2)
+    message = validation_errors_of(resume, ranks=2)
     assert f"research.targets, {QUERY}: 10 there, 12 here" in message
     path.write_text(text.replace(fingerprint, "abc"))
     argv = research(user.flags(tmp_path / "other"), tmp_path, targets=path)
-    assert "the plan is for a model with the fingerprint 'abc'" in refusal(argv)
+    assert "the plan is for a model with the fingerprint 'abc'" in validation_errors_of(
+        argv
+    )
     assert not (tmp_path / "other").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mora_ds.runtime.exchange import gather_to_all, gather_to_first
+from mora_ds.runtime.exchange import gather_to_all, gather_to_rank0
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_ranks, start_ranks
 
@@ -28,13 +28,15 @@ def value_of(rank):
 def gathered():
     group = Ranks.current().group
     rank = dist.get_rank()
-    return gather_to_first(value_of(rank), group), gather_to_all(rank, group)
+    return gather_to_rank0(value_of(rank), group), gather_to_all(rank, group)
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_every_value_arrives_in_the_order_of_ranks(world):
-    (on_first, *elsewhere), everywhere = zip(*run_ranks(world, gathered), strict=True)
-    assert on_first == [value_of(rank) for rank in range(world)]
+    (run_on_rank0, *elsewhere), everywhere = zip(
+        *run_ranks(world, gathered), strict=True
+    )
+    assert run_on_rank0 == [value_of(rank) for rank in range(world)]
     assert elsewhere == [None] * (world - 1)
     assert list(everywhere) == [list(range(world))] * world
 
@@ -47,7 +49,7 @@ def counted():
     ranks = Ranks.current()
     with_group = sockets()
     ranks.barrier("one")
-    ranks.on_first("two", lambda: 1)
+    ranks.run_on_rank0("two", lambda: 1)
     ranks.gather("three", ranks.rank)
     ranks.same("four", {"--seed": 1})
     return before, with_group, sockets()

@@ -62,7 +62,7 @@ def meetings(rank):
         "user error first": loading(UserError(odd), RunError("no")),
         "unexpected": loading(KeyError(odd)),
         "different checks": lambda: (
-            ranks.barrier("one") if is_odd else ranks.on_first("other", lambda: 1)
+            ranks.barrier("one") if is_odd else ranks.run_on_rank0("other", lambda: 1)
         ),
         "between checks": between,
         "nested": nested,
@@ -124,7 +124,7 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
 
 
 def long_work():
-    return Ranks.current(timeout_s=1.0).on_first(
+    return Ranks.current(timeout_s=1.0).run_on_rank0(
         "tokens", lambda: (time.sleep(2), 5)[1], long=True
     )
 

@@ -33,7 +33,7 @@ def test_every_layer_has_a_row(tmp_path):
 def test_the_reference_computes_the_same_update(kind, shape):
     """But for rotation of more inputs than outputs, of which it drops what is too much."""
     spec = OperatorSpec(kind, *shape, 8, Grouping.PLAIN, seed=1)
-    square = torch.randn(8, 8)
+    mora_matrix = torch.randn(8, 8)
     x = torch.randn(3, spec.d_in)
-    update = reference_update(spec, square, x)
-    torch.testing.assert_close(update, x @ delta_weight(spec, square).T)
+    update = reference_update(spec, mora_matrix, x)
+    torch.testing.assert_close(update, x @ delta_weight(spec, mora_matrix).T)

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
 from mora_ds.engine import device
-from mora_ds.engine.base_ring import BaseRing
 from mora_ds.engine.initialize import start_distributed
+from mora_ds.engine.layer_prefetcher import LayerPrefetcher
 from mora_ds.engine.settings import BaseDevice
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.ranks import Ranks
@@ -43,13 +43,13 @@ def deep(user, out, *more):
 def counted(argv):
     """A run's summary, and the bytes that it copied to the buffers."""
     prefetchers = []
-    original = BaseRing.__init__
+    original = LayerPrefetcher.__init__
 
     def noted(prefetcher, *args):
         original(prefetcher, *args)
         prefetchers.append(prefetcher)
 
-    with patch.object(BaseRing, "__init__", noted):
+    with patch.object(LayerPrefetcher, "__init__", noted):
         summary = train(parse(argv))
     return summary, sum(prefetcher.copied for prefetcher in prefetchers)
 

@@ -23,7 +23,7 @@ def disturbed_job(argv, model, change):
     """
     disturb(
         3,
-        lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors"),
+        lambda trainer: trainer.ranks.is_rank0 and change(model / "model.safetensors"),
     )
     return refused(argv)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mora_ds.common.files import replace_symlink
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import finished_run, losses, refusal, rows, run
+from tests.helpers.jobs import finished_run, losses, rows, run, validation_errors_of
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.resume import (
     assert_same_tensors,
@@ -62,10 +62,12 @@ def test_a_branch_equals_a_run_that_decays_from_its_start(user, parent, tmp_path
     with untouched(parent):
         run_alone(interrupted_job, by_link, START + 3)
     later = str(checkpoint.with_name("step-000006"))
-    assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
+    assert "step of --decay_from: 4 there, 6 here" in validation_errors_of(
+        [*branch, later]
+    )
     another = shutil.copytree(checkpoint, tmp_path / "another" / checkpoint.name)
     (another / "manifest.json").write_text("{}")
-    message = refusal([*branch, str(another)])
+    message = validation_errors_of([*branch, str(another)])
     assert "manifest of the checkpoint of --decay_from: " in message
     replace_symlink(latest, later)
     elsewhere = tmp_path / "gone"
@@ -106,7 +108,7 @@ def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
 def test_checkpoints_without_a_branch_are_refused(user, parent, tmp_path):
     def message_of(checkpoint, *more):
         steps = ("--max_steps", DECAY, "--decay_from", checkpoint)
-        return refusal(user.flags(tmp_path / "a", STABLE, *steps, *more))
+        return validation_errors_of(user.flags(tmp_path / "a", STABLE, *steps, *more))
 
     checkpoints = parent / "checkpoints"
     stable = checkpoints / "step-000004"
@@ -136,6 +138,6 @@ def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path, out):
         decay = "--lr_scheduler_type wsd --max_steps 3 --decay_from"
         return user.flags(out, decay, tmp_path / checkpoint)
 
-    message = refusal(branch("linear/checkpoints/step-000002"))
+    message = validation_errors_of(branch("linear/checkpoints/step-000002"))
     assert "its learning rate is not at the peak" in message
     assert run(1, branch("constant/checkpoints/latest"))["steps"] == 7

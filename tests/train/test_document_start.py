@@ -20,7 +20,7 @@ from mora_ds.data import (
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import job, losses, printed, refusal, run
+from tests.helpers.jobs import job, losses, printed, run, validation_errors_of
 from tests.helpers.tables import heavy
 from tests.helpers.tools import call
 
@@ -97,7 +97,7 @@ def test_a_run_prints_that_documents_have_no_start_token(user, tmp_path, model_f
 def test_a_resume_needs_the_same_start_token(user, out, more):
     run(1, user.flags(out, START, more))
     resume = user.flags(out, more, "--resume_from_checkpoint auto --max_steps 8")
-    message = refusal(resume)
+    message = validation_errors_of(resume)
     assert "--document_start" in message or "train.text" in message
     run(1, [*resume, *START.split()])
     assert len(losses(out)) == 8

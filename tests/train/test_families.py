@@ -80,17 +80,23 @@ def end_to_end(root, family):
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=ds_config(3, ROWS, 1))
     work = Run(engine, base=loaded.base, folder=folder, keys=loaded.keys)
-    squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
+    mora_matrices = {
+        name: layer.mora_matrix for name, layer in mora_layers(loaded.model).items()
+    }
 
     train_step(engine, seed=1)
     train_step(engine, seed=2)
     norms = {
-        name: zero.full_fp32(square).norm().item() for name, square in squares.items()
+        name: zero.full_fp32(mora_matrix).norm().item()
+        for name, mora_matrix in mora_matrices.items()
     }
     before = probe(engine)
     work.merge(2)
     after = probe(engine)
-    left = max(zero.full_fp32(square).abs().max().item() for square in squares.values())
+    left = max(
+        zero.full_fp32(mora_matrix).abs().max().item()
+        for mora_matrix in mora_matrices.values()
+    )
 
     # So that the checkpoint holds matrices that are not merged
     train_step(engine, seed=3)
@@ -202,7 +208,7 @@ def adapted(family, attention):
             parameter.data *= 5
     inject(model, MoRAConfig(rank=4))
     for layer in mora_layers(model).values():
-        torch.nn.init.normal_(layer.square, std=0.05)
+        torch.nn.init.normal_(layer.mora_matrix, std=0.05)
     return model
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mora_ds.common.files import replace_symlink
 from tests.helpers.jobs import run
-from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
+from tests.helpers.kills import MOMENTS, STEPS, Passes, RunContext, killed_run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
 
@@ -43,13 +43,13 @@ def reference_of(user, tmp_path_factory):
 
 
 def prepare(out, reference, start):
-    if start in (Start.FINISHED, Start.UNNAMED):
+    if start in (RunContext.FINISHED, RunContext.UNNAMED):
         shutil.copytree(reference, out, symlinks=True)
-    if start is Start.UNNAMED:
+    if start is RunContext.UNNAMED:
         (out / "summary.json").unlink()
         shutil.rmtree(out / "merged")
         replace_symlink(out / "checkpoints/latest", "step-000005")
-    if start is Start.ANOTHER:
+    if start is RunContext.ANOTHER:
         folders = (
             "checkpoints/step-000009/one",
             "ledger/two",
@@ -73,7 +73,7 @@ def kill_and_run_again(user, tmp_path, reference, moment, victims, ranks, precis
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start
     prepare(out, reference, start)
-    how = OVERWRITE if start is Start.ANOTHER else AUTO
+    how = OVERWRITE if start is RunContext.ANOTHER else AUTO
     own_cache = (
         ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
     )
@@ -136,7 +136,7 @@ def test_a_run_that_another_had_set_aside_goes_on(user, reference_of, out):
     old run is resumed.
     """
     reference = reference_of(2, "fp32", ())
-    prepare(out, reference, Start.UNNAMED)
+    prepare(out, reference, RunContext.UNNAMED)
     overwriting = command(user, out, "fp32", OVERWRITE)
     killed_run(2, overwriting, "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()

@@ -142,11 +142,11 @@ def demo_refused(argv):
             folder.mkdir(parents=True)
             (folder / "file").write_text("new")
 
-    def refuse(arguments, ranks):
+    def raise_validation_errors(arguments, ranks):
         raise UserError("--eval_files: no file")
 
     demo.write_inputs = write_inputs
-    demo.pretrain = refuse
+    demo.pretrain = raise_validation_errors
     with pytest.raises(UserError) as caught:
         train(parse(argv))
     return str(caught.value)

@@ -88,12 +88,12 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tm
     for out in remaining:
         assert_close_losses(out, reference, rtol=2e-6)
         assert_close_evals(out, reference)
-        squares, expected = (
+        mora_matrices, expected = (
             load_file(path / "checkpoints/latest/adapter.safetensors")
             for path in (out, reference)
         )
         for name in expected:
-            assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
+            assert_close(mora_matrices[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
 def test_document_mask_can_be_turned_off(user, tmp_path):

@@ -16,7 +16,7 @@ import mora_ds
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.terms import join
 from mora_ds.deploy.adapter_io import load_adapter
@@ -32,7 +32,7 @@ from mora_ds.remora.ledger import Ledger
 from tests.helpers.engines import ds_config, half_precision
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
-from tests.helpers.jobs import refusal, run
+from tests.helpers.jobs import run, validation_errors_of
 from tests.helpers.models import FAMILIES, micro_step, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
@@ -75,8 +75,10 @@ def assert_same_pair(pair, expected, name):
 
 def assert_rounded_once(layers, base, ledger):
     for name, pair in layers.items():
-        updates = [] if ledger is None else ledger.squares_of(name)
-        exact = live_weight(base.read(f"{name}.weight"), updates, False, torch.float32)
+        updates = [] if ledger is None else ledger.mora_matrices_of(name)
+        exact = merged_weight(
+            base.read(f"{name}.weight"), updates, False, torch.float32
+        )
         assert_same_pair(pair, quantize(exact), name)
 
 
@@ -196,15 +198,17 @@ def test_ranks_hold_the_base_bits_and_the_ledger_matrices(
         assert result["lost"][-1] < 1e-5
         for name, bits in result["bits"].items():
             exact = nf4.quantize(base.read(f"{name}.weight"))
-            terms = join(ledger.squares_of(name))
+            terms = join(ledger.mora_matrices_of(name))
             of_grouping = {"alternate": 2, "permuted": 3}
             assert len(terms) == of_grouping.get(getattr(config, "grouping", ""), 1)
             assert_same_pair(bits, exact, name)
             assert_same_pair(quantized(model)[name], exact, name)
             for have in (result["merged"][name], loaded[name].merged):
-                for (spec, square), (wanted, expected) in zip(have, terms, strict=True):
+                for (spec, mora_matrix), (wanted, expected) in zip(
+                    have, terms, strict=True
+                ):
                     assert spec == wanted
-                    assert torch.equal(square, expected)
+                    assert torch.equal(mora_matrix, expected)
 
 
 # -- runs ------------------------------------------------------------------------------
@@ -217,9 +221,12 @@ def exact_export(out, model):
     base = BaseCheckpoint.open(model)
     ledger = Ledger.open(latest / "ledger")
     return {
-        f"{name}.weight": live_weight(
+        f"{name}.weight": merged_weight(
             base.read(f"{name}.weight"),
-            [*ledger.squares_of(name), (layer.spec, adapter[f"{name}.square"])],
+            [
+                *ledger.mora_matrices_of(name),
+                (layer.spec, adapter[f"{name}.mora_matrix"]),
+            ],
             False,
             torch.float32,
         )
@@ -245,7 +252,9 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     exported = load_file(merged / "model.safetensors")
     for name, weight in exact_export(out, user.model).items():
         assert torch.equal(exported[name], weight), name
-    message = refusal(user.flags(out, MERGING, "--resume_from_checkpoint auto"))
+    message = validation_errors_of(
+        user.flags(out, MERGING, "--resume_from_checkpoint auto")
+    )
     assert f"--base_bits: {bits} there, 16 here" in message
 
 
@@ -294,9 +303,9 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
     assert "quantized" not in report(unquantized)
     assert ("each merge adds" in report(small)) == (bits == 4)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
-    squares = sum(2 * layer.value.numel() for layer in layers)
-    assert small.a_merge_adds == (squares + tables if bits == 4 else 0)
-    assert unquantized.a_merge_adds == unquantized.quantized == 0
+    mora_matrices = sum(2 * layer.value.numel() for layer in layers)
+    assert small.bytes_per_merge == (mora_matrices + tables if bits == 4 else 0)
+    assert unquantized.bytes_per_merge == unquantized.quantized == 0
 
 
 def test_a_plan_counts_the_dense_weight():

@@ -66,9 +66,9 @@ def model_config(size, folder):
     """The packaged config of a model that is trained from scratch; otherwise one of the
     size that the recipe is for.
     """
-    shipped = CONFIGS / "models" / f"llama_{size}.json"
-    if shipped.is_file():
-        return shipped
+    packaged = CONFIGS / "models" / f"llama_{size}.json"
+    if packaged.is_file():
+        return packaged
     config_file = folder / "config.json"
     config_file.write_text(
         json.dumps(

@@ -21,9 +21,9 @@ from tests.helpers.jobs import (
     finished_run,
     losses,
     printed,
-    refusal,
     rows,
     run,
+    validation_errors_of,
 )
 from tests.helpers.resume import (
     MERGING,
@@ -136,7 +136,7 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     assert "it was on its way to 9 steps and has 12 now" in output
     assert torch.equal(losses(copied)[:9], losses(reference))
     assert len(losses(copied)) == 12
-    message = refusal([*again, "7"])
+    message = validation_errors_of([*again, "7"])
     assert "--max_steps" in message
     assert "step-000012" in message
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
 ):
     def differing(*more):
         resume = "--resume_from_checkpoint latest"
-        return refusal(user.flags(copied, MERGING, resume, *more))
+        return validation_errors_of(user.flags(copied, MERGING, resume, *more))
 
     with untouched(copied):
         message = differing(
@@ -191,6 +191,6 @@ def test_ranks_that_cannot_share_the_batch_are_refused(user, reference):
         MERGING,
         "--resume_from_checkpoint auto --per_device_train_batch_size 1",
     )
-    message = refusal(flags, ranks=3)
+    message = validation_errors_of(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message
     assert "start a number of them that divides 2" in message

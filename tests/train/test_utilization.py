@@ -6,7 +6,7 @@ import pytest
 
 from mora_ds.planning.utilization import token_flops
 from mora_ds.train import job as job_module
-from mora_ds.train.job import Job
+from mora_ds.train.training_setup import TrainingSetup
 from tests.helpers.models import tiny_model
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -25,7 +25,7 @@ def test_utilization(card, bf16, said, peak, monkeypatch):
     lines = []
     monkeypatch.setattr(job_module, "card_name", lambda: card)
     monkeypatch.setattr(job_module.logger, "info", lines.append)
-    job = Job.__new__(Job)
+    job = TrainingSetup.__new__(TrainingSetup)
     model = tiny_model("llama")
     vars(job).update(
         ds_config={"bf16": {"enabled": bf16}},

@@ -182,7 +182,7 @@ def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:
     The map from M to the weight has orthogonal columns but for groups that the sizes
     cut short, so few steps suffice.
     """
-    square = torch.zeros_like(adjoint(spec, gradient))
+    mora_matrix = torch.zeros_like(adjoint(spec, gradient))
     residual = adjoint(spec, gradient)
     direction = residual
     for _ in range(CONJUGATE_STEPS):
@@ -190,13 +190,13 @@ def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:
             break
         curved = adjoint(spec, delta_weight(spec, direction))
         length = residual.square().sum() / (direction * curved).sum()
-        square = square + length * direction
+        mora_matrix = mora_matrix + length * direction
         smaller = residual - length * curved
         direction = (
             smaller + smaller.square().sum() / residual.square().sum() * direction
         )
         residual = smaller
-    return delta_weight(spec, square)
+    return delta_weight(spec, mora_matrix)
 
 
 if __name__ == "__main__":

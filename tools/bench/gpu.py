@@ -45,7 +45,7 @@ from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
+from mora_ds.adapters.ops.index_tables import OPERATORS, mora_matrix_size
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
@@ -118,7 +118,7 @@ def operators(options: argparse.Namespace) -> list[list[str]]:
 def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
     d_in, d_out, rank = (48, 80, 8) if options.toy else (4096, 11008, 256)
     for kind, operator in OPERATORS.items():
-        r_hat = square_size(d_in, d_out, 8 if operator.rotates else rank, kind)
+        r_hat = mora_matrix_size(d_in, d_out, 8 if operator.rotates else rank, kind)
         for grouping in operator.groupings:
             yield OperatorSpec(kind, d_in, d_out, min(r_hat, d_in), grouping, seed=1)
 
@@ -128,16 +128,18 @@ def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list
     CPU."""
     x = torch.randn(8 if options.toy else 512, spec.d_in).double()
     weight = torch.randn(spec.d_out, spec.d_in).double()
-    square = torch.randn(spec.r_hat, spec.r_hat).double()
+    mora_matrix = torch.randn(spec.r_hat, spec.r_hat).double()
     plain = LayerProducts(spec)
-    wanted = _product(plain, Compute.ACTIVATION, x, weight, square)
-    merged = delta_weight(spec, square.float())
-    merged_there = delta_weight(spec, square.float().to(options.device))
+    wanted = _product(plain, Compute.ACTIVATION, x, weight, mora_matrix)
+    merged = delta_weight(spec, mora_matrix.float())
+    merged_there = delta_weight(spec, mora_matrix.float().to(options.device))
     same = torch.equal(merged_there.cpu(), merged)
     kernels = KernelProducts(KernelTables(spec, options.device))
     rows = []
     for dtype in DTYPES:
-        there = [tensor.to(options.device, dtype) for tensor in (x, weight, square)]
+        there = [
+            tensor.to(options.device, dtype) for tensor in (x, weight, mora_matrix)
+        ]
         for path in PATHS:
             results = _product(kernels, path, *there)
             errors = [
@@ -157,13 +159,17 @@ def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list
 
 
 def _product(
-    products: LayerProducts, path: Compute, x: Tensor, weight: Tensor, square: Tensor
+    products: LayerProducts,
+    path: Compute,
+    x: Tensor,
+    weight: Tensor,
+    mora_matrix: Tensor,
 ) -> tuple[Tensor, ...]:
     """y, and the gradients of x and M for a gradient of one everywhere."""
     x = x.detach().requires_grad_()
-    square = square.detach().requires_grad_()
-    y = mora_linear(x, weight, None, square, products, path)
-    return y.detach(), *torch.autograd.grad(y.sum(), (x, square))
+    mora_matrix = mora_matrix.detach().requires_grad_()
+    y = mora_linear(x, weight, None, mora_matrix, products, path)
+    return y.detach(), *torch.autograd.grad(y.sum(), (x, mora_matrix))
 
 
 def layer(options: argparse.Namespace) -> list[list[str]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
-from mora_ds.adapters.ops.index_tables import rope_table, square_size
+from mora_ds.adapters.ops.index_tables import mora_matrix_size, rope_table
 from mora_ds.adapters.ops.linear import Compute, cheaper_path
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -99,7 +99,7 @@ def layers_of(
     """A layer for each shape, number of tokens and operator. `like`: dtype and
     device."""
     for (d_in, d_out), rows, (kind, rank) in product(shapes, tokens, operators):
-        r_hat = min(square_size(d_in, d_out, rank, kind), max(d_in, d_out))
+        r_hat = min(mora_matrix_size(d_in, d_out, rank, kind), max(d_in, d_out))
         spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=1)
         base = nn.Linear(d_in, d_out, bias=False, **like).requires_grad_(False)
         x = torch.randn(rows, d_in, **like).requires_grad_()
@@ -111,7 +111,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     x = layer.x
     weight = layer.base.weight
     spec = layer.spec
-    square = torch.zeros(spec.r_hat, spec.r_hat).to(x).requires_grad_()
+    mora_matrix = torch.zeros(spec.r_hat, spec.r_hat).to(x).requires_grad_()
     trained = weight.clone().requires_grad_()
     lora = LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank)
     ours = LoRALinear(layer.base, lora)
@@ -120,7 +120,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     peft = inject_adapter_in_model(config, nn.Sequential(layer.base)).to(x.dtype)
 
     def reference() -> Tensor:
-        return F.linear(x, weight) + reference_update(spec, square, x)
+        return F.linear(x, weight) + reference_update(spec, mora_matrix, x)
 
     cases: dict[str, Case] = {
         "full": (lambda: F.linear(x, trained), [trained]),
@@ -130,7 +130,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
             [p for p in peft.parameters() if p.requires_grad],
         ),
         "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
-        "reference": (reference, [square]),
+        "reference": (reference, [mora_matrix]),
     }
     for path in PATHS:
         mora = MoRALinear(layer.base, spec, 0.0, path)
@@ -138,14 +138,14 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     return cases
 
 
-def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
+def reference_update(spec: OperatorSpec, mora_matrix: Tensor, x: Tensor) -> Tensor:
     """The update of x (tokens, d_in) by its formulas (paper, eq. 6-11), as the
     reference computes it: concatenations and reshapes of whole activations, one product
     per block. It knows no permutations."""
     missing = spec.blocks_in * spec.r_hat - spec.d_in
     blocks = torch.cat((x, x[:, :missing]), dim=-1).unflatten(-1, (-1, spec.r_hat))
     if spec.kind is OperatorKind.SHARE:
-        y = F.linear(blocks.sum(dim=-2), square)
+        y = F.linear(blocks.sum(dim=-2), mora_matrix)
     else:
         cos, sin = (
             torch.cat((half, half), dim=-1)
@@ -153,7 +153,7 @@ def reference_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
         )
         first, second = blocks.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
-        y = F.linear(blocks * cos + turned * sin, square).flatten(-2)
+        y = F.linear(blocks * cos + turned * sin, mora_matrix).flatten(-2)
     if y.shape[-1] < spec.d_out:
         y = torch.cat([y] * -(-spec.d_out // y.shape[-1]), dim=-1)
     return y[:, : spec.d_out]

@@ -45,7 +45,7 @@ from mora_ds.common.errors import (
     COUNT,
     UserError,
     out_of_bounds,
-    refuse,
+    raise_validation_errors,
     unknown,
     wrong_values,
 )
@@ -271,9 +271,9 @@ def _options() -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     counts = dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT)
-    refuse(wrong_values(options, {**counts, "replay": BELOW_1}))
+    raise_validation_errors(wrong_values(options, {**counts, "replay": BELOW_1}))
     for rank in options.rank:
-        refuse(out_of_bounds("rank", rank, COUNT))
+        raise_validation_errors(out_of_bounds("rank", rank, COUNT))
     if len({paths is None for paths in (options.base, options.new, options.old)}) > 1:
         raise UserError(
             "--base, --new and --old belong together: give all three, or none for the "

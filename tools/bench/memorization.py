@@ -45,7 +45,7 @@ from mora_ds.common.errors import (
     COUNT,
     Bounds,
     UserError,
-    refuse,
+    raise_validation_errors,
     wrong_values,
 )
 from mora_ds.common.files import atomic_folder
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
     counts = dict.fromkeys(("rank", "pairs", "batch", "micro_batch", "seeds"), COUNT)
     # Longer cycles than the warm-up after a merge
     steps = Bounds(above=CYCLES * RAMP)
-    refuse(wrong_values(options, {**counts, "steps": steps}))
+    raise_validation_errors(wrong_values(options, {**counts, "steps": steps}))
     if options.batch % options.micro_batch:
         raise UserError(
             f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}"

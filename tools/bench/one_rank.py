@@ -76,10 +76,10 @@ class OneRank:
         for module in (exchange, ranks):
             module.new_group = lambda timeout_s: dist.group.WORLD  # type: ignore[attr-defined]
         for module in (exchange, manager):
-            module.gather_to_first = self._gather_to_rank0  # type: ignore[attr-defined]
+            module.gather_to_rank0 = self._gather_to_rank0  # type: ignore[attr-defined]
         for module in (exchange, ranks):
             module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]
-        ranks.Ranks.on_first = self._run_on_rank0  # type: ignore[method-assign, assignment]
+        ranks.Ranks.run_on_rank0 = self._run_on_rank0  # type: ignore[method-assign, assignment]
         # Compared with what rank 0 broadcasts
         lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]
         lengths.get_lst_from_rank0 = lambda value: value

@@ -70,7 +70,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run, RunContext
+from mora_ds.train.run import Run, RunOptions
 from tools.bench.measuring import ROOT, llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, bench_parser
@@ -191,10 +191,10 @@ def _one(
 class _MatrixLayer(nn.Module):
     def __init__(self, side: int) -> None:
         super().__init__()
-        self.square = nn.Parameter(torch.zeros(side, side))
+        self.mora_matrix = nn.Parameter(torch.zeros(side, side))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.square.view(-1)[:1]
+        return x + self.mora_matrix.view(-1)[:1]
 
 
 def _sides(config: LlamaConfig, rank: int) -> list[int]:
@@ -360,7 +360,7 @@ def _start_and_merge(
         )
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(
-            engine, base=base, folder=folder / "out", context=RunContext(keys=keys)
+            engine, base=base, folder=folder / "out", options=RunOptions(keys=keys)
         )
     with one.phase() as spent_in["merge"]:
         run.merge(1)

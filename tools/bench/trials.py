@@ -12,7 +12,7 @@ from typing import Any
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.arguments import parse
-from mora_ds.config.effects import idle_settings
+from mora_ds.config.effects import unused_options
 from mora_ds.train.demo import (
     MODEL_CONFIG,
     DemoPaths,
@@ -46,7 +46,7 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
         name: [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         for name, value in all_settings.items()
     }
-    idle = idle_settings(parse(list(chain.from_iterable(words.values()))))
+    idle = unused_options(parse(list(chain.from_iterable(words.values()))))
     effective = [flag for name, flag in words.items() if name not in idle]
     return list(chain.from_iterable(effective))
 

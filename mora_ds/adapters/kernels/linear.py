@@ -37,29 +37,31 @@ class KernelProducts(LayerProducts):
     def saved_input(self, x: Tensor) -> Tensor:
         return x if self.spec.blocks > 1 else self._fold(x)
 
-    def form(self, weight: Weight, square: Tensor) -> Tensor:
+    def rebuild_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """As in plain torch; merges round otherwise."""
         if isinstance(weight, Int8Weight):
             values = weight.values
             scales = weight.scales
         else:
-            values = dense(weight, square.dtype)
+            values = dense(weight, mora_matrix.dtype)
             scales = None
         tables = self.tables
         cos, sin = tables.rotation
         maps = tables.unfold, tables.slots, tables.members
-        return ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
+        return ops.rebuild_weight(
+            values, scales, mora_matrix, *maps, cos, sin, tables.blocks_out
+        )
 
     def output(
         self,
         x: Tensor,
         weight: Weight,
         bias: Tensor | None,
-        square: Tensor,
+        mora_matrix: Tensor,
         saved: Tensor,
     ) -> Tensor:
         z = self._folded(saved)
-        u = (z.view(-1, self.spec.r_hat) @ square.T).view(z.shape)
+        u = (z.view(-1, self.spec.r_hat) @ mora_matrix.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
         if isinstance(weight, QuantizedWeight):
             y = weight.product(x, bias)
@@ -83,11 +85,11 @@ class KernelProducts(LayerProducts):
         self,
         g: Tensor,
         weight: Weight,
-        square: Tensor,
+        mora_matrix: Tensor,
         collected: Tensor | None,
     ) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
-        g_z = (c @ square).view(-1, self.tables.collect.shape[1])
+        g_z = (c @ mora_matrix).view(-1, self.tables.collect.shape[1])
         if self.tables.blocks_read is not None:
             by_block = g_z.unflatten(1, (-1, self.spec.r_hat))
             g_z = by_block.index_select(1, self.tables.blocks_read).flatten(1)
@@ -98,7 +100,7 @@ class KernelProducts(LayerProducts):
         ops.gather_add_(g_x.view(-1, g_x.shape[-1]), *unfold)
         return g_x
 
-    def square_gradient(
+    def mora_matrix_gradient(
         self,
         saved: Tensor,
         g: Tensor,

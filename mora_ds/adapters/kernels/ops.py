@@ -13,7 +13,7 @@ Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both giv
 rotate only, `gather_sum` rotates each of the N blocks of the result (`back` False) or
 rotates each block of x back before it gathers (`back` True).
 
-`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8;
+`rebuild_weight`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8;
 M (R, R); `unfold`, `slots`, `blocks_out` and, for share, `members` of `tables`. The
 result is contiguous, in the dtype of M.
 
@@ -30,7 +30,7 @@ import torch
 
 from mora_ds.adapters.kernels.tables import empty_product
 
-NAMES = ("gather_sum", "gather_add_", "form", "product", "sum_parts")
+NAMES = ("gather_sum", "gather_add_", "rebuild_weight", "product", "sum_parts")
 
 _LIBRARY = torch.library.Library("mora_ds", "DEF")
 _ROTATION = "Tensor? cos, Tensor? sin, bool back"
@@ -52,7 +52,9 @@ KERNEL_DEVICES: tuple[str, ...] = () if find_spec("triton") is None else ("cuda"
 _ON_META: dict[str, Any] = {
     "gather_sum": lambda x, table, *_: x.new_empty(len(x), table.shape[1]),
     "gather_add_": lambda *_: None,
-    "form": lambda weight, scales, square, *_: square.new_empty(weight.shape),
+    "rebuild_weight": lambda weight, scales, mora_matrix, *_: mora_matrix.new_empty(
+        weight.shape
+    ),
     "product": lambda c, z: empty_product(c, z, _PROGRAMS_ON_META),
     "sum_parts": lambda partial_sums, dtype: partial_sums.new_empty(
         partial_sums.shape[1:], dtype=dtype
@@ -76,6 +78,6 @@ for _name in NAMES:
 
 gather_sum = torch.ops.mora_ds.gather_sum.default
 gather_add_ = torch.ops.mora_ds.gather_add_.default
-form = torch.ops.mora_ds.form.default
+rebuild_weight = torch.ops.mora_ds.rebuild_weight.default
 product = torch.ops.mora_ds.product.default
 sum_parts = torch.ops.mora_ds.sum_parts.default

@@ -32,7 +32,7 @@ _SHARED = 1 << 16
 
 _PART = 2048
 _FORM_PART = 512
-"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for
+"""Most columns of a program: of `gather_sum` and of `rebuild_weight` for share, and of `rebuild_weight` for
 the other operators."""
 
 _TOKENS = 4
@@ -124,10 +124,12 @@ def plan_gather_sum(
     )  # fmt: skip
 
 
-def form(weight: Tensor, scales: Tensor | None, square: Tensor, *maps: Any) -> Tensor:
-    """See `ops.form`."""
-    out = square.new_empty(weight.shape)
-    plan_form(out, weight, scales, square.contiguous(), *maps)()
+def rebuild_weight(
+    weight: Tensor, scales: Tensor | None, mora_matrix: Tensor, *maps: Any
+) -> Tensor:
+    """See `ops.rebuild_weight`."""
+    out = mora_matrix.new_empty(weight.shape)
+    plan_form(out, weight, scales, mora_matrix.contiguous(), *maps)()
     return out
 
 
@@ -135,7 +137,7 @@ def plan_form(
     out: Tensor,
     weight: Tensor,
     scales: Tensor | None,
-    square: Tensor,
+    mora_matrix: Tensor,
     unfold: Tensor,
     slots: Tensor,
     members: Tensor | None,
@@ -143,16 +145,16 @@ def plan_form(
     sin: Tensor | None,
     blocks: int,
 ) -> Launch:
-    """`form` into out (O, D). For share a program gathers a row of M once, and adds it
+    """`rebuild_weight` into out (O, D). For share a program gathers a row of M once, and adds it
     to all rows of the weight that read it. For the other operators most elements of the
     delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
-    r_hat = len(square)
+    r_hat = len(mora_matrix)
     arguments = {
         "out": out,
         "weight": weight,
         "scales": scales,
-        "square": square,
+        "mora_matrix": mora_matrix,
         "unfold": unfold,
         "columns": columns,
         "row_stride": weight.stride(0),
@@ -162,14 +164,22 @@ def plan_form(
     most = _FORM_PART if members is None else _PART
     chunk = min(triton.next_power_of_2(columns), most)
     chunks = triton.cdiv(columns, chunk)
-    constants = {"TERMS": len(unfold), "PART": chunk, "SUM": _accumulator(square.dtype)}
+    constants = {
+        "TERMS": len(unfold),
+        "PART": chunk,
+        "SUM": _accumulator(mora_matrix.dtype),
+    }
     if members is not None:
         row = triton.next_power_of_2(r_hat)
         return Launch(
             _form_groups,
             (chunks, r_hat),
             {**arguments, "members": members, "most_members": len(members)},
-            {**constants, "SHARED": row * square.element_size() <= _SHARED, "ROW": row},
+            {
+                **constants,
+                "SHARED": row * mora_matrix.element_size() <= _SHARED,
+                "ROW": row,
+            },
             {"num_warps": 8, "enable_fp_fusion": False},
         )
     lines = 8
@@ -337,13 +347,13 @@ def _gather_sum(
 
 @triton.jit
 def _form_groups(
-    out, weight, scales, square, unfold, members, columns, row_stride, column_stride, r_hat, most_members,
+    out, weight, scales, mora_matrix, unfold, members, columns, row_stride, column_stride, r_hat, most_members,
     TERMS: tl.constexpr, SHARED: tl.constexpr, ROW: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     column = tl.program_id(0) * PART + tl.arange(0, PART)
     inside = column < columns
-    source = square + group * r_hat
+    source = mora_matrix + group * r_hat
     row = source
     if SHARED:
         lane = tl.arange(0, ROW)
@@ -367,7 +377,7 @@ def _form_groups(
 
 @triton.jit
 def _form_blocks(
-    out, weight, scales, square, unfold, slots, cos, sin, rows, columns, row_stride, column_stride, r_hat, blocks,
+    out, weight, scales, mora_matrix, unfold, slots, cos, sin, rows, columns, row_stride, column_stride, r_hat, blocks,
     TERMS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -392,7 +402,7 @@ def _form_blocks(
             slot = tl.load(slots + read * rows + output, mask=in_rows, other=-1)
             block = tl.where(slot >= 0, slot // r_hat, -1)
             meets = block[:, None] == column_block[None, :]
-            row = square + (slot % r_hat)[:, None] * r_hat
+            row = mora_matrix + (slot % r_hat)[:, None] * r_hat
             address = row + (position - start)[None, :]
             value = tl.load(address, mask=meets, other=0).to(SUM)
             if cos is not None:

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import Term
+from mora_ds.adapters.ops.spec import Delta
 
 
-def merge_updates_(total: Tensor, updates: Iterable[Term]) -> None:
+def merge_updates_(total: Tensor, updates: Iterable[Delta]) -> None:
     """Merges each (spec, value) into `total` in turn, in place: the merged weight of
     one update is the base of the next.
 
@@ -34,9 +34,9 @@ def merge_updates_(total: Tensor, updates: Iterable[Term]) -> None:
 
 
 @torch.no_grad()
-def live_weight(
+def merged_weight(
     original: Tensor,
-    updates: Iterable[Term],
+    updates: Iterable[Delta],
     transposed: bool,
     dtype: torch.dtype,
     device: torch.device | str | None = None,

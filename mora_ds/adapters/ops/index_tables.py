@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
 
 
 Results = slice | Tensor
-"""Some results of a map: a run of neighbours, which is a view, or their indices."""
+"""Some results of a map: a run of neighbors, which is a view, or their indices."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class IndexMap:
 
 def _run_or_indices(results: Tensor, device: torch.device) -> Results:
     """Sorted indices, at least one, on a device; as a slice where they are
-    neighbours."""
+    neighbors."""
     start = int(results[0])
     stop = int(results[-1]) + 1
     return slice(start, stop) if len(results) == stop - start else results.to(device)
@@ -302,7 +302,7 @@ OPERATORS: dict[OperatorKind, Operator] = {
 }
 
 
-def square_size(
+def mora_matrix_size(
     d_in: int,
     d_out: int,
     rank: int,
@@ -393,7 +393,7 @@ def rope_table(
 
     Rounded to fp32 once, whatever the dtype, and the same bits on every machine,
     because a merge ledger that is replayed elsewhere must give the same weights. The
-    vectorised `cos` of torch and numpy, and libm's, round the last bit as the CPU's
+    vectorized `cos` of torch and numpy, and libm's, round the last bit as the CPU's
     instructions lead them. So no such function is called: the turns of block 1 come
     from decimal arithmetic, which is software, and those of the other blocks from
     products and sums in fp64, which IEEE 754 defines to the bit. Each is an operation

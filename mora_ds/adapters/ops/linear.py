@@ -5,7 +5,7 @@
 
 The weight path forms the sum in forward and again in backward, so that nothing of the
 size of W0 is saved; the gradient of M comes from the folded input and the folded output
-gradient (`square_gradient`), not from a (d_out, d_in) product. Both are the same
+gradient (`mora_matrix_gradient`), not from a (d_out, d_in) product. Both are the same
 function of x and M. They differ in rounding: in bf16 or fp16 the weight path rounds W0
 + delta to that dtype, as mixed-precision training of full weights does, so that a delta
 smaller than half a unit in the last place of W0 has no effect until it has grown; the
@@ -32,8 +32,8 @@ from mora_ds.adapters.ops.mora import (
     add_update_,
     decompress_transpose,
     fold_input,
+    mora_matrix_gradient,
     rows_and_slots,
-    square_gradient,
     sums_by_product,
 )
 
@@ -67,17 +67,17 @@ def mora_linear(
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
-    square: Tensor,
+    mora_matrix: Tensor,
     products: LayerProducts,
     path: Compute,
 ) -> Tensor:
     """(..., d_in) -> (..., d_out), by the steps of `products`. `weight` (d_out, d_in) is
     frozen; a transposed view will do. `path`: not AUTO."""
     if x.dim() == 1:
-        rows = mora_linear(x.unsqueeze(0), weight, bias, square, products, path)
+        rows = mora_linear(x.unsqueeze(0), weight, bias, mora_matrix, products, path)
         return rows.squeeze(0)
     by_weight = path is Compute.WEIGHT
-    return MoRALinearFunction.apply(x, weight, bias, square, products, by_weight)
+    return MoRALinearFunction.apply(x, weight, bias, mora_matrix, products, by_weight)
 
 
 class MoRALinearFunction(torch.autograd.Function):
@@ -90,7 +90,7 @@ class MoRALinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Weight,
         bias: Tensor | None,
-        square: Tensor,
+        mora_matrix: Tensor,
         products: LayerProducts,
         by_weight: bool,
     ) -> Tensor:
@@ -101,15 +101,15 @@ class MoRALinearFunction(torch.autograd.Function):
         # bring it to the device
         if isinstance(weight, Tensor):
             ctx.make = None
-            ctx.save_for_backward(saved, square, weight, None)
+            ctx.save_for_backward(saved, mora_matrix, weight, None)
         else:
             ctx.make = weight.maker
-            ctx.save_for_backward(saved, square, weight.values, weight.scales)
-        whole = products.whole(square)
+            ctx.save_for_backward(saved, mora_matrix, weight.values, weight.scales)
+        full = products.full(mora_matrix)
         if by_weight:
-            y = F.linear(x, products.form(weight, whole), bias)
+            y = F.linear(x, products.rebuild_weight(weight, full), bias)
         else:
-            y = products.output(x, weight, bias, whole, saved)
+            y = products.output(x, weight, bias, full, saved)
         # A view, which torch returns with a bias, may not be changed in place, as
         # transformers/models/roc_bert does
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
@@ -119,20 +119,20 @@ class MoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products
-        saved, square, values, scales = ctx.saved_tensors
+        saved, mora_matrix, values, scales = ctx.saved_tensors
         weight = values if ctx.make is None else ctx.make(values, scales)
         collected = None if ctx.by_weight else products.collect_once(g)
-        g_x = g_square = None
+        g_x = g_mora_matrix = None
         if ctx.needs_input_grad[0]:
-            whole = products.whole(square)
+            full = products.full(mora_matrix)
             if ctx.by_weight:
-                g_x = g @ products.form(weight, whole)
+                g_x = g @ products.rebuild_weight(weight, full)
             else:
-                g_x = products.input_gradient(g, weight, whole, collected)
+                g_x = products.input_gradient(g, weight, full, collected)
         if ctx.needs_input_grad[3]:
-            g_whole = products.square_gradient(saved, g, collected, ctx.by_weight)
-            g_square = products.share_of_gradient(g_whole)
-        return g_x, None, None, g_square, None, None
+            g_full = products.mora_matrix_gradient(saved, g, collected, ctx.by_weight)
+            g_mora_matrix = products.share_of_gradient(g_full)
+        return g_x, None, None, g_mora_matrix, None, None
 
 
 @dataclass
@@ -142,9 +142,9 @@ class LayerProducts:
 
     spec: Maps
 
-    def whole(self, square: Tensor) -> Tensor:
+    def full(self, mora_matrix: Tensor) -> Tensor:
         """M (R, R), from the parameter, which may be a share of it."""
-        return square
+        return mora_matrix
 
     def share_of_gradient(self, gradient: Tensor) -> Tensor:
         """The parameter's gradient, from this process's dL/dM (R, R)."""
@@ -156,14 +156,16 @@ class LayerProducts:
         itself, which is saved in its place: layers that read one tensor share it."""
         return fold_input(self.spec, x) if self.spec.blocks == 1 else x
 
-    def form(self, weight: Weight, square: Tensor) -> Tensor:
+    def rebuild_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """weight + delta (O, D), contiguous, in the dtype of M."""
-        dense = weight if isinstance(weight, Tensor) else weight.dense(square.dtype)
+        dense = (
+            weight if isinstance(weight, Tensor) else weight.dense(mora_matrix.dtype)
+        )
         if self.spec.blocks > 1:
-            total = square.new_empty(dense.shape).copy_(dense)
-            return add_blocks_(total, self.spec, square)
-        tables = self.spec.tables(square.device)
-        rows, slots = rows_and_slots(tables.spread, tables.unfold(square))
+            total = mora_matrix.new_empty(dense.shape).copy_(dense)
+            return add_blocks_(total, self.spec, mora_matrix)
+        tables = self.spec.tables(mora_matrix.device)
+        rows, slots = rows_and_slots(tables.spread, tables.unfold(mora_matrix))
         return rows.index_select(0, slots).add_(dense)
 
     def output(
@@ -171,7 +173,7 @@ class LayerProducts:
         x: Tensor,
         weight: Weight,
         bias: Tensor | None,
-        square: Tensor,
+        mora_matrix: Tensor,
         saved: Tensor,
     ) -> Tensor:
         """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of
@@ -180,7 +182,7 @@ class LayerProducts:
             y = F.linear(x, weight, bias)
         else:
             y = weight.product(x, bias)
-        return add_update_(y, self.spec, square, saved)
+        return add_update_(y, self.spec, mora_matrix, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
         """The output gradient g (..., O) collected to the rows of M, where both
@@ -193,7 +195,7 @@ class LayerProducts:
         self,
         g: Tensor,
         weight: Weight,
-        square: Tensor,
+        mora_matrix: Tensor,
         collected: Tensor | None,
     ) -> Tensor:
         """g W0 + the update's transpose of g: (..., O) -> (..., D)."""
@@ -201,9 +203,9 @@ class LayerProducts:
             g_x = g @ weight
         else:
             g_x = weight.input_gradient(g)
-        return add_input_gradient_(g_x, self.spec, square, g, collected)
+        return add_input_gradient_(g_x, self.spec, mora_matrix, g, collected)
 
-    def square_gradient(
+    def mora_matrix_gradient(
         self,
         saved: Tensor,
         g: Tensor,
@@ -214,4 +216,4 @@ class LayerProducts:
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
         form_dense = by_weight and sums_by_product(g)
-        return square_gradient(self.spec, saved, g, form_dense)
+        return mora_matrix_gradient(self.spec, saved, g, form_dense)

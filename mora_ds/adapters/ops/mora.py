@@ -17,7 +17,7 @@ Both `delta_weight` and the forward pass are built from the same few index rules
     padded input     position q of the padded input holds x[q mod D], q < ceil(D / R) * R
     truncate         keep the first R inputs (zero-padded when R > D); zero-pad the output          eq. 4-5
     share            inputs are summed in groups, an output is a copy of its group's; a group is a residue class
-                     (strided) or a run of neighbours (contiguous)                                  eq. 6-7
+                     (strided) or a run of neighbors (contiguous)                                  eq. 6-7
     decouple         block p of the padded input through M to block p of the output                 eq. 8
     rotate           the same, input block i first rotated by RoPE angles i * 10000^(-2j/R)         eq. 9-11
 
@@ -290,7 +290,7 @@ def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
     return ones[:, :size]
 
 
-def square_gradient(
+def mora_matrix_gradient(
     spec: Maps,
     saved: Tensor,
     g: Tensor,
@@ -357,9 +357,9 @@ def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
     return _matrix(spec.tables(like.device).unfold, spec.r_hat, like.dtype)
 
 
-def rows_of_outputs(spread: IndexMap, square: Tensor) -> Tensor:
+def rows_of_outputs(spread: IndexMap, mora_matrix: Tensor) -> Tensor:
     """(O, R) for share and truncate: decompress(M z) == z @ rows^T."""
-    rows, slots = rows_and_slots(spread, square)
+    rows, slots = rows_and_slots(spread, mora_matrix)
     return rows.index_select(0, slots)
 
 
@@ -408,41 +408,43 @@ def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
     return signed_rope_table(spec.blocks, spec.r_hat, like.dtype, like.device)
 
 
-def block_squares(spec: Maps, square: Tensor) -> Tensor:
+def block_matrices(spec: Maps, mora_matrix: Tensor) -> Tensor:
     """(N, R, R): M R_b for every input block b; contiguous where blocks are rotated."""
     if not spec.rotates:
-        return square.expand(spec.blocks, -1, -1)
-    cos, sin = rotation_of(spec, square)
-    return rotate(square, cos.unsqueeze(1), sin.unsqueeze(1), back=True)
+        return mora_matrix.expand(spec.blocks, -1, -1)
+    cos, sin = rotation_of(spec, mora_matrix)
+    return rotate(mora_matrix, cos.unsqueeze(1), sin.unsqueeze(1), back=True)
 
 
-def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
+def apply_block_matrices(mora_matrices: Tensor, z: Tensor) -> Tensor:
     """The product of each of the (N, R, R) with its block of z (T, N, R): (T, N, R)."""
     product = torch.empty_like(z)
-    torch.bmm(z.transpose(0, 1), squares.transpose(1, 2), out=product.transpose(0, 1))
+    torch.bmm(
+        z.transpose(0, 1), mora_matrices.transpose(1, 2), out=product.transpose(0, 1)
+    )
     return product
 
 
-def add_update_(y: Tensor, spec: Maps, square: Tensor, saved: Tensor) -> Tensor:
+def add_update_(y: Tensor, spec: Maps, mora_matrix: Tensor, saved: Tensor) -> Tensor:
     """y (..., O) + decompress(M compress(x)), in place, without a backward. `saved`: x
     (..., D) where M is applied to several blocks, else the folded x (..., 1, R)."""
     tables = spec.tables(y.device)
     if spec.blocks > 1:
         z = tables.fold(saved).view(-1, spec.blocks, spec.r_hat)
-        u = apply_squares(block_squares(spec, square), z)
+        u = apply_block_matrices(block_matrices(spec, mora_matrix), z)
         return y.add_(tables.spread(u.flatten(1)).view_as(y))
     if sums_by_product(y):
-        rows = rows_of_outputs(tables.spread, square)
+        rows = rows_of_outputs(tables.spread, mora_matrix)
         y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows.T)
         return y
-    u = F.linear(saved, square)
+    u = F.linear(saved, mora_matrix)
     return y.add_(tables.spread(u.flatten(-2)))
 
 
 def add_input_gradient_(
     g_x: Tensor,
     spec: Maps,
-    square: Tensor,
+    mora_matrix: Tensor,
     g: Tensor,
     sums: Tensor | None = None,
 ) -> Tensor:
@@ -451,15 +453,15 @@ def add_input_gradient_(
     already."""
     if spec.blocks > 1:
         c = decompress_transpose(spec, g).flatten(0, -3)
-        g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
+        g_z = apply_block_matrices(block_matrices(spec, mora_matrix).transpose(1, 2), c)
         return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
     if sums_by_product(g):
-        rows = rows_of_outputs(spec.tables(g.device).spread, square)
+        rows = rows_of_outputs(spec.tables(g.device).spread, mora_matrix)
         g_z = g.reshape(-1, spec.d_out) @ rows
         g_x.view(-1, spec.d_in).addmm_(g_z, fold_matrix(spec, g).T)
         return g_x
     sums = decompress_transpose(spec, g) if sums is None else sums
-    return g_x.add_(unfold_input(spec, sums @ square))
+    return g_x.add_(unfold_input(spec, sums @ mora_matrix))
 
 
 def linear_map(
@@ -491,43 +493,43 @@ class LinearMapFunction(torch.autograd.Function):
         return ctx.transpose(gradients[0]), None, None
 
 
-def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
+def mora_update(spec: OperatorSpec, mora_matrix: Tensor, x: Tensor) -> Tensor:
     """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds."""
-    _check_square(spec, square, "mora_update")
+    _check_mora_matrix(spec, mora_matrix, "mora_update")
     # Without the check a shorter input would be taken, and give other numbers
     if x.shape[-1:] != (spec.d_in,):
         raise UserError(
             f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}"
         )
-    return decompress(spec, F.linear(compress(spec, x), square))
+    return decompress(spec, F.linear(compress(spec, x), mora_matrix))
 
 
-def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
-    if square.shape != spec.value_shape:
+def _check_mora_matrix(spec: OperatorSpec, mora_matrix: Tensor, function: str) -> None:
+    if mora_matrix.shape != spec.value_shape:
         raise UserError(
-            f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}"
+            f"{function}: `mora_matrix` must have the shape {spec.value_shape}, got {tuple(mora_matrix.shape)}"
         )
 
 
-def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
+def delta_weight(spec: OperatorSpec, mora_matrix: Tensor) -> Tensor:
     """The (O, D) change of the weight that M stands for, a new tensor in M's dtype.
 
     Made of separate elementwise operations and copies only, so that every device rounds
     it alike.
     """
-    _check_square(spec, square, "delta_weight")
-    tables = spec.tables(square.device)
+    _check_mora_matrix(spec, mora_matrix, "delta_weight")
+    tables = spec.tables(mora_matrix.device)
     if spec.blocks == 1:
-        return rows_of_outputs(tables.spread, tables.unfold(square))
-    zeros = square.new_zeros(spec.d_out, spec.d_in)
-    return add_rows_of_blocks_(zeros, tables, block_squares(spec, square))
+        return rows_of_outputs(tables.spread, tables.unfold(mora_matrix))
+    zeros = mora_matrix.new_zeros(spec.d_out, spec.d_in)
+    return add_rows_of_blocks_(zeros, tables, block_matrices(spec, mora_matrix))
 
 
-def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
+def add_rows_(total: Tensor, spec: Maps, mora_matrix: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many
     rows at a time as stay in its cache."""
-    tables = spec.tables(square.device)
-    rows, slots = rows_and_slots(tables.spread, tables.unfold(square))
+    tables = spec.tables(mora_matrix.device)
+    rows, slots = rows_and_slots(tables.spread, tables.unfold(mora_matrix))
     count = max(1, _CHUNK // spec.d_in) if on_cpu(total) else spec.d_out
     for start in range(0, spec.d_out, count):
         chunk = slice(start, start + count)
@@ -535,25 +537,29 @@ def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     return total
 
 
-def add_blocks_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
+def add_blocks_(total: Tensor, spec: Maps, mora_matrix: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only
     where an output reads a block of inputs, as the delta is zero elsewhere. Every
     number is changed once, so that it is rounded once."""
     tables = spec.tables(total.device)
-    squares = block_squares(spec, square)
+    mora_matrices = block_matrices(spec, mora_matrix)
     if tables.overlap:
-        return total.add_(add_rows_of_blocks_(torch.zeros_like(total), tables, squares))
-    return add_rows_of_blocks_(total, tables, squares)
+        return total.add_(
+            add_rows_of_blocks_(torch.zeros_like(total), tables, mora_matrices)
+        )
+    return add_rows_of_blocks_(total, tables, mora_matrices)
 
 
-def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
+def add_rows_of_blocks_(
+    total: Tensor, tables: IndexTables, mora_matrices: Tensor
+) -> Tensor:
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in
     place."""
     # In a window some columns of M have inputs of other windows
     if tables.fold.missing is not None:
         elsewhere = tables.fold.table.view(-1, 1, tables.r_hat) < 0
-        squares = squares.masked_fill(elsewhere, 0)
-    rows = squares.flatten(0, 1)
+        mora_matrices = mora_matrices.masked_fill(elsewhere, 0)
+    rows = mora_matrices.flatten(0, 1)
     # Outputs with fewer terms read the row of zeros after the last one
     if tables.spread.missing is not None or len(tables.spread.table) > 1:
         rows = F.pad(rows, (0, 0, 0, 1))
@@ -582,7 +588,7 @@ def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
 
 
 def sum_of_blocks(spec: Maps, products: Tensor) -> Tensor:
-    """dL/dM (R, R) from the gradients (N, R, R) of `block_squares`."""
+    """dL/dM (R, R) from the gradients (N, R, R) of `block_matrices`."""
     if spec.rotates:
         cos, sin = rotation_of(spec, products)
         products = rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))

@@ -63,7 +63,7 @@ class Style(str, Enum):
     """Each rank a slice of the outputs."""
     ROWWISE = "rowwise"
     """Each rank a slice of the inputs."""
-    WHOLE = "whole"
+    FULL = "full"
 
 
 class UpdateSpec(ABC):
@@ -81,7 +81,7 @@ class UpdateSpec(ABC):
 
     name: ClassVar[str]
     """Value of "kind" in `to_dict`, where the class has only one."""
-    value_name: ClassVar[str] = "square"
+    value_name: ClassVar[str] = "mora_matrix"
     """Name of the value: the layer's parameter, and in files."""
     is_additive: ClassVar[bool] = False
     """Whether it is an `AdditiveSpec`."""
@@ -152,7 +152,7 @@ class UpdateSpec(ABC):
         """(name, operator, value) of each matrix that it changes: of experts, all."""
         yield module, self, value
 
-    def single(self, value: Tensor, index: int) -> Term:
+    def single(self, value: Tensor, index: int) -> Delta:
         """(operator, value) of one matrix of a stack. Raises `UserError` for a spec
         that is none: a file's."""
         raise UserError(f"{self.describe()} is no operator of a stack of experts")
@@ -253,7 +253,7 @@ def additive(spec: UpdateSpec) -> AdditiveSpec:
     return spec
 
 
-Term = tuple[UpdateSpec, Tensor]
+Delta = tuple[UpdateSpec, Tensor]
 """A spec with its value."""
 
 AdditiveTerm = tuple[AdditiveSpec, Tensor]

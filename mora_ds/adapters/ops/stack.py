@@ -70,13 +70,15 @@ class StackSpec(AdditiveSpec):
         return module
 
     def delta_weight(self, value: Tensor) -> Tensor:
-        return torch.stack([self.operator.delta_weight(square) for square in value])
+        return torch.stack(
+            [self.operator.delta_weight(mora_matrix) for mora_matrix in value]
+        )
 
     def members(
         self, module: str, value: Tensor
     ) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
-        for index, square in enumerate(value):
-            yield f"{module}.{index}", self.operator, square
+        for index, mora_matrix in enumerate(value):
+            yield f"{module}.{index}", self.operator, mora_matrix
 
     def single(self, value: Tensor, index: int) -> tuple[OperatorSpec, Tensor]:
         return self.operator, value[index]

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import AdditiveSpec, AdditiveTerm, Term, additive
+from mora_ds.adapters.ops.spec import AdditiveSpec, AdditiveTerm, Delta, additive
 
 
-def join(updates: Iterable[Term]) -> tuple[AdditiveTerm, ...]:
+def join(updates: Iterable[Delta]) -> tuple[AdditiveTerm, ...]:
     """The fewest terms with the same sum, in fp32 (`AdditiveSpec.joined`)."""
     values: dict[AdditiveSpec, list[Tensor]] = {}
     for spec, value in updates:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
@@ -47,10 +47,10 @@ def by_kernels(spec, path):
     """
     products = KernelProducts(KernelTables(spec, CPU))
 
-    def layer(x, weight, bias, square):
-        with_bias = mora_linear(x, weight, bias, square, products, path)
+    def layer(x, weight, bias, mora_matrix):
+        with_bias = mora_linear(x, weight, bias, mora_matrix, products, path)
         return (
-            with_bias + mora_linear(x, weight, None, square, products, path) + bias
+            with_bias + mora_linear(x, weight, None, mora_matrix, products, path) + bias
         ) / 2
 
     return layer
@@ -73,19 +73,19 @@ def test_both_paths_of_no_tokens(path):
     """An expert that is a module of its own may get no tokens."""
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
-        square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
+        mora_matrix = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
         y = mora_linear(
             x,
             torch.ones(spec.d_out, spec.d_in),
             None,
-            square,
+            mora_matrix,
             KernelProducts(KernelTables(spec, CPU)),
             path,
         )
         assert y.shape == (0, spec.d_out)
-        of_x, of_m = torch.autograd.grad(y.sum(), (x, square))
+        of_x, of_m = torch.autograd.grad(y.sum(), (x, mora_matrix))
         assert of_x.shape == x.shape
-        assert torch.equal(of_m, torch.zeros_like(square))
+        assert torch.equal(of_m, torch.zeros_like(mora_matrix))
 
 
 @both_paths
@@ -105,13 +105,13 @@ def test_both_paths_in_bf16(kind, path):
 @both_paths
 def test_a_model_in_fp32_computes_under_autocast(path):
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
-    x, weight, square = (
+    x, weight, mora_matrix = (
         random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6))
     )
     products = KernelProducts(KernelTables(spec, CPU))
-    expected = mora_linear(x, weight, None, square, products, path)
+    expected = mora_linear(x, weight, None, mora_matrix, products, path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y = mora_linear(x, weight, None, square, products, path)
+        y = mora_linear(x, weight, None, mora_matrix, products, path)
     assert y.dtype is torch.bfloat16
     assert (y.float() - expected).norm() <= 4 * torch.finfo(
         torch.bfloat16
@@ -126,29 +126,29 @@ def test_the_rebuilt_weight_has_the_bits_of_the_plain_path(kind):
 
 
 def check_formed(spec):
-    square = random(spec.r_hat, spec.r_hat).float()
+    mora_matrix = random(spec.r_hat, spec.r_hat).float()
     weight = random(spec.d_out, spec.d_in, seed=1).float()
     plain = LayerProducts(spec)
     kernels = KernelProducts(KernelTables(spec, CPU))
-    formed = kernels.form(weight, square)
-    assert torch.equal(formed, plain.form(weight, square))
-    transposed = kernels.form(weight.T.contiguous().T, square)
+    formed = kernels.rebuild_weight(weight, mora_matrix)
+    assert torch.equal(formed, plain.rebuild_weight(weight, mora_matrix))
+    transposed = kernels.rebuild_weight(weight.T.contiguous().T, mora_matrix)
     assert torch.equal(formed, transposed)
     small = Int8Weight(*quantize(weight))
     dequantized = small.values * small.scales.unsqueeze(1)
-    in_8_bits = kernels.form(small, square)
-    assert torch.equal(in_8_bits, plain.form(dequantized, square))
+    in_8_bits = kernels.rebuild_weight(small, mora_matrix)
+    assert torch.equal(in_8_bits, plain.rebuild_weight(dequantized, mora_matrix))
 
 
 def test_a_quantized_weight_has_the_product_of_its_dense_one():
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
     products = KernelProducts(KernelTables(spec, CPU))
     small = Int8Weight(*quantize(random(12, 24)))
-    square = random(6, 6).float()
+    mora_matrix = random(6, 6).float()
     results = []
     for weight in (small, small.dense(torch.float32)):
         x = random(5, 24, seed=1).float().requires_grad_()
-        y = mora_linear(x, weight, None, square, products, Compute.ACTIVATION)
+        y = mora_linear(x, weight, None, mora_matrix, products, Compute.ACTIVATION)
         results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
     torch.testing.assert_close(*results)
 
@@ -163,21 +163,21 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     base = nn.Linear(12, 8)
     x = torch.randn(5, 12)
-    square = torch.randn(6, 6)
+    mora_matrix = torch.randn(6, 6)
     original = base.weight.data.clone()
     layer = MoRALinear(base, spec, compute=Compute.WEIGHT)
-    layer.square.data.copy_(square)
+    layer.mora_matrix.data.copy_(mora_matrix)
     for seed in (1, 2):
         layer.spec = replace(spec, seed=seed)
         with Kernels() as kernels:
             y = layer(x)
         assert (
-            kernels.started["mora_ds.form"]
+            kernels.started["mora_ds.rebuild_weight"]
             == kernels.started["mora_ds.gather_sum"]
             == 1
         )
         torch.testing.assert_close(
-            y, F.linear(x, original + delta_weight(layer.spec, square), base.bias)
+            y, F.linear(x, original + delta_weight(layer.spec, mora_matrix), base.bias)
         )
     assert {name for name, _ in layer.named_buffers()} >= {
         "tables.fold",
@@ -187,11 +187,11 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     assert not layer.state_dict().keys() & {"tables.fold", "weight"}
     assert layer.to(torch.bfloat16).tables.fold.dtype is torch.int32
     with Kernels() as kernels:
-        layer.float().merge(original, [(layer.spec, square)], square)
+        layer.float().merge(original, [(layer.spec, mora_matrix)], mora_matrix)
     assert not [name for name in kernels.started if name.startswith("mora_ds")]
     assert torch.equal(
         layer.weight,
-        live_weight(original, [(layer.spec, square)], False, torch.float32),
+        merged_weight(original, [(layer.spec, mora_matrix)], False, torch.float32),
     )
 
 
@@ -234,15 +234,15 @@ def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     d_in, d_out = shape
     spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)
     x = meta(2, 2048, d_in).requires_grad_()
-    square = meta(256, 256).requires_grad_()
+    mora_matrix = meta(256, 256).requires_grad_()
     weight = meta(d_out, d_in)
     products = KernelProducts(KernelTables(spec, x.device))
     g = meta(2, 2048, d_out)
     with Kernels() as kernels:
         y = mora_linear(
-            x, weight, meta(d_out) if bias else None, square, products, path
+            x, weight, meta(d_out) if bias else None, mora_matrix, products, path
         )
-        torch.autograd.grad(y, (x, square), g)
+        torch.autograd.grad(y, (x, mora_matrix), g)
     assert not SYNCS & set(kernels.started)
     most = MOST_KERNELS[OperatorKind.ROTATE if spec.blocks > 1 else OperatorKind.SHARE]
     assert kernels.started.total() <= most, kernels.started

@@ -55,9 +55,9 @@ def test_the_same_bits_as_forming_the_delta(kind):
     checked = specs(kind)
     assert len(checked) >= 90
     for spec in checked:
-        square = random(*spec.value_shape).float()
+        mora_matrix = random(*spec.value_shape).float()
         assert_same_bits(
-            random(spec.d_out, spec.d_in, seed=1).float(), [(spec, square)]
+            random(spec.d_out, spec.d_in, seed=1).float(), [(spec, mora_matrix)]
         )
 
 

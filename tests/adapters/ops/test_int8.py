@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.delta import merged_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
@@ -195,8 +195,8 @@ def test_many_merges_of_a_conv1d_are_one():
         for cycle in range(3)
     ]
     for cycles in (1, 2, 3):
-        layer.form(original, updates[:cycles])
-    values, scales = quantize(live_weight(original, updates, True, torch.float32).T)
+        layer.rebuild_weight(original, updates[:cycles])
+    values, scales = quantize(merged_weight(original, updates, True, torch.float32).T)
     assert torch.equal(layer.stored_weight, values)
     assert torch.equal(layer.get_buffer("weight_scales"), scales)
 

@@ -71,15 +71,15 @@ def test_all_paths_in_bf16(spec, path):
 def test_input_without_a_batch_dimension(kind, path):
     spec = OperatorSpec(kind, 12, 8, 4)
     weight = random(8, 12, seed=1)
-    square = random(4, 4, seed=2).requires_grad_()
+    mora_matrix = random(4, 4, seed=2).requires_grad_()
 
     def computed(x):
         """Output and gradients, flat."""
         x.requires_grad_()
-        y = mora_linear(x, weight, None, square, LayerProducts(spec), path)
+        y = mora_linear(x, weight, None, mora_matrix, LayerProducts(spec), path)
         return [
             tensor.flatten()
-            for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, square)))
+            for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, mora_matrix)))
         ]
 
     x = random(1, 12)
@@ -101,24 +101,26 @@ def test_operator_share_saves_only_the_folded_input(path, sums, monkeypatch):
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
     x = torch.randn(40, 64, requires_grad=True)
     weight = torch.randn(64, 64)
-    square = torch.randn(16, 16, requires_grad=True)
+    mora_matrix = torch.randn(16, 16, requires_grad=True)
     kernels = KernelProducts(KernelTables(spec, x.device))
     for products in (LayerProducts(spec), kernels):
-        step = partial(mora_linear, x, weight, None, square, products, path)
-        assert saved_bytes(step, weight, square) == 40 * 16 * 4
+        step = partial(mora_linear, x, weight, None, mora_matrix, products, path)
+        assert saved_bytes(step, weight, mora_matrix) == 40 * 16 * 4
 
 
 @all_paths
 def test_rotate_keeps_the_input_that_others_read_too(path):
     spec = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8, Grouping.PERMUTED, seed=1)
     x = torch.randn(9, 32, requires_grad=True)
-    square = torch.randn(8, 8, requires_grad=True)
+    mora_matrix = torch.randn(8, 8, requires_grad=True)
     weight = torch.randn(32, 32)
     assert (
         saved_bytes(
-            lambda: mora_linear(x, weight, None, square, LayerProducts(spec), path),
+            lambda: mora_linear(
+                x, weight, None, mora_matrix, LayerProducts(spec), path
+            ),
             weight,
-            square,
+            mora_matrix,
             x,
         )
         == 0
@@ -151,13 +153,13 @@ def test_auto_computes_what_the_named_path_computes(tokens):
     separately."""
     spec = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1)
     base = nn.Linear(16, 16)
-    square = random(8, 8).float()
+    mora_matrix = random(8, 8).float()
     x = random(2, tokens // 2, 16, seed=1).float()
     path = Compute.WEIGHT if tokens == 8 else Compute.ACTIVATION
     outputs = {}
     for compute in (Compute.AUTO, *PATHS):
         layer = MoRALinear(base, spec, compute=compute)
-        layer.square.data.copy_(square)
+        layer.mora_matrix.data.copy_(mora_matrix)
         outputs[compute] = layer(x)
     assert torch.equal(outputs[Compute.AUTO], outputs[path])
     assert not torch.equal(outputs[Compute.ACTIVATION], outputs[Compute.WEIGHT]), (

@@ -16,14 +16,14 @@ from mora_ds.adapters.kernels.linear import KernelProducts
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import merge_updates_
-from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, square_size
+from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, mora_matrix_size
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     adjoint,
     delta_weight,
+    mora_matrix_gradient,
     mora_update,
-    square_gradient,
 )
 from mora_ds.adapters.ops.spec import (
     Grouping,
@@ -72,15 +72,15 @@ def golden_cases():
 @pytest.mark.parametrize("case", golden_cases())
 def test_reference_outputs_are_reproduced(case):
     with safe_open(GOLDEN, "pt") as file:
-        square, x, y, delta = (
+        mora_matrix, x, y, delta = (
             file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta")
         )
     kind, grouping = REFERENCE_TYPES[int(case[4])]
-    spec = OperatorSpec(kind, x.shape[1], y.shape[1], square.shape[0], grouping)
-    assert square.dtype is torch.float64
+    spec = OperatorSpec(kind, x.shape[1], y.shape[1], mora_matrix.shape[0], grouping)
+    assert mora_matrix.dtype is torch.float64
     for result, right in (
-        (mora_update(spec, square, x), y),
-        (delta_weight(spec, square), delta),
+        (mora_update(spec, mora_matrix, x), y),
+        (delta_weight(spec, mora_matrix), delta),
     ):
         # The reference's sines and cosines are of angles in fp32, by its CPU's
         # instructions; ours are exact but for one rounding.
@@ -107,12 +107,12 @@ def test_sines_and_cosines_are_correctly_rounded(blocks, r_hat):
 
 @every_operator
 def test_delta_weight_is_the_update(spec):
-    square = random(spec.r_hat, spec.r_hat)
+    mora_matrix = random(spec.r_hat, spec.r_hat)
     x = random(2, 3, spec.d_in, seed=1)
-    delta = delta_weight(spec, square)
+    delta = delta_weight(spec, mora_matrix)
     assert delta.shape == (spec.d_out, spec.d_in)
-    assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
-    factors = spec.low_rank(square)
+    assert_close(mora_update(spec, mora_matrix, x), x @ delta.T, rtol=1e-12, atol=1e-11)
+    factors = spec.low_rank(mora_matrix)
     assert (factors is None) == (spec.blocks > 1)
     if factors is not None:
         assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
@@ -131,13 +131,13 @@ def test_blocks_reach_every_input_and_every_output(spec):
 
 
 def test_truncate_and_decouple_by_hand():
-    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    truncate = delta_weight(OperatorSpec(OperatorKind.TRUNCATE, 3, 4, 2), square)
+    mora_matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    truncate = delta_weight(OperatorSpec(OperatorKind.TRUNCATE, 3, 4, 2), mora_matrix)
     assert truncate.tolist() == [[1, 2, 0], [3, 4, 0], [0, 0, 0], [0, 0, 0]]
-    decouple = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 4, 2), square)
+    decouple = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 4, 2), mora_matrix)
     assert decouple.tolist() == [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, 1, 2], [0, 0, 3, 4]]
     # Two input blocks on one output block
-    folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), square)
+    folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), mora_matrix)
     assert folded.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4]]
 
 
@@ -189,13 +189,15 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
     spec = OperatorSpec(OperatorKind.TRUNCATE, *sizes, grouping, seed=4)
-    square = random(spec.r_hat, spec.r_hat)
+    mora_matrix = random(spec.r_hat, spec.r_hat)
     x = random(5, spec.d_in, seed=1)
-    delta = delta_weight(spec, square)
-    assert_close(mora_update(spec, square, x), x @ delta.T)
+    delta = delta_weight(spec, mora_matrix)
+    assert_close(mora_update(spec, mora_matrix, x), x @ delta.T)
     gradient = random(spec.d_out, spec.d_in, seed=2)
-    assert_close((delta * gradient).sum(), (square * adjoint(spec, gradient)).sum())
-    factors = spec.low_rank(square)
+    assert_close(
+        (delta * gradient).sum(), (mora_matrix * adjoint(spec, gradient)).sum()
+    )
+    factors = spec.low_rank(mora_matrix)
     assert (factors is None) == operator.in_blocks
     if factors is not None:
         assert_close(factors[1] @ factors[0], delta)
@@ -207,7 +209,7 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
     kernels = KernelProducts(KernelTables(spec, torch.device("cpu")))
-    assert_close(kernels.form(merged, square), right)
+    assert_close(kernels.rebuild_weight(merged, mora_matrix), right)
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
         by_kernels = partial(mora_linear, products=kernels, path=path)
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
@@ -218,7 +220,7 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     ]
     zeros = [torch.zeros(spec.d_out, window.d_in).double() for window in windows]
     formed = [
-        LayerProducts(window).form(zero, square)
+        LayerProducts(window).rebuild_weight(zero, mora_matrix)
         for window, zero in zip(windows, zeros, strict=True)
     ]
     assert_close(torch.cat(formed, dim=1), delta)
@@ -227,11 +229,11 @@ def test_an_operator_from_two_maps_has_update_and_delta(
         for window in windows
     ]
     gradients = [
-        square_gradient(window, saved, g)
+        mora_matrix_gradient(window, saved, g)
         for window, saved in zip(windows, folded, strict=True)
     ]
     assert_close(sum(gradients), adjoint(spec, g.T @ x))
-    merge_updates_(merged, [(spec, square)])
+    merge_updates_(merged, [(spec, mora_matrix)])
     assert torch.equal(merged, right)
     index_tables.clear_tables()
     tables_of_window.cache_clear()
@@ -247,15 +249,15 @@ def test_tables_made_in_inference_mode_serve_training(kind, grouping):
     """
     index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
-    square = random(4, 4).requires_grad_()
+    mora_matrix = random(4, 4).requires_grad_()
     x = random(2, 10, seed=1).requires_grad_()
     with torch.inference_mode():
-        mora_update(spec, square, x)
-        delta_weight(spec, square)
-    mora_update(spec, square, x).sum().backward()
-    delta_weight(spec, square).sum().backward()
-    assert square.grad is not None
-    assert torch.isfinite(square.grad).all()
+        mora_update(spec, mora_matrix, x)
+        delta_weight(spec, mora_matrix)
+    mora_update(spec, mora_matrix, x).sum().backward()
+    delta_weight(spec, mora_matrix).sum().backward()
+    assert mora_matrix.grad is not None
+    assert torch.isfinite(mora_matrix.grad).all()
 
 
 def test_a_sum_of_many_terms_in_low_precision_is_rounded_once():
@@ -272,8 +274,8 @@ def test_permutations_are_those_that_every_ledger_was_written_with():
     inputs, outputs = index_tables.draw_permutations(spec.seed, 10, 6)
     assert inputs.tolist() == [0, 7, 3, 9, 6, 4, 1, 8, 5, 2]
     assert outputs.tolist() == [0, 3, 4, 5, 1, 2]
-    square = torch.arange(16.0).view(4, 4)
-    assert delta_weight(spec, square)[0].tolist() == [
+    mora_matrix = torch.arange(16.0).view(4, 4)
+    assert delta_weight(spec, mora_matrix)[0].tolist() == [
         2.0,
         2.0,
         1.0,
@@ -296,25 +298,27 @@ def test_permutation_seeds_are_those_that_every_ledger_was_written_with():
 def test_permuted_is_plain_between_two_permutations(kind):
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
     plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
-    square = random(4, 4)
+    mora_matrix = random(4, 4)
     inputs, outputs = index_tables.draw_permutations(8, 13, 9)
-    shuffled = delta_weight(permuted, square)[outputs][:, inputs]
-    assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
+    shuffled = delta_weight(permuted, mora_matrix)[outputs][:, inputs]
+    assert_close(shuffled, delta_weight(plain, mora_matrix), rtol=0, atol=0)
 
 
 # -- sizes, defaults, errors -----------------------------------------------------------
 
 
 def test_mora_matrix_size():
-    assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
+    assert mora_matrix_size(4096, 4096, 8, OperatorKind.SHARE) == 256
     # Of 347.6, which the reference rounds to 348
-    assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336
-    assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=8) == 344
-    assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=1) == 347
-    assert square_size(4096, 11008, 8, OperatorKind.ROTATE, multiple=1) == 346  # even
-    assert square_size(1, 1, 1, OperatorKind.SHARE) == 1
+    assert mora_matrix_size(4096, 11008, 8, OperatorKind.SHARE) == 336
+    assert mora_matrix_size(4096, 11008, 8, OperatorKind.SHARE, multiple=8) == 344
+    assert mora_matrix_size(4096, 11008, 8, OperatorKind.SHARE, multiple=1) == 347
+    assert (
+        mora_matrix_size(4096, 11008, 8, OperatorKind.ROTATE, multiple=1) == 346
+    )  # even
+    assert mora_matrix_size(1, 1, 1, OperatorKind.SHARE) == 1
     # Too small for a pair: the config refuses it
-    assert square_size(1, 1, 1, OperatorKind.ROTATE) == 0
+    assert mora_matrix_size(1, 1, 1, OperatorKind.ROTATE) == 0
 
 
 @pytest.mark.parametrize("smallest", [1, 2])
@@ -335,7 +339,7 @@ def test_a_side_is_rounded_down_to_a_side(multiple, smallest):
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank):
     with user_error("`rank` must be at least 1"):
-        square_size(8, 8, rank, OperatorKind.SHARE)
+        mora_matrix_size(8, 8, rank, OperatorKind.SHARE)
 
 
 def test_default_kind_is_the_papers():

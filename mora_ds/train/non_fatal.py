@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.domains import domains_of
-from mora_ds.common.errors import BESIDE, reason
+from mora_ds.common.errors import NON_FATAL_ERRORS, reason
 from mora_ds.parallel.ulysses import full_sequences
 
 logger = logging.getLogger(__name__)
@@ -21,26 +21,26 @@ def non_fatal(what: str, failures: list[str]) -> Iterator[None]:
     try:
         yield
     # Third-party packages may raise any error.
-    except BESIDE as error:
+    except NON_FATAL_ERRORS as error:
         failures.append(f"{what}: {reason(error)}")
         logger.error(f"{failures[-1]}. Training continues")
 
 
 @contextmanager
-def beside_training(
-    engine: Any, domain: str | None = None, whole: bool = False
+def eval_mode(
+    engine: Any, domain: str | None = None, full: bool = False
 ) -> Iterator[None]:
     """A context for forward passes that are independent of the training batch: no
     gradients, no dropout, all sequences with the matrices of `domain` (None: the shared
     matrices alone). Restores the previous state on exit.
 
-    `engine`: an engine or a model. `whole`: each rank computes full sequences, even if
+    `engine`: an engine or a model. `full`: each rank computes full sequences, even if
     training splits them over ranks (--sequence_parallel_size).
     """
     model = getattr(engine, "module", engine)
     was_training = model.training
     model.eval()
-    sequences = full_sequences(model) if whole else nullcontext()
+    sequences = full_sequences(model) if full else nullcontext()
     try:
         with torch.no_grad(), domains_of(model).using(domain), sequences:
             yield

@@ -16,7 +16,7 @@ from mora_ds.checkpoint.layout import step_of
 from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.commands.pretrain import train
-from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.errors import NonFatalFailure, RunError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.remora.merge import ReMoRA
@@ -74,7 +74,7 @@ def ended(argv):
     """(kind of error, its message) of a run, empty where it has none. For `run_ranks`."""
     try:
         train(parse(argv))
-    except (FailedBeside, RunError, RuntimeError) as raised:
+    except (NonFatalFailure, RunError, RuntimeError) as raised:
         return type(raised).__name__, str(raised)
     return "", ""
 
@@ -121,7 +121,7 @@ def assert_goes_on(ranks_and_reference, out, argv, target, calls, steps):
     for kind, message in run_ranks(
         ranks, failing, argv, target, "evaluate", NO_EVALUATION, calls
     ):
-        assert kind == "FailedBeside"
+        assert kind == "NonFatalFailure"
         assert "step-000004 is its end" in message
         failed = re.findall(
             r"after step (\d): RuntimeError: no evaluation today", message
@@ -146,7 +146,7 @@ def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
     """The others have a best step then, for which they would save without it."""
     argv = user.flags(out, FLAGS, "--best_by held:1")
     for kind, message in run_ranks(2, failing_log_of_rank_0, argv):
-        assert kind == "FailedBeside"
+        assert kind == "NonFatalFailure"
         assert re.findall(r"after step (\d): OSError", message) == ["2"]
     assert last_state(out).finished
 
@@ -163,7 +163,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     ranks, reference = ranks_and_reference
     argv = user.flags(out, FLAGS, "--profile 1")
     for kind, message in run_ranks(ranks, without_room_for_traces, argv):
-        assert kind == "FailedBeside"
+        assert kind == "NonFatalFailure"
         assert f"--profile: {out / 'profile'} got no complete trace: " in message
         assert "No space left on device" in message
     assert losses(out).equal(losses(reference))
@@ -184,7 +184,7 @@ def test_a_failed_evaluation_is_reported_at_the_end_of_a_stopped_run(user, out):
     argv = user.flags(out, FLAGS, "--resume_from_checkpoint auto")
     run_alone(interrupted, argv)
     kind, message = run_alone(ended, argv)
-    assert kind == "FailedBeside"
+    assert kind == "NonFatalFailure"
     assert re.findall(r"after step (\d)", message) == ["1"]
     assert [row["step"] for row in rows(out) if "eval_perplexity" in row] == [
         0,
@@ -196,8 +196,8 @@ def test_a_failed_evaluation_is_reported_at_the_end_of_a_stopped_run(user, out):
 
 FAILURES = """
 Evaluator evaluate | 0 | RuntimeError | RuntimeError | 0
-Evaluator evaluate | 1 | SystemExit | FailedBeside | 6
-MetricsLog evaluation | 6 | ValueError | FailedBeside | 6
+Evaluator evaluate | 1 | SystemExit | NonFatalFailure | 6
+MetricsLog evaluation | 6 | ValueError | NonFatalFailure | 6
 MetricsLog step | 4 | RuntimeError | RuntimeError | 4
 MetricsLog record | 3 | RuntimeError | RuntimeError | 2
 ReMoRA _start_cycle | 0 | RuntimeError | RuntimeError | 2
@@ -266,7 +266,7 @@ def test_a_failed_upload_is_reported_after_the_end(user, tmp_path, error, ranks)
         tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none"
     )
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
-        assert kind == "FailedBeside"
+        assert kind == "NonFatalFailure"
         assert "the upload to the Hub: no way out" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
@@ -337,5 +337,5 @@ def failing_tracker(argv):
 def test_a_failed_tracker_is_reported_on_every_rank(user, tmp_path):
     argv = user.flags(tmp_path, "--max_steps 2 --report_to wandb")
     for kind, message in run_ranks(2, failing_tracker, argv):
-        assert kind == "FailedBeside"
+        assert kind == "NonFatalFailure"
         assert "--report_to wandb" in message

@@ -1,4 +1,4 @@
-"""Every forward pass of a run is training's, or one of `beside_training`: nothing of a
+"""Every forward pass of a run is training's, or one of `eval_mode`: nothing of a
 training batch acts on it.
 """
 
@@ -17,7 +17,7 @@ from mora_ds.adapters.inject import inject
 from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
 from mora_ds.train import job
-from mora_ds.train.beside import beside_training
+from mora_ds.train.non_fatal import eval_mode
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import research
 from tests.helpers.mixtures import mixture_flags, write_mixture
@@ -31,8 +31,8 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
     model.train()
     domains = domains_of(model)
     domains.set(["old", "new", "new"])
-    with pytest.raises(KeyError), beside_training(model, "old"):
-        with beside_training(model):
+    with pytest.raises(KeyError), eval_mode(model, "old"):
+        with eval_mode(model):
             assert domains.choice(torch.ones(1, 2, 3)) is None
         assert torch.equal(
             domains.choice(torch.ones(1, 2, 3)), torch.tensor([[0.0, 1.0]])

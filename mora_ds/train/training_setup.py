@@ -36,13 +36,13 @@ from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
-from mora_ds.train.run import Run, RunContext, TrainingRun, export_live
-from mora_ds.train.setup import Start
+from mora_ds.train.run import Run, RunOptions, TrainingRun, export_live
+from mora_ds.train.setup import RunContext
 
 logger = logging.getLogger(__name__)
 
 
-class Job:
+class TrainingSetup:
     """A model with all that belongs to its run. All processes make it together.
 
     Making it prepares the model, starts the engine and, where `start.checkpoint` is
@@ -65,17 +65,17 @@ class Job:
         loaded: LoadedBase,
         ds_config: DsConfig,
         data: RunData,
-        start: Start,
+        context: RunContext,
     ) -> None:
         self.arguments = arguments
         self.loaded = loaded
         self.ds_config = ds_config
         self.data = data
-        self.start = start
+        self.context = context
         self.kind = arguments.adapter.adapter
         # What follows has collectives of its own, in which no rank may wait for one
         # that has failed to load.
-        start.ranks.barrier("model, tokenizer and text are loaded")
+        context.ranks.barrier("model, tokenizer and text are loaded")
         self.sequence = self._sequence_parallel()
         if self.kind == Control.NONE:
             self._start_evaluation()
@@ -112,35 +112,35 @@ class Job:
     def _start_full_training(self) -> None:
         """--adapter full."""
         model = self.loaded.model
-        start = self.start
+        context = self.context
         self.trainable_parameters = self.total_parameters = count_parameters(model)
         self._count_flops()
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
         self._check_checkpoint(identity)
-        start.ranks.barrier("start of the engine")
+        context.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=self.ds_config)
         self._seed_dropout()
-        new_state = TrainerState(world_size=start.ranks.world, identity=identity)
-        self.state = start.state or new_state
+        new_state = TrainerState(world_size=context.ranks.world, identity=identity)
+        self.state = context.state or new_state
         async_save = self.arguments.training.async_save
         self.run = TrainingRun.full(
-            self.engine, start.folder, start.ranks, self.state, async_save
+            self.engine, context.folder, context.ranks, self.state, async_save
         )
-        if start.checkpoint is not None:
-            self.run.checkpoints.load(start.checkpoint)
+        if context.checkpoint is not None:
+            self.run.checkpoints.load(context.checkpoint)
 
     @named_as_flags(**FLAGS)
     def _start_adapter(self) -> None:
         """--adapter with a registered adapter."""
         training = self.arguments.training
-        start = self.start
+        context = self.context
         base = self.loaded.base
         self.config = self._planned_config()
-        start.ranks.agree("injection of the adapter", self._inject, long=True)
-        fingerprint = base.fingerprint(ranks=start.ranks)
+        context.ranks.agree("injection of the adapter", self._inject, long=True)
+        fingerprint = base.fingerprint(ranks=context.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
-        start.ranks.barrier("start of the engine")
+        context.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
             config=self.ds_config,
@@ -148,25 +148,25 @@ class Job:
             base_on_host=self._streams,
         )
         self._seed_dropout()
-        context = RunContext(
+        options = RunOptions(
             keys=self.loaded.keys,
             identity=common,
-            tokenizer_folder=start.folder / TOKENIZER_FOLDER,
+            tokenizer_folder=context.folder / TOKENIZER_FOLDER,
             facts={
                 "seq_len": self.data.train.seq_len,
                 "document_start": self.arguments.data.document_start,
             },
-            ranks=start.ranks,
-            state=start.state,
+            ranks=context.ranks,
+            state=context.state,
         )
         self.run = Run(
             self.engine,
             base=base,
-            folder=start.folder,
-            resume=start.checkpoint,
+            folder=context.folder,
+            resume=context.checkpoint,
             overwrite=True,
             async_save=training.async_save,
-            context=context,
+            options=options,
         )
         self.state = self.run.state
 
@@ -195,7 +195,7 @@ class Job:
             "seq_len": data.train.seq_len,
             "document_mask": self.arguments.data.document_mask,
             "seed": training.seed,
-            "global_batch_size": training.global_batch_size(self.start.ranks.world),
+            "global_batch_size": training.global_batch_size(self.context.ranks.world),
             "merge_every": adapter.merge_every,
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if by_documents else "dense",
@@ -203,19 +203,21 @@ class Job:
         if training.has_muon:
             identity["optimizer"] = training.optimizer
         if training.decay_from is not None:
-            identity |= self.start.branch
+            identity |= self.context.branch
         return identity
 
     def _check_checkpoint(self, identity: JsonObject) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
-        if self.start.checkpoint is not None and self.start.state is not None:
-            check_identity(self.start.checkpoint, self.start.state.identity, identity)
+        if self.context.checkpoint is not None and self.context.state is not None:
+            check_identity(
+                self.context.checkpoint, self.context.state.identity, identity
+            )
 
     def _seed_dropout(self) -> None:
         """Give every replica dropout masks that no other has. A checkpoint that is
         resumed restores its random states afterwards."""
         training = self.arguments.training
-        replica = self.start.ranks.rank // training.ranks_per_replica
+        replica = self.context.ranks.rank // training.ranks_per_replica
         torch.manual_seed((training.seed << 16) + replica)
 
     @property
@@ -234,9 +236,9 @@ class Job:
             return config
         from mora_ds.research.targets import researched
 
-        plan = self.start.targets
+        plan = self.context.targets
         if plan is not None:
-            fingerprint = loaded.base.fingerprint(ranks=self.start.ranks)
+            fingerprint = loaded.base.fingerprint(ranks=self.context.ranks)
             plan.check_base(loaded.base, fingerprint)
         return researched(config, arguments, plan)
 
@@ -246,7 +248,10 @@ class Job:
         if self._peak_flops is None:
             return None
         return (
-            tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
+            tokens_per_s
+            * self._token_flops
+            / self.context.ranks.world
+            / self._peak_flops
         )
 
     def _count_flops(self) -> None:

@@ -2,7 +2,7 @@
 (`runtime/node_memory.py`).
 
     share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
-    node_base_of(model).form(...)     a merge, a replay: each layer is written by one process of the node
+    node_base_of(model).rebuild_weight(...)     a merge, a replay: each layer is written by one process of the node
 
 No other run ever trusts this memory: a resumed run forms its weights from the original
 ones and the merge ledger, as one that shares nothing. All processes wait for each other
@@ -64,7 +64,7 @@ class NodeBase:
     def _is_shared(self, layer: str) -> bool:
         return f"{layer}.weight" in self.slots
 
-    def form(
+    def rebuild_weight(
         self,
         model: nn.Module,
         items: Iterable[tuple[str, Item]],
@@ -102,12 +102,12 @@ class NodeBase:
     ) -> Tensor:
         """A table (names, width) in fp32 on the CPU, the same on every process: a row
         of scalars for each name. `rows` has those of this process's `layers`.
-        Collective as `form` is."""
+        Collective as `rebuild_weight` is."""
         table = torch.zeros(len(names), width)
         for index, name in enumerate(names):
             # A row is added once: other nodes have the same, and so have the processes
             # of this one where nothing is shared
-            counts = self.ranks is None or self.ranks.is_first
+            counts = self.ranks is None or self.ranks.is_rank0
             if self._is_shared(name):
                 counts = 0 in self.members
             if name in rows and counts:

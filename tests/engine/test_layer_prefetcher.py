@@ -17,14 +17,14 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.engine import base_ring
-from mora_ds.engine.base_ring import ring_of, stream_base
+from mora_ds.engine import layer_prefetcher
 from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
+from mora_ds.engine.layer_prefetcher import prefetcher_of, stream_base
+from mora_ds.engine.node_base import node_base_of
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.decoder_layers import find_decoder_layers, weights_of_layers
-from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config, trained_values
 from tests.helpers.errors import run_error, user_error
@@ -104,9 +104,9 @@ def trained(case, streamed):
     inject(model, MoRAConfig(rank=4, **case.get("adapter", {})))
     bf16 = {"enabled": case.get("bf16", False)}
     config = ds_config(case.get("stage", 3), 2, accumulation, bf16=bf16)
-    with patch.object(base_ring, "copies_for", lambda device: Late()):
+    with patch.object(layer_prefetcher, "copies_for", lambda device: Late()):
         engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
-    prefetcher = ring_of(model)
+    prefetcher = prefetcher_of(model)
     storages = storages_read(model)
     losses = []
     slots = prefetcher.slots if prefetcher else []
@@ -133,16 +133,18 @@ def trained(case, streamed):
 
 def change(model):
     """Changes the weights as a merge does."""
-    if prefetcher := ring_of(model):
+    if prefetcher := prefetcher_of(model):
         prefetcher.invalidate()
     layers = mora_layers(model)
     node = node_base_of(model)
 
     def grow(_, layer):
         if base_bits_of(model) != 4:  # which no merge writes
-            layer.form(layer.read().float() * 1.5, [])
+            layer.rebuild_weight(layer.read().float() * 1.5, [])
 
-    node.form(model, [(name, layers[name]) for name in node.layers(model)], grow)
+    node.rebuild_weight(
+        model, [(name, layers[name]) for name in node.layers(model)], grow
+    )
 
 
 def storages_read(model):
@@ -243,7 +245,7 @@ def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
     for name, tensor in frozen_buffers(model).items():
         assert tensor is host[name], name
         assert torch.equal(tensor, contents[name]), name
-    names = base_ring.names_on_host(model)
+    names = layer_prefetcher.names_on_host(model)
     with prefetcher.device_bound():
         aside = frozen_buffers(model)
         storages = {aside[name].untyped_storage().data_ptr() for name in names}

@@ -16,9 +16,9 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.common.errors import RunError
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.engine.initialize import initialize
+from mora_ds.engine.node_base import NodeBase, node_base_of
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
-from mora_ds.models.node_base import NodeBase, node_base_of
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.node_memory import SharedMemory, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
@@ -176,12 +176,12 @@ def faults():
 
     items = [(name, None) for name in node.layers(model)]
     with run_error("rank 1: no memory for"):
-        node.form(model, items, work)
+        node.rebuild_weight(model, items, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
         layer.weight = layer.weight.clone()
     with run_error("replaced after the start"):
-        node.form(model, items, lambda name, item: None)
+        node.rebuild_weight(model, items, lambda name, item: None)
 
 
 def test_an_error_of_one_process_is_one_of_all():
@@ -230,7 +230,7 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     total = torch.zeros(len(layers), 1)
     written = []
     for rank in range(4):  # of two nodes
-        ranks = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
+        ranks = mock.Mock(rank=rank, is_rank0=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1) if rank < 2 else (2, 3), slots)
         written += base.layers(model)
         rows = {

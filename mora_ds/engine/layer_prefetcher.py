@@ -36,7 +36,7 @@ from mora_ds.models.decoder_layers import (
     weights_of_layers,
 )
 
-_ATTRIBUTE = "_mora_ring"
+_ATTRIBUTE = "_mora_prefetcher"
 """The attribute of a model that holds its prefetcher."""
 
 
@@ -80,7 +80,7 @@ class _Layer:
         self._hosts = []
 
 
-class BaseRing:
+class LayerPrefetcher:
     """The buffers of a model, and the layer that each of them holds."""
 
     def __init__(self, model: Any, device: torch.device, copies: Copies) -> None:
@@ -224,10 +224,10 @@ class BaseRing:
         return view
 
 
-def stream_base(model: Any, device: torch.device) -> BaseRing:
+def stream_base(model: Any, device: torch.device) -> LayerPrefetcher:
     """Make a model with frozen weights in host memory run on `device`, which holds a few
-    decoder layers at a time. Raises `UserError` as `BaseRing` does."""
-    prefetcher = BaseRing(model, device, copies_for(device))
+    decoder layers at a time. Raises `UserError` as `LayerPrefetcher` does."""
+    prefetcher = LayerPrefetcher(model, device, copies_for(device))
     setattr(model, _ATTRIBUTE, prefetcher)
     return prefetcher
 
@@ -237,7 +237,7 @@ def names_on_host(model: Any) -> set[str]:
     return set(chain.from_iterable(weights_of_layers(model).values()))
 
 
-def ring_of(model: nn.Module) -> BaseRing | None:
+def prefetcher_of(model: nn.Module) -> LayerPrefetcher | None:
     """The prefetcher of a model with a streamed base; None for other models."""
     return getattr(model, _ATTRIBUTE, None)
 
