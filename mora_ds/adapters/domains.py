@@ -167,7 +167,7 @@ def mora_matrices_of_rows(mora_matrices: Tensor, choice: Tensor) -> Tensor:
 
 
 def update_rows(spec: OperatorSpec, mora_matrices: Tensor, x: Tensor) -> Tensor:
-    """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x
+    """decompress(M_b compress(x_b)) with a matrix for each row: mora_matrices (B, R, R), x
     (B, ..., D) -> (B, ..., O)."""
     z = compress(spec, x)
     return decompress(spec, torch.bmm(z.flatten(1, -2), mora_matrices.mT).view(z.shape))

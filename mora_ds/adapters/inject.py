@@ -1,7 +1,7 @@
 """Gives a Hugging Face model its adapters, freezes the rest, and reports what was done.
 
 inject(model, MoRAConfig(rank=8))
-  1. every target layer becomes an `AdaptedLinear`, with base_bits 8 or 4 with its weight in so many bits
+  1. every target layer becomes an `AdaptedLinear`, with its weight in 8 or 4 bits if base_bits says so
   2. every other parameter that is not trained becomes a buffer; tied tensors stay one tensor
   3. a report: shapes, sizes, trainable and total parameters
 """

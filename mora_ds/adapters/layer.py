@@ -236,8 +236,8 @@ class AdaptedLinear(nn.Module):
         """Forms the frozen weight anew: `original` with all updates merged, in fp32.
 
         It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
-        original weight, rounding errors do not accumulate over merges. In 4 bits the
-        original alone is rounded, and the updates stay matrices beside it (`nf4`). In
+        base weight, rounding errors do not accumulate over merges. In 4 bits the
+        original alone is rounded, and the updates stay matrices in addition to it (`nf4`). In
         place, so that storages and ties stay. `original`, in the layout of `weight`, is
         not written to.
         """

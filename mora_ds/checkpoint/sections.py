@@ -148,7 +148,7 @@ class EngineSection(Section):
     """MasterWeights, optimizer state and counters, by any number of ranks at any ZeRO stage.
 
     With the number of ranks that saved them the run continues bit for bit. With another
-    one masters, moments and step counts are the same to the bit, but sums over ranks
+    one master weights, moments and step counts are the same to the bit, but sums over ranks
     round differently.
     """
 
@@ -245,7 +245,7 @@ class StateSection(Section):
         if scheduler is None or self.state.scheduler is None:
             return
         scheduler.load_state_dict(self.state.scheduler)
-        # The next step is made with these rates: the scheduler itself sets others only
+        # The next step uses these learning rates: the scheduler itself sets others only
         # after it.
         groups = self.engine.optimizer.param_groups
         for group, rate in zip(groups, scheduler.get_last_lr(), strict=True):

@@ -78,7 +78,7 @@ COLUMNS = 8
 
 
 def _moved(runs: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
-    """Runs (P, 8) that begin so many extents, and as many ranks, further on."""
+    """Runs (P, 8) that begin this number of extents and of ranks further on."""
     moved = runs.copy()
     moved[:, START] += steps * runs[:, NUMEL]
     moved[:, RANK] += steps * runs[:, STRIDE]
@@ -255,8 +255,8 @@ class EngineShards:
     def _pieces(
         self, name: str, start: int, numel: int | None
     ) -> Iterator[tuple[int, int, int, int]]:
-        """(rank, flat tensor in its file, first element there, end) of each piece of
-        the `numel` elements from `start` on, in order; of 0, an empty piece."""
+        """(rank, flat tensor in its file, first element there, end) of each part of
+        the `numel` elements from `start` on, in order; of 0, an empty part."""
         end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
         for row in self._runs_of[name]:
             _, run_start, length, rank, flat, offset, stride, count = row

@@ -52,7 +52,7 @@ class TrainerState:
     merge_pending: bool = False
     """Whether the merge after this step is still to be made."""
     failures: list[str] = field(default_factory=list)
-    """What has failed beside training, a line each, for the end of the run."""
+    """Failures that did not end the training, a line each, for the end of the run."""
     scheduler: JsonObject | None = None
     """State of the scheduler that `initialize` was given; None without one."""
     stream: JsonObject | None = None

@@ -6,7 +6,7 @@ DeepSpeed, no GPU and no base.
     ledger      every hash, their chain, finite matrices; the base that it starts from, as many cycles as adapter and
                 state record
     shards      readable, complete for the number of ranks, every element of every parameter once, random states
-    agreement   adapter.safetensors = the fp32 masters in the shards, bit for bit
+    agreement   adapter.safetensors = the master weights in the shards, bit for bit
     base        (where a folder is given) the same fingerprint
 
 Every check runs, even where an earlier one has failed; the base alone is compared with
@@ -267,4 +267,4 @@ def _agreement(folder: Path) -> Iterator[str]:
         for name, tensor in tensors.items()
         if not torch.equal(tensor, shards.full(name, MASTER).float())
     )
-    yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"
+    yield f"agreement: {len(tensors)} live tensor(s) equal their master weights in the shards"

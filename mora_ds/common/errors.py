@@ -28,7 +28,7 @@ class RunError(RuntimeError):
 
 
 class NonFatalFailure(RunError):
-    """The run is trained to its end and saved, but something beside training has
+    """The run is trained to its end and saved, but something that is not training has
     failed: an evaluation, a task, a tracker, an upload. All processes raise it
     alike."""
 
@@ -36,7 +36,7 @@ class NonFatalFailure(RunError):
 
 
 NON_FATAL_ERRORS = (Exception, SystemExit)
-"""What is caught of what stands beside training: packages may even call sys.exit."""
+"""The errors that do not end a run. Other packages may even call sys.exit."""
 
 
 class Stopped(BaseException):

@@ -3,7 +3,7 @@ file's contents.
 
 flags               command line and YAML -> dataclasses
 arguments           `Arguments`: the four groups of settings, `parse` and `dump`
-effects             which settings have an effect beside which
+effects             which settings have an effect together with which
 adapter             settings of the adapter and its merges
 data                settings of model, tokenizer and text
 training            settings of the run itself

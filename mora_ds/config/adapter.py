@@ -64,7 +64,7 @@ class AdapterArguments:
     is about the cheaper of the two."""
     base_bits: int = 16
     """8: hold the frozen weights of adapted layers in int8 with a scale per output,
-    half of the memory of bf16; merges and exports read the original weights. 4: in NF4,
+    half of the memory of bf16; merges and exports read the base weights. 4: in NF4,
     0.28 of the memory; they are rounded once, and merged cycles act through their
     matrices, so that every merge makes a step longer; needs the extra bits4. 16: hold
     them in the run's dtype."""

@@ -63,7 +63,7 @@ EFFECTS = (
         "restart_warmup_steps",
     ),
     Effect(
-        "parameters that are trained beside an adapter (--train_embeddings and its like)",
+        "parameters that are trained with an adapter (--train_embeddings and its like)",
         _trains_others,
         "embedding_learning_rate",
     ),

@@ -97,7 +97,7 @@ class MergedModelSource(Adapter):
         return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
-        """(operator, value) of all that is added to a layer's original weight, in
+        """(operator, value) of all that is added to a layer's base weight, in
         order."""
         updates = list(self.ledger.mora_matrices_of(entry.module))
         updates.append((entry.operator, self.tensors.mora_matrix(entry.module)))
@@ -397,7 +397,7 @@ def _rounding(run: MergedModelSource) -> Callable[[Any], None]:
     is the live model up to rounding of sums.
 
     In 8 bits a run holds the weights with all merged cycles, in 4 bits the original
-    ones, beside which it keeps the matrices of merged cycles.
+    ones, and keeps the matrices of merged cycles in addition.
     """
     bits = run.file.config.base_bits
 

@@ -123,7 +123,7 @@ def _require_all_are_loaded(run: MergedModelSource) -> None:
     config: Any = LoraConfig(target_modules=list(lost))
     kind = read_json(run.base.folder / "config.json").get("model_type")
     model: Any = SimpleNamespace(config=SimpleNamespace(model_type=kind))
-    # PEFT's own refusal: of one projection without the other
+    # PEFT's own error: for one projection without the other
     with suppress(ValueError):
         transformers_weight_conversion.convert_peft_config_for_transformers(
             config, model, None

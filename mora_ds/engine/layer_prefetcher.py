@@ -115,8 +115,8 @@ class LayerPrefetcher:
             tensor for tensors in weights.values() for tensor in tensors.values()
         )
         for module, index in self._index.items():
-            module.register_forward_pre_hook(partial(self.enter, index))
-            module.register_forward_hook(self.leave, always_call=True)
+            module.register_forward_pre_hook(partial(self.before_forward, index))
+            module.register_forward_hook(self.after_forward, always_call=True)
 
     @contextmanager
     def device_bound(self) -> Iterator[None]:
@@ -187,7 +187,7 @@ class LayerPrefetcher:
 
     # -- forward and backward ----------------------------------------------------------
 
-    def enter(self, index: int, *_: Any) -> None:
+    def before_forward(self, index: int, *_: Any) -> None:
         """Pre-forward hook of a module of layer `index`, also for a forward repeated by
         checkpointing."""
         self._running.append(index)
@@ -202,7 +202,7 @@ class LayerPrefetcher:
             )
             self._hooks.__enter__()
 
-    def leave(self, *_: Any) -> None:
+    def after_forward(self, *_: Any) -> None:
         """Forward hook, also called after an error: checkpointing stops a repeated
         forward by one."""
         index = self._running.pop()

@@ -179,7 +179,7 @@ def _shared(frozen: Tensors, ranks: Ranks) -> NodeBase:
             what = "the base that the processes of this node share"
             require_memory(layout.size, what, ": --base_bits 8 takes less")
 
-    ranks.agree("room for the base of the node", check_room)
+    ranks.agree("memory for the base of the node", check_room)
     storage, problem = _map(ranks, members, layout if is_shared else None)
     if problem:
         logger.warning(

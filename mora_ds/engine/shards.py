@@ -1,8 +1,8 @@
 """What training changes in an engine, as tensors: taken from it, and put into it by any
 number of processes. Files are no matter of this module (`checkpoint.shard_table`).
 
-    partitions_of   what this process holds: fp32 masters, optimizer state, which extents of which parameters they are
-    restore         masters, low-precision copies, optimizer state and counters, from what a `SavedState` holds
+    partitions_of   what this process holds: master weights, optimizer state, which extents of which parameters they are
+    restore         master weights, low-precision copies, optimizer state and counters, from what a `SavedState` holds
 
 MasterWeights and moments go by `OptimizerView.flats`: which extent of which parameter lies
 where in the tensors that the optimizer steps on. Written against DeepSpeed 0.19.8;
@@ -76,7 +76,7 @@ class Layout:
 
 
 class Partition(NamedTuple):
-    """A tensor of fp32 masters that this process steps on, with its optimizer state."""
+    """A tensor of master weights that this process steps on, with its optimizer state."""
 
     extents: list[Extent]
     """What this process saves of it."""
@@ -219,7 +219,7 @@ def _as_saved(flat: Flat, value: Tensor) -> Tensor:
     if flat.state_spans is flat.spans:
         return value.detach().view(-1)
     # Muon's momentum holds its matrices whole: other ranks save what they have of them
-    # in their masters.
+    # in their master weights.
     moments = value.new_zeros(flat.master.numel())
     for full, span in zip(flat.state_spans, flat.spans, strict=True):
         first = full.offset + span.start
@@ -284,7 +284,7 @@ def _restore_flat(
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as
     in a fresh engine. `device`: where the optimizer wants its counts: torch's fused
-    Adam beside the master."""
+    Adam next to the master weights."""
     extents = _extents(flat.spans, parameters)
     state_extents = _extents(flat.state_spans, parameters)
 

@@ -133,7 +133,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Subtract the merged deltas. In low precision the original weight is restored
+        """Subtract the merged deltas. In low precision the base weight is restored
         only up to rounding."""
         self._add_to_weight(self.merged_adapters, -1, False)
         self.merged_adapters = []

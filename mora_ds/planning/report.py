@@ -9,7 +9,7 @@ from mora_ds.planning.plan import USABLE, Plan
 from mora_ds.planning.utilization import PEAK_TFLOPS
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
-"""What else there is where the base of so many bits is too large."""
+"""The alternatives if the base with this number of bits is too large."""
 
 
 def report(plan: Plan) -> str:
@@ -114,7 +114,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
 
 
 def cost_lines(plan: Plan, steps: int, mfu: float | None = None) -> list[str]:
-    """What a run of so many steps computes, and for how long if it uses the part `mfu`
+    """What a run of `steps` steps computes, and for how long if it uses the fraction `mfu`
     of an H100's peak. `steps`: -1 where --num_train_epochs decides."""
     lines = [f"compute: {plan.token_flops:.2e} FLOPs per token"]
     if steps > 0:

@@ -1,11 +1,11 @@
 """The merge ledger: every merged MoRA matrix M of a run, on disk, append-only and
 chained by hashes.
 
-    live weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
+    merged weight = cast( W_original + delta_weight(M_0) + delta_weight(M_1) + ... )      fp32 sum, rounded once
     (of adapters whose update is no delta: cast( merged_weight(... merged_weight(W_original, value_0), ...) ), in fp32)
 
 The base on disk never changes; the ledger holds all that a run has merged into it.
-Merge, resume and export form live weights by one function, `merged_weight`, so that they
+Merge, resume and export form merged weights by one function, `merged_weight`, so that they
 agree bit for bit.
 
     folder/cycle-00000.safetensors   "<module name>.mora_matrix" -> fp32 (r_hat, r_hat); the layers in the header
@@ -251,10 +251,10 @@ class Ledger:
         """
         cycle = self.cycles
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
-        with atomic_path(path) as beside:
-            _write_cycle(beside, cycle, step, layers, mora_matrices)
-            sha256 = sha256_file(beside)
-            size = beside.stat().st_size
+        with atomic_path(path) as temporary:
+            _write_cycle(temporary, cycle, step, layers, mora_matrices)
+            sha256 = sha256_file(temporary)
+            size = temporary.stat().st_size
         chain = _link(self._head(), sha256)
         record = CycleRecord(cycle, step, path.name, sha256, size, chain)
         self._write([*self._records, record])

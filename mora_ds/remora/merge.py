@@ -4,12 +4,12 @@ ledger, and a fresh one starts.
 At a gradient-accumulation boundary, on all ranks, layer by layer in the same order:
 
     M in fp32 from the master partitions        the only collective: r_hat^2 * 4 bytes a layer
-    live weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
+    merged weight = cast(original + all recorded deltas + delta(M)), in place; with --base_bits 8, quantize of that sum;
                   of an adapter whose update is no delta its `merged_weight`, of the original and cycle by cycle;
                   with --base_bits 4, quantize of the original, and M stays in the layer of every process;
                   where the processes of a node share the base, each forms a part of the layers (`engine/node_base.py`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
-    M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
+    M, its master weights and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -55,9 +55,9 @@ class MergeReport:
     delta_norm: float
     """Norm of the deltas that the matrices stand for."""
     weight_norm: float
-    """Norm of the live weights before the merge."""
+    """Norm of the merged weights before the merge."""
     rounding_loss: float
-    """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the
+    """Share of the deltas that the merged weights' dtype did not take up (0 in fp32; the
     ledger has all of it). Above 1 where deltas are smaller than what rounding changes,
     as they may be in 8 bits."""
     loss_before: float | None = None
@@ -160,7 +160,7 @@ class ReMoRA:
     def _rebuild_weight(
         self, mora_matrices: Iterable[tuple[str, Tensor | None]]
     ) -> dict[str, MergeNorms]:
-        """Form every live weight anew: its original, all deltas of the ledger, and that
+        """Form every merged weight anew: its original, all deltas of the ledger, and that
         of the current cycle's M where `mora_matrices` has one and not None. Where the
         processes of a node share the base, each layer is formed by one of them. Returns
         {module name: norms} of the matrices that this process has merged."""
@@ -185,7 +185,7 @@ class ReMoRA:
                         mora_matrix = mora_matrix.cpu()
                     yield name, mora_matrix
                 elif layers[name].is_packed:
-                    # Matrices beside packed weights stay in every process
+                    # Matrices in addition to packed weights stay in every process
                     layers[name].set_merged(updates(name, mora_matrix))
 
         def rebuild_weight(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
@@ -223,7 +223,7 @@ class ReMoRA:
         set_cycle(self.engine.module, self.config, self.cycle)
 
     def rebuild_base(self) -> None:
-        """Form every live weight from its original and the ledger. Collective."""
+        """Form every merged weight from its original and the ledger. Collective."""
         self._rebuild_weight((name, None) for name in mora_layers(self.engine.module))
 
     def _record(
@@ -245,7 +245,7 @@ class ReMoRA:
             )
 
     def _start_cycle(self, cycle: int) -> None:
-        """Zero matrices, masters and optimizer state, and set the cycle's operators."""
+        """Zero matrices, master weights and optimizer state, and set the cycle's operators."""
         layers = mora_layers(self.engine.module)
         zero.reset_group(self.engine, 0)
         set_cycle(self.engine.module, self.config, cycle)

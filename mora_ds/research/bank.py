@@ -40,7 +40,7 @@ from mora_ds.models.load import load_model
 Adapters = str | Sequence[str | None]
 """One name for all sequences, or one name (None: the base alone) for each."""
 
-Squares = dict[str, dict[OperatorSpec, Tensor]]
+MoRAMatrices = dict[str, dict[OperatorSpec, Tensor]]
 """Layer -> operator -> M of one adapter, summed over the cycles with that operator."""
 
 
@@ -157,9 +157,9 @@ class AdapterBank:
         with self.use(adapters):
             return self.model.generate(input_ids, **settings)
 
-    def _read(self, name: str) -> Squares:
+    def _read(self, name: str) -> MoRAMatrices:
         adapter = self.adapters[name]
-        layers: Squares = {}
+        layers: MoRAMatrices = {}
         for layer, entry in adapter.file.layers.items():
             current = (entry.operator, adapter.tensors.mora_matrix(layer))
             sums: dict[OperatorSpec, Tensor] = {}
@@ -176,7 +176,7 @@ class AdapterBank:
 
     def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Delta]]:
         """Layer -> the updates by the adapters of all sequences."""
-        chosen: dict[str, Squares] = {}
+        chosen: dict[str, MoRAMatrices] = {}
         for name in dict.fromkeys(names):
             if name is not None:
                 if name not in self.adapters:

@@ -33,7 +33,7 @@ from mora_ds.runtime.signals import (
     EXIT_NON_FATAL_FAILURE,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
-    leave,
+    exit_process,
 )
 
 _WAIT_FOR_RANK_0_S = 8.0
@@ -82,16 +82,16 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
         signals.ignore_requests()
         if rank() == 0:
             print(stopped, file=sys.stderr)
-        leave(EXIT_STOPPED)
+        exit_process(EXIT_STOPPED)
     except SystemExit as error:
-        leave(
+        exit_process(
             error.code
             if isinstance(error.code, int)
             else EXIT_FAILURE
             if error.code
             else 0
         )
-    leave(0)
+    exit_process(0)
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
@@ -117,8 +117,8 @@ def _fail(error: BaseException) -> NoReturn:
         print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
     if isinstance(error, NonFatalFailure):
-        leave(EXIT_NON_FATAL_FAILURE)
-    leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
+        exit_process(EXIT_NON_FATAL_FAILURE)
+    exit_process(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
@@ -139,7 +139,7 @@ def _exit_after_lost_contact(error: RuntimeError) -> NoReturn:
         flush=True,
     )
     time.sleep(_WAIT_FOR_FAILED_RANK_S)
-    leave(EXIT_FAILURE)
+    exit_process(EXIT_FAILURE)
 
 
 class StrictParser(argparse.ArgumentParser):

@@ -35,7 +35,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         )
     except Exception as error:
         # The other ranks still wait for the file; their next check raises this error
-        ranks.leave(error)
+        ranks.abort(error)
         raise
     finally:
         if ranks.is_rank0:

@@ -178,7 +178,7 @@ class Ranks:
             by_rank = gather_to_all(mine, self.group)
         return [by_rank[number % self.world][number] for number in range(count)]
 
-    def leave(self, error: Exception) -> None:
+    def abort(self, error: Exception) -> None:
         """Report an error that only this rank may have. Call it before the rank ends.
 
         The other ranks raise the error at their next check. Returns when all have it,

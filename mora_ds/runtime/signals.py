@@ -86,7 +86,7 @@ def ignore_requests() -> None:
         _watch.ignores = True
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Flush the streams and end the process by `os._exit`, because gloo's threads often
     abort at interpreter exit (torch 2.13)."""
     for stream in (sys.stdout, sys.stderr):
@@ -144,7 +144,7 @@ class _Watch:
             first = self._last_interrupt or now
             if now - first > SAME_CTRL_C_S:
                 _print("SIGINT again: exiting immediately")
-                leave(EXIT_INTERRUPTED)
+                exit_process(EXIT_INTERRUPTED)
             self._last_interrupt = first
         self._request(signal.Signals(number).name, now)
 
@@ -168,7 +168,7 @@ class _Watch:
         _replace_broken_pipes()
         if not self.defers and time.monotonic() - self.requested_at > _STOP_TIMEOUT_S:
             # Nothing to save; the main thread waits for other ranks
-            leave(EXIT_STOPPED)
+            exit_process(EXIT_STOPPED)
 
 
 _watch: _Watch | None = None

@@ -126,7 +126,7 @@ class PhaseMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes at the highest so far, whatever the phase."""
+        """Peak bytes so far, in all phases."""
         return max([peak_memory_bytes(), *self.by_phase.values()])
 
 

@@ -168,7 +168,7 @@ def abandon(folder: Path) -> None:
         if not reservation.had_lock_file:
             (folder / LOCK).unlink(missing_ok=True)
         del _reservations[folder.resolve()]
-    leave(folder)
+    release(folder)
     if reservation is not None:
         _remove_empty(reservation.new_folders)
 
@@ -184,7 +184,7 @@ def join(folder: Path) -> None:
         _try_lock(file, fcntl.LOCK_SH, _OTHERS)
 
 
-def leave(folder: Path) -> None:
+def release(folder: Path) -> None:
     """Give this process's lock of `folder` up."""
     if (file := _locks.pop(folder.resolve(), None)) is not None:
         os.close(file)

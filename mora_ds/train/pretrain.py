@@ -404,12 +404,12 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
     if failures:
         done = f"the run is done, {trainer.last_checkpoint} is its end"
         lines = "\n".join(f"  {failure}" for failure in failures)
-        raise NonFatalFailure(f"{done}; beside training failed:\n{lines}")
+        raise NonFatalFailure(f"{done}; failed in addition to training:\n{lines}")
     return summary
 
 
 def _push(training: TrainingArguments, setup: TrainingSetup, checkpoint: Path) -> None:
-    """--push_to_hub, which fails beside the run."""
+    """--push_to_hub, whose failure does not end the run."""
     repository = str(training.push_to_hub)
 
     def push() -> None:

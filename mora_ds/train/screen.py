@@ -57,7 +57,7 @@ def _base_numel(setup: TrainingSetup) -> int:
 
 
 def _epochs(train: Mixture, steps: int) -> str:
-    """How often each source is read in so many steps, such as "domain 1.50, general
+    """How often each source is read in `steps` steps, such as "domain 1.50, general
     0.02"; streams have no known end."""
     tokens = train.tokens(steps)
     epochs = {
@@ -74,14 +74,14 @@ def names_of_trained(adapter: AdapterArguments) -> str:
         return "all of the model, sharded by ZeRO"
     kind = adapter_type(adapter.adapter).title
     rank = adapter.train_embedding_rank
-    beside = {
+    others = {
         "embeddings": adapter.train_embeddings,
         "new rows of the embeddings": adapter.train_new_embeddings,
         f"a product of rank {rank} on the embeddings": rank > 0,
         "norms": adapter.train_norms,
         "head": adapter.train_head,
     }
-    parameters = [name for name, is_trained in beside.items() if is_trained]
+    parameters = [name for name, is_trained in others.items() if is_trained]
     return ", ".join([f"{kind} of rank {adapter.mora_rank}", *parameters])
 
 

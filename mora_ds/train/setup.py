@@ -92,7 +92,7 @@ def end_all(error: Exception) -> None:
             start_distributed(timeout_s=_REPORT_S)
     except (RuntimeError, UserError):
         return
-    Ranks.current().leave(error)
+    Ranks.current().abort(error)
 
 
 def start_processes(arguments: Arguments) -> Ranks:

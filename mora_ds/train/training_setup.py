@@ -243,7 +243,7 @@ class TrainingSetup:
         return researched(config, arguments, plan)
 
     def utilization(self, tokens_per_s: float) -> float | None:
-        """The share of its GPUs' peak that so many tokens a second use, if that is
+        """The fraction of its GPUs' peak that `tokens_per_s` use, if that is
         known."""
         if self._peak_flops is None:
             return None

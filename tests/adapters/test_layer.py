@@ -91,7 +91,7 @@ def test_low_precision(dtype):
 
 def test_repr_says_what_it_is():
     text = repr(MoRALinear(base_layer("linear"), spec()))
-    assert "square=(6, 6)" in text
+    assert "mora_matrix=(6, 6)" in text
     assert "rotate/permuted" in text
 
 

@@ -28,7 +28,7 @@ def golden(user, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Three cycles, every kind of operator, live squares, a run's own ledger beside its
+    """Three cycles, every kind of operator, current MoRA matrices, a run's own ledger next to its
     checkpoint. Not written to.
     """
     run = fake_run(

@@ -1,4 +1,4 @@
-"""--async_save: the same checkpoints, written while training goes on; errors are told by
+"""--async_save: the same checkpoints, written while training goes on; errors are reported by
 the next save, everywhere.
 """
 
@@ -32,16 +32,16 @@ def full(user, tmp_path_factory):
 
 def slow_job(argv):
     """No shard is written before a step has been done since its save, the last one's apart:
-    a save that waited for the disk would wait for ever. (shards that were written beside
+    a save that waited for the disk would wait for ever. (shards that were written while_training
     training, summary)."""
     write = checkpoints._write_rank_file
     after_step = Trainer.after_step
     save = checkpoints.CheckpointManager.save
-    stepped, beside = threading.Event(), 0
+    stepped, while_training = threading.Event(), 0
 
     def slowly(own, tensors):
-        nonlocal beside
-        beside += not stepped.is_set()
+        nonlocal while_training
+        while_training += not stepped.is_set()
         if not stepped.wait(60):
             raise RunError("training did not go on")
         write(own, tensors)
@@ -60,17 +60,17 @@ def slow_job(argv):
     Trainer.after_step = step
     checkpoints.CheckpointManager.save = counted
     summary = job(argv)
-    return beside, summary
+    return while_training, summary
 
 
 def test_the_same_checkpoints_while_training_goes_on(user, full, out):
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the
     other one bit for bit.
     """
-    for beside, summary in run_ranks(
+    for while_training, summary in run_ranks(
         2, slow_job, user.flags(out, *MORE, "--async_save true")
     ):
-        assert beside >= 1, "a shard was written while a step was done"
+        assert while_training >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
     assert_same_outcome(out, full)
 
@@ -102,15 +102,15 @@ def give_no_answer():
     threading.Event().wait()
 
 
-def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(
+def test_what_went_wrong_is_raised_on_all_ranks_and_the_checkpoint_before_stays(
     user, out
 ):
-    told = run_ranks(
+    reported = run_ranks(
         2, faulty_job, user.flags(out, *MORE, "--async_save true"), be_full
     )
-    assert [kind for kind, _ in told] == ["RunError", "RunError"]
-    assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
-    assert told[0][1].startswith("rank 1: ")
+    assert [kind for kind, _ in reported] == ["RunError", "RunError"]
+    assert f"the disk that holds {out / 'checkpoints'} is full" in reported[1][1]
+    assert reported[0][1].startswith("rank 1: ")
     root = out / "checkpoints"
     assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
     assert (root / "latest").resolve().name == "step-000002"
@@ -128,7 +128,7 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user, out):
     assert (out / "checkpoints/latest").resolve().name == "step-000002"
 
 
-# -- the pieces ------------------------------------------------------------------------
+# -- the parts -------------------------------------------------------------------------
 
 
 def test_background_work_is_waited_for_and_its_error_raised_once():

@@ -73,7 +73,7 @@ def names(root):
     ]
 
 
-def test_only_whole_ones_count_and_go(tmp_path):
+def test_only_complete_ones_count_and_are_deleted(tmp_path):
     """Keeping two: those without a manifest, cut short, or of a branch that was left stay
     as they are, uncounted.
     """

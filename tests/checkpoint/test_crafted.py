@@ -22,7 +22,7 @@ from tests.helpers.crafted import (
     change_header,
     change_layout,
     reseal,
-    whole_checkpoint,
+    complete_checkpoint,
 )
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error
@@ -33,7 +33,7 @@ RANK_0 = SimpleNamespace(rank=0)
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return whole_checkpoint(tmp_path_factory.mktemp("crafted"))
+    return complete_checkpoint(tmp_path_factory.mktemp("crafted"))
 
 
 @pytest.fixture

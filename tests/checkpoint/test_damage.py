@@ -299,8 +299,8 @@ def read_only():
         subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def fill(disk, leave):
-    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+def fill(disk, free_bytes):
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - free_bytes))
 
 
 def test_a_cache_on_a_full_disk(user, disk):

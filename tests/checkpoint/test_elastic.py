@@ -206,7 +206,7 @@ CROSS = [
     [(1, SAME), (2, SAME), (4, SAME), heavy(3, [*SAME, *CROSS])],
     ids=["1", "2", "4", "3 and any stage"],
 )
-def test_masters_moments_and_counts_are_the_same_to_the_bit(
+def test_master_weights_moments_and_counts_are_the_same_to_the_bit(
     saved, tmp_path, world, pairs
 ):
     root, expected = saved
@@ -236,7 +236,7 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
 
 
 def test_steps_and_what_a_shard_holds(saved):
-    """`full` is not compared with itself alone: its masters are the engine's, its state is
+    """`full` is not compared with itself alone: its master weights are the engine's, its state is
     what the run must have.
     """
     root, expected = saved

@@ -41,7 +41,7 @@ HIDDEN_FOLDERS = (
 
 @pytest.fixture
 def root(tmp_path):
-    """Three checkpoints, the user's own folders and files beside them, and a link to a
+    """Three checkpoints, the user's own folders and files next to them, and a link to a
     checkpoint elsewhere.
     """
     root = tmp_path / "checkpoints"

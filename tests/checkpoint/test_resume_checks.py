@@ -62,7 +62,7 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
     assert abandoned.is_dir()
 
 
-def test_differences_are_told_by_flag_and_all_at_once(tmp_path):
+def test_differences_are_named_by_flag_and_all_at_once(tmp_path):
     saved = {
         "base": "a",
         "adapter": {"rank": 8, "target_modules": ["q_proj"]},
@@ -102,7 +102,7 @@ DIFFERENT = """
 
 
 @pytest.mark.parametrize("saved, here, flags", rows_of(DIFFERENT))
-def test_a_difference_is_told_with_all_flags_that_may_make_it(
+def test_a_difference_is_named_with_all_flags_that_may_make_it(
     tmp_path, saved, here, flags
 ):
     with pytest.raises(UserError) as error:
@@ -111,7 +111,7 @@ def test_a_difference_is_told_with_all_flags_that_may_make_it(
 
 
 @pytest.mark.parametrize("rows", [12, 2, 1])
-def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path, rows):
+def test_ranks_that_cannot_share_the_batch_are_named_numbers_that_can(tmp_path, rows):
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
         if rows % world == 0:

@@ -48,7 +48,7 @@ def test_a_good_run(user, golden):
     for phrase in (
         "step-000006: good, latest", "as the manifest says", "state: step 6, 768 tokens, 2 merge(s), 2 rank(s)",
         "2 file(s) of 2 rank(s), ZeRO 3, 19 tensors (exp_avg, exp_avg_sq, master)", "14 layers, cycle 2, 5 other",
-        "ledger: 2 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
+        "ledger: 2 cycle(s)", "19 live tensor(s) equal their master weights", "has the recorded fingerprint",
     ):  # fmt: skip
         assert phrase in text, text
     assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [
@@ -173,12 +173,12 @@ DEEPER = [
 
 
 @pytest.mark.parametrize(
-    "change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER]
+    "change, output", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER]
 )
-def test_what_the_hashes_do_not_tell(checkpoint, change, told):
+def test_what_the_hashes_do_not_tell(checkpoint, change, output):
     change(checkpoint)
     write_manifest(checkpoint)
-    assert told in wrong(checkpoint)
+    assert output in wrong(checkpoint)
 
 
 def not_finite(ledger):
@@ -213,7 +213,7 @@ def test_a_ledger_alone(tmp_path):
 
 def test_another_base(golden, checkpoint, user, tmp_path, model_folder):
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the
-    damage is told.
+    damage is output.
     """
     other = another_base(user.model, model_folder)
     with user_error(r"--base: .* is not the base of"):

@@ -92,7 +92,7 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, o
     renamed = next(
         index for index, event in enumerate(events) if " -> step-000002" in event
     )
-    beside = events[renamed].split(" -> ")[0]
+    temporary = events[renamed].split(" -> ")[0]
     linked = next(
         index
         for index, event in enumerate(events)
@@ -103,7 +103,7 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, o
         for index, event in enumerate(events[:renamed])
         if event.endswith(".manifest.json.partial")
     )
-    assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), (
+    assert {temporary, f"{temporary}/engine"} <= set(events[listed:renamed]), (
         "once more, when all their files are there"
     )
     assert str(out / "checkpoints") in events[renamed:linked]

@@ -78,7 +78,7 @@ def test_a_tokenizer_beyond_the_models_vocabulary(user, tmp_path, out):
 def test_a_tokenizer_that_would_come_back_as_another_one(
     user, tmp_path, model_folder, out
 ):
-    """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
+    """A Qwen2 folder makes transformers read any tokenizer next to it as Qwen2's own."""
     shutil.copytree(user.model, model_folder)
     tiny_model("qwen2", vocab_size=400).save_pretrained(model_folder)
     path = train_sentencepiece(user.texts(), 380, tmp_path)

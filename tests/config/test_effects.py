@@ -72,13 +72,13 @@ rope_scaling: '{"rope_type":"linear","factor":2}' | {model_name_or_path: null, m
 """
 
 
-def arguments_of(setting, beside):
+def arguments_of(setting, others):
     return from_flat(
         {
             "model_name_or_path": "m",
             "train_files": ["a.txt"],
             **parsed(setting),
-            **parsed(beside),
+            **parsed(others),
         }
     )
 
@@ -92,18 +92,18 @@ def test_every_setting_of_the_table_exists_and_stands_there_once():
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("setting, beside", rows(IDLE))
-def test_a_setting_without_effect_is_refused(setting, beside):
-    arguments = arguments_of(setting, beside)
+@pytest.mark.parametrize("setting, others", rows(IDLE))
+def test_a_setting_without_effect_is_refused(setting, others):
+    arguments = arguments_of(setting, others)
     name = setting.partition(":")[0]
     assert list(unused_options(arguments)) == [name]
     with user_error(rf"--{name} "):
         validate(arguments)
 
 
-@pytest.mark.parametrize("setting, beside", rows(USED))
-def test_a_setting_with_an_effect_is_taken(setting, beside):
-    validate(arguments_of(setting, beside))
+@pytest.mark.parametrize("setting, others", rows(USED))
+def test_a_setting_with_an_effect_is_taken(setting, others):
+    validate(arguments_of(setting, others))
 
 
 MESSAGES = """

@@ -41,7 +41,7 @@ def test_bounds_and_scores():
 
 
 def forgetting(user, out, *more):
-    """A run that learns two letters by heart and, from its third step on, forgets the
+    """A run that memorizes two letters and, from its third step on, forgets the
     rest.
     """
     odd = user.root / "odd.txt"
@@ -58,11 +58,11 @@ def test_a_run_stops_when_a_set_is_forgotten(user, out):
     auto = "--resume_from_checkpoint auto"
     argv = forgetting(user, out, "--stop_when_forgotten held:1.2", auto)
     run_alone(interrupted_job, argv, 1)
-    told = run_alone(printed, argv)
+    output = run_alone(printed, argv)
     summary = read_json(out / "summary.json")
     step = summary["steps"]
     assert step < 12
-    assert f"stopping after step {step} of 12: the value of held is" in told
+    assert f"stopping after step {step} of 12: the value of held is" in output
     ratios = [
         row["eval_perplexity"]["held"] / summary["perplexity_before"]["held"]
         for row in rows(out)
@@ -74,8 +74,8 @@ def test_a_run_stops_when_a_set_is_forgotten(user, out):
     assert summary["perplexity_change_percent"]["held"] == pytest.approx(
         100 * (ratios[-1] - 1)
     )
-    assert "perplexity on" in told
-    assert f"{100 * (ratios[-1] - 1):+.2f}%" in told
+    assert "perplexity on" in output
+    assert f"{100 * (ratios[-1] - 1):+.2f}%" in output
     state = TrainerState.read(out / "checkpoints/latest")
     assert state.finished
     assert state.step == step

@@ -1,4 +1,4 @@
-"""Every file that is shipped in configs/ is read by the code that will read it."""
+"""Every packaged file in configs/ is read by the code that will read it."""
 
 import json
 from pathlib import Path
@@ -63,13 +63,13 @@ def test_recipes_make_valid_runs(path):
 
 
 @pytest.mark.parametrize(
-    "name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))]
+    "name, rank, learning_rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))]
 )
-def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, rates):
+def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, learning_rates):
     arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
     training = arguments.training
     assert arguments.adapter.mora_rank == rank
-    assert rates[0] <= training.learning_rate <= rates[1]
+    assert learning_rates[0] <= training.learning_rate <= learning_rates[1]
     assert (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * 8
         == 128

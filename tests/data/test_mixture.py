@@ -341,7 +341,7 @@ def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     summary = run(1, mixture_flags(user, tmp_path / "out", mix, all_of_it))
     assert summary["steps"] == 6, "(819 + 62) sequences // 128"
     steps = [row["step"] for row in curve(tmp_path / "out") if "loss" in row]
-    assert steps == [4, 6], "every so many, and the last one"
+    assert steps == [4, 6], "every --logging_steps, and the last one"
 
 
 # -- held out --------------------------------------------------------------------------

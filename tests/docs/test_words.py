@@ -19,7 +19,7 @@ from tests.helpers.pages import ROOT
 
 RULES = r"""
 both   (allowed)                      square (?:\*\*)?(?:MoRA )?(?:matri|root)|(?:least|mean|root|sum of) squares?\b
-both   (allowed)                      zero optimisation|whole numbers?\b|learning rates?\b|ring attention|floors?\(
+both   (allowed)                      zero optimisation|whole numbers?\b|learning.rates?\b|ring attention|vocabulary pieces|type, whence|floors?\(
 names  squared_norm                   square sum$
 both   mora_matrix, MoRA matrix, M    squares?\b
 names  init_weight                    ^first values?$
@@ -31,7 +31,7 @@ names  full, gathered, unchunked      whole\b
 prose  unsharded, complete            whole (?:base|model|weights?|matri|checkpoint|cop)|base whole\b
 both   master weights                 masters\b
 both   next to, with, in addition to  beside\b
-names  LayerPrefetcher                (?:base )?rings?\b
+names  LayerPrefetcher                (?-i:(?:base )?rings?\b|BaseRing)
 names  event                          tickets?\b
 both   validation error               refusals?\b|complain
 names  raise_validation_errors        ^refuse$

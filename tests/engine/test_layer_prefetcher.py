@@ -277,10 +277,10 @@ def gradients(model):
 
 def test_a_copy_that_is_being_used_is_not_replaced():
     _, prefetcher = streamed_model()
-    prefetcher.enter(0)
+    prefetcher.before_forward(0)
     with run_error("layer 2 runs"):
         prefetcher.copy(2)
-    prefetcher.leave()
+    prefetcher.after_forward()
 
 
 def test_tied_tensors_stay_on_the_device():

@@ -18,7 +18,7 @@ from tests.helpers.exports import fake_run
 SHARD = "rank-00000.safetensors"
 
 
-def whole_checkpoint(folder):
+def complete_checkpoint(folder):
     """A `fake_run` with the shards of one process, random states, and a tokenizer's
     folder."""
     run = fake_run(

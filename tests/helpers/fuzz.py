@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.adapters import Maker
-from tests.helpers.crafted import reseal, whole_checkpoint
+from tests.helpers.crafted import reseal, complete_checkpoint
 from tests.helpers.damage import change_json
 from tests.helpers.gloo import RankFailed, run_alone
 from tests.helpers.jobs import REPOSITORY, playground
@@ -80,7 +80,7 @@ def subjects(folder):
     seldom.
     """
     run = folder / "run"
-    fake = whole_checkpoint(run)
+    fake = complete_checkpoint(run)
     shutil.copytree(fake.checkpoint / "ledger", fake.output / "ledger")
     user = playground(folder / "user")
     model = folder / "model"

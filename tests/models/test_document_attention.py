@@ -196,9 +196,9 @@ def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     attend = F.scaled_dot_product_attention
     shapes = []
 
-    def noted(query, *more, **told):
+    def noted(query, *more, **output):
         shapes.append((query.shape[0], query.shape[2]))
-        return attend(query, *more, **told)
+        return attend(query, *more, **output)
 
     def shapes_of(*lengths):
         shapes.clear()

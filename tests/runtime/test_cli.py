@@ -26,7 +26,7 @@ def pauses(monkeypatch, unchanged_logger):
         raise Left(code)
 
     waits = []
-    monkeypatch.setattr(cli, "leave", abort)
+    monkeypatch.setattr(cli, "exit_process", abort)
     monkeypatch.setattr(cli.time, "sleep", waits.append)
     monkeypatch.setattr(
         sys, "__stderr__", None

@@ -40,7 +40,7 @@ def meetings(rank):
                 raise UserError(odd)
             ranks.agree("loading", lambda: None)
         except UserError as error:
-            ranks.leave(error)
+            ranks.abort(error)
             raise
 
     def nested():

@@ -14,7 +14,7 @@ from mora_ds.train.output_folder import (
     abandon,
     check_merged,
     join,
-    leave,
+    release,
     names_of_run,
     reserve,
 )
@@ -61,7 +61,7 @@ def put(folder, name, text):
 def forget(folder):
     """Ends the run as if the process had ended."""
     output_folder._reservations.pop(folder.resolve(), None)
-    leave(folder)
+    release(folder)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -196,7 +196,7 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
     out = a_run(tmp_path / "out")
     join(out)
     join(out)
-    leave(out)
+    release(out)
     reserve(out)
     abandon(out)
     join(tmp_path / "a node that does not see it")

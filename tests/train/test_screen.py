@@ -70,8 +70,8 @@ def test_everything_that_is_trained_is_named():
 
 def test_the_first_lines_have_the_base_without_adapter_and_the_epochs(user, out):
     """And say where a run is too short for its first merge."""
-    told = run_alone(printed, user.flags(out, "--max_steps 2 --merge_every 20"))
+    output = run_alone(printed, user.flags(out, "--max_steps 2 --merge_every 20"))
     base = AutoModelForCausalLM.from_pretrained(user.model).num_parameters()
-    assert f"llama, {base:,} parameters" in told
-    assert re.search(r"epochs +train 0\.\d\d", told)
-    assert "--merge_every 20: this run of 2 steps has no merge" in told
+    assert f"llama, {base:,} parameters" in output
+    assert re.search(r"epochs +train 0\.\d\d", output)
+    assert "--merge_every 20: this run of 2 steps has no merge" in output

@@ -429,8 +429,8 @@ def _found(trials: Iterable[Trial]) -> list[dict[str, Any]]:
 
 
 def best_rates(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """Method and rank -> its best learning rate, by the seeds that all its learning
-    rates have."""
+    """Method and rank -> its best learning rate, by the seeds that all of
+    its learning rates have."""
     best = {}
     for kind in dict.fromkeys(row.kind for row in rows):
         candidates = [row for row in rows if row.kind == kind]

@@ -1,5 +1,5 @@
 """What the kernels get besides numbers of a layer: an operator's four maps
-(`ops.index_tables`) as they read them, int32 with -1 for zero, and the room for partial
+(`ops.index_tables`) as they read them, int32 with -1 for zero, and the buffers for partial
 sums of M's gradient.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums,

@@ -4,7 +4,7 @@ Each function has a `plan_` that says which kernel is started, with which sizes;
 needs shapes and dtypes only, so that the kernels of a 7B model are compiled, and their
 machine code inspected, without a GPU (tests/adapters/kernels).
 
-Memory is read and written in 128-bit pieces. What is gathered in a random order is one
+Memory is read and written in 128-bit words. What is gathered in a random order is one
 row, first copied to shared memory (`tl.gather`): in global memory every number would
 cost a transaction of 32 bytes. Rows of more than `_SHARED` bytes are gathered from
 global memory all the same.

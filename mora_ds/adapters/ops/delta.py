@@ -41,7 +41,7 @@ def merged_weight(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The original weight with all `updates` merged, in fp32, rounded once.
+    """The base weight with all `updates` merged, in fp32, rounded once.
 
     `original`: (d_out, d_in), or (d_in, d_out) when `transposed`, or a stack of such;
     it is not written to. The result has its layout, lies on `device` (by default that

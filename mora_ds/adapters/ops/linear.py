@@ -47,7 +47,7 @@ class Compute(str, Enum):
 
 
 def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
-    """The path of a layer whose path is AUTO, when it is called with so many tokens.
+    """The path of a layer whose path is AUTO, when it is called with this number of tokens.
 
     It has the less work of what only one of the paths does, in each direction:
 
