@@ -72,6 +72,9 @@ class AdapterType:
     specs: Mapping[str, ClassPath]
     """"kind" in merge ledgers -> the `UpdateSpec`: sizes, first value, merged
     weight."""
+    settings: tuple[str, ...] = ()
+    """Settings of a run that are fields of its config and not of every
+    `AdapterConfig`: they have no effect with adapters that do not name them."""
     capabilities: tuple[Capability, ...] = ()
     trainables: tuple[str, ...] = ()
     """Globs of names of other parameters that are trained with it, such as
@@ -161,6 +164,7 @@ register(
             **dict.fromkeys(("truncate", "share", "decouple", "rotate"), _OPERATOR),
             "stack": "mora_ds.adapters.ops.stack:StackSpec",
         },
+        settings=("operator", "grouping", "r_hat_multiple", "compute"),
         capabilities=tuple(Capability),
         expert_layer="mora_ds.adapters.experts:MoRAExperts",
         domain_layer="mora_ds.adapters.domains:DomainLinear",
@@ -175,6 +179,7 @@ register(
         config="mora_ds.adapters.config:LoRAConfig",
         layer="mora_ds.adapters.layer:LoRALinear",
         specs={"lora": "mora_ds.adapters.ops.lora:LoRASpec"},
+        settings=("lora_alpha",),
         capabilities=(
             Capability.BASE_8_BITS,
             Capability.BASE_4_BITS,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import validation_errors_of
-from mora_ds.config.adapter import settings_of
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
@@ -132,8 +131,8 @@ def unused_options(arguments: Arguments) -> dict[str, str]:
     purposes: dict[str, str] = {}
     for adapter in ADAPTERS.values():
         purpose = f"{adapter.title} (--adapter {adapter.name})"
-        purposes |= dict.fromkeys(settings_of(adapter), purpose)
-    for setting in settings_of(ADAPTERS[name]) if name in ADAPTERS else ["seed"]:
+        purposes |= dict.fromkeys(adapter.settings, purpose)
+    for setting in ADAPTERS[name].settings if name in ADAPTERS else ():
         purposes.pop(setting)
     for effect in EFFECTS:
         if not effect.present(arguments):

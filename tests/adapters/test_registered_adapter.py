@@ -108,6 +108,7 @@ DORA = registry.AdapterType(
     config=DoRAConfig,
     layer=DoRALinear,
     specs={"dora": DoRASpec},
+    settings=("lora_alpha",),
     trainables=("*layernorm.weight",),
 )
 CONFIG = DoRAConfig(rank=2)

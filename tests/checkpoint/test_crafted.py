@@ -21,8 +21,8 @@ from tests.helpers.crafted import (
     SHARD,
     change_header,
     change_layout,
-    reseal,
     complete_checkpoint,
+    reseal,
 )
 from tests.helpers.damage import change_json, set_value
 from tests.helpers.errors import user_error

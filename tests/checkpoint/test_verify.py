@@ -173,7 +173,9 @@ DEEPER = [
 
 
 @pytest.mark.parametrize(
-    "change, output", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER]
+    "change, output",
+    [entry[1:] for entry in DEEPER],
+    ids=[entry[0] for entry in DEEPER],
 )
 def test_what_the_hashes_do_not_tell(checkpoint, change, output):
     change(checkpoint)

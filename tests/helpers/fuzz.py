@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.adapters import Maker
-from tests.helpers.crafted import reseal, complete_checkpoint
+from tests.helpers.crafted import complete_checkpoint, reseal
 from tests.helpers.damage import change_json
 from tests.helpers.gloo import RankFailed, run_alone
 from tests.helpers.jobs import REPOSITORY, playground

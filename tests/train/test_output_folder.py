@@ -14,8 +14,8 @@ from mora_ds.train.output_folder import (
     abandon,
     check_merged,
     join,
-    release,
     names_of_run,
+    release,
     reserve,
 )
 from mora_ds.train.run_file import write_run_file

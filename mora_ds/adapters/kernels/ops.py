@@ -37,7 +37,7 @@ _ROTATION = "Tensor? cos, Tensor? sin, bool back"
 _LIBRARY.define(f"gather_sum(Tensor x, Tensor table, {_ROTATION}) -> Tensor")
 _LIBRARY.define(f"gather_add_(Tensor(a!) y, Tensor x, Tensor table, {_ROTATION}) -> ()")
 _LIBRARY.define(
-    "form(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, Tensor? cos, "
+    "rebuild_weight(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, Tensor? cos, "
     "Tensor? sin, int blocks) -> Tensor"
 )
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
