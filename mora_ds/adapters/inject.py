@@ -31,7 +31,13 @@ from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.adapters.registry import Capability, adapter_type, loaded, require
+from mora_ds.adapters.registry import (
+    ADAPTERS,
+    Capability,
+    adapter_type,
+    loaded,
+    require,
+)
 from mora_ds.adapters.target_modules import (
     ending_of,
     language_model,
@@ -115,7 +121,7 @@ def inject(
         )
     if not isinstance(config, AdapterConfig):
         raise UserError(
-            f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}"
+            f"inject: `config` must be a config of an adapter ({', '.join(ADAPTERS)}), got {config!r}"
         )
     adapter = adapter_type(config.adapter)
     if type(config) is not loaded(adapter.config):

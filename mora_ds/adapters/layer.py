@@ -98,7 +98,8 @@ class ExpertStack(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """y = W0 x + b + update(dropout(x)): what all adapters have in common.
+    """y = W0 x + b + update(dropout(x)): what all adapters have in common. An adapter
+    whose output is no such sum has a `forward` of its own in place of `update`.
 
     Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that
     it comes from: (d_out, d_in), or (d_in, d_out) when `transposed` (GPT-2's Conv1D),

@@ -5,6 +5,17 @@ supports.
     adapter_type("dora")                    its entry; an unknown name is an error that lists the registered ones
     require("dora", Capability.MUON, "--optimizer muon")      an error that names the adapter and the flag
 
+An adapter is a module with three classes:
+
+    UpdateSpec       (ops/spec.py) the shape of its trained tensor, the value that a cycle starts from, and
+                     merged_weight(base_weight, value); a merge that adds a delta is an `AdditiveSpec`
+    AdaptedLinear    (layer.py) the forward
+    AdapterConfig    (config.py) the spec of each layer; a field with the name of a setting is set by it
+
+and a `register` with their names. --adapter, help, messages, merges, ledger, resume and
+export follow. An adapter outside of mora_ds calls `register` itself, before it parses
+settings or opens a checkpoint.
+
 An adapter supports what it declares and nothing else. This module imports no torch:
 settings are checked by names and capabilities, and a class that is given as text
 ("module:name") is imported when it is first used.

@@ -250,7 +250,7 @@ def test_a_stack_is_its_members():
     value = layer.mora_matrix.data
     assert spec_from_dict(spec.to_dict()) == spec
     assert hash(spec) == hash(replace(spec))
-    assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
+    assert tuple(value.shape) == spec.value_shape == (4, spec.size, spec.size)
     for index, (name, member_spec, mora_matrix) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
         assert torch.equal(
@@ -292,9 +292,9 @@ def test_the_rank_of_an_expert_and_fresh_permutations():
     by_rule = sides()
     # 16, and two experts a token
     linear = MoRAConfig(rank=8, operator="rotate", r_hat_multiple=1)
-    assert by_rule["down_proj"].r_hat == linear.mora_matrix_size(24, 32)
-    assert by_rule["gate_up_proj"].r_hat == linear.mora_matrix_size(32, 48)
-    assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).mora_matrix_size(
+    assert by_rule["down_proj"].size == linear.mora_matrix_size(24, 32)
+    assert by_rule["gate_up_proj"].size == linear.mora_matrix_size(32, 48)
+    assert sides(rank=1)["down_proj"].size == replace(linear, rank=1).mora_matrix_size(
         24, 32
     ), "not rank 1 // 2"
     by_rank = sides(operator="auto", rank=64)["down_proj"].operator

@@ -97,8 +97,10 @@ class UpdateSpec(ABC):
     @abstractmethod
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
         """The value that a cycle starts from, in fp32: with it the layer computes as
-        `base_weight` (d_out, d_in), its frozen weight, does. A pure function of its
-        arguments: the same on every rank and after every resume."""
+        `base_weight` (d_out, d_in), its frozen weight, does. That is the merged weight
+        of the cycle before; in the first cycle the original one, before `base_bits`
+        rounds it. A pure function of its arguments: the same on every rank and after
+        every resume."""
 
     @abstractmethod
     def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
