@@ -77,8 +77,8 @@ def train(arguments: Arguments) -> dict[str, Any] | None:
     summary; None of a dry run, which has no processes, and of the demo, which ends with
     a table of its own.
 
-    Torch is imported once the settings are checked, and what reads models and text,
-    which takes seconds more, once all ranks have the same settings.
+    What reads models and text takes seconds to import. It is imported once all ranks
+    have the same settings.
     """
     with start_up():
         if arguments.training.dry_run:

@@ -3,12 +3,13 @@ every other one.
 
 pretrain        the pipeline from settings to a summary; demo runs it twice
 dry_run         --dry_run: logs the plan of a run instead of running it
+start_up        error handling of the start: an error of one rank ends all ranks
 setup           start of the ranks, DeepSpeed config, and the context of a run
 output_folder   --output_dir: reservation, and names of its files; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: the tokenizer of a run
 inputs          check that a run does not overwrite its inputs
 base            the base model, on the device or in host memory
-job             sets up the training of an adapter, of all parameters, or of nothing
+training_setup  sets up the training of an adapter, of all parameters, or of nothing
 run             `mora_ds.Run`: resume, merge, save and export, also for users' own loops
 preflight       checks of the model before the first step
 trainer         the training loop; loader: its batches; evaluator: evaluations during training

@@ -29,6 +29,9 @@ LAUNCHES = r"""
 --seq_len 1 | --seq_len must be at least 2
 --seq_len 4096 | --seq_len 4096 | 128 positions
 --learning_rate nan | --learning_rate must be above 0
+--learning_rate -1e-3 | --learning_rate must be above 0 and at most 1e+30, got -0.001
+--learning_rate=-1e-3 | --learning_rate must be above 0 and at most 1e+30, got -0.001
+--lr 1 --grad_accum 3 | '--learning_rate'? | '--gradient_accumulation_steps'?
 --learning_rate inf | --learning_rate must be above 0
 --learning_rate fast | --learning_rate | fast
 --min_lr_ratio 2 | --min_lr_ratio must be at least 0 and at most 1

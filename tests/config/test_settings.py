@@ -86,6 +86,7 @@ def test_the_engine_has_every_setting_of_the_flags():
 
 
 def test_adapter_settings_become_the_adapters_config():
+    assert parse([]).adapter.config(seed=42) == MoRAConfig()
     flags = (
         "--mora_rank 16 --operator share --grouping strided --compute weight --r_hat_multiple 2 --mora_dropout 0.1 "
         "--train_head --train_norms --train_embedding_rank 3 --base_bits 8 --target_modules q_proj"
