@@ -151,9 +151,17 @@ def user(tmp_path_factory):
 
 
 @pytest.fixture
-def out(tmp_path):
-    """The output folder of a test's run, which is not there yet."""
-    return tmp_path / "out"
+def out(request, tmp_path):
+    """The output folder of a test's run, which is not there yet. `OVER_STORES` has the
+    checkpoints of the run in memory too.
+    """
+    if getattr(request, "param", "disk") == "disk":
+        yield tmp_path / "out"
+        return
+    from tests.helpers.stores import in_memory  # not above: it imports torch
+
+    with in_memory(tmp_path):
+        yield tmp_path / "out"
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from mora_ds.checkpoint.layout import (
     BASE_JSON,
     LEDGER_FOLDER,
     PROBE_FILE,
+    STATE_FILE,
     TOKENIZER_FOLDER,
     LedgerLocation,
     ledger_problems,
@@ -368,7 +369,7 @@ class Adapter:
         is one. Of what a checkpoint has besides only the sizes are compared: the
         engine's shards are larger by far. Raises `UserError`."""
         has_manifest = (folder / MANIFEST).exists()
-        read = (*ADAPTER_PARTS, TOKENIZER_FOLDER, PROBE_FILE)
+        read = (*ADAPTER_PARTS, TOKENIZER_FOLDER, PROBE_FILE, STATE_FILE)
         if has_manifest and (problems := verify_manifest(folder, read)):
             raise UserError(f"{folder} is damaged: {'; '.join(problems)}")
         file = read_adapter(folder)

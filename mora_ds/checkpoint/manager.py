@@ -39,12 +39,13 @@ from mora_ds.checkpoint.sections import (
     SavedCheckpoint,
     Section,
 )
-from mora_ds.checkpoint.shard_table import EngineShards, rank_file
+from mora_ds.checkpoint.shard_table import INDEX_FILE, EngineShards, rank_file
 from mora_ds.checkpoint.storage import WRITING, Storage
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
     MANIFEST,
+    FileFacts,
     JsonObject,
     OtherFormat,
     listed_files,
@@ -232,7 +233,7 @@ class CheckpointManager:
 
         def table() -> EngineShards:
             check_sections(checkpoint, self.sections)
-            return EngineShards.open(local(ENGINE_TAG))
+            return EngineShards.open(local(f"{ENGINE_TAG}/{INDEX_FILE}").parent)
 
         shards = self._ranks.run_on_rank0(
             "sections of the checkpoint", table, long=True
@@ -296,19 +297,22 @@ def _is_committed(storage: Storage, folder: str) -> bool:
 def _has_all_files(storage: Storage, folder: str) -> bool:
     """Whether all files are there in their sizes: none is read but the manifest."""
     try:
-        manifest = storage.open_read(f"{folder}/{MANIFEST}")
-        listed = listed_files(manifest.parent)
+        listed = _listed(storage, folder)
     except UserError:
         return False
     sizes = storage.sizes(folder)
     return all(sizes.get(name) == facts.size for name, facts in listed.items())
 
 
+def _listed(storage: Storage, folder: str) -> dict[str, FileFacts]:
+    return listed_files(storage.open_read(f"{folder}/{MANIFEST}").parent)
+
+
 def check_sections(checkpoint: Path, sections: Sequence[Section]) -> None:
     """Raises `UserError` where a checkpoint has a file of no section, or lacks a
     section."""
     manifest = checkpoint / MANIFEST
-    listed = listed_files(storages.local_copy(manifest.parent))
+    listed = _listed(storages.storage_of(checkpoint.parent), checkpoint.name)
     entries = {name.split("/")[0] for name in listed}
     names = ", ".join(section.name for section in sections)
     foreign = entries - {name for section in sections for name in section.files}

@@ -11,6 +11,8 @@ the number of ranks.
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -418,7 +420,9 @@ class TokenizerSection(Section):
             name = source.relative_to(self.folder).as_posix()
             # Copied, not linked: a file that is damaged would be so in every checkpoint
             with files.file(f"{TOKENIZER_FOLDER}/{name}") as path:
-                path.write_bytes(source.read_bytes())
+                shutil.copyfile(source, path)
+                times = source.stat()
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def adapter_sections(

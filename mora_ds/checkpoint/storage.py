@@ -6,14 +6,14 @@ a dot; its manifest.json comes last; `commit` then gives the folder its name, at
 So a folder with a manifest is a checkpoint, and one without is none.
 
 Another kind of storage, such as an object store, is another class with these methods,
-and a line in `storage_of`: nothing else in mora_ds opens, lists or deletes what a
+which `make_storage` makes: nothing else in mora_ds opens, lists or deletes what a
 storage holds.
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -91,8 +91,8 @@ class Storage(Protocol):
 
 
 def storage_of(root: Path) -> Storage:
-    """The storage of the checkpoints in `root`: the one place that chooses its kind."""
-    return LocalStorage(root)
+    """The storage of the checkpoints in `root`."""
+    return make_storage(root)
 
 
 def located(path: Path) -> tuple[Storage, str]:
@@ -229,3 +229,7 @@ def _delete(folder: Path) -> None:
             shutil.rmtree(folder)
     except OSError as error:
         logger.warning(_NOT_DELETED, folder, error)
+
+
+make_storage: Callable[[Path], Storage] = LocalStorage
+"""Makes the storage of a folder of checkpoints: the one place that chooses its kind."""

@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -348,16 +348,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
-    """{relative path: size and sha256} of files under `folder`, flushed to disk."""
-    files = {}
-    with disk_errors(folder):
-        for path in paths:
-            fsync(path)
-            files[path.relative_to(folder).as_posix()] = facts_of(path)
-    return files
-
-
 def facts_of(file: Path) -> JsonObject:
     """What a manifest records of a file: its size and sha256."""
     return {"size": file.stat().st_size, "sha256": sha256_file(file)}
@@ -371,7 +361,9 @@ def manifest_of(files: Mapping[str, JsonObject]) -> JsonObject:
 def write_manifest(folder: Path) -> None:
     """Writes `manifest.json`: size and sha256 of every file under `folder`."""
     names = [name for name in file_sizes(folder) if name != MANIFEST]
-    files = record(folder, [folder / name for name in names])
+    for name in names:
+        fsync(folder / name)
+    files = {name: facts_of(folder / name) for name in names}
     with atomic_path(folder / MANIFEST) as temporary:
         write_compact_json(temporary, manifest_of(files))
 

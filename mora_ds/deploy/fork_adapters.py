@@ -84,8 +84,8 @@ def convert_fork(
         d_out, d_in = shape
         if len(mora_matrix) > max(d_in, d_out):
             raise UserError(
-                f"{path / WEIGHTS_FILE}: a matrix of side {len(mora_matrix)} is too large for {module} of {base.folder}, "
-                f"which has {d_in} inputs and {d_out} outputs"
+                f"{path / WEIGHTS_FILE}: a matrix of side {len(mora_matrix)} is too large for {module} of "
+                f"{base.folder}, which has {d_in} inputs and {d_out} outputs"
             )
         spec = OperatorSpec(kind, d_in, d_out, len(mora_matrix), grouping)
         if spec.blocks_in > spec.blocks_out and kind is OperatorKind.ROTATE:

@@ -1,13 +1,15 @@
 """README.md of an exported model: the facts of its run, in a table."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference
-from mora_ds.checkpoint.layout import SUMMARY_FILE
-from mora_ds.common.files import JsonObject, read_json
+from mora_ds.checkpoint.layout import STATE_FILE
+from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.files import JsonObject
 from mora_ds.common.version import __version__
 from mora_ds.deploy.logits_check import Comparison
 
@@ -35,7 +37,7 @@ def model_card(
         **adapter.facts,
     }
     if checkpoint is not None:
-        facts.update(_perplexities(checkpoint, adapter.step))
+        facts.update(_perplexities(checkpoint))
     if comparison is not None:
         facts["verified"] = comparison.line()
     text = [
@@ -63,21 +65,22 @@ def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
     return "\n".join([*head, *lines, ""])
 
 
-def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
-    """Of each evaluation set before and after a run, from its summary; none if it ended
-    at another step."""
-    path = checkpoint.parent.parent / SUMMARY_FILE
-    summary = read_json(path) if path.is_file() else {}
-    if summary.get("steps") != step:
+def _perplexities(checkpoint: Path) -> dict[str, str]:
+    """Of each evaluation set before and after a run; none if it did not end here."""
+    if not (checkpoint / STATE_FILE).is_file():
         return {}
-    before = summary.get("perplexity_before") or {}
-    after = summary.get("perplexity_after") or {}
-    facts = {}
-    for name in before:
-        # A perplexity that is not finite is null there.
-        if before[name] is not None and after.get(name) is not None:
-            facts[f"perplexity on {name}"] = f"{before[name]:.3f} -> {after[name]:.3f}"
-    return facts
+    state = TrainerState.read(checkpoint)
+    if not state.finished:
+        return {}
+    pairs = {
+        name: (before, state.perplexity_last.get(name, math.nan))
+        for name, before in state.perplexity_before.items()
+    }
+    return {
+        f"perplexity on {name}": f"{before:.3f} -> {after:.3f}"
+        for name, (before, after) in pairs.items()
+        if math.isfinite(before) and math.isfinite(after)
+    }
 
 
 def _cell(value: Any) -> str:

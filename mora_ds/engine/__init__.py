@@ -4,7 +4,7 @@
     ds_config         a DeepSpeed JSON with "auto" values -> the config of the engine; ds_keys, ds_optimizer: its parts
     zero              access to an engine's fp32 master weights, optimizer state, learning rate, gradient norm
     muon              workarounds for DeepSpeed's Muon
-    shards            collects, writes, reads and restores the shards of a checkpoint
+    shards            gets and restores, as tensors, what training changes in an engine
     traffic           counts the bytes of collectives
     device            the device of this process
     settings          what the settings of a run say about the engine

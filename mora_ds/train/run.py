@@ -37,7 +37,6 @@ from mora_ds.checkpoint.sections import (
     AdapterSection,
     Section,
     adapter_sections,
-    full_sections,
     scheduler_state,
 )
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
@@ -88,19 +87,6 @@ class TrainingRun:
         self.ranks = ranks
         self.state = state
         self.checkpoints = self._manager(folder, sections, async_save)
-
-    @classmethod
-    def full(
-        cls,
-        engine: zero.Engine,
-        folder: Path,
-        ranks: Ranks,
-        state: TrainerState,
-        async_save: bool = False,
-    ) -> TrainingRun:
-        """A run that trains every parameter."""
-        sections = full_sections(engine, state)
-        return cls(engine, folder, ranks, state, sections, async_save)
 
     def _manager(
         self, folder: Path, sections: Sequence[Section], async_save: bool = False

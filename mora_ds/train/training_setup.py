@@ -20,6 +20,7 @@ from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.registry import Control
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
+from mora_ds.checkpoint.sections import full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import JsonObject
@@ -122,9 +123,13 @@ class TrainingSetup:
         self._seed_dropout()
         new_state = TrainerState(world_size=context.ranks.world, identity=identity)
         self.state = context.state or new_state
-        async_save = self.arguments.training.async_save
-        self.run = TrainingRun.full(
-            self.engine, context.folder, context.ranks, self.state, async_save
+        self.run = TrainingRun(
+            self.engine,
+            context.folder,
+            context.ranks,
+            self.state,
+            full_sections(self.engine, self.state),
+            self.arguments.training.async_save,
         )
         if context.checkpoint is not None:
             self.run.checkpoints.load(context.checkpoint)

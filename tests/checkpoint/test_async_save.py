@@ -16,6 +16,7 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import finished_run, job, refused
 from tests.helpers.outcome import assert_good, assert_same_outcome
+from tests.helpers.stores import OVER_STORES, shown
 
 LAST_STEP = 7
 MORE = (
@@ -63,6 +64,7 @@ def slow_job(argv):
     return while_training, summary
 
 
+@OVER_STORES
 def test_the_same_checkpoints_while_training_goes_on(user, full, out):
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the
     other one bit for bit.
@@ -72,6 +74,7 @@ def test_the_same_checkpoints_while_training_goes_on(user, full, out):
     ):
         assert while_training >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
+    shown(out)
     assert_same_outcome(out, full)
 
 

@@ -8,13 +8,9 @@ import shutil
 
 import pytest
 
-from mora_ds.checkpoint import storage as storages
-from mora_ds.checkpoint.layout import step_name, step_of
+from mora_ds.checkpoint.layout import step_of
 from mora_ds.checkpoint.manager import (
-    CheckpointManager,
     complete_checkpoints,
-    name_best,
-    name_checkpoints,
     resume_checkpoint,
 )
 from mora_ds.checkpoint.storage import LocalStorage
@@ -87,26 +83,6 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     )
 
 
-def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(
-    root,
-):
-    """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a
-    checkpoint that is there.
-    """
-    storage = LocalStorage(root)
-    name_checkpoints(storage, "step-000004", 0)
-    assert os.readlink(root / "latest") == "step-000006"
-    for target in (None, "step-000099"):
-        (root / "latest").unlink()
-        if target is not None:
-            (root / "latest").symlink_to(target)
-        name_checkpoints(storage, "step-000004", 0)
-        assert os.readlink(root / "latest") == "step-000004"
-    for step, named in ((4, 4), (2, 2), (99, 2)):
-        name_best(storage, step)
-        assert os.readlink(root / "best") == step_name(named)
-
-
 def test_a_copy_can_be_resumed_from_and_verified(root):
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
@@ -141,17 +117,3 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     assert names(root) == ["step-000001", "step-000006"]
     assert {path.name for path in root.glob(".*")} == set(HIDDEN_FOLDERS)
     assert not caplog.text
-
-
-def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
-    root, monkeypatch, caplog
-):
-    shutil.copytree(root / "step-000006", root / ".step-000006.writing")
-    storage = LocalStorage(root)
-    with monkeypatch.context() as patched:
-        patched.setattr(storages.shutil, "rmtree", busy)
-        storage.commit(".step-000006.writing", "step-000006")
-    assert "step-000006.old.writing cannot be deleted" in caplog.text
-    assert CheckpointManager.verify(root / "step-000006") == []
-    storage.repair()
-    assert not list(root.glob(".step-000006*"))

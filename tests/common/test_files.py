@@ -148,8 +148,9 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monke
         (partial / "deep/file").write_text("")
     assert events == ["file", "deep", ".model.partial", "-> model", "folder"]
     events.clear()
-    files.record(folder, [folder / "a.json"])
-    assert events == ["a.json"]
+    files.write_manifest(folder / "model")
+    manifest = [".manifest.json.partial", "-> manifest.json", "model"]
+    assert events == ["file", *manifest]
 
 
 DISK = """
@@ -204,7 +205,7 @@ def test_a_hash_is_of_all_bytes(tmp_path):
 
 def test_a_link_is_not_the_file_that_was_recorded(tmp_path):
     (tmp_path / "file").write_text("content")
-    facts = files.record(tmp_path, [tmp_path / "file"])["file"]
+    facts = files.facts_of(tmp_path / "file")
     assert files.file_problem(tmp_path / "file", facts["size"], facts["sha256"]) == ""
     (tmp_path / "link").symlink_to("file")
     assert "link is missing" in files.file_problem(

@@ -14,6 +14,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.checkpoint.adapter_files import BaseReference, write_adapter
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.files import read_json
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
@@ -162,12 +163,12 @@ def test_export_copies_tokenizer_and_config_files(tmp_path, merged):
 
 def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path, merged):
     run = fake_run(tmp_path, probe=False)
-    summary = {
-        "steps": 7,
-        "perplexity_before": {"code": 9.5},
-        "perplexity_after": {"code": 8.25},
-    }
-    files.write_json_atomic(run.output / "summary.json", summary)
+    state = TrainerState(
+        perplexity_before={"code": 9.5},
+        perplexity_last={"code": 8.25},
+        finished=True,
+    )
+    files.write_json_atomic(run.checkpoint / "trainer_state.json", vars(state))
     adapter = replace(run.adapter, facts={"note": "two\nlines", "pair": [1, 2]})
     write_adapter(run.checkpoint, adapter, run.mora_matrices, {})
     files.write_manifest(run.checkpoint)
@@ -176,10 +177,12 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path, merge
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
-    of_another_model = {"steps": 8}
-    not_finite = {"perplexity_before": {"code": None}}
-    for changes in (of_another_model, not_finite):
-        files.write_json_atomic(run.output / "summary.json", {**summary, **changes})
+    not_the_end = {"finished": False}
+    not_finite = {"perplexity_before": {"code": float("nan")}}
+    for changes in (not_the_end, not_finite):
+        content = {**vars(state), **changes}
+        files.write_json_atomic(run.checkpoint / "trainer_state.json", content)
+        files.write_manifest(run.checkpoint)
         export_merged(run.output, merged, overwrite=True)
         assert "perplexity" not in (merged / "README.md").read_text()
 

@@ -17,6 +17,7 @@ from mora_ds.adapters.ops.index_tables import mora_matrix_size
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.models.base import BaseCheckpoint
@@ -99,9 +100,8 @@ def fake_run(
         for twin in parameters:
             if parameters[twin] is parameters[name]:
                 expected[twin] = value.to(compute)
-    files.write_json_atomic(
-        checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}}
-    )
+    state = TrainerState(step=7, perplexity_before={"code": 9.5})
+    files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
     if probe:
         write_probe(checkpoint, model, dtype)
     files.write_manifest(checkpoint)

@@ -27,10 +27,12 @@ import mora_ds.data.cache
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.checkpoint import manager
 from mora_ds.checkpoint.shard_table import rank_file
+from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.remora import ledger
 from mora_ds.train import metrics
 from tests.helpers.gloo import start_ranks
-from tests.helpers.jobs import job
+from tests.helpers.jobs import job, output_of
+from tests.helpers.stores import store_of
 from tests.helpers.tables import rows
 
 Install = Callable[[], None]
@@ -173,7 +175,7 @@ def cycle_without_its_line():
 # -- the moments -----------------------------------------------------------------------
 
 
-class RunContext(Enum):
+class RunStart(Enum):
     """The content of the output folder before the run that is killed."""
 
     NOTHING = "nothing"
@@ -194,7 +196,7 @@ class Moment:
     install: Install
     """Patches a process so that it dies then."""
     passes: Passes
-    start: RunContext
+    start: RunStart
     more: tuple[str, ...] = ()
     """Flags in addition to `STEPS`."""
     only_heavy: bool = False
@@ -236,7 +238,8 @@ engine_shard_half_written | all | nothing | .checkpoint.manager.CheckpointManage
 after_the_shards | all | nothing | - | before .checkpoint.manager.gather_to_rank0 3
 adapter_half_written | first | nothing | .checkpoint.sections.adapter_tensors 3 | \
 after .common.tensor_files.SafetensorsWriter.write 4
-ledger_half_copied | first | nothing | .checkpoint.sections._write_ledger 5 | before .checkpoint.storage.link_or_copy 2
+ledger_half_copied | first | nothing | .checkpoint.sections._write_ledger 5 | \
+before .checkpoint.sections.CheckpointFiles.put 2
 before_the_manifest | first | nothing | - | before .checkpoint.manager.manifest_of 3
 before_the_rename | first | nothing | - | before .checkpoint.storage.LocalStorage.commit 3
 before_the_first_latest | first | nothing | - | before .checkpoint.storage.LocalStorage.link 1
@@ -272,8 +275,8 @@ old_run_half_deleted | first | another | - | half of a run deleted
 # a resume
 ledger_half_restored | first | unnamed | .checkpoint.sections.LedgerSection.load 1 | \
 before .remora.ledger.link_or_copy 2
-before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
-some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.rebuild_weight 3
+before_the_rebuild | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
+some_layers_built | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.rebuild_weight 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
 """
 """Moment | processes that reach it | content of the output folder at the start | call in
@@ -289,11 +292,12 @@ def call_of(text):
     """(owner, function, number of the call)."""
     name, number = text.split()
     owner, _, function = name.rpartition(".")
-    return (
-        pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner),
-        function,
-        int(number),
-    )
+    found = pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner)
+    return (STORAGE if found is LocalStorage else found), function, int(number)
+
+
+STORAGE = LocalStorage
+"""The storage of the run that is killed."""
 
 
 def installer(outer, death):
@@ -311,12 +315,12 @@ def installer(outer, death):
 
 MOMENTS = {
     name: Moment(
-        installer(outer, death), Passes[passes.upper()], RunContext[start.upper()]
+        installer(outer, death), Passes[passes.upper()], RunStart[start.upper()]
     )
     for name, passes, start, outer, death in rows(TABLE)
 }
 MOMENTS["after_the_best"].more = BEST
-MOMENTS["some_layers_replayed"].only_heavy = True
+MOMENTS["some_layers_built"].only_heavy = True
 
 
 # -- killing ---------------------------------------------------------------------------
@@ -324,6 +328,8 @@ MOMENTS["some_layers_replayed"].only_heavy = True
 
 def doomed_job(argv, moment, victims):
     """A run in which the processes with the ranks `victims` die. For `start_ranks`."""
+    global STORAGE
+    STORAGE = type(store_of(output_of(argv)))
     if dist.get_rank() in victims:
         MOMENTS[moment].install()
     job(argv)

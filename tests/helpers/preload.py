@@ -4,8 +4,9 @@
 import functools
 import gc
 
-import tests.conftest  # noqa: F401  (environment first)
+import tests.conftest
 import mora_ds.train.pretrain  # noqa: F401  (and DeepSpeed)
+import tests.helpers.stores  # noqa: F401  (the ranks' storage)
 
 # This and the next: what every engine imports as it is made
 import deepspeed.module_inject.auto_ep_layer

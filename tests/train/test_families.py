@@ -19,7 +19,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
-from mora_ds.train.run import Run
+from mora_ds.train.run import Run, RunOptions
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
@@ -79,7 +79,8 @@ def end_to_end(root, family):
     config = adapter(family)
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=ds_config(3, ROWS, 1))
-    work = Run(engine, base=loaded.base, folder=folder, keys=loaded.keys)
+    options = RunOptions(keys=loaded.keys)
+    work = Run(engine, base=loaded.base, folder=folder, options=options)
     mora_matrices = {
         name: layer.mora_matrix for name, layer in mora_layers(loaded.model).items()
     }

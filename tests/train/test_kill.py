@@ -11,9 +11,11 @@ import pytest
 
 from mora_ds.common.files import replace_symlink
 from tests.helpers.jobs import run
-from tests.helpers.kills import MOMENTS, STEPS, Passes, RunContext, killed_run
+from tests.helpers.kills import MOMENTS, STEPS, Passes, RunStart, killed_run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
+from tests.helpers.stores import shown, stored
+from tests.helpers.tables import heavy
 
 PRECISIONS = {"fp32": "--bf16 false", "bf16": "--bf16 true"}
 AUTO = "--resume_from_checkpoint auto"
@@ -43,13 +45,15 @@ def reference_of(user, tmp_path_factory):
 
 
 def prepare(out, reference, start):
-    if start in (RunContext.FINISHED, RunContext.UNNAMED):
+    if start in (RunStart.FINISHED, RunStart.UNNAMED):
         shutil.copytree(reference, out, symlinks=True)
-    if start is RunContext.UNNAMED:
+    if start is RunStart.UNNAMED:
         (out / "summary.json").unlink()
         shutil.rmtree(out / "merged")
         replace_symlink(out / "checkpoints/latest", "step-000005")
-    if start is RunContext.ANOTHER:
+    if out.exists():
+        stored(out)
+    if start is RunStart.ANOTHER:
         folders = (
             "checkpoints/step-000009/one",
             "ledger/two",
@@ -68,18 +72,18 @@ def prepare(out, reference, start):
         (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")
 
 
-def kill_and_run_again(user, tmp_path, reference, moment, victims, ranks, precision):
-    out = tmp_path / "out"
-    cache = tmp_path / "cache"
+def kill_and_run_again(user, out, reference, moment, victims, ranks, precision):
+    cache = out.parent / "cache"
     start = MOMENTS[moment].start
     prepare(out, reference, start)
-    how = OVERWRITE if start is RunContext.ANOTHER else AUTO
+    how = OVERWRITE if start is RunStart.ANOTHER else AUTO
     own_cache = (
         ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
     )
     again = command(user, out, precision, *MOMENTS[moment].more, how, *own_cache)
     killed_run(ranks, again, moment, victims)
     run(ranks, again)
+    shown(out)
     assert_same_outcome(out, reference)
     names = {path.name for path in cache.rglob("*")}
     assert not [name for name in names if "partial" in name or name.startswith("tmp")]
@@ -124,11 +128,30 @@ HEAVY = [
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_a_killed_run_resumes_to_the_same_bits(
-    user, reference_of, tmp_path, moment, who, ranks, precision
+    user, reference_of, out, moment, who, ranks, precision
 ):
     reference = reference_of(ranks, precision, MOMENTS[moment].more)
     victims = victims_of(moment, ranks)[who]
-    kill_and_run_again(user, tmp_path, reference, moment, victims, ranks, precision)
+    kill_and_run_again(user, out, reference, moment, victims, ranks, precision)
+
+
+IN_MEMORY = ["before_the_rename", "ledger_half_restored", "before_the_last_latest"]
+IN_MEMORY_HEAVY = [
+    "matrices_are_gathered", "engine_shard_half_written", "after_the_shards", "adapter_half_written",
+    "ledger_half_copied", "before_the_manifest", "before_the_first_latest", "after_the_best", "right_after_a_merge",
+    "cycle_not_in_the_ledger", "before_the_rebuild", "old_run_set_aside", "before_the_summary",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("out", ["memory"], indirect=True)
+@pytest.mark.parametrize(
+    "moment", [*IN_MEMORY, *(heavy(moment) for moment in IN_MEMORY_HEAVY)]
+)
+def test_a_killed_run_resumes_with_checkpoints_in_memory(
+    user, reference_of, out, moment
+):
+    reference = reference_of(2, "fp32", MOMENTS[moment].more)
+    kill_and_run_again(user, out, reference, moment, [0], 2, "fp32")
 
 
 def test_a_run_that_another_had_set_aside_goes_on(user, reference_of, out):
@@ -136,7 +159,7 @@ def test_a_run_that_another_had_set_aside_goes_on(user, reference_of, out):
     old run is resumed.
     """
     reference = reference_of(2, "fp32", ())
-    prepare(out, reference, RunContext.UNNAMED)
+    prepare(out, reference, RunStart.UNNAMED)
     overwriting = command(user, out, "fp32", OVERWRITE)
     killed_run(2, overwriting, "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()

@@ -3,7 +3,6 @@ bit.
 """
 
 import shutil
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -34,14 +33,18 @@ from tests.helpers.resume import (
     stop_and_resume,
 )
 from tests.helpers.snapshot import untouched
+from tests.helpers.stores import OVER_STORES, shown, stored
 
 
+@OVER_STORES
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out):
     more = f"{MERGING} --mora_dropout 0.2 --train_norms true"
     reference = tmp_path / "reference"
     run(2, user.flags(reference, more))
     # After a merge not saved yet, then between checkpoints
     stop_and_resume(2, user.flags(out, more), 3, 7)
+    shown(reference)
+    shown(out)
     assert_same_run(out, reference)
     assert [row["step"] for row in rows(out) if "eval_perplexity" in row] == [
         0,
@@ -61,9 +64,12 @@ def reference(user, tmp_path_factory):
 @pytest.fixture
 def copied(reference, out):
     """A copy of that run, which goes on in it."""
-    return Path(shutil.copytree(reference, out, symlinks=True))
+    shutil.copytree(reference, out, symlinks=True)
+    stored(out)
+    return out
 
 
+@OVER_STORES
 @pytest.mark.parametrize("step", [2, 6])
 def test_resume_from_a_path_rolls_the_ledger_back(user, copied, reference, step):
     """From before the first merge, with both merges done since, and from right after the
@@ -79,6 +85,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user, copied, reference, step)
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(copied)) == step + 1
     run(1, argv)
+    shown(copied)
     assert_same_run(copied, reference)
 
 

@@ -75,9 +75,9 @@ inject | {model: ADAPTED, config: CONFIG} | this model already has an adapter
 inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no linear layer
 inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', which `train_head` trains itself
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
-delta_weight | {spec: SPEC, square: NARROW} | delta_weight: `mora_matrix` must have the shape (4, 4), got (3, 3)
-mora_update | {spec: SPEC, square: MATRIX, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
-mora_update | {spec: SPEC, square: NARROW, x: MATRIX} | mora_update: `mora_matrix` must have the shape (4, 4), got (3, 3)
+delta_weight | {spec: SPEC, mora_matrix: NARROW} | delta_weight: `mora_matrix` must have the shape (4, 4), got (3, 3)
+mora_update | {spec: SPEC, mora_matrix: MATRIX, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
+mora_update | {spec: SPEC, mora_matrix: NARROW, x: MATRIX} | `mora_matrix` must have the shape (4, 4), got (3, 3)
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject

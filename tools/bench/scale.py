@@ -58,8 +58,8 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.storage import LocalStorage
 from mora_ds.common.files import (
     MANIFEST,
+    facts_of,
     manifest_of,
-    record,
     write_compact_json,
 )
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
@@ -290,7 +290,8 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
         table.write_table(table.where)
         (final / STATE_FILE).write_text(json.dumps(vars(state)))
         listed = {name: entry for files, _ in everyone for name, entry in files.items()}
-        listed |= record(final, [table.where, final / STATE_FILE])
+        for path in (table.where, final / STATE_FILE):
+            listed[path.relative_to(final).as_posix()] = facts_of(path)
         write_compact_json(final / MANIFEST, manifest_of(listed))
     return spent, final
 

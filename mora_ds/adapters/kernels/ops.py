@@ -37,8 +37,8 @@ _ROTATION = "Tensor? cos, Tensor? sin, bool back"
 _LIBRARY.define(f"gather_sum(Tensor x, Tensor table, {_ROTATION}) -> Tensor")
 _LIBRARY.define(f"gather_add_(Tensor(a!) y, Tensor x, Tensor table, {_ROTATION}) -> ()")
 _LIBRARY.define(
-    "rebuild_weight(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, Tensor? cos, "
-    "Tensor? sin, int blocks) -> Tensor"
+    "rebuild_weight(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, "
+    "Tensor? cos, Tensor? sin, int blocks) -> Tensor"
 )
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
 _LIBRARY.define("sum_parts(Tensor partial_sums, ScalarType dtype) -> Tensor")
