@@ -233,8 +233,8 @@ deploy/export.py MergedModelSource.updates | deploy/test_export.py
 
 # rows of a batch get each other's adapters
 research/bank.py AdapterBank._terms_of | research/test_bank.py
-- list(by_row.values())
-+ list(by_row.values())[::-1]
+- list(by_index.values())
++ list(by_index.values())[::-1]
 
 # the chain of hashes is not checked
 remora/ledger.py Ledger._check_records | remora/test_ledger.py
@@ -567,7 +567,7 @@ train/pretrain.py _output_folder | train/test_output_run.py
 + None
 
 # a pipe below /dev/shm is read
-common/untrusted.py _is_of_shell | common/test_files.py
+common/untrusted.py _is_shell_pipe | common/test_files.py
 - path == any_stdin or path.parent == any_fd
 + path.parts[:2] == ("/", "dev")
 

@@ -28,7 +28,7 @@ def main() -> None:
         measure,
         parse_budget,
         report_lines,
-        spend,
+        allocate_budget,
     )
     from mora_ds.research.targets import TargetPlan
 
@@ -42,7 +42,7 @@ def main() -> None:
     weights = [measure(name, base.read(key)) for name, key in keys.items()]
     say(*report_lines(weights))
     if budget is not None:
-        plan = TargetPlan(base.fingerprint(), spend(weights, budget))
+        plan = TargetPlan(base.fingerprint(), allocate_budget(weights, budget))
         plan.write(options.write)
         trained = sum(side**2 for side in plan.layers.values())
         contents = f"{trained:,} parameters; research.targets of a recipe takes it"

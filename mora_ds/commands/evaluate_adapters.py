@@ -32,7 +32,7 @@ def main() -> None:
     from mora_ds.checkpoint.layout import tokenizer_of
     from mora_ds.data import AUTO, load_tokenizer
     from mora_ds.eval.perplexity import Target, Windows
-    from mora_ds.models.attention import prefer_documents
+    from mora_ds.models.attention import prefer_document_attention
     from mora_ds.research.bank import AdapterBank
 
     sets = read_sets(options)
@@ -53,7 +53,7 @@ def main() -> None:
     base_tokenizer = load_tokenizer(
         options.model, trust_remote_code=options.trust_remote_code, flag="MODEL"
     )
-    model = prefer_documents(bank.model)
+    model = prefer_document_attention(bank.model)
     rows = [["adapter", *TITLES]]
     results: dict[str, JsonObject] = {}
     for name in (BASE, *bank.adapters):

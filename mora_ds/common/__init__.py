@@ -1,9 +1,9 @@
-"""What every package may use: exceptions, crash-safe files, checks of what files state,
-the version.
+"""Code for every package: exceptions, crash-safe files, checks of untrusted values, the
+version.
 
-errors          the exceptions, and the messages that settings have in common
-files           atomic writes, manifests with hashes, JSON and YAML that is checked when read
-tensor_files    safetensors files, written and read one tensor at a time
-untrusted       names, types, shapes, sizes and numbers that come from a file, checked before use
+errors          exceptions, and common checks and messages of settings
+files           atomic writes, manifests with hashes, checked reading of JSON and YAML
+tensor_files    writing and reading safetensors files one tensor at a time
+untrusted       checks of names, types, shapes, sizes and numbers from files
 version         the package's version
 """

@@ -1,8 +1,8 @@
-"""The exceptions of mora_ds, and the messages that settings have in common.
+"""The exceptions of mora_ds, and common checks and messages of settings.
 
-`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for
+`runtime/cli.py` maps exceptions to exit codes: 2 for `UserError`, 3 for
 `NonFatalFailure`, 75 for `Stopped`, 1 for all other errors. Classes of settings have a
-method `problems()` that lists what is wrong with their values, one message each.
+method `problems()` that returns a message for each invalid value.
 """
 
 import difflib
@@ -20,40 +20,41 @@ from pydantic_core import PydanticCustomError, core_schema
 
 
 class UserError(ValueError):
-    """A mistake in a flag, a file or a setting. The message names what to change."""
+    """An error in a flag, a file or a setting. The message names what to change."""
 
 
 class RunError(RuntimeError):
-    """A failure while running: NaN loss, full disk, damaged checkpoint."""
+    """A failure during a run: NaN loss, full disk, damaged checkpoint."""
 
 
 class NonFatalFailure(RunError):
-    """The run is trained to its end and saved, but something that is not training has
-    failed: an evaluation, a task, a tracker, an upload. All processes raise it
-    alike."""
+    """The run is trained and saved, but an evaluation, a task, a tracker or an upload
+    has failed. Raised on all ranks."""
 
     is_shared = True
 
 
 NON_FATAL_ERRORS = (Exception, SystemExit)
-"""The errors that do not end a run. Other packages may even call sys.exit."""
+"""Errors that are not fatal in evaluations, tasks, trackers and uploads. Third-party
+packages may even call sys.exit."""
 
 
 class Stopped(BaseException):
     """The run was stopped by a signal; the message says what was saved.
 
-    Not an `Exception`, so that no `except Exception` on the way swallows it.
+    Not an `Exception`, so that no `except Exception` suppresses it.
     """
 
 
 def raise_validation_errors(problems: Iterable[str]) -> None:
-    """Raises one `UserError` with all `problems`, a line each, if there are any."""
+    """Raise one `UserError` with all `problems`, one per line, if there are any."""
     if lines := list(dict.fromkeys(problems)):
         raise UserError("\n".join(lines))
 
 
 def validation_errors_of(check: Callable[..., object], *arguments: object) -> list[str]:
-    """The lines of the `UserError` that `check(*arguments)` raises, if it does."""
+    """The lines of the `UserError` that `check(*arguments)` raises; [] if it raises
+    none."""
     try:
         check(*arguments)
     except UserError as error:
@@ -62,10 +63,10 @@ def validation_errors_of(check: Callable[..., object], *arguments: object) -> li
 
 
 def whole_number(value: object, least: int, argument: str, otherwise: str = "") -> int:
-    """An argument of a public function as an int from `least` on.
+    """An argument of a public function as an int that is at least `least`.
 
-    Raises `UserError` that begins with the words `argument` for another value, a bool
-    among them; `otherwise`: what else it may be.
+    Raises `UserError` for other values, including bool. `argument`: the start of the
+    message. `otherwise`: text about other accepted values.
     """
     number = None
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -79,9 +80,8 @@ def whole_number(value: object, least: int, argument: str, otherwise: str = "") 
 
 @contextmanager
 def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
-    """Within, a `UserError` names the flags of a program. The functions of Python's
-    users name their arguments, `rank`, which here becomes --rank, where it is one of
-    `names`, or what `renamed` has for it."""
+    """A context for programs that replaces arguments in a `UserError` by flags: `rank`
+    becomes --rank if it is in `names`, or the value in `renamed`."""
     flags = {**{name: f"--{name}" for name in names}, **renamed}
     try:
         yield
@@ -92,8 +92,8 @@ def named_as_flags(*names: str, **renamed: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as " Did you mean 'merge_every'?" for a misspelt or shortened `word`,
-    or ""."""
+    """A hint such as " Did you mean 'merge_every'?" for a misspelled or shortened
+    `word`, or ""."""
     candidates = [candidate for candidate in known if candidate != word]
     close = difflib.get_close_matches(word, candidates, cutoff=0.8)
     close += [name for name in candidates if _shortens(word, name)]
@@ -113,9 +113,9 @@ def _shortens(word: str, name: str) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The message of another library's error in one line, for use in our own; a line
-    that ends with a colon is followed by the next one. A message without words, such as
-    that of a KeyError, follows the name of the error."""
+    """The first line of another library's error message, with the next lines as long as
+    a line ends with a colon. A message of one word, such as that of a KeyError, follows
+    the name of the error."""
     lines = []
     for line in filter(None, map(str.strip, str(error).splitlines())):
         lines.append(line)
@@ -126,12 +126,12 @@ def reason(error: BaseException) -> str:
 
 
 def unusable_words(argv: Sequence[str]) -> list[str]:
-    """One message for each empty word of a command line, as an unset variable leaves,
-    and for each that is not read as UTF-8."""
+    """One message for each empty word of a command line, caused by an unset variable,
+    and for each word that is not valid UTF-8."""
     problems = []
     for before, word in pairwise(["", *argv]):
-        # Bytes that Python could not decode are lone surrogates, which no UTF-8 file can
-        # hold: every record of the run would fail.
+        # Python decodes invalid bytes to lone surrogates, which cannot be written to
+        # UTF-8 files: every record of the run would fail.
         raw = word.encode(errors="surrogateescape")
         as_utf8 = raw.decode(errors="backslashreplace")
         if word == "" or (word.startswith("--") and word.endswith("=")):
@@ -141,13 +141,13 @@ def unusable_words(argv: Sequence[str]) -> list[str]:
             )
         elif word != as_utf8:
             problems.append(
-                f"{as_utf8} is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"
+                f"{as_utf8} is not UTF-8, or the locale is not: rename it, or set LC_ALL=C.UTF-8"
             )
     return problems
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
-    """The message for a `value` that is none of the `known` ones. `what` is a flag with
+    """The message for a `value` that is not among the `known` ones. `what`: a flag with
     its dashes, or a noun."""
     known = list(known)
     hint = nearest(str(value), known)
@@ -156,7 +156,8 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting may have, `above` and `below` excluded; no NaN."""
+    """The valid range of a number; `above` and `below` are exclusive. NaN is never
+    valid."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -171,14 +172,13 @@ class Bounds:
         )
 
     def require(self, value: float) -> float:
-        """The value. Raises the error that pydantic collects where it is not
-        allowed."""
+        """Return the value. Raises an error for pydantic if it is not allowed."""
         if not self.allow(value):
             raise PydanticCustomError("bounds", f"must be {self}")
         return value
 
     def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> Any:
-        """Of what pydantic checks: `Annotated[int, Bounds(least=1)]`."""
+        """Makes pydantic check `Annotated[int, Bounds(least=1)]`."""
         return core_schema.no_info_after_validator_function(self.require, handler(kind))
 
     def __str__(self) -> str:
@@ -204,15 +204,15 @@ BELOW_1 = Bounds(least=0, below=1)
 AT_MOST_1 = Bounds(least=0, most=1)
 ABOVE_0_AT_MOST_1 = Bounds(above=0, most=1)
 SECONDS = Bounds(least=0, most=1e9)
-"""A waiting time of at most 31 years; Python's clocks refuse more than 292."""
+"""At most 31 years; Python's clocks do not support more than 292."""
 
 _TOO_LARGE = 2**63
-"""Whole numbers from here on do not fit in the integers of torch and numpy."""
+"""The smallest positive integer that does not fit in int64."""
 
 
 def out_of_bounds(flag: str, value: float | None, bounds: Bounds) -> Iterator[str]:
-    """A message for a value outside of its bounds, or a whole number of more than 63
-    bits; None is always allowed."""
+    """A message for a value outside of its bounds, or an int of more than 63 bits. None
+    is always allowed."""
     if isinstance(value, int) and value >= _TOO_LARGE:
         yield f"--{flag} must be below {_TOO_LARGE}, got {value}"
     elif value is not None and not bounds.allow(value):
@@ -222,8 +222,8 @@ def out_of_bounds(flag: str, value: float | None, bounds: Bounds) -> Iterator[st
 def wrong_values(
     settings: object, allowed: Mapping[str, Bounds | type[Enum]]
 ) -> Iterator[str]:
-    """One message for each attribute that its bounds or enum forbid, named as a
-    flag."""
+    """One message for each attribute with a value outside of its bounds or enum; it
+    names the attribute's flag."""
     for name, values in allowed.items():
         value = getattr(settings, name)
         if isinstance(values, Bounds):

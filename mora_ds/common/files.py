@@ -1,11 +1,11 @@
-"""Crash-safe files and folders: atomic writes, links, manifests with hashes; JSON and
-YAML that is checked when read.
+"""Crash-safe files and folders: atomic writes, links, manifests with hashes; checked
+reading of JSON and YAML.
 
     write a hidden file or folder next to the target -> fsync -> rename over the target ->
     fsync the parent folder
 
-Whenever the process is killed, a reader finds the complete old content or the complete
-new one.
+If the process is killed at any time, a reader finds either the complete old content or
+the complete new content.
 """
 
 import errno
@@ -41,16 +41,16 @@ from mora_ds.common.untrusted import (
 from mora_ds.common.version import __version__
 
 FORMAT = 6
-"""Version of what mora_ds writes to be read again: checkpoints, adapters, caches."""
+"""Format version of files of mora_ds: checkpoints, adapters, caches."""
 
 JsonObject: TypeAlias = dict[str, Any]
-"""What a JSON file holds, by key."""
+"""A JSON object."""
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Recipes and configs: a link to configs/ in a checkout, a folder in a wheel."""
+"""Recipes and configs: in a checkout a link to configs/, in a wheel a folder."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,12 +62,11 @@ _WRITE_REFUSED = (
     errno.ESTALE,
     errno.EFBIG,
 )
-"""Errors of a file system that turned read-only or lost its server, and of
+"""Errors of a file system that became read-only or lost its server, and of
 `ulimit -f`."""
 
 _IN_MESSAGE = re.compile(r"\(os error (\d+)\)")
-"""Where tokenizers and safetensors, which raise errors of their own, name the
-system's."""
+"""The errno in error messages of tokenizers and safetensors."""
 
 
 def config_names(folder: str = "") -> list[str]:
@@ -89,7 +88,7 @@ def config_path(name: str) -> Path:
 
 
 def packaged(path: str) -> str:
-    """`path`, or the package's file where configs/ is not in the working directory."""
+    """`path`, or the packaged file if configs/ is not in the working directory."""
     packaged = CONFIGS.parent / path
     if path.startswith("configs/") and packaged.is_file() and not Path(path).exists():
         return str(packaged)
@@ -98,8 +97,8 @@ def packaged(path: str) -> str:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk or quota, and of a disk that cannot be written
-    to, into a `RunError` that names `folder`; other errors pass unchanged."""
+    """A context that converts errors of a full disk or quota, and of a disk that is not
+    writable, to a `RunError` that names `folder`. Other errors are unchanged."""
     try:
         yield
     except (RunError, UserError):
@@ -118,7 +117,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Flushes a file, or the renames inside a folder, to disk."""
+    """Flush a file, or the renames inside a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,8 +126,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path, with_files: bool = True) -> None:
-    """`fsync` for `folder` and every folder under it, so that the names in them
-    survive, and for the files, unless they are flushed already."""
+    """Flush `folder` and every folder under it, so that their entries are on disk, and
+    `with_files` also all files."""
     for parent, _, names in os.walk(folder, topdown=False):
         paths = [Path(parent, name) for name in names] if with_files else []
         for path in paths:
@@ -139,10 +138,11 @@ def fsync_tree(folder: Path, with_files: bool = True) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary file, which replaces `path` if the block succeeds."""
+    """A context that yields a temporary file, which replaces `path` if the block
+    succeeds."""
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
-        # Left by a killed process, it may be a hard link: never write into it
+        # A file left by a killed process may be a hard link: never write into it
         temporary.unlink(missing_ok=True)
         try:
             yield temporary
@@ -155,7 +155,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Writes UTF-8 JSON atomically. Raises `RunError` on a full disk."""
+    """Write UTF-8 JSON atomically. Raises `RunError` on a full disk."""
     with atomic_path(path) as temporary:
         write_json(temporary, content)
 
@@ -167,8 +167,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> JsonObject:
-    """The JSON object in `path`. Raises `UserError` naming the file when it is missing,
-    damaged or not an object."""
+    """The JSON object in `path`. Raises `UserError` that names the file if it is
+    missing, damaged or not an object."""
     try:
         content = plain_json(read_text(path), path)
     except FileNotFoundError:
@@ -189,8 +189,8 @@ def sha256_file(path: Path) -> str:
 
 
 def stat_signature(path: Path) -> tuple[int, int, int] | None:
-    """Size, time of change (nanoseconds) and inode of a file; None where there is
-    none."""
+    """Stat signature of a file: size, modification time (nanoseconds) and inode. None if
+    there is no such file."""
     try:
         status = path.stat()
     except OSError:
@@ -199,7 +199,7 @@ def stat_signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def replace_symlink(link: Path, target: str) -> None:
-    """Makes `link` point to `target`, relative to its folder, by one atomic rename."""
+    """Make `link` point to `target`, relative to its folder, by one atomic rename."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     with disk_errors(link.parent):
@@ -210,9 +210,8 @@ def replace_symlink(link: Path, target: str) -> None:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Locks `folder` while the block runs, so that `is_abandoned` is false in other
-    processes. The lock ends with the process. On a file system without locks it has no
-    effect."""
+    """A context that locks `folder`, so that `is_abandoned` is false in other processes.
+    The lock ends with the process. Has no effect on a file system without locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -223,20 +222,20 @@ def at_work(folder: Path) -> Iterator[None]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether no process is `at_work` in `folder`, which is not empty."""
+    """Whether `folder` is not empty and no process is `at_work` in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return any(folder.iterdir())
     except OSError:
-        # It is locked, or the file system has no locks
+        # The folder is locked, or the file system has no locks
         return False
     finally:
         os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Atomically makes `target` a hard link of `source`, or a copy."""
+    """Atomically make `target` a hard link of `source`, or a copy."""
     # rename(2) between two links of one file does nothing
     if target.exists() and os.path.samefile(source, target):
         return
@@ -250,9 +249,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times, not their modes. Raises `UserError` for a link
-    in `source`, which is not followed, and `RunError` on a full disk (`shutil.copytree`
-    has its own error)."""
+    """Copy all files with their times, but without their modes. Raises `UserError` for a
+    link in `source` and `RunError` on a full disk (`shutil.copytree` has another
+    error)."""
     require_plain(source)
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -269,8 +268,8 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def as_path(value: Any, argument: str) -> Path:
-    """An argument of a public function as a path. Raises `UserError` that begins with
-    the words `argument` for what is none, an empty string among them."""
+    """An argument of a public function as a path. Raises `UserError` that starts with
+    `argument` for other values, including an empty string."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise UserError(f"{argument} must be a path, got {value!r}")
@@ -278,7 +277,8 @@ def as_path(value: Any, argument: str) -> Path:
 
 
 def named_path(entry: str) -> tuple[str, str]:
-    """(name, path or pattern) of NAME=PATH, or of PATH with its own name."""
+    """(name, path or pattern) of NAME=PATH or PATH. The name of PATH is that of its
+    file."""
     name, mark, path = entry.partition("=")
     if mark and "/" not in name:
         return name, path
@@ -286,8 +286,8 @@ def named_path(entry: str) -> tuple[str, str]:
 
 
 def require_place(output: Path) -> None:
-    """Raises `UserError` where no folder can be made at `output`: below a file, where
-    nothing may be written, or of a name that the disk does not take."""
+    """Raise `UserError` if no folder can be created at `output`: below a file, in a
+    folder that is not writable, or with an invalid name."""
     try:
         output.exists()
         parent = next(folder for folder in output.absolute().parents if folder.exists())
@@ -304,7 +304,7 @@ def require_place(output: Path) -> None:
 
 
 def require_new(output: Path) -> None:
-    """Raises `UserError` unless `output` can be made, or is an empty folder."""
+    """Raise `UserError` unless `output` can be created or is an empty folder."""
     require_place(output)
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.is_symlink() or (output.exists() and not is_empty):
@@ -312,8 +312,8 @@ def require_new(output: Path) -> None:
 
 
 def require_outside(output: Path, source: Path) -> None:
-    """Raises `UserError` where `output` lies in the folder `source`, a checkpoint or an
-    adapter: it would be deleted with it."""
+    """Raise `UserError` if `output` is inside of `source`, a checkpoint or an adapter,
+    because it would be deleted with it."""
     if source.resolve() in output.resolve().parents:
         raise UserError(
             f"`output` {output} lies in the checkpoint; give another folder"
@@ -322,15 +322,16 @@ def require_outside(output: Path, source: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder, which replaces `folder` if the block succeeds.
+    """A context that yields an empty temporary folder, which replaces `folder` if the
+    block succeeds.
 
-    An existing `folder` is moved away first, and deleted when the new one is in place.
+    An existing `folder` is first renamed, and deleted when the new one is in place.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder.parent):
         if old.exists() and not folder.exists():
-            # A process was killed between the two renames
+            # The previous process was killed between the two renames
             os.rename(old, folder)
         for leftover in (old, partial):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -354,12 +355,12 @@ def facts_of(file: Path) -> JsonObject:
 
 
 def manifest_of(files: Mapping[str, JsonObject]) -> JsonObject:
-    """What `manifest.json` holds for {relative path: size and sha256}."""
+    """The content of `manifest.json` for {relative path: size and sha256}."""
     return {"format": FORMAT, "files": files, "seal": json_digest(files)}
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json`: size and sha256 of every file under `folder`."""
+    """Write `manifest.json`: size and sha256 of every file under `folder`."""
     names = [name for name in file_sizes(folder) if name != MANIFEST]
     for name in names:
         fsync(folder / name)
@@ -369,18 +370,18 @@ def write_manifest(folder: Path) -> None:
 
 
 def write_compact_json(path: Path, content: Any) -> None:
-    """Writes JSON without indents, for which Python takes three times as long."""
+    """Write JSON without indents, for which Python takes three times as long."""
     path.write_text(json.dumps(content, sort_keys=True))
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """{relative path: bytes} of every file below `folder`; links are none."""
+    """{relative path: bytes} of every file below `folder`, without links."""
     sizes = {}
     # A checkpoint of thousands of ranks has as many files: one look at each folder
     for parent, _, names, descriptor in os.fwalk(folder):
         prefix = f"{parent}/".removeprefix(f"{folder}/")
         for name in names:
-            # Another node may have renamed it since it was listed
+            # Another node may rename a file after it was listed
             with suppress(FileNotFoundError):
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
@@ -393,8 +394,8 @@ VISIBLE_WITHIN_S = 20.0
 
 
 def await_file(path: Path, size: int) -> None:
-    """Waits until a file that another node has written is there, in its size. Raises
-    `RunError` where it does not come within `VISIBLE_WITHIN_S`."""
+    """Wait until a file written by another node is visible with this size. Raises
+    `RunError` after `VISIBLE_WITHIN_S`."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
     while problem := file_problem(path, size, None):
         if time.monotonic() > deadline:
@@ -405,18 +406,18 @@ def await_file(path: Path, size: int) -> None:
 
 
 def json_digest(content: Any) -> str:
-    """Hex sha256 of what JSON can hold, whatever the order of its keys."""
+    """Hex sha256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[str]:
-    """One message for each file of `folder` that is not as the manifest says. Those
-    that are not in the manifest are ignored. `read`: files and folders whose hashes are
-    compared; None: all. Of the others only existence and size are. Raises `UserError`
-    for a missing or damaged manifest."""
+    """One message for each file of `folder` that differs from the manifest. Files that
+    are not in the manifest are ignored. `read`: files and folders whose hashes are
+    compared; None: all. For others only existence and size are checked. Raises
+    `UserError` for a missing or damaged manifest."""
     path = folder / MANIFEST
     content = read_formatted(path)
-    # A list that was truncated or edited has another digest
+    # A truncated or edited list has another digest
     listed_content = entry(content, "files", JsonObject, path)
     if content.get("seal") != json_digest(listed_content):
         return [f"{path} is damaged: it does not list what it was written with"]
@@ -430,30 +431,30 @@ def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[s
         )
 
     listed = listed_files(folder)
-    # In threads, as hashing and reading release the GIL
+    # In threads, because hashing and reading release the GIL
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(filter(None, pool.map(problem, listed.keys(), listed.values())))
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a manifest records of a file."""
+    """An entry of a manifest."""
 
     size: Count
     sha256: str
 
 
 def listed_files(folder: Path) -> dict[str, FileFacts]:
-    """{relative path: facts} from the manifest of `folder`, each path one that stays in
-    the folder. Raises `UserError` for a missing or damaged manifest; only
-    `verify_manifest` compares the facts with the files."""
+    """{relative path: facts} from the manifest of `folder`. All paths are inside of the
+    folder. Does not compare the facts with the files; see `verify_manifest`. Raises
+    `UserError` for a missing or damaged manifest."""
     path = folder / MANIFEST
     return entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
 
 
 def file_problem(path: Path, size: int, sha256: str | None) -> str:
-    """A message if the file is missing or differs, else "". `sha256` None: sizes
-    alone."""
+    """A message if the file is missing or differs, else "". `sha256` None: compare only
+    sizes."""
     if path.is_symlink() or not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
@@ -465,8 +466,8 @@ def file_problem(path: Path, size: int, sha256: str | None) -> str:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Turns errors of reading unexpected fields into a `UserError` that names the
-    file."""
+    """A context that converts errors of reading unexpected fields to a `UserError` that
+    names the file."""
     try:
         yield
     except OtherFormat:
@@ -487,8 +488,8 @@ def malformed(path: Path) -> Iterator[None]:
 
 
 def read_formatted(path: Path) -> JsonObject:
-    """What `read_json` reads of a file of mora_ds, without its format. Raises
-    `UserError` for the format of another version."""
+    """The JSON object in a file of mora_ds, without its key "format". Raises `UserError`
+    for another format version."""
     content = read_json(path)
     pop_format(path, content)
     return content
@@ -500,8 +501,8 @@ class OtherFormat(UserError):
 
 
 def pop_format(path: Path, content: JsonObject) -> None:
-    """Takes the format out of the content of a file. Raises `OtherFormat` for that of
-    another version."""
+    """Check and remove the key "format" of the content of a file. Raises `OtherFormat` for
+    another format version."""
     if (file_format := content.pop("format", None)) != FORMAT:
         raise OtherFormat(
             f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT} alone: go on with "
@@ -511,24 +512,25 @@ def pop_format(path: Path, content: JsonObject) -> None:
 
 _MAX_YAML = 8 * 2**20
 _MAX_DIGITS = 200
-"""A float takes 308 digits, and Python prints 4,300."""
+"""The largest float has 309 digits; Python parses at most 4,300."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases, by which a few lines stand for any number of
-    values; long whole numbers; and a key given twice, of which YAML silently keeps the
-    last one."""
+    """A SafeLoader that rejects aliases, which can expand to any number of values; long
+    integers; and duplicate keys, of which YAML silently keeps the last one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise _refused(
-                "an alias is not read here: write the value again", self.peek_event()
+            raise _yaml_error(
+                "aliases are not supported: write the value again", self.peek_event()
             )
         return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: Any) -> int:
         if len(node.value) > _MAX_DIGITS:
-            raise _refused(f"a whole number has more than {_MAX_DIGITS} digits", node)
+            raise _yaml_error(
+                f"a whole number has more than {_MAX_DIGITS} digits", node
+            )
         return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -536,10 +538,10 @@ class _PlainLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float)):
-                raise _refused(f"{key!r} is no key", key_node)
-            # 1 and "1" would be one name where names are read as text.
+                raise _yaml_error(f"{key!r} is not a valid key", key_node)
+            # Keys may be converted to strings, so 1 and "1" are the same key.
             if key in seen or str(key) in seen:
-                raise _refused(f"{key!r} is given twice", key_node)
+                raise _yaml_error(f"{key!r} is given twice", key_node)
             seen |= {key, str(key)}
         return super().construct_mapping(node, deep)
 
@@ -547,14 +549,14 @@ class _PlainLoader(yaml.SafeLoader):
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
-def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+def _yaml_error(problem: str, at: Any) -> yaml.MarkedYAMLError:
     """`at`: a node or event."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys.
-    Raises `UserError`, which calls the file `what`."""
+    """The mapping in a YAML file of at most 8 MiB, without aliases and duplicate keys.
+    Raises `UserError`. `what`: a name of the file for messages."""
     try:
         text = read_text(Path(os.path.expanduser(path)), _MAX_YAML)
     except (OSError, UserError) as error:
@@ -562,14 +564,14 @@ def load_yaml(path: str, what: str) -> dict[Any, Any]:
     try:
         content = yaml.load(text, _PlainLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     except RecursionError:
-        raise UserError(f"{path} is no valid YAML: it is nested too deeply") from None
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-        # There is no such date or number, or a key is a list
-        raise UserError(f"{path} is no valid YAML: {reason(error)}") from error
+        # An impossible date or number, or a key that is a list
+        raise UserError(f"{path} is not valid YAML: {reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(
-            f"{path} must hold `key: value` lines, not a {type(content).__name__}"
+            f"{path} must contain `key: value` lines, not a {type(content).__name__}"
         )
     return content or {}

@@ -1,4 +1,4 @@
-"""Nested mappings as flat ones, whose names are paths."""
+"""Flattens nested mappings; keys become dotted paths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,5 +18,5 @@ def flattened(
 
 
 def different_keys(one: Mapping[str, Any], another: Mapping[str, Any]) -> list[str]:
-    """The keys, sorted, of different values; a missing key has the value None."""
+    """The sorted keys whose values differ. A missing key counts as None."""
     return sorted(key for key in {*one, *another} if one.get(key) != another.get(key))

@@ -1,5 +1,5 @@
-"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling,
-and of a config."""
+"""Checks settings of rotary position embeddings, with transformers' keys, from
+--rope_scaling or from a config."""
 
 from typing import Annotated, Any
 
@@ -18,11 +18,11 @@ _KEYS = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
-"""rope_type -> its keys besides rope_theta (transformers 5.24,
+"""rope_type -> its keys in addition to rope_theta (transformers 5.24,
 modeling_rope_utils.py)."""
 
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
-"""Keys that a rope_type cannot be without, if it has them."""
+"""Keys that are required by every rope_type that has them."""
 
 _POSITIVE = Annotated[float, POSITIVE]
 _HINTS: dict[str, Any] = {
@@ -33,16 +33,16 @@ _HINTS: dict[str, Any] = {
 
 
 def rope_settings(text: str) -> dict[str, Any]:
-    """The keys in the JSON of --rope_scaling. Raises `UserError`."""
+    """Parse and check the JSON of --rope_scaling. Raises `UserError`."""
     settings = plain_json(text, FLAG)
     check_settings(settings, FLAG)
     return dict(settings)
 
 
 def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> None:
-    """Raise `UserError`, after the words `where`, for a rope_type that is not known,
-    and for keys that it does not have, lacks, or has other values of. `is_of_config`:
-    they are all that a model's config says, rope_theta too."""
+    """Raise `UserError` for an unknown rope_type, and for its unknown, missing or invalid
+    keys. `where`: the start of the message. `is_of_config`: the settings are those of a
+    model's config, so rope_theta is required."""
     named = settings.get("rope_type") if isinstance(settings, dict) else settings
     kind = str(named)[:99]
     if kind not in _KEYS:
@@ -50,7 +50,7 @@ def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> 
     known = {"rope_type", "rope_theta", *_KEYS[kind]}
     needed = known & _NEEDED or {"rope_theta"}
     if is_of_config:
-        # --rope_scaling leaves it as it is
+        # --rope_scaling does not change it
         known.add("partial_rotary_factor")
         needed.add("rope_theta")
     if missing := sorted(needed - settings.keys()):

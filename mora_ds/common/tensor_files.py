@@ -1,9 +1,9 @@
-"""Safetensors files, written tensor by tensor and read lazily.
+"""Writes safetensors files tensor by tensor, and reads them lazily.
 
 The file format (github.com/huggingface/safetensors, README): an 8-byte little-endian
 length, a JSON header with dtype, shape and byte range of every tensor, then the bytes.
-As the header needs only the shapes, a file larger than memory can be written while its
-tensors are computed; the library itself needs all tensors at once.
+The header needs only shapes, so a file larger than memory can be written while its
+tensors are computed. The library needs all tensors in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""Dtypes that a model can be trained and exported in, by their names in config.json."""
+"""Name in config.json -> dtype, for the dtypes of training and export."""
 
 CODES = {
     torch.float64: "F64",
@@ -44,15 +44,15 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The format's name of each dtype."""
+"""Dtype -> its code in the file format."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 Shape: TypeAlias = tuple[int, ...]
-"""Sides of a tensor."""
+"""The shape of a tensor."""
 
 Tensors: TypeAlias = dict[str, Tensor]
-"""Tensors by their names in a file."""
+"""Name -> tensor."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,7 +61,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises `UserError` for another one."""
+    """The dtype with this name. Raises `UserError` for unsupported names."""
     if name not in COMPUTE_DTYPES:
         raise UserError(unknown("dtype", name, COMPUTE_DTYPES))
     return COMPUTE_DTYPES[name]
@@ -75,9 +75,9 @@ def tensor_nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 class SafetensorsWriter:
     """Writes a safetensors file: the header with all shapes, then tensors in any order.
 
-    `layout`: name -> (shape, dtype). Wide dtypes come first in the file, so that every
-    tensor starts at a multiple of its element size. At the end of the `with` block,
-    raises `ValueError` if a tensor was not written.
+    `layout`: name -> (shape, dtype). Wide dtypes are first in the file, so that every
+    tensor is aligned to its element size. Leaving the `with` block raises `ValueError`
+    if a tensor was not written.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SafetensorsWriter:
         header: JsonObject = {"__metadata__": {"format": "pt", **metadata}}
         self._offsets: dict[str, int] = {}
         end = 0
-        # `sorted` leaves tensors of equal width in their order
+        # `sorted` is stable: tensors of equal width keep their order
         for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):
             shape, dtype = layout[name]
             start = end
@@ -110,9 +110,9 @@ class SafetensorsWriter:
         self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor. Raises `ValueError` for one that is not in the layout."""
+        """Write one tensor. Raises `ValueError` if it is not in the layout."""
         if name not in self._missing:
-            raise ValueError(f"{name!r} is not in the layout, or was written before")
+            raise ValueError(f"{name!r} is not in the layout, or was already written")
         if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:
             raise ValueError(
                 f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self._layout[name]}"
@@ -139,7 +139,7 @@ class SafetensorsWriter:
 def write_safetensors(
     path: Path, tensors: Tensors, metadata: Mapping[str, str]
 ) -> None:
-    """Writes `tensors` to one file."""
+    """Write `tensors` to one file."""
     layout = {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
     }
@@ -159,7 +159,7 @@ def write_safetensors_atomic(
 def open_safetensors(path: Path) -> Any:
     """A lazy, memory-mapped reader (`keys`, `metadata`, `get_tensor`, `get_slice`).
 
-    Raises `UserError` naming the file when it is missing, truncated or not a
+    Raises `UserError` that names the file if it is missing, truncated or not a
     safetensors file.
     """
     if not path.is_file():
@@ -171,7 +171,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def shape_dtype(handle: Any, name: str) -> tuple[Shape, torch.dtype]:
-    """Shape and dtype of a tensor, from the header alone."""
+    """Shape and dtype of a tensor, read from the header."""
     view = handle.get_slice(name)
     if view.get_dtype() not in DTYPES:
         raise UserError(

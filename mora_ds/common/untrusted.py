@@ -1,15 +1,15 @@
-"""Values from a file are only data: each type, name, path, number and size is checked
-here before it is used.
+"""Checks values from untrusted files before they are used: types, names, paths, numbers
+and sizes.
 
-    plain_json, read_text        bounded in size and depth, before memory is taken
-    typed(hint, value, where)    a value of JSON or YAML as a type: a dataclass, list[int], dict[str, FileName], ...
-    typed_fully                  the same, where no field may be left to its default
-    file_name, relative_path     text of a file that becomes a part of a path
-    require_plain(folder)        no symbolic link, pipe or device inside a checkpoint or an adapter
-    expanded(path, flag)         a path with ~ in it
+    plain_json, read_text        check size and depth before memory is allocated
+    typed(hint, value, where)    converts a JSON or YAML value to a type: a dataclass, list[int], ...
+    typed_fully                  the same, but all fields are required
+    file_name, relative_path     check a string that becomes a part of a path
+    require_plain(folder)        rejects links, pipes and devices in a checkpoint or an adapter
+    expanded(path, flag)         expands ~ in a path
 
-All of them raise `UserError`, whose text begins with `where`: the file, and the place
-in it.
+All of them raise `UserError` whose message starts with `where`: the file and the
+position in it.
 """
 
 import json
@@ -30,15 +30,15 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from mora_ds.common.errors import Bounds, UserError, validation_errors_of
 
 MAX_BYTES = 32 * 2**20
-"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout
-of shards with 100,000 parameters has 10 MiB."""
+"""Maximum size of a JSON file, in bytes. Parsing takes up to 25 times as much memory. The
+layout of shards with 100,000 parameters takes 10 MiB."""
 MAX_DEPTH = 64
-"""Deepest nesting of JSON."""
+"""Maximum nesting depth of JSON."""
 MAX_SIDE = 1 << 24
-"""Longest side of a layer: far above any vocabulary."""
+"""Maximum side of a layer: far above any vocabulary."""
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Control characters, line breaks and turns of direction: they would change a
+"""Control characters, line breaks and text direction marks, which could falsify a
 message."""
 
 _short = Repr()
@@ -46,7 +46,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """`repr` of a value for a message, cut to a line."""
+    """`repr` of a value for a message, shortened to a line."""
     return _short.repr(value)
 
 
@@ -54,17 +54,17 @@ def shown(value: Any) -> str:
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """A UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger one and
-    for one that is no text, OSError where it cannot be read."""
+    """Read a UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger file
+    and for one that is not text, and OSError if it cannot be read."""
     mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_of_shell(path)):
-        # A pipe would wait for ever
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_shell_pipe(path)):
+        # Reading a pipe could block forever
         raise UserError(f"{path} is no file")
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(
-            f"{path} is larger than the {limit:,} bytes that such a file may have"
+            f"{path} is larger than {limit:,} bytes, the maximum for such a file"
         )
     try:
         return data.decode("utf-8")
@@ -72,15 +72,14 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _is_of_shell(path: Path) -> bool:
-    """Whether a shell gives a pipe by such a name: /dev/stdin, /dev/fd/63."""
+def _is_shell_pipe(path: Path) -> bool:
+    """Whether this is a name of a shell's pipe: /dev/stdin, /dev/fd/63."""
     return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads`. Raises ValueError also for brackets that are nested too deeply, and
-    one with a message for users for a number that is too long; `json.JSONDecodeError`
-    has the line."""
+    """`json.loads`. Also raises ValueError for too deep nesting and for a number with too
+    many digits, with a message for users. `json.JSONDecodeError` has the line."""
     try:
         return json.loads(text, **options)
     except (json.JSONDecodeError, UserError):
@@ -94,11 +93,11 @@ def parse_json(text: str, **options: Any) -> Any:
 
 
 def plain_json(text: str, where: object) -> Any:
-    """JSON of bounded size and depth, whose texts can be printed and written. Raises
+    """Parse JSON of limited size and depth, with strings that can be encoded. Raises
     `UserError`."""
     if len(text) > MAX_BYTES:
         raise UserError(
-            f"{where} is larger than the {MAX_BYTES:,} characters that such JSON may have"
+            f"{where} is larger than {MAX_BYTES:,} characters, the maximum for such JSON"
         )
     try:
         content = parse_json(text)
@@ -109,15 +108,15 @@ def plain_json(text: str, where: object) -> Any:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} is damaged: it has no Unicode text in {shown(error.object[error.start])}"
+            f"{where} is damaged: it contains {shown(error.object[error.start])}, which is not valid Unicode"
         ) from error
     return content
 
 
 def _check_depth(value: Any, where: object, depth: int = 1) -> None:
-    """Raises `UserError` where a value lies deeper than `MAX_DEPTH`."""
+    """Raise `UserError` for nesting deeper than `MAX_DEPTH`."""
     if depth > MAX_DEPTH:
-        raise UserError(f"{where} is damaged: nested more than {MAX_DEPTH} deep")
+        raise UserError(f"{where} is damaged: nested deeper than {MAX_DEPTH} levels")
     children = value.values() if isinstance(value, dict) else value
     for child in children if isinstance(value, (dict, list)) else ():
         _check_depth(child, where, depth + 1)
@@ -127,7 +126,7 @@ def _check_depth(value: Any, where: object, depth: int = 1) -> None:
 
 
 def file_name(text: str) -> str:
-    """`text`, if it can be the name of one file or folder and be printed."""
+    """Return `text` if it is a valid, printable name of a file or folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
         raise UserError(
             f"{shown(text)} cannot be the name of a file, nor a part of one"
@@ -138,16 +137,15 @@ def file_name(text: str) -> str:
 
 
 def relative_path(text: str) -> str:
-    """`text`, if it is a path of a file below a folder: a/b/c, each part a
-    `file_name`."""
+    """Return `text` if it is a path below a folder: a/b/c, each part a `file_name`."""
     for component in text.split("/"):
         file_name(component)
     return text
 
 
 def any_path(text: str) -> str:
-    """`text`, if it can be a path at all, in any script, wherever it leads: it is only
-    read, and what is there is compared."""
+    """Return `text` if it is a possible path to any place, in any script. Only for paths
+    that are read, and whose contents are verified."""
     is_long = len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 255
     if not text or is_long or _UNSHOWN.search(text):
         raise UserError(f"{shown(text)} cannot be a path")
@@ -155,7 +153,8 @@ def any_path(text: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(file_name)]
-"""Names of parameters and modules too: some tools make files of them."""
+"""Also for names of parameters and modules, because some tools create files with these
+names."""
 RelativePath = Annotated[str, AfterValidator(relative_path)]
 AnyPath = Annotated[str, AfterValidator(any_path)]
 Count = Annotated[int, Bounds(least=0, below=2**63)]
@@ -174,23 +173,22 @@ _PROBLEMS = {
     "dict_type": "must be a mapping",
     "dataclass_type": "must be a mapping",
 }
-"""Pydantic's type of an error -> what it says."""
+"""Pydantic's error type -> our message."""
 
 
 def typed(hint: Any, value: Any, where: object) -> Any:
-    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses,
-    tuples and enums an instance. Raises `UserError`. True and False are no numbers, and
-    nothing is converted but whole numbers where floats are wanted. `Annotated` may have
-    `Bounds`."""
+    """Convert a JSON or YAML value to the type `hint` with pydantic; creates instances of
+    dataclasses, tuples and enums. Raises `UserError`. Strict: bools are not numbers, and
+    only ints are converted, to floats. `Annotated` types may have `Bounds`."""
     try:
         text = json.dumps(value)
         return _adapter(hint).validate_json(text, strict=True, extra="forbid")
     except TypeError as error:
-        # JSON has no form for the value, such as for a date of YAML
+        # JSON cannot represent the value, such as a date of YAML
         raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
         unknown_key = "unexpected_keyword_argument"
-        # An unknown key first: where it is misspelt, another one is missing
+        # An unknown key first: if it is misspelled, another key is missing
         first = min(error.errors(), key=lambda detail: detail["type"] != unknown_key)
     steps = [
         f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]
@@ -199,7 +197,7 @@ def typed(hint: Any, value: Any, where: object) -> Any:
     if not entry_name.isprintable():
         entry_name = f"{where}: {shown(first['loc'])}"
     if first["type"] == "value_error":
-        # Raised by a function that checks the value, or by the class that is made of it
+        # Raised by a validator, or by the class that is created
         raise UserError(f"{entry_name}: {first['ctx']['error']}")
     problem = _PROBLEMS.get(first["type"], f"is refused: {first['msg']}")
     if first["type"] == "bounds":
@@ -214,7 +212,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def typed_fully(cls: Any, value: Any, where: object) -> Any:
-    """As `typed`, of a dataclass that mora_ds has written with all of its fields."""
+    """As `typed`, for a dataclass of which all fields must be in the file."""
     instance = typed(cls, value, where)
     for field in fields(cls):
         if field.init and field.name not in value:
@@ -223,7 +221,7 @@ def typed_fully(cls: Any, value: Any, where: object) -> Any:
 
 
 def wrong_types(settings: Any) -> Iterator[str]:
-    """One message for each field of a dataclass with a value of another type."""
+    """One message for each field of a dataclass whose value has a wrong type."""
     hints = get_type_hints(settings.__class__, include_extras=True)
     for field in fields(settings):
         name = field.name
@@ -233,7 +231,7 @@ def wrong_types(settings: Any) -> Iterator[str]:
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
-    """`content[key]` as a `hint`. Raises `UserError`, also where there is no such
+    """`content[key]` converted to `hint`. Raises `UserError`, also for a missing
     key."""
     if key not in content:
         raise UserError(f"{where} is damaged: {key} is missing")
@@ -244,8 +242,8 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
 
 
 def links(folder: Path) -> list[str]:
-    """A message for every link, pipe, socket and device under `folder`, not
-    followed."""
+    """A message for every link, pipe, socket and device under `folder`. Does not follow
+    links."""
     problems = []
 
     def note(error: OSError) -> None:
@@ -264,17 +262,16 @@ def links(folder: Path) -> list[str]:
 
 
 def require_plain(folder: Path) -> None:
-    """Raises `UserError` where `folder` has anything in it but files and folders."""
+    """Raise `UserError` if `folder` contains anything other than files and folders."""
     if problems := links(folder):
         raise UserError(
-            f"{problems[0]}: make a copy that holds the files themselves (cp -rL)"
+            f"{problems[0]}: make a copy with the files instead of links (cp -rL)"
         )
 
 
 def expanded(path: str | Path, flag: str = "") -> Path:
-    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming
-    `flag` where that is not known, and where the disk does not let one look whether
-    anything is there."""
+    """`path` with ~ or ~USER replaced by the home folder. Raises `UserError` that names
+    `flag` if the home folder is unknown, or if the path cannot be accessed."""
     try:
         full_path = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -284,10 +281,10 @@ def expanded(path: str | Path, flag: str = "") -> Path:
         # The name is too long, links form a loop, or a folder may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
     except ValueError as error:
-        # There is a byte of zero in it
+        # The path contains a null byte
         raise UserError(f"{flag} {path!r}: {error}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]
         raise UserError(
-            f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()
+            f"{flag} {path}: the home folder of {home} is unknown; write the full path".lstrip()
         ) from None

@@ -51,8 +51,8 @@ class Corpus:
 
     def documents_of(self, member: Member) -> Iterator[Document]:
         """All documents of one member, without applying `keep`."""
-        with _naming(self.flag):
-            yield from (document for document, _ in member.marked(START))
+        with _errors_with_flag(self.flag):
+            yield from (document for document, _ in member.documents_after(START))
 
     def texts(self) -> Iterator[str]:
         """The texts without positions, for training a tokenizer."""
@@ -64,7 +64,7 @@ class Corpus:
 
 
 @contextmanager
-def _naming(flag: str) -> Iterator[None]:
+def _errors_with_flag(flag: str) -> Iterator[None]:
     """A context that prefixes the message of a `UserError` with the flag."""
     try:
         yield
@@ -90,7 +90,7 @@ def load_corpus(
     # Any other flag is the name of a source of a mixture.
     if dataset_name is not None and flag == "--train_files":
         flag = "--dataset_name"
-    with _naming(flag):
+    with _errors_with_flag(flag):
         if dataset_name is None:
             members = [
                 _file_member(path, text_column) for path in resolve_files(patterns)

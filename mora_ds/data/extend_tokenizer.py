@@ -23,7 +23,7 @@ from mora_ds.common.files import JsonObject
 from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
-_CANDIDATES_PER_INTERMEDIATE = 8
+_JOIN_DIVISOR = 8
 """If no candidate is one merge away, one of this many candidates gets an intermediate
 token."""
 
@@ -65,11 +65,11 @@ def extend_tokenizer(
     backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
-    spell = _speller(content, backend)
+    spell = _spelling_function(content, backend)
     spelled = dict.fromkeys(spell(candidate) for candidate in candidates)
     new = [token for token in spelled if token is not None and token not in vocabulary]
     first_id = largest_id(tokenizer)[1] + 1
-    tokens = _grow(content["model"], new, wanted, first_id)
+    tokens = _add_tokens(content["model"], new, wanted, first_id)
     if len(tokens) < wanted:
         raise UserError(
             f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
@@ -102,7 +102,9 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
     return tokenizer
 
 
-def _speller(content: JsonObject, backend: Tokenizer) -> Callable[[str], str | None]:
+def _spelling_function(
+    content: JsonObject, backend: Tokenizer
+) -> Callable[[str], str | None]:
     """A function from SentencePiece's spelling of a token to the vocabulary's. It
     returns None for white space, and for text that the tokenizer splits into words."""
 
@@ -119,7 +121,7 @@ def _speller(content: JsonObject, backend: Tokenizer) -> Callable[[str], str | N
     )
 
 
-def _grow(
+def _add_tokens(
     model: JsonObject, candidates: list[str], wanted: int, first_id: int
 ) -> list[str]:
     """Add tokens and their merges to the model in place. Returns the added tokens.
@@ -156,8 +158,7 @@ def _grow(
                 elif len(segments) > 2:
                     distant.append((token, segments))
         if len(added) == before:
-            n_intermediate = 1 + len(distant) // _CANDIDATES_PER_INTERMEDIATE
-            for _, segments in distant[:n_intermediate]:
+            for _, segments in distant[: 1 + len(distant) // _JOIN_DIVISOR]:
                 add(segments[0] + segments[1], segments[:2])
         candidates = [token for token, _ in distant] + candidates[len(window) :]
     return added

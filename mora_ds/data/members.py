@@ -2,11 +2,11 @@
 
 Each has
 
-    label             the name for messages
-    marked(mark)      iterates over the documents after a position, each with the position after it
-    content_hash()    a hash of the contents, independent of the path
-    stamp()           size and time of a file, or a fingerprint: the hash is computed again only if this changes
-    size_bytes()      on disk (compressed size of a compressed file); 0 if unknown
+    label                    the name for messages
+    documents_after(mark)    iterates over the documents after a position, each with the position after it
+    content_hash()           a hash of the contents, independent of the path
+    stamp()                  size and time of a file, or a fingerprint: the hash is recomputed only if this changes
+    size_bytes()             on disk (compressed size of a compressed file); 0 if unknown
 """
 
 import copy
@@ -40,7 +40,7 @@ class FileMember:
     def label(self) -> str:
         return str(self.path)
 
-    def marked(self, mark: Mark) -> MarkedDocuments:
+    def documents_after(self, mark: Mark) -> MarkedDocuments:
         return read_file(self.path, self.text_column, mark)
 
     def content_hash(self) -> str:
@@ -68,7 +68,7 @@ class DatasetMember:
     dataset: Any
     text_column: str
 
-    def marked(self, mark: Mark) -> MarkedDocuments:
+    def documents_after(self, mark: Mark) -> MarkedDocuments:
         rows = self.dataset.select_columns([self.text_column])
         if mark.record == len(rows) > 0:  # `select` raises for this start
             return iter(())
@@ -94,7 +94,7 @@ class StreamedDatasetMember:
     dataset: Any
     text_column: str
 
-    def marked(self, mark: Mark) -> MarkedDocuments:
+    def documents_after(self, mark: Mark) -> MarkedDocuments:
         # Copy, because two readers of one dataset would share its state.
         rows = copy.deepcopy(self.dataset)
         rows.load_state_dict(mark.state)

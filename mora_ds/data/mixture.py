@@ -43,7 +43,7 @@ class SampleSchedule:
     def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
         """`phases`: counted in samples; the first phase starts at sample 0."""
         self._segments: list[_Segment] = []
-        self.limit = self._lay_out(phases, caps)
+        self.limit = self._build_segments(phases, caps)
         self._firsts = [segment.first for segment in self._segments]
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -61,7 +61,7 @@ class SampleSchedule:
     def _segment(self, sample: int) -> _Segment:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
-    def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
+    def _build_segments(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
         """Fill `_segments`: a new one starts with each phase, and whenever a source is
         used up. Returns the limit."""
         first = 0
@@ -288,8 +288,9 @@ class Mixture:
         None without streams."""
         if not self._streams:
             return None
-        previous = self._previous_states
-        states = previous if step == previous["step"] else self._states()
+        states = self._previous_states
+        if step != states["step"]:
+            states = self._states()
         assert step == states["step"]
         return states
 

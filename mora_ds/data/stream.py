@@ -140,7 +140,7 @@ class DocumentStream:
         """The documents of `member` after `mark`, each with the position after it.
         `datasets` itself retries network errors, for about two minutes."""
         try:
-            yield from member.marked(mark)
+            yield from member.documents_after(mark)
         except UserError as error:
             # Errors of a disk or network, which have an errno, may go away: a run may
             # resume. Damage in a file has none.

@@ -82,7 +82,7 @@ _TOKENIZER_FILES = (
 empty one for it."""
 
 
-def holds_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has files of a tokenizer, valid or not."""
     return any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
 
@@ -96,7 +96,7 @@ def load_tokenizer(
     """Load the tokenizer of a folder or a Hub model. Raises `UserError` that names
     `flag` if there is none, or if it needs remote code that is not trusted."""
     path = expanded(name_or_path, flag)
-    if path.is_dir() and not holds_tokenizer(path):
+    if path.is_dir() and not has_tokenizer(path):
         files = ", ".join(_TOKENIZER_FILES)
         raise UserError(f"{flag}: the folder {path} holds no tokenizer ({files})")
     name = str(path if path.is_dir() else name_or_path)
@@ -167,7 +167,7 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     return max(tokenizer.get_vocab().items(), key=lambda item: item[1])
 
 
-def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts BOS before a text by default."""
     first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     first_of_text = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
@@ -182,7 +182,7 @@ def start_id(tokenizer: PreTrainedTokenizerBase, start: str = AUTO) -> int | Non
     if start == NOTHING:
         return None
     if start == AUTO:
-        return tokenizer.bos_token_id if wants_bos(tokenizer) else None
+        return tokenizer.bos_token_id if adds_bos(tokenizer) else None
     token_id = tokenizer.get_vocab().get(start)
     if token_id is None:
         special = ", ".join(map(repr, tokenizer.all_special_tokens)) or "none"

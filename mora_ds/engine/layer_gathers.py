@@ -68,15 +68,15 @@ class LayerGathers:
         self._runs_again = in_backward_pass and self.ds_id in active
         if not self._runs_again:
             self.fetch(forward=True)
-        return marked((args, kwargs), partial(self.release, forward=False))
+        return call_in_backward((args, kwargs), partial(self.release, forward=False))
 
     def _after_forward(self, layer: nn.Module, args: Any, output: Any) -> Any:
         if not self._runs_again:
             self.release(forward=True)
-        return marked(output, partial(self.fetch, forward=False))
+        return call_in_backward(output, partial(self.fetch, forward=False))
 
 
-def marked(value: Any, in_backward: Callable[[], None]) -> Any:
+def call_in_backward(value: Any, in_backward: Callable[[], None]) -> Any:
     """The same value; its backward calls `in_backward` when the gradients of all its
     tensors are computed. For a layer's outputs this is before the layer's backward, for
     its inputs after it."""

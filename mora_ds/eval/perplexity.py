@@ -43,7 +43,7 @@ from mora_ds.data import (
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import load_onto
-from mora_ds.models.attention import model_inputs, prefer_documents
+from mora_ds.models.attention import model_inputs, prefer_document_attention
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
 from mora_ds.models.rope import max_positions
@@ -172,7 +172,7 @@ def load_target(
         tokenizer = load_tokenizer(
             onto, trust_remote_code=trust_remote_code, flag="--onto"
         )
-        return Target(prefer_documents(model.to(device)), tokenizer)
+        return Target(prefer_document_attention(model.to(device)), tokenizer)
     if folder is not None:
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
@@ -189,7 +189,7 @@ def load_target(
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
-    return Target(prefer_documents(model.to(device).eval()), tokenizer)
+    return Target(prefer_document_attention(model.to(device).eval()), tokenizer)
 
 
 def _adapted(
@@ -213,7 +213,9 @@ def _adapted(
         model = model.to(compute_dtype(dtype))
     facts = read_adapter(checkpoint).facts
     document_start = str(facts.get("document_start", AUTO))
-    return Target(prefer_documents(model.to(device)), tokenizer, document_start)
+    return Target(
+        prefer_document_attention(model.to(device)), tokenizer, document_start
+    )
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 with cu_seqlens), or transformers' dense attention.
 
 why_dense(config, implementation)    the reason why a model cannot use document attention, or None
-use_documents(model)                 switches a model to document attention; `attends_by_documents` returns the state
+use_document_attention(model)        switches a model to document attention; see `uses_document_attention`
 model_inputs(model, batch)           keyword arguments of a forward pass, with the documents if attention needs them
 """
 
@@ -20,7 +20,7 @@ _FLASH = "flash_attention"
 _KINDS = {"full_attention", "sliding_attention"}
 """Layer types of transformers that are supported."""
 
-_BY_DOCUMENTS = "_mora_ds_attends_by_documents"
+_ATTRIBUTE = "_mora_ds_document_attention"
 """Attribute of a model that uses document attention."""
 
 
@@ -61,23 +61,23 @@ def attention_of(model: Any) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def use_documents(model: Any) -> None:
+def use_document_attention(model: Any) -> None:
     """Switch the model to document attention. FlashAttention is kept."""
-    vars(model)[_BY_DOCUMENTS] = True
+    vars(model)[_ATTRIBUTE] = True
     if not is_flash(attention_of(model)):
         document_attention.register()
         model.set_attn_implementation(NAME)
 
 
-def attends_by_documents(model: Any) -> bool:
+def uses_document_attention(model: Any) -> bool:
     """Whether the model uses document attention."""
-    return _BY_DOCUMENTS in vars(model)
+    return _ATTRIBUTE in vars(model)
 
 
-def prefer_documents(model: Any) -> Any:
+def prefer_document_attention(model: Any) -> Any:
     """Switch `model` to document attention if it supports that, and return it."""
     if why_dense(model.config, None) is None and not is_flash(attention_of(model)):
-        use_documents(model)
+        use_document_attention(model)
     return model
 
 
@@ -94,7 +94,7 @@ def model_inputs(
     }
     inputs["use_cache"] = False
     owner: Any = getattr(model, "module", model)
-    if not attends_by_documents(owner):
+    if not uses_document_attention(owner):
         return inputs
     if is_flash(attention_of(owner)):
         return {**inputs, **_flash_arguments(batch["documents"])}

@@ -393,8 +393,9 @@ def tensor_checksum(tensor: Tensor) -> int:
     chunks = 1 if raw.device.type == "cpu" else _CHUNKS_PER_KERNEL
     for part in raw.split(chunks * _CHUNK * 8):
         padding = -part.numel() % (_CHUNK * 8)
-        padded = F.pad(part, (0, padding))
-        words = padded.view(torch.int64).view(-1, _CHUNK) * _MULTIPLIER
+        words = (
+            F.pad(part, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _MULTIPLIER
+        )
         # Masked, because the shift of a signed word copies its sign bit
         high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)
         sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))

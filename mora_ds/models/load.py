@@ -38,7 +38,7 @@ from mora_ds.models.base import (
     verify_against_model,
     write_own_base,
 )
-from mora_ds.models.rope import changed, check_used, rope_changes
+from mora_ds.models.rope import check_used, rope_changes, with_changes
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def set_rope(
     Raises `UserError` if the model would ignore them.
     """
     if settings is not None:
-        changed(config, rope_changes(config, settings))
+        with_changes(config, rope_changes(config, settings))
         with torch.device("meta"):
             meta_model = make_model(config, ROPE, trust_remote_code=trust_remote_code)
         check_used(meta_model, settings["rope_type"])
@@ -350,7 +350,7 @@ def load_model(
     """Load the model of a folder on the CPU, with `changes` of its config
     (`rope_changes`). Raises `UserError` that names `flag` if it cannot be loaded, or if
     weights are missing or do not fit the config."""
-    config = changed(folder_config(folder, trust_remote_code, flag), changes or {})
+    config = with_changes(folder_config(folder, trust_remote_code, flag), changes or {})
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     count = layers
     damage = ""

@@ -1,6 +1,6 @@
 """--rope_scaling: changes the rotary position embeddings of a base's config.json.
 
-    settings -> rope_changes -> changes of the text config -> changed(config, changes), before the model is created
+    settings -> rope_changes -> changes of the text config -> with_changes(config, changes), before the model is created
 
 Since transformers 5 a model computes its frequencies when it is created, and later
 ignores its config. The changes are saved in base.json, because the base's config.json is
@@ -47,7 +47,7 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> JsonObject:
     return {_PARAMETERS: scaled, _LONGEST: int(scaled[_ORIGINAL] * scaled["factor"])}
 
 
-def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
     """Apply the `changes` to the text config of `config`, in place, and return
     `config`."""
     config.get_text_config().update(copy.deepcopy(changes))

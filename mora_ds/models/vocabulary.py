@@ -33,7 +33,7 @@ from mora_ds.data import (
     check_extension,
     check_vocabulary,
     extend_tokenizer,
-    holds_tokenizer,
+    has_tokenizer,
     load_tokenizer,
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
@@ -112,7 +112,7 @@ def check_same_tokens(
     """Raise `UserError` that starts with `flag` unless the tokenizer in `folder` has
     every token of the tokenizer in `known`, with the same id. Does nothing if `known`
     has no tokenizer."""
-    if not holds_tokenizer(known):
+    if not has_tokenizer(known):
         return
     load = partial(load_tokenizer, trust_remote_code=trust_remote_code, flag=flag)
     ids = load(known).get_vocab()

@@ -51,8 +51,8 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         assert isinstance(layer, MoRALinear)
         split = LayerSplit(topology, plan.styles[name])
         mora_matrix_shard = nn.Parameter(split.shard(layer.mora_matrix.data).clone())
-        start, _ = topology.shard_range(layer.spec.r_hat)
-        mark_split(mora_matrix_shard, start, layer.spec.r_hat)
+        r_hat = layer.spec.r_hat
+        mark_split(mora_matrix_shard, topology.shard_range(r_hat)[0], r_hat)
         layer.split = split
         layer.mora_matrix = mora_matrix_shard
     for name, style in plan.styles.items():

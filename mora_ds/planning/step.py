@@ -25,7 +25,7 @@ from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.common.errors import UserError, named_as_flags, reason
 from mora_ds.data.documents import Batch, Documents
 from mora_ds.engine.device import BUFFERS
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_document_attention
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.load import make_model
 from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
@@ -131,7 +131,7 @@ def planned_model(work: Work) -> Any:
             trust_remote_code=work.trust_remote_code,
         )
     if work.by_documents:
-        use_documents(model)
+        use_document_attention(model)
     if work.checkpointing:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}

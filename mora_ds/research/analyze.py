@@ -134,7 +134,7 @@ def parse_budget(text: str, parameters: int) -> int:
     return int(number * parameters / 100 if text.endswith("%") else number)
 
 
-def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
+def allocate_budget(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
     """Layer -> side (0: no matrix), in the order of `weights`. The number of parameters,
     sum of side^2, is at most the budget. Raises `UserError` for a budget that is too
     small for one matrix."""

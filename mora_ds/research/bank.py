@@ -51,16 +51,16 @@ class Delta:
     spec: OperatorSpec
     tables: IndexTables
     """The operator's tables. This reference keeps them cached."""
-    rows: Tensor
+    indices: Tensor
     """(n,) indices of the sequences that have an adapter with this operator."""
     mora_matrices: Tensor
     """(n, R, R), the MoRA matrix of each of these sequences."""
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, O) plus the update for x (B, T, D)."""
-        rows = x.index_select(0, self.rows)
-        update = update_rows(self.spec, self.mora_matrices.to(x.dtype), rows)
-        return y.index_add(0, self.rows, update)
+        inputs = x.index_select(0, self.indices)
+        update = update_rows(self.spec, self.mora_matrices.to(x.dtype), inputs)
+        return y.index_add(0, self.indices, update)
 
 
 class AdapterBank:
@@ -80,7 +80,7 @@ class AdapterBank:
         """The MoRA matrices of an adapter; the most recently used ones are cached."""
         self._terms: dict[str, list[Delta]] = {}
         """Layer -> its updates for the current batch."""
-        self._rows: int | None = None
+        self._batch_size: int | None = None
         """Batch size of the updates; None: one adapter for any batch size."""
         layers: set[str] = set()
         layers.update(*(adapter.file.layers for adapter in adapters.values()))
@@ -132,14 +132,14 @@ class AdapterBank:
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         terms = self._terms_of(names)
         terms_before = self._terms
-        rows_before = self._rows
+        batch_size_before = self._batch_size
         self._terms = terms
-        self._rows = None if isinstance(adapters, str) else len(names)
+        self._batch_size = None if isinstance(adapters, str) else len(names)
         try:
             yield
         finally:
             self._terms = terms_before
-            self._rows = rows_before
+            self._batch_size = batch_size_before
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, adapters: Adapters, **settings: Any) -> Any:
@@ -182,18 +182,18 @@ class AdapterBank:
                 if name not in self.adapters:
                     raise UserError(unknown("adapter", name, self.adapters))
                 chosen[name] = self.mora_matrices_of(name)
-        mora_matrices_by_row: dict[tuple[str, OperatorSpec], dict[int, Tensor]]
-        mora_matrices_by_row = defaultdict(dict)
-        for row, name in enumerate(names):
+        mora_matrices_by_index: dict[tuple[str, OperatorSpec], dict[int, Tensor]]
+        mora_matrices_by_index = defaultdict(dict)
+        for index, name in enumerate(names):
             for layer, mora_matrices in chosen.get(name or "", {}).items():
                 for spec, mora_matrix in mora_matrices.items():
-                    mora_matrices_by_row[layer, spec][row] = mora_matrix
+                    mora_matrices_by_index[layer, spec][index] = mora_matrix
         device = self.model.device
         terms: dict[str, list[Delta]] = defaultdict(list)
-        for (layer, spec), by_row in mora_matrices_by_row.items():
-            rows = torch.tensor(list(by_row), device=device)
-            stack = torch.stack(list(by_row.values()))
-            terms[layer].append(Delta(spec, tables_of(spec, device), rows, stack))
+        for (layer, spec), by_index in mora_matrices_by_index.items():
+            indices = torch.tensor(list(by_index), device=device)
+            stack = torch.stack(list(by_index.values()))
+            terms[layer].append(Delta(spec, tables_of(spec, device), indices, stack))
         return terms
 
     def _add_terms(
@@ -203,16 +203,16 @@ class AdapterBank:
         (x,) = inputs
         if layer not in self._terms:
             return y
-        if self._rows is not None and (x.dim() < 3 or len(x) != self._rows):
+        if self._batch_size is not None and (x.dim() < 3 or len(x) != self._batch_size):
             raise UserError(
-                f"adapters are named for {self._rows} sequence(s), but the input of {layer} is {tuple(x.shape)}; for a "
-                "layer whose input is not a batch of full sequences, use one adapter for all sequences"
+                f"adapters are named for {self._batch_size} sequence(s), but the input of {layer} is {tuple(x.shape)}; "
+                "for a layer whose input is not a batch of full sequences, use one adapter for all sequences"
             )
-        count = self._rows or 1
-        rows = x.reshape(count, -1, x.shape[-1])
+        count = self._batch_size or 1
+        x = x.reshape(count, -1, x.shape[-1])
         result = y.reshape(count, -1, y.shape[-1])
         for term in self._terms[layer]:
-            result = term.add(result, rows)
+            result = term.add(result, x)
         return result.view(y.shape)
 
 

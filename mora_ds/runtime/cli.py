@@ -143,7 +143,7 @@ def _exit_after_lost_contact(error: RuntimeError) -> NoReturn:
 
 
 class StrictParser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse would end the process, but for `-h`."""
+    """Raises `UserError` instead of ending the process, except for `-h`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -3,7 +3,7 @@ continue or fail together.
 
     rank 0   "output folder"  ->  "settings" ------------.
     rank 1   "output folder"  ->  "settings" -------------+->  all ranks see all outcomes; all continue or all fail
-    rank 2   "output folder"  ->  an error elsewhere ----'     (`Ranks.leave`)
+    rank 2   "output folder"  ->  an error elsewhere ----'     (`Ranks.abort`)
 
 All methods synchronize in `Ranks._meet`, so ranks never wait in different collectives:
 ranks at different checks see both names and fail, and a rank that fails between two

@@ -94,8 +94,8 @@ def load_data(
             sources[source.name] = tokenization.pack(corpus, seed)
     epochs = [source.epochs for source in plan.sources]
     state = None if context.state is None else context.state.stream
-    rows = training.global_batch_size(ranks.world)
-    train = Mixture(sources, plan.phases, epochs, data.seq_len, rows, state)
+    batch_size = training.global_batch_size(ranks.world)
+    train = Mixture(sources, plan.phases, epochs, data.seq_len, batch_size, state)
     train.check_batch_size()
     _log_mixture(plan, train)
     packed = {name: tokenization.pack(corpus) for name, corpus in evaluation.items()}

@@ -113,15 +113,15 @@ class BatchLoader:
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
         position = self.position(index)
-        rows = self.replica.local_part(self.data.batch(step, position))
+        batch = self.replica.local_part(self.data.batch(step, position))
         # numpy, because torch would start threads that compete with those of the step.
-        labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()
+        labels = (batch["labels"].numpy() != IGNORED).sum(axis=1).tolist()
         sources = (
             self.data.sources_of(step, position) if len(self.data.names) > 1 else []
         )
         if self._device.type == "cuda":
-            rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
-        return MicroBatch(rows, labels, sources)
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return MicroBatch(batch, labels, sources)
 
 
 def labels_in(batch: StepBatch) -> int:

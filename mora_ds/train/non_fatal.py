@@ -28,19 +28,19 @@ def non_fatal(what: str, failures: list[str]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(
-    engine: Any, domain: str | None = None, full: bool = False
+    engine: Any, domain: str | None = None, unsplit: bool = False
 ) -> Iterator[None]:
     """A context for forward passes that are independent of the training batch: no
     gradients, no dropout, all sequences with the matrices of `domain` (None: the shared
     matrices alone). Restores the previous state on exit.
 
-    `engine`: an engine or a model. `full`: each rank computes full sequences, even if
+    `engine`: an engine or a model. `unsplit`: each rank computes full sequences, even if
     training splits them over ranks (--sequence_parallel_size).
     """
     model = getattr(engine, "module", engine)
     was_training = model.training
     model.eval()
-    sequences = full_sequences(model) if full else nullcontext()
+    sequences = full_sequences(model) if unsplit else nullcontext()
     try:
         with torch.no_grad(), domains_of(model).using(domain), sequences:
             yield

@@ -59,7 +59,7 @@ def preflight(setup: TrainingSetup, arguments: Arguments) -> None:
     model = setup.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
-    with eval_mode(setup.engine, full=True):
+    with eval_mode(setup.engine, unsplit=True):
         if setup.state.chunked_loss and not logits_are_known(setup.engine):
             problem = "this model changes the output of its head by more than a known scale or cap"
             if training.chunked_loss:
@@ -210,7 +210,7 @@ def check_split(
         split = engine(**model_inputs(engine, local_batch)).logits
     own_documents = Documents.of(local_batch["position_ids"].cpu())
     local_batch["documents"] = own_documents.to(engine.device)
-    with eval_mode(engine, full=True):
+    with eval_mode(engine, unsplit=True):
         full = {"logits": engine(**model_inputs(engine, batch)).logits}
         expected = sequence.split(full)["logits"]
         alone = engine(**model_inputs(engine, local_batch)).logits

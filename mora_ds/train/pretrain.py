@@ -44,7 +44,7 @@ from mora_ds.data import Mixture
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.models.attention import use_documents, why_dense
+from mora_ds.models.attention import use_document_attention, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
@@ -119,7 +119,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedul
         if reason := why_dense(config, model.implementation):
             logger.info(f"attention: dense, because {reason}")
         else:
-            use_documents(loaded.model)
+            use_document_attention(loaded.model)
         setup = TrainingSetup(arguments, loaded, ds_config, data, context)
         # A run that resumes goes on as it began: the two ways to compute the loss round
         # differently. A new one takes chunks where they cost nothing.

@@ -374,7 +374,7 @@ class Run(TrainingRun):
         ids = PROBE_IDS.to(engine.device)
         probe = {"input_ids": PROBE_IDS}
         for domain in (None, *domains_of(engine.module).names):
-            with eval_mode(engine, domain, full=True):
+            with eval_mode(engine, domain, unsplit=True):
                 logits = engine(input_ids=ids, use_cache=False).logits
             probe[logits_name(domain)] = logits.float().cpu()
         return probe

@@ -85,8 +85,8 @@ class RunContext:
 
 
 def end_all(error: Exception) -> None:
-    """Join the process group, and let the other ranks raise the error of this one. Does
-    nothing where they do not come."""
+    """Join the process group, so that the other ranks raise the error of this one. Does
+    nothing if they do not join."""
     try:
         if not dist.is_initialized():
             start_distributed(timeout_s=_REPORT_S)

@@ -121,7 +121,7 @@ class TaskSuite:
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
         lockstep = _Lockstep(module, self._replica)
-        with _kept_random_states(), eval_mode(engine, full=True), lockstep:
+        with _kept_random_states(), eval_mode(engine, unsplit=True), lockstep:
             results = lm_eval.simple_evaluate(
                 model=self._model(module, lockstep),
                 tasks=list(self.names),

@@ -15,7 +15,7 @@ from mora_ds.data import (
     Corpus,
     check_reload,
     check_vocabulary,
-    holds_tokenizer,
+    has_tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -56,7 +56,7 @@ def settle_tokenizer(
     if model.train_tokenizer_vocab:
 
         def train_once() -> None:
-            if not holds_tokenizer(target):
+            if not has_tokenizer(target):
                 texts = chain.from_iterable(
                     corpus.texts() for corpus in corpora.values()
                 )

@@ -30,7 +30,7 @@ from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.engine.settings import BaseDevice
-from mora_ds.models.attention import attends_by_documents
+from mora_ds.models.attention import uses_document_attention
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import bind_sequence_parallel
@@ -193,7 +193,7 @@ class TrainingSetup:
         adapter = self.arguments.adapter
         training = self.arguments.training
         data = self.data
-        by_documents = attends_by_documents(self.loaded.model)
+        by_documents = uses_document_attention(self.loaded.model)
         identity = {
             "model_config": config_digest(self.loaded.model.config),
             **data.train.identity,

@@ -319,10 +319,10 @@ def test_what_reading_a_file_raises_names_it(error, words):
 
 YAML = """
 {x: {a: 1, a: 2}} | 'a' is given twice
-{[1]: 2} | is no key
-a: [ | is no valid YAML
-a: 2024-99-99 | is no valid YAML
-a: &a [*a] | an alias is not read here
+{[1]: 2} | is not a valid key
+a: [ | is not valid YAML
+a: 2024-99-99 | is not valid YAML
+a: &a [*a] | aliases are not supported
 """
 """Others are lines of tests/config/test_bad_launches.py."""
 
@@ -337,7 +337,7 @@ def test_yaml_that_is_refused(tmp_path, text, words):
 @pytest.mark.parametrize("number", [f"0x{'f' * 5000}", f"[1{'0' * 200}]"])
 def test_a_whole_number_has_at_most_200_digits(tmp_path, number):
     (tmp_path / "a.yaml").write_text(f"a: {number}")
-    with user_error("is no valid YAML: a whole number has more than 200 digits"):
+    with user_error("is not valid YAML: a whole number has more than 200 digits"):
         files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
 
 

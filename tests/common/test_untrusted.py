@@ -166,7 +166,7 @@ def test_a_file_has_a_maximal_size(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\u00e4bc")
     assert read_text(path, 4) == "\u00e4bc"
-    with user_error(r"a\.json is larger than the 3 bytes"):
+    with user_error(r"a\.json is larger than 3 bytes"):
         read_text(path, 3)
     path.write_bytes(b"\xff")
     with user_error(r"a\.json is damaged"):
@@ -180,10 +180,10 @@ def nested(depth):
 @pytest.mark.parametrize(
     "text, words",
     [
-        (nested(MAX_DEPTH + 1), "nested more than"),
+        (nested(MAX_DEPTH + 1), "nested deeper than"),
         (nested(100_000), "nested too deeply"),
-        ('{"a": ["\\ud800"]}', "no Unicode text"),
-        ('{"\\ud800": 1}', "no Unicode text"),
+        ('{"a": ["\\ud800"]}', "which is not valid Unicode"),
+        ('{"\\ud800": 1}', "which is not valid Unicode"),
         ("1" * 10_000, "digits"),
         ("", "is damaged"),
     ],
@@ -196,7 +196,7 @@ def test_json_that_is_refused(text, words):
 def test_json_that_is_too_large(monkeypatch):
     monkeypatch.setattr(untrusted, "MAX_BYTES", 4)
     assert plain_json("[12]", "file") == [12]
-    with user_error("file is larger than the 4 characters"):
+    with user_error("file is larger than 4 characters"):
         plain_json("[123]", "file")
 
 

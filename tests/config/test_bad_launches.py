@@ -184,7 +184,7 @@ stray | 'stray'
 --output_dir {user}/train.jsonl | --output_dir | another --output_dir
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
 --output_dir '' | --output_dir must not be empty
---output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
+--output_dir ~nobody5/x | --output_dir ~nobody5/x: the home folder of ~nobody5 is unknown
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
@@ -255,13 +255,13 @@ stray | 'stray'
 {bad}/recipes/type.yaml | type.yaml: max_steps must be a whole number
 {bad}/recipes/list.yaml | list.yaml must hold
 {bad}/recipes/twice.yaml | twice.yaml | 'seed' is given twice
-{bad}/recipes/tab.yaml | tab.yaml is no valid YAML
-{bad}/recipes/number.yaml | number.yaml is no valid YAML
-{bad}/recipes/deep.yaml | deep.yaml is no valid YAML | nested too deeply
-{bad}/recipes/key.yaml | key.yaml is no valid YAML
-{bad}/recipes/date.yaml | date.yaml is no valid YAML | month
-{bad}/recipes/alias.yaml | alias.yaml is no valid YAML
-{bad}/recipes/tag.yaml | tag.yaml is no valid YAML
+{bad}/recipes/tab.yaml | tab.yaml is not valid YAML
+{bad}/recipes/number.yaml | number.yaml is not valid YAML
+{bad}/recipes/deep.yaml | deep.yaml is not valid YAML | nested too deeply
+{bad}/recipes/key.yaml | key.yaml is not valid YAML
+{bad}/recipes/date.yaml | date.yaml is not valid YAML | month
+{bad}/recipes/alias.yaml | alias.yaml is not valid YAML
+{bad}/recipes/tag.yaml | tag.yaml is not valid YAML
 {bad}/recipes/binary.yaml | cannot read the recipe | binary.yaml
 # -- mixtures
 -train_files --mixture /nowhere.yaml | cannot read --mixture /nowhere.yaml

@@ -386,7 +386,7 @@ def test_embeddings_that_are_scaled_when_they_are_read_can_grow():
     """Gemma's: their rows are only averaged and copied."""
     model = tiny_model("gemma2")
     assert type(model.get_input_embeddings()).forward is not torch.nn.Embedding.forward
-    assert vocabulary.vocabulary_tables(model)[0].num_embeddings == 128
+    assert vocabulary.embedding_and_head(model)[0].num_embeddings == 128
 
 
 def test_the_record_of_new_rows_is_checked(tmp_path):

@@ -39,11 +39,11 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
         else load_corpus([str(path)])
     )
     (member,) = corpus.members
-    full = list(member.marked(readers.START))
+    full = list(member.documents_after(readers.START))
     assert [document.text for document, _ in full] == rows
     assert all(document.begins and document.ends for document, _ in full)
     for count, (_, mark) in enumerate(full, start=1):
-        assert list(member.marked(mark)) == full[count:]
+        assert list(member.documents_after(mark)) == full[count:]
     numbers = [1, 3, 5, 6, 7, 8, 9] if kind.startswith("jsonl") else list(range(1, 8))
     assert [mark.record for _, mark in full] == numbers
 
@@ -52,11 +52,14 @@ def test_a_text_file_is_read_once(tmp_path, monkeypatch):
     """The position after a chunk is that before its document."""
     (tmp_path / "a.txt").write_text("some text")
     (member,) = load_corpus([str(tmp_path / "a.txt")]).members
-    ((document, mark),) = member.marked(readers.START)
+    ((document, mark),) = member.documents_after(readers.START)
     assert document.text == "some text"
-    assert list(member.marked(mark)) == []
+    assert list(member.documents_after(mark)) == []
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
-    chunks = [(document.text, mark) for document, mark in member.marked(readers.START)]
+    chunks = [
+        (document.text, mark)
+        for document, mark in member.documents_after(readers.START)
+    ]
     assert chunks == [
         ("some", readers.START),
         (" tex", readers.START),
@@ -70,7 +73,7 @@ def test_a_dataset_without_rows_is_empty(tmp_path):
     with user_error(r"none' .* cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "none"))
     with user_error("rows is empty: it has no rows"):
-        list(members.DatasetMember("rows", none, "text").marked(readers.START))
+        list(members.DatasetMember("rows", none, "text").documents_after(readers.START))
 
 
 def test_batches_end_with_the_item_that_fills_them(monkeypatch):

@@ -28,8 +28,8 @@ class Broken:
         self.error = error
         self.label = shard.label
 
-    def marked(self, mark):
-        for document, behind in self.member.marked(mark):
+    def documents_after(self, mark):
+        for document, behind in self.member.documents_after(mark):
             if behind.record == 5:
                 raise self.error
             yield document, behind

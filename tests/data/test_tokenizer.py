@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import (
+    adds_bos,
     check_vocabulary,
     load_tokenizer,
     train_sentencepiece,
-    wants_bos,
 )
 from mora_ds.data.tokenizer import Encoder, end_of_text_id, tokenizer_fingerprint
 from tests.helpers.errors import user_error
@@ -107,7 +107,7 @@ def test_trained_tokenizer_has_special_ids_and_indentations(trained):
     assert names == (0, 1, 2, 3)
     assert len(wrapped) == wrapped.vocab_size == 600
     assert len(wrapped.encode(" " * 8, add_special_tokens=False)) == 1
-    assert wants_bos(wrapped)
+    assert adds_bos(wrapped)
     assert end_of_text_id(wrapped) == 2
 
 

@@ -22,7 +22,7 @@ from mora_ds.deploy import onto
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.rope import changed, rope_changes
+from mora_ds.models.rope import rope_changes, with_changes
 from mora_ds.remora.merge import layer_entries
 from tests.helpers.adapters import Maker
 from tests.helpers.errors import user_error
@@ -231,7 +231,7 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path, target_folder):
     tokenizer(update.base, "ab")
     merged = loaded(update.merge_onto_target()).eval()
     by_hand = AutoModelForCausalLM.from_config(
-        changed(copy.deepcopy(target.config), changes)
+        with_changes(copy.deepcopy(target.config), changes)
     )
     by_hand.load_state_dict(
         {name: tensor.float() for name, tensor in expected(update, target).items()}
@@ -320,7 +320,7 @@ def test_the_command_measures_what_it_would_write(pair, tmp_path, out):
     merged = load_target(out)
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
     assert read_json(scores)["sets"]["a"]["nats"] == score.nats
-    with user_error("--onto belongs to a checkpoint"):
+    with user_error("--onto is for checkpoints"):
         call("evaluate", target, "--onto", target, *flags)
 
 

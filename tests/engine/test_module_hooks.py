@@ -16,7 +16,7 @@ from mora_ds.engine import ds_config as ds_config_module
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.layer_gathers import marked
+from mora_ds.engine.layer_gathers import call_in_backward
 from mora_ds.engine.module_hooks import gather_persistent
 from mora_ds.engine.traffic import CollectiveCounter, nbytes_of
 from tests.helpers.engines import ds_config, trained_values
@@ -186,7 +186,9 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
         "more": inputs[3],
     }
     arguments = ((inputs[0], plain), named)
-    (first, same), keywords = marked(arguments, partial(calls.append, "release"))
+    (first, same), keywords = call_in_backward(
+        arguments, partial(calls.append, "release")
+    )
     assert same is plain
     assert keywords["pair"].ids is ids
     assert keywords["list"][1] is None
@@ -197,7 +199,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
         first + keywords["pair"].one,
         {"sum": keywords["list"][0] * keywords["more"]},
     )
-    outputs = marked(results, partial(calls.append, "fetch"))
+    outputs = call_in_backward(results, partial(calls.append, "fetch"))
     assert calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
     # Once each, however many tensors there are
@@ -206,7 +208,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     assert torch.equal(inputs[2].grad, inputs[3])
     assert torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
-        (first, _), _ = marked(arguments, partial(calls.append, "release"))
+        (first, _), _ = call_in_backward(arguments, partial(calls.append, "release"))
     assert first is inputs[0], "no graph, no mark"
 
 

@@ -33,7 +33,7 @@ from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.layer_prefetcher import LayerPrefetcher, names_on_host
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_document_attention
 from mora_ds.models.loss import chunk_loss, sequence_nll, token_nll
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
@@ -141,7 +141,7 @@ def prepare(model, arguments, dense):
         else torch.float32
     )
     if not dense:
-        use_documents(model)
+        use_document_attention(model)
         bind_sequence_parallel(model, training.sequence_parallel_size)
     if training.tensor_parallel_size > 1:
         split_model(model, Topology.of(WORLD))

@@ -265,7 +265,7 @@ export_set_aside | first | finished | .deploy.export.write_companions 1 | before
 export_replaced | first | finished | .deploy.export.write_companions 1 | after os.rename 2
 # the beginning
 tokenizer_half_written | first | nothing | - | half a tokenizer
-corpus_index | first | nothing | .data.content_index._remember 1 | before os.replace 1
+corpus_index | first | nothing | .data.content_index._write_entry 1 | before os.replace 1
 tokens_half_written | first | nothing | - | half of the tokens
 before_the_run_is_begun | first | nothing | - | before .train.output_folder.Reservation.commit 1
 run_file_half_written | first | nothing | .train.pretrain.write_run_file 1 | before os.replace 1

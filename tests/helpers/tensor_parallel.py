@@ -13,7 +13,7 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_document_attention
 from mora_ds.models.loss import token_nll
 from tests.helpers.engines import ACCUMULATION, ds_config, plain_steps
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
@@ -97,7 +97,7 @@ def start(case, degree, more=None, **zero_settings):
     config.update(more or {})
     model = model_of(case)
     if case.get("documents"):
-        use_documents(model)
+        use_document_attention(model)
     engine, *_ = initialize(model=model, config=config, tensor_parallel_size=degree)
     return engine, dist.get_rank() // degree, replicas
 

@@ -17,8 +17,8 @@ from mora_ds.models.attention import (
     NAME,
     attention_of,
     model_inputs,
-    prefer_documents,
-    use_documents,
+    prefer_document_attention,
+    use_document_attention,
     why_dense,
 )
 from mora_ds.models.document_attention import Scores, by_documents
@@ -51,7 +51,7 @@ def losses_and_gradients(model, batch):
 )
 def test_documents_are_dense_attention(family, rows, checkpointing):
     model = model_of(family, checkpointing)
-    use_documents(model)
+    use_document_attention(model)
     assert attention_of(model) == NAME
     assert why_dense(model.config, None) is None
     assert_same_step(model, model_of(family), batch_of(rows))
@@ -96,7 +96,7 @@ def test_document_attention_is_used_where_the_model_supports_it():
     """FlashAttention stays, and without the option it gets no documents."""
     batch = batch_of(4)
     assert "documents" not in model_inputs(tiny_model(), batch)
-    model = prefer_documents(tiny_model())
+    model = prefer_document_attention(tiny_model())
     engine = SimpleNamespace(module=model)
     assert attention_of(model) == NAME
     assert model_inputs(engine, batch)["documents"] is batch["documents"]
@@ -105,10 +105,10 @@ def test_document_attention_is_used_where_the_model_supports_it():
         "use_cache",
     }
     config = AutoConfig.for_model("bloom", **MASKLESS["bloom"])
-    bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
+    bloom = prefer_document_attention(AutoModelForCausalLM.from_config(config))
     assert attention_of(bloom) != NAME
     assert "documents" not in model_inputs(bloom, batch)
-    flash_model = prefer_documents(with_flash_attention(tiny_model()))
+    flash_model = prefer_document_attention(with_flash_attention(tiny_model()))
     assert "documents" not in model_inputs(flash_model, batch)
     assert attention_of(flash_model) == "flash_attention_2"
 
@@ -131,7 +131,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypat
         for name, parameter in variant.named_parameters():
             if "norm" not in name:
                 parameter.data *= 3
-    use_documents(model)
+    use_document_attention(model)
     ids = tokens(2, 30)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
@@ -203,7 +203,7 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     )
     batch = batch_of(rows)
     model = with_flash_attention(model_of("mistral"))
-    use_documents(model)
+    use_document_attention(model)
     assert attention_of(model) == "flash_attention_2"
     assert_same_step(model, model_of("mistral"), batch)
     del batch["documents"]

@@ -119,7 +119,9 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(
     assert "--rope_scaling extends them" in message
     run(1, user.flags(out, longer, "--rope_scaling", YARN, "--export_merged true"))
     model = load_model(user.model, torch.float32)
-    rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))
+    rope.with_changes(
+        model.config, rope.rope_changes(model.config, rope_settings(YARN))
+    )
     model.save_pretrained(base_folder)
     theirs = tmp_path / "theirs"
     files = ("--model_name_or_path", base_folder, "--tokenizer_name", user.model)

@@ -203,7 +203,7 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
         with pytest.raises(ValueError, match="'large' is "):
             writer.write("large", torch.zeros(2))
         with pytest.raises(
-            ValueError, match="'small' is not in the layout, or was written before"
+            ValueError, match="'small' is not in the layout, or was already written"
         ):
             writer.write("small", torch.zeros(3))
         size = os.stat(tmp_path / "t").st_size

@@ -15,7 +15,7 @@ from mora_ds.data import IGNORED
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_document_attention
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import bind_sequence_parallel
@@ -99,7 +99,7 @@ def split_run(case, size):
     replica = dist.get_rank() // size
     micro = ROWS // replicas
     model = model_of(case)
-    use_documents(model)
+    use_document_attention(model)
     sequence = bind_sequence_parallel(model, size)
     config = ds_config(3, micro, ACCUMULATION)
     config["optimizer"]["params"]["lr"] = LEARNING_RATE

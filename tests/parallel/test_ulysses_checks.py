@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
-from mora_ds.models.attention import prefer_documents, use_documents
+from mora_ds.models.attention import prefer_document_attention, use_document_attention
 from mora_ds.parallel.ulysses import (
     SequenceParallel,
     bind_sequence_parallel,
@@ -36,7 +36,8 @@ def in_and_out_of_the_way():
     """
     ids = tokens(3, LENGTH, seed=5)
     plain, bound_one, unbound = (
-        prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3)
+        prefer_document_attention(tiny_model("mistral", num_key_value_heads=1))
+        for _ in range(3)
     )
     expected = plain(input_ids=ids, use_cache=False).logits
     sequence = bind_sequence_parallel(bound_one, 2)
@@ -223,7 +224,7 @@ def split_checked(kinds):
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**FAMILIES["llama"], **values})
         model = AutoModelForCausalLM.from_config(config)
-        use_documents(model)
+        use_document_attention(model)
         engine = model
         try:
             sequence = bind_sequence_parallel(model, 2)

@@ -16,7 +16,7 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_prefetcher import names_on_host, prefetcher_of
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.attention import use_documents
+from mora_ds.models.attention import use_document_attention
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Planner
@@ -106,7 +106,7 @@ def compare(work, family):
     """A planned micro-batch with a real one."""
     model = tiny_model(family, dtype=work.dtype).train()
     if work.by_documents:
-        use_documents(model)
+        use_document_attention(model)
     if work.checkpointing:
         enable_checkpointing(model)
     inject(model, work.adapter)

@@ -16,10 +16,10 @@ from mora_ds.config.arguments import parse
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.research.analyze import (
     WeightMeasures,
+    allocate_budget,
     layers_of,
     measure,
     parse_budget,
-    spend,
 )
 from mora_ds.research.targets import TargetPlan, read_plan
 from mora_ds.train.dry_run import planned
@@ -89,7 +89,7 @@ def test_the_command_prints_and_plans(user, tmp_path, capsys):
     keys, parameters = layers_of(base, ["all-linear"])
     assert plan.fingerprint == base.fingerprint()
     measures = [measure(name, base.read(key)) for name, key in keys.items()]
-    assert plan.layers == spend(measures, int(0.03 * parameters))
+    assert plan.layers == allocate_budget(measures, int(0.03 * parameters))
 
 
 MISTAKES = """
@@ -138,7 +138,7 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up():
         shapes = [chance.choices(known_sides, k=2) for _ in range(14)]
         weights = weights_of(*((*shape, chance.random()) for shape in shapes))
         budget = chance.randint(2_000, sum(max(layer.shape) ** 2 for layer in weights))
-        sides = spend(weights, budget)
+        sides = allocate_budget(weights, budget)
         one_step_each = sum((side + 16) ** 2 - side**2 for side in sides.values())
         assert (
             budget - one_step_each <= sum(side**2 for side in sides.values()) <= budget
@@ -150,12 +150,14 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up():
 
 def test_a_small_budget_goes_to_the_best_layers_and_a_large_one_to_all():
     weights = weights_of((32, 32, 0.2), (32, 32, 0.9), (32, 32, 0.1), (32, 32, 0.8))
-    assert spend(weights, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
-    assert spend(weights, 10**9) == dict.fromkeys(("l0", "l1", "l2", "l3"), 32)
+    assert allocate_budget(weights, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
+    assert allocate_budget(weights, 10**9) == dict.fromkeys(
+        ("l0", "l1", "l2", "l3"), 32
+    )
     with user_error(
         "--trainable_budget: 63 parameters are too few for one MoRA matrix"
     ):
-        spend(weights, 63)
+        allocate_budget(weights, 63)
 
 
 # -- the file --------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 
 
 NO_PLANS = """
-layers: [ | is no valid YAML
+layers: [ | is not valid YAML
 {format: 2, fingerprint: a, layers: {a: 2}} | format is 2, and only 1 is supported
 {format: 1, layers: {a: 2}} | fingerprint is missing
 {format: 1, fingerprint: a, layers: [a]} | layers must be a mapping

@@ -139,7 +139,7 @@ def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
 def test_a_name_that_is_not_read_as_utf_8_is_refused(capsys, pauses, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mora-ds", "r\udcc3\udcbcn/out", "ü"])
     assert code_of(AssertionError("the program ran")) == 2
-    message = "is not UTF-8, or not read as such: rename it, or set LC_ALL=C.UTF-8"
+    message = "is not UTF-8, or the locale is not: rename it, or set LC_ALL=C.UTF-8"
     assert capsys.readouterr().err == f"error: rün/out {message}\n"
 
 

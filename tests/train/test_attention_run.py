@@ -14,7 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
-from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
+from mora_ds.models.attention import (
+    NAME,
+    attention_of,
+    model_inputs,
+    use_document_attention,
+)
 from mora_ds.models.loss import token_nll
 from mora_ds.train.dry_run import implementation_of
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
@@ -170,7 +175,7 @@ def test_attention_sinks_by_documents():
     model = with_sinks()
     alone = with_sinks()
     batch = batch_of(4)
-    use_documents(model)
+    use_document_attention(model)
     check_attention(model, document_mask=True)
     logits = model(**model_inputs(model, batch)).logits
     for row, begins in enumerate((batch["position_ids"] == 0).int()):
@@ -188,7 +193,7 @@ def test_attention_sinks_by_documents():
 def with_lost_window():
     """A model whose layers do not hand their attention the window of its config."""
     model = tiny_model("mistral")
-    use_documents(model)
+    use_document_attention(model)
     check_attention(model, document_mask=False)
     for layer in model.model.layers:
         layer.self_attn.config = AutoConfig.for_model(

@@ -45,7 +45,7 @@ from mora_ds.adapters.config import AdapterConfig, LoRAConfig
 from mora_ds.data.documents import Documents
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.attention import prefer_documents
+from mora_ds.models.attention import prefer_document_attention
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
 from tools.bench.fused_lora import FusedLoRA
@@ -140,7 +140,7 @@ def _model(options: argparse.Namespace) -> Any:
 def _ours(
     options: argparse.Namespace, adapter: AdapterConfig, ids: Tensor
 ) -> Contender:
-    model = prefer_documents(_model(options))
+    model = prefer_document_attention(_model(options))
     trained = inject(model, adapter).trainable_params
     chunk_loss(model)
     engine = initialize(model=model, config=zero3_config(options.rows))[0]
@@ -188,7 +188,7 @@ def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:
 
 
 def _frozen_step(model: Any, ids: Tensor) -> Step:
-    prefer_documents(model)
+    prefer_document_attention(model)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     chunk_loss(model)
