@@ -5,16 +5,16 @@
 # CPU:
 #   docker build -t mora_ds:cpu --build-arg IMAGE=python:3.12-slim --build-arg PIP_EXTRA_INDEX_URL=INDEX_OF_CPU_TORCH .
 #   docker run --ipc host -v "$PWD:/work" mora_ds:cpu pretrain --num_gpus 2
-# --ipc host: processes on one node exchange data through shared memory, of which a container has 64 MB otherwise.
+# --ipc host: processes of a node exchange data through shared memory; a container has only 64 MB of it otherwise.
 # --ulimit memlock: --base_device host and InfiniBand lock memory.
-# torch 2.10 is the first with grouped products; before it the host waits for the GPU in every layer of experts.
+# Before torch 2.10, the first version with grouped products, the host waits for the GPU in every layer of experts.
 ARG IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
 FROM ${IMAGE}
 
-# What Triton compiles with at the first kernel.
+# Triton compiles its kernels with these.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -r /var/lib/apt/lists/*
 
-# torch of the CUDA image is kept; the CPU image takes it from the index that is given, or from the default one.
+# The CUDA image keeps its torch. The CPU image installs it from the given index, or from the default one.
 ARG PIP_EXTRA_INDEX_URL
 COPY setup.cfg pyproject.toml README.md LICENSE /source/
 COPY configs /source/configs

@@ -1,4 +1,4 @@
-# One command for each habit. PYTHON is an environment with `pip install -e '.[dev]'`: .venv, where it exists.
+# PYTHON is an environment with `pip install -e '.[dev]'`: .venv, if it exists.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
 
 .PHONY: help install check lint format types spelling test heavy mutations docs site
@@ -14,22 +14,22 @@ check: lint types spelling ## before each commit: lint, types, spelling
 lint: ## ruff: rules and format, changing nothing
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
-format: ## ruff: mend what can be mended
+format: ## ruff: fix what can be fixed
 	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 
 types: ## mypy
 	$(PYTHON) -m mypy
 
-spelling: ## codespell, over everything but the tests
+spelling: ## codespell, everything but the tests
 	$(PYTHON) -m codespell_lib
 
 test: ## the default tests; TESTS=tests/remora/test_merge.py for some of them
 	$(PYTHON) -m pytest $(TESTS)
 
-heavy: ## the heavy tests, half an hour and more; TESTS=tests/parallel for some of them
+heavy: ## the heavy tests, half an hour or more; TESTS=tests/parallel for some of them
 	$(PYTHON) -m pytest -m heavy $(TESTS)
 
-mutations: ## small faults in the code: which of them do the tests notice?
+mutations: ## small faults in the code: do the tests find them?
 	$(PYTHON) -m tests.mutations
 
 docs: ## write the generated pages and figures

@@ -24,11 +24,11 @@ def main() -> None:
         )
     from mora_ds.models.base import BaseCheckpoint
     from mora_ds.research.analyze import (
+        allocate_budget,
         layers_of,
         measure,
         parse_budget,
         report_lines,
-        allocate_budget,
     )
     from mora_ds.research.targets import TargetPlan
 

@@ -70,7 +70,7 @@ class ExportReport:
         """The report as text, for printing."""
         text = [
             f"{self.output}: {self.nbytes / 2**30:.3f} GiB in {self.dtype}, in {len(self.files)} file(s)",
-            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
+            f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the current MoRA matrices,"
             f" replaced {self.replaced} trained tensor(s)",
         ]
         if self.comparison is not None:

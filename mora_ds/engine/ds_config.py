@@ -74,18 +74,6 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the training loop relies on it"),
 }
 """Dotted path -> the value that it must have where it is set, and why."""
-_OPTIONAL = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer.type",
-    "optimizer.params.lr",
-    "optimizer.params.betas",
-    "optimizer.params.eps",
-    "optimizer.params.weight_decay",
-)
-"""Dotted paths of values that DeepSpeed or torch has a default for."""
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -116,7 +104,7 @@ def _read(path: Path) -> DsConfig:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: no valid JSON: {error}") from error
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(
             f"{path} must hold a JSON object, not a {type(config).__name__}"
@@ -155,7 +143,7 @@ def resolve_ds_config(
             )
             problems += _precision(resolved, settings)
         else:
-            _fill_without_flags(resolved, dtype)
+            resolved = _fill_without_flags(resolved, dtype)
         problems += _zero(resolved)
         problems += optimizer_problems(resolved)
         problems += _left_auto(resolved)
@@ -176,18 +164,24 @@ def complete_ds_config(
     return fill_bucket_sizes(resolved, trainable_numels)
 
 
-def _fill_without_flags(config: DsConfig, dtype: str) -> None:
-    """Fill the "auto" values of the packaged files, in place: precision from `dtype`,
-    one sequence per process and micro-batch, and DeepSpeed's and torch's defaults."""
+def _fill_without_flags(config: DsConfig, dtype: str) -> DsConfig:
+    """The config with "auto" filled: precision from `dtype`, one sequence per process
+    and micro-batch, and DeepSpeed's and torch's defaults. ZeRO's sizes stay."""
     for section, its_dtype in _DTYPES.items():
         if at(config, f"{section}.enabled") == AUTO:
             config[section]["enabled"] = dtype == its_dtype
-    for path in _OPTIONAL:
-        parent, _, key = path.rpartition(".")
-        if at(config, path) == AUTO:
-            del at(config, parent)[key]
-    if "train_batch_size" not in config:
-        config.setdefault("train_micro_batch_size_per_gpu", 1)
+    filled = _without_auto(config)
+    if "train_batch_size" not in filled:
+        filled.setdefault("train_micro_batch_size_per_gpu", 1)
+    return filled
+
+
+def _without_auto(config: DsConfig) -> DsConfig:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != AUTO or key in _BUCKET_KEYS
+    }
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
@@ -286,7 +280,7 @@ def _avoid_slices_of_parameters(
     zero.update(chosen)
     sends_more = ""
     if "reduce_scatter" in chosen:
-        sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch"
+        sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more per micro-batch"
     return (
         f"ZeRO-3 on {ranks:,} ranks: {slices:,} slices of gradients would each cost the host time, so that "
         f"{json.dumps(chosen)} is set{sends_more}"
@@ -355,9 +349,7 @@ def clean_sections(config: DsConfig) -> list[str]:
         if holder[key] is None:
             del holder[key]
         elif not isinstance(holder[key], dict):
-            problems.append(
-                f'"{path}" must be an object with keys of its own, not {holder[key]!r}'
-            )
+            problems.append(f'"{path}" must be a JSON object, not {holder[key]!r}')
     return problems
 
 
@@ -395,7 +387,7 @@ def _match_flags(
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
-    formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
+    formula = f"{micro} per process x {accumulation} accumulated x {world_size} processes = {rows}"
     betas = list(settings.betas)
     flags = {
         "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", micro),

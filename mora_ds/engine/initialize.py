@@ -298,7 +298,7 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
         rank for rank, of_rank in enumerate(digests) if of_rank != digests[0]
     ]:
         raise RunError(
-            f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
+            f"the frozen base differs between ranks: ranks {different} have another one than rank 0. "
             "Do all nodes read the same files at --model_name_or_path?"
         )
 

@@ -76,7 +76,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     collected = f"rank 0 collects {size_text(memory.host_save)} in host memory"
     base = "never sharded"
     if memory.host_base:
-        base = f"{size_text(memory.host_base)} more in host memory, unsharded, of which two layers are here"
+        base = f"{size_text(memory.host_base)} more in host memory, unsharded; two layers of it are here"
     if plan.quantized:
         base += f"; {size_text(plan.quantized)} of it quantized"
     rows: list[tuple[str, float, str]] = [
@@ -98,8 +98,8 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("+ or: a merge", memory.merge, ""),
         ("+ or: a save", memory.save, collected),
         ("= peak", memory.peak, memory.peaks_in),
-        ("host memory of a node", plan.host_memory, "the base once"),
-        ("all-gather volume", plan.gathered, "what is trained; base 0"),
+        ("host memory of a node", plan.host_memory, "one copy of the base"),
+        ("all-gather volume", plan.gathered, "trained parameters; base 0"),
         ("sent per GPU per step", plan.sent, "by ZeRO"),
         ("a checkpoint", plan.checkpoint, "and the merge ledger"),
     ]

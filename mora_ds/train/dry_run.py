@@ -46,7 +46,7 @@ def dry_run(arguments: Arguments) -> None:
         costs = cost_lines(plan, arguments.training.max_steps)
         say(*layers, report(plan), *costs)
         folder = Path(arguments.training.output_dir)
-        say(f"dry run: nothing trained, {folder} is as it was")
+        say(f"dry run: nothing was trained, {folder} is unchanged")
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:

@@ -109,7 +109,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedul
         # Torch's FlexAttention has no backward pass on CPUs.
         if model.implementation == "flex_attention" and is_cpu():
             raise UserError(
-                "--attn_implementation flex_attention trains on a GPU alone: leave it at auto"
+                "--attn_implementation flex_attention trains only on a GPU: leave it at auto"
             )
         arguments = choose_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
@@ -272,7 +272,7 @@ def _branch(
     state = TrainerState.read(local_copy(checkpoint))
     if not state.at_peak:
         raise UserError(
-            f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins"
+            f"{DECAY} {checkpoint}: its learning rate is not at the peak, and a decay must begin there"
         )
     if checkpoint.parent.resolve() == root.resolve():
         raise UserError(
@@ -373,12 +373,8 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
     if setup.context.checkpoint is not None:
         logger.info(f"resumed from {setup.context.checkpoint} at step {state.step}")
         if state.total_steps != steps:
-            lengths = (
-                f"it was on its way to {state.total_steps} steps and has {steps} now"
-            )
-            logger.info(
-                f"{lengths}: the learning rate follows the new length from here on"
-            )
+            lengths = f"its length was {state.total_steps} steps and is {steps} now"
+            logger.info(f"{lengths}: the learning rate follows the new length")
     state.total_steps = steps
     trainer = Trainer(setup, schedule, log)
     for line in opening(setup, steps):
@@ -402,9 +398,9 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
         _push(arguments.training, setup, trainer.last_checkpoint)
     failures = ranks.run_on_rank0("end of the run", lambda: state.failures, long=True)
     if failures:
-        done = f"the run is done, {trainer.last_checkpoint} is its end"
+        done = f"the run is done, {trainer.last_checkpoint} is its last checkpoint"
         lines = "\n".join(f"  {failure}" for failure in failures)
-        raise NonFatalFailure(f"{done}; failed in addition to training:\n{lines}")
+        raise NonFatalFailure(f"{done}; failures outside training:\n{lines}")
     return summary
 
 

@@ -171,7 +171,7 @@ stray | 'stray'
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
---attn_implementation flex_attention | --attn_implementation flex_attention trains on a GPU alone
+--attn_implementation flex_attention | --attn_implementation flex_attention trains only on a GPU
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora does not support experts
@@ -223,10 +223,10 @@ stray | 'stray'
 --deepspeed {bad}/ds/device.json | device.json: offload_optimizer.device | "disk"
 --deepspeed {bad}/ds/nvme.json | offload_optimizer.device = "nvme" | use "cpu"
 --deepspeed {bad}/ds/hpz.json | hpz.json: "zero_optimization.zero_hpz_partition_size" cannot be used: ZeRO++
---deepspeed {bad}/ds/activation.json | activation.json: "activation_checkpointing" must be an object | 7
---deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be an object
+--deepspeed {bad}/ds/activation.json | activation.json: "activation_checkpointing" must be a JSON object | 7
+--deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be a JSON object
 --deepspeed {bad}/ds/comms.json | comms.json | enabled | often
---deepspeed {bad}/ds/tensorboard.json | tensorboard.json: "tensorboard" must be an object
+--deepspeed {bad}/ds/tensorboard.json | tensorboard.json: "tensorboard" must be a JSON object
 --deepspeed {bad}/ds/checkpoint.json | "checkpoint" cannot be used: mora_ds writes and reads checkpoints itself
 --deepspeed {bad}/ds/aio.json | aio.json: "aio" cannot be used: nothing is offloaded to disks
 --deepspeed {bad}/ds/fp16.json | fp16.json: fp16.enabled | --fp16
@@ -241,11 +241,11 @@ stray | 'stray'
 --deepspeed {bad}/ds/scheduler.json | scheduler.json: "scheduler" cannot be used
 --deepspeed {bad}/ds/param.json | param.json: "zero_optimization.offload_param" cannot be used
 --deepspeed {bad}/ds/typo.json | typo.json: unknown key 'zero_optimisation'
---deepspeed {bad}/ds/section.json | section.json: "zero_optimization" must be an object
+--deepspeed {bad}/ds/section.json | section.json: "zero_optimization" must be a JSON object
 --deepspeed {bad}/ds/list.json | list.json must hold a JSON object
 --deepspeed {bad}/ds/twice.json | twice.json: key given twice: bf16
---deepspeed {bad}/ds/comma.json | comma.json: no valid JSON: | line 1
---deepspeed {bad}/ds/empty.json | empty.json: no valid JSON: | line 1
+--deepspeed {bad}/ds/comma.json | comma.json: not valid JSON: | line 1
+--deepspeed {bad}/ds/empty.json | empty.json: not valid JSON: | line 1
 --deepspeed {bad}/ds/number.json | number.json | more than 4300 digits
 --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
 --deepspeed {bad}/ds/binary.json | the DeepSpeed file | binary.json

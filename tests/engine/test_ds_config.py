@@ -262,7 +262,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
         f'{path}: optimizer.params.betas = [0.9, 0.999] but --adam_beta1, --adam_beta2 = [0.9, 0.95]; set it to "auto"',
         f'{path}: optimizer.params.eps = 1e-06 but --adam_epsilon = 1e-08; set it to "auto"',
         f'{path}: optimizer.params.weight_decay = 0.0 but --weight_decay = 0.1; set it to "auto"',
-        f'{path}: train_batch_size = 100 but 4 a process x 2 accumulated x 3 processes = 24; set it to "auto"',
+        f'{path}: train_batch_size = 100 but 4 per process x 2 accumulated x 3 processes = 24; set it to "auto"',
         f'{path}: optimizer.params.lr = 0.001 but --learning_rate = 0.0004; set it to "auto"',
         f'{path}: bf16.enabled = true but --bf16 is not given; set it to "auto"',
     ]

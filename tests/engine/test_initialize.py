@@ -123,7 +123,7 @@ def test_a_missing_compiler_on_one_rank_fails_all_ranks(monkeypatch, launched):
 def different_base():
     model = tiny_model("llama", seed=max(0, dist.get_rank() - 1))
     inject(model, MoRAConfig(rank=4))
-    with run_error(r"\[2\] do not hold what rank 0 holds.*--model_name_or_path"):
+    with run_error(r"ranks \[2\] have another one than rank 0.*--model_name_or_path"):
         initialize(model=model, config=ds_config(3, 2, 1))
 
 

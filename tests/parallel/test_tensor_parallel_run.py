@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_plan_and_keeps_the_folder_unchanged(user, out):
         "tensor parallel, 2 ranks a group; every rank has the complete base",
         "computed completely on every rank: lm_head",
         "base, unsharded",
-        "dry run: nothing trained",
+        "dry run: nothing was trained",
     ):
         assert words in text
     assert "step 1" not in text

@@ -122,7 +122,7 @@ def assert_goes_on(ranks_and_reference, out, argv, target, calls, steps):
         ranks, failing, argv, target, "evaluate", NO_EVALUATION, calls
     ):
         assert kind == "NonFatalFailure"
-        assert "step-000004 is its end" in message
+        assert "step-000004 is its last checkpoint" in message
         failed = re.findall(
             r"after step (\d): RuntimeError: no evaluation today", message
         )

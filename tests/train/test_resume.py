@@ -140,7 +140,7 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
 ):
     again = user.flags(copied, MERGING, "--resume_from_checkpoint auto --max_steps")
     output = run_alone(printed, [*again, "12"])
-    assert "it was on its way to 9 steps and has 12 now" in output
+    assert "its length was 9 steps and is 12 now" in output
     assert torch.equal(losses(copied)[:9], losses(reference))
     assert len(losses(copied)) == 12
     message = validation_errors_of([*again, "7"])
