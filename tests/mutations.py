@@ -222,7 +222,7 @@ train/evaluator.py Evaluator.counted_batches | train/test_evaluator.py
 + round_ + index >= limit * count
 
 # the re-warmup is one step short
-remora/schedule.py rewarmed | remora/test_schedule.py
+config/lr_schedule.py rewarmed | config/test_lr_schedule.py
 - step - merged_at + 1
 + step - merged_at + 2
 

@@ -33,7 +33,7 @@ engine: adapters models parallel runtime
 remora: adapters models engine
 planning: adapters data models parallel engine
 checkpoint: adapters models runtime engine remora
-config: adapters parallel runtime engine remora
+config: adapters parallel runtime engine
 deploy: adapters models remora checkpoint
 eval: data models checkpoint deploy
 research: adapters checkpoint config models planning runtime
@@ -41,7 +41,7 @@ train: adapters data runtime parallel models engine remora planning checkpoint c
 # A command stands above all that it calls: it reads flags, calls functions and prints what they return.
 commands: adapters data runtime models engine planning checkpoint config deploy eval research train
 __main__: commands
-hf: adapters checkpoint engine models remora runtime train
+hf: adapters checkpoint config engine models remora runtime train
 peft: adapters
 """
 MAY_IMPORT = {

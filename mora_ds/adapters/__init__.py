@@ -7,7 +7,6 @@ layer              the adapted layers, and their frozen weight formed anew at a 
 domains            layers with one MoRA matrix for each domain, added to the shared one (`domain_names`)
 target_modules     which layers are adapted, by patterns (`target_patterns`)
 experts            experts of a mixture: which tensors they are, and how they are computed with a MoRA matrix each
-tp_plan            which layers tensor parallelism splits, from the model's own plan
 new_embeddings     training of added vocabulary rows only
 low_rank_embeddings    a trained product that is added to embeddings and head
 nf4                frozen weights in 4 bits, with the terms of merged cycles

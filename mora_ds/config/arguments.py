@@ -19,9 +19,9 @@ from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings, parse_flat
+from mora_ds.config.lr_schedule import Schedule, schedule_kind
 from mora_ds.config.research import RESEARCH, ResearchSettings
 from mora_ds.config.training import TrainingArguments
-from mora_ds.remora.schedule import Schedule, schedule_kind
 
 
 @dataclass(frozen=True)

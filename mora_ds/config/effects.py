@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import validation_errors_of
-from mora_ds.remora.schedule import ScheduleKind, schedule_kind
+from mora_ds.config.lr_schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
     from mora_ds.config.arguments import Arguments

@@ -15,8 +15,8 @@ from mora_ds.common.errors import (
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
+from mora_ds.config.lr_schedule import schedule_kind
 from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
-from mora_ds.remora.schedule import schedule_kind
 from mora_ds.runtime.log_setup import LogLevel
 
 NO_TRACKER = "none"

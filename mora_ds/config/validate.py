@@ -33,12 +33,12 @@ from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings
+from mora_ds.config.lr_schedule import conflicts
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.research import research_problems
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.settings import BaseDevice, OptimizerKind
 from mora_ds.parallel.limits import sequence_parallel_problems, tensor_parallel_problems
-from mora_ds.remora.schedule import conflicts
 from mora_ds.runtime.log_setup import LogLevel
 
 _UNKNOWN_LENGTH = 2**62

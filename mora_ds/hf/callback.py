@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from mora_ds.common.errors import UserError, whole_number
-from mora_ds.remora.schedule import Schedule, ScheduleKind, rewarmed
+from mora_ds.config.lr_schedule import Schedule, ScheduleKind, rewarmed
 
 if TYPE_CHECKING:
     from mora_ds.hf.trainer import MoRATrainer
@@ -22,7 +22,7 @@ class MoRACallback(TrainerCallback):
     evaluation and checkpoint.
 
     The learning rate is that of `lr_scheduler_type`; after a merge a re-warmup of
-    `restart_warmup_steps` raises it to that curve again (`remora.schedule`). There is
+    `restart_warmup_steps` raises it to that curve again (`config.lr_schedule`). There is
     no merge in a warm-up, or so late that its re-warmup would not finish. Every merge
     is logged as `merge_*`. Only for trainers derived from `MoRATrainer`. Raises
     `UserError` for contradicting numbers when the length of the run is known.

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers
-from mora_ds.adapters.tp_plan import text_config
 from mora_ds.common.errors import UserError
 from mora_ds.common.tensor_files import Tensors
 
@@ -117,3 +116,9 @@ def extent(tensor: Tensor) -> int:
         return 0
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in sides)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model, or of its language model; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -26,7 +26,6 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.adapters.ops.spec import Style
-from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.topology import (
@@ -37,6 +36,7 @@ from mora_ds.parallel.topology import (
     shard_info,
     sum_gradient,
 )
+from mora_ds.parallel.tp_plan import TensorPlan, plan_of
 from mora_ds.parallel.windows import Window
 
 

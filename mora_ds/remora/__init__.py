@@ -1,7 +1,6 @@
-"""ReMoRA: when MoRA matrices are merged into the base, how, and the merge ledger that
-records it.
+"""ReMoRA: how MoRA matrices are merged into the base, and the merge ledger that records
+it.
 
-schedule          the learning rate of every step, and the steps at which a merge may come
-merge             `ReMoRA`: merges and replays for one engine
+merge             `ReMoRA`: merges of one engine, and its base rebuilt at a resume
 ledger            `Ledger`: every merged matrix of a run, on disk
 """

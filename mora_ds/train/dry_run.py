@@ -14,7 +14,6 @@ import torch
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.registry import Control
-from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
@@ -27,6 +26,7 @@ from mora_ds.models.attention import NAME, why_dense
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
+from mora_ds.parallel.tp_plan import plan_of
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import cost_lines, report

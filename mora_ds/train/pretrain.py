@@ -38,6 +38,7 @@ from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_a
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
+from mora_ds.config.lr_schedule import Schedule
 from mora_ds.config.research import TARGETS
 from mora_ds.config.training import NO_TRACKER, TrainingArguments
 from mora_ds.data import Mixture
@@ -47,7 +48,6 @@ from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_document_attention, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
-from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import choose_base_device, find_model, prepare_base

@@ -23,11 +23,11 @@ from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.layout import step_of
 from mora_ds.common.errors import NON_FATAL_ERRORS, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
+from mora_ds.config.lr_schedule import Schedule
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import perplexity, sequence_nll, token_nll
-from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.loader import (

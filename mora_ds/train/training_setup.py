@@ -18,7 +18,6 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.registry import Control
-from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.sections import full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
@@ -33,6 +32,7 @@ from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import uses_document_attention
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
+from mora_ds.parallel.tp_plan import plan_of
 from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops

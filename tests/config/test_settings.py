@@ -6,8 +6,8 @@ import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.config.arguments import parse
+from mora_ds.config.lr_schedule import Schedule, ScheduleKind
 from mora_ds.engine.settings import EngineSettings, OptimizerKind
-from mora_ds.remora.schedule import Schedule, ScheduleKind
 from tests.helpers.errors import user_error
 
 

@@ -5,7 +5,7 @@ are killed, in place of the disk.
     shown(out)                       checkpoints that are in memory lie in `out` too, for assertions that read files
     stored(out)                      those that lie in `out` are in memory from now on
 
-A run's checkpoints are in memory where the socket `SOCKET` lies beside its output folder.
+A run's checkpoints are in memory where the socket `SOCKET` lies next to its output folder.
 """
 
 import shutil

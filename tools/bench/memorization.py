@@ -49,10 +49,10 @@ from mora_ds.common.errors import (
     wrong_values,
 )
 from mora_ds.common.files import atomic_folder
+from mora_ds.config.lr_schedule import Schedule, ScheduleKind
 from mora_ds.data import load_tokenizer
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
-from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
 from tools.bench.measuring import count_trained, only_rank, zero3_config
 from tools.bench.report import Report, bench_parser

@@ -12,13 +12,13 @@ plans would wait for each other in collectives.
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from mora_ds.adapters.layer import AdaptedLinear, is_linear, linear_shape
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
+from mora_ds.models.decoder_layers import text_config
 
 SUMMED = "replicated_with_grad_allreduce"
 """Transformers' style of a norm that sees some heads: its gradients are to be
@@ -126,9 +126,3 @@ def _holders(model: nn.Module, block: str) -> list[str]:
     } | frozen
     inside = sorted(name for name in tensors if name.startswith(f"{block}."))
     return list(dict.fromkeys(name.rpartition(".")[0] for name in inside))
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of a model, or of its language model; None where it has none."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from mora_ds.config.adapter import AdapterArguments
+from mora_ds.config.lr_schedule import Schedule, ScheduleKind, schedule_kind
 from mora_ds.config.training import TrainingArguments
-from mora_ds.remora.schedule import Schedule, ScheduleKind, schedule_kind
 from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 

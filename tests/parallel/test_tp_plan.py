@@ -8,10 +8,10 @@ from torch import nn
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.spec import Style
-from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, shard_range
+from mora_ds.parallel.tp_plan import plan_of
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
 
