@@ -74,7 +74,7 @@ class DataArguments:
     replay: list[str] = field(default_factory=list)
     """Text of the old domain, as NAME=PATH:SHARE: this share of every batch."""
     held_out_share: float = 0.0
-    """Share of the documents, chosen by a hash of each, that is never trained on and
+    """Fraction of the documents, chosen by a hash of each, that is never trained on and
     evaluated under the name held_out."""
     streaming: bool = False
     """Read and tokenize the training text while training instead of caching it first. Needs

@@ -111,7 +111,7 @@ class Schedule:
     restart_warmup_steps: int = 10
     """Steps of the re-warmup after each merge, all below the curve."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay
+    """Fraction of the steps after the first warm-up in which warmup_stable_decay
     decays."""
 
     def __post_init__(self) -> None:

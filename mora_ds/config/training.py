@@ -83,19 +83,19 @@ class TrainingArguments:
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""
     min_lr_ratio: float = 0.0
-    """The learning rate decays towards this share of its peak."""
+    """The learning rate decays towards this fraction of its peak."""
     lr_scheduler_type: str = "linear"
     """linear, cosine, constant (constant_with_warmup is the same) or
     warmup_stable_decay (wsd)."""
     decay_ratio: float = 0.2
-    """Share of the steps after the first warm-up in which warmup_stable_decay
+    """Fraction of the steps after the first warm-up in which warmup_stable_decay
     decays."""
     decay_from: str | None = None
     """A checkpoint at the peak learning rate, of a run with warmup_stable_decay or
     constant: this run goes on from there, its batches too, and decays over --max_steps
     steps."""
     warmup_steps: float = 0
-    """Optimizer steps of the first warm-up; below 1: its share of the run, rounded up
+    """Optimizer steps of the first warm-up; below 1: its fraction of the run, rounded up
     to whole steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay, AdamW's and Muon's."""
@@ -251,7 +251,7 @@ class TrainingArguments:
         yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
         is_number = NOT_NEGATIVE.allow(self.warmup_steps)
         if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
-            yield f"--warmup_steps must be whole, or a share of the run below 1, got {self.warmup_steps}"
+            yield f"--warmup_steps must be whole, or a fraction of the run below 1, got {self.warmup_steps}"
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
         )

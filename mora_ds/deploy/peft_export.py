@@ -49,7 +49,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's parameters."""
 
 _NOTICEABLE = 1e-6
-"""Share of an update's energy below which its loss is rounding."""
+"""Fraction of an update's energy below which its loss is rounding."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _bound(spec: UpdateSpec) -> float:
 
 
 def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float]:
-    """A (rank, d_in), B (d_out, rank), and the share of the update's energy
+    """A (rank, d_in), B (d_out, rank), and the fraction of the update's energy
     (its squared norm) that they lack."""
     spec = plan.entry.operator
     updates = run.updates(plan.entry)
@@ -189,7 +189,7 @@ def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float
 def _write_tensors(
     run: MergedModelSource, plans: list[_Plan], folder: Path
 ) -> dict[str, float]:
-    """Write the weights' file, one layer in memory at a time. Returns the share that
+    """Write the weights' file, one layer in memory at a time. Returns the fraction that
     each layer lacks."""
     saved = dict(_saved(run))
     shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}

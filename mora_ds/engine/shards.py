@@ -130,7 +130,7 @@ class _Parameter(NamedTuple):
     name: str
     shape: Shape
     first: int = 0
-    """The element with which this process's tensor-parallel share begins."""
+    """The element with which this process's tensor-parallel shard begins."""
     is_saved: bool = True
     """Whether this process saves it, and not another one of its group."""
 
@@ -140,15 +140,13 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
     is_rank0 = engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0
     parameters = {}
     for name, parameter in engine.module.named_parameters():
-        share = shard_info(parameter)
-        if share is None:
+        info = shard_info(parameter)
+        if info is None:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_rank0)
         else:
-            shape = (share.r_hat, share.r_hat)
-            parameters[id(parameter)] = _Parameter(
-                name, shape, share.start * share.r_hat
-            )
+            shape = (info.r_hat, info.r_hat)
+            parameters[id(parameter)] = _Parameter(name, shape, info.start * info.r_hat)
     return parameters
 
 

@@ -47,7 +47,7 @@ from mora_ds.planning.step import (
 from mora_ds.planning.utilization import token_flops
 
 USABLE = 0.92
-"""Share of a device's memory that a recommendation fills: the rest is for its context,
+"""Fraction of a device's memory that a recommendation fills: the rest is for its context,
 communication buffers and fragments."""
 
 LARGEST_MICRO_BATCH = 256

@@ -1,4 +1,4 @@
-"""What share of a GPU's arithmetic a run uses (MFU): FLOPs a token, and peaks of cards.
+"""What fraction of a GPU's arithmetic a run uses (MFU): FLOPs a token, and peaks of cards.
 
 Counted is what the model's definition asks for, forward and backward, without what is
 computed again or gathered:

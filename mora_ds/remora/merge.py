@@ -32,13 +32,13 @@ from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
 
-PROBE_TOLERANCE = {
+LOSS_TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 3e-2,
     torch.int8: 3e-2,
 }
-"""How far a merge may move the probe's loss, relative to it: what rounding the weights
+"""How far a merge may move the reference loss, relative to it: what rounding the weights
 to that dtype can explain. In 8 bits a number is off by at most 1/254 of its row's
 largest, in bf16 by at most 1/256 of itself."""
 
@@ -62,19 +62,22 @@ class MergeReport:
     as they may be in 8 bits."""
     loss_before: float | None = None
     loss_after: float | None = None
-    """Loss on the probe batch before and after the merge, where there is a probe."""
+    """Loss on the reference batch before and after the merge, if there is one."""
 
     def row(self) -> JsonObject:
         """All fields but the step, for metrics.jsonl."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __str__(self) -> str:
-        probe = ""
+        reference_loss = ""
         if self.loss_before is not None and self.loss_after is not None:
-            probe = f", probe loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+            reference_loss = (
+                f", reference loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+            )
         return (
             f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.mora_matrix_norm:.4g}, "
-            f"delta/weight {self.delta_norm / self.weight_norm:.2g}, lost to rounding {self.rounding_loss:.1%}{probe}"
+            f"delta/weight {self.delta_norm / self.weight_norm:.2g}, "
+            f"lost to rounding {self.rounding_loss:.1%}{reference_loss}"
         )
 
 
@@ -87,7 +90,7 @@ def layer_entries(model: torch.nn.Module) -> Layers:
 
 
 class ReMoRA:
-    """Merges and replays for one engine.
+    """Merges of one engine, and its base rebuilt at a resume.
 
     The live base is always the original of `base` plus all deltas in `ledger`, summed
     in fp32 and rounded once. `keys` maps a layer's weight name to its key in `base`.
@@ -113,26 +116,28 @@ class ReMoRA:
         """Number of merges so far, which is also the number of the current cycle."""
         return self.ledger.cycles
 
-    def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
+    def merge(
+        self, step: int, loss_fn: Callable[[], float] | None = None
+    ) -> MergeReport:
         """Merge all MoRA matrices, between two optimizer steps: no gradient may be
         pending. Collective.
 
-        `probe`: the loss on a fixed batch, the same on every rank; measured before and
+        `loss_fn`: the loss on a fixed batch, the same on every rank; measured before and
         after. Raises `RunError` when it moves by more than rounding explains.
         """
         model = self.engine.module
         cycle = self.cycle
         entries = layer_entries(model)
         recorded: Tensors = {}
-        before = probe() if probe else None
+        before = loss_fn() if loss_fn else None
         rows = self._rebuild_weight(self._matrices(recorded))
         norms = node_base_of(model).gather_rows(
             rows, list(entries), len(MergeNorms._fields)
         )
         self._record(step, entries, recorded)
         self._start_cycle(self.cycle)
-        after = probe() if probe else None
-        self.check_probe(step, before, after)
+        after = loss_fn() if loss_fn else None
+        self.check_reference_loss(step, before, after)
         squared_norm, delta_sum, weight_sum, lost_sum = (
             sum(norm**2 for norm in column) for column in norms.T.tolist()
         )
@@ -201,23 +206,25 @@ class ReMoRA:
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
-    def check_probe(self, step: int, before: float | None, after: float | None) -> None:
+    def check_reference_loss(
+        self, step: int, before: float | None, after: float | None
+    ) -> None:
         if before is None or after is None:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))
         dtype = layer.dtype if layer.is_packed else layer.weight.dtype
-        tolerance = PROBE_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before))
+        tolerance = LOSS_TOLERANCE.get(dtype, 1e-4) * max(1.0, abs(before))
         # Not `>`, which is false where a loss is not a number
         if not abs(after - before) <= tolerance:
             raise RunError(
-                f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
-                f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
-                "checkpoint. Where it happens again, with --compute weight in low precision, begin a new run with "
+                f"the merge at step {step} moved the loss on the reference batch from {before:.6f} to {after:.6f}, "
+                f"which rounding to {dtype} does not explain: the merged base is not the model before the merge. Resume from "
+                "the last checkpoint. If it happens again, with --compute weight in low precision, begin a new run with "
                 "--compute activation: a resume keeps --compute"
             )
 
-    def replay(self) -> None:
-        """Bring the live base and the operators to the ledger's state."""
+    def rebuild(self) -> None:
+        """Rebuild the base from the ledger and set the operators of its cycle."""
         if self.cycle:
             self.rebuild_base()
         set_cycle(self.engine.module, self.config, self.cycle)

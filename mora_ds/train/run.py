@@ -223,7 +223,7 @@ class Run(TrainingRun):
             self._new_ledger()
         else:
             self.checkpoints.load(checkpoint)
-            self.remora.replay()
+            self.remora.rebuild()
         is_as_loaded = options.keys is not None or config.base_bits == AS_LOADED
         if not is_as_loaded and not self.remora.cycle:
             # The model may have been loaded in another dtype than its files have: fewer
@@ -283,22 +283,24 @@ class Run(TrainingRun):
         trained = next(first_layer.parameters(recurse=False))
         trained.register_hook(self._note_gradient)
 
-    def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
+    def merge(
+        self, step: int, loss_fn: Callable[[], float] | None = None
+    ) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start
         the next cycle.
 
-        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a
+        `loss_fn`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a
         `step` before those of earlier calls, and while the engine has gradients of
         which no optimizer step has been made.
         """
         earliest = self.state.merges[-1] + 1 if self.state.merges else 0
         step = self._check_step("merge", step, earliest)
-        if probe is not None and not callable(probe):
+        if loss_fn is not None and not callable(loss_fn):
             raise UserError(
-                f"merge: `probe` must be a function without arguments, got {probe!r}"
+                f"merge: `loss_fn` must be a function without arguments, got {loss_fn!r}"
             )
         self.check_base()
-        report = self.remora.merge(step, probe)
+        report = self.remora.merge(step, loss_fn)
         self.state.merges.append(step)
         return report
 

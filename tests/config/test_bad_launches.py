@@ -38,7 +38,7 @@ LAUNCHES = r"""
 --decay_ratio 0 | --decay_ratio must be above 0 and at most 1
 --decay_from x --lr_scheduler_type wsd --max_steps -1 | --decay_from: give the steps of the decay with --max_steps
 --decay_from x | --decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay
---warmup_steps 1.5 | --warmup_steps must be whole, or a share of the run below 1, got 1.5
+--warmup_steps 1.5 | --warmup_steps must be whole, or a fraction of the run below 1, got 1.5
 --warmup_steps -0.5 | --warmup_steps must be at least 0
 --warmup_steps 6 | --warmup_steps 6 must be less than
 --max_steps -1 --warmup_steps 5000 | --warmup_steps 5000

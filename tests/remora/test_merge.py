@@ -107,7 +107,7 @@ def test_merge_report_str():
     line = "merged cycle 2 at step 9: 14 layers, |M| 4, delta/weight 0.25, lost to rounding 12.5%"
     assert str(report) == line
     probed = replace(report, loss_before=3.0, loss_after=3.5)
-    assert str(probed) == f"{line}, probe loss 3.0000 -> 3.5000"
+    assert str(probed) == f"{line}, reference loss 3.0000 -> 3.5000"
 
 
 def moved_probe(folder):
@@ -144,11 +144,11 @@ def test_probe_tolerance():
         remora.engine = SimpleNamespace(module=model)
         for before in (0.1, 5.0):
             most = share * max(before, 1.0)
-            remora.check_probe(1, before, before + 0.99 * most)
+            remora.check_reference_loss(1, before, before + 0.99 * most)
             for after in (before + 1.01 * most, before - 1.01 * most, math.nan):
-                with run_error("moved the loss on the probe batch"):
-                    remora.check_probe(1, before, after)
-    remora.check_probe(1, None, None)
+                with run_error("moved the loss on the reference batch"):
+                    remora.check_reference_loss(1, before, after)
+    remora.check_reference_loss(1, None, None)
 
 
 def test_a_moved_probe_stops_the_run(tmp_path):

@@ -36,7 +36,7 @@ merge | {step: null} | merge: `step` must be a whole number from 3 on, got None
 merge | {step: true} | merge: `step` must be a whole number from 3 on, got True
 merge | {step: 1180591620717411303424} | merge: `step` must be a whole number from 3 on, got 1180591620717411303424
 merge | {step: 2} | merge: `step` must be a whole number from 3 on, got 2
-merge | {step: 3, probe: 1.0} | merge: `probe` must be a function
+merge | {step: 3, probe: 1.0} | merge: `loss_fn` must be a function
 save | {step: -1} | save: `step` must be a whole number from 2 on, got -1
 save | {step: x} | save: `step` must be a whole number from 2 on, got 'x'
 save | {step: 1} | save: `step` must be a whole number from 2 on, got 1

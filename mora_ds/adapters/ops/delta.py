@@ -1,5 +1,5 @@
 """Updates added to a weight without forming their deltas: most of the time of a merge,
-a replay and an export.
+a resume and an export.
 
     share, truncate      rows of the weight += the rows of `input_columns` that they read; 1 MiB of the weight at a
                          time

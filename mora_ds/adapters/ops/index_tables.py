@@ -347,7 +347,7 @@ def draw_permutations(seed: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]
     """Permutations of inputs and outputs.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a
-    merge ledger that is replayed years later, or on another device, must draw the same
+    merge ledger that is read years later, or on another device, must draw the same
     permutations.
     """
     stream = np.random.RandomState(seed)
@@ -392,7 +392,7 @@ def rope_table(
     """Cosines and sines (blocks, R / 2): block i, pair j turn by i * 10000^(-2j / R).
 
     Rounded to fp32 once, whatever the dtype, and the same bits on every machine,
-    because a merge ledger that is replayed elsewhere must give the same weights. The
+    because a merge ledger that is read elsewhere must give the same weights. The
     vectorized `cos` of torch and numpy, and libm's, round the last bit as the CPU's
     instructions lead them. So no such function is called: the turns of block 1 come
     from decimal arithmetic, which is software, and those of the other blocks from

@@ -106,7 +106,7 @@ class UpdateSpec(ABC):
     def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
         """The (d_out, d_in) weight without adapter that computes as `base_weight` with
         this one, a new tensor. `base_weight` and `value` have one dtype: merges,
-        replays and exports give fp32.
+        resumes and exports give fp32.
 
         Of several cycles each one has the merged weight of the one before as its base.
         The result must have the same bits for every number of threads: elementwise
