@@ -19,11 +19,10 @@ from pathlib import Path
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
     MANIFEST,
-    listed_files,
     read_json,
 )
 from mora_ds.common.untrusted import require_plain
-from mora_ds.remora.ledger import LEDGER_FILE, Ledger, read_records
+from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -177,20 +176,3 @@ def find_ledger(path: Path) -> LedgerLocation:
         )
     require_plain(ledger)
     return LedgerLocation(ledger, checkpoint)
-
-
-def ledger_problems(folder: Path) -> list[str]:
-    """Where a checkpoint's manifest and its ledger record different hashes.
-
-    A cycle that was damaged while the run went on is in the manifest in its damaged
-    state; the ledger has its hash from the time of the merge.
-    """
-    path = folder / LEDGER_FOLDER / LEDGER_FILE
-    if not path.exists():
-        return []
-    listed = {name: facts.sha256 for name, facts in listed_files(folder).items()}
-    return [
-        f"{path.parent / cycle.file} is not the cycle that {path.name} has on record"
-        for cycle in read_records(path.parent)
-        if listed.get(f"{LEDGER_FOLDER}/{cycle.file}") != cycle.sha256
-    ]

@@ -29,7 +29,6 @@ from mora_ds.checkpoint.layout import (
     LATEST,
     RESUME,
     is_step_name,
-    ledger_problems,
     step_name,
     step_of,
 )
@@ -264,7 +263,7 @@ class CheckpointManager:
         intact. Raises `OtherFormat`."""
         folder = storages.local_copy(checkpoint)
         try:
-            return verify_manifest(folder) or ledger_problems(folder)
+            return verify_manifest(folder)
         except OtherFormat:
             raise
         except UserError as error:

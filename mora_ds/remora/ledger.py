@@ -42,7 +42,6 @@ from mora_ds.common.files import (
     link_or_copy,
     malformed,
     read_formatted,
-    read_json,
     sha256_file,
     write_json_atomic,
 )
@@ -347,12 +346,6 @@ class Ledger:
     def _write(self, records: Sequence[CycleRecord]) -> None:
         ledger = Ledger(self.folder, self.base_fingerprint, records)
         write_json_atomic(self.folder / LEDGER_FILE, ledger.to_dict())
-
-
-def read_records(folder: Path) -> list[CycleRecord]:
-    """What a ledger records of its files, without reading them. Raises `UserError`."""
-    path = folder / LEDGER_FILE
-    return entry(read_json(path), "cycles", list[CycleRecord], path)
 
 
 def _link(chain: str, sha256: str) -> str:

@@ -245,17 +245,17 @@ class Run(TrainingRun):
         root = folder / CHECKPOINTS
         if isinstance(resume, Path) and state is not None:
             return resume, state
-        if resume is None:
-            if not overwrite:
-                ranks.run_on_rank0(
-                    "another run in the output folder", lambda: _check_new(folder)
-                )
-            return None, TrainerState(world_size=ranks.world, identity=self.identity)
-        checkpoint = ranks.run_on_rank0(
-            "checkpoint to resume from",
-            lambda: resume_checkpoint(str(resume), root, "Run: `resume`"),
-            long=True,
-        )
+        checkpoint = None
+        if resume is not None:
+            checkpoint = ranks.run_on_rank0(
+                "checkpoint to resume from",
+                lambda: resume_checkpoint(str(resume), root, "Run: `resume`"),
+                long=True,
+            )
+        elif not overwrite:
+            ranks.run_on_rank0(
+                "another run in the output folder", lambda: _check_new(folder)
+            )
         if checkpoint is None:
             return None, TrainerState(world_size=ranks.world, identity=self.identity)
         state = TrainerState.read(local_copy(checkpoint))

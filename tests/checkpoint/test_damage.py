@@ -18,7 +18,6 @@ from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.manager import complete_checkpoints, resume_checkpoint
 from mora_ds.checkpoint.storage import local_copy
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import verify_manifest, write_manifest
 from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.remora.ledger import Ledger
@@ -136,20 +135,6 @@ def test_a_manifest_that_is_not_the_one_written(out, change, caplog):
     assert "manifest.json" in caplog.messages[0]
     with user_error(r"manifest\.json"):
         resume_checkpoint("latest", root)
-
-
-def test_a_cycle_that_was_damaged_before_it_was_listed(out, caplog):
-    """Manifest and file agree: both are of the damaged cycle. The ledger's own record does
-    not.
-    """
-    root = out / "checkpoints"
-    cycle = root / "step-000006/ledger/cycle-00001.safetensors"
-    make_own(cycle)
-    flip(cycle, 0.99)
-    write_manifest(root / "step-000006")
-    assert verify_manifest(root / "step-000006") == []
-    assert resume_checkpoint("auto", root) == root / "step-000004"
-    assert str(cycle) in caplog.messages[0]
 
 
 def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
