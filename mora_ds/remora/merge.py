@@ -218,8 +218,8 @@ class ReMoRA:
         if not abs(after - before) <= tolerance:
             raise RunError(
                 f"the merge at step {step} moved the loss on the reference batch from {before:.6f} to {after:.6f}, "
-                f"which rounding to {dtype} does not explain: the merged base is not the model before the merge. Resume from "
-                "the last checkpoint. If it happens again, with --compute weight in low precision, begin a new run with "
+                f"which rounding to {dtype} does not explain: the merged model differs. Resume from the last "
+                "checkpoint. If it happens again, with --compute weight in low precision, begin a new run with "
                 "--compute activation: a resume keeps --compute"
             )
 

@@ -276,7 +276,7 @@ old_run_half_deleted | first | another | - | half of a run deleted
 ledger_half_restored | first | unnamed | .checkpoint.sections.LedgerSection.load 1 | \
 before .remora.ledger.link_or_copy 2
 before_the_rebuild | all | unnamed | - | before .remora.merge.ReMoRA.rebuild 1
-layers_half_built | all | unnamed | .remora.merge.ReMoRA.rebuild 1 | after .adapters.layer.AdaptedLinear.rebuild_weight 3
+layers_rebuilt | all | unnamed | .remora.merge.ReMoRA.rebuild 1 | after .adapters.layer.AdaptedLinear.rebuild_weight 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
 """
 """Moment | processes that reach it | content of the output folder at the start | call in
@@ -320,7 +320,7 @@ MOMENTS = {
     for name, passes, start, outer, death in rows(TABLE)
 }
 MOMENTS["after_the_best"].more = BEST
-MOMENTS["layers_half_built"].only_heavy = True
+MOMENTS["layers_rebuilt"].only_heavy = True
 
 
 # -- killing ---------------------------------------------------------------------------
