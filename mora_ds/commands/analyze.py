@@ -20,7 +20,7 @@ def main() -> None:
     check_writable("--write", options.write)
     if (options.write is None) != (options.trainable_budget is None):
         raise UserError(
-            "--trainable_budget and --write belong together: a plan is made under a budget, and written"
+            "--trainable_budget and --write need each other: a plan for the budget is written to the file"
         )
     from mora_ds.models.base import BaseCheckpoint
     from mora_ds.research.analyze import (

@@ -47,7 +47,7 @@ def watched(argv, last=None):
         size = trainer.training.per_device_train_batch_size
         index = sum(earlier == step for earlier, _, _ in seen)
         first = (index * trainer.replica.world + trainer.replica.rank) * size
-        seen.append((step, first, batch.rows["input_ids"].clone()))
+        seen.append((step, first, batch.batch["input_ids"].clone()))
         return forward(trainer, batch, by_source)
 
     Trainer.nll = watch  # in this forked rank alone

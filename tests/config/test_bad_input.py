@@ -141,7 +141,7 @@ def test_a_folder_that_a_run_is_still_writing_to(user, other_run, tmp_path):
         user.flags(out, "--overwrite_output_dir"),
     ]
     with untouched(out), held_folder(out):
-        assert_user_errors(cases, [[f"--output_dir {out}", "another run"]] * 2)
+        assert_user_errors(cases, [[f"--output_dir {out}", "are still alive"]] * 2)
     assert run(1, user.flags(out, "--resume_from_checkpoint auto"))["steps"] == 6
 
 

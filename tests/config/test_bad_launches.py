@@ -167,7 +167,7 @@ stray | 'stray'
 -model_name_or_path | give --model_name_or_path or --model_config
 -model_name_or_path --model_config x.json | --model_config comes without a tokenizer
 # -- files that are missing or of another kind
---resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
+--resume_from_checkpoint latest | names no checkpoint of this run
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
@@ -185,12 +185,12 @@ stray | 'stray'
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
 --output_dir '' | --output_dir must not be empty
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: the home folder of ~nobody5 is unknown
---cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
---deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
---model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
---tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home
---resume_from_checkpoint ~nobody5/x | --resume_from_checkpoint ~nobody5/x: no home
---train_files ~nobody5/x | --train_files ~nobody5/x: no home
+--cache_dir ~nobody5/x | --cache_dir ~nobody5/x: the home folder of
+--deepspeed ~nobody5/x | --deepspeed ~nobody5/x: the home folder of
+--model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: the home folder of
+--tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: the home folder of
+--resume_from_checkpoint ~nobody5/x | --resume_from_checkpoint ~nobody5/x: the home folder of
+--train_files ~nobody5/x | --train_files ~nobody5/x: the home folder of
 --eval_files /nowhere | --eval_files: no file matches '/nowhere'
 --train_files {bad}/emptydir | --train_files: no file matches | The folder holds no file
 --train_files {bad}/empty | no file matches | Did you mean 'emptydir'
@@ -253,7 +253,7 @@ stray | 'stray'
 {bad}/recipes/gone.yaml | cannot read the recipe | gone.yaml
 {bad}/recipes/typo.yaml | typo.yaml: unknown key 'mora_rnak'. Did you mean 'mora_rank'
 {bad}/recipes/type.yaml | type.yaml: max_steps must be a whole number
-{bad}/recipes/list.yaml | list.yaml must hold
+{bad}/recipes/list.yaml | list.yaml must contain
 {bad}/recipes/twice.yaml | twice.yaml | 'seed' is given twice
 {bad}/recipes/tab.yaml | tab.yaml is not valid YAML
 {bad}/recipes/number.yaml | number.yaml is not valid YAML

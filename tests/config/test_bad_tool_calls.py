@@ -38,7 +38,6 @@ plan --gpus 8 --model {tiny} --gpu_memory nan | --gpu_memory must be above 0
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/live.json | live.json | got -5
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
 plan --gpus 8 --model {tiny} --mora_rank 0 | --mora_rank
-plan --gpus 8 --model {tiny} --per_device_train_batch_size=4 | --per_device_train_batch_size is for | --micro_batch
 export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
 export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
 export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_merged
@@ -62,9 +61,9 @@ export_hf --checkpoint {run} --output {new} --onto {bad}/gone | --onto | gone
 export_hf --checkpoint {run} --output {new} --onto {user} | --onto | no config.json
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
-verify_checkpoint ~nobody5/x | ~nobody5/x: no home
-plan --gpus 8 --model ~nobody5/x | --model ~nobody5/x: no home
-plan --gpus 8 --model {tiny} --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
+verify_checkpoint ~nobody5/x | ~nobody5/x: the home folder of
+plan --gpus 8 --model ~nobody5/x | --model ~nobody5/x: the home folder of
+plan --gpus 8 --model {tiny} --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: the home folder of
 verify_checkpoint {bad}/emptydir | emptydir
 verify_checkpoint {run} --base {bad}/gone | --base | gone
 convert_checkpoint adapter {bad}/emptydir --output {new} | emptydir

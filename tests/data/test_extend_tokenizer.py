@@ -394,8 +394,8 @@ def test_the_record_of_new_rows_is_checked(tmp_path):
         first_new_row(tmp_path)
     for content, words in (
         ('{"format": 2, "first_row": 3}', "has format 2"),
-        ('{"format": 5}', "is damaged"),
-        ('{"format": 5, "first_row": "x"}', "is damaged"),
+        ('{"format": 6}', "is damaged"),
+        ('{"format": 6, "first_row": "x"}', "is damaged"),
     ):
         (tmp_path / EXTENSION_JSON).write_text(content)
         with user_error(f"{EXTENSION_JSON} {words}"):

@@ -19,8 +19,8 @@ from tests.helpers.pages import ROOT
 
 RULES = r"""
 both   (allowed)                      square (?:\*\*)?(?:MoRA )?(?:matri|root)|(?:least|mean|root|sum of) squares?\b
-both   (allowed)                      zero optimisation|whole numbers?\b|learning.rates?\b|ring attention|floors?\(
-both   (allowed)                      vocabulary pieces|type, whence
+both   (allowed)                      zero optimisation|whole numbers?\b|learning rates?\b|ring attention|floors?\(
+both   (allowed)                      vocabulary pieces|type, whence|learning-rate
 names  squared_norm                   square sum$
 both   mora_matrix, MoRA matrix, M    squares?\b
 names  init_weight                    ^first values?$

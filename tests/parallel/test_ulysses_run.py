@@ -59,7 +59,7 @@ def assert_close(results, wanted, rel):
 
 def test_a_run_over_split_rows_and_on_at_one_rank(user, one, merged, out):
     output = run_ranks(2, printed, flags(user, out, 2, 2))[0]
-    split = "each computes 16 of its 32 tokens, and in attention 2 of 4"
+    split = "each computes 16 of 32 tokens, and in attention 2 of 4"
     assert f"every sequence is split over 2 ranks; {split}" in output
     assert_same_curve(out, one)
     assert read_json(out / "summary.json")["base_bytes_gathered"] == 0

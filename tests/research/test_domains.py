@@ -280,7 +280,7 @@ def assert_choices_are_named(user, out, tmp_path):
 
 
 WRONG = """
-{train_files: [x.txt]} | needs several named sources
+{train_files: [x.txt]} | needs a named source per domain
 {adapter: lora} | research.domain_adapters: --adapter lora does not support domains
 {adapter: full} | research.domain_adapters: --adapter full does not support domains
 {compute: weight} | --compute weight uses one weight for all sequences

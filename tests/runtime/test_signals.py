@@ -191,7 +191,7 @@ def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number):
 def test_a_main_thread_that_waits_with_nothing_to_save_is_given_some_seconds():
     process = ready(script("held"))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == EXIT_STOPPED
+    assert process.wait(timeout=60) == EXIT_STOPPED
 
 
 def test_sigint_again_ends_a_process_whatever_it_does():

@@ -16,7 +16,7 @@ from mora_ds.adapters.domains import Domains, domains_of
 from mora_ds.adapters.inject import inject
 from mora_ds.commands.pretrain import train
 from mora_ds.config.arguments import parse
-from mora_ds.train import job
+from mora_ds.train import training_setup
 from mora_ds.train.non_fatal import eval_mode
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import research
@@ -74,7 +74,7 @@ def kinds_of_passes(argv):
 
     register_module_forward_pre_hook(note)
     rows = mock.patch.object(Domains, "of_rows", rows_that_stay)
-    with rows, mock.patch.object(job, "domains_of", injected):
+    with rows, mock.patch.object(training_setup, "domains_of", injected):
         train(parse(argv))
     return kinds
 

@@ -36,7 +36,7 @@ merge | {step: null} | merge: `step` must be a whole number from 3 on, got None
 merge | {step: true} | merge: `step` must be a whole number from 3 on, got True
 merge | {step: 1180591620717411303424} | merge: `step` must be a whole number from 3 on, got 1180591620717411303424
 merge | {step: 2} | merge: `step` must be a whole number from 3 on, got 2
-merge | {step: 3, probe: 1.0} | merge: `loss_fn` must be a function
+merge | {step: 3, loss_fn: 1.0} | merge: `loss_fn` must be a function
 save | {step: -1} | save: `step` must be a whole number from 2 on, got -1
 save | {step: x} | save: `step` must be a whole number from 2 on, got 'x'
 save | {step: 1} | save: `step` must be a whole number from 2 on, got 1
@@ -77,7 +77,7 @@ inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', whi
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
 delta_weight | {spec: SPEC, mora_matrix: NARROW} | delta_weight: `mora_matrix` must have the shape (4, 4), got (3, 3)
 mora_update | {spec: SPEC, mora_matrix: MATRIX, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
-mora_update | {spec: SPEC, mora_matrix: NARROW, x: MATRIX} | `mora_matrix` must have the shape (4, 4), got (3, 3)
+mora_update | {spec: SPEC, mora_matrix: NARROW, x: MATRIX} | mora_update: `mora_matrix` must have the shape (4, 4)
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject

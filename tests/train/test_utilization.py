@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mora_ds.planning.utilization import token_flops
-from mora_ds.train import job as job_module
+from mora_ds.train import training_setup
 from mora_ds.train.training_setup import TrainingSetup
 from tests.helpers.models import tiny_model
 
@@ -23,18 +23,18 @@ H100 = "NVIDIA H100 80GB HBM3"
 )
 def test_utilization(card, bf16, said, peak, monkeypatch):
     lines = []
-    monkeypatch.setattr(job_module, "card_name", lambda: card)
-    monkeypatch.setattr(job_module.logger, "info", lines.append)
-    job = TrainingSetup.__new__(TrainingSetup)
+    monkeypatch.setattr(training_setup, "card_name", lambda: card)
+    monkeypatch.setattr(training_setup.logger, "info", lines.append)
+    setup = TrainingSetup.__new__(TrainingSetup)
     model = tiny_model("llama")
-    vars(job).update(
+    vars(setup).update(
         ds_config={"bf16": {"enabled": bf16}},
         loaded=SimpleNamespace(model=model),
         data=SimpleNamespace(train=SimpleNamespace(seq_len=64)),
-        start=SimpleNamespace(ranks=SimpleNamespace(world=4)),
+        context=SimpleNamespace(ranks=SimpleNamespace(world=4)),
     )
-    job._count_flops()
-    share = job.utilization(1e9)
+    setup._count_flops()
+    share = setup.utilization(1e9)
     assert share == (peak and pytest.approx(1e9 * token_flops(model, 64) / 4 / peak))
     assert "".join(lines).endswith(f"G a token; {card}: {said}" if card else "")
     assert bool(lines) == bool(card)
