@@ -10,6 +10,9 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import Count, typed
 from mora_ds.peft.register import PEFT_TYPE
 
+_FORMAT = 2
+"""From 2 on the weights have the seeds of the permutations."""
+
 _TYPES = {
     "r": int,
     "r_hat_multiple": int,
@@ -56,7 +59,19 @@ class MoraConfig(PeftConfig):
     init_weights: bool = True
     """Whether M starts at zero. False: small random numbers, for tests."""
 
+    mora_format: int | None = None
+    """Format of adapter_config.json and of the weights next to it; set by the
+    config."""
+
     def __post_init__(self) -> None:
+        # Only a saved config gives its type
+        is_saved = self.peft_type is not None
+        if is_saved and self.mora_format != _FORMAT:
+            raise UserError(
+                "adapter_config.json: mora_ds 0.3 saved this adapter, without the seeds of its permutations; merge "
+                "it with that version, or train it again"
+            )
+        self.mora_format = _FORMAT
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
         if isinstance(self.target_modules, list):

@@ -311,6 +311,15 @@ def test_values_of_another_type_are_named(tmp_path, settings, message):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
+def test_an_adapter_without_seeds_is_refused(saved):
+    """One of 0.3: its permutations would depend on the names of modules."""
+    _, adapter, _ = saved
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**read_json(path), "mora_format": None}))
+    with user_error("mora_ds 0.3 saved this adapter"):
+        PeftModel.from_pretrained(tiny_model(), adapter)
+
+
 def test_wrong_settings_are_named():
     with user_error("`layers_to_transform` has no effect"):
         MoraConfig(layers_to_transform=[0])
