@@ -271,7 +271,12 @@ def require_plain(folder: Path) -> None:
 
 def expanded(path: str | Path, flag: str = "") -> Path:
     """`path` with ~ or ~USER replaced by the home folder. Raises `UserError` that names
-    `flag` if the home folder is unknown, or if the path cannot be accessed."""
+    `flag` for a URL, if the home folder is unknown, and if the path cannot be
+    accessed."""
+    if "://" in str(path):
+        raise UserError(
+            f"{flag} {path}: URLs are not supported; give a path on a disk".lstrip()
+        )
     try:
         full_path = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):

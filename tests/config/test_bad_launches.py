@@ -185,6 +185,9 @@ stray | 'stray'
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
 --output_dir '' | --output_dir must not be empty
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: the home folder of ~nobody5 is unknown
+--output_dir s3://bucket/run | --output_dir s3://bucket/run: URLs are not supported
+--resume_from_checkpoint gs://bucket/run | --resume_from_checkpoint gs://bucket/run: URLs are not supported
+--train_files s3://corpus/x.txt | --train_files s3://corpus/x.txt: URLs are not supported
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: the home folder of
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: the home folder of
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: the home folder of
