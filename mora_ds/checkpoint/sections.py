@@ -147,7 +147,7 @@ class Section:
 
 
 class EngineSection(Section):
-    """MasterWeights, optimizer state and counters, by any number of ranks at any ZeRO stage.
+    """fp32 master weights, optimizer state and counters, by any number of ranks at any ZeRO stage.
 
     With the number of ranks that saved them the run continues bit for bit. With another
     one master weights, moments and step counts are the same to the bit, but sums over ranks
@@ -338,19 +338,19 @@ class AdapterSection(Section):
         model = self.remora.engine.module
         layers = mora_layers(model)
         domains = domain_layers(model)
-        mora_matrices = _run_on_rank0(
+        mora_matrices = _collect_on_rank0(
             (name, layer.unshard(zero.full_fp32(layer.value)))
             for name, layer in layers.items()
         )
         # What is trained besides, embeddings, norms and head, each tied one by its
         # first name.
         adapted = value_names(model)
-        trained = _run_on_rank0(
+        trained = _collect_on_rank0(
             (name, zero.full_fp32(value))
             for name, value in model.named_parameters()
             if name not in adapted
         )
-        domain_mora_matrices = _run_on_rank0(
+        domain_mora_matrices = _collect_on_rank0(
             (name, zero.full_fp32(layer.domain_mora_matrices))
             for name, layer in domains.items()
         )
@@ -462,7 +462,7 @@ def scheduler_state(scheduler: Any) -> JsonObject | None:
     return state
 
 
-def _run_on_rank0(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+def _collect_on_rank0(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
     """{name: copy in host memory} on rank 0, nothing on other ranks. `tensors` may
     gather each one as it is asked for, so that all ranks go through them."""
     is_rank0 = torch.distributed.get_rank() == 0

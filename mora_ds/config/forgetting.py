@@ -82,7 +82,7 @@ def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 
 def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """{set: change of its perplexity since the start in per cent, above 0 if
+    """{set: change of its perplexity since the start in percent, above 0 if
     forgotten}."""
     return {
         name: 100 * (after[name] / before[name] - 1) for name in after if name in before

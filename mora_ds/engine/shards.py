@@ -4,7 +4,7 @@ number of processes. Files are no matter of this module (`checkpoint.shard_table
     partitions_of   what this process holds: master weights, optimizer state, which extents of which parameters they are
     restore         master weights, low-precision copies, optimizer state and counters, from what a `SavedState` holds
 
-MasterWeights and moments go by `OptimizerView.flats`: which extent of which parameter lies
+Master weights and moments go by `OptimizerView.flats`: which extent of which parameter lies
 where in the tensors that the optimizer steps on. Written against DeepSpeed 0.19.8;
 tests/checkpoint/test_elastic.py fails where an upgrade lays something out in another
 way.

@@ -169,7 +169,7 @@ class MetricsLog:
         self, step: int, perplexities: dict[str, float], before: Numbers | None = None
     ) -> None:
         """The perplexity of each evaluation set after `step`; `before`: before the
-        first step. Trackers also get the change since then in per cent: positive where
+        first step. Trackers also get the change since then in percent: positive where
         the model has forgotten."""
         self.record("eval_perplexity", step, perplexities)
         changes = change(before or {}, perplexities)
