@@ -238,7 +238,7 @@ class AdaptedLinear(nn.Module):
 
         It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         base weight, rounding errors do not accumulate over merges. In 4 bits the
-        original alone is rounded, and the updates stay matrices in addition to it (`nf4`). In
+        original alone is rounded, and the updates stay as matrices next to it (`nf4`). In
         place, so that storages and ties stay. `original`, in the layout of `weight`, is
         not written to.
         """

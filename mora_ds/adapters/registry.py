@@ -149,7 +149,7 @@ def unsupported(name: str, capability: Capability, setting: str) -> Iterator[str
         for adapter in ADAPTERS.values()
         if capability in adapter.capabilities
     ]
-    if name not in able:
+    if name not in able and name in (*ADAPTERS, *Control):
         yield (
             f"{setting}: --adapter {name} does not support {capability.value} "
             f"(these do: {', '.join(able)})"

@@ -198,8 +198,8 @@ class CheckpointManager:
 
     def retain(self, step: int, keep: int) -> None:
         """Deletes all but the newest `keep` and the best. Later ones than `step`, which
-        a resume from an earlier checkpoint has left behind, and incomplete ones are
-        neither counted nor deleted. A link to a checkpoint that the user keeps
+        a resume from an earlier checkpoint has left behind, and incomplete ones are not
+        counted; the next save deletes those without a manifest. A link to a checkpoint that the user keeps
         elsewhere is counted and stays."""
         storage = self.storage
         known = [name for name in _committed(storage) if step_of(Path(name)) <= step]
@@ -254,7 +254,8 @@ class CheckpointManager:
         return None if name is None else self.storage.root / name
 
     def delete(self, checkpoint: Path) -> None:
-        """Delete one of these checkpoints, whatever names it."""
+        """Delete one of these checkpoints, whatever names it. A link that the user has
+        put in its place stays."""
         self.storage.delete(checkpoint.name)
 
     @staticmethod

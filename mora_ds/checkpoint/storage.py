@@ -111,7 +111,7 @@ def local_copy(checkpoint: Path) -> Path:
 class LocalStorage:
     """A folder on a disk, or on a file system that all nodes share.
 
-    Only folders that `commit` has named, and hidden ones with a known ending, are ever
+    Only folders with the name of a checkpoint, and hidden ones with a known ending, are ever
     deleted; a link that the user has put in place of a checkpoint stays.
     """
 
@@ -227,6 +227,8 @@ def _delete(folder: Path) -> None:
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # Another rank has deleted it
     except OSError as error:
         logger.warning(_NOT_DELETED, folder, error)
 

@@ -105,8 +105,11 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     latest = storage.linked(LATEST)
     for verdict in verdicts:
         verdict.is_latest = verdict.folder.name == latest
-    if latest is None and os.path.lexists(storage.open_read(LATEST)):
-        verdicts[-1].problems.append(f"{root / LATEST} names no checkpoint of this run")
+    verified = {verdict.folder.name for verdict in verdicts}
+    if os.path.lexists(storage.open_read(LATEST)) and latest not in verified:
+        verdicts[-1].problems.append(
+            f"{root / LATEST} names no checkpoint of this run that was saved to the end"
+        )
     return verdicts
 
 

@@ -1,7 +1,7 @@
 """`mora-ds COMMAND [flags]`: one program for training and all that stands around it.
 
-A command's module is imported when the command is called, and it imports torch and the
-like when its flags are read: `--help` and a wrong flag wait for neither.
+A command's module is imported when the command is called. It imports torch and the like
+only after it has read its flags, so that `--help` and a wrong flag wait for neither.
 """
 
 import sys

@@ -148,7 +148,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--document_start", metavar="TOKEN",
-        help="as in mora-ds pretrain. Default: that of the run; auto for a model that is no run's",
+        help="as in mora-ds pretrain. Default: that of the run; auto with --onto and for other models",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument(

@@ -18,7 +18,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mora_ds.common.errors import POSITIVE, raise_validation_errors, wrong_values
+from mora_ds.common.errors import (
+    ABOVE_0_AT_MOST_1,
+    POSITIVE,
+    UserError,
+    raise_validation_errors,
+    wrong_values,
+)
 from mora_ds.common.files import packaged
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
@@ -35,8 +41,9 @@ SMALLEST = "nothing fits; the smallest there is:"
 
 def main() -> None:
     options, settings = _parser().parse_known_args()
-    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "assume_mfu")
-    raise_validation_errors(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
+    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
+    bounds = {**dict.fromkeys(counts, POSITIVE), "assume_mfu": ABOVE_0_AT_MOST_1}
+    raise_validation_errors(wrong_values(options, bounds))
     arguments = _arguments(options, settings)
     say_loading()
     validate(arguments)
@@ -99,12 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--assume_mfu",
         type=float,
-        help="part of a GPU's peak that the run is assumed to use, such as 0.4: prints GPU-hours",
+        help="fraction of an H100's peak that the run is assumed to use, such as 0.4: prints GPU-hours",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print JSON in place of the tables, in bytes",
+        help="print the first plan as JSON, in bytes",
     )
     return parser
 
@@ -112,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of
     `mora-ds pretrain`. Raises `UserError`."""
+    for word in settings:
+        flag = word.split("=")[0]
+        if flag.replace("-", "_") == "__model_config":
+            raise UserError(f"{flag} is for training: a plan takes --model")
     flags = ["--model_name_or_path", packaged(options.model), "--dry_run"]
     if options.micro_batch is not None:
         flags += ["--per_device_train_batch_size", str(options.micro_batch)]

@@ -41,7 +41,7 @@ from mora_ds.common.untrusted import (
 from mora_ds.common.version import __version__
 
 FORMAT = 6
-"""Format version of files of mora_ds: checkpoints, adapters, caches."""
+"""Format version of the files that are read again: checkpoints, ledgers, adapters."""
 
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object."""
@@ -273,6 +273,10 @@ def as_path(value: Any, argument: str) -> Path:
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise UserError(f"{argument} must be a path, got {value!r}")
+    if "://" in path:
+        raise UserError(
+            f"{argument}: URLs are not supported; give a path on a disk, got {path}"
+        )
     return Path(path)
 
 

@@ -87,7 +87,7 @@ class DataArguments:
     """Files whose perplexity is reported, each set as PATH (named by its file, without
     endings) or NAME=PATH_OR_PATTERN."""
     dataset_name: str | None = None
-    """Name or folder of a `datasets` data set to train on, instead of --train_files."""
+    """Name or folder of a `datasets` dataset to train on, instead of --train_files."""
     text_column: str = "text"
     """Column or JSON key that holds the text."""
     document_start: str = "auto"

@@ -49,7 +49,7 @@ _LOCAL_RANK = re.compile(r"--local[_-]rank=-?\d+")
 """What launchers add to a command line. The variable LOCAL_RANK, which they set too, is
 what is read."""
 
-_NEGATIVE = re.compile(r"-[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
 def documented(cls: Class) -> Class:

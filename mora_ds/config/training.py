@@ -69,7 +69,7 @@ class TrainingArguments:
     sequence_parallel_size: int = 1
     """Consecutive ranks that share every row, each with its part of the tokens
     (DeepSpeed's Ulysses), for sequences too long for one; the base stays unsharded on
-    every rank. Batch sizes then count the rows of such a group."""
+    every rank. Batch sizes then count the sequences of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
     """adamw, or muon: Muon for the MoRA matrices (of LoRA each factor), AdamW for all
     other trained parameters."""

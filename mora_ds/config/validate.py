@@ -125,8 +125,7 @@ def validate(arguments: Arguments) -> None:
     problems += conflicts(
         steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )
-    # The config of an adapter checks fields that have bounds here too
-    raise_validation_errors(dict.fromkeys(problems))
+    raise_validation_errors(problems)
     raise_validation_errors(unused_options(arguments).values())
 
 

@@ -5,7 +5,7 @@ Each has
     label                    the name for messages
     documents_after(mark)    iterates over the documents after a position, each with the position after it
     content_hash()           a hash of the contents, independent of the path
-    stamp()                  size and time of a file, or a fingerprint: the hash is recomputed only if this changes
+    stat_signature()         size and time of a file, or a fingerprint: the hash is recomputed only if this changes
     size_bytes()             on disk (compressed size of a compressed file); 0 if unknown
 """
 

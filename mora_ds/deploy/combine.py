@@ -176,7 +176,7 @@ def _check_pair(adapter: Adapter, last: Adapter) -> None:
         )
     if different := sorted(set(adapter.file.trainables) ^ set(last.file.trainables)):
         raise UserError(
-            f"{pair} train different tensors in addition to their matrices, e.g. {different[0]}"
+            f"{pair} train different tensors, apart from their matrices, e.g. {different[0]}"
         )
     if adapter.file.domains != last.file.domains:
         raise UserError(f"{pair} have different domains, or other operators for them")

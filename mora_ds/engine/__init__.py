@@ -4,6 +4,8 @@
     ds_config         a DeepSpeed JSON with "auto" values -> the config of the engine; ds_keys, ds_optimizer: its parts
     zero              access to an engine's fp32 master weights, optimizer state, learning rate, gradient norm
     muon              workarounds for DeepSpeed's Muon
+    node_base         the frozen base in memory that the ranks of a node share
+    layer_prefetcher  copies decoder layers to the device one by one (--base_device host)
     shards            gets and restores, as tensors, what training changes in an engine
     traffic           counts the bytes of collectives
     device            the device of this process

@@ -180,7 +180,7 @@ def _without_auto(config: DsConfig) -> DsConfig:
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if value != AUTO or key in _BUCKET_KEYS
+        if value != AUTO or key in (*_BUCKET_KEYS, "keep_in_fp32_modules")
     }
 
 

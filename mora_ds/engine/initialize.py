@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,15 +84,16 @@ def start_distributed(timeout_s: float | None = None) -> None:
             if "EADDRINUSE" not in str(error):
                 raise
             port = os.environ["MASTER_PORT"]
-            users = [
-                str(socket.pid)
-                for socket in psutil.net_connections("tcp")
-                if socket.laddr and str(socket.laddr.port) == port and socket.pid
-            ]
+            users: set[str] = set()
+            # Another user's processes may be hidden
+            with suppress(psutil.Error, OSError):
+                for socket in psutil.net_connections("tcp"):
+                    if socket.laddr and str(socket.laddr.port) == port and socket.pid:
+                        users.add(str(socket.pid))
             raise UserError(
                 f"port {port} of this machine, by which ranks find each other, is in use (process "
-                f"{', '.join(users) or 'of another user'}): if that is an earlier run of yours, end it; otherwise give "
-                "this run another port with --master_port"
+                f"{', '.join(sorted(users)) or 'of another user'}): if that is an earlier run of yours, end it; "
+                "otherwise give this run another port with --master_port"
             ) from error
     # Last, as a rank that lacks a compiler must be there to tell the others so
     check_kernels()

@@ -2,7 +2,7 @@
 (`runtime/node_memory.py`).
 
     share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
-    node_base_of(model).rebuild_weight(...)     a merge, a resume: each layer is written by one process of the node
+    node_base_of(model).rebuild_weights(...)     a merge, a resume: each layer is written by one process of the node
 
 No other run ever trusts this memory: a resumed run forms its weights from the original
 ones and the merge ledger, as one that shares nothing. All processes wait for each other
@@ -64,7 +64,7 @@ class NodeBase:
     def _is_shared(self, layer: str) -> bool:
         return f"{layer}.weight" in self.slots
 
-    def rebuild_weight(
+    def rebuild_weights(
         self,
         model: nn.Module,
         items: Iterable[tuple[str, Item]],

@@ -25,6 +25,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
+from mora_ds.checkpoint.storage import local_copy
 from mora_ds.common.errors import UserError
 from mora_ds.engine.accelerate import (
     allow_cpu,
@@ -179,7 +180,9 @@ class MoRATrainer(_Base):
         if earlier is not None:
             self.run.remora.rebuild_base()
         if resume is not None:
-            merged_every = read_adapter(Path(resume)).facts.get(MERGE_EVERY, 0)
+            merged_every = read_adapter(local_copy(Path(resume))).facts.get(
+                MERGE_EVERY, 0
+            )
             if merged_every and not self._merging:
                 raise UserError(
                     f"{checkpoint} is of a run that merges every {merged_every} steps: add MoRACallback; "

@@ -4,7 +4,6 @@ base            `BaseCheckpoint`: the base weights on disk, their fingerprint, a
 attention       selects document attention or dense attention for a model
 document_attention  causal attention inside each document of packed sequences
 decoder_layers  decoder layers, and the frozen weights that only one layer uses
-node_base       `NodeBase`: the frozen base in memory that the ranks of a node share
 load            Hub name or folder -> model in memory; configs
 dequantize      converts bases in FP8 and MXFP4 to a base in the run's folder
 rope            --rope_scaling: changes of a base's rotary embeddings

@@ -5,7 +5,7 @@ stores a shard of every MoRA matrix M.
 
     colwise   y[own] = (W0 x)[own] + update          a view of this rank's rows of W0
     rowwise   y = sum over the group of W0[:, own] x[own] + update      a view of its columns; one all-reduce
-    whole     y = W0 x + decompress(gather(M[own] compress(x)))         only M is sharded
+    full      y = W0 x + decompress(gather(M[own] compress(x)))         only M is sharded
 
 A rank stores a shard of M's rows, which ZeRO shards further over the data-parallel
 group. Colwise and rowwise layers gather M within one autograd function, in forward and

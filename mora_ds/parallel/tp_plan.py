@@ -3,7 +3,7 @@
 
     colwise     each rank computes a slice of the outputs                      q, k, v, gate, up
     rowwise     each rank reads a slice of the inputs; results are summed      o, down
-    whole       every rank computes the complete layer: the fallback, reported with its reason
+    full        every rank computes the complete layer: the fallback, reported with its reason
 
 A block (attention, MLP) is split completely or not at all. The plan depends on the
 model and the degree only, which are the same on all ranks, as ranks with different

@@ -98,10 +98,15 @@ class Plan:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint without the merge ledger: of each trained parameter the
-        adapter, the fp32 master weight and two moments, or one of Muon."""
-        spared = self.trained.matrix_numel if self.trained.muon else 0
-        return 4 * (4 * self.trained.total - spared)
+        """Bytes of a checkpoint without the merge ledger, in fp32: of each trained
+        parameter the master weight, two moments, or one of Muon, and the adapter, which
+        full training does not have."""
+        trained = self.trained
+        matrices = trained.matrix_numel * self.work.tensor_parallel
+        others = trained.total - trained.matrix_numel
+        copies = 3 if self.work.adapter is None else 4
+        spared = matrices if trained.muon else 0
+        return 4 * (copies * (matrices + others) - spared)
 
     @property
     def sent(self) -> float:

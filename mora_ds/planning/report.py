@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from mora_ds.adapters.config import AS_LOADED
+from mora_ds.adapters.registry import adapter_type
 from mora_ds.common.files import JsonObject
 from mora_ds.engine.settings import BaseDevice
 from mora_ds.planning.plan import USABLE, Plan
@@ -71,6 +72,12 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     in_host_memory = "in host memory" if plan.trained.offloads else ""
     share = f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""
     matrix_bytes = memory.mora_matrices * plan.trained.matrix_numel / plan.trained.total
+    title = "trained parameters"
+    is_full = plan.work.adapter is None
+    if plan.work.adapter is None:
+        matrix_bytes = memory.mora_matrices
+    else:
+        title = adapter_type(plan.work.adapter.adapter).weights_title
     activations = f"activations {size_text(memory.activations)}"
     gathered = f"gathered parameters {size_text(memory.gathered)}"
     collected = f"rank 0 collects {size_text(memory.host_save)} in host memory"
@@ -82,7 +89,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     rows: list[tuple[str, float, str]] = [
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
-        ("MoRA matrices, this shard", matrix_bytes, share),
+        (f"{title}, this shard", matrix_bytes, share),
         ("embeddings and others", memory.mora_matrices - matrix_bytes, share),
         ("fp32 master weights", memory.master_weights, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
@@ -101,7 +108,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("host memory of a node", plan.host_memory, "one copy of the base"),
         ("all-gather volume", plan.gathered, "trained parameters; base 0"),
         ("sent per GPU per step", plan.sent, "by ZeRO"),
-        ("a checkpoint", plan.checkpoint, "and the merge ledger"),
+        ("a checkpoint", plan.checkpoint, "" if is_full else "and the merge ledger"),
     ]
     if plan.bytes_per_merge:
         kinds = "its matrices, unsharded, and index tables"

@@ -37,7 +37,7 @@ def peak_flops(card: str) -> float | None:
 
 def token_flops(model: Any, length: int) -> float:
     """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or
-    one that is trained whole; before the engine shards anything."""
+    one that is trained in full; before the engine shards anything."""
     frozen = 0
     trained = 0
     stacks = find_stacks(model).values()

@@ -55,9 +55,9 @@ class MergeReport:
     delta_norm: float
     """Norm of the deltas that the matrices stand for."""
     weight_norm: float
-    """Norm of the merged weights before the merge."""
+    """Norm of the weights before the merge, earlier merges included."""
     rounding_loss: float
-    """Share of the deltas that the merged weights' dtype did not take up (0 in fp32; the
+    """Share of the deltas that the dtype of the weights did not take up (0 in fp32; the
     ledger has all of it). Above 1 where deltas are smaller than what rounding changes,
     as they may be in 8 bits."""
     loss_before: float | None = None
@@ -130,7 +130,7 @@ class ReMoRA:
         entries = layer_entries(model)
         recorded: Tensors = {}
         before = loss_fn() if loss_fn else None
-        rows = self._rebuild_weight(self._matrices(recorded))
+        rows = self._rebuild_weights(self._matrices(recorded))
         norms = node_base_of(model).gather_rows(
             rows, list(entries), len(MergeNorms._fields)
         )
@@ -138,14 +138,14 @@ class ReMoRA:
         self._start_cycle(self.cycle)
         after = loss_fn() if loss_fn else None
         self.check_reference_loss(step, before, after)
-        squared_norm, delta_sum, weight_sum, lost_sum = (
+        matrix_sum, delta_sum, weight_sum, lost_sum = (
             sum(norm**2 for norm in column) for column in norms.T.tolist()
         )
         return MergeReport(
             cycle=cycle,
             step=step,
             layers=len(entries),
-            mora_matrix_norm=squared_norm**0.5,
+            mora_matrix_norm=matrix_sum**0.5,
             delta_norm=delta_sum**0.5,
             weight_norm=weight_sum**0.5,
             rounding_loss=(lost_sum / delta_sum) ** 0.5 if delta_sum else 0.0,
@@ -162,7 +162,7 @@ class ReMoRA:
                 recorded[name] = mora_matrix.cpu()
             yield name, mora_matrix
 
-    def _rebuild_weight(
+    def _rebuild_weights(
         self, mora_matrices: Iterable[tuple[str, Tensor | None]]
     ) -> dict[str, MergeNorms]:
         """Form every merged weight anew: its original, all deltas of the ledger, and that
@@ -190,10 +190,10 @@ class ReMoRA:
                         mora_matrix = mora_matrix.cpu()
                     yield name, mora_matrix
                 elif layers[name].is_packed:
-                    # Matrices in addition to packed weights stay in every process
+                    # Matrices next to packed weights stay in every process
                     layers[name].set_merged(updates(name, mora_matrix))
 
-        def rebuild_weight(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
+        def rebuild_layer(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
             original = self.base.read(self.keys[layer.spec.weight_name(name)])
             if mora_matrix is None:
@@ -202,7 +202,7 @@ class ReMoRA:
             mora_matrix = mora_matrix.to(layer.device)
             return layer.merge(original, updates(name, mora_matrix), mora_matrix)
 
-        formed = node.rebuild_weight(model, items(), rebuild_weight)
+        formed = node.rebuild_weights(model, items(), rebuild_layer)
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
@@ -231,7 +231,7 @@ class ReMoRA:
 
     def rebuild_base(self) -> None:
         """Form every merged weight from its original and the ledger. Collective."""
-        self._rebuild_weight((name, None) for name in mora_layers(self.engine.module))
+        self._rebuild_weights((name, None) for name in mora_layers(self.engine.module))
 
     def _record(
         self,

@@ -240,7 +240,7 @@ class _Tokenization:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }
         if encoder.start_id != start_id(self.tokenizer):
-            facts["context"] = encoder.start_id
+            facts["start"] = encoder.start_id
         identity = {
             "text": json_digest(facts)[:32],
             "shuffle_buffer": data.shuffle_buffer,

@@ -312,7 +312,9 @@ def _try_lock(file: int, kind: int, byte: int) -> bool:
 def _holder(file: int, byte: int) -> str:
     """The process that has locked a byte of a lock file."""
     wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    if kind == fcntl.F_UNLCK:
+        return "which has just ended"
     return f"process {pid}" if pid > 0 else "on another node"
 
 

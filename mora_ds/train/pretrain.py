@@ -172,7 +172,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
     The folder becomes the run's when the block has passed, and is as it was when the
     block raises.
     """
-    root = expanded(arguments.training.output_dir)
+    root = expanded(arguments.training.output_dir, "--output_dir")
     targets = None
     if arguments.research:
         from mora_ds.research.targets import plan_of

@@ -154,15 +154,15 @@ class Trainer:
             logger.info(evaluator.forgotten or done)
             return
         state.finished = False
-        self.memory.end("context")
+        self.memory.end("start")
         if self.schedule.merge_every:
             merges = self.schedule.merges_left(state.step)
             steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
             logger.info(f"remaining merges: {len(merges)}{steps}")
             if not merges and not state.merges:
                 logger.warning(
-                    f"--merge_every {self.schedule.merge_every}: this run of {self.total_steps} steps has no merge "
-                    "and trains plain MoRA: the re-warmup after a merge must end before the run does"
+                    f"--merge_every {self.schedule.merge_every}: this run of {self.total_steps} steps has no merge: "
+                    "one comes only after the warm-up, and early enough for its re-warmup to end before the run does"
                 )
         profiler = None
         if self.training.profile is not None and self.ranks.is_rank0:

@@ -1,6 +1,7 @@
-"""What a run trains: a model, prepared for its run, and the `Run` around its engine.
+"""What a run trains: a model, prepared for its run, and the `TrainingRun` around its
+engine.
 
---adapter mora, lora   MoRA matrices or LoRA factors on a frozen base
+--adapter NAME         a registered adapter (mora, lora) on a frozen base
                        config (targets) -> injection -> identity check -> engine -> Run
 --adapter full         every parameter, under plain ZeRO
 --adapter none         nothing; the base is only evaluated
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 class TrainingSetup:
     """A model with all that belongs to its run. All processes make it together.
 
-    Making it prepares the model, starts the engine and, where `start.checkpoint` is
+    Making it prepares the model, starts the engine and, where `context.checkpoint` is
     set, resumes. Raises `UserError` for settings that do not fit the model or the
     checkpoint.
     """

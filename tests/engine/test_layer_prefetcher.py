@@ -142,7 +142,7 @@ def change(model):
         if base_bits_of(model) != 4:  # which no merge writes
             layer.rebuild_weight(layer.read().float() * 1.5, [])
 
-    node.rebuild_weight(
+    node.rebuild_weights(
         model, [(name, layers[name]) for name in node.layers(model)], grow
     )
 

@@ -176,12 +176,12 @@ def faults():
 
     items = [(name, None) for name in node.layers(model)]
     with run_error("rank 1: no memory for"):
-        node.rebuild_weight(model, items, work)
+        node.rebuild_weights(model, items, work)
     if is_odd:
         layer = next(iter(mora_layers(model).values()))
         layer.weight = layer.weight.clone()
     with run_error("replaced after the start"):
-        node.rebuild_weight(model, items, lambda name, item: None)
+        node.rebuild_weights(model, items, lambda name, item: None)
 
 
 def test_an_error_of_one_process_is_one_of_all():

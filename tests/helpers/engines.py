@@ -131,7 +131,7 @@ def merge_by_hand(engine):
     def add(name, mora_matrix):
         layers[name].weight += delta_weight(layers[name].spec, mora_matrix)
 
-    node.rebuild_weight(
+    node.rebuild_weights(
         model, [(name, mora_matrices[name]) for name in node.layers(model)], add
     )
     zero.reset_group(engine, 0)

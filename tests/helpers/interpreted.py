@@ -89,7 +89,7 @@ def check_kernels(spec, dtype):
 
 
 def check_rows(spec, tables, dtype):
-    """All kernels but `rebuild_weight`: what they make of rows of tokens."""
+    """All kernels but `effective_weight`: what they make of rows of tokens."""
     rotation = tables.rotation
     x = random(TOKENS, spec.d_in).to(dtype)
     g = random(TOKENS, spec.d_out, seed=1).to(dtype)
@@ -142,21 +142,21 @@ def check_form(spec, tables, dtype):
         *tables.rotation,
         tables.blocks_out,
     )
-    expected = plain.rebuild_weight(weight, None, *operands)
+    expected = plain.effective_weight(weight, None, *operands)
     same(
-        launched(triton_ops.rebuild_weight, weight, None, *operands),
+        launched(triton_ops.effective_weight, weight, None, *operands),
         expected,
-        "rebuild_weight",
+        "effective_weight",
     )
     same(
-        launched(triton_ops.rebuild_weight, weight.T.contiguous().T, None, *operands),
+        launched(triton_ops.effective_weight, weight.T.contiguous().T, None, *operands),
         expected,
         "form of a transposed weight",
     )
     values, scales = quantize(weight)
     same(
-        launched(triton_ops.rebuild_weight, values, scales, *operands),
-        plain.rebuild_weight(values, scales, *operands),
+        launched(triton_ops.effective_weight, values, scales, *operands),
+        plain.effective_weight(values, scales, *operands),
         "form of int8",
     )
 
@@ -231,7 +231,7 @@ def check_reads(spec):
 
 
 def check_outputs_that_read_several_rows():
-    """`rebuild_weight` of an operator that is not packaged, rotated and not."""
+    """`effective_weight` of an operator that is not packaged, rotated and not."""
     packaged = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
         OPERATORS[OperatorKind.TRUNCATE] = Operator(

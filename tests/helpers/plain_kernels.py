@@ -36,7 +36,7 @@ def gather_add_(
     y.copy_(_sums(x, table, cos, sin, back).add_(y))
 
 
-def rebuild_weight(
+def effective_weight(
     weight,
     scales,
     mora_matrix,
@@ -47,7 +47,7 @@ def rebuild_weight(
     sin,
     blocks,
 ):
-    """See `ops.rebuild_weight`."""
+    """See `ops.effective_weight`."""
     del members
     r_hat = len(mora_matrix)
     turned_blocks = blocks if cos is None else len(cos)

@@ -45,7 +45,7 @@ SHAPES = (
 TOKENS = (4096, 16384)
 STEPS = {
     "fold": ("fold",),
-    "rebuild_weight": ("rebuild_weight",),
+    "effective_weight": ("effective_weight",),
     "collect": ("collect",),
     "dM": ("product", "sum_parts"),
     "spread": ("spread",),
@@ -159,7 +159,7 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
             x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False
         ),
         "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "rebuild_weight": triton_ops.plan_form(
+        "effective_weight": triton_ops.plan_form(
             *base, tables.slots, tables.members, *rotation, tables.blocks_out
         ),
         "product": triton_ops.plan_product(parts, c_blocks, z_blocks),

@@ -48,7 +48,7 @@ def test_windows_make_up_the_operator(spec):
     colwise = [Window(spec, (0, spec.d_in), span) for span in bounds(spec.d_out)]
     rowwise = [Window(spec, span, (0, spec.d_out)) for span in bounds(spec.d_in)]
     with torch.no_grad():
-        formed = LayerProducts(spec).rebuild_weight(weight, mora_matrix)
+        formed = LayerProducts(spec).effective_weight(weight, mora_matrix)
         for windows in (colwise, rowwise):
             results = [
                 computed(window, weight, mora_matrix, x, g) for window in windows
@@ -78,7 +78,7 @@ def computed(window, weight, mora_matrix, x, g):
         products.input_gradient(g, weight, mora_matrix, collected),
         products.mora_matrix_gradient(saved, g, collected, by_weight=False),
         products.mora_matrix_gradient(saved, g, None, by_weight=True),
-        products.rebuild_weight(weight, mora_matrix),
+        products.effective_weight(weight, mora_matrix),
     )
 
 

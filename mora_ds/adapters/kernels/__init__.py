@@ -2,7 +2,7 @@
 once: made for GPUs.
 
 tables      the operator's indices as int32 buffers, which a layer holds; in how many parts `product` sums
-ops         `torch.ops.mora_ds`: gather_sum, gather_add_, form, product, sum_parts; their shapes on the meta device
+ops         `torch.ops.mora_ds`: gather_sum, gather_add_, effective_weight, product, sum_parts; their shapes on `meta`
 triton_ops  those in Triton, imported at the first call on a GPU (CUDA builds of torch bring triton along)
 linear      an adapted layer's product made of them, over activations or over the weight, with its gradients
 

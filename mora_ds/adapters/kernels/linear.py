@@ -37,7 +37,7 @@ class KernelProducts(LayerProducts):
     def saved_input(self, x: Tensor) -> Tensor:
         return x if self.spec.blocks > 1 else self._fold(x)
 
-    def rebuild_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
+    def effective_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """As in plain torch; merges round otherwise."""
         if isinstance(weight, Int8Weight):
             values = weight.values
@@ -48,7 +48,7 @@ class KernelProducts(LayerProducts):
         tables = self.tables
         cos, sin = tables.rotation
         maps = tables.unfold, tables.slots, tables.members
-        return ops.rebuild_weight(
+        return ops.effective_weight(
             values, scales, mora_matrix, *maps, cos, sin, tables.blocks_out
         )
 

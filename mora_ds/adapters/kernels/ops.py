@@ -13,7 +13,7 @@ Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both giv
 rotate only, `gather_sum` rotates each of the N blocks of the result (`back` False) or
 rotates each block of x back before it gathers (`back` True).
 
-`rebuild_weight`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8;
+`effective_weight`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8;
 M (R, R); `unfold`, `slots`, `blocks_out` and, for share, `members` of `tables`. The
 result is contiguous, in the dtype of M.
 
@@ -30,14 +30,14 @@ import torch
 
 from mora_ds.adapters.kernels.tables import empty_product
 
-NAMES = ("gather_sum", "gather_add_", "rebuild_weight", "product", "sum_parts")
+NAMES = ("gather_sum", "gather_add_", "effective_weight", "product", "sum_parts")
 
 _LIBRARY = torch.library.Library("mora_ds", "DEF")
 _ROTATION = "Tensor? cos, Tensor? sin, bool back"
 _LIBRARY.define(f"gather_sum(Tensor x, Tensor table, {_ROTATION}) -> Tensor")
 _LIBRARY.define(f"gather_add_(Tensor(a!) y, Tensor x, Tensor table, {_ROTATION}) -> ()")
 _LIBRARY.define(
-    "rebuild_weight(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, "
+    "effective_weight(Tensor weight, Tensor? scales, Tensor mora_matrix, Tensor unfold, Tensor slots, Tensor? members, "
     "Tensor? cos, Tensor? sin, int blocks) -> Tensor"
 )
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
@@ -52,7 +52,7 @@ KERNEL_DEVICES: tuple[str, ...] = () if find_spec("triton") is None else ("cuda"
 _ON_META: dict[str, Any] = {
     "gather_sum": lambda x, table, *_: x.new_empty(len(x), table.shape[1]),
     "gather_add_": lambda *_: None,
-    "rebuild_weight": lambda weight, scales, mora_matrix, *_: mora_matrix.new_empty(
+    "effective_weight": lambda weight, scales, mora_matrix, *_: mora_matrix.new_empty(
         weight.shape
     ),
     "product": lambda c, z: empty_product(c, z, _PROGRAMS_ON_META),
@@ -78,6 +78,6 @@ for _name in NAMES:
 
 gather_sum = torch.ops.mora_ds.gather_sum.default
 gather_add_ = torch.ops.mora_ds.gather_add_.default
-rebuild_weight = torch.ops.mora_ds.rebuild_weight.default
+effective_weight = torch.ops.mora_ds.effective_weight.default
 product = torch.ops.mora_ds.product.default
 sum_parts = torch.ops.mora_ds.sum_parts.default

@@ -32,7 +32,7 @@ _SHARED = 1 << 16
 
 _PART = 2048
 _FORM_PART = 512
-"""Most columns of a program: of `gather_sum` and of `rebuild_weight` for share, and of `rebuild_weight` for
+"""Most columns of a program: of `gather_sum` and of `effective_weight` for share, and of `effective_weight` for
 the other operators."""
 
 _TOKENS = 4
@@ -124,10 +124,10 @@ def plan_gather_sum(
     )  # fmt: skip
 
 
-def rebuild_weight(
+def effective_weight(
     weight: Tensor, scales: Tensor | None, mora_matrix: Tensor, *maps: Any
 ) -> Tensor:
-    """See `ops.rebuild_weight`."""
+    """See `ops.effective_weight`."""
     out = mora_matrix.new_empty(weight.shape)
     plan_form(out, weight, scales, mora_matrix.contiguous(), *maps)()
     return out
@@ -145,7 +145,7 @@ def plan_form(
     sin: Tensor | None,
     blocks: int,
 ) -> Launch:
-    """`rebuild_weight` into out (O, D). For share a program gathers a row of M once, and adds it
+    """`effective_weight` into out (O, D). For share a program gathers a row of M once, and adds it
     to all rows of the weight that read it. For the other operators most elements of the
     delta are zero, and of M only the others are read."""
     rows, columns = weight.shape

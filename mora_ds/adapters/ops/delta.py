@@ -1,7 +1,7 @@
 """Updates added to a weight without forming their deltas: most of the time of a merge,
 a resume and an export.
 
-    share, truncate      rows of the weight += the rows of `input_columns` that they read; 1 MiB of the weight at a
+    share, truncate      rows of the weight += the rows of `tables.unfold(M)` that they read; 1 MiB of the weight at a
                          time
     decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 

@@ -107,7 +107,7 @@ class MoRALinearFunction(torch.autograd.Function):
             ctx.save_for_backward(saved, mora_matrix, weight.values, weight.scales)
         full = products.full(mora_matrix)
         if by_weight:
-            y = F.linear(x, products.rebuild_weight(weight, full), bias)
+            y = F.linear(x, products.effective_weight(weight, full), bias)
         else:
             y = products.output(x, weight, bias, full, saved)
         # A view, which torch returns with a bias, may not be changed in place, as
@@ -126,7 +126,7 @@ class MoRALinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             full = products.full(mora_matrix)
             if ctx.by_weight:
-                g_x = g @ products.rebuild_weight(weight, full)
+                g_x = g @ products.effective_weight(weight, full)
             else:
                 g_x = products.input_gradient(g, weight, full, collected)
         if ctx.needs_input_grad[3]:
@@ -156,7 +156,7 @@ class LayerProducts:
         itself, which is saved in its place: layers that read one tensor share it."""
         return fold_input(self.spec, x) if self.spec.blocks == 1 else x
 
-    def rebuild_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
+    def effective_weight(self, weight: Weight, mora_matrix: Tensor) -> Tensor:
         """weight + delta (O, D), contiguous, in the dtype of M."""
         dense = (
             weight if isinstance(weight, Tensor) else weight.dense(mora_matrix.dtype)

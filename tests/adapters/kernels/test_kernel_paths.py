@@ -130,14 +130,14 @@ def check_formed(spec):
     weight = random(spec.d_out, spec.d_in, seed=1).float()
     plain = LayerProducts(spec)
     kernels = KernelProducts(KernelTables(spec, CPU))
-    formed = kernels.rebuild_weight(weight, mora_matrix)
-    assert torch.equal(formed, plain.rebuild_weight(weight, mora_matrix))
-    transposed = kernels.rebuild_weight(weight.T.contiguous().T, mora_matrix)
+    formed = kernels.effective_weight(weight, mora_matrix)
+    assert torch.equal(formed, plain.effective_weight(weight, mora_matrix))
+    transposed = kernels.effective_weight(weight.T.contiguous().T, mora_matrix)
     assert torch.equal(formed, transposed)
     small = Int8Weight(*quantize(weight))
     dequantized = small.values * small.scales.unsqueeze(1)
-    in_8_bits = kernels.rebuild_weight(small, mora_matrix)
-    assert torch.equal(in_8_bits, plain.rebuild_weight(dequantized, mora_matrix))
+    in_8_bits = kernels.effective_weight(small, mora_matrix)
+    assert torch.equal(in_8_bits, plain.effective_weight(dequantized, mora_matrix))
 
 
 def test_a_quantized_weight_has_the_product_of_its_dense_one():
@@ -172,7 +172,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
         with Kernels() as kernels:
             y = layer(x)
         assert (
-            kernels.started["mora_ds.rebuild_weight"]
+            kernels.started["mora_ds.effective_weight"]
             == kernels.started["mora_ds.gather_sum"]
             == 1
         )

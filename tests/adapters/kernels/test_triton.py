@@ -78,7 +78,7 @@ def check_code(name, launch, capability):
     if name == "product":
         instruction = "wgmma.mma_async" if capability == 90 else "mma.sync"
         assert instruction in code.ptx, f"{name} does not use the tensor cores"
-    elif name != "rebuild_weight" or launch.kernel is not triton_ops._form_blocks:
+    elif name != "effective_weight" or launch.kernel is not triton_ops._form_blocks:
         assert code.loads(8) == code.loads(16) == 0, (
             f"{name} reads single numbers from global memory"
         )
@@ -102,8 +102,8 @@ ROTATE = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, 336, Grouping.PERMUTED, 
     [
         (ROTATE, "fold"),
         (ROTATE, "unfold"),
-        (ROTATE, "rebuild_weight"),
-        (SHARE, "rebuild_weight"),
+        (ROTATE, "effective_weight"),
+        (SHARE, "effective_weight"),
         (SHARE, "product"),
     ],
     ids=["rotate-fold", "rotate-unfold", "rotate-form", "share-form", "product"],
@@ -124,8 +124,8 @@ def test_machine_code_of_every_operator(kind, shape, capability):
     for name, launch in launches(spec, torch.bfloat16).items():
         check_code(name, launch, capability)
     check_code(
-        "rebuild_weight",
-        launches(spec, torch.bfloat16, int8=True)["rebuild_weight"],
+        "effective_weight",
+        launches(spec, torch.bfloat16, int8=True)["effective_weight"],
         capability,
     )
 

@@ -209,7 +209,7 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
     kernels = KernelProducts(KernelTables(spec, torch.device("cpu")))
-    assert_close(kernels.rebuild_weight(merged, mora_matrix), right)
+    assert_close(kernels.effective_weight(merged, mora_matrix), right)
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
         by_kernels = partial(mora_linear, products=kernels, path=path)
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
@@ -220,7 +220,7 @@ def test_an_operator_from_two_maps_has_update_and_delta(
     ]
     zeros = [torch.zeros(spec.d_out, window.d_in).double() for window in windows]
     formed = [
-        LayerProducts(window).rebuild_weight(zero, mora_matrix)
+        LayerProducts(window).effective_weight(zero, mora_matrix)
         for window, zero in zip(windows, zeros, strict=True)
     ]
     assert_close(torch.cat(formed, dim=1), delta)
