@@ -110,7 +110,7 @@ class MemoryStorage:
 
 
 def chosen(root):
-    socket = root.absolute().parents[1] / SOCKET
+    socket = root.absolute().parent.parent / SOCKET
     return MemoryStorage(root, socket) if socket.is_socket() else LocalStorage(root)
 
 
