@@ -120,7 +120,7 @@ def test_recipes_are_planned(path, tmp_path, out, monkeypatch, capsys):
     as_highest = pytest.approx(highest, abs=0.06)
     if asked:
         assert numbers(r"([\d.]+) GB at the peak", text)[0] == as_highest
-    said = numbers(r"([\d.]+) GB on the network of a GPU and step", text)
+    said = numbers(r"([\d.]+) GB per GPU per step", text)
     assert bool(said) == (path.stem in ("continual", "continual_embeddings"))
     if said:
         (sent,) = numbers(r"sent per GPU per step +([\d.]+) GB", output)
