@@ -190,7 +190,7 @@ def attempt(settings, user):
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            summary = train(parse(argv_of(settings, user)))
+            summary = train(parse(argv_of(settings, user))) or {}  # of a dry run
         assert summary.get("base_bytes_gathered", 0) == 0
         assert not any(
             CheckpointManager.verify(folder)
