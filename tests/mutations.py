@@ -357,7 +357,7 @@ common/files.py sha256_file | common/test_files.py
 + return hashlib.sha256(file.read(1 << 22)).hexdigest()
 
 # what a sum of weights leaves of the base is forgotten
-deploy/combine.py _Trained.value | deploy/test_combine.py
+deploy/combine.py _Trained.tensor | deploy/test_combine.py
 - 1 - math.fsum(any_weights)
 + 0.0
 

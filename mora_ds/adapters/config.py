@@ -127,7 +127,7 @@ class AdapterConfig:
         return {"seed": self.first_seed(layer, cycle=0)}
 
     def first_seed(self, layer: str, cycle: int) -> int:
-        """Seed of the value that a layer starts a cycle from
+        """Seed of the adapter weight that a layer starts a cycle from
         (`UpdateSpec.init_weight`)."""
         return permutation_seed(self.seed, f"first/{layer}", cycle)
 

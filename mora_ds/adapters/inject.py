@@ -387,7 +387,7 @@ def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     rows = []
     for (ending, d_in, d_out), alike in groups.items():
         size = min(spec.size for spec in alike)
-        params = sum(math.prod(spec.value_shape) for spec in alike)
+        params = sum(math.prod(spec.adapter_weight_shape) for spec in alike)
         rows.append(ShapeRow(ending, len(alike), d_in, d_out, size, params))
     return tuple(rows)
 

@@ -35,7 +35,7 @@ from mora_ds.adapters.ops.linear import (
 )
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import AdditiveTerm, Delta, UpdateSpec
+from mora_ds.adapters.ops.spec import AdditiveTerm, Update, UpdateSpec
 from mora_ds.adapters.ops.terms import join
 
 
@@ -103,7 +103,7 @@ class AdaptedLinear(nn.Module):
 
     Input (..., d_in), output (..., d_out). `weight` keeps the layout of the layer that
     it comes from: (d_out, d_in), or (d_in, d_out) when `transposed` (GPT-2's Conv1D),
-    unless it is packed. The only parameter is `value`, named `spec.value_name`.
+    unless it is packed. The only parameter is the adapter weight, named `spec.adapter_weight_name`.
     """
 
     weight: Tensor
@@ -120,7 +120,7 @@ class AdaptedLinear(nn.Module):
         seed: int = 0,
     ) -> None:
         """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`)
-        without copying them. `seed`: of the first value."""
+        without copying them. `seed`: of the initial adapter weight."""
         super().__init__()
         # An `ExpertStack` says it itself
         self.transposed: bool = getattr(base, "transposed", isinstance(base, Conv1D))
@@ -131,12 +131,14 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("weight_scales", None, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.spec = spec
-        value = spec.init_weight(self.frozen, seed).to(weight.device, weight.dtype)
-        self.register_parameter(spec.value_name, nn.Parameter(value))
+        adapter_weight = spec.init_weight(self.frozen, seed).to(
+            weight.device, weight.dtype
+        )
+        self.register_parameter(spec.adapter_weight_name, nn.Parameter(adapter_weight))
         self.dropout = dropout
         self.split: Split | None = None
         """Under tensor parallelism, where the parameter is this rank's shard of a
-        value."""
+        adapter weight."""
         self.merged: tuple[AdditiveTerm, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them
         up."""
@@ -151,18 +153,24 @@ class AdaptedLinear(nn.Module):
         raise NotImplementedError
 
     @property
-    def value(self) -> nn.Parameter:
+    def adapter_weight(self) -> nn.Parameter:
         """The adapter weight: M (r_hat, r_hat), or LoRA's factors
         (rank, d_in + d_out)."""
-        return getattr(self, self.spec.value_name)
+        return getattr(self, self.spec.adapter_weight_name)
 
-    def unshard(self, value_shard: Tensor) -> Tensor:
-        """The unsharded value of which this rank's parameter is a shard. Collective."""
-        return value_shard if self.split is None else self.split.unshard(value_shard)
+    def unshard(self, adapter_weight_shard: Tensor) -> Tensor:
+        """The unsharded adapter weight of which this rank's parameter is a shard. Collective."""
+        return (
+            adapter_weight_shard
+            if self.split is None
+            else self.split.unshard(adapter_weight_shard)
+        )
 
-    def shard(self, value: Tensor) -> Tensor:
-        """The part of an unsharded value that this rank's parameter holds."""
-        return value if self.split is None else self.split.shard(value)
+    def shard(self, adapter_weight: Tensor) -> Tensor:
+        """The part of an unsharded adapter weight that this rank's parameter holds."""
+        return (
+            adapter_weight if self.split is None else self.split.shard(adapter_weight)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,12 +223,12 @@ class AdaptedLinear(nn.Module):
     def device(self) -> torch.device:
         """Where the layer computes; the weight may wait elsewhere
         (`engine.layer_prefetcher`)."""
-        return self.value.device
+        return self.adapter_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the layer computes in."""
-        return self.value.dtype
+        return self.adapter_weight.dtype
 
     def quantize(self, original: Tensor, bits: int) -> None:
         """Holds `original`, in the weight's layout, in 8 or 4 bits in place of
@@ -233,7 +241,7 @@ class AdaptedLinear(nn.Module):
         self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
-    def rebuild_weight(self, original: Tensor, updates: Iterable[Delta]) -> None:
+    def rebuild_weight(self, original: Tensor, updates: Iterable[Update]) -> None:
         """Forms the frozen weight anew: `original` with all updates merged, in fp32.
 
         It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
@@ -263,7 +271,7 @@ class AdaptedLinear(nn.Module):
     def merge(
         self,
         original: Tensor,
-        updates: Iterable[Delta],
+        updates: Iterable[Update],
         mora_matrix: Tensor,
     ) -> MergeNorms:
         """Form the weight with this cycle's M, the unsharded fp32 `mora_matrix`, which is
@@ -286,13 +294,17 @@ class AdaptedLinear(nn.Module):
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
         return MergeNorms(_norm(mora_matrix), _norm(delta), before, lost)
 
-    def set_merged(self, updates: Iterable[Delta]) -> None:
+    def set_merged(self, updates: Iterable[Update]) -> None:
         """Let the layer add these updates of merged cycles to a packed weight from now
         on, in place of earlier ones."""
         device = self.device
         dtype = self.dtype
-        joined = join((spec, value.to(device)) for spec, value in updates)
-        self.merged = tuple((spec, value.to(dtype)) for spec, value in joined)
+        joined = join(
+            (spec, adapter_weight.to(device)) for spec, adapter_weight in updates
+        )
+        self.merged = tuple(
+            (spec, adapter_weight.to(dtype)) for spec, adapter_weight in joined
+        )
         self._cache_merged_tables()
 
     def _cache_merged_tables(self) -> None:
@@ -312,14 +324,16 @@ class AdaptedLinear(nn.Module):
         scales = self.weight_scales
         super()._apply(fn, recurse)
         self.weight_scales = None if scales is None else scales.to(self.device)
-        self.merged = tuple((spec, fn(value)) for spec, value in self.merged)
+        self.merged = tuple(
+            (spec, fn(adapter_weight)) for spec, adapter_weight in self.merged
+        )
         self._cache_merged_tables()
         return self
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"{self.spec.value_name}={tuple(self.value.shape)}, operator={self.spec.describe()}"
+            f"{self.spec.adapter_weight_name}={tuple(self.adapter_weight.shape)}, operator={self.spec.describe()}"
         )
 
 
@@ -405,7 +419,8 @@ def value_names(model: nn.Module) -> set[str]:
     names = set()
     for name, layer in mora_layers(model).items():
         names |= {
-            f"{name}.{value}" for value, _ in layer.named_parameters(recurse=False)
+            f"{name}.{parameter}"
+            for parameter, _ in layer.named_parameters(recurse=False)
         }
     return names
 

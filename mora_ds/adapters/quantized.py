@@ -42,6 +42,8 @@ def merge_bytes(model: nn.Module) -> int:
     total = 0
     for layer in mora_layers(model).values():
         if layer.is_packed:
-            value_bytes = math.prod(layer.spec.value_shape) * layer.dtype.itemsize
-            total += value_bytes + layer.spec.table_bytes
+            adapter_weight_bytes = (
+                math.prod(layer.spec.adapter_weight_shape) * layer.dtype.itemsize
+            )
+            total += adapter_weight_bytes + layer.spec.table_bytes
     return total

@@ -7,8 +7,8 @@ supports.
 
 An adapter is a module with three classes:
 
-    UpdateSpec       (ops/spec.py) the shape of its trained tensor, the value that a cycle starts from, and
-                     merged_weight(base_weight, value); a merge that adds a delta is an `AdditiveSpec`
+    UpdateSpec       (ops/spec.py) the shape of its trained tensor, the adapter weight that a cycle starts from, and
+                     merged_weight(base_weight, adapter_weight); a merge that adds a delta is an `AdditiveSpec`
     AdaptedLinear    (layer.py) the forward
     AdapterConfig    (config.py) the spec of each layer; a field with the name of a setting is set by it
 
@@ -81,7 +81,7 @@ class AdapterType:
     layer: ClassPath
     """An `AdaptedLinear`: the forward."""
     specs: Mapping[str, ClassPath]
-    """"kind" in merge ledgers -> the `UpdateSpec`: sizes, first value, merged
+    """"kind" in merge ledgers -> the `UpdateSpec`: sizes, initial weight, merged
     weight."""
     settings: tuple[str, ...] = ()
     """Settings of a run that are fields of its config and not of every

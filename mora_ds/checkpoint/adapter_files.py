@@ -145,13 +145,16 @@ class AdapterFile:
     def expected(self) -> dict[str, Shape]:
         """Name -> shape of every MoRA matrix in the file, those of domains included."""
         shapes: dict[str, Shape] = {
-            layer.mora_matrix: layer.operator.value_shape
+            layer.mora_matrix: layer.operator.adapter_weight_shape
             for layer in self.layers.values()
         }
         if self.domains is not None:
             count = len(self.domains.names)
             for module, spec in self.domains.operators.items():
-                shapes[self.domains.tensor(module)] = (count, *spec.value_shape)
+                shapes[self.domains.tensor(module)] = (
+                    count,
+                    *spec.adapter_weight_shape,
+                )
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:

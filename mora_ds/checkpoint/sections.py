@@ -339,7 +339,7 @@ class AdapterSection(Section):
         layers = mora_layers(model)
         domains = domain_layers(model)
         mora_matrices = _collect_on_rank0(
-            (name, layer.unshard(zero.full_fp32(layer.value)))
+            (name, layer.unshard(zero.full_fp32(layer.adapter_weight)))
             for name, layer in layers.items()
         )
         # What is trained besides, embeddings, norms and head, each tied one by its

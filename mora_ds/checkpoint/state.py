@@ -87,11 +87,11 @@ def run_identity(
 
 def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
     """Raises `UserError` when `world` does not divide the checkpoint's global batch."""
-    rows = state.identity.get("global_batch_size")
-    if isinstance(rows, int) and rows % world:
+    sequences = state.identity.get("global_batch_size")
+    if isinstance(sequences, int) and sequences % world:
         raise UserError(
-            f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
-            f"start a number of them that divides {rows}"
+            f"{folder} belongs to a run of {sequences} sequences a step, which {world} ranks cannot share evenly: "
+            f"start a number of them that divides {sequences}"
         )
 
 

@@ -113,7 +113,7 @@ class DataArguments:
         return [named_path(entry) for entry in self.eval_files]
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with these settings alone, one message each. `mixture_plan`
+        """What is wrong with these settings alone, one message each. `mixture_config`
         checks the sources."""
         names = [name for name, _ in self.named_eval_files()]
         for name in names:

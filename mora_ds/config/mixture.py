@@ -1,4 +1,4 @@
-"""Settings of the sources of text: flags and mix.yaml -> a `MixturePlan`.
+"""Settings of the sources of text: flags and mix.yaml -> a `MixtureConfig`.
 
 --train_files web='web/*.jsonl':0.7 code='src/**/*.py':0.3      sources with a weight each
 --mixture mix.yaml                                              the same, with lists of files, epochs and phases
@@ -52,7 +52,7 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class MixturePlan:
+class MixtureConfig:
     """The sources of a run, and their weights."""
 
     sources: tuple[SourcePlan, ...]
@@ -66,39 +66,39 @@ class MixturePlan:
         return any(source.streaming for source in self.sources)
 
 
-def mixture_plan(data: DataArguments) -> MixturePlan:
+def mixture_config(data: DataArguments) -> MixtureConfig:
     """The sources that the flags name. Raises `UserError` that says what is wrong with
     --mixture, --train_files or --replay."""
     if data.mixture is not None:
-        plan = _read(data.mixture)
+        mixture = _read(data.mixture)
     elif any(map(_named_source, data.train_files)):
-        plan = _of_flags(data.train_files)
+        mixture = _of_flags(data.train_files)
     else:
         flag = "--dataset_name" if data.dataset_name else "--train_files"
         source = SourcePlan(
             PLAIN, tuple(data.train_files), data.dataset_name, flag=flag
         )
         is_plain = not (data.replay or data.streaming)
-        plan = MixturePlan((source,), ((0, (1.0,)),), is_plain)
+        mixture = MixtureConfig((source,), ((0, (1.0,)),), is_plain)
     where = data.mixture or "--train_files"
-    _check_weights(plan, where)
+    _check_weights(mixture, where)
     if data.replay:
-        plan = _with_replay(plan, data.replay)
+        mixture = _with_replay(mixture, data.replay)
     if data.streaming:
-        streams = tuple(replace(source, streaming=True) for source in plan.sources)
-        plan = replace(plan, sources=streams)
-    for source in plan.sources:
+        streams = tuple(replace(source, streaming=True) for source in mixture.sources)
+        mixture = replace(mixture, sources=streams)
+    for source in mixture.sources:
         if source.streaming and source.epochs:
             raise UserError(
                 f"{where}: sources.{source.name}.epochs is for text in a cache: a stream begins again"
             )
-    return plan
+    return mixture
 
 
-def _check_weights(plan: MixturePlan, where: str) -> None:
-    for step, weights in plan.phases:
+def _check_weights(mixture: MixtureConfig, where: str) -> None:
+    for step, weights in mixture.phases:
         phase = where if step == 0 else f"{where}, from step {step}"
-        for source, weight in zip(plan.sources, weights, strict=True):
+        for source, weight in zip(mixture.sources, weights, strict=True):
             if not NOT_NEGATIVE.allow(weight):
                 raise UserError(
                     f"{phase}: the weight of {source.name!r} must be {NOT_NEGATIVE}, got {weight:g}"
@@ -121,7 +121,7 @@ def _named_source(entry: str) -> tuple[str, str, float] | None:
         return None
 
 
-def _of_flags(entries: list[str]) -> MixturePlan:
+def _of_flags(entries: list[str]) -> MixtureConfig:
     """The mixture of sources with a name and a weight each."""
     weights: dict[str, float] = {}
     sources = []
@@ -138,13 +138,13 @@ def _of_flags(entries: list[str]) -> MixturePlan:
             )
         weights[name] = weight
         sources.append(SourcePlan(name, (files,), flag="--train_files"))
-    return MixturePlan(tuple(sources), ((0, tuple(weights.values())),))
+    return MixtureConfig(tuple(sources), ((0, tuple(weights.values())),))
 
 
-def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
-    """`plan` with replayed sources, which take their share of every phase. The
+def _with_replay(mixture: MixtureConfig, entries: list[str]) -> MixtureConfig:
+    """`mixture` with replayed sources, which take their share of every phase. The
     proportions of the others stay."""
-    sources = list(plan.sources)
+    sources = list(mixture.sources)
     shares = []
     for entry in entries:
         named = _named_source(entry)
@@ -163,15 +163,15 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
             f"--replay: the shares add up to {sum(shares):g}, which leaves nothing for new text"
         )
     phases = []
-    for step, weights in plan.phases:
+    for step, weights in mixture.phases:
         # Weights are read as decimals: to 12 digits 0.05 of 1 leaves 0.95, and not
         # 0.950000000000000011, whose period would be far longer.
         new = [round(weight / sum(weights) * new_share, 12) for weight in weights]
         phases.append((step, (*new, *shares)))
-    return replace(plan, sources=tuple(sources), phases=tuple(phases))
+    return replace(mixture, sources=tuple(sources), phases=tuple(phases))
 
 
-def _read(path: str) -> MixturePlan:
+def _read(path: str) -> MixtureConfig:
     """The mixture of a YAML file."""
     content = typed_values(
         load_yaml(path, "--mixture"),
@@ -204,7 +204,7 @@ def _read(path: str) -> MixturePlan:
         hints = dict.fromkeys(weights, float)
         known = typed_values(phase["weights"], hints, path, f"{where}.weights.")
         phases.append((step, tuple(known.get(name, 0.0) for name in weights)))
-    return MixturePlan(tuple(sources), tuple(phases))
+    return MixtureConfig(tuple(sources), tuple(phases))
 
 
 def _source(where: str, name: str, values: Settings) -> SourcePlan:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.registry import Capability, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 
 if TYPE_CHECKING:
     from mora_ds.config.arguments import Arguments
@@ -80,5 +80,5 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
 
 def domain_names(arguments: Arguments) -> tuple[str, ...]:
     """The domains: the names of the mixture's sources."""
-    plan = mixture_plan(arguments.data)
-    return () if plan.is_plain else tuple(source.name for source in plan.sources)
+    mixture = mixture_config(arguments.data)
+    return () if mixture.is_plain else tuple(source.name for source in mixture.sources)

@@ -195,7 +195,7 @@ class TrainingArguments:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of consecutive ranks that compute the same rows together."""
+        """Number of consecutive ranks that compute the same sequences together."""
         return self.tensor_parallel_size * self.sequence_parallel_size
 
     def global_batch_size(self, world: int) -> int:

@@ -34,7 +34,7 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings
 from mora_ds.config.lr_schedule import conflicts
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 from mora_ds.config.research import research_problems
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.settings import BaseDevice, OptimizerKind
@@ -57,7 +57,7 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "held_out_share": BELOW_1,
     "shuffle_buffer": NOT_NEGATIVE,
     "tensor_parallel_size": COUNT,
-    # All rows of a micro-batch are in memory at a time.
+    # All sequences of a micro-batch are in memory at a time.
     "per_device_train_batch_size": Bounds(least=1, most=1_000_000),
     "per_device_eval_batch_size": Bounds(least=1, most=1_000_000),
     "gradient_accumulation_steps": COUNT,
@@ -150,8 +150,8 @@ def _contradictions(
     names_tokenizer = (
         model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
     )
-    wrong_sources = validation_errors_of(mixture_plan, data)
-    streams = not wrong_sources and mixture_plan(data).streams
+    wrong_sources = validation_errors_of(mixture_config, data)
+    streams = not wrong_sources and mixture_config(data).streams
     rules = {
         "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": (
             is_full and uploads_adapter

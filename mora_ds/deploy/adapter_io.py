@@ -74,7 +74,7 @@ def complete(folder: Path, source: Path, reference: BaseReference) -> None:
 
 
 def _sides(operator: UpdateSpec) -> tuple[type, int, int, Shape]:
-    return type(operator), operator.d_in, operator.d_out, operator.value_shape
+    return type(operator), operator.d_in, operator.d_out, operator.adapter_weight_shape
 
 
 @torch.no_grad()

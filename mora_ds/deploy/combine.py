@@ -2,13 +2,13 @@
 
     W = W0 + sum_i w_i delta_i             delta(M) is linear in M: sum_i w_i delta(M_i) = delta(sum_i w_i M_i)
 
-    sources, weights -> terms              a term has the operators of one cycle of one seed; equal ones become one term
-             MoRA matrices of a term       summed in fp64, rounded to fp32 once
+    sources, weights -> cycles             a cycle has the operators of one seed; equal ones become one cycle
+             MoRA matrices of a cycle      summed in fp64, rounded to fp32 once
              other trained tensors         W0 + sum_i w_i (T_i - W0), the same
-    -> output/       ledger/ (a cycle for every term but one), adapter.safetensors: the last source's live term
+    -> output/       ledger/ (every cycle but one), adapter.safetensors: the last source's current cycle
 
 So a sum over checkpoints of a run is no larger than one of them. LoRA's product is not
-linear in its factors: each cycle of each source is a term of its own there, whose
+linear in its factors: each cycle of each source stays a cycle of its own there, whose
 factor B is multiplied. One tensor is in memory at a time.
 """
 
@@ -114,7 +114,7 @@ def combine_adapters(
     if last.file.trainables:
         base = reference.open_base(last.folder, flag="`base_folder`")
     trained = _Trained(adapters, weights, base)
-    *merged, live = _terms(adapters, weights)
+    *merged, live = _cycles(adapters, weights)
     facts = []
     summands = []
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -135,9 +135,11 @@ def combine_adapters(
     layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
     with atomic_folder(output.absolute()) as folder:
         ledger = Ledger.create(folder / LEDGER_FOLDER, reference.fingerprint)
-        for term in merged:
-            values = ((module, term.value(module)) for module in term.layers)
-            ledger.append(term.step, term.layers, values)
+        for cycle in merged:
+            adapter_weights = (
+                (module, cycle.adapter_weight(module)) for module in cycle.layers
+            )
+            ledger.append(cycle.step, cycle.layers, adapter_weights)
         with (
             atomic_path(folder / ADAPTER_TENSORS) as partial_file,
             SafetensorsWriter(
@@ -145,17 +147,17 @@ def combine_adapters(
             ) as writer,
         ):
             for module, entry in combined.layers.items():
-                writer.write(entry.mora_matrix, live.value(module))
+                writer.write(entry.mora_matrix, live.adapter_weight(module))
                 if combined.domains is not None:
                     name = combined.domains.tensor(module)
                     writer.write(name, _rounded_sum(trained.weighted(name), name))
             for name in combined.trainables:
-                writer.write(name, trained.value(name))
+                writer.write(name, trained.tensor(name))
         write_json_atomic(folder / ADAPTER_JSON, combined.to_dict())
         complete(folder, last.folder, reference)
     return [
         f"wrote {output}: {', '.join(summands)}",
-        f"{len(merged) + 1} term(s), {len(merged)} of them in its ledger",
+        f"{len(merged) + 1} cycle(s), {len(merged)} of them in its ledger",
     ]
 
 
@@ -183,52 +185,52 @@ def _check_pair(adapter: Adapter, last: Adapter) -> None:
 
 
 @dataclass(eq=False)
-class _Delta:
-    """Values of all layers with the same operators."""
+class _Cycle:
+    """The adapter weights of a cycle, of several adapters where they can be summed."""
 
     step: int
     layers: Layers
-    values: list[tuple[float, Callable[[str], Tensor]]]
-    """The weight of each, and the MoRA matrix or LoRA factors of a module."""
+    sources: list[tuple[float, Callable[[str], Tensor]]]
+    """Each adapter's factor, and its adapter weight of a module."""
 
     @property
-    def sums_values(self) -> bool:
-        """Whether the values of equal terms are summed, each layer's elementwise."""
+    def is_summable(self) -> bool:
+        """Whether adapter weights of the same operators are summed elementwise."""
         operators = [additive(entry.operator) for entry in self.layers.values()]
         return all(operator.of_sum(2) == operator for operator in operators)
 
-    def value(self, module: str) -> Tensor:
+    def adapter_weight(self, module: str) -> Tensor:
         """The sum in fp32. Raises `RunError` where it is not finite."""
         times = additive(self.layers[module].operator).scaled
         summands = (
-            times(value(module).double(), weight) for weight, value in self.values
+            times(read(module).double(), factor) for factor, read in self.sources
         )
         return _rounded_sum(summands, module)
 
 
-def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Delta]:
-    """The live term of the last adapter comes last."""
-    terms: list[_Delta] = []
+def _cycles(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Cycle]:
+    """The current cycle of the last adapter comes last."""
+    distinct: list[_Cycle] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         ledger = adapter.ledger
         cycles = []
         for record in ledger.records:
             mora_matrix = partial(ledger.mora_matrix, record.cycle)
             layers = ledger.layers(record.cycle)
-            cycles.append(_Delta(record.step, layers, [(weight, mora_matrix)]))
+            cycles.append(_Cycle(record.step, layers, [(weight, mora_matrix)]))
         live = adapter.tensors.mora_matrix
-        cycles.append(_Delta(adapter.file.step, adapter.file.layers, [(weight, live)]))
+        cycles.append(_Cycle(adapter.file.step, adapter.file.layers, [(weight, live)]))
         for cycle in cycles:
-            equal = [term for term in terms if term.layers == cycle.layers]
-            if equal and cycle.sums_values:
-                term = equal[0]
-                term.values += cycle.values
-                term.step = max(term.step, cycle.step)
+            equal = [known for known in distinct if known.layers == cycle.layers]
+            if equal and cycle.is_summable:
+                last = equal[0]
+                last.sources += cycle.sources
+                last.step = max(last.step, cycle.step)
             else:
-                term = cycle
-                terms.append(term)
-    terms.remove(term)
-    return [*terms, term]
+                last = cycle
+                distinct.append(last)
+    distinct.remove(last)
+    return [*distinct, last]
 
 
 def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
@@ -258,7 +260,7 @@ class _Trained:
             adapter.tensors.trained(name).double() * weight for adapter, weight in pairs
         ]
 
-    def value(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base;
         products of low rank side by side."""
         assert self.base is not None
@@ -275,7 +277,7 @@ class _Trained:
         return _rounded_sum([*self.weighted(name), original.double() * of_base], name)
 
     def shape(self, name: str) -> Shape:
-        """Of `value`."""
+        """Of `tensor`."""
         shapes = [adapter.tensors.trained_shape(name) for adapter in self.adapters]
         if is_low_rank(name):
             return shapes[-1][0], sum(rank for _, rank in shapes)

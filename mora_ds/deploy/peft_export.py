@@ -1,6 +1,6 @@
 """A checkpoint as a LoRA adapter of PEFT, which servers such as vLLM load too.
 
-    update of a layer = delta of every merged cycle + delta of the live value = B A      A (k, d_in), B (d_out, k)
+    update of a layer = delta of every merged cycle + delta of the trained matrix = B A      A (k, d_in), B (d_out, k)
 
     lora                rank r a cycle          exact
     share, truncate     rank r_hat a cycle      exact: A holds zeros and ones, B the rows of M that outputs read
@@ -53,7 +53,7 @@ _NOTICEABLE = 1e-6
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _LoRALayer:
     """How a layer's update becomes two factors."""
 
     entry: LayerEntry
@@ -96,18 +96,18 @@ def export_peft(
             )
     run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
     _require_all_are_loaded(run)
-    plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
+    layers = [_lora_layer(run, entry, rank) for entry in run.file.layers.values()]
     with atomic_folder(output.absolute()) as folder:
-        lost = _write_tensors(run, plans, folder)
-        write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
-        lines = _report(run, plans, lost)
+        lost = _write_tensors(run, layers, folder)
+        write_json_atomic(folder / CONFIG_FILE, _config(run, layers))
+        lines = _report(run, layers, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
         if changes := run.reference.config_changes:
             text += f" The run changed the base's config: load it with {json.dumps(changes)}."
         content = [text, "", "```", *lines, "```"]
         readme = card("peft", "lora, mora", "LoRA adapter", content)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
+    return [f"wrote {output}: LoRA of {len(layers)} layers", *lines]
 
 
 def _require_all_are_loaded(run: MergedModelSource) -> None:
@@ -139,38 +139,40 @@ def _require_all_are_loaded(run: MergedModelSource) -> None:
 # -- factors ---------------------------------------------------------------------------
 
 
-def _plan(run: MergedModelSource, entry: LayerEntry, limit: int | None) -> _Plan:
+def _lora_layer(
+    run: MergedModelSource, entry: LayerEntry, limit: int | None
+) -> _LoRALayer:
     side = min(entry.operator.d_in, entry.operator.d_out)
     ranks = [_bound(spec) for spec, _ in run.updates(entry)]
     total = sum(ranks)
     most = min(side, limit or side)
     if total <= most:
-        return _Plan(entry, int(total), True)
+        return _LoRALayer(entry, int(total), True)
     if limit is None and total == math.inf:
         raise UserError(
             f"`rank` is missing: the update of {entry.module} ({entry.operator.describe()}) may have any rank up to "
             f"{side}; name how many of its leading directions to keep"
         )
-    return _Plan(entry, most, False)
+    return _LoRALayer(entry, most, False)
 
 
 def _bound(spec: UpdateSpec) -> float:
     """The rank that `spec.low_rank` gives; infinite where it gives no factors."""
-    factors = additive(spec).low_rank(torch.zeros(spec.value_shape))
+    factors = additive(spec).low_rank(torch.zeros(spec.adapter_weight_shape))
     return math.inf if factors is None else len(factors[0])
 
 
-def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float]:
+def _factors(run: MergedModelSource, layer: _LoRALayer) -> tuple[Tensor, Tensor, float]:
     """A (rank, d_in), B (d_out, rank), and the fraction of the update's energy
     (its squared norm) that they lack."""
-    spec = plan.entry.operator
-    updates = run.updates(plan.entry)
-    if plan.is_exact:
+    spec = layer.entry.operator
+    updates = run.updates(layer.entry)
+    if layer.is_exact:
         downs = []
         ups = []
-        for update, value in updates:
-            factors = additive(update).low_rank(value.float())
-            assert factors is not None, "an exact plan has factors of every update"
+        for update, adapter_weight in updates:
+            factors = additive(update).low_rank(adapter_weight.float())
+            assert factors is not None, "an exact layer has factors of every update"
             downs.append(factors[0])
             ups.append(factors[1])
         return torch.cat(downs), torch.cat(ups, dim=1), 0.0
@@ -179,7 +181,7 @@ def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float
     delta = delta.double()
     # B A = delta V V^T for the leading right singular vectors V: the best approximation
     # of this rank. As V is orthonormal, its energy is that of B.
-    down = leading_vectors(delta, plan.rank, plan.entry.module).double()
+    down = leading_vectors(delta, layer.rank, layer.entry.module).double()
     up = delta @ down.T
     energy = delta.square().sum().item()
     lost = 1 - up.square().sum().item() / energy if energy else 0.0
@@ -187,25 +189,25 @@ def _factors(run: MergedModelSource, plan: _Plan) -> tuple[Tensor, Tensor, float
 
 
 def _write_tensors(
-    run: MergedModelSource, plans: list[_Plan], folder: Path
+    run: MergedModelSource, layers: list[_LoRALayer], folder: Path
 ) -> dict[str, float]:
     """Write the weights' file, one layer in memory at a time. Returns the fraction that
     each layer lacks."""
     saved = dict(_saved(run))
     shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}
-    for plan in plans:
-        module = plan.entry.module
-        operator = plan.entry.operator
-        shapes[f"{module}.lora_A.weight"] = (plan.rank, operator.d_in)
-        shapes[f"{module}.lora_B.weight"] = (operator.d_out, plan.rank)
+    for layer in layers:
+        module = layer.entry.module
+        operator = layer.entry.operator
+        shapes[f"{module}.lora_A.weight"] = (layer.rank, operator.d_in)
+        shapes[f"{module}.lora_B.weight"] = (operator.d_out, layer.rank)
     lost: dict[str, float] = {}
     layout = {
         f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()
     }
     with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {}) as writer:
-        for plan in plans:
-            module = plan.entry.module
-            down, up, lost[module] = _factors(run, plan)
+        for layer in layers:
+            module = layer.entry.module
+            down, up, lost[module] = _factors(run, layer)
             writer.write(f"{PREFIX}{module}.lora_A.weight", down)
             writer.write(f"{PREFIX}{module}.lora_B.weight", up)
         for name, (key, trained) in saved.items():
@@ -229,9 +231,9 @@ def _saved(run: MergedModelSource) -> Iterator[tuple[str, tuple[str, str | None]
             yield name, (key, trained.get(key))
 
 
-def _config(run: MergedModelSource, plans: list[_Plan]) -> dict[str, Any]:
+def _config(run: MergedModelSource, layers: list[_LoRALayer]) -> dict[str, Any]:
     """adapter_config.json. Alpha is the rank everywhere, so that every scaling is 1."""
-    ranks = {plan.entry.module: plan.rank for plan in plans}
+    ranks = {layer.entry.module: layer.rank for layer in layers}
     largest = max(ranks.values())
     rank_pattern = {module: rank for module, rank in ranks.items() if rank != largest}
     saved = sorted({name.rpartition(".")[0] for name, _ in _saved(run)})
@@ -245,7 +247,7 @@ def _config(run: MergedModelSource, plans: list[_Plan]) -> dict[str, Any]:
         "alpha_pattern": rank_pattern,
         "target_modules": list(ranks),
         "modules_to_save": saved or None,
-        "fan_in_fan_out": any(plan.entry.transposed for plan in plans),
+        "fan_in_fan_out": any(layer.entry.transposed for layer in layers),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -253,9 +255,9 @@ def _config(run: MergedModelSource, plans: list[_Plan]) -> dict[str, Any]:
 
 
 def _report(
-    run: MergedModelSource, plans: list[_Plan], lost: dict[str, float]
+    run: MergedModelSource, layers: list[_LoRALayer], lost: dict[str, float]
 ) -> list[str]:
-    ranks = sorted({plan.rank for plan in plans})
+    ranks = sorted({layer.rank for layer in layers})
     lines = [
         f"ranks {', '.join(map(str, ranks))}; servers need to allow rank {ranks[-1]}"
     ]

@@ -386,8 +386,8 @@ def _match_flags(
 ) -> list[str]:
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
-    rows = micro * accumulation * world_size
-    formula = f"{micro} per process x {accumulation} accumulated x {world_size} processes = {rows}"
+    sequences = micro * accumulation * world_size
+    formula = f"{micro} per process x {accumulation} accumulated x {world_size} processes = {sequences}"
     betas = list(settings.betas)
     flags = {
         "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", micro),
@@ -400,7 +400,7 @@ def _match_flags(
     wanted = [
         (path, value, f"{flag} = {value}") for path, (flag, value) in flags.items()
     ]
-    return fill(config, *wanted, ("train_batch_size", rows, formula))
+    return fill(config, *wanted, ("train_batch_size", sequences, formula))
 
 
 def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:

@@ -241,7 +241,7 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     """Elements of every trainable parameter; of a MoRA matrix those of the largest
     share in a tensor-parallel group, so that all processes choose the same bucket
     sizes."""
-    values = {id(layer.value) for layer in mora_layers(model).values()}
+    values = {id(layer.adapter_weight) for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
         numel = parameter.numel()
@@ -278,7 +278,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     so neither group is split.
     """
     mora_matrices = {
-        id(layer.value): layer.value for layer in mora_layers(model).values()
+        id(layer.adapter_weight): layer.adapter_weight
+        for layer in mora_layers(model).values()
     }
     remaining = [
         weight for weight in model.parameters() if id(weight) not in mora_matrices

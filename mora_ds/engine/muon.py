@@ -43,7 +43,7 @@ def muon_groups(layers: Iterable[AdaptedLinear], has_factors: bool) -> Iterator[
     embedding `wte`, and exclude a MoRA matrix in a module named `embed_in`, which would
     also split the parameter group of the MoRA matrices.
     """
-    muon_specs = {id(layer.value): layer.spec for layer in layers}
+    muon_specs = {id(layer.adapter_weight): layer.spec for layer in layers}
     tag_by_name = deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:

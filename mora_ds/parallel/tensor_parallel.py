@@ -36,7 +36,7 @@ from mora_ds.parallel.topology import (
     shard_info,
     sum_gradient,
 )
-from mora_ds.parallel.tp_plan import TensorPlan, plan_of
+from mora_ds.parallel.tp_plan import TensorPlan, tp_plan_of
 from mora_ds.parallel.windows import Window
 
 
@@ -45,7 +45,7 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     stores this rank's shard of M. Returns the plan. Raises `UserError` for dropout,
     LoRA, and matrices with fewer rows than ranks."""
     _check(model, topology.degree)
-    plan = plan_of(model, topology.degree)
+    plan = tp_plan_of(model, topology.degree)
     layers = mora_layers(model)
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
@@ -97,7 +97,7 @@ def _check(model: nn.Module, degree: int) -> None:
         experts=any(len(layer.spec.weight_shape) > 2 for layer in layers.values()),
     )
     for name, layer in layers.items():
-        if (rows := layer.spec.value_shape[0]) < degree:
+        if (rows := layer.spec.adapter_weight_shape[0]) < degree:
             raise UserError(
                 f"{TENSOR} {degree}: the MoRA matrix of {name} has {rows} rows: raise `rank`, or use "
                 "a smaller group"

@@ -52,7 +52,7 @@ class TensorPlan:
         return "\n".join(lines)
 
 
-def plan_of(model: nn.Module, degree: int) -> TensorPlan:
+def tp_plan_of(model: nn.Module, degree: int) -> TensorPlan:
     """The plan at `degree`, before or after injection; 1: all that could be split."""
     names = [
         name

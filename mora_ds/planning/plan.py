@@ -244,7 +244,7 @@ class _MeasuredModel:
         layers = find_decoder_layers(model).values()
         layer_numels = [sum(map(Tensor.numel, layer.parameters())) for layer in layers]
         self.layer = max(layer_numels, default=0)
-        matrices = [layer.value for layer in mora_layers(model).values()]
+        matrices = [layer.adapter_weight for layer in mora_layers(model).values()]
         self.matrix_numel = sum(map(Tensor.numel, matrices))
         self.token_flops = token_flops(self.unsplit, work.seq_len)
         self.base_elements = 0 if work.adapter is None else base_elements(model)
@@ -287,18 +287,20 @@ def recommend(planner: Planner) -> Plan | None:
 def _largest(planner: Planner, checkpointing: bool) -> Plan | None:
     """The plan with the largest power of two as micro-batch that fits."""
 
-    def plan_of(micro_batch: int) -> Plan:
+    def with_micro_batch(micro_batch: int) -> Plan:
         return planner.plan(micro_batch=micro_batch, checkpointing=checkpointing)
 
-    one = plan_of(1)
+    one = with_micro_batch(1)
     if not one.fits:
         return None
-    # Activations grow by about the same bytes with each row: two measurements say where
+    # Activations grow by about the same bytes with each sequence: two measurements say where
     # to begin.
-    row = plan_of(2).memory.forward_backward - one.memory.forward_backward
+    sequence = with_micro_batch(2).memory.forward_backward - one.memory.forward_backward
     free = USABLE * planner.cluster.memory - one.memory.static
     free -= one.memory.forward_backward
-    micro_batch = 2 ** int(math.log2(min(LARGEST_MICRO_BATCH, 1 + free // max(row, 1))))
-    while not (plan := plan_of(micro_batch)).fits:
+    micro_batch = 2 ** int(
+        math.log2(min(LARGEST_MICRO_BATCH, 1 + free // max(sequence, 1)))
+    )
+    while not (plan := with_micro_batch(micro_batch)).fits:
         micro_batch //= 2
     return plan

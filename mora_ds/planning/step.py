@@ -146,7 +146,7 @@ def planned_model(work: Work) -> Any:
         for layer in quantized_layers(model).values():
             # From the first merge on a layer in 4 bits keeps what was merged.
             if layer.is_packed:
-                layer.set_merged([(layer.spec, layer.value.detach())])
+                layer.set_merged([(layer.spec, layer.adapter_weight.detach())])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     if is_frozen(model.get_output_embeddings()):
@@ -207,7 +207,9 @@ def measure_merge(model: nn.Module) -> int:
     # It is memory-mapped from a file, and takes no memory of its own.
     original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
-        value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
+        value = torch.empty(
+            layer.spec.adapter_weight_shape, dtype=torch.float32, device="meta"
+        )
         layer.merge(original, [(layer.spec, value)], value)
     _clear_tables()
     return meter.peak

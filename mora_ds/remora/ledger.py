@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import Delta, UpdateSpec
+from mora_ds.adapters.ops.spec import Update, UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
@@ -69,7 +69,7 @@ class LayerEntry:
     @property
     def mora_matrix(self) -> str:
         """The name of its matrix (or LoRA's factors) in safetensors files."""
-        return f"{self.module}.{self.operator.value_name}"
+        return f"{self.module}.{self.operator.adapter_weight_name}"
 
     def to_dict(self) -> JsonObject:
         """The entry as JSON, without the module name, which is its key."""
@@ -230,7 +230,7 @@ class Ledger:
         """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].mora_matrix)
 
-    def mora_matrices_of(self, module: str) -> Iterator[Delta]:
+    def mora_matrices_of(self, module: str) -> Iterator[Update]:
         """(operator, matrix) of a layer for each cycle that adapted it, in order."""
         for cycle in range(self.cycles):
             if layer := self.layers(cycle).get(module):
@@ -299,7 +299,7 @@ class Ledger:
             layers = self.layers(record.cycle)
             agree_on_layers(known, layers, path)
             shapes = {
-                layer.mora_matrix: layer.operator.value_shape
+                layer.mora_matrix: layer.operator.adapter_weight_shape
                 for layer in layers.values()
             }
             if set(handle.keys()) != shapes.keys():
@@ -360,7 +360,7 @@ def _write_cycle(
     mora_matrices: Iterable[tuple[str, Tensor]],
 ) -> None:
     layout = {
-        layer.mora_matrix: (layer.operator.value_shape, torch.float32)
+        layer.mora_matrix: (layer.operator.adapter_weight_shape, torch.float32)
         for layer in layers.values()
     }
     metadata = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import MergeNorms
-from mora_ds.adapters.ops.spec import Delta
+from mora_ds.adapters.ops.spec import Update
 from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import Tensors
@@ -157,7 +157,7 @@ class ReMoRA:
         """Yield the name of each adapted module with its M, unsharded and in fp32.
         Rank 0 also puts a copy into `recorded`, for the ledger. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
-            mora_matrix = layer.unshard(zero.full_fp32(layer.value))
+            mora_matrix = layer.unshard(zero.full_fp32(layer.adapter_weight))
             if dist.get_rank() == 0:
                 recorded[name] = mora_matrix.cpu()
             yield name, mora_matrix
@@ -177,7 +177,7 @@ class ReMoRA:
         node = node_base_of(model)
         written_here = set(node.layers(model))
 
-        def updates(name: str, mora_matrix: Tensor | None) -> Iterator[Delta]:
+        def updates(name: str, mora_matrix: Tensor | None) -> Iterator[Update]:
             yield from self.ledger.mora_matrices_of(name)
             if mora_matrix is not None:
                 yield layers[name].spec, mora_matrix
@@ -262,6 +262,6 @@ class ReMoRA:
             first = layer.spec.init_weight(layer.frozen, seed)
             # LoRA's A; MoRA matrices are zero, as `reset_group` leaves them
             if first.any():
-                init_weights[layer.value] = layer.shard(first)
+                init_weights[layer.adapter_weight] = layer.shard(first)
         if init_weights:
             zero.set_fp32(self.engine, init_weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.delta import merged_weight
-from mora_ds.adapters.ops.spec import Delta
+from mora_ds.adapters.ops.spec import Update
 from mora_ds.common.tensor_files import Shape
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.stored_names import is_stack
@@ -35,7 +35,7 @@ class StoredWeight:
     def live(
         self,
         read: Callable[[str], Tensor],
-        updates: Iterable[Delta],
+        updates: Iterable[Update],
         dtype: torch.dtype,
     ) -> Tensor:
         """The tensor with the updates of its layer, summed as `merged_weight` sums them.
@@ -43,7 +43,10 @@ class StoredWeight:
         originals = [read(key) for key in self.keys]
         original = torch.cat(originals) if len(originals) > 1 else originals[0]
         if self.expert is not None:
-            updates = (spec.single(value, self.expert) for spec, value in updates)
+            updates = (
+                spec.single(adapter_weight, self.expert)
+                for spec, adapter_weight in updates
+            )
         return merged_weight(original, updates, self.entry.transposed, dtype)[self.rows]
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from mora_ds.adapters.ops.spec import Delta, additive
+from mora_ds.adapters.ops.spec import Update, additive
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation
 from mora_ds.common.errors import UserError, nearest
@@ -48,7 +48,7 @@ class Row:
     spectrum: Spectrum
 
 
-def layer_spectra(updates: Sequence[Delta]) -> Iterator[Spectrum]:
+def layer_spectra(updates: Sequence[Update]) -> Iterator[Spectrum]:
     """The spectrum after each of a layer's `updates`, in order, in float64."""
     spec, _ = updates[0]
     total = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64)
@@ -56,8 +56,8 @@ def layer_spectra(updates: Sequence[Delta]) -> Iterator[Spectrum]:
     # (rank, d_in) of its row space.
     left = total[:, :0]
     right = total[:0]
-    for spec, value in updates:
-        newest = additive(spec).delta_weight(value.double())
+    for spec, adapter_weight in updates:
+        newest = additive(spec).delta_weight(adapter_weight.double())
         energy = newest.square().sum().item()
         inside = (left.T @ newest @ right.T).square().sum().item()
         total += newest
@@ -72,9 +72,11 @@ def layer_spectra(updates: Sequence[Delta]) -> Iterator[Spectrum]:
         )
 
 
-def histories(module: str, updates: Iterable[Delta]) -> list[tuple[str, list[Delta]]]:
+def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
     """(name, updates) of every matrix of a layer; experts have several."""
-    by_update = [list(spec.members(module, value)) for spec, value in updates]
+    by_update = [
+        list(spec.members(module, adapter_weight)) for spec, adapter_weight in updates
+    ]
     by_matrix = []
     for history in zip(*by_update, strict=True):
         name = history[0][0]

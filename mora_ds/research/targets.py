@@ -72,7 +72,7 @@ def read_plan(path: Path) -> TargetPlan:
     return plan
 
 
-def plan_of(arguments: Arguments) -> TargetPlan | None:
+def target_plan_of(arguments: Arguments) -> TargetPlan | None:
     """The plan that a recipe names, if it names one. Raises `UserError` as `read_plan`
     does, and for sides that the operator cannot have."""
     targets = ResearchSettings(**arguments.research).targets

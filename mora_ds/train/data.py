@@ -14,9 +14,9 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.mixture import (
     HELD_OUT,
     PLAIN,
-    MixturePlan,
+    MixtureConfig,
     SourcePlan,
-    mixture_plan,
+    mixture_config,
 )
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
@@ -72,9 +72,9 @@ def load_data(
     resumed run uses the tokenizer of its checkpoint. Raises `UserError` for files,
     tokenizers and lengths that do not fit, if possible before tokenizing.
     """
-    plan = mixture_plan(data)
+    config = mixture_config(data)
     ranks = context.ranks
-    corpora, evaluation = _text(data, plan)
+    corpora, evaluation = _text(data, config)
     _check_positions(model_config, data.seq_len)
     tokenizer = settle_tokenizer(model, model_folder, model_config, corpora, context)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
@@ -85,19 +85,19 @@ def load_data(
     first = block_start(tokenizer, data.document_start, model_config.model_type)
     tokenization = _Tokenization(tokenizer, data, ranks, first)
     sources: dict[str, Source] = {}
-    for source in plan.sources:
-        seed = training.seed if plan.is_plain else f"{training.seed}/{source.name}"
+    for source in config.sources:
+        seed = training.seed if config.is_plain else f"{training.seed}/{source.name}"
         corpus = corpora[source.name]
         if source.streaming:
             sources[source.name] = tokenization.stream(source, corpus, seed)
         else:
             sources[source.name] = tokenization.pack(corpus, seed)
-    epochs = [source.epochs for source in plan.sources]
+    epochs = [source.epochs for source in config.sources]
     state = None if context.state is None else context.state.stream
     batch_size = training.global_batch_size(ranks.world)
-    train = Mixture(sources, plan.phases, epochs, data.seq_len, batch_size, state)
+    train = Mixture(sources, config.phases, epochs, data.seq_len, batch_size, state)
     train.check_batch_size()
-    _log_mixture(plan, train)
+    _log_mixture(config, train)
     packed = {name: tokenization.pack(corpus) for name, corpus in evaluation.items()}
     facts = {
         "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
@@ -124,12 +124,12 @@ def fill_token_cache(
         raise UserError(
             "--train_tokenizer_vocab: the run trains its tokenizer when it starts; name one with --tokenizer_name"
         )
-    plan = mixture_plan(data)
-    corpora, evaluation = _text(data, plan)
+    config = mixture_config(data)
+    corpora, evaluation = _text(data, config)
     tokenizer = load_named_tokenizer(model, model.model_name_or_path)
     corpora = {
         source.name: corpora[source.name]
-        for source in plan.sources
+        for source in config.sources
         if not source.streaming
     }
     return [
@@ -141,10 +141,10 @@ def fill_token_cache(
 # -- sources and evaluation sets -------------------------------------------------------
 
 
-def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
+def _text(data: DataArguments, config: MixtureConfig) -> tuple[Corpora, Corpora]:
     """Return (corpora for training, corpora for evaluation) by name. With
     --held_out_share, the documents held out of each source become an evaluation set."""
-    corpora = _sources(data, plan)
+    corpora = _sources(data, config)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
         for name, path in data.named_eval_files()
@@ -163,12 +163,12 @@ def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
     return {name: replace(corpora[name], keep=trained) for name in corpora}, evaluation
 
 
-def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
+def _sources(data: DataArguments, config: MixtureConfig) -> Corpora:
     """The corpus of every source. Raises `UserError` that names a missing or empty
     source."""
-    is_plain = [source.name for source in plan.sources] == [PLAIN]
+    is_plain = [source.name for source in config.sources] == [PLAIN]
     corpora = {}
-    for source in plan.sources:
+    for source in config.sources:
         corpora[source.name] = load_corpus(
             source.files,
             dataset_name=source.dataset,
@@ -262,12 +262,12 @@ class _Tokenization:
         return stream
 
 
-def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
-    if plan.is_plain:
+def _log_mixture(config: MixtureConfig, mixture: Mixture) -> None:
+    if config.is_plain:
         return
     for index, source in enumerate(mixture.sources):
         phases = [
-            f"{weights[index]:g} from step {step}" for step, weights in plan.phases
+            f"{weights[index]:g} from step {step}" for step, weights in config.phases
         ]
         size = "a stream"
         if source.n_blocks is not None:

@@ -26,7 +26,7 @@ from mora_ds.models.attention import NAME, why_dense
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.tp_plan import plan_of
+from mora_ds.parallel.tp_plan import tp_plan_of
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import cost_lines, report
@@ -127,10 +127,10 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
         return None
     config = adapter.config(arguments.training.seed)
     if arguments.research:
-        from mora_ds.research.targets import plan_of, researched
+        from mora_ds.research.targets import researched, target_plan_of
 
         # Fingerprints are not compared, since that would read every weight
-        config = researched(config, arguments, plan_of(arguments))
+        config = researched(config, arguments, target_plan_of(arguments))
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)
@@ -148,5 +148,5 @@ def _layer_lines(work: Work) -> list[str]:
     if work.sequence_parallel > 1:
         lines.append(describe(work.config, work.sequence_parallel, work.seq_len))
     if work.tensor_parallel > 1:
-        lines.append(str(plan_of(model, work.tensor_parallel)))
+        lines.append(str(tp_plan_of(model, work.tensor_parallel)))
     return lines

@@ -10,7 +10,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 from mora_ds.config.research import TARGETS
 from mora_ds.train.output_folder import DEMO, NAMES, is_reserved
 from mora_ds.train.run_file import holds_run
@@ -98,7 +98,7 @@ def _settings(arguments: Arguments) -> Inputs:
 
 def _texts(data: DataArguments) -> Inputs:
     """(flag, pattern) of all text."""
-    for source in mixture_plan(data).sources:
+    for source in mixture_config(data).sources:
         for pattern in (*source.files, source.dataset):
             yield source.flag, pattern
     for _, pattern in data.named_eval_files():

@@ -57,7 +57,7 @@ def source_facts(
     """{source: loss, perplexity, tokens} of a step. `sums`: over all processes, the
     sources' losses, then their labels. `tokens`: of each source since the first step.
 
-    The loss is None for a source without rows in this step.
+    The loss is None for a source without sequences in this step.
     """
     nll = sums[: len(tokens)]
     labels = sums[len(tokens) :]

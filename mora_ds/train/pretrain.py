@@ -175,10 +175,10 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
     root = expanded(arguments.training.output_dir, "--output_dir")
     targets = None
     if arguments.research:
-        from mora_ds.research.targets import plan_of
+        from mora_ds.research.targets import target_plan_of
 
         # It may lie in the folder
-        targets = ranks.run_on_rank0(TARGETS, lambda: plan_of(arguments))
+        targets = ranks.run_on_rank0(TARGETS, lambda: target_plan_of(arguments))
     try:
         beginning = ranks.run_on_rank0(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
@@ -339,10 +339,10 @@ def _total_steps(
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
         return steps
-    # The number is read as a decimal: 1.1 times 10 rows are 11, and not
+    # The number is read as a decimal: 1.1 times 10 sequences are 11, and not
     # 11.000000000000002.
-    rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks
-    steps = max(1, math.ceil(rows / training.global_batch_size(world)))
+    sequences = Fraction(repr(training.num_train_epochs)) * data.n_blocks
+    steps = max(1, math.ceil(sequences / training.global_batch_size(world)))
     return steps if limit is None else min(steps, limit)
 
 

@@ -26,7 +26,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.flags import Settings
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.device import make_deterministic, warn_of_slow_precision
 from mora_ds.engine.ds_config import compute_dtype, load_ds_config, resolve_ds_config
@@ -116,11 +116,11 @@ def settings_in_common(arguments: Arguments) -> Settings:
     for name, value in dump(arguments).items():
         if name not in NODE_SETTINGS:
             settings[f"--{name}"] = value
-    plan = mixture_plan(arguments.data)
+    mixture = mixture_config(arguments.data)
     settings["sources of the mixture"] = [
-        replace(source, files=(), dataset=None) for source in plan.sources
+        replace(source, files=(), dataset=None) for source in mixture.sources
     ]
-    settings["weights of the mixture"] = plan.phases
+    settings["weights of the mixture"] = mixture.phases
     ds_config = load_ds_config(deepspeed_file(arguments.training))
     settings |= flattened(ds_config, "--deepspeed: ")
     for package in PACKAGES:
@@ -151,6 +151,6 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
         check_factors(config)
     if training.sequence_parallel_size > 1:
         # It was compared with the flags above. DeepSpeed, which knows no groups, would
-        # count the rows of each rank.
+        # count the sequences of each rank.
         config.pop("train_batch_size")
     return config

@@ -33,7 +33,7 @@ from mora_ds.engine.settings import BaseDevice
 from mora_ds.models.attention import uses_document_attention
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.vocabulary import first_new_row
-from mora_ds.parallel.tp_plan import plan_of
+from mora_ds.parallel.tp_plan import tp_plan_of
 from mora_ds.parallel.ulysses import bind_sequence_parallel
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
@@ -293,4 +293,4 @@ class TrainingSetup:
         self._count_flops()
         degree = training.tensor_parallel_size
         if degree > 1:
-            logger.debug(plan_of(model, degree))
+            logger.debug(tp_plan_of(model, degree))

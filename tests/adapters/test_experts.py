@@ -250,7 +250,7 @@ def test_a_stack_is_its_members():
     value = layer.mora_matrix.data
     assert spec_from_dict(spec.to_dict()) == spec
     assert hash(spec) == hash(replace(spec))
-    assert tuple(value.shape) == spec.value_shape == (4, spec.size, spec.size)
+    assert tuple(value.shape) == spec.adapter_weight_shape == (4, spec.size, spec.size)
     for index, (name, member_spec, mora_matrix) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
         assert torch.equal(

@@ -56,7 +56,7 @@ def next_cycle(spec, cycle):
 
 def some_terms(spec, cycles=3):
     return [
-        (next_cycle(spec, cycle), 0.1 * random(*spec.value_shape, seed=cycle))
+        (next_cycle(spec, cycle), 0.1 * random(*spec.adapter_weight_shape, seed=cycle))
         for cycle in range(cycles)
     ]
 
@@ -180,15 +180,15 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
     inject(model, replace(config, base_bits=4))
     for index, layer in enumerate(mora_layers(model).values()):
-        layer.value.data += (0.02 * random(*layer.value.shape, seed=index)).to(
-            torch.bfloat16
-        )
+        layer.adapter_weight.data += (
+            0.02 * random(*layer.adapter_weight.shape, seed=index)
+        ).to(torch.bfloat16)
     ids = tokens(2)
     before = model(input_ids=ids).logits.float()
     for layer in mora_layers(model).values():
-        value = layer.value.data.float()
+        value = layer.adapter_weight.data.float()
         layer.merge(torch.empty(0), [(layer.spec, value)], value)
-        layer.value.data.zero_()
+        layer.adapter_weight.data.zero_()
     after = model(input_ids=ids).logits.float()
     assert (after - before).norm() < 0.01 * before.norm()
 
@@ -215,7 +215,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
     assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert base_bits_of(model) == 4
     plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
-    mora_matrices = sum(layer.value.numel() for layer in layers.values())
+    mora_matrices = sum(layer.adapter_weight.numel() for layer in layers.values())
     assert merge_bytes(plain) == 4 * mora_matrices, (
         "all layers of one shape have the same tables"
     )

@@ -45,17 +45,17 @@ from tests.helpers.tables import rows
 
 @dataclass(frozen=True)
 class DoRASpec(UpdateSpec):
-    """The value is one row: LoRA's [A | B^T] (rank, d_in + d_out), then m (d_out,)."""
+    """The adapter weight is one row: LoRA's [A | B^T] (rank, d_in + d_out), then m (d_out,)."""
 
     name: ClassVar[str] = "dora"
-    value_name: ClassVar[str] = "direction"
+    adapter_weight_name: ClassVar[str] = "direction"
     d_in: int
     d_out: int
     rank: int
     alpha: float
 
     @property
-    def value_shape(self):
+    def adapter_weight_shape(self):
         return (self.rank * (self.d_in + self.d_out) + self.d_out,)
 
     @property
@@ -66,18 +66,18 @@ class DoRASpec(UpdateSpec):
     def lora(self):
         return LoRASpec(self.d_in, self.d_out, self.rank, self.alpha)
 
-    def parts(self, value):
+    def parts(self, adapter_weight):
         """LoRA's factors, and m (d_out, 1)."""
-        factors = value[: -self.d_out].view(self.rank, -1)
-        return factors, value[-self.d_out :].unsqueeze(1)
+        factors = adapter_weight[: -self.d_out].view(self.rank, -1)
+        return factors, adapter_weight[-self.d_out :].unsqueeze(1)
 
     def init_weight(self, base_weight, seed):
         magnitude = row_norms(dense(base_weight, torch.float32).float())
         factors = self.lora.init_weight(base_weight, seed).to(magnitude.device)
         return torch.cat((factors.flatten(), magnitude.flatten()))
 
-    def merged_weight(self, base_weight, value):
-        factors, magnitude = self.parts(value)
+    def merged_weight(self, base_weight, adapter_weight):
+        factors, magnitude = self.parts(adapter_weight)
         direction = self.lora.merged_weight(base_weight, factors)
         return direction * (magnitude / row_norms(direction))
 
@@ -88,8 +88,8 @@ def row_norms(weight):
 
 class DoRALinear(AdaptedLinear):
     def forward(self, x):
-        value = self.direction.to(x.dtype)
-        weight = self.spec.merged_weight(dense(self.frozen, x.dtype), value)
+        adapter_weight = self.direction.to(x.dtype)
+        weight = self.spec.merged_weight(dense(self.frozen, x.dtype), adapter_weight)
         return F.linear(x, weight, self.bias)
 
 
@@ -163,13 +163,13 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, dora, adap
     for name, layer in mora_layers(live).items():
         weight = base.read(f"{name}.weight").float()
         exact = weight.double()
-        for spec, value in ledger.mora_matrices_of(name):
-            weight = spec.merged_weight(weight, value)
-            exact = BY_HAND[adapter](exact, spec, value)
+        for spec, adapter_weight in ledger.mora_matrices_of(name):
+            weight = spec.merged_weight(weight, adapter_weight)
+            exact = BY_HAND[adapter](exact, spec, adapter_weight)
         torch.testing.assert_close(weight, exact.float())
         assert torch.equal(layer.weight, weight.bfloat16()), name
-        value = values[f"{name}.{layer.spec.value_name}"]
-        weight = layer.spec.merged_weight(weight, value)
+        adapter_weight = values[f"{name}.{layer.spec.adapter_weight_name}"]
+        weight = layer.spec.merged_weight(weight, adapter_weight)
         assert torch.equal(exported.get_parameter(f"{name}.weight"), weight.bfloat16())
     norms = [name for name in values if name.endswith("layernorm.weight")]
     assert len(norms) == (4 if adapter == "dora" else 0), "two in each layer"
@@ -181,8 +181,8 @@ def lora_by_hand(weight, spec, factors):
     return weight + spec.alpha / spec.rank * up.T @ down
 
 
-def dora_by_hand(weight, spec, value):
-    factors, magnitude = spec.parts(value)
+def dora_by_hand(weight, spec, adapter_weight):
+    factors, magnitude = spec.parts(adapter_weight)
     direction = lora_by_hand(weight, spec, factors)
     return magnitude * direction / direction.norm(dim=1, keepdim=True)
 

@@ -56,7 +56,7 @@ def test_every_layer_of_all_linear_gets_a_gradient(kind):
     inject(model, MoRAConfig(rank=4))
     causal_loss(model, tokens(2)).backward()
     layers = mora_layers(model)
-    gradients = {name: layer.value.grad for name, layer in layers.items()}
+    gradients = {name: layer.adapter_weight.grad for name, layer in layers.items()}
     assert [name for name in layers if gradients[name] is None] == []
     assert [name for name in layers if not gradients[name].any()] == []
 

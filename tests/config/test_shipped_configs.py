@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.data import DataArguments
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
 
@@ -93,15 +93,15 @@ def test_recipes_leave_model_and_data_to_the_user(path):
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_mixtures_make_plans(path):
-    plan = mixture_plan(
+    mixture = mixture_config(
         DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"])
     )
-    assert plan is not None
-    assert len(plan.sources) == 3
-    assert len(plan.phases) == 2
+    assert mixture is not None
+    assert len(mixture.sources) == 3
+    assert len(mixture.phases) == 2
     assert all(
         weights[-1] == 0.05 and sum(weights) == pytest.approx(1)
-        for _, weights in plan.phases
+        for _, weights in mixture.phases
     )
 
 

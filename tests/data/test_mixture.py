@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.data import DataArguments
-from mora_ds.config.mixture import mixture_plan
+from mora_ds.config.mixture import mixture_config
 from mora_ds.data import (
     Corpus,
     DocumentFilter,
@@ -200,11 +200,11 @@ def test_the_end_of_capped_sources_is_known_beforehand():
 # -- what the user writes --------------------------------------------------------------
 
 
-def plan_of(tmp_path, text="", **flags):
+def mixture_of(tmp_path, text="", **flags):
     if text:
         (tmp_path / "mix.yaml").write_text(text)
         flags["mixture"] = str(tmp_path / "mix.yaml")
-    return mixture_plan(DataArguments(**flags))
+    return mixture_config(DataArguments(**flags))
 
 
 def test_plain_files_are_no_mixture(tmp_path):
@@ -217,15 +217,15 @@ def test_plain_files_are_no_mixture(tmp_path):
         [str(odd)],
         ["a.txt:b"],
     ):
-        assert plan_of(tmp_path, train_files=files).is_plain
+        assert mixture_of(tmp_path, train_files=files).is_plain
 
 
 def test_flags_and_file_say_the_same(tmp_path):
     replay = ["old=o.txt:0.1"]
     files = ["web=w/*.txt:0.7", "code=c.py:0.3"]
-    by_flags = plan_of(tmp_path, train_files=files, replay=replay)
+    by_flags = mixture_of(tmp_path, train_files=files, replay=replay)
     text = "{sources: {web: {files: w/*.txt, weight: 7}, code: {files: [c.py], weight: 3}}}"
-    by_file = plan_of(tmp_path, text, replay=replay)
+    by_file = mixture_of(tmp_path, text, replay=replay)
     for flags, file in zip(by_flags.sources, by_file.sources, strict=True):
         assert replace(file, flag=flags.flag) == flags
     assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
@@ -236,10 +236,10 @@ def test_replay_takes_its_share_of_every_phase(tmp_path):
         "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n"
         "phases:\n  - {from_step: 10, weights: {code: 1}}\n"
     )
-    plan = plan_of(tmp_path, text, replay=["old=o:0.2"])
-    assert plan.phases == ((0, (0.6, 0.2, 0.2)), (10, (0.0, 0.8, 0.2)))
-    assert plan.sources[1].epochs == 2
-    plain = plan_of(tmp_path, train_files=["new.txt"], replay=["old=o:0.05"])
+    config = mixture_of(tmp_path, text, replay=["old=o:0.2"])
+    assert config.phases == ((0, (0.6, 0.2, 0.2)), (10, (0.0, 0.8, 0.2)))
+    assert config.sources[1].epochs == 2
+    plain = mixture_of(tmp_path, train_files=["new.txt"], replay=["old=o:0.05"])
     assert [source.name for source in plain.sources] == ["train", "old"]
     assert plain.phases == ((0, (0.95, 0.05)),)
 
@@ -261,13 +261,13 @@ WRONG = """
 )
 def test_what_is_wrong_is_named(tmp_path, text, phrases):
     with pytest.raises(UserError) as error:
-        plan_of(tmp_path, text)
+        mixture_of(tmp_path, text)
     assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
 
 
 def test_a_stream_has_no_epochs(tmp_path):
     with user_error(r"sources\.a\.epochs is for text in a cache"):
-        plan_of(tmp_path, "{sources: {a: {files: x, epochs: 2}}}", streaming=True)
+        mixture_of(tmp_path, "{sources: {a: {files: x, epochs: 2}}}", streaming=True)
 
 
 # -- complete runs ---------------------------------------------------------------------

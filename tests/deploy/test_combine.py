@@ -80,11 +80,11 @@ def by_hand(terms):
     for weight, folder in terms:
         opened = Adapter.open(folder)
         for module, entry in opened.file.layers.items():
-            for spec, value in [
+            for spec, adapter_weight in [
                 *opened.ledger.mora_matrices_of(module),
                 (entry.operator, opened.tensors.mora_matrix(module)),
             ]:
-                delta = weight * spec.delta_weight(value.double())
+                delta = weight * spec.delta_weight(adapter_weight.double())
                 total[reference.keys[entry.weight]] += (
                     delta.T if entry.transposed else delta
                 )
@@ -106,7 +106,7 @@ def check(tensors, expected):
 
 def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path, merged):
     lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
-    assert lines[1] == "3 term(s), 2 of them in its ledger"
+    assert lines[1] == "3 cycle(s), 2 of them in its ledger"
     export_merged(tmp_path / "same", merged)
     export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
     assert_same_model(tmp_path / "plain", merged)

@@ -103,8 +103,8 @@ class Update:
         module = name.removesuffix(".weight")
         if module in self.updates:
             delta = sum(
-                spec.delta_weight(value.double())
-                for spec, value in self.updates[module]
+                spec.delta_weight(adapter_weight.double())
+                for spec, adapter_weight in self.updates[module]
             )
             return delta if isinstance(delta, Tensor) else 0
         if (low_rank := self.trained.get(f"{module}.low_rank")) is not None:

@@ -28,6 +28,8 @@ both   merged weight                  live (?:\w+ )?weights?\b
 both   base weight                    original weights?\b
 names  rebuild_weight, rebuild_base   ^form(?: base)?$
 names  Delta, Update                  (?-i:^Term$)
+names  adapter_weight                 ^value (?:name|shape)$
+names  MixtureConfig                  ^mixture plan$
 names  full, gathered, unchunked      whole\b
 prose  unsharded, complete            whole (?:base|model|weights?|matri|checkpoint|cop)|base whole\b
 both   master weights                 masters\b

@@ -205,7 +205,7 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, thread
 
 def test_bucket_sizes_are_those_of_the_largest_share():
     model = model_with_mora(operator="share", train_norms=True)
-    sides = [layer.value.shape[0] for layer in mora_layers(model).values()]
+    sides = [layer.adapter_weight.shape[0] for layer in mora_layers(model).values()]
     norms = [
         parameter.numel() for parameter in model.parameters() if parameter.dim() == 1
     ]

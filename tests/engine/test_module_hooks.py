@@ -45,7 +45,9 @@ def engine_of(setting, zero=None, **changes):
             {"use_reentrant": setting == "sharded reentrant"}
         )
     config = ds_config(3, 2, 2, **changes)
-    numels = sorted(layer.value.numel() for layer in mora_layers(model).values())
+    numels = sorted(
+        layer.adapter_weight.numel() for layer in mora_layers(model).values()
+    )
     thresholds = {
         "persistent": 10**6,
         "checkpointing": 10**6,
@@ -134,7 +136,7 @@ def held_at_once(setting):
     gathered_layers = []
     layers = mora_layers(engine.module)
     # Asked for in a forward, DeepSpeed gathers them
-    matrices = {name: layer.value for name, layer in layers.items()}
+    matrices = {name: layer.adapter_weight for name, layer in layers.items()}
 
     def gathered():
         return {

@@ -77,12 +77,14 @@ def small_model(lora=False):
         LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True),
     )
     for index, layer in enumerate(mora_layers(model).values()):
-        layer.value.data = 0.1 * random(*layer.value.shape, seed=index).float()
+        layer.adapter_weight.data = (
+            0.1 * random(*layer.adapter_weight.shape, seed=index).float()
+        )
     return model
 
 
 def mora_matrices_of(model):
-    return [layer.value for layer in mora_layers(model).values()]
+    return [layer.adapter_weight for layer in mora_layers(model).values()]
 
 
 def others_of(model):

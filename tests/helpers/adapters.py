@@ -82,7 +82,7 @@ class Maker:
             mora_matrices = {}
             for name, entry in layers.items():
                 mora_matrices[name] = scale * torch.randn(
-                    entry.operator.value_shape, generator=generator
+                    entry.operator.adapter_weight_shape, generator=generator
                 )
                 updates.setdefault(name, []).append(
                     (entry.operator, mora_matrices[name])
@@ -117,8 +117,8 @@ def summed(original, updates, transposed, dtype):
     """The merged weight to the bit, by complete deltas: the original in fp32, plus the
     delta of each update in turn, rounded to `dtype` once."""
     total = (original.T if transposed else original).float()
-    for spec, value in updates:
-        total = total + spec.delta_weight(value.float())
+    for spec, adapter_weight in updates:
+        total = total + spec.delta_weight(adapter_weight.float())
     return (total.T if transposed else total).to(dtype)
 
 

@@ -189,7 +189,9 @@ def merging_run(folder, config, stage, dtype, merges):
     return {
         "reports": reports,
         "weights": {name: layer.weight.clone() for name, layer in layers},
-        "values": {name: zero.full_fp32(layer.value) for name, layer in layers},
+        "values": {
+            name: zero.full_fp32(layer.adapter_weight) for name, layer in layers
+        },
         "moments": moments,
     }
 

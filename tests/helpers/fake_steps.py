@@ -122,7 +122,7 @@ def run(settings):
         cuda.permits = Permits.READS
         for layer in mora_layers(model).values():
             merge(layer)
-            layer.value.detach().float().cpu()
+            layer.adapter_weight.detach().float().cpu()
             layer.read().cpu()
         set_cycle(model, config, 1)
         cuda.permits = Permits.COPIES
@@ -199,7 +199,7 @@ def step(model, settings, first):
 
 
 def merge(layer):
-    mora_matrix = layer.unshard(layer.value.detach()).float()
+    mora_matrix = layer.unshard(layer.adapter_weight.detach()).float()
     norms = layer.merge(
         torch.randn(layer.shape).bfloat16(), [(layer.spec, mora_matrix)], mora_matrix
     )

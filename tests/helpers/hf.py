@@ -101,7 +101,8 @@ def matrices(engine):
     """The unsharded MoRA matrices and the merged weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
     mora_matrices = {
-        name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()
+        name: zero.full_fp32(layer.adapter_weight).clone()
+        for name, layer in layers.items()
     }
     return {
         **mora_matrices,

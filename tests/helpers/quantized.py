@@ -60,11 +60,11 @@ def in_bits(layer, bits):
 
 def found_by(layer, spec):
     """y, dL/dx, dL/dM."""
-    dtype = layer.value.dtype
+    dtype = layer.adapter_weight.dtype
     x = random(2, 3, spec.d_in).to(dtype).requires_grad_()
     g = random(2, 3, spec.d_out, seed=4).to(dtype)
     y = layer(x)
-    return (y, *torch.autograd.grad(y, (x, layer.value), g))
+    return (y, *torch.autograd.grad(y, (x, layer.adapter_weight), g))
 
 
 def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
@@ -84,9 +84,9 @@ def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
         if merged:
             layer.set_merged(merged)
         over_dense = adapt(base, spec, path)
-        value = random(*layer.value.shape, seed=1)
-        layer.value.data = value
-        over_dense.value.data = value.clone()
+        value = random(*layer.adapter_weight.shape, seed=1)
+        layer.adapter_weight.data = value
+        over_dense.adapter_weight.data = value.clone()
         assert layer.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
         assert layer.shape == tuple(base.weight.shape)
         for one, right in zip(

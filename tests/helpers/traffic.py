@@ -150,20 +150,20 @@ def launches(spec, dtype, int8=False, tokens=4096, device=META):
     c_blocks = c.view(tokens, -1, side)
     empty = empty_product(c_blocks, z_blocks, 2 * PROCESSORS)
     parts = tensor(*empty.shape, dtype=empty.dtype)
-    plan = triton_ops.plan_gather_sum
+    launch = triton_ops.gather_sum_launch
     return {
-        "fold": plan(z, x, tables.fold, *rotation, False, add=False),
-        "collect": plan(c, y, tables.collect, None, None, False, add=False),
-        "spread": plan(y, z, tables.spread, None, None, False, add=False),
-        "unfold": plan(
+        "fold": launch(z, x, tables.fold, *rotation, False, add=False),
+        "collect": launch(c, y, tables.collect, None, None, False, add=False),
+        "spread": launch(y, z, tables.spread, None, None, False, add=False),
+        "unfold": launch(
             x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False
         ),
-        "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "effective_weight": triton_ops.plan_form(
+        "add spread": launch(y, z, tables.spread, None, None, False, add=True),
+        "effective_weight": triton_ops.form_launch(
             *base, tables.slots, tables.members, *rotation, tables.blocks_out
         ),
-        "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
-        "sum_parts": triton_ops.plan_sum_parts(mora_matrix, parts),
+        "product": triton_ops.product_launch(parts, c_blocks, z_blocks),
+        "sum_parts": triton_ops.sum_parts_launch(mora_matrix, parts),
     }
 
 

@@ -64,15 +64,17 @@ def check_merged(model):
     layers = {
         name: layer
         for name, layer in mora_layers(adapted).items()
-        if layer.value.grad is not None
+        if layer.adapter_weight.grad is not None
     }
     assert layers, "no matrix gets a gradient"
     with torch.no_grad():
         for name, layer in layers.items():
-            if layer.value.grad.any():
-                layer.value.data = 0.05 * torch.randn(layer.value.shape)
+            if layer.adapter_weight.grad.any():
+                layer.adapter_weight.data = 0.05 * torch.randn(
+                    layer.adapter_weight.shape
+                )
             module = model.get_submodule(name)
-            delta = delta_weight(layer.spec, layer.value.data)
+            delta = delta_weight(layer.spec, layer.adapter_weight.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta
         live, merged = (
             network(input_ids=tokens(2)).logits for network in (adapted, model)

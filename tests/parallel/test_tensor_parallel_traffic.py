@@ -52,7 +52,9 @@ def test_no_byte_is_of_the_base():
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
         model = model_of(case)
-        matrices = 4 * sum(layer.value.numel() for layer in mora_layers(model).values())
+        matrices = 4 * sum(
+            layer.adapter_weight.numel() for layer in mora_layers(model).values()
+        )
         shares = matrices // DEGREE
         outputs = 4 * ROWS * LENGTH * model.config.hidden_size
         blocks = 2 * model.config.num_hidden_layers
@@ -69,7 +71,9 @@ def test_no_byte_is_of_the_base():
                     if "self_attn" in path
                 ]
                 lanes = 4 * ROWS * LENGTH * sum(layer.spec.r_hat for layer in unsplit)
-                of_mlp = matrices - 4 * sum(layer.value.numel() for layer in unsplit)
+                of_mlp = matrices - 4 * sum(
+                    layer.adapter_weight.numel() for layer in unsplit
+                )
                 assert gathered == 2 * (shares + of_mlp) + lanes
                 assert reduced == shares + of_mlp
                 assert counted_bytes["bytes"]["all_reduce"] == blocks * outputs + lanes

@@ -11,7 +11,7 @@ from mora_ds.adapters.ops.spec import Style
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, shard_range
-from mora_ds.parallel.tp_plan import plan_of
+from mora_ds.parallel.tp_plan import tp_plan_of
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
 
@@ -32,7 +32,7 @@ MLP = {"olmo2"}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_layers_of_each_family(family):
     model = tiny_model(family)
-    plan = plan_of(model, 2)
+    plan = tp_plan_of(model, 2)
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
     has_attention = family in SPLIT | ATTENTION
     has_mlp = family in SPLIT | MLP
@@ -45,29 +45,29 @@ def test_split_layers_of_each_family(family):
     }
     assert bool(plan.summed) == (family in ("qwen3", "qwen3_moe", "gemma3_text"))
     inject(model, MoRAConfig(rank=4))
-    assert plan_of(model, 2) == plan, "injection changes nothing"
+    assert tp_plan_of(model, 2) == plan, "injection changes nothing"
 
 
 def test_heads_that_the_degree_does_not_divide_fall_back():
-    plan = plan_of(tiny_model("llama"), 4)
+    plan = tp_plan_of(tiny_model("llama"), 4)
     assert {block.rpartition(".")[2] for block in plan.blocks} == {"mlp"}
     assert "4 does not divide 4 heads and 2 key-value heads" in str(plan)
     assert "q_proj, k_proj, v_proj, o_proj" in str(plan)
-    odd = plan_of(tiny_model("llama", intermediate_size=57), 2)
+    odd = tp_plan_of(tiny_model("llama", intermediate_size=57), 2)
     assert "2 does not divide the 57 outputs of gate_proj" in str(odd)
 
 
 def test_a_model_without_a_plan_is_not_split():
-    plan = plan_of(tiny_model("gpt2"), 2)
+    plan = tp_plan_of(tiny_model("gpt2"), 2)
     assert not plan.blocks
     assert "the model has no tensor-parallel plan" in str(plan)
-    assert "colwise_gather_output" in str(plan_of(tiny_model("phi3"), 2))
+    assert "colwise_gather_output" in str(tp_plan_of(tiny_model("phi3"), 2))
 
 
 def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split():
     model = tiny_model("llama")
     model.model.layers[0].mlp.extra = nn.LayerNorm(56)
-    plan = plan_of(model, 2)
+    plan = tp_plan_of(model, 2)
     assert "model.layers.0.mlp" not in plan.blocks
     assert "model.layers.1.mlp" in plan.blocks
     assert "nothing for extra" in str(plan)

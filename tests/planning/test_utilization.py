@@ -39,7 +39,7 @@ def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator):
     model = model_with_mora(operator=operator)
     layers = mora_layers(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    matrices = sum(layer.value.numel() * layer.spec.blocks for layer in layers)
+    matrices = sum(layer.adapter_weight.numel() * layer.spec.blocks for layer in layers)
     assert token_flops(model, LENGTH) == full - 2 * (weights + head) + 6 * matrices
 
 
@@ -51,11 +51,14 @@ def test_a_token_takes_the_experts_that_it_has():
     """Two of eight, then four."""
     model = model_with_mora("qwen3_moe", target_modules=("all-linear", "experts"))
     stacks = [
-        layer for layer in mora_layers(model).values() if layer.spec.value_shape[2:]
+        layer
+        for layer in mora_layers(model).values()
+        if layer.spec.adapter_weight_shape[2:]
     ]
     with_experts = token_flops(model, LENGTH)
     matrices = sum(
-        2 * layer.value[0].numel() * layer.spec.operator.blocks for layer in stacks
+        2 * layer.adapter_weight[0].numel() * layer.spec.operator.blocks
+        for layer in stacks
     )
     for layer in stacks:
         layer.experts_per_token = 4

@@ -73,7 +73,7 @@ def expected_span(newest, earlier):
 
 def test_factors_of_lora_have_spectra_too():
     spec = LoRASpec(12, 10, 3, 6.0)
-    updates = [(spec, random(*spec.value_shape, seed=seed)) for seed in (0, 1)]
+    updates = [(spec, random(*spec.adapter_weight_shape, seed=seed)) for seed in (0, 1)]
     first, second = layer_spectra(updates)
     assert [first.rank, second.rank] == [3, 6]
 

@@ -303,7 +303,7 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bit
     assert "quantized" not in report(unquantized)
     assert ("each merge adds" in report(small)) == (bits == 4)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
-    mora_matrices = sum(2 * layer.value.numel() for layer in layers)
+    mora_matrices = sum(2 * layer.adapter_weight.numel() for layer in layers)
     assert small.bytes_per_merge == (mora_matrices + tables if bits == 4 else 0)
     assert unquantized.bytes_per_merge == unquantized.quantized == 0
 

@@ -336,7 +336,8 @@ def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
 
 def _matrices(engine: Any) -> list[Tensor]:
     return [
-        zero.full_fp32(layer.value) for layer in mora_layers(engine.module).values()
+        zero.full_fp32(layer.adapter_weight)
+        for layer in mora_layers(engine.module).values()
     ]
 
 

@@ -124,7 +124,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
 
     cases: dict[str, Case] = {
         "full": (lambda: F.linear(x, trained), [trained]),
-        "our LoRA": (lambda: ours(x), [ours.value]),
+        "our LoRA": (lambda: ours(x), [ours.adapter_weight]),
         "PEFT LoRA": (
             lambda: peft(x),
             [p for p in peft.parameters() if p.requires_grad],

@@ -201,7 +201,7 @@ def _sides(config: LlamaConfig, rank: int) -> list[int]:
     """The sides of the MoRA matrices of one decoder layer."""
     one_layer = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
     model = planned_model(Work(one_layer, MoRAConfig(rank=rank), 8))
-    return [layer.spec.value_shape[0] for layer in mora_layers(model).values()]
+    return [layer.spec.adapter_weight_shape[0] for layer in mora_layers(model).values()]
 
 
 def _completed(

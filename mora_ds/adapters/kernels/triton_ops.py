@@ -1,6 +1,6 @@
 """The operations of `ops` as Triton kernels. Only this module imports triton.
 
-Each function has a `plan_` that says which kernel is started, with which sizes; a plan
+Each function has a `Launch` that says which kernel is started, with which sizes; it
 needs shapes and dtypes only, so that the kernels of a 7B model are compiled, and their
 machine code inspected, without a GPU (tests/adapters/kernels).
 
@@ -72,7 +72,7 @@ def gather_sum(
 ) -> Tensor:
     """See `ops.gather_sum`."""
     out = x.new_empty(x.shape[0], table.shape[1])
-    plan_gather_sum(out, x.contiguous(), table, cos, sin, back, add=False)()
+    gather_sum_launch(out, x.contiguous(), table, cos, sin, back, add=False)()
     return out
 
 
@@ -86,10 +86,10 @@ def gather_add_(
 ) -> None:
     """See `ops.gather_add_`."""
     assert y.is_contiguous()
-    plan_gather_sum(y, x.contiguous(), table, cos, sin, back, add=True)()
+    gather_sum_launch(y, x.contiguous(), table, cos, sin, back, add=True)()
 
 
-def plan_gather_sum(
+def gather_sum_launch(
     out: Tensor,
     x: Tensor,
     table: Tensor,
@@ -129,11 +129,11 @@ def effective_weight(
 ) -> Tensor:
     """See `ops.effective_weight`."""
     out = mora_matrix.new_empty(weight.shape)
-    plan_form(out, weight, scales, mora_matrix.contiguous(), *maps)()
+    form_launch(out, weight, scales, mora_matrix.contiguous(), *maps)()
     return out
 
 
-def plan_form(
+def form_launch(
     out: Tensor,
     weight: Tensor,
     scales: Tensor | None,
@@ -209,11 +209,11 @@ def product(c: Tensor, z: Tensor) -> Tensor:
         rows = c.index_select(1, blocks).flatten(0, 1)
         return (rows.T @ z.flatten(0, 1)).unsqueeze(0)
     out = empty_product(c, z, 2 * _processors(c.device))
-    plan_product(out, c.contiguous(), z.contiguous())()
+    product_launch(out, c.contiguous(), z.contiguous())()
     return out
 
 
-def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
+def product_launch(out: Tensor, c: Tensor, z: Tensor) -> Launch:
     """`product` into out (parts, R, R), of which each is summed in a fixed order."""
     part_count, r_hat, _ = out.shape
     tokens, blocks, _ = z.shape
@@ -234,11 +234,11 @@ def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
 def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
     """See `ops.sum_parts`."""
     out = torch.empty(partial_sums.shape[1:], dtype=dtype, device=partial_sums.device)
-    plan_sum_parts(out, partial_sums)()
+    sum_parts_launch(out, partial_sums)()
     return out
 
 
-def plan_sum_parts(out: Tensor, partial_sums: Tensor) -> Launch:
+def sum_parts_launch(out: Tensor, partial_sums: Tensor) -> Launch:
     """`sum_parts` into out (R, R), part after part."""
     return Launch(
         _sum_parts,

@@ -5,7 +5,7 @@ a resume and an export.
                          time
     decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 
-Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits
+Every sum adds the same two numbers as `total + spec.delta_weight(adapter_weight)`, so the bits
 are the same. An update that is no delta changes the weight by `UpdateSpec.merge_into_`.
 """
 
@@ -14,29 +14,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import Delta
+from mora_ds.adapters.ops.spec import Update
 
 
-def merge_updates_(total: Tensor, updates: Iterable[Delta]) -> None:
-    """Merges each (spec, value) into `total` in turn, in place: the merged weight of
+def merge_updates_(total: Tensor, updates: Iterable[Update]) -> None:
+    """Merges each (spec, adapter_weight) into `total` in turn, in place: the merged weight of
     one update is the base of the next.
 
     `total`: contiguous (d_out, d_in), of a stack (E, d_out, d_in); the values are moved
     to its device and dtype.
     """
     if total.dim() > 2:
-        for spec, value in updates:
+        for spec, adapter_weight in updates:
             for index, matrix in enumerate(total):
-                merge_updates_(matrix, [spec.single(value, index)])
+                merge_updates_(matrix, [spec.single(adapter_weight, index)])
         return
-    for spec, value in updates:
-        spec.merge_into_(total, value.to(total.device, total.dtype))
+    for spec, adapter_weight in updates:
+        spec.merge_into_(total, adapter_weight.to(total.device, total.dtype))
 
 
 @torch.no_grad()
 def merged_weight(
     original: Tensor,
-    updates: Iterable[Delta],
+    updates: Iterable[Update],
     transposed: bool,
     dtype: torch.dtype,
     device: torch.device | str | None = None,

@@ -31,7 +31,7 @@ class LoRASpec(AdditiveSpec):
     """The sizes and the scale of a layer's factors."""
 
     name: ClassVar[str] = LORA
-    value_name: ClassVar[str] = "factors"
+    adapter_weight_name: ClassVar[str] = "factors"
     d_in: int
     d_out: int
     rank: int
@@ -45,7 +45,7 @@ class LoRASpec(AdditiveSpec):
             )
 
     @property
-    def value_shape(self) -> tuple[int, int]:
+    def adapter_weight_shape(self) -> tuple[int, int]:
         return self.rank, self.d_in + self.d_out
 
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
@@ -53,51 +53,53 @@ class LoRASpec(AdditiveSpec):
         gradient is not; on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         down = torch.rand(self.rank, self.d_in, generator=generator) * 2 - 1
-        factors = torch.zeros(self.value_shape)
+        factors = torch.zeros(self.adapter_weight_shape)
         factors[:, : self.d_in] = down / math.sqrt(self.d_in)
         return factors
 
-    def factors(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter_weight: Tensor) -> tuple[Tensor, Tensor]:
         """A (r, D), and alpha / r times B^T (r, O)."""
-        down, up = value.split((self.d_in, self.d_out), dim=1)
+        down, up = adapter_weight.split((self.d_in, self.d_out), dim=1)
         return down, up * (self.alpha / self.rank)
 
-    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        return y.add_(lora_update(self, value, x))
+    def add_update_(self, y: Tensor, adapter_weight: Tensor, x: Tensor) -> Tensor:
+        return y.add_(lora_update(self, adapter_weight, x))
 
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
-        down, up = self.factors(value)
+    def add_input_gradient_(
+        self, g_x: Tensor, adapter_weight: Tensor, g: Tensor
+    ) -> Tensor:
+        down, up = self.factors(adapter_weight)
         return g_x.add_(F.linear(g, up) @ down)
 
     def of_sum(self, count: int) -> LoRASpec:
         """A larger rank with the same scale."""
         return replace(self, rank=self.rank * count, alpha=self.alpha * count)
 
-    def joined(self, values: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
+    def joined(self, adapter_weights: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
         """Factors lined up."""
-        return self.of_sum(len(values)), torch.cat(list(values))
+        return self.of_sum(len(adapter_weights)), torch.cat(list(adapter_weights))
 
-    def scaled(self, value: Tensor, factor: float) -> Tensor:
+    def scaled(self, adapter_weight: Tensor, factor: float) -> Tensor:
         """B alone is multiplied: the delta is a product of both."""
-        down, up = value.split((self.d_in, self.d_out), dim=1)
+        down, up = adapter_weight.split((self.d_in, self.d_out), dim=1)
         return torch.cat((down, up * factor), dim=1)
 
-    def delta_weight(self, value: Tensor) -> Tensor:
+    def delta_weight(self, adapter_weight: Tensor) -> Tensor:
         """Summed one rank after another by separate elementwise products and sums,
         which every number of threads rounds alike (a matrix product does not)."""
-        down, up = self.factors(value)
+        down, up = self.factors(adapter_weight)
         up = up.unsqueeze(2)
         total = up[0] * down[0]
         for row, column in zip(down[1:], up[1:], strict=True):
             total += column * row
         return total
 
-    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        down, up = self.factors(value)
+    def low_rank(self, adapter_weight: Tensor) -> tuple[Tensor, Tensor]:
+        down, up = self.factors(adapter_weight)
         return down, up.T
 
 
-def lora_update(spec: LoRASpec, value: Tensor, x: Tensor) -> Tensor:
+def lora_update(spec: LoRASpec, adapter_weight: Tensor, x: Tensor) -> Tensor:
     """(alpha / r) B A x: (..., D) -> (..., O), what the adapter adds."""
-    down, up = spec.factors(value)
+    down, up = spec.factors(adapter_weight)
     return F.linear(x, down) @ up

@@ -100,7 +100,7 @@ class OperatorSpec(AdditiveSpec):
             )
 
     @property
-    def value_shape(self) -> tuple[int, ...]:
+    def adapter_weight_shape(self) -> tuple[int, ...]:
         return self.r_hat, self.r_hat
 
     @property
@@ -134,31 +134,35 @@ class OperatorSpec(AdditiveSpec):
         """Whether blocks after the first, which turns by no angle, are rotated."""
         return OPERATORS[self.kind].rotates and self.blocks > 1
 
-    def delta_weight(self, value: Tensor) -> Tensor:
-        return delta_weight(self, value)
+    def delta_weight(self, adapter_weight: Tensor) -> Tensor:
+        return delta_weight(self, adapter_weight)
 
-    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, adapter_weight: Tensor) -> Tensor:
         if self.blocks > 1:
-            return add_blocks_(total, self, value)
-        return add_rows_(total, self, value)
+            return add_blocks_(total, self, adapter_weight)
+        return add_rows_(total, self, adapter_weight)
 
-    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+    def add_update_(self, y: Tensor, adapter_weight: Tensor, x: Tensor) -> Tensor:
         saved = fold_input(self, x) if self.blocks == 1 else x
-        return add_update_(y, self, value, saved)
+        return add_update_(y, self, adapter_weight, saved)
 
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
-        return add_input_gradient_(g_x, self, value, g)
+    def add_input_gradient_(
+        self, g_x: Tensor, adapter_weight: Tensor, g: Tensor
+    ) -> Tensor:
+        return add_input_gradient_(g_x, self, adapter_weight, g)
 
     def tables(self, device: torch.device) -> IndexTables:
         return tables_of(self, device)
 
-    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    def low_rank(self, adapter_weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """A sums inputs, B holds rows of M; None where M is applied to several
         blocks."""
         if self.blocks > 1:
             return None
-        spread = self.tables(value.device).spread
-        return fold_matrix(self, value).T, rows_of_outputs(spread, value)
+        spread = self.tables(adapter_weight.device).spread
+        return fold_matrix(self, adapter_weight).T, rows_of_outputs(
+            spread, adapter_weight
+        )
 
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
@@ -505,9 +509,9 @@ def mora_update(spec: OperatorSpec, mora_matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_mora_matrix(spec: OperatorSpec, mora_matrix: Tensor, function: str) -> None:
-    if mora_matrix.shape != spec.value_shape:
+    if mora_matrix.shape != spec.adapter_weight_shape:
         raise UserError(
-            f"{function}: `mora_matrix` must have the shape {spec.value_shape}, got {tuple(mora_matrix.shape)}"
+            f"{function}: `mora_matrix` must have the shape {spec.adapter_weight_shape}, got {tuple(mora_matrix.shape)}"
         )
 
 

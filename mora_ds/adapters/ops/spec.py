@@ -1,7 +1,7 @@
 """What every kind of update has in common: the interface of its spec, names of
 operators, sizes and seeds.
 
-A layer has one trained tensor, its *value*, and a *spec* that says what the frozen
+A layer has one trained tensor, its *adapter weight*, and a *spec* that says what the frozen
 weight becomes with it. Merges, the merge ledger, exports and spectra use specs through
 `UpdateSpec` and `AdditiveSpec` alone.
 """
@@ -70,7 +70,7 @@ class UpdateSpec(ABC):
     """How a layer's adapter weight changes its frozen weight: what every adapter
     defines. Immutable, hashable.
 
-    A layer has one trained tensor, the *value*. An adapter with several tensors packs
+    A layer has one trained tensor, the *adapter weight*. An adapter with several tensors packs
     them into one, as LoRA does with [A | B^T]: then ZeRO gathers a layer's adapter at
     once, and merge ledgers and checkpoints hold one tensor a layer.
 
@@ -81,8 +81,8 @@ class UpdateSpec(ABC):
 
     name: ClassVar[str]
     """Value of "kind" in `to_dict`, where the class has only one."""
-    value_name: ClassVar[str] = "mora_matrix"
-    """Name of the value: the layer's parameter, and in files."""
+    adapter_weight_name: ClassVar[str] = "mora_matrix"
+    """Name of the adapter weight: the layer's parameter, and in files."""
     is_additive: ClassVar[bool] = False
     """Whether it is an `AdditiveSpec`."""
     d_in: int
@@ -90,22 +90,22 @@ class UpdateSpec(ABC):
 
     @property
     @abstractmethod
-    def value_shape(self) -> tuple[int, ...]:
+    def adapter_weight_shape(self) -> tuple[int, ...]:
         """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of
         LoRA."""
 
     @abstractmethod
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
-        """The value that a cycle starts from, in fp32: with it the layer computes as
+        """The adapter weight that a cycle starts from, in fp32: with it the layer computes as
         `base_weight` (d_out, d_in), its frozen weight, does. That is the merged weight
         of the cycle before; in the first cycle the original one, before `base_bits`
         rounds it. A pure function of its arguments: the same on every rank and after
         every resume."""
 
     @abstractmethod
-    def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
+    def merged_weight(self, base_weight: Tensor, adapter_weight: Tensor) -> Tensor:
         """The (d_out, d_in) weight without adapter that computes as `base_weight` with
-        this one, a new tensor. `base_weight` and `value` have one dtype: merges,
+        this one, a new tensor. `base_weight` and `adapter_weight` have one dtype: merges,
         resumes and exports give fp32.
 
         Of several cycles each one has the merged weight of the one before as its base.
@@ -113,31 +113,33 @@ class UpdateSpec(ABC):
         operations and sums of one row at a time, no matrix products.
         """
 
-    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, adapter_weight: Tensor) -> Tensor:
         """`merged_weight` of total (d_out, d_in), in its place, with the same bits."""
-        return total.copy_(self.merged_weight(total, value))
+        return total.copy_(self.merged_weight(total, adapter_weight))
 
-    def weight_change(self, base_weight: Tensor | None, value: Tensor) -> Tensor:
+    def weight_change(
+        self, base_weight: Tensor | None, adapter_weight: Tensor
+    ) -> Tensor:
         """`merged_weight` less `base_weight`, a new tensor. An `AdditiveSpec`, whose
         change does not depend on the base, takes None for it."""
         assert base_weight is not None
-        return self.merged_weight(base_weight, value) - base_weight
+        return self.merged_weight(base_weight, adapter_weight) - base_weight
 
     @property
     def size(self) -> int:
         """The number that reports show: r_hat, or a rank."""
-        return self.value_shape[-2]
+        return self.adapter_weight_shape[-2]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """(d_out, d_in); (E, d_out, d_in) of a stack of experts, whose value has three
+        """(d_out, d_in); (E, d_out, d_in) of a stack of experts, whose adapter weight has three
         dimensions too."""
-        return *self.value_shape[:-2], self.d_out, self.d_in
+        return *self.adapter_weight_shape[:-2], self.d_out, self.d_in
 
     @property
     def multiplications(self) -> int:
         """Multiplications by trained numbers that a token costs in forward."""
-        return math.prod(self.value_shape)
+        return math.prod(self.adapter_weight_shape)
 
     @property
     def table_bytes(self) -> int:
@@ -149,13 +151,13 @@ class UpdateSpec(ABC):
         return f"{module}.weight"
 
     def members(
-        self, module: str, value: Tensor
+        self, module: str, adapter_weight: Tensor
     ) -> Iterator[tuple[str, UpdateSpec, Tensor]]:
-        """(name, operator, value) of each matrix that it changes: of experts, all."""
-        yield module, self, value
+        """(name, operator, adapter weight) of each matrix that it changes: of experts, all."""
+        yield module, self, adapter_weight
 
-    def single(self, value: Tensor, index: int) -> Delta:
-        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec
+    def single(self, adapter_weight: Tensor, index: int) -> Update:
+        """(operator, adapter weight) of one matrix of a stack. Raises `UserError` for a spec
         that is none: a file's."""
         raise UserError(f"{self.describe()} is no operator of a stack of experts")
 
@@ -183,7 +185,7 @@ class UpdateSpec(ABC):
 class AdditiveSpec(UpdateSpec):
     """An update that adds a delta to the weight, whatever that weight is:
 
-        merged_weight(W, value) == W + delta_weight(value)
+        merged_weight(W, adapter_weight) == W + delta_weight(adapter_weight)
 
     Such updates can be summed, scaled, added to other models, and applied to the
     activations of a layer whose frozen weight is packed.
@@ -193,55 +195,59 @@ class AdditiveSpec(UpdateSpec):
 
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
         """Zeros, on the CPU."""
-        return torch.zeros(self.value_shape)
+        return torch.zeros(self.adapter_weight_shape)
 
     @abstractmethod
-    def delta_weight(self, value: Tensor) -> Tensor:
-        """The (d_out, d_in) change of the weight, a new tensor in the value's dtype."""
+    def delta_weight(self, adapter_weight: Tensor) -> Tensor:
+        """The (d_out, d_in) change of the weight, a new tensor in the adapter weight's dtype."""
 
-    def merge_into_(self, total: Tensor, value: Tensor) -> Tensor:
+    def merge_into_(self, total: Tensor, adapter_weight: Tensor) -> Tensor:
         """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
-        return total.add_(self.delta_weight(value))
+        return total.add_(self.delta_weight(adapter_weight))
 
-    def merged_weight(self, base_weight: Tensor, value: Tensor) -> Tensor:
-        return self.merge_into_(base_weight.clone(), value)
+    def merged_weight(self, base_weight: Tensor, adapter_weight: Tensor) -> Tensor:
+        return self.merge_into_(base_weight.clone(), adapter_weight)
 
-    def weight_change(self, base_weight: Tensor | None, value: Tensor) -> Tensor:
-        return self.delta_weight(value)
+    def weight_change(
+        self, base_weight: Tensor | None, adapter_weight: Tensor
+    ) -> Tensor:
+        return self.delta_weight(adapter_weight)
 
-    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+    def add_update_(self, y: Tensor, adapter_weight: Tensor, x: Tensor) -> Tensor:
         """y (..., d_out) + delta x for x (..., d_in), in place, without forming the
         delta and without a backward. A stack, which 4 bits do not hold, has none."""
         raise NotImplementedError
 
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+    def add_input_gradient_(
+        self, g_x: Tensor, adapter_weight: Tensor, g: Tensor
+    ) -> Tensor:
         """g_x (..., d_in) + the transpose of `add_update_` of g (..., d_out), in
         place."""
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> object:
-        """What these products read besides the value: cached while a caller has it."""
+        """What these products read besides the adapter weight: cached while a caller has it."""
         return None
 
     def of_sum(self, count: int) -> AdditiveSpec:
-        """The spec of the sum of `count` values: itself where values are summed
+        """The spec of the sum of `count` adapter weights: itself where these are summed
         elementwise."""
         return self
 
-    def joined(self, values: Sequence[Tensor]) -> AdditiveTerm:
-        """`of_sum` and one value, whose delta is the sum of those of `values`, in
+    def joined(self, adapter_weights: Sequence[Tensor]) -> AdditiveTerm:
+        """`of_sum` and one adapter weight, whose delta is the sum of those of `adapter_weights`, in
         fp32."""
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
+        total = adapter_weights[0]
+        for adapter_weight in adapter_weights[1:]:
+            total = total + adapter_weight
         return self, total
 
-    def scaled(self, value: Tensor, factor: float) -> Tensor:
-        """The value whose delta is `factor` times that of `value`."""
-        return value * factor
+    def scaled(self, adapter_weight: Tensor, factor: float) -> Tensor:
+        """The adapter weight whose delta is `factor` times that of `adapter_weight`."""
+        return adapter_weight * factor
 
-    def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(value)`, as LoRA has
+    def low_rank(self, adapter_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A (k, d_in) and B (d_out, k) with B @ A == `delta_weight(adapter_weight)`, as LoRA has
         them, where the kind of update bounds the rank by k; None where it does not."""
         return None
 
@@ -255,8 +261,8 @@ def additive(spec: UpdateSpec) -> AdditiveSpec:
     return spec
 
 
-Delta = tuple[UpdateSpec, Tensor]
-"""A spec with its value."""
+Update = tuple[UpdateSpec, Tensor]
+"""A spec with its adapter weight."""
 
 AdditiveTerm = tuple[AdditiveSpec, Tensor]
 

@@ -57,8 +57,8 @@ class StackSpec(AdditiveSpec):
         return self.operator.d_out
 
     @property
-    def value_shape(self) -> tuple[int, ...]:
-        return self.count, *self.operator.value_shape
+    def adapter_weight_shape(self) -> tuple[int, ...]:
+        return self.count, *self.operator.adapter_weight_shape
 
     @property
     def multiplications(self) -> int:
@@ -69,19 +69,19 @@ class StackSpec(AdditiveSpec):
         """A stack is a parameter of its own, not the `weight` of a module."""
         return module
 
-    def delta_weight(self, value: Tensor) -> Tensor:
+    def delta_weight(self, adapter_weight: Tensor) -> Tensor:
         return torch.stack(
-            [self.operator.delta_weight(mora_matrix) for mora_matrix in value]
+            [self.operator.delta_weight(mora_matrix) for mora_matrix in adapter_weight]
         )
 
     def members(
-        self, module: str, value: Tensor
+        self, module: str, adapter_weight: Tensor
     ) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
-        for index, mora_matrix in enumerate(value):
+        for index, mora_matrix in enumerate(adapter_weight):
             yield f"{module}.{index}", self.operator, mora_matrix
 
-    def single(self, value: Tensor, index: int) -> tuple[OperatorSpec, Tensor]:
-        return self.operator, value[index]
+    def single(self, adapter_weight: Tensor, index: int) -> tuple[OperatorSpec, Tensor]:
+        return self.operator, adapter_weight[index]
 
     def describe(self) -> str:
         return self.operator.describe()

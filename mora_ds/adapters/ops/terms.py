@@ -1,5 +1,5 @@
 """Updates of merged cycles that a frozen weight does not take up: they go on acting
-through their values.
+through their adapter_weights.
 
     W x = W0 x + sum over the terms of update(x)
 
@@ -14,21 +14,21 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mora_ds.adapters.ops.spec import AdditiveSpec, AdditiveTerm, Delta, additive
+from mora_ds.adapters.ops.spec import AdditiveSpec, AdditiveTerm, Update, additive
 
 
-def join(updates: Iterable[Delta]) -> tuple[AdditiveTerm, ...]:
+def join(updates: Iterable[Update]) -> tuple[AdditiveTerm, ...]:
     """The fewest terms with the same sum, in fp32 (`AdditiveSpec.joined`)."""
-    values: dict[AdditiveSpec, list[Tensor]] = {}
-    for spec, value in updates:
-        values.setdefault(additive(spec), []).append(value.float())
-    return tuple(spec.joined(of_spec) for spec, of_spec in values.items())
+    adapter_weights: dict[AdditiveSpec, list[Tensor]] = {}
+    for spec, adapter_weight in updates:
+        adapter_weights.setdefault(additive(spec), []).append(adapter_weight.float())
+    return tuple(spec.joined(of_spec) for spec, of_spec in adapter_weights.items())
 
 
 def add_terms_(y: Tensor, terms: Iterable[AdditiveTerm], x: Tensor) -> Tensor:
     """y (..., O) + the updates of x (..., D), in place. Without a backward."""
-    for spec, value in terms:
-        spec.add_update_(y, value.to(x.dtype), x)
+    for spec, adapter_weight in terms:
+        spec.add_update_(y, adapter_weight.to(x.dtype), x)
     return y
 
 
@@ -36,6 +36,6 @@ def add_terms_gradient_(
     g_x: Tensor, terms: Iterable[AdditiveTerm], g: Tensor
 ) -> Tensor:
     """g_x (..., D) + the transpose of `add_terms_` of g (..., O), in place."""
-    for spec, value in terms:
-        spec.add_input_gradient_(g_x, value.to(g.dtype), g)
+    for spec, adapter_weight in terms:
+        spec.add_input_gradient_(g_x, adapter_weight.to(g.dtype), g)
     return g_x

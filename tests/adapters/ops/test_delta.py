@@ -55,7 +55,7 @@ def test_the_same_bits_as_forming_the_delta(kind):
     checked = specs(kind)
     assert len(checked) >= 90
     for spec in checked:
-        mora_matrix = random(*spec.value_shape).float()
+        mora_matrix = random(*spec.adapter_weight_shape).float()
         assert_same_bits(
             random(spec.d_out, spec.d_in, seed=1).float(), [(spec, mora_matrix)]
         )
@@ -71,7 +71,7 @@ def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch):
     ]
     chain.insert(4, LoRASpec(40, 30, 3, 6.0))
     updates = [
-        (spec, random(*spec.value_shape, seed=index).float())
+        (spec, random(*spec.adapter_weight_shape, seed=index).float())
         for index, spec in enumerate(chain)
     ]
     assert_same_bits(random(30, 40, seed=99).float(), updates)

@@ -156,7 +156,9 @@ def test_nothing_of_a_weights_size_is_kept(config, checkpointing, bits):
         merged = []
         if bits_of_base == 4:
             for layer in mora_layers(model).values():
-                layer.set_merged([(layer.spec, 0.1 * random(*layer.spec.value_shape))])
+                layer.set_merged(
+                    [(layer.spec, 0.1 * random(*layer.spec.adapter_weight_shape))]
+                )
                 merged += [value for _, value in layer.merged]
         ids = tokens(2)
         model = model.train()

@@ -115,7 +115,7 @@ def test_relora_merged_base_equals_its_replayed_ledger(
         first = layer.spec.init_weight(layer.frozen, config.first_seed(name, 4))
         assert all(torch.equal(result["values"][name], first) for result in ranks)
         assert torch.equal(layer.weight, ranks[0]["weights"][name])
-        assert torch.equal(layer.value, first.to(layer.weight.dtype))
+        assert torch.equal(layer.adapter_weight, first.to(layer.weight.dtype))
 
 
 def set_everywhere():
@@ -135,12 +135,12 @@ def set_everywhere():
             engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1, **half))
             for layer in mora_layers(model).values():
                 full = random_factors(layer.spec)
-                zero.set_fp32(engine, {layer.value: full})
-                master = zero.full_fp32(layer.value)
+                zero.set_fp32(engine, {layer.adapter_weight: full})
+                master = zero.full_fp32(layer.adapter_weight)
                 with deepspeed.zero.GatheredParameters(
-                    [layer.value], enabled=stage == 3
+                    [layer.adapter_weight], enabled=stage == 3
                 ):
-                    low = layer.value.detach().clone()
+                    low = layer.adapter_weight.detach().clone()
                 if not torch.equal(master, full) or not torch.equal(
                     low, full.to(dtype)
                 ):
