@@ -134,7 +134,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
     }
     for path in PATHS:
         mora = MoRALinear(layer.base, spec, 0.0, path)
-        cases[path.value] = (lambda mora=mora: mora(x)), [mora.value]  # type: ignore[misc]
+        cases[path.value] = (lambda mora=mora: mora(x)), [mora.adapter_weight]  # type: ignore[misc]
     return cases
 
 
