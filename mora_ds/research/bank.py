@@ -45,7 +45,7 @@ MoRAMatrices = dict[str, dict[OperatorSpec, Tensor]]
 
 
 @dataclass(frozen=True)
-class Delta:
+class BatchUpdate:
     """The update of one layer by all adapters of a batch with the same operator."""
 
     spec: OperatorSpec
@@ -78,7 +78,7 @@ class AdapterBank:
         self.dtype = dtype
         self.mora_matrices_of = lru_cache(maxsize=cache)(self._read)
         """The MoRA matrices of an adapter; the most recently used ones are cached."""
-        self._terms: dict[str, list[Delta]] = {}
+        self._terms: dict[str, list[BatchUpdate]] = {}
         """Layer -> its updates for the current batch."""
         self._batch_size: int | None = None
         """Batch size of the updates; None: one adapter for any batch size."""
@@ -174,7 +174,7 @@ class AdapterBank:
             }
         return layers
 
-    def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[Delta]]:
+    def _terms_of(self, names: Sequence[str | None]) -> dict[str, list[BatchUpdate]]:
         """Layer -> the updates by the adapters of all sequences."""
         chosen: dict[str, MoRAMatrices] = {}
         for name in dict.fromkeys(names):
@@ -189,11 +189,11 @@ class AdapterBank:
                 for spec, mora_matrix in mora_matrices.items():
                     mora_matrices_by_index[layer, spec][index] = mora_matrix
         device = self.model.device
-        terms: dict[str, list[Delta]] = defaultdict(list)
+        terms: dict[str, list[BatchUpdate]] = defaultdict(list)
         for (layer, spec), by_index in mora_matrices_by_index.items():
             indices = torch.tensor(list(by_index), device=device)
             stack = torch.stack(list(by_index.values()))
-            terms[layer].append(Delta(spec, tables_of(spec, device), indices, stack))
+            terms[layer].append(BatchUpdate(spec, tables_of(spec, device), indices, stack))
         return terms
 
     def _add_terms(
