@@ -56,7 +56,7 @@ streaming | --streaming
 """)
 
 
-def validation_errors_of(row: str, column: str) -> str | None:
+def why_refused(row: str, column: str) -> str | None:
     """What the program says to both options together, or None if it takes them.
 
     The checks are those that a run makes before it loads a model: `validate`, the
@@ -113,7 +113,7 @@ def _together(row: str, column: str, reasons: dict[str, int]) -> str:
     one."""
     if _flags(row) & _flags(column):
         return ""
-    reason = validation_errors_of(row, column)
+    reason = why_refused(row, column)
     if reason is None:
         return "yes"
     number = reasons.setdefault(" / ".join(reason.splitlines()), len(reasons) + 1)

@@ -10,7 +10,7 @@ import pytest
 from mora_ds.common.version import __version__
 from tests.helpers.pages import FENCE, PAGES, ROOT, prose
 from tools import docs
-from tools.docs_matrix import COLUMNS, OPTIONS, validation_errors_of
+from tools.docs_matrix import COLUMNS, OPTIONS, why_refused
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -64,17 +64,17 @@ def test_the_support_matrix_asks_the_checks_of_a_run():
     lora = OPTIONS["`--adapter lora`"]
     full = OPTIONS["`--adapter full`"]
     assert "--tensor_parallel_size 2" in (
-        validation_errors_of(lora, COLUMNS["tensor parallel"]) or ""
+        why_refused(lora, COLUMNS["tensor parallel"]) or ""
     )
     assert "--merge_every" in (
-        validation_errors_of(full, COLUMNS["ReMoRA merges"]) or ""
+        why_refused(full, COLUMNS["ReMoRA merges"]) or ""
     )
     assert (
-        validation_errors_of(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"])
+        why_refused(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"])
         is None
     )
     assert (
-        validation_errors_of(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"])
+        why_refused(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"])
         is not None
     )
 
