@@ -13,6 +13,7 @@ different tokenizers; perplexities are not.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +58,7 @@ def main() -> None:
             options.domain,
             options.onto,
         )
-    document_start = options.document_start or target.document_start
-    windows = Windows.of(target.model, options.window, options.stride, document_start)
+    windows = Windows.of(target.model, options.window, options.stride)
     say(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = score_sets(target, sets, windows, options)
     content = {
@@ -101,9 +101,12 @@ def score_sets(
     windows: Windows,
     options: argparse.Namespace,
 ) -> dict[str, Score]:
-    """The score of every set, by its name."""
+    """The score of every set, by its name. Without --document_start documents start as
+    in the run of the target."""
     from mora_ds.eval.perplexity import evaluate
 
+    document_start = options.document_start or target.document_start
+    windows = replace(windows, document_start=document_start)
     return {
         name: evaluate(
             target, corpus, windows, options.batch_size, options.max_documents

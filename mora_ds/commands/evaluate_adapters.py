@@ -31,7 +31,7 @@ def main() -> None:
     check_scoring(options)
     from mora_ds.checkpoint.layout import tokenizer_of
     from mora_ds.data import AUTO, load_tokenizer
-    from mora_ds.eval.perplexity import Target, Windows
+    from mora_ds.eval.perplexity import Target, Windows, document_start_of
     from mora_ds.models.attention import prefer_document_attention
     from mora_ds.research.bank import AdapterBank
 
@@ -44,8 +44,7 @@ def main() -> None:
         options.device,
         options.trust_remote_code,
     )
-    document_start = options.document_start or AUTO
-    windows = Windows.of(bank.model, options.window, options.stride, document_start)
+    windows = Windows.of(bank.model, options.window, options.stride)
     sizes = {"window": windows.window, "stride": windows.stride}
     say(
         f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}"
@@ -58,11 +57,14 @@ def main() -> None:
     results: dict[str, JsonObject] = {}
     for name in (BASE, *bank.adapters):
         tokenizer = base_tokenizer
-        # An adapter whose run had a tokenizer of its own is scored with that.
-        folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)
-        if folder is not None:
-            tokenizer = load_tokenizer(folder, flag=str(folder))
-        target = Target(model, tokenizer)
+        document_start = AUTO
+        if name != BASE:
+            adapter = bank.adapters[name]
+            document_start = document_start_of(adapter.file)
+            # An adapter whose run had a tokenizer of its own is scored with that.
+            if folder := tokenizer_of(adapter.folder):
+                tokenizer = load_tokenizer(folder, flag=str(folder))
+        target = Target(model, tokenizer, document_start)
         with bank.use([] if name == BASE else name):
             scores = score_sets(target, sets, windows, options)
         rows += [

@@ -27,7 +27,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
+from mora_ds.checkpoint.adapter_files import (
+    AdapterFile,
+    BaseReference,
+    chosen_domain,
+    read_adapter,
+)
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import named_path
@@ -200,7 +205,8 @@ def _adapted(
     trust_remote_code: bool,
     domain: str | None,
 ) -> Target:
-    domain = chosen_domain(read_adapter(checkpoint).domains, domain, "--domain")
+    adapter = read_adapter(checkpoint)
+    domain = chosen_domain(adapter.domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
     tokenizer_folder = tokenizer_of(checkpoint) or folder
@@ -211,11 +217,13 @@ def _adapted(
     model: Any = load_adapter(folder, checkpoint, None, domain, trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
-    facts = read_adapter(checkpoint).facts
-    document_start = str(facts.get("document_start", AUTO))
-    return Target(
-        prefer_document_attention(model.to(device)), tokenizer, document_start
-    )
+    model = prefer_document_attention(model.to(device))
+    return Target(model, tokenizer, document_start_of(adapter))
+
+
+def document_start_of(adapter: AdapterFile) -> str:
+    """--document_start of the run that has trained an adapter."""
+    return str(adapter.facts.get("document_start", AUTO))
 
 
 def evaluate(

@@ -287,11 +287,12 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(
 
 def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, capsys):
     maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
+    bank = tmp_path / "bank"
+    config = MoRAConfig(rank=2, seed=1)
+    of_a_run = {"document_start": "</s>"}
     updates = {
-        name: maker.write(
-            tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1
-        )
-        for cycles, name in enumerate(("a", "b"))
+        "a": maker.write(bank / "a", MoRAConfig(rank=2), scale=0.1, facts=of_a_run),
+        "b": maker.write(bank / "b", config, cycles=1, scale=0.1),
     }
     # A run with --tokenizer_name has fewer tokens
     own_tokenizer = tmp_path / "bank/b/tokenizer"
@@ -309,14 +310,15 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
     assert "2 adapter(s); windows of 64" in printed
     corpus = load_corpus([str(user.held)])
     nats = {name: adapter["held"]["nats"] for name, adapter in scores.items()}
-    for name, folder in (
-        ("(base)", user.model),
-        ("a", user.model),
-        ("b", own_tokenizer),
+    for name, folder, start in (
+        ("(base)", user.model, "auto"),
+        ("a", user.model, "</s>"),
+        ("b", own_tokenizer, "auto"),
     ):
         merge(maker.model, maker.weights, updates.get(name, {}))
         merged = Target(maker.model.eval(), load_tokenizer(folder))
-        expected = evaluate(merged, corpus, Windows(64, 32), max_documents=4)
+        windows = Windows(64, 32, start)
+        expected = evaluate(merged, corpus, windows, max_documents=4)
         assert nats[name] == pytest.approx(expected.nats, rel=1e-6)
         assert (abs(nats[name] / nats["(base)"] - 1) > 1e-4) == (name != "(base)")
         maker.model.load_state_dict(maker.weights, strict=False)
