@@ -129,7 +129,7 @@ class RankMemory:
     """The frozen base, or its part on the device, and the model's other buffers."""
     tables: int
     """Index tables of the operators."""
-    mora_matrices: int
+    trained: int
     """The rank's shards of everything trained, in the compute dtype."""
     master_weights: int
     """Master weights in fp32."""
@@ -160,7 +160,7 @@ class RankMemory:
     def static(self) -> int:
         """What is allocated all the time."""
         of_optimizer = self.master_weights + self.moments + self.gradients + self.bucket
-        return self.base + self.tables + self.mora_matrices + of_optimizer
+        return self.base + self.tables + self.trained + of_optimizer
 
     @property
     def _on_top(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ def rank_memory(
     return RankMemory(
         base=base_bytes - streamed.total + streamed.on_device,
         tables=step.tables,
-        mora_matrices=weights * itemsize,
+        trained=weights * itemsize,
         **on_device,
         bucket=trained.zero["reduce_bucket_size"] * itemsize,
         gathered=unsharded,

@@ -71,11 +71,11 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
     memory = plan.memory
     in_host_memory = "in host memory" if plan.trained.offloads else ""
     share = f"1/{plan.trained.ranks}" if plan.trained.stage == 3 else ""
-    matrix_bytes = memory.mora_matrices * plan.trained.matrix_numel / plan.trained.total
+    matrix_bytes = memory.trained * plan.trained.matrix_numel / plan.trained.total
     title = "trained parameters"
     is_full = plan.work.adapter is None
     if plan.work.adapter is None:
-        matrix_bytes = memory.mora_matrices
+        matrix_bytes = memory.trained
     else:
         title = adapter_type(plan.work.adapter.adapter).weights_title
     activations = f"activations {size_text(memory.activations)}"
@@ -90,7 +90,7 @@ def _rows(plan: Plan) -> list[tuple[str, float, str]]:
         ("base, unsharded", memory.base, base),
         ("index tables", memory.tables, ""),
         (f"{title}, this shard", matrix_bytes, share),
-        ("embeddings and others", memory.mora_matrices - matrix_bytes, share),
+        ("embeddings and others", memory.trained - matrix_bytes, share),
         ("fp32 master weights", memory.master_weights, in_host_memory),
         ("optimizer's moments", memory.moments, in_host_memory),
         ("gradients", memory.gradients, ""),

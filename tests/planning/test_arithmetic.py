@@ -42,7 +42,7 @@ def test_what_a_rank_holds_at_each_stage(stage, weights, moments, gradients):
     memory = rank_memory(1000, 70, STEP, trained(stage), gathered)
     shard = 44 if stage == 3 else 43
     stays = 14 if stage == 3 else 0
-    assert memory.mora_matrices == weights
+    assert memory.trained == weights
     assert memory.master_weights == 4 * shard
     assert memory.moments == moments
     assert memory.gradients == gradients

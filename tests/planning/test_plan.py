@@ -223,7 +223,7 @@ def measured(case):
         "base_sent": counter.base_bytes,
         "base": sum({id(tensor): tensor.nbytes for tensor in on_device}.values()),
         "copied": prefetcher.copied - copied if prefetcher else 0,
-        "mora_matrices": optimizer.lp_param_buffer.nbytes,
+        "trained": optimizer.lp_param_buffer.nbytes,
         "master_weights": sum(master_weights.values()),
         "moments": sum(tensor.nbytes for tensor in moments),
         "gradients": optimizer.grad_partitions_flat_buffer.nbytes,
@@ -278,7 +278,7 @@ def assert_as_planned(plan, measured_bytes, case):
     memory = plan.memory
     # With the rotary frequencies
     assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case
-    for name in ("mora_matrices", "master_weights", "moments", "gradients", "bucket"):
+    for name in ("trained", "master_weights", "moments", "gradients", "bucket"):
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 
