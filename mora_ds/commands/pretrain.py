@@ -84,9 +84,7 @@ def train(arguments: Arguments) -> dict[str, Any] | None:
         if arguments.training.dry_run:
             validate(arguments)
             from mora_ds.train.dry_run import dry_run
-            from mora_ds.train.trackers import check_installed
 
-            check_installed(arguments.training.report_to)
             dry_run(arguments)
             return None
         # The demo's settings depend on the number of ranks: it validates them itself.

@@ -33,7 +33,7 @@ from mora_ds.planning.report import cost_lines, report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import say
 from mora_ds.runtime.log_setup import rank
-from mora_ds.train.setup import engine_config
+from mora_ds.train.setup import check_destinations, engine_config
 
 
 def dry_run(arguments: Arguments) -> None:
@@ -41,6 +41,7 @@ def dry_run(arguments: Arguments) -> None:
 
     Raises `UserError` for what the flags and the model's config show to be wrong.
     """
+    check_destinations(arguments.training)
     plan, layers = planned(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     if rank() == 0:
         costs = cost_lines(plan, arguments.training.max_steps)

@@ -42,7 +42,7 @@ from mora_ds.config.lr_schedule import Schedule
 from mora_ds.config.research import TARGETS
 from mora_ds.config.training import NO_TRACKER, TrainingArguments
 from mora_ds.data import Mixture
-from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
+from mora_ds.deploy.hub import push_adapter, push_folder
 from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_document_attention, why_dense
@@ -59,10 +59,10 @@ from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import RunContext, engine_config
+from mora_ds.train.setup import RunContext, check_destinations, engine_config
 from mora_ds.train.start_up import start_up
 from mora_ds.train.tasks import check_tasks, task_names
-from mora_ds.train.trackers import Tracker, check_installed
+from mora_ds.train.trackers import Tracker
 from mora_ds.train.trainer import Trainer
 from mora_ds.train.training_setup import TrainingSetup
 
@@ -84,12 +84,10 @@ def pretrain(arguments: Arguments, ranks: Ranks) -> JsonObject:
     """
     training = arguments.training
     with start_up():
-        check_installed(training.report_to)
+        check_destinations(training)
         if arguments.adapter.base_bits == 4:
             with named_as_flags("base_bits"):
                 check_bitsandbytes()
-        if training.push_to_hub is not None:
-            check_repository(training.push_to_hub)
         setup, schedule = _prepare(arguments, ranks)
     return _run(arguments, setup, schedule)
 

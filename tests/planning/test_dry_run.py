@@ -9,7 +9,7 @@ from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.planning import step
 from mora_ds.planning.report import as_json
-from mora_ds.train.dry_run import planned
+from mora_ds.train.dry_run import dry_run, planned
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
 
@@ -65,3 +65,8 @@ def test_a_config_that_does_not_exist_is_answered_with_those_that_do():
 def test_a_dry_run_wants_a_model(tmp_path):
     with user_error("--dry_run plans the run of a model: name one"):
         planned_with(f"--dry_run --output_dir {tmp_path}")
+
+
+def test_a_dry_run_checks_the_name_of_the_repository(tmp_path):
+    with user_error("--push_to_hub a/b/c"):
+        dry_run(parse(f"{dry_run_of(tmp_path)} --push_to_hub a/b/c".split()))

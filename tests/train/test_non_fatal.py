@@ -253,8 +253,7 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
 
 def failing_upload(argv, error):
     """`ended` of a run whose upload fails. For `run_ranks`."""
-    upload = mock.patch.object(program, "push_adapter", side_effect=error)
-    with mock.patch.object(program, "check_repository"), upload:
+    with mock.patch.object(program, "push_adapter", side_effect=error):
         return ended(argv)
 
 
@@ -329,7 +328,7 @@ def failing_tracker(argv):
     broken = mock.Mock(side_effect=OSError("the service is gone"))
     with (
         mock.patch.object(trackers, "_start_wandb", broken),
-        mock.patch.object(program, "check_installed"),
+        mock.patch.object(program, "check_destinations"),
     ):
         return ended(argv)
 
