@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import packaged
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings, parse_flat
-from mora_ds.config.lr_schedule import Schedule, schedule_kind
+from mora_ds.config.lr_schedule import Schedule
 from mora_ds.config.research import RESEARCH, ResearchSettings
 from mora_ds.config.training import TrainingArguments
 
@@ -47,30 +46,13 @@ class Arguments:
         return not (self.model.model_name_or_path or self.data.names_text)
 
     def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
-        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how
-        many of them come before a decay that begins at a checkpoint (--decay_from),
-        after the warm-up. Raises `UserError` for contradicting settings."""
-        training = self.training
-        warmup_steps = training.first_warmup(total_steps)
-        decay_ratio = training.decay_ratio
-        if decay_start is not None:
-            if total_steps <= decay_start:
-                raise UserError(
-                    f"--decay_from: {total_steps} steps end before the decay, which begins after {decay_start}: raise "
-                    "--max_steps"
-                )
-            # Whatever --warmup_steps says here, the checkpoint is past it, at the peak.
-            warmup_steps = min(warmup_steps, decay_start)
-            decay_ratio = (total_steps - decay_start) / (total_steps - warmup_steps)
-        return Schedule(
-            kind=schedule_kind(training.lr_scheduler_type),
-            peak=training.peak_learning_rate,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            min_ratio=training.min_lr_ratio,
-            decay_ratio=decay_ratio,
-            merge_every=self.adapter.merge_every,
-            restart_warmup_steps=self.adapter.restart_warmup_steps,
+        """As `ScheduleArguments.schedule`, with the peak and the merges of this run."""
+        return self.training.schedule(
+            total_steps,
+            self.training.peak_learning_rate,
+            self.adapter.merge_every,
+            self.adapter.restart_warmup_steps,
+            decay_start,
         )
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import validation_errors_of
-from mora_ds.config.lr_schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
     from mora_ds.config.arguments import Arguments
@@ -30,11 +29,6 @@ class Effect:
     """Whether a run has it."""
     settings: str
     """Names of the settings, separated by blanks."""
-
-
-def _curve(arguments: Arguments) -> ScheduleKind:
-    """How the learning rate goes down."""
-    return schedule_kind(arguments.training.lr_scheduler_type)
 
 
 def _trains_others(arguments: Arguments) -> bool:
@@ -65,19 +59,6 @@ EFFECTS = (
         "parameters that are trained with an adapter (--train_embeddings and its like)",
         _trains_others,
         "embedding_learning_rate",
-    ),
-    Effect(
-        "an --lr_scheduler_type that decays",
-        lambda run: _curve(run) is not ScheduleKind.CONSTANT,
-        "min_lr_ratio",
-    ),
-    Effect(
-        "--lr_scheduler_type warmup_stable_decay without --decay_from",
-        lambda run: (
-            _curve(run) is ScheduleKind.WARMUP_STABLE_DECAY
-            and run.training.decay_from is None
-        ),
-        "decay_ratio",
     ),
     Effect(
         "a model that is named (--model_name_or_path, --model_config)",
@@ -115,7 +96,8 @@ def unused_options(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
     name = arguments.adapter.adapter
-    if name not in (*ADAPTERS, *Control) or validation_errors_of(_curve, arguments):
+    unused_of_schedule = arguments.training.unused
+    if name not in (*ADAPTERS, *Control) or validation_errors_of(unused_of_schedule):
         return {}  # `validate` reports the names
     changed = set()
     for group in (
@@ -128,7 +110,7 @@ def unused_options(arguments: Arguments) -> dict[str, str]:
         changed |= {
             name for name, value in vars(group).items() if value != defaults[name]
         }
-    purposes: dict[str, str] = {}
+    purposes = unused_of_schedule()
     for adapter in ADAPTERS.values():
         purpose = f"{adapter.title} (--adapter {adapter.name})"
         purposes |= dict.fromkeys(adapter.settings, purpose)

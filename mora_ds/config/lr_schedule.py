@@ -25,7 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.common.errors import UserError, raise_validation_errors, unknown
+from mora_ds.common.errors import (
+    ABOVE_0_AT_MOST_1,
+    AT_MOST_1,
+    NOT_NEGATIVE,
+    UserError,
+    raise_validation_errors,
+    unknown,
+    validation_errors_of,
+    wrong_values,
+)
+from mora_ds.config.flags import documented
 
 
 class ScheduleKind(str, Enum):
@@ -167,3 +177,96 @@ class Schedule:
             for step in range(done + 1, self.total_steps)
             if self.merges_after(step)
         ]
+
+
+@dataclass(frozen=True)
+@documented
+class ScheduleArguments:
+    """The learning rate of every step, but for its peak: the settings of a
+    `Schedule`."""
+
+    min_lr_ratio: float = 0.0
+    """The learning rate decays towards this fraction of its peak."""
+    lr_scheduler_type: str = "linear"
+    """linear, cosine, constant (constant_with_warmup is the same) or
+    warmup_stable_decay (wsd)."""
+    decay_ratio: float = 0.2
+    """Fraction of the steps after the first warm-up in which warmup_stable_decay
+    decays."""
+    decay_from: str | None = None
+    """A checkpoint at the peak learning rate, of a run with warmup_stable_decay or
+    constant: this run goes on from there, its batches too, and decays over --max_steps
+    steps."""
+    warmup_steps: float = 0
+    """Optimizer steps of the first warm-up; below 1: its fraction of the run, rounded up
+    to whole steps."""
+
+    def schedule(
+        self,
+        total_steps: int,
+        peak: float,
+        merge_every: int,
+        restart_warmup_steps: int,
+        decay_start: int | None = None,
+    ) -> Schedule:
+        """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how
+        many of them come before a decay that begins at a checkpoint (--decay_from),
+        after the warm-up. Raises `UserError` for contradicting settings."""
+        warmup_steps = self.first_warmup(total_steps)
+        decay_ratio = self.decay_ratio
+        if decay_start is not None:
+            if total_steps <= decay_start:
+                raise UserError(
+                    f"--decay_from: {total_steps} steps end before the decay, which begins after {decay_start}: raise "
+                    "--max_steps"
+                )
+            # Whatever --warmup_steps says here, the checkpoint is past it, at the peak.
+            warmup_steps = min(warmup_steps, decay_start)
+            decay_ratio = (total_steps - decay_start) / (total_steps - warmup_steps)
+        return Schedule(
+            kind=schedule_kind(self.lr_scheduler_type),
+            peak=peak,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            min_ratio=self.min_lr_ratio,
+            decay_ratio=decay_ratio,
+            merge_every=merge_every,
+            restart_warmup_steps=restart_warmup_steps,
+        )
+
+    def first_warmup(self, total_steps: int) -> int:
+        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid
+        number counts as 0."""
+        if not NOT_NEGATIVE.allow(self.warmup_steps):
+            return 0
+        if self.warmup_steps < 1:
+            return math.ceil(self.warmup_steps * total_steps)
+        return int(self.warmup_steps)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings alone, one message each."""
+        limits = {
+            "min_lr_ratio": AT_MOST_1,
+            "decay_ratio": ABOVE_0_AT_MOST_1,
+            "warmup_steps": NOT_NEGATIVE,
+        }
+        yield from wrong_values(self, limits)
+        yield from validation_errors_of(schedule_kind, self.lr_scheduler_type)
+        has_decay = self.lr_scheduler_type in ("warmup_stable_decay", "wsd")
+        if self.decay_from is not None and not has_decay:
+            yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
+        is_number = NOT_NEGATIVE.allow(self.warmup_steps)
+        if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
+            yield f"--warmup_steps must be whole, or a fraction of the run below 1, got {self.warmup_steps}"
+
+    def unused(self) -> dict[str, str]:
+        """{setting: what it is for} of those that have no effect on the curve. Raises
+        `UserError` for an unknown one."""
+        kind = schedule_kind(self.lr_scheduler_type)
+        unused = {}
+        if kind is ScheduleKind.CONSTANT:
+            unused["min_lr_ratio"] = "an --lr_scheduler_type that decays"
+        if kind is not ScheduleKind.WARMUP_STABLE_DECAY or self.decay_from is not None:
+            purpose = "--lr_scheduler_type warmup_stable_decay without --decay_from"
+            unused["decay_ratio"] = purpose
+        return unused

@@ -1,11 +1,9 @@
 """Settings of the run itself: batches, optimizer, precision, evaluation, saving."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mora_ds.common.errors import (
-    NOT_NEGATIVE,
     POSITIVE,
     Bounds,
     out_of_bounds,
@@ -15,7 +13,7 @@ from mora_ds.common.errors import (
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
-from mora_ds.config.lr_schedule import schedule_kind
+from mora_ds.config.lr_schedule import ScheduleArguments
 from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
 from mora_ds.runtime.log_setup import LogLevel
 
@@ -32,8 +30,8 @@ MUON_LEARNING_RATE = 0.01
 
 @dataclass(frozen=True)
 @documented
-class TrainingArguments:
-    """The run itself: batches, optimizer, precision, evaluation, saving."""
+class TrainingArguments(ScheduleArguments):
+    """The run itself: learning rate, batches, optimizer, precision, evaluation, saving."""
 
     output_dir: str = "out"
     """Folder that receives everything the run writes."""
@@ -82,21 +80,6 @@ class TrainingArguments:
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""
-    min_lr_ratio: float = 0.0
-    """The learning rate decays towards this fraction of its peak."""
-    lr_scheduler_type: str = "linear"
-    """linear, cosine, constant (constant_with_warmup is the same) or
-    warmup_stable_decay (wsd)."""
-    decay_ratio: float = 0.2
-    """Fraction of the steps after the first warm-up in which warmup_stable_decay
-    decays."""
-    decay_from: str | None = None
-    """A checkpoint at the peak learning rate, of a run with warmup_stable_decay or
-    constant: this run goes on from there, its batches too, and decays over --max_steps
-    steps."""
-    warmup_steps: float = 0
-    """Optimizer steps of the first warm-up; below 1: its fraction of the run, rounded up
-    to whole steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay, AdamW's and Muon's."""
     adam_beta1: float = 0.9
@@ -223,18 +206,9 @@ class TrainingArguments:
             return self.embedding_learning_rate
         return ADAMW_LEARNING_RATE if self.has_muon else self.peak_learning_rate
 
-    def first_warmup(self, total_steps: int) -> int:
-        """Optimizer steps of the first warm-up in a run of `total_steps`. An invalid
-        number counts as 0."""
-        if not NOT_NEGATIVE.allow(self.warmup_steps):
-            return 0
-        if self.warmup_steps < 1:
-            return math.ceil(self.warmup_steps * total_steps)
-        return int(self.warmup_steps)
-
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from validation_errors_of(schedule_kind, self.lr_scheduler_type)
+        yield from super().problems()
         for name in self.report_to:
             if name not in TRACKERS:
                 yield unknown("--report_to", name, TRACKERS)
@@ -243,15 +217,9 @@ class TrainingArguments:
         yield from out_of_bounds("max_steps", self.max_steps, Bounds())
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
-        if self.decay_from is not None:
-            if self.max_steps < 1:
-                yield "--decay_from: give the steps of the decay with --max_steps"
-            if self.lr_scheduler_type not in ("warmup_stable_decay", "wsd"):
-                yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
+        if self.decay_from is not None and self.max_steps < 1:
+            yield "--decay_from: give the steps of the decay with --max_steps"
         yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
-        is_number = NOT_NEGATIVE.allow(self.warmup_steps)
-        if is_number and self.warmup_steps > 1 and self.warmup_steps % 1:
-            yield f"--warmup_steps must be whole, or a fraction of the run below 1, got {self.warmup_steps}"
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
         )

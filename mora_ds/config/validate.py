@@ -16,8 +16,6 @@ from types import SimpleNamespace
 
 from mora_ds.adapters.registry import Capability, Control, unsupported
 from mora_ds.common.errors import (
-    ABOVE_0_AT_MOST_1,
-    AT_MOST_1,
     BELOW_1,
     COUNT,
     NOT_NEGATIVE,
@@ -65,9 +63,6 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "optimizer": OptimizerKind,
     "learning_rate": _RATE,
     "embedding_learning_rate": _RATE,
-    "min_lr_ratio": AT_MOST_1,
-    "decay_ratio": ABOVE_0_AT_MOST_1,
-    "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
