@@ -51,12 +51,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="a Hugging Face folder with safetensors",
-    )
+    shared_flags(parser, "model", help="a Hugging Face folder with safetensors")
     parser.add_argument(
         "--target_modules",
         nargs="+",

@@ -8,7 +8,6 @@ Exit code 2: an error that you can correct in the command or the files; 1: a ful
 """
 
 import argparse
-from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.runtime.cli import add_action, command_parser, say, shared_flags
@@ -45,11 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)
-        action.add_argument(
-            "path",
-            type=Path,
-            help="the checkpoint, or with mora the adapter's folder, to convert",
-        )
+        path = "the checkpoint, or with mora the adapter's folder, to convert"
+        shared_flags(action, "path", help=path)
         shared_flags(action, "--output")
     shared_flags(actions.choices["mora"], "--base")
     peft = actions.choices["peft"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mora_ds.common.errors import (
@@ -25,7 +24,6 @@ from mora_ds.common.errors import (
     wrong_values,
 )
 from mora_ds.runtime.cli import (
-    DTYPES,
     check_device,
     check_writable,
     command_parser,
@@ -157,23 +155,14 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_documents", type=int, help="score only the first ones of each set"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: the model's own",
-    )
+    shared_flags(parser, "--dtype", help="auto: the model's own")
     shared_flags(parser, "--text_column", "--device", "--json", "--trust_remote_code")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "model",
-        type=Path,
-        metavar="MODEL",
-        help="model folder, checkpoint, run's folder, or adapter",
-    )
+    text = "model folder, checkpoint, run's folder, or adapter"
+    shared_flags(parser, "model", help=text)
     scoring_flags(parser)
     shared_flags(parser, "--base", "--domain", "--onto", "--delta_scale")
     return parser

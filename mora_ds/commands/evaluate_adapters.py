@@ -17,7 +17,13 @@ from mora_ds.commands.evaluate import (
     score_sets,
     scoring_flags,
 )
-from mora_ds.runtime.cli import command_parser, record_and_say, say, table
+from mora_ds.runtime.cli import (
+    command_parser,
+    record_and_say,
+    say,
+    shared_flags,
+    table,
+)
 
 if TYPE_CHECKING:
     from mora_ds.common.files import JsonObject
@@ -78,9 +84,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="the base of all adapters"
-    )
+    shared_flags(parser, "model", help="the base of all adapters")
     parser.add_argument(
         "folder",
         type=Path,

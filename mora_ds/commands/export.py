@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
-from mora_ds.runtime.cli import DTYPES, command_parser, say, shared_flags
+from mora_ds.runtime.cli import command_parser, say, shared_flags
 
 
 @named_as_flags(
@@ -62,12 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared_flags(parser, "--output", "--base", "--domain", "--trust_remote_code")
     shared_flags(parser, "--onto", "--delta_scale")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: as in training; of --onto, as there",
-    )
+    shared_flags(parser, "--dtype", help="auto: as in training; of --onto, as there")
     parser.add_argument(
         "--verify",
         action="store_true",

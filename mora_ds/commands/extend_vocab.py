@@ -9,7 +9,6 @@ merges stay, and each new embedding starts as the mean of those it replaces. The
 """
 
 import argparse
-from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import require_new
@@ -35,7 +34,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
+    shared_flags(parser, "model", help="folder of the model")
     parser.add_argument(
         "--corpus",
         nargs="+",

@@ -11,7 +11,6 @@ run.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mora_ds.common.errors import named_as_flags
@@ -55,20 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         dest="action", required=True, metavar="show|combine"
     )
     show = add_action(actions, "show", "list the cycles")
-    show.add_argument(
-        "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"
-    )
+    shared_flags(show, "path")
     combine = add_action(
         actions,
         "combine",
         "write an adapter that is a weighted sum of others of the same base",
     )
-    combine.add_argument(
-        "path",
-        type=Path,
-        nargs="+",
-        help="checkpoints, exported adapters or output folders of runs",
-    )
+    sources = "checkpoints, exported adapters or output folders of runs"
+    shared_flags(combine, "path", nargs="+", help=sources)
     combine.add_argument(
         "--weights",
         type=float,

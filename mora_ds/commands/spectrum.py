@@ -10,7 +10,6 @@ can correct.
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from mora_ds.runtime.cli import (
     check_writable,
@@ -33,9 +32,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "path", type=Path, help="ledger folder, checkpoint, or a run's output folder"
-    )
+    shared_flags(parser, "path")
     parser.add_argument(
         "--layers", default="*", help="pattern over module names, such as '*.q_proj'"
     )

@@ -9,10 +9,9 @@ command.
 """
 
 import argparse
-from pathlib import Path
 
 from mora_ds.common.errors import RunError
-from mora_ds.runtime.cli import command_parser, say
+from mora_ds.runtime.cli import command_parser, say, shared_flags
 
 
 def main() -> None:
@@ -31,10 +30,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "path", type=Path, help="a checkpoint, a link to one, or a run's output folder"
-    )
-    parser.add_argument(
-        "--base", type=Path, help="the base's folder, to check that it is the right one"
-    )
+    path = "a checkpoint, a link to one, or a run's output folder"
+    shared_flags(parser, "path", help=path)
+    base = "the base's folder, to check that it is the right one"
+    shared_flags(parser, "--base", help=base)
     return parser

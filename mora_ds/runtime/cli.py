@@ -173,6 +173,7 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "for a run with domain adapters: the domain, or 'shared' for none",
     },
+    "--dtype": {"choices": DTYPES, "default": "auto"},
     "--json": {
         "type": Path,
         "metavar": "FILE",
@@ -196,14 +197,20 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "run code from the model's folder or repository",
     },
+    "model": {"type": Path, "metavar": "MODEL"},
+    "path": {
+        "type": Path,
+        "help": "ledger folder, checkpoint, or a run's output folder",
+    },
 }
-"""Flags with the same meaning in several commands."""
+"""Flags and arguments with the same meaning in several commands."""
 
 
-def shared_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add the named flags of `SHARED_FLAGS`."""
+def shared_flags(parser: argparse.ArgumentParser, *names: str, **more: Any) -> None:
+    """Add the named flags of `SHARED_FLAGS`. `more`: what this command says otherwise,
+    such as the help."""
     for name in names:
-        parser.add_argument(name, **SHARED_FLAGS[name])
+        parser.add_argument(name, **{**SHARED_FLAGS[name], **more})
 
 
 def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
