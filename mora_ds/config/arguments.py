@@ -1,4 +1,4 @@
-"""All settings of a training run: four dataclasses, parsed strictly, written to
+"""All settings of a training run: five dataclasses, parsed strictly, written to
 run.yaml.
 
     [recipe.yaml] --flags -> parse -> Arguments -> validate -> the groups of fields that each module needs
@@ -18,7 +18,7 @@ from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import unused_options
 from mora_ds.config.flags import Settings, parse_flat
-from mora_ds.config.lr_schedule import Schedule
+from mora_ds.config.lr_schedule import Schedule, ScheduleArguments
 from mora_ds.config.research import RESEARCH, ResearchSettings
 from mora_ds.config.training import TrainingArguments
 
@@ -32,6 +32,7 @@ class Arguments:
     adapter: AdapterArguments
     data: DataArguments
     training: TrainingArguments
+    schedule: ScheduleArguments
     research: Settings = field(default_factory=dict)
     """The settings of the recipe's block `research:`; nearly always there is none."""
     set_by_user: frozenset[str] = frozenset()
@@ -45,9 +46,9 @@ class Arguments:
         """Whether neither a model nor training data is named: the run is the demo."""
         return not (self.model.model_name_or_path or self.data.names_text)
 
-    def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
-        """As `ScheduleArguments.schedule`, with the peak and the merges of this run."""
-        return self.training.schedule(
+    def schedule_of(self, total_steps: int, decay_start: int | None = None) -> Schedule:
+        """As `ScheduleArguments.of_run`, with the peak and the merges of this run."""
+        return self.schedule.of_run(
             total_steps,
             self.training.peak_learning_rate,
             self.adapter.merge_every,
@@ -61,6 +62,7 @@ _GROUPS: dict[str, Any] = {
     "adapter": AdapterArguments,
     "data": DataArguments,
     "training": TrainingArguments,
+    "schedule": ScheduleArguments,
 }
 
 

@@ -96,7 +96,7 @@ def unused_options(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults, and have no
     effect."""
     name = arguments.adapter.adapter
-    unused_of_schedule = arguments.training.unused
+    unused_of_schedule = arguments.schedule.unused
     if name not in (*ADAPTERS, *Control) or validation_errors_of(unused_of_schedule):
         return {}  # `validate` reports the names
     changed = set()
@@ -105,6 +105,7 @@ def unused_options(arguments: Arguments) -> dict[str, str]:
         arguments.adapter,
         arguments.data,
         arguments.training,
+        arguments.schedule,
     ):
         defaults = vars(type(group)())
         changed |= {

@@ -182,8 +182,7 @@ class Schedule:
 @dataclass(frozen=True)
 @documented
 class ScheduleArguments:
-    """The learning rate of every step, but for its peak: the settings of a
-    `Schedule`."""
+    """How the learning rate follows its peak from step to step."""
 
     min_lr_ratio: float = 0.0
     """The learning rate decays towards this fraction of its peak."""
@@ -201,7 +200,7 @@ class ScheduleArguments:
     """Optimizer steps of the first warm-up; below 1: its fraction of the run, rounded up
     to whole steps."""
 
-    def schedule(
+    def of_run(
         self,
         total_steps: int,
         peak: float,

@@ -13,7 +13,6 @@ from mora_ds.common.errors import (
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
-from mora_ds.config.lr_schedule import ScheduleArguments
 from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
 from mora_ds.runtime.log_setup import LogLevel
 
@@ -30,8 +29,8 @@ MUON_LEARNING_RATE = 0.01
 
 @dataclass(frozen=True)
 @documented
-class TrainingArguments(ScheduleArguments):
-    """The run itself: learning rate, batches, optimizer, precision, evaluation, saving."""
+class TrainingArguments:
+    """The run itself: batches, optimizer, precision, evaluation, saving."""
 
     output_dir: str = "out"
     """Folder that receives everything the run writes."""
@@ -208,7 +207,6 @@ class TrainingArguments(ScheduleArguments):
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from super().problems()
         for name in self.report_to:
             if name not in TRACKERS:
                 yield unknown("--report_to", name, TRACKERS)
@@ -217,8 +215,6 @@ class TrainingArguments(ScheduleArguments):
         yield from out_of_bounds("max_steps", self.max_steps, Bounds())
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
-        if self.decay_from is not None and self.max_steps < 1:
-            yield "--decay_from: give the steps of the decay with --max_steps"
         yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0

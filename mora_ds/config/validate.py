@@ -105,18 +105,21 @@ def validate(arguments: Arguments) -> None:
     line; where nothing is, the settings that have no effect."""
     training = arguments.training
     adapter = arguments.adapter
+    schedule = arguments.schedule
     # The steps of --decay_from come after the warm-up, which they need not hold.
-    has_length = training.max_steps > 0 and training.decay_from is None
+    has_length = training.max_steps > 0 and schedule.decay_from is None
     steps = training.max_steps if has_length else _UNKNOWN_LENGTH
     settings = dump(arguments)
     problems = list(wrong_values(SimpleNamespace(**settings), _LIMITS))
-    for group in (arguments.model, arguments.data, adapter, training):
+    for group in (arguments.model, arguments.data, adapter, training, schedule):
         problems += group.problems()
     problems += _both_given(settings)
     if arguments.research:
         problems += research_problems(arguments)
     problems += _contradictions(arguments.model, adapter, arguments.data, training)
-    warmup_steps = training.first_warmup(steps)
+    if schedule.decay_from is not None and training.max_steps < 1:
+        problems.append("--decay_from: give the steps of the decay with --max_steps")
+    warmup_steps = schedule.first_warmup(steps)
     problems += conflicts(
         steps, warmup_steps, adapter.merge_every, adapter.restart_warmup_steps
     )

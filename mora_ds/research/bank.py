@@ -193,7 +193,9 @@ class AdapterBank:
         for (layer, spec), by_index in mora_matrices_by_index.items():
             indices = torch.tensor(list(by_index), device=device)
             stack = torch.stack(list(by_index.values()))
-            terms[layer].append(BatchUpdate(spec, tables_of(spec, device), indices, stack))
+            terms[layer].append(
+                BatchUpdate(spec, tables_of(spec, device), indices, stack)
+            )
         return terms
 
     def _add_terms(

@@ -33,7 +33,8 @@ from mora_ds.planning.report import cost_lines, report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import say
 from mora_ds.runtime.log_setup import rank
-from mora_ds.train.setup import check_destinations, engine_config
+from mora_ds.train.setup import engine_config
+from mora_ds.train.trackers import check_destinations
 
 
 def dry_run(arguments: Arguments) -> None:

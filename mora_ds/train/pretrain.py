@@ -59,10 +59,10 @@ from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import RunContext, check_destinations, engine_config
+from mora_ds.train.setup import RunContext, engine_config
 from mora_ds.train.start_up import start_up
 from mora_ds.train.tasks import check_tasks, task_names
-from mora_ds.train.trackers import Tracker
+from mora_ds.train.trackers import Tracker, check_destinations
 from mora_ds.train.trainer import Trainer
 from mora_ds.train.training_setup import TrainingSetup
 
@@ -129,7 +129,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedul
         preflight(setup, arguments)
         decay_start = context.branch.get(BRANCH_STEP)
         steps = _total_steps(training, data.train, ranks.world, decay_start or 0)
-        schedule = arguments.schedule(steps, decay_start)
+        schedule = arguments.schedule_of(steps, decay_start)
         if context.state is not None and context.state.step > schedule.total_steps:
             raise UserError(
                 f"{context.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
@@ -211,10 +211,11 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> Beginning:
     continues = training.resume_from_checkpoint == AUTO
     if checkpoint is not None and checkpoint.parent.resolve() == root.resolve():
         continues = True
-    if training.decay_from is not None:
-        branch = _branch_identity(training.decay_from, branch)
+    decay_from = arguments.schedule.decay_from
+    if decay_from is not None:
+        branch = _branch_identity(decay_from, branch)
         if checkpoint is None:
-            checkpoint, state = _branch(training.decay_from, branch, root)
+            checkpoint, state = _branch(decay_from, branch, root)
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
     overwrites = training.overwrite_output_dir

@@ -28,7 +28,6 @@ from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.flags import Settings
 from mora_ds.config.mixture import mixture_config
 from mora_ds.config.training import TrainingArguments
-from mora_ds.deploy.hub import check_repository
 from mora_ds.engine.device import make_deterministic, warn_of_slow_precision
 from mora_ds.engine.ds_config import compute_dtype, load_ds_config, resolve_ds_config
 from mora_ds.engine.ds_keys import DsConfig
@@ -40,7 +39,6 @@ from mora_ds.engine.initialize import (
 from mora_ds.engine.muon import check_factors
 from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.trackers import check_installed
 
 if TYPE_CHECKING:
     from mora_ds.research.targets import TargetPlan
@@ -84,14 +82,6 @@ class RunContext:
     identity."""
     targets: TargetPlan | None = None
     """The plan of research.targets."""
-
-
-def check_destinations(training: TrainingArguments) -> None:
-    """Raise `UserError` for a tracker that is not installed, and for a repository that
-    the Hub cannot have."""
-    check_installed(training.report_to)
-    if training.push_to_hub is not None:
-        check_repository(training.push_to_hub)
 
 
 def end_all(error: Exception) -> None:

@@ -20,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
+from mora_ds.config.training import TrainingArguments
+from mora_ds.deploy.hub import check_repository
 from mora_ds.train.non_fatal import non_fatal
 
 Numbers: TypeAlias = Mapping[str, float]
@@ -37,6 +39,14 @@ def check_installed(names: Sequence[str]) -> None:
         raise UserError(
             f"--report_to {WANDB} needs the package {WANDB}: pip install 'mora_ds[{WANDB}]'"
         )
+
+
+def check_destinations(training: TrainingArguments) -> None:
+    """Raise `UserError` for a tracker that is not installed, and for a repository that
+    the Hub cannot have."""
+    check_installed(training.report_to)
+    if training.push_to_hub is not None:
+        check_repository(training.push_to_hub)
 
 
 class Tracker:

@@ -208,7 +208,7 @@ class TrainingSetup:
         }
         if training.has_muon:
             identity["optimizer"] = training.optimizer
-        if training.decay_from is not None:
+        if self.arguments.schedule.decay_from is not None:
             identity |= self.context.branch
         return identity
 

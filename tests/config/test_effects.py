@@ -2,7 +2,6 @@
 where a flag makes them idle.
 """
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -85,8 +84,7 @@ def arguments_of(setting, others):
 
 def test_every_setting_of_the_table_exists_and_stands_there_once():
     arguments = parse([])
-    groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    known = {field.name for group in groups for field in dataclasses.fields(group)}
+    known = dump(arguments).keys()
     listed = [name for effect in EFFECTS for name in effect.settings.split()]
     assert set(listed) <= known
     assert len(listed) == len(set(listed))

@@ -7,8 +7,12 @@ import math
 import pytest
 
 from mora_ds.config.adapter import AdapterArguments
-from mora_ds.config.lr_schedule import Schedule, ScheduleKind, schedule_kind
-from mora_ds.config.training import TrainingArguments
+from mora_ds.config.lr_schedule import (
+    Schedule,
+    ScheduleArguments,
+    ScheduleKind,
+    schedule_kind,
+)
 from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
@@ -143,6 +147,6 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line():
 def test_defaults_are_those_of_the_flags():
     schedule = Schedule(ScheduleKind.LINEAR, 1.0, 9)
     adapter = AdapterArguments()
-    training = TrainingArguments()
+    settings = ScheduleArguments()
     assert schedule.restart_warmup_steps == adapter.restart_warmup_steps == 10
-    assert schedule.decay_ratio == training.decay_ratio == 0.2
+    assert schedule.decay_ratio == settings.decay_ratio == 0.2

@@ -24,13 +24,13 @@ def test_evaluation_sets_have_names():
 
 
 def test_a_warmup_below_1_is_a_share_of_the_run():
-    assert parse(["--warmup_steps", "0.03"]).schedule(1000).warmup_steps == 30
-    assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, (
+    assert parse(["--warmup_steps", "0.03"]).schedule_of(1000).warmup_steps == 30
+    assert parse(["--warmup_steps", "0.03"]).schedule_of(1001).warmup_steps == 31, (
         "rounded up"
     )
-    assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
+    assert parse(["--warmup_steps", "1"]).schedule_of(1000).warmup_steps == 1
     flags = "--warmup_steps 7 --lr_scheduler_type constant_with_warmup"
-    schedule = parse(flags.split()).schedule(1000)
+    schedule = parse(flags.split()).schedule_of(1000)
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
 
 
@@ -38,10 +38,10 @@ def test_a_branch_decays_from_the_peak_whatever_its_warmup():
     for warmup in ("15", "20", "0.9"):
         schedule = parse(
             ["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]
-        ).schedule(15, 10)
+        ).schedule_of(15, 10)
         assert schedule.curve(14) == pytest.approx(schedule.peak / 5)
     with user_error("raise --max_steps"):
-        parse([]).schedule(10, 10)
+        parse([]).schedule_of(10, 10)
 
 
 def test_the_schedule_has_every_setting_of_the_flags():
@@ -50,7 +50,7 @@ def test_the_schedule_has_every_setting_of_the_flags():
         "--merge_every 40 --restart_warmup_steps 7"
     )
     arguments = parse(flags.split())
-    assert arguments.schedule(1000) == Schedule(
+    assert arguments.schedule_of(1000) == Schedule(
         kind=ScheduleKind.WARMUP_STABLE_DECAY,
         peak=0.002,
         total_steps=1000,

@@ -53,7 +53,7 @@ def test_recipes_make_valid_runs(path):
     assert arguments.training.deepspeed is not None
     json_file = CONFIGS.parent / arguments.training.deepspeed
     resolve_ds_config(json_file, arguments.training.engine_settings(), world_size=8)
-    schedule = arguments.schedule(
+    schedule = arguments.schedule_of(
         arguments.training.max_steps if arguments.training.max_steps > 0 else 5000
     )
     assert (
@@ -76,7 +76,7 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, learning_rates
     )
     assert (
         arguments.data.seq_len,
-        training.warmup_steps,
+        arguments.schedule.warmup_steps,
         training.num_train_epochs,
     ) == (
         2048,

@@ -66,16 +66,12 @@ def test_the_support_matrix_asks_the_checks_of_a_run():
     assert "--tensor_parallel_size 2" in (
         why_refused(lora, COLUMNS["tensor parallel"]) or ""
     )
-    assert "--merge_every" in (
-        why_refused(full, COLUMNS["ReMoRA merges"]) or ""
+    assert "--merge_every" in (why_refused(full, COLUMNS["ReMoRA merges"]) or "")
+    assert (
+        why_refused(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"]) is None
     )
     assert (
-        why_refused(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"])
-        is None
-    )
-    assert (
-        why_refused(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"])
-        is not None
+        why_refused(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"]) is not None
     )
 
 

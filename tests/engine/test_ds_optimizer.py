@@ -28,7 +28,7 @@ def test_the_flags_fill_the_config():
         assert resolved["communication_data_type"] == "fp32"
     stage_2 = resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)
     assert "reduce_scatter" not in stage_2["zero_optimization"]
-    assert arguments.schedule(10).peak == 0.01
+    assert arguments.schedule_of(10).peak == 0.01
 
 
 WRONG = """

@@ -11,10 +11,8 @@ from dataclasses import fields
 
 import pytest
 
-from mora_ds.config.adapter import AdapterArguments
-from mora_ds.config.data import DataArguments, ModelArguments
+from mora_ds.config.arguments import dump, parse
 from mora_ds.config.research import ResearchSettings
-from mora_ds.config.training import TrainingArguments
 from tests.helpers.fuzz import seed_of_commit
 from tests.helpers.fuzz_runs import SETTINGS, SMALL, fuzz, prepare
 from tests.helpers.tables import rows
@@ -33,8 +31,7 @@ ELSEWHERE = {
 
 
 def test_every_setting_is_tried():
-    groups = (ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
-    known = {field.name for group in groups for field in fields(group)}
+    known = dump(parse([])).keys()
     known |= {f"research.{field.name}" for field in fields(ResearchSettings)}
     tried = {name for name, *_ in rows(SETTINGS)}
     assert {*tried, *OF_EVERY_CASE, *ELSEWHERE} == known
