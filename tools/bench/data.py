@@ -44,6 +44,7 @@ from mora_ds.data import (
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG
+from tools.bench.measuring import adamw_step
 from tools.bench.report import Report, bench_parser
 
 WEIGHTS = {"a": 0.70, "b": 0.25, "c": 0.05}
@@ -165,18 +166,10 @@ def _training() -> Callable[[], None]:
     config.vocab_size = VOCABULARY
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=8))
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(3, VOCABULARY, (ROWS, SEQ_LEN))
     positions = torch.arange(SEQ_LEN).expand_as(ids)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
-
-    def step() -> None:
-        token_nll(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return adamw_step(model, partial(token_nll, model, batch))
 
 
 if __name__ == "__main__":

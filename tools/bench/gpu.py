@@ -49,6 +49,7 @@ from mora_ds.adapters.ops.index_tables import OPERATORS, mora_matrix_size
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
+from mora_ds.common.tensor_files import dtype_name
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
@@ -101,7 +102,7 @@ def ceilings(options: argparse.Namespace) -> list[list[str]]:
         )
         copied = 2 * a.nbytes / _seconds(partial(b.copy_, a), options)
         product = 2 * side**3 / _seconds(partial(torch.matmul, a, b), options)
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         rows.append(["copy", name, f"{copied / 1e12:.3f} TB/s"])
         rows.append(["product", name, f"{product / 1e12:.2f} TFLOP/s"])
     return rows
@@ -149,7 +150,7 @@ def _operator_rows(spec: OperatorSpec, options: argparse.Namespace) -> list[list
             rows.append(
                 [
                     f"{spec.kind.value}, {spec.grouping.value}",
-                    str(dtype).removeprefix("torch."),
+                    dtype_name(dtype),
                     path.value,
                     *errors,
                     "same bits" if same else "OTHER BITS",

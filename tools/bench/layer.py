@@ -33,8 +33,9 @@ from mora_ds.adapters.ops.linear import Compute, cheaper_path
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.common.tensor_files import dtype_name
 from tools.bench.fused_lora import FusedLoRA
-from tools.bench.measuring import clock
+from tools.bench.measuring import clock, trained_parameters
 from tools.bench.report import Report, bench_parser
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
@@ -127,7 +128,7 @@ def cases_of(layer: Layer) -> dict[str, Case]:
         "our LoRA": (lambda: ours(x), [ours.adapter_weight]),
         "PEFT LoRA": (
             lambda: peft(x),
-            [p for p in peft.parameters() if p.requires_grad],
+            trained_parameters(peft),
         ),
         "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
         "reference": (reference, [mora_matrix]),
@@ -169,7 +170,7 @@ def row(layer: Layer, seconds: float) -> list[str]:
     measured = ratios(layer, cases, seconds)
     auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out).value
     saved = [f"{saved_mib(layer, *cases[name]):.1f}" for name in ("PEFT LoRA", auto)]
-    dtype = str(layer.x.dtype).removeprefix("torch.")
+    dtype = dtype_name(layer.x.dtype)
     return [
         f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}",
         f"{spec.kind.value} r={layer.rank}",

@@ -2,15 +2,11 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
 
 
 def llama_config(
@@ -41,11 +37,25 @@ def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
     return {**config, **changes}
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [value for value in model.parameters() if value.requires_grad]
+
+
 def count_trained(model: nn.Module) -> int:
     """The number of trained parameters. To be asked before ZeRO-3 takes them apart."""
-    return sum(
-        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-    )
+    return sum(value.numel() for value in trained_parameters(model))
+
+
+def adamw_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A training step without DeepSpeed."""
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-4)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def only_rank() -> dict[str, str]:

@@ -71,9 +71,10 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run, RunOptions
-from tools.bench.measuring import ROOT, llama_config, zero3_config
+from tools.bench.measuring import llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, bench_parser
+from tools.plans import ROOT
 
 MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
     "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8, 32),

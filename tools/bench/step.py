@@ -49,7 +49,12 @@ from mora_ds.models.attention import prefer_document_attention
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
 from tools.bench.fused_lora import FusedLoRA
-from tools.bench.measuring import count_trained, llama_config, zero3_config
+from tools.bench.measuring import (
+    adamw_step,
+    count_trained,
+    llama_config,
+    zero3_config,
+)
 from tools.bench.report import Report, bench_parser
 
 VOCABULARY = 8192
@@ -170,15 +175,7 @@ def _fused(model: Any, rank: int) -> Any:
 
 def _under_ddp(model: Any, ids: Tensor) -> Contender:
     loss = _plain_loss(DistributedDataParallel(model), ids)
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return count_trained(model), step
+    return count_trained(model), adamw_step(model, loss)
 
 
 def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:

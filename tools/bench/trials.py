@@ -19,7 +19,8 @@ from mora_ds.train.demo import (
     warm_start_settings,
     write_inputs,
 )
-from tools.bench.measuring import ROOT, only_rank
+from tools.bench.measuring import only_rank
+from tools.plans import ROOT
 
 ROWS = 8
 """Sequences per step of the warm start."""
