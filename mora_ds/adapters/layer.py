@@ -367,7 +367,9 @@ class MoRALinear(AdaptedLinear):
         return cheaper_path(tokens, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.split is None and self.training and self.dropout:
+        drops = self.training and self.dropout
+        # A graph has the update by itself, as `torch.compile` traces no other path
+        if self.split is None and (drops or torch.compiler.is_compiling()):
             return super().forward(x)
         path = self.path(x.numel() // x.shape[-1])
         mora_matrix = self.mora_matrix.to(x.dtype)

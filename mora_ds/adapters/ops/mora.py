@@ -28,11 +28,11 @@ grow.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class OperatorSpec(AdditiveSpec):
     grouping: Grouping = Grouping.PLAIN
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
+    seed_tensor: ClassVar[Tensor]
+    """`seed` as a scalar on the CPU."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
@@ -89,6 +91,9 @@ class OperatorSpec(AdditiveSpec):
             raise UserError(
                 f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}"
             )
+        # Not a number, for which a compiled layer would be compiled again after a merge
+        seed = torch.tensor(self.seed, device="cpu")
+        object.__setattr__(self, "seed_tensor", seed)
         operator = OPERATORS[self.kind]
         if self.r_hat % operator.smallest_side:
             raise UserError(
@@ -217,19 +222,33 @@ class Maps(Protocol):
 
 def compress(spec: Maps, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
-
-    def apply(x: Tensor) -> Tensor:
-        return rotate_blocks(spec, fold_input(spec, x))
-
-    def transpose(z: Tensor) -> Tensor:
-        return unfold_input(spec, rotate_blocks(spec, z, back=True))
-
-    return linear_map(x, apply, transpose)
+    return _mapped("compress", spec, x)
 
 
 def decompress(spec: Maps, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
-    return linear_map(z, partial(spread_out, spec), partial(decompress_transpose, spec))
+    return _mapped("decompress", spec, z)
+
+
+def _mapped(name: str, spec: Maps, x: Tensor) -> Tensor:
+    """The map `name` of `MAPS`, with its transpose as gradient."""
+    if torch.compiler.is_compiling() and isinstance(spec, OperatorSpec):
+        sizes = [spec.d_in, spec.d_out, spec.r_hat]
+        kind = spec.kind.value
+        grouping = spec.grouping.value
+        return operator_map(x, spec.seed_tensor, name, False, kind, sizes, grouping)
+    apply, transpose = MAPS[name]
+    return linear_map(x, partial(apply, spec), partial(transpose, spec))
+
+
+def compress_directly(spec: Maps, x: Tensor) -> Tensor:
+    """`compress` without a backward."""
+    return rotate_blocks(spec, fold_input(spec, x))
+
+
+def compress_transpose(spec: Maps, z: Tensor) -> Tensor:
+    """The transpose of `compress`, (..., N, R) -> (..., D)."""
+    return unfold_input(spec, rotate_blocks(spec, z, back=True))
 
 
 def spread_out(spec: Maps, z: Tensor) -> Tensor:
@@ -495,6 +514,62 @@ class LinearMapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transpose(gradients[0]), None, None
+
+
+MAPS = {
+    "compress": (compress_directly, compress_transpose),
+    "decompress": (spread_out, decompress_transpose),
+}
+"""Each map of an operator, and its transpose."""
+
+
+@torch.library.custom_op("mora_ds::operator_map", mutates_args=())
+def operator_map(
+    x: Tensor,
+    seed: Tensor,
+    name: str,
+    transpose: bool,
+    kind: str,
+    sizes: Sequence[int],
+    grouping: str,
+) -> Tensor:
+    """A map of `MAPS` as one operation of a graph of `torch.compile`, which cannot
+    trace how the tables are made. `sizes`: D, O, R of the operator. The seed is a
+    tensor, so that one graph serves layers and cycles with other permutations."""
+    spec = OperatorSpec(kind, *sizes, grouping, int(seed))  # type: ignore[arg-type]
+    return MAPS[name][transpose](spec, x).contiguous()
+
+
+@operator_map.register_fake
+def _empty_result(
+    x: Tensor,
+    seed: Tensor,
+    name: str,
+    transpose: bool,
+    kind: str,
+    sizes: Sequence[int],
+    grouping: str,
+) -> Tensor:
+    spec = OperatorSpec(kind, *sizes, grouping)  # type: ignore[arg-type]
+    blocks = (spec.blocks, spec.r_hat)
+    of_map = {"compress": ((spec.d_in,), blocks), "decompress": (blocks, (spec.d_out,))}
+    before, after = of_map[name][::-1] if transpose else of_map[name]
+    return x.new_empty(*x.shape[: x.dim() - len(before)], *after)
+
+
+def _keep_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, *ctx.map = inputs
+    ctx.save_for_backward(seed)
+
+
+def _apply_transpose(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    (seed,) = ctx.saved_tensors
+    name, transpose, *operator = ctx.map
+    g_x = operator_map(g, seed, name, not transpose, *operator)
+    return g_x, *[None] * (1 + len(ctx.map))
+
+
+operator_map.register_autograd(_apply_transpose, setup_context=_keep_map)
 
 
 def mora_update(spec: OperatorSpec, mora_matrix: Tensor, x: Tensor) -> Tensor:
