@@ -299,6 +299,11 @@ class MoRAConfig(AdapterConfig):
             d_in, d_out, self.rank, self.kind, self.r_hat_multiple
         )
         r_hat = min(of_paper, largest)
+        if largest < 1:
+            raise UserError(
+                f"a layer of {d_in} x {d_out} has no two dimensions that {self.kind.value} could pair, whatever the "
+                "rank: leave it out of `target_modules`"
+            )
         if r_hat < 1:
             raise UserError(
                 f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}"
