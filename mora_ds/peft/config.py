@@ -1,8 +1,9 @@
 """`MoraConfig`: the PEFT config of a MoRA adapter, saved as adapter_config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
@@ -15,6 +16,7 @@ _FORMAT = 2
 
 _TYPES = {
     "r": int,
+    "rank_pattern": dict[str, int],
     "r_hat_multiple": int,
     "operator": str,
     "grouping": str,
@@ -34,6 +36,8 @@ class MoraConfig(PeftConfig):
 
     r: int = 8
     """Rank of a LoRA with the same number of parameters as the MoRA matrix."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Name or regular expression of modules -> their rank in place of `r`."""
     r_hat_multiple: int = R_HAT_MULTIPLE
     """The side of a MoRA matrix is a multiple of this."""
     operator: str = "auto"
@@ -56,6 +60,8 @@ class MoraConfig(PeftConfig):
     """Name of the list of layers."""
     modules_to_save: list[str] | None = None
     """Modules that are trained in full and saved."""
+    ensure_weight_tying: bool = False
+    """Whether tied weights stay tied where `modules_to_save` has one of them."""
     init_weights: bool = True
     """Whether M starts at zero. False: small random numbers, for tests."""
 
@@ -90,12 +96,14 @@ class MoraConfig(PeftConfig):
             )
         for name, hint in _TYPES.items():
             typed(hint, getattr(self, name), name)
-        self.adapter()
+        for module in ("", *self.rank_pattern):
+            self.adapter(module)
 
-    def adapter(self) -> MoRAConfig:
-        """The same settings as a `MoRAConfig` of mora_ds."""
+    def adapter(self, module: str = "") -> MoRAConfig:
+        """The same settings as a `MoRAConfig` of mora_ds, with the rank of a module."""
+        pattern = get_pattern_key(list(self.rank_pattern), module)
         return MoRAConfig(
-            rank=self.r,
+            rank=self.rank_pattern.get(pattern, self.r),
             r_hat_multiple=self.r_hat_multiple,
             operator=self.operator,
             grouping=self.grouping,

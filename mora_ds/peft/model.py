@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -92,11 +93,10 @@ class MoraLinear(nn.Module, BaseTunerLayer):
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
         """Add an adapter. `name`: the name of the layer in its model."""
-        spec = config.adapter().operator_for(
+        spec = config.adapter(name).operator_for(
             name, self.in_features, self.out_features, config.cycle
         )
-        self.mora_spec[adapter] = spec
-        self.mora_seed[adapter] = spec.seed
+        self.set_operator(adapter, spec)
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
         mora_matrix = torch.zeros(spec.r_hat, spec.r_hat)
         if not config.init_weights:
@@ -104,6 +104,15 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.mora_matrix[adapter] = nn.Parameter(mora_matrix)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_operator(self, adapter: str, spec: OperatorSpec) -> None:
+        """Give an adapter its operator, the seed included."""
+        self.mora_spec[adapter] = spec
+        self.mora_seed[adapter] = spec.seed
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may decompose `get_delta_weight`."""
+        return True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -168,6 +177,76 @@ class MoraModel(BaseTuner):
     tuner_layer_cls = MoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
     """Empty, because the default of `target_modules` works for every architecture."""
+
+    # peft/tuners/lora/model.py; reads the model and the config alone
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of the deltas of `adapters`: its
+        matrices are the weighted sums of theirs.
+
+        Like LoRA's, it does nothing where `adapter_name` exists. Raises `UserError` for
+        adapters with other operators or seeds, whose sum is no matrix of either, for
+        other trained modules, and for every `combination_type` but linear.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type != "linear":
+            raise UserError(
+                f"combination_type {combination_type!r} combines factors, which MoRA does not have: use 'linear'"
+            )
+        operators = self._operators_to_sum(adapters)
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            target_modules=set(operators),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for name, spec in operators.items():
+            layer: Any = self.model.get_submodule(name)
+            layer.set_operator(adapter_name, spec)
+            total = layer.mora_matrix[adapter_name].data.zero_()
+            for adapter, weight in zip(adapters, weights, strict=True):
+                if adapter in layer.mora_matrix:
+                    total += weight * layer.mora_matrix[adapter].data.to(total.dtype)
+
+    def _operators_to_sum(self, adapters: list[str]) -> dict[str, OperatorSpec]:
+        """Name of a layer -> the operator that all of the adapters have there."""
+        for adapter in adapters:
+            if adapter not in self.peft_config:
+                raise UserError(f"Adapter {adapter} does not exist")
+        configs: list[Any] = [self.peft_config[adapter] for adapter in adapters]
+        if any(config.modules_to_save for config in configs):
+            raise UserError("adapters with `modules_to_save` cannot be summed")
+        settings = [
+            (replace(config.adapter(), dropout=0.0), config.rank_pattern)
+            for config in configs
+        ]
+        operators = {}
+        is_one = all(values == settings[0] for values in settings)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MoraLinear):
+                specs = {
+                    layer.mora_spec[adapter]
+                    for adapter in adapters
+                    if adapter in layer.mora_spec
+                }
+                is_one = is_one and len(specs) <= 1
+                operators |= {name: spec for spec in specs}
+        if not is_one:
+            raise UserError(
+                f"{', '.join(adapters)} have other operators or seeds, so that the sum of their deltas is the delta of "
+                "no MoRA matrix: train them with one `r`, `operator` and `seed`, or merge them one after the other"
+            )
+        return operators
 
     @contextmanager
     def _enable_peft_forward_hooks(
