@@ -62,7 +62,8 @@ class DomainLinear(MoRALinear):
                     "training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first"
                 )
             return super().forward(x)
-        self._own_held = tables_of(self.own_spec, x.device)
+        if not torch.compiler.is_compiling():
+            self._own_held = tables_of(self.own_spec, x.device)
         row_mora_matrices = mora_matrices_of_rows(
             self.domain_mora_matrices.to(x.dtype), choice
         )

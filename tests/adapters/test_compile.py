@@ -10,14 +10,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-import mora_ds
-from mora_ds.adapters.inject import inject
+from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.index_tables import clear_tables
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.operators import random
+from tests.helpers.tables import heavy
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +42,31 @@ def results(layer, call):
     return y, *torch.autograd.grad(y.square().sum(), (x, layer.mora_matrix))
 
 
-@pytest.mark.parametrize("kind", list(OperatorKind))
-def test_a_layer_is_one_graph_before_its_first_call(kind):
+CASES = [(kind, "aot_eager") for kind in OperatorKind]
+CASES += [heavy(kind, "inductor") for kind in OperatorKind]
+
+
+@pytest.mark.parametrize("kind, backend", CASES)
+def test_a_layer_is_one_graph_before_its_first_call(kind, backend):
     layer = layer_of(kind)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     of_graph = results(layer, compiled)
     assert counter.frame_count == 1
     assert_close(of_graph, results(layer, layer), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_8_bits_and_with_domains_are_one_graph():
+    packed = layer_of(OperatorKind.SHARE)
+    packed.quantize(packed.weight.clone(), 8)
+    domains = Domains(("law", "code"))
+    of_domains = DomainLinear(nn.Linear(24, 40), packed.spec, domains, 0.0).double()
+    of_domains.domain_mora_matrices.data = random(2, 10, 10, seed=6)
+    domains.set(["code", "law"])
+    for layer in (packed, of_domains):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        of_graph = results(layer, compiled)
+        assert_close(of_graph, results(layer, layer), rtol=1e-12, atol=1e-12)
 
 
 def test_other_permutations_take_the_same_graph():
@@ -63,22 +79,3 @@ def test_other_permutations_take_the_same_graph():
     of_graph = results(layer, compiled)
     assert counter.frame_count == 1
     assert_close(of_graph, results(layer, layer), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("operator", ["rotate", "share"])
-def test_an_adapted_model_is_one_graph_of_inductor(operator):
-    model = tiny_model()
-    inject(model, mora_ds.MoRAConfig(rank=4, operator=operator))
-    values = [p for p in model.parameters() if p.requires_grad]
-    for index, value in enumerate(values):
-        value.data = 0.05 * random(*value.shape, seed=index).to(value)
-    compiled = torch.compile(model, fullgraph=True)
-    losses = []
-    gradients = []
-    for each in (compiled, model):
-        loss = causal_loss(each, tokens(3))
-        losses.append(loss)
-        gradients.append(torch.autograd.grad(loss, values))
-    assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
-    assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)

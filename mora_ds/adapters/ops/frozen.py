@@ -95,8 +95,10 @@ class FrozenLinearFunction(torch.autograd.Function):
         ctx.make = weight.maker
         ctx.save_for_backward(weight.values, weight.scales)
         y = weight.product(x, bias)
-        # As in `linear.MoRALinearFunction`
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        # As in `linear.MoRALinearFunction`; a graph cannot ask
+        if torch.compiler.is_compiling() or y._is_view():
+            return torch.ops.aten._unsafe_view(y, y.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
