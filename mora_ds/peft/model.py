@@ -100,7 +100,7 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
         mora_matrix = torch.zeros(spec.r_hat, spec.r_hat)
         if not config.init_weights:
-            mora_matrix.normal_(std=spec.r_hat**-0.5)
+            mora_matrix.normal_(std=0.02)
         self.mora_matrix[adapter] = nn.Parameter(mora_matrix)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -230,17 +230,13 @@ class MoraModel(BaseTuner):
             (replace(config.adapter(), dropout=0.0), config.rank_pattern)
             for config in configs
         ]
-        operators = {}
+        operators: dict[str, OperatorSpec] = {}
         is_one = all(values == settings[0] for values in settings)
         for name, layer in self.model.named_modules():
-            if isinstance(layer, MoraLinear):
-                specs = {
-                    layer.mora_spec[adapter]
-                    for adapter in adapters
-                    if adapter in layer.mora_spec
-                }
-                is_one = is_one and len(specs) <= 1
-                operators |= {name: spec for spec in specs}
+            specs = getattr(layer, "mora_spec", {})
+            for adapter in specs.keys() & set(adapters):
+                spec = operators.setdefault(name, specs[adapter])
+                is_one = is_one and spec == specs[adapter]
         if not is_one:
             raise UserError(
                 f"{', '.join(adapters)} have other operators or seeds, so that the sum of their deltas is the delta of "
