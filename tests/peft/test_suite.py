@@ -1,0 +1,45 @@
+"""PEFT's own generic matrix: MoRA passes what LoRA passes, but for the rows of a table."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import peft_suite
+from tests.helpers.tables import rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GAPS = """
+test_adding_multiple_adapters_with_bias_raises: skipped | bias | MoRA trains no biases
+test_save_load_roundtrip_fsdp_wrapped_learnable_bias: skipped | bias | MoRA trains no biases
+test_mixed_adapter_batches: skipped | adapter_names | all rows of a batch have the same adapters
+test_generate_with_mixed_adapter_batches: skipped | adapter_names | all rows of a batch have the same adapters
+test_weighted_combination_of_adapters: skipped | add_weighted_adapter | it tries combinations of factors
+"""
+"""A test of PEFT that LoRA passes, and what MoRA does | what the guide calls it | why"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    try:
+        return peft_suite.run(tmp_path_factory.mktemp("suite"), *peft_suite.IN_CI)
+    except subprocess.CalledProcessError:
+        pytest.skip("PEFT's source distribution cannot be downloaded")
+
+
+@pytest.mark.heavy
+def test_mora_passes_what_lora_passes(outcomes):
+    passed = sum(mora == "passed" for mora, _ in outcomes.values())
+    assert passed > 300
+    tests = [test for test, _, _ in rows(GAPS)]
+    assert sorted(peft_suite.gaps(outcomes)) == sorted(tests), (
+        "a new gap, or a stale row"
+    )
+
+
+def test_the_guide_names_every_gap():
+    guide = (ROOT / "docs/guides/peft.md").read_text()
+    for test, setting, reason in rows(GAPS):
+        assert f"`{setting}`" in guide, test
+        assert reason.strip(), test
