@@ -8,6 +8,7 @@ command line of its own.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -61,6 +62,8 @@ or one node alone."""
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
 """Packages besides mora_ds whose version may change a number, a file or a
 collective."""
+
+PACKAGE = Path(__file__).parents[1]
 
 _REPORT_S = 30.0
 """How long a rank that has failed early waits for the others, to report why."""
@@ -126,7 +129,18 @@ def settings_in_common(arguments: Arguments) -> Settings:
     for package in PACKAGES:
         settings[f"version of {package}"] = version(package)
     settings["version of mora_ds"] = __version__
+    settings["sources of mora_ds (digest)"] = _sources_digest()
     return settings
+
+
+def _sources_digest() -> str:
+    """A digest of the package's modules, which may differ between nodes in checkouts of
+    one version."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(PACKAGE)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def deepspeed_file(training: TrainingArguments) -> Path | None:

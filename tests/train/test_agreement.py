@@ -97,6 +97,31 @@ def test_ranks_with_different_packages(user, out):
         assert '"0.0.1" on rank 1' in message
 
 
+def other_sources(argv, folder):
+    if dist.get_rank() == 1:
+        setup.PACKAGE = folder
+    return refused(argv)
+
+
+def test_nodes_with_other_sources_of_one_version(user, tmp_path, out):
+    """Another state of a checkout trains until the first save otherwise."""
+    copy = tmp_path / "mora_ds"
+    shutil.copytree(setup.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    same = run_ranks(2, digest_of, copy)
+    assert same[0] == same[1]
+    with (copy / "models/loss.py").open("a") as file:
+        file.write("# another line\n")
+    for message in messages_of(other_sources, user.flags(out), copy):
+        assert "give every rank the same\n  sources of mora_ds (digest): " in message
+        assert message.endswith("on rank 1")
+
+
+def digest_of(folder):
+    if dist.get_rank() == 1:
+        setup.PACKAGE = folder
+    return setup._sources_digest()
+
+
 def refused_in(folders, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folders[dist.get_rank()])
