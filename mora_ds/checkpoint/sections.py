@@ -65,6 +65,7 @@ from mora_ds.common.untrusted import require_plain
 from mora_ds.engine import shards, zero
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import ReMoRA, layer_entries
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 
 
@@ -286,7 +287,7 @@ class LedgerSection(Section):
             Ledger.open(there, fingerprint, hashes=False).copy_to(folder)
             Ledger.open(folder, fingerprint)
 
-        saved.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
+        write_on_rank0(saved.ranks, "writing of the merge ledger", folder, write)
         self.remora.ledger = saved.ranks.agree(
             "merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False)
         )

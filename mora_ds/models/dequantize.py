@@ -21,6 +21,7 @@ from mora_ds.common.files import atomic_folder, read_json, write_json_atomic
 from mora_ds.common.tensor_files import dtype_name
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.save import Layout, write_companions, write_shards
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 
 RECORD = "dequantized.json"
@@ -64,7 +65,7 @@ def dequantized_base(
                 _write(source, partial, dtype)
                 write_json_atomic(partial / RECORD, record)
 
-    ranks.run_on_rank0("dequantization of the base", write, long=True)
+    write_on_rank0(ranks, "dequantization of the base", own_base, write)
     return own_base
 
 

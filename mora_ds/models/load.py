@@ -39,6 +39,7 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.rope import check_used, rope_changes, with_changes
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def load_base(
         write = partial(
             original_tensors, model, folder, own_base, dtype, load, difference
         )
-        keys = ranks.run_on_rank0("base of the run", write, long=True)
+        keys = write_on_rank0(ranks, "base of the run", own_base, write)
         base_folder = own_base
     base = ranks.agree("files of the model", lambda: BaseCheckpoint.open(base_folder))
     return LoadedBase(model, base, keys)

@@ -23,8 +23,8 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import MergeNorms
 from mora_ds.adapters.ops.spec import Update
-from mora_ds.common.errors import RunError
-from mora_ds.common.files import JsonObject
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import JsonObject, await_readable
 from mora_ds.common.tensor_files import Tensors
 from mora_ds.engine import zero
 from mora_ds.engine.layer_prefetcher import prefetcher_of
@@ -240,16 +240,20 @@ class ReMoRA:
         mora_matrices: Tensors,
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
-        cycle = self.cycle
-        if dist.get_rank() == 0:
-            self.ledger.append(step, entries, mora_matrices.items())
-        dist.barrier()
         before = self.ledger
-        self.ledger = Ledger.open(before.folder, before.base_fingerprint, hashes=False)
-        if self.cycle != cycle + 1:
-            raise RunError(
-                f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it"
-            )
+        cycles = before.cycles + 1
+        if dist.get_rank() == 0:
+            before.append(step, entries, mora_matrices.items())
+        dist.barrier()
+
+        def read() -> Ledger:
+            folder = before.folder
+            ledger = Ledger.open(folder, before.base_fingerprint, hashes=False)
+            if ledger.cycles != cycles:
+                raise UserError(f"{folder}: cycle {cycles - 1} is not in the ledger")
+            return ledger
+
+        self.ledger = await_readable(read)
 
     def _start_cycle(self, cycle: int) -> None:
         """Zero matrices, master weights and optimizer state, and set the cycle's operators."""

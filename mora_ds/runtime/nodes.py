@@ -1,16 +1,35 @@
-"""Checks the only requirement on the nodes of a run: all see the same output folder.
-
-Every rank writes its part of a checkpoint there, and reads files that rank 0 creates:
-tokenizer, base.
+"""Checks the only requirement on the nodes of a run, that all see the same output folder,
+and writes there what all of them read: tokenizer, base, ledger.
 """
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import await_file, disk_errors
-from mora_ds.runtime.ranks import Ranks
+from mora_ds.common.files import await_file, disk_errors, file_sizes
+from mora_ds.runtime.ranks import Ranks, Result
+
+
+def write_on_rank0(
+    ranks: Ranks, check: str, folder: Path, write: Callable[[], Result]
+) -> Result:
+    """Call `write` on rank 0, return its result on all ranks, and wait until each of
+    them sees all files of `folder`. Collective. Raises `RunError` where a node does not
+    see one in time."""
+
+    def written() -> tuple[Result, dict[str, int]]:
+        result = write()
+        return result, file_sizes(folder) if folder.is_dir() else {}
+
+    def look() -> None:
+        for name, size in sizes.items():
+            await_file(folder / name, size)
+
+    result, sizes = ranks.run_on_rank0(check, written, long=True)
+    ranks.agree(f"{check}, as every node sees it", look, long=True)
+    return result
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:

@@ -34,6 +34,7 @@ from mora_ds.models.rope import rope_changes
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text
 from mora_ds.runtime.node_memory import require_memory
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
 from mora_ds.train.setup import RunContext
@@ -80,7 +81,7 @@ def prepare_base(
                     config_file, base_folder, training.seed, tokenizer, vocabulary
                 )
 
-        context.ranks.run_on_rank0("creation of the base", create, long=True)
+        write_on_rank0(context.ranks, "creation of the base", base_folder, create)
         folder = base_folder
     elif is_quantized(folder_config(folder, model.trust_remote_code)):
         folder = dequantized_base(folder, base_folder, dtype, context.ranks)

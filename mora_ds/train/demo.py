@@ -28,6 +28,7 @@ from mora_ds.data import (
     write_demo_corpus,
 )
 from mora_ds.models.load import create_base
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.output_folder import DEMO, abandon, reserve
 from mora_ds.train.pretrain import pretrain
@@ -98,10 +99,11 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
         job = continue_arguments(arguments, paths, ranks.world)
     sharded = None
     try:
-        ranks.run_on_rank0(
+        write_on_rank0(
+            ranks,
             "files of the demo",
+            paths.root,
             lambda: _prepare(job.training, folder, paths),
-            long=True,
         )
         if not ranks.run_on_rank0("warm start of the demo", paths.warm.is_dir):
             replicas = ranks.world // training.sequence_parallel_size
@@ -116,6 +118,7 @@ def run_demo(arguments: Arguments, ranks: Ranks) -> None:
                 f"\n1. warm start: all parameters are trained on prose for {WARM_START['max_steps']} steps"
             )
             sharded = pretrain(first_part, ranks)
+            write_on_rank0(ranks, "base of the demo", paths.warm, lambda: None)
         logger.info(
             "\n2. the main job: MoRA trains on code; the base is frozen and unsharded on every GPU"
         )

@@ -19,6 +19,7 @@ from mora_ds.data import (
     load_tokenizer,
     train_sentencepiece,
 )
+from mora_ds.runtime.nodes import write_on_rank0
 from mora_ds.train.setup import RunContext
 
 
@@ -63,7 +64,7 @@ def settle_tokenizer(
                 with disk_errors(target):
                     train_sentencepiece(texts, model.train_tokenizer_vocab, target)
 
-        ranks.run_on_rank0("training of the tokenizer", train_once, long=True)
+        write_on_rank0(ranks, "training of the tokenizer", target, train_once)
         tokenizer = load_tokenizer(target, flag=flag)
     else:
         tokenizer = load_named_tokenizer(model, model_folder)

@@ -4,13 +4,18 @@ has begun.
 
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from mora_ds.common import files
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import output_of, refused
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.remora import ledger
+from mora_ds.runtime.nodes import write_on_rank0
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.gloo import RankFailed, run_ranks
+from tests.helpers.jobs import job, output_of, refused
 
 
 def refused_on_two_nodes(argv, second_folder):
@@ -44,3 +49,55 @@ def test_both_nodes_and_the_folder_are_named(user, tmp_path, more):
     )
     assert not (tmp_path / "first").exists()
     assert [path.name for path in local.iterdir()] == ["mine"]
+
+
+def written_elsewhere(folder):
+    """The error of a rank, where rank 1's node shows the files of rank 0 too late."""
+    files.VISIBLE_WITHIN_S = 0.5
+    ranks = Ranks.current()
+    seen = Path(folder, "of node 1") if ranks.rank else Path(folder)
+
+    def write():
+        (seen / "tokenizer.json").write_text("{}")
+
+    try:
+        write_on_rank0(ranks, "tokenizer", seen, write)
+    except RunError as error:
+        return str(error)
+    raise AssertionError("rank 1 saw the file")
+
+
+def test_a_file_that_a_node_does_not_see_is_a_failure_of_the_run(tmp_path):
+    """No mistake of the user's, whose code 2 would end a job of Slurm."""
+    for message in run_ranks(2, written_elsewhere, str(tmp_path)):
+        assert message.startswith(
+            f"rank 1: {tmp_path}/of node 1/tokenizer.json is missing on "
+        )
+        assert "after another rank has written it" in message
+
+
+def merging_with_a_late_ledger(argv, times):
+    """A run in which rank 1 finds no ledger.json the first `times` that it looks."""
+    files.VISIBLE_WITHIN_S = 1.0
+    left = [times if dist.get_rank() else 0]
+    original = ledger.read_formatted
+
+    def read(path):
+        if path.name == ledger.LEDGER_FILE and left[0]:
+            left[0] -= 1
+            raise UserError(f"{path} is missing")
+        return original(path)
+
+    ledger.read_formatted = read
+    return job(argv)["merges"]
+
+
+def test_a_ledger_that_comes_late_is_waited_for(user, out):
+    argv = user.flags(out, "--max_steps 4 --merge_every 2 --restart_warmup_steps 1")
+    assert run_ranks(2, merging_with_a_late_ledger, argv, 3)[0] == 1
+
+
+def test_a_ledger_that_does_not_come_is_a_failure_of_the_run(user, out):
+    argv = user.flags(out, "--max_steps 4 --merge_every 2 --restart_warmup_steps 1")
+    with pytest.raises(RankFailed, match=r"RunError.*ledger\.json is missing on"):
+        run_ranks(2, merging_with_a_late_ledger, argv, 1_000_000)
