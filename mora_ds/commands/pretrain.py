@@ -20,9 +20,10 @@ from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.launcher import (
     accelerators,
+    check_connections,
     command,
-    is_one_of_several,
     launcher_flags,
+    run_launcher,
     set_single_process_env,
 )
 from mora_ds.runtime.cli import say_loading
@@ -44,12 +45,9 @@ def start() -> None:
         if parse(flags).training.dry_run:
             say_loading()
         if for_launcher or accelerators() > 1:
-            words = command(for_launcher, flags)
-            os.execv(words[0], words)  # signals reach the launcher itself
-        # Of several that do not know each other, each would train a run of its own:
-        # `start_distributed` tells what is missing.
-        elif not is_one_of_several():
-            set_single_process_env()
+            check_connections(for_launcher)
+            sys.exit(run_launcher(command(for_launcher, flags)))
+        set_single_process_env()
     main()
 
 

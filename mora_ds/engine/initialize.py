@@ -10,17 +10,16 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import (
@@ -42,11 +41,7 @@ from mora_ds.engine.ds_config import (
 )
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
-from mora_ds.engine.launcher import (
-    accelerators,
-    is_one_of_several,
-    set_single_process_env,
-)
+from mora_ds.engine.launcher import accelerators, set_single_process_env
 from mora_ds.engine.layer_prefetcher import names_on_host, stream_base
 from mora_ds.engine.module_hooks import remove_unused_hooks
 from mora_ds.engine.node_base import share_base
@@ -55,7 +50,9 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
+from mora_ds.runtime.launchers import adopt
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.runtime.rendezvous import meet, taken_port
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +64,8 @@ def start_distributed(timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it, unless it runs already.
 
     `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has
-    started, where the port by which ranks find each other is in use, and as
-    `take_device` and `check_kernels` do.
+    started, where the port by which ranks find each other is in use (`taken_port`), and
+    as `take_device` and `check_kernels` do; `RunError` as `meet` does.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -77,24 +74,17 @@ def start_distributed(timeout_s: float | None = None) -> None:
     # DeepSpeed's engine picks the same device, but too late for the base and for NCCL
     take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+        timeout = default_pg_timeout
+        if timeout_s is not None:
+            timeout = timedelta(seconds=timeout_s)
         try:
-            deepspeed.init_distributed(verbose=False, **extra)
+            store = meet(timeout)
+            deepspeed.init_distributed(verbose=False, timeout=timeout)
+            del store  # now torch's
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            port = os.environ["MASTER_PORT"]
-            users: set[str] = set()
-            # Another user's processes may be hidden
-            with suppress(psutil.Error, OSError):
-                for socket in psutil.net_connections("tcp"):
-                    if socket.laddr and str(socket.laddr.port) == port and socket.pid:
-                        users.add(str(socket.pid))
-            raise UserError(
-                f"port {port} of this machine, by which ranks find each other, is in use (process "
-                f"{', '.join(sorted(users)) or 'of another user'}): if that is an earlier run of yours, end it; "
-                "otherwise give this run another port with --master_port"
-            ) from error
+            raise taken_port() from error
     # Last, as a rank that lacks a compiler must be there to tell the others so
     check_kernels()
 
@@ -307,17 +297,16 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
 
 def _require_launcher() -> None:
     """Make a process that no launcher has started the only rank, where the machine has
-    at most one GPU. DeepSpeed takes a process without RANK for one of MPI, and needs
-    mpi4py."""
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    at most one GPU. DeepSpeed would take a process without them for one of MPI."""
+    adopt()
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
-    is_alone = len(missing) == len(needed) and not is_one_of_several()
-    if is_alone and accelerators() <= 1:
+    if len(missing) == len(needed) and accelerators() <= 1:
         set_single_process_env()
-    elif missing and find_spec("mpi4py") is None:
+    elif missing:
         raise UserError(
             f"no launcher has started this process ({', '.join(missing)} not set): "
-            "write deepspeed in place of python, or use torchrun"
+            "write deepspeed in place of python, or use torchrun, srun or mpirun"
         )
 
 

@@ -5,25 +5,29 @@ Written against DeepSpeed 0.19.8: deepspeed/launcher/runner.py, `parse_args` and
 """
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
+from types import FrameType
 
+import psutil
+
+from mora_ds.common.errors import UserError
+from mora_ds.runtime import signals
 from mora_ds.runtime.cli import StrictParser
+from mora_ds.runtime.launchers import SWITCHES, VALUES
 
 RUNNER = "deepspeed.launcher.runner"
 """The module that the program `deepspeed` runs (bin/deepspeed)."""
 
-VALUES = (
-    "hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "master_addr", "node_rank", "launcher",
-    "launcher_args", "ssh_port", "bind_core_list",
-)  # fmt: skip
-"""Launcher flags with a value that `mora-ds pretrain` passes on."""
-
-SWITCHES = ("no_ssh", "force_multi", "bind_cores_to_rank")
-
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Environment variables of srun and MPI launchers with the number of processes."""
+CONNECTIONS = ("pdsh", "ssh")
+"""The programs by which DeepSpeed's runner starts other nodes, unless --launcher names
+another way (deepspeed/launcher/multinode_runner.py, `PDSHRunner`)."""
 
 
 def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -58,9 +62,69 @@ def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     return [*runner, "--module", "mora_ds", "pretrain", *flags]
 
 
-def is_one_of_several() -> bool:
-    """Whether srun or an MPI launcher has started several processes."""
-    return any(os.environ.get(name, "1") != "1" for name in TASKS)
+def check_connections(launcher: Sequence[str]) -> None:
+    """Raise `UserError` where the launcher would need pdsh or ssh, which this machine
+    does not have."""
+    # The last two may leave one node of several
+    ways = {"--no_ssh", "--launcher", "--num_nodes", "--include"}
+    if "--hostfile" not in launcher or ways.intersection(launcher):
+        return
+    file = Path(launcher[launcher.index("--hostfile") + 1])
+    lines = file.read_text().splitlines() if file.is_file() else []
+    hosts = [line for line in lines if line.strip() and not line.startswith("#")]
+    if len(hosts) < 2:
+        return
+    missing = [name for name in CONNECTIONS if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"--hostfile: {' and '.join(missing)} not found, by which DeepSpeed starts the other nodes: install "
+            "pdsh and an ssh client (apt install pdsh openssh-client), or start every node itself with --no_ssh "
+            "--node_rank N --master_addr NODE"
+        )
+
+
+def run_launcher(words: Sequence[str]) -> int:
+    """Run a launcher, and return its exit code once its ranks have ended.
+
+    A stop request to this process goes to its ranks on this machine. DeepSpeed's runner
+    would die of the signal, or ignore it as process 1 of a container, and leave the
+    ranks training (deepspeed/launcher/runner.py, `main`, has no handler).
+    """
+    signals.uninstall()
+    told: list[psutil.Process] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.extend(_stop_ranks())
+
+    for number in signals.SIGNALS:
+        signal.signal(number, stop)
+    code = subprocess.Popen(words).wait()
+    psutil.wait_procs(told)
+    return code if code >= 0 else 128 - code
+
+
+def _stop_ranks() -> list[psutil.Process]:
+    """Send SIGTERM to the ranks below this process; before there are any, to their
+    launchers. Returns the processes."""
+    family = psutil.Process().children(recursive=True)
+    running = [process for process in family if _is_rank(process)]
+    if not running:
+        # The runner ends what it has started through them
+        running = [process for process in family if process.name() not in CONNECTIONS]
+    for process in running:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)
+    return running
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether a launcher has started it, and not another rank as its worker."""
+    try:
+        parent = process.parent()
+        is_below_rank = parent is None or "RANK" in parent.environ()
+        return "RANK" in process.environ() and not is_below_rank
+    except psutil.Error:
+        return False
 
 
 def set_single_process_env() -> None:

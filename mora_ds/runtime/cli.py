@@ -26,7 +26,7 @@ from mora_ds.common.errors import (
     unusable_words,
 )
 from mora_ds.common.files import write_json_atomic
-from mora_ds.runtime import signals
+from mora_ds.runtime import launchers, signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
 from mora_ds.runtime.signals import (
     EXIT_FAILURE,
@@ -62,14 +62,16 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
             "ignore", f"`{deprecated}` is deprecated", FutureWarning
         )
     logging.getLogger("DeepSpeed").addFilter(_is_relevant)
-    set_up_logging()
     if sys.__stderr__ is not None:
         # Prints the stack of a bus error, which a truncated mapped file causes
         faulthandler.enable(sys.__stderr__)
     try:
         try:
             if restartable:
+                # First, as the level and the prefix of messages go by the rank
+                launchers.adopt(sys.argv[1:])
                 signals.install()
+            set_up_logging()
             raise_validation_errors(unusable_words(sys.argv[1:]))
             main()
         except (Stopped, SystemExit):

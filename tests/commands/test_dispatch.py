@@ -4,6 +4,7 @@ training.
 
 import os
 import sys
+from contextlib import nullcontext, suppress
 
 import pytest
 from deepspeed.launcher import runner
@@ -124,10 +125,11 @@ def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     calls = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags.split()])
     monkeypatch.setattr(pretrain, "accelerators", lambda: int(gpus))
-    monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
+    monkeypatch.setattr(pretrain, "run_launcher", lambda words: calls.append(words))
     monkeypatch.setattr(pretrain, "main", lambda: None)
     monkeypatch.setattr(os, "environ", environment)
-    pretrain.start()
+    with suppress(SystemExit):
+        pretrain.start()
     assert calls == (
         []
         if for_launcher is None
@@ -137,19 +139,36 @@ def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
     assert ("MASTER_PORT" in environment) == is_alone
 
 
-@pytest.mark.parametrize("variable", launcher.TASKS)
-def test_one_of_several_tasks_is_not_the_only_rank(variable, monkeypatch):
-    """srun without RANK: both tasks would train a run of their own, with half of the
-    batch.
-    """
-    ranks = []
-    monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
-    monkeypatch.setattr(pretrain, "accelerators", lambda: 1)
-    monkeypatch.setattr(pretrain, "main", lambda: ranks.append(os.environ.get("RANK")))
-    for count in ("1", "2"):
-        monkeypatch.setattr(os, "environ", {variable: count})
-        pretrain.start()
-    assert ranks == ["0", None]
+CONNECTIONS = """
+pdsh ssh | --hostfile {hosts} | ok
+ssh | --hostfile {hosts} | pdsh not found
+"" | --hostfile {hosts} --master_port 1 | pdsh and ssh not found
+"" | --hostfile {hosts} --no_ssh | ok
+"" | --hostfile {hosts} --num_nodes 1 | ok
+"" | --hostfile {one_host} | ok
+"" | --hostfile {gone} | ok
+"" | --num_gpus 2 | ok
+"""
+"""Installed programs | flags of the launcher | what is said of them."""
+
+
+@pytest.mark.parametrize("installed, flags, said", rows(CONNECTIONS))
+def test_what_ssh_to_other_nodes_needs_is_named(
+    installed, flags, said, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in installed.replace('"', "").split():
+        (tmp_path / name).touch(0o755)
+    hosts = tmp_path / "hosts"
+    one_host = tmp_path / "one_host"
+    hosts.write_text("a slots=1\nb slots=1\n")
+    one_host.write_text("# two\na slots=1\n\n")
+    line = flags.format(hosts=hosts, one_host=one_host, gone=tmp_path / "gone")
+    expected = nullcontext()
+    if said != "ok":
+        expected = user_error(f"--hostfile: {said}.*apt install pdsh.*--no_ssh")
+    with expected:
+        launcher.check_connections(line.split())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -83,16 +85,27 @@ def test_a_process_without_a_launcher_is_refused_next_to_unused_gpus(
 ):
     """Without any launcher and GPUs it is the only rank, as in tests/test_readme.py."""
     launched()
-    monkeypatch.setattr(start, "find_spec", lambda name: None)
     monkeypatch.setattr(start, "accelerators", lambda: 2)
     with user_error(r"RANK.*write deepspeed in place of python"):
+        start_distributed()
+
+
+def test_what_mpirun_does_not_tell_is_asked_for_even_with_mpi4py(monkeypatch, launched):
+    """DeepSpeed would let the process in and ask mpi4py: every rank would have taken itself
+    for rank 0 until then, and mpirun would miss its MPI_Finalize.
+    """
+    launched()
+    for name in ("RANK", "SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", ModuleType("mpi4py"))
+    with user_error(r"(?s)export MASTER_ADDR=NODE.*mpirun -x MASTER_ADDR"):
         start_distributed()
 
 
 def test_a_port_that_is_in_use_is_named(launched):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        launched(0, port=port)
+        launched(0, world=2, port=port)
         with user_error(
             f"port {port} of this machine.*process {os.getpid()}.*another port with --master_port"
         ):
@@ -113,6 +126,7 @@ def test_a_missing_compiler_on_one_rank_fails_all_ranks(monkeypatch, launched):
     monkeypatch.setattr(
         "deepspeed.init_distributed", lambda **arguments: joined.append(True)
     )
+    monkeypatch.setattr(start, "meet", lambda timeout: None)
     monkeypatch.setattr(start, "check_kernels", refused)
     monkeypatch.setattr(start, "take_device", lambda local_rank: None)
     with user_error("install gcc"):

@@ -1,0 +1,86 @@
+"""Whether the store through which this process is about to meet its ranks is that of its
+own run.
+
+Rank 0 listens at MASTER_ADDR and MASTER_PORT. Where another run listens there already,
+rank 0 fails at once, but the other ranks would join that run's store and wait in it.
+"""
+
+import os
+import platform
+from contextlib import suppress
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.runtime.launchers import is_slurm, other_port
+
+_TOKEN = "mora_ds/world"
+"""The key by which rank 0 marks the store of a run: its number of ranks."""
+_TOKEN_WITHIN_S = 15.0
+"""Rank 0 sets the token as soon as it listens."""
+
+
+def meet(timeout: timedelta) -> dist.TCPStore | None:
+    """Connect to the store of this run, and register this rank. Returns the store, to be
+    kept until `torch.distributed` has connected to it; None where there is one rank, or
+    where torchrun listens instead of rank 0.
+
+    Raises `RunError` if the store belongs to another run: rank 0 has not marked it, it
+    is of another number of ranks, or another process has this rank. Raises
+    `DistNetworkError` where rank 0 cannot listen (`taken_port`).
+    """
+    rank = int(os.environ["RANK"])
+    world = os.environ["WORLD_SIZE"]
+    # torch/distributed/rendezvous.py, `_torchelastic_use_agent_store`
+    if world == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    # With `multi_tenant`, the store that torch opens on rank 0 is the same one
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    if rank == 0:
+        store.set(_TOKEN, world)
+    try:
+        store.wait([_TOKEN], timedelta(seconds=_TOKEN_WITHIN_S))
+    except dist.DistStoreError as error:
+        raise _other_run("which mora_ds has not begun") from error
+    found = store.get(_TOKEN).decode()
+    if found != world:
+        raise _other_run(f"of {found} processes in place of {world}")
+    own = f"process {os.getpid()} of {platform.node()}"
+    holder = store.compare_set(f"mora_ds/rank {rank}", "", own).decode()
+    if holder != own:
+        raise _other_run(f"whose rank {rank} is {holder}")
+    return store
+
+
+def taken_port() -> Exception:
+    """The error for a port in which rank 0 cannot listen. A failure under Slurm, where
+    another attempt takes another port."""
+    port = os.environ["MASTER_PORT"]
+    users: set[str] = set()
+    # Another user's processes may be hidden
+    with suppress(psutil.Error, OSError):
+        for socket in psutil.net_connections("tcp"):
+            if socket.laddr and str(socket.laddr.port) == port and socket.pid:
+                users.add(str(socket.pid))
+    kind = RunError if is_slurm() else UserError
+    return kind(
+        f"port {port} of this machine, by which ranks find each other, is in use (process "
+        f"{', '.join(sorted(users)) or 'of another user'}): if that is an earlier run of yours, end it; "
+        f"otherwise {other_port()}"
+    )
+
+
+def _other_run(which: str) -> RunError:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return RunError(
+        f"another run, {which}, listens at {address}, where rank 0 of this run should: {other_port()}"
+    )
