@@ -138,8 +138,7 @@ def test_slurm_queues_the_job_again_unless_it_was_cancelled(
     assert sum(line.startswith("srun") for line in log) == int(starts)
     assert ("requeue 7" in log) == (requeued == "yes")
     # The ranks are told what the script is told
-    told = sum(line == "scancel --signal=USR1 7" for line in log)
-    assert told == len(sent.split())
+    assert ("scancel --signal=USR1 7" in log) == bool(sent)
 
 
 @pytest.mark.parametrize("number, requeued", [("USR1", True), ("TERM", False)])

@@ -50,7 +50,7 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.runtime.launchers import adopt
+from mora_ds.runtime.launchers import NEEDED, adopt
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.runtime.rendezvous import meet, taken_port
 
@@ -299,9 +299,8 @@ def _require_launcher() -> None:
     """Make a process that no launcher has started the only rank, where the machine has
     at most one GPU. DeepSpeed would take a process without them for one of MPI."""
     adopt()
-    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if len(missing) == len(needed) and accelerators() <= 1:
+    missing = [name for name in NEEDED if name not in os.environ]
+    if len(missing) == len(NEEDED) and accelerators() <= 1:
         set_single_process_env()
     elif missing:
         raise UserError(

@@ -104,27 +104,21 @@ def run_launcher(words: Sequence[str]) -> int:
 
 
 def _stop_ranks() -> list[psutil.Process]:
-    """Send SIGTERM to the ranks below this process; before there are any, to their
-    launchers. Returns the processes."""
-    family = psutil.Process().children(recursive=True)
-    running = [process for process in family if _is_rank(process)]
-    if not running:
-        # The runner ends what it has started through them
-        running = [process for process in family if process.name() not in CONNECTIONS]
-    for process in running:
-        with suppress(psutil.Error):
+    """Send SIGTERM to the ranks on this machine; before there are any, and where pdsh
+    starts them, to DeepSpeed's runner and what it has started. Returns the processes.
+
+    Below this process are the runner, launch.py or pdsh, and then the ranks.
+    """
+    stopped = []
+    with suppress(psutil.Error):
+        runners = psutil.Process().children()
+        started = [child for runner in runners for child in runner.children()]
+        by_launch = [child for child in started if child.name() != "pdsh"]
+        ranks = [rank for launch in by_launch for rank in launch.children()]
+        for process in ranks or [*runners, *started]:
             process.send_signal(signal.SIGTERM)
-    return running
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    """Whether a launcher has started it, and not another rank as its worker."""
-    try:
-        parent = process.parent()
-        is_below_rank = parent is None or "RANK" in parent.environ()
-        return "RANK" in process.environ() and not is_below_rank
-    except psutil.Error:
-        return False
+            stopped.append(process)
+    return stopped
 
 
 def set_single_process_env() -> None:

@@ -16,10 +16,8 @@ import torch.distributed as dist
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.launchers import is_slurm, other_port
 
-_TOKEN = "mora_ds/world"
-"""The key by which rank 0 marks the store of a run: its number of ranks."""
-_TOKEN_WITHIN_S = 15.0
-"""Rank 0 sets the token as soon as it listens."""
+_MARKED_WITHIN_S = 5.0
+"""Rank 0 marks its store as soon as it listens."""
 
 
 def meet(timeout: timedelta) -> dist.TCPStore | None:
@@ -27,9 +25,9 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
     kept until `torch.distributed` has connected to it; None where there is one rank, or
     where torchrun listens instead of rank 0.
 
-    Raises `RunError` if the store belongs to another run: rank 0 has not marked it, it
-    is of another number of ranks, or another process has this rank. Raises
-    `DistNetworkError` where rank 0 cannot listen (`taken_port`).
+    Raises `RunError` if the store belongs to another run: rank 0 has not marked it with
+    this number of ranks, or another process has this rank. Raises `DistNetworkError`
+    where rank 0 cannot listen (`taken_port`).
     """
     rank = int(os.environ["RANK"])
     world = os.environ["WORLD_SIZE"]
@@ -45,17 +43,15 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
         wait_for_workers=False,
         multi_tenant=True,
     )
+    mark = f"mora_ds, {world} processes"
     if rank == 0:
-        store.set(_TOKEN, world)
+        store.set(mark, "")
     try:
-        store.wait([_TOKEN], timedelta(seconds=_TOKEN_WITHIN_S))
+        store.wait([mark], timedelta(seconds=_MARKED_WITHIN_S))
     except dist.DistStoreError as error:
-        raise _other_run("which mora_ds has not begun") from error
-    found = store.get(_TOKEN).decode()
-    if found != world:
-        raise _other_run(f"of {found} processes in place of {world}")
+        raise _other_run(f"which is none of {world} processes of mora_ds") from error
     own = f"process {os.getpid()} of {platform.node()}"
-    holder = store.compare_set(f"mora_ds/rank {rank}", "", own).decode()
+    holder = store.compare_set(f"{mark}: rank {rank}", "", own).decode()
     if holder != own:
         raise _other_run(f"whose rank {rank} is {holder}")
     return store
