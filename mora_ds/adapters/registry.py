@@ -60,6 +60,8 @@ class Capability(str, Enum):
     """It has `domain_layer`, and its config has `domains`."""
     LAYER_SIZES = "a size for each layer"
     """Its config has `layer_sizes`, the plan of research.targets."""
+    LAYER_SCALES = "a scale for each layer"
+    """Its specs multiply the update by `AdapterConfig.scale_of` the layer."""
     MUON = "Muon"
     """Its tensor is a matrix, or two (`AdapterType.has_factors`)."""
     SUM = "sums of adapters"
@@ -194,6 +196,7 @@ register(
         capabilities=(
             Capability.BASE_8_BITS,
             Capability.BASE_4_BITS,
+            Capability.LAYER_SCALES,
             Capability.MUON,
             Capability.SUM,
             Capability.PEFT_EXPORT,

@@ -57,6 +57,10 @@ class Window:
     def rotates(self) -> bool:
         return self.spec.rotates
 
+    @property
+    def scale(self) -> float:
+        return self.spec.scale
+
     def tables(self, device: torch.device) -> IndexTables:
         return tables_of_window(self, device)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -174,7 +174,8 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """The operator's tables, made on the CPU and kept on `device`: those last used, and
     those that anyone holds. A layer holds its own, as a model of 70B with domains has
     1,120 operators, used one after the other."""
-    key = spec, device
+    # Layers that differ in their scale alone share them
+    key = replace(spec, scale=1.0), device
     tables = _tables_in_use.get(key)
     if tables is None:
         tables = _tables_in_use[key] = make_tables(spec, device)
