@@ -103,17 +103,28 @@ def test_a_layer_without_output_is_named():
 # -- runs ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["mora", heavy("lora")])
+@pytest.mark.heavy(seconds=25)
+@pytest.mark.parametrize("adapter", ["mora", "lora"])
 def test_a_run_is_one_run_at_any_number_of_ranks_and_after_every_stop(
-    user, tmp_path, merged, adapter
+    user, tmp_path, adapter
 ):
-    """Its files have the scales, and what is exported computes as it does."""
-
     def flags(out, *more):
         return user.flags(out, f"--adapter {adapter}", REMORA, *more)
 
     assert_one_run(flags, tmp_path)
-    out = tmp_path / "out"
+
+
+@pytest.fixture(scope="module", params=["mora", heavy("lora")])
+def finished(request, user, tmp_path_factory):
+    """(adapter, output folder) of a run with a merge."""
+    out = finished_run(2, user, tmp_path_factory, f"--adapter {request.param}", REMORA)
+    return request.param, out
+
+
+def test_the_files_of_a_run_have_the_scales_and_export_what_it_computes(
+    finished, merged
+):
+    adapter, out = finished
     latest = out / "checkpoints/latest"
     content = json.loads((latest / "adapter.json").read_text())
     scales = content["config"]["layer_scales"]
@@ -131,15 +142,12 @@ def plain(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, "--max_steps 2 --save_steps 2")
 
 
-def test_a_resumed_run_keeps_what_it_began_with(user, plain, tmp_path):
-    flags = partial(user.flags, plain, "--resume_from_checkpoint auto --max_steps 4")
-    message = errors_of(flags("--layerwise_scaling"))
+def test_a_resumed_run_keeps_what_it_began_with(user, plain, finished):
+    resume = "--resume_from_checkpoint auto --max_steps 8"
+    message = errors_of(user.flags(plain, resume, "--layerwise_scaling"))
     assert "belongs to a run without --layerwise_scaling" in message
-    out = tmp_path / "out"
-    run(1, user.flags(out, SCALED, "--max_steps 2"))
-    message = errors_of(
-        user.flags(out, "--resume_from_checkpoint auto --max_steps 4 --save_steps 2")
-    )
+    adapter, out = finished
+    message = errors_of(user.flags(out, f"--adapter {adapter}", resume))
     assert "belongs to a run with --layerwise_scaling: go on as it began" in message
 
 
