@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.ops.index_tables import OPERATORS, mora_matrix_size
@@ -28,7 +28,12 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.registry import Capability, adapter_type, loaded, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
-from mora_ds.common.errors import UserError, raise_validation_errors, unknown
+from mora_ds.common.errors import (
+    POSITIVE,
+    UserError,
+    raise_validation_errors,
+    unknown,
+)
 from mora_ds.common.files import JsonObject
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
@@ -77,7 +82,7 @@ class AdapterConfig:
     loaded."""
     seed: int = 42
     """Seed of permutations and LoRA's A, hashed with the layer's name and the cycle."""
-    layer_scales: tuple[tuple[str, float], ...] = ()
+    layer_scales: tuple[tuple[str, Annotated[float, POSITIVE]], ...] = ()
     """(layer name, number) of all adapted layers: their updates are multiplied by it.
     Given as a mapping or pairs, kept sorted by name. Empty: no update is scaled."""
 
@@ -106,10 +111,6 @@ class AdapterConfig:
         if self.layer_scales:
             needed = Capability.LAYER_SCALES
             yield from unsupported(self.adapter, needed, "`layer_scales`")
-        for name, scale in self.layer_scales:
-            if not 0 < scale < math.inf:
-                yield f"`layer_scales`: {name} must be above 0, got {scale}"
-                break
         for name in ("new_rows_from", "embedding_rank"):
             if getattr(self, name) < 0:
                 yield f"`{name}` must be at least 0, got {getattr(self, name)}"

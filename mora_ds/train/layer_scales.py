@@ -8,6 +8,7 @@ learning rate alone decides. The scales are fixed from then on: the adapter's co
 them (`AdapterConfig.layer_scales`), and with it checkpoints, ledger and exports.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -87,10 +88,11 @@ def _energy(tensor: Tensor) -> Tensor:
 
 
 def _scale(name: str, energies: Tensor) -> float:
-    frozen, update = energies.tolist()
-    if not (0 < frozen < float("inf") and 0 < update < float("inf")):
+    frozen, update = energies
+    scale = (frozen / update).sqrt().item()
+    if not 0 < scale < math.inf:
         raise UserError(
             f"{FLAG}: {name} has no scale, as its output in {SEQUENCES} sequences is zero or no number: leave it out "
             "of --target_modules"
         )
-    return float(f"{(frozen / update) ** 0.5:.3g}")
+    return float(f"{scale:.3g}")

@@ -301,10 +301,8 @@ class TrainingSetup:
             )
         if scales:
             self.config = scale_layers(self.loaded.model, scales)
-            values = sorted(scales.values())
-            logger.info(
-                f"{SCALING}: from {values[0]:g} to {values[-1]:g}, median {median(values):g}"
-            )
+            middle = median(scales.values())
+            logger.info(f"{SCALING}: updates are multiplied by {middle:g} in median")
 
     def _measured_scales(self) -> dict[str, float]:
         """On the device where the base is to be."""

@@ -76,10 +76,10 @@ class OperatorSpec(AdditiveSpec):
     grouping: Grouping = Grouping.PLAIN
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
-    seed_tensor: ClassVar[Tensor]
-    """`seed` as a scalar on the CPU."""
     scale: float = 1.0
     """Number that the update is multiplied by."""
+    seed_tensor: ClassVar[Tensor]
+    """`seed` as a scalar on the CPU."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
@@ -95,13 +95,13 @@ class OperatorSpec(AdditiveSpec):
             raise UserError(
                 f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}"
             )
-        # Not a number, for which a compiled layer would be compiled again after a merge
-        seed = torch.tensor(self.seed, device="cpu")
-        object.__setattr__(self, "seed_tensor", seed)
         if not 0 < self.scale < math.inf:
             raise UserError(
                 f"the scale of an operator must be above 0, got {self.scale}"
             )
+        # Not a number, for which a compiled layer would be compiled again after a merge
+        seed = torch.tensor(self.seed, device="cpu")
+        object.__setattr__(self, "seed_tensor", seed)
         operator = OPERATORS[self.kind]
         if self.r_hat % operator.smallest_side:
             raise UserError(
