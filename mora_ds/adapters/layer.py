@@ -241,8 +241,14 @@ class AdaptedLinear(nn.Module):
         self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
-    def rebuild_weight(self, original: Tensor, updates: Iterable[Update]) -> None:
+    def rebuild_weight(
+        self,
+        original: Tensor,
+        updates: Iterable[Update],
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Forms the frozen weight anew: `original` with all updates merged, in fp32.
+        `keep` gets that sum, in the layout of `weight`, unless the weight is packed.
 
         It is rounded once, to the weight's dtype or to 8 bits. As it starts at the
         base weight, rounding errors do not accumulate over merges. In 4 bits the
@@ -258,8 +264,10 @@ class AdaptedLinear(nn.Module):
             scales.copy_(new_scales)
             self.set_merged(updates)
             return
-        dtype = self.weight.dtype if scales is None else torch.float32
-        weight = merged_weight(original, updates, self.transposed, dtype, self.device)
+        fp32 = torch.float32
+        weight = merged_weight(original, updates, self.transposed, fp32, self.device)
+        if keep is not None:
+            keep(weight)
         if scales is None:
             self.weight.copy_(weight)
             return
@@ -273,15 +281,17 @@ class AdaptedLinear(nn.Module):
         original: Tensor,
         updates: Iterable[Update],
         mora_matrix: Tensor,
+        keep: Callable[[Tensor], None] | None = None,
     ) -> MergeNorms:
         """Form the weight with this cycle's M, the unsharded fp32 `mora_matrix`, which is
-        the last of `updates`. Returns the norms of the merge."""
+        the last of `updates`. `keep`: as in `rebuild_weight`. Returns the norms of the
+        merge."""
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
             # The original's 4 bits stay as they are
             self.set_merged(updates)
         else:
-            self.rebuild_weight(original, updates)
+            self.rebuild_weight(original, updates, keep)
         before = _norm(dense(old, torch.float32))
         moved = None
         if self.weight.dtype is not torch.float32:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
@@ -107,12 +108,14 @@ class NodeBase:
         for index, name in enumerate(names):
             # A row is added once: other nodes have the same, and so have the processes
             # of this one where nothing is shared
-            counts = self.ranks is None or self.ranks.is_rank0
-            if self._is_shared(name):
-                counts = 0 in self.members
-            if name in rows and counts:
+            if name in rows and (self.ranks is None or self.is_first_node(name)):
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
+
+    def is_first_node(self, layer: str) -> bool:
+        """Whether this process is rank 0, or for a weight that processes share whether
+        rank 0 is among them: one process of the run that writes the weight."""
+        return 0 in self.members if self._is_shared(layer) else dist.get_rank() == 0
 
     def copy(self, frozen: Tensors) -> None:
         """Copy this process's part of the buffers into the memory of the node."""
@@ -246,11 +249,12 @@ def _map(
         # AttributeError where there is no memfd_create, which only Linux has
         except (OSError, AttributeError) as error:
             problem = f"no memory can be shared: {error}"
-    offer, problem = ranks.gather("memory of the node", (mine, problem))[members[0]]
+    facts = None if mine is None else astuple(mine)
+    offer, problem = ranks.gather("memory of the node", (facts, problem))[members[0]]
     storage = None
     if layout is not None and offer is not None:
         try:
-            storage = offer.map(layout.digest)
+            storage = SharedMemory(*offer).map(layout.digest)
         except RunError as error:
             problem = str(error)
     problems = ranks.gather("mapping of the memory of the node", problem)

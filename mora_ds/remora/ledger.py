@@ -23,7 +23,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -184,12 +184,19 @@ class Ledger:
         folder: Path | str,
         base_fingerprint: str | None = None,
         hashes: bool = True,
+        headers: bool = True,
     ) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and `hashes`.
+        """Opens and checks a ledger: numbering, chain, sizes, `headers` and `hashes`.
 
         Raises `UserError` naming the file and the problem, or that it belongs to
         another base.
         """
+        ledger = cls._read(folder, base_fingerprint)
+        ledger.verify(hashes, headers)
+        return ledger
+
+    @classmethod
+    def _read(cls, folder: Path | str, base_fingerprint: str | None) -> Ledger:
         folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
         content = read_formatted(path)
@@ -201,8 +208,20 @@ class Ledger:
             )
         ledger = cls(folder, fingerprint, records)
         ledger._check_records()
-        ledger.verify(hashes)
         return ledger
+
+    def reopened(self) -> Ledger:
+        """The ledger as it is on disk now. Only cycles that were appended to this one
+        are checked, without their hashes: a merge takes as long as the one before."""
+        ledger = Ledger._read(self.folder, self.base_fingerprint)
+        is_longer = ledger._records[: self.cycles] == self._records
+        ledger.verify(hashes=False, first=self.cycles if is_longer else 0)
+        return ledger
+
+    def release(self) -> None:
+        """Unmap the files of all cycles, and forget their layers."""
+        self._handles.clear()
+        self._layers.clear()
 
     def snapshot(self) -> Ledger:
         """A ledger of the present cycles, which later appends do not change."""
@@ -230,9 +249,10 @@ class Ledger:
         """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].mora_matrix)
 
-    def mora_matrices_of(self, module: str) -> Iterator[Update]:
-        """(operator, matrix) of a layer for each cycle that adapted it, in order."""
-        for cycle in range(self.cycles):
+    def mora_matrices_of(self, module: str, first: int = 0) -> Iterator[Update]:
+        """(operator, matrix) of a layer for each cycle that adapted it, in order,
+        from cycle `first` on."""
+        for cycle in range(first, self.cycles):
             if layer := self.layers(cycle).get(module):
                 yield layer.operator, self.mora_matrix(cycle, module)
 
@@ -254,7 +274,7 @@ class Ledger:
             _write_cycle(temporary, cycle, step, layers, mora_matrices)
             sha256 = sha256_file(temporary)
             size = temporary.stat().st_size
-        chain = _link(self._head(), sha256)
+        chain = _link(self.head, sha256)
         record = CycleRecord(cycle, step, path.name, sha256, size, chain)
         self._write([*self._records, record])
         self._records.append(record)
@@ -284,31 +304,36 @@ class Ledger:
             with suppress(OSError):
                 path.unlink()
 
-    def verify(self, hashes: bool = True) -> None:
-        """Checks every file. Raises `UserError` naming the first that is not as it was
-        written."""
+    def verify(self, hashes: bool = True, headers: bool = True, first: int = 0) -> None:
+        """Checks every file from cycle `first` on. Raises `UserError` naming the first
+        that is not as it was written."""
         known: Layers = {}
-        for record in self._records:
+        for record in self._records[first:]:
             path = self.folder / record.file
             problem = file_problem(path, record.size, record.sha256 if hashes else None)
             if problem:
                 raise UserError(
                     f"the ledger is damaged at cycle {record.cycle}: {problem}"
                 )
-            handle = self._handle(record.cycle)
-            layers = self.layers(record.cycle)
-            agree_on_layers(known, layers, path)
-            shapes = {
-                layer.mora_matrix: layer.operator.adapter_weight_shape
-                for layer in layers.values()
-            }
-            if set(handle.keys()) != shapes.keys():
-                raise UserError(
-                    f"{path} does not hold the matrices that its header lists"
-                )
-            for name, shape in shapes.items():
-                if shape_dtype(handle, name) != (shape, torch.float32):
-                    raise UserError(f"{path}: {name} is not fp32 {shape}")
+            if headers:
+                agree_on_layers(known, self._checked_layers(record.cycle), path)
+                # A ledger of hundreds of cycles is not kept in memory
+                self.release()
+
+    def _checked_layers(self, cycle: int) -> Layers:
+        path = self.folder / self._records[cycle].file
+        handle = self._handle(cycle)
+        layers = self.layers(cycle)
+        shapes = {
+            layer.mora_matrix: layer.operator.adapter_weight_shape
+            for layer in layers.values()
+        }
+        if set(handle.keys()) != shapes.keys():
+            raise UserError(f"{path} does not hold the matrices that its header lists")
+        for name, shape in shapes.items():
+            if shape_dtype(handle, name) != (shape, torch.float32):
+                raise UserError(f"{path}: {name} is not fp32 {shape}")
+        return layers
 
     def _check_records(self) -> None:
         path = self.folder / LEDGER_FILE
@@ -325,7 +350,9 @@ class Ledger:
                     f"{path}: the chain of hashes is broken at cycle {expected} ({record.file})"
                 )
 
-    def _head(self) -> str:
+    @property
+    def head(self) -> str:
+        """The last link of the chain: it stands for the base and all cycles."""
         return self._records[-1].chain if self._records else self.base_fingerprint
 
     def _handle(self, cycle: int) -> Any:
@@ -340,7 +367,7 @@ class Ledger:
         return {
             "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
-            "cycles": [asdict(record) for record in self._records],
+            "cycles": [dict(vars(record)) for record in self._records],
         }
 
     def _write(self, records: Sequence[CycleRecord]) -> None:

@@ -8,12 +8,14 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
                   of an adapter whose update is no delta its `merged_weight`, of the original and cycle by cycle;
                   with --base_bits 4, quantize of the original, and M stays in the layer of every process;
                   where the processes of a node share the base, each forms a part of the layers (`engine/node_base.py`)
+                  the fp32 sum is kept on disk, so that the next merge reads no earlier cycle (`sums`)
     M of every layer into the ledger            one writer a folder (see `Ledger`)
     M, its master weights and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ from mora_ds.engine.layer_prefetcher import prefetcher_of
 from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
+from mora_ds.remora.sums import SUMS_FOLDER, MergedSums, SumWriter
 
 LOSS_TOLERANCE = {
     torch.float32: 1e-4,
@@ -110,6 +113,7 @@ class ReMoRA:
         self.ledger = ledger
         self.base = base
         self.keys = keys
+        self.sums = MergedSums(ledger.folder / SUMS_FOLDER)
 
     @property
     def cycle(self) -> int:
@@ -130,11 +134,12 @@ class ReMoRA:
         entries = layer_entries(model)
         recorded: Tensors = {}
         before = loss_fn() if loss_fn else None
-        rows = self._rebuild_weights(self._matrices(recorded))
+        rows, writer = self._rebuild_weights(self._matrices(recorded), cycle + 1)
         norms = node_base_of(model).gather_rows(
             rows, list(entries), len(MergeNorms._fields)
         )
         self._record(step, entries, recorded)
+        self.sums.commit(writer, self.ledger.head)
         self._start_cycle(self.cycle)
         after = loss_fn() if loss_fn else None
         self.check_reference_loss(step, before, after)
@@ -163,12 +168,13 @@ class ReMoRA:
             yield name, mora_matrix
 
     def _rebuild_weights(
-        self, mora_matrices: Iterable[tuple[str, Tensor | None]]
-    ) -> dict[str, MergeNorms]:
+        self, mora_matrices: Iterable[tuple[str, Tensor | None]], cycles: int
+    ) -> tuple[dict[str, MergeNorms], SumWriter]:
         """Form every merged weight anew: its original, all deltas of the ledger, and that
         of the current cycle's M where `mora_matrices` has one and not None. Where the
         processes of a node share the base, each layer is formed by one of them. Returns
-        {module name: norms} of the matrices that this process has merged."""
+        {module name: norms} of the matrices that this process has merged, and the sums
+        of `cycles` cycles that it keeps."""
         if prefetcher := prefetcher_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
             prefetcher.invalidate()
@@ -176,9 +182,18 @@ class ReMoRA:
         layers = mora_layers(model)
         node = node_base_of(model)
         written_here = set(node.layers(model))
+        kept_here = {
+            name: layers[name].shape
+            for name in node.layers(model)
+            if node.is_first_node(name) and not layers[name].is_packed
+        }
+        self.sums.open(self.ledger)
+        writer = self.sums.writer(kept_here, cycles)
 
-        def updates(name: str, mora_matrix: Tensor | None) -> Iterator[Update]:
-            yield from self.ledger.mora_matrices_of(name)
+        def updates(
+            name: str, mora_matrix: Tensor | None, first: int = 0
+        ) -> Iterator[Update]:
+            yield from self.ledger.mora_matrices_of(name, first)
             if mora_matrix is not None:
                 yield layers[name].spec, mora_matrix
 
@@ -195,16 +210,23 @@ class ReMoRA:
 
         def rebuild_layer(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
-            original = self.base.read(self.keys[layer.spec.weight_name(name)])
+            start, summed = self.sums.read(name, layer.shape) or (None, 0)
+            if start is None:
+                start = self.base.read(self.keys[layer.spec.weight_name(name)])
+            keep = partial(writer.write, name)
             if mora_matrix is None:
-                layer.rebuild_weight(original, updates(name, None))
+                layer.rebuild_weight(start, updates(name, None, summed), keep)
                 return None
             mora_matrix = mora_matrix.to(layer.device)
-            return layer.merge(original, updates(name, mora_matrix), mora_matrix)
+            new = updates(name, mora_matrix, summed)
+            return layer.merge(start, new, mora_matrix, keep)
 
         formed = node.rebuild_weights(model, items(), rebuild_layer)
         self.base.release()
-        return {name: norms for name, norms in formed.items() if norms is not None}
+        self.ledger.release()
+        self.sums.release()
+        norms = {name: of_layer for name, of_layer in formed.items() if of_layer}
+        return norms, writer
 
     def check_reference_loss(
         self, step: int, before: float | None, after: float | None
@@ -231,7 +253,11 @@ class ReMoRA:
 
     def rebuild_base(self) -> None:
         """Form every merged weight from its original and the ledger. Collective."""
-        self._rebuild_weights((name, None) for name in mora_layers(self.engine.module))
+        names = [(name, None) for name in mora_layers(self.engine.module)]
+        _, writer = self._rebuild_weights(names, self.cycle)
+        # No process reads the earlier sums any more
+        dist.barrier()
+        self.sums.commit(writer, self.ledger.head)
 
     def _record(
         self,
@@ -240,17 +266,15 @@ class ReMoRA:
         mora_matrices: Tensors,
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
-        before = self.ledger
-        cycles = before.cycles + 1
+        cycle = self.cycle
         if dist.get_rank() == 0:
-            before.append(step, entries, mora_matrices.items())
+            self.ledger.append(step, entries, mora_matrices.items())
         dist.barrier()
 
         def read() -> Ledger:
-            folder = before.folder
-            ledger = Ledger.open(folder, before.base_fingerprint, hashes=False)
-            if ledger.cycles != cycles:
-                raise UserError(f"{folder}: cycle {cycles - 1} is not in the ledger")
+            ledger = self.ledger.reopened()
+            if ledger.cycles != cycle + 1:
+                raise UserError(f"{ledger.folder}: cycle {cycle} is not in the ledger")
             return ledger
 
         self.ledger = await_readable(read)

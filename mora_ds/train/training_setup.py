@@ -195,6 +195,11 @@ class TrainingSetup:
         else:
             export_live(self.engine, target, self.data.tokenizer)
 
+    def remove_sums(self) -> None:
+        """Delete what makes merges and resumes fast: the run is done."""
+        if self.is_trained and isinstance(self.run, Run):
+            self.run.remora.sums.remove()
+
     # -- their steps -------------------------------------------------------------------
 
     def _common_identity(self) -> JsonObject:

@@ -153,12 +153,12 @@ def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
 
 def test_matrices_that_are_not_those_of_the_header_are_named(folder):
     ledger = Ledger.open(folder)
-    ledger._layers[1] = layers_of(1, ("a.q",))
+    ledger._layers[0] = layers_of(0, ("a.q",))
     with user_error(
-        r"cycle-00001\.safetensors does not hold the matrices that its header lists"
+        r"cycle-00000\.safetensors does not hold the matrices that its header lists"
     ):
         ledger.verify()
-    ledger._layers[1] = {name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}
+    ledger._layers[0] = {name: entry(name, 0, r_hat=8) for name in ("a.q", "a.v")}
     with user_error(r"a\.q\.mora_matrix is not fp32 \(8, 8\)"):
         ledger.verify()
 

@@ -169,11 +169,11 @@ _tables_in_use = WeakValueDictionary[tuple["OperatorSpec", torch.device], IndexT
 """Tables that someone holds."""
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
-    """The operator's tables, made on the CPU and kept on `device`: those last used, and
-    those that anyone holds. A layer holds its own, as a model of 70B with domains has
-    1,120 operators, used one after the other."""
+    """The operator's tables, made on the CPU and kept on `device`: the few last used,
+    and those that anyone holds. A layer holds its own; those of merged cycles are read
+    once, and would only fill the memory."""
     # Layers that differ in their scale alone share them
     key = replace(spec, scale=1.0), device
     tables = _tables_in_use.get(key)

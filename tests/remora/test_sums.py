@@ -1,0 +1,191 @@
+"""The kept sums of merged weights: merges and resumes that cost one cycle, with the bits of
+a replay, whatever becomes of the files.
+"""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.engine.initialize import initialize
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.remora import sums
+from mora_ds.remora.ledger import Ledger
+from mora_ds.train.run import Run
+from tests.helpers.damage import cut, flip
+from tests.helpers.engines import (
+    assert_replayed,
+    ds_config,
+    half_precision,
+    merging_run,
+)
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.models import micro_step, tiny_model, tokens
+
+CONFIG = MoRAConfig(rank=4, operator="share", grouping="permuted")
+MERGES = 5
+
+
+@contextmanager
+def cycles_read():
+    """The cycles whose matrices are read from the ledger within the block."""
+    read = []
+    original = Ledger.mora_matrix
+
+    def counted(ledger, cycle, module):
+        read.append(cycle)
+        return original(ledger, cycle, module)
+
+    with mock.patch.object(Ledger, "mora_matrix", counted):
+        yield read
+
+
+def merged(folder, config=CONFIG, dtype="bfloat16", room=None):
+    """(result of `merging_run`, cycles that its merges read, ledger files mapped)"""
+    disk = mock.patch.object(
+        sums.shutil, "disk_usage", lambda path: SimpleNamespace(free=room)
+    )
+    with cycles_read() as read:
+        if room is None:
+            result = merging_run(folder, config, 3, dtype, MERGES)
+        else:
+            with disk:
+                result = merging_run(folder, config, 3, dtype, MERGES)
+    return result, read, mapped_cycles()
+
+
+def mapped_cycles():
+    return Path("/proc/self/maps").read_text().count("cycle-")
+
+
+def resumed(folder, config=CONFIG, dtype="bfloat16"):
+    """(weights of a run that goes on, cycles read, cycles read by its next merge)"""
+    model = tiny_model("llama", dtype=getattr(torch, dtype))
+    inject(model, config)
+    engine, *_ = initialize(
+        model=model, config=ds_config(3, 2, 1, **half_precision(dtype))
+    )
+    folder = Path(folder)
+    with cycles_read() as read:
+        run = Run(
+            engine,
+            base=folder / "base",
+            folder=folder / "out",
+            resume=folder / "out/checkpoints/latest",
+        )
+    weights = {name: layer.weight.clone() for name, layer in mora_layers(model).items()}
+    micro_step(engine, tokens(2))
+    with cycles_read() as read_by_merge:
+        run.merge(MERGES + 1)
+    return weights, read, read_by_merge
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *run_alone(merged, str(folder))
+
+
+def test_a_merge_reads_no_earlier_cycle(run):
+    folder, result, read, mapped = run
+    assert read == []
+    assert mapped == 0, "files of cycles stay mapped"
+    assert_replayed([result], folder)
+    assert len(list((folder / "out/ledger/sums").iterdir())) == 1, "one cycle's sums"
+
+
+def gone(path):
+    path.unlink()
+
+
+def of_another_run(path):
+    path.rename(path.with_name("0" * 64 + "-rank-00000.safetensors"))
+
+
+def a_link(path):
+    path.rename(path.with_name("kept"))
+    path.symlink_to(path.with_name("kept"))
+
+
+@pytest.mark.parametrize(
+    "damage", [None, gone, cut, flip, of_another_run, a_link], ids=str
+)
+def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, damage):
+    folder, result, *_ = run
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy, symlinks=True)
+    if damage is not None:
+        (file,) = (copy / "out/ledger/sums").iterdir()
+        damage(file)
+    weights, read, read_by_merge = run_alone(resumed, str(copy))
+    for name, weight in result["weights"].items():
+        assert torch.equal(weights[name], weight), name
+    assert bool(read) == (damage is not None)
+    if damage is flip:
+        # The one layer that is damaged is read, the others are not
+        assert len(read) == MERGES
+    else:
+        assert read_by_merge == [], "a replay keeps its sums"
+
+
+def test_without_room_on_the_disk_merges_replay_the_ledger(tmp_path):
+    result, read, _ = run_alone(merged, str(tmp_path), CONFIG, "bfloat16", 10)
+    assert_replayed([result], tmp_path)
+    assert set(read) == set(range(MERGES - 1))
+    assert not list((tmp_path / "out/ledger/sums").iterdir())
+
+
+def test_processes_of_a_node_keep_the_sums_of_the_layers_that_they_form(tmp_path):
+    ranks = run_ranks(2, merged, str(tmp_path))
+    assert [read for _, read, _ in ranks] == [[], []]
+    assert_replayed([result for result, *_ in ranks], tmp_path)
+    names = sorted(path.name for path in (tmp_path / "out/ledger/sums").iterdir())
+    head = Ledger.open(tmp_path / "out/ledger").head
+    assert names == [f"{head}-rank-0000{rank}.safetensors" for rank in range(2)]
+
+
+def test_bases_of_8_bits_are_quantized_from_the_sum(tmp_path):
+    config = MoRAConfig(rank=4, operator="share", base_bits=8)
+    result, read, _ = run_alone(merged, str(tmp_path), config)
+    assert read == []
+    weights, *_ = run_alone(resumed, str(tmp_path), config)
+    for name, weight in result["weights"].items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_a_ledger_is_checked_without_staying_in_memory(run):
+    folder, *_ = run
+    ledger = Ledger.open(folder / "out/ledger")
+    assert mapped_cycles() == 0
+    base = BaseCheckpoint.open(folder / "base")
+    assert ledger.base_fingerprint == base.fingerprint()
+    headers = []
+    with mock.patch.object(
+        Ledger,
+        "_checked_layers",
+        lambda ledger, cycle: headers.append(cycle) or ledger.layers(cycle),
+    ):
+        shorter = ledger.snapshot()
+        shorter._records.pop()
+        assert shorter.reopened().cycles == MERGES
+    assert headers == [MERGES - 1], "a merge checks the new cycle alone"
+
+
+def test_a_full_disk_costs_the_sums_alone(tmp_path):
+    """As the disk fills up while they are written."""
+    writer = sums.SumWriter(tmp_path / "sums/.partial", {"a": (4, 4)})
+
+    def full(name, tensor):
+        raise OSError(28, os.strerror(28))
+
+    writer._file.write = full
+    writer.write("a", torch.ones(4, 4))
+    assert not writer.finish()
+    assert not list((tmp_path / "sums").iterdir())
