@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +230,14 @@ class CheckpointManager:
         def local(file: str) -> Path:
             return storage.open_read(f"{name}/{file}")
 
-        def table() -> EngineShards:
+        def table() -> Any:
             check_sections(checkpoint, self.sections)
-            return EngineShards.open(local(f"{ENGINE_TAG}/{INDEX_FILE}").parent)
+            path = local(f"{ENGINE_TAG}/{INDEX_FILE}")
+            return EngineShards.open(path.parent).table()
 
-        shards = self._ranks.run_on_rank0(
-            "sections of the checkpoint", table, long=True
-        )
-        shards = replace(
-            shards,
-            folder=checkpoint / ENGINE_TAG,
-            local=lambda path: local(f"{ENGINE_TAG}/{path.name}"),
-        )
+        found = self._ranks.run_on_rank0("sections of the checkpoint", table, long=True)
+        shards = EngineShards.from_table(checkpoint / ENGINE_TAG, *found)
+        shards.local = lambda path: local(f"{ENGINE_TAG}/{path.name}")
         saved = SavedCheckpoint(checkpoint, local, shards, self._ranks)
         for section in self.sections:
             section.load(saved)

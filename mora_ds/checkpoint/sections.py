@@ -285,13 +285,12 @@ class LedgerSection(Section):
 
         def write() -> None:
             there = saved.local(LEDGER_FOLDER)
-            Ledger.open(there, fingerprint, False, headers=False).copy_to(folder)
+            Ledger.open(there, fingerprint, hashes=False).copy_to(folder)
             Ledger.open(folder, fingerprint)
 
         write_on_rank0(saved.ranks, "writing of the merge ledger", folder, write)
         self.remora.ledger = saved.ranks.agree(
-            "merge ledger",
-            lambda: Ledger.open(folder, fingerprint, False, headers=False),
+            "merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False)
         )
         self.remora.sums.keep = self.remora.ledger.head
 

@@ -153,10 +153,7 @@ class RankShard(NamedTuple):
 @dataclass(eq=False)
 class EngineShards:
     """All shards of a checkpoint as one. Make it with `open`, or `of` to write its
-    table.
-
-    It can be pickled until the first shard is read: rank 0 reads the table for all.
-    """
+    table."""
 
     folder: Path
     layout: Layout
@@ -199,6 +196,17 @@ class EngineShards:
             shards = cls(folder, layout, files, runs)
             shards._check_complete()
         return shards
+
+    def table(self) -> tuple[JsonObject, list[str], np.ndarray]:
+        """What rank 0, which reads the table for all, tells the others of it."""
+        return asdict(self.layout), self.files, self.runs
+
+    @classmethod
+    def from_table(
+        cls, folder: Path, content: JsonObject, files: list[str], runs: np.ndarray
+    ) -> EngineShards:
+        """Inverse of `table`."""
+        return cls(folder, typed(Layout, content, folder), files, runs)
 
     @property
     def where(self) -> Path:

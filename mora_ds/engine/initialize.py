@@ -77,6 +77,8 @@ def start_distributed(timeout_s: float | None = None) -> None:
         timeout = default_pg_timeout
         if timeout_s is not None:
             timeout = timedelta(seconds=timeout_s)
+        if os.environ.get("WORLD_SIZE") == "1":
+            _start_alone(timeout)
         try:
             store = meet(timeout)
             deepspeed.init_distributed(verbose=False, timeout=timeout)
@@ -307,6 +309,22 @@ def _require_launcher() -> None:
             f"no launcher has started this process ({', '.join(missing)} not set): "
             "write deepspeed in place of python, or use torchrun, srun or mpirun"
         )
+
+
+def _start_alone(timeout: timedelta) -> None:
+    """Start the group of a run of one process, which no other machine can reach: the
+    store is in memory, and gloo and NCCL listen on the loopback interface.
+
+    DeepSpeed takes a group that is there (comm/comm.py, `init_distributed`).
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    backend = get_accelerator().communication_backend_name()
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+    )
 
 
 def share_cores() -> None:

@@ -184,19 +184,13 @@ class Ledger:
         folder: Path | str,
         base_fingerprint: str | None = None,
         hashes: bool = True,
-        headers: bool = True,
     ) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, `headers` and `hashes`.
+        """Opens and checks a ledger: numbering, chain, sizes, and with `hashes` all
+        content; without, a cycle's header is checked when it is read.
 
         Raises `UserError` naming the file and the problem, or that it belongs to
         another base.
         """
-        ledger = cls._read(folder, base_fingerprint)
-        ledger.verify(hashes, headers)
-        return ledger
-
-    @classmethod
-    def _read(cls, folder: Path | str, base_fingerprint: str | None) -> Ledger:
         folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
         content = read_formatted(path)
@@ -208,14 +202,7 @@ class Ledger:
             )
         ledger = cls(folder, fingerprint, records)
         ledger._check_records()
-        return ledger
-
-    def reopened(self) -> Ledger:
-        """The ledger as it is on disk now. Only cycles that were appended to this one
-        are checked, without their hashes: a merge takes as long as the one before."""
-        ledger = Ledger._read(self.folder, self.base_fingerprint)
-        is_longer = ledger._records[: self.cycles] == self._records
-        ledger.verify(hashes=False, first=self.cycles if is_longer else 0)
+        ledger.verify(hashes)
         return ledger
 
     def release(self) -> None:
@@ -237,22 +224,25 @@ class Ledger:
         return tuple(self._records)
 
     def layers(self, cycle: int) -> Layers:
-        """Module name -> entry, with the operator that the layer had in the cycle."""
+        """Module name -> entry, with the operator that the layer had in the cycle. Raises
+        `UserError` where the file does not hold their matrices."""
         if cycle not in self._layers:
             path = self.folder / self._records[cycle].file
+            handle = self._handle(cycle)
             with malformed(path):
-                text = self._handle(cycle).metadata()["layers"]
-                self._layers[cycle] = layers_from_dict(plain_json(text, "layers"))
+                text = handle.metadata()["layers"]
+                layers = layers_from_dict(plain_json(text, "layers"))
+            _check_header(path, handle, layers)
+            self._layers[cycle] = layers
         return self._layers[cycle]
 
     def mora_matrix(self, cycle: int, module: str) -> Tensor:
         """The layer's matrix (r_hat, r_hat) fp32 on the CPU; do not write to it."""
         return self._handle(cycle).get_tensor(self.layers(cycle)[module].mora_matrix)
 
-    def mora_matrices_of(self, module: str, first: int = 0) -> Iterator[Update]:
-        """(operator, matrix) of a layer for each cycle that adapted it, in order,
-        from cycle `first` on."""
-        for cycle in range(first, self.cycles):
+    def mora_matrices_of(self, module: str) -> Iterator[Update]:
+        """(operator, matrix) of a layer for each cycle that adapted it, in order."""
+        for cycle in range(self.cycles):
             if layer := self.layers(cycle).get(module):
                 yield layer.operator, self.mora_matrix(cycle, module)
 
@@ -304,36 +294,21 @@ class Ledger:
             with suppress(OSError):
                 path.unlink()
 
-    def verify(self, hashes: bool = True, headers: bool = True, first: int = 0) -> None:
-        """Checks every file from cycle `first` on. Raises `UserError` naming the first
-        that is not as it was written."""
+    def verify(self, hashes: bool = True) -> None:
+        """Checks every file. Raises `UserError` naming the first that is not as it was
+        written."""
         known: Layers = {}
-        for record in self._records[first:]:
+        for record in self._records:
             path = self.folder / record.file
             problem = file_problem(path, record.size, record.sha256 if hashes else None)
             if problem:
                 raise UserError(
                     f"the ledger is damaged at cycle {record.cycle}: {problem}"
                 )
-            if headers:
-                agree_on_layers(known, self._checked_layers(record.cycle), path)
+            if hashes:
+                agree_on_layers(known, self.layers(record.cycle), path)
                 # A ledger of hundreds of cycles is not kept in memory
                 self.release()
-
-    def _checked_layers(self, cycle: int) -> Layers:
-        path = self.folder / self._records[cycle].file
-        handle = self._handle(cycle)
-        layers = self.layers(cycle)
-        shapes = {
-            layer.mora_matrix: layer.operator.adapter_weight_shape
-            for layer in layers.values()
-        }
-        if set(handle.keys()) != shapes.keys():
-            raise UserError(f"{path} does not hold the matrices that its header lists")
-        for name, shape in shapes.items():
-            if shape_dtype(handle, name) != (shape, torch.float32):
-                raise UserError(f"{path}: {name} is not fp32 {shape}")
-        return layers
 
     def _check_records(self) -> None:
         path = self.folder / LEDGER_FILE
@@ -377,6 +352,18 @@ class Ledger:
 
 def _link(chain: str, sha256: str) -> str:
     return hashlib.sha256((chain + sha256).encode()).hexdigest()
+
+
+def _check_header(path: Path, handle: Any, layers: Layers) -> None:
+    shapes = {
+        layer.mora_matrix: layer.operator.adapter_weight_shape
+        for layer in layers.values()
+    }
+    if set(handle.keys()) != shapes.keys():
+        raise UserError(f"{path} does not hold the matrices that its header lists")
+    for name, shape in shapes.items():
+        if shape_dtype(handle, name) != (shape, torch.float32):
+            raise UserError(f"{path}: {name} is not fp32 {shape}")
 
 
 def _write_cycle(

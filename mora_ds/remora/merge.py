@@ -33,7 +33,7 @@ from mora_ds.engine.layer_prefetcher import prefetcher_of
 from mora_ds.engine.node_base import node_base_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Layers, Ledger
-from mora_ds.remora.sums import SUMS_FOLDER, MergedSums, SumWriter
+from mora_ds.remora.sums import SUMS_FOLDER, MergedSums
 
 LOSS_TOLERANCE = {
     torch.float32: 1e-4,
@@ -134,12 +134,12 @@ class ReMoRA:
         entries = layer_entries(model)
         recorded: Tensors = {}
         before = loss_fn() if loss_fn else None
-        rows, writer = self._rebuild_weights(self._matrices(recorded), cycle + 1)
+        rows = self._rebuild_weights(self._matrices(recorded), is_merge=True)
         norms = node_base_of(model).gather_rows(
             rows, list(entries), len(MergeNorms._fields)
         )
         self._record(step, entries, recorded)
-        self.sums.commit(writer, self.ledger.head)
+        self.sums.commit(self.ledger.head)
         self._start_cycle(self.cycle)
         after = loss_fn() if loss_fn else None
         self.check_reference_loss(step, before, after)
@@ -168,13 +168,13 @@ class ReMoRA:
             yield name, mora_matrix
 
     def _rebuild_weights(
-        self, mora_matrices: Iterable[tuple[str, Tensor | None]], cycles: int
-    ) -> tuple[dict[str, MergeNorms], SumWriter]:
+        self, mora_matrices: Iterable[tuple[str, Tensor | None]], is_merge: bool
+    ) -> dict[str, MergeNorms]:
         """Form every merged weight anew: its original, all deltas of the ledger, and that
         of the current cycle's M where `mora_matrices` has one and not None. Where the
         processes of a node share the base, each layer is formed by one of them. Returns
-        {module name: norms} of the matrices that this process has merged, and the sums
-        of `cycles` cycles that it keeps."""
+        {module name: norms} of the matrices that this process has merged. `is_merge`:
+        whether the weights get another cycle than the ledger's."""
         if prefetcher := prefetcher_of(self.engine.module):
             # Streamed weights are about to change, of which the device has copies
             prefetcher.invalidate()
@@ -187,13 +187,13 @@ class ReMoRA:
             for name in node.layers(model)
             if node.is_first_node(name) and not layers[name].is_packed
         }
-        self.sums.open(self.ledger)
-        writer = self.sums.writer(kept_here, cycles)
+        self.sums.open(self.ledger, kept_here, is_merge)
 
         def updates(
-            name: str, mora_matrix: Tensor | None, first: int = 0
+            name: str, mora_matrix: Tensor | None, is_summed: bool = False
         ) -> Iterator[Update]:
-            yield from self.ledger.mora_matrices_of(name, first)
+            if not is_summed:
+                yield from self.ledger.mora_matrices_of(name)
             if mora_matrix is not None:
                 yield layers[name].spec, mora_matrix
 
@@ -210,23 +210,23 @@ class ReMoRA:
 
         def rebuild_layer(name: str, mora_matrix: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
-            start, summed = self.sums.read(name, layer.shape) or (None, 0)
+            start = self.sums.read(name)
+            is_summed = start is not None
             if start is None:
                 start = self.base.read(self.keys[layer.spec.weight_name(name)])
-            keep = partial(writer.write, name)
+            keep = partial(self.sums.write, name)
             if mora_matrix is None:
-                layer.rebuild_weight(start, updates(name, None, summed), keep)
+                layer.rebuild_weight(start, updates(name, None, is_summed), keep)
                 return None
             mora_matrix = mora_matrix.to(layer.device)
-            new = updates(name, mora_matrix, summed)
+            new = updates(name, mora_matrix, is_summed)
             return layer.merge(start, new, mora_matrix, keep)
 
         formed = node.rebuild_weights(model, items(), rebuild_layer)
         self.base.release()
         self.ledger.release()
         self.sums.release()
-        norms = {name: of_layer for name, of_layer in formed.items() if of_layer}
-        return norms, writer
+        return {name: norms for name, norms in formed.items() if norms is not None}
 
     def check_reference_loss(
         self, step: int, before: float | None, after: float | None
@@ -254,10 +254,10 @@ class ReMoRA:
     def rebuild_base(self) -> None:
         """Form every merged weight from its original and the ledger. Collective."""
         names = [(name, None) for name in mora_layers(self.engine.module)]
-        _, writer = self._rebuild_weights(names, self.cycle)
+        self._rebuild_weights(names, is_merge=False)
         # No process reads the earlier sums any more
         dist.barrier()
-        self.sums.commit(writer, self.ledger.head)
+        self.sums.commit(self.ledger.head)
 
     def _record(
         self,
@@ -267,14 +267,16 @@ class ReMoRA:
     ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
         cycle = self.cycle
+        before = self.ledger
         if dist.get_rank() == 0:
-            self.ledger.append(step, entries, mora_matrices.items())
+            before.append(step, entries, mora_matrices.items())
         dist.barrier()
 
         def read() -> Ledger:
-            ledger = self.ledger.reopened()
+            folder = before.folder
+            ledger = Ledger.open(folder, before.base_fingerprint, hashes=False)
             if ledger.cycles != cycle + 1:
-                raise UserError(f"{ledger.folder}: cycle {cycle} is not in the ledger")
+                raise UserError(f"{folder}: cycle {cycle} is not in the ledger")
             return ledger
 
         self.ledger = await_readable(read)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from mora_ds.common.tensor_files import (
     SafetensorsWriter,
     Shape,
     open_safetensors,
-    shape_dtype,
     tensor_nbytes,
 )
 from mora_ds.models.base import tensor_checksum
@@ -42,57 +41,67 @@ checkpoint from being written."""
 
 
 class MergedSums:
-    """The sums in a folder. All processes read them; those of the first node write."""
+    """The sums in a folder. All processes read them; those of the first node write.
+
+    open -> read, write by layer -> commit
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keep = ""
         """Head of the last checkpoint's ledger, from which a killed run goes on."""
-        self._found: dict[str, tuple[int, Any]] = {}
+        self._found: dict[str, Any] = {}
+        """Module or checksum -> the file of its sum."""
+        self._shapes: Mapping[str, Shape] = {}
+        """Of the sums that this process writes."""
+        self._file: SafetensorsWriter | None = None
 
-    def open(self, ledger: Ledger) -> None:
-        """Find the newest sum of each layer that is of cycles of `ledger`."""
-        self.release()
-        cycles = {record.chain: record.cycle + 1 for record in ledger.records}
-        known = [path for path in self._files() if _chain(path) in cycles]
-        for path in sorted(known, key=lambda path: cycles[_chain(path)]):
-            with suppress(UserError):
-                handle = open_safetensors(path)
-                found = cycles[_chain(path)], handle
-                self._found.update(dict.fromkeys(handle.keys(), found))
+    def open(self, ledger: Ledger, shapes: Mapping[str, Shape], is_merge: bool) -> None:
+        """Find the sums of all cycles of `ledger`, and begin a file of those in `shapes`:
+        for a merge, or where some are missing."""
+        for path in self._files():
+            if _chain(path) == ledger.head:
+                with suppress(UserError):
+                    handle = open_safetensors(path)
+                    self._found.update(dict.fromkeys(handle.keys(), handle))
+        self._shapes = shapes
+        is_missing = not shapes.keys() <= self._found.keys()
+        if shapes and (is_merge or (ledger.cycles and is_missing)):
+            with self._disk():
+                self._begin()
 
-    def read(self, module: str, shape: Shape) -> tuple[Tensor, int] | None:
-        """(sum on the CPU, number of its cycles) of a layer; None where there is none, or
-        a damaged one. Do not write to it: it is the mapped file."""
+    def read(self, module: str) -> Tensor | None:
+        """The sum of a layer on the CPU; None where there is none, or a damaged one. Do
+        not write to it: it is the mapped file."""
         if module not in self._found:
             return None
-        cycles, handle = self._found[module]
-        if shape_dtype(handle, module) != (shape, torch.float32):
-            return None
+        handle = self._found[module]
         total: Tensor = handle.get_tensor(module)
-        if not torch.equal(handle.get_tensor(_checksum_name(module)), _checksum(total)):
-            logger.warning(
-                "warning: the sum of %s is damaged, and is formed again", module
-            )
-            return None
-        return total, cycles
+        if torch.equal(handle.get_tensor(f"{module}.checksum"), _checksum(total)):
+            return total
+        logger.warning("warning: the sum of %s is damaged, and is formed again", module)
+        return None
+
+    def write(self, module: str, total: Tensor) -> None:
+        """Write the sum of a layer, if it is this process's."""
+        if self._file is not None and module in self._shapes:
+            total = total.cpu()
+            with self._disk():
+                self._file.write(module, total)
+                self._file.write(f"{module}.checksum", _checksum(total))
 
     def release(self) -> None:
         """Unmap the files."""
         self._found.clear()
 
-    def writer(self, shapes: Mapping[str, Shape], cycles: int) -> SumWriter:
-        """Writes sums of these layers, of a number of cycles, to a file that `commit`
-        names; nothing where they are all there."""
-        if all(self._cycles_of(name) == cycles for name in shapes):
-            shapes = {}
-        return SumWriter(self.folder / f".{_rank_file()}.partial", shapes)
-
-    def commit(self, writer: SumWriter, head: str) -> None:
-        """Name the sums after the ledger's new head, and delete those that neither the
-        next merge nor a resume reads."""
-        if writer.finish():
-            writer.path.replace(self.folder / f"{head}-{_rank_file()}")
+    def commit(self, head: str) -> None:
+        """Name the sums after the ledger's head, and delete those that neither the next
+        merge nor a resume reads."""
+        file = self._file
+        if file is not None:
+            with self._disk(), file:
+                self._partial.replace(self.folder / f"{head}-{_rank_file()}")
+        self._file = None
         if dist.get_rank() == 0:
             for path in self._files():
                 if _chain(path) not in (head, self.keep):
@@ -103,65 +112,36 @@ class MergedSums:
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _cycles_of(self, module: str) -> int:
-        return self._found[module][0] if module in self._found else 0
+    def _begin(self) -> None:
+        layout: dict[str, tuple[Shape, torch.dtype]] = {}
+        for name, shape in self._shapes.items():
+            layout[name] = shape, torch.float32
+            layout[f"{name}.checksum"] = (1,), torch.int64
+        size = sum(tensor_nbytes(*entry) for entry in layout.values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._partial.unlink(missing_ok=True)
+        if shutil.disk_usage(self.folder).free > _ROOM * size:
+            self._file = SafetensorsWriter(self._partial, layout, {})
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A context in which an error of the disk ends the file, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            logger.warning(
+                "warning: sums of merged weights are not kept, so that the next merge reads all cycles: %s", error,
+            )  # fmt: skip
+            with suppress(OSError):
+                self._partial.unlink(missing_ok=True)
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{_rank_file()}.partial"
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*-rank-*") if not path.is_symlink()]
-
-
-class SumWriter:
-    """A file of sums that is being written. An error of the disk ends it, not the
-    run."""
-
-    def __init__(self, path: Path, shapes: Mapping[str, Shape]) -> None:
-        self.path = path
-        self._file: SafetensorsWriter | None = None
-        self._names = set(shapes)
-        layout: dict[str, tuple[Shape, torch.dtype]] = {}
-        for name, shape in shapes.items():
-            layout[name] = shape, torch.float32
-            layout[_checksum_name(name)] = (1,), torch.int64
-        size = sum(tensor_nbytes(shape, torch.float32) for shape in shapes.values())
-        if not layout:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if shutil.disk_usage(path.parent).free > _ROOM * size:
-                self._file = SafetensorsWriter(path, layout, {})
-        except OSError as error:
-            self._give_up(error)
-
-    def write(self, module: str, total: Tensor) -> None:
-        """Write a layer's sum, if it is one of this file's."""
-        if self._file is None or module not in self._names:
-            return
-        total = total.cpu()
-        try:
-            self._file.write(module, total)
-            self._file.write(_checksum_name(module), _checksum(total))
-        except OSError as error:
-            self._give_up(error)
-
-    def finish(self) -> bool:
-        """Close the file. Returns whether it has every sum."""
-        if self._file is None:
-            return False
-        try:
-            with self._file:
-                return True
-        except OSError as error:
-            self._give_up(error)
-        return False
-
-    def _give_up(self, error: OSError) -> None:
-        logger.warning(
-            "warning: sums of merged weights cannot be kept, so that the next merge reads all cycles: %s", error,
-        )  # fmt: skip
-        self._file = None
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
 
 
 def _chain(path: Path) -> str:
@@ -170,10 +150,6 @@ def _chain(path: Path) -> str:
 
 def _rank_file() -> str:
     return f"rank-{dist.get_rank():05d}.safetensors"
-
-
-def _checksum_name(module: str) -> str:
-    return f"{module}.checksum"
 
 
 def _checksum(total: Tensor) -> Tensor:

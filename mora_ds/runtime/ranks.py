@@ -8,7 +8,7 @@ continue or fail together.
 All methods synchronize in `Ranks._meet`, so ranks never wait in different collectives:
 ranks at different checks see both names and fail, and a rank that fails between two
 checks reports its error at the next one. Without errors a check is one all-reduce of
-three numbers; only errors and gathered values are exchanged as objects (`exchange`).
+three numbers; only errors and gathered values are sent besides (`exchange`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.runtime.exchange import gather_to_all, new_group
+from mora_ds.runtime.exchange import (
+    broadcast,
+    decode,
+    encode,
+    from_a_rank,
+    gather_to_all,
+    new_group,
+)
 
 Result = TypeVar("Result")
 
@@ -34,6 +43,8 @@ _LONG_S = 7 * 24 * 3600.0
 """Timeout for long work. A rank that ends is detected by its closed connection."""
 _REPORT_TIMEOUT_S = 15.0
 """How long a failed rank waits for the others to come to a check and get its error."""
+_ANSWER_S = 2.0
+"""How long ranks have after a timeout to say that they are there."""
 _ABSENT = "(none)"
 
 
@@ -44,6 +55,14 @@ class _Outcome(NamedTuple):
     """The name of the check; None: the rank failed between two checks."""
     value: Any
     error: Exception | None
+
+    @classmethod
+    def of(cls, check: Any, value: Any, facts: Any) -> _Outcome:
+        """`facts`: the name and the text of the error, if there is one."""
+        if facts is None:
+            return cls(check, value, None)
+        name, text = facts
+        return cls(check, value, _errors().get(name, RunError)(text))
 
 
 @dataclass(frozen=True)
@@ -123,11 +142,21 @@ class Ranks:
     def run_on_rank0(
         self, check: str, work: Callable[[], Result], long: bool = False
     ) -> Result:
-        """Call `work` on rank 0; return its result or raise its error on all ranks."""
-        result = [self.agree(check, work if self.is_rank0 else lambda: None, long)]
+        """Call `work` on rank 0; return its result or raise its error on all ranks. The
+        result is one that `exchange.encode` knows."""
+        message = b""
+
+        def work_and_encode() -> Result:
+            nonlocal message
+            result = work()
+            message = encode(result) if self.world > 1 else b""
+            return result
+
+        task = work_and_encode if self.is_rank0 else lambda: None
+        result = self.agree(check, task, long)
         if self.world > 1:
-            dist.broadcast_object_list(result, src=0, group=self.group)
-        return result[0]  # type: ignore[return-value]
+            message = broadcast(message, self.group)
+        return result if self.is_rank0 else decode(message)  # type: ignore[return-value]
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
         """Raise `UserError` that lists the values that differ between ranks, with the
@@ -213,9 +242,10 @@ class Ranks:
         sent = error
         if error is not None and not _is_expected(error):
             sent = RunError(f"{type(error).__name__}: {error}")
-        outcomes: list[_Outcome] = gather_to_all(
-            _Outcome(check, value, sent), self.group
-        )
+        facts = None if sent is None else (type(sent).__name__, str(sent))
+        told = gather_to_all((check, value, facts), self.group)
+        with from_a_rank():
+            outcomes = [_Outcome.of(*of_rank) for of_rank in told]
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
             return [outcome.value for outcome in outcomes]
@@ -253,8 +283,8 @@ class Ranks:
                 # No timeout: the connection was closed because a rank has ended
                 raise
             raise RunError(
-                f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); the missing ranks are "
-                "still busy, wait for a disk or a network, or cannot be reached"
+                f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); missing: "
+                f"{absent_ranks() or 'some'}, which are still busy, wait for a disk or a network, or cannot be reached"
             ) from raised
         failed, most, least = highest.tolist()
         return not failed and most == -least
@@ -272,9 +302,42 @@ def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     return partitions
 
 
+def absent_ranks() -> str:
+    """The ranks that do not say within seconds that they, too, wait for others; after a
+    timeout; "" where none is known. They tell each other through the store by which they
+    met."""
+    absent: list[int] = []
+    asked = Thread(target=_ask, args=(absent,), daemon=True)
+    asked.start()
+    asked.join(2 * _ANSWER_S)
+    if asked.is_alive():
+        # The store is in rank 0's process
+        absent = [0]
+    return names_of_ranks(absent) if absent else ""
+
+
+def _ask(absent: list[int]) -> None:
+    with suppress(RuntimeError, ValueError):
+        # torch/distributed/distributed_c10d.py; a ValueError where no ranks have met
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"mora_ds/waits/{dist.get_rank()}", "")
+        time.sleep(_ANSWER_S)
+        for rank in range(dist.get_world_size()):
+            if not store.check([f"mora_ds/waits/{rank}"]):
+                absent.append(rank)
+
+
 def _number(text: str) -> int:
     """A digest of 56 bits, which fits an int64 tensor."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _errors() -> dict[str, type[Exception]]:
+    """The classes of errors that ranks tell each other, by name."""
+    known: list[type[Exception]] = [UserError, RunError]
+    for error in known:
+        known += error.__subclasses__()
+    return {error.__name__: error for error in known}
 
 
 def _is_expected(error: BaseException) -> bool:

@@ -122,9 +122,10 @@ def choose_base_device(
     if device is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):
         device = BaseDevice.DEVICE
     if device is BaseDevice.AUTO:
-        device = ranks.run_on_rank0(
-            "device of the base", lambda: _planned_device(planner), long=True
+        planned = ranks.run_on_rank0(
+            "device of the base", lambda: _planned_device(planner).value, long=True
         )
+        device = BaseDevice(planned)
     if device is BaseDevice.HOST:
         needed = ranks.run_on_rank0("decoder layers", layer_bytes, long=True)
         advice = ": give the run more (also raise the limit of its container or job), or use --base_bits 8"

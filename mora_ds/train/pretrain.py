@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -173,10 +173,15 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
     root = expanded(arguments.training.output_dir, "--output_dir")
     targets = None
     if arguments.research:
-        from mora_ds.research.targets import target_plan_of
+        from mora_ds.research.targets import TargetPlan, target_plan_of
+
+        def plan_facts() -> JsonObject | None:
+            plan = target_plan_of(arguments)
+            return None if plan is None else asdict(plan)
 
         # It may lie in the folder
-        targets = ranks.run_on_rank0(TARGETS, lambda: target_plan_of(arguments))
+        facts = ranks.run_on_rank0(TARGETS, plan_facts)
+        targets = None if facts is None else TargetPlan(**facts)
     try:
         beginning = ranks.run_on_rank0(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
@@ -184,7 +189,8 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
         if not ranks.is_rank0:
             join(root)
         check_shared(root, ranks)
-        checkpoint, state, branch = beginning
+        checkpoint, saved, branch = beginning
+        state = None if saved is None else TrainerState(**saved)
         yield RunContext(ranks, root, checkpoint, state, branch, targets)
     except BaseException:
         abandon(root)
@@ -199,9 +205,11 @@ Beginning = tuple[Path | None, TrainerState | None, JsonObject]
 the checkpoint of --decay_from."""
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> Beginning:
-    """Reserve the output folder, and find what the run starts from. On rank 0; the
-    caller gives the folder up where this raises."""
+def _reserve(
+    arguments: Arguments, folder: Path, world: int
+) -> tuple[Path | None, JsonObject | None, JsonObject]:
+    """Reserve the output folder, and find what the run starts from: a `Beginning`, the
+    state as JSON. On rank 0; the caller gives the folder up where this raises."""
     training = arguments.training
     root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
@@ -222,7 +230,7 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> Beginning:
     reservation.prepare(overwrites, continues, training.export_merged)
     if not (continues or overwrites):
         _check_empty(root)
-    return checkpoint, state, branch
+    return checkpoint, None if state is None else asdict(state), branch
 
 
 def _resumed(training: TrainingArguments, root: Path) -> Beginning:
@@ -391,6 +399,7 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
         merged = folder / MERGED_FOLDER
         logger.info(f"writing the merged model to {merged}")
         setup.export(trainer.last_checkpoint, merged)
+    setup.remove_sums()
     log.close()
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None

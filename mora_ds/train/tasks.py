@@ -15,7 +15,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -129,10 +129,13 @@ class TaskSuite:
                 log_samples=False,
                 bootstrap_iters=0,
             )
-        ranks = Ranks.current()
-        return ranks.run_on_rank0(
-            "results of tasks", lambda: results_of(results, self.names)
-        )
+
+        def facts() -> dict[str, Any]:
+            by_task = results_of(results, self.names)
+            return {name: asdict(result) for name, result in by_task.items()}
+
+        told = Ranks.current().run_on_rank0("results of tasks", facts)
+        return {name: TaskResult(**of_task) for name, of_task in told.items()}
 
     def _model(self, module: nn.Module, lockstep: _Lockstep) -> Any:
         """The model, wrapped for the harness."""

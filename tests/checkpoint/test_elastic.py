@@ -89,7 +89,8 @@ def save_engine(engine, folder):
     write_safetensors(folder / "engine" / shard.file, rank_tensors(held), {})
     of_all = gather_to_rank0(shard, Ranks.current().group)
     if of_all is not None:
-        table = EngineShards.of(folder / "engine", held.layout, of_all)
+        shards = [RankShard(*facts) for facts in of_all]
+        table = EngineShards.of(folder / "engine", held.layout, shards)
         table.write_table(table.where)
     dist.barrier()
 

@@ -254,7 +254,7 @@ some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .adapt
 cycle_half_written | first | nothing | .remora.ledger._write_cycle 2 | \
 after .common.tensor_files.SafetensorsWriter.write 5
 cycle_not_in_the_ledger | first | nothing | - | cycle without its line
-sums_half_written | first | nothing | .remora.merge.ReMoRA.merge 2 | before .remora.sums.SumWriter.write 5
+sums_half_written | first | nothing | .remora.merge.ReMoRA.merge 2 | before .remora.sums.MergedSums.write 5
 sums_without_a_name | first | nothing | - | before .remora.sums.MergedSums.commit 2
 before_the_reset | all | nothing | - | before .remora.merge.ReMoRA._start_cycle 2
 right_after_a_merge | all | nothing | - | after .remora.merge.ReMoRA.merge 2

@@ -24,6 +24,7 @@ from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.tables import rows
 
 BASE = "f" * 64
+original = ledger_room.layers_to_dict
 
 
 def append(ledger, modules=("a.q", "a.v")):
@@ -151,16 +152,26 @@ def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
     assert str(folder) in str(caught.value)
 
 
-def test_matrices_that_are_not_those_of_the_header_are_named(folder):
-    ledger = Ledger.open(folder)
-    ledger._layers[0] = layers_of(0, ("a.q",))
-    with user_error(
-        r"cycle-00000\.safetensors does not hold the matrices that its header lists"
-    ):
-        ledger.verify()
-    ledger._layers[0] = {name: entry(name, 0, r_hat=8) for name in ("a.q", "a.v")}
-    with user_error(r"a\.q\.mora_matrix is not fp32 \(8, 8\)"):
-        ledger.verify()
+@pytest.mark.parametrize("hashes", [True, False])
+@pytest.mark.parametrize(
+    "recorded, words",
+    [
+        (layers_of(0, ("a.q",)), " does not hold the matrices that its header lists"),
+        (
+            {name: entry(name, 0, r_hat=8) for name in ("a.q", "a.v")},
+            r": a\.q\.mora_matrix is not fp32 \(8, 8\)",
+        ),
+    ],
+)
+def test_matrices_that_are_not_those_of_the_header_are_named(
+    tmp_path, monkeypatch, hashes, recorded, words
+):
+    """At the latest when the cycle is read."""
+    monkeypatch.setattr(ledger_room, "layers_to_dict", lambda _: original(recorded))
+    ledger = Ledger.create(tmp_path / "ledger", BASE)
+    append(ledger)
+    with user_error(rf"cycle-00000\.safetensors{words}"):
+        list(Ledger.open(ledger.folder, hashes=hashes).mora_matrices_of("a.q"))
 
 
 def test_another_base_is_refused(folder):

@@ -119,8 +119,8 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
     message, seconds = run_ranks(2, late, 1.0)[0]
     began = "RunError: reading of the settings: not all ranks came within 1 s"
     assert message.startswith(began)
-    assert "--collective_timeout_s" in message
-    assert seconds < 3
+    assert "(--collective_timeout_s); missing: rank 1, which are still busy" in message
+    assert seconds < 6
 
 
 def long_work():

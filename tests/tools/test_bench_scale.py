@@ -13,9 +13,13 @@ from tools.bench.measuring import llama_config
 @pytest.mark.heavy
 def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
+    monkeypatch.setattr(scale, "CYCLES", (1, 2))
+    monkeypatch.setattr(scale, "ADAPTED", (14,))
     out = tmp_path / "found.json"
     call("bench/scale", "--ranks 4 16 --json", out, "--folder", tmp_path)
     tables = read_json(out)["tables"]
+    _, *by_cycle = tables["CPU seconds of a merge and a replay"]
+    assert [line[:2] for line in by_cycle] == [["14", "1"], ["14", "2"]]
     titles, *seconds = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
     assert all(float(cell) >= 0 for _, *cells in seconds for cell in cells)

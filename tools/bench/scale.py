@@ -12,6 +12,9 @@ the shapes of Llama 7B at rank 8 and 70B at rank 256; collectives reach nobody
 alone, as ZeRO sees them (of 70B those of 8 decoder layers); step one of as many small
 matrices, sharded or kept as the real ones are, so that it is bookkeeping alone; start
 and merge one real decoder layer on a base of 16 bits.
+
+Last, merges and replays by cycle, of narrow models: what they cost besides arithmetic must
+not grow with the ledger.
 """
 
 import argparse
@@ -94,6 +97,9 @@ BOOKKEEPING_SIDE = 32
 """Side of the matrices in the phase `step`, which shows what DeepSpeed does in Python:
 the arithmetic is the GPU's."""
 WARM_UP = 2
+CYCLES = (1, 10, 100, 400)
+ADAPTED = (14, 224)
+"""Numbers of adapted layers, 7 in a decoder layer."""
 STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
 
@@ -123,6 +129,10 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(base)
     report.show("CPU seconds", _rows(table, lambda spent: f"{spent.cpu_s:.3f}"))
     report.show("files", _rows(table, lambda spent: str(spent.files)))
+    by_cycle = [["layers", "cycle", "merge", "replay"]]
+    for layers in ADAPTED:
+        by_cycle += _forked(folder, _by_cycle, layers)
+    report.show("CPU seconds of a merge and a replay", by_cycle)
     report.write()
 
 
@@ -151,9 +161,35 @@ def _measured(
     folder: Path, base: Path, model: str, setting: str, world: int, rank: int
 ) -> dict[str, Spent]:
     """What one rank spends in each phase; a fork, since a process has one group."""
+    return _forked(folder, _one, base, model, setting, world, rank)
+
+
+def _forked(folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(dir=folder) as scratch, fork.Pool(1) as alone:
-        return alone.apply(_one, (Path(scratch), base, model, setting, world, rank))
+        return alone.apply(work, (Path(scratch), *arguments))
+
+
+def _by_cycle(folder: Path, layers: int) -> list[list[str]]:
+    """(layers, cycle, CPU seconds of its merge, of a replay after it), with one rank."""
+    torch.set_num_threads(1)
+    one = OneRank(0, 1, folder)
+    config = llama_config(64, layers // 7, 512, 64)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    write_own_base(model, folder / "base")
+    run = _started(model, folder, BaseCheckpoint.open(folder / "base"), 4)
+    rows = []
+    seconds: list[float] = []
+    for cycle in range(1, CYCLES[-1] + 1):
+        with one.phase() as merge:
+            run.merge(cycle)
+        seconds.append(merge.cpu_s)
+        if cycle in CYCLES:
+            with one.phase() as replay:
+                run.remora.rebuild()
+            merging = f"{median(seconds[-3:]):.3f}"
+            rows.append([str(layers), str(cycle), merging, f"{replay.cpu_s:.3f}"])
+    return rows
 
 
 # -- one rank --------------------------------------------------------------------------
@@ -350,23 +386,23 @@ def _start_and_merge(
     one.relabel = other
     base = BaseCheckpoint.open(base_folder)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
-    keys = {name: name for name, _ in model.named_parameters()}
-    adapter = MoRAConfig(rank=rank)
     spent_in: dict[str, Spent] = {}
     with one.phase() as spent_in["start"]:
         ranks = Ranks.current()
         ranks.same("settings", {f"--flag_{number}": number for number in range(150)})
-        mora_ds.inject(model, adapter)
-        settings = zero3_config(
-            1, bf16={"enabled": True}, gradient_accumulation_steps=1
-        )
-        engine, *_ = mora_ds.initialize(model=model, config=settings)
-        run = Run(
-            engine, base=base, folder=folder / "out", options=RunOptions(keys=keys)
-        )
+        run = _started(model, folder, base, rank)
     with one.phase() as spent_in["merge"]:
         run.merge(1)
     return spent_in
+
+
+def _started(model: Any, folder: Path, base: BaseCheckpoint, rank: int) -> Run:
+    keys = {name: name for name, _ in model.named_parameters()}
+    mora_ds.inject(model, MoRAConfig(rank=rank))
+    settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
+    engine, *_ = mora_ds.initialize(model=model, config=settings)
+    options = RunOptions(keys=keys)
+    return Run(engine, base=base, folder=folder / "out", options=options)
 
 
 def _options() -> argparse.Namespace:

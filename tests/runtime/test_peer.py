@@ -1,0 +1,200 @@
+"""What a process that is no rank of the run can do to one: nothing that it sends is run,
+and no more memory is taken than a rank's message may have.
+"""
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from mora_ds.common.errors import RunError
+from mora_ds.runtime.exchange import MAX_BYTES, decode, encode
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers import gloo
+from tests.helpers.errors import run_error
+from tests.helpers.gloo import run_alone
+
+TIMEOUT = timedelta(seconds=20)
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mknod, (self.marker,)
+
+
+def send_objects(marker):
+    """The pickles that torch's own exchange of objects sends."""
+    dist.send_object_list([[Payload(marker)]], dst=0)
+
+
+def send_pickle_in_place_of_json(marker):
+    message = torch.tensor(list(b"\x01" + bytes(7) + b"\x02" + bytes(7) + b"N."))
+    dist.send(torch.tensor([len(message)]), 0)
+    dist.send(message.to(torch.uint8), 0)
+    # Rank 0 tells all ranks what it has received
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.broadcast(size, 0)
+    dist.broadcast(torch.zeros(int(size), dtype=torch.uint8), 0)
+
+
+def announce_too_much(marker):
+    dist.send(torch.tensor([MAX_BYTES + 1]), 0)
+
+
+ATTACKS = {
+    send_objects: "does another program use its port",
+    send_pickle_in_place_of_json: "does another program use its port",
+    announce_too_much: "announces a message of 268,435,457 bytes",
+}
+
+
+def intrude(port, attack, marker):
+    """A process that knows no more than the address: it joins as rank 1, without mora_ds
+    or credentials, comes to the first check and attacks.
+    """
+    store = dist.TCPStore("127.0.0.1", port, world_size=2, timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=TIMEOUT)
+    # The check's status, as of a rank whose check has another name
+    dist.all_reduce(torch.tensor([0, 1, -1]), op=dist.ReduceOp.MAX)
+    attack(marker)
+    os._exit(0)
+
+
+def victim(port):
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size=2, is_master=True, timeout=TIMEOUT
+    )
+    dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=TIMEOUT)
+    peak = psutil.Process().memory_info().rss
+    ranks = Ranks(0, 2, 0, dist.group.WORLD, 20.0)
+    try:
+        ranks.gather("settings", {"--seed": 1})
+    except RunError as error:
+        return str(error), psutil.Process().memory_info().rss - peak
+    return "no error", 0
+
+
+def attacked(attack, marker):
+    """(error of rank 0, bytes that it took), of real processes over a socket."""
+    port = gloo.free_port()
+    receiver, sender = gloo.context.Pipe(duplex=False)
+    processes = [
+        gloo.context.Process(target=_send, args=(sender, port)),
+        gloo.context.Process(target=intrude, args=(port, attack, str(marker))),
+    ]
+    for process in processes:
+        process.start()
+    sender.close()
+    try:
+        assert receiver.poll(60), "rank 0 waits without end"
+        return receiver.recv()
+    finally:
+        gloo.end(processes)
+
+
+def _send(sender, port):
+    sender.send(victim(port))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_nothing_that_a_peer_sends_is_run(tmp_path, attack):
+    marker = tmp_path / "ran"
+    message, nbytes = attacked(attack, marker)
+    assert not marker.exists(), "the peer's code has run"
+    assert ATTACKS[attack] in message
+    assert nbytes < 100e6
+
+
+def listeners():
+    ranks = Ranks.current()
+    ranks.barrier("all are here")
+    connections = psutil.Process().net_connections("inet")
+    return [
+        connection.laddr.ip
+        for connection in connections
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+def test_a_run_of_one_process_is_out_of_reach_of_other_machines():
+    """gloo listens even where it has no peer: on the loopback interface."""
+    assert set(run_alone(listeners)) <= {"127.0.0.1"}
+
+
+# -- values ----------------------------------------------------------------------------
+
+VALUES = (
+    None,
+    [1, -2.5, True, "é\n", float("inf")],
+    {"a": (1, [2]), 3: {"b": None}, (4, 5): ()},
+    Path("/a/b"),
+    [b"", b"\x00\xff"],
+)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_values_arrive_as_they_were(value):
+    there = decode(encode(value))
+    assert there == value
+    assert repr(there) == repr(value), "tuples stay tuples"
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float32", "bool", "uint16"])
+def test_arrays_arrive_as_they_were(dtype):
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    (there,) = decode(encode([array]))
+    assert there.dtype == array.dtype
+    assert np.array_equal(there, array)
+    assert there.flags.writeable
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), RunError("a"), np.array([{}])])
+def test_other_values_are_refused_where_they_are_sent(value):
+    with pytest.raises(TypeError, match="ranks do not exchange values of"):
+        encode([value])
+
+
+def message(content, *blobs):
+    parts = [json.dumps(content).encode(), *blobs]
+    sizes = np.array([len(parts), *map(len, parts)], "<i8").tobytes()
+    return sizes + b"".join(parts)
+
+
+CRAFTED = {
+    "empty": b"",
+    "no sizes": b"\xff" * 8,
+    "more parts than bytes": np.array([2**40], "<i8").tobytes(),
+    "negative size": np.array([1, -1], "<i8").tobytes(),
+    "cut": encode([1, 2, 3])[:-1],
+    "no JSON": message({})[:8] + b"\x02" + bytes(7) + b"{[",
+    "nested": message(0)[:8]
+    + np.array([200_000], "<i8").tobytes()
+    + b"[" * 100_000
+    + b"]" * 100_000,
+    "unknown tag": message({"object": "os.system"}),
+    "two tags": message({"tuple": [], "bytes": 0}),
+    "no tag": message({}),
+    "blob that is not there": message({"bytes": 0}),
+    "objects": message({"array": ["O", [1], 0]}, bytes(8)),
+    "huge array": message({"array": ["<i8", [2**40], 0]}, bytes(8)),
+    "a list as a key": message({"dict": [[[1], 2]]}),
+    "a path of numbers": message({"path": 3}),
+}
+
+
+@pytest.mark.parametrize("crafted", CRAFTED.values(), ids=CRAFTED)
+def test_what_no_rank_sends_is_refused(crafted):
+    with run_error("does another program use its port"):
+        decode(crafted)
