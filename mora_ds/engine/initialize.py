@@ -9,6 +9,7 @@ matrices in parameter group 0, other trained parameters in group 1 -> deepspeed.
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -317,10 +318,9 @@ def _start_alone(timeout: timedelta) -> None:
 
     DeepSpeed takes a group that is there (comm/comm.py, `init_distributed`).
     """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == "127.0.0.1" for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     backend = get_accelerator().communication_backend_name()
     dist.init_process_group(
         backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout

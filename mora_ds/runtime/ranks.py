@@ -32,7 +32,6 @@ from mora_ds.runtime.exchange import (
     broadcast,
     decode,
     encode,
-    from_a_rank,
     gather_to_all,
     new_group,
 )
@@ -55,14 +54,6 @@ class _Outcome(NamedTuple):
     """The name of the check; None: the rank failed between two checks."""
     value: Any
     error: Exception | None
-
-    @classmethod
-    def of(cls, check: Any, value: Any, facts: Any) -> _Outcome:
-        """`facts`: the name and the text of the error, if there is one."""
-        if facts is None:
-            return cls(check, value, None)
-        name, text = facts
-        return cls(check, value, _errors().get(name, RunError)(text))
 
 
 @dataclass(frozen=True)
@@ -144,19 +135,15 @@ class Ranks:
     ) -> Result:
         """Call `work` on rank 0; return its result or raise its error on all ranks. The
         result is one that `exchange.encode` knows."""
-        message = b""
 
-        def work_and_encode() -> Result:
-            nonlocal message
-            result = work()
-            message = encode(result) if self.world > 1 else b""
-            return result
+        def work_and_text() -> tuple[Any, bytes]:
+            result = work() if self.is_rank0 else None
+            return result, encode(result) if self.world > 1 else b""
 
-        task = work_and_encode if self.is_rank0 else lambda: None
-        result = self.agree(check, task, long)
+        result, text = self.agree(check, work_and_text, long)
         if self.world > 1:
-            message = broadcast(message, self.group)
-        return result if self.is_rank0 else decode(message)  # type: ignore[return-value]
+            text = broadcast(text, self.group)
+        return result if self.is_rank0 else decode(text)  # type: ignore[no-any-return]
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
         """Raise `UserError` that lists the values that differ between ranks, with the
@@ -199,13 +186,14 @@ class Ranks:
         rank."""
         name = "work split over all ranks"
         numbers = range(self.rank, count, self.world)
-        mine = self.agree(
-            name, lambda: {number: work(number) for number in numbers}, long=True
-        )
+        mine = self.agree(name, lambda: [work(number) for number in numbers], long=True)
         by_rank = [mine]
         if self.world > 1:
             by_rank = gather_to_all(mine, self.group)
-        return [by_rank[number % self.world][number] for number in range(count)]
+        return [
+            by_rank[number % self.world][number // self.world]
+            for number in range(count)
+        ]
 
     def abort(self, error: Exception) -> None:
         """Report an error that only this rank may have. Call it before the rank ends.
@@ -244,8 +232,9 @@ class Ranks:
             sent = RunError(f"{type(error).__name__}: {error}")
         facts = None if sent is None else (type(sent).__name__, str(sent))
         told = gather_to_all((check, value, facts), self.group)
-        with from_a_rank():
-            outcomes = [_Outcome.of(*of_rank) for of_rank in told]
+        outcomes = [
+            _Outcome(check, value, _error(facts)) for check, value, facts in told
+        ]
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
             return [outcome.value for outcome in outcomes]
@@ -332,12 +321,15 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _errors() -> dict[str, type[Exception]]:
-    """The classes of errors that ranks tell each other, by name."""
+def _error(facts: tuple[str, str] | None) -> Exception | None:
+    """The error that a rank has told, by its name and text."""
+    if facts is None:
+        return None
+    name, text = facts
     known: list[type[Exception]] = [UserError, RunError]
-    for error in known:
-        known += error.__subclasses__()
-    return {error.__name__: error for error in known}
+    for kind in known:
+        known += kind.__subclasses__()
+    return next((kind for kind in known if kind.__name__ == name), RunError)(text)
 
 
 def _is_expected(error: BaseException) -> bool:
