@@ -4,6 +4,7 @@ trackers."""
 import json
 import logging
 import math
+import os
 import resource
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from mora_ds.checkpoint.layout import METRICS_FILE
-from mora_ds.common.files import JsonObject, atomic_path, disk_errors
+from mora_ds.common.files import DISK_FULL, JsonObject, atomic_path, disk_errors
 from mora_ds.common.nested import flattened
+from mora_ds.common.untrusted import lines_of, parse_json
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
 from mora_ds.train.run_file import Facts
@@ -153,7 +155,7 @@ class MetricsLog:
         if enabled:
             self._path = folder / METRICS_FILE
             rows = _keep_rows(self._path, start_step, pending)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._path.open("ab", buffering=0)
             for tracker in trackers:
                 # Weights & Biases has kept its points, and takes no step twice
                 if pending and tracker.name == TENSORBOARD:
@@ -194,10 +196,25 @@ class MetricsLog:
     def _record(self, row: JsonObject) -> None:
         """A row of metrics.jsonl, and its curves."""
         if self.enabled:
+            line = json.dumps(without_nan(row), allow_nan=False) + "\n"
             with disk_errors(self._path.parent):
-                self._file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
-                self._file.flush()
+                self._append(line.encode())
         self._track(_curves(row), row["step"])
+
+    def _append(self, line: bytes) -> None:
+        """Add a line. A full disk costs the line, not the run, which may need no disk
+        before it has room again."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            is_written = self._file.write(line) == len(line)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            is_written = False
+        if not is_written:
+            logger.warning("warning: the disk is full: a row of %s is lost", self._path)
+            # The start of a row would spoil the next one
+            self._file.truncate(end)
 
     def _track(self, numbers: Numbers, step: int) -> None:
         if numbers:
@@ -239,7 +256,7 @@ def _keep_rows(
         return []
     lines = []
     rows_of_last_step = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(path):
         row = _row_of(line)
         if row is None or row["step"] > last_step:
             continue
@@ -257,7 +274,7 @@ def _row_of(line: str) -> JsonObject | None:
     """The row; None for a damaged one, such as one that a killed process was
     writing."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         return row if isinstance(row["step"], int) else None
     except (ValueError, TypeError, KeyError):
         return None

@@ -11,7 +11,6 @@ undoes one that was killed.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import struct
@@ -25,6 +24,7 @@ from pathlib import Path
 from mora_ds.checkpoint.layout import (
     BASE_FOLDER,
     CHECKPOINTS,
+    LATEST,
     LEDGER_FOLDER,
     MERGED_FOLDER,
     METRICS_FILE,
@@ -33,7 +33,8 @@ from mora_ds.checkpoint.layout import (
     TOKENIZER_FOLDER,
 )
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import disk_errors, link_or_copy
+from mora_ds.common.files import disk_errors, link_or_copy, write_json_atomic
+from mora_ds.common.untrusted import plain_json, read_text
 from mora_ds.train.profile import PROFILE
 from mora_ds.train.run_file import holds_run, owned_by_run
 from mora_ds.train.trackers import TENSORBOARD, WANDB
@@ -85,7 +86,9 @@ class Reservation:
                 f"--output_dir {self.folder} holds another run: choose another folder, continue it with "
                 "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
             )
-        owned = _present(self.folder, owned_by_run(self.folder))
+        listed = owned_by_run(self.folder)
+        # run.yaml may come from anywhere: of what it lists, only names of a run count
+        owned = _present(self.folder, [name for name in NAMES if name in listed])
         written = [name for name in NAMES if exports or name != MERGED_FOLDER]
         strange = [name for name in _present(self.folder, written) if name not in owned]
         if strange:
@@ -108,7 +111,7 @@ class Reservation:
             # What is there now is the earlier run's or the user's: the start-up makes
             # none of it.
             makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
-            (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
+            write_json_atomic(self.folder / STARTING, makes)
 
     def commit(self) -> None:
         """Begin the run, whose run.yaml is written: delete what was set aside.
@@ -180,7 +183,7 @@ def join(folder: Path) -> None:
     path = folder.resolve() / LOCK
     if path.parent not in _locks and path.is_file():
         with _writing(folder):
-            file = _locks[path.parent] = os.open(path, os.O_RDWR)
+            file = _locks[path.parent] = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         _try_lock(file, fcntl.LOCK_SH, _OTHERS)
 
 
@@ -224,9 +227,16 @@ def _check_owned(folder: Path) -> None:
     present = _present(folder, (*NAMES, ASIDE, DELETING))
     has_run = holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)
     if present and not has_run:
+        way_on = ""
+        if CHECKPOINTS in present:
+            newest = folder / CHECKPOINTS / LATEST
+            way_on = (
+                "; if a run's run.yaml was lost, its checkpoints go on in another folder: --output_dir NEW "
+                f"--resume_from_checkpoint {newest}"
+            )
         raise UserError(
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
-            "run has written). A run would replace it: choose another folder, or move it away"
+            f"run has written). A run would replace it: choose another folder, or move it away{way_on}"
         )
 
 
@@ -269,7 +279,7 @@ def _lock(folder: Path) -> None:
         return
     path = resolved / LOCK
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not _try_lock(file, fcntl.LOCK_EX, _FIRST):
             holder = _holder(file, _FIRST)
             os.close(file)
@@ -324,10 +334,10 @@ def _holder(file: int, byte: int) -> str:
 def _starting(folder: Path) -> list[str]:
     """The names that a start-up which was not committed may have made."""
     try:
-        names = json.loads((folder / STARTING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        names = plain_json(read_text(folder / STARTING), STARTING)
+    except (OSError, UserError):
         return []
-    return [name for name in NAMES if name in names]
+    return [name for name in NAMES if isinstance(names, list) and name in names]
 
 
 def _undo(folder: Path) -> None:

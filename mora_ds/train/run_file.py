@@ -87,10 +87,11 @@ def owned_by_run(folder: Path) -> list[str]:
 
 
 def _read(folder: Path) -> dict[Any, Any] | None:
-    if not (folder / RUN_FILE).is_file():
+    path = folder / RUN_FILE
+    if path.is_symlink() or not path.is_file():
         return None
     try:
-        content = load_yaml(str(folder / RUN_FILE), RUN_FILE)
+        content = load_yaml(str(path), RUN_FILE)
     except UserError:
         return None
     is_runs = all(isinstance(content.get(key), dict) for key in RECORDED_KEYS)

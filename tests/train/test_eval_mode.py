@@ -89,7 +89,7 @@ def test_each_pass_of_a_run_sets_what_layers_read(user, tmp_path, out):
         out,
         mix,
         "--max_steps 3 --save_steps 2 --eval_steps 1 --merge_every 2 --restart_warmup_steps 1",
-        "--mora_dropout 0.1 --report_to none --eval_tasks",
+        "--mora_dropout 0.1 --report_to none --trust_remote_code --eval_tasks",
         task_files(tmp_path)["choices"],
     )
     kinds = run_alone(kinds_of_passes, research(argv, tmp_path, domain_adapters=True))

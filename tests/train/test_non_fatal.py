@@ -111,7 +111,9 @@ def test_a_failed_evaluation_does_not_end_the_run(
 def test_failed_tasks_do_not_end_the_run(user, tmp_path, ranks_and_reference, out):
     """Within the run and at its end."""
     tasks = task_files(tmp_path)["choices"]
-    argv = user.flags(out, FLAGS, "--eval_tasks", tasks, "--eval_tasks_steps 2")
+    argv = user.flags(
+        out, FLAGS, "--trust_remote_code --eval_tasks", tasks, "--eval_tasks_steps 2"
+    )
     assert_goes_on(ranks_and_reference, out, argv, TaskSuite, [1, 2], "2 4")
 
 

@@ -73,7 +73,7 @@ def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
     flags = (
         "--eval_steps 2 --eval_tasks_steps 4 --best_by rolling:1 --stop_when_forgotten rolling:50",
         "--merge_every 3 --restart_warmup_steps 1 --export_merged --per_device_eval_batch_size 2",
-        "--eval_tasks",
+        "--trust_remote_code --eval_tasks",
         *files.values(),
     )
     argv = user.flags(out, *flags)
