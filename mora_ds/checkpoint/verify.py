@@ -234,7 +234,10 @@ def _adapter(folder: Path) -> Iterator[str]:
 
 def _ledger(folder: Path) -> Iterator[str]:
     ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
-    cycle = read_adapter(folder).cycle
+    adapter = read_adapter(folder)
+    # As an export does
+    adapter.check_ledger(ledger)
+    cycle = adapter.cycle
     merges = (
         cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
     )

@@ -34,6 +34,9 @@ class NonFatalFailure(RunError):
     is_shared = True
 
 
+MOST_PROBLEMS = 100
+"""How many unknown keys of a file are named: each is compared with all known ones."""
+
 NON_FATAL_ERRORS = (Exception, SystemExit)
 """Errors that are not fatal in evaluations, tasks, trackers and uploads. Third-party
 packages may even call sys.exit."""

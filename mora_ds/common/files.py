@@ -34,6 +34,7 @@ from mora_ds.common.untrusted import (
     RelativePath,
     entry,
     links,
+    open_file,
     plain_json,
     read_text,
     require_plain,
@@ -187,7 +188,7 @@ def read_json(path: Path) -> JsonObject:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -538,7 +539,8 @@ _MAX_DIGITS = 200
 
 class _PlainLoader(yaml.SafeLoader):
     """A SafeLoader that rejects aliases, which can expand to any number of values; long
-    integers; and duplicate keys, of which YAML silently keeps the last one."""
+    integers; and duplicate keys, of which YAML silently keeps the last one. 1:30:00 is
+    text, as in YAML 1.2, not 5,400."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -547,12 +549,17 @@ class _PlainLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_yaml_int(self, node: Any) -> int:
+    def construct_yaml_int(self, node: Any) -> Any:
+        if ":" in node.value:
+            return node.value
         if len(node.value) > _MAX_DIGITS:
             raise _yaml_error(
                 f"a whole number has more than {_MAX_DIGITS} digits", node
             )
         return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -567,7 +574,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(
+        f"tag:yaml.org,2002:{_kind}", getattr(_PlainLoader, f"construct_yaml_{_kind}")
+    )
 
 
 def _yaml_error(problem: str, at: Any) -> yaml.MarkedYAMLError:

@@ -1,6 +1,7 @@
 """Checks values from untrusted files before they are used: types, names, paths, numbers
 and sizes.
 
+    open_file                    opens a regular file, never a pipe or a device
     plain_json, read_text        check size and depth before memory is allocated
     typed(hint, value, where)    converts a JSON or YAML value to a type: a dataclass, list[int], ...
     typed_fully                  the same, but all fields are required
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, get_type_hints
@@ -56,11 +58,7 @@ def shown(value: Any) -> str:
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """Read a UTF-8 file of at most `limit` bytes. Raises `UserError` for a larger file
     and for one that is not text, and OSError if it cannot be read."""
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_shell_pipe(path)):
-        # Reading a pipe could block forever
-        raise UserError(f"{path} is no file")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(
@@ -70,6 +68,28 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading. Raises `UserError` for a pipe, a socket or a device, which
+    could block forever or have no end, and OSError."""
+    if _is_shell_pipe(path):
+        return path.open("rb")
+    # Without O_NONBLOCK, to open a pipe would block already
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise UserError(f"{path} is no file")
+    return os.fdopen(descriptor, "rb")
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without their ends, each of at most `MAX_BYTES`: a longer
+    one comes in pieces."""
+    with open_file(path) as file:
+        while line := file.readline(MAX_BYTES):
+            yield line.decode(errors="replace").rstrip("\r\n")
 
 
 def _is_shell_pipe(path: Path) -> bool:

@@ -28,7 +28,7 @@ class ModelArguments:
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the
     training files; 0 for none."""
     trust_remote_code: bool = False
-    """Run code that comes with a Hub model."""
+    """Run code that comes with a Hub model, and that of task files (--eval_tasks)."""
     rope_scaling: str | None = None
     """Rotary embeddings in place of the config.json's, as JSON with transformers' own
     keys: '{"rope_type": "yarn", "factor": 4.0}' for 4 times the positions. rope_type:

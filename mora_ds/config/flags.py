@@ -29,6 +29,7 @@ from typing import (
 
 from mora_ds.adapters.registry import ADAPTERS, Control
 from mora_ds.common.errors import (
+    MOST_PROBLEMS,
     UserError,
     nearest,
     raise_validation_errors,
@@ -200,6 +201,8 @@ def typed_values(
         if key not in hints:
             suggestion = nearest(str(key), hints)
             problems.append(f"{path}: unknown key '{prefix}{key}'.{suggestion}")
+            if len(problems) == MOST_PROBLEMS:
+                break
             continue
         hint = hints[key]
         try:

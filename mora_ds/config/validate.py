@@ -166,6 +166,10 @@ def _contradictions(
         "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab": (
             data.names_text and model.model_config and not names_tokenizer
         ),
+        "--eval_tasks: a task file can run code, such as that of its templates: allow it with --trust_remote_code": (
+            any(name.endswith((".yaml", ".yml")) for name in training.eval_tasks)
+            and not model.trust_remote_code
+        ),
         "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps": (
             streams and training.max_steps < 1
         ),

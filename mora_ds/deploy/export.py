@@ -42,7 +42,12 @@ from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, kept_in_fp32, load_model
-from mora_ds.models.save import layout_of, write_companions, write_shards
+from mora_ds.models.save import (
+    is_of_model,
+    layout_of,
+    write_companions,
+    write_shards,
+)
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
@@ -309,6 +314,12 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     if not (output / "config.json").is_file():
         raise UserError(
             f"`output` {output} holds something other than a model; it is not overwritten"
+        )
+    if foreign := sorted(
+        path.name for path in output.iterdir() if not is_of_model(path)
+    ):
+        raise UserError(
+            f"`output` {output} holds {', '.join(foreign[:3])} besides a model; move that away, or give another folder"
         )
 
 

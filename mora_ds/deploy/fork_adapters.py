@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,12 @@ from mora_ds.common.files import (
     require_new,
     write_manifest,
 )
-from mora_ds.common.tensor_files import Tensors, dtype_name, open_safetensors
+from mora_ds.common.tensor_files import (
+    Tensors,
+    dtype_name,
+    open_safetensors,
+    shape_dtype,
+)
 from mora_ds.common.untrusted import Count, entry
 from mora_ds.deploy.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from mora_ds.models.base import BaseCheckpoint, map_model
@@ -65,7 +71,8 @@ def convert_fork(
     source = path / CONFIG_FILE
     settings = read_json(source)
     kind, grouping = _operator(settings, source)
-    mora_matrices = _matrices(path / WEIGHTS_FILE)
+    weights = open_safetensors(path / WEIGHTS_FILE)
+    sides = _sides(weights, path / WEIGHTS_FILE)
     flag = "`base_folder`"
     if base_folder is None:
         base_folder = entry(settings, "base_model_name_or_path", str, source)
@@ -74,7 +81,7 @@ def convert_fork(
         model = make_model(folder_config(base.folder, flag=flag), flag)
     keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
     layers: Layers = {}
-    for module, mora_matrix in mora_matrices.items():
+    for module, side in sides.items():
         weight = f"{module}.weight"
         shape = base.shape_dtype(keys[weight])[0] if weight in keys else ()
         if len(shape) != 2:
@@ -82,12 +89,12 @@ def convert_fork(
                 f"{path / WEIGHTS_FILE}: {base.folder} has no linear layer {module}"
             )
         d_out, d_in = shape
-        if len(mora_matrix) > max(d_in, d_out):
+        if side > max(d_in, d_out):
             raise UserError(
-                f"{path / WEIGHTS_FILE}: a matrix of side {len(mora_matrix)} is too large for {module} of "
+                f"{path / WEIGHTS_FILE}: a matrix of side {side} is too large for {module} of "
                 f"{base.folder}, which has {d_in} inputs and {d_out} outputs"
             )
-        spec = OperatorSpec(kind, d_in, d_out, len(mora_matrix), grouping)
+        spec = OperatorSpec(kind, d_in, d_out, side, grouping)
         if spec.blocks_in > spec.blocks_out and kind is OperatorKind.ROTATE:
             raise UserError(
                 f"{source}: mora_type 6 leaves inputs of {module} ({d_in} inputs, {d_out} outputs) without any effect,"
@@ -98,10 +105,9 @@ def convert_fork(
         rank=entry(settings, "r", Count, source),
         operator=kind.value,
         grouping=grouping.value,
-        layer_sizes=tuple(
-            (module, len(mora_matrix)) for module, mora_matrix in mora_matrices.items()
-        ),
+        layer_sizes=tuple(sides.items()),
     )
+    mora_matrices = _matrices(weights, path / WEIGHTS_FILE)
     dtype = dtype_name(base.shape_dtype(keys[next(iter(layers.values())).weight])[1])
     adapter = AdapterFile(
         layers,
@@ -137,22 +143,32 @@ def _operator(settings: JsonObject, source: Path) -> tuple[OperatorKind, Groupin
     return TYPES[mora_type]
 
 
-def _matrices(path: Path) -> Tensors:
-    """Module name -> M (r_hat, r_hat). Raises `UserError` for any other tensor."""
-    file = open_safetensors(path)
+def _sides(file: Any, path: Path) -> dict[str, int]:
+    """Module name -> r_hat, by the header: a small file can claim any size."""
+    sides = {}
+    for name in sorted(file.keys()):
+        shape, _ = shape_dtype(file, name)
+        module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
+        if ending == "A.weight" and len(shape) == 2 and shape[0] == shape[1]:
+            sides[module] = shape[0]
+        # Sorted, lora_A comes before lora_B, which is the same matrix once more.
+        elif ending != "B.weight" or shape != (sides.get(module),) * 2:
+            raise UserError(
+                f"{path}: {name} {shape} is no matrix of MoRA, and is not read"
+            )
+    return sides
+
+
+def _matrices(file: Any, path: Path) -> Tensors:
+    """Module name -> M (r_hat, r_hat), of the tensors of `_sides`. Raises `UserError` where
+    lora_B is another matrix."""
     mora_matrices: Tensors = {}
-    # Sorted, lora_A comes before lora_B, which is the same matrix once more.
     for name in sorted(file.keys()):
         module, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
         tensor = file.get_tensor(name).float()
-        has_equal_sides = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
-        if ending == "A.weight" and has_equal_sides:
+        if ending == "A.weight":
             mora_matrices[module] = tensor
-            continue
-        is_repeated = module in mora_matrices and torch.equal(
-            tensor, mora_matrices[module]
-        )
-        if ending != "B.weight" or not is_repeated:
+        elif not torch.equal(tensor, mora_matrices[module]):
             raise UserError(
                 f"{path}: {name} {tuple(tensor.shape)} is no matrix of MoRA, and is not read"
             )

@@ -23,8 +23,14 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
-from mora_ds.common.errors import UserError, nearest, raise_validation_errors, reason
-from mora_ds.common.untrusted import parse_json
+from mora_ds.common.errors import (
+    MOST_PROBLEMS,
+    UserError,
+    nearest,
+    raise_validation_errors,
+    reason,
+)
+from mora_ds.common.untrusted import parse_json, read_text
 from mora_ds.engine.ds_keys import (
     AUTO,
     OTHER_SECTIONS,
@@ -34,6 +40,7 @@ from mora_ds.engine.ds_keys import (
     DsConfig,
     at,
     fill,
+    masked,
     refused_keys,
 )
 from mora_ds.engine.ds_optimizer import match_optimizer, optimizer_problems
@@ -98,8 +105,8 @@ def _read(path: Path) -> DsConfig:
         return dict(pairs)
 
     try:
-        config = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, UnicodeDecodeError) as error:
+        config = parse_json(read_text(path), object_pairs_hook=unique)
+    except OSError as error:
         raise UserError(f"cannot read the DeepSpeed file {path}: {error}") from error
     except UserError:
         raise
@@ -184,6 +191,12 @@ def _without_auto(config: DsConfig) -> DsConfig:
     }
 
 
+def _got(detail: Any) -> str:
+    """The value of an error of pydantic, without secrets."""
+    where = ".".join(map(str, detail["loc"]))
+    return json.dumps(masked({where: detail["input"]})[where], default=str)
+
+
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:
     """What DeepSpeed's classes say of the values, before a model is loaded."""
     trial = copy.deepcopy(config)
@@ -196,7 +209,7 @@ def _refused_by_deepspeed(config: DsConfig) -> list[str]:
         DeepSpeedConfig(trial)
     except ValidationError as error:
         return [
-            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {json.dumps(detail['input'], default=str)}"
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {_got(detail)}"
             for detail in error.errors()
         ]
     except Exception as error:
@@ -349,7 +362,9 @@ def clean_sections(config: DsConfig) -> list[str]:
         if holder[key] is None:
             del holder[key]
         elif not isinstance(holder[key], dict):
-            problems.append(f'"{path}" must be a JSON object, not {holder[key]!r}')
+            problems.append(
+                f'"{path}" must be a JSON object, not {masked(holder[key], True)!r}'
+            )
     return problems
 
 
@@ -361,6 +376,8 @@ def _unknown_keys(config: DsConfig) -> list[str]:
         for key in at(config, path) or ():
             if key not in names and prefix + key not in REFUSED:
                 problems.append(f"unknown key {prefix + key!r}.{nearest(key, names)}")
+            if len(problems) == MOST_PROBLEMS:
+                return problems
     return problems
 
 

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 MODEL_FLAG = "--model_name_or_path"
 
 
@@ -259,6 +260,10 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         names = sorted(path.name for path in folder.iterdir())
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        if PICKLED_INDEX in names:
+            # transformers follows the names in it
+            index = folder / PICKLED_INDEX
+            entry(read_json(index), "weight_map", dict[str, FileName], index)
         if pickled:
             raise WeightMappingError(
                 f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -29,7 +29,7 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import config_names
 from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
-from mora_ds.common.untrusted import expanded, parse_json
+from mora_ds.common.untrusted import expanded, parse_json, read_text
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
@@ -169,7 +169,7 @@ def read_model_config(
     """The config in a JSON file such as `configs/models/tiny_llama.json`. Raises
     `UserError` that names `flag`."""
     try:
-        values = parse_json(config_file.read_text(encoding="utf-8"))
+        values = parse_json(read_text(config_file))
     except FileNotFoundError as error:
         packaged = ", ".join(f"configs/{name}" for name in config_names("models"))
         raise UserError(
@@ -195,6 +195,7 @@ def folder_config(
     flag: str = MODEL_FLAG,
 ) -> Any:
     """The config of a model folder. Raises `UserError` that names `flag`."""
+    _check_folder(Path(folder), flag)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -209,6 +210,16 @@ def folder_config(
             why = f"its config.json cannot be used: {reason(error)}"
         raise UserError(f"{flag} {folder}: {why}") from error
     return _checked_sizes(config, f"{flag} {folder}: its config.json cannot be used")
+
+
+def _check_folder(folder: Path, flag: str) -> None:
+    """Raise `UserError` for pipes and devices in a model folder, which transformers would
+    read without end, and for a huge config.json. Links may lead to the Hub's cache."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{flag}: {path} is neither a file nor a folder")
+    with suppress(OSError):
+        read_text(folder / "config.json")
 
 
 def _checked_sizes(config: Any, where: str) -> Any:
@@ -354,20 +365,25 @@ def load_model(
     config = with_changes(folder_config(folder, trust_remote_code, flag), changes or {})
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     count = layers
-    damage = ""
+    where = f"{flag} {folder}: cannot be loaded as a causal language model"
+    files = list(folder.glob("*.bin"))
     try:
-        count = len(BaseCheckpoint.open(folder).keys())
+        base = BaseCheckpoint.open(folder, quantized=True)
+        count = len(base.keys())
+        files = base.files()
     except WeightMappingError:
         # The number of pickled weights is unknown
         pass
     except UserError as error:
-        # Used below, because the error of transformers may not name the file
+        # transformers would follow the names in a damaged index out of the folder
         damage = str(error).removeprefix(f"{MODEL_FLAG}: ")
+        raise UserError(f"{where}: {damage}") from error
     # Fail before a huge number of layers is created
     if layers > count:
         raise UserError(
             f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files"
         )
+    _check_numbers(config, files, f"{flag} {folder}", trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -386,9 +402,7 @@ def load_model(
             raise UserError(
                 f"--attn_implementation {attn_implementation}: {why}"
             ) from error
-        raise UserError(
-            f"{flag} {folder}: cannot be loaded as a causal language model: {damage or why}"
-        ) from error
+        raise UserError(f"{where}: {why}") from error
     model, info = loaded
     problems = {
         "missing_keys": "weights are missing",
@@ -401,6 +415,23 @@ def load_model(
                 f"{flag} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}"
             )
     return model
+
+
+def _check_numbers(
+    config: Any, files: Sequence[Path], where: str, trust_remote_code: bool
+) -> None:
+    """Raise `UserError` where the config asks for far more numbers than the files can
+    hold: transformers would allocate them before it compares shapes."""
+    numbers = 0
+    with suppress(UserError), torch.device("meta"), unsharded_loading():
+        meta_model = make_model(config, where, trust_remote_code=trust_remote_code)
+        numbers = sum(parameter.numel() for parameter in meta_model.parameters())
+    nbytes = sum(path.stat().st_size for path in files)
+    # A byte holds two numbers of 4 bits
+    if numbers > 4 * nbytes + 2**20:
+        raise UserError(
+            f"{where}: weights do not fit the config: it asks for {numbers:,} numbers, the files have {nbytes:,} bytes"
+        )
 
 
 def _compare_with_files(

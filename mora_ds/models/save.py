@@ -45,6 +45,15 @@ TOKENIZER_FILES = (
 )
 
 
+_OF_MODEL = (*COPIED_FROM_BASE, *TOKENIZER_FILES, "config.json", "README.md")
+
+
+def is_of_model(path: Path) -> bool:
+    """Whether a file has a name that an export writes."""
+    patterns = (*_OF_MODEL, "*.safetensors", INDEX_FILE)
+    return path.is_file() and any(map(path.match, patterns))
+
+
 def layout_of(
     base: BaseCheckpoint,
     keys: Iterable[str],

@@ -155,6 +155,15 @@ def test_values_that_do_not_go_together(checkpoint, file, change, message):
     assert message in wrong(checkpoint)
 
 
+def test_an_adapter_that_an_export_refuses_is_not_good(checkpoint):
+    def transpose(content):
+        next(iter(content["layers"].values()))["transposed"] = True
+
+    change_json(checkpoint / "adapter.json", transpose)
+    write_manifest(checkpoint)
+    assert "is another layer than in earlier cycles" in wrong(checkpoint)
+
+
 DEEPER = [
     ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
     ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),

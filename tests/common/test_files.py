@@ -341,6 +341,12 @@ def test_a_whole_number_has_at_most_200_digits(tmp_path, number):
         files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
 
 
+@pytest.mark.parametrize("text", ["1:30:00", "1:30.5"])
+def test_a_time_is_text_and_no_number_of_base_60(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(f"a: {text}")
+    assert files.load_yaml(str(tmp_path / "a.yaml"), "recipe") == {"a": text}
+
+
 def test_yaml_that_is_read(tmp_path):
     path = tmp_path / "a.yaml"
     nested = "a: {b: 1}\n1: d", {"a": {"b": 1}, 1: "d"}

@@ -47,6 +47,7 @@ LAUNCHES = r"""
 --adam_epsilon 0 | --adam_epsilon must be above 0
 --max_grad_norm -1 | --max_grad_norm must be at least 0
 --report_to wanb | unknown --report_to 'wanb' | 'wandb'
+--eval_tasks a task.yaml | --eval_tasks: a task file can run code | --trust_remote_code
 --eval_tasks a --eval_tasks_steps 3 | --eval_tasks_steps 3 | multiple of --eval_steps, 0
 --eval_tasks a --eval_tasks_steps 3 --eval_steps 2 | --eval_tasks_steps 3 | multiple of --eval_steps, 2
 --seed -1 | --seed must be at least 0

@@ -267,8 +267,12 @@ def test_overwrite_needs_the_flag_and_never_deletes_inputs(tmp_path, merged):
     (merged / "mine").write_text("")
     with user_error(r"`output` .* exists already"):
         export_merged(run.checkpoint, merged)
+    with user_error(r"`output` .* holds mine besides a model; move that away"):
+        export_merged(run.checkpoint, merged, overwrite=True)
+    (merged / "mine").unlink()
+    (merged / "model-00009.safetensors").write_text("")
     export_merged(run.checkpoint, merged, overwrite=True)
-    assert not (merged / "mine").exists()
+    assert not (merged / "model-00009.safetensors").exists()
     assert not list(tmp_path.glob(".merged*"))
     for inside in ("merged", "ledger/merged"):
         with user_error("lies in the checkpoint"):

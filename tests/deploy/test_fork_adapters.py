@@ -4,6 +4,8 @@ merged, or are refused.
 
 import json
 import math
+import resource
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.fork_adapters import TYPES, convert_fork
 from tests.helpers.damage import cut
@@ -180,6 +183,19 @@ def test_what_is_more_than_matrices_is_refused(tmp_path, name, shape, with_good,
     tensor = torch.zeros(parsed(shape))
     save_file({**good, f"base_model.model.{name}.weight": tensor}, path)
     assert_refused(fork, words)
+
+
+def test_a_sparse_file_is_not_expanded(tmp_path):
+    """6.4 GB of holes, which take no disk."""
+    fork = Fork(tmp_path, 1, EQUAL_SIDES)
+    path = fork.path / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    layout = {name: ((40_000, 40_000), torch.float32)}
+    with suppress(ValueError), SafetensorsWriter(path, layout, {}):
+        pass
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_refused(fork, "a matrix of side 40000 is too large for")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300e3, "kB"
 
 
 def test_an_adapter_without_matrices_and_a_file_that_is_cut_off_are_refused(tmp_path):

@@ -82,6 +82,13 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
     assert resolved["zero_optimization"]["memory_efficient_linear"] is False
 
 
+@pytest.mark.parametrize("comet", ["s3cret", {"enabled": True, "api_key": ["s3cret"]}])
+def test_no_message_has_a_secret(comet):
+    with user_error("comet") as caught:
+        resolve_ds_config({"comet": comet}, SETTINGS, 1)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_the_users_config_is_not_touched_and_own_values_stay():
     config = {
         "zero_optimization": {

@@ -292,6 +292,8 @@ def _shared_settings(options: argparse.Namespace) -> dict[str, Any]:
         "bf16": options.bf16 or None,
         "per_device_train_batch_size": options.batch,
         "eval_tasks": options.tasks,
+        # The user's own task files
+        "trust_remote_code": True if options.tasks else None,
     }
     return {name: value for name, value in settings.items() if value is not None}
 
