@@ -19,7 +19,7 @@ from mora_ds.runtime.signals import EXIT_STOPPED
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.trainer import Trainer
 from tests.helpers.errors import user_error
-from tests.helpers.gloo import run_ranks
+from tests.helpers.gloo import free_port, run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     environment,
@@ -36,6 +36,7 @@ from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
 from tests.helpers.tables import heavy, words
 from tests.helpers.tables import rows as rows_of
+from tests.helpers.tools import called
 
 MERGING = "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
@@ -279,6 +280,43 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, out):
     assert saved == rows(out)[-1]["step"] <= seen + 3, (
         "two steps, and one that was logged meanwhile"
     )
+
+
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+"""Process 1, whose signals have no effect unless it handles them, as by `docker stop`."""
+
+
+@pytest.mark.heavy(seconds=60)
+@pytest.mark.parametrize("inside", [(), CONTAINER], ids=["terminal", "container"])
+def test_a_signal_to_the_program_that_started_the_ranks_saves(
+    user, tmp_path, out, inside
+):
+    if inside and called([*inside, "true"]).returncode:
+        pytest.skip("no namespaces of processes here")
+    argv = user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0")
+    port = ["--master_port", str(free_port())]
+    program = [sys.executable, "-m", "mora_ds", "pretrain", "--num_gpus", "2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*inside, *program, *port, *argv],
+            env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_for(out / "checkpoints/step-000003", [process])
+        started = psutil.Process(process.pid)
+        first = started.children()[0] if inside else started
+        first.send_signal(signal.SIGTERM)
+        text = (tmp_path / "log").read_text
+        assert process.wait(timeout=60) == EXIT_STOPPED, text()
+        saved = TrainerState.read(out / "checkpoints/latest").step
+        assert saved == rows(out)[-1]["step"], text()
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.wait()
 
 
 @pytest.mark.heavy
