@@ -202,8 +202,9 @@ class MoraModel(BaseTuner):
                 f"combination_type {combination_type!r} combines factors, which MoRA does not have: use 'linear'"
             )
         operators = self._operators_to_sum(adapters)
+        first: Any = self.peft_config[adapters[0]]
         self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]],
+            first,
             target_modules=set(operators),
             exclude_modules=None,
             layers_to_transform=None,

@@ -143,7 +143,7 @@ class Ranks:
         result, text = self.agree(check, work_and_text, long)
         if self.world > 1:
             text = broadcast(text, self.group)
-        return result if self.is_rank0 else decode(text)  # type: ignore[no-any-return]
+        return result if self.is_rank0 else decode(text)
 
     def same(self, check: str, values: Mapping[str, Any]) -> None:
         """Raise `UserError` that lists the values that differ between ranks, with the

@@ -13,7 +13,7 @@ storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -57,7 +57,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 OPERATORS: tuple[Operator, ...] = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
 Step = Callable[[], Tensor]
 """One forward."""
-Case = tuple[Step, list[Tensor]]
+Case = tuple[Step, Sequence[Tensor]]
 """A forward, and the tensors that it trains."""
 COLUMNS = (
     "full",
