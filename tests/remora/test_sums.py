@@ -116,7 +116,9 @@ def a_link(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [None, gone, cut, flip, of_another_run, a_link], ids=str
+    "damage",
+    [None, gone, cut, flip, of_another_run, a_link],
+    ids=lambda damage: getattr(damage, "__name__", "none"),
 )
 def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, damage):
     folder, result, *_ = run
