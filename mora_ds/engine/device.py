@@ -77,10 +77,10 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read before written
 
 
-def warn_of_slow_precision(dtype: str) -> None:
+def warn_of_slow_precision(dtype: torch.dtype) -> None:
     """Log a warning if a GPU computes in fp32 without TF32."""
     has_tf32 = torch.get_float32_matmul_precision() != "highest"
-    if dtype == "float32" and not has_tf32 and not is_cpu():
+    if dtype == torch.float32 and not has_tf32 and not is_cpu():
         logger.warning(
             "the run computes in fp32, which is about ten times slower on a GPU than --bf16; "
             "--bf16 also keeps fp32 master weights"

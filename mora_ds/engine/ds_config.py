@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
@@ -81,8 +82,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the training loop relies on it"),
 }
 """Dotted path -> the value that it must have where it is set, and why."""
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
@@ -123,7 +123,7 @@ def resolve_ds_config(
     config: DsConfig | str | Path | None,
     settings: EngineSettings | None = None,
     world_size: int = 1,
-    dtype: str = "float32",
+    dtype: torch.dtype = torch.float32,
 ) -> DsConfig:
     """A new dictionary for `deepspeed.initialize`, of a dictionary or a JSON file's
     path.
@@ -163,15 +163,15 @@ def resolve_ds_config(
 def complete_ds_config(
     config: DsConfig | str | Path,
     trainable_numels: Sequence[int],
-    dtype: str = "float32",
+    dtype: torch.dtype = torch.float32,
 ) -> DsConfig:
     """The config of a user's own loop, checked, with "auto" filled in. `dtype`: that of
-    the model's parameters, such as "bfloat16"."""
+    the model's parameters."""
     resolved = resolve_ds_config(config, dtype=dtype)
     return fill_bucket_sizes(resolved, trainable_numels)
 
 
-def _fill_without_flags(config: DsConfig, dtype: str) -> DsConfig:
+def _fill_without_flags(config: DsConfig, dtype: torch.dtype) -> DsConfig:
     """The config with "auto" filled: precision from `dtype`, one sequence per process
     and micro-batch, and DeepSpeed's and torch's defaults. ZeRO's sizes stay."""
     for section, its_dtype in _DTYPES.items():
@@ -218,13 +218,12 @@ def _refused_by_deepspeed(config: DsConfig) -> list[str]:
     return []
 
 
-def compute_dtype(ds_config: DsConfig) -> str:
-    """The dtype in which a resolved config computes: "bfloat16", "float16" or
-    "float32"."""
+def compute_dtype(ds_config: DsConfig) -> torch.dtype:
+    """The dtype in which a resolved config computes."""
     for section, dtype in _DTYPES.items():
         if at(ds_config, f"{section}.enabled") is True:
             return dtype
-    return "float32"
+    return torch.float32
 
 
 def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> DsConfig:
@@ -245,7 +244,7 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
     bucket = max(min(total, REDUCE_BUCKET_NUMEL), largest, 1)
     # Even, as stage_1_and_2.py wants it (`nccl_start_alignment_factor`)
     bucket += bucket % 2
-    threshold = _persistence_threshold(numels, _BYTES[compute_dtype(ds_config)])
+    threshold = _persistence_threshold(numels, compute_dtype(ds_config).itemsize)
     sizes = {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -281,7 +280,7 @@ def _avoid_slices_of_parameters(
     """
     zero = ds_config["zero_optimization"]
     slices = len(trainable_numels) * ranks
-    added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
+    added_bytes = sum(trainable_numels) * compute_dtype(ds_config).itemsize
     flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
     chosen = {key: value for key, value in flat.items() if key not in zero}
     if (
@@ -316,7 +315,7 @@ def _avoid_slices_of_buckets(ds_config: DsConfig, ranks: int) -> str:
     # Else gradients are divided in fp32 and then sent in 16 bits, by slices, and the
     # other way round in whole buckets. In bf16 another class reduces them, which has no
     # slices (runtime/bf16_optimizer.py).
-    in_one_dtype = zero["stage"] == 2 or compute_dtype(ds_config) == "float32"
+    in_one_dtype = zero["stage"] == 2 or compute_dtype(ds_config) == torch.float32
     # `use_multi_rank_bucket_allreduce: false` reduces each slice to its owner alone.
     written = {*zero, *ds_config} & {
         "reduce_scatter",

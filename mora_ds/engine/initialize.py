@@ -132,7 +132,7 @@ def initialize(
             "mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out"
         )
     numels = trainable_numels(model, degree)
-    settings = complete_ds_config(config, numels, _dtype_name(model))
+    settings = complete_ds_config(config, numels, next(model.parameters()).dtype)
     check_compute_dtype(settings)
     _check_muon(model, settings)
     check_splittable(
@@ -145,7 +145,7 @@ def initialize(
         topology = Topology.of(degree)
         split_model(model, topology)
         kwargs["mpu"] = topology.mpu
-    dtype = getattr(torch, compute_dtype(settings))
+    dtype = compute_dtype(settings)
     device = current_device()
     move_base(model, device, dtype, names_on_host(model) if base_on_host else ())
     for parameter in model.parameters():
@@ -181,15 +181,10 @@ def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
     DeepSpeed, sharded like any model."""
     parameters = list(model.parameters())
     numels = [parameter.numel() for parameter in parameters]
-    settings = complete_ds_config(config, numels, _dtype_name(model))
+    settings = complete_ds_config(config, numels, parameters[0].dtype)
     start_distributed()
-    model.to(current_device(), getattr(torch, compute_dtype(settings)))
+    model.to(current_device(), compute_dtype(settings))
     return _deepspeed_engine(model=model, config=settings, model_parameters=parameters)
-
-
-def _dtype_name(model: nn.Module) -> str:
-    """The dtype of the model's parameters, such as "bfloat16"."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
@@ -205,11 +200,11 @@ def check_compute_dtype(config: DsConfig) -> None:
     (deepspeed engine.py, `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
     device = get_accelerator()
-    if dtype == "float16" and not device.is_fp16_supported():
+    if dtype == torch.float16 and not device.is_fp16_supported():
         raise UserError(
             f"--fp16: this device ({device.device_name()}) does not support it; use --bf16, or fp32"
         )
-    if dtype == "bfloat16" and not device.is_bf16_supported():
+    if dtype == torch.bfloat16 and not device.is_bf16_supported():
         raise UserError(
             f"--bf16: this device ({device.device_name()}) does not support it; use --fp16, or fp32"
         )

@@ -126,7 +126,7 @@ def check_factors(config: DsConfig) -> None:
     if not ds_optimizer.uses_muon(config):
         return
     zero = config["zero_optimization"]
-    if zero["stage"] == 1 and compute_dtype(config) == "bfloat16":
+    if zero["stage"] == 1 and compute_dtype(config) == torch.bfloat16:
         raise UserError(
             "--optimizer muon with LoRA in bf16 needs ZeRO stage 2 or 3, and this is stage 1"
         )

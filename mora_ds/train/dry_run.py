@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.registry import Control
@@ -105,7 +103,7 @@ def planner_of(
         adapter=_adapter_config(arguments, name),
         seq_len=arguments.data.seq_len,
         micro_batch=training.per_device_train_batch_size,
-        dtype=getattr(torch, compute_dtype(ds_config)),
+        dtype=compute_dtype(ds_config),
         checkpointing=training.gradient_checkpointing,
         tensor_parallel=training.tensor_parallel_size,
         sequence_parallel=training.sequence_parallel_size,

@@ -15,8 +15,6 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
-import torch
-
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.checkpoint.layout import (
     AUTO,
@@ -110,7 +108,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedul
                 "--attn_implementation flex_attention trains only on a GPU: leave it at auto"
             )
         arguments = choose_base_device(arguments, config, ds_config, ranks)
-        dtype = getattr(torch, compute_dtype(ds_config))
+        dtype = compute_dtype(ds_config)
         data = load_data(model, arguments.data, training, folder, config, context)
         _check_evaluation_sets(arguments, data)
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, context)

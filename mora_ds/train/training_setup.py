@@ -30,6 +30,7 @@ from mora_ds.checkpoint.sections import full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.files import JsonObject
+from mora_ds.common.tensor_files import dtype_name
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
@@ -217,7 +218,7 @@ class TrainingSetup:
             "seed": training.seed,
             "global_batch_size": training.global_batch_size(self.context.ranks.world),
             "merge_every": adapter.merge_every,
-            "dtype": compute_dtype(self.ds_config),
+            "dtype": dtype_name(compute_dtype(self.ds_config)),
             "attention": "documents" if by_documents else "dense",
         }
         if training.has_muon:
@@ -278,10 +279,10 @@ class TrainingSetup:
         """Count and log the model's FLOPs, where there is a GPU."""
         card = card_name()
         dtype = compute_dtype(self.ds_config)
-        self._peak_flops = None if dtype == "float32" else peak_flops(card)
+        self._peak_flops = None if dtype == torch.float32 else peak_flops(card)
         if card:
             self._token_flops = token_flops(self.loaded.model, self.data.train.seq_len)
-            peak = f"no MFU, as its peak in {dtype} is not known"
+            peak = f"no MFU, as its peak in {dtype_name(dtype)} is not known"
             if self._peak_flops is not None:
                 peak = f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
             a_token = f"{self._token_flops / 1e9:,.2f} G a token"

@@ -28,7 +28,8 @@ def test_there_is_something_of_each_kind():
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
-    "flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")]
+    "flags, dtype",
+    [([], torch.float32), (["--bf16"], torch.bfloat16), (["--fp16"], torch.float16)],
 )
 def test_deepspeed_configs_follow_the_flags(path, flags, dtype):
     training = parse(

@@ -45,15 +45,15 @@ def test_a_deterministic_run_is_set_up_and_computes_the_same(user, tmp_path):
 def test_fp32_on_a_gpu_is_warned_of(monkeypatch):
     said = []
     monkeypatch.setattr(device.logger, "warning", said.append)
-    warn_of_slow_precision("float32")
+    warn_of_slow_precision(torch.float32)
     monkeypatch.setattr(device, "is_cpu", lambda: False)
-    warn_of_slow_precision("bfloat16")
+    warn_of_slow_precision(torch.bfloat16)
     assert not said
-    warn_of_slow_precision("float32")
+    warn_of_slow_precision(torch.float32)
     assert len(said) == 1
     assert "--bf16" in said[0]
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    warn_of_slow_precision("float32")
+    warn_of_slow_precision(torch.float32)
     assert len(said) == 1, "with TF32 it is the user's choice"
 
 

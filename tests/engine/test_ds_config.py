@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import config_path
@@ -119,7 +120,8 @@ def test_what_is_written_down_as_off_is_off():
 
 
 @pytest.mark.parametrize(
-    "flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")]
+    "flag, dtype",
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, torch.float32)],
 )
 @pytest.mark.parametrize(
     "written",
@@ -299,11 +301,11 @@ def test_each_wrong_setting_is_named(config, message):
 
 def test_the_packaged_files_need_no_flags():
     """ "auto" follows the model, otherwise it is the default of DeepSpeed or torch."""
-    config = resolve_ds_config(config_path("zero3"), dtype="bfloat16")
-    assert compute_dtype(config) == "bfloat16"
+    config = resolve_ds_config(config_path("zero3"), dtype=torch.bfloat16)
+    assert compute_dtype(config) == torch.bfloat16
     assert config["train_micro_batch_size_per_gpu"] == 1
     assert config["optimizer"] == {"type": "AdamW", "params": {"torch_adam": True}}
-    assert compute_dtype(resolve_ds_config(config_path("zero2"))) == "float32"
+    assert compute_dtype(resolve_ds_config(config_path("zero2"))) == torch.float32
     given = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": AUTO}
     assert "train_micro_batch_size_per_gpu" not in resolve_ds_config(given)
     with user_error("zero9.*there are .*models/llama3_8b.json"):
