@@ -21,20 +21,23 @@ from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
 from mora_ds.data import Mixture
 from mora_ds.data.packing import stack
-from mora_ds.models.loss import token_nll
+from mora_ds.models.attention import model_inputs
 from mora_ds.train.non_fatal import eval_mode
 
 FLAG = "--layerwise_scaling"
 
 SEQUENCES = 8
+TOKENS = 1024
+"""Of each sequence, at most: enough for a mean square, of long ones too."""
 
 
 def measured_scales(
     model: nn.Module, data: Mixture, device: torch.device
 ) -> dict[str, float]:
     """Layer -> its scale, in three digits, over the first sequences of the first
-    source. `model`: injected and not trained yet, on `device`. Not collective. Raises
-    `UserError` that names a layer without a scale."""
+    source. `model`: injected and not trained yet, on `device`. Not collective: one rank
+    measures, so that all have the same bits. Raises `UserError` that names a layer
+    without a scale."""
     seed = config_of(model).seed
     layers = mora_layers(model)
     energies = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
@@ -48,9 +51,10 @@ def measured_scales(
     try:
         with eval_mode(model, unsplit=True):
             for index in range(SEQUENCES):
-                batch = stack([data.sources[0].peek(index)])
-                on_device = {name: part.to(device) for name, part in batch.items()}
-                token_nll(model, on_device)
+                block = data.sources[0].peek(index)
+                batch = stack([{key: row[:TOKENS] for key, row in block.items()}])
+                on_device = {key: part.to(device) for key, part in batch.items()}
+                model(**model_inputs(model, on_device))
     finally:
         for hook in hooks:
             hook.remove()
