@@ -105,9 +105,11 @@ def _read(path: Path) -> DsConfig:
         return dict(pairs)
 
     try:
-        config = parse_json(read_text(path), object_pairs_hook=unique)
-    except OSError as error:
+        text = read_text(path)
+    except (OSError, UserError) as error:
         raise UserError(f"cannot read the DeepSpeed file {path}: {error}") from error
+    try:
+        config = parse_json(text, object_pairs_hook=unique)
     except UserError:
         raise
     except ValueError as error:

@@ -29,7 +29,7 @@ from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import config_names
 from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
-from mora_ds.common.untrusted import expanded, parse_json, read_text
+from mora_ds.common.untrusted import MAX_BYTES, expanded, parse_json, read_text
 from mora_ds.models.base import (
     MODEL_FLAG,
     BaseCheckpoint,
@@ -218,8 +218,9 @@ def _check_folder(folder: Path, flag: str) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{flag}: {path} is neither a file nor a folder")
-    with suppress(OSError):
-        read_text(folder / "config.json")
+    config = folder / "config.json"
+    if config.is_file() and config.stat().st_size > MAX_BYTES:
+        raise UserError(f"{flag}: {config} is larger than {MAX_BYTES:,} bytes")
 
 
 def _checked_sizes(config: Any, where: str) -> Any:

@@ -65,6 +65,13 @@ def test_pipes_and_devices_are_refused(folder, name, kind):
         load_model(folder, "float32")
 
 
+def test_a_huge_config_is_refused(folder):
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(2**40)
+    with user_error(r"config\.json is larger than"):
+        load_model(folder, "float32")
+
+
 def test_sizes_are_compared_before_memory_is_taken(folder):
     """134 GB of embeddings, of a file of 100 kB."""
     config = json.loads((folder / "config.json").read_text())
