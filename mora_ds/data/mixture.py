@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import islice
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from mora_ds.data.stream_source import StreamSource
 LONGEST_PERIOD = 1 << 16
 """Weights whose common denominator is larger are rounded to multiples of 1 / this."""
 
+_ENDLESS = np.iinfo(np.int64).max
+"""A cap that is never reached, and its place."""
 
 Phases = Sequence[tuple[int, Sequence[float]]]
 """(first sample or step of the phase, sampling weights of all sources)."""
@@ -35,15 +39,17 @@ Phases = Sequence[tuple[int, Sequence[float]]]
 class SampleSchedule:
     """Assigns samples to K sources by the weights of phases, up to caps.
 
-    `caps[k]`: the maximum number of samples of source k; None for no limit. The
-    schedule ends when all sources with a weight are used up. `limit`: its length in
-    samples; None if it is endless.
+    `caps[k]`: the maximum number of samples of source k; None for no limit. A source
+    that is used up is left out of the order of its phase, so the others keep their
+    proportions. The schedule ends when all sources with a weight are used up. `limit`:
+    its length in samples; None if it is endless.
     """
 
     def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
         """`phases`: counted in samples; the first phase starts at sample 0."""
         self._segments: list[_Segment] = []
-        self.limit = self._build_segments(phases, caps)
+        endless = [_ENDLESS if cap is None else cap for cap in caps]
+        self.limit = self._build_segments(phases, np.array(endless, dtype=np.int64))
         self._firsts = [segment.first for segment in self._segments]
 
     def locate(self, sample: int) -> tuple[int, int]:
@@ -61,68 +67,101 @@ class SampleSchedule:
     def _segment(self, sample: int) -> _Segment:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
-    def _build_segments(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
+    def _build_segments(self, phases: Phases, caps: np.ndarray) -> int | None:
         """Fill `_segments`: a new one starts with each phase, and whenever a source is
         used up. Returns the limit."""
-        first = 0
-        before = np.zeros(len(caps), dtype=np.int64)
+        before = np.zeros_like(caps)
         ends = [*(next_first for next_first, _ in phases[1:]), None]
-        for (_, phase_weights), end in zip(phases, ends, strict=True):
-            while end is None or first < end:
-                weights = [
-                    weight if cap is None or count < cap else 0.0
-                    for weight, cap, count in zip(
-                        phase_weights, caps, before, strict=True
-                    )
-                ]
-                if not any(weights):
-                    return first
-                segment = _Segment(first, integer_weights(weights), before)
+        for (first, phase_weights), end in zip(phases, ends, strict=True):
+            left = caps - before
+            weights = np.where(left > 0, phase_weights, 0.0)
+            if not weights.any():
+                return first
+            order = _Order(integer_weights(weights.tolist()))
+            used_up = order.places_after(np.where(caps < _ENDLESS, left, _ENDLESS))
+            for place in np.unique([0, *used_up[used_up < _ENDLESS]]).tolist():
+                drawn = np.minimum(order.counts(place), left)
+                sample = first + int(drawn.sum())
+                if end is not None and sample >= end:
+                    break
+                is_active = (weights > 0) & (used_up > place)
+                if not is_active.any():
+                    return sample
+                skipped = int(drawn[is_active].sum())
+                known = before + np.where(is_active, 0, drawn)
+                segment = _Segment(sample, order, is_active, known, skipped)
                 self._segments.append(segment)
-                stops = [
-                    segment.sample_after(k, cap)
-                    for k, cap in enumerate(caps)
-                    if cap is not None and weights[k]
-                ]
-                if end is not None:
-                    stops.append(end)
-                if not stops:
-                    return None
-                first = min(stops)
-                before = segment.counts(first)
-        raise AssertionError("the last phase has no end")
+            if end is not None:
+                before = self._segments[-1].counts(end)
+        return None
 
 
 @dataclass(frozen=True)
+class _Order:
+    """The endless order of a phase, as if no source were ever used up: periods of
+    `sum(weights)` samples."""
+
+    weights: tuple[int, ...]
+
+    def counts(self, place: int) -> np.ndarray:
+        """(K,): number of samples of each source before `place`."""
+        sources, _ = _period(self.weights)
+        periods, index = divmod(place, len(sources))
+        within = np.bincount(sources[:index], minlength=len(self.weights))
+        return periods * np.array(self.weights, dtype=np.int64) + within
+
+    def places_after(self, counts: np.ndarray) -> np.ndarray:
+        """(K,): the place after the `counts[k]`-th sample of source k. `_ENDLESS` for a
+        source without a weight, and for that count."""
+        sources, _ = _period(self.weights)
+        weights = np.array(self.weights, dtype=np.int64)
+        places = np.argsort(sources, kind="stable")
+        ends = np.full_like(weights, _ENDLESS)
+        asked = (weights > 0) & (counts < _ENDLESS)
+        periods, number = np.divmod(counts[asked] - 1, weights[asked])
+        starts = (np.cumsum(weights) - weights)[asked]
+        ends[asked] = periods * len(sources) + places[starts + number] + 1
+        return ends
+
+
+@dataclass(frozen=True, eq=False)
 class _Segment:
-    """Samples from `first` on, in periods of `sum(weights)` samples."""
+    """Samples from `first` on: those in the order of a phase whose sources are not used
+    up."""
 
     first: int
-    weights: tuple[int, ...]
+    order: _Order
+    is_active: np.ndarray
+    """(K,) bool: whether the source is drawn in this segment."""
     before: np.ndarray
-    """(K,): number of samples of each source before `first`."""
+    """(K,): number of samples of each source before the phase; of one that is used up,
+    all its samples."""
+    skipped: int
+    """Samples of the active sources in the phase before `first`."""
 
     def locate(self, sample: int) -> tuple[int, int]:
-        order, number = _period(self.weights)
-        periods, index = divmod(sample - self.first, len(order))
-        source = int(order[index])
-        before = int(self.before[source]) + periods * self.weights[source]
-        return source, before + int(number[index])
+        weights = self.order.weights
+        sources, number = _period(weights)
+        places = _active_places(self)
+        periods, index = divmod(self.skipped + sample - self.first, len(places))
+        source = int(sources[places[index]])
+        before = int(self.before[source]) + periods * weights[source]
+        return source, before + int(number[places[index]])
 
     def counts(self, samples: int) -> np.ndarray:
-        order, _ = _period(self.weights)
-        periods, remainder = divmod(samples - self.first, len(order))
-        within = np.bincount(order[:remainder], minlength=len(self.weights))
-        return self.before + periods * np.array(self.weights, dtype=np.int64) + within
+        weights = np.array(self.order.weights, dtype=np.int64)
+        sources, _ = _period(self.order.weights)
+        places = _active_places(self)
+        periods, index = divmod(self.skipped + samples - self.first, len(places))
+        within = np.bincount(sources[places[:index]], minlength=len(weights))
+        return self.before + periods * weights * self.is_active + within
 
-    def sample_after(self, source: int, count: int) -> int:
-        """The first sample number after the `count`-th sample of `source`."""
-        order, _ = _period(self.weights)
-        periods, number = divmod(
-            count - int(self.before[source]) - 1, self.weights[source]
-        )
-        index = int(np.flatnonzero(order == source)[number])
-        return self.first + periods * len(order) + index + 1
+
+@lru_cache(maxsize=4)
+def _active_places(segment: _Segment) -> np.ndarray:
+    """The places of one period whose sources are active in the segment."""
+    sources, _ = _period(segment.order.weights)
+    return np.flatnonzero(segment.is_active[sources])
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
@@ -132,19 +171,27 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     If their sum would exceed `LONGEST_PERIOD`, they are rounded to that sum (largest
     remainder method; at least 1 each), which changes a fraction by less than 1/65,536.
     """
-    exact = [Fraction(repr(weight)) for weight in weights]
-    exact = [weight / sum(exact) for weight in exact]
+    decimals = [Fraction(repr(weight)) for weight in weights]
+    total = sum(decimals)
+    exact = [weight / total for weight in decimals]
     period = math.lcm(*(weight.denominator for weight in exact))
     if period <= LONGEST_PERIOD:
         return tuple(int(weight * period) for weight in exact)
     scaled = [weight * LONGEST_PERIOD for weight in exact]
     rounded = [max(int(weight), 1) if weight else 0 for weight in scaled]
-    while (missing := LONGEST_PERIOD - sum(rounded)) != 0:
-        sign = 1 if missing > 0 else -1
-        adjustable = [
-            k for k, count in enumerate(rounded) if count > (0 if missing > 0 else 1)
-        ]
-        rounded[max(adjustable, key=lambda k: sign * (scaled[k] - rounded[k]))] += sign
+    missing = LONGEST_PERIOD - sum(rounded)
+    sign = 1 if missing > 0 else -1
+    adjustable = [
+        (sign * (rounded[k] - scaled[k]), k)
+        for k, count in enumerate(rounded)
+        if count > (0 if missing > 0 else 1)
+    ]
+    heapify(adjustable)
+    for _ in range(abs(missing)):
+        error, k = heappop(adjustable)
+        rounded[k] += sign
+        if rounded[k] > 1:
+            heappush(adjustable, (error + 1, k))
     return tuple(rounded)
 
 
@@ -153,27 +200,32 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(order, number), each (period,): for every sample its source, and its number among
     the source's samples. In every prefix, the count of each source differs from its
     exact proportion by less than one sample."""
-    active = [source for source, weight in enumerate(weights) if weight]
-    active_weights = np.array([weights[source] for source in active], dtype=np.int64)
+    counts = np.array(weights, dtype=np.int64)
     period = sum(weights)
-    order = np.empty(period, dtype=np.int64)
-    number = np.empty(period, dtype=np.int64)
-    drawn = np.zeros_like(active_weights)
+    source = np.repeat(np.arange(len(weights)), counts)
+    number = np.arange(period) - (np.cumsum(counts) - counts)[source]
     # Tijdeman's rule for the chairman assignment problem (1980). The deficit of a source
     # is its exact number of samples minus the number drawn. Among the K sources with a
     # deficit of at least 1 / (2 K - 2), draw the one whose deficit would be the first to
-    # exceed 1 - 1 / (2 K - 2). Then no deficit ever exceeds that.
-    slack = max(2 * len(active) - 2, 1)
-    for sample in range(period):
-        deficit = (sample + 1) * active_weights - drawn * period
-        # Integers far below 2^53, divided once: the comparison is exact.
-        deadline = (slack * (period - deficit) - period) / active_weights
-        deadline[slack * deficit < period] = np.inf
-        pick = int(np.argmin(deadline))
-        order[sample] = active[pick]
-        number[sample] = drawn[pick]
-        drawn[pick] += 1
-    return order, number
+    # exceed 1 - 1 / (2 K - 2). Then no deficit ever exceeds that. So every sample of a
+    # source has a first sample at which it may be drawn, and a deadline.
+    slack = max(2 * int((counts > 0).sum()) - 2, 1)
+    earliest = (number * slack + 1) * period
+    released = -(-earliest // (slack * counts[source])) - 1
+    # Integers far below 2^53, divided once: the comparison is exact.
+    deadline = ((number + 1) * slack - 1) * period / counts[source]
+    by_deadline = np.lexsort((source, deadline))
+    rank = np.empty_like(by_deadline)
+    rank[by_deadline] = np.arange(period)
+    ranks = iter(rank[np.argsort(released, kind="stable")].tolist())
+    waiting: list[int] = []
+    drawn = []
+    for newly_released in np.bincount(released, minlength=period).tolist():
+        for released_rank in islice(ranks, newly_released):
+            heappush(waiting, released_rank)
+        drawn.append(heappop(waiting))
+    samples = by_deadline[drawn]
+    return source[samples], number[samples]
 
 
 Source = PackedDataset | StreamSource

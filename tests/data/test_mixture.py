@@ -4,6 +4,7 @@ complete runs.
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from mora_ds.data import (
     document_hash,
     load_corpus,
 )
+from mora_ds.data import mixture as module
 from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import curve, losses, rows, run, validation_errors_of
@@ -119,6 +121,79 @@ def test_weights_become_whole_numbers():
         abs(have - want * LONGEST_PERIOD) < 4
         for have, want in zip(rounded, large, strict=False)
     )
+
+
+def tijdeman(weights):
+    """Tijdeman's rule, sample by sample, in fractions."""
+    sources = [source for source, weight in enumerate(weights) if weight]
+    slack = max(2 * len(sources) - 2, 1)
+    period = sum(weights)
+    drawn = dict.fromkeys(sources, 0)
+    order = []
+    for sample in range(period):
+        deficits = {
+            source: Fraction((sample + 1) * weights[source], period) - drawn[source]
+            for source in sources
+        }
+        ready = [source for source in sources if deficits[source] * slack >= 1]
+        last = 1 - Fraction(1, slack)
+        pick = min(
+            ready, key=lambda source: (last - deficits[source]) / weights[source]
+        )
+        order.append((pick, drawn[pick]))
+        drawn[pick] += 1
+    return order
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3, 7, 20])
+def test_the_order_is_that_of_tijdemans_rule(sources):
+    random = np.random.RandomState(sources)
+    for most in (1, 4, 30):
+        weights = tuple(random.randint(0, most + 1, sources).tolist())
+        weights = weights if any(weights) else (1,) * sources
+        whole = integer_weights(weights)
+        shares = SampleSchedule([(0, weights)], [None] * sources)
+        located = [shares.locate(sample) for sample in range(sum(whole))]
+        assert located == tijdeman(whole)
+
+
+def test_many_sources_with_epochs_end_with_their_last_sample():
+    """Uneven weights and caps, two phases: every sample of every source is drawn once,
+    and two sources that are left keep their proportion to one sample each."""
+    random = np.random.RandomState(5)
+    weights = random.rand(2, 120) + 0.01
+    caps = random.randint(1, 90, 120).tolist()
+    phases = [(0, weights[0].tolist()), (2000, weights[1].tolist())]
+    shares = SampleSchedule(phases, caps)
+    assert shares.limit == sum(caps)
+    seen = np.zeros(120, dtype=int)
+    at_phase = seen
+    for sample in range(shares.limit):
+        if sample % 97 == 0 or sample == 2000:
+            assert np.array_equal(shares.counts(sample), seen)
+        if sample == 2000:
+            at_phase = seen.copy()
+        source, number = shares.locate(sample)
+        assert number == seen[source]
+        seen[source] += 1
+        if sample % 97 == 0 and sample >= 2000:
+            active = (seen > at_phase) & (seen < caps)
+            passes = (seen - at_phase)[active] / weights[1][active]
+            rounding = 1.2 / weights[1][active]
+            assert np.ptp(passes) <= 2 * rounding.max()
+    assert seen.tolist() == caps
+
+
+def test_a_thousand_sources_take_one_order_a_phase():
+    """A start costs as much as the phases do, however many sources are used up."""
+    random = np.random.RandomState(6)
+    weights = random.rand(1000).tolist()
+    caps = random.randint(1, 10**6, 1000).tolist()
+    before = module._period.cache_info().misses
+    shares = SampleSchedule([(0, weights)], caps)
+    assert module._period.cache_info().misses == before + 1
+    assert shares.limit == sum(caps)
+    assert shares.counts(shares.limit).tolist() == caps
 
 
 def test_the_order_never_changes():
