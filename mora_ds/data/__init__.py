@@ -4,7 +4,9 @@ readers            one file -> documents; long ones in chunks
 members, corpus    files, patterns, folders or a `datasets` name -> `Corpus`
 held_out           splits documents into training and held-out ones
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
+token_files, token_index    files of tokens as other tools write them, read in place
 content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped; built once, by several processes (`workers`)
+order              the shuffled order of an epoch, computed, never stored
 packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`: sequences, shuffled in each epoch
 mixture            sources, weights, phases -> `Mixture`: batches by step, with exact proportions
 stream, stream_source    documents tokenized during training -> `StreamSource`: the same sequences without a cache

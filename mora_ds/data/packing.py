@@ -6,7 +6,7 @@ Shapes: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), batch 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
                 `block_start`, if any, replaces the first input t(iT) of every block
-    epoch e     a permutation of the blocks, drawn from (seed, e)
+    epoch e     a permutation of the blocks, computed from (seed, e)
     sample n    block n in the concatenation of all epochs
 
 Every token is predicted once per epoch, except those without context: the first token of
@@ -18,7 +18,6 @@ the second token of a block that starts within a document.
 previous block.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,9 +29,13 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 from mora_ds.data.cache import TokenCache
 from mora_ds.data.documents import Documents
+from mora_ds.data.order import shuffled
 
 IGNORED = -100
 """Label of positions without a loss."""
+
+ORDER_PIECE = 1024
+"""Blocks whose order is computed at once."""
 
 Block = dict[str, np.ndarray]
 """input_ids, labels and position_ids of one sequence, each int64 (T,)."""
@@ -98,7 +101,7 @@ class PackedDataset:
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Blocks (sequences) per epoch."""
         # A batch may contain samples of two epochs.
-        self._order = lru_cache(maxsize=2)(epoch_order)
+        self._order = lru_cache(maxsize=2)(self._order_of_piece)
 
     def block(self, index: int) -> Block:
         """Block `index` of the stream, unshuffled."""
@@ -117,8 +120,15 @@ class PackedDataset:
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
-        epoch, index = divmod(number, self.n_blocks)
-        return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
+        epoch, position = divmod(number, self.n_blocks)
+        piece, index = divmod(position, ORDER_PIECE)
+        return self.block(int(self._order(epoch, piece)[index]))
+
+    def _order_of_piece(self, epoch: int, piece: int) -> np.ndarray:
+        """The blocks at the positions of one piece of an epoch."""
+        first = piece * ORDER_PIECE
+        positions = np.arange(first, min(first + ORDER_PIECE, self.n_blocks))
+        return shuffled(self.seed, epoch, self.n_blocks, positions)
 
     def peek(self, index: int) -> Block:
         """Sequence `index` of the unshuffled stream, which is repeated after its
@@ -154,12 +164,3 @@ def stack(blocks: Sequence[Block]) -> dict[str, Any]:
         for key in blocks[0]
     }
     return {**batch, "documents": Documents.of(batch["position_ids"])}
-
-
-def epoch_order(seed: int | str, epoch: int, n_blocks: int) -> np.ndarray:
-    """A permutation of the blocks. numpy guarantees the stream of RandomState (NEP 19),
-    so a run can be resumed years later."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    order = np.arange(n_blocks, dtype=np.uint32 if n_blocks < 1 << 32 else np.uint64)
-    np.random.RandomState(np.frombuffer(digest, dtype="<u4")).shuffle(order)
-    return order

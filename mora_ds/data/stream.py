@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 from huggingface_hub.errors import HTTPError
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.common.files import JsonObject
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.members import Member
-from mora_ds.data.packing import epoch_order
+from mora_ds.data.order import shuffled
 from mora_ds.data.readers import START, Document, Mark, MarkedDocuments
 
 IN_ORDER_WINDOW = 1024
@@ -118,7 +119,9 @@ class DocumentStream:
     ) -> Iterable[Document]:
         if not self.buffer:
             return window
-        order = epoch_order(f"{self.seed}/{opening.epoch}", opening.window, len(window))
+        seed = f"{self.seed}/{opening.epoch}"
+        positions = np.arange(len(window))
+        order = shuffled(seed, opening.window, len(window), positions)
         return (window[index] for index in order)
 
     def _documents(
@@ -127,7 +130,9 @@ class DocumentStream:
         """(document, position after it) from `position` on, without empty documents."""
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
-            order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
+            count = len(members)
+            seed = f"{self.seed}/parts"
+            order = shuffled(seed, position.epoch, count, np.arange(count))
             members = [members[index] for index in order]
         mark = position.mark
         for number in range(position.member, len(members)):

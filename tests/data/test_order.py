@@ -1,0 +1,92 @@
+"""The computed order of an epoch: a permutation without a pattern, the same for ever, in
+constant memory.
+"""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mora_ds.data.order import shuffled
+
+HUGE = 2_000_000_000
+
+
+def order(size, epoch=0, seed=42):
+    return shuffled(seed, epoch, size, np.arange(size))
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 64, 65, 1000, 65_537, 200_003])
+def test_every_block_has_one_position(size):
+    assert np.array_equal(np.sort(order(size)), np.arange(size))
+
+
+def test_the_order_never_changes():
+    """Recorded: a run of today must resume tomorrow, on any machine."""
+    assert order(12).tolist() == RECORDED
+    assert order(12, epoch=1).tolist() == RECORDED_NEXT
+    assert order(12, seed="42/web").tolist() == RECORDED_NAMED
+    far = shuffled(42, 0, HUGE, np.array([0, 1, HUGE - 1]))
+    assert far.tolist() == RECORDED_FAR
+
+
+RECORDED = [4, 3, 2, 8, 6, 11, 5, 0, 7, 9, 1, 10]
+RECORDED_NEXT = [9, 2, 3, 4, 5, 7, 8, 1, 0, 6, 11, 10]
+RECORDED_NAMED = [1, 11, 5, 2, 9, 6, 4, 3, 7, 10, 8, 0]
+RECORDED_FAR = [1322533561, 1860809771, 1151411130]
+
+
+def test_positions_are_looked_up_in_any_batch():
+    whole = order(5000)
+    positions = np.array([4999, 0, 17, 17, 2048])
+    assert np.array_equal(shuffled(42, 0, 5000, positions), whole[positions])
+    assert shuffled(42, 0, 5000, positions[:0]).size == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 12])
+def test_each_block_is_as_often_at_each_position(size):
+    """And each pair of neighbors as often as any other: chi-square over epochs, with
+    limits at 6 standard deviations."""
+    epochs = 6000
+    orders = np.array([order(size, epoch) for epoch in range(epochs)])
+    cells = np.array([np.bincount(column, minlength=size) for column in orders.T])
+    assert chi_square(cells) < limit((size - 1) ** 2)
+    if size > 2:
+        follows = orders[:, 0] * size + orders[:, 1]
+        pairs = np.bincount(follows, minlength=size * size).reshape(size, size)
+        assert not pairs.diagonal().any()
+        assert chi_square(pairs[~np.eye(size, dtype=bool)]) < limit(size**2 - size - 1)
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20, HUGE])
+def test_a_part_of_an_epoch_is_spread_over_all_blocks(size):
+    """Its blocks, and the steps between them, as random numbers would be."""
+    count = min(size, 1 << 16)
+    blocks = shuffled("7/web", 3, size, np.arange(count))
+    cells = np.bincount(blocks * 100 // size, minlength=100)
+    assert chi_square(cells) < limit(99)
+    steps = (np.diff(blocks) % size) * 100 // size
+    assert chi_square(np.bincount(steps, minlength=100)) < limit(99)
+    another = shuffled("7/web", 4, size, np.arange(count))
+    assert (another == blocks).mean() < 0.01
+    assert abs(np.corrcoef(blocks, another)[0, 1]) < 0.2
+
+
+def chi_square(counts):
+    expected = counts.mean()
+    return ((counts - expected) ** 2).sum() / expected
+
+
+def limit(degrees):
+    return degrees + 6 * np.sqrt(2 * degrees)
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks():
+    positions = np.arange(1024)
+    peaks = []
+    for size in (10**6, HUGE):
+        tracemalloc.start()
+        shuffled(1, 0, size, positions)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 20 * positions.nbytes
