@@ -7,16 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import DISK_FULL, json_digest
+from mora_ds.common.untrusted import parse_json, read_text
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.members import Member
 
 _FORMAT = 3
+_ENTRY_BYTES = 1 << 10
 
 
 def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
@@ -41,7 +43,7 @@ def _content_hash(cache_dir: Path, member: Member) -> str:
 
 def _read_entry(entry: Path) -> str | None:
     try:
-        content = json.loads(entry.read_text())
+        content = parse_json(read_text(entry, _ENTRY_BYTES))
         content_hash: str = content["content_hash"]
         return content_hash if content["checksum"] == _checksum(content_hash) else None
     # Missing or damaged: the member is hashed again.
@@ -50,10 +52,13 @@ def _read_entry(entry: Path) -> str | None:
 
 
 def _write_entry(entry: Path, content_hash: str) -> None:
-    """Write in place, without a temporary file that a kill would leave. The checksum
-    detects an incomplete entry."""
+    """Replace the entry by a new file: an old one may be a link. Without a temporary
+    file, which a kill would leave; the checksum detects an incomplete entry."""
     content = {"content_hash": content_hash, "checksum": _checksum(content_hash)}
-    entry.write_text(json.dumps(content))
+    entry.unlink(missing_ok=True)
+    # If another process is faster, its entry is the same
+    with suppress(FileExistsError), entry.open("x") as file:
+        file.write(json.dumps(content))
 
 
 def _checksum(content_hash: str) -> str:

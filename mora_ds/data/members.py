@@ -18,10 +18,11 @@ from typing import Any
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject, sha256_file
 from mora_ds.data.readers import (
-    Document,
+    ROWS_PER_BATCH,
     Mark,
     MarkedDocuments,
     file_kind,
+    in_chunks,
     is_compressed,
     read_file,
     read_rows,
@@ -72,8 +73,8 @@ class DatasetMember:
         rows = self.dataset.select_columns([self.text_column])
         if mark.record == len(rows) > 0:  # `select` raises for this start
             return iter(())
-        batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
-        columns = (batch[self.text_column] for batch in batches)
+        tables = rows.with_format("arrow").select(range(mark.record, len(rows)))
+        columns = (table.column(0) for table in tables.iter(batch_size=ROWS_PER_BATCH))
         return read_rows(self.label, columns, mark.record)
 
     def content_hash(self) -> str:
@@ -102,7 +103,9 @@ class StreamedDatasetMember:
         for row in rows:
             number += 1
             text = text_field(row, self.text_column, f"{self.label}, row {number}")
-            yield Document(text), Mark(number, 0, rows.state_dict())
+            after = Mark(number, 0, rows.state_dict())
+            yield from in_chunks(text, mark, after)
+            mark = after
         if number == 0:
             raise UserError(f"{self.label} is empty: it has no rows")
 

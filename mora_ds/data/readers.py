@@ -1,12 +1,14 @@
 """Reads a file as documents. Every error names the file and the line or row.
 
-    .txt .md ...   one document per file; a long one in chunks of about a million characters
+    .txt .md ...   one document per file
     .jsonl .json   one object per line; the document is the object's text field
     .parquet       one document per row
     .gz .zst       compressed text and JSON lines
 
-Only one chunk, line or record batch is in memory at a time. A line is never read in
-chunks, so its size is limited: `LINE_BYTES`.
+A long document is passed on in chunks of about a million characters, because
+tokenizing takes about 200 times the size of a text. Only one chunk, line or row is in
+memory at a time. A line or a value of a table is not read in chunks, so its size is
+limited: `LINE_BYTES`.
 """
 
 import codecs
@@ -27,23 +29,23 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.untrusted import parse_json
 
 CHUNK_CHARACTERS = 1 << 20
-"""Maximum length of a chunk of a text file. A chunk ends at a line end if there is one
+"""Maximum length of a chunk of a document. A chunk ends at a line end if there is one
 in its second half."""
 
 BATCH_CHARACTERS = 1 << 18
 """Characters of one batch of documents, the work unit of a tokenizing process."""
 
 LINE_BYTES = 32 << 20
-"""Maximum length of a JSON line: tokenizing it takes about 200 times its size in
-memory."""
+"""Maximum length of a JSON line, and of a text in a table."""
 
 _READ_BYTES = 1 << 20
-_ROWS_PER_BATCH = 1024
+ROWS_PER_BATCH = 16
+"""Rows of a table that are decoded at once, each of up to `LINE_BYTES`."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or one chunk of a document that is too long to hold in memory."""
+    """A document, or one chunk of a long document."""
 
     text: str
     begins: bool = True
@@ -158,8 +160,7 @@ def read_file(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
             yield from _read_json(path, text_column, mark)
         else:
             columns = _parquet_columns(path, text_column, mark.record)
-            batches = (column.to_pylist() for column in columns)
-            yield from read_rows(str(path), batches, mark.record)
+            yield from read_rows(str(path), columns, mark.record)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -225,25 +226,37 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_text(path: Path, mark: Mark) -> MarkedDocuments:
-    """The chunks of a text file. Each is cut after the last line end in its second half,
-    if there is one, so that few words are split."""
+    """The chunks of a text file."""
     if mark != START:
         return
+    for chunk in _chunks(_decoded(path)):
+        if chunk.is_empty:
+            raise UserError(f"{path} is empty")
+        yield chunk, Mark(1) if chunk.ends else START
+
+
+def in_chunks(text: str, before: Mark, after: Mark) -> MarkedDocuments:
+    """A document between two positions, in chunks if it is long."""
+    for chunk in _chunks([text]):
+        yield chunk, after if chunk.ends else before
+
+
+def _chunks(blocks: Iterable[str]) -> Iterator[Document]:
+    """The chunks of a document, given in blocks of its text. Each is cut after the last
+    line end in its second half, if there is one, so that few words are split."""
     pending = ""
     begins = True
-    for block in _decoded(path):
+    for block in blocks:
         pending += block
         while len(pending) > CHUNK_CHARACTERS:
             # Not near the start: the hash of the first chunk decides whether the
             # document is held out.
             line_end = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS)
             cut = CHUNK_CHARACTERS if line_end < 0 else line_end + 1
-            yield Document(pending[:cut], begins, ends=False), START
+            yield Document(pending[:cut], begins, ends=False)
             pending = pending[cut:]
             begins = False
-    if begins and not pending:
-        raise UserError(f"{path} is empty")
-    yield Document(pending, begins), Mark(1)
+    yield Document(pending, begins)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -288,6 +301,7 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
             stream.seek(offset)
         lines = _lines(stream, path, mark.record)
         for number, line in enumerate(lines, start=mark.record + 1):
+            before = Mark(number - 1, offset)
             offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -295,10 +309,8 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> MarkedDocuments:
                 is_empty = False
                 where = f"{path}, line {number}"
                 row = _parse(where, line.rstrip(b"\r\n"))
-                yield (
-                    Document(text_field(row, text_column, where)),
-                    Mark(number, offset),
-                )
+                text = text_field(row, text_column, where)
+                yield from in_chunks(text, before, Mark(number, offset))
     if is_empty:
         raise UserError(f"{path} is empty: it has no JSON record")
 
@@ -309,11 +321,15 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
         if not line:
             return
         if len(line) > LINE_BYTES:
-            raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, the maximum for a record; split it, or "
-                f"give the document as a text file, which is read in chunks{_ONE_PER_LINE}"
-            )
+            raise _too_long(f"{path}, line {number}", _ONE_PER_LINE)
         yield line
+
+
+def _too_long(where: str, hint: str = "") -> UserError:
+    return UserError(
+        f"{where}: longer than {LINE_BYTES >> 20} MiB, the maximum for a record; split it, or give the document as a "
+        f"text file, which is read in chunks{hint}"
+    )
 
 
 def _parse(where: str, line: bytes) -> Any:
@@ -336,9 +352,11 @@ def _parse(where: str, line: bytes) -> Any:
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
-    """The text column without its first `skip` rows, in batches."""
-    with pyarrow.parquet.ParquetFile(path) as table:
-        check_column(table.schema_arrow, text_column, str(path))
+    """The text column without its first `skip` rows, in batches. Equal values are read
+    once: a short file may repeat a long one in every row."""
+    check_column(pyarrow.parquet.read_schema(path), text_column, str(path))
+    columns = [text_column]
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=columns) as table:
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
             groups.pop(0)
@@ -346,29 +364,34 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
         # For an empty list pyarrow would read all groups.
         if not groups:
             return
-        columns = [text_column]
-        for batch in table.iter_batches(_ROWS_PER_BATCH, groups, columns):
+        for batch in table.iter_batches(ROWS_PER_BATCH, groups, columns):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
 
 
-def read_rows(
-    label: str, columns: Iterable[list[str | None]], row: int
-) -> MarkedDocuments:
+def read_rows(label: str, columns: Iterable[pa.Array], row: int) -> MarkedDocuments:
     """The documents of a table's text column, given in batches. `row`: number of skipped
-    rows. Raises `UserError` for a null, for text that is not UTF-8, and for a table
-    without rows."""
-    try:
-        for column in columns:
-            for text in column:
-                row += 1
-                if text is None:
-                    raise UserError(f"{label}, row {row}: the text is null")
-                yield Document(text), Mark(row)
-    # Arrow validates strings only when it converts a batch to Python.
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{label}: not UTF-8 in row {row + 1} or one of the next {_ROWS_PER_BATCH}: {error}"
-        ) from None
+    rows. Raises `UserError` for a null, for text that is too long or not UTF-8, and for a
+    table without rows."""
+    for column in columns:
+        for value in column:
+            text = _row_text(value, f"{label}, row {row + 1}")
+            yield from in_chunks(text, Mark(row), Mark(row + 1))
+            row += 1
     if row == 0:
         raise UserError(f"{label} is empty: it has no rows")
+
+
+def _row_text(value: pa.Scalar, where: str) -> str:
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        raise UserError(f"{where}: the text is null")
+    if value.as_buffer().size > LINE_BYTES:
+        raise _too_long(where)
+    try:
+        text: str = value.as_py()
+        return text
+    # Arrow does not validate strings before
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8: {error}") from None

@@ -1,5 +1,7 @@
 """A damaged token cache or index entry is noticed, named and built again."""
 
+import os
+
 import pytest
 
 from mora_ds.data import build_cache, load_corpus, load_tokenizer
@@ -34,6 +36,34 @@ def test_a_damaged_cache_is_named_and_built_anew(build, caplog, name, harm):
     caplog.clear()
     assert build().folder == built.folder
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("link", ["symlink", "hard link"])
+def test_an_entry_of_the_index_is_never_written_through_a_link(build, tmp_path, link):
+    """Whoever may write to a shared cache could have any file of the user's
+    overwritten."""
+    (entry,) = (build().folder.parent / "index").iterdir()
+    content = entry.read_text()
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    entry.unlink()
+    if link == "symlink":
+        entry.symlink_to(precious)
+    else:
+        entry.hardlink_to(precious)
+    build()
+    assert precious.read_text() == "precious"
+    assert entry.read_text() == content
+    assert not entry.is_symlink()
+
+
+def test_an_entry_that_is_a_pipe_is_not_waited_for(build):
+    (entry,) = (build().folder.parent / "index").iterdir()
+    content = entry.read_text()
+    entry.unlink()
+    os.mkfifo(entry)
+    build()
+    assert entry.read_text() == content
 
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])

@@ -5,6 +5,7 @@ own clear error.
 import gzip
 import os
 import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -142,14 +143,14 @@ def test_chunks_of_a_long_text_add_up_to_the_file(tmp_path, monkeypatch):
 
 
 def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path):
-    """A document has one hash, whether it is a text file in chunks or a JSON record."""
+    """A document has one hash, and the same chunks, as a text file and as a record."""
     text = "A title\n" + "and a text without line ends " * 40_000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text(json_lines([text]))
-    first, *_ = load_corpus([str(tmp_path / "a.txt")])
-    assert HASHED_CHARACTERS <= len(first.text) < len(text)
-    (record,) = load_corpus([str(tmp_path / "a.jsonl")])
-    assert document_hash(first.text) == document_hash(record.text)
+    chunks = list(load_corpus([str(tmp_path / "a.txt")]))
+    assert HASHED_CHARACTERS <= len(chunks[0].text) < len(text)
+    assert document_hash(chunks[0].text) == document_hash(text)
+    assert list(load_corpus([str(tmp_path / "a.jsonl")])) == chunks
 
 
 def test_a_document_in_chunks_is_on_one_side():
@@ -250,7 +251,7 @@ def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path):
     path.write_bytes(gzip.compress(json_lines(["x" * size]).encode()))
     tracemalloc.start()
     try:
-        assert len(texts(path)[0]) == size
+        assert sum(map(len, texts(path))) == size
         assert tracemalloc.get_traced_memory()[1] < 8 * size
     finally:
         tracemalloc.stop()
@@ -296,8 +297,51 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path):
         {"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)}
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "a.parquet: not UTF-8 in row 1025 or one of the next 1024" in error(
-        tmp_path / "a.parquet"
+    assert "a.parquet, row 1031: not UTF-8: " in error(tmp_path / "a.parquet")
+
+
+def test_a_short_table_with_a_long_text_in_every_row_takes_the_memory_of_one(tmp_path):
+    """Such a file has the text once: 1,024 rows of it would be 4 GiB."""
+    long = "x" * (4 << 20)
+    indices = pa.array([0] * 1024, pa.int32())
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(indices, [long])})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    before = pa.total_allocated_bytes()
+    read = 0
+    most = 0
+    tracemalloc.start()
+    try:
+        for chunk in islice(load_corpus([str(path)]), 200):
+            read += len(chunk.text)
+            most = max(most, pa.total_allocated_bytes() - before)
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(long)
+    finally:
+        tracemalloc.stop()
+    assert read == 200 << 20
+    assert most < 8 * len(long)
+
+
+@pytest.mark.parametrize("kind", ["string", "dictionary", "dataset"])
+def test_a_text_in_a_table_may_be_as_long_as_a_line(tmp_path, monkeypatch, kind):
+    column = pa.array(["a", "a", "ääää"])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    table = pa.table({"text": column})
+    name = {}
+    if kind == "dataset":
+        datasets.Dataset(table).save_to_disk(tmp_path / "a")
+        name = {"dataset_name": str(tmp_path / "a")}
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "a")
+        (tmp_path / "a").rename(tmp_path / "a.parquet")
+    patterns = [] if name else [tmp_path / "a.parquet"]
+    monkeypatch.setattr(readers, "LINE_BYTES", 8)
+    assert texts(*patterns, **name) == ["a", "a", "ääää"]
+    monkeypatch.setattr(readers, "LINE_BYTES", 7)
+    assert ", row 3: longer than 0 MiB, the maximum for a record" in error(
+        *patterns, **name
     )
 
 

@@ -16,6 +16,40 @@ from tests.helpers.errors import user_error
 from tests.helpers.texts import json_lines
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset", "hub"])
+def test_a_long_record_is_read_in_chunks(tmp_path, kind, monkeypatch):
+    """The position after a chunk is that before its record; from the last one's on, the
+    next record is read."""
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
+    rows = ["ab", "some\ntext", "cd"]
+    table = pa.table({"text": rows})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "dataset":
+        datasets.Dataset(table).save_to_disk(path)
+    elif kind == "hub":
+        (tmp_path / "a.jsonl").write_text(json_lines(rows))
+    else:
+        data = json_lines(rows).encode()
+        path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    named = {"dataset": path, "hub": tmp_path}
+    corpus = (
+        load_corpus(dataset_name=str(named[kind]), streaming=kind == "hub")
+        if kind in named
+        else load_corpus([str(path)])
+    )
+    (member,) = corpus.members
+    full = list(member.documents_after(readers.START))
+    assert [document.text for document, _ in full] == ["ab", "some", "\ntex", "t", "cd"]
+    assert [document.begins for document, _ in full] == [True, True, False, False, True]
+    assert [document.ends for document, _ in full] == [True, False, False, True, True]
+    marks = [mark for _, mark in full]
+    assert marks[0] == marks[1] == marks[2]
+    assert list(member.documents_after(marks[1])) == full[1:]
+    assert list(member.documents_after(marks[3])) == full[4:]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
 def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
     """Row groups and batches end within and at the mark; lines may be blank, and the first

@@ -67,7 +67,7 @@ def test_a_stream_is_resumed_at_any_sample(
     """Through JSON, as in a checkpoint, again and again with a new source."""
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
-    monkeypatch.setattr(readers, "_ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(readers, "ROWS_PER_BATCH", 3)
     monkeypatch.setattr(stream, "IN_ORDER_WINDOW", 4)
     corpus = corpus_of(tmp_path / "shards", kind, 60)
     reference = taken(source(corpus, tokenizer, buffer), 0, 700)
