@@ -77,10 +77,10 @@ class SampleSchedule:
             weights = np.where(left > 0, phase_weights, 0.0)
             if not weights.any():
                 return first
-            order = _Order(integer_weights(weights.tolist()))
-            used_up = order.places_after(np.where(caps < _ENDLESS, left, _ENDLESS))
+            whole = integer_weights(weights.tolist())
+            used_up = _places_after(whole, np.where(caps < _ENDLESS, left, 0))
             for place in np.unique([0, *used_up[used_up < _ENDLESS]]).tolist():
-                drawn = np.minimum(order.counts(place), left)
+                drawn = np.minimum(_counts(whole, place), left)
                 sample = first + int(drawn.sum())
                 if end is not None and sample >= end:
                     break
@@ -89,39 +89,11 @@ class SampleSchedule:
                     return sample
                 skipped = int(drawn[is_active].sum())
                 known = before + np.where(is_active, 0, drawn)
-                segment = _Segment(sample, order, is_active, known, skipped)
+                segment = _Segment(sample, whole, is_active, known, skipped)
                 self._segments.append(segment)
             if end is not None:
                 before = self._segments[-1].counts(end)
         return None
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The endless order of a phase, as if no source were ever used up: periods of
-    `sum(weights)` samples."""
-
-    weights: tuple[int, ...]
-
-    def counts(self, place: int) -> np.ndarray:
-        """(K,): number of samples of each source before `place`."""
-        sources, _ = _period(self.weights)
-        periods, index = divmod(place, len(sources))
-        within = np.bincount(sources[:index], minlength=len(self.weights))
-        return periods * np.array(self.weights, dtype=np.int64) + within
-
-    def places_after(self, counts: np.ndarray) -> np.ndarray:
-        """(K,): the place after the `counts[k]`-th sample of source k. `_ENDLESS` for a
-        source without a weight, and for that count."""
-        sources, _ = _period(self.weights)
-        weights = np.array(self.weights, dtype=np.int64)
-        places = np.argsort(sources, kind="stable")
-        ends = np.full_like(weights, _ENDLESS)
-        asked = (weights > 0) & (counts < _ENDLESS)
-        periods, number = np.divmod(counts[asked] - 1, weights[asked])
-        starts = (np.cumsum(weights) - weights)[asked]
-        ends[asked] = periods * len(sources) + places[starts + number] + 1
-        return ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +102,8 @@ class _Segment:
     up."""
 
     first: int
-    order: _Order
+    weights: tuple[int, ...]
+    """Of the phase, of sources that are used up too."""
     is_active: np.ndarray
     """(K,) bool: whether the source is drawn in this segment."""
     before: np.ndarray
@@ -140,28 +113,48 @@ class _Segment:
     """Samples of the active sources in the phase before `first`."""
 
     def locate(self, sample: int) -> tuple[int, int]:
-        weights = self.order.weights
-        sources, number = _period(weights)
-        places = _active_places(self)
-        periods, index = divmod(self.skipped + sample - self.first, len(places))
-        source = int(sources[places[index]])
-        before = int(self.before[source]) + periods * weights[source]
-        return source, before + int(number[places[index]])
+        place = self._place(sample)
+        source = int(_period(self.weights)[place % sum(self.weights)])
+        return source, int(self.counts(sample)[source])
 
     def counts(self, samples: int) -> np.ndarray:
-        weights = np.array(self.order.weights, dtype=np.int64)
-        sources, _ = _period(self.order.weights)
+        return self.before + self.is_active * _counts(
+            self.weights, self._place(samples)
+        )
+
+    def _place(self, sample: int) -> int:
+        """The place in the phase's order of the sample."""
         places = _active_places(self)
-        periods, index = divmod(self.skipped + samples - self.first, len(places))
-        within = np.bincount(sources[places[:index]], minlength=len(weights))
-        return self.before + periods * weights * self.is_active + within
+        periods, index = divmod(self.skipped + sample - self.first, len(places))
+        return periods * sum(self.weights) + int(places[index])
 
 
 @lru_cache(maxsize=4)
 def _active_places(segment: _Segment) -> np.ndarray:
     """The places of one period whose sources are active in the segment."""
-    sources, _ = _period(segment.order.weights)
-    return np.flatnonzero(segment.is_active[sources])
+    return np.flatnonzero(segment.is_active[_period(segment.weights)])
+
+
+def _counts(weights: tuple[int, ...], place: int) -> np.ndarray:
+    """(K,): number of samples of each source before a place in the endless order."""
+    order = _period(weights)
+    periods, index = divmod(place, len(order))
+    within = np.bincount(order[:index], minlength=len(weights))
+    return periods * np.array(weights, dtype=np.int64) + within
+
+
+def _places_after(weights: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
+    """(K,): the place after the `counts[k]`-th sample of source k in the endless order.
+    `_ENDLESS` for a source without a weight and for a count of 0."""
+    order = _period(weights)
+    shares = np.array(weights, dtype=np.int64)
+    asked = (shares > 0) & (counts > 0)
+    periods, number = np.divmod(counts[asked] - 1, shares[asked])
+    starts = (np.cumsum(shares) - shares)[asked]
+    places = np.argsort(order, kind="stable")[starts + number]
+    ends = np.full_like(shares, _ENDLESS)
+    ends[asked] = periods * len(order) + places + 1
+    return ends
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
@@ -196,10 +189,9 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(order, number), each (period,): for every sample its source, and its number among
-    the source's samples. In every prefix, the count of each source differs from its
-    exact proportion by less than one sample."""
+def _period(weights: tuple[int, ...]) -> np.ndarray:
+    """(period,): the source of every sample. In every prefix, the count of each source
+    differs from its exact proportion by less than one sample."""
     counts = np.array(weights, dtype=np.int64)
     period = sum(weights)
     source = np.repeat(np.arange(len(weights)), counts)
@@ -224,8 +216,7 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         for released_rank in islice(ranks, newly_released):
             heappush(waiting, released_rank)
         drawn.append(heappop(waiting))
-    samples = by_deadline[drawn]
-    return source[samples], number[samples]
+    return source[by_deadline[drawn]]
 
 
 Source = PackedDataset | StreamSource
