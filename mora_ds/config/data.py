@@ -65,9 +65,9 @@ class DataArguments:
     """The text that is read, and how it becomes batches."""
 
     train_files: list[str] = field(default_factory=list)
-    """Files or patterns to train on: text, JSON lines, Parquet. Quote patterns:
-    'corpus/*.jsonl'. Each as PATH, or each as NAME=PATH:WEIGHT, a source of a mixture
-    with that weight."""
+    """Files or patterns to train on: text, JSON lines, Parquet, token files. Quote
+    patterns: 'corpus/*.jsonl'. Each as PATH, or each as NAME=PATH:WEIGHT, a source of a
+    mixture with that weight."""
     mixture: str | None = None
     """A YAML file that names several sources with their weights, epochs and phases,
     instead of --train_files."""

@@ -5,6 +5,9 @@
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
     <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
+Of token files (`token_files`), which are read in place, there is an index (`token_index`)
+instead of tokens.bin.
+
 It is built once for each text and settings, in a temporary folder that is renamed at the
 end. So a folder with a key as its name is complete. The temporary folder of a killed
 builder is never read, and a later build removes it. If two processes build the same
@@ -18,9 +21,11 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -38,9 +43,12 @@ from mora_ds.common.files import (
     is_abandoned,
     json_digest,
 )
+from mora_ds.common.untrusted import read_text
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.readers import batched
+from mora_ds.data.token_files import TokenFile
+from mora_ds.data.token_index import DOCUMENTS, STARTS, TokensInPlace, write_index
 from mora_ds.data.tokenizer import AUTO, Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 
@@ -48,8 +56,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 TOKENS = "tokens.bin"
-DOCUMENTS = "documents.bin"
 META = "meta.json"
+_META_BYTES = 1 << 28
+"""A corpus of a million files has a meta.json of 70 MB."""
 PARALLEL_BYTES = 32_000_000
 """Smaller corpora are tokenized in this process, because starting workers takes
 longer."""
@@ -67,16 +76,24 @@ class TokenCache:
 
     folder: Path
     meta: JsonObject
-    tokens: np.ndarray
-    """(N,) uint16 or uint32"""
+    tokens: np.ndarray | TokensInPlace
+    """(N,) ids of 16 or 32 bits"""
     ends: np.ndarray
     """(documents,) int64: document d is tokens[ends[d-1]:ends[d]]"""
 
     @classmethod
-    def open(cls, folder: Path) -> TokenCache:
-        meta = json.loads((folder / META).read_text())
-        tokens = np.memmap(folder / TOKENS, dtype=meta["settings"]["dtype"], mode="r")
+    def open(cls, folder: Path, members: Sequence[Any] = ()) -> TokenCache:
+        """`members`: its token files, if they are read in place."""
+        meta = json.loads(read_text(folder / META, _META_BYTES))
         ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
+        tokens: np.ndarray | TokensInPlace
+        if "dtypes" in meta:
+            starts = np.memmap(folder / STARTS, dtype="<i8", mode="r")
+            files = map(TokenFile.tokens, members, meta["dtypes"])
+            tokens = TokensInPlace(list(files), starts, ends)
+        else:
+            dtype = meta["settings"]["dtype"]
+            tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r")
         return cls(folder, meta, tokens, ends)
 
     @property
@@ -119,21 +136,22 @@ def build_cache(
                 f"the token cache {folder} is damaged: {problem}; rebuilding it"
             )
         _build(corpus, encoder, folder, settings, num_proc, progress)
-    return TokenCache.open(folder)
+    return TokenCache.open(folder, corpus.members)
 
 
 def damage(folder: Path) -> str | None:
     """Verify the sizes and hashes of the cache in `folder`. Returns the problem, or
     None."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads(read_text(folder / META, _META_BYTES))
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"
-        sizes = {
-            TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize,
-            DOCUMENTS: meta["documents"] * 8,
-        }
+        sizes = {DOCUMENTS: meta["documents"] * 8}
+        if "dtypes" in meta:
+            sizes[STARTS] = meta["documents"] * 8
+        else:
+            sizes[TOKENS] = meta["tokens"] * np.dtype(settings["dtype"]).itemsize
         is_hashed = sum(sizes.values()) <= HASHED_BYTES
         hashes = meta["sha256"] if is_hashed else dict.fromkeys(sizes)
         for name, size in sizes.items():
@@ -191,7 +209,10 @@ def _build(
         temporary.mkdir()
     try:
         with disk_errors(folder.parent), at_work(temporary):
-            meta = _write(corpus, encoder, temporary, num_proc, progress)
+            if corpus.is_tokenized:
+                meta = write_index(corpus, encoder, temporary, num_proc)
+            else:
+                meta = _write(corpus, encoder, temporary, num_proc, progress)
             if not meta["documents"]:
                 problem = "every document is empty"
                 if corpus.keep is not None:

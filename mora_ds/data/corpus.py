@@ -1,6 +1,7 @@
 """The user's text as a `Corpus`.
 
     --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order of the flag, each pattern sorted
+    --train_files 'corpus/*.bin'                       TokenFile, ...    of other tools
     --dataset_name NAME                                DatasetMember
 
 A corpus can be read repeatedly. It is never copied; only its token cache is written.
@@ -23,11 +24,15 @@ from mora_ds.data.members import (
 )
 from mora_ds.data.readers import (
     START,
+    TOKENS,
     Document,
     check_column,
     file_kind,
     has_known_suffix,
 )
+from mora_ds.data.token_files import TokenFile
+
+TOKEN_INDICES = (".idx", ".ds.index", ".ds.metadata")
 
 SPLIT = "train"
 """The split of a dataset that is read."""
@@ -48,6 +53,16 @@ class Corpus:
         for member in self.members:
             documents = self.documents_of(member)
             yield from documents if self.keep is None else self.keep(documents)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether the members are token files. Raises `UserError` if only some are."""
+        kinds = {isinstance(member, TokenFile) for member in self.members}
+        if len(kinds) > 1:
+            raise UserError(
+                f"{self.flag}: text and token files cannot be one source; name them as two (NAME=FILES:WEIGHT)"
+            )
+        return kinds == {True}
 
     def documents_of(self, member: Member) -> Iterator[Document]:
         """All documents of one member, without applying `keep`."""
@@ -98,6 +113,8 @@ def load_corpus(
         else:
             members = [_dataset_member(dataset_name, text_column, streaming)]
     corpus = Corpus(tuple(members), text_column, flag)
+    if corpus.is_tokenized:
+        return corpus
     for member in corpus.members:
         next(corpus.documents_of(member))
     return corpus
@@ -171,7 +188,16 @@ def _file_member(path: Path, text_column: str) -> Member:
         raise UserError(
             f"{path} is not a regular file (a pipe, a device, a broken link); text is read more than once"
         )
-    return FileMember(path, text_column)
+    if path.name.endswith(TOKEN_INDICES):
+        raise UserError(f"{path} belongs to a token file: name the .bin or .ds alone")
+    if file_kind(path) != TOKENS:
+        return FileMember(path, text_column)
+    file = TokenFile(path, text_column)
+    if file.index is not None and not file.index.path.is_file():
+        raise UserError(
+            f"{path} is a file of tokens, and its index {file.index.path} is missing"
+        )
+    return file
 
 
 # -- datasets --------------------------------------------------------------------------

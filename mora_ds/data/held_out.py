@@ -39,12 +39,14 @@ class DocumentFilter:
         passes = True
         for document in documents:
             if document.begins:  # the first chunk decides for the document
-                is_held_out = (
-                    document_hash(document.text) < self.held_out_share * 2.0**64
-                )
-                passes = is_held_out == self.takes_held_out
+                passes = self.takes(document.text)
             if passes:
                 yield document
+
+    def takes(self, text: str) -> bool:
+        """Whether the document that starts with `text` is selected."""
+        is_held_out = document_hash(text) < self.held_out_share * 2.0**64
+        return is_held_out == self.takes_held_out
 
     def __str__(self) -> str:
         return f"--held_out_share {self.held_out_share}"

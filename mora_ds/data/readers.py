@@ -102,6 +102,7 @@ def batched(
 TEXT = "text"
 JSON = "json"
 PARQUET = "parquet"
+TOKENS = "tokens"
 _KINDS = {
     **dict.fromkeys(
         (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"),
@@ -109,17 +110,17 @@ _KINDS = {
     ),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), JSON),
     ".parquet": PARQUET,
+    **dict.fromkeys((".bin", ".ds", ".npy"), TOKENS),
 }
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _UNREADABLE = (
-    ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".arrow", ".safetensors", ".bin",
-    ".npy",
+    ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".arrow", ".safetensors",
 )  # fmt: skip
 
 
 def has_known_suffix(path: Path) -> bool:
-    """Whether the file is read if the user names its folder."""
-    return _inner_suffix(path) in _KINDS
+    """Whether the file is read if the user names its folder: files of text."""
+    return _KINDS.get(_inner_suffix(path), TOKENS) != TOKENS
 
 
 def file_kind(path: Path) -> str:
@@ -127,7 +128,7 @@ def file_kind(path: Path) -> str:
     `UserError` for unsupported formats."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, TEXT)
-    if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
+    if suffix in _UNREADABLE or (is_compressed(path) and kind not in (TEXT, JSON)):
         raise UserError(
             f"{path}: {''.join(path.suffixes[-2:])} files are not supported; give text, JSON lines (both also as .gz "
             "or .zst) or Parquet, or a dataset saved by `datasets` with --dataset_name"
