@@ -2,6 +2,9 @@
 Used by tools/docs.py."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+
+import yaml
 
 from tools.tables import cell, ruler, table_row
 
@@ -15,6 +18,7 @@ def options_in(text: str) -> dict[str, str]:
 OPTIONS = options_in("""
 ReMoRA (`--merge_every`) | --merge_every 100
 `--adapter lora` | --adapter lora
+`--adapter subspace` | --adapter subspace
 `--adapter full` | --adapter full
 `--operator truncate` | --operator truncate
 `--operator share` | --operator share
@@ -39,6 +43,8 @@ ReMoRA (`--merge_every`) | --merge_every 100
 `--decay_from` | --decay_from step-000100 --lr_scheduler_type wsd
 `--streaming` | --streaming
 `--async_save` | --async_save
+`targets` (a plan) | research: {targets: plan.yaml}
+`alignment_weight` | research: {alignment_weight: 0.1}
 """)
 COLUMNS = options_in("""
 ReMoRA merges | --merge_every 100
@@ -70,8 +76,11 @@ def why_refused(row: str, column: str) -> str | None:
     from mora_ds.engine.initialize import check_splittable
 
     run = "--model_name_or_path model --max_steps 1000 --train_files a.txt"
+    flags, _, research = row.partition("research:")
     try:
-        arguments = parse(f"{row} {column} {run}".split())
+        arguments = parse(f"{flags} {column} {run}".split())
+        block = yaml.safe_load(research) or {}
+        arguments = replace(arguments, research=block)
         validate(arguments)
         training = arguments.training
         config = resolve_ds_config(training.deepspeed, training.engine_settings(), 2)
@@ -98,8 +107,7 @@ def matrix_lines() -> list[str]:
     columns = _alike(COLUMNS, zip(*rows.values(), strict=True))
     grouped = _alike(rows, zip(*columns.values(), strict=True))
     return [
-        "Which options go together: what the program's own checks say to both, before a model is loaded. Numbers lead",
-        "to the messages below. What depends on the model or the data is named in the guides.", "",
+        "What the program's checks say to two options, before a model is loaded. Numbers lead to the messages.", "",
         f"With everything go {', '.join(free)}.", "",
         table_row("", *columns), ruler(len(columns) + 1),
         *(table_row(row, *cells) for row, cells in grouped.items()), "",

@@ -178,6 +178,11 @@ def inject(
     if config.embedding_rank:
         train_low_rank(model, config.embedding_rank, config.seed)
     layers = list(mora_layers(model).values())
+    for layer in layers:
+        # Until a run sets it
+        shape = layer.spec.adapter_weight_shape
+        if layer.spec.trained_shape != shape:
+            layer.set_fixed(layer.adapter_weight.new_full(shape, math.nan))
     values = sum(
         value.numel() for layer in layers for value in layer.parameters(recurse=False)
     )
@@ -398,7 +403,7 @@ def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     rows = []
     for (ending, d_in, d_out), alike in groups.items():
         size = min(spec.size for spec in alike)
-        params = sum(math.prod(spec.adapter_weight_shape) for spec in alike)
+        params = sum(math.prod(spec.trained_shape) for spec in alike)
         rows.append(ShapeRow(ending, len(alike), d_in, d_out, size, params))
     return tuple(rows)
 

@@ -110,6 +110,9 @@ class AdaptedLinear(nn.Module):
     weight_scales: Tensor | None
     """fp32, where `weight` is int8, (d_out,), or packed (`quantize`)."""
     bias: Tensor | None
+    fixed: Tensor | None
+    """What is not trained of the adapter weight (`UpdateSpec.trained_shape`), as a run
+    has set it: not a number until then."""
     spec: UpdateSpec
 
     def __init__(
@@ -135,6 +138,7 @@ class AdaptedLinear(nn.Module):
             weight.device, weight.dtype
         )
         self.register_parameter(spec.adapter_weight_name, nn.Parameter(adapter_weight))
+        self.register_buffer("fixed", None, persistent=False)
         self.dropout = dropout
         self.split: Split | None = None
         """Under tensor parallelism, where the parameter is this rank's shard of a
@@ -159,18 +163,31 @@ class AdaptedLinear(nn.Module):
         return getattr(self, self.spec.adapter_weight_name)
 
     def unshard(self, adapter_weight_shard: Tensor) -> Tensor:
-        """The unsharded adapter weight of which this rank's parameter is a shard. Collective."""
-        return (
-            adapter_weight_shard
-            if self.split is None
-            else self.split.unshard(adapter_weight_shard)
-        )
+        """The unsharded adapter weight of which this rank's parameter is a shard, with
+        what is fixed of it. Collective."""
+        if self.split is not None:
+            return self.split.unshard(adapter_weight_shard)
+        if self.fixed is None:
+            return adapter_weight_shard
+        fixed = self.fixed.to(adapter_weight_shard)
+        return torch.cat((adapter_weight_shard, fixed), dim=-1)
 
     def shard(self, adapter_weight: Tensor) -> Tensor:
         """The part of an unsharded adapter weight that this rank's parameter holds."""
         return (
             adapter_weight if self.split is None else self.split.shard(adapter_weight)
         )
+
+    def set_fixed(self, adapter_weight: Tensor) -> None:
+        """Takes what is fixed of an unsharded adapter weight, in the layer's dtype."""
+        fixed = adapter_weight[..., self.spec.trained_shape[-1] :]
+        if fixed.shape[-1]:
+            self.fixed = fixed.detach().to(self.device, self.dtype, copy=True)
+
+    def fixed_of(self, original: Tensor) -> Tensor:
+        """What is fixed of the adapter weight in a new run, from the layer's base weight
+        (d_out, d_in); for adapters that have such a part."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -302,7 +319,8 @@ class AdaptedLinear(nn.Module):
         del old
         delta = self.spec.weight_change(base, mora_matrix)
         lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
-        return MergeNorms(_norm(mora_matrix), _norm(delta), before, lost)
+        trained = self.spec.trained(mora_matrix)
+        return MergeNorms(_norm(trained), _norm(delta), before, lost)
 
     def set_merged(self, updates: Iterable[Update]) -> None:
         """Let the layer add these updates of merged cycles to a packed weight from now

@@ -62,6 +62,8 @@ class Capability(str, Enum):
     """Its config has `layer_sizes`, the plan of research.targets."""
     LAYER_SCALES = "a scale for each layer"
     """Its specs multiply the update by `AdapterConfig.scale_of` the layer."""
+    ALIGNMENT = "the alignment loss"
+    """Its specs are `AdditiveSpec`, of MoRA's operators or with `low_rank`."""
     MUON = "Muon"
     """Its tensor is a matrix, or two (`AdapterType.has_factors`)."""
     SUM = "sums of adapters"
@@ -197,10 +199,31 @@ register(
             Capability.BASE_8_BITS,
             Capability.BASE_4_BITS,
             Capability.LAYER_SCALES,
+            Capability.ALIGNMENT,
             Capability.MUON,
             Capability.SUM,
             Capability.PEFT_EXPORT,
         ),
         has_factors=True,
+    )
+)
+register(
+    AdapterType(
+        name="subspace",
+        title="MoRA between singular vectors",
+        config="mora_ds.research.subspace:SubspaceConfig",
+        layer="mora_ds.research.subspace:SubspaceLinear",
+        specs={"subspace": "mora_ds.research.subspace:SubspaceSpec"},
+        settings=("r_hat_multiple",),
+        capabilities=(
+            Capability.BASE_8_BITS,
+            Capability.BASE_4_BITS,
+            Capability.LAYER_SIZES,
+            Capability.ALIGNMENT,
+            Capability.SUM,
+            Capability.PEFT_EXPORT,
+        ),
+        size_title="r_hat",
+        weights_title="MoRA matrices",
     )
 )

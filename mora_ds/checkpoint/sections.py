@@ -27,6 +27,7 @@ from mora_ds.adapters.inject import set_cycle
 from mora_ds.adapters.layer import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
+    AdapterTensors,
     BaseReference,
     DomainMatrices,
     adapter_tensors,
@@ -387,12 +388,13 @@ class AdapterSection(Section):
         return Gathered(write=write)
 
     def load(self, saved: SavedCheckpoint) -> None:
-        """Set the operators of the checkpoint's cycle. The matrices come from the
-        engine's shards. Raises `UserError` where it has other operators than this
+        """Set the operators of the checkpoint's cycle, and what is fixed of its weights.
+        What is trained comes from the engine's shards. Raises `UserError` where it has other operators than this
         model."""
         model = self.remora.engine.module
         adapter = read_adapter(saved.local(ADAPTER_JSON).parent)
         set_cycle(model, self.remora.config, adapter.cycle)
+        layers = mora_layers(model)
         # A matrix that was trained in another operator means another update in this
         # one.
         for name in different_keys(adapter.layers, layer_entries(model)):
@@ -400,6 +402,10 @@ class AdapterSection(Section):
                 f"{saved.path / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
                 "in both"
             )
+        if any(layer.fixed is not None for layer in layers.values()):
+            tensors = AdapterTensors(saved.local(ADAPTER_TENSORS).parent, adapter)
+            for name, layer in layers.items():
+                layer.set_fixed(tensors.mora_matrix(name))
 
 
 class TokenizerSection(Section):

@@ -126,6 +126,7 @@ _LABELS = {
     "adapter.layer_sizes": "research.targets",
     "adapter.alpha": "--lora_alpha",
     "adapter.domains": "research.domain_adapters",
+    "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
     "global_batch_size": "sequences a step (--per_device_train_batch_size, --gradient_accumulation_steps, ranks)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "attention": "attention (--attn_implementation)",

@@ -264,6 +264,9 @@ def _agreement(folder: Path) -> Iterator[str]:
     adapter = read_adapter(folder)
     shards = EngineShards.open(folder / ENGINE_TAG)
     tensors = dict(AdapterTensors(folder, adapter).items())
+    for layer in adapter.layers.values():
+        name = layer.mora_matrix
+        tensors[name] = layer.operator.trained(tensors[name])
     if different := sorted(set(tensors) ^ set(shards.layout.shapes)):
         raise UserError(
             f"{path} and the shards do not hold the same tensors, e.g. {different[0]}"

@@ -1,20 +1,44 @@
-"""Measure the ranks of a model's weights, and plan under a budget which layers to adapt.
+"""Measure a model's layers, and plan under a budget which of them to adapt.
 
     mora-ds analyze MODEL
     mora-ds analyze MODEL --trainable_budget 0.5% --write targets.yaml
+    mora-ds analyze MODEL --probe 'domain/*.jsonl' --trainable_budget 0.5% --write targets.yaml
+
+By default the measure is the rank of each weight; with --probe it is the gradient of each
+layer's MoRA matrix on a few batches of text.
 
 Exit code 2: an error that you can correct in the command.
 """
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mora_ds.adapters.target_patterns import ALL_LINEAR
-from mora_ds.common.errors import UserError, named_as_flags
-from mora_ds.runtime.cli import check_writable, command_parser, say, shared_flags
+from mora_ds.common.errors import (
+    COUNT,
+    UserError,
+    named_as_flags,
+    raise_validation_errors,
+    wrong_values,
+)
+from mora_ds.runtime.cli import (
+    check_device,
+    check_writable,
+    command_parser,
+    say,
+    shared_flags,
+)
+
+if TYPE_CHECKING:
+    from mora_ds.research.analyze import GradientMeasures
 
 
-@named_as_flags("target_modules")
+@named_as_flags("target_modules", "operator", rank="--mora_rank")
 def main() -> None:
     options = _parser().parse_args()
     check_writable("--write", options.write)
@@ -22,12 +46,16 @@ def main() -> None:
         raise UserError(
             "--trainable_budget and --write need each other: a plan for the budget is written to the file"
         )
+    raise_validation_errors(wrong_values(options, {"probe_batches": COUNT}))
+    check_device(options.device)
     from mora_ds.models.base import BaseCheckpoint
     from mora_ds.research.analyze import (
+        LayerMeasures,
         allocate_budget,
         layers_of,
         measure,
         parse_budget,
+        probe_lines,
         report_lines,
     )
     from mora_ds.research.targets import TargetPlan
@@ -39,14 +67,65 @@ def main() -> None:
     budget = None
     if options.write is not None:
         budget = parse_budget(options.trainable_budget, parameters)
-    weights = [measure(name, base.read(key)) for name, key in keys.items()]
-    say(*report_lines(weights))
+    layers: Sequence[LayerMeasures]
+    if options.probe:
+        layers = gradients = _probe(options)
+        say(*probe_lines(gradients))
+    else:
+        layers = weights = [measure(name, base.read(key)) for name, key in keys.items()]
+        say(*report_lines(weights))
     if budget is not None:
-        plan = TargetPlan(base.fingerprint(), allocate_budget(weights, budget))
+        plan = TargetPlan(base.fingerprint(), allocate_budget(layers, budget))
         plan.write(options.write)
         trained = sum(side**2 for side in plan.layers.values())
         contents = f"{trained:,} parameters; research.targets of a recipe takes it"
         say(f"wrote {options.write}: {contents}")
+
+
+def _probe(options: argparse.Namespace) -> list[GradientMeasures]:
+    """The gradients of MoRA matrices of zeros, on the first windows of --probe."""
+    from mora_ds.adapters.config import MoRAConfig
+    from mora_ds.data import load_corpus
+    from mora_ds.eval.perplexity import Score, Windows, cut_windows, load_target
+    from mora_ds.research.analyze import probe
+
+    patterns = tuple(options.target_modules)
+    config = MoRAConfig(
+        rank=options.mora_rank, operator=options.operator, target_modules=patterns
+    )
+    corpus = load_corpus(options.probe, text_column=options.text_column, flag="--probe")
+    target = load_target(
+        options.model,
+        dtype="float32",
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    windows = Windows.of(target.model, options.window, None)
+    cut = cut_windows(corpus, target.tokenizer, windows, None, Score())
+    long_enough = (ids for ids, _ in cut if len(ids) > 1)
+    batches = [
+        _batch(ids, options.device)
+        for ids in islice(long_enough, options.probe_batches)
+    ]
+    if not batches:
+        raise UserError("--probe: there are fewer than two tokens in it")
+    return probe(target.model, config, batches)
+
+
+def _batch(ids: Sequence[int], device: str) -> dict[str, Any]:
+    """A batch of one sequence, as training has it."""
+    import torch
+
+    from mora_ds.data.documents import Documents
+
+    tokens = torch.tensor([ids], device=device)
+    length = len(ids) - 1
+    return {
+        "input_ids": tokens[:, :-1],
+        "position_ids": torch.arange(length, device=device).unsqueeze(0),
+        "labels": tokens[:, 1:],
+        "documents": Documents.one_per_sequence(1, length, tokens.device),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,5 +147,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the plan for research.targets of a recipe",
     )
-    shared_flags(parser, "--trust_remote_code")
+    parser.add_argument(
+        "--probe",
+        nargs="+",
+        metavar="FILES",
+        help="text: plan by the gradients of MoRA matrices on it, not by the weights",
+    )
+    parser.add_argument(
+        "--probe_batches",
+        type=int,
+        default=8,
+        help="how many windows of that text are read",
+    )
+    parser.add_argument("--window", type=int, help="tokens per window")
+    parser.add_argument(
+        "--mora_rank", type=int, default=8, help="rank of the probed matrices"
+    )
+    parser.add_argument(
+        "--operator", default="auto", help="operator of the probed matrices"
+    )
+    shared_flags(parser, "--device", "--text_column", "--trust_remote_code")
     return parser

@@ -37,9 +37,9 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = DEFAULT_ADAPTER
-    """mora (MoRA matrices), another adapter: lora (with --merge_every: ReLoRA), or a
-    control: full (every parameter, under plain ZeRO), none (nothing is trained, the
-    base is evaluated)."""
+    """mora (MoRA matrices), another adapter: lora (with --merge_every: ReLoRA),
+    subspace (MoRA matrices between singular vectors), or a control: full (every
+    parameter, under plain ZeRO), none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
     MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.registry import Capability, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
+from mora_ds.common.errors import COUNT, NOT_NEGATIVE, wrong_values
 from mora_ds.config.mixture import mixture_config
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ RESEARCH = "research"
 
 TARGETS = f"{RESEARCH}.targets"
 DOMAINS = f"{RESEARCH}.domain_adapters"
+ALIGNMENT = f"{RESEARCH}.alignment_weight"
+ALIGNMENT_RANK = f"{RESEARCH}.alignment_rank"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class ResearchSettings:
     targets: str | None = None
     """File of a target plan (mora-ds analyze --write): the layers that get a MoRA matrix,
     and the matrix sizes. --mora_rank then only affects the choice of the operator."""
+    alignment_weight: float = 0.0
+    """Add the alignment loss with this weight: minus the fraction of each layer's update,
+    by its squared norm, that lies in the leading subspaces of the frozen weight (mean
+    over layers). 0: no such loss."""
+    alignment_rank: int = 16
+    """Number of left and of right singular vectors that span these subspaces."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in
     addition to the shared one. Each sequence of a batch uses the matrix of its source; a
@@ -38,7 +47,14 @@ def research_problems(arguments: Arguments) -> Iterator[str]:
     """One message for each setting that is invalid or contradicts another one."""
     settings = ResearchSettings(**arguments.research)
     adapter = arguments.adapter
-    needs = {"targets": Capability.LAYER_SIZES, "domain_adapters": Capability.DOMAINS}
+    limits = {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
+    for problem in wrong_values(settings, limits):
+        yield problem.replace("--", f"{RESEARCH}.", 1)
+    needs = {
+        "targets": Capability.LAYER_SIZES,
+        "alignment_weight": Capability.ALIGNMENT,
+        "domain_adapters": Capability.DOMAINS,
+    }
     for name, capability in needs.items():
         if not getattr(settings, name):
             continue
@@ -49,6 +65,8 @@ def research_problems(arguments: Arguments) -> Iterator[str]:
             )
     if settings.targets is not None and adapter.target_modules != [ALL_LINEAR]:
         yield f"{TARGETS} {settings.targets} already names the layers: leave out --target_modules"
+    if settings.alignment_weight and arguments.training.tensor_parallel_size > 1:
+        yield f"{ALIGNMENT} needs unsplit MoRA matrices: leave --tensor_parallel_size at 1"
     if settings.domain_adapters:
         yield from _domain_problems(arguments)
 
@@ -60,6 +78,9 @@ def _domain_problems(arguments: Arguments) -> Iterator[str]:
         yield f"{DOMAINS} needs a named source per domain, several: --mixture, or --train_files NAME=FILES:WEIGHT ..."
     yield from domain_validation_errors(names)
     contradictions = {
+        f"{ALIGNMENT} aligns one update a layer, and domains have several": (
+            bool(arguments.research.get("alignment_weight"))
+        ),
         "it needs unsplit MoRA matrices: leave --tensor_parallel_size at 1": (
             training.tensor_parallel_size > 1
         ),

@@ -2,7 +2,6 @@
 
 export          `export_merged`: checkpoint -> a merged Hugging Face folder
 peft_export     `export_peft`: a checkpoint as a LoRA adapter of PEFT
-svd             leading singular vectors of an update
 combine         `combine_adapters`: weighted sums of adapters, and scaled updates
 onto            which other models an update may be put onto
 fork_adapters   adapters of kongds's PEFT, read as ours

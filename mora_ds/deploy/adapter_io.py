@@ -122,6 +122,11 @@ def load_adapter(
     # The names in the file are those of the model's parameters: matrices, those of
     # domains, other trained tensors.
     tensors = dict(opened.tensors.items())
+    for name, layer in mora_layers(model).items():
+        key = f"{name}.{layer.spec.adapter_weight_name}"
+        if layer.fixed is not None and key in tensors:
+            layer.set_fixed(tensors[key])
+            tensors[key] = layer.spec.trained(tensors[key])
     parameters = dict(model.named_parameters())
     shapes_there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes_here = {

@@ -40,7 +40,7 @@ from mora_ds.common.files import (
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import MergedModelSource, open_run
 from mora_ds.deploy.model_card import card
-from mora_ds.deploy.svd import leading_vectors
+from mora_ds.models.svd import leading_vectors
 from mora_ds.remora.ledger import LayerEntry
 
 CONFIG_FILE = "adapter_config.json"
@@ -181,7 +181,7 @@ def _factors(run: MergedModelSource, layer: _LoRALayer) -> tuple[Tensor, Tensor,
     delta = delta.double()
     # B A = delta V V^T for the leading right singular vectors V: the best approximation
     # of this rank. As V is orthonormal, its energy is that of B.
-    down = leading_vectors(delta, layer.rank, layer.entry.module).double()
+    down = leading_vectors(delta, layer.rank, layer.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()
     lost = 1 - up.square().sum().item() / energy if energy else 0.0

@@ -9,6 +9,7 @@ dequantize      converts bases in FP8 and MXFP4 to a base in the run's folder
 rope            --rope_scaling: changes of a base's rotary embeddings
 stored_names    names of tensors in files and in the model
 save            writes a model folder tensor by tensor
+svd             leading singular vectors of a matrix
 loss            the loss of a batch, optionally in chunks of tokens
 vocabulary      adds rows to embeddings and head for new tokens
 """

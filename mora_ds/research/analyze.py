@@ -1,12 +1,17 @@
-"""Measure the ranks of a model's weights, and plan which layers to adapt for a budget.
+"""Measure the ranks of a model's weights or the gradients of their MoRA matrices, and
+plan which layers to adapt for a budget.
 
 For the singular values s_1 >= s_2 >= ... of a weight, with energy |W|^2 = sum of s_i^2:
 
     effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2
 
-A plan divides the budget by how much of its rank each weight uses:
+For a few batches of text (--probe), with MoRA matrices of zeros:
 
-    score     of a layer: effective rank / shorter side
+    gradient         |dL/dM|, root mean square over batches; L: the mean loss of a batch's tokens
+
+A plan divides the budget by how much of its rank each weight uses, or by the gradient:
+
+    score     of a layer: effective rank / shorter side, or |dL/dM| / r_hat
     r_hat^2   = factor * score * (d_in + d_out)      MoRA's size r_hat^2 = rank * (d_in + d_out), with a rank
                                                      proportional to the score; the factor is the largest that fits
 
@@ -17,17 +22,20 @@ to the layers with the highest scores.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.inject import count_parameters
-from mora_ds.adapters.layer import ExpertStack
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import count_parameters, inject
+from mora_ds.adapters.layer import ExpertStack, mora_layers
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, round_side
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
+from mora_ds.models.loss import token_nll
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import table
 
@@ -59,19 +67,17 @@ def layers_of(
 
 
 @dataclass(frozen=True)
-class WeightMeasures:
-    """The effective rank of a layer's weight."""
+class LayerMeasures:
+    """What a plan needs of a layer."""
 
     layer: str
     shape: tuple[int, ...]
     """(d_out, d_in) or transposed."""
-    effective_rank: float
 
     @property
     def score(self) -> float:
-        """Effective rank / shorter side: the fraction of its directions that the layer
-        uses."""
-        return self.effective_rank / min(self.shape)
+        """The layer's rank in a plan is proportional to it."""
+        raise NotImplementedError
 
     def side(self, factor: float) -> int:
         """The side of the layer's MoRA matrix for this factor; 0 for a rank below 1."""
@@ -81,6 +87,19 @@ class WeightMeasures:
         largest = max(self.shape)
         side = math.isqrt(int(min(rank, largest) * sum(self.shape)))
         return round_side(min(side, largest), R_HAT_MULTIPLE, _EVEN)
+
+
+@dataclass(frozen=True)
+class WeightMeasures(LayerMeasures):
+    """The effective rank of a layer's weight."""
+
+    effective_rank: float
+
+    @property
+    def score(self) -> float:
+        """Effective rank / shorter side: the fraction of its directions that the layer
+        uses."""
+        return self.effective_rank / min(self.shape)
 
 
 @torch.no_grad()
@@ -119,6 +138,63 @@ def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
     return [*table(rows), legend]
 
 
+# -- gradients -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientMeasures(LayerMeasures):
+    """The gradient of a layer's MoRA matrix."""
+
+    r_hat: int
+    norm: float
+    """|dL/dM| at M = 0."""
+
+    @property
+    def score(self) -> float:
+        """Root mean square of the entries of dL/dM: to first order, how much the loss
+        falls for each parameter that Adam changes by one unit."""
+        return self.norm / self.r_hat
+
+
+def probe(
+    model: Any, config: MoRAConfig, batches: Sequence[Any]
+) -> list[GradientMeasures]:
+    """The measures of every layer that `config` adapts, in the model's order.
+
+    `model`: of transformers; afterwards it has MoRA matrices of zeros. `batches`: as
+    of `token_nll`. Raises `RunError` for a gradient that is not finite.
+    """
+    inject(model, config)
+    # Without dropout
+    model.eval()
+    layers = mora_layers(model)
+    energies = dict.fromkeys(layers, 0.0)
+    for batch in batches:
+        labels = batch["labels"].numel()
+        (token_nll(model, batch) / labels).backward()
+        for name, layer in layers.items():
+            gradient = layer.adapter_weight.grad
+            # None where no token has reached the layer
+            if gradient is not None:
+                energies[name] += gradient.double().square().sum().item()
+        model.zero_grad(set_to_none=True)
+    measures = []
+    for name, layer in layers.items():
+        norm = math.sqrt(energies[name] / len(batches))
+        if not math.isfinite(norm):
+            raise RunError(f"{name}: its gradient is not finite")
+        measures.append(GradientMeasures(name, layer.shape, layer.spec.size, norm))
+    return measures
+
+
+def probe_lines(measures: Sequence[GradientMeasures]) -> list[str]:
+    """A table of every layer."""
+    rows = [["layer", "r_hat", "|dL/dM|"]]
+    for layer in measures:
+        rows.append([layer.layer, str(layer.r_hat), f"{layer.norm:.3e}"])
+    return table(rows)
+
+
 # -- the budget ------------------------------------------------------------------------
 
 
@@ -134,18 +210,18 @@ def parse_budget(text: str, parameters: int) -> int:
     return int(number * parameters / 100 if text.endswith("%") else number)
 
 
-def allocate_budget(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
-    """Layer -> side (0: no matrix), in the order of `weights`. The number of parameters,
+def allocate_budget(layers: Sequence[LayerMeasures], budget: int) -> dict[str, int]:
+    """Layer -> side (0: no matrix), in the order of `layers`. The number of parameters,
     sum of side^2, is at most the budget. Raises `UserError` for a budget that is too
     small for one matrix."""
 
     def cost(factor: float) -> int:
-        return sum(measures.side(factor) ** 2 for measures in weights)
+        return sum(measures.side(factor) ** 2 for measures in layers)
 
     # Bisection: the cost is monotonic in the factor.
     low = 0.0
     high = 1.0
-    while cost(high) <= budget and high < 1e12:
+    while cost(high) <= budget and high < 1e30:
         low = high
         high *= 2
     for _ in range(100):
@@ -154,7 +230,7 @@ def allocate_budget(weights: Sequence[WeightMeasures], budget: int) -> dict[str,
             low = middle
         else:
             high = middle
-    sides = {measures.layer: measures.side(low) for measures in weights}
+    sides = {measures.layer: measures.side(low) for measures in layers}
     if not any(sides.values()):
         raise UserError(
             f"--trainable_budget: {budget:,} parameters are too few for one MoRA matrix"

@@ -36,6 +36,7 @@ STEP_TAGS = {
     "step_time_s": ("6_speed/seconds_per_step", 1.0),
     "tokens": ("6_speed/tokens_read", 1.0),
     "peak_memory_bytes": ("7_memory/peak_GiB", 2.0**-30),
+    "alignment": ("9_research/alignment", 1.0),
 }
 """Key of a step's row -> its TensorBoard tag and the factor to the tag's unit.
 TensorBoard sorts groups by name and opens the first ones: the digits put the curves

@@ -172,6 +172,8 @@ class RunOptions:
     state: TrainerState | None = None
     """That of the checkpoint to resume, which is verified and whose identity is this
     run's; None: verified, read and compared."""
+    sections: Sequence[Section] = ()
+    """What checkpoints hold besides those of every adapter."""
 
 
 class Run(TrainingRun):
@@ -217,10 +219,12 @@ class Run(TrainingRun):
         reference = _reference(engine.module, base, fingerprint, dict(keys))
         adapter = AdapterSection(self.remora, reference, facts, self._probe)
         sections = adapter_sections(adapter, state, options.tokenizer_folder)
+        sections += options.sections
         super().__init__(engine, folder, ranks, state, sections, async_save)
         self._watch_gradients()
         if checkpoint is None:
             self._new_ledger()
+            self._set_fixed()
         else:
             self.checkpoints.load(checkpoint)
             self.remora.rebuild()
@@ -271,6 +275,30 @@ class Run(TrainingRun):
             Ledger.create(ledger.folder, ledger.base_fingerprint, replace=True)
 
         self.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
+
+    def _set_fixed(self) -> None:
+        """Give the layers what is fixed of their weights, from the base. Each layer is
+        computed by one rank, so that all have the same bits."""
+        remora = self.remora
+        layers = [
+            (remora.keys[layer.spec.weight_name(name)], layer)
+            for name, layer in mora_layers(self.engine.module).items()
+            if layer.fixed is not None
+        ]
+
+        def fixed_of(number: int) -> Tensor:
+            key, layer = layers[number]
+            original = remora.base.read(key).to(layer.device)
+            try:
+                fixed = layer.fixed_of(original.mT if layer.transposed else original)
+            except UserError as error:
+                raise UserError(f"{remora.base.folder}: {key}: {error}") from error
+            return fixed.cpu()
+
+        if layers:
+            all_fixed = self.ranks.map(fixed_of, len(layers))
+            for (_, layer), fixed in zip(layers, all_fixed, strict=True):
+                layer.fixed = fixed.to(layer.device, layer.dtype)
 
     def _watch_gradients(self) -> None:
         """Note at which micro-step the newest gradient came."""

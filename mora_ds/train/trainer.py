@@ -225,7 +225,11 @@ class Trainer:
             sources = [self.train_data.names[source] for source in micro_batch.sources]
             with self.domains.of_rows(sources):
                 batch_nll = self.nll(micro_batch, by_source)
-                self.engine.backward(batch_nll * scale)
+                loss = batch_nll * scale
+                if self.setup.alignment is not None:
+                    # The same on all ranks and micro-batches, over which it is averaged
+                    loss = loss + self.setup.alignment.loss()
+                self.engine.backward(loss)
             self.memory.end("forward_backward")
             # DeepSpeed counts the calls; only the last micro-batch steps the optimizer.
             self.engine.step()
@@ -316,6 +320,8 @@ class Trainer:
             "peak_memory_bytes": self.memory.peak,
             "bytes_gathered": self.bytes_gathered_per_step,
         }
+        if self.setup.alignment is not None:
+            metrics["alignment"] = self.setup.alignment.value.item()
         utilization = self.setup.utilization(tokens / seconds)
         if utilization is not None:
             metrics["mfu"] = utilization

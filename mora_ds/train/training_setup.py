@@ -1,17 +1,19 @@
 """What a run trains: a model, prepared for its run, and the `TrainingRun` around its
 engine.
 
---adapter NAME         a registered adapter (mora, lora) on a frozen base
+--adapter NAME         a registered adapter (mora, lora, subspace) on a frozen base
                        config (targets) -> injection -> identity check -> engine -> Run
 --adapter full         every parameter, under plain ZeRO
 --adapter none         nothing; the base is only evaluated
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,12 +28,13 @@ from mora_ds.adapters.inject import (
 )
 from mora_ds.adapters.registry import Control
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
-from mora_ds.checkpoint.sections import full_sections
+from mora_ds.checkpoint.sections import Section, full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.files import JsonObject
 from mora_ds.common.tensor_files import dtype_name
 from mora_ds.config.arguments import Arguments
+from mora_ds.config.research import ResearchSettings
 from mora_ds.engine.device import card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
@@ -49,6 +52,9 @@ from mora_ds.train.layer_scales import FLAG as SCALING
 from mora_ds.train.layer_scales import measured_scales
 from mora_ds.train.run import Run, RunOptions, TrainingRun, export_live
 from mora_ds.train.setup import RunContext
+
+if TYPE_CHECKING:
+    from mora_ds.research.alignment import Alignment
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +75,8 @@ class TrainingSetup:
     """Merges and checkpoints; there is none where nothing is trained."""
     trainable_parameters: int
     total_parameters: int
+    alignment: Alignment | None = None
+    """The alignment loss, where the block `research:` asks for it."""
 
     def __init__(
         self,
@@ -153,6 +161,7 @@ class TrainingSetup:
         self.config = self._planned_config()
         context.ranks.agree("injection of the adapter", self._inject, long=True)
         self._scale_layers()
+        sections = self._research_sections()
         fingerprint = base.fingerprint(ranks=context.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
@@ -174,6 +183,7 @@ class TrainingSetup:
             },
             ranks=context.ranks,
             state=context.state,
+            sections=sections,
         )
         self.run = Run(
             self.engine,
@@ -223,6 +233,10 @@ class TrainingSetup:
         }
         if training.has_muon:
             identity["optimizer"] = training.optimizer
+        research = ResearchSettings(**self.arguments.research)
+        if research.alignment_weight:
+            alignment = [research.alignment_weight, research.alignment_rank]
+            identity["alignment"] = alignment
         if self.arguments.schedule.decay_from is not None:
             identity |= self.context.branch
         return identity
@@ -262,6 +276,30 @@ class TrainingSetup:
             fingerprint = loaded.base.fingerprint(ranks=self.context.ranks)
             plan.check_base(loaded.base, fingerprint)
         return researched(config, arguments, plan)
+
+    def _research_sections(self) -> list[Section]:
+        """Give the model the alignment loss that the block `research:` asks for. Returns
+        what checkpoints hold of it. Collective."""
+        settings = ResearchSettings(**self.arguments.research)
+        if not settings.alignment_weight:
+            return []
+        from mora_ds.research.alignment import (
+            Alignment,
+            AlignmentSection,
+            leading_of_base,
+        )
+
+        loaded = self.loaded
+        self.alignment = Alignment(loaded.model, settings.alignment_weight)
+        if self.context.checkpoint is None:
+            self.alignment.leading = leading_of_base(
+                loaded.model,
+                loaded.base,
+                loaded.keys,
+                settings.alignment_rank,
+                self.context.ranks,
+            )
+        return [AlignmentSection(self.alignment)]
 
     def utilization(self, tokens_per_s: float) -> float | None:
         """The fraction of its GPUs' peak that `tokens_per_s` use, if that is

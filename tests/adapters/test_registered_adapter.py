@@ -244,7 +244,9 @@ def test_an_adapter_that_is_not_registered(tmp_path, capsys, dora):
         registry.register(DORA)
     with pytest.raises(SystemExit):
         parse(["-h"])
-    assert "lora, dora, full, none" in " ".join(capsys.readouterr().out.split())
+    assert "lora, subspace, dora, full, none" in " ".join(
+        capsys.readouterr().out.split()
+    )
     del registry.ADAPTERS["dora"]
 
     class Changed(MoRAConfig):
@@ -253,10 +255,10 @@ def test_an_adapter_that_is_not_registered(tmp_path, capsys, dora):
     with user_error("adapter 'mora' is registered with another class"):
         inject(tiny_model(), Changed(rank=4))
     for message, call in {
-        "unknown --adapter 'dora'; known: mora, lora, full, none": (
+        "unknown --adapter 'dora'; known: mora, lora, subspace, full, none": (
             lambda: validate(from_flat({"adapter": "dora"}))
         ),
-        "adapter.json: unknown adapter 'dora'; known: mora, lora": (
+        "adapter.json: unknown adapter 'dora'; known: mora, lora, subspace": (
             lambda: export_merged(adapter, tmp_path / "new")
         ),
         "unknown adapter 'dora'": lambda: inject(tiny_model(), CONFIG),

@@ -85,7 +85,7 @@ LAUNCHES = r"""
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
---adapter mroa | unknown --adapter 'mroa'; known: mora, lora, full, none. Did you mean 'mora'?
+--adapter mroa | unknown --adapter 'mroa'; known: mora, lora, subspace, full, none. Did you mean 'mora'?
 --merge_every -1 | --merge_every must be at least 0
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --merge_every 3 --restart_warmup_steps 0 | --restart_warmup_steps must be at least 1

@@ -1,5 +1,6 @@
 """Ranks of weights, and plans of targets: formulas, files, and runs that follow a plan."""
 
+import itertools
 import math
 import random
 import shutil
@@ -13,8 +14,11 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
+from mora_ds.data import load_corpus
+from mora_ds.eval.perplexity import Score, Windows, cut_windows, load_target
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.research.analyze import (
+    GradientMeasures,
     WeightMeasures,
     allocate_budget,
     layers_of,
@@ -26,7 +30,7 @@ from mora_ds.train.dry_run import planned
 from tests.helpers.errors import run_error, user_error
 from tests.helpers.jobs import research, run, validation_errors_of
 from tests.helpers.mistakes import command
-from tests.helpers.models import tiny_model
+from tests.helpers.models import causal_loss, tiny_model
 from tests.helpers.operators import random as normal
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_same_run
@@ -92,7 +96,41 @@ def test_the_command_prints_and_plans(user, tmp_path, capsys):
     assert plan.layers == allocate_budget(measures, int(0.03 * parameters))
 
 
+def test_a_plan_by_gradients_on_text(user, tmp_path, capsys):
+    """|dL/dM| is that of autograd, the root of its mean square over windows."""
+    path = tmp_path / "targets.yaml"
+    flags = (
+        f"{user.model} --probe {user.train} --probe_batches 2 --window 24 "
+        f"--mora_rank 2 --trainable_budget 3% --write {path}"
+    )
+    assert command("analyze", flags.split()) == (0, "")
+    printed = capsys.readouterr().out
+    target = load_target(user.model, dtype="float32")
+    windows = Windows.of(target.model, 24, None)
+    corpus = load_corpus([str(user.train)], flag="--probe")
+    cut = cut_windows(corpus, target.tokenizer, windows, None, Score())
+    inject(target.model, MoRAConfig(rank=2))
+    layers = mora_layers(target.model)
+    values = [layer.adapter_weight for layer in layers.values()]
+    gradients = []
+    for ids, _ in itertools.islice(cut, 2):
+        loss = causal_loss(target.model, torch.tensor([ids]))
+        gradients.append(torch.autograd.grad(loss, values))
+    measures = []
+    for (name, layer), *of_layer in zip(layers.items(), *gradients, strict=True):
+        energy = sum(gradient.square().sum().item() for gradient in of_layer)
+        norm = math.sqrt(energy / 2)
+        measures.append(GradientMeasures(name, layer.shape, layer.spec.r_hat, norm))
+        assert f"{name}  {layer.spec.r_hat:>5}  {norm:.3e}" in printed
+    _, parameters = layers_of(BaseCheckpoint.open(user.model), ["all-linear"])
+    assert read_plan(path).layers == allocate_budget(measures, int(0.03 * parameters))
+    assert min(layer.score for layer in measures) > 0
+
+
 MISTAKES = """
+--probe_batches 0 | --probe_batches must be
+--device moon | --device moon
+--probe /nowhere/x.txt | --probe
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --write plan.yaml | --trainable_budget and --write need each other
 --write /nowhere/x --trainable_budget 3% | --write /nowhere/x

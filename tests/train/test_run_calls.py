@@ -67,7 +67,7 @@ MoRAConfig | {domains: law} | domains must be a list, got 'law'
 MoRAConfig | {target_modules: [q_proj, 3]} | target_modules[1] must be a text, got 3
 MoRAConfig | {target_modules: 3} | target_modules must be a list, got 3
 inject | {model: null, config: CONFIG} | inject: `model` must be of the type Module, got None
-inject | {model: MODEL, config: null} | inject: `config` must be a config of an adapter (mora, lora), got None
+inject | {model: MODEL, config: null} | inject: `config` must be a config of an adapter (mora, lora, subspace), got None
 inject | {model: LAYER, config: CONFIG} | inject: `model` is itself a linear layer
 inject | {model: LAYERS, config: EMBEDDINGS} | `embedding_rank`: the embeddings are a NoneType
 inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled

@@ -85,18 +85,23 @@ class LoRASpec(AdditiveSpec):
         return torch.cat((down, up * factor), dim=1)
 
     def delta_weight(self, adapter_weight: Tensor) -> Tensor:
-        """Summed one rank after another by separate elementwise products and sums,
-        which every number of threads rounds alike (a matrix product does not)."""
         down, up = self.factors(adapter_weight)
-        up = up.unsqueeze(2)
-        total = up[0] * down[0]
-        for row, column in zip(down[1:], up[1:], strict=True):
-            total += column * row
-        return total
+        return outer_sum(up, down)
 
     def low_rank(self, adapter_weight: Tensor) -> tuple[Tensor, Tensor]:
         down, up = self.factors(adapter_weight)
         return down, up.T
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right (A, B), of (k, A) and (k, B): one row after another by separate
+    elementwise products and sums, which every number of threads rounds alike (a matrix
+    product does not)."""
+    left = left.unsqueeze(2)
+    total = left[0] * right[0]
+    for row, column in zip(right[1:], left[1:], strict=True):
+        total += column * row
+    return total
 
 
 def lora_update(spec: LoRASpec, adapter_weight: Tensor, x: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class UpdateSpec(ABC):
 
     A layer has one trained tensor, the *adapter weight*. An adapter with several tensors packs
     them into one, as LoRA does with [A | B^T]: then ZeRO gathers a layer's adapter at
-    once, and merge ledgers and checkpoints hold one tensor a layer.
+    once, and merge ledgers and checkpoints hold one tensor a layer. Its last columns may
+    be fixed (`trained_shape`): they are not trained, and all ranks have them.
 
     Everything that only one kind of update does is a method or a property here, so that
     no caller asks for the kind. What an adapter supports beyond this class it declares
@@ -94,9 +95,20 @@ class UpdateSpec(ABC):
         """(r_hat, r_hat); (E, r_hat, r_hat) of a stack; (rank, d_in + d_out) of
         LoRA."""
 
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """The shape of what is trained of the adapter weight: its first columns, or
+        all."""
+        return self.adapter_weight_shape
+
+    def trained(self, adapter_weight: Tensor) -> Tensor:
+        """What is trained of an adapter weight."""
+        return adapter_weight[..., : self.trained_shape[-1]].contiguous()
+
     @abstractmethod
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
-        """The adapter weight that a cycle starts from, in fp32: with it the layer computes as
+        """The `trained` part of the adapter weight that a cycle starts from, in fp32:
+        with it the layer computes as
         `base_weight` (d_out, d_in), its frozen weight, does. That is the merged weight
         of the cycle before; in the first cycle the original one, before `base_bits`
         rounds it. A pure function of its arguments: the same on every rank and after
@@ -195,7 +207,7 @@ class AdditiveSpec(UpdateSpec):
 
     def init_weight(self, base_weight: Weight, seed: int) -> Tensor:
         """Zeros, on the CPU."""
-        return torch.zeros(self.adapter_weight_shape)
+        return torch.zeros(self.trained_shape)
 
     @abstractmethod
     def delta_weight(self, adapter_weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from mora_ds.deploy.svd import OVERSAMPLED, leading_vectors
+from mora_ds.models.svd import OVERSAMPLED, leading_vectors
 from tests.helpers.operators import random
 
 
@@ -15,18 +15,21 @@ def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch):
     left, _ = torch.linalg.qr(random(side, side))
     right, _ = torch.linalg.qr(random(side, side, seed=1))
     matrix = left * values @ right.T
-    exact = leading_vectors(matrix, count, "layer")
+    left_exact, exact = leading_vectors(matrix, count, "layer")
+    spanned = left_exact @ matrix @ exact.T
+    torch.testing.assert_close(spanned, values[:count].diag())
     signs = (exact @ right[:, :count]).diagonal().sign()
     torch.testing.assert_close(exact, (right[:, :count] * signs).T)
     assert (exact.gather(1, exact.abs().argmax(dim=1, keepdim=True)) > 0).all()
-    monkeypatch.setattr("mora_ds.deploy.svd.EXACT_NUMBERS", 0)
+    monkeypatch.setattr("mora_ds.models.svd.EXACT_NUMBERS", 0)
     state = torch.get_rng_state()
-    iterated = leading_vectors(matrix, count, "layer")
+    left_iterated, iterated = leading_vectors(matrix, count, "layer")
     assert torch.equal(torch.get_rng_state(), state), (
         "the run's random numbers are as they were"
     )
-    assert torch.equal(iterated, leading_vectors(matrix, count, "layer"))
+    assert torch.equal(iterated, leading_vectors(matrix, count, "layer")[1])
     assert not torch.equal(iterated, exact.float()), "by iteration"
     torch.testing.assert_close(iterated.double(), exact, rtol=1e-4, atol=1e-4)
-    most = leading_vectors(matrix, side // 2, "layer")
+    torch.testing.assert_close(left_iterated.double(), left_exact, rtol=1e-4, atol=1e-4)
+    _, most = leading_vectors(matrix, side // 2, "layer")
     assert most.dtype is torch.float64, "most of the vectors are needed: exact"

@@ -1,0 +1,266 @@
+"""The alignment loss: it draws each layer's update into the leading subspaces of the
+frozen weight.
+
+    loss -= weight * mean over layers of share
+    share = |Uq^T D Vq|^2 / (|D|^2 + (OFFSET |W0|)^2)     D: the layer's delta; Uq, Vq: q leading singular vectors of W0
+
+D is never formed: Uq^T D Vq is the update of q vectors, and |D|^2 follows from D's
+factors, or from what M is for each block. The offset makes the share and its gradient 0
+at M = 0, where the quotient alone has no limit; a delta of a thousandth of the weight's
+norm counts half of what its direction would give, a larger one almost all of it.
+
+    alignment = Alignment(model, weight)                  after `inject`, before `initialize`
+    alignment.leading = leading_of_base(...)              or a checkpoint's (`AlignmentSection`)
+    engine.backward(loss + alignment.loss())              after each forward pass of the model
+
+Shape legend:  O = d_out, D = d_in, R = r_hat, N = blocks that M is applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mora_ds.adapters.layer import AdaptedLinear, mora_layers
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    block_matrices,
+    decompress_transpose,
+    mora_update,
+    operator_of,
+)
+from mora_ds.adapters.ops.spec import UpdateSpec, additive
+from mora_ds.checkpoint.sections import (
+    CheckpointFiles,
+    Gathered,
+    SavedCheckpoint,
+    Section,
+)
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.tensor_files import Tensors, open_safetensors
+from mora_ds.config.research import ALIGNMENT_RANK
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.svd import leading_vectors
+from mora_ds.runtime.ranks import Ranks
+
+OFFSET = 1e-3
+"""Fraction of the weight's norm that is added to the delta's norm, both squared."""
+
+FILE = "alignment.safetensors"
+"""In a checkpoint: "<module>.left", ".right" and ".norm" of every layer."""
+
+
+class Leading(NamedTuple):
+    """The leading directions of a frozen weight W0 (O, D), in fp32."""
+
+    left: Tensor
+    """(q, O): left singular vectors, one a row, the leading ones first."""
+    right: Tensor
+    """(q, D): the right ones, in the same order."""
+    norm: Tensor
+    """(): Frobenius norm of W0."""
+
+
+# -- the share of one layer ------------------------------------------------------------
+
+
+def share_of(spec: UpdateSpec, value: Tensor, leading: Leading) -> Tensor:
+    """The share of a value, from 0 to 1, in the value's dtype."""
+    left, right, norm = (tensor.to(value) for tensor in leading)
+    factors = additive(spec).low_rank(value)
+    if factors is None:
+        operator = operator_of(spec, "the alignment loss")
+        inside = mora_update(operator, value, right) @ left.T
+        energy = energy_of_blocks(operator, value)
+    else:
+        down, up = factors
+        inside = (left @ up) @ (down @ right.T)
+        energy = ((up.T @ up) * (down @ down.T)).sum()
+    return inside.square().sum() / (energy + (OFFSET * norm).square())
+
+
+def energy_of_blocks(spec: OperatorSpec, mora_matrix: Tensor) -> Tensor:
+    """|delta_weight(M)|^2 of M (R, R) that is applied to several blocks.
+
+    A number of M R_n for block n stands in the delta once, where an output reads its
+    row. Two of them are summed where the last block of inputs is filled up with the
+    first inputs, and both blocks have the same outputs.
+    """
+    matrices = block_matrices(spec, mora_matrix)  # (N, R, R)
+    ones = mora_matrix.new_ones(spec.d_out)
+    is_read = decompress_transpose(spec, ones).unsqueeze(2)  # (N, R, 1)
+    energy = (is_read * matrices.square()).sum()
+    last = spec.blocks - 1
+    wrapped = spec.blocks * spec.r_hat - spec.d_in
+    if wrapped and last % spec.blocks_out == 0:
+        first = matrices[0, :, :wrapped] * is_read[0]
+        energy = energy + 2 * (first * matrices[last, :, -wrapped:]).sum()
+    return energy
+
+
+def leading_of_base(
+    model: nn.Module,
+    base: BaseCheckpoint,
+    keys: Mapping[str, str],
+    rank: int,
+    ranks: Ranks,
+) -> dict[str, Leading]:
+    """{module: its `rank` leading directions} of every adapted layer. `keys`: parameter
+    name -> key in the base. Each weight is decomposed by one rank. Collective. Raises
+    `UserError` that names a weight which is not finite or too small."""
+    layers = mora_layers(model)
+    names = list(layers)
+
+    def decompose(number: int) -> Leading:
+        name = names[number]
+        layer = layers[name]
+        key = keys[layer.spec.weight_name(name)]
+        weight = base.read(key).to(layer.device, torch.float64)
+        if rank > min(weight.shape):
+            raise UserError(
+                f"{ALIGNMENT_RANK} {rank}: {name} has {min(weight.shape)} singular vectors"
+            )
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{base.folder}: {key}: NaN and infinity have no singular vectors"
+            )
+        weight = weight.mT if layer.transposed else weight
+        left, right = leading_vectors(weight, rank, name)
+        parts = (left, right, weight.norm())
+        return Leading(*(part.float().cpu() for part in parts))
+
+    return dict(zip(names, ranks.map(decompose, len(names)), strict=True))
+
+
+# -- the loss of a model ---------------------------------------------------------------
+
+
+class Alignment:
+    """The alignment loss of a model. Layers note their shares in the forward passes of
+    the model, in training, as ZeRO-3 has M unsharded only while its layer runs."""
+
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        layers = mora_layers(model)
+        self.weight = weight
+        self.leading: dict[str, Leading] = {}
+        self.value = torch.zeros(())
+        """The mean share over layers at the latest `loss`, for logs."""
+        self._layers = len(layers)
+        self._shares: dict[str, Tensor] = {}
+        self._is_recording = False
+        for name, layer in layers.items():
+            layer.register_forward_hook(partial(self._after_layer, name))
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end, always_call=True)
+
+    def loss(self) -> Tensor:
+        """The term that the latest forward pass adds to its loss; layers that it did not
+        use contribute 0. Raises `RunError` where none was made in training mode."""
+        if not self._shares:
+            raise RunError("the alignment loss needs a forward pass in training mode")
+        mean = torch.stack(list(self._shares.values())).sum() / self._layers
+        self._shares.clear()
+        self.value = mean.detach()
+        return -self.weight * mean
+
+    def _begin(self, model: nn.Module, inputs: object) -> None:
+        self._shares.clear()
+        self._is_recording = True
+
+    def _end(self, model: nn.Module, inputs: object, output: object) -> None:
+        self._is_recording = False
+
+    def _after_layer(
+        self, name: str, layer: AdaptedLinear, inputs: object, output: Tensor
+    ) -> Tensor:
+        if not (layer.training and torch.is_grad_enabled()):
+            return output
+        leading = self.leading[name]
+        if leading.left.device != output.device:
+            leading = Leading(*(part.to(output.device) for part in leading))
+            self.leading[name] = leading
+        # Gradient checkpointing runs the layer again in backward, when nothing is
+        # recorded, and autograd expects the same operations there
+        output, share = WithShareFunction.apply(
+            output, layer.adapter_weight, layer, leading
+        )
+        if self._is_recording:
+            self._shares[name] = share
+        return output
+
+
+class WithShareFunction(torch.autograd.Function):
+    """(output, the layer's parameter) -> (output, share)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        parameter: Tensor,
+        layer: AdaptedLinear,
+        leading: Leading,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.layer = layer
+        ctx.leading = leading
+        ctx.save_for_backward(parameter)
+        return output.detach(), _layer_share(layer, parameter, leading)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        g_output, g_share = gradients
+        if g_share is None or not ctx.needs_input_grad[1]:
+            return g_output, None, None, None
+        (parameter,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = parameter.detach().requires_grad_()
+            share = _layer_share(ctx.layer, leaf, ctx.leading)
+            (g_parameter,) = torch.autograd.grad(share, leaf, g_share)
+        return g_output, g_parameter, None, None
+
+
+def _layer_share(layer: AdaptedLinear, parameter: Tensor, leading: Leading) -> Tensor:
+    """In fp32, or fp64 where the parameter is."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return share_of(layer.spec, layer.unshard(parameter.to(dtype)), leading)
+
+
+# -- its part of a checkpoint ----------------------------------------------------------
+
+
+class AlignmentSection(Section):
+    """The leading directions, so that a resumed run has the same bits on any machine."""
+
+    name = "alignment"
+    files = (FILE,)
+    required = (FILE,)
+
+    def __init__(self, alignment: Alignment) -> None:
+        self.alignment = alignment
+
+    def gather(self, step: int) -> Gathered:
+        return Gathered(write=self._write)
+
+    def _write(self, files: CheckpointFiles) -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        tensors: Tensors = {}
+        for name, leading in self.alignment.leading.items():
+            for part, tensor in leading._asdict().items():
+                tensors[f"{name}.{part}"] = tensor.cpu()
+        files.tensors(FILE, tensors, {})
+
+    def load(self, saved: SavedCheckpoint) -> None:
+        handle = open_safetensors(saved.local(FILE))
+        keys = set(handle.keys())
+        names = [key.removesuffix(".norm") for key in keys if key.endswith(".norm")]
+        self.alignment.leading = {
+            name: Leading(
+                *(handle.get_tensor(f"{name}.{part}") for part in Leading._fields)
+            )
+            for name in names
+        }
