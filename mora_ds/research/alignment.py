@@ -31,6 +31,7 @@ from mora_ds.adapters.ops.mora import (
     block_matrices,
     decompress_transpose,
     mora_update,
+    multiplied,
     operator_of,
 )
 from mora_ds.adapters.ops.spec import UpdateSpec, additive
@@ -68,14 +69,14 @@ class Leading(NamedTuple):
 # -- the share of one layer ------------------------------------------------------------
 
 
-def share_of(spec: UpdateSpec, value: Tensor, leading: Leading) -> Tensor:
-    """The share of a value, from 0 to 1, in the value's dtype."""
-    left, right, norm = (tensor.to(value) for tensor in leading)
-    factors = additive(spec).low_rank(value)
+def share_of(spec: UpdateSpec, adapter_weight: Tensor, leading: Leading) -> Tensor:
+    """The share of an adapter weight, from 0 to 1, in its dtype."""
+    left, right, norm = (tensor.to(adapter_weight) for tensor in leading)
+    factors = additive(spec).low_rank(adapter_weight)
     if factors is None:
         operator = operator_of(spec, "the alignment loss")
-        inside = mora_update(operator, value, right) @ left.T
-        energy = energy_of_blocks(operator, value)
+        inside = mora_update(operator, adapter_weight, right) @ left.T
+        energy = energy_of_blocks(operator, multiplied(operator, adapter_weight))
     else:
         down, up = factors
         inside = (left @ up) @ (down @ right.T)
@@ -84,7 +85,7 @@ def share_of(spec: UpdateSpec, value: Tensor, leading: Leading) -> Tensor:
 
 
 def energy_of_blocks(spec: OperatorSpec, mora_matrix: Tensor) -> Tensor:
-    """|delta_weight(M)|^2 of M (R, R) that is applied to several blocks.
+    """|delta_weight(M)|^2 of M (R, R), multiplied, that is applied to several blocks.
 
     A number of M R_n for block n stands in the delta once, where an output reads its
     row. Two of them are summed where the last block of inputs is filled up with the
