@@ -427,7 +427,7 @@ runtime/ranks.py Ranks.same | train/test_agreement.py
 + len(ranks_with) > 9
 
 # a file that shared storage shows late is not waited for
-common/files.py await_file | common/test_files.py
+common/files.py await_readable | common/test_files.py
 - time.monotonic() > deadline
 + True
 
@@ -518,8 +518,8 @@ models/load.py folder_config | config/test_bad_launches.py
 
 # an index may name its shards by lists
 models/base.py _locate_tensors | config/test_bad_launches.py
-- dict[str, FileName]
-+ dict[str, Any]
+- weight_map = entry(read_json(index), "weight_map", dict[str, FileName], index)
++ weight_map = entry(read_json(index), "weight_map", dict[str, Any], index)
 
 # an empty folder of text is no match
 data/corpus.py _hint | config/test_bad_launches.py

@@ -353,7 +353,7 @@ class TrainingSetup:
         model = self.loaded.model
         device = torch.device("cpu") if self._streams else current_device()
         # Not `model.to` alone, which would untie tied weights
-        move_base(model, device, getattr(torch, compute_dtype(self.ds_config)))
+        move_base(model, device, compute_dtype(self.ds_config))
         model.to(device)
         return measured_scales(model, self.data.train, device)
 

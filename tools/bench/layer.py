@@ -202,7 +202,7 @@ def ratios(layer: Layer, cases: dict[str, Case], seconds: float) -> dict[str, fl
     return {"frozen": median(frozen_s), **measured}
 
 
-def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
+def saved_mib(layer: Layer, step: Step, trained: Sequence[Tensor]) -> float:
     """What autograd keeps from a forward, without the weights."""
     weights = {tensor.data_ptr() for tensor in (layer.base.weight, *trained)}
     saved: dict[int, torch.UntypedStorage] = {}
