@@ -431,6 +431,21 @@ common/files.py await_readable | common/test_files.py
 - time.monotonic() > deadline
 + True
 
+# a rank joins the store of another run
+runtime/rendezvous.py meet | runtime/test_rendezvous.py
+- holder != own
++ False
+
+# each task of srun trains a run of its own
+runtime/launchers.py adopt | runtime/test_launchers.py
+- os.environ.get(names[1], "1") != "1"
++ False
+
+# a node with other sources trains
+train/setup.py _sources_digest | train/test_agreement.py
+- path.read_bytes()
++ b""
+
 # an input inside the output folder is taken
 train/inputs.py check_inputs | train/test_inputs.py
 - any(path in outputs for path in any_parents)

@@ -129,7 +129,7 @@ starts, requeued.
 @pytest.mark.parametrize(
     "code, to_script, state, left_with, starts, requeued", rows(ENDS)
 )
-def test_slurm_queues_the_job_again_unless_it_was_cancelled(
+def test_slurm_queues_the_job_again_unless_a_person_ended_it(
     tmp_path, code, to_script, state, left_with, starts, requeued
 ):
     sent = to_script.replace('"', "")
@@ -137,7 +137,7 @@ def test_slurm_queues_the_job_again_unless_it_was_cancelled(
     assert end == int(left_with)
     assert sum(line.startswith("srun") for line in log) == int(starts)
     assert ("requeue 7" in log) == (requeued == "yes")
-    # The ranks are told what the script is told
+    # The ranks get what the script gets
     assert ("scancel --signal=USR1 7" in log) == bool(sent)
 
 
@@ -243,7 +243,7 @@ def test_kubernetes_starts_a_process_a_gpu(tmp_path):
     check(options, parse(flags))
 
 
-def test_a_restart_of_kubernetes_counts_unless_the_ranks_were_told_to_stop():
+def test_a_restart_of_kubernetes_counts_unless_the_ranks_had_to_stop():
     """Pods of the same preemption: the one that Kubernetes ends, and those whose ranks save
     with it. JobSet sees the reason alone."""
     jobset, nodes = jobset_nodes()

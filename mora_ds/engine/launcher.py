@@ -91,15 +91,15 @@ def run_launcher(words: Sequence[str]) -> int:
     ranks training (deepspeed/launcher/runner.py, `main`, has no handler).
     """
     signals.uninstall()
-    told: list[psutil.Process] = []
+    stopped: list[psutil.Process] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told.extend(_stop_ranks())
+        stopped.extend(_stop_ranks())
 
     for number in signals.SIGNALS:
         signal.signal(number, stop)
     code = subprocess.Popen(words).wait()
-    psutil.wait_procs(told)
+    psutil.wait_procs(stopped)
     return code if code >= 0 else 128 - code
 
 

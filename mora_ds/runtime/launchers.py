@@ -72,9 +72,9 @@ def adopt(argv: Iterable[str] = ()) -> None:
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise UserError(
-            f"{names[0]} is set, and nothing tells {' and '.join(missing)}: use torchrun, or name the node of rank 0 "
-            "and pass it on to all processes, as Open MPI does by -x, and LOCAL_RANK with it where it is missing\n"
-            f"  export MASTER_ADDR=NODE MASTER_PORT={PORT}\n"
+            f"{names[0]} is set, and {' and '.join(missing)} not: start the run with torchrun, or set what is missing "
+            "for all processes\n"
+            f"  export MASTER_ADDR=NODE_OF_RANK_0 MASTER_PORT={PORT}\n"
             "  mpirun -x MASTER_ADDR -x MASTER_PORT ..."
         )
 

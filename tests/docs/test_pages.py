@@ -154,6 +154,7 @@ OTHERS = {
     "--nproc_per_node",
     "--nodes",
     "--signal",
+    "--stop",
     "--strict",
     "--relora",
     "--help",

@@ -98,7 +98,7 @@ def test_what_mpirun_does_not_tell_is_asked_for_even_with_mpi4py(monkeypatch, la
     for name in ("RANK", "SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", ModuleType("mpi4py"))
-    with user_error(r"nothing tells MASTER_ADDR"):
+    with user_error(r"MASTER_ADDR not"):
         start_distributed()
 
 

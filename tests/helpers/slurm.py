@@ -89,10 +89,10 @@ class Slurm:
             re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job))
         )
 
-    def wait(self, job, *states, limit_s=150):
-        """Until the job is in one of the states; its fields then."""
+    def wait(self, job, state, limit_s=150):
+        """Until the job's state begins with a word; its fields then."""
         until = time.monotonic() + limit_s
-        while (now := self.state(job))["JobState"] not in states:
+        while not (now := self.state(job))["JobState"].startswith(state):
             assert time.monotonic() < until, (now, self.log(job))
             time.sleep(0.2)
         return now

@@ -72,9 +72,7 @@ def test_rank_0_is_on_the_first_node(adopted, nodes, first):
 
 @pytest.mark.parametrize("given", [OPEN_MPI, MPICH], ids=["Open MPI", "MPICH"])
 def test_mpirun_tells_all_but_where_rank_0_is(adopted, given):
-    with user_error(
-        r"_RANK is set, and nothing tells MASTER_ADDR:(.|\n)*mpirun -x MASTER"
-    ):
+    with user_error(r"_RANK is set, and MASTER_ADDR not:(.|\n)*mpirun -x MASTER"):
         adopted(given)
     address = {"MASTER_ADDR": "node1"}
     assert adopted({**given, **address}) == [*RANK, "node1", "29500"]
@@ -92,9 +90,7 @@ def test_on_one_node_mpirun_needs_nothing_more(adopted, given):
 
 
 def test_what_nothing_tells_is_to_be_exported(adopted):
-    with user_error(
-        r"(?s)which process of its node.*export RANK=\$PMI_RANK.*LOCAL_RAN"
-    ):
+    with user_error("PMI_RANK is set, and LOCAL_RANK and MASTER_ADDR not"):
         adopted({"PMI_RANK": "3", "PMI_SIZE": "4"})
 
 

@@ -66,7 +66,7 @@ def ended(slurm, job, out, state):
     assert saved_step(out) == rows(out)[-1]["step"], log
 
 
-def test_a_job_ends_when_told_to_and_goes_on_to_the_bit(
+def test_a_job_ends_when_it_should_and_goes_on_to_the_bit(
     slurm, user, out, tmp_path_factory
 ):
     reference = finished_run(2, user, tmp_path_factory, STEPS)
@@ -75,7 +75,7 @@ def test_a_job_ends_when_told_to_and_goes_on_to_the_bit(
     job = submit(slurm, flags)
     wait_for_steps(slurm, job, out, beyond=0)
     slurm.call("scancel", job)
-    ended(slurm, job, out, "CANCELLED")
+    ended(slurm, job, out, "CANCEL")
 
     job = submit(slurm, flags)
     wait_for_steps(slurm, job, out, beyond=saved_step(out))
@@ -103,4 +103,4 @@ def test_a_job_goes_on_after_its_time(slurm, user, out):
     assert saved_step(out) == rows(out)[-1]["step"]
     assert slurm.state(job)["Restarts"] == "1", slurm.log(job)
     slurm.call("scancel", job)
-    slurm.wait(job, "CANCELLED")
+    slurm.wait(job, "CANCEL")
