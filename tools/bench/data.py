@@ -1,5 +1,6 @@
 """The loader alone against training, and the first batch after a resume at step 10^6:
-cached mixture and streaming.
+cached mixture and streaming. The start of mixtures of many sources with `epochs`, and
+the memory of a shuffled order.
 
     python tools/bench/data.py [--megabytes 20] [--steps 30]
 
@@ -14,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
@@ -24,6 +26,7 @@ from typing import Any
 # A bare checkout, not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +44,9 @@ from mora_ds.data import (
     load_tokenizer,
     train_sentencepiece,
 )
+from mora_ds.data.mixture import SampleSchedule
+from mora_ds.data.order import shuffled
+from mora_ds.data.packing import ORDER_PIECE
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG
@@ -56,12 +62,16 @@ FAR = 10**6
 VOCABULARY = 4000
 TOKENIZER_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
+SOURCES = (25, 100, 400, 1000)
+SEQUENCES = (10**6, 10**8, 2 * 10**9)
 
 
 def main() -> None:
     numbers = {"megabytes": (20.0, "text of all sources"), "steps": (30, "turns")}
     options = bench_parser(__doc__, numbers).parse_args()
     report = Report(options)
+    report.show("starts", _starts())
+    report.show("orders", _orders())
     with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
         _measure(Path(folder), options, report)
     report.write()
@@ -122,6 +132,34 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
         against = f"{rate * step_s / size:,.0f} x"
         rows.append([name, f"{rate:,.0f}", against, f"{resumed[name]:.3f} s"])
     report.show("loaders", rows)
+
+
+def _starts() -> list[list[str]]:
+    """Seconds until the order of a mixture is known, by its number of sources, each of
+    which is used up."""
+    rows = [["sources with epochs", "start"]]
+    for count in SOURCES:
+        random = np.random.RandomState(count)
+        weights = random.rand(count).tolist()
+        caps = random.randint(1, 10**6, count).tolist()
+        start = partial(SampleSchedule, [(0, weights)], caps)
+        rows.append([f"{count:,}", f"{_seconds_of(start):.3f} s"])
+    return rows
+
+
+def _orders() -> list[list[str]]:
+    """Memory and seconds of a piece of a shuffled order, by the sequences of its
+    epoch."""
+    rows = [["sequences an epoch", "memory of the order", "a piece"]]
+    for size in SEQUENCES:
+        piece = partial(shuffled, 0, 0, size, np.arange(ORDER_PIECE))
+        tracemalloc.start()
+        piece()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        memory = f"{peak / 1024:.0f} KiB"
+        rows.append([f"{size:,}", memory, f"{_seconds_of(piece) * 1e6:.0f} us"])
+    return rows
 
 
 def _seconds_of(work: Callable[[], object]) -> float:
