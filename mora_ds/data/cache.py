@@ -43,7 +43,6 @@ from mora_ds.common.files import (
     is_abandoned,
     json_digest,
 )
-from mora_ds.common.untrusted import read_text
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.readers import batched
@@ -57,8 +56,6 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 TOKENS = "tokens.bin"
 META = "meta.json"
-_META_BYTES = 1 << 28
-"""A corpus of a million files has a meta.json of 70 MB."""
 PARALLEL_BYTES = 32_000_000
 """Smaller corpora are tokenized in this process, because starting workers takes
 longer."""
@@ -84,7 +81,7 @@ class TokenCache:
     @classmethod
     def open(cls, folder: Path, members: Sequence[Any] = ()) -> TokenCache:
         """`members`: its token files, if they are read in place."""
-        meta = json.loads(read_text(folder / META, _META_BYTES))
+        meta = json.loads((folder / META).read_text())
         ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
         tokens: np.ndarray | TokensInPlace
         if "dtypes" in meta:
@@ -143,7 +140,7 @@ def damage(folder: Path) -> str | None:
     """Verify the sizes and hashes of the cache in `folder`. Returns the problem, or
     None."""
     try:
-        meta = json.loads(read_text(folder / META, _META_BYTES))
+        meta = json.loads((folder / META).read_text())
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"

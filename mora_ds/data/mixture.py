@@ -77,10 +77,10 @@ class SampleSchedule:
             weights = np.where(left > 0, phase_weights, 0.0)
             if not weights.any():
                 return first
-            whole = integer_weights(weights.tolist())
-            used_up = _places_after(whole, np.where(caps < _ENDLESS, left, 0))
+            integers = integer_weights(weights.tolist())
+            used_up = _places_after(integers, np.where(caps < _ENDLESS, left, 0))
             for place in np.unique([0, *used_up[used_up < _ENDLESS]]).tolist():
-                drawn = np.minimum(_counts(whole, place), left)
+                drawn = np.minimum(_counts(integers, place), left)
                 sample = first + int(drawn.sum())
                 if end is not None and sample >= end:
                     break
@@ -89,7 +89,7 @@ class SampleSchedule:
                     return sample
                 skipped = int(drawn[is_active].sum())
                 known = before + np.where(is_active, 0, drawn)
-                segment = _Segment(sample, whole, is_active, known, skipped)
+                segment = _Segment(sample, integers, is_active, known, skipped)
                 self._segments.append(segment)
             if end is not None:
                 before = self._segments[-1].counts(end)

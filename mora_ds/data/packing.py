@@ -34,7 +34,7 @@ from mora_ds.data.order import shuffled
 IGNORED = -100
 """Label of positions without a loss."""
 
-ORDER_PIECE = 1024
+ORDER_CHUNK = 1024
 """Blocks whose order is computed at once."""
 
 Block = dict[str, np.ndarray]
@@ -101,7 +101,7 @@ class PackedDataset:
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Blocks (sequences) per epoch."""
         # A batch may contain samples of two epochs.
-        self._order = lru_cache(maxsize=2)(self._order_of_piece)
+        self._order = lru_cache(maxsize=2)(self._order_of_chunk)
 
     def block(self, index: int) -> Block:
         """Block `index` of the stream, unshuffled."""
@@ -121,13 +121,13 @@ class PackedDataset:
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
         epoch, position = divmod(number, self.n_blocks)
-        piece, index = divmod(position, ORDER_PIECE)
-        return self.block(int(self._order(epoch, piece)[index]))
+        chunk, index = divmod(position, ORDER_CHUNK)
+        return self.block(int(self._order(epoch, chunk)[index]))
 
-    def _order_of_piece(self, epoch: int, piece: int) -> np.ndarray:
-        """The blocks at the positions of one piece of an epoch."""
-        first = piece * ORDER_PIECE
-        positions = np.arange(first, min(first + ORDER_PIECE, self.n_blocks))
+    def _order_of_chunk(self, epoch: int, chunk: int) -> np.ndarray:
+        """The blocks at the positions of one chunk of an epoch."""
+        first = chunk * ORDER_CHUNK
+        positions = np.arange(first, min(first + ORDER_CHUNK, self.n_blocks))
         return shuffled(self.seed, epoch, self.n_blocks, positions)
 
     def peek(self, index: int) -> Block:

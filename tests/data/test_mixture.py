@@ -151,10 +151,10 @@ def test_the_order_is_that_of_tijdemans_rule(sources):
     for most in (1, 4, 30):
         weights = tuple(random.randint(0, most + 1, sources).tolist())
         weights = weights if any(weights) else (1,) * sources
-        whole = integer_weights(weights)
+        integers = integer_weights(weights)
         shares = SampleSchedule([(0, weights)], [None] * sources)
-        located = [shares.locate(sample) for sample in range(sum(whole))]
-        assert located == tijdeman(whole)
+        located = [shares.locate(sample) for sample in range(sum(integers))]
+        assert located == tijdeman(integers)
 
 
 def test_many_sources_with_epochs_end_with_their_last_sample():

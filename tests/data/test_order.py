@@ -37,9 +37,9 @@ RECORDED_FAR = [1322533561, 1860809771, 1151411130]
 
 
 def test_positions_are_looked_up_in_any_batch():
-    whole = order(5000)
+    full = order(5000)
     positions = np.array([4999, 0, 17, 17, 2048])
-    assert np.array_equal(shuffled(42, 0, 5000, positions), whole[positions])
+    assert np.array_equal(shuffled(42, 0, 5000, positions), full[positions])
     assert shuffled(42, 0, 5000, positions[:0]).size == 0
 
 
@@ -47,7 +47,7 @@ def test_positions_are_looked_up_in_any_batch():
 def test_each_block_is_as_often_at_each_position(size):
     orders = np.array([order(size, epoch) for epoch in range(6000)])
     for column in orders.T:
-        assert chi_square(column, size) < limit(size)
+        assert unevenness(column, size) < limit(size)
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20, HUGE])
@@ -58,10 +58,10 @@ def test_a_part_of_an_epoch_is_spread_over_all_blocks(size):
     blocks = shuffled("7/web", 3, size, positions)
     another = shuffled("7/web", 4, size, positions)
     for numbers in (blocks, np.diff(blocks) % size, (another - blocks) % size):
-        assert chi_square(numbers * 100 // size, 100) < limit(100)
+        assert unevenness(numbers * 100 // size, 100) < limit(100)
 
 
-def chi_square(numbers, cells):
+def unevenness(numbers, cells):
     counts = np.bincount(numbers, minlength=cells)
     return ((counts - counts.mean()) ** 2).sum() / counts.mean()
 

@@ -23,12 +23,11 @@ def write_tokens(folder, kind, documents, name="a", dtype="<u2"):
 
 
 def write_megatron_index(path, lengths, dtype, **changes):
-    """`changes`: of the version, the dtype code, the pointers or the documents."""
-    ends = np.cumsum(lengths)
+    """`changes`: of the version, the dtype code or the documents."""
+    pointers = (np.cumsum(lengths) - lengths) * np.dtype(dtype).itemsize
     facts = {
         "version": 1,
         "code": DTYPE_CODES[dtype],
-        "pointers": (ends - lengths) * np.dtype(dtype).itemsize,
         "documents": np.arange(len(lengths) + 1),
         **changes,
     }
@@ -42,7 +41,7 @@ def write_megatron_index(path, lengths, dtype, **changes):
     path.write_bytes(
         header
         + np.asarray(lengths, "<i4").tobytes()
-        + np.asarray(facts["pointers"], "<i8").tobytes()
+        + pointers.astype("<i8").tobytes()
         + np.asarray(facts["documents"], "<i8").tobytes()
     )
 
