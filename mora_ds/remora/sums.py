@@ -50,8 +50,9 @@ class MergedSums:
         self.folder = folder
         self.keep = ""
         """Head of the last checkpoint's ledger, from which a killed run goes on."""
-        self._found: dict[str, Any] = {}
-        """Module or checksum -> the file of its sum."""
+        self._found: dict[str, tuple[Path, Any]] = {}
+        """Module or checksum -> the file of its sum, and its reader."""
+        self._is_merge = False
         self._shapes: Mapping[str, Shape] = {}
         """Of the sums that this process writes."""
         self._file: SafetensorsWriter | None = None
@@ -63,8 +64,9 @@ class MergedSums:
             if _chain(path) == ledger.head:
                 with suppress(UserError):
                     handle = open_safetensors(path)
-                    self._found.update(dict.fromkeys(handle.keys(), handle))
+                    self._found.update(dict.fromkeys(handle.keys(), (path, handle)))
         self._shapes = shapes
+        self._is_merge = is_merge
         is_missing = not shapes.keys() <= self._found.keys()
         if shapes and (is_merge or (ledger.cycles and is_missing)):
             with self._disk():
@@ -72,14 +74,17 @@ class MergedSums:
 
     def read(self, module: str) -> Tensor | None:
         """The sum of a layer on the CPU; None where there is none, or a damaged one. Do
-        not write to it: it is the mapped file."""
+        not write to it: it is the mapped file. A merge trusts what the run has written
+        or checked itself, as it trusts the files of the base."""
         if module not in self._found:
             return None
-        handle = self._found[module]
+        path, handle = self._found[module]
         total: Tensor = handle.get_tensor(module)
-        if torch.equal(handle.get_tensor(f"{module}.checksum"), _checksum(total)):
+        checksum = handle.get_tensor(f"{module}.checksum")
+        if self._is_merge or torch.equal(checksum, _checksum(total)):
             return total
         logger.warning("warning: the sum of %s is damaged, and is formed again", module)
+        path.unlink(missing_ok=True)
         return None
 
     def write(self, module: str, total: Tensor) -> None:

@@ -132,8 +132,9 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
         assert torch.equal(weights[name], weight), name
     assert bool(read) == (damage is not None)
     if damage is flip:
-        # The one layer that is damaged is read, the others are not
+        # The one layer that is damaged is formed again, and the file is gone
         assert len(read) == MERGES
+        assert set(read_by_merge) == set(range(MERGES))
     else:
         assert read_by_merge == [], "a replay keeps its sums"
 
