@@ -1,4 +1,4 @@
-"""Everything that is read from disk or told by a rank passes one door: `common/untrusted`
+"""Everything that is read from disk or received from a rank passes one door: `common/untrusted`
 bounds its size, kind and depth. No code of mora_ds reads a file, parses JSON or YAML, or
 loads arrays by itself, but for a list of exceptions with their reasons; none unpickles.
 """

@@ -86,7 +86,7 @@ def open_file(path: Path) -> BufferedReader:
 
 def lines_of(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, without their ends, each of at most `MAX_BYTES`: a longer
-    one comes in pieces."""
+    one is split."""
     with open_file(path) as file:
         while line := file.readline(MAX_BYTES):
             yield line.decode(errors="replace").rstrip("\r\n")

@@ -262,8 +262,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         if PICKLED_INDEX in names:
             # transformers follows the names in it
-            index = folder / PICKLED_INDEX
-            entry(read_json(index), "weight_map", dict[str, FileName], index)
+            _weight_map(folder / PICKLED_INDEX)
         if pickled:
             raise WeightMappingError(
                 f"{folder} has no safetensors, only pickled weights ({', '.join(pickled[:3])})"
@@ -271,7 +270,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
         )
-    weight_map = entry(read_json(index), "weight_map", dict[str, FileName], index)
+    weight_map = _weight_map(index)
     if not weight_map:
         raise UserError(f"{index} is damaged: its weight_map is empty")
     keys_of = {
@@ -284,6 +283,14 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
                 f"{folder / shard} has no tensor {key!r}, although {INDEX_FILE} lists it"
             )
     return {key: folder / shard for key, shard in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Key -> name of its file in the folder, of an index."""
+    files: dict[str, str] = entry(
+        read_json(index), "weight_map", dict[str, FileName], index
+    )
+    return files
 
 
 def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 SUMS_FOLDER = "sums"
 _ROOM = 3
-"""Sums are kept while the disk has room for so many more of them: they must not keep a
+"""Sums are kept while the disk has space for this many more of them: they must not keep a
 checkpoint from being written."""
 
 

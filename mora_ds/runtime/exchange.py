@@ -82,8 +82,8 @@ def gather_to_all(value: Any, group: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank; else as
     `gather_to_rank0`."""
     values = gather_to_rank0(value, group)
-    told: list[Any] = decode(broadcast(encode(values), group))
-    return told
+    everywhere: list[Any] = decode(broadcast(encode(values), group))
+    return everywhere
 
 
 def broadcast(text: bytes, group: Any) -> bytes:

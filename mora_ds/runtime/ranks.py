@@ -231,9 +231,9 @@ class Ranks:
         if error is not None and not _is_expected(error):
             sent = RunError(f"{type(error).__name__}: {error}")
         facts = None if sent is None else (type(sent).__name__, str(sent))
-        told = gather_to_all((check, value, facts), self.group)
+        gathered = gather_to_all((check, value, facts), self.group)
         outcomes = [
-            _Outcome(check, value, _error(facts)) for check, value, facts in told
+            _Outcome(check, value, _error(facts)) for check, value, facts in gathered
         ]
         failure = _first_failure(outcomes) or _different_checks(outcomes)
         if failure is None:
@@ -322,7 +322,7 @@ def _number(text: str) -> int:
 
 
 def _error(facts: tuple[str, str] | None) -> Exception | None:
-    """The error that a rank has told, by its name and text."""
+    """The error that a rank has reported, by its name and text."""
     if facts is None:
         return None
     name, text = facts

@@ -204,7 +204,7 @@ class MetricsLog:
 
     def _append(self, line: bytes) -> None:
         """Add a line. A full disk costs the line, not the run, which may need no disk
-        before it has room again."""
+        before there is space again."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             is_written = self._file.write(line) == len(line)

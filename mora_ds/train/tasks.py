@@ -134,8 +134,8 @@ class TaskSuite:
             by_task = results_of(results, self.names)
             return {name: asdict(result) for name, result in by_task.items()}
 
-        told = Ranks.current().run_on_rank0("results of tasks", facts)
-        return {name: TaskResult(**of_task) for name, of_task in told.items()}
+        gathered = Ranks.current().run_on_rank0("results of tasks", facts)
+        return {name: TaskResult(**of_task) for name, of_task in gathered.items()}
 
     def _model(self, module: nn.Module, lockstep: _Lockstep) -> Any:
         """The model, wrapped for the harness."""
