@@ -87,9 +87,9 @@ class AdapterArguments:
     train_head: bool = False
     """Train the output head too."""
     layerwise_scaling: bool = False
-    """Multiply each layer's update by a number of its own, measured on 8 sequences
-    before the first step: RMS(W0 x) / RMS(update of x by random signs). A learning rate
-    then moves every layer's output by about the same share of W0 x."""
+    """Multiply each layer's update by RMS(W0 x) / RMS(update of x by random signs),
+    measured on 8 sequences before the first step: a learning rate then moves the
+    outputs of all layers by like shares."""
     merge_every: int = 0
     """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10
