@@ -71,17 +71,17 @@ def _add_energies(
 ) -> None:
     """Forward hook: adds the squared norms of W0 x and of the update to `energies`
     (2,)."""
-    value = layer.adapter_weight
-    first = value.data
-    value.data = _moved(first, seed)
+    adapter_weight = layer.adapter_weight
+    first = adapter_weight.data
+    adapter_weight.data = _moved(first, seed)
     moved = layer.forward(*args, **kwargs)
-    value.data = first
+    adapter_weight.data = first
     frozen = output if layer.bias is None else output - layer.bias
     energies += torch.stack([_energy(frozen), _energy(moved - output)])
 
 
 def _moved(first: Tensor, seed: int) -> Tensor:
-    """The first value with random signs for its zeros: all of M, and LoRA's B."""
+    """The initial weight with random signs for its zeros: all of M, and LoRA's B."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, first.shape, generator=generator) * 2 - 1
     return torch.where(first == 0, signs.to(first), first)
