@@ -317,12 +317,12 @@ checkpoint/shard_table.py _tile | engine/test_shards.py
 + number != parameter or start > end
 
 # the folder of a checkpoint is not flushed before its name
-checkpoint/storage.py LocalStorage.commit | checkpoint/test_writer.py
+checkpoint/storage.py LocalStorage.commit | checkpoint/test_manager.py
 - fsync_tree(self.root / written, with_files=False)
 + None
 
 # the folder of all checkpoints is not flushed after the rename
-checkpoint/storage.py LocalStorage.commit | checkpoint/test_writer.py
+checkpoint/storage.py LocalStorage.commit | checkpoint/test_manager.py
 - fsync(self.root)
 + None
 

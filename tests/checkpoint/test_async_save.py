@@ -105,6 +105,7 @@ def give_no_answer():
     threading.Event().wait()
 
 
+@OVER_STORES
 def test_what_went_wrong_is_raised_on_all_ranks_and_the_checkpoint_before_stays(
     user, out
 ):
@@ -114,6 +115,7 @@ def test_what_went_wrong_is_raised_on_all_ranks_and_the_checkpoint_before_stays(
     assert [kind for kind, _ in reported] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in reported[1][1]
     assert reported[0][1].startswith("rank 1: ")
+    shown(out)
     root = out / "checkpoints"
     assert [folder.name for folder in complete_checkpoints(root)] == ["step-000002"]
     assert (root / "latest").resolve().name == "step-000002"
@@ -121,6 +123,7 @@ def test_what_went_wrong_is_raised_on_all_ranks_and_the_checkpoint_before_stays(
     assert_good(out)
 
 
+@OVER_STORES
 def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user, out):
     argv = user.flags(out, *MORE, "--async_save true --collective_timeout_s 8")
     for kind, message in run_ranks(2, faulty_job, argv, give_no_answer, timeout_s=100):
@@ -128,6 +131,7 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user, out):
         assert "step-000004" in message, message
         assert "8 s" in message
         assert "--collective_timeout_s" in message
+    shown(out)
     assert (out / "checkpoints/latest").resolve().name == "step-000002"
 
 

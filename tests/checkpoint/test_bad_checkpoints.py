@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mora_ds.checkpoint.manager import CheckpointManager, complete_checkpoints
-from mora_ds.checkpoint.storage import storage_of
+from mora_ds.checkpoint.storage import local_copy, storage_of
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import FORMAT, MANIFEST, write_manifest
 from mora_ds.deploy.export import export_merged
@@ -16,7 +16,7 @@ from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import golden_flags, refused, refused_each, run
 from tests.helpers.outcome import assert_same_outcome
-from tests.helpers.stores import OVER_STORES
+from tests.helpers.stores import OVER_STORES, shown, stored
 
 
 def without_manifest(folder):
@@ -49,13 +49,15 @@ BAD = {
 USER_ERRORS = ("UserError", "OtherFormat")
 
 
+@OVER_STORES
 def test_a_run_does_not_go_on_from_it(user, golden, out, tmp_path):
     """Nor is its output folder made."""
     cases = []
     for harm in BAD:
-        folder = tmp_path / harm.__name__ / "step-000006"
+        folder = tmp_path / harm.__name__ / "checkpoints/step-000006"
         shutil.copytree(golden / "checkpoints/step-000006", folder)
         harm(folder)
+        stored(folder.parents[1])
         cases.append(golden_flags(user, out, "--resume_from_checkpoint", folder))
     for results in run_ranks(2, refused_each, cases):
         for (kind, message), words in zip(results, BAD.values(), strict=True):
@@ -63,27 +65,32 @@ def test_a_run_does_not_go_on_from_it(user, golden, out, tmp_path):
             assert words in message
 
 
+@OVER_STORES
 def test_auto_does_not_pass_over_another_format(user, golden, out):
     """It is not damaged, and an older checkpoint is no better."""
     shutil.copytree(golden, out, symlinks=True)
     last_format(out / "checkpoints/step-000006")
+    stored(out)
     argv = golden_flags(user, out, "--resume_from_checkpoint auto")
     kind, message = run_alone(refused, argv)
     assert kind in USER_ERRORS
     assert "go on with the version that wrote it" in message
 
 
+@OVER_STORES
 def test_without_a_manifest_it_is_neither_verified_nor_exported(golden, out, merged):
     shutil.copytree(golden, out, symlinks=True)
     newest = out / "checkpoints/step-000006"
     without_manifest(newest)
+    stored(out)
     steps = [verdict.folder.name for verdict in verify(out)]
     assert steps == ["step-000002", "step-000004"]
     with user_error("step-000006 has no manifest.json"):
-        export_merged(newest, merged)
+        export_merged(local_copy(newest), merged)
     assert not merged.exists()
 
 
+@OVER_STORES
 def test_auto_passes_over_what_has_no_manifest_and_the_next_save_deletes_it(
     user, golden, out
 ):
@@ -91,7 +98,9 @@ def test_auto_passes_over_what_has_no_manifest_and_the_next_save_deletes_it(
     newest = out / "checkpoints/step-000006"
     without_manifest(newest)
     shutil.copytree(newest, out / "checkpoints/step-000003")
+    stored(out)
     run(2, golden_flags(user, out, "--resume_from_checkpoint auto"))
+    shown(out)
     assert_same_outcome(out, golden)
 
 

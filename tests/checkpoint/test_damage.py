@@ -35,7 +35,13 @@ from tests.helpers.jobs import (
 )
 from tests.helpers.outcome import assert_same_outcome, tree
 from tests.helpers.resume import disturb
-from tests.helpers.stores import OVER_STORES, edited, stored
+from tests.helpers.stores import (
+    OVER_STORES,
+    be_read_only,
+    edited,
+    in_memory,
+    stored,
+)
 
 
 @pytest.fixture
@@ -127,17 +133,21 @@ EDITS = {
 }
 
 
+@OVER_STORES
 @pytest.mark.parametrize("change", EDITS)
 def test_a_manifest_that_is_not_the_one_written(out, change, caplog):
     root = out / "checkpoints"
-    EDITS[change](root / "step-000006")
+    with edited(out, "step-000006") as checkpoint:
+        EDITS[change](checkpoint)
     assert resume_checkpoint("auto", root) == root / "step-000004"
     assert "manifest.json" in caplog.messages[0]
     with user_error(r"manifest\.json"):
         resume_checkpoint("latest", root)
 
 
-def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
+def test_auto_does_not_begin_afresh_where_a_damaged_cycle_is_linked_on_a_disk(
+    user, out
+):
     """Both cycles are one file with four names each: a damaged first one leaves nothing to
     go on from.
     """
@@ -150,7 +160,9 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
         assert f"step-00000{step}/ledger/cycle-00000.safetensors" in message
 
 
-def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
+def test_auto_goes_back_to_before_a_damaged_cycle_that_is_linked_on_a_disk(
+    user, golden, out, caplog
+):
     """The run's own ledger, two checkpoints and their cycle share the damage, and the list
     of that ledger is cut short too; the run is the same in the end.
     """
@@ -172,7 +184,7 @@ def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
 @pytest.mark.parametrize(
     "target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"]
 )
-def test_latest_that_leads_nowhere_or_elsewhere(out, target):
+def test_a_link_latest_on_a_disk_that_leads_nowhere_or_elsewhere(out, target):
     root = out / "checkpoints"
     shutil.copytree(root / "step-000006", out / "elsewhere/step-000008")
     (root / "latest").unlink()
@@ -365,6 +377,28 @@ def test_a_folder_that_becomes_read_only(
         resume_checkpoint("latest", out / "checkpoints") == out / "checkpoints" / newest
     )
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
+
+
+def frozen_store_job(argv):
+    """A run whose storage takes nothing after step 3. For `run_ranks`."""
+    disturb(3, lambda trainer: be_read_only(output_of(argv)))
+    return refused(argv)
+
+
+def test_a_storage_that_becomes_read_only(user, tmp_path):
+    """As a folder on a disk."""
+    out = tmp_path / "out"
+    argv = golden_flags(user, out)
+    with in_memory(tmp_path):
+        kind, message = run_alone(frozen_store_job, argv)
+        assert kind == "RunError"
+        assert f"writing to {out / 'checkpoints'} failed" in message
+        assert "Read-only" in message
+        be_read_only(out, False)
+        newest = resume_checkpoint("latest", out / "checkpoints")
+        assert newest == out / "checkpoints/step-000002"
+        again = run(1, [*argv, "--resume_from_checkpoint", "auto"])
+        assert again["steps"] == 6
 
 
 def test_a_shared_cache_may_be_read_only(user, tmp_path, read_only):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mora_ds.checkpoint.storage import local_copy
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, assert_close_losses, job, rows, run
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import interrupted_job
+from tests.helpers.stores import stored
 from tests.helpers.tables import heavy
 
 ROWS = 12
@@ -77,13 +79,18 @@ def two(user, tmp_path_factory):
     return out, in_order(run_ranks(2, watched, flags(user, out, 2)))
 
 
-@pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), heavy(3, 3)])
-def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stage):
+@pytest.mark.parametrize(
+    "out, world, stage",
+    [("memory", 1, 3), ("disk", 4, 2), heavy("disk", 1, 3), heavy("disk", 3, 3)],
+    indirect=["out"],
+)
+def test_a_run_goes_on_at_another_size_and_back(user, two, out, tmp_path, world, stage):
     """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6),
     7 and 8 at two again.
     """
     reference, batches = two
-    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
+    shutil.copytree(reference, out, symlinks=True)
+    stored(out)
     middle = in_order(
         run_ranks(world, watched, flags(user, out, world, *changed_to(out, stage)), 6)
     )
@@ -98,14 +105,11 @@ def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stag
     assert_close_losses(out, reference, rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
     for step in (6, 8):  # saved by the other number of ranks, and by two again
-        report = export_merged(
-            out / "checkpoints" / f"step-{step:06d}",
-            tmp_path / f"merged-{step}",
-            verify=True,
-        )
+        checkpoint = local_copy(out / "checkpoints" / f"step-{step:06d}")
+        report = export_merged(checkpoint, tmp_path / f"merged-{step}", verify=True)
         assert report.comparison is not None
         assert report.cycles == 2
-        assert_good(out / "checkpoints" / f"step-{step:06d}", user.model)
+        assert_good(checkpoint, user.model)
 
 
 MUON = ("--optimizer muon --learning_rate 0.02",)

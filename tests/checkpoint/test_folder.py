@@ -1,4 +1,4 @@
-"""The folder of all checkpoints: what is not a run's stays, and what cannot be deleted does
+"""The folder of all checkpoints on a disk: what is not a run's stays, and what cannot be deleted does
 not end a run.
 """
 

@@ -4,13 +4,15 @@ are killed, in place of the disk.
     @OVER_STORES                     a test with the fixture `out` runs with checkpoints on disk, and in memory
     shown(out)                       checkpoints that are in memory lie in `out` too, for assertions that read files
     stored(out)                      those that lie in `out` are in memory from now on
+    be_read_only(out)                from now on the memory takes nothing, as a file system that was remounted
 
 A run's checkpoints are in memory where the socket `SOCKET` lies next to its output folder.
 """
 
+import errno
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from mora_ds.checkpoint.storage import LocalStorage
 
 SOCKET = "memory"
 KEY = b"tests"
+READ_ONLY = (None, "read-only")
 OVER_STORES = pytest.mark.parametrize("out", ["disk", "memory"], indirect=True)
 
 
@@ -57,7 +60,10 @@ class MemoryStorage:
     def _update(self, changes):
         """All at once."""
         root = self.root.resolve()
-        self._content().update({(root, name): changes[name] for name in changes})
+        content = self._content()
+        if content.copy().get(READ_ONLY):
+            raise OSError(errno.EROFS, "Read-only file system")
+        content.update({(root, name): changes[name] for name in changes})
 
     def folders(self):
         return list({name.split("/")[0] for name in self._names() if "/" in name})
@@ -96,7 +102,8 @@ class MemoryStorage:
         self._update({**dict.fromkeys(gone), **moved})
 
     def delete(self, folder):
-        self._update(dict.fromkeys(self._names(folder)))
+        with suppress(OSError):
+            self._update(dict.fromkeys(self._names(folder)))
 
     def repair(self):
         self.delete(".")
@@ -153,12 +160,17 @@ def shown(out):
 
 
 @contextmanager
-def edited(out, file):
-    """The path of a checkpoint's file, for a change of it."""
+def edited(out, name):
+    """The path of a checkpoint, or of a file of it, for a change of it."""
     store = store_of(out)
-    path = store.open_read(file)
-    yield path
+    copy = store.open_read("")
+    yield copy / name
     if isinstance(store, MemoryStorage):
-        store.delete(file)
-        if path.exists():
-            store.put(file, path)
+        store.delete(name)
+        for path in (copy / name, *(copy / name).rglob("*")):
+            if path.is_file():
+                store.put(path.relative_to(copy).as_posix(), path)
+
+
+def be_read_only(out, value=True):
+    store_of(out)._content().update({READ_ONLY: value})

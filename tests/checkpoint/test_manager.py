@@ -1,4 +1,6 @@
-"""What a checkpoint holds, when `latest` moves, what is kept, and what a full disk does."""
+"""What a checkpoint holds, and on a disk: its files and links, what is flushed when, and
+what a full disk does.
+"""
 
 import os
 import shutil
@@ -37,7 +39,7 @@ def test_a_checkpoint_holds_no_base_weight(user, golden):
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
 
 
-def test_its_files_and_links(golden):
+def test_its_files_and_links_on_a_disk(golden):
     checkpoint = golden / "checkpoints/latest"
     assert os.readlink(checkpoint) == "step-000006"
     assert [path.name for path in complete_checkpoints(golden / "checkpoints")] == [
@@ -83,7 +85,9 @@ def flushed_job(argv):
     ]
 
 
-def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, out):
+def test_folders_on_a_disk_are_flushed_before_and_after_a_checkpoint_gets_its_name(
+    user, out
+):
     """Without it a power cut may leave the name of a checkpoint without its files, or a
     link to no checkpoint.
     """
