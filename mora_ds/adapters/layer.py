@@ -186,7 +186,7 @@ class AdaptedLinear(nn.Module):
 
     def fixed_of(self, original: Tensor) -> Tensor:
         """What is fixed of the adapter weight in a new run, from the layer's base weight
-        (d_out, d_in); for adapters that have such a part."""
+        (d_out, d_in) in fp64; for adapters that have such a part."""
         raise NotImplementedError
 
     @property

@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mora_ds.adapters.target_patterns import ALL_LINEAR
 from mora_ds.common.errors import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mora_ds.research.analyze import GradientMeasures
 
 
-@named_as_flags("target_modules", "operator", rank="--mora_rank")
+@named_as_flags("target_modules")
 def main() -> None:
     options = _parser().parse_args()
     check_writable("--write", options.write)
@@ -84,15 +84,14 @@ def main() -> None:
 
 def _probe(options: argparse.Namespace) -> list[GradientMeasures]:
     """The gradients of MoRA matrices of zeros, on the first windows of --probe."""
+    import torch
+
     from mora_ds.adapters.config import MoRAConfig
     from mora_ds.data import load_corpus
     from mora_ds.eval.perplexity import Score, Windows, cut_windows, load_target
     from mora_ds.research.analyze import probe
 
-    patterns = tuple(options.target_modules)
-    config = MoRAConfig(
-        rank=options.mora_rank, operator=options.operator, target_modules=patterns
-    )
+    config = MoRAConfig(target_modules=tuple(options.target_modules))
     corpus = load_corpus(options.probe, text_column=options.text_column, flag="--probe")
     target = load_target(
         options.model,
@@ -102,30 +101,8 @@ def _probe(options: argparse.Namespace) -> list[GradientMeasures]:
     )
     windows = Windows.of(target.model, options.window, None)
     cut = cut_windows(corpus, target.tokenizer, windows, None, Score())
-    long_enough = (ids for ids, _ in cut if len(ids) > 1)
-    batches = [
-        _batch(ids, options.device)
-        for ids in islice(long_enough, options.probe_batches)
-    ]
-    if not batches:
-        raise UserError("--probe: there are fewer than two tokens in it")
+    batches = [torch.tensor([ids]) for ids, _ in islice(cut, options.probe_batches)]
     return probe(target.model, config, batches)
-
-
-def _batch(ids: Sequence[int], device: str) -> dict[str, Any]:
-    """A batch of one sequence, as training has it."""
-    import torch
-
-    from mora_ds.data.documents import Documents
-
-    tokens = torch.tensor([ids], device=device)
-    length = len(ids) - 1
-    return {
-        "input_ids": tokens[:, :-1],
-        "position_ids": torch.arange(length, device=device).unsqueeze(0),
-        "labels": tokens[:, 1:],
-        "documents": Documents.one_per_sequence(1, length, tokens.device),
-    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,11 +137,5 @@ def _parser() -> argparse.ArgumentParser:
         help="how many windows of that text are read",
     )
     parser.add_argument("--window", type=int, help="tokens per window")
-    parser.add_argument(
-        "--mora_rank", type=int, default=8, help="rank of the probed matrices"
-    )
-    parser.add_argument(
-        "--operator", default="auto", help="operator of the probed matrices"
-    )
     shared_flags(parser, "--device", "--text_column", "--trust_remote_code")
     return parser

@@ -9,9 +9,18 @@ again.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.common.errors import UserError
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.runtime.ranks import Ranks
+
+Result = TypeVar("Result")
 
 EXACT_NUMBERS = 2**22
 """Largest number of elements (2048 x 2048) of a matrix that is decomposed exactly."""
@@ -19,6 +28,35 @@ EXACT_NUMBERS = 2**22
 OVERSAMPLED = 32
 """Number of additional vectors in the randomized iteration."""
 _ITERATIONS = 4
+
+
+def from_base_weights(
+    layers: Mapping[str, AdaptedLinear],
+    base: BaseCheckpoint,
+    keys: Mapping[str, str],
+    ranks: Ranks,
+    work: Callable[[str, AdaptedLinear, Tensor], Result],
+) -> dict[str, Result]:
+    """{module: work(module, layer, base weight (d_out, d_in) in fp64)} of `layers`.
+    Each is computed by one rank, so that all have the same bits. Collective.
+
+    `keys`: parameter name -> key in `base`. Raises `UserError` for a weight that is not
+    finite, and what `work` raises.
+    """
+    names = list(layers)
+
+    def compute(number: int) -> Result:
+        name = names[number]
+        layer = layers[name]
+        key = keys[layer.spec.weight_name(name)]
+        weight = base.read(key).to(layer.device, torch.float64)
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{base.folder}: {key}: NaN and infinity have no singular vectors"
+            )
+        return work(name, layer, weight.mT if layer.transposed else weight)
+
+    return dict(zip(names, ranks.map(compute, len(names)), strict=True))
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.tensor_files import Tensors, open_safetensors
 from mora_ds.config.research import ALIGNMENT_RANK
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.svd import leading_vectors
+from mora_ds.models.svd import from_base_weights, leading_vectors
 from mora_ds.runtime.ranks import Ranks
 
 OFFSET = 1e-3
@@ -110,31 +110,18 @@ def leading_of_base(
     rank: int,
     ranks: Ranks,
 ) -> dict[str, Leading]:
-    """{module: its `rank` leading directions} of every adapted layer. `keys`: parameter
-    name -> key in the base. Each weight is decomposed by one rank. Collective. Raises
-    `UserError` that names a weight which is not finite or too small."""
-    layers = mora_layers(model)
-    names = list(layers)
+    """{module: its `rank` leading directions} of every adapted layer. Arguments and
+    errors as of `from_base_weights`; a weight that is too small is one too."""
 
-    def decompose(number: int) -> Leading:
-        name = names[number]
-        layer = layers[name]
-        key = keys[layer.spec.weight_name(name)]
-        weight = base.read(key).to(layer.device, torch.float64)
+    def decompose(name: str, layer: AdaptedLinear, weight: Tensor) -> Leading:
         if rank > min(weight.shape):
             raise UserError(
                 f"{ALIGNMENT_RANK} {rank}: {name} has {min(weight.shape)} singular vectors"
             )
-        if not weight.isfinite().all():
-            raise UserError(
-                f"{base.folder}: {key}: NaN and infinity have no singular vectors"
-            )
-        weight = weight.mT if layer.transposed else weight
-        left, right = leading_vectors(weight, rank, name)
-        parts = (left, right, weight.norm())
+        parts = (*leading_vectors(weight, rank, name), weight.norm())
         return Leading(*(part.float().cpu() for part in parts))
 
-    return dict(zip(names, ranks.map(decompose, len(names)), strict=True))
+    return from_base_weights(mora_layers(model), base, keys, ranks, decompose)
 
 
 # -- the loss of a model ---------------------------------------------------------------
@@ -180,10 +167,8 @@ class Alignment:
     ) -> Tensor:
         if not (layer.training and torch.is_grad_enabled()):
             return output
-        leading = self.leading[name]
-        if leading.left.device != output.device:
-            leading = Leading(*(part.to(output.device) for part in leading))
-            self.leading[name] = leading
+        leading = Leading(*(part.to(output.device) for part in self.leading[name]))
+        self.leading[name] = leading
         # Gradient checkpointing runs the layer again in backward, when nothing is
         # recorded, and autograd expects the same operations there
         output, share = WithShareFunction.apply(

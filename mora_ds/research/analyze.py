@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.config import MoRAConfig
@@ -35,7 +36,6 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config
-from mora_ds.models.loss import token_nll
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime.cli import table
 
@@ -157,21 +157,25 @@ class GradientMeasures(LayerMeasures):
 
 
 def probe(
-    model: Any, config: MoRAConfig, batches: Sequence[Any]
+    model: Any, config: MoRAConfig, batches: Sequence[Tensor]
 ) -> list[GradientMeasures]:
     """The measures of every layer that `config` adapts, in the model's order.
 
-    `model`: of transformers; afterwards it has MoRA matrices of zeros. `batches`: as
-    of `token_nll`. Raises `RunError` for a gradient that is not finite.
+    `model`: of transformers; afterwards it has MoRA matrices of zeros. `batches`: token
+    ids (1, T) each. Raises `UserError` where there is nothing to predict, and `RunError`
+    for a gradient that is not finite.
     """
+    batches = [ids.to(model.device) for ids in batches if ids.shape[1] > 1]
+    if not batches:
+        raise UserError("--probe: there are fewer than two tokens in it")
     inject(model, config)
     # Without dropout
     model.eval()
     layers = mora_layers(model)
     energies = dict.fromkeys(layers, 0.0)
-    for batch in batches:
-        labels = batch["labels"].numel()
-        (token_nll(model, batch) / labels).backward()
+    for ids in batches:
+        logits = model(input_ids=ids, use_cache=False).logits
+        F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
         for name, layer in layers.items():
             gradient = layer.adapter_weight.grad
             # None where no token has reached the layer

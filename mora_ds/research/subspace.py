@@ -72,16 +72,6 @@ class SubspaceSpec(AdditiveSpec):
         spec, factors = self.as_lora(adapter_weight)
         return spec.delta_weight(factors)
 
-    def add_update_(self, y: Tensor, adapter_weight: Tensor, x: Tensor) -> Tensor:
-        mora_matrix, right, left = self.parts(adapter_weight)
-        return y.add_(subspace_update(mora_matrix, right, left, x))
-
-    def add_input_gradient_(
-        self, g_x: Tensor, adapter_weight: Tensor, g: Tensor
-    ) -> Tensor:
-        mora_matrix, right, left = self.parts(adapter_weight)
-        return g_x.add_(F.linear(g, left) @ mora_matrix @ right)
-
     def of_sum(self, count: int) -> LoRASpec:
         """LoRA of as many times the rank: cycles may have different sides."""
         rank = self.r_hat * count
@@ -103,14 +93,6 @@ class SubspaceSpec(AdditiveSpec):
         return right, left.T @ mora_matrix
 
 
-def subspace_update(
-    mora_matrix: Tensor, right: Tensor, left: Tensor, x: Tensor
-) -> Tensor:
-    """U M V^T x: (..., D) -> (..., O). Of an x, backward needs V^T x and M V^T x
-    (..., R)."""
-    return F.linear(F.linear(x, right), mora_matrix) @ left
-
-
 class SubspaceLinear(AdaptedLinear):
     """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) trained."""
 
@@ -121,13 +103,12 @@ class SubspaceLinear(AdaptedLinear):
         assert self.fixed is not None
         sides = self.fixed.to(x.dtype)
         right, left = sides.split((self.spec.d_in, self.spec.d_out), dim=1)
-        return subspace_update(self.mora_matrix.to(x.dtype), right, left, x)
+        # For backward V^T x and M V^T x (..., R) are saved
+        return F.linear(F.linear(x, right), self.mora_matrix.to(x.dtype)) @ left
 
     def fixed_of(self, original: Tensor) -> Tensor:
-        """[V^T | U^T]. Raises `UserError` for a weight that is not finite."""
-        if not original.isfinite().all():
-            raise UserError("NaN and infinity have no singular vectors")
-        left, right = leading_vectors(original.double(), self.spec.r_hat, SUBSPACE)
+        """[V^T | U^T]."""
+        left, right = leading_vectors(original, self.spec.r_hat, SUBSPACE)
         return torch.cat((right, left), dim=1).float()
 
 

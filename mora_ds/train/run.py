@@ -56,6 +56,7 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.rope import changes_of
+from mora_ds.models.svd import from_base_weights
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA
 from mora_ds.runtime.nodes import check_shared
@@ -277,28 +278,23 @@ class Run(TrainingRun):
         self.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
 
     def _set_fixed(self) -> None:
-        """Give the layers what is fixed of their weights, from the base. Each layer is
-        computed by one rank, so that all have the same bits."""
+        """Give the layers what is fixed of their weights, from the base."""
         remora = self.remora
-        layers = [
-            (remora.keys[layer.spec.weight_name(name)], layer)
+        layers = {
+            name: layer
             for name, layer in mora_layers(self.engine.module).items()
             if layer.fixed is not None
-        ]
-
-        def fixed_of(number: int) -> Tensor:
-            key, layer = layers[number]
-            original = remora.base.read(key).to(layer.device)
-            try:
-                fixed = layer.fixed_of(original.mT if layer.transposed else original)
-            except UserError as error:
-                raise UserError(f"{remora.base.folder}: {key}: {error}") from error
-            return fixed.cpu()
-
-        if layers:
-            all_fixed = self.ranks.map(fixed_of, len(layers))
-            for (_, layer), fixed in zip(layers, all_fixed, strict=True):
-                layer.fixed = fixed.to(layer.device, layer.dtype)
+        }
+        fixed = from_base_weights(
+            layers,
+            remora.base,
+            remora.keys,
+            self.ranks,
+            lambda name, layer, weight: layer.fixed_of(weight).cpu(),
+        )
+        for name, tensor in fixed.items():
+            layer = layers[name]
+            layer.fixed = tensor.to(layer.device, layer.dtype)
 
     def _watch_gradients(self) -> None:
         """Note at which micro-step the newest gradient came."""

@@ -99,32 +99,28 @@ def test_the_command_prints_and_plans(user, tmp_path, capsys):
 def test_a_plan_by_gradients_on_text(user, tmp_path, capsys):
     """|dL/dM| is that of autograd, the root of its mean square over windows."""
     path = tmp_path / "targets.yaml"
-    flags = (
-        f"{user.model} --probe {user.train} --probe_batches 2 --window 24 "
-        f"--mora_rank 2 --trainable_budget 3% --write {path}"
-    )
+    flags = f"{user.model} --probe {user.train} --probe_batches 2 --window 24 --trainable_budget 3% --write {path}"
     assert command("analyze", flags.split()) == (0, "")
     printed = capsys.readouterr().out
     target = load_target(user.model, dtype="float32")
     windows = Windows.of(target.model, 24, None)
     corpus = load_corpus([str(user.train)], flag="--probe")
     cut = cut_windows(corpus, target.tokenizer, windows, None, Score())
-    inject(target.model, MoRAConfig(rank=2))
+    inject(target.model, MoRAConfig())
     layers = mora_layers(target.model)
-    values = [layer.adapter_weight for layer in layers.values()]
-    gradients = []
+    energies = dict.fromkeys(layers, 0.0)
     for ids, _ in itertools.islice(cut, 2):
-        loss = causal_loss(target.model, torch.tensor([ids]))
-        gradients.append(torch.autograd.grad(loss, values))
+        target.model.zero_grad()
+        causal_loss(target.model, torch.tensor([ids])).backward()
+        for name, layer in layers.items():
+            energies[name] += layer.adapter_weight.grad.norm().item() ** 2
     measures = []
-    for (name, layer), *of_layer in zip(layers.items(), *gradients, strict=True):
-        energy = sum(gradient.square().sum().item() for gradient in of_layer)
-        norm = math.sqrt(energy / 2)
+    for name, layer in layers.items():
+        norm = math.sqrt(energies[name] / 2)
         measures.append(GradientMeasures(name, layer.shape, layer.spec.r_hat, norm))
         assert f"{name}  {layer.spec.r_hat:>5}  {norm:.3e}" in printed
     _, parameters = layers_of(BaseCheckpoint.open(user.model), ["all-linear"])
     assert read_plan(path).layers == allocate_budget(measures, int(0.03 * parameters))
-    assert min(layer.score for layer in measures) > 0
 
 
 MISTAKES = """
