@@ -43,7 +43,7 @@ ReMoRA (`--merge_every`) | --merge_every 100
 `--decay_from` | --decay_from step-000100 --lr_scheduler_type wsd
 `--streaming` | --streaming
 `--async_save` | --async_save
-`targets` (a plan) | research: {targets: plan.yaml}
+`targets` | research: {targets: plan.yaml}
 `alignment_weight` | research: {alignment_weight: 0.1}
 """)
 COLUMNS = options_in("""

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import AdaptedLinear, mora_layers
@@ -42,7 +43,7 @@ from mora_ds.checkpoint.sections import (
     Section,
 )
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.tensor_files import Tensors, open_safetensors
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.config.research import ALIGNMENT_RANK
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.svd import from_base_weights, leading_vectors
@@ -137,7 +138,7 @@ class Alignment:
         self.leading: dict[str, Leading] = {}
         self.value = torch.zeros(())
         """The mean share over layers at the latest `loss`, for logs."""
-        self._layers = len(layers)
+        self.layers = list(layers)
         self._shares: dict[str, Tensor] = {}
         self._is_recording = False
         for name, layer in layers.items():
@@ -150,7 +151,7 @@ class Alignment:
         use contribute 0. Raises `RunError` where none was made in training mode."""
         if not self._shares:
             raise RunError("the alignment loss needs a forward pass in training mode")
-        mean = torch.stack(list(self._shares.values())).sum() / self._layers
+        mean = torch.stack(list(self._shares.values())).sum() / len(self.layers)
         self._shares.clear()
         self.value = mean.detach()
         return -self.weight * mean
@@ -199,7 +200,7 @@ class WithShareFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         g_output, g_share = gradients
-        if g_share is None or not ctx.needs_input_grad[1]:
+        if g_share is None:
             return g_output, None, None, None
         (parameter,) = ctx.saved_tensors
         with torch.enable_grad():
@@ -241,12 +242,8 @@ class AlignmentSection(Section):
         files.tensors(FILE, tensors, {})
 
     def load(self, saved: SavedCheckpoint) -> None:
-        handle = open_safetensors(saved.local(FILE))
-        keys = set(handle.keys())
-        names = [key.removesuffix(".norm") for key in keys if key.endswith(".norm")]
+        tensors = load_file(saved.local(FILE))
         self.alignment.leading = {
-            name: Leading(
-                *(handle.get_tensor(f"{name}.{part}") for part in Leading._fields)
-            )
-            for name in names
+            name: Leading(*(tensors[f"{name}.{part}"] for part in Leading._fields))
+            for name in self.alignment.layers
         }
