@@ -164,8 +164,9 @@ class MoraLinear(nn.Module, BaseTunerLayer):
             total = total + sign * self.get_delta_weight(name)
         total = total.to(weight.dtype)
         if check and not total.isfinite().all():
+            # PEFT's words, whatever the number is
             raise UserError(
-                f"merging {', '.join(names)} gives a weight that is not finite"
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
             )
         weight.copy_(total)
 

@@ -4,10 +4,9 @@ They come from the source distribution of the installed PEFT, which pip download
 table of theirs that lists methods lists these two instead. Models of the Hub are tiny
 ones, with random weights, in a cache that this module fills.
 
-    python -m tests.helpers.peft_suite        all of it, about half an hour; prints what LoRA passes and MoRA does not
+    python -m tests.helpers.peft_suite        a few minutes; prints what LoRA passes and MoRA does not
 
-`run` is for tests. The second half of the module is a plugin of the pytest that it
-starts.
+The second half of the module is a plugin of the pytest that `run` starts.
 """
 
 import importlib
@@ -29,14 +28,6 @@ import yaml
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 MODULES = _TABLES["modules"]
 MODELS = _TABLES["models"]
-
-IN_CI = (
-    "tiny-random-LlamaForCausalLM",
-    "tiny-random-T5ForConditionalGeneration-calibrated",
-    "tiny-random-BertModel",
-    "tiny-random-RobertaForSequenceClassification",
-)
-"""The models of the heavy test, one of each kind."""
 
 METHOD = re.compile(r"(Mora|Lora)Config-config_kwargs\d+")
 """What the name of a test says of its method."""
@@ -74,9 +65,9 @@ def fill_cache(cache):
         (folder / "refs" / "main").write_text(revision)
 
 
-def run(folder, *models):
+def run(folder):
     """Test -> (outcome with MoRA, with LoRA) of PEFT's generic matrix: passed, failed or
-    skipped. `models`: ends of the names of the models to try; all without any."""
+    skipped."""
     download(folder)
     fill_cache(folder / "cache")
     results = folder / "results.json"
@@ -85,7 +76,6 @@ def run(folder, *models):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "PEFT_SUITE_RESULTS": str(results),
-        "PEFT_SUITE_MODELS": " ".join(models),
     }
     files = [f"{folder}/peft_suite/{name}.py" for name in MODULES]
     options = ("-q", "-n", "0", "-p", "tests.helpers.peft_suite", "--tb=line")
@@ -134,7 +124,7 @@ RESULTS = {}
 
 
 def pytest_sessionstart(session):
-    """Replace PEFT's tables of methods and models before the tests are collected."""
+    """Replace PEFT's tables of methods before the tests are collected."""
     from peft import LoraConfig
 
     from mora_ds.peft import MoraConfig
@@ -146,20 +136,16 @@ def pytest_sessionstart(session):
     sys.modules.setdefault("diffusers", diffusers)
     utils = importlib.import_module("peft_suite.testing_utils")
     utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(MODELS, 1))
-    ends = tuple(os.environ["PEFT_SUITE_MODELS"].split()) or ("",)
-    for name, of_module in MODULES.items():
+    for name, settings in MODULES.items():
         module = importlib.import_module(f"peft_suite.{name}")
-        if not of_module:
+        if not settings:
             module.TEST_CASES[:] = [
-                (f"MLP {number}", "MLP", config, settings)
-                for number, settings in enumerate(_TABLES["mlps"])
+                (f"MLP {number}", "MLP", config, of_mlp)
+                for number, of_mlp in enumerate(_TABLES["mlps"])
                 for config in (MoraConfig, LoraConfig)
             ]
             continue
-        settings = of_module["settings"]
         module.ALL_CONFIGS[:] = [(MoraConfig, settings), (LoraConfig, settings)]
-        to_test = getattr(module, of_module["models"])
-        to_test[:] = [model for model in to_test if model.endswith(ends)]
 
 
 def pytest_runtest_logreport(report):

@@ -15,6 +15,12 @@ test_adding_multiple_adapters_with_bias_raises: skipped | bias | MoRA trains no 
 test_save_load_roundtrip_fsdp_wrapped_learnable_bias: skipped | bias | MoRA trains no biases
 test_mixed_adapter_batches: skipped | adapter_names | all rows of a batch have the same adapters
 test_generate_with_mixed_adapter_batches: skipped | adapter_names | all rows of a batch have the same adapters
+test_merge_layers: skipped | Conv1D | PEFT lists the methods that it tries on GPT-2; test_peft.py merges there
+test_merge_layers_nan: skipped | Conv1D | the same
+test_merge_layers_fp16: skipped | Conv1D | the same
+test_generate_half_prec: skipped | Conv1D | the same
+test_training_decoders_layer_indexing: skipped | Conv1D | the same
+test_peft_model_device_map: skipped | Conv1D | the same
 test_weighted_combination_of_adapters: skipped | add_weighted_adapter | it tries combinations of factors
 """
 """A test of PEFT that LoRA passes, and what MoRA does | what the guide calls it | why"""
@@ -23,7 +29,7 @@ test_weighted_combination_of_adapters: skipped | add_weighted_adapter | it tries
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     try:
-        return peft_suite.run(tmp_path_factory.mktemp("suite"), *peft_suite.IN_CI)
+        return peft_suite.run(tmp_path_factory.mktemp("suite"))
     except subprocess.CalledProcessError:
         pytest.skip("PEFT's source distribution cannot be downloaded")
 
@@ -31,7 +37,7 @@ def outcomes(tmp_path_factory):
 @pytest.mark.heavy
 def test_mora_passes_what_lora_passes(outcomes):
     passed = sum(mora == "passed" for mora, _ in outcomes.values())
-    assert passed > 300
+    assert passed > 500
     tests = [test for test, _, _ in rows(GAPS)]
     assert sorted(peft_suite.gaps(outcomes)) == sorted(tests), (
         "a new gap, or a stale row"
