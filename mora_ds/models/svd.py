@@ -9,18 +9,16 @@ again.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.common.errors import UserError
+from mora_ds.common.tensor_files import Tensors
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.runtime.ranks import Ranks
-
-Result = TypeVar("Result")
 
 EXACT_NUMBERS = 2**22
 """Largest number of elements (2048 x 2048) of a matrix that is decomposed exactly."""
@@ -35,18 +33,18 @@ def from_base_weights(
     base: BaseCheckpoint,
     keys: Mapping[str, str],
     ranks: Ranks,
-    work: Callable[[str, AdaptedLinear, Tensor], Result],
-) -> dict[str, Result]:
-    """{module: work(module, layer, base weight (d_out, d_in) in fp64)} of `layers`.
-    Each is computed by one rank, so that all have the same bits. Collective.
+    shape: Callable[[AdaptedLinear], Sequence[int]],
+    work: Callable[[str, AdaptedLinear, Tensor], Tensor],
+) -> Tensors:
+    """{module: work(module, layer, base weight (d_out, d_in) in fp64)} of `layers`, each
+    of `shape(layer)`, in fp32 on the CPU. One rank computes it, so that all have the
+    same bits. Collective.
 
     `keys`: parameter name -> key in `base`. Raises `UserError` for a weight that is not
     finite, and what `work` raises.
     """
-    names = list(layers)
 
-    def compute(number: int) -> Result:
-        name = names[number]
+    def compute(name: str) -> Tensor:
         layer = layers[name]
         key = keys[layer.spec.weight_name(name)]
         weight = base.read(key).to(layer.device, torch.float64)
@@ -54,9 +52,20 @@ def from_base_weights(
             raise UserError(
                 f"{base.folder}: {key}: NaN and infinity have no singular vectors"
             )
-        return work(name, layer, weight.mT if layer.transposed else weight)
+        weight = weight.mT if layer.transposed else weight
+        return work(name, layer, weight).float().cpu()
 
-    return dict(zip(names, ranks.map(compute, len(names)), strict=True))
+    if not layers:
+        return {}
+    names = list(layers)[ranks.rank :: ranks.world]
+    computed = ranks.agree(
+        "singular vectors", lambda: {name: compute(name) for name in names}, long=True
+    )
+    # Zeros of all other ranks leave a sum as it is
+    return {
+        name: ranks.sum(computed.get(name, torch.zeros(*shape(layer))))
+        for name, layer in layers.items()
+    }
 
 
 @torch.no_grad()

@@ -114,15 +114,25 @@ def leading_of_base(
     """{module: its `rank` leading directions} of every adapted layer. Arguments and
     errors as of `from_base_weights`; a weight that is too small is one too."""
 
-    def decompose(name: str, layer: AdaptedLinear, weight: Tensor) -> Leading:
+    def shape(layer: AdaptedLinear) -> tuple[int, int]:
+        return rank, layer.out_features + layer.in_features + 1
+
+    def decompose(name: str, layer: AdaptedLinear, weight: Tensor) -> Tensor:
         if rank > min(weight.shape):
             raise UserError(
                 f"{ALIGNMENT_RANK} {rank}: {name} has {min(weight.shape)} singular vectors"
             )
-        parts = (*leading_vectors(weight, rank, name), weight.norm())
-        return Leading(*(part.float().cpu() for part in parts))
+        norm = weight.norm().expand(rank, 1)
+        return torch.cat((*leading_vectors(weight, rank, name), norm), dim=1)
 
-    return from_base_weights(mora_layers(model), base, keys, ranks, decompose)
+    layers = mora_layers(model)
+    rows = from_base_weights(layers, base, keys, ranks, shape, decompose)
+    leading = {}
+    for name, layer in layers.items():
+        sides = rows[name].split((layer.out_features, layer.in_features, 1), dim=1)
+        left, right, norm = (side.contiguous() for side in sides)
+        leading[name] = Leading(left, right, norm[0, 0])
+    return leading
 
 
 # -- the loss of a model ---------------------------------------------------------------

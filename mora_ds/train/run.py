@@ -280,17 +280,14 @@ class Run(TrainingRun):
     def _set_fixed(self) -> None:
         """Give the layers what is fixed of their weights, from the base."""
         remora = self.remora
-        layers = {
-            name: layer
-            for name, layer in mora_layers(self.engine.module).items()
-            if layer.fixed is not None
-        }
+        layers = mora_layers(self.engine.module)
         fixed = from_base_weights(
-            layers,
+            {name: layer for name, layer in layers.items() if layer.fixed is not None},
             remora.base,
             remora.keys,
             self.ranks,
-            lambda name, layer, weight: layer.fixed_of(weight).cpu(),
+            lambda layer: layer.get_buffer("fixed").shape,
+            lambda name, layer, weight: layer.fixed_of(weight),
         )
         for name, tensor in fixed.items():
             layer = layers[name]
