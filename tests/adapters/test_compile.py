@@ -21,7 +21,7 @@ from tests.helpers.tables import heavy
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     clear_tables()
 
 

@@ -18,42 +18,15 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.files import read_json
 from mora_ds.peft import PEFT_TYPE, MoraConfig
-from mora_ds.peft.model import MoraLinear
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
-from tests.helpers.operators import random
+from tests.helpers.peft import IDS, fill, layers, logits
 from tests.helpers.tables import parsed, rows
-
-IDS = tokens(3)
-
-
-def layers(model):
-    """Name in the base model -> layer."""
-    inner = model.base_model.model if hasattr(model, "peft_config") else model
-    return {
-        name: module
-        for name, module in inner.named_modules()
-        if isinstance(module, MoraLinear)
-    }
-
-
-def fill(model, adapter="default", seed=1):
-    """Matrices that are not zero."""
-    for index, layer in enumerate(layers(model).values()):
-        mora_matrix = layer.mora_matrix[adapter]
-        mora_matrix.data = 0.05 * random(
-            *mora_matrix.shape, seed=100 * seed + index
-        ).to(mora_matrix)
 
 
 def trained_names(model):
     return {name for name, value in model.named_parameters() if value.requires_grad}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])

@@ -9,11 +9,9 @@ from torch.testing import assert_close
 
 from mora_ds.peft import MoraConfig, MoraModel, convert_to_lora
 from tests.helpers.errors import user_error
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, tiny_model
+from tests.helpers.peft import IDS, fill, layers, logits
 from tests.helpers.tables import heavy
-from tests.peft.test_peft import fill, layers, logits
-
-IDS = tokens(3)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +23,7 @@ IDS = tokens(3)
     ],
 )
 def test_a_model_is_one_graph_before_its_first_call(operator, backend):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = get_peft_model(tiny_model(), MoraConfig(r=4, operator=operator))
     fill(model)
     values = [p for p in model.parameters() if p.requires_grad]
@@ -99,16 +97,8 @@ def with_two_adapters(**other):
     model = get_peft_model(tiny_model(), MoraConfig(**config), adapter_name="a")
     model.add_adapter("b", MoraConfig(**{**config, **other}))
     for seed, adapter in enumerate("ab"):
-        fill_only(model, adapter, seed)
+        fill(model, adapter, seed)
     return model
-
-
-def fill_only(model, adapter, seed):
-    """As `fill`, of layers that have the adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers(model).values():
-        if adapter in layer.mora_matrix:
-            layer.mora_matrix[adapter].data.normal_(std=0.05, generator=generator)
 
 
 def test_a_weighted_adapter_is_the_sum_of_deltas(tmp_path):
