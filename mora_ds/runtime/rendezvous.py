@@ -7,6 +7,7 @@ rank 0 fails at once, but the other ranks would join that run's store and wait i
 
 import os
 import platform
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -50,7 +51,9 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
         store.wait([mark], timedelta(seconds=_MARKED_WITHIN_S))
     except dist.DistStoreError as error:
         raise _other_run(f"which is none of {world} processes of mora_ds") from error
-    own = f"process {os.getpid()} of {platform.node()}"
+    # Containers of one host may share its name, and each has a process 1
+    started = time.ctime(psutil.Process().create_time())
+    own = f"process {os.getpid()} of {platform.node()}, started {started}"
     holder = store.compare_set(f"{mark}: rank {rank}", "", own).decode()
     if holder != own:
         raise _other_run(f"whose rank {rank} is {holder}")
