@@ -51,6 +51,7 @@ class TokensInPlace:
         file_of = np.searchsorted(file_ends, places, side="right")
         return np.concatenate(
             [
+                # A negative place is counted from the end of the file
                 self.files[number][places[file_of == number] - file_ends[number]]
                 for number in np.unique(file_of)
             ]
@@ -97,17 +98,16 @@ def write_index(
 
 def _without_ends(
     tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, encoder: Encoder
-) -> Iterator[np.ndarray]:
+) -> Iterator[list[int]]:
     """The first tokens of every document, without start token and end-of-text."""
     skipped = 0 if encoder.start_id is None else 1
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         first = start + skipped
-        yield tokens[first : min(end - 1, first + _HASHED_TOKENS)]
+        yield tokens[first : min(end - 1, first + _HASHED_TOKENS)].tolist()
 
 
 def _takes(
-    tokenizer: Any, keep: DocumentFilter, documents: list[np.ndarray]
+    tokenizer: Any, keep: DocumentFilter, documents: list[list[int]]
 ) -> list[bool]:
     """Whether documents are selected: their text decides, as in other files."""
-    texts = (tokenizer.decode(tokens.tolist()) for tokens in documents)
-    return [keep.takes(text) for text in texts]
+    return [keep.takes(tokenizer.decode(tokens)) for tokens in documents]

@@ -19,7 +19,7 @@ from mora_ds.data import (
 )
 from tests.helpers.damage import HARMS
 from tests.helpers.errors import user_error
-from tests.helpers.jobs import losses, run
+from tests.helpers.jobs import curve, run
 from tests.helpers.resume import assert_one_run
 from tests.helpers.texts import json_lines
 from tests.helpers.token_files import (
@@ -165,7 +165,7 @@ def test_a_run_on_token_files_is_the_run_on_their_text(user, write, tmp_path):
     assert_one_run(flags, tmp_path)
     rows = "--per_device_train_batch_size 4"
     run(1, flags(tmp_path / "text", rows, files=user.train))
-    assert losses(tmp_path / "text") == losses(tmp_path / "reference")
+    assert curve(tmp_path / "text") == curve(tmp_path / "reference")
 
 
 # -- what is wrong ---------------------------------------------------------------------
