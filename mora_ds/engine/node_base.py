@@ -115,7 +115,9 @@ class NodeBase:
     def is_first_node(self, layer: str) -> bool:
         """Whether this process is rank 0, or for a weight that processes share whether
         rank 0 is among them: one process of the run that writes the weight."""
-        return 0 in self.members if self._is_shared(layer) else dist.get_rank() == 0
+        if self._is_shared(layer):
+            return 0 in self.members
+        return dist.get_rank() == 0 if self.ranks is None else self.ranks.is_rank0
 
     def copy(self, frozen: Tensors) -> None:
         """Copy this process's part of the buffers into the memory of the node."""

@@ -135,15 +135,15 @@ def _exit_after_lost_contact(error: RuntimeError) -> NoReturn:
     """Print that another rank failed first, and wait until the launcher has seen that
     rank's exit code."""
     first_line = str(error).splitlines()[0]
-    another = "another rank, which has ended (see its own message), was killed or cannot be reached"
+    which = ", which has ended (see its own message), was killed or cannot be reached"
     if "Timed out waiting" in first_line:
         # Imported here, as the error comes from torch
         from mora_ds.runtime.ranks import absent_ranks
 
-        who = absent_ranks() or "another rank"
-        another = f"{who}, which did not answer within --collective_timeout_s: stopped, busy, or cannot be reached"
+        names = absent_ranks() or "unknown"
+        which = f" ({names}), which did not answer within --collective_timeout_s: stopped, busy, or cannot be reached"
     print(
-        f"{rank_prefix()}error: lost contact with {another}: {first_line}",
+        f"{rank_prefix()}error: lost contact with another rank{which}: {first_line}",
         file=sys.stderr,
         flush=True,
     )

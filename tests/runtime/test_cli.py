@@ -61,7 +61,7 @@ RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer
 RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:488] Application timeout caused pair closure" | 1 | lost contact
 RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:510] Read error [10.0.0.2]:42: Connection reset" | 1 | lost contact
 RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:366] writev [10.0.0.2]:42: No route to host" | 1 | lost contact
-RuntimeError | "[gloo/transport/b.cc:81] Timed out waiting 9ms" | 1 | lost contact with another rank, which did not
+RuntimeError | "[gloo/transport/b.cc:81] Timed out waiting 9ms" | 1 | lost contact with another rank (unknown), which
 RuntimeError | "Gloo connectFullMesh failed with [/gloo/gloo/transport/tcp/pair.cc:144] no error" | 1 | lost contact
 DistNetworkError | The client socket has timed out after 600000ms | 1 | lost contact
 DistStoreError | "wait timeout after 20000ms, keys: /default_pg/0" | 1 | lost contact
