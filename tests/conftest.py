@@ -153,15 +153,30 @@ def user(tmp_path_factory):
 @pytest.fixture
 def out(request, tmp_path):
     """The output folder of a test's run, which is not there yet. `OVER_STORES` has the
-    checkpoints of the run in memory too.
+    checkpoints of the run in memory and in a bucket too.
     """
     if getattr(request, "param", "disk") == "disk":
         yield tmp_path / "out"
         return
-    from tests.helpers.stores import in_memory  # not above: it imports torch
+    from tests.helpers import stores  # not above: it imports torch
 
-    with in_memory(tmp_path):
+    if request.param == "bucket":
+        endpoint = request.getfixturevalue("s3").endpoint
+        (tmp_path / stores.ENDPOINT).write_text(endpoint)
         yield tmp_path / "out"
+        return
+    with stores.in_memory(tmp_path):
+        yield tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A server of S3, with a bucket."""
+    from tests.helpers.buckets import Server
+
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -99,10 +99,9 @@ class CheckpointManager:
         self.wait()
         final = step_name(step)
         written = f".{final}{WRITING}"
+        clean = files.disk_errors(self.storage.root)(lambda: self._clean(written))
         with self._deleted_on_failure(written), files.disk_errors(self.storage.root):
-            if self._ranks.is_rank0:
-                self._clean(written)
-            dist.barrier()
+            self._ranks.agree(f"checkpoint {final}, folder", clean)
             work = self._prepared(written, step, keep, best)
             if self._background is None:
                 work()
@@ -117,7 +116,10 @@ class CheckpointManager:
             self._background.wait(timeout_s)
 
     def _clean(self, written: str) -> None:
-        """Deletes what was never committed, and what could not be deleted before."""
+        """Rank 0 deletes what was never committed, and what could not be deleted
+        before."""
+        if not self._ranks.is_rank0:
+            return
         self.storage.repair()
         for folder in _step_folders(self.storage):
             if not _is_committed(self.storage, folder):

@@ -1,25 +1,26 @@
-"""Where the checkpoints of a run are kept: `Storage`, a small protocol, and
-`LocalStorage`, a folder that all ranks see.
+"""Where the checkpoints of a run are kept: `Storage`, a small protocol; `LocalStorage`,
+a folder that all ranks see; and `ObjectStorage`, a bucket.
 
 A storage holds folders of files. Files are written into a folder whose name begins with
 a dot; its manifest.json comes last; `commit` then gives the folder its name, at once.
 So a folder with a manifest is a checkpoint, and one without is none.
 
-Another kind of storage, such as an object store, is another class with these methods,
-which `make_storage` makes: nothing else in mora_ds opens, lists or deletes what a
-storage holds.
+Another kind of storage is another class with these methods, which `make_storage` makes:
+nothing else in mora_ds opens, lists or deletes what a storage holds.
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from mora_ds.checkpoint.layout import BEST, LATEST, is_step_name
 from mora_ds.common.files import (
+    MANIFEST,
     atomic_path,
     disk_errors,
     file_sizes,
@@ -27,7 +28,9 @@ from mora_ds.common.files import (
     fsync_tree,
     link_or_copy,
     replace_symlink,
+    stat_signature,
 )
+from mora_ds.common.object_store import NoObject, ObjectStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -233,5 +236,136 @@ def _delete(folder: Path) -> None:
         logger.warning(_NOT_DELETED, folder, error)
 
 
-make_storage: Callable[[Path], Storage] = LocalStorage
-"""Makes the storage of a folder of checkpoints: the one place that chooses its kind."""
+class ObjectStorage:
+    """A bucket, or another `ObjectStore`, in which a rename is a copy of everything.
+
+    So files are put under the final name, and the manifest, which comes last, is the
+    commit. A checkpoint that replaces one of the same step is written under the hidden
+    name and copied when it is complete: `repair` goes on with a copy that was killed.
+    A cycle of the merge ledger that an earlier checkpoint has is copied in the store.
+    """
+
+    def __init__(self, root: Path, url: str, copies: Path) -> None:
+        """`root`: never made. `copies`: of what is read, for this run alone."""
+        self.root = root
+        self._copies = copies
+        self._store = ObjectStore(url)
+        self._newest: dict[object, str] = {}
+        """Path and stat signature of a file -> where it was put last."""
+
+    def folders(self) -> list[str]:
+        return self._store.folders()
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return self._store.sizes(self._place(folder))
+
+    def exists(self, file: str) -> bool:
+        return self._store.size(self._place(file)) is not None
+
+    def open_read(self, name: str) -> Path:
+        """Fetched once, for all ranks of the machine."""
+        place = self._place(name)
+        files = [place]
+        if self._store.size(place) is None:
+            files = [f"{place}/{file}" for file in self._store.sizes(place)]
+        missing = [file for file in files if not (self._copies / file).exists()]
+        self._store.fetch(missing, self._copies)
+        return self._copies / place
+
+    @contextmanager
+    def write(self, file: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self.root.parent) as folder:
+            path = Path(folder) / "file"
+            yield path
+            self._store.put(self._place(file), path)
+
+    def put(self, file: str, source: Path) -> None:
+        place = self._place(file)
+        known = (source, stat_signature(source))
+        try:
+            self._store.copy(self._newest[known], place)
+        except (KeyError, NoObject):
+            self._store.put(place, source)
+        self._newest[known] = place
+
+    def commit(self, written: str, final: str) -> None:
+        if self._is_committed(written):
+            self._replace(written, final)
+
+    def _replace(self, written: str, final: str) -> None:
+        self._delete(final)
+        files = self._store.sizes(written)
+        for file in sorted(files, key=lambda file: file == MANIFEST):
+            self._store.copy(f"{written}/{file}", f"{final}/{file}")
+        self._delete(written)
+
+    def delete(self, folder: str) -> None:
+        try:
+            self._delete(self._place(folder))
+        except StoreError as error:
+            logger.warning(_NOT_DELETED, folder, error)
+
+    def _delete(self, place: str) -> None:
+        self._store.delete(f"{place}/{MANIFEST}")
+        self._store.delete(place)
+        shutil.rmtree(self._copies / place, ignore_errors=True)
+
+    def repair(self) -> None:
+        """Also deletes checkpoints without a manifest: no other run writes one."""
+        # Hidden names come first
+        for folder in sorted(self.folders()):
+            final = _final_name(folder)
+            if final != folder and self._is_committed(folder):
+                self._replace(folder, final)
+            elif is_step_name(final) and not self._is_committed(folder):
+                self._delete(folder)
+
+    def link(self, link: str, folder: str) -> None:
+        self._store.write(link, folder.encode())
+
+    def linked(self, link: str) -> str | None:
+        name = self._store.read(link).decode(errors="replace")
+        return name if name in self.folders() else None
+
+    def _is_committed(self, place: str) -> bool:
+        return self._store.size(f"{place}/{MANIFEST}") is not None
+
+    def _place(self, name: str) -> str:
+        """Where the objects of a name lie: what is written under a hidden name, under
+        the final one, unless a checkpoint has it."""
+        folder = name.split("/")[0]
+        final = _final_name(folder)
+        if final == folder or self._is_committed(final):
+            return name
+        return name.replace(folder, final, 1)
+
+
+def _final_name(folder: str) -> str:
+    """The name that a folder which is being written is to have; others' own."""
+    final = folder.removeprefix(".").removesuffix(WRITING)
+    is_hidden = folder == f".{final}{WRITING}" and is_step_name(final)
+    return final if is_hidden else folder
+
+
+_URLS: dict[Path, str] = {}
+"""Folder of checkpoints -> the URL where they are instead."""
+
+
+def bind(root: Path, url: str) -> None:
+    """From now on, in this process, the checkpoints of the folder `root` are kept below
+    a URL."""
+    _URLS[root.resolve()] = url
+
+
+def public_name(checkpoint: Path) -> str:
+    """The path or URL of a checkpoint, for messages."""
+    url = _URLS.get(checkpoint.parent.resolve())
+    return str(checkpoint) if url is None else f"{url}/{checkpoint.name}"
+
+
+def make_storage(root: Path) -> Storage:
+    """The storage of a folder of checkpoints: the one place that chooses its kind."""
+    url = _URLS.get(root.resolve())
+    if url is None:
+        return LocalStorage(root)
+    return ObjectStorage(root, url, root.with_name(f".{root.name}"))

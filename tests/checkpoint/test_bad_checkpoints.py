@@ -106,6 +106,7 @@ def test_auto_passes_over_what_has_no_manifest_and_the_next_save_deletes_it(
 
 @OVER_STORES
 def test_a_folder_is_a_checkpoint_when_it_is_committed(out):
+    out.mkdir()
     store = storage_of(out / "checkpoints")
     for file in (".step-000002.writing/file", "step-000003/file"):
         with store.write(file) as path:

@@ -14,8 +14,12 @@ import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import transformers.models.llama.modeling_llama  # noqa: F401
 from mora_ds.engine.muon import load_kernels
+from mora_ds.common import object_store
 from mora_ds.train import run_file, setup
 
+# Runs that are started again need not wait long
+object_store.RENEWED_S = 0.4
+object_store.EXPIRES_S = 2.0
 load_kernels()  # as every engine does
 # Every run asks for versions, and each is a file to be parsed
 for module in (run_file, setup):

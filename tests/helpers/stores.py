@@ -1,12 +1,13 @@
-"""A storage of checkpoints in the memory of a process of its own, which outlives ranks that
-are killed, in place of the disk.
+"""Storages of checkpoints in place of the disk: the memory of a process of its own, which
+outlives ranks that are killed, and a bucket behind S3 over HTTP.
 
-    @OVER_STORES                     a test with the fixture `out` runs with checkpoints on disk, and in memory
-    shown(out)                       checkpoints that are in memory lie in `out` too, for assertions that read files
-    stored(out)                      those that lie in `out` are in memory from now on
+    @OVER_STORES                     a test with the fixture `out` runs with checkpoints on disk, in memory, in a bucket
+    shown(out)                       checkpoints that are elsewhere lie in `out` too, for assertions that read files
+    stored(out)                      those that lie in `out` are elsewhere from now on
     be_read_only(out)                from now on the memory takes nothing, as a file system that was remounted
 
-A run's checkpoints are in memory where the socket `SOCKET` lies next to its output folder.
+A run's checkpoints are in memory where the socket `SOCKET` lies next to its output folder,
+and in a bucket where the file `ENDPOINT` does.
 """
 
 import errno
@@ -19,12 +20,16 @@ from pathlib import Path
 import pytest
 
 from mora_ds.checkpoint import storage as storages
-from mora_ds.checkpoint.storage import LocalStorage
+from mora_ds.checkpoint.layout import BEST, LATEST
+from mora_ds.checkpoint.storage import LocalStorage, ObjectStorage, make_storage
+from tests.helpers.buckets import reach
 
 SOCKET = "memory"
+ENDPOINT = "endpoint"
 KEY = b"tests"
 READ_ONLY = (None, "read-only")
-OVER_STORES = pytest.mark.parametrize("out", ["disk", "memory"], indirect=True)
+BUCKET = pytest.param("bucket", marks=pytest.mark.heavy)
+OVER_STORES = pytest.mark.parametrize("out", ["disk", "memory", BUCKET], indirect=True)
 
 
 class Server(BaseManager):
@@ -117,8 +122,13 @@ class MemoryStorage:
 
 
 def chosen(root):
-    socket = root.absolute().parent.parent / SOCKET
-    return MemoryStorage(root, socket) if socket.is_socket() else LocalStorage(root)
+    home = root.absolute().parent.parent
+    if (home / SOCKET).is_socket():
+        return MemoryStorage(root, home / SOCKET)
+    if (home / ENDPOINT).is_file():
+        url = reach((home / ENDPOINT).read_text(), root)
+        return ObjectStorage(root, url, home / "copies" / root.absolute().parent.name)
+    return make_storage(root)
 
 
 storages.make_storage = chosen
@@ -155,21 +165,30 @@ def stored(out):
 def shown(out):
     store = store_of(out)
     if not isinstance(store, LocalStorage):
-        copy = store.open_read("")
-        shutil.copytree(copy, store.root, symlinks=True, dirs_exist_ok=True)
+        for folder in store.folders():
+            shutil.copytree(
+                store.open_read(folder), store.root / folder, dirs_exist_ok=True
+            )
+        for link in (LATEST, BEST):
+            if folder := store.linked(link):
+                (store.root / link).symlink_to(folder)
 
 
 @contextmanager
 def edited(out, name):
     """The path of a checkpoint, or of a file of it, for a change of it."""
     store = store_of(out)
-    copy = store.open_read("")
-    yield copy / name
-    if isinstance(store, MemoryStorage):
-        store.delete(name)
-        for path in (copy / name, *(copy / name).rglob("*")):
-            if path.is_file():
-                store.put(path.relative_to(copy).as_posix(), path)
+    if isinstance(store, LocalStorage):
+        yield store.root / name
+        return
+    folder = name.split("/")[0]
+    copy = Path(shutil.copytree(store.open_read(folder), out / "edited" / folder))
+    yield copy.parent / name
+    store.delete(folder)
+    for path in copy.rglob("*"):
+        if path.is_file():
+            store.put(path.relative_to(copy.parent).as_posix(), path)
+    shutil.rmtree(copy.parent)
 
 
 def be_read_only(out, value=True):

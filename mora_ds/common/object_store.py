@@ -1,0 +1,217 @@
+"""Buckets, and whatever else fsspec reads and writes: objects that are put as a whole,
+without renames, links and locks.
+
+    store = ObjectStore("s3://bucket/run")     names are relative to the URL, with slashes
+    Lease(store, ".lock")                      one process at a time, also after a killed one
+
+Credentials and endpoints are found by the libraries' own ways (environment, files,
+metadata of the machine); they are neither read nor written here.
+"""
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+
+from mora_ds.common.errors import RunError, UserError, reason
+from mora_ds.common.untrusted import relative_path
+
+logger = logging.getLogger(__name__)
+
+PAUSES_S = (1.0, 4.0, 16.0)
+"""Seconds before each further attempt, after those of the library itself."""
+
+
+class StoreError(RunError):
+    """A store has not done what it was asked for, in spite of retries."""
+
+
+class NoObject(StoreError):
+    """There is no such object, or no such bucket."""
+
+
+class ObjectStore:
+    """The objects below a URL. Methods raise `StoreError`."""
+
+    def __init__(self, url: str) -> None:
+        """Raises `UserError` where the protocol is unknown, its library is missing, or
+        what is stored would end with the process."""
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        # What other ranks and other machines write is seen at once
+        options = {"use_listings_cache": False}
+        if protocol == "file":
+            options["auto_mkdir"] = True
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"--output_dir {url}: {reason(error)} (pip install 'mora_ds[s3]', 'mora_ds[gcs]')"
+            ) from error
+        if protocol == "memory" or not root.strip("/"):
+            raise UserError(
+                f"--output_dir {url}: give a bucket, or another store that outlives the process, and a name in it"
+            )
+        self._root = root.rstrip("/")
+
+    def put(self, name: str, source: Path) -> None:
+        """Store a file of this machine."""
+        self._call("put_file", str(source), self._path(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._call("pipe_file", self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Store an object unless there is one; False where there is. At once, where the
+        store can: s3fs asks with If-None-Match."""
+        try:
+            self._call("pipe_file", self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The content; nothing where there is no such object."""
+        content: bytes = self._found(b"", "cat_file", name)
+        return content
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """Make files of these names in `folder`, several at a time."""
+        targets = [str(folder / relative_path(name)) for name in names]
+        if names:
+            self._call("get", [self._path(name) for name in names], targets)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None where there is none."""
+        facts = self._found({}, "info", name)
+        return int(facts["size"]) if facts.get("type") == "file" else None
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """{name in the folder: bytes} of all objects below it."""
+        files = self._found({}, "find", folder, detail=True)
+        prefix = f"{self._path(folder)}/"
+        return {path.removeprefix(prefix): files[path]["size"] for path in files}
+
+    def folders(self) -> list[str]:
+        """The first parts of names, where others follow."""
+        entries = self._found([], "ls", "", detail=True)
+        return [
+            entry["name"].rstrip("/").rpartition("/")[2]
+            for entry in entries
+            if entry["type"] == "directory"
+        ]
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object, in the store."""
+        self._call("cp_file", self._path(source), self._path(target))
+
+    def delete(self, name: str) -> None:
+        """Delete an object, or all below a name; there need not be any."""
+        self._found(None, "rm", name, recursive=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _found(self, absent: Any, method: str, name: str, **options: Any) -> Any:
+        """What a method returns; `absent` where there is nothing of that name."""
+        try:
+            return self._call(method, self._path(name), **options)
+        except NoObject:
+            return absent
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return getattr(self._fs, method)(*arguments, **options)
+            except FileExistsError:
+                raise
+            except FileNotFoundError as error:
+                raise NoObject(f"{self.url}: {reason(error)}") from error
+            # Each library has errors of its own
+            except Exception as error:
+                if pause_s is None or isinstance(error, PermissionError):
+                    raise StoreError(
+                        f"{self.url}: {method} failed: {reason(error)}"
+                    ) from error
+                time.sleep(pause_s)
+
+
+RENEWED_S = 5.0
+"""Seconds after which a holder renews its lease."""
+EXPIRES_S = 30.0
+"""Seconds without a renewal after which a lease is another's to take. They are counted
+by who waits, so that clocks need not agree."""
+
+
+class Lease:
+    """The right to write to a store: an object with owner and time, which its holder
+    renews, so that who waits sees whether a killed process has left it."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._owner = f"process {os.getpid()} on {platform.node()}, {uuid4().hex}"
+        self._is_lost = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def take(self) -> None:
+        """Raises `UserError` where another process has it."""
+        if not self._store.create(self._name, self._content()):
+            self._await_expiry()
+            self._store.delete(self._name)
+            if not self._store.create(self._name, self._content()):
+                raise self._taken()
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises `RunError` where another process has taken the lease, which was not
+        renewed in time."""
+        if self._is_lost:
+            raise RunError(
+                f"{self._store.url}: this run was out of touch for {EXPIRES_S:.0f} s, and another one writes there now"
+            )
+
+    def release(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            if self._holder() == self._owner:
+                self._store.delete(self._name)
+
+    def _await_expiry(self) -> None:
+        content = self._store.read(self._name)
+        logger.info(
+            f"{self._store.url} was reserved by {self._holder()}: waiting for {EXPIRES_S:.0f} s whether it is alive"
+        )
+        time.sleep(EXPIRES_S)
+        if self._store.read(self._name) not in (content, b""):
+            raise self._taken()
+
+    def _taken(self) -> UserError:
+        return UserError(
+            f"--output_dir {self._store.url}: another run writes there ({self._holder()}); end it first"
+        )
+
+    def _holder(self) -> str:
+        """Who has the lease; "" where nobody has."""
+        return self._store.read(self._name).decode(errors="replace").partition("\n")[0]
+
+    def _content(self) -> bytes:
+        return f"{self._owner}\n{time.time()}\n".encode()
+
+    def _renew(self) -> None:
+        while not (self._is_lost or self._ended.wait(RENEWED_S)):
+            try:
+                self._is_lost = self._holder() != self._owner
+                if not self._is_lost:
+                    self._store.write(self._name, self._content())
+            except StoreError as error:
+                logger.warning(f"the lease was not renewed: {error}")

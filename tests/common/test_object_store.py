@@ -1,0 +1,100 @@
+"""Object stores and leases: retries, wrong URLs, and who may write."""
+
+import time
+
+import pytest
+
+from mora_ds.common import object_store
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.object_store import Lease, ObjectStore, StoreError
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_store, "PAUSES_S", (0.0, 0.0))
+    return ObjectStore(f"file://{tmp_path}/store")
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("nowhere://bucket/run", "nowhere"),
+        ("memory://run", "outlives the process"),
+        ("file:///", "a name in it"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_an_error(url, words):
+    with pytest.raises(UserError, match=words) as caught:
+        ObjectStore(url)
+    assert f"--output_dir {url}" in str(caught.value)
+
+
+def failing(store, monkeypatch, times, error):
+    """`write` fails so often."""
+    write = store._fs.pipe_file
+    left = [error] * times
+
+    def fails(*arguments, **options):
+        if left:
+            raise left.pop()
+        write(*arguments, **options)
+
+    monkeypatch.setattr(store._fs, "pipe_file", fails)
+    return left
+
+
+def test_what_fails_is_tried_again(store, monkeypatch):
+    failing(store, monkeypatch, 2, TimeoutError("slow"))
+    store.write("a/b", b"content")
+    assert store.read("a/b") == b"content"
+
+
+@pytest.mark.parametrize("error, tried", [(TimeoutError, 3), (PermissionError, 1)])
+def test_what_fails_for_good_is_an_error(store, monkeypatch, error, tried):
+    left = failing(store, monkeypatch, 9, error("no way"))
+    with pytest.raises(StoreError, match=r"file://.*/store: pipe_file failed: no way"):
+        store.write("a", b"")
+    assert len(left) == 9 - tried
+
+
+# -- leases ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(object_store, "RENEWED_S", 0.05)
+    monkeypatch.setattr(object_store, "EXPIRES_S", 1.0)
+
+
+def test_a_lease_is_one_holders_until_it_is_released(store, quick):
+    first = Lease(store, ".lock")
+    first.take()
+    with pytest.raises(UserError, match=r"another run writes there \(process"):
+        Lease(store, ".lock").take()
+    first.check()
+    first.release()
+    second = Lease(store, ".lock")
+    second.take()
+    second.release()
+
+
+def out_of_touch(*_):
+    raise StoreError("no answer")
+
+
+def test_a_lease_that_is_not_renewed_is_taken_and_its_holder_stops(
+    store, quick, monkeypatch
+):
+    first = Lease(store, ".lock")
+    second = Lease(store, ".lock")
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "write", out_of_touch)
+        first.take()
+        second.take()
+    time.sleep(1)
+    with pytest.raises(RunError, match="another one writes there now"):
+        first.check()
+    first.release()
+    second.check()
+    second.release()
+    assert store.read(".lock") == b""
