@@ -289,11 +289,16 @@ def require_plain(folder: Path) -> None:
         )
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether it is s3://bucket/run, or the like."""
+    return "://" in str(path)
+
+
 def expanded(path: str | Path, flag: str = "") -> Path:
     """`path` with ~ or ~USER replaced by the home folder. Raises `UserError` that names
     `flag` for a URL, if the home folder is unknown, and if the path cannot be
     accessed."""
-    if "://" in str(path):
+    if is_url(path):
         raise UserError(
             f"{flag} {path}: URLs are not supported; give a path on a disk".lstrip()
         )

@@ -10,7 +10,7 @@ from mora_ds.common.errors import (
     unknown,
     validation_errors_of,
 )
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.untrusted import expanded, is_url
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.engine.settings import BaseDevice, EngineSettings, OptimizerKind
@@ -33,7 +33,7 @@ class TrainingArguments:
     """The run itself: batches, optimizer, precision, evaluation, saving."""
 
     output_dir: str = "out"
-    """Folder that receives everything the run writes."""
+    """Folder that receives everything the run writes, or a URL such as s3://bucket/run."""
     overwrite_output_dir: bool = False
     """Delete the run that --output_dir holds."""
     resume_from_checkpoint: str | None = None
@@ -215,7 +215,13 @@ class TrainingArguments:
         yield from out_of_bounds("max_steps", self.max_steps, Bounds())
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
-        yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
+        if not is_url(self.output_dir):
+            yield from validation_errors_of(expanded, self.output_dir, "--output_dir")
+        elif "@" in self.output_dir:
+            yield (
+                "--output_dir: leave credentials out of the URL, which the run records; its library finds them in the "
+                "environment and in its files"
+            )
         is_multiple = (
             self.eval_steps != 0 and self.eval_tasks_steps % self.eval_steps == 0
         )

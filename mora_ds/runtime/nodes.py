@@ -32,8 +32,9 @@ def write_on_rank0(
     return result
 
 
-def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raise `UserError` on all ranks unless they all see the same `folder`. Collective.
+def check_shared(folder: Path, ranks: Ranks, flag: str = "--output_dir") -> None:
+    """Raise `UserError` on all ranks unless they all see the same `folder`, which
+    `flag` names. Collective.
 
     Rank 0 creates a file, and the others wait for it. Its name is random, because
     clients of network file systems cache missing names.
@@ -63,7 +64,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     for rank, (is_visible, rank_folder) in enumerate(seen):
         if not is_visible:
             raise UserError(
-                f"--output_dir: {rank_folder} (rank {rank}) is another folder than {first_place} (rank 0): name one on "
+                f"{flag}: {rank_folder} (rank {rank}) is another folder than {first_place} (rank 0): name one on "
                 "storage that all nodes share"
             )
 

@@ -6,6 +6,7 @@ dry_run         --dry_run: logs the plan of a run instead of running it
 start_up        error handling of the start: an error of one rank ends all ranks
 setup           start of the ranks, DeepSpeed config, and the context of a run
 output_folder   --output_dir: reservation, and names of its files; run_file: run.yaml
+remote_folder   --output_dir at a URL: what is uploaded, and the lease
 data            files -> tokens -> batches; tokenizer: the tokenizer of a run
 inputs          check that a run does not overwrite its inputs
 base            the base model, on the device or in host memory

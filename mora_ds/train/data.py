@@ -277,19 +277,22 @@ def _log_mixture(config: MixtureConfig, mixture: Mixture) -> None:
         )
 
 
+def cache_folder(data: DataArguments) -> Path:
+    """--cache_dir, or its default."""
+    if data.cache_dir is not None:
+        return expanded(data.cache_dir, "--cache_dir")
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expanded(users, "--cache_dir") / "mora_ds" / "tokens"
+
+
 def cached(
     corpus: Corpus, tokenizer: Any, data: DataArguments, progress: bool
 ) -> TokenCache:
     """The tokens of a corpus, read from the token cache (--cache_dir) or built now."""
-    if data.cache_dir is not None:
-        folder = expanded(data.cache_dir, "--cache_dir")
-    else:
-        users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = expanded(users, "--cache_dir") / "mora_ds" / "tokens"
     return build_cache(
         corpus,
         tokenizer,
-        folder,
+        cache_folder(data),
         document_start=data.document_start,
         num_proc=data.preprocessing_workers,
         progress=progress,

@@ -6,7 +6,6 @@ writes no file. Every process may call it, and needs no other; rank 0 prints.
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
@@ -45,7 +44,7 @@ def dry_run(arguments: Arguments) -> None:
     if rank() == 0:
         costs = cost_lines(plan, arguments.training.max_steps)
         say(*layers, report(plan), *costs)
-        folder = Path(arguments.training.output_dir)
+        folder = arguments.training.output_dir
         say(f"dry run: nothing was trained, {folder} is unchanged")
 
 

@@ -30,7 +30,7 @@ from mora_ds.checkpoint.manager import (
     resume_checkpoint,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.checkpoint.storage import local_copy, located, storage_of
+from mora_ds.checkpoint.storage import local_copy, located, public_name, storage_of
 from mora_ds.common.errors import NonFatalFailure, UserError, named_as_flags
 from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
 from mora_ds.common.untrusted import expanded
@@ -55,6 +55,7 @@ from mora_ds.train.metrics import MetricsLog, without_nan
 from mora_ds.train.non_fatal import non_fatal
 from mora_ds.train.output_folder import abandon, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
+from mora_ds.train.remote_folder import RemoteFolder, remote_folder
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import RunContext, engine_config
@@ -86,11 +87,15 @@ def pretrain(arguments: Arguments, ranks: Ranks) -> JsonObject:
         if arguments.adapter.base_bits == 4:
             with named_as_flags("base_bits"):
                 check_bitsandbytes()
-        setup, schedule = _prepare(arguments, ranks)
-    return _run(arguments, setup, schedule)
+    with remote_folder(arguments, ranks) as remote:
+        with start_up():
+            setup, schedule = _prepare(arguments, ranks, remote)
+        return _run(arguments, setup, schedule)
 
 
-def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedule]:
+def _prepare(
+    arguments: Arguments, ranks: Ranks, remote: RemoteFolder | None
+) -> tuple[TrainingSetup, Schedule]:
     """Everything before the first step. Collective: an error of one rank is one of
     all."""
     model = arguments.model
@@ -99,7 +104,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[TrainingSetup, Schedul
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     if training.eval_tasks:
         ranks.run_on_rank0("tasks", lambda: check_tasks(training.eval_tasks), long=True)
-    with _output_folder(arguments, ranks) as context:
+    with _output_folder(arguments, ranks, remote) as context:
         folder, config = find_model(model, context)
         check_config(config, training.sequence_parallel_size, model.implementation)
         # Torch's FlexAttention has no backward pass on CPUs.
@@ -162,13 +167,16 @@ def _steps(setup: TrainingSetup, schedule: Schedule) -> int:
 
 
 @contextmanager
-def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
+def _output_folder(
+    arguments: Arguments, ranks: Ranks, remote: RemoteFolder | None
+) -> Iterator[RunContext]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
     The folder becomes the run's when the block has passed, and is as it was when the
     block raises.
     """
-    root = expanded(arguments.training.output_dir, "--output_dir")
+    folder = remote.folder if remote else arguments.training.output_dir
+    root = expanded(folder, "--output_dir")
     targets = None
     if arguments.research:
         from mora_ds.research.targets import TargetPlan, target_plan_of
@@ -186,15 +194,17 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RunContext]:
         )
         if not ranks.is_rank0:
             join(root)
-        check_shared(root, ranks)
+        check_shared(root, ranks, "--cache_dir" if remote else "--output_dir")
         checkpoint, saved, branch = beginning
         state = None if saved is None else TrainerState(**saved)
-        yield RunContext(ranks, root, checkpoint, state, branch, targets)
+        yield RunContext(ranks, root, checkpoint, state, branch, targets, remote)
     except BaseException:
         abandon(root)
         raise
     if ranks.is_rank0:
         reserve(root).commit()
+        if remote is not None:
+            remote.begin(arguments.training.overwrite_output_dir)
         _begin_checkpoints(root / CHECKPOINTS, checkpoint, state)
 
 
@@ -376,7 +386,8 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
                 trackers.append(tracker)
     log = MetricsLog(folder, steps, ranks.is_rank0, state.step, trackers, pending)
     if setup.context.checkpoint is not None:
-        logger.info(f"resumed from {setup.context.checkpoint} at step {state.step}")
+        checkpoint = public_name(setup.context.checkpoint)
+        logger.info(f"resumed from {checkpoint} at step {state.step}")
         if state.total_steps != steps:
             lengths = f"its length was {state.total_steps} steps and is {steps} now"
             logger.info(f"{lengths}: the learning rate follows the new length")
@@ -402,9 +413,13 @@ def _run(arguments: Arguments, setup: TrainingSetup, schedule: Schedule) -> Json
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
         _push(arguments.training, setup, trainer.last_checkpoint)
+    if remote := setup.context.remote:
+        remote.upload(ranks, state.failures, arguments.training.export_merged)
     failures = ranks.run_on_rank0("end of the run", lambda: state.failures, long=True)
     if failures:
-        done = f"the run is done, {trainer.last_checkpoint} is its last checkpoint"
+        last = trainer.last_checkpoint
+        checkpoint = public_name(last) if last else "none"
+        done = f"the run is done, {checkpoint} is its last checkpoint"
         lines = "\n".join(f"  {failure}" for failure in failures)
         raise NonFatalFailure(f"{done}; failures outside training:\n{lines}")
     return summary

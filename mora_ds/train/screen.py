@@ -8,7 +8,7 @@ import torch
 
 from mora_ds.adapters.registry import Control, adapter_type
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, MERGED_FOLDER
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.untrusted import expanded, is_url
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import Arguments
 from mora_ds.data import Mixture
@@ -89,15 +89,16 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, what comes next."""
     if arguments.adapter.adapter == Control.NONE:
         return _labeled({"done": f"evaluated in {duration(seconds)}"})
+    done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
+    rows = {"done": f"{done} in {duration(seconds)}"}
+    if is_url(arguments.training.output_dir):
+        rows["output"] = arguments.training.output_dir
+        return _labeled(rows)
     folder = expanded(arguments.training.output_dir)
     checkpoint = folder / CHECKPOINTS / LATEST
     latest = quote(str(checkpoint))
     merged = quote(str(folder / MERGED_FOLDER))
-    done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
-    rows = {
-        "done": f"{done} in {duration(seconds)}",
-        "checkpoint": str(checkpoint.with_name(checkpoint.resolve().name)),
-    }
+    rows["checkpoint"] = str(checkpoint.with_name(checkpoint.resolve().name))
     if TENSORBOARD in arguments.training.report_to:
         rows["curves"] = f"tensorboard --logdir {quote(str(folder / TENSORBOARD))}"
     is_full = arguments.adapter.adapter == Control.FULL

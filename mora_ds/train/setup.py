@@ -43,6 +43,7 @@ from mora_ds.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from mora_ds.research.targets import TargetPlan
+    from mora_ds.train.remote_folder import RemoteFolder
 
 NODE_SETTINGS = frozenset(
     {
@@ -85,6 +86,8 @@ class RunContext:
     identity."""
     targets: TargetPlan | None = None
     """The plan of research.targets."""
+    remote: RemoteFolder | None = None
+    """Where `folder` is uploaded to, if --output_dir is a URL."""
 
 
 def end_all(error: Exception) -> None:

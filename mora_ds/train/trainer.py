@@ -12,8 +12,8 @@ requests, and the number of labels of the next batch, which scales the next loss
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.layout import step_of
+from mora_ds.checkpoint.storage import public_name
 from mora_ds.common.errors import NON_FATAL_ERRORS, RunError, Stopped, reason
+from mora_ds.common.object_store import StoreError
 from mora_ds.config.forgetting import report
 from mora_ds.config.lr_schedule import Schedule
 from mora_ds.engine import zero
@@ -75,6 +77,8 @@ class Trainer:
         self.domains = domains_of(setup.loaded.model)
         self.train_data = setup.data.train
         self.last_checkpoint = setup.context.checkpoint
+        self._written_checkpoint = self.last_checkpoint
+        """The last one that is known to be written."""
         self.memory = PhaseMemory()
         self.counter = CollectiveCounter(
             setup.run.base_tensors if setup.is_trained else ()
@@ -138,7 +142,8 @@ class Trainer:
         except BaseChanged as changed:
             error = changed
         last = self.last_checkpoint
-        newest = f"Newest checkpoint: {last or 'none was written'}"
+        name = public_name(last) if last else "none was written"
+        newest = f"Newest checkpoint: {name}"
         if last is not None and step_of(last) == self.state.step:
             newest += ", which holds this model: resume from the previous one"
         if isinstance(error, BaseChanged):
@@ -382,7 +387,7 @@ class Trainer:
             return
         step = self.state.step
         if step > 0 and self._saved_step != step:
-            self._save()
+            self._save(is_last=True)
         self.setup.run.wait()
         signals.ignore_requests()
         self.log.close()
@@ -390,14 +395,19 @@ class Trainer:
         dist.barrier()
         if step == 0:
             raise Stopped("stopped before the first step, nothing to save")
+        assert self.last_checkpoint is not None
+        name = public_name(self.last_checkpoint)
         raise Stopped(
-            f"stopped at step {step}, saved to {self.last_checkpoint}; continue with --resume_from_checkpoint auto"
+            f"stopped at step {step}, saved to {name}; continue with --resume_from_checkpoint auto"
         )
 
-    def _save(self) -> None:
+    def _save(self, is_last: bool = False) -> None:
         """Check that the loss of the reference batch is finite, then write a
         checkpoint. A step with a finite loss may put NaN into the MoRA matrices, which
-        must not be saved."""
+        must not be saved.
+
+        Where a store fails for good, training goes on to the next save; the last one of
+        a run or a stop raises `StoreError`."""
         step = self.state.step
         self.memory.end(BETWEEN)
         # Before the loss, which reads the base: reading beyond the end of a mapped file
@@ -412,9 +422,31 @@ class Trainer:
         if keep is not None and self.state.evaluation_pending:
             # If the evaluation finds NaN, the previous checkpoint is the last good one.
             keep = max(keep, 2)
-        self.last_checkpoint = self.setup.run.save(step, keep)
-        self._saved_step = step
+        if remote := self.setup.context.remote:
+            # Before it, as a resumed run goes on with the rows up to this step
+            remote.upload(self.ranks, self.state.failures)
+        with self._without_checkpoint(is_allowed=True):
+            self.setup.run.wait()
+            self._written_checkpoint = self.last_checkpoint
+        with self._without_checkpoint(is_allowed=not is_last):
+            self.last_checkpoint = self.setup.run.save(step, keep)
+            self._saved_step = step
         self.memory.end("save")
+
+    @contextmanager
+    def _without_checkpoint(self, is_allowed: bool) -> Iterator[None]:
+        """A context that goes on without the new checkpoint where a store fails, if
+        that `is_allowed`."""
+        try:
+            yield
+        except StoreError as error:
+            if not is_allowed:
+                raise
+            self.last_checkpoint = self._written_checkpoint
+            self._saved_step = None
+            failure = f"save, found at step {self.state.step}: {error}"
+            self.state.failures.append(failure)
+            logger.error(f"{failure}. Training continues")
 
     def _merge(self) -> None:
         self.memory.end(BETWEEN)
@@ -440,7 +472,7 @@ class Trainer:
         for line in report(state.perplexity_before, state.perplexity_last):
             logger.info(line)
         state.finished = True
-        self._save()
+        self._save(is_last=True)
 
     # -- evaluation --------------------------------------------------------------------
 

@@ -186,7 +186,9 @@ stray | 'stray'
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
 --output_dir '' | --output_dir must not be empty
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: the home folder of ~nobody5 is unknown
---output_dir s3://bucket/run | --output_dir s3://bucket/run: URLs are not supported
+--output_dir s3://key:secret@bucket/run | --output_dir: leave credentials out of the URL
+--output_dir nowhere://bucket/run | --output_dir nowhere://bucket/run: | nowhere
+--output_dir memory://run | --output_dir memory://run: give a bucket
 --resume_from_checkpoint gs://bucket/run | --resume_from_checkpoint gs://bucket/run: URLs are not supported
 --train_files s3://corpus/x.txt | --train_files s3://corpus/x.txt: URLs are not supported
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: the home folder of

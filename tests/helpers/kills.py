@@ -27,7 +27,7 @@ import mora_ds.data.cache
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.checkpoint import manager
 from mora_ds.checkpoint.shard_table import rank_file
-from mora_ds.checkpoint.storage import LocalStorage
+from mora_ds.checkpoint.storage import LocalStorage, ObjectStorage
 from mora_ds.remora import ledger
 from mora_ds.train import metrics
 from tests.helpers.gloo import start_ranks
@@ -331,6 +331,8 @@ def doomed_job(argv, moment, victims):
     """A run in which the processes with the ranks `victims` die. For `start_ranks`."""
     global STORAGE
     STORAGE = type(store_of(output_of(argv)))
+    if any("://" in word for word in argv):
+        STORAGE = ObjectStorage
     if dist.get_rank() in victims:
         MOMENTS[moment].install()
     job(argv)

@@ -1,0 +1,243 @@
+"""--output_dir at a URL: the same run as on a disk, whenever it is killed and however the
+store fails.
+
+On a disk (file://) by default; the heavy tests have S3 over HTTP (moto's server).
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from mora_ds.checkpoint.manager import complete_checkpoints
+from mora_ds.checkpoint.verify import verify
+from mora_ds.common import object_store
+from mora_ds.common.errors import NonFatalFailure
+from tests.helpers.buckets import (
+    SECRET,
+    downloaded,
+    flaky,
+    reach,
+    read_only_from,
+    slow,
+)
+from tests.helpers.gloo import end, run_alone, run_ranks, start_ranks
+from tests.helpers.jobs import curve, job, refused, run
+from tests.helpers.kills import killed_run
+from tests.helpers.outcome import assert_good, tree
+from tests.helpers.resume import MERGING, interrupted_job
+from tests.helpers.tables import heavy
+
+FLAGS = f"{MERGING} --train_norms true --mora_dropout 0.1 --save_total_limit 2"
+AUTO = "--resume_from_checkpoint auto"
+EXPORT = "--export_merged true"
+
+
+@pytest.fixture(scope="module")
+def reference(user, tmp_path_factory):
+    """The run on a disk, of two ranks."""
+    out = tmp_path_factory.mktemp("disk") / "out"
+    run(2, user.flags(out, FLAGS, EXPORT))
+    return out
+
+
+def assert_same_stored(folder, reference):
+    """Curve, checkpoints and merged model, byte for byte."""
+    assert curve(folder) == curve(reference)
+    for name in ("checkpoints", "merged"):
+        assert tree(folder / name) == tree(reference / name), name
+    assert {"run.yaml", "summary.json", "tensorboard"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before_the_manifest",
+        *map(
+            heavy,
+            [
+                "engine_shard_half_written", "after_the_shards", "ledger_half_copied", "before_the_rename",
+                "before_the_first_latest", "right_after_a_merge", "cycle_not_in_the_ledger",
+                "before_the_summary", "before_the_run_is_begun", "run_file_half_written",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(
+    user, reference, tmp_path, moment
+):
+    """All that it has written lies in the store, the working folders are gone."""
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, FLAGS, EXPORT, AUTO, "--cache_dir", tmp_path / "cache")
+    killed_run(2, argv, moment, [0, 1])
+    run(2, argv)
+    assert_same_stored(downloaded(url, tmp_path / "run"), reference)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_store_that_holds_a_run_is_refused_and_stays_as_it_was(user, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, "--max_steps 2")
+    run(1, argv)
+    before = tree(tmp_path / "store")
+    kind, message = run_alone(refused, argv)
+    assert kind == "UserError"
+    assert "holds another run" in message
+    assert tree(tmp_path / "store") == before
+    again = [*argv, "--overwrite_output_dir", "--max_steps", "3"]
+    assert run(1, again)["steps"] == 3
+    steps = [
+        path.name for path in complete_checkpoints(tmp_path / "store/run/checkpoints")
+    ]
+    assert steps == ["step-000003"]
+
+
+def failing_job(argv, steps):
+    """A run whose store takes no file of the checkpoints of these steps. The failures
+    that it ends with.
+    """
+    object_store.PAUSES_S = ()  # in this forked rank alone
+    put = object_store.ObjectStore.put
+
+    def fails(store, name, source):
+        if any(f"step-{step:06d}" in name for step in steps):
+            raise object_store.StoreError(f"{store.url}: no answer")
+        put(store, name, source)
+
+    object_store.ObjectStore.put = fails
+    try:
+        job(argv)
+    except NonFatalFailure as failure:
+        return str(failure)
+    except object_store.StoreError as error:
+        return f"ended: {error}"
+    return "nothing failed"
+
+
+@pytest.mark.parametrize("more", ["--async_save false", "--async_save true"])
+def test_a_save_that_fails_costs_that_save_alone(user, tmp_path, more):
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, "--max_steps 7 --save_steps 2", more)
+    for failure in run_ranks(2, failing_job, argv, [4]):
+        assert "the run is done" in failure
+        assert "no answer" in failure
+        assert f"{url}/checkpoints/step-000007" in failure
+    root = tmp_path / "store/run/checkpoints"
+    steps = [path.name for path in complete_checkpoints(root)]
+    assert steps == ["step-000002", "step-000006", "step-000007"]
+    assert not (root / "step-000004").exists()
+
+
+def test_a_run_whose_last_save_fails_ends_with_the_checkpoint_before(user, tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    argv = user.flags(url, "--max_steps 3 --save_steps 2")
+    (failure,) = run_ranks(1, failing_job, argv, [3])
+    assert failure.startswith("ended: ")
+    root = tmp_path / "store/run/checkpoints"
+    assert [path.name for path in complete_checkpoints(root)] == ["step-000002"]
+    assert run(1, [*argv, *AUTO.split()])["steps"] == 3
+
+
+# -- S3 --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(s3, tmp_path):
+    """The URL of a run in it."""
+    yield f"{reach(s3.endpoint, tmp_path)}/run"
+    s3.fault = None
+
+
+def s3_job(endpoint, work, argv, *more):
+    """One rank of a run that reaches the server. For `run_ranks`."""
+    reach(endpoint, Path("/"))
+    object_store.PAUSES_S = (0.1, 0.5)  # in this forked rank alone
+    return work(argv, *more)
+
+
+KILLS = 30
+
+
+@pytest.mark.heavy(seconds=300)
+@pytest.mark.timeout(1800)
+def test_a_run_in_a_bucket_that_is_killed_thirty_times(
+    user, reference, s3, bucket, tmp_path
+):
+    """The random moments are of a seed; the last runs end."""
+    moments = random.Random(0)
+    argv = user.flags(bucket, FLAGS, EXPORT, AUTO)
+    killed = 0
+    while killed < KILLS:
+        _pipes, processes = start_ranks(2, s3_job, s3.endpoint, job, argv)
+        processes[0].join(moments.uniform(1, 8))
+        killed += processes[0].is_alive()
+        victims = moments.choice([processes[:1], processes[1:], processes])
+        end(victims)
+        end(processes, patience_s=30)
+    run_ranks(2, s3_job, s3.endpoint, job, argv)
+    run_folder = downloaded(bucket, tmp_path / "run")
+    assert_same_stored(run_folder, reference)
+    assert_good(run_folder)
+
+
+def at_sizes(worlds, argv_of, wrap):
+    """A run that stops dead after step 3, 6 and so on, with another number of ranks each
+    time.
+    """
+    for index, world in enumerate(worlds):
+        argv = argv_of("--per_device_train_batch_size", 12 // world, AUTO)
+        step = 3 * (index + 1)
+        work = (interrupted_job, argv, step) if step < 9 else (job, argv)
+        run_ranks(world, *wrap, *work)
+
+
+@pytest.mark.heavy(seconds=60)
+@pytest.mark.parametrize("worlds", [(2, 1, 3), (1, 3, 2)])
+def test_resumes_at_other_numbers_of_ranks_are_those_on_a_disk(
+    user, s3, bucket, tmp_path, worlds
+):
+    out = tmp_path / "out"
+    at_sizes(worlds, lambda *more: user.flags(out, FLAGS, *more), ())
+    to_bucket = (s3_job, s3.endpoint)
+    at_sizes(worlds, lambda *more: user.flags(bucket, FLAGS, *more), to_bucket)
+    folder = downloaded(bucket, tmp_path / "run")
+    assert curve(folder) == curve(out)
+    assert tree(folder / "checkpoints") == tree(out / "checkpoints")
+
+
+@pytest.mark.heavy(seconds=40)
+@pytest.mark.parametrize("fault", [flaky(5), slow(0.1)], ids=["flaky", "slow"])
+def test_a_store_with_errors_that_pass_costs_nothing(
+    user, reference, s3, bucket, tmp_path, fault
+):
+    """Nor are credentials in anything that the run has written."""
+    s3.fault = fault
+    run_ranks(2, s3_job, s3.endpoint, job, user.flags(bucket, FLAGS, EXPORT))
+    s3.fault = None
+    folder = downloaded(bucket, tmp_path / "run")
+    assert_same_stored(folder, reference)
+    for path in folder.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.heavy(seconds=30)
+def test_a_bucket_that_becomes_read_only_ends_the_run_with_complete_checkpoints(
+    user, s3, bucket, tmp_path
+):
+    argv = user.flags(bucket, "--max_steps 6 --save_steps 2")
+    s3.fault = read_only_from(2)
+    reported = run_ranks(2, s3_job, s3.endpoint, refused, argv, True)
+    s3.fault = None
+    for kind, message in reported:
+        assert kind == "StoreError"
+        assert bucket in message
+    folder = downloaded(bucket, tmp_path / "run")
+    steps = [verdict.folder.name for verdict in verify(folder)]
+    assert steps == ["step-000002"]
+    assert_good(folder)
+    s3_again = [*argv, *AUTO.split()]
+    (summary, _) = run_ranks(2, s3_job, s3.endpoint, job, s3_again)
+    assert summary["steps"] == 6
