@@ -39,8 +39,9 @@ LINE_BYTES = 32 << 20
 """Maximum length of a JSON line, and of a text in a table."""
 
 _READ_BYTES = 1 << 20
-ROWS_PER_BATCH = 16
-"""Rows of a table that are decoded at once, each of up to `LINE_BYTES`."""
+ROWS_PER_BATCH = 4
+"""Rows of a table that are decoded at once: a short file may have one long text in every
+row."""
 
 
 @dataclass(frozen=True)
@@ -353,11 +354,9 @@ def _parse(where: str, line: bytes) -> Any:
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
-    """The text column without its first `skip` rows, in batches. Equal values are read
-    once: a short file may repeat a long one in every row."""
-    check_column(pyarrow.parquet.read_schema(path), text_column, str(path))
-    columns = [text_column]
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=columns) as table:
+    """The text column without its first `skip` rows, in batches."""
+    with pyarrow.parquet.ParquetFile(path) as table:
+        check_column(table.schema_arrow, text_column, str(path))
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
             groups.pop(0)
@@ -365,6 +364,7 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
         # For an empty list pyarrow would read all groups.
         if not groups:
             return
+        columns = [text_column]
         for batch in table.iter_batches(ROWS_PER_BATCH, groups, columns):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
