@@ -60,6 +60,7 @@ def sbatch(folder, code, **environment):
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "16",
         "SLURM_CPUS_PER_TASK": "12",
         "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_USER": "me",
