@@ -3,6 +3,7 @@ nothing in them waits or is written through.
 """
 
 import os
+from unittest import mock
 
 import pytest
 import yaml
@@ -115,10 +116,8 @@ class FullDisk:
 def test_a_full_disk_costs_a_row_and_not_the_run(tmp_path, caplog, taken):
     log = MetricsLog(tmp_path, 9, True)
     log.record("merge", 1, {})
-    file = log._file
-    log._file = FullDisk(file, taken)
-    log.record("merge", 2, {})
-    log._file = file
+    with mock.patch.object(log, "_file", FullDisk(log._file, taken)):
+        log.record("merge", 2, {})
     log.record("merge", 3, {})
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
