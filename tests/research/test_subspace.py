@@ -17,7 +17,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.research.subspace import SubspaceConfig, SubspaceLinear, SubspaceSpec
 from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import job, run
+from tests.helpers.jobs import run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
@@ -127,10 +127,7 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged):
     before = summary["perplexity_before"]["held"]
     assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
     resumed = tmp_path / "resumed"
-    argv = user.flags(resumed, MERGING, "--resume_from_checkpoint auto")
-    for step in (3, 5):
-        run_ranks(2, interrupted_job, argv, step)
-    run_ranks(2, job, argv)
+    stop_and_resume(2, user.flags(resumed, MERGING), 3, 5)
     assert_same_run(resumed, out)
 
     assert export_merged(out, merged, verify=True).cycles == 2
