@@ -64,8 +64,8 @@ def cli_page() -> str:
 
     lines = [
         "# Flags and recipe keys", "", GENERATED, "",
-        "`mora-ds COMMAND` and `python -m mora_ds COMMAND` are the same. Behind a flag stands what it takes, and its",
-        "default. Values of a list are separated by spaces.", "",
+        "`mora-ds COMMAND` and `python -m mora_ds COMMAND` are the same. The type of a value and its default follow",
+        "the flag. Values of a list are separated by spaces.", "",
         "## mora-ds pretrain", "",
         "`mora-ds pretrain [RECIPE.yaml] [--flag value ...]`, or `deepspeed launch/pretrain.py` with the same flags.",
         "",
@@ -159,7 +159,7 @@ def _flag(action: argparse.Action, kind: str = "") -> str:
     details = ", ".join(filter(None, [kind, default]))
     text = cell((action.help or "").replace("%%", "%"))
     if action.choices:
-        text += f" One of {', '.join(f'`{choice}`' for choice in action.choices)}."
+        text += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     return f"- {label}{f' ({details})' if details else ''}: {text.strip()}"
 
 
@@ -194,7 +194,7 @@ def _signature(name: str, public: Any) -> list[str]:
     bare = inspect.Signature(
         [parameter.replace(annotation=parameter.empty) for parameter in parameters]
     )
-    words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()")
+    words = str(bare).replace("<factory>", "...").replace("'", '"')[1:-1]
     call = f"{name}({words})"
     # As ruff formats it: on one line, else indented on one, else an argument a line.
     if len(call) > 88:

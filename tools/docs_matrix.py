@@ -108,7 +108,7 @@ def matrix_lines() -> list[str]:
     grouped = _alike(rows, zip(*columns.values(), strict=True))
     return [
         "What the program's checks say to two options, before a model is loaded. Numbers lead to the messages.", "",
-        f"With everything go {', '.join(free)}.", "",
+        f"These go with every column: {', '.join(free)}.", "",
         table_row("", *columns), ruler(len(columns) + 1),
         *(table_row(row, *cells) for row, cells in grouped.items()), "",
         "## Messages", "",
