@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared_flags(parser, "--output", "--base", "--domain", "--trust_remote_code")
     shared_flags(parser, "--onto", "--delta_scale")
-    shared_flags(parser, "--dtype", help="auto: as in training; of --onto, as there")
+    shared_flags(parser, "--dtype", help="auto: that of the run, or of --onto")
     parser.add_argument(
         "--verify",
         action="store_true",

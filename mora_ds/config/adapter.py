@@ -37,18 +37,18 @@ class AdapterArguments:
     """What is trained, and when it is merged."""
 
     adapter: str = DEFAULT_ADAPTER
-    """mora (MoRA matrices), another adapter: lora (with --merge_every: ReLoRA),
-    subspace (MoRA matrices between singular vectors), or a control: full (every
+    """An adapter: mora (MoRA matrices), lora (with --merge_every: ReLoRA) or subspace
+    (MoRA matrices between singular vectors of the weights). Or a control: full (every
     parameter, under plain ZeRO), none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
     """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
     MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
     rounded down to a multiple of --r_hat_multiple."""
     r_hat_multiple: int = 16
-    """Sides of MoRA matrices are multiples of this, and even where they are below twice
-    this; 1: of every size that the operator takes."""
+    """Sides of MoRA matrices are rounded down to a multiple of this; those below twice
+    this, to an even number. 1: any side that the operator takes."""
     lora_alpha: float | None = None
-    """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the
+    """The update of LoRA is B A times --lora_alpha / --mora_rank. Default: twice the
     rank."""
     operator: str = "auto"
     """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, share from
@@ -59,13 +59,13 @@ class AdapterArguments:
     contiguous-strided, strided-contiguous."""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, all-linear
-    (what text trains but the head), experts (all of a mixture's, which no pattern
-    without this word reaches)."""
+    (every linear layer that text trains, except the head), experts (all experts of a
+    mixture, which no pattern without this word reaches)."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 +
     update is formed, rounded to the run's dtype) or auto: weight for each layer where
-    d_in * d_out <= 2 * tokens * (d_in + d_out), of the tokens of a micro-batch, which
-    is about the cheaper of the two."""
+    d_in * d_out <= 2 * tokens * (d_in + d_out), for the tokens of a micro-batch, which
+    is about where it is the cheaper path."""
     base_bits: int = 16
     """8: hold the frozen weights of adapted layers in int8 with a scale per output,
     half of the memory of bf16; merges and exports read the base weights. 4: in NF4,
@@ -88,8 +88,8 @@ class AdapterArguments:
     """Train the output head too."""
     layerwise_scaling: bool = False
     """Multiply each layer's update by RMS(W0 x) / RMS(update of x by random signs),
-    measured on 8 sequences before the first step: a learning rate then moves the
-    outputs of all layers by like shares."""
+    measured on 8 sequences before the first step. A step then changes the outputs of all
+    layers by about the same share."""
     merge_every: int = 0
     """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10

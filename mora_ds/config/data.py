@@ -28,7 +28,7 @@ class ModelArguments:
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the
     training files; 0 for none."""
     trust_remote_code: bool = False
-    """Run code that comes with a Hub model, and that of task files (--eval_tasks)."""
+    """Run code that comes with a model, and that of task files (--eval_tasks)."""
     rope_scaling: str | None = None
     """Rotary embeddings in place of the config.json's, as JSON with transformers' own
     keys: '{"rope_type": "yarn", "factor": 4.0}' for 4 times the positions. rope_type:
@@ -101,7 +101,8 @@ class DataArguments:
     preprocessing_workers: int = 1
     """Number of processes that tokenize on each node."""
     cache_dir: str | None = None
-    """Folder of the token cache. Default: one in the user's cache folder."""
+    """Folder of the token cache. Default: one in the user's cache folder. All ranks must
+    see it if --output_dir is a URL."""
 
     @property
     def names_text(self) -> bool:

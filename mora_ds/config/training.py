@@ -33,7 +33,7 @@ class TrainingArguments:
     """The run itself: batches, optimizer, precision, evaluation, saving."""
 
     output_dir: str = "out"
-    """Folder that receives everything the run writes, or a URL such as s3://bucket/run."""
+    """Folder of everything that the run writes, or a URL such as s3://bucket/run."""
     overwrite_output_dir: bool = False
     """Delete the run that --output_dir holds."""
     resume_from_checkpoint: str | None = None
@@ -130,8 +130,8 @@ class TrainingArguments:
     0: at start and end only."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity
-    of one exceeds this ratio to its value at the start. A task of --eval_tasks: once
-    its score has fallen by this ratio."""
+    of one is above RATIO times its value at the start. A task of --eval_tasks: once its
+    score is below its value at the start divided by RATIO."""
     best_by: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:WEIGHT: the checkpoint with the lowest weighted sum of
     losses is kept as checkpoints/best. A task's loss is minus the logarithm of its
@@ -141,7 +141,7 @@ class TrainingArguments:
     save_steps: int = 500
     """Optimizer steps between checkpoints; 0: one at the end."""
     save_total_limit: int | None = None
-    """Number of checkpoints to keep, the newest. Default: all."""
+    """Number of checkpoints to keep, the newest ones. Default: all."""
     async_save: bool = False
     """Write checkpoints in the background: training waits only for the copy into host
     memory."""
