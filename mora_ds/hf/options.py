@@ -9,7 +9,7 @@ from mora_ds.engine.ds_keys import AUTO, DsConfig, at
 
 REFUSED = {
     "fsdp": "FSDP would shard the base; DeepSpeed shards only the MoRA matrices",
-    "torch_compile": "merges change the compiled operators, and DeepSpeed's hooks break the graph",
+    "torch_compile": "DeepSpeed's hooks break the graph",
     "auto_find_batch_size": "it restarts training in the same process, where earlier merges would stay",
     "use_cpu": "accelerate would not use DeepSpeed; without a GPU the CPU is used anyway",
 }
