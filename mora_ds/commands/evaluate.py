@@ -135,7 +135,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="files or patterns, each a set",
+        help="files or patterns, each a set: PATH or NAME=PATH",
     )
     parser.add_argument(
         "--window",

@@ -76,6 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--push_to_hub",
         metavar="REPO",
-        help="also upload it to this repository of the Hub, a new one being private",
+        help="also upload it to this repository of the Hub; a new one is private",
     )
     return parser

@@ -41,8 +41,8 @@ class AdapterArguments:
     (MoRA matrices between singular vectors of the weights). Or a control: full (every
     parameter, under plain ZeRO), none (nothing is trained, the base is evaluated)."""
     mora_rank: int = 8
-    """Rank of --adapter lora. With mora: the LoRA rank whose number of parameters each
-    MoRA matrix is closest to; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
+    """Rank of --adapter lora. With mora: each MoRA matrix has at most as many parameters
+    as a LoRA of this rank; its side is r_hat = sqrt((d_in + d_out) * mora_rank),
     rounded down to a multiple of --r_hat_multiple."""
     r_hat_multiple: int = 16
     """Sides of MoRA matrices are rounded down to a multiple of this; those below twice
