@@ -14,6 +14,7 @@ import platform
 import threading
 import time
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -41,9 +42,14 @@ class ObjectStore:
     """The objects below a URL. Methods raise `StoreError`."""
 
     def __init__(self, url: str) -> None:
-        """Raises `UserError` where the protocol is unknown, its library is missing, or
-        what is stored would end with the process."""
+        """Raises `UserError` where the URL is a pattern, the protocol is unknown, its
+        library is missing, or what is stored would end with the process."""
         self.url = url.rstrip("/")
+        if has_magic(url):
+            # `rm` of fsspec would delete what matches
+            raise UserError(
+                f"--output_dir {url}: leave out *, ? and [, which make it a pattern"
+            )
         protocol = url.partition("://")[0]
         # What other ranks and other machines write is seen at once
         options = {"use_listings_cache": False}

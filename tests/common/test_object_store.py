@@ -21,6 +21,7 @@ def store(tmp_path, monkeypatch):
         ("nowhere://bucket/run", "nowhere"),
         ("memory://run", "outlives the process"),
         ("file:///", "a name in it"),
+        ("file:///tmp/run[1]", "a pattern"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_an_error(url, words):
