@@ -102,10 +102,12 @@ class RemoteFolder:
         with suppress(RunError):
             if self._is_open:
                 self._lease.check()
-                if self._has_begun:
-                    self._upload(*_UPLOADED)
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self._lease.release()
+                try:
+                    if self._has_begun:
+                        self._upload(*_UPLOADED)
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                finally:
+                    self._lease.release()
 
     def _upload(self, *names: str) -> None:
         """Upload those of these files and folders that are there."""

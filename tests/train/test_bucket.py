@@ -13,6 +13,7 @@ from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
 from mora_ds.common.errors import NonFatalFailure
+from mora_ds.train.remote_folder import RemoteFolder
 from tests.helpers.buckets import (
     SECRET,
     downloaded,
@@ -139,6 +140,20 @@ def test_a_run_whose_last_save_fails_ends_with_the_checkpoint_before(user, tmp_p
     root = tmp_path / "store/run/checkpoints"
     assert [path.name for path in complete_checkpoints(root)] == ["step-000002"]
     assert run(1, [*argv, *AUTO.split()])["steps"] == 3
+
+
+def test_a_url_is_given_up_although_the_last_upload_fails(tmp_path, monkeypatch):
+    remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
+    remote.open()
+    (remote.folder / "run.yaml").write_text("x")
+    remote.begin(overwrites=False)
+
+    def fails(*_):
+        raise object_store.StoreError("no answer")
+
+    monkeypatch.setattr(object_store.ObjectStore, "put", fails)
+    remote.close()
+    assert list(tree(tmp_path / "store")) == ["run.yaml"]
 
 
 # -- S3 --------------------------------------------------------------------------------
