@@ -32,6 +32,7 @@ from mora_ds.train.data import cache_folder
 from mora_ds.train.non_fatal import non_fatal
 from mora_ds.train.output_folder import LOCK
 from mora_ds.train.profile import PROFILE
+from mora_ds.train.run_file import owned_by_run
 from mora_ds.train.start_up import start_up
 from mora_ds.train.trackers import TENSORBOARD
 
@@ -53,9 +54,9 @@ class RemoteFolder:
         self._is_open = False
         self._has_begun = False
 
-    def open(self) -> None:
-        """Reserve the URL, and fetch what the run there has written. Raises
-        `UserError`."""
+    def open(self, exports: bool = False) -> None:
+        """Reserve the URL, and fetch what the run there has written. Raises `UserError`,
+        also where it holds what no run has made. `exports`: as in `Reservation`."""
         try:
             self._lease.take()
             self._is_open = True
@@ -64,17 +65,29 @@ class RemoteFolder:
             self.folder.mkdir(parents=True)
             present = [name for name in _READ_AGAIN if self._store.size(name)]
             self._store.fetch(present, self.folder)
+            self._check_owned({*present, *self._store.folders()}, exports)
         except (StoreError, OSError) as error:
             raise UserError(
                 f"--output_dir {self.url} cannot be used with --cache_dir {self.folder.parent}: {error}"
             ) from error
+
+    def _check_owned(self, present: set[str], exports: bool) -> None:
+        """The same promise as `output_folder` gives for a folder: a run replaces nothing
+        but a run's."""
+        written = {*_UPLOADED, CHECKPOINTS, *[MERGED_FOLDER] * exports}
+        if strange := present & written - {*owned_by_run(self.folder)}:
+            raise UserError(
+                f"--output_dir {self.url} holds {', '.join(sorted(strange))}, which no run there has made and this one "
+                "would replace: move it away, or choose another URL"
+            )
 
     def begin(self, overwrites: bool) -> None:
         """The run has begun. Delete what one that it `overwrites` has uploaded, and
         upload run.yaml."""
         self._has_begun = True
         if overwrites:
-            for name in (*_UPLOADED, MERGED_FOLDER):
+            # But run.yaml, which says that they are a run's, whenever this is killed
+            for name in {*_UPLOADED, MERGED_FOLDER} - {RUN_FILE}:
                 self._store.delete(name)
         self._upload(RUN_FILE)
 
@@ -130,7 +143,10 @@ def remote_folder(arguments: Arguments, ranks: Ranks) -> Iterator[RemoteFolder |
     bind(remote.folder / CHECKPOINTS, f"{remote.url}/{CHECKPOINTS}")
     try:
         with start_up():
-            ranks.run_on_rank0("reservation of the URL", remote.open, long=True)
+            exports = arguments.training.export_merged
+            ranks.run_on_rank0(
+                "reservation of the URL", lambda: remote.open(exports), long=True
+            )
         yield remote
     finally:
         if ranks.is_rank0:

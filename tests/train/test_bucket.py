@@ -12,7 +12,7 @@ import pytest
 from mora_ds.checkpoint.manager import complete_checkpoints
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import object_store
-from mora_ds.common.errors import NonFatalFailure
+from mora_ds.common.errors import NonFatalFailure, UserError
 from mora_ds.train.remote_folder import RemoteFolder
 from tests.helpers.buckets import (
     SECRET,
@@ -94,6 +94,21 @@ def test_a_store_that_holds_a_run_is_refused_and_stays_as_it_was(user, tmp_path)
         path.name for path in complete_checkpoints(tmp_path / "store/run/checkpoints")
     ]
     assert steps == ["step-000003"]
+
+
+@pytest.mark.parametrize("name", ["merged", "checkpoints", "summary.json"])
+def test_what_no_run_has_made_is_refused_and_stays(tmp_path, name):
+    theirs = tmp_path / "store" / name
+    if not theirs.suffix:
+        theirs /= "step-000001/file"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    before = tree(tmp_path / "store")
+    remote = RemoteFolder(f"file://{tmp_path}/store", tmp_path)
+    with pytest.raises(UserError, match=f"holds {name}, which no run there has made"):
+        remote.open(exports=True)
+    remote.close()
+    assert tree(tmp_path / "store") == before
 
 
 def failing_job(argv, steps):
