@@ -83,6 +83,8 @@ class TokenFile(FileMember):
 def _bounds(file: TokenFile, encoder: Encoder) -> tuple[str, np.ndarray | None]:
     """(dtype of the tokens, where documents end in them; None without an index)."""
     if file.index is None:
+        if np.fromfile(file.path, "S6", 1) == np.lib.format.MAGIC_PREFIX:
+            raise UserError("numpy.save wrote it; write ids alone (numpy's tofile)")
         return encoder.dtype, None
     path = file.index.path
     if path.suffix == ".idx":

@@ -250,6 +250,12 @@ def test_ids_of_32_bits_are_not_read_as_twice_as_many(tmp_path, build):
         build(path)
 
 
+def test_the_header_of_numpy_is_no_tokens(tmp_path, build):
+    np.save(tmp_path / "a.npy", np.concatenate(IDS).astype("<u2"))
+    with user_error("a.npy: numpy.save wrote it; write ids alone"):
+        build(tmp_path / "a.npy")
+
+
 def test_names_that_lead_to_no_token_file(tmp_path):
     path = write_tokens(tmp_path, "bin", IDS)
     (tmp_path / "a.txt").write_text("text")
