@@ -91,8 +91,14 @@ class ObjectStore:
     def fetch(self, names: Sequence[str], folder: Path) -> None:
         """Make files of these names in `folder`, several at a time."""
         targets = [str(folder / relative_path(name)) for name in names]
-        if names:
-            self._call("get", [self._path(name) for name in names], targets)
+        try:
+            if names:
+                self._call("get", [self._path(name) for name in names], targets)
+        except StoreError:
+            # A part of a file would pass for the file
+            for target in targets:
+                Path(target).unlink(missing_ok=True)
+            raise
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none."""

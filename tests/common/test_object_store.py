@@ -1,6 +1,7 @@
 """Object stores and leases: retries, wrong URLs, and who may write."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,17 @@ def test_what_fails_for_good_is_an_error(store, monkeypatch, error, tried):
     with pytest.raises(StoreError, match=r"file://.*/store: pipe_file failed: no way"):
         store.write("a", b"")
     assert len(left) == 9 - tried
+
+
+def test_a_part_of_a_file_does_not_stay(store, monkeypatch, tmp_path):
+    def breaks(_, targets):
+        Path(targets[0]).write_bytes(b"con")
+        raise TimeoutError
+
+    monkeypatch.setattr(store._fs, "get", breaks)
+    with pytest.raises(StoreError):
+        store.fetch(["a"], tmp_path)
+    assert not (tmp_path / "a").exists()
 
 
 # -- leases ----------------------------------------------------------------------------
