@@ -32,6 +32,9 @@ LONGEST_PERIOD = 1 << 16
 _ENDLESS = np.iinfo(np.int64).max
 """A cap that is never reached, and its place."""
 
+_LARGEST_CAP = _ENDLESS // LONGEST_PERIOD
+"""No run reaches a larger one, and its place would not fit int64."""
+
 Phases = Sequence[tuple[int, Sequence[float]]]
 """(first sample or step of the phase, sampling weights of all sources)."""
 
@@ -48,7 +51,9 @@ class SampleSchedule:
     def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
         """`phases`: counted in samples; the first phase starts at sample 0."""
         self._segments: list[_Segment] = []
-        endless = [_ENDLESS if cap is None else cap for cap in caps]
+        endless = [
+            _ENDLESS if cap is None or cap >= _LARGEST_CAP else cap for cap in caps
+        ]
         self.limit = self._build_segments(phases, np.array(endless, dtype=np.int64))
         self._firsts = [segment.first for segment in self._segments]
 

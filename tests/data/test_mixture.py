@@ -105,6 +105,13 @@ def test_a_place_far_out_is_found_without_a_walk():
     assert abs(int(shares.counts(far)[0]) - 61 * far // 100) <= 1
 
 
+def test_epochs_that_never_end_are_no_limit():
+    for cap in (1 << 50, 10**24):
+        shares = SampleSchedule([(0, (1, 65_535))], [cap, None])
+        assert shares.limit is None
+        assert shares.counts(1 << 17).tolist() == [2, 131_070]
+
+
 def test_weights_become_whole_numbers():
     assert integer_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
     assert integer_weights((0.1, 0.2)) == (1, 2), (
