@@ -10,7 +10,7 @@ before all of it is checked.
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -188,10 +188,13 @@ def _output_folder(
         # It may lie in the folder
         facts = ranks.run_on_rank0(TARGETS, plan_facts)
         targets = None if facts is None else TargetPlan(**facts)
+
+    def reserved() -> tuple[Path | None, JsonObject | None, JsonObject]:
+        with remote.named() if remote else nullcontext():
+            return _reserve(arguments, root, ranks.world)
+
     try:
-        beginning = ranks.run_on_rank0(
-            "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
-        )
+        beginning = ranks.run_on_rank0("output folder", reserved, long=True)
         if not ranks.is_rank0:
             join(root)
         check_shared(root, ranks, "--cache_dir" if remote else "--output_dir")

@@ -81,6 +81,15 @@ class RemoteFolder:
                 "would replace: move it away, or choose another URL"
             )
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """A context whose `UserError` names the URL in place of the working folder."""
+        try:
+            yield
+        except UserError as error:
+            message = str(error).replace(str(self.folder), self.url)
+            raise type(error)(message) from error
+
     def begin(self, overwrites: bool) -> None:
         """The run has begun. Delete what one that it `overwrites` has uploaded, and
         upload run.yaml."""

@@ -86,7 +86,7 @@ def test_a_store_that_holds_a_run_is_refused_and_stays_as_it_was(user, tmp_path)
     before = tree(tmp_path / "store")
     kind, message = run_alone(refused, argv)
     assert kind == "UserError"
-    assert "holds another run" in message
+    assert f"--output_dir {url} holds another run" in message
     assert tree(tmp_path / "store") == before
     again = [*argv, "--overwrite_output_dir", "--max_steps", "3"]
     assert run(1, again)["steps"] == 3
