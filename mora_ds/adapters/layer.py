@@ -421,6 +421,8 @@ class MoRALinear(AdaptedLinear):
         return tables
 
     def update(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._tables_in_use = tables_of(self.spec, x.device)
         return mora_update(self.spec, self.mora_matrix.to(x.dtype), x)
 
 

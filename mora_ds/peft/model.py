@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import is_linear, linear_shape
+from mora_ds.adapters.ops.index_tables import kept_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
 from mora_ds.common.errors import UserError
 from mora_ds.peft.config import MoraConfig
@@ -122,11 +123,12 @@ class MoraLinear(nn.Module, BaseTunerLayer):
             return result
         for name in self.active_adapters:
             if name in self.mora_matrix:
+                spec = self.mora_spec[name]
+                if not torch.compiler.is_compiling():
+                    kept_tables(spec, x.device)
                 mora_matrix = self.mora_matrix[name].to(x.dtype)
                 dropped = self.mora_dropout[name](x)
-                result = result + mora_update(
-                    self.mora_spec[name], mora_matrix, dropped
-                )
+                result = result + mora_update(spec, mora_matrix, dropped)
         return result
 
     def merge(

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops.index_tables import clear_tables
+from mora_ds.adapters.ops.index_tables import clear_tables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from tests.helpers.operators import random
+from tests.helpers.operators import random, specs_of_tables
 from tests.helpers.tables import heavy
 
 
@@ -67,6 +67,16 @@ def test_layers_of_8_bits_and_with_domains_are_one_graph():
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         of_graph = results(layer, compiled)
         assert_close(of_graph, results(layer, layer), rtol=1e-12, atol=1e-12)
+
+
+def test_graphs_keep_their_tables_however_many_there_are(monkeypatch):
+    specs = specs_of_tables(monkeypatch)
+    layer = layer_of(OperatorKind.SHARE)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        results(layer, compiled)
+        tables_of.cache_clear()  # as 64 other layers do
+    assert len(specs) == 1
 
 
 def test_other_permutations_take_the_same_graph():

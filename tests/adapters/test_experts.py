@@ -236,7 +236,7 @@ def test_experts_keep_the_tables_of_their_operator(monkeypatch):
     model = adapted()
     for _ in range(2):
         causal_loss(model, tokens(2)).backward()
-        index_tables.tables_of.cache_clear()  # as 1,024 other operators do
+        index_tables.tables_of.cache_clear()  # as 64 other operators do
     assert len(specs) == len(mora_layers(model))
 
 

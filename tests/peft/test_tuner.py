@@ -7,9 +7,11 @@ from peft.utils import register_peft_method
 from peft.utils.hotswap import hotswap_adapter
 from torch.testing import assert_close
 
+from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.peft import MoraConfig, MoraModel, convert_to_lora
 from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, tiny_model
+from tests.helpers.operators import specs_of_tables
 from tests.helpers.peft import IDS, fill, layers, logits
 from tests.helpers.tables import heavy
 
@@ -32,6 +34,15 @@ def test_a_model_is_one_graph_before_its_first_call(operator, backend):
     assert_close(*losses, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(loss, values) for loss in losses]
     assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_keep_their_tables_however_many_there_are(monkeypatch):
+    specs = specs_of_tables(monkeypatch)
+    model = get_peft_model(tiny_model(), MoraConfig(r=4))
+    for _ in range(2):
+        causal_loss(model, IDS).backward()
+        tables_of.cache_clear()  # as 64 other layers do
+    assert len(specs) == len(layers(model))
 
 
 def test_a_pattern_gives_modules_their_own_rank(tmp_path):

@@ -182,6 +182,13 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
     return tables
 
 
+@lru_cache(maxsize=1024)
+def kept_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
+    """`tables_of`, kept for as many layers as a model has: for layers that do not hold
+    their own, those of PEFT and of graphs of `torch.compile`."""
+    return tables_of(spec, device)
+
+
 def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """`tables_of` without its cache, for callers that keep the tables themselves."""
     with torch.inference_mode(False), torch.no_grad():
@@ -360,6 +367,7 @@ def clear_tables() -> None:
     """Forgets all cached tables; those in use stay with the layers that use them."""
     _tables_in_use.clear()
     tables_of.cache_clear()
+    kept_tables.cache_clear()
     rope_table.cache_clear()
     signed_rope_table.cache_clear()
 

@@ -45,6 +45,7 @@ from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
     IndexMap,
     IndexTables,
+    kept_tables,
     of_all_blocks,
     signed_rope_table,
     tables_of,
@@ -564,6 +565,7 @@ def operator_map(
     spec = OperatorSpec(
         OperatorKind(kind), d_in, d_out, r_hat, Grouping(grouping), int(seed)
     )
+    kept_tables(spec, x.device)
     return MAPS[name][transpose](spec, x).contiguous()
 
 
