@@ -150,6 +150,8 @@ class Alignment:
         """The mean share over layers at the latest `loss`, for logs."""
         self.layers = list(layers)
         self._shares: dict[str, Tensor] = {}
+        self._tables_in_use: dict[str, object] = {}
+        """Index tables of each layer: on a GPU the layer itself holds others."""
         self._is_recording = False
         for name, layer in layers.items():
             layer.register_forward_hook(partial(self._after_layer, name))
@@ -180,6 +182,7 @@ class Alignment:
             return output
         leading = Leading(*(part.to(output.device) for part in self.leading[name]))
         self.leading[name] = leading
+        self._tables_in_use[name] = additive(layer.spec).tables(output.device)
         # Gradient checkpointing runs the layer again in backward, when nothing is
         # recorded, and autograd expects the same operations there
         output, share = WithShareFunction.apply(

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
+from mora_ds.adapters.ops.index_tables import tables_of
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.config.arguments import from_flat
@@ -28,7 +29,7 @@ from tests.helpers.errors import run_error, user_error
 from tests.helpers.jobs import research, run, validation_errors_of
 from tests.helpers.jobs import rows as rows_of
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
-from tests.helpers.operators import random, specs
+from tests.helpers.operators import random, specs, specs_of_tables
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
 from tests.helpers.tables import parsed, rows
 
@@ -126,6 +127,20 @@ def test_the_loss_of_a_model_and_its_gradients(name, checkpointing, tmp_path):
             gradients[0.0], gradients[0.7], of_share, strict=True
         ):
             assert_close(both, plain - 0.7 * aligned, rtol=1e-6, atol=1e-9)
+
+
+def test_it_keeps_the_tables_that_it_reads(tmp_path, monkeypatch):
+    """On a GPU layers hold tables of another kind, those of kernels."""
+    model, leading = aligned_model(tmp_path, CONFIGS["rotate"])
+    alignment = Alignment(model.train(), weight=0.7)
+    alignment.leading = leading
+    specs = specs_of_tables(monkeypatch)
+    for _ in range(2):
+        causal_loss(model, tokens(2))
+        for layer in mora_layers(model).values():
+            layer._tables_in_use = None
+        tables_of.cache_clear()  # as 64 other layers do
+    assert len(specs) == len(leading)
 
 
 def test_it_is_silent_where_nothing_is_trained(tmp_path):
