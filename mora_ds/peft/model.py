@@ -196,13 +196,18 @@ class MoraModel(BaseTuner):
 
         Like LoRA's, it does nothing where `adapter_name` exists. Raises `UserError` for
         adapters with other operators or seeds, whose sum is no matrix of either, for
-        other trained modules, and for every `combination_type` but linear.
+        other trained modules, for another number of weights, and for every
+        `combination_type` but linear.
         """
         if adapter_name in self.peft_config:
             return
         if combination_type != "linear":
             raise UserError(
                 f"combination_type {combination_type!r} combines factors, which MoRA does not have: use 'linear'"
+            )
+        if len(weights) != len(adapters) or not adapters:
+            raise UserError(
+                f"`weights`: {len(weights)} for {len(adapters)} adapter(s); give one for each"
             )
         operators = self._operators_to_sum(adapters)
         first: Any = self.peft_config[adapters[0]]

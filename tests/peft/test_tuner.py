@@ -142,6 +142,9 @@ def test_other_sums_are_refused():
     model = with_two_adapters()
     with user_error("combination_type 'svd' combines factors"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "svd")
+    with user_error("`weights`: 1 for 2 adapter"):
+        model.add_weighted_adapter(["a", "b"], [1.0], "sum")
+    assert "sum" not in model.peft_config
     with user_error("Adapter c does not exist"):
         model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "sum")
     model.add_adapter("head", MoraConfig(r=4, modules_to_save=["lm_head"]))
