@@ -10,7 +10,7 @@ Memory holds the base once, the most recently used adapters, and the MoRA matric
 current batch. Nothing is merged, and the base is never modified. In fp32 the result of a
 sequence is that of its adapter merged alone, up to rounding.
 
-    y_b = W0 x_b + bias + sum over all cycles of b's adapter, merged or not: decompress(M compress(x_b))
+    y_b = W0 x_b + bias + sum over all cycles of b's adapter, merged or not: scale decompress(M compress(x_b))
 
 Sequences whose adapters have the same operator in a cycle, as runs with one seed have,
 are computed by one product.

@@ -3,8 +3,10 @@ functions of tensors.
 
 A layer with frozen weight W0 (d_out, d_in) learns one square matrix M (r_hat, r_hat):
 
-    h = W0 x + decompress(M compress(x))                                   MoRA, arXiv 2405.12130, eq. 3
-    delta_weight(M) @ x == decompress(M compress(x))   for every x         the contract of every operator here
+    h = W0 x + s decompress(M compress(x))                                 MoRA, arXiv 2405.12130, eq. 3, with s = 1
+    delta_weight(M) @ x == s decompress(M compress(x))   for every x       the contract of every operator here
+
+s is the operator's `scale`; functions of `Maps` below take s M (`multiplied`) for M.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to (1 for truncate and share).
 
@@ -240,8 +242,7 @@ class Maps(Protocol):
 
 
 def multiplied(spec: Maps, mora_matrix: Tensor) -> Tensor:
-    """The scale times M, or times its gradient: what the functions below take for M.
-    M itself where the scale is 1."""
+    """The scale times M, or times its gradient. M itself where the scale is 1."""
     return mora_matrix if spec.scale == 1 else mora_matrix * spec.scale
 
 
