@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import config_of
-from mora_ds.adapters.layer import AdaptedLinear, mora_layers
+from mora_ds.adapters.layer import AdaptedLinear, MoRALinear, mora_layers
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
 from mora_ds.data import Mixture
@@ -58,6 +58,11 @@ def measured_scales(
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in layers.values():
+            # A module of a layer on a GPU. ZeRO-3 numbers modules, and stops where ranks
+            # have different ones (partitioned_param_coordinator.py, `reset_step`)
+            if isinstance(layer, MoRALinear):
+                layer.tables = None
     return {name: _scale(name, pair) for name, pair in energies.items()}
 
 

@@ -13,6 +13,7 @@ from mora_ds.adapters.inject import inject, mora_layers, scale_layers
 from mora_ds.deploy.export import export_merged
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.layer_scales import measured_scales
+from tests.helpers import plain_kernels  # noqa: F401  (the kernels' operations, for tensors of a CPU)
 from tests.helpers.errors import user_error
 from tests.helpers.jobs import assert_close_losses, finished_run, run
 from tests.helpers.jobs import validation_errors_of as errors_of
@@ -70,6 +71,17 @@ def test_measuring_changes_nothing_and_gives_the_same_numbers_again():
     assert not any(layer.adapter_weight.any() for layer in mora_layers(model).values())
     scale_layers(model, first)
     assert measured(model) == pytest.approx(dict.fromkeys(first, 1.0), rel=0.01)
+
+
+def test_measuring_by_kernels_leaves_no_module(monkeypatch):
+    """Rank 0 measures alone, and ZeRO-3 stops where ranks have different modules."""
+    monkeypatch.setattr("mora_ds.adapters.layer.KERNEL_DEVICES", ("cpu",))
+    model = injected(MoRAConfig(rank=4))
+    before = dict(model.named_modules())
+    by_kernels = measured(model)
+    assert dict(model.named_modules()) == before
+    monkeypatch.undo()
+    assert by_kernels == pytest.approx(measured(model), rel=0.01)
 
 
 def test_a_layer_without_output_is_named():
