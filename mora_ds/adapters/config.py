@@ -142,7 +142,9 @@ class AdapterConfig:
             return 1.0
         scale = dict(self.layer_scales).get(layer)
         if scale is None:
-            raise UserError(f"`layer_scales` have no number for {layer}")
+            raise UserError(
+                f"`layer_scales` have no number for {layer}: leave it out of `target_modules`"
+            )
         return scale
 
     def layer_options(self, layer: str) -> dict[str, Any]:
