@@ -146,7 +146,8 @@ def planned_model(work: Work) -> Any:
         for layer in quantized_layers(model).values():
             # From the first merge on a layer in 4 bits keeps what was merged.
             if layer.is_packed:
-                layer.set_merged([(layer.spec, layer.adapter_weight.detach())])
+                adapter_weight = layer.unshard(layer.adapter_weight.detach())
+                layer.set_merged([(layer.spec, adapter_weight)])
     if work.tensor_parallel > 1:
         split_model(model, _SingleRank(work.tensor_parallel, 0, None))
     if is_frozen(model.get_output_embeddings()):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mora_ds.adapters.registry import ADAPTERS, loaded
 from mora_ds.planning import step
 from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory
+from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed, rows
 
 
@@ -34,6 +36,13 @@ def test_layers_that_are_there_are_not_copied(buffers, on_device, copied):
         on_device,
         copied,
     )
+
+
+@pytest.mark.parametrize("adapter", ["mora", "lora", "subspace"])
+def test_every_adapter_is_planned_on_a_base_in_4_bits(adapter):
+    """A layer has a merged cycle there, whose adapter weight is complete."""
+    config = loaded(ADAPTERS[adapter].config)(rank=4, base_bits=4)
+    assert step_memory(Work(tiny_model().config, config, seq_len=16)).saved > 0
 
 
 PERIODS = {1: "aaaaa a", 2: "abab ababa", 3: "abbabb abba abc aab"}
