@@ -5,6 +5,7 @@ import socket
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -77,7 +78,9 @@ def launched(monkeypatch):
             else:
                 monkeypatch.setenv(name, str(value))
 
-    return launched
+    # `start_distributed` sets what a launcher has not
+    with mock.patch.dict(os.environ):
+        yield launched
 
 
 def test_a_process_without_a_launcher_is_refused_next_to_unused_gpus(
