@@ -104,7 +104,10 @@ class MergedSums:
         merge nor a resume reads."""
         file = self._file
         if file is not None:
-            with self._disk(), file:
+            with self._disk():
+                with file:
+                    # A full disk may show only when the file is closed
+                    pass
                 self._partial.replace(self.folder / f"{head}-{_rank_file()}")
         self._file = None
         if dist.get_rank() == 0:

@@ -172,21 +172,26 @@ def test_a_ledger_is_checked_without_staying_in_memory(run):
     assert ledger.base_fingerprint == base.fingerprint()
 
 
-def filling_up(folder):
-    """Merges while the disk fills up at the third sum of each."""
-    original = SafetensorsWriter.write
+def filling_up(folder, method):
+    """Merges while the disk fills up at the third sum of each, or shows it when the file
+    is closed, as one of another machine may."""
+    original = getattr(SafetensorsWriter, method)
 
-    def write(writer, name, tensor):
-        if name.endswith("k_proj.checksum"):
+    def full(writer, *args):
+        name = args[0] or "k_proj.checksum"
+        of_sums = any(key.endswith(".checksum") for key in writer._layout)
+        if of_sums and name.endswith("k_proj.checksum"):
+            writer._file.close()
             raise OSError(28, os.strerror(28))
-        original(writer, name, tensor)
+        return original(writer, *args)
 
-    with mock.patch.object(SafetensorsWriter, "write", write):
+    with mock.patch.object(SafetensorsWriter, method, full):
         return merged(folder)
 
 
-def test_a_full_disk_costs_the_sums_alone(tmp_path):
-    result, read, _ = run_alone(filling_up, str(tmp_path))
+@pytest.mark.parametrize("method", ["write", "__exit__"])
+def test_a_full_disk_costs_the_sums_alone(tmp_path, method):
+    result, read, _ = run_alone(filling_up, str(tmp_path), method)
     assert_replayed([result], tmp_path)
     assert read
     assert not list((tmp_path / "out/ledger/sums").iterdir())
