@@ -27,7 +27,7 @@ from mora_ds.adapters.layer import MergeNorms
 from mora_ds.adapters.ops.spec import Update
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import JsonObject, await_readable
-from mora_ds.common.tensor_files import Tensors
+from mora_ds.common.tensor_files import Tensors, tensor_nbytes
 from mora_ds.engine import zero
 from mora_ds.engine.layer_prefetcher import prefetcher_of
 from mora_ds.engine.node_base import node_base_of
@@ -113,7 +113,12 @@ class ReMoRA:
         self.ledger = ledger
         self.base = base
         self.keys = keys
-        self.sums = MergedSums(ledger.folder / SUMS_FOLDER)
+        size = sum(
+            tensor_nbytes(layer.shape, torch.float32)
+            for layer in mora_layers(engine.module).values()
+            if not layer.is_packed
+        )
+        self.sums = MergedSums(ledger.folder / SUMS_FOLDER, size)
 
     @property
     def cycle(self) -> int:

@@ -23,12 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.tensor_files import (
-    SafetensorsWriter,
-    Shape,
-    open_safetensors,
-    tensor_nbytes,
-)
+from mora_ds.common.tensor_files import SafetensorsWriter, Shape, open_safetensors
 from mora_ds.models.base import tensor_checksum
 from mora_ds.remora.ledger import Ledger
 
@@ -36,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 SUMS_FOLDER = "sums"
 _ROOM = 3
-"""Sums are kept while the disk has space for this many more of them: they must not keep a
-checkpoint from being written."""
+"""Sums are kept while the disk has space for this many more of all processes' sums: they
+must not keep a checkpoint from being written."""
 
 
 class MergedSums:
@@ -46,8 +41,10 @@ class MergedSums:
     open -> read, write by layer -> commit
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
+        """`size`: bytes of the sums of all processes."""
         self.folder = folder
+        self.size = size
         self.keep = ""
         """Head of the last checkpoint's ledger, from which a killed run goes on."""
         self._found: dict[str, tuple[Path, Any]] = {}
@@ -125,10 +122,9 @@ class MergedSums:
         for name, shape in self._shapes.items():
             layout[name] = shape, torch.float32
             layout[f"{name}.checksum"] = (1,), torch.int64
-        size = sum(tensor_nbytes(*entry) for entry in layout.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         self._partial.unlink(missing_ok=True)
-        if shutil.disk_usage(self.folder).free > _ROOM * size:
+        if shutil.disk_usage(self.folder).free > _ROOM * self.size:
             self._file = SafetensorsWriter(self._partial, layout, {})
 
     @contextmanager

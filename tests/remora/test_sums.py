@@ -139,10 +139,15 @@ def test_a_resume_has_the_same_bits_whatever_became_of_the_sums(run, tmp_path, d
         assert read_by_merge == [], "a replay keeps its sums"
 
 
-def test_without_room_on_the_disk_merges_replay_the_ledger(tmp_path):
-    result, read, _ = run_alone(merged, str(tmp_path), CONFIG, "bfloat16", 10)
-    assert_replayed([result], tmp_path)
-    assert set(read) == set(range(MERGES - 1))
+def test_without_room_for_all_sums_merges_replay_the_ledger(run, tmp_path):
+    folder, *_ = run
+    (file,) = (folder / "out/ledger/sums").iterdir()
+    room = 2 * file.stat().st_size
+    # Three times the sums of one of the two would fit
+    ranks = run_ranks(2, merged, str(tmp_path), CONFIG, "bfloat16", room)
+    assert_replayed([result for result, *_ in ranks], tmp_path)
+    for _, read, _ in ranks:
+        assert set(read) == set(range(MERGES - 1))
     assert not list((tmp_path / "out/ledger/sums").iterdir())
 
 
