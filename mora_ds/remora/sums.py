@@ -48,7 +48,7 @@ class MergedSums:
         self.keep = ""
         """Head of the last checkpoint's ledger, from which a killed run goes on."""
         self._found: dict[str, tuple[Path, Any]] = {}
-        """Module or checksum -> the file of its sum, and its reader."""
+        """Module -> the file of its sum, and its reader."""
         self._is_merge = False
         self._shapes: Mapping[str, Shape] = {}
         """Of the sums that this process writes."""
@@ -61,7 +61,9 @@ class MergedSums:
             if _chain(path) == ledger.head:
                 with suppress(UserError):
                     handle = open_safetensors(path)
-                    self._found.update(dict.fromkeys(handle.keys(), (path, handle)))
+                    names = set(handle.keys())
+                    whole = [name for name in names if f"{name}.checksum" in names]
+                    self._found.update(dict.fromkeys(whole, (path, handle)))
         self._shapes = shapes
         self._is_merge = is_merge
         is_missing = not shapes.keys() <= self._found.keys()
@@ -77,8 +79,9 @@ class MergedSums:
             return None
         path, handle = self._found[module]
         total: Tensor = handle.get_tensor(module)
-        checksum = handle.get_tensor(f"{module}.checksum")
-        if self._is_merge or torch.equal(checksum, _checksum(total)):
+        checksum = handle.get_tensor(f"{module}.checksum").tolist()
+        is_fp32 = total.dtype is torch.float32
+        if self._is_merge or (is_fp32 and checksum == _checksum(total).tolist()):
             return total
         logger.warning("warning: the sum of %s is damaged, and is formed again", module)
         path.unlink(missing_ok=True)
