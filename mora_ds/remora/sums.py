@@ -64,6 +64,8 @@ class MergedSums:
                     names = set(handle.keys())
                     whole = [name for name in names if f"{name}.checksum" in names]
                     self._found.update(dict.fromkeys(whole, (path, handle)))
+        with self._disk():
+            self._partial.unlink(missing_ok=True)
         self._shapes = shapes
         self._is_merge = is_merge
         is_missing = not shapes.keys() <= self._found.keys()
@@ -114,6 +116,11 @@ class MergedSums:
             for path in self._files():
                 if _chain(path) not in (head, self.keep):
                     path.unlink(missing_ok=True)
+            # Killed processes of more ranks may have left files
+            end = f".rank-{dist.get_world_size():05d}"
+            for path in self.folder.glob(".rank-*.partial"):
+                if path.name >= end:
+                    path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete all sums. A longer run forms them again."""
@@ -126,7 +133,6 @@ class MergedSums:
             layout[name] = shape, torch.float32
             layout[f"{name}.checksum"] = (1,), torch.int64
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._partial.unlink(missing_ok=True)
         if shutil.disk_usage(self.folder).free > _ROOM * self.size:
             self._file = SafetensorsWriter(self._partial, layout, {})
 
