@@ -45,6 +45,8 @@ class Trained:
     on_cpu: bool = False
     """Whether ranks compute on CPUs, where torch's Adam makes one more temporary
     tensor."""
+    fixed_numel: int = 0
+    """Elements of adapter weights that are not trained, but saved with them."""
 
     @property
     def zero(self) -> DsConfig:
@@ -149,8 +151,8 @@ class RankMemory:
     host_optimizer: int
     """Optimizer state of a rank in host memory, with offload_optimizer."""
     host_save: int
-    """Host memory of rank 0 while it saves or merges: all trained parameters in
-    fp32."""
+    """Host memory of rank 0 while it saves or merges: all trained parameters, and what
+    is fixed of adapter weights, in fp32."""
     base_buffers: int
     """The part of `base` that is buffers for decoder layers copied from host memory."""
     host_base: int
@@ -222,7 +224,7 @@ def rank_memory(
         merge=merge + 2 * largest + persistent if merge else 0,
         save=2 * largest + persistent,
         host_optimizer=sum(states.values()) - sum(on_device.values()),
-        host_save=trained.total * FP32,
+        host_save=(trained.total + trained.fixed_numel) * FP32,
         base_buffers=streamed.on_device,
         host_base=streamed.total,
     )

@@ -106,7 +106,7 @@ class Plan:
         others = trained.total - trained.matrix_numel
         copies = 3 if self.work.adapter is None else 4
         spared = matrices if trained.muon else 0
-        return 4 * (copies * (matrices + others) - spared)
+        return 4 * (copies * (matrices + others) - spared + trained.fixed_numel)
 
     @property
     def sent(self) -> float:
@@ -223,6 +223,7 @@ class Planner:
             filled,
             uses_muon(filled),
             self.on_cpu,
+            model.fixed_numel,
         )
 
     def _step(self, work: Work) -> StepMemory:
@@ -244,8 +245,10 @@ class _MeasuredModel:
         layers = find_decoder_layers(model).values()
         layer_numels = [sum(map(Tensor.numel, layer.parameters())) for layer in layers]
         self.layer = max(layer_numels, default=0)
-        matrices = [layer.adapter_weight for layer in mora_layers(model).values()]
-        self.matrix_numel = sum(map(Tensor.numel, matrices))
+        adapted = mora_layers(model).values()
+        self.matrix_numel = sum(layer.adapter_weight.numel() for layer in adapted)
+        fixed = (layer.fixed for layer in adapted)
+        self.fixed_numel = sum(part.numel() for part in fixed if part is not None)
         self.token_flops = token_flops(self.unsplit, work.seq_len)
         self.base_elements = 0 if work.adapter is None else base_elements(model)
         self.base_bytes = base_bytes(model)

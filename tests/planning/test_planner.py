@@ -7,11 +7,13 @@ from dataclasses import replace
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.layer import mora_layers
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.settings import BaseDevice
 from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
-from mora_ds.planning.step import Work
+from mora_ds.planning.step import Work, planned_model
+from mora_ds.research.subspace import SubspaceConfig
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
 
@@ -24,12 +26,21 @@ def planner_of(work, cluster, stage=3):
 # -- figures: a tiny model, in no time -------------------------------------------------
 
 
-def tiny_planner(cluster, stage=3):
+def tiny_planner(cluster, stage=3, adapter=None):
     shape = {**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1}
     config = AutoConfig.for_model("llama", **shape)
-    adapter = MoRAConfig(rank=4, operator="share")
+    adapter = adapter or MoRAConfig(rank=4, operator="share")
     work = Work(config, adapter, seq_len=32, micro_batch=2, by_documents=True)
     return planner_of(work, cluster, stage)
+
+
+def test_what_is_fixed_of_adapter_weights_is_saved_but_has_no_state():
+    plan = tiny_planner(Cluster(2), adapter=SubspaceConfig(rank=1)).plan()
+    fixed = 0
+    for layer in mora_layers(planned_model(plan.work)).values():
+        fixed += layer.spec.r_hat * (layer.spec.d_in + layer.spec.d_out)
+    assert plan.memory.host_save == 4 * (plan.trained.total + fixed)
+    assert plan.checkpoint == 4 * (4 * plan.trained.total + fixed)
 
 
 def test_many_ranks_send_gradients_twice_in_place_of_loops():
