@@ -35,6 +35,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import disk_errors, link_or_copy, write_json_atomic
 from mora_ds.common.untrusted import plain_json, read_text
+from mora_ds.remora.sums import SUMS_FOLDER
 from mora_ds.train.profile import PROFILE
 from mora_ds.train.run_file import holds_run, owned_by_run
 from mora_ds.train.trackers import TENSORBOARD, WANDB
@@ -363,10 +364,16 @@ def _set_aside(folder: Path, names: Iterable[str]) -> None:
 
 def _copy_aside(folder: Path, names: Iterable[str]) -> None:
     """Set copies aside; hard links where the file system has them, as a run replaces
-    these files and writes into none of them."""
+    these files and writes into none of them. Sums of merges, as large as the model, are
+    linked or left out: a run forms them again."""
+    sums = folder / LEDGER_FOLDER / SUMS_FOLDER
 
     def copy(source: str, target: str) -> None:
-        link_or_copy(Path(source), Path(target))
+        if Path(source).parent == sums:
+            with suppress(OSError):
+                os.link(source, target)
+        else:
+            link_or_copy(Path(source), Path(target))
 
     for name in names:
         partial = folder / ASIDE / f".{name}.partial"

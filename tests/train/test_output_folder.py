@@ -2,8 +2,10 @@
 and removes only its own.
 """
 
+import errno
 import os
 import time
+from unittest import mock
 
 import pytest
 
@@ -59,6 +61,24 @@ def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path, overwrite):
                 (out / name / "file").unlink()
             put(out, name, "new")
         abandon(out)
+
+
+def test_sums_of_merges_are_set_aside_by_links_alone(tmp_path, monkeypatch):
+    """They are as large as the model: where there are no links, a start that is given up
+    loses them.
+    """
+    out = a_run(tmp_path / "out")
+    (out / "ledger/sums").mkdir(parents=True)
+    (out / "ledger/sums/0-rank-00000.safetensors").write_text("sums")
+    with untouched(out):
+        reserve(out).prepare(False, True)
+        abandon(out)
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "")))
+    reserve(out).prepare(False, True)
+    aside = out / ".overwritten/ledger"
+    assert not list((aside / "sums").iterdir())
+    assert (aside / "file").exists()
+    abandon(out)
 
 
 def test_overwriting_removes_what_the_run_has_made(tmp_path):
