@@ -62,8 +62,8 @@ class MergedSums:
                 with suppress(UserError):
                     handle = open_safetensors(path)
                     names = set(handle.keys())
-                    whole = [name for name in names if f"{name}.checksum" in names]
-                    self._found.update(dict.fromkeys(whole, (path, handle)))
+                    sums = [name for name in names if f"{name}.checksum" in names]
+                    self._found.update(dict.fromkeys(sums, (path, handle)))
         with self._disk():
             self._partial.unlink(missing_ok=True)
         self._shapes = shapes
