@@ -23,7 +23,8 @@ from mora_ds.models.base import BaseCheckpoint
 
 _HEAD = """\
 # Side (r_hat) of each layer's MoRA matrix, which has r_hat^2 parameters. For research.targets of a recipe.
-# You may edit it: 0, or no line, means no matrix; sides must be even for rotate, and at most the layer's longer side.
+# You may edit it: 0, or no line, means no matrix; sides must be even for rotate, and at most the layer's longer side,
+# with subspace the shorter one.
 """
 
 
