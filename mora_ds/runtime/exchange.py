@@ -11,6 +11,7 @@ N - 1 sequential messages.
 
 import json
 import os
+from base64 import b64decode, b64encode
 from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import Any
@@ -135,11 +136,13 @@ def decode(text: bytes) -> Any:
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return {_ARRAY: value.tolist(), "dtype": value.dtype.str}
+        # As text, each token of a stream would be a Python object on every rank
+        text = b64encode(value.tobytes()).decode()
+        return {_ARRAY: text, "dtype": value.dtype.str, "shape": value.shape}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, bytes):
-        return {_BYTES: value.hex()}
+        return {_BYTES: b64encode(value).decode()}
     if isinstance(value, PurePath):
         return {_PATH: str(value)}
     raise TypeError(f"ranks do not exchange values of {type(value).__name__}")
@@ -147,9 +150,9 @@ def _as_json(value: Any) -> Any:
 
 def _from_json(content: dict[str, Any]) -> Any:
     if _ARRAY in content:
-        # Of bools and numbers: a text could claim any size
-        kind = np.dtype(content["dtype"])
-        return np.array(content[_ARRAY], kind if kind.kind in "biuf" else bool)
+        # numpy refuses other than plain types, and shapes of another size
+        data = bytearray(b64decode(content[_ARRAY]))
+        return np.frombuffer(data, content["dtype"]).reshape(content["shape"])
     if _BYTES in content:
-        return bytes.fromhex(content[_BYTES])
+        return b64decode(content[_BYTES])
     return Path(content[_PATH]) if _PATH in content else content
