@@ -37,7 +37,6 @@ ALLOWED = {
     ("train/setup.py", "read_bytes"): "the package's own modules",
     ("models/load.py", "torch.load"): "with weights_only, on the meta device",
     ("runtime/node_memory.py", "read_text"): "files of the kernel, in /proc and /sys",
-    ("runtime/ranks.py", "json.loads"): "of text that `exchange` has bounded",
     ("checkpoint/sections.py", "json.loads"): "of what was just dumped",
     ("checkpoint/state.py", "json.loads"): "of what was just dumped",
 }

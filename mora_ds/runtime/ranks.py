@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import json_digest
 from mora_ds.runtime.exchange import (
     broadcast,
     decode,
@@ -152,12 +153,11 @@ class Ranks:
             name: json.dumps(value, sort_keys=True, default=str)
             for name, value in values.items()
         }
-        # One string per rank makes the common case cheap: all are equal
-        text = json.dumps(mine)
-        texts: list[str] = self.gather(check, text)
-        if all(other == text for other in texts):
+        # The settings of 1,000 sources, of 4,096 ranks, are a GB in each process: only a
+        # digest is sent while all are equal
+        if len(set(self.gather(check, json_digest(mine)))) == 1:
             return
-        by_rank: list[dict[str, str]] = [json.loads(other) for other in texts]
+        by_rank: list[dict[str, str]] = self.gather(check, mine)
         lines = []
         for name in dict.fromkeys(name for mapping in by_rank for name in mapping):
             ranks_with: dict[str, list[int]] = {}
