@@ -18,7 +18,7 @@ from types import FrameType
 import psutil
 
 from mora_ds.common.errors import UserError
-from mora_ds.common.untrusted import read_text
+from mora_ds.common.untrusted import lines_of
 from mora_ds.runtime import signals
 from mora_ds.runtime.cli import StrictParser
 from mora_ds.runtime.launchers import SWITCHES, VALUES
@@ -71,7 +71,7 @@ def check_connections(launcher: Sequence[str]) -> None:
     if "--hostfile" not in launcher or ways.intersection(launcher):
         return
     file = Path(launcher[launcher.index("--hostfile") + 1])
-    lines = read_text(file).splitlines() if file.is_file() else []
+    lines = lines_of(file) if file.is_file() else ()
     hosts = [line for line in lines if line.strip() and not line.startswith("#")]
     if len(hosts) < 2:
         return

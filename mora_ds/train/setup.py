@@ -8,7 +8,6 @@ command line of its own.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from mora_ds.adapters.registry import ADAPTERS
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import JsonObject
+from mora_ds.common.files import JsonObject, json_digest, sha256_file
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
@@ -139,11 +138,11 @@ def settings_in_common(arguments: Arguments) -> Settings:
 def _sources_digest() -> str:
     """A digest of the package's modules, which may differ between nodes in checkouts of
     one version."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(f"{path.relative_to(PACKAGE)}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    modules = {
+        str(path.relative_to(PACKAGE)): sha256_file(path)
+        for path in PACKAGE.rglob("*.py")
+    }
+    return json_digest(modules)[:16]
 
 
 def deepspeed_file(training: TrainingArguments) -> Path | None:
