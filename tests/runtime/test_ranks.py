@@ -106,15 +106,15 @@ def test_all_ranks_fail_alike_and_meet_again_afterwards(rank):
 
 def test_equal_settings_are_compared_by_a_digest(monkeypatch):
     """Those of 1,000 sources take 300 kB, of each rank, on each rank."""
-    told = []
+    sent = []
 
     def gather(ranks, check, value):
-        told.append(value)
+        sent.append(value)
         return [value] * ranks.world
 
     monkeypatch.setattr(Ranks, "gather", gather)
     Ranks(0, 4096, 0, None, 1.0).same("settings", {"sources": ["name"] * 10_000})
-    assert [len(value) for value in told] == [64]
+    assert [len(value) for value in sent] == [64]
 
 
 def late(seconds):
