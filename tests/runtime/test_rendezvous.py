@@ -86,7 +86,7 @@ def test_the_store_of_another_run_is_left_at_once(as_rank):
         ):
             rendezvous.meet(LIMIT)
         as_rank(3, 4, port)
-        with run_error("another run, which is none of 4 processes of mora_ds"):
+        with run_error("another run, which is no run of mora_ds with 4 processes"):
             rendezvous.meet(LIMIT)
         assert time.monotonic() - began < 10
     finally:
@@ -101,7 +101,7 @@ def test_a_store_that_no_run_has_marked_is_left(as_rank, monkeypatch):
     port = free_port()
     other = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     as_rank(1, 2, port)
-    with run_error("another run, which is none of 2 processes of mora_ds"):
+    with run_error("another run, which is no run of mora_ds with 2 processes"):
         rendezvous.meet(LIMIT)
     assert other.num_keys() >= 0
 
