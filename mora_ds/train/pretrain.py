@@ -198,7 +198,8 @@ def _output_folder(
         if not ranks.is_rank0:
             join(root)
         check_shared(root, ranks, "--cache_dir" if remote else "--output_dir")
-        checkpoint, saved, branch = beginning
+        found, saved, branch = beginning
+        checkpoint = None if found is None else root / found
         state = None if saved is None else TrainerState(**saved)
         yield RunContext(ranks, root, checkpoint, state, branch, targets, remote)
     except BaseException:
@@ -220,7 +221,9 @@ def _reserve(
     arguments: Arguments, folder: Path, world: int
 ) -> tuple[Path | None, JsonObject | None, JsonObject]:
     """Reserve the output folder, and find what the run starts from: a `Beginning`, the
-    state as JSON. On rank 0; the caller gives the folder up where this raises."""
+    state as JSON, a checkpoint in the folder by its path there, as other nodes may have
+    mounted it elsewhere. On rank 0; the caller gives the folder up where this raises.
+    """
     training = arguments.training
     root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
@@ -228,8 +231,10 @@ def _reserve(
     storage_of(root).repair()
     checkpoint, state, branch = _resumed(training, root)
     continues = training.resume_from_checkpoint == AUTO
+    own = None
     if checkpoint is not None and checkpoint.parent.resolve() == root.resolve():
         continues = True
+        own = Path(CHECKPOINTS, checkpoint.name)
     decay_from = arguments.schedule.decay_from
     if decay_from is not None:
         branch = _branch_identity(decay_from, branch)
@@ -241,7 +246,7 @@ def _reserve(
     reservation.prepare(overwrites, continues, training.export_merged)
     if not (continues or overwrites):
         _check_empty(root)
-    return checkpoint, None if state is None else asdict(state), branch
+    return own or checkpoint, None if state is None else asdict(state), branch
 
 
 def _resumed(training: TrainingArguments, root: Path) -> Beginning:

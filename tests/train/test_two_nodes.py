@@ -60,11 +60,14 @@ def program(name):
     return Path(sys.executable).with_name(name)
 
 
-def start(how, nodes, folder, flags):
-    """Token caches are each node's own."""
+def start(how, nodes, folder, flags, of_second=()):
+    """Token caches are each node's own. `of_second`: further flags of the second
+    node."""
     started = []
     for number, node in enumerate(nodes):
         own_flags = [*flags, "--cache_dir", folder / f"cache{number}"]
+        if number == 1:
+            own_flags += of_second
         line = command(how, number, folder, own_flags)
         started.append(node.start(line, folder / f"log{number}"))
     return started
@@ -136,6 +139,7 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
 
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):
+    """At the end in a folder that the second node has mounted in another place."""
     flags = user.flags(
         out, MORE, "--collective_timeout_s 20 --resume_from_checkpoint auto"
     )
@@ -146,4 +150,18 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_pat
     nodes[1].run("ip", "link", "set", INTERFACE, "up")
     step = max(step_of(folder) for folder in complete_checkpoints(out / "checkpoints"))
     last = ["--max_steps", str(step + 2)]
-    finish(start("deepspeed", nodes, tmp_path, [*flags, *last]), tmp_path)
+    elsewhere = tmp_path / "mounted"
+    elsewhere.mkdir()
+    nodes[1].run("mount", "--bind", out, elsewhere)
+    # So that it is not in its first place too
+    nodes[1].run("mount", "-t", "tmpfs", "none", out)
+    finish(
+        start(
+            "deepspeed",
+            nodes,
+            tmp_path,
+            [*flags, *last],
+            of_second=["--output_dir", elsewhere],
+        ),
+        tmp_path,
+    )
