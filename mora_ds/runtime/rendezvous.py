@@ -50,7 +50,9 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
     try:
         store.wait([mark], timedelta(seconds=_MARKED_WITHIN_S))
     except dist.DistStoreError as error:
-        raise _other_run(f"which is no run of mora_ds with {world} processes") from error
+        raise _other_run(
+            f"which is no run of mora_ds with {world} processes"
+        ) from error
     # Containers of one host may share its name, and each has a process 1
     started = time.ctime(psutil.Process().create_time())
     own = f"process {os.getpid()} of {platform.node()}, started {started}"
