@@ -34,7 +34,6 @@ ALLOWED = {
     ("common/files.py", "yaml.load"): "with the door's text, by a loader without tags",
     ("common/tensor_files.py", "open"): "writes",
     ("train/metrics.py", "open"): "writes",
-    ("train/setup.py", "read_bytes"): "the package's own modules",
     ("models/load.py", "torch.load"): "with weights_only, on the meta device",
     ("runtime/node_memory.py", "read_text"): "files of the kernel, in /proc and /sys",
     ("checkpoint/sections.py", "json.loads"): "of what was just dumped",
@@ -63,7 +62,7 @@ def read_by(call):
     if f"{owner}.{function.attr}" in READS:
         return f"{owner}.{function.attr}"
     is_class = owner == "os" or owner.split(".")[-1].lstrip("_")[:1].isupper()
-    is_own = owner.endswith(("sums", "location"))
+    is_own = owner.endswith(("sums", "location", "remote"))
     return function.attr if function.attr in READS and not (is_class or is_own) else ""
 
 
