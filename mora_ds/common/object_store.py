@@ -56,7 +56,7 @@ class ObjectStore:
         if protocol == "file":
             options["auto_mkdir"] = True
         try:
-            self._fs, root = fsspec.core.url_to_fs(url, **options)
+            self.filesystem, root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"--output_dir {url}: {reason(error)} (pip install 'mora_ds[s3]', 'mora_ds[gcs]')"
@@ -141,7 +141,7 @@ class ObjectStore:
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         for pause_s in (*PAUSES_S, None):
             try:
-                return getattr(self._fs, method)(*arguments, **options)
+                return getattr(self.filesystem, method)(*arguments, **options)
             except FileExistsError:
                 raise
             except FileNotFoundError as error:

@@ -86,7 +86,7 @@ class SafetensorsWriter:
         layout: Mapping[str, tuple[Shape, torch.dtype]],
         metadata: Mapping[str, str],
     ) -> None:
-        self._layout = dict(layout)
+        self.layout = dict(layout)
         self._missing = set(layout)
         header: JsonObject = {"__metadata__": {"format": "pt", **metadata}}
         self._offsets: dict[str, int] = {}
@@ -113,9 +113,9 @@ class SafetensorsWriter:
         """Write one tensor. Raises `ValueError` if it is not in the layout."""
         if name not in self._missing:
             raise ValueError(f"{name!r} is not in the layout, or was already written")
-        if (tuple(tensor.shape), tensor.dtype) != self._layout[name]:
+        if (tuple(tensor.shape), tensor.dtype) != self.layout[name]:
             raise ValueError(
-                f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self._layout[name]}"
+                f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, in the layout {self.layout[name]}"
             )
         self._file.seek(self._start + self._offsets[name])
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -33,7 +33,7 @@ def test_a_url_that_cannot_be_used_is_an_error(url, words):
 
 def failing(store, monkeypatch, times, error):
     """`write` fails so often."""
-    write = store._fs.pipe_file
+    write = store.filesystem.pipe_file
     left = [error] * times
 
     def fails(*arguments, **options):
@@ -41,7 +41,7 @@ def failing(store, monkeypatch, times, error):
             raise left.pop()
         write(*arguments, **options)
 
-    monkeypatch.setattr(store._fs, "pipe_file", fails)
+    monkeypatch.setattr(store.filesystem, "pipe_file", fails)
     return left
 
 
@@ -64,7 +64,7 @@ def test_a_part_of_a_file_does_not_stay(store, monkeypatch, tmp_path):
         Path(targets[0]).write_bytes(b"con")
         raise TimeoutError
 
-    monkeypatch.setattr(store._fs, "get", breaks)
+    monkeypatch.setattr(store.filesystem, "get", breaks)
     with pytest.raises(StoreError):
         store.fetch(["a"], tmp_path)
     assert not (tmp_path / "a").exists()

@@ -205,7 +205,7 @@ def filling_up(folder, method):
 
     def full(writer, *args):
         name = args[0] or "k_proj.checksum"
-        of_sums = any(key.endswith(".checksum") for key in writer._layout)
+        of_sums = any(key.endswith(".checksum") for key in writer.layout)
         if of_sums and name.endswith("k_proj.checksum"):
             writer._file.close()
             raise OSError(28, os.strerror(28))
