@@ -133,8 +133,8 @@ def test_a_layer_that_shares_its_weight_is_refused(module, target):
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
-def test_a_rank_too_small_for_a_pair_is_refused():
-    with user_error("`rank` 1 is too small"):
+def test_a_layer_without_a_pair_to_rotate_is_refused():
+    with user_error("no two dimensions that rotate could pair"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 
 

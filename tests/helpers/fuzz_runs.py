@@ -31,13 +31,14 @@ from tests.helpers.tables import rows
 MODELS = ("llama", "qwen3", "gemma2", "gpt2", "mixtral")
 
 SETTINGS = """
-adapter                     | mora | mora | mora | lora | full | none | mroa
+adapter                     | mora | mora | mora | lora | subspace | full | none | mroa
 mora_rank                   | 1 | 2 | 3 | 8 | 64 | 0 | 100000
 r_hat_multiple              | 1 | 2 | 8 | 3 | 1000
 lora_alpha                  | 1 | 1e-30 | 0
 operator                    | truncate | share | decouple | rotate | turn
 grouping                    | alternate | plain | strided | contiguous-strided
 target_modules              | q_proj | *_proj | re:.*(q|v)_proj | experts | all-linear experts | c_attn | nothing
+layerwise_scaling           | true
 compute                     | activation | weight | fast
 base_bits                   | 8 | 4 | 16 | 5
 mora_dropout                | 0.1 | 0.999 | 1
@@ -111,6 +112,8 @@ seed                        | 0 | 281474976710655
 export_merged               | true
 collective_timeout_s        | 1 | 0.5
 research.domain_adapters    | true
+research.alignment_weight   | 0.1 | 100 | 1e30 | -1
+research.alignment_rank     | 1 | 4 | 1000 | 0
 """
 """A setting and its values, legal ones and such as lie at an edge."""
 
