@@ -133,9 +133,13 @@ def test_a_layer_that_shares_its_weight_is_refused(module, target):
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
-def test_a_layer_without_a_pair_to_rotate_is_refused():
-    with user_error("no two dimensions that rotate could pair"):
-        inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
+@pytest.mark.parametrize(
+    "d_in, message",
+    [(1, "no two dimensions that rotate could pair"), (2, "`rank` 1 is too small")],
+)
+def test_a_layer_without_a_pair_to_rotate_is_refused(d_in, message):
+    with user_error(message):
+        inject(nn.Sequential(nn.Linear(d_in, 1)), MoRAConfig(rank=1, operator="rotate"))
 
 
 # -- freezing --------------------------------------------------------------------------
