@@ -180,6 +180,7 @@ def shares(out):
     return [row["alignment"] for row in rows_of(out) if "alignment" in row]
 
 
+@pytest.mark.heavy(seconds=15)
 def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
     """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges,
     resumes to the bit and an export."""

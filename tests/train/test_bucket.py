@@ -27,7 +27,6 @@ from tests.helpers.jobs import curve, job, refused, run
 from tests.helpers.kills import killed_run
 from tests.helpers.outcome import assert_good, tree
 from tests.helpers.resume import MERGING, interrupted_job
-from tests.helpers.tables import heavy
 
 FLAGS = f"{MERGING} --train_norms true --mora_dropout 0.1 --save_total_limit 2"
 AUTO = "--resume_from_checkpoint auto"
@@ -53,18 +52,13 @@ def assert_same_stored(folder, reference):
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "moment",
     [
-        "before_the_manifest",
-        *map(
-            heavy,
-            [
-                "engine_shard_half_written", "after_the_shards", "ledger_half_copied", "before_the_rename",
-                "before_the_first_latest", "right_after_a_merge", "cycle_not_in_the_ledger",
-                "before_the_summary", "before_the_run_is_begun", "run_file_half_written",
-            ],
-        ),
+        "engine_shard_half_written", "after_the_shards", "before_the_manifest", "ledger_half_copied",
+        "before_the_rename", "before_the_first_latest", "right_after_a_merge", "cycle_not_in_the_ledger",
+        "before_the_summary", "before_the_run_is_begun", "run_file_half_written",
     ],
 )  # fmt: skip
 def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(
