@@ -105,7 +105,7 @@ def _muon(config: DsConfig) -> list[str]:
         problems += fill(config, ("communication_data_type", "fp32", precise))
     if at(zero, "offload_optimizer.device") not in (None, "none"):
         problems.append(
-            "zero_optimization.offload_optimizer is for AdamW: Muon keeps a single momentum"
+            "zero_optimization.offload_optimizer is for AdamW: --optimizer muon keeps a single momentum"
         )
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):

@@ -47,11 +47,7 @@ def assert_close(results, wanted, rel):
         if isinstance(value, dict):
             assert_close(results[key], value, rel)
         elif isinstance(value, float):
-            small = (
-                10 * rel
-                if key in ("grad_norm", "delta_norm", "mora_matrix_norm")
-                else rel
-            )
+            small = 10 * rel if key.endswith(("_norm", "rounding_loss")) else rel
             assert results[key] == pytest.approx(value, rel=small, abs=0.0), key
         else:
             assert results[key] == value, key
