@@ -332,7 +332,7 @@ checkpoint/storage.py ObjectStorage._replace | checkpoint/test_object_storage.py
 + file != MANIFEST
 
 # a checkpoint in a bucket is replaced in place
-checkpoint/storage.py ObjectStorage._place | checkpoint/test_object_storage.py
+checkpoint/storage.py ObjectStorage._key | checkpoint/test_object_storage.py
 - final == folder or self._is_committed(final)
 + final == folder
 
@@ -448,7 +448,7 @@ common/files.py await_readable | common/test_files.py
 
 # a rank joins the store of another run
 runtime/rendezvous.py meet | runtime/test_rendezvous.py
-- holder != own
+- holder != this_process
 + False
 
 # each task of srun trains a run of its own

@@ -257,36 +257,36 @@ class ObjectStorage:
         return self._store.folders()
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return self._store.sizes(self._place(folder))
+        return self._store.sizes(self._key(folder))
 
     def exists(self, file: str) -> bool:
-        return self._store.size(self._place(file)) is not None
+        return self._store.size(self._key(file)) is not None
 
     def open_read(self, name: str) -> Path:
         """Fetched once, for all ranks of the machine."""
-        place = self._place(name)
-        files = [place]
-        if self._store.size(place) is None:
-            files = [f"{place}/{file}" for file in self._store.sizes(place)]
+        key = self._key(name)
+        files = [key]
+        if self._store.size(key) is None:
+            files = [f"{key}/{file}" for file in self._store.sizes(key)]
         missing = [file for file in files if not (self._copies / file).exists()]
         self._store.fetch(missing, self._copies)
-        return self._copies / place
+        return self._copies / key
 
     @contextmanager
     def write(self, file: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=self.root.parent) as folder:
             path = Path(folder) / "file"
             yield path
-            self._store.put(self._place(file), path)
+            self._store.put(self._key(file), path)
 
     def put(self, file: str, source: Path) -> None:
-        place = self._place(file)
+        key = self._key(file)
         known = (source, stat_signature(source))
         try:
-            self._store.copy(self._newest[known], place)
+            self._store.copy(self._newest[known], key)
         except (KeyError, NoObject):
-            self._store.put(place, source)
-        self._newest[known] = place
+            self._store.put(key, source)
+        self._newest[known] = key
 
     def commit(self, written: str, final: str) -> None:
         if self._is_committed(written):
@@ -301,14 +301,14 @@ class ObjectStorage:
 
     def delete(self, folder: str) -> None:
         try:
-            self._delete(self._place(folder))
+            self._delete(self._key(folder))
         except StoreError as error:
             logger.warning(_NOT_DELETED, folder, error)
 
-    def _delete(self, place: str) -> None:
-        self._store.delete(f"{place}/{MANIFEST}")
-        self._store.delete(place)
-        shutil.rmtree(self._copies / place, ignore_errors=True)
+    def _delete(self, key: str) -> None:
+        self._store.delete(f"{key}/{MANIFEST}")
+        self._store.delete(key)
+        shutil.rmtree(self._copies / key, ignore_errors=True)
 
     def repair(self) -> None:
         """Also deletes checkpoints without a manifest: no other run writes one."""
@@ -327,10 +327,10 @@ class ObjectStorage:
         name = self._store.read(link).decode(errors="replace")
         return name if name in self.folders() else None
 
-    def _is_committed(self, place: str) -> bool:
-        return self._store.size(f"{place}/{MANIFEST}") is not None
+    def _is_committed(self, key: str) -> bool:
+        return self._store.size(f"{key}/{MANIFEST}") is not None
 
-    def _place(self, name: str) -> str:
+    def _key(self, name: str) -> str:
         """Where the objects of a name lie: what is written under a hidden name, under
         the final one, unless a checkpoint has it."""
         folder = name.split("/")[0]

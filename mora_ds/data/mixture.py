@@ -84,12 +84,12 @@ class SampleSchedule:
                 return first
             integers = integer_weights(weights.tolist())
             used_up = _places_after(integers, np.where(caps < _ENDLESS, left, 0))
-            for place in np.unique([0, *used_up[used_up < _ENDLESS]]).tolist():
-                drawn = np.minimum(_counts(integers, place), left)
+            for position in np.unique([0, *used_up[used_up < _ENDLESS]]).tolist():
+                drawn = np.minimum(_counts(integers, position), left)
                 sample = first + int(drawn.sum())
                 if end is not None and sample >= end:
                     break
-                is_active = (weights > 0) & (used_up > place)
+                is_active = (weights > 0) & (used_up > position)
                 if not is_active.any():
                     return sample
                 skipped = int(drawn[is_active].sum())
@@ -118,32 +118,32 @@ class _Segment:
     """Samples of the active sources in the phase before `first`."""
 
     def locate(self, sample: int) -> tuple[int, int]:
-        place = self._place(sample)
-        source = int(_period(self.weights)[place % sum(self.weights)])
+        position = self._position(sample)
+        source = int(_period(self.weights)[position % sum(self.weights)])
         return source, int(self.counts(sample)[source])
 
     def counts(self, samples: int) -> np.ndarray:
         return self.before + self.is_active * _counts(
-            self.weights, self._place(samples)
+            self.weights, self._position(samples)
         )
 
-    def _place(self, sample: int) -> int:
-        """The place in the phase's order of the sample."""
-        places = _active_places(self)
-        periods, index = divmod(self.skipped + sample - self.first, len(places))
-        return periods * sum(self.weights) + int(places[index])
+    def _position(self, sample: int) -> int:
+        """The position in the phase's order of the sample."""
+        positions = _active_positions(self)
+        periods, index = divmod(self.skipped + sample - self.first, len(positions))
+        return periods * sum(self.weights) + int(positions[index])
 
 
 @lru_cache(maxsize=4)
-def _active_places(segment: _Segment) -> np.ndarray:
-    """The places of one period whose sources are active in the segment."""
+def _active_positions(segment: _Segment) -> np.ndarray:
+    """The positions of one period whose sources are active in the segment."""
     return np.flatnonzero(segment.is_active[_period(segment.weights)])
 
 
-def _counts(weights: tuple[int, ...], place: int) -> np.ndarray:
-    """(K,): number of samples of each source before a place in the endless order."""
+def _counts(weights: tuple[int, ...], position: int) -> np.ndarray:
+    """(K,): number of samples of each source before a position in the endless order."""
     order = _period(weights)
-    periods, index = divmod(place, len(order))
+    periods, index = divmod(position, len(order))
     within = np.bincount(order[:index], minlength=len(weights))
     return periods * np.array(weights, dtype=np.int64) + within
 
@@ -156,9 +156,9 @@ def _places_after(weights: tuple[int, ...], counts: np.ndarray) -> np.ndarray:
     asked = (shares > 0) & (counts > 0)
     periods, number = np.divmod(counts[asked] - 1, shares[asked])
     starts = (np.cumsum(shares) - shares)[asked]
-    places = np.argsort(order, kind="stable")[starts + number]
+    positions = np.argsort(order, kind="stable")[starts + number]
     ends = np.full_like(shares, _ENDLESS)
-    ends[asked] = periods * len(order) + places + 1
+    ends[asked] = periods * len(order) + positions + 1
     return ends
 
 

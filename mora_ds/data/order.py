@@ -37,7 +37,9 @@ def _permuted(numbers: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndar
     """A permutation of the numbers below `side`^2."""
     left, right = np.divmod(numbers, side)
     for key in keys:
-        left, right = right, (left + _mixed(right + key) % side) % side
+        previous = left
+        left = right
+        right = (previous + _mixed(right + key) % side) % side
     return left * side + right
 
 

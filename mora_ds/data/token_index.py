@@ -42,17 +42,17 @@ class TokensInPlace:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        positions = np.arange(*part.indices(len(self)))
+    def __getitem__(self, window: slice) -> np.ndarray:
+        positions = np.arange(*window.indices(len(self)))
         document = np.searchsorted(self.ends, positions, side="right")
         begins = np.where(document > 0, self.ends[document - 1], 0)
-        places = self.starts[document] + positions - begins
+        offsets = self.starts[document] + positions - begins
         file_ends = np.cumsum([len(file) for file in self.files])
-        file_of = np.searchsorted(file_ends, places, side="right")
+        file_of = np.searchsorted(file_ends, offsets, side="right")
         return np.concatenate(
             [
                 # A negative place is counted from the end of the file
-                self.files[number][places[file_of == number] - file_ends[number]]
+                self.files[number][offsets[file_of == number] - file_ends[number]]
                 for number in np.unique(file_of)
             ]
         )

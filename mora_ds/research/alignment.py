@@ -180,7 +180,7 @@ class Alignment:
     ) -> Tensor:
         if not (layer.training and torch.is_grad_enabled()):
             return output
-        leading = Leading(*(part.to(output.device) for part in self.leading[name]))
+        leading = Leading(*(tensor.to(output.device) for tensor in self.leading[name]))
         self.leading[name] = leading
         self._tables_in_use[name] = additive(layer.spec).tables(output.device)
         # Gradient checkpointing runs the layer again in backward, when nothing is
@@ -250,13 +250,13 @@ class AlignmentSection(Section):
             return
         tensors: Tensors = {}
         for name, leading in self.alignment.leading.items():
-            for part, tensor in leading._asdict().items():
-                tensors[f"{name}.{part}"] = tensor.cpu()
+            for field, tensor in leading._asdict().items():
+                tensors[f"{name}.{field}"] = tensor.cpu()
         files.tensors(FILE, tensors, {})
 
     def load(self, saved: SavedCheckpoint) -> None:
         tensors = load_file(saved.local(FILE))
         self.alignment.leading = {
-            name: Leading(*(tensors[f"{name}.{part}"] for part in Leading._fields))
+            name: Leading(*(tensors[f"{name}.{field}"] for field in Leading._fields))
             for name in self.alignment.layers
         }

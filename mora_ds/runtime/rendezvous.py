@@ -55,9 +55,9 @@ def meet(timeout: timedelta) -> dist.TCPStore | None:
         ) from error
     # Containers of one host may share its name, and each has a process 1
     started = time.ctime(psutil.Process().create_time())
-    own = f"process {os.getpid()} of {platform.node()}, started {started}"
-    holder = store.compare_set(f"{mark}: rank {rank}", "", own).decode()
-    if holder != own:
+    this_process = f"process {os.getpid()} of {platform.node()}, started {started}"
+    holder = store.compare_set(f"{mark}: rank {rank}", "", this_process).decode()
+    if holder != this_process:
         raise _other_run(f"whose rank {rank} is {holder}")
     return store
 

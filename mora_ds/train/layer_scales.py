@@ -53,7 +53,7 @@ def measured_scales(
             for index in range(SEQUENCES):
                 block = data.sources[0].peek(index)
                 batch = stack([{key: row[:TOKENS] for key, row in block.items()}])
-                on_device = {key: part.to(device) for key, part in batch.items()}
+                on_device = {key: tensor.to(device) for key, tensor in batch.items()}
                 model(**model_inputs(model, on_device))
     finally:
         for hook in hooks:

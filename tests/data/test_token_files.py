@@ -91,7 +91,8 @@ def test_batches_are_those_of_the_documents_as_text(write, build, of_text, kind)
 
     in_place = build(write(kind))
     assert_same(in_place, of_text())
-    one, another = mixture(in_place), mixture(of_text())
+    one = mixture(in_place)
+    another = mixture(of_text())
     for step in range(3 * one.sources[0].n_blocks // 8):
         for key, value in one.batch(step, slice(3, 9)).items():
             if key != "documents":

@@ -1,5 +1,5 @@
 """Updates of merged cycles that a frozen weight does not take up: they go on acting
-through their adapter_weights.
+through their adapter weights.
 
     W x = W0 x + sum over the terms of update(x)
 
