@@ -273,6 +273,11 @@ class _Trained:
         original = self.base.read(key)
         if is_new_rows(name):
             original = original[len(original) - self.shape(name)[0] :]
+        if tuple(original.shape) != tuple(self.shape(name)):
+            raise UserError(
+                f"{self.base.folder}: {key} has the shape {tuple(original.shape)}, and {name} of the adapters "
+                f"{tuple(self.shape(name))}: their base.json or files are damaged"
+            )
         of_base = 1 - math.fsum(self.weights)
         return _rounded_sum([*self.weighted(name), original.double() * of_base], name)
 
