@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mora_ds.adapters.domain_names import domain_validation_errors
 from mora_ds.adapters.registry import Capability, unsupported
 from mora_ds.adapters.target_patterns import ALL_LINEAR
-from mora_ds.common.errors import COUNT, NOT_NEGATIVE, wrong_values
+from mora_ds.common.errors import COUNT, NOT_NEGATIVE, unknown, wrong_values
 from mora_ds.config.mixture import mixture_config
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ TARGETS = f"{RESEARCH}.targets"
 DOMAINS = f"{RESEARCH}.domain_adapters"
 ALIGNMENT = f"{RESEARCH}.alignment_weight"
 ALIGNMENT_RANK = f"{RESEARCH}.alignment_rank"
+SIDES = f"{RESEARCH}.sides"
+
+WEIGHT = "weight"
+GRADIENT = "gradient"
+"""Values of `sides`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class ResearchSettings:
     over layers). 0: no such loss."""
     alignment_rank: int = 16
     """Number of left and of right singular vectors that span these subspaces."""
+    sides: str = WEIGHT
+    """Sides of --adapter subspace: weight, the leading singular vectors of the frozen
+    weight, or gradient, those of its mean gradient over the run's first 32 sequences, anew
+    after every merge."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in
     addition to the shared one. Each sequence of a batch uses the matrix of its source; a
@@ -50,6 +59,10 @@ def research_problems(arguments: Arguments) -> Iterator[str]:
     limits = {"alignment_weight": NOT_NEGATIVE, "alignment_rank": COUNT}
     for problem in wrong_values(settings, limits):
         yield problem.replace("--", f"{RESEARCH}.", 1)
+    if settings.sides not in (WEIGHT, GRADIENT):
+        yield unknown(SIDES, settings.sides, (WEIGHT, GRADIENT))
+    if settings.sides != WEIGHT and adapter.adapter != "subspace":
+        yield f"{SIDES} is for --adapter subspace: leave it out"
     needs = {
         "targets": Capability.LAYER_SIZES,
         "alignment_weight": Capability.ALIGNMENT,

@@ -53,18 +53,29 @@ def from_base_weights(
                 f"{base.folder}: {key}: NaN and infinity have no singular vectors"
             )
         weight = weight.mT if layer.transposed else weight
-        return work(name, layer, weight).float().cpu()
+        return work(name, layer, weight)
 
     if not layers:
         return {}
-    names = list(layers)[ranks.rank :: ranks.world]
+    shapes = {name: shape(layer) for name, layer in layers.items()}
+    return on_one_rank(shapes, compute, ranks)
+
+
+def on_one_rank(
+    shapes: Mapping[str, Sequence[int]], work: Callable[[str], Tensor], ranks: Ranks
+) -> Tensors:
+    """{name: work(name)} in fp32 on the CPU. Each is computed by one rank, so that all
+    have the same bits. Collective."""
+    names = list(shapes)[ranks.rank :: ranks.world]
     computed = ranks.agree(
-        "singular vectors", lambda: {name: compute(name) for name in names}, long=True
+        "singular vectors",
+        lambda: {name: work(name).float().cpu() for name in names},
+        long=True,
     )
     # Zeros of all other ranks leave a sum as it is
     return {
-        name: ranks.sum(computed.get(name, torch.zeros(*shape(layer))))
-        for name, layer in layers.items()
+        name: ranks.sum(computed.get(name, torch.zeros(*shape)))
+        for name, shape in shapes.items()
     }
 
 

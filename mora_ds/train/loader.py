@@ -16,12 +16,13 @@ failed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
@@ -192,6 +193,18 @@ class Replica:
         with eval_mode(self.engine, domain):
             nll = token_nll(self.engine, self.on_device(local_batch)).item()
         return nll, predicted
+
+    def first_losses(self, data: Mixture, count: int, rows: int) -> Iterator[Tensor]:
+        """The summed losses of this replica's part of the run's first `count` sequences,
+        `rows` at a time, in training mode; as many on every rank. Collective under
+        ZeRO-3."""
+        model = self.engine.module
+        model.train()
+        for start in range(0, count, self.count * rows):
+            first = start + self.index * rows
+            batch = data.first_samples(range(first, first + rows))
+            batch["labels"][max(0, count - first) :] = IGNORED
+            yield token_nll(model, self.on_device(self.local_part(batch)))
 
     def mean_nll(self, batches: Iterable[Batch], domain: str | None) -> float:
         """Mean loss over all predicted tokens of all ranks. Each rank must give the

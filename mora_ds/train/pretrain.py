@@ -139,6 +139,8 @@ def _prepare(
                 "--num_train_epochs"
             )
         ranks.barrier("end of all checks", long=True)
+        if context.checkpoint is None:
+            setup.start_cycle()
         if ranks.is_rank0:
             _record(arguments, setup, _steps(setup, schedule))
     return setup, schedule

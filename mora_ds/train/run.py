@@ -175,6 +175,9 @@ class RunOptions:
     run's; None: verified, read and compared."""
     sections: Sequence[Section] = ()
     """What checkpoints hold besides those of every adapter."""
+    sides: Callable[[], Tensors] | None = None
+    """{module: what is fixed of its adapter weight} in a cycle that begins, which the
+    caller starts (`Run.set_fixed`); None: from the base, the same in all cycles."""
 
 
 class Run(TrainingRun):
@@ -223,9 +226,11 @@ class Run(TrainingRun):
         sections += options.sections
         super().__init__(engine, folder, ranks, state, sections, async_save)
         self._watch_gradients()
+        self._new_sides = options.sides
         if checkpoint is None:
             self._new_ledger()
-            self._set_fixed()
+            if options.sides is None:
+                self.set_fixed(self._fixed_of_base())
         else:
             self.checkpoints.load(checkpoint)
             self.remora.rebuild()
@@ -277,11 +282,18 @@ class Run(TrainingRun):
 
         self.ranks.run_on_rank0("writing of the merge ledger", write, long=True)
 
-    def _set_fixed(self) -> None:
-        """Give the layers what is fixed of their weights, from the base."""
+    def set_fixed(self, fixed: Tensors) -> None:
+        """Give the layers what is fixed of their adapter weights in this cycle."""
+        layers = mora_layers(self.engine.module)
+        for name, tensor in fixed.items():
+            layer = layers[name]
+            layer.fixed = tensor.to(layer.device, layer.dtype)
+
+    def _fixed_of_base(self) -> Tensors:
+        """What follows from the base alone."""
         remora = self.remora
         layers = mora_layers(self.engine.module)
-        fixed = from_base_weights(
+        return from_base_weights(
             {name: layer for name, layer in layers.items() if layer.fixed is not None},
             remora.base,
             remora.keys,
@@ -289,9 +301,6 @@ class Run(TrainingRun):
             lambda layer: layer.get_buffer("fixed").shape,
             lambda name, layer, weight: layer.fixed_of(weight),
         )
-        for name, tensor in fixed.items():
-            layer = layers[name]
-            layer.fixed = tensor.to(layer.device, layer.dtype)
 
     def _watch_gradients(self) -> None:
         """Note at which micro-step the newest gradient came."""
@@ -322,6 +331,8 @@ class Run(TrainingRun):
             )
         self.check_base()
         report = self.remora.merge(step, loss_fn)
+        if self._new_sides is not None:
+            self.set_fixed(self._new_sides())
         self.state.merges.append(step)
         return report
 

@@ -26,15 +26,16 @@ from mora_ds.adapters.inject import (
     move_base,
     scale_layers,
 )
+from mora_ds.adapters.layer import mora_layers
 from mora_ds.adapters.registry import Control
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.sections import Section, full_sections
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.files import JsonObject
-from mora_ds.common.tensor_files import dtype_name
+from mora_ds.common.tensor_files import Tensors, dtype_name
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.research import ResearchSettings
+from mora_ds.config.research import GRADIENT, WEIGHT, ResearchSettings
 from mora_ds.engine.device import card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
@@ -50,6 +51,7 @@ from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
 from mora_ds.train.layer_scales import FLAG as SCALING
 from mora_ds.train.layer_scales import measured_scales
+from mora_ds.train.loader import Replica
 from mora_ds.train.run import Run, RunOptions, TrainingRun, export_live
 from mora_ds.train.setup import RunContext
 
@@ -165,6 +167,11 @@ class TrainingSetup:
         fingerprint = base.fingerprint(ranks=context.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
+        takes_gradient = self._research.sides == GRADIENT
+        if takes_gradient:
+            for layer in mora_layers(self.loaded.model).values():
+                # No number until `start_cycle`, and the checks before compute with it
+                layer.get_buffer("fixed").zero_()
         context.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
@@ -184,6 +191,7 @@ class TrainingSetup:
             ranks=context.ranks,
             state=context.state,
             sections=sections,
+            sides=self._gradient_sides if takes_gradient else None,
         )
         self.run = Run(
             self.engine,
@@ -195,6 +203,13 @@ class TrainingSetup:
             options=options,
         )
         self.state = self.run.state
+
+    def start_cycle(self) -> None:
+        """Give the first cycle what only a model that can be trained tells: its sides
+        from the gradient. Collective."""
+        run = self.run if self.is_trained else None
+        if isinstance(run, Run) and self._research.sides == GRADIENT:
+            run.set_fixed(self._gradient_sides())
 
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the model of the run's last checkpoint into the folder `target`; where
@@ -233,7 +248,9 @@ class TrainingSetup:
         }
         if training.has_muon:
             identity["optimizer"] = training.optimizer
-        research = ResearchSettings(**self.arguments.research)
+        research = self._research
+        if research.sides != WEIGHT:
+            identity["sides"] = research.sides
         if research.alignment_weight:
             alignment = [research.alignment_weight, research.alignment_rank]
             identity["alignment"] = alignment
@@ -277,10 +294,28 @@ class TrainingSetup:
             plan.check_base(loaded.base, fingerprint)
         return researched(config, arguments, plan)
 
+    @property
+    def _research(self) -> ResearchSettings:
+        return ResearchSettings(**self.arguments.research)
+
+    def _gradient_sides(self) -> Tensors:
+        """Sides of the cycle that begins (research.sides). Collective."""
+        from mora_ds.research.gradient_sides import SEQUENCES, gradient_sides
+
+        training = self.arguments.training
+        replica = Replica(self.engine, training.ranks_per_replica, self.sequence)
+        rows = training.per_device_train_batch_size
+        return gradient_sides(
+            self.engine.module,
+            lambda: replica.first_losses(self.data.train, SEQUENCES, rows),
+            self.config.seed,
+            self.context.ranks,
+        )
+
     def _research_sections(self) -> list[Section]:
         """Give the model the alignment loss that the block `research:` asks for. Returns
         what checkpoints hold of it. Collective."""
-        settings = ResearchSettings(**self.arguments.research)
+        settings = self._research
         if not settings.alignment_weight:
             return []
         from mora_ds.research.alignment import (

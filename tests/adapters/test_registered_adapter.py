@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters import registry
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
@@ -24,7 +23,6 @@ from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
-from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
@@ -36,10 +34,11 @@ from mora_ds.remora.ledger import Ledger
 from tests.helpers.adapters import Maker
 from tests.helpers.engines import ds_config
 from tests.helpers.errors import user_error
+from tests.helpers.exports import exported_and_live
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import job
-from tests.helpers.models import tiny_model, tokens
-from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.models import tiny_model
+from tests.helpers.resume import MERGING_BF16, assert_same_run, interrupted_job
 from tests.helpers.tables import rows
 
 
@@ -130,10 +129,7 @@ def registered(function, *arguments):
 
 # -- a run -----------------------------------------------------------------------------
 
-MERGING = (
-    "--lora_alpha 3 --max_steps 9 --merge_every 3 --restart_warmup_steps 1 "
-    "--save_steps 2 --bf16 --learning_rate 3e-2 --mora_rank 2 --adapter"
-)
+MERGING = f"--lora_alpha 3 {MERGING_BF16} --mora_rank 2 --adapter"
 
 
 @pytest.mark.parametrize("adapter", ["dora", "lora"])
@@ -142,9 +138,6 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, dora, adap
     export is the live model, and each cycle is merged into the weight that the one before
     has left, from the original one in fp32, rounded once."""
     summary = run_ranks(2, registered, job, user.flags(out, MERGING, adapter))[0]
-    assert (summary["merges"], summary["base_bytes_gathered"]) == (2, 0)
-    before = summary["perplexity_before"]["held"]
-    assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
     resumed = tmp_path / "resumed"
     argv = user.flags(resumed, MERGING, adapter, "--resume_from_checkpoint auto")
     for step in (3, 5):
@@ -152,11 +145,7 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, dora, adap
     run_ranks(2, registered, job, argv)
     assert_same_run(resumed, out)
 
-    assert export_merged(out, merged, verify=True).cycles == 2
-    exported = AutoModelForCausalLM.from_pretrained(merged)
-    live = load_adapter(user.model, out)
-    ids = tokens(3)
-    torch.testing.assert_close(exported(ids).logits, live(ids).logits, atol=0.1, rtol=0)
+    exported, live = exported_and_live(user, out, merged, summary)
     values = load_file(out / "checkpoints/latest/adapter.safetensors")
     base = BaseCheckpoint.open(user.model)
     ledger = Ledger.open(out / "ledger")

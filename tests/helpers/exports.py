@@ -20,12 +20,29 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry
 from tests.helpers.adapters import Maker, summed
 from tests.helpers.models import tiny_model, tokens
 
 KINDS = tuple(OperatorKind)
+
+
+def exported_and_live(user, out, merged, summary):
+    """The export of a run in bf16 with two merges and the model of its last checkpoint,
+    which compute the same. `summary`: of the run, which has learned and gathered nothing
+    of its base."""
+    assert (summary["merges"], summary["base_bytes_gathered"]) == (2, 0)
+    before = summary["perplexity_before"]["held"]
+    assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
+    assert export_merged(out, merged, verify=True).cycles == 2
+    exported = AutoModelForCausalLM.from_pretrained(merged)
+    live = load_adapter(user.model, out)
+    ids = tokens(3)
+    torch.testing.assert_close(exported(ids).logits, live(ids).logits, atol=0.1, rtol=0)
+    return exported, live
 
 
 @dataclass

@@ -12,6 +12,9 @@ MERGING = "--max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
 
 
+MERGING_BF16 = "--max_steps 9 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --bf16 --learning_rate 3e-2"
+
+
 def interrupted_job(argv, step):
     """A run that stops dead after optimizer step `step`, and whatever follows it (a merge,
     a checkpoint).

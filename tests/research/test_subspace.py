@@ -1,29 +1,33 @@
 """The adapter `subspace`: its update, its sides, and runs that merge, resume and export."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.config.arguments import parse
+from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
-from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
+from mora_ds.research.gradient_sides import gradient_sides, leading_rows
 from mora_ds.research.subspace import SubspaceConfig, SubspaceLinear, SubspaceSpec
-from tests.helpers.errors import user_error
+from mora_ds.runtime.ranks import Ranks
+from tests.helpers.errors import run_error, user_error
+from tests.helpers.exports import exported_and_live
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import run
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.jobs import research, run
+from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import (
     assert_same_bits_for_every_number_of_threads,
     random,
 )
 from tests.helpers.resume import (
+    MERGING_BF16,
     assert_close_runs,
     assert_same_run,
     interrupted_job,
@@ -32,6 +36,7 @@ from tests.helpers.resume import (
 from tests.helpers.tables import rows
 
 SPEC = SubspaceSpec(11, 7, 3)
+ALONE = Ranks(0, 1, 0, None, timeout_s=60)
 
 
 def value_of(spec, seed=0):
@@ -110,41 +115,91 @@ def test_sides_are_leading_singular_vectors(family):
     torch.testing.assert_close(layer(x), expected)
 
 
+# -- sides from the gradient -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sides_of_the_mean_gradient(family, checkpointing):
+    """They hold what the leading singular vectors of the gradient do, and no trained
+    tensor gets one."""
+    batches = [tokens(4, seed=seed) for seed in range(3)]
+    plain = tiny_model(family)
+    for ids in batches:
+        causal_loss(plain, ids).backward()
+    model = tiny_model(family)
+    inject(model, SubspaceConfig(rank=1, train_norms=True))
+    for layer in mora_layers(model).values():
+        layer.fixed.zero_()
+    if checkpointing:
+        enable_checkpointing(model.train())
+
+    def losses():
+        return (causal_loss(model, ids) for ids in batches)
+
+    sides = gradient_sides(model, losses, seed=1, ranks=ALONE)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    for name, layer in mora_layers(model).items():
+        gradient = plain.get_parameter(f"{name}.weight").grad
+        gradient = gradient.T if layer.transposed else gradient
+        right, left = sides[name].split((layer.in_features, layer.out_features), dim=1)
+        for rows_of_side in (right, left):
+            identity = torch.eye(layer.spec.r_hat)
+            torch.testing.assert_close(rows_of_side @ rows_of_side.T, identity)
+        held = (left @ gradient @ right.T).square().sum()
+        most = torch.linalg.svdvals(gradient)[: layer.spec.r_hat].square().sum()
+        assert 0.95 < held / most < 1.001, name
+        layer.fixed.fill_(math.nan)
+    with run_error("0.*the gradient for research.sides is NaN or infinite"):
+        gradient_sides(model, losses, seed=1, ranks=ALONE)
+
+
+def test_sides_do_not_jump_where_singular_values_are_close():
+    matrix = random(8, 8, seed=1)
+    near = random(8, 8, seed=2)
+    left, _, right = torch.linalg.svd(matrix)
+    values = torch.tensor([2.0, 2, 2, 1, 0.5, 0, 0, 0]).double()
+    sides = [
+        leading_rows(left @ (values + 1e-6 * noise).diag() @ right, 3, near)
+        for noise in (random(8, seed=3), random(8, seed=4))
+    ]
+    torch.testing.assert_close(*sides, atol=1e-4, rtol=0)
+
+
 # -- runs ------------------------------------------------------------------------------
 
-MERGING = (
-    "--adapter subspace --mora_rank 2 --r_hat_multiple 2 --max_steps 9 --merge_every 3 "
-    "--restart_warmup_steps 1 --save_steps 2 --bf16 --learning_rate 3e-2"
-)
+MERGING = f"--adapter subspace --mora_rank 2 --r_hat_multiple 2 {MERGING_BF16}"
 
 
-def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged):
-    """Resumed to the bit, right after a merge that is not saved yet, and in mid-cycle; on
-    one rank too. Its exports are the live model, and each cycle of the ledger has the
-    sides of the base."""
-    summary = run(2, user.flags(out, MERGING))
-    assert (summary["merges"], summary["base_bytes_gathered"]) == (2, 0)
-    before = summary["perplexity_before"]["held"]
-    assert summary["perplexity_after"]["held"] < 0.99 * before, "it learns"
+def flags_of(user, sides, out, *more):
+    return research(user.flags(out, *more), out.parent, sides=sides)
+
+
+@pytest.mark.parametrize("sides", ["weight", "gradient"])
+def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, sides):
+    """Resumed to the bit, right after a merge that is not saved yet, and in mid-cycle.
+    Its exports are the live model. Each cycle of the ledger has the sides of the base, or
+    its own ones."""
+    summary = run(2, flags_of(user, sides, out, MERGING))
     resumed = tmp_path / "resumed"
-    stop_and_resume(2, user.flags(resumed, MERGING), 3, 5)
+    stop_and_resume(2, flags_of(user, sides, resumed, MERGING), 3, 5)
     assert_same_run(resumed, out)
 
-    assert export_merged(out, merged, verify=True).cycles == 2
-    exported = AutoModelForCausalLM.from_pretrained(merged)
-    live = load_adapter(user.model, out)
-    ids = tokens(3)
-    torch.testing.assert_close(exported(ids).logits, live(ids).logits, atol=0.1, rtol=0)
+    _, live = exported_and_live(user, out, merged, summary)
     values = load_file(out / "checkpoints/latest/adapter.safetensors")
     base = BaseCheckpoint.open(user.model)
     ledger = Ledger.open(out / "ledger")
     for name, layer in mora_layers(live).items():
         weight = base.read(f"{name}.weight").double()
         r_hat = layer.spec.r_hat
-        sides = values[f"{name}.mora_matrix"][:, r_hat:]
-        assert torch.equal(sides, layer.fixed_of(weight).bfloat16().float())
+        now = values[f"{name}.mora_matrix"][:, r_hat:]
+        of_weight = layer.fixed_of(weight).bfloat16().float()
+        assert torch.equal(now, of_weight) == (sides == "weight")
         for spec, value in ledger.mora_matrices_of(name):
-            assert torch.equal(value[:, r_hat:], sides)
+            assert torch.equal(value[:, r_hat:], now) == (sides == "weight")
+            right = value[:, r_hat : r_hat + spec.d_in]
+            identity = torch.eye(r_hat)
+            torch.testing.assert_close(right @ right.T, identity, atol=0.01, rtol=0)
             weight += delta_by_hand(spec, value.double())
         torch.testing.assert_close(layer.weight.double(), weight, atol=4e-3, rtol=8e-3)
 
@@ -154,21 +209,30 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged):
     assert len(down) == min(3 * layer.spec.r_hat, 32), "of three cycles"
 
 
-@pytest.mark.heavy(seconds=90)
-@pytest.mark.parametrize("more", ["", "--base_bits 8", "--base_bits 4"])
-def test_a_resumed_run_on_another_number_of_ranks(user, tmp_path, more):
+@pytest.mark.heavy(seconds=120)
+@pytest.mark.parametrize(
+    "sides, more",
+    [
+        ("weight", ""),
+        ("weight", "--base_bits 8"),
+        ("weight", "--base_bits 4"),
+        ("gradient", "--gradient_checkpointing --train_norms"),
+        ("gradient", "--base_bits 4 --base_device host"),
+    ],
+)
+def test_a_resumed_run_on_another_number_of_ranks(user, tmp_path, sides, more):
     """Close to the uninterrupted one, as sums over ranks round differently."""
     plain = MERGING.replace("--bf16", "") + f" {more}"
     reference = tmp_path / "reference"
     out = tmp_path / "out"
     halves = "--per_device_train_batch_size 1"
-    run(1, user.flags(reference, plain))
-    run_ranks(1, interrupted_job, user.flags(out, plain), 5)
+    run(1, flags_of(user, sides, reference, plain))
+    run_ranks(1, interrupted_job, flags_of(user, sides, out, plain), 5)
     resume = "--resume_from_checkpoint auto"
-    run(2, user.flags(out, plain, halves, resume))
+    run(2, flags_of(user, sides, out, plain, halves, resume))
     assert_close_runs(out, reference)
     again = tmp_path / "again"
-    stop_and_resume(1, user.flags(again, plain), 4, 7)
+    stop_and_resume(1, flags_of(user, sides, again, plain), 4, 7)
     assert_same_run(again, reference)
     export_merged(out, tmp_path / "merged", verify=True)
     export_merged(out, tmp_path / "half", delta_scale=0.5)
@@ -188,3 +252,16 @@ REFUSED = """
 def test_a_setting_that_it_does_not_support(user, out, flags, message):
     with user_error(message):
         validate(parse(user.flags(out, "--adapter subspace", flags)))
+
+
+@pytest.mark.parametrize(
+    "adapter, sides, message",
+    rows("""
+lora | gradient | research.sides is for --adapter subspace: leave it out
+subspace | gradeint | unknown research.sides 'gradeint'; known: weight, gradient. Did you mean 'gradient'?
+"""),
+)
+def test_sides_that_there_are_not(adapter, sides, message):
+    settings = {"adapter": adapter, "research": {"sides": sides}}
+    with user_error(message):
+        validate(from_flat(settings))
