@@ -44,7 +44,7 @@ class ResearchSettings:
     """Number of left and of right singular vectors that span these subspaces."""
     sides: str = WEIGHT
     """Sides of --adapter subspace: weight, the leading singular vectors of the frozen
-    weight, or gradient, those of its mean gradient over the run's first 32 sequences, anew
+    weight, or gradient, those of its mean gradient over the run's first 16 sequences, anew
     after every merge."""
     domain_adapters: bool = False
     """Give every layer a MoRA matrix for each source of --mixture or --train_files in

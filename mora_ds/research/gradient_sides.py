@@ -28,10 +28,10 @@ from mora_ds.common.tensor_files import Tensors
 from mora_ds.models.svd import OVERSAMPLED, on_one_rank
 from mora_ds.runtime.ranks import Ranks
 
-SEQUENCES = 32
+SEQUENCES = 16
 """Number of sequences whose mean gradient is sketched."""
 
-PASSES = 3
+PASSES = 4
 """Over the sequences. In each pass the sketch holds the leading vectors better."""
 
 

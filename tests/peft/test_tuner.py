@@ -173,6 +173,12 @@ def test_an_adapter_becomes_lora_with_its_error(family, operator):
     assert max(config.rank_pattern.values()) <= max(sides)
 
 
+def test_lora_of_an_adapter_that_there_is_not():
+    model = get_peft_model(tiny_model(), MoraConfig(r=4))
+    with user_error("unknown `adapter_name` 'defualt'; known: default"):
+        convert_to_lora(model, 4, "defualt")
+
+
 def test_hot_swap_and_mixed_models_are_refused_by_peft(tmp_path):
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
     model.save_pretrained(tmp_path)

@@ -118,17 +118,23 @@ def test_sides_are_leading_singular_vectors(family):
 # -- sides from the gradient -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sides_of_the_mean_gradient(family, checkpointing):
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
+"""A model for which more directions than are needed are fewer than all."""
+
+
+@pytest.mark.parametrize(
+    "family, checkpointing, sizes",
+    [("gpt2", False, {}), ("llama", True, {}), ("llama", False, WIDE)],
+)
+def test_sides_of_the_mean_gradient(family, checkpointing, sizes):
     """They hold what the leading singular vectors of the gradient do, and no trained
     tensor gets one."""
-    batches = [tokens(4, seed=seed) for seed in range(3)]
-    plain = tiny_model(family)
+    batches = [tokens(8, length=64, seed=seed) for seed in range(3)]
+    plain = tiny_model(family, **sizes)
     for ids in batches:
         causal_loss(plain, ids).backward()
-    model = tiny_model(family)
-    inject(model, SubspaceConfig(rank=1, train_norms=True))
+    model = tiny_model(family, **sizes)
+    inject(model, SubspaceConfig(rank=1, r_hat_multiple=2, train_norms=True))
     for layer in mora_layers(model).values():
         layer.fixed.zero_()
     if checkpointing:
