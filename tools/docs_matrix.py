@@ -45,6 +45,7 @@ ReMoRA (`--merge_every`) | --merge_every 100
 `--async_save` | --async_save
 `targets` | research: {targets: plan.yaml}
 `alignment_weight` | research: {alignment_weight: 0.1}
+`sides: gradient` | --adapter subspace research: {sides: gradient}
 """)
 COLUMNS = options_in("""
 ReMoRA merges | --merge_every 100

@@ -1,13 +1,14 @@
 """The adapter `subspace`: a MoRA matrix between leading singular vectors of the frozen
-weight.
+weight, or of its gradient.
 
     h = W0 x + U M V^T x          U (O, R), V (D, R): the leading left and right singular vectors of W0
 
 The update reads the directions that W0 reads most strongly, and writes those that it
 writes most strongly. U and V are computed once, at the start of a run, from the base's
-files; they are neither trained nor sharded. The adapter weight of a layer is [M | V^T | U^T], of
+files, or in every cycle from the gradient (`gradient_sides`); they are neither trained
+nor sharded. The adapter weight of a layer is [M | V^T | U^T], of
 which M alone is trained (`UpdateSpec.trained_shape`): checkpoints, and each cycle of the
-merge ledger, hold U and V to the bit. As all cycles have the same sides, the rank of
+merge ledger, hold U and V to the bit. Where all cycles have the same sides, the rank of
 their sum is at most R.
 
 Shape legend:  D = d_in, O = d_out, R = r_hat.

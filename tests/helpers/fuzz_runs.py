@@ -114,6 +114,7 @@ collective_timeout_s        | 1 | 0.5
 research.domain_adapters    | true
 research.alignment_weight   | 0.1 | 100 | 1e30 | -1
 research.alignment_rank     | 1 | 4 | 1000 | 0
+research.sides              | gradient | weight | both
 """
 """A setting and its values, legal ones and such as lie at an edge."""
 

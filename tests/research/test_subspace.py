@@ -181,7 +181,9 @@ def flags_of(user, sides, out, *more):
     return research(user.flags(out, *more), out.parent, sides=sides)
 
 
-@pytest.mark.parametrize("sides", ["weight", "gradient"])
+@pytest.mark.parametrize(
+    "sides", ["gradient", pytest.param("weight", marks=pytest.mark.heavy(seconds=20))]
+)
 def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, sides):
     """Resumed to the bit, right after a merge that is not saved yet, and in mid-cycle.
     Its exports are the live model. Each cycle of the ledger has the sides of the base, or
@@ -221,7 +223,6 @@ def test_a_run_on_two_ranks_under_zero_3(user, tmp_path, out, merged, sides):
     [
         ("weight", ""),
         ("weight", "--base_bits 8"),
-        ("weight", "--base_bits 4"),
         ("gradient", "--gradient_checkpointing --train_norms"),
         ("gradient", "--base_bits 4 --base_device host"),
     ],

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.common.errors import RunError
+from mora_ds.common.files import write_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.effects import unused_options
+from mora_ds.config.research import RESEARCH
 from mora_ds.train.demo import (
     MODEL_CONFIG,
     DemoPaths,
@@ -29,10 +31,15 @@ SEED = 42
 
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` with these settings as flags, on one thread, its output in
-    `log`. Raises `RunError` naming that when it fails."""
+    """`launch/pretrain.py` with these settings as flags, but for the block `research`, on
+    one thread, its output in `log`. Raises `RunError` naming that when it fails."""
     environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)]
+    in_flags = dict(settings)
+    block = in_flags.pop(RESEARCH, {})
+    recipe = log.with_suffix(".yaml")
+    write_json(recipe, {RESEARCH: block} if block else {})
+    launcher = str(ROOT / "launch" / "pretrain.py")
+    program = [sys.executable, launcher, str(recipe), *flags(in_flags)]
     with log.open("w", encoding="utf-8") as file:
         ended = subprocess.run(program, env=environment, stdout=file, stderr=file)
     if ended.returncode:
