@@ -53,29 +53,23 @@ class Sketch:
 
     def start_pass(self, directions: Tensor) -> None:
         """Sketches with these `directions` [A | B] (K, D + O) from now on."""
-        self.directions = directions.to(self.layer.device, self.layer.dtype)
-        self.sums = torch.zeros_like(self.directions, dtype=torch.float32)
+        self.directions = directions.to(self.layer.device)
+        self.sums = torch.zeros_like(self.directions)
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Adds the tokens x (T, D) and g (T, O)."""
-        of_inputs, of_outputs = self.directions.to(x.dtype).split(self.sides, dim=1)
+        """Adds the tokens x (T, D) and g (T, O), in fp32."""
+        of_inputs, of_outputs = self.directions.split(self.sides, dim=1)
         right = (of_outputs @ g.T) @ x
         left = (of_inputs @ x.T) @ g
         self.sums += torch.cat((right, left), dim=1)
 
     def leading(self, count: int) -> Tensor:
         """[V^T | U^T] (count, D + O) of the sketch, on the layer's device."""
-        return torch.cat(
-            [
-                leading_rows(sketched, count, first)
-                for sketched, first in zip(
-                    self.sums.split(self.sides, dim=1),
-                    self.first.to(self.sums).split(self.sides, dim=1),
-                    strict=True,
-                )
-            ],
-            dim=1,
-        )
+        of_inputs, of_outputs = self.sums.split(self.sides, dim=1)
+        near_inputs, near_outputs = self.first.to(self.sums).split(self.sides, dim=1)
+        right = leading_rows(of_inputs, count, near_inputs)
+        left = leading_rows(of_outputs, count, near_outputs)
+        return torch.cat((right, left), dim=1)
 
 
 def leading_rows(matrix: Tensor, count: int, near: Tensor) -> Tensor:
@@ -180,5 +174,5 @@ class _SketchFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         leaf, x = ctx.saved_tensors
-        ctx.sketch.add(x.flatten(0, -2), g.flatten(0, -2))
+        ctx.sketch.add(x.flatten(0, -2).float(), g.flatten(0, -2).float())
         return g, torch.zeros_like(leaf), None, None

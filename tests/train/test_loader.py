@@ -5,10 +5,12 @@ stream is found meanwhile.
 import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
+from mora_ds.train import loader as loader_module
 from mora_ds.train.loader import BatchLoader, Replica, labels_in
 from tests.helpers.errors import user_error
 
@@ -119,3 +121,36 @@ def test_counts_are_those_of_the_part_that_a_process_computes():
     (first, second) = batch_loader.take(0)
     assert first.batch["labels"].shape == (2, 1)
     assert labels_in([first, second]) == 2
+
+
+@pytest.mark.parametrize("replicas, rows", [(1, 5), (3, 2), (20, 1)])
+def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows):
+    """And as many on every replica."""
+
+    def numbers(model, batch):
+        return batch["labels"][batch["labels"] != IGNORED].tolist()
+
+    monkeypatch.setattr(loader_module, "token_nll", numbers)
+    data = SimpleNamespace(
+        first_samples=lambda part: {"labels": torch.tensor([*part])[:, None]}
+    )
+    losses = [
+        list(
+            Replica.first_losses(
+                SimpleNamespace(
+                    index=index,
+                    count=replicas,
+                    engine=SimpleNamespace(module=torch.nn.Module()),
+                    on_device=lambda batch: batch,
+                    local_part=lambda batch: batch,
+                ),
+                data,
+                16,
+                rows,
+            )
+        )
+        for index in range(replicas)
+    ]
+    assert len({len(of_replica) for of_replica in losses}) == 1
+    samples = [sample for replica in losses for batch in replica for sample in batch]
+    assert sorted(samples) == list(range(16))
