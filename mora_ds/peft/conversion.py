@@ -8,7 +8,6 @@ from peft import convert_to_lora as peft_convert_to_lora
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds.common.errors import UserError, unknown
 from mora_ds.peft.model import MoraLinear
 
 
@@ -21,13 +20,8 @@ def convert_to_lora(
     `rank`: of every layer; a fraction is the share of the squared singular values to
     keep, with a rank for each layer. Deltas of `share` and `truncate` have at most rank
     r_hat, so that with 1.0 nothing but rounding is lost. Returns the config and the
-    weights, for `get_peft_model` and `set_peft_model_state_dict`. Raises `UserError` for
-    an adapter that the MoRA layers do not have.
+    weights, for `get_peft_model` and `set_peft_model_state_dict`.
     """
-    layers = (layer for layer in model.modules() if isinstance(layer, MoraLinear))
-    known = dict.fromkeys(name for layer in layers for name in layer.mora_matrix)
-    if known and adapter_name not in known:
-        raise UserError(unknown("`adapter_name`", adapter_name, known))
     config, state = peft_convert_to_lora(model, rank, adapter_name)
     errors = [0.0]
     for name, layer in model.named_modules():

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.adapters.ops.index_tables import kept_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, mora_update
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, unknown
 from mora_ds.peft.config import MoraConfig
 from mora_ds.peft.register import PREFIX
 
@@ -151,7 +151,9 @@ class MoraLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The delta in fp32, in the layout of the weight: (d_out, d_in), for a `Conv1D`
-        (d_in, d_out)."""
+        (d_in, d_out). Raises `UserError` for an adapter that the layer does not have."""
+        if adapter not in self.mora_matrix:
+            raise UserError(unknown("adapter", adapter, self.mora_matrix))
         mora_matrix = self.mora_matrix[adapter].detach().float()
         delta = delta_weight(self.mora_spec[adapter], mora_matrix)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta

@@ -207,9 +207,9 @@ class TrainingSetup:
     def start_cycle(self) -> None:
         """Give the first cycle what only a model that can be trained tells: its sides
         from the gradient. Collective."""
-        run = self.run if self.is_trained else None
-        if isinstance(run, Run) and self._research.sides == GRADIENT:
-            run.set_fixed(self._gradient_sides())
+        if self._research.sides == GRADIENT:
+            assert isinstance(self.run, Run), "only subspace has sides"
+            self.run.set_fixed(self._gradient_sides())
 
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the model of the run's last checkpoint into the folder `target`; where

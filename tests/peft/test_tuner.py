@@ -175,7 +175,7 @@ def test_an_adapter_becomes_lora_with_its_error(family, operator):
 
 def test_lora_of_an_adapter_that_there_is_not():
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
-    with user_error("unknown `adapter_name` 'defualt'; known: default"):
+    with user_error("unknown adapter 'defualt'; known: default"):
         convert_to_lora(model, 4, "defualt")
 
 
