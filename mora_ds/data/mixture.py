@@ -319,19 +319,6 @@ class Mixture:
         """The first `count` sequences of the first source, the same in every step."""
         return stack([self.sources[0].peek(index) for index in range(count)])
 
-    def first_samples(self, part: range) -> Batch:
-        """Samples of the run's start, which is repeated after its end. Of a stream, which
-        stays where it is, those of its start."""
-
-        def block(sample: int) -> Block:
-            limit = self.schedule.limit
-            source, number = self.schedule.locate(sample % limit if limit else sample)
-            chosen = self.sources[source]
-            is_stream = isinstance(chosen, StreamSource)
-            return chosen.peek(number) if is_stream else chosen.sample(number)
-
-        return stack([block(sample) for sample in part])
-
     def batch(self, step: int, part: slice = slice(None)) -> Batch:
         """A part of the global batch of `step`: input_ids, labels, position_ids, each
         int64 (B, T), and their `documents`. Streams: collective, and no step may be

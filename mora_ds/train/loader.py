@@ -28,6 +28,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED, Mixture
 from mora_ds.data.documents import Batch
+from mora_ds.data.packing import stack
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
@@ -196,13 +197,16 @@ class Replica:
 
     def first_losses(self, data: Mixture, count: int, rows: int) -> Iterator[Tensor]:
         """The summed losses of this replica's part of the run's first `count` sequences,
-        `rows` at a time, in training mode; as many on every rank. Collective under
-        ZeRO-3."""
+        of streams those of the first source, `rows` at a time, in training mode; as many
+        on every rank. Collective under ZeRO-3."""
+        sample = data.sources[0].peek if data.has_streams else data.sample
+        count = min(count, data.schedule.limit or count)
         model = self.engine.module
         model.train()
         for start in range(0, count, self.count * rows):
             first = start + self.index * rows
-            batch = data.first_samples(range(first, first + rows))
+            numbers = range(first, first + rows)
+            batch = stack([sample(number % count) for number in numbers])
             batch["labels"][max(0, count - first) :] = IGNORED
             yield token_nll(model, self.on_device(self.local_part(batch)))
 

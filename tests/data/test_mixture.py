@@ -251,10 +251,6 @@ def test_sources_keep_their_own_order_and_epochs():
     assert measured == [10_000 + 4 * (index % 31) for index in range(33)], (
         "of the first source, from its start"
     )
-    first = data.first_samples(range(12))["input_ids"]
-    assert torch.equal(first, data.batch(0)["input_ids"])
-    again = mixture(epochs=(1, 1)).first_samples(range(40, 52))["input_ids"]
-    assert torch.equal(again[:1], first[:1]), "after the 40 samples of both"
 
 
 def test_identity_depends_on_sources_weights_and_epochs():

@@ -123,16 +123,23 @@ def test_counts_are_those_of_the_part_that_a_process_computes():
     assert labels_in([first, second]) == 2
 
 
-@pytest.mark.parametrize("replicas, rows", [(1, 5), (3, 2), (20, 1)])
-def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows):
+@pytest.mark.parametrize(
+    "replicas, rows, limit", [(1, 5, None), (3, 2, 100), (20, 1, 7)]
+)
+def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows, limit):
     """And as many on every replica."""
 
     def numbers(model, batch):
         return batch["labels"][batch["labels"] != IGNORED].tolist()
 
     monkeypatch.setattr(loader_module, "token_nll", numbers)
+    monkeypatch.setattr(
+        loader_module, "stack", lambda rows: {"labels": torch.tensor(rows)[:, None]}
+    )
     data = SimpleNamespace(
-        first_samples=lambda part: {"labels": torch.tensor([*part])[:, None]}
+        has_streams=False,
+        sample=lambda number: number,
+        schedule=SimpleNamespace(limit=limit),
     )
     losses = [
         list(
@@ -153,4 +160,4 @@ def test_the_first_losses_are_of_each_sequence_once(monkeypatch, replicas, rows)
     ]
     assert len({len(of_replica) for of_replica in losses}) == 1
     samples = [sample for replica in losses for batch in replica for sample in batch]
-    assert sorted(samples) == list(range(16))
+    assert sorted(samples) == list(range(min(limit or 16, 16)))
