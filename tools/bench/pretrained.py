@@ -111,14 +111,14 @@ def _write_texts(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 
 
 def _join_gemma(folder: Path) -> Path:
-    """The file whose pieces its four packages hold."""
+    """The file of which each of four packages holds a part."""
     joined = folder / "gemma3-270m.gguf"
     with joined.open("wb") as file:
         for number in range(1, 5):
             package = _package_folder(f"{GEMMA3}_part{number}")
             assert package is not None
-            (piece,) = package.glob("data/*.part*")
-            file.write(piece.read_bytes())
+            (part,) = package.glob("data/*.part*")
+            file.write(part.read_bytes())
     return joined
 
 
