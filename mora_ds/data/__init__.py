@@ -5,15 +5,15 @@ members, corpus    files, patterns, folders or a `datasets` name -> `Corpus`
 held_out           splits documents into training and held-out ones
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
 token_files, token_index    files of tokens as other tools write them, read in place
-content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped; built once, by several processes (`workers`)
+content_index, cache  `Corpus` + tokenizer -> `TokenCache` of each file, memory-mapped; built once, by `workers`
 order              the shuffled order of an epoch, computed, never stored
 packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`: sequences, shuffled in each epoch
 mixture            sources, weights, phases -> `Mixture`: batches by step, with exact proportions
-stream, stream_source    documents tokenized during training -> `StreamSource`: the same sequences without a cache
+stream, stream_source    documents tokenized during training, by shards of files -> `StreamSource`: no cache
 demo_corpus        the text of the demo, from the Python standard library
 """
 
-from mora_ds.data.cache import TokenCache, build_cache
+from mora_ds.data.cache import JoinedCache, TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
 from mora_ds.data.demo_corpus import domain_documents, write_demo_corpus
 from mora_ds.data.extend_tokenizer import (

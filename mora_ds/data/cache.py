@@ -1,4 +1,4 @@
-"""The token cache: a corpus as one memory-mapped stream of tokens on disk.
+"""The token cache: each part of a corpus as a memory-mapped stream of tokens on disk.
 
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
@@ -8,10 +8,12 @@
 Of token files (`token_files`), which are read in place, there is an index (`token_index`)
 instead of tokens.bin.
 
-It is built once for each text and settings, in a temporary folder that is renamed at the
-end. So a folder with a key as its name is complete. The temporary folder of a killed
-builder is never read, and a later build removes it. If two processes build the same
-cache, the first one to finish wins.
+A part is a file, or several small ones (`_parts`). It is built once for each text and
+settings, in a temporary folder that is renamed at the end. So a folder with a key as its
+name is complete: a build that is killed continues with the next part, and a file that is
+added to a corpus is tokenized alone. The temporary folder of a killed builder is never
+read, and a later build removes it. If two processes build the same part, the first one
+to finish wins.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,6 +48,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
+from mora_ds.data.members import Member
 from mora_ds.data.readers import batched
 from mora_ds.data.token_files import TokenFile
 from mora_ds.data.token_index import DOCUMENTS, STARTS, TokensInPlace, write_index
@@ -61,15 +65,22 @@ PARALLEL_BYTES = 32_000_000
 longer."""
 
 HASHED_BYTES = 1 << 30
-"""Caches of up to this size (about a second of reading) are verified by their hash on
-every open, larger ones by their size."""
+"""A cache of up to this size (about a second of reading) is verified by its hash on every
+open, a larger one by its size. The parts of a corpus share it equally."""
+
+SMALL_BYTES = 1 << 20
+"""Smaller files are no part of their own: to write and open one takes longer than to
+tokenize them."""
+
+OPEN_PARTS = 1 << 13
+"""Parts of all corpora that are mapped at once; Linux allows a process 65,530 mappings."""
 
 _TEMPORARY = ".partial-"
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """An open cache, memory-mapped: pages are read on first use."""
+    """The open cache of a part, memory-mapped: pages are read on first use."""
 
     folder: Path
     meta: JsonObject
@@ -81,7 +92,7 @@ class TokenCache:
     @classmethod
     def open(cls, folder: Path, members: Sequence[Any] = ()) -> TokenCache:
         """`members`: its token files, if they are read in place."""
-        meta = json.loads((folder / META).read_text())
+        meta = _meta(folder)
         ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
         tokens: np.ndarray | TokensInPlace
         if "dtypes" in meta:
@@ -92,6 +103,11 @@ class TokenCache:
             dtype = meta["settings"]["dtype"]
             tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r")
         return cls(folder, meta, tokens, ends)
+
+    @property
+    def key(self) -> str:
+        """An identity of the tokens."""
+        return self.folder.name
 
     @property
     def n_tokens(self) -> int:
@@ -105,6 +121,65 @@ class TokenCache:
     def eos_id(self) -> int:
         return self.meta["settings"]["eos_id"]
 
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, ends): the tokens from `start` to `stop` or the end, and where
+        documents end in them, both int64."""
+        tokens = self.tokens[start:stop].astype(np.int64)
+        first, last = np.searchsorted(self.ends, (start + 1, stop + 1))
+        return tokens, np.asarray(self.ends[first:last], dtype=np.int64) - start
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedCache:
+    """The caches of several parts, one after another. A part is opened when it is read
+    first, and may be closed again."""
+
+    folder: Path
+    """The folder of all caches."""
+    key: str
+    """As of the cache of a single part that has all the files."""
+    parts: Sequence[_Part]
+    """None of them without documents."""
+    metas: Sequence[JsonObject]
+
+    @cached_property
+    def borders(self) -> np.ndarray:
+        """(parts + 1,): the first token of each part, then N."""
+        return np.cumsum([0, *(meta["tokens"] for meta in self.metas)])
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.borders[-1])
+
+    @property
+    def n_documents(self) -> int:
+        return sum(meta["documents"] for meta in self.metas)
+
+    @property
+    def eos_id(self) -> int:
+        return self.metas[0]["settings"]["eos_id"]
+
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of `TokenCache`."""
+        stop = min(stop, self.n_tokens)
+        first = int(np.searchsorted(self.borders, start, side="right")) - 1
+        last = int(np.searchsorted(self.borders, stop))
+        tokens = []
+        ends = []
+        for number in range(first, last):
+            border = int(self.borders[number])
+            cache = _opened(self, number)
+            part, part_ends = cache.window(max(start - border, 0), stop - border)
+            tokens.append(part)
+            ends.append(part_ends + max(border - start, 0))
+        return np.concatenate(tokens), np.concatenate(ends)
+
+
+@lru_cache(maxsize=OPEN_PARTS)
+def _opened(cache: JoinedCache, number: int) -> TokenCache:
+    part = cache.parts[number]
+    return TokenCache.open(part.folder, part.corpus.members)
+
 
 def build_cache(
     corpus: Corpus,
@@ -114,33 +189,51 @@ def build_cache(
     num_proc: int = 1,
     progress: bool = False,
     document_start: str = AUTO,
-) -> TokenCache:
-    """Open the token cache of a corpus in `cache_dir`; build it if it is missing.
+) -> TokenCache | JoinedCache:
+    """Open the token cache of a corpus in `cache_dir`; build the parts that are missing.
 
-    `num_proc`: number of tokenizing processes; does not change the result.
+    `num_proc`: number of processes that read and tokenize; does not change the result.
     `document_start`: as in `tokenizer.start_id`. Every document ends with the
-    end-of-text token. A damaged cache is rebuilt, with a warning. Raises `UserError`
+    end-of-text token. A damaged part is rebuilt, with a warning. Raises `UserError`
     for a file that cannot be read as text, an empty corpus or a tokenizer without
-    end-of-text token, and `RunError` for a full disk.
+    end-of-text token, and `RunError` for a full disk and for a process that is killed,
+    with its file.
     """
     encoder = Encoder.of(tokenizer, document_start)
-    num_proc = _processes_for(corpus, tokenizer, num_proc)
-    settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, num_proc))
-    folder = cache_dir / _key(settings)
-    if problem := damage(folder):
-        if folder.exists():
-            log.warning(
-                f"the token cache {folder} is damaged: {problem}; rebuilding it"
-            )
-        _build(corpus, encoder, folder, settings, num_proc, progress)
-    return TokenCache.open(folder, corpus.members)
+    hashes = content_hashes(corpus, cache_dir, num_proc)
+    settings = _settings(corpus, encoder)
+    parts = [
+        _Part.of(corpus, members, cache_dir, settings)
+        for members in _parts(corpus, hashes)
+    ]
+    missing = _missing(parts)
+    if missing:
+        _remove_leftovers(cache_dir)
+        _build_all(missing, encoder, num_proc, progress)
+    metas = [_meta(part.folder) for part in parts]
+    if not any(meta["documents"] for meta in metas):
+        excluded = "" if corpus.keep is None else f", or excluded by {corpus.keep}"
+        raise UserError(f"{corpus.flag}: every document is empty{excluded}")
+    if len(parts) == 1:
+        return TokenCache.open(parts[0].folder, corpus.members)
+    filled = [number for number, meta in enumerate(metas) if meta["documents"]]
+    return JoinedCache(
+        cache_dir,
+        _key({**settings, "contents": hashes}),
+        [parts[number] for number in filled],
+        [metas[number] for number in filled],
+    )
 
 
-def damage(folder: Path) -> str | None:
-    """Verify the sizes and hashes of the cache in `folder`. Returns the problem, or
-    None."""
+def _meta(folder: Path) -> Any:
+    return json.loads((folder / META).read_text())
+
+
+def damage(folder: Path, hashed_bytes: int = HASHED_BYTES) -> str | None:
+    """Verify the sizes of the cache in `folder`, and its hashes if it has at most
+    `hashed_bytes`. Returns the problem, or None."""
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = _meta(folder)
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"
@@ -149,7 +242,7 @@ def damage(folder: Path) -> str | None:
             sizes[STARTS] = meta["documents"] * 8
         else:
             sizes[TOKENS] = meta["tokens"] * np.dtype(settings["dtype"]).itemsize
-        is_hashed = sum(sizes.values()) <= HASHED_BYTES
+        is_hashed = sum(sizes.values()) <= hashed_bytes
         hashes = meta["sha256"] if is_hashed else dict.fromkeys(sizes)
         for name, size in sizes.items():
             if problem := file_problem(folder / name, size, hashes[name]):
@@ -159,18 +252,53 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _processes_for(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int
-) -> int:
-    """The number of tokenizing processes: 1 for small corpora, and for tokenizers with
-    remote code, which cannot be pickled."""
-    remote = type(tokenizer).__module__.startswith("transformers_modules")
-    return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
+# -- parts -----------------------------------------------------------------------------
 
 
-def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> JsonObject:
-    """Everything that determines the tokens of a cache. `hashes`: of the corpus's
-    members."""
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive files of a corpus, whose tokens are in one folder."""
+
+    corpus: Corpus
+    """With these files alone."""
+    settings: JsonObject
+    folder: Path
+
+    @classmethod
+    def of(
+        cls,
+        corpus: Corpus,
+        members: Sequence[tuple[Member, str]],
+        cache_dir: Path,
+        settings: JsonObject,
+    ) -> _Part:
+        """`members`: with their hashes. `settings`: of the whole corpus."""
+        files, hashes = zip(*members, strict=True)
+        own_settings = {**settings, "contents": hashes}
+        folder = cache_dir / _key(own_settings)
+        return cls(replace(corpus, members=files), own_settings, folder)
+
+
+def _parts(corpus: Corpus, hashes: Sequence[str]) -> Iterator[list[tuple[Member, str]]]:
+    """The members of each part, with their hashes: a large file, or consecutive small
+    ones up to one whose hash begins with 00, 256 on average. So a new file changes one
+    part, wherever it is added."""
+    part: list[tuple[Member, str]] = []
+    for member, content_hash in zip(corpus.members, hashes, strict=True):
+        is_small = member.size_bytes() < SMALL_BYTES
+        if part and not is_small:
+            yield part
+            part = []
+        part.append((member, content_hash))
+        if not is_small or content_hash.startswith("00"):
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _settings(corpus: Corpus, encoder: Encoder) -> JsonObject:
+    """Everything that determines the tokens of a cache, apart from the contents."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -179,7 +307,6 @@ def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> JsonObject
         "dtype": encoder.dtype,
         "text_column": corpus.text_column,
         "filter": None if corpus.keep is None else corpus.keep.identity,
-        "contents": hashes,
     }
 
 
@@ -188,52 +315,89 @@ def _key(settings: JsonObject) -> str:
     return json_digest(settings)[:32]
 
 
+def _missing(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts to build, each once. Damaged ones are named."""
+    missing = {}
+    for part in parts:
+        if problem := damage(part.folder, HASHED_BYTES // len(parts)):
+            missing[part.folder] = part
+            if part.folder.exists():
+                log.warning(
+                    f"the token cache {part.folder} is damaged: {problem}; rebuilding it"
+                )
+    return list(missing.values())
+
+
 # -- building --------------------------------------------------------------------------
 
 
-def _build(
-    corpus: Corpus,
-    encoder: Encoder,
-    folder: Path,
-    settings: JsonObject,
-    num_proc: int,
-    progress: bool,
+def _build_all(
+    missing: Sequence[_Part], encoder: Encoder, num_proc: int, progress: bool
 ) -> None:
-    _remove_leftovers(folder.parent)
+    """Build all parts. Each process reads and tokenizes its own, but those that would
+    take one of them longest, whose documents are split over all."""
+    sizes = {part.folder: part.corpus.size_bytes() for part in missing}
+    total = sum(sizes.values())
+    # Tokenizers with remote code cannot be pickled
+    remote = type(encoder.tokenizer).__module__.startswith("transformers_modules")
+    if remote or total < PARALLEL_BYTES:
+        num_proc = 1
+    alone = []
+    # None: tqdm shows the bar on a terminal only.
+    hidden = None if progress else True
+    with tqdm(desc="tokenizing", unit=" documents", disable=hidden) as bar:
+        for part in missing:
+            if num_proc > 1 and sizes[part.folder] * num_proc <= total:
+                alone.append(part)
+            else:
+                _build(encoder, num_proc, bar.update, part)
+        alone.sort(key=lambda part: sizes[part.folder], reverse=True)
+        build = partial(_build, encoder, 1, None)
+        for documents in ordered_map(build, alone, num_proc, lambda part: part.corpus):
+            bar.update(documents)
+
+
+def _build(
+    encoder: Encoder,
+    num_proc: int,
+    advance: Callable[[int], object] | None,
+    part: _Part,
+) -> int:
+    """Build the cache of a part. Returns its number of documents. `advance`: called with
+    the number of documents of each batch."""
+    folder = part.folder
     # Not by `tempfile`, whose folders are private, because users may share a cache.
     temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
     with writable(folder.parent):
         temporary.mkdir()
     try:
         with disk_errors(folder.parent), at_work(temporary):
-            if corpus.is_tokenized:
-                meta = write_index(corpus, encoder, temporary, num_proc)
+            if part.corpus.is_tokenized:
+                meta = write_index(part.corpus, encoder, temporary, num_proc)
             else:
-                meta = _write(corpus, encoder, temporary, num_proc, progress)
-            if not meta["documents"]:
-                problem = "every document is empty"
-                if corpus.keep is not None:
-                    problem += f", or excluded by {corpus.keep}"
-                raise UserError(f"{corpus.flag}: {problem}")
-            content = json.dumps({**meta, "settings": settings}, indent=2)
+                meta = _write(part.corpus, encoder, temporary, num_proc, advance)
+            content = json.dumps({**meta, "settings": part.settings}, indent=2)
             (temporary / META).write_text(content + "\n")
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
         # It still exists after a failure, or if another builder was faster.
         shutil.rmtree(temporary, ignore_errors=True)
+    documents: int = meta["documents"]
+    return documents
 
 
 def _write(
-    corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool
+    corpus: Corpus,
+    encoder: Encoder,
+    folder: Path,
+    num_proc: int,
+    advance: Callable[[int], object] | None,
 ) -> JsonObject:
     """Write the tokens of all documents to `folder`. Returns the counts and hashes for
     meta.json."""
     with_text = (document for document in corpus if not document.is_empty)
-    # None: tqdm shows the bar on a terminal only.
-    hidden = None if progress else True
-    documents = tqdm(with_text, "tokenizing", disable=hidden)
-    batches = batched(documents, lambda document: len(document.text))
+    batches = batched(with_text, lambda document: len(document.text))
     hashes = {TOKENS: hashlib.sha256(), DOCUMENTS: hashlib.sha256()}
     n_tokens = 0
     n_documents = 0
@@ -241,7 +405,7 @@ def _write(
         (folder / TOKENS).open("wb") as tokens_file,
         (folder / DOCUMENTS).open("wb") as ends_file,
     ):
-        for tokens, ends in ordered_map(encoder, batches, num_proc):
+        for tokens, ends in ordered_map(encoder, batches, num_proc, lambda _: corpus):
             ends = ends + n_tokens
             tokens_file.write(tokens.data)
             ends_file.write(ends.data)
@@ -249,6 +413,8 @@ def _write(
             hashes[DOCUMENTS].update(ends.data)
             n_tokens += len(tokens)
             n_documents += len(ends)
+            if advance is not None:
+                advance(len(ends))
     digests = {name: digest.hexdigest() for name, digest in hashes.items()}
     return {"tokens": n_tokens, "documents": n_documents, "sha256": digests}
 

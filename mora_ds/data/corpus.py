@@ -54,6 +54,10 @@ class Corpus:
             documents = self.documents_of(member)
             yield from documents if self.keep is None else self.keep(documents)
 
+    def __str__(self) -> str:
+        others = len(self.members) - 1
+        return f"{self.members[0].label}{f' and {others} more' if others else ''}"
+
     @property
     def is_tokenized(self) -> bool:
         """Whether the members are token files. Raises `UserError` if only some are."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.cache import TokenCache
+from mora_ds.data.cache import JoinedCache, TokenCache
 from mora_ds.data.documents import Documents
 from mora_ds.data.order import shuffled
 
@@ -82,7 +82,7 @@ class PackedDataset:
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: TokenCache | JoinedCache,
         seq_len: int,
         seed: int | str = 0,
         document_mask: bool = True,
@@ -106,12 +106,10 @@ class PackedDataset:
     def block(self, index: int) -> Block:
         """Block `index` of the stream, unshuffled."""
         start = index * self.seq_len
-        tokens = self.cache.tokens[start : start + self.seq_len + 1].astype(np.int64)
-        first, last = np.searchsorted(self.cache.ends, (start + 1, start + len(tokens)))
-        starts = np.asarray(self.cache.ends[first:last], dtype=np.int64) - start
+        tokens, ends = self.cache.window(start, start + self.seq_len + 1)
         return pack(
             tokens,
-            starts,
+            ends,
             self.seq_len,
             self.cache.eos_id,
             self.document_mask,
@@ -138,7 +136,7 @@ class PackedDataset:
     @property
     def content_id(self) -> str:
         """An identity of the tokens: the token cache's key."""
-        return self.cache.folder.name
+        return self.cache.key
 
     def eval_batches(
         self, rank: int, world: int, batch_size: int
@@ -147,7 +145,7 @@ class PackedDataset:
         Every rank yields the same number of batches of `batch_size` sequences, padded
         with empty sequences at the end."""
         eos_id = self.cache.eos_id
-        no_starts = self.cache.ends[:0]
+        no_starts = np.empty(0, np.int64)
         padding = pack(np.array([eos_id]), no_starts, self.seq_len, eos_id, False, None)
         global_batch_size = world * batch_size
         for round_start in range(0, self.n_blocks, global_batch_size):

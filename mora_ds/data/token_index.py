@@ -77,7 +77,9 @@ def write_index(
             if corpus.keep is not None:
                 texts = _without_ends(tokens, starts, ends, encoder)
                 takes = partial(_takes, encoder.tokenizer, corpus.keep)
-                batches = ordered_map(takes, batched(texts, len), num_proc)
+                batches = ordered_map(
+                    takes, batched(texts, len), num_proc, lambda _: corpus
+                )
                 is_kept = np.fromiter(chain.from_iterable(batches), bool)
                 starts = starts[is_kept]
                 ends = ends[is_kept]

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import cycle
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -18,48 +19,68 @@ Result = TypeVar("Result")
 _work: Callable[[Any], Any] | None = None
 """The function of this worker process. It is sent once, because it may contain a
 tokenizer."""
+_failed: Any = None
+"""An event: the caller has failed, so that no item needs to be begun."""
 
 
 def ordered_map(
-    work: Callable[[Item], Result], items: Iterable[Item], num_proc: int
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_proc: int,
+    place: Callable[[Item], object],
 ) -> Iterator[Result]:
     """`map(work, items)` in `num_proc` processes, or in this process if that is 1.
 
     Unlike `Pool.imap` it is never more than a few items per process ahead of its
     consumer, so `items` may be far larger than memory. Workers are spawned, not forked,
-    because the caller may have CUDA contexts and threads. Raises the error of `work`,
-    and `RunError` if a worker is killed.
+    because the caller may have CUDA contexts and threads. Raises the error of `work`
+    when the items that other workers have begun are done, and `RunError` with the
+    `place` of its item if a worker is killed.
     """
     if num_proc <= 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(
-        num_proc,
-        mp_context=get_context("spawn"),
-        initializer=_install,
-        initargs=(work,),
-    )
-    waiting: deque[Future[Result]] = deque()
+    context = get_context("spawn")
+    failed = context.Event()
+    # A pool has one worker: the first item that it does not return killed it
+    pools = [
+        ProcessPoolExecutor(
+            1, mp_context=context, initializer=_install, initargs=(work, failed)
+        )
+        for _ in range(num_proc)
+    ]
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(_call, item))
+        for item, pool in zip(items, cycle(pools)):
+            waiting.append((item, pool.submit(_call, item)))
             if len(waiting) >= 4 * num_proc:
-                yield waiting.popleft().result()
+                yield waiting[0][1].result()
+                waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting[0][1].result()
+            waiting.popleft()
     except BrokenProcessPool as error:
+        lost = next((item for item, future in waiting if _is_lost(future)), item)
         raise RunError(
-            "a data worker process was killed, perhaps because memory ran out; lower --preprocessing_workers"
+            f"a data worker process was killed at {place(lost)}, perhaps because memory ran out; lower "
+            "--preprocessing_workers"
         ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        failed.set()
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _install(work: Callable[[Any], Any]) -> None:
-    global _work
+def _is_lost(future: Future[Any]) -> bool:
+    return isinstance(future.exception(), BrokenProcessPool)
+
+
+def _install(work: Callable[[Any], Any], failed: Any) -> None:
+    global _work, _failed
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # already parallel by processes
     _work = work
+    _failed = failed
 
 
 def _exit_with_parent() -> None:
@@ -73,4 +94,4 @@ def _exit_with_parent() -> None:
 
 def _call(item: Any) -> Any:
     assert _work is not None
-    return _work(item)
+    return None if _failed.is_set() else _work(item)

@@ -25,6 +25,7 @@ from mora_ds.data import (
     DocumentFilter,
     DocumentStream,
     Encoder,
+    JoinedCache,
     Mixture,
     PackedDataset,
     Source,
@@ -112,7 +113,7 @@ def load_data(
 
 def fill_token_cache(
     model: ModelArguments, data: DataArguments, progress: bool
-) -> list[tuple[str, TokenCache]]:
+) -> list[tuple[str, TokenCache | JoinedCache]]:
     """Tokenize the text of a later run in this process. A run with the same settings
     finds the tokens in the cache.
 
@@ -201,12 +202,12 @@ class _Tokenization:
     block_start: int | None
     """The token that every packed sequence starts with, if any."""
 
-    def cache(self, corpus: Corpus) -> TokenCache:
+    def cache(self, corpus: Corpus) -> TokenCache | JoinedCache:
         """The tokens of a corpus. Local rank 0 of each node builds those that are
         missing in its cache folder."""
         name = f"token cache of {corpus.flag}"
 
-        def build() -> TokenCache:
+        def build() -> TokenCache | JoinedCache:
             return cached(corpus, self.tokenizer, self.data, self.ranks.is_rank0)
 
         def build_first() -> None:
@@ -287,7 +288,7 @@ def cache_folder(data: DataArguments) -> Path:
 
 def cached(
     corpus: Corpus, tokenizer: Any, data: DataArguments, progress: bool
-) -> TokenCache:
+) -> TokenCache | JoinedCache:
     """The tokens of a corpus, read from the token cache (--cache_dir) or built now."""
     return build_cache(
         corpus,
