@@ -267,9 +267,9 @@ train/loader.py BatchLoader.position | train/test_loader.py
 + any_replica.index * self.training.gradient_accumulation_steps + index
 
 # the tail of a stream is dropped
-data/stream_source.py StreamSource.sample | data/test_stream.py
-- self._available > 1
-+ self._available > self.seq_len
+data/stream_source.py Shard.cuts | data/test_stream.py
+- self._available <= 1
++ self._available <= self.seq_len
 
 # Muon's learning rate is ignored
 config/training.py TrainingArguments.peak_learning_rate | config/test_settings.py

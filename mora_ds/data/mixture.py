@@ -353,8 +353,10 @@ class Mixture:
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the schedule."""
-        source, number_in_source = self.schedule.locate(number)
-        return self.sources[source].sample(number_in_source)
+        index, number_in_source = self.schedule.locate(number)
+        source = self.sources[index]
+        assert isinstance(source, PackedDataset), "streams are drawn step by step"
+        return source.sample(number_in_source)
 
     def _samples(self, step: int) -> range:
         return range(step * self.global_batch_size, (step + 1) * self.global_batch_size)
@@ -364,10 +366,15 @@ class Mixture:
         that all streams stay at the same position."""
         self._previous_states = self._states()
         self._drawn = {}
+        samples_of: dict[int, list[int]] = {}
         for sample in self._samples(self._next_step):
-            source, _ = self.schedule.locate(sample)
-            if isinstance(self.sources[source], StreamSource):
-                self._drawn[sample] = self.sample(sample)
+            index, _ = self.schedule.locate(sample)
+            samples_of.setdefault(index, []).append(sample)
+        for index, samples in samples_of.items():
+            source = self.sources[index]
+            if isinstance(source, StreamSource):
+                blocks = source.take(len(samples))
+                self._drawn.update(zip(samples, blocks, strict=True))
         self._next_step += 1
 
     def _states(self) -> JsonObject:

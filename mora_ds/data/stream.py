@@ -2,6 +2,10 @@
 
     members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
+A stream of enough files has shards, each a stream of its own: of S shards, shard k has
+the members k, k + S, k + 2 S, ... (`DocumentStream.shards`). S depends on the files
+alone, so any number of ranks reads the same.
+
 A stream can start at any position. The order of a window is drawn from
 (seed, epoch, window), so a position is a few numbers: the file position where the window
 starts, and the number of its completed documents. Resuming reads one window again. A
@@ -12,7 +16,7 @@ chunk.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from huggingface_hub.errors import HTTPError
@@ -29,6 +33,11 @@ IN_ORDER_WINDOW = 1024
 
 WINDOW_CHARACTERS = 1 << 28
 """A window is complete when it has this much text, even with fewer documents."""
+
+MAX_SHARDS = 64
+SHARD_BYTES = 64 << 20
+"""The least that the files of a shard have on average: each epoch of each shard ends with
+a padded sequence."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,31 @@ class DocumentStream:
     buffer: int = 10_000
     """Documents that are shuffled together; 0 keeps the order of the files."""
     seed: int | str = 0
+    window_characters: int = field(default_factory=lambda: WINDOW_CHARACTERS)
+
+    def shards(self) -> list[DocumentStream]:
+        """The stream in parts that can be read apart, or itself if there are few files,
+        little text or an order to keep. Their number is a power of 2. Together their
+        windows take as much memory as one of the stream."""
+        members = self.corpus.members
+        most = 1
+        if self.buffer and len(members) > 1:
+            most = min(
+                MAX_SHARDS, len(members), self.corpus.size_bytes() // SHARD_BYTES
+            )
+        count = 1 << max(most.bit_length() - 1, 0)
+        if count == 1:
+            return [self]
+        return [
+            replace(
+                self,
+                corpus=replace(self.corpus, members=members[number::count]),
+                buffer=-(-self.buffer // count),
+                seed=f"{self.seed}/{number}",
+                window_characters=self.window_characters // count,
+            )
+            for number in range(count)
+        ]
 
     def epoch(
         self, position: StreamPosition
@@ -101,7 +135,7 @@ class DocumentStream:
                 characters += len(document.text)
                 end = after
             has_all = len(window) >= (self.buffer or IN_ORDER_WINDOW)
-            is_full = has_all or characters >= WINDOW_CHARACTERS
+            is_full = has_all or characters >= self.window_characters
             if window and (is_full or not document.ends):
                 yield opening, self._shuffled(window, opening)
                 opening = replace(end, window=opening.window + 1)

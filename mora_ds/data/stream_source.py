@@ -1,16 +1,22 @@
-"""A stream of documents as blocks of tokens, the same blocks as from a token cache.
+"""A stream of documents as blocks of tokens: of a single shard the same blocks as from a
+token cache.
 
-    documents  --batches, each tokenized by one of the ranks-->  tokens in a queue  --T at a time-->  block
+    documents of a shard  --batches-->  tokens in a queue  --T + 1 at a time, T used up-->  block
 
-Only a few batches of documents are read ahead. The saved state is the position of the
-first document that is not used up, and the number of its used tokens. A resume tokenizes
-that document again.
+The shards take turns: each that still has text in this epoch gives its next block. When
+none has, the next epoch starts, with the first shard. A shard is read and tokenized by
+one rank, which tells the others its blocks. A stream without shards is read by all ranks,
+and each tokenizes a part of the batches. So the ranks do not change the blocks.
+
+Only a few batches of documents are read ahead. The saved state of a shard is the position
+of the first document that is not used up, and the number of its used tokens. A resume
+tokenizes that document again.
 """
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -42,81 +48,35 @@ class _QueuedDocument:
     used: int = 0
 
 
-class StreamSource:
-    """A streamed source, which can only be read forward."""
+Cut = list[np.ndarray]
+"""Tokens of a block, up to T + 1, and where documents end in them."""
 
-    n_blocks = None
+
+class Shard:
+    """The tokens of a shard, cut into blocks."""
 
     def __init__(
         self,
         documents: DocumentStream,
         encoder: Encoder,
         seq_len: int,
-        document_mask: bool,
-        content_id: Any,
-        map_over_ranks: MapOverRanks = map_in_this_process,
-        ranks: int = 1,
-        block_start: int | None = None,
+        map_over_ranks: MapOverRanks,
+        ranks: int,
     ) -> None:
         """`map_over_ranks`: splits batches of documents over the `ranks`, which
-        tokenize them. `block_start`: as in `pack`."""
+        tokenize them."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
-        self.document_mask = document_mask
-        self.content_id = content_id
         self.map_over_ranks = map_over_ranks
         self.ranks = ranks
-        self.block_start = block_start
-        self._first_blocks: list[Block] = []
-        self.restore({"place": StreamPosition().to_json(), "offset": 0, "samples": 0})
+        self.start(StreamPosition())
 
-    def state(self) -> JsonObject:
-        """The position as JSON, for a checkpoint."""
-        position = self._position
-        offset = self._offset
-        if self.queue:
-            position = self.queue[0].position
-            offset = self.queue[0].used
-        return {"place": position.to_json(), "offset": offset, "samples": self._samples}
-
-    def restore(self, state: JsonObject) -> None:
-        """Continue from `state`. Reads nothing yet."""
-        self._samples = state["samples"]
-        self._start(StreamPosition.from_json(state["place"]), state["offset"])
-
-    def sample(self, number: int) -> Block:
-        """The next block; starts the next epoch if necessary. Raises `UserError` for a
-        source without text."""
-        assert number == self._samples, "a stream is read in order"
-        while True:
-            while self._available <= self.seq_len and self._fill():
-                pass
-            if self._available > 1:
-                self._samples += 1
-                return self._next_block()
-            self._next_epoch()
-
-    def peek(self, index: int) -> Block:
-        """Sequence `index` from the start of the stream, without moving the stream. Not
-        collective."""
-        if index >= len(self._first_blocks):
-            copy = StreamSource(
-                self.documents,
-                self.encoder,
-                self.seq_len,
-                self.document_mask,
-                None,
-                block_start=self.block_start,
-            )
-            self._first_blocks = [copy.sample(number) for number in range(index + 1)]
-        return self._first_blocks[index]
-
-    def _start(self, position: StreamPosition, offset: int) -> None:
+    def start(self, position: StreamPosition, offset: int = 0) -> None:
+        """Continue after `offset` tokens of the document at `position`. Reads nothing
+        yet."""
         self._position = position
         self._offset = offset
-        is_start = position == StreamPosition(epoch=position.epoch)
-        self._at_epoch_start = is_start and offset == 0
         self.queue: deque[_QueuedDocument] = deque()
         self._available = 0
         documents = self.documents.epoch(position)
@@ -124,13 +84,27 @@ class StreamSource:
             documents, lambda item: len(item[0].text)
         )
 
-    def _next_epoch(self) -> None:
-        if self._at_epoch_start:
-            name = self.documents.name
-            raise UserError(
-                f"source {name!r} has no text to train on: every document is empty"
-            )
-        self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
+    def state(self) -> JsonObject:
+        position = self._position
+        offset = self._offset
+        if self.queue:
+            position = self.queue[0].position
+            offset = self.queue[0].used
+        return {"place": position.to_json(), "offset": offset}
+
+    def restore(self, state: JsonObject) -> None:
+        self.start(StreamPosition.from_json(state["place"]), state["offset"])
+
+    def cuts(self, count: int) -> list[Cut]:
+        """The next `count` blocks; fewer at the end of the epoch."""
+        cuts: list[Cut] = []
+        while len(cuts) < count:
+            while self._available <= self.seq_len and self._fill():
+                pass
+            if self._available <= 1:
+                break
+            cuts.append(self._next_cut())
+        return cuts
 
     def _fill(self) -> bool:
         """Tokenize the next documents, one batch per rank. Returns False at the end of
@@ -149,9 +123,9 @@ class StreamSource:
                 self._offset = 0
         return bool(batches)
 
-    def _next_block(self) -> Block:
-        """A block of the first T + 1 tokens of the queue. The last one is only a label
-        and stays in the queue as the first input of the next block."""
+    def _next_cut(self) -> Cut:
+        """The first T + 1 tokens of the queue. The last one is only a label and stays in
+        the queue as the first input of the next block."""
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []
@@ -169,10 +143,142 @@ class StreamSource:
             if queued.used == len(queued.tokens):
                 self.queue.popleft()
         self._available -= wanted - 1
-        self._at_epoch_start = False
+        return [np.concatenate(slices), np.array(ends, np.int64)]
+
+
+class StreamSource:
+    """A streamed source, which can only be read forward."""
+
+    n_blocks = None
+
+    def __init__(
+        self,
+        documents: DocumentStream,
+        encoder: Encoder,
+        seq_len: int,
+        document_mask: bool,
+        content_id: Any,
+        map_over_ranks: MapOverRanks = map_in_this_process,
+        ranks: int = 1,
+        block_start: int | None = None,
+    ) -> None:
+        """`map_over_ranks`: splits shards, or else batches of documents, over the
+        `ranks`. `block_start`: as in `pack`."""
+        self.documents = documents
+        self.encoder = encoder
+        self.seq_len = seq_len
+        self.document_mask = document_mask
+        self.content_id = content_id
+        self.map_over_ranks = map_over_ranks
+        self.block_start = block_start
+        self._first_blocks: list[Block] = []
+        streams = documents.shards()
+        if len(streams) > 1:
+            map_over_ranks = map_in_this_process
+            ranks = 1
+        self.shards = [
+            Shard(stream, encoder, seq_len, map_over_ranks, ranks) for stream in streams
+        ]
+        self._start_epoch(0)
+
+    def state(self) -> JsonObject:
+        """The position as JSON, for a checkpoint."""
+        return {
+            "epoch": self._epoch,
+            "turns": list(self._turns),
+            "shards": list(self._states),
+        }
+
+    def restore(self, state: JsonObject) -> None:
+        """Continue from `state`, unless it is of other files. Reads nothing yet."""
+        if len(state.get("shards", [])) != len(self.shards):
+            return
+        self._states = state["shards"]
+        self._epoch = state["epoch"]
+        self._turns = deque(state["turns"])
+        self._has_text = True
+        for shard, own_state in zip(self.shards, self._states, strict=True):
+            shard.restore(own_state)
+
+    def take(self, count: int) -> list[Block]:
+        """The next `count` blocks; starts the next epoch if necessary. Raises
+        `UserError` for a source without text. Collective if there are ranks."""
+        blocks: list[Block] = []
+        cuts: dict[int, deque[Cut]] = defaultdict(deque)
+        while len(blocks) < count:
+            if not self._turns:
+                self._next_epoch()
+            # How many each shard gives if none of them ends
+            turns = Counter(islice(cycle(self._turns), count - len(blocks)))
+            wanted = {number: turns[number] - len(cuts[number]) for number in turns}
+            ended = self._read(wanted, cuts)
+            while len(blocks) < count and self._turns:
+                number = self._turns[0]
+                if cuts[number]:
+                    blocks.append(self._packed(*cuts[number].popleft()))
+                    self._turns.rotate(-1)
+                    self._has_text = True
+                elif number in ended:
+                    self._turns.popleft()
+                else:
+                    break
+        return blocks
+
+    def peek(self, index: int) -> Block:
+        """Sequence `index` from the start of the stream, without moving the stream. Not
+        collective."""
+        if index >= len(self._first_blocks):
+            copy = StreamSource(
+                self.documents,
+                self.encoder,
+                self.seq_len,
+                self.document_mask,
+                None,
+                block_start=self.block_start,
+            )
+            self._first_blocks = copy.take(index + 1)
+        return self._first_blocks[index]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._turns = deque(range(len(self.shards)))
+        self._has_text = False
+        for shard in self.shards:
+            shard.start(StreamPosition(epoch=epoch))
+        self._states = [shard.state() for shard in self.shards]
+
+    def _next_epoch(self) -> None:
+        if not self._has_text:
+            name = self.documents.name
+            raise UserError(
+                f"source {name!r} has no text to train on: every document is empty"
+            )
+        self._start_epoch(self._epoch + 1)
+
+    def _read(self, wanted: dict[int, int], cuts: dict[int, deque[Cut]]) -> set[int]:
+        """Append the next `wanted[k]` blocks of shard k to `cuts[k]`. Returns the shards
+        that have fewer in this epoch."""
+
+        def read(number: int) -> tuple[list[Cut], JsonObject]:
+            shard = self.shards[number]
+            return shard.cuts(wanted.get(number, 0)), shard.state()
+
+        if len(self.shards) == 1:
+            results = [read(0)]
+        else:
+            results = self.map_over_ranks(read, len(self.shards))
+        ended = set()
+        for number, (new, state) in enumerate(results):
+            cuts[number] += new
+            self._states[number] = state
+            if len(new) < wanted.get(number, 0):
+                ended.add(number)
+        return ended
+
+    def _packed(self, tokens: np.ndarray, ends: np.ndarray) -> Block:
         return pack(
-            np.concatenate(slices).astype(np.int64),
-            np.array(ends, np.int64),
+            tokens.astype(np.int64),
+            ends,
             self.seq_len,
             self.encoder.eos_id,
             self.document_mask,

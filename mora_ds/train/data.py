@@ -242,11 +242,12 @@ class _Tokenization:
         }
         if encoder.start_id != start_id(self.tokenizer):
             facts["start"] = encoder.start_id
+        documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
         identity = {
             "text": json_digest(facts)[:32],
             "shuffle_buffer": data.shuffle_buffer,
+            "shards": len(documents.shards()),
         }
-        documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
         stream = StreamSource(
             documents,
             encoder,

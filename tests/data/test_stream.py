@@ -131,11 +131,10 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     cached = InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T)
     streamed = source(corpus, tokenizer, buffer=50)
     longest_queue = 0
-    for number in range(cached.n_blocks):
-        block = streamed.sample(number)
-        longest_queue = max(
-            longest_queue, sum(len(chunk.tokens) for chunk in streamed.queue)
-        )
+    for _ in range(cached.n_blocks):
+        (block,) = streamed.take(1)
+        queue = streamed.shards[0].queue
+        longest_queue = max(longest_queue, sum(len(chunk.tokens) for chunk in queue))
     assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
     blocks = [cached.block(number) for number in range(cached.n_blocks)]
