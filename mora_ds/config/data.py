@@ -99,7 +99,7 @@ class DataArguments:
     """Restart positions at every document and keep attention inside it;
     --no_document_mask lets it cross."""
     preprocessing_workers: int = 1
-    """Number of processes that tokenize on each node."""
+    """Number of processes that read and tokenize on each node."""
     cache_dir: str | None = None
     """Folder of the token cache. Default: one in the user's cache folder. All ranks must
     see it if --output_dir is a URL."""

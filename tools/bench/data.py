@@ -1,6 +1,7 @@
 """The loader alone against training, and the first batch after a resume at step 10^6:
-cached mixture and streaming. The start of mixtures of many sources with `epochs`, and
-the memory of a shuffled order.
+cached mixture and streaming. The start of mixtures of many sources with `epochs`, the
+memory of a shuffled order, and token caches: built by 1 and more workers, after a kill,
+and with one more file.
 
     python tools/bench/data.py [--megabytes 20] [--steps 30]
 
@@ -12,6 +13,8 @@ everything anew, as another process would (its imports and its tokenizer apart).
 
 import argparse
 import json
+import os
+import resource
 import sys
 import tempfile
 import time
@@ -19,6 +22,7 @@ import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +43,7 @@ from mora_ds.data import (
     PackedDataset,
     StreamSource,
     build_cache,
+    cache,
     domain_documents,
     load_corpus,
     load_tokenizer,
@@ -64,6 +69,10 @@ TOKENIZER_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
 SOURCES = (25, 100, 400, 1000)
 SEQUENCES = (10**6, 10**8, 2 * 10**9)
+FILES = 8
+"""Of the corpus whose cache is built."""
+FILE_MEGABYTES = 1.2
+"""The least; smaller files would share a part of the cache."""
 
 
 def main() -> None:
@@ -83,6 +92,8 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
     tokenizer = load_tokenizer(
         train_sentencepiece(sample, VOCABULARY, folder / "tokenizer")
     )
+
+    report.show("caches", _caches(folder, options.megabytes))
 
     def mixture(
         sources: dict[str, Any], states: dict[str, Any] | None = None
@@ -134,6 +145,63 @@ def _measure(folder: Path, options: argparse.Namespace, report: Report) -> None:
     report.show("loaders", rows)
 
 
+def _caches(folder: Path, megabytes: float) -> list[list[str]]:
+    """Builds of a token cache, and what they tokenize of `FILES` files."""
+    size = max(megabytes / FILES, FILE_MEGABYTES)
+    for number in range(FILES):
+        _write(folder / "text" / f"{number}.jsonl", size)
+    rows = [["build", "files tokenized", "seconds", "tokens a CPU second"]]
+    workers = 1
+    while workers <= (os.cpu_count() or 1):
+        name = f"{workers} worker{'s' * (workers > 1)}"
+        rows.append([name, *_built(folder, f"cache-{workers}", workers)])
+        workers *= 2
+    builder = get_context("spawn").Process(target=_build, args=(folder, "killed", 1))
+    builder.start()
+    while len(_parts(folder / "killed")) < FILES // 2:
+        time.sleep(0.01)
+    builder.kill()
+    builder.join()
+    kept = len(_parts(folder / "killed"))
+    rows.append([f"killed after {kept} files, continued", *_built(folder, "killed", 1)])
+    _write(folder / "text" / "added.jsonl", size)
+    rows.append(["one file added", *_built(folder, "killed", 1)])
+    return rows
+
+
+def _built(folder: Path, place: str, workers: int) -> tuple[str, str, str]:
+    """Files that a build tokenizes, its seconds, and tokens a CPU second."""
+    before = _parts(folder / place)
+    cpu_before = _cpu_seconds()
+    seconds = _seconds_of(partial(_build, folder, place, workers))
+    cpu_seconds = _cpu_seconds() - cpu_before
+    new = _parts(folder / place) - before
+    metas = [json.loads((part / "meta.json").read_text()) for part in new]
+    tokens = sum(meta["tokens"] for meta in metas)
+    return str(len(new)), f"{seconds:.1f}", f"{tokens / cpu_seconds:,.0f}"
+
+
+def _build(folder: Path, place: str, workers: int) -> None:
+    """Build the cache of folder/text in folder/place."""
+    cache.PARALLEL_BYTES = 0
+    corpus = load_corpus([str(folder / "text")])
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    build_cache(corpus, tokenizer, folder / place, num_proc=workers)
+
+
+def _parts(cache_dir: Path) -> set[Path]:
+    """The folders of the parts that are complete."""
+    metas = cache_dir.glob("*/meta.json")
+    return {meta.parent for meta in metas if "partial" not in meta.parent.name}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    own = os.times()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.user + own.system + children.ru_utime + children.ru_stime
+
+
 def _starts() -> list[list[str]]:
     """Seconds until the order of a mixture is known, by its number of sources, each of
     which is used up."""
@@ -175,20 +243,26 @@ def _far(stream: Mixture) -> dict[str, Any]:
 
 def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
     """The sources, by their share of the text."""
-    texts = [document.text for document in domain_documents()]
     corpora = {}
     for name, weight in WEIGHTS.items():
         path = folder / f"{name}.jsonl"
-        size = 0
-        with path.open("w", encoding="utf-8") as file:
-            for number, text in enumerate(cycle(texts)):
-                # The number keeps documents of different sources apart
-                document = {"text": f"# {name} {number}\n{text}"}
-                size += file.write(json.dumps(document) + "\n")
-                if size > megabytes * 1e6 * weight:
-                    break
+        _write(path, megabytes * weight)
         corpora[name] = load_corpus([str(path)])
     return corpora
+
+
+def _write(path: Path, megabytes: float) -> None:
+    """A file of so much text."""
+    path.parent.mkdir(exist_ok=True)
+    texts = [document.text for document in domain_documents()]
+    size = 0
+    with path.open("w", encoding="utf-8") as file:
+        for number, text in enumerate(cycle(texts)):
+            # The number keeps documents of different sources apart
+            document = {"text": f"# {path.stem} {number}\n{text}"}
+            size += file.write(json.dumps(document) + "\n")
+            if size > megabytes * 1e6:
+                break
 
 
 def _training() -> Callable[[], None]:
