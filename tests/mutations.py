@@ -308,7 +308,7 @@ config/mixture.py _with_replay | data/test_mixture.py
 
 # small token caches are not read through
 data/cache.py damage | data/test_cache_damage.py
-- sum(sizes.values()) <= HASHED_BYTES
+- sum(sizes.values()) <= hashed_bytes
 + False
 
 # elements that two shards hold are accepted
